@@ -1,0 +1,5 @@
+"""`python -m llama_scratch`."""
+
+from llama_scratch.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""A model directory or file → a validated shape, its tokenizer and its weights. One module a format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_scratch.checkpoint.base import Checkpoint, Progress, is_tied, silent
+from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
+
+__all__ = ["Checkpoint", "Progress", "is_tied", "open_checkpoint", "silent"]
+
+
+def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Open a Meta directory or a .gguf file; reads all but the weights and imports no torch.
+
+    tokenizer: a tokenizer.model elsewhere. Raises `ModelNotFoundError` and `CheckpointError`.
+    """
+    # Each format's module is imported where it is needed, so that starting up reads only one.
+    if str(path).startswith(("gs:/", "az:/")):
+        raise UsageError(f"{path} is a remote directory, expected a local one; copy the model to this machine first.")
+    if path.is_dir():
+        from llama_scratch.checkpoint.meta import open_meta
+
+        return open_meta(path, tokenizer)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{path} is a file, expected a directory with Meta's files or a .gguf file.")
+        from llama_scratch.checkpoint.gguf import open_gguf
+
+        return open_gguf(path, tokenizer)
+    raise ModelNotFoundError(
+        f"There is no model at {path}; name an existing directory, or run 'llama-scratch pull smollm2' for an open one."
+    )

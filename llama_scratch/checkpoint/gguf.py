@@ -1,0 +1,337 @@
+"""GGUF files of the `llama` architecture: one file with shape, tokenizer and quantised weights.
+
+The header is walked here, every count and size checked against the file before it is believed: the
+gguf package's reader trusts them, and a 43-byte file can keep it busy for ever. What the blocks of
+each quantisation mean is the package's knowledge: its sizes, and its dequantisation to float32.
+Source: the GGUF specification in ggml-org/ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.checkpoint.base import Checkpoint, Progress, checked
+from llama_scratch.config import Fields, ModelArgs
+from llama_scratch.errors import CheckpointError
+from llama_scratch.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# GPT-2's byte-level pattern behind a step that makes each digit a piece of its own, in one expression.
+SMOLLM_PATTERN = (
+    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+_PATTERNS = {"smollm": SMOLLM_PATTERN}
+# Control tokens that end a text in the models that have them, beside the one that the file names.
+_STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"}
+
+_NAMES = {
+    "token_embd.weight": "tok_embeddings.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+_AGAIN = "Fetch the file again from where it came from."
+
+
+def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Read and check the header; `tokenizer` is a tokenizer.model that replaces the file's own."""
+    header = read_header(path)
+    try:
+        args = _model_args(header)
+        own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(header.metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Checkpoint(
+        # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
+        name=re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE),
+        format="gguf",
+        path=path,
+        args=args,
+        tokenizer=own_tokenizer,
+        load=lambda progress: checked(_dequantised(path, header.tensors, progress), args, path),
+    )
+
+
+# --- The header -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `shape` as torch counts it, `start` and `size` in bytes of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A GGUF file's metadata and table of tensors, every place of which lies within the file."""
+
+    metadata: dict[str, Any]
+    tensors: list[TensorInfo]
+
+
+class _Cursor:
+    """Reads values one after the other and never beyond the end."""
+
+    # GGUF's type number → struct's letter; 8 is a string and 9 an array.
+    SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+    def __init__(self, data: mmap.mmap):
+        self.data = data
+        self.position = 0
+
+    def take(self, size: int) -> int:
+        """Step over `size` bytes and return where they start."""
+        start = self.position
+        if size > len(self.data) - start:
+            raise CheckpointError(f"{len(self.data):,} bytes, expected {size:,} more at byte {start:,}. {_AGAIN}")
+        self.position = start + size
+        return start
+
+    def scalars(self, letter: str, count: int = 1) -> tuple[Any, ...]:
+        form = f"<{count}{letter}"
+        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))
+
+    def scalar(self, letter: str) -> Any:
+        return self.scalars(letter)[0]
+
+    def string(self) -> str:
+        start = self.take(size := self.scalar("Q"))
+        return self.data[start : start + size].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == 8:
+            return self.string()
+        if kind == 9:
+            return self.array()
+        return self.scalar(self._letter(kind))
+
+    def array(self) -> list[Any]:
+        kind, count = self.scalar("I"), self.scalar("Q")
+        # Every element takes at least one byte (a string eight), so this bounds the list by the file.
+        if count > len(self.data):
+            raise CheckpointError(f"an array of {count:,} elements in {len(self.data):,} bytes. {_AGAIN}")
+        if kind == 8:
+            return [self.string() for _ in range(count)]
+        return list(self.scalars(self._letter(kind), count))
+
+    def _letter(self, kind: int) -> str:
+        if kind not in self.SCALARS:
+            raise CheckpointError(f"a metadata value of the unknown type {kind} at byte {self.position:,}. {_AGAIN}")
+        return self.SCALARS[kind]
+
+
+def read_header(path: Path) -> Header:
+    """Metadata and tensor table of a GGUF file, version 2 or 3. Raises `CheckpointError` for any other file."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < 24:
+            raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file. {_AGAIN}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _read_header(_Cursor(data))
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
+
+
+def _read_header(cursor: _Cursor) -> Header:
+    magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
+    if magic != b"GGUF" or version not in (2, 3):
+        raise CheckpointError(f"it begins with {magic!r} and version {version}, expected GGUF version 2 or 3. {_AGAIN}")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
+        key = cursor.string()
+        if key in metadata:
+            raise CheckpointError(f"the metadata key {key[:60]!r} stands there twice. {_AGAIN}")
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    table = []
+    for _ in range(n_tensors):
+        name, n_dims = cursor.string(), cursor.scalar("I")
+        if n_dims > 4:
+            raise CheckpointError(f"the tensor {name[:60]!r} has {n_dims} dimensions, expected at most 4. {_AGAIN}")
+        dims, type_, offset = cursor.scalars("Q", n_dims), cursor.scalar("I"), cursor.scalar("Q")
+        table.append((name, tuple(reversed(dims)), type_, offset))
+    alignment = Fields(metadata).integer("general.alignment", default=32)
+    data_start = -(-cursor.position // alignment) * alignment
+    tensors = [_place(entry, data_start, len(cursor.data)) for entry in table]
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise CheckpointError(f"a tensor stands there twice. {_AGAIN}")
+    return Header(metadata, tensors)
+
+
+def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_size: int) -> TensorInfo:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name, shape, type_, offset = entry
+    try:
+        block, block_size = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
+    except (ValueError, KeyError):
+        raise CheckpointError(f"the tensor {name[:60]!r} has the unknown type {type_}. {_AGAIN}") from None
+    count = 1
+    for n in shape:
+        count *= n
+    size = count // block * block_size
+    start = data_start + offset
+    if not shape or count == 0 or shape[-1] % block or start + size > file_size:
+        raise CheckpointError(
+            f"{file_size:,} bytes, expected the tensor {name[:60]!r} of shape {shape} at byte {start:,}. {_AGAIN}"
+        )
+    return TensorInfo(name, shape, type_, start, size)
+
+
+# --- What the header says ---------------------------------------------------------------------
+
+
+def _model_args(header: Header) -> ModelArgs:
+    fields = Fields(header.metadata)
+    architecture = header.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(f"the architecture is {str(architecture)[:40]!r}, expected 'llama'; use another model.")
+    scaling = header.metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "llama.expert_count" in header.metadata:
+        raise CheckpointError("it has scaled RoPE or experts, expected a plain Llama; use another file.")
+    dims = {tensor.name: tensor.shape for tensor in header.tensors}
+    n_heads = fields.integer("llama.attention.head_count")
+    args = ModelArgs(
+        dim=fields.integer("llama.embedding_length"),
+        n_layers=fields.integer("llama.block_count", most=1024),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("llama.attention.head_count_kv", default=n_heads),
+        vocab_size=dims.get("token_embd.weight", (0,))[0],
+        ffn_dim=fields.integer("llama.feed_forward_length"),
+        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number("llama.rope.freq_base", default=10_000.0),
+        rope_scaling=None,
+        max_seq_len=fields.integer("llama.context_length"),
+    )
+    for field in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
+        if fields.integer(field, default=args.head_dim) != args.head_dim:
+            raise CheckpointError(f"{field} is not dim / n_heads = {args.head_dim}; use another file.")
+    return args
+
+
+def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in _PATTERNS:
+        raise CheckpointError(
+            f"the tokenizer is {str(kind)[:20]!r} with the pattern {str(pre)[:20]!r}, expected 'gpt2' with "
+            f"{' or '.join(map(repr, _PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
+        )
+    texts, types = _list(metadata, "tokenizer.ggml.tokens", str), _list(metadata, "tokenizer.ggml.token_type", int)
+    if len(texts) != len(types):
+        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each. {_AGAIN}")
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    ranks: dict[bytes, int] = {}
+    special: dict[str, int] = {}
+    for id, (text, type_) in enumerate(zip(texts, types, strict=True)):
+        if type_ == 1:  # an ordinary token
+            try:
+                ranks[bytes(map(byte_of.__getitem__, text))] = id
+            except KeyError:
+                raise CheckpointError(f"the token {id}, {text[:40]!r}, is not in GPT-2's byte alphabet. {_AGAIN}") from None
+        else:
+            special[text] = id
+    if len(ranks) + len(special) != len(texts) or b"" in ranks:
+        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice. {_AGAIN}")
+    _check_merges(_list(metadata, "tokenizer.ggml.merges", str), byte_of, ranks)
+
+    def named(field: str) -> str | None:
+        id = metadata.get(f"tokenizer.ggml.{field}_token_id")
+        return next((text for text, special_id in special.items() if special_id == id), None)
+
+    stops = {text for text in special if text in _STOPS} | ({eos} if (eos := named("eos")) else set())
+    bos = named("bos") if metadata.get("tokenizer.ggml.add_bos_token") is True else None
+    return Tokenizer(ranks, special, _PATTERNS[str(pre)], bos=bos, stops=stops, unknown=named("unknown"))
+
+
+def _check_merges(merges: list[str], byte_of: dict[str, int], ranks: dict[bytes, int]) -> None:
+    """tiktoken merges by the rank of the result: right only where ids grow in the order of the merges."""
+    previous = -1
+    for merge in merges:
+        token = bytes(byte_of.get(char, 0) for char in merge.replace(" ", "", 1))
+        rank = ranks.get(token, -1)
+        if rank <= previous:
+            raise CheckpointError(f"the merge {merge[:40]!r} is out of the order of the token ids; use another file.")
+        previous = rank
+
+
+def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or not all(type(element) is kind for element in value):
+        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type. {_AGAIN}")
+    return value
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's way to write any byte as one visible character: byte → character.
+
+    Printable Latin-1 stands for itself; the others take the characters from U+0100 on, in order.
+    Source: `bytes_to_unicode` in openai/gpt-2, src/encoder.py.
+    """
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+# --- The weights ------------------------------------------------------------------------------
+
+
+def _dequantised(path: Path, tensors: list[TensorInfo], progress: Progress) -> dict[str, Tensor]:
+    """All weights as float32 under Meta's names. q and k need no permutation: llama's GGUF holds Meta's layout."""
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from llama_scratch.precision import require_memory
+
+    require_memory(sum(4 * int(np.prod(tensor.shape)) for tensor in tensors), f"{path.name} as float32")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+
+    def load(tensor: TensorInfo) -> Tensor:
+        raw = data[tensor.start : tensor.start + tensor.size].reshape(*tensor.shape[:-1], -1)
+        try:
+            values = dequantize(raw, GGMLQuantizationType(tensor.type))
+        except NotImplementedError as error:
+            kind = GGMLQuantizationType(tensor.type).name
+            raise CheckpointError(f"{path}: {tensor.name} is in {kind}, which the gguf package cannot read.") from error
+        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
+
+    weights: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            for tensor, weight in zip(tensors, pool.map(load, tensors), strict=True):
+                weights[_meta_name(tensor.name)] = weight
+                progress("dequantising", len(weights), len(tensors))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return weights
+
+
+def _meta_name(name: str) -> str:
+    """blk.3.attn_q.weight → layers.3.attention.wq.weight; a name that is not known stays what it is."""
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)) and match[2] in _LAYER_NAMES:
+        return f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
+    return _NAMES.get(name, name)

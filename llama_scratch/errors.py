@@ -1,0 +1,38 @@
+"""The exceptions that people see: one sentence each, and the exit code that the command line gives it.
+
+Every message says what was found, what was expected and what to do.
+"""
+
+
+class LlamaScratchError(Exception):
+    """Anything that this package refuses to do; the message is one sentence for a person."""
+
+    exit_code = 1
+
+
+class UsageError(LlamaScratchError):
+    """An option, a prompt or a call that cannot be meant as it stands."""
+
+    exit_code = 2
+
+
+class ContextLengthError(UsageError):
+    """More tokens than the context holds."""
+
+
+class ModelNotFoundError(LlamaScratchError):
+    """A model, or one of its files, is not where it was looked for."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlamaScratchError):
+    """A model file that is corrupt, or of a kind that is not supported."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(LlamaScratchError):
+    """The model or its cache does not fit into this machine's memory."""
+
+    exit_code = 5

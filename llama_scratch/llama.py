@@ -1,0 +1,252 @@
+"""`Llama`: a loaded model that answers prompts. It joins checkpoint, tokenizer and engine; the command
+line is a thin caller of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_scratch.checkpoint import Checkpoint, Progress, is_tied, open_checkpoint, silent
+from llama_scratch.checkpoint.find import find_model
+from llama_scratch.config import ModelArgs
+from llama_scratch.engine import Engine
+from llama_scratch.errors import OutOfMemoryError, UsageError
+from llama_scratch.model import Transformer
+from llama_scratch.precision import choose, convert
+from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
+from llama_scratch.sampling import Sampling, sample
+from llama_scratch.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+"""A text, which gets the beginning-of-text token where the model wants one, or token ids, which do not."""
+
+
+class Llama:
+    """A model in memory. Make one with `Llama.load`.
+
+    args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters.
+    context: the most tokens that a prompt and its continuation may have together.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, info: ModelInfo, *, context: int, load_s: float = 0.0):
+        self.args: ModelArgs = model.args
+        self.tokenizer = tokenizer
+        self.info = info
+        self.context = context
+        self._engine = Engine(model, context)
+        self._load_s = load_s
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        precision: str = "auto",
+        device: str = "auto",
+        rope_factor: float | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+        progress: Progress = silent,
+    ) -> Llama:
+        """Load a model.
+
+        source: a Meta directory, a .gguf file, or the name of a model that `llama-scratch pull` fetched;
+            None looks in the usual places (see `find_model`).
+        precision: "fp32", "bf16", or "auto": bf16 where the file holds bfloat16 and fp32 otherwise.
+        device: "cpu", "cuda", "mps", or "auto": a GPU where there is one.
+        rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
+        tokenizer: a tokenizer.model elsewhere.
+        context: the most tokens, at most and by default what the model was trained for.
+        threads: CPU threads; by default torch's choice.
+        progress: called with a stage, how much is done and how much there is.
+
+        Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
+        """
+        start = time.perf_counter()
+        checkpoint = open_checkpoint(find_model(source), None if tokenizer is None else os.fspath(tokenizer))
+        args = checkpoint.args.with_rope_factor(rope_factor)
+        context = _context(context, args)
+        target = _device(device)
+        if threads is not None:
+            if threads < 1:
+                raise UsageError(f"{threads} threads were asked for, expected at least 1 (--threads).")
+            torch.set_num_threads(threads)
+        try:
+            model, precision = _build(checkpoint, args, precision, progress)
+            model = model.to(target)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(checkpoint.name) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error):
+                raise _out_of_memory(checkpoint.name) from error
+            raise
+        info = ModelInfo(
+            name=checkpoint.name,
+            format=checkpoint.format,
+            precision=precision,
+            device=target.type,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        return cls(model, checkpoint.tokenizer, info, context=context, load_s=time.perf_counter() - start)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that the model sees for a prompt."""
+        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(id) for id in prompt]
+
+    def predict(self, prompt: Prompt, top: int = 5) -> Prediction:
+        """The most probable next token after a prompt, and the `top` candidates with their probabilities.
+
+        Probabilities are the softmax of the logits, taken in float64. Raises `UsageError` for an empty
+        prompt and `ContextLengthError` for one that is longer than the context.
+        """
+        if top < 1:
+            raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+        ids = self.encode(prompt)
+        start = time.perf_counter()
+        logits = self._engine.next_logits(ids)
+        logprobs = logits.values.double().log_softmax(-1)  # (vocab_size,)
+        best = logprobs.topk(min(top, logprobs.numel()))
+        candidates = tuple(
+            Candidate(id, self.tokenizer.token_text(id), logprob)
+            for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+        prefill_s = time.perf_counter() - start
+        return Prediction(
+            prompt=prompt if isinstance(prompt, str) else self.tokenizer.decode(ids),
+            tokens=tuple(Token(id, self.tokenizer.token_text(id)) for id in ids),
+            next=candidates[0],
+            top=candidates,
+            entropy_bits=_entropy_bits(logprobs),
+            warnings=tuple(self._warnings(prompt, ids, candidates[0])) if isinstance(prompt, str) else (),
+            model=self.info,
+            timing=Timing(self._load_s, len(ids), logits.reused_tokens, prefill_s),
+        )
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """The logits after every token of a prompt: (T, vocab_size) float32."""
+        return self._engine.all_logits(self.encode(prompt))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 20,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[Step]:
+        """Go on from a prompt, token by token; greedy unless a temperature is given.
+
+        Stops before a stop token, after `max_new_tokens`, or where the context is full.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        if max_new_tokens < 0:
+            raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
+        return self._steps(self.encode(prompt), max_new_tokens, sampling)
+
+    def _steps(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
+        generator = sampling.generator()
+        stream = self.tokenizer.stream()
+        end = min(len(ids) + max_new_tokens, self.context)
+        while len(ids) < end:
+            logits = self._engine.next_logits(ids).values
+            id = sample(logits, sampling, generator)
+            if id in self.tokenizer.stop_ids:
+                return
+            ids = [*ids, id]
+            logprob = float(logits.double().log_softmax(-1)[id])
+            yield Step(id, stream.push(id, final=len(ids) == end), logprob)
+
+    def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None = None) -> Generated:
+        """The whole continuation at once, with the reason for its end."""
+        sampling = sampling or Sampling()
+        ids = self.encode(prompt)
+        room = min(max_new_tokens, self.context - len(ids))
+        start = time.perf_counter()
+        steps = list(self.generate(ids, max_new_tokens, **vars(sampling)))
+        new = tuple(step.id for step in steps)
+        return Generated(
+            text=self.tokenizer.decode(new),
+            ids=new,
+            logprobs=tuple(step.logprob for step in steps),
+            finish_reason="stop" if len(new) < room else "length",
+            decode_s=time.perf_counter() - start,
+        )
+
+    def _warnings(self, prompt: str, ids: list[int], next: Token) -> list[str]:
+        warnings = self.tokenizer.warnings(prompt)
+        if prompt.endswith(" "):
+            warnings.append(
+                "The prompt ends in a space, which became a token of its own; models rarely saw that and tend to "
+                "answer with digits, so end the prompt with the last word."
+            )
+        elif self._cut_differently(prompt, ids, next):
+            warnings.append(
+                f"The prompt ends inside of what is one token once {next.text!r} follows it; "
+                "the model rarely saw it cut like this, so the answer may surprise."
+            )
+        return warnings
+
+    def _cut_differently(self, prompt: str, ids: list[int], next: Token) -> bool:
+        """Whether the prompt with the predicted text behind it would have become other tokens than `ids`."""
+        if next.id in self.tokenizer.special_tokens.values():
+            return False
+        try:
+            text = self.tokenizer.token_bytes(next.id).decode()
+        except UnicodeDecodeError:  # a part of a character
+            return False
+        return self.tokenizer.encode(prompt + text, bos=True)[: len(ids)] != ids
+
+
+def _build(checkpoint: Checkpoint, args: ModelArgs, precision: str, progress: Progress) -> tuple[Transformer, str]:
+    """The network with the file's weights in it. Built without memory, so that there is never a second copy."""
+    choose(precision, torch.float32)  # refuse a wrong name before the long part
+    weights = checkpoint.load(progress)
+    precision = choose(precision, weights["tok_embeddings.weight"].dtype)
+    weights = convert(weights, precision)
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.load_state_dict(weights, strict=True, assign=True)
+    if is_tied(weights):
+        model.output.weight = model.tok_embeddings.weight
+    return model.eval().requires_grad_(False), precision
+
+
+def _context(context: int | None, args: ModelArgs) -> int:
+    if context is None:
+        return args.max_seq_len
+    if not 1 <= context <= args.max_seq_len:
+        raise UsageError(
+            f"A context of {context} tokens was asked for, expected 1 to {args.max_seq_len}, "
+            "which is what the model was trained for (--context)."
+        )
+    return context
+
+
+def _device(device: str) -> torch.device:
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if device == "auto":
+        return torch.device(available[0])
+    if device not in available:
+        raise UsageError(f"The device is {device!r}, expected one that this machine has: {', '.join(available)}.")
+    return torch.device(device)
+
+
+def _out_of_memory(name: str) -> OutOfMemoryError:
+    return OutOfMemoryError(f"{name} does not fit into this machine's memory; choose a smaller model or bf16.")
+
+
+def _entropy_bits(logprobs: Tensor) -> float:
+    """Shannon entropy of a distribution, in bits."""
+    return float(torch.special.entr(logprobs.exp()).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))

@@ -1,0 +1,51 @@
+"""How weights are stored and multiplied.
+
+| name | weights  | activations | promise                       |
+| ---- | -------- | ----------- | ----------------------------- |
+| fp32 | float32  | float32     | the reference                 |
+| bf16 | bfloat16 | bfloat16    | what Meta's own code computes |
+
+`auto` is bf16 where the file holds bfloat16, and fp32 otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama_scratch.errors import OutOfMemoryError, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose(precision: str, stored: torch.dtype) -> str:
+    """The name of the precision to run in, for `--precision` and the type that the file holds."""
+    if precision == "auto":
+        return "bf16" if stored == torch.bfloat16 else "fp32"
+    if precision not in DTYPES:
+        raise UsageError(f"The precision is {precision!r}, expected auto, {' or '.join(DTYPES)} (--precision).")
+    return precision
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise `OutOfMemoryError` where `needed` bytes are more than this machine has free."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
+            "close other programs, or choose a smaller model or precision."
+        )
+
+
+def convert(weights: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """The weights in `precision`: those that are in it already stay the same, mapped or shared tensors.
+
+    A tensor that stands under two names (the tied output) is converted once.
+    """
+    dtype = DTYPES[precision]
+    distinct = {id(tensor): tensor for tensor in weights.values() if tensor.dtype != dtype}
+    require_memory(sum(t.numel() for t in distinct.values()) * dtype.itemsize, f"Converting to {precision}")
+    converted = {key: tensor.to(dtype) for key, tensor in distinct.items()}
+    return {name: converted.get(id(tensor), tensor) for name, tensor in weights.items()}

@@ -1,0 +1,120 @@
+"""What the engine's answers look like: plain, frozen values without torch, and their JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Token:
+    r"""One token: its id, which is exact, and its text, in which bytes that are not UTF-8 read `\xNN`."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate(Token):
+    """A token that may come next, with the natural logarithm of its probability."""
+
+    logprob: float
+
+    @property
+    def probability(self) -> float:
+        """Between 0 and 1."""
+        return math.exp(self.logprob)
+
+
+@dataclass(frozen=True)
+class Step(Token):
+    """One generated token. `text` is what it adds in whole characters, so it can be empty.
+
+    `logprob` is the model's own, before temperature and the other sampling options.
+    """
+
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model that gave an answer. `format` is "meta" or "gguf", `parameters` counts each weight once."""
+
+    name: str
+    format: str
+    precision: str
+    device: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time went, in seconds. `reused_tokens` of the prompt's tokens came from the cache."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says would come next after a prompt.
+
+    tokens: what the model saw, the beginning-of-text token included.
+    top: the most probable tokens, best first; `next` is the first of them.
+    entropy_bits: how open the question is; 0 where one token has all the probability.
+    warnings: sentences for a person about this prompt.
+    """
+
+    prompt: str
+    tokens: tuple[Token, ...]
+    next: Candidate
+    top: tuple[Candidate, ...]
+    entropy_bits: float
+    warnings: tuple[str, ...]
+    model: ModelInfo
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation. `finish_reason`: "stop" before a stop token, "length" where the number of tokens ran out."""
+
+    text: str
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: str = "length"
+    decode_s: float = field(default=0.0, compare=False)
+
+
+def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:
+    """One answer as the object that `--json` prints."""
+    timing = vars(prediction.timing)
+    result: dict[str, Any] = {
+        "prompt": prediction.prompt,
+        "tokens": [vars(token) for token in prediction.tokens],
+        "next": _candidate(prediction.next),
+        "top": [_candidate(candidate) for candidate in prediction.top],
+        "entropy_bits": prediction.entropy_bits,
+    }
+    if generated is not None:
+        timing = timing | {"decode_s": generated.decode_s}
+        result["generated"] = {
+            "text": generated.text,
+            "ids": list(generated.ids),
+            "logprobs": list(generated.logprobs),
+            "finish_reason": generated.finish_reason,
+        }
+    return result | {"warnings": list(prediction.warnings), "model": vars(prediction.model), "timing": timing}
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "id": candidate.id,
+        "text": candidate.text,
+        "probability": candidate.probability,
+        "logprob": candidate.logprob,
+    }

