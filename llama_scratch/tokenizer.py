@@ -6,7 +6,7 @@ import base64
 import binascii
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import tiktoken
 
@@ -140,9 +140,7 @@ class Tokenizer:
         try:
             return self._bytes[id]
         except KeyError:
-            raise UsageError(
-                f"{id} is not a token id of this model; ids go from 0 to {self.n_vocab - 1}."
-            ) from None
+            raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {self.n_vocab - 1}.") from None
 
     def token_text(self, id: int) -> str:
         r"""One token's text; bytes that are not UTF-8 by themselves are written as `\xNN`."""

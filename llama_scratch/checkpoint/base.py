@@ -23,8 +23,21 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a file holds its weights: number of tensors by type, whether the output is the embedding itself,
+    and the precision that `auto` runs it in."""
+
+    types: dict[str, int]
+    tied: bool
+    precision: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk whose small files were read and checked; `load` reads and checks the large one."""
+    """A model on disk whose small files were read and checked.
+
+    load: reads and checks the weights, under Meta's names. inspect: says how they are stored.
+    """
 
     name: str
     format: str
@@ -32,6 +45,7 @@ class Checkpoint:
     args: ModelArgs
     tokenizer: Tokenizer
     load: Callable[[Progress], dict[str, Tensor]]
+    inspect: Callable[[Progress], Stored]
 
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:

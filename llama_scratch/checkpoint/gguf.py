@@ -12,12 +12,13 @@ import mmap
 import os
 import re
 import struct
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.checkpoint.base import Checkpoint, Progress, checked
+from llama_scratch.checkpoint.base import Checkpoint, Progress, Stored, checked
 from llama_scratch.config import Fields, ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.tokenizer import Tokenizer
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # GPT-2's byte-level pattern behind a step that makes each digit a piece of its own, in one expression.
-SMOLLM_PATTERN = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-)
+SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 _PATTERNS = {"smollm": SMOLLM_PATTERN}
 # Control tokens that end a text in the models that have them, beside the one that the file names.
 _STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"}
@@ -68,6 +67,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         args=args,
         tokenizer=own_tokenizer,
         load=lambda progress: checked(_dequantised(path, header.tensors, progress), args, path),
+        inspect=lambda _: _stored(header),
     )
 
 
@@ -93,11 +93,12 @@ class Header:
     tensors: list[TensorInfo]
 
 
+# GGUF's type number of a metadata value → struct's letter; 8 is a string and 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
 class _Cursor:
     """Reads values one after the other and never beyond the end."""
-
-    # GGUF's type number → struct's letter; 8 is a string and 9 an array.
-    SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
     def __init__(self, data: mmap.mmap):
         self.data = data
@@ -139,9 +140,9 @@ class _Cursor:
         return list(self.scalars(self._letter(kind), count))
 
     def _letter(self, kind: int) -> str:
-        if kind not in self.SCALARS:
+        if kind not in _SCALARS:
             raise CheckpointError(f"a metadata value of the unknown type {kind} at byte {self.position:,}. {_AGAIN}")
-        return self.SCALARS[kind]
+        return _SCALARS[kind]
 
 
 def read_header(path: Path) -> Header:
@@ -250,7 +251,9 @@ def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
             try:
                 ranks[bytes(map(byte_of.__getitem__, text))] = id
             except KeyError:
-                raise CheckpointError(f"the token {id}, {text[:40]!r}, is not in GPT-2's byte alphabet. {_AGAIN}") from None
+                raise CheckpointError(
+                    f"the token {id}, {text[:40]!r}, is not in GPT-2's byte alphabet. {_AGAIN}"
+                ) from None
         else:
             special[text] = id
     if len(ranks) + len(special) != len(texts) or b"" in ranks:
@@ -296,6 +299,16 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 # --- The weights ------------------------------------------------------------------------------
+
+
+def _stored(header: Header) -> Stored:
+    from gguf import GGMLQuantizationType
+
+    return Stored(
+        types=dict(Counter(GGMLQuantizationType(tensor.type).name for tensor in header.tensors)),
+        tied=all(tensor.name != "output.weight" for tensor in header.tensors),
+        precision="fp32",
+    )
 
 
 def _dequantised(path: Path, tensors: list[TensorInfo], progress: Progress) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.checkpoint.base import Checkpoint, Progress, checked
+from llama_scratch.checkpoint.base import Checkpoint, Progress, Stored, checked, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         args=args,
         tokenizer=Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER)),
         load=lambda progress: checked(load_pth(path, progress), args, path),
+        inspect=lambda progress: _stored(checked(load_pth(path, progress), args, path)),
     )
 
 
@@ -83,15 +84,26 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name not in _IGNORED}
 
 
+def _stored(weights: dict[str, Tensor]) -> Stored:
+    from llama_scratch.precision import choose
+
+    return Stored(
+        types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
+        tied=is_tied(weights),
+        precision=choose("auto", weights["tok_embeddings.weight"].dtype),
+    )
+
+
 def _check_tensor(path: Path, name: object, tensor: object) -> None:
     import torch
 
-    if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
             f"{path} holds a {type(tensor).__name__} under {str(name)[:60]!r}, expected tensors under names. {_AGAIN}"
         )
     kinds = (torch.bfloat16, torch.float16, torch.float32)
-    if tensor.dtype not in kinds or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+    if tensor.dtype not in kinds or not whole:
         raise CheckpointError(
             f"{path}: {name!r} is a {tensor.dtype} tensor, expected bfloat16, float16 or float32 in one piece; "
             "quantised checkpoints are not supported."
@@ -138,18 +150,13 @@ def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
     """Read one record to its end, where zipfile compares its CRC-32; the checksum runs without Python's lock."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(record) as file:
-            for _ in _blocks(file):
+            while file.read(4 << 20):
                 pass
     except (zipfile.BadZipFile, EOFError, ValueError, struct.error, OSError) as error:
         raise CheckpointError(
             f"{path}: the record {record.filename!r} does not match its checksum, so the file is damaged. {_AGAIN}"
         ) from error
     return record.file_size
-
-
-def _blocks(file: zipfile.ZipExtFile) -> Iterator[bytes]:
-    while block := file.read(4 << 20):
-        yield block
 
 
 def _read_params(path: Path) -> str:

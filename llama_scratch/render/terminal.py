@@ -1,0 +1,189 @@
+"""Answers for people: what the terminal shows, as rich's renderables or as plain sentences."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llama_scratch.results import Candidate, ModelInfo, Prediction, Token
+
+SPACE = "␣"
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+def visible(text: str, style: str = "") -> Text:
+    r"""A token's text with nothing in it that a terminal would hide or obey: " a\n" → ␣a\n.
+
+    Spaces become ␣, control and invisible characters their escapes, and a combining mark that stands
+    first gets a circle to sit on.
+    """
+    shown = Text(style=style)
+    for i, char in enumerate(text):
+        kind = unicodedata.category(char)
+        if char == " ":
+            shown.append(SPACE, style="dim")
+        elif kind[0] in "CZ":
+            shown.append(char.encode("unicode_escape").decode(), style="dim")
+        elif kind[0] == "M" and i == 0:
+            shown.append("◌" + char)
+        else:
+            shown.append(char)
+    return shown or Text("(empty)", style="dim")
+
+
+def readable(text: str) -> str:
+    """Running text for a terminal: line breaks and tabs stay, every other control character becomes its escape."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
+    )
+
+
+def percent(probability: float) -> str:
+    """A probability as a person reads it; never 0 or 100 for what is not."""
+    if 0 < probability < 0.0005:
+        return "<0.1 %"
+    if 0.9995 <= probability < 1:
+        return ">99.9 %"
+    return f"{100 * probability:.1f} %"
+
+
+class Bar:
+    """A horizontal bar of a probability, in eighths of a character, as wide as there is room."""
+
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, 40)
+        if options.encoding.startswith("utf"):
+            eighths = round(8 * width * self.probability)
+            bar = "█" * (eighths // 8) + _BLOCKS[eighths % 8]
+        else:
+            bar = "#" * round(width * self.probability)
+        yield Text(bar.rstrip(), style="cyan")
+
+
+def answer(prediction: Prediction) -> RenderableType:
+    """The argmax token, its runners-up with bars, and what it took."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(ratio=1)
+    for rank, candidate in enumerate(prediction.top):
+        style = "bold reverse green" if rank == 0 else ""
+        token = Text.assemble((" ", style), visible(candidate.text, style), (" ", style))
+        table.add_row(
+            token, Text(percent(candidate.probability), style="bold" if rank == 0 else ""), Bar(candidate.probability)
+        )
+    parts: list[RenderableType] = [Padding(table, (1, 0, 1, 1)), Text(" " + took(prediction), style="dim")]
+    return Group(*parts, *(warning(sentence) for sentence in prediction.warnings))
+
+
+def took(prediction: Prediction) -> str:
+    """The line under an answer: entropy, tokens, how many came from the cache, time."""
+    timing = prediction.timing
+    plural = "" if timing.prompt_tokens == 1 else "s"
+    reused = f", {timing.reused_tokens} reused" if timing.reused_tokens else ""
+    milliseconds = f"{1000 * timing.prefill_s:,.0f} ms"
+    return f"{prediction.entropy_bits:.2f} bits · {timing.prompt_tokens} token{plural}{reused} · {milliseconds}"
+
+
+def context(tokens: Iterable[Token], accepted: int, special: frozenset[int], width: int) -> RenderableType:
+    """The end of the text so far, the last `accepted` tokens of it set off."""
+    tokens = [token for token in tokens if token.id not in special]
+    old, new = (readable("".join(token.text for token in part)) for part in _split(tokens, accepted))
+    room = max(8, 4 * width - len(new))
+    if len(old) > room:
+        old = "…" + old[-room:]
+    return Padding(Text.assemble((old, "dim"), (new, "bold green")), (0, 0, 0, 1))
+
+
+def _split(tokens: list[Token], last: int) -> tuple[list[Token], list[Token]]:
+    cut = len(tokens) - last
+    return tokens[:cut], tokens[cut:]
+
+
+def plain_answer(prediction: Prediction) -> str:
+    """The answer as lines that a screen reader reads well."""
+    lines = [_plain_candidate("Next token", prediction.next)]
+    lines += [_plain_candidate(f"Number {rank}", c) for rank, c in enumerate(prediction.top[1:], start=2)]
+    lines += [f"Entropy {prediction.entropy_bits:.2f} bits."]
+    return "\n".join(lines + [f"Note: {sentence}" for sentence in prediction.warnings])
+
+
+def _plain_candidate(title: str, candidate: Candidate) -> str:
+    return f"{title}: {json.dumps(candidate.text, ensure_ascii=False)}, {percent(candidate.probability)}"
+
+
+def warning(sentence: str) -> RenderableType:
+    """A sentence that explains something about the prompt."""
+    return _indented(sentence, "yellow")
+
+
+def error(sentence: str) -> RenderableType:
+    """A sentence that says what went wrong."""
+    return _indented(sentence, "red")
+
+
+def _indented(sentence: str, style: str) -> RenderableType:
+    return Padding(Text(sentence, style=style), (0, 0, 0, 1))
+
+
+def banner(model: ModelInfo, context: int) -> RenderableType:
+    """What stands above the first prompt."""
+    return Group(
+        Text.assemble((f"{model.name}", "bold"), (f"  {describe(model)}, context {context:,} tokens", "dim")),
+        Text.from_markup(
+            "Type a prompt to see the next token. [bold]Enter[/] on an empty line accepts it and goes on.\n"
+            "[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves."
+        ),
+    )
+
+
+def describe(model: ModelInfo) -> str:
+    """A model in a few words."""
+    return f"{model.parameters / 1e6:,.0f} M parameters, {model.precision} on {model.device}"
+
+
+def model_info(facts: dict[str, Any]) -> RenderableType:
+    """What `info` prints of a model."""
+    shape, scaling, tokenizer = facts["shape"], facts["rope"]["scaling"], facts["tokenizer"]
+    rope = f"theta {facts['rope']['theta']:,.0f}, " + (
+        f"scaled by {scaling['factor']:g} beyond {scaling['original_context']:,} tokens" if scaling else "not scaled"
+    )
+    heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
+    return rows(
+        {
+            "name": facts["name"],
+            "file": f"{facts['path']} ({facts['format']}, {facts['bytes'] / 1e6:,.0f} MB)",
+            "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
+            + f" tensors; runs in {facts['precision']}",
+            "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" * facts["tied_output"]),
+            "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
+            "attention": heads,
+            "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide",
+            "RoPE": rope,
+            "context": f"{facts['context']:,} tokens",
+            "tokenizer": f"{tokenizer['tokens']:,} tokens, {tokenizer['special']} of them special; "
+            f"{'begins with ' + tokenizer['bos'] if tokenizer['bos'] else 'no beginning-of-text token'}; "
+            f"ends at {' '.join(tokenizer['stops'])}",
+        }
+    )
+
+
+def rows(pairs: Mapping[str, str]) -> RenderableType:
+    """Names and values, one pair a line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(escape(name), escape(value))
+    return Padding(table, (0, 0, 0, 1))

@@ -1,0 +1,87 @@
+"""The state of a session: the text so far as exact token ids, what Enter would add to it, and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from llama_scratch.render import terminal
+from llama_scratch.results import Prediction
+
+if TYPE_CHECKING:
+    from llama_scratch.llama import Llama, Prompt
+    from llama_scratch.sampling import Sampling
+
+
+@dataclass
+class Settings:
+    """What each answer shows: `top` candidates, and `generate` further tokens drawn with `sampling`."""
+
+    top: int
+    generate: int
+    sampling: Sampling
+    plain: bool = False
+
+
+@dataclass
+class Session:
+    """Prompts in, answers onto the console. Interrupted at any point it stays as it was before the prompt.
+
+    ids: the tokens of the last prompt with all that was accepted since.
+    offered: the tokens that Enter accepts: the predicted one, or all that was generated.
+    """
+
+    llama: Llama
+    console: Console
+    settings: Settings
+    ids: list[int] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def ask(self, prompt: Prompt) -> None:
+        """Predict what comes after a new prompt and show it."""
+        self._answer(prompt, accepted=0)
+
+    def accept(self) -> None:
+        """Add what was offered to the text and go on from there; without an offer nothing happens."""
+        if self.offered:
+            self._answer([*self.ids, *self.offered], accepted=len(self.offered))
+
+    def _answer(self, prompt: Prompt, accepted: int) -> None:
+        prediction = self.llama.predict(prompt, top=self.settings.top)
+        if accepted:
+            self._show_context(prediction, accepted)
+        if self.settings.plain:
+            self.console.print(terminal.plain_answer(prediction), markup=False, highlight=False)
+        else:
+            self.console.print(terminal.answer(prediction))
+        self.ids = [token.id for token in prediction.tokens]
+        self.offered = [prediction.next.id]
+        if self.settings.generate:
+            self.offered = self._generate(self.ids) or self.offered
+
+    def _show_context(self, prediction: Prediction, accepted: int) -> None:
+        special = frozenset(self.llama.tokenizer.special_tokens.values()) - set(self.offered)
+        self.console.print(terminal.context(prediction.tokens, accepted, special, self.console.width))
+
+    def _generate(self, ids: Sequence[int]) -> list[int]:
+        """Stream the continuation; Ctrl-C ends it and keeps what came."""
+        new = []
+        self.console.print(Text(" " + "…", style="dim"), end="")
+        try:
+            for step in self.llama.generate(ids, self.settings.generate, **vars(self.settings.sampling)):
+                new.append(step.id)
+                self.console.print(Text(terminal.readable(step.text)), end="", soft_wrap=True)
+        except KeyboardInterrupt:
+            self.console.print(Text("  stopped", style="dim"), end="")
+        self.console.print("\n")
+        return new
+
+    @property
+    def offer_text(self) -> str:
+        """What Enter would add, as text."""
+        return self.llama.tokenizer.decode(self.offered)
