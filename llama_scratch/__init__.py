@@ -11,7 +11,6 @@ Importing the package imports no torch; the first use of `Llama` does.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ __all__ = [
     "UsageError",
 ]
 
-__version__ = version("llama-scratch")
+__version__: str
 
 _HOMES = {
     "Llama": "llama",
@@ -61,4 +60,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"llama_scratch.{_HOMES[name]}"), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("llama-scratch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

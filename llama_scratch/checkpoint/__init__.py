@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_scratch.checkpoint.base import Checkpoint, Progress, is_tied, silent
+from llama_scratch.checkpoint.base import Checkpoint, is_tied
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
 
-__all__ = ["Checkpoint", "Progress", "is_tied", "open_checkpoint", "silent"]
+__all__ = ["Checkpoint", "is_tied", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:

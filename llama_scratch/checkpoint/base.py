@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
+from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Called with what is being done, how much of it is done and how much there is.
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A `Progress` for callers that show none."""
 
 
 @dataclass(frozen=True)

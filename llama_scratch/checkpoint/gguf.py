@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.checkpoint.base import Checkpoint, Progress, Stored, checked
+from llama_scratch.checkpoint.base import Checkpoint, Stored, checked
 from llama_scratch.config import Fields, ModelArgs
 from llama_scratch.errors import CheckpointError
+from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

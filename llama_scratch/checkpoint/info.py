@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.base import Progress
+from llama_scratch.progress import Progress
 
 
 def describe(path: Path, tokenizer: str | None, rope_factor: float | None, progress: Progress) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.checkpoint.base import Checkpoint, Progress, Stored, checked, is_tied
+from llama_scratch.checkpoint.base import Checkpoint, Stored, checked, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
     """Read one record to its end, where zipfile compares its CRC-32; the checksum runs without Python's lock."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(record) as file:
-            while file.read(4 << 20):
+            while file.read(1 << 18):
                 pass
     except (zipfile.BadZipFile, EOFError, ValueError, struct.error, OSError) as error:
         raise CheckpointError(

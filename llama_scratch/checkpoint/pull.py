@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from platformdirs import user_data_path
 
-from llama_scratch.checkpoint.base import Progress
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
+from llama_scratch.progress import Progress
 
 
 @dataclass(frozen=True)

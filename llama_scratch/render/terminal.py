@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llama_scratch.results import Candidate, ModelInfo, Prediction, Token
+from llama_scratch.results import Candidate, ModelInfo, Prediction
 
 SPACE = "␣"
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -84,7 +84,7 @@ def answer(prediction: Prediction) -> RenderableType:
             token, Text(percent(candidate.probability), style="bold" if rank == 0 else ""), Bar(candidate.probability)
         )
     parts: list[RenderableType] = [Padding(table, (1, 0, 1, 1)), Text(" " + took(prediction), style="dim")]
-    return Group(*parts, *(warning(sentence) for sentence in prediction.warnings))
+    return Group(*parts, *(warning(sentence) for sentence in prediction.warnings), Text())
 
 
 def took(prediction: Prediction) -> str:
@@ -93,22 +93,16 @@ def took(prediction: Prediction) -> str:
     plural = "" if timing.prompt_tokens == 1 else "s"
     reused = f", {timing.reused_tokens} reused" if timing.reused_tokens else ""
     milliseconds = f"{1000 * timing.prefill_s:,.0f} ms"
-    return f"{prediction.entropy_bits:.2f} bits · {timing.prompt_tokens} token{plural}{reused} · {milliseconds}"
+    return f"entropy {prediction.entropy_bits:.2f} bits · {timing.prompt_tokens} token{plural}{reused} · {milliseconds}"
 
 
-def context(tokens: Iterable[Token], accepted: int, special: frozenset[int], width: int) -> RenderableType:
-    """The end of the text so far, the last `accepted` tokens of it set off."""
-    tokens = [token for token in tokens if token.id not in special]
-    old, new = (readable("".join(token.text for token in part)) for part in _split(tokens, accepted))
+def context(text: str, accepted: str, width: int) -> RenderableType:
+    """The end of the text so far, with what was just accepted set off behind it."""
+    old, new = readable(text), readable(accepted)
     room = max(8, 4 * width - len(new))
     if len(old) > room:
         old = "…" + old[-room:]
     return Padding(Text.assemble((old, "dim"), (new, "bold green")), (0, 0, 0, 1))
-
-
-def _split(tokens: list[Token], last: int) -> tuple[list[Token], list[Token]]:
-    cut = len(tokens) - last
-    return tokens[:cut], tokens[cut:]
 
 
 def plain_answer(prediction: Prediction) -> str:
@@ -143,7 +137,7 @@ def banner(model: ModelInfo, context: int) -> RenderableType:
         Text.assemble((f"{model.name}", "bold"), (f"  {describe(model)}, context {context:,} tokens", "dim")),
         Text.from_markup(
             "Type a prompt to see the next token. [bold]Enter[/] on an empty line accepts it and goes on.\n"
-            "[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves."
+            "[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves.\n"
         ),
     )
 

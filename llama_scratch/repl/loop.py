@@ -64,11 +64,14 @@ def _placeholder(session: Session) -> FormattedText:
     """What an empty line offers, in grey; nothing of it stays once the line is sent."""
     if get_app().is_done:
         return FormattedText()
-    hint = _FIRST_HINT
-    if session.offered:
-        hint = terminal.visible(session.offer_text).plain[:30] + "  (Enter accepts)"
     room = session.console.width - len(session.llama.info.name) - 3
-    return FormattedText([("ansibrightblack", hint if len(hint) <= room else hint[: room - 1] + "…")])
+    hint = _FIRST_HINT if len(_FIRST_HINT) <= room else ""
+    if session.offered:
+        offer = terminal.visible(session.offer_text).plain
+        hint = offer + "  (Enter accepts)"
+        if len(hint) > room:
+            hint = offer[: room - 2] + " ⏎"
+    return FormattedText([("ansibrightblack", hint)])
 
 
 def _reader(session: Session) -> PromptSession[str]:

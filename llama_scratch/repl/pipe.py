@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError
-from llama_scratch.render import lines, terminal
+from llama_scratch.render import lines
 from llama_scratch.repl.commands import is_command, run_command, unescaped
 from llama_scratch.repl.session import Session
 from llama_scratch.results import as_json
@@ -50,7 +50,7 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
             else:
                 answer(session, unescaped(prompt) if commands else prompt, form, log)
         except LlamaScratchError as error:
-            log.print(f"llama-scratch: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+            report(log, str(error), "red")
             exit_code = exit_code or error.exit_code
         if session.ended:
             break
@@ -69,12 +69,17 @@ def answer(session: Session, prompt: str, form: Format, log: Console) -> None:
         _write(lines.json_line(as_json(prediction, generated)))
         return
     for sentence in prediction.warnings:
-        log.print(terminal.warning(sentence), soft_wrap=True)
+        report(log, sentence, "yellow")
     if generated is not None:
         _write(generated.text)
     else:
         for line in lines.answer_lines(prediction, all_candidates=form.all_candidates):
             _write(line)
+
+
+def report(log: Console, sentence: str, style: str) -> None:
+    """A sentence on one line of standard error, however long."""
+    log.print(f"llama-scratch: {sentence}", style=style, soft_wrap=True, markup=False)
 
 
 def _write(line: str) -> None:

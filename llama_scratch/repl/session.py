@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llama_scratch.render import terminal
-from llama_scratch.results import Prediction
+from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama, Prompt
@@ -52,9 +52,10 @@ class Session:
             self._answer([*self.ids, *self.offered], accepted=len(self.offered))
 
     def _answer(self, prompt: Prompt, accepted: int) -> None:
-        prediction = self.llama.predict(prompt, top=self.settings.top)
+        with progress_bar(self.console) as progress:
+            prediction = self.llama.predict(prompt, top=self.settings.top, progress=progress)
         if accepted:
-            self._show_context(prediction, accepted)
+            self._show_context([token.id for token in prediction.tokens], accepted)
         if self.settings.plain:
             self.console.print(terminal.plain_answer(prediction), markup=False, highlight=False)
         else:
@@ -64,9 +65,11 @@ class Session:
         if self.settings.generate:
             self.offered = self._generate(self.ids) or self.offered
 
-    def _show_context(self, prediction: Prediction, accepted: int) -> None:
-        special = frozenset(self.llama.tokenizer.special_tokens.values()) - set(self.offered)
-        self.console.print(terminal.context(prediction.tokens, accepted, special, self.console.width))
+    def _show_context(self, ids: list[int], accepted: int) -> None:
+        tokenizer = self.llama.tokenizer
+        begin = 1 if ids[0] == tokenizer.bos_id else 0
+        text, new = tokenizer.decode(ids[begin:-accepted]), tokenizer.decode(ids[-accepted:])
+        self.console.print(terminal.context(text, new, self.console.width))
 
     def _generate(self, ids: Sequence[int]) -> list[int]:
         """Stream the continuation; Ctrl-C ends it and keeps what came."""

@@ -1,0 +1,1 @@
+"""Commands that make random checkpoints and measure."""

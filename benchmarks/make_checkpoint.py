@@ -1,0 +1,77 @@
+"""Write a Meta directory of Llama 3.2 1B's true shape with random weights.
+
+    python -m benchmarks.make_checkpoint DIRECTORY [--n-layers N]
+
+The weights are bf16 with a tied output, as in Meta's file, 2.47 GB; the tokenizer is Meta's own, from
+the llama-models package (`pip install llama-scratch[test]`). Answers are noise, sizes and speed are true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_scratch.config import ModelArgs
+
+LLAMA_3_2_1B: dict[str, Any] = {
+    "dim": 2048,
+    "ffn_dim_multiplier": 1.5,
+    "multiple_of": 256,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "n_layers": 16,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "vocab_size": 128256,
+}
+
+
+def make_checkpoint(directory: Path, params: dict[str, Any] = LLAMA_3_2_1B) -> None:
+    """Write params.json, tokenizer.model and consolidated.00.pth."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(params)
+    args = ModelArgs.from_params_json(text)
+    (directory / "params.json").write_text(text)
+    shutil.copyfile(meta_tokenizer(), directory / "tokenizer.model")
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in args.weight_shapes().items():
+        if name == "output.weight":
+            weights[name] = weights["tok_embeddings.weight"]
+        elif len(shape) == 1:
+            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            weights[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(
+                0, 1 / math.sqrt(shape[1]), generator=generator
+            )
+    torch.save(weights, directory / "consolidated.00.pth")
+
+
+def meta_tokenizer() -> Path:
+    """Meta's tokenizer.model in the installed llama-models package."""
+    spec = importlib.util.find_spec("llama_models.llama3")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("llama-models is not installed; run: pip install 'llama-scratch[test]'")
+    return Path(spec.submodule_search_locations[0]) / "tokenizer.model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--n-layers", type=int, default=LLAMA_3_2_1B["n_layers"])
+    arguments = parser.parse_args()
+    make_checkpoint(arguments.directory, LLAMA_3_2_1B | {"n_layers": arguments.n_layers})
+    size = (arguments.directory / "consolidated.00.pth").stat().st_size
+    print(f"{arguments.directory}: {size:,} bytes of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Make the README's pictures, each from a real run of the program or from the model's own configuration.
+
+    make images        (python -m docs.make_images [NAME …])
+
+The program runs on a pseudo-terminal with SmolLM2; its screen is drawn cell by cell. The picture of the
+architecture takes every number from the `ModelArgs` of Llama 3.2 1B's params.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image, ImageDraw, ImageFont
+from pyte.screens import Char, Screen
+
+from benchmarks.make_checkpoint import LLAMA_3_2_1B
+from llama_scratch.config import ModelArgs
+from tests.terminal import Terminal
+
+FOLDER = Path(__file__).parent.parent / "OutputImages"
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+# --- The program at work ----------------------------------------------------------------------
+
+BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
+# pyte names the sixteen colours that a terminal theme defines.
+PALETTE = {
+    "black": "#45475a",
+    "red": "#f38ba8",
+    "green": "#a6e3a1",
+    "brown": "#f9e2af",
+    "blue": "#89b4fa",
+    "magenta": "#f5c2e7",
+    "cyan": "#94e2d5",
+    "white": "#bac2de",
+    "brightblack": "#7f849c",
+    "default": FOREGROUND,
+}
+SIZE = 22
+
+
+def session() -> Image.Image:
+    """A prompt, its answer, and two tokens accepted."""
+    with _start() as terminal:
+        terminal.type("The capital of France is", "enter")
+        terminal.settle(1)
+        terminal.type("enter")
+        terminal.settle(1)
+        terminal.type("The opposite of hot is", "enter")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def before_enter() -> Image.Image:
+    """A prompt typed, Enter not yet pressed."""
+    with _start(rows=16) as terminal:
+        terminal.type("The capital of France is")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def after_enter() -> Image.Image:
+    """The same prompt answered."""
+    with _start(rows=16) as terminal:
+        terminal.type("The capital of France is", "enter")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def _start(rows: int = 34) -> Terminal:
+    terminal = Terminal("--model", "smollm2", columns=84, rows=rows)
+    terminal.wait_for("SmolLM2-135M-Instruct>")
+    terminal.settle()
+    return terminal
+
+
+def draw(screen: Screen) -> Image.Image:
+    """A terminal's screen as a picture, down to its last line that shows something."""
+    regular, bold = (ImageFont.truetype(FONTS / f"DejaVuSansMono{kind}.ttf", SIZE) for kind in ("", "-Bold"))
+    width, height = round(regular.getlength("M")), round(SIZE * 1.4)
+    rows = 1 + max(row for row in range(screen.lines) if screen.display[row].strip() or row == screen.cursor.y)
+    margin = SIZE
+    image = Image.new("RGB", (screen.columns * width + 2 * margin, rows * height + 2 * margin), BACKGROUND)
+    canvas = ImageDraw.Draw(image)
+    for row in range(rows):
+        for column in range(screen.columns):
+            cell = screen.buffer[row][column]
+            foreground, background = _colors(cell)
+            x, y = margin + column * width, margin + row * height
+            if (column, row) == (screen.cursor.x, screen.cursor.y):
+                foreground, background = BACKGROUND, FOREGROUND
+            if background != BACKGROUND:
+                canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=background)
+            if (eighths := " ▏▎▍▌▋▊▉█".find(cell.data)) > 0:  # blocks meet without a seam
+                canvas.rectangle((x, y + 6, x + round(width * eighths / 8) - 1, y + height - 7), fill=foreground)
+            elif cell.data.strip():
+                canvas.text((x, y + height * 0.12), cell.data, fill=foreground, font=bold if cell.bold else regular)
+    return image
+
+
+def _colors(cell: Char) -> tuple[str, str]:
+    foreground, background = _color(cell.fg, FOREGROUND), _color(cell.bg, BACKGROUND)
+    return (background, foreground) if cell.reverse else (foreground, background)
+
+
+def _color(name: str, default: str) -> str:
+    if name == "default":
+        return default
+    return PALETTE.get(name, f"#{name}")
+
+
+# --- The architecture -------------------------------------------------------------------------
+
+
+def architecture() -> Figure:
+    """Llama 3.2 1B: every part with its true shapes."""
+    args = ModelArgs.from_params_json(json.dumps(LLAMA_3_2_1B))
+    shapes = {name: "×".join(f"{n:,}" for n in shape) for name, shape in args.weight_shapes().items()}
+
+    def shape(name: str) -> str:
+        return f"{name}  {shapes[f'layers.0.{name}.weight']}"
+
+    figure = Figure(figsize=(12, 13.5), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 12), ylim=(0, 13.5))
+    axes.axis("off")
+    axes.text(6, 13.05, "Llama 3.2 1B", ha="center", fontsize=24, weight="bold")
+    subtitle = (
+        f"{args.n_parameters(tied=True):,} parameters, {args.n_layers} layers, {args.max_seq_len:,} tokens of context"
+    )
+    axes.text(6, 12.62, subtitle, ha="center", fontsize=13, color="#444444")
+
+    blue, green, orange, grey = "#dbeafe", "#dcfce7", "#ffedd5", "#f1f5f9"
+    _box(
+        axes,
+        6,
+        0.65,
+        5.2,
+        0.75,
+        "prompt  →  tokenizer (tiktoken BPE)",
+        f"token ids  (B, T), each below {args.vocab_size:,}",
+        grey,
+    )
+    _box(axes, 6, 1.95, 5.2, 0.75, "Token embedding", f"tok_embeddings  {shapes['tok_embeddings.weight']}", blue)
+    axes.add_patch(
+        FancyBboxPatch(
+            (0.6, 2.75), 10.8, 6.95, boxstyle="round,pad=0,rounding_size=0.2", fc="#fafafa", ec="#94a3b8", lw=1.5
+        )
+    )
+    axes.text(11.2, 9.42, f"× {args.n_layers} layers", ha="right", fontsize=14, weight="bold", color="#334155")
+    norm = f"{shapes['layers.0.attention_norm.weight']}, eps {args.norm_eps:g}"
+    _box(axes, 6, 3.35, 3.6, 0.62, "RMSNorm", f"attention_norm  {norm}", orange)
+    _box(axes, 2.75, 4.5, 3.5, 0.72, f"{args.n_heads} query heads × {args.head_dim}", shape("attention.wq"), green)
+    _box(axes, 6.35, 4.5, 3.3, 0.72, f"{args.n_kv_heads} key heads × {args.head_dim}", shape("attention.wk"), green)
+    _box(axes, 9.75, 4.5, 3.1, 0.72, f"{args.n_kv_heads} value heads × {args.head_dim}", shape("attention.wv"), green)
+    assert args.rope_scaling is not None
+    rope = (
+        f"{args.head_dim // 2} complex pairs a head, θ {args.rope_theta:,.0f}, scaled by {args.rope_scaling.factor:g}"
+    )
+    _box(axes, 4.4, 5.55, 6.6, 0.62, "Rotary embedding: q and k turn with their position", rope, green)
+    cache = f"{2 * args.n_layers * args.n_kv_heads * args.head_dim * 2 // 1024} KiB a token in bf16"
+    _box(axes, 9.75, 5.55, 3.1, 0.62, "KV cache (all layers)", cache, grey)
+    _box(
+        axes,
+        6,
+        6.65,
+        7.4,
+        0.72,
+        "Grouped-query attention: softmax(q kᵀ / √64) v",
+        f"{args.group_size} query heads share each key/value head;  " + shape("attention.wo"),
+        green,
+    )
+    _box(axes, 6, 7.97, 3.6, 0.62, "RMSNorm", f"ffn_norm  {norm}", orange)
+    feed_forward = f"{shape('feed_forward.w1')}    {shape('feed_forward.w3')}    {shape('feed_forward.w2')}".replace(
+        "feed_forward.", ""
+    )
+    _box(axes, 6, 8.92, 7.4, 0.72, "SwiGLU feed-forward: w2( SiLU(w1 x) · w3 x )", feed_forward, green)
+    _box(axes, 6, 10.25, 5.2, 0.7, "RMSNorm", f"norm  {shapes['norm.weight']}", orange)
+    _box(axes, 6, 11.3, 5.2, 0.75, "Output projection, the embedding again", f"output  {shapes['output.weight']}", blue)
+    axes.text(
+        6, 12.15, f"{args.vocab_size:,} logits  →  argmax: the next token", ha="center", fontsize=13, weight="bold"
+    )
+
+    for low, high in [
+        (1.03, 1.57),
+        (2.33, 3.04),
+        (9.28, 9.9),
+        (10.6, 10.92),
+        (11.68, 12.02),
+        (7.01, 7.66),
+        (8.28, 8.56),
+        (5.86, 6.29),
+    ]:
+        _arrow(axes, (6, low), (6, high))
+    for x in (2.75, 6.35, 9.75):
+        _arrow(axes, (6, 3.66), (x, 4.14))
+        _arrow(axes, (x, 4.86), (x, 5.24))
+    _arrow(axes, (7.7, 5.55), (8.2, 5.55))
+    _arrow(axes, (9.75, 5.86), (8.6, 6.29))
+    # The residual stream goes around both halves of a layer.
+    for low, high in [(2.62, 7.2), (7.45, 9.57)]:
+        axes.plot([6, 0.85, 0.85], [low, low, high], color="#64748b", lw=1.6, ls=(0, (4, 2)))
+        _arrow(axes, (0.85, high), (5.95, high), dashed=True)
+        axes.text(
+            6,
+            high,
+            "+",
+            ha="center",
+            va="center",
+            fontsize=13,
+            weight="bold",
+            bbox={"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "#334155"},
+        )
+    return figure
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, title: str, detail: str, color: str) -> None:
+    corner = (x - width / 2, y - height / 2)
+    axes.add_patch(
+        FancyBboxPatch(
+            corner, width, height, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec="#334155", zorder=2
+        )
+    )
+    axes.text(x, y + 0.13, title, ha="center", va="center", fontsize=12, weight="bold", zorder=3)
+    axes.text(x, y - 0.16, detail, ha="center", va="center", fontsize=10, family="monospace", zorder=3)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], *, dashed: bool = False) -> None:
+    style: dict[str, Any] = {"arrowstyle": "-|>", "color": "#64748b" if dashed else "#334155", "lw": 1.6}
+    if dashed:
+        style["linestyle"] = (0, (4, 2))
+    axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
+
+
+PICTURES: dict[str, Callable[[], Image.Image | Figure]] = {
+    "llamaFromScratchReadMePicture": session,
+    "llama321BPicture": architecture,
+    "prompt1": before_enter,
+    "prompt1Output": after_enter,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; all of them by default")
+    for name in parser.parse_args().names or PICTURES:
+        picture = PICTURES[name]()
+        path = FOLDER / f"{name}.png"
+        if isinstance(picture, Figure):
+            picture.savefig(path, dpi=110)
+        else:
+            picture.save(path, optimize=True)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""A bar for what takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from llama_scratch.progress import Progress
+
+
+@contextmanager
+def progress_bar(console: Console, start: str | None = None) -> Iterator[Progress]:
+    """Yields the `Progress` to report to.
+
+    The bar is gone afterwards, and never there where nobody watches. It begins with the stage `start`,
+    or, without one, appears with the first call.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
+    hidden = console.quiet or not console.is_terminal or console.is_dumb_terminal
+    with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(start or "", total=None, visible=start is not None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage.capitalize(), completed=done, total=total, visible=True)
+
+        yield report

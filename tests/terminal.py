@@ -1,0 +1,121 @@
+"""A pseudo-terminal with a screen: runs the real program, types keys and reads what a person would see."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+import pexpect
+import pyte
+
+PROGRAM = (sys.executable, "-m", "llama_scratch")
+KEYS = {"enter": "\r", "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-r": "\x12", "up": "\x1b[A", "alt-enter": "\x1b\r"}
+
+
+class Terminal:
+    """One run of a program on a terminal of `columns` × `rows`."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        columns: int = 80,
+        rows: int = 40,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 30,
+    ):
+        self.timeout = timeout
+        self.screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self.screen)
+        environment = dict(os.environ) | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"} | dict(env or {})
+        for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
+            environment.pop(name, None)
+        self._child = pexpect.spawn(
+            PROGRAM[0], [*PROGRAM[1:], *arguments], env=environment, dimensions=(rows, columns), timeout=timeout
+        )
+        self._child.delaybeforesend = None
+        self._output = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.close(force=True)
+
+    @property
+    def lines(self) -> list[str]:
+        """What the screen shows, without trailing blanks."""
+        return [line.rstrip() for line in self.screen.display]
+
+    @property
+    def text(self) -> str:
+        """The lines of the screen that are not empty at the end."""
+        return "\n".join(self.lines).rstrip()
+
+    def read(self, seconds: float = 0.05) -> bool:
+        """Take in what the program wrote; False once it has ended."""
+        try:
+            data = self._child.read_nonblocking(65536, seconds)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self._stream.feed(data)
+        self._output += data
+        if b"\x1b[6n" in data:  # the program asks where the cursor is, and a terminal answers
+            self._child.send(f"\x1b[{self.screen.cursor.y + 1};{self.screen.cursor.x + 1}R")
+        return True
+
+    def settle(self, seconds: float = 0.4) -> None:
+        """Read until the screen has not changed for a while."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            before = self.text
+            if not self.read():
+                return
+            if self.text != before:
+                end = time.monotonic() + seconds
+
+    def wait_for(self, text: str) -> None:
+        """Read until the screen shows a text."""
+        end = time.monotonic() + self.timeout
+        while text not in self.text:
+            if time.monotonic() > end or not self.read():
+                raise AssertionError(f"{text!r} did not appear; the screen shows:\n{self.text}")
+
+    def wait_for_more(self, text: str, seen: int) -> None:
+        """Read until the program has written a text more often than it had before."""
+        end = time.monotonic() + self.timeout
+        while self.seen(text) <= seen:
+            if time.monotonic() > end or not self.read():
+                raise AssertionError(f"{text!r} did not come again; the screen shows:\n{self.text}")
+
+    def seen(self, text: str) -> int:
+        """How often the program has written a text since it began."""
+        return self._output.count(text.encode())
+
+    def type(self, *keys: str) -> None:
+        """Type texts and keys (names of `KEYS`), one after the other."""
+        for key in keys:
+            self._child.send(KEYS.get(key, key))
+
+    def paste(self, text: str) -> None:
+        """Paste a text in one piece, as terminals mark it."""
+        self._child.send(f"\x1b[200~{text}\x1b[201~")
+
+    def interrupt(self) -> None:
+        """What a terminal does for Ctrl-C while a program computes."""
+        self._child.sendintr()
+
+    def wait(self) -> int:
+        """Read to the end and return the exit code (128 + number for a signal)."""
+        end = time.monotonic() + self.timeout
+        while self.read():
+            if time.monotonic() > end:
+                raise AssertionError(f"the program did not end; the screen shows:\n{self.text}")
+        self._child.close()
+        return int(self._child.exitstatus if self._child.exitstatus is not None else 128 + self._child.signalstatus)

@@ -1,0 +1,210 @@
+"""The session on a real pseudo-terminal, with the open model's real weights."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.terminal import Terminal
+
+# What stands under every answer, plain ones too ("Entropy").
+ANSWERED = "ntropy "
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> dict[str, str]:
+    """An environment with an empty folder for the history."""
+    return {"XDG_STATE_HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def session(smollm2_path: Path, state: dict[str, str]) -> Iterator[Terminal]:
+    """A session at its first prompt."""
+    with start(state) as terminal:
+        yield terminal
+
+
+def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal:
+    terminal = Terminal("--model", "smollm2", *arguments, env=state, columns=columns)
+    terminal.wait_for("SmolLM2-135M-Instruct>")
+    return terminal
+
+
+def ask(terminal: Terminal, prompt: str) -> str:
+    """Type a prompt and return the screen once the answer is there."""
+    answers = terminal.seen(ANSWERED)
+    terminal.type(prompt, "enter")
+    terminal.wait_for_more(ANSWERED, answers)
+    terminal.settle()
+    return terminal.text
+
+
+def test_a_prompt_is_answered_with_the_token_and_its_probability(session: Terminal) -> None:
+    assert "SmolLM2-135M-Instruct> " in session.text + " "
+    text = ask(session, "The capital of France is")
+    rows = [line.split()[:3] for line in text.splitlines() if " % " in line]
+    assert rows[0] == ["␣Paris", "77.3", "%"]
+    assert rows[1] == ["␣the", "6.5", "%"]
+    assert len(rows) == 5
+
+
+def test_enter_on_an_empty_line_accepts_the_token_and_goes_on(session: Terminal) -> None:
+    ask(session, "The capital of France is")
+    session.type("enter")
+    session.wait_for("The capital of France is Paris\n")
+    session.settle()
+    assert "6 tokens, 5 reused" in session.text
+    session.type("enter")
+    session.wait_for("The capital of France is Paris.\n")
+    session.settle()
+    assert r" \n" in session.text  # the next token is a line break, and can be seen
+
+
+def test_enter_on_an_empty_line_before_any_answer_does_nothing(session: Terminal) -> None:
+    session.type("enter", "enter")
+    session.settle()
+    assert "%" not in session.text
+    assert "␣Paris" in ask(session, "The capital of France is")
+
+
+def test_ctrl_c_clears_the_line_and_never_ends_the_program(session: Terminal) -> None:
+    session.type("half a thou")
+    session.wait_for("half a thou")
+    session.type("ctrl-c")
+    session.settle()
+    assert "half a thou" not in session.text
+    session.type("ctrl-c")
+    session.wait_for("Ctrl-D or /quit leaves")
+    session.type("ctrl-c", "ctrl-c")
+    assert "␣Paris" in ask(session, "The capital of France is")
+
+
+def test_ctrl_c_cancels_what_is_running(smollm2_path: Path, state: dict[str, str]) -> None:
+    with start(state, "--generate", "2000") as session:
+        session.type("Once upon a time", "enter")
+        session.wait_for("…, the")
+        session.interrupt()
+        session.wait_for("stopped")
+        session.settle()
+        shown = session.text
+        session.type("ctrl-d")
+        assert session.wait() == 0
+        assert "Traceback" not in shown
+
+
+def test_ctrl_c_during_a_long_prompt_leaves_the_session_answering(session: Terminal) -> None:
+    session.paste("word " * 6000 + "end")
+    session.settle()
+    session.type("enter")
+    session.wait_for("Reading")
+    session.interrupt()
+    session.wait_for("Cancelled.")
+    assert "␣Paris" in ask(session, "The capital of France is")
+    assert "77.3" in session.text
+
+
+def test_ctrl_d_and_quit_end_it(smollm2_path: Path, state: dict[str, str]) -> None:
+    for keys in (["ctrl-d"], ["/quit", "enter"]):
+        with start(state) as session:
+            session.type(*keys)
+            assert session.wait() == 0
+
+
+def test_the_history_is_kept_between_sessions_and_for_oneself(
+    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+) -> None:
+    with start(state) as session:
+        ask(session, "The capital of France is")
+        session.type("ctrl-d")
+        assert session.wait() == 0
+    history = tmp_path / "llama-scratch" / "history"
+    assert "The capital of France is" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    with start(state) as session:
+        session.type("up")
+        session.wait_for("> The capital of France is")
+
+
+def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
+    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "llama-scratch").write_text("a file where the folder should be")
+    with start(state) as session:
+        assert "history cannot be kept" in session.text
+        assert "␣Paris" in ask(session, "The capital of France is")
+
+
+def test_a_paste_of_several_lines_is_one_prompt(session: Terminal) -> None:
+    session.paste("One line\nand 日本語 🎉 another")
+    session.wait_for("another")
+    session.settle()
+    assert "%" not in session.text
+    session.type("enter")
+    session.wait_for("entropy")
+    assert session.text.count("entropy") == 1
+
+
+def test_help_lists_the_commands_and_a_mistyped_one_names_the_nearest(session: Terminal) -> None:
+    session.type("/help", "enter")
+    session.wait_for("/quit")
+    assert "Ctrl-C" in session.text
+    session.type("/qiut", "enter")
+    session.wait_for("did you mean /quit?")
+    session.type("/quit now", "enter")
+    session.wait_for("takes no argument")
+    assert "entropy" in ask(session, "//usr/bin")
+
+
+def test_a_prompt_beyond_the_context_is_a_sentence_and_the_session_goes_on(
+    smollm2_path: Path, state: dict[str, str]
+) -> None:
+    with start(state, "--context", "6") as session:
+        session.type("one two three four five six seven eight", "enter")
+        session.wait_for("expected at most 6")
+        assert "␣Paris" in ask(session, "The capital of France is")
+        session.type("enter")
+        session.wait_for("France is Paris\n")
+        session.settle()
+        session.type("enter")  # the seventh token
+        session.wait_for("The prompt has 7 tokens")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_nothing_is_wider_than_the_terminal(smollm2_path: Path, state: dict[str, str], columns: int) -> None:
+    """A line that wrapped where it should not have would show a bar on a line of its own."""
+    with start(state, columns=columns) as session:
+        text = ask(session, "The capital of France is")
+    rows = [line for line in text.splitlines() if " %" in line]
+    assert len(rows) == 5
+    assert all(len(line) <= columns for line in text.splitlines())
+    assert not any(line.strip().startswith("█") for line in text.splitlines())
+
+
+def test_plain_has_no_bars_and_no_colours(smollm2_path: Path, state: dict[str, str]) -> None:
+    with start(state, "--plain") as session:
+        text = ask(session, "The capital of France is")
+        assert 'Next token: " Paris", 77.3 %' in text
+        assert "█" not in text
+        cells = [session.screen.buffer[row][column] for row in range(40) for column in range(80)]
+        assert {(cell.fg, cell.bg) for cell in cells} == {("default", "default")}
+
+
+def test_a_dumb_terminal_works(smollm2_path: Path, state: dict[str, str]) -> None:
+    with start(state | {"TERM": "dumb"}) as session:
+        assert "␣Paris" in ask(session, "The capital of France is")
+        session.type("ctrl-d")
+        assert session.wait() == 0
+
+
+def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
+    environment = {"XDG_DATA_HOME": str(tmp_path), "HOME": os.environ["HOME"]}
+    with Terminal(env=environment) as terminal:
+        terminal.wait_for("Fetch SmolLM2-135M-Instruct")
+        terminal.wait_for("93 MB, Apache-2.0")
+        terminal.type("n", "enter")
+        assert terminal.wait() == 3
+        assert "llama-scratch pull smollm2" in " ".join(terminal.text.split())

@@ -1,0 +1,71 @@
+"""Make the virtual environment that the Makefile's targets run in. Needs Python 3.11 and nothing else.
+
+    python3 tools/install.py FOLDER [EXTRA …]
+
+On Linux without an NVIDIA GPU it refuses to install torch's CUDA build, which is several gigabytes; where
+pip's configuration offers a CPU build, that one is taken. TORCH_INDEX in the environment names an index to
+take torch from (https://pytorch.org/get-started/locally/ lists them).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main():
+    if sys.version_info < (3, 11):
+        fail(f"This is Python {sys.version.split()[0]}, expected 3.11 or newer; name another: make PYTHON=python3.12 run")
+    folder, extras = Path(sys.argv[1]).absolute(), sorted(sys.argv[2:])
+    stamp = folder / "installed.json"
+    wanted = json.dumps([sys.version, extras, str(ROOT), (ROOT / "pyproject.toml").read_text()])
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    print(f"Installing into {folder} (once; torch is about 200 MB)", flush=True)
+    python = make_environment(folder)
+    install_torch(python)
+    run_pip(python, "install", "--editable", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT))
+    stamp.write_text(wanted)
+
+
+def make_environment(folder):
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    try:
+        venv.create(folder, with_pip=True, clear=True, symlinks=os.name != "nt")
+    except (subprocess.CalledProcessError, OSError) as error:
+        fail(f"No virtual environment could be made in {folder} ({error}); on Debian and Ubuntu install python3-venv.")
+    return python
+
+
+def install_torch(python):
+    requirement = next(line.strip(' ,"\n') for line in (ROOT / "pyproject.toml").open() if '"torch>=' in line)
+    if index := os.environ.get("TORCH_INDEX"):
+        run_pip(python, "install", "--index-url", index, requirement)
+    elif sys.platform == "linux" and not Path("/proc/driver/nvidia/version").exists():
+        report = run_pip(python, "install", "--dry-run", "--quiet", "--report", "-", requirement, capture=True)
+        packages = [package["metadata"]["name"] for package in json.loads(report)["install"]]
+        if any(name.startswith(("nvidia-", "cuda-")) for name in packages):
+            fail(
+                "pip would install torch with gigabytes of CUDA packages, and this machine has no NVIDIA GPU; take the "
+                "CPU index from https://pytorch.org/get-started/locally/ and run make again with TORCH_INDEX=<that index>"
+            )
+
+
+def run_pip(python, *arguments, capture=False):
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if result.returncode:
+        fail("pip failed (its reason is above); mend that and run make again.")
+    return result.stdout
+
+
+def fail(sentence):
+    sys.exit(f"install: {sentence}")
+
+
+if __name__ == "__main__":
+    main()
