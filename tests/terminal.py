@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import cast
 
 import pexpect
 import pyte
@@ -59,7 +60,7 @@ class Terminal:
     def read(self, seconds: float = 0.05) -> bool:
         """Take in what the program wrote; False once it has ended."""
         try:
-            data = self._child.read_nonblocking(65536, seconds)
+            data = cast(bytes, self._child.read_nonblocking(65536, seconds))  # without an encoding it is bytes
         except pexpect.TIMEOUT:
             return True
         except pexpect.EOF:
@@ -118,4 +119,6 @@ class Terminal:
             if time.monotonic() > end:
                 raise AssertionError(f"the program did not end; the screen shows:\n{self.text}")
         self._child.close()
-        return int(self._child.exitstatus if self._child.exitstatus is not None else 128 + self._child.signalstatus)
+        if self._child.exitstatus is not None:
+            return self._child.exitstatus
+        return 128 + (self._child.signalstatus or 0)
