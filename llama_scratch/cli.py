@@ -274,9 +274,13 @@ def info(
 
         print(json_line(facts))
     else:
-        from llama_scratch.render.terminal import model_info
+        from llama_scratch.render.terminal import model_facts, rows
 
-        state.screen.out.print(model_info(facts))
+        shown = model_facts(facts)
+        if state.screen.out.is_terminal:
+            state.screen.out.print(rows(shown))
+        else:
+            print("\n".join(f"{name}: {value}" for name, value in shown.items()))
 
 
 # --- Loading ----------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_info_names_shape_parameters_and_rope_factor(llama_scratch: Runner, tiny
     assert facts["rope"]["scaling"]["factor"] == 32
     assert facts["stored"] == {"bfloat16": 30}
     assert facts["precision"] == "bf16"
-    assert "scaled by 32" in llama_scratch("info", str(tiny_dir)).out
+    assert "scaled by a factor of 32" in llama_scratch("info", str(tiny_dir)).out
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -147,30 +147,28 @@ def describe(model: ModelInfo) -> str:
     return f"{model.parameters / 1e6:,.0f} M parameters, {model.precision} on {model.device}"
 
 
-def model_info(facts: dict[str, Any]) -> RenderableType:
-    """What `info` prints of a model."""
+def model_facts(facts: dict[str, Any]) -> dict[str, str]:
+    """What `info` shows of a model: names and values."""
     shape, scaling, tokenizer = facts["shape"], facts["rope"]["scaling"], facts["tokenizer"]
     rope = f"theta {facts['rope']['theta']:,.0f}, " + (
-        f"scaled by {scaling['factor']:g} beyond {scaling['original_context']:,} tokens" if scaling else "not scaled"
+        f"scaled by a factor of {scaling['factor']:g}" if scaling else "not scaled"
     )
     heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
-    return rows(
-        {
-            "name": facts["name"],
-            "file": f"{facts['path']} ({facts['format']}, {facts['bytes'] / 1e6:,.0f} MB)",
-            "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
-            + f" tensors; runs in {facts['precision']}",
-            "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" * facts["tied_output"]),
-            "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
-            "attention": heads,
-            "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide",
-            "RoPE": rope,
-            "context": f"{facts['context']:,} tokens",
-            "tokenizer": f"{tokenizer['tokens']:,} tokens, {tokenizer['special']} of them special; "
-            f"{'begins with ' + tokenizer['bos'] if tokenizer['bos'] else 'no beginning-of-text token'}; "
-            f"ends at {' '.join(tokenizer['stops'])}",
-        }
-    )
+    return {
+        "name": facts["name"],
+        "file": f"{facts['path']} ({facts['format']}, {facts['bytes'] / 1e6:,.0f} MB)",
+        "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
+        + f" tensors; runs in {facts['precision']}",
+        "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" * facts["tied_output"]),
+        "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
+        "attention": heads,
+        "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide",
+        "RoPE": rope,
+        "context": f"{facts['context']:,} tokens",
+        "tokenizer": f"{tokenizer['tokens']:,} tokens, {tokenizer['special']} of them special; "
+        f"{'begins with ' + tokenizer['bos'] if tokenizer['bos'] else 'no beginning-of-text token'}; "
+        f"ends at {' '.join(tokenizer['stops'])}",
+    }
 
 
 def rows(pairs: Mapping[str, str]) -> RenderableType:
