@@ -75,7 +75,7 @@ def after_enter() -> Image.Image:
         return draw(terminal.screen)
 
 
-def _start(rows: int = 34) -> Terminal:
+def _start(rows: int = 40) -> Terminal:
     terminal = Terminal("--model", "smollm2", columns=84, rows=rows)
     terminal.wait_for("SmolLM2-135M-Instruct>")
     terminal.settle()

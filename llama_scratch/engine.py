@@ -47,7 +47,7 @@ class Engine:
 
         Raises `ContextLengthError` where ids are too many, `UsageError` where there are none or one is unknown.
         """
-        self._check(ids)
+        self.check(ids)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
         # The last token is always computed: its logits are not kept.
         reused = min(common, self._cache.length, len(ids) - 1)
@@ -60,7 +60,7 @@ class Engine:
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of `ids`, (T, vocab_size) float32."""
-        self._check(ids)
+        self.check(ids)
         self._start(ids, 0)
         return torch.cat([_finite(self._forward(chunk, all_positions=True)[0]) for chunk in self._chunks(ids, 0)])
 
@@ -77,7 +77,8 @@ class Engine:
         tokens = torch.tensor([ids], device=self._device)  # (1, T)
         return self.model(tokens, self._cache, all_positions=all_positions).cpu()
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise `UsageError` or `ContextLengthError` where a sequence cannot be run."""
         if not ids:
             raise UsageError("The prompt is empty, expected at least one token.")
         if len(ids) > self.context:

@@ -146,12 +146,15 @@ class Llama:
     ) -> Iterator[Step]:
         """Go on from a prompt, token by token; greedy unless a temperature is given.
 
-        Stops before a stop token, after `max_new_tokens`, or where the context is full.
+        Stops before a stop token, after `max_new_tokens`, or where the context is full. Raises as
+        `predict` does, and `UsageError` for a sampling option out of its range.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
-        return self._steps(self.encode(prompt), max_new_tokens, sampling)
+        ids = self.encode(prompt)
+        self._engine.check(ids)
+        return self._steps(ids, max_new_tokens, sampling)
 
     def _steps(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
         generator = sampling.generator()

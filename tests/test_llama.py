@@ -1,0 +1,153 @@
+"""The library's class, with the small random model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_scratch import ContextLengthError, Llama, LlamaScratchError, ModelNotFoundError, Token, UsageError
+from tests.checkpoints import write_meta
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_dir: Path) -> Llama:
+    return Llama.load(tiny_dir, precision="fp32")
+
+
+def test_a_prediction_is_the_softmax_of_the_last_logits(llama: Llama) -> None:
+    prediction = llama.predict("the nation", top=556)
+    probabilities = llama.logits("the nation")[-1].double().softmax(-1)
+    assert [candidate.id for candidate in prediction.top] == probabilities.argsort(descending=True).tolist()
+    for candidate in prediction.top:
+        assert candidate.probability == pytest.approx(float(probabilities[candidate.id]), rel=1e-4)
+        assert candidate.logprob == pytest.approx(math.log(candidate.probability))
+    assert prediction.next == prediction.top[0]
+    entropy = -sum(p * math.log2(p) for p in probabilities.tolist())
+    assert prediction.entropy_bits == pytest.approx(entropy, rel=1e-4)
+
+
+def test_a_text_gets_the_beginning_of_text_and_ids_do_not(llama: Llama) -> None:
+    ids = llama.tokenizer.encode("the nation")
+    assert [token.id for token in llama.predict("the nation").tokens] == [300, *ids]
+    assert [token.id for token in llama.predict(ids).tokens] == ids
+    assert llama.predict([300, *ids]).next.id == llama.predict("the nation").next.id
+    assert llama.predict(ids).prompt == "the nation"
+
+
+def test_logits_are_float32_after_every_token(llama: Llama) -> None:
+    logits = llama.logits([300, 5, 6, 7])
+    assert logits.shape == (4, 556)
+    assert logits.dtype == torch.float32
+
+
+def test_generation_is_greedy_prediction_repeated(llama: Llama) -> None:
+    ids = llama.encode("the nation")
+    for step in llama.generate("the nation", max_new_tokens=12):
+        best = llama.predict(ids).next
+        assert step.id == best.id
+        assert step.logprob == pytest.approx(best.logprob, abs=1e-4)
+        ids.append(step.id)
+
+
+def test_generated_text_in_steps_is_the_text_of_the_ids(llama: Llama) -> None:
+    steps = list(llama.generate("the nation", max_new_tokens=60, temperature=2.0, seed=7))
+    assert "".join(step.text for step in steps) == llama.tokenizer.decode(step.id for step in steps)
+
+
+def test_generation_stops_before_a_stop_token(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list(llama.generate("the nation", max_new_tokens=12))
+    stop = steps[5].id
+    monkeypatch.setattr(llama.tokenizer, "stop_ids", {stop})
+    first = [step.id for step in steps].index(stop)
+    generated = llama.complete("the nation", 12)
+    assert list(generated.ids) == [step.id for step in steps[:first]]
+    assert generated.finish_reason == "stop"
+
+
+def test_generation_ends_where_the_context_is_full(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir, context=10)
+    generated = llama.complete([300, 5, 6, 7], 50)
+    assert len(generated.ids) == 6
+    assert generated.finish_reason == "length"
+    with pytest.raises(ContextLengthError, match="11 tokens, expected at most 10"):
+        llama.generate(list(range(11)))
+    with pytest.raises(ContextLengthError):
+        llama.predict(list(range(11)))
+
+
+def test_the_prompt_may_end_in_the_middle_of_a_token(llama: Llama) -> None:
+    """ "th" is a token of the small vocabulary: after "t", an "h" would have been cut differently."""
+    (h,) = llama.tokenizer.encode("h")
+    assert llama._cut_differently("in t", llama.encode("in t"), Token(h, "h"))
+    (x,) = llama.tokenizer.encode("x")
+    assert not llama._cut_differently("in t", llama.encode("in t"), Token(x, "x"))
+
+
+def test_a_space_at_the_end_is_explained(llama: Llama) -> None:
+    assert "ends in a space" in llama.predict("the nation ").warnings[0]
+    assert llama.predict(llama.encode("the nation ")).warnings == ()
+
+
+@pytest.mark.parametrize("prompt", [[], [556], [-1]])
+def test_ids_that_are_none_or_unknown_are_refused(llama: Llama, prompt: list[int]) -> None:
+    for call in (llama.predict, llama.logits, llama.generate):
+        with pytest.raises(UsageError):
+            call(prompt)
+
+
+def test_the_empty_text_is_the_beginning_of_text_alone(llama: Llama) -> None:
+    assert [token.text for token in llama.predict("").tokens] == ["<|begin_of_text|>"]
+
+
+def test_a_vocabulary_smaller_than_top_gives_all_of_it(llama: Llama) -> None:
+    assert len(llama.predict("the", top=10_000).top) == 556
+
+
+def test_the_rope_factor_changes_what_far_positions_see(tiny_dir: Path) -> None:
+    ids = [300 + i % 200 for i in range(400)]
+    own, same, other = (
+        Llama.load(tiny_dir, precision="fp32", rope_factor=factor).logits(ids) for factor in (None, 32.0, 8.0)
+    )
+    assert torch.equal(own, same)
+    assert not torch.allclose(own[-1], other[-1], rtol=1e-3)
+
+
+def test_another_tokenizer_can_be_named(tiny_dir: Path, tmp_path: Path) -> None:
+    directory = write_meta(tmp_path / "model")
+    elsewhere = (directory / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(ModelNotFoundError, match="--tokenizer"):
+        Llama.load(directory)
+    assert Llama.load(directory, tokenizer=elsewhere).predict("the").tokens[1].text == "th"
+
+
+def test_progress_is_reported_while_loading_and_reading(tiny_dir: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    llama = Llama.load(tiny_dir, progress=lambda *report: seen.append(report))
+    assert seen[-1][0] == "checking"
+    assert seen[-1][1] == seen[-1][2]
+    seen.clear()
+    llama.predict([5] * 1200, progress=lambda *report: seen.append(report))
+    assert seen == [("reading", 0, 1200), ("reading", 512, 1200)]
+
+
+def test_threads_are_set(tiny_dir: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        Llama.load(tiny_dir, threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:
+    assert Llama.load(write_meta(tmp_path / "Llama3.2-1B")).info.name == "Llama3.2-1B"
+    assert Llama.load(write_meta(tmp_path / "Llama-3.2-1B" / "original")).info.name == "Llama-3.2-1B"
+
+
+def test_every_error_is_one_of_ours_with_an_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(LlamaScratchError) as caught:
+        Llama.load(tmp_path / "nowhere")
+    assert caught.value.exit_code == 3
