@@ -264,7 +264,7 @@ def info(
     )
     state: State = context.obj
     from llama_scratch.checkpoint.find import find_model
-    from llama_scratch.checkpoint.info import describe
+    from llama_scratch.info import describe
 
     options = given.over(state.options)
     with progress_bar(state.screen.log, "Reading") as progress:

@@ -212,7 +212,7 @@ class Llama:
 
 def _build(checkpoint: Checkpoint, args: ModelArgs, precision: str, progress: Progress) -> tuple[Transformer, str]:
     """The network with the file's weights in it. Built without memory, so that there is never a second copy."""
-    choose(precision, torch.float32)  # refuse a wrong name before the long part
+    choose(precision, None)  # refuse a wrong name before the long part
     weights = checkpoint.load(progress)
     precision = choose(precision, weights["tok_embeddings.weight"].dtype)
     weights = convert(weights, precision)

@@ -13,30 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import OutOfMemoryError, UsageError
+from llama_scratch.errors import UsageError
+from llama_scratch.memory import require_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def choose(precision: str, stored: torch.dtype) -> str:
-    """The name of the precision to run in, for `--precision` and the type that the file holds."""
+def choose(precision: str, stored: torch.dtype | None) -> str:
+    """The name of the precision to run in, for `--precision` and the type that the file's weights come in."""
     if precision == "auto":
         return "bf16" if stored == torch.bfloat16 else "fp32"
     if precision not in DTYPES:
         raise UsageError(f"The precision is {precision!r}, expected auto, {' or '.join(DTYPES)} (--precision).")
     return precision
-
-
-def require_memory(needed: int, what: str) -> None:
-    """Raise `OutOfMemoryError` where `needed` bytes are more than this machine has free."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise OutOfMemoryError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
-            "close other programs, or choose a smaller model or precision."
-        )
 
 
 def convert(weights: dict[str, Tensor], precision: str) -> dict[str, Tensor]:

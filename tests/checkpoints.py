@@ -26,10 +26,10 @@ TINY_PARAMS: dict[str, Any] = {
     "rope_theta": 500000.0,
     "use_scaled_rope": True,
 }
-TINY_MERGES = (
-    "th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri "
-    "ro ic ne ea ra ce li ch"
-).split()
+TINY_MERGES = """
+th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri
+ro ic ne ea ra ce li ch
+""".split()
 
 
 def tiny_args(**changes: Any) -> ModelArgs:

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main():
     if sys.version_info < (3, 11):
-        fail(f"This is Python {sys.version.split()[0]}, expected 3.11 or newer; name another: make PYTHON=python3.12 run")
+        fail(
+            f"Python {sys.version.split()[0]} is too old, expected 3.11 or newer; name one: make PYTHON=python3.12 run"
+        )
     folder, extras = Path(sys.argv[1]).absolute(), sorted(sys.argv[2:])
     stamp = folder / "installed.json"
     wanted = json.dumps([sys.version, extras, str(ROOT), (ROOT / "pyproject.toml").read_text()])
@@ -50,8 +52,8 @@ def install_torch(python):
         packages = [package["metadata"]["name"] for package in json.loads(report)["install"]]
         if any(name.startswith(("nvidia-", "cuda-")) for name in packages):
             fail(
-                "pip would install torch with gigabytes of CUDA packages, and this machine has no NVIDIA GPU; take the "
-                "CPU index from https://pytorch.org/get-started/locally/ and run make again with TORCH_INDEX=<that index>"
+                "pip would install torch with gigabytes of CUDA packages, and this machine has no NVIDIA GPU; "
+                "take the CPU index from https://pytorch.org/get-started/locally/ and run make TORCH_INDEX=<that index>"
             )
 
 

@@ -13,17 +13,21 @@ from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a file holds its weights: number of tensors by type, whether the output is the embedding itself,
-    and the precision that `auto` runs it in."""
+    """How a file holds its weights.
+
+    types: number of tensors by type. tied: whether the output is the embedding itself.
+    dtype: what `Checkpoint.load` gives the embedding as.
+    """
 
     types: dict[str, int]
     tied: bool
-    precision: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.checkpoint.base import Checkpoint, Stored, checked
 from llama_scratch.config import Fields, ModelArgs
 from llama_scratch.errors import CheckpointError
+from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -303,12 +304,13 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def _stored(header: Header) -> Stored:
+    import torch
     from gguf import GGMLQuantizationType
 
     return Stored(
         types=dict(Counter(GGMLQuantizationType(tensor.type).name for tensor in header.tensors)),
         tied=all(tensor.name != "output.weight" for tensor in header.tensors),
-        precision="fp32",
+        dtype=torch.float32,  # all are dequantised
     )
 
 
@@ -318,8 +320,6 @@ def _dequantised(path: Path, tensors: list[TensorInfo], progress: Progress) -> d
     import torch
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
-
-    from llama_scratch.precision import require_memory
 
     require_memory(sum(4 * int(np.prod(tensor.shape)) for tensor in tensors), f"{path.name} as float32")
     data = np.memmap(path, dtype=np.uint8, mode="r")

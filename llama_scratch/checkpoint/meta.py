@@ -86,12 +86,10 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
 
 
 def _stored(weights: dict[str, Tensor]) -> Stored:
-    from llama_scratch.precision import choose
-
     return Stored(
         types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
         tied=is_tied(weights),
-        precision=choose("auto", weights["tok_embeddings.weight"].dtype),
+        dtype=weights["tok_embeddings.weight"].dtype,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.precision import choose
 from llama_scratch.progress import Progress
 
 
@@ -25,7 +26,7 @@ def describe(path: Path, tokenizer: str | None, rope_factor: float | None, progr
         "path": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "stored": stored.types,
-        "precision": stored.precision,
+        "precision": choose("auto", stored.dtype),
         "parameters": args.n_parameters(tied=stored.tied),
         "tied_output": stored.tied,
         "shape": {

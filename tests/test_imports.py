@@ -1,0 +1,198 @@
+"""The rooms: imports go one way, and `import llama_scratch` brings nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llama_scratch
+from tests.checkpoints import write_meta
+
+PACKAGE = Path(llama_scratch.__file__).parent
+# From the top down; rooms on one line may not import each other.
+FLOORS: list[set[str]] = [
+    {"__init__", "__main__"},
+    {"cli"},
+    {"repl"},
+    {"render"},
+    {"llama"},
+    {"info"},
+    {"engine", "sampling"},
+    {"precision"},
+    {"checkpoint"},
+    {"tokenizer"},
+    {"model"},
+    {"config"},
+    {"results"},
+    {"progress", "memory"},
+    {"errors"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """llama_scratch/checkpoint/meta.py → llama_scratch.checkpoint.meta"""
+    parts = (PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def room(module: str) -> str:
+    """llama_scratch.checkpoint.meta → checkpoint; the package itself is its `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
+    """The modules of this package that one import statement names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    else:
+        base = node.module or ""
+        if node.level:
+            above = module.split(".")
+            above = above[: len(above) - node.level + is_package]
+            base = ".".join([*above, *filter(None, [node.module])])
+        names = []
+        for alias in node.names:
+            full = f"{base}.{alias.name}"
+            if base == PACKAGE.name and full not in MODULES:
+                # A name of the public interface comes from its home; the version is no room's.
+                if alias.name == "__version__":
+                    continue
+                full = f"{PACKAGE.name}.{llama_scratch._HOMES[alias.name]}"
+            names.append(full)
+    for name in names:
+        if name.split(".")[0] == PACKAGE.name:
+            yield name
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Rooms that a module imports, at its top, within functions and under TYPE_CHECKING alike, but for its own."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {room(target) for node in nodes for target in targets(node, module, is_package)} - {room(module)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module: str) -> None:
+    """Every module lies in a known room, and imports from rooms below its own alone."""
+    file = MODULES[module]
+    own = FLOOR[room(module)]
+    upward = {other for other in imports(file.read_text(), module, file.name == "__init__.py") if FLOOR[other] <= own}
+    assert not upward, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import llama_scratch.engine", {"engine"}),
+        ("import llama_scratch.checkpoint.meta as m, llama_scratch.config", {"config"}),
+        ("from llama_scratch.model import Transformer", {"model"}),
+        ("from llama_scratch import model", {"model"}),
+        ("from llama_scratch import Llama, Token", {"llama", "results"}),
+        ("from llama_scratch import __version__", set()),
+        ("from . import base", set()),
+        ("from .base import checked", set()),
+        ("from .. import engine", {"engine"}),
+        ("from ..engine import Engine", {"engine"}),
+        ("def f():\n    from llama_scratch.engine import Engine", {"engine"}),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import llama_scratch.llama", {"llama"}),
+        ("import llama_scratch", {"__init__"}),
+        ("import torch, os", set()),
+        ("from llama_scratch_other import x", set()),
+    ],
+)
+def test_the_test_above_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
+    """Each way to write an import, from within the room `checkpoint`."""
+    assert imports(source, "llama_scratch.checkpoint.pull") == expected
+
+
+def test_every_room_exists() -> None:
+    """The list above names no room that was removed or renamed."""
+    assert set(FLOOR) == {room(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy", "rich", "prompt_toolkit", "typer", "gguf", "tiktoken"])
+@pytest.mark.parametrize("below", ["model", "config", "results", "errors", "tokenizer"])
+def test_the_low_rooms_know_no_terminal_and_no_format(below: str, library: str) -> None:
+    """The network needs torch alone and the tokenizer tiktoken alone; the others nothing but Python."""
+    allowed = {"model": {"torch"}, "tokenizer": {"tiktoken"}}.get(below, set())
+    nodes = list(ast.walk(ast.parse((PACKAGE / f"{below}.py").read_text())))
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    found += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert library not in {name.split(".")[0] for name in found} - allowed
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names of the modules that a fresh Python holds after some code."""
+    script = f"{code}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
+    # The folder that this package was imported from: the test is about it, not about one installed elsewhere.
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+    return set(json.loads(output.stdout.splitlines()[-1]))
+
+
+OPEN = "from pathlib import Path; from llama_scratch.checkpoint import open_checkpoint; open_checkpoint(Path("
+HEAVY = {"torch", "numpy", "rich", "prompt_toolkit", "typer", "tiktoken", "gguf", "blobfile", "psutil", "matplotlib"}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """`import llama_scratch` and its errors take milliseconds."""
+    loaded = loaded_after("import llama_scratch; llama_scratch.CheckpointError, llama_scratch.Prediction")
+    assert "llama_scratch.errors" in loaded
+    assert not HEAVY & loaded
+
+
+def test_the_public_interface_loads_torch_when_it_is_used() -> None:
+    """The test above would notice: `Llama` does import torch."""
+    assert "torch" in loaded_after("from llama_scratch import Llama")
+
+
+def test_opening_a_model_imports_no_torch(tmp_path: Path) -> None:
+    """The small files are read and checked while torch is still to come: mistakes are told at once."""
+    directory = write_meta(tmp_path / "m")
+    loaded = loaded_after(OPEN + repr(str(directory)) + "))")
+    assert "llama_scratch.checkpoint.meta" in loaded
+    assert not {"torch", "numpy", "gguf", "rich", "typer"} & loaded
+
+
+def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
+    """The same for GGUF, which takes its table of block sizes from the gguf package."""
+    loaded = loaded_after(OPEN + repr(str(smollm2_path)) + "))")
+    assert "llama_scratch.checkpoint.gguf" in loaded
+    assert not {"torch", "rich", "typer"} & loaded
+
+
+@pytest.mark.parametrize("name", llama_scratch.__all__)
+def test_the_public_interface(name: str) -> None:
+    """Each public name leads to a class that says what it is, as do its public methods and properties."""
+    value = getattr(llama_scratch, name)
+    assert inspect.isclass(value)
+    assert value.__name__ == name
+    # A dataclass without a docstring gets its signature for one.
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}(")
+    for attribute, member in vars(value).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not attribute.startswith("_") and inspect.isfunction(function):
+            assert function.__doc__, f"{name}.{attribute}"
+
+
+def test_a_name_that_is_not_public() -> None:
+    """A typing error is Python's usual error."""
+    with pytest.raises(AttributeError, match="Lama"):
+        llama_scratch.Lama  # noqa: B018
+    assert sorted(llama_scratch.__all__) == llama_scratch.__all__
+    assert llama_scratch.__version__
