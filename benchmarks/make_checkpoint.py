@@ -3,7 +3,7 @@
     python -m benchmarks.make_checkpoint DIRECTORY [--n-layers N]
 
 The weights are bf16 with a tied output, as in Meta's file, 2.47 GB; the tokenizer is Meta's own, from
-the llama-models package (`pip install llama-scratch[test]`). Answers are noise, sizes and speed are true.
+the llama-models package (`pip install '.[test]'`). Answers are noise, sizes and speed are true.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def meta_tokenizer() -> Path:
     """Meta's tokenizer.model in the installed llama-models package."""
     spec = importlib.util.find_spec("llama_models.llama3")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("llama-models is not installed; run: pip install 'llama-scratch[test]'")
+        raise SystemExit("llama-models is not installed; run: pip install '.[test]'")
     return Path(spec.submodule_search_locations[0]) / "tokenizer.model"
 
 

@@ -48,7 +48,7 @@ SIZE = 22
 
 
 def session() -> Image.Image:
-    """A prompt, its answer, and two tokens accepted."""
+    """A prompt and its answer, its token accepted, and another prompt."""
     with _start() as terminal:
         terminal.type("The capital of France is", "enter")
         terminal.settle(1)
@@ -75,7 +75,7 @@ def after_enter() -> Image.Image:
         return draw(terminal.screen)
 
 
-def _start(rows: int = 40) -> Terminal:
+def _start(rows: int = 48) -> Terminal:
     terminal = Terminal("--model", "smollm2", columns=84, rows=rows)
     terminal.wait_for("SmolLM2-135M-Instruct>")
     terminal.settle()
@@ -162,9 +162,8 @@ def architecture() -> Figure:
     _box(axes, 6.35, 4.5, 3.3, 0.72, f"{args.n_kv_heads} key heads × {args.head_dim}", shape("attention.wk"), green)
     _box(axes, 9.75, 4.5, 3.1, 0.72, f"{args.n_kv_heads} value heads × {args.head_dim}", shape("attention.wv"), green)
     assert args.rope_scaling is not None
-    rope = (
-        f"{args.head_dim // 2} complex pairs a head, θ {args.rope_theta:,.0f}, scaled by {args.rope_scaling.factor:g}"
-    )
+    factor = args.rope_scaling.factor
+    rope = f"{args.head_dim // 2} complex numbers a head, base {args.rope_theta:,.0f}, scaled by {factor:g}"
     _box(axes, 4.4, 5.55, 6.6, 0.62, "Rotary embedding: q and k turn with their position", rope, green)
     cache = f"{2 * args.n_layers * args.n_kv_heads * args.head_dim * 2 // 1024} KiB a token in bf16"
     _box(axes, 9.75, 5.55, 3.1, 0.62, "KV cache (all layers)", cache, grey)
@@ -174,8 +173,8 @@ def architecture() -> Figure:
         6.65,
         7.4,
         0.72,
-        "Grouped-query attention: softmax(q kᵀ / √64) v",
-        f"{args.group_size} query heads share each key/value head;  " + shape("attention.wo"),
+        f"Grouped-query attention: softmax(q kᵀ / √{args.head_dim}) v",
+        f"{args.n_heads // args.n_kv_heads} query heads share each key/value head;  " + shape("attention.wo"),
         green,
     )
     _box(axes, 6, 7.97, 3.6, 0.62, "RMSNorm", f"ffn_norm  {norm}", orange)
@@ -206,7 +205,7 @@ def architecture() -> Figure:
     _arrow(axes, (7.7, 5.55), (8.2, 5.55))
     _arrow(axes, (9.75, 5.86), (8.6, 6.29))
     # The residual stream goes around both halves of a layer.
-    for low, high in [(2.62, 7.2), (7.45, 9.57)]:
+    for low, high in [(2.88, 7.2), (7.45, 9.57)]:
         axes.plot([6, 0.85, 0.85], [low, low, high], color="#64748b", lw=1.6, ls=(0, (4, 2)))
         _arrow(axes, (0.85, high), (5.95, high), dashed=True)
         axes.text(

@@ -50,7 +50,13 @@ Precision = Annotated[
     typer.Option("--precision", metavar="NAME", help="auto (as in the file), fp32 or bf16.", rich_help_panel=_MODEL),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto (CUDA where there is one, else the CPU), cpu, cuda or mps.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.", rich_help_panel=_MODEL)]
 ContextLength = Annotated[
@@ -113,7 +119,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def session(
+def main(
     context: typer.Context,
     model_dir: ModelDir = None,
     model: Model = None,
@@ -205,20 +211,21 @@ def session(
         from llama_scratch.sampling import Sampling
 
         settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
-    state = Session(_load(options, screen), screen.out, settings)
-    if prompt is None and sys.stdin.isatty() and not json:
+    form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines", top is not None)
+    # What commands print would break the data; it goes where notes go.
+    session = Session(_load(options, screen), screen.out if form.kind == "terminal" else screen.log, settings)
+    if prompt is None and sys.stdin.isatty() and form.kind == "terminal":
         from llama_scratch.repl import loop
 
-        loop.run(state)
+        loop.run(session)
         return
     if prompt == "-":
         prompt = stdin_text().removesuffix("\n")
     if prompt == "":
         raise UsageError("The prompt is empty, expected some text (--prompt).")
     prompts = stdin_lines() if prompt is None else [prompt]
-    form = Format("json" if json else "terminal" if screen.out.is_terminal else "lines", top is not None)
     try:
-        code = answer_all(state, prompts, form, commands=commands, log=screen.log)
+        code = answer_all(session, prompts, form, commands=commands, log=screen.log)
     except BrokenPipeError:
         # The reader went away, which is its right; what Python would still flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -277,7 +284,7 @@ def info(
         from llama_scratch.render.terminal import model_facts, rows
 
         shown = model_facts(facts)
-        if state.screen.out.is_terminal:
+        if sys.stdout.isatty():
             state.screen.out.print(rows(shown))
         else:
             print("\n".join(f"{name}: {value}" for name, value in shown.items()))
@@ -353,7 +360,7 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5, debug)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
-        return _fail(f"Something unexpected went wrong: {error!r}. With --debug it shows where.", 1, debug)
+        return _fail(f"Something unexpected went wrong ({error!r}); with --debug it shows where.", 1, debug)
 
 
 def _set_encodings() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_scratch.errors import CheckpointError, UsageError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UsageError, printable
 
 # The context that Llama 3 was trained with before 3.1 stretched it, and the one after.
 ORIGINAL_CONTEXT = 8192
@@ -67,11 +67,6 @@ class ModelArgs:
         """Width of one attention head."""
         return self.dim // self.n_heads
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.n_heads // self.n_kv_heads
-
     def with_rope_factor(self, factor: float | None) -> ModelArgs:
         """The same shape with another RoPE factor; 1 turns the scaling off, None changes nothing."""
         if factor is None:
@@ -116,22 +111,23 @@ class ModelArgs:
         try:
             params = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} is not JSON ({_brief(error)}); fetch that file again from where the model came from."
-            ) from error
+            raise CheckpointError(f"{path} is not JSON ({printable(error)}); {FETCH_AGAIN}") from error
         if not isinstance(params, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object with the shape.")
+            raise CheckpointError(
+                f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {FETCH_AGAIN}"
+            )
+        if "quantization_args" in params:
+            raise CheckpointError(
+                f"{path} is of one of Meta's quantised releases (quantization_args), expected bf16 weights; "
+                "use the release without QLORA or SpinQuant in its name."
+            )
         try:
             return cls._from_params(Fields(params))
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error} Fetch that file again from where the model came from.") from error
+            raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
 
     @classmethod
     def _from_params(cls, fields: Fields) -> ModelArgs:
-        if "quantization_args" in fields.values:
-            raise CheckpointError(
-                "the model is one of Meta's quantised releases (quantization_args), expected bf16 weights."
-            )
         dim = fields.integer("dim")
         n_heads = fields.integer("n_heads")
         scaling = None
@@ -196,7 +192,7 @@ class Fields:
     def integer(self, name: str, default: Any = _REQUIRED, *, most: int = _LARGEST) -> int:
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise CheckpointError(f"the field {name} is {_brief(value)}, expected a whole number from 1 to {most}.")
+            raise CheckpointError(f"the field {name} is {printable(value)}, expected a whole number from 1 to {most}.")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -204,17 +200,11 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-            raise CheckpointError(f"the field {name} is {_brief(value)}, expected a positive number.")
+            raise CheckpointError(f"the field {name} is {printable(value)}, expected a positive number.")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"the field {name} is {_brief(value)}, expected true or false.")
+            raise CheckpointError(f"the field {name} is {printable(value)}, expected true or false.")
         return value
-
-
-def _brief(value: object) -> str:
-    """A value from a file, short enough for a sentence."""
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"

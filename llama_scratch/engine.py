@@ -9,12 +9,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ContextLengthError, UsageError
+from llama_scratch.memory import memory_errors
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.progress import Progress, silent
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
-# mask stays small; larger pieces gain nothing on a CPU.
+# mask stays small.
 CHUNK = 512
 
 
@@ -75,7 +76,8 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
         tokens = torch.tensor([ids], device=self._device)  # (1, T)
-        return self.model(tokens, self._cache, all_positions=all_positions).cpu()
+        with memory_errors(f"A text of {self._cache.length + len(ids):,} tokens"):
+            return self.model(tokens, self._cache, all_positions=all_positions).cpu()
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise `UsageError` or `ContextLengthError` where a sequence cannot be run."""
@@ -95,7 +97,6 @@ class Engine:
 def _finite(logits: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
         raise CheckpointError(
-            "The network computed values that are not numbers, so its weights are damaged; "
-            "fetch the model again from where it came from."
+            f"The network computed values that are not numbers, so its weights are damaged; {FETCH_AGAIN}"
         )
     return logits

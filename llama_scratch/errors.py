@@ -3,6 +3,17 @@
 Every message says what was found, what was expected and what to do.
 """
 
+# What to do about a file that is damaged.
+FETCH_AGAIN = "fetch the file again from where the model came from."
+
+
+def printable(value: object, limit: int = 60) -> str:
+    """A value from a file as text for a sentence: short, on one line, and nothing in it that a terminal obeys."""
+    text = str(value)
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
 
 class LlamaScratchError(Exception):
     """Anything that this package refuses to do; the message is one sentence for a person."""

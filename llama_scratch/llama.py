@@ -3,6 +3,7 @@ line is a thin caller of it."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
-from llama_scratch.errors import OutOfMemoryError, UsageError
+from llama_scratch.errors import UsageError
+from llama_scratch.memory import memory_errors
 from llama_scratch.model import Transformer
-from llama_scratch.precision import choose, convert
+from llama_scratch.precision import check_name, choose, convert
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
-from llama_scratch.sampling import Sampling, sample
+from llama_scratch.sampling import GREEDY, Sampling, sample
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 Prompt = str | Sequence[int]
@@ -59,7 +61,7 @@ class Llama:
         source: a Meta directory, a .gguf file, or the name of a model that `llama-scratch pull` fetched;
             None looks in the usual places (see `find_model`).
         precision: "fp32", "bf16", or "auto": bf16 where the file holds bfloat16 and fp32 otherwise.
-        device: "cpu", "cuda", "mps", or "auto": a GPU where there is one.
+        device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
         rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
         tokenizer: a tokenizer.model elsewhere.
         context: the most tokens, at most and by default what the model was trained for.
@@ -77,15 +79,9 @@ class Llama:
             if threads < 1:
                 raise UsageError(f"{threads} threads were asked for, expected at least 1 (--threads).")
             torch.set_num_threads(threads)
-        try:
+        with memory_errors(checkpoint.name):
             model, precision = _build(checkpoint, args, precision, progress)
             model = model.to(target)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _out_of_memory(checkpoint.name) from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error):
-                raise _out_of_memory(checkpoint.name) from error
-            raise
         info = ModelInfo(
             name=checkpoint.name,
             format=checkpoint.format,
@@ -149,7 +145,10 @@ class Llama:
         Stops before a stop token, after `max_new_tokens`, or where the context is full. Raises as
         `predict` does, and `UsageError` for a sampling option out of its range.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
+
+    def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
+        """`generate` with the sampling options in one value."""
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
         ids = self.encode(prompt)
@@ -169,13 +168,12 @@ class Llama:
             logprob = float(logits.double().log_softmax(-1)[id])
             yield Step(id, stream.push(id, final=len(ids) == end), logprob)
 
-    def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None = None) -> Generated:
+    def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
         """The whole continuation at once, with the reason for its end."""
-        sampling = sampling or Sampling()
         ids = self.encode(prompt)
         room = min(max_new_tokens, self.context - len(ids))
         start = time.perf_counter()
-        steps = list(self.generate(ids, max_new_tokens, **vars(sampling)))
+        steps = list(self.continuation(ids, max_new_tokens, sampling))
         new = tuple(step.id for step in steps)
         return Generated(
             text=self.tokenizer.decode(new),
@@ -189,8 +187,8 @@ class Llama:
         warnings = self.tokenizer.warnings(prompt)
         if prompt.endswith(" "):
             warnings.append(
-                "The prompt ends in a space, which became a token of its own; models rarely saw that and tend to "
-                "answer with digits, so end the prompt with the last word."
+                "The prompt ends in a space, which became a token of its own; words bring their own space and "
+                "only numbers come after a lone one, so end the prompt with the last word."
             )
         elif self._cut_differently(prompt, ids, next):
             warnings.append(
@@ -212,7 +210,7 @@ class Llama:
 
 def _build(checkpoint: Checkpoint, args: ModelArgs, precision: str, progress: Progress) -> tuple[Transformer, str]:
     """The network with the file's weights in it. Built without memory, so that there is never a second copy."""
-    choose(precision, None)  # refuse a wrong name before the long part
+    check_name(precision)  # before the long part
     weights = checkpoint.load(progress)
     precision = choose(precision, weights["tok_embeddings.weight"].dtype)
     weights = convert(weights, precision)
@@ -236,11 +234,7 @@ def _context(context: int | None, args: ModelArgs) -> int:
 
 
 def _device(device: str) -> torch.device:
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if torch.backends.mps.is_available():
-        available.append("mps")
+    available = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     if device == "auto":
         return torch.device(available[0])
     if device not in available:
@@ -248,10 +242,6 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _out_of_memory(name: str) -> OutOfMemoryError:
-    return OutOfMemoryError(f"{name} does not fit into this machine's memory; choose a smaller model or bf16.")
-
-
 def _entropy_bits(logprobs: Tensor) -> float:
     """Shannon entropy of a distribution, in bits."""
-    return float(torch.special.entr(logprobs.exp()).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+    return float(torch.special.entr(logprobs.exp()).sum()) / math.log(2)

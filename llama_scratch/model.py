@@ -4,8 +4,15 @@ feed-forward, block, transformer.
 Attributes carry the names of Meta's checkpoint (`tok_embeddings`, `layers.0.attention.wq`, …), so
 that its weights load without a key map. How a weight is stored is not known here.
 
+    x = tok_embeddings(tokens)              a vector of dim numbers for each token: the residual stream
+    n_layers times
+        x = x + attention(norm(x))          what other tokens have to say to this one
+        x = x + feed_forward(norm(x))       what this token makes of it
+    logits = output(norm(x))                a score for each token of the vocabulary; their softmax is the
+                                            probability that it comes next
+
 Notation
-    B    sequences in a batch             n_heads      query heads
+    B    sequences of equal length        n_heads      query heads
     T    new tokens in this call          n_kv_heads   key/value heads, each shared by a group
     S    tokens in all: cached + new      head_dim     width of one head: dim / n_heads
     dim  width of the residual stream     ffn_dim      width inside the feed-forward layer
@@ -32,7 +39,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.eps = eps  # keeps a vector of zeros from a division by zero
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,13 +50,14 @@ class RMSNorm(nn.Module):
 
 # --- Rotary embedding -------------------------------------------------------------------------
 #
-# A head's vector is read as head_dim/2 complex numbers. Token number m turns number j by the angle
-# m·θ_j: fast for small j, slow for large j. The product of a query at m with a key at n then depends
-# on m − n alone: attention sees distances, and no position is ever added to a vector.
+# A head's vector is read as head_dim/2 complex numbers c_j. The token at position m turns c_j by the
+# angle m·θ_j, with θ_j = rope_theta^(−2j/head_dim): fast for small j, slow for large j. Of two positions
+# only m − n is left in the product of a query at m with a key at n: attention sees distances, and no
+# position is ever added to a vector.
 #
-#     [x0 x1 | x2 x3 | x4 x5 | …]   pairs lie side by side (Hugging Face's files hold halves instead)
-#      └─c0─┘ └─c1─┘ └─c2─┘
-#      × e^{imθ0}  × e^{imθ1}  × e^{imθ2} …
+#     x0   x1   x2   x3   x4   x5   …       pairs lie side by side (Hugging Face's files hold halves instead)
+#     └─c0─┘    └─c1─┘    └─c2─┘
+#     ·e^(imθ0) ·e^(imθ1) ·e^(imθ2)         a product with a number of length 1 turns and does not stretch
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
@@ -60,8 +68,8 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     device it would hold no data, and in bfloat16 it would be off by whole turns at far positions.
     Source: Su et al. 2021, arXiv:2104.09864; `precompute_freqs_cis` and `apply_scaling` in llama-models.
     """
-    pair = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
-    freqs = 1.0 / (args.rope_theta ** (pair / args.head_dim))
+    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim  # 2j/head_dim
+    freqs = 1.0 / (args.rope_theta**exponents)  # θ_j
     if (scaling := args.rope_scaling) is None:
         return freqs
     turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the original context
@@ -78,7 +86,10 @@ def rotations(freqs: Tensor, start: int, end: int) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Turn every pair of x, (B, T, heads, head_dim), by its position's angle; computed in float32."""
+    """Turn every pair of x, (B, T, heads, head_dim), by the angle of its position; computed in float32.
+
+    freqs_cis: the `rotations` of the T positions, (T, head_dim/2) complex64.
+    """
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # (B, T, heads, head_dim/2)
     turned = pairs * freqs_cis[:, None, :]  # the same angle for every head
     return torch.view_as_real(turned).flatten(-2).type_as(x)  # (B, T, heads, head_dim)
@@ -88,7 +99,7 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of all tokens seen so far, so that a new token costs one token's work.
+    """The keys and values of all tokens seen so far, so that no token goes through the network twice.
 
     `length` is the number of tokens held, and with it the position of the next one; `Transformer`
     moves it on once all layers have written. Memory grows in doubling steps up to `max_seq_len`.
@@ -138,6 +149,12 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
     """Which of S tokens each of the T newest may look at: itself and all before it, (T, S) bool.
 
     Row t is the token at position S − T + t. A single new token may look at everything: None.
+
+        two new tokens behind three:       k0 k1 k2 k3 k4
+                                       q3   ✓  ✓  ✓  ✓  ·
+                                       q4   ✓  ✓  ✓  ✓  ✓
+
+    `is_causal=True` would begin the triangle at the left edge: wrong once the cache holds tokens.
     """
     if T == 1:
         return None
@@ -145,7 +162,14 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: n_heads queries, but only n_kv_heads keys and values.
+    """Every token asks all tokens before it, and itself, for what it needs.
+
+    Each makes a query q (what it looks for), a key k (what it is found by) and a value v (what it hands
+    over). The product q·k says how well two tokens match, a softmax turns a token's products into shares
+    that add up to 1, and the values are mixed by these shares. A product of head_dim numbers of size 1 is
+    of the size √head_dim: not divided by it, the softmax would give nearly all to one token.
+
+    Grouped-query attention has n_heads queries, but only n_kv_heads keys and values:
 
         query heads   q0 q1 q2 q3 | q4 q5 q6 q7 | …      Llama 3.2 1B: 32 query heads
                        └──┴──┴──┘    └──┴──┴──┘          and 8 key/value heads, so that
@@ -173,16 +197,16 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        # softmax(q kᵀ / √head_dim + mask) v, in one pass that never stores the (T, S) scores
+        # softmax(q kᵀ / √head_dim, −∞ where the mask forbids) v; fused: no (T, S) scores are ever stored
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, n_heads, T, head_dim)
-        return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, dim)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # heads side by side again, mixed: (B, T, dim)
 
 
 # --- Feed-forward, block, transformer ---------------------------------------------------------
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: one projection says what to write, another, through SiLU, how much of it.
+    """SwiGLU: one projection says what to write, another, through SiLU(x) = x · sigmoid(x), how much of it.
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """
@@ -198,7 +222,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: attention looks at other tokens, the feed-forward at its own; each adds to the stream."""
+    """One layer: attention looks at other tokens, the feed-forward at its own.
+
+    Each reads a normed copy of the residual stream; the stream itself is only added to.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -221,7 +248,8 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        # From an empty tensor, because nn.Embedding's random start takes a second under the meta device.
+        # From an empty tensor, because nn.Embedding's random start takes a second under the meta device;
+        # so the network is of no use before weights are loaded.
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -238,9 +266,7 @@ class Transformer(nn.Module):
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         S = start + T
-        if self.freqs.device != tokens.device:
-            self.freqs = self.freqs.to(tokens.device)
-        freqs_cis = rotations(self.freqs, start, S)  # (T, head_dim/2)
+        freqs_cis = rotations(self.freqs.to(tokens.device), start, S)  # (T, head_dim/2)
         mask = causal_mask(T, S, tokens.device)  # (T, S)
         x = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):

@@ -19,12 +19,16 @@ from llama_scratch.memory import require_memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def choose(precision: str, stored: torch.dtype | None) -> str:
-    """The name of the precision to run in, for `--precision` and the type that the file's weights come in."""
+def check_name(precision: str) -> None:
+    """Raise `UsageError` for a `--precision` that there is not."""
+    if precision not in ("auto", *DTYPES):
+        raise UsageError(f"The precision is {precision!r}, expected auto, {' or '.join(DTYPES)} (--precision).")
+
+
+def choose(precision: str, stored: torch.dtype) -> str:
+    """The precision to run in: the one named, or for "auto" the one that fits how the weights are stored."""
     if precision == "auto":
         return "bf16" if stored == torch.bfloat16 else "fp32"
-    if precision not in DTYPES:
-        raise UsageError(f"The precision is {precision!r}, expected auto, {' or '.join(DTYPES)} (--precision).")
     return precision
 
 

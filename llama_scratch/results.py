@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -29,7 +29,8 @@ class Candidate(Token):
 
 @dataclass(frozen=True)
 class Step(Token):
-    """One generated token. `text` is what it adds in whole characters, so it can be empty.
+    """One generated token. `text` is what it adds in whole characters, so it can be empty; a character
+    that is incomplete where a stop token follows is dropped.
 
     `logprob` is the model's own, before temperature and the other sampling options.
     """
@@ -84,10 +85,10 @@ class Generated:
     """A continuation. `finish_reason`: "stop" before a stop token, "length" where the number of tokens ran out."""
 
     text: str
-    ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    finish_reason: str = "length"
-    decode_s: float = field(default=0.0, compare=False)
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    decode_s: float
 
 
 def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:

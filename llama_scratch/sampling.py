@@ -11,9 +11,17 @@ from torch import Tensor
 from llama_scratch.errors import UsageError
 
 
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise UsageError(f"{name} is {value}, expected a number {limits}.")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; a temperature of 0 takes the most probable one.
+
+    The temperature comes first, then top_k, top_p and min_p, each on what the one before has left.
 
     temperature: logits are divided by it; below 1 sharper, above 1 flatter.
     top_k: only the k most probable tokens stay. 0: all.
@@ -51,14 +59,18 @@ class Sampling:
         return generator
 
 
+GREEDY = Sampling()
+
+
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw one token id from logits, (vocab_size,) float32."""
     if sampling.greedy:
         return int(logits.argmax())
     # The largest is subtracted first, so that no temperature, however small, overflows.
     logits = (logits.double().cpu() - logits.max().item()) / sampling.temperature
-    for keep in (top_k(logits, sampling.top_k), top_p(logits, sampling.top_p), min_p(logits, sampling.min_p)):
-        logits = logits.masked_fill(~keep, -math.inf)
+    logits = logits.masked_fill(~top_k(logits, sampling.top_k), -math.inf)
+    logits = logits.masked_fill(~top_p(logits, sampling.top_p), -math.inf)
+    logits = logits.masked_fill(~min_p(logits, sampling.min_p), -math.inf)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
@@ -76,6 +88,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
     """
+    if p >= 1:
+        return torch.ones_like(logits, dtype=torch.bool)
     probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # what more probable tokens have together
     kept = before < p
@@ -92,9 +106,3 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     """
     probabilities = logits.softmax(-1)
     return probabilities >= p * probabilities.max()
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
-        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-        raise UsageError(f"{name} is {value}, expected a number {limits}.")

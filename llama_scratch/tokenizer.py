@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import tiktoken
 
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.errors import (
+    FETCH_AGAIN,
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    UsageError,
+    printable,
+)
 
 # How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
 LLAMA3_PATTERN = (
@@ -76,7 +83,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"the vocabulary has no token for the byte {min(self._missing):#04x} and no unknown token."
             )
-        self._unknown_id = None if unknown is None else self.special_tokens[unknown]
+        self._unknown = unknown
         self._encoding = tiktoken.Encoding(
             name="llama-scratch",
             pat_str=pattern,
@@ -115,19 +122,20 @@ class Tokenizer:
         allowed = set(self.special_tokens) if special else set()
         for piece in _pieces(replace_surrogates(text)):
             ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
-        if self._unknown_id is None:
+        if self._unknown is None:
             return ids
-        return [id if id < self.n_vocab else self._unknown_id for id in ids]
+        unknown_id = self.special_tokens[self._unknown]
+        return [id if id < self.n_vocab else unknown_id for id in ids]
 
     def warnings(self, text: str) -> list[str]:
         """What `encode` cannot keep of a text: one sentence each."""
         found = []
-        if (clean := replace_surrogates(text)) != text:
+        clean = replace_surrogates(text)
+        if clean.count("\ufffd") > text.count("\ufffd"):
             found.append("The prompt holds characters that are not Unicode text; each was read as U+FFFD.")
         if self._missing and not self._missing.isdisjoint(clean.encode()):
             found.append(
-                "The prompt holds bytes that this model's vocabulary lacks; "
-                f"each was read as {self.token_text(self._unknown_id or 0)}."
+                f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self._unknown}."
             )
         return found
 
@@ -201,24 +209,24 @@ def _read(path: str) -> bytes:
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     """`base64 rank` a line → bytes → rank; ranks count up from 0, and all 256 single bytes are there."""
-    again = "Fetch tokenizer.model again from where the model came from."
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         try:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
-            if int(rank) != len(ranks) or token in ranks or not token:
+            if base64.b64encode(token) != encoded or token in ranks or rank != b"%d" % len(ranks):
                 raise ValueError
         except (ValueError, binascii.Error):
-            shown = line[:40].decode("utf-8", errors="backslashreplace")
+            shown = printable(line[:40].decode("utf-8", errors="backslashreplace"))
             raise CheckpointError(
-                f"{path}, line {number}: found {shown!r}, expected a new token in base64 and the rank {len(ranks)}. "
-                + again
+                f"{path}, line {number}: found '{shown}', expected a new token in base64 and the rank {len(ranks)}; "
+                + FETCH_AGAIN
             ) from None
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
         raise CheckpointError(
-            f"{path}: no token for the byte {missing[0]:#04x} among {len(ranks)} lines, expected all 256. " + again
+            f"{path}: no token for the byte {missing[0]:#04x} among {len(ranks)} lines, expected all 256; "
+            + FETCH_AGAIN
         )
     return ranks
 

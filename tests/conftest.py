@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
+from benchmarks.make_checkpoint import meta_tokenizer
 from tests.checkpoints import write_meta
 
 # The open model is fetched once and kept beside the sources, not in the home.
@@ -39,10 +39,7 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def meta_tokenizer_path() -> Path:
     """Meta's real tokenizer.model, from the llama-models package."""
-    spec = importlib.util.find_spec("llama_models.llama3")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "tokenizer.model"
+    return meta_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_scratch.checkpoint.base import Checkpoint, is_tied
-from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
+from llama_scratch.checkpoint.base import Checkpoint, is_tied, reading
+from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError, printable
 
 __all__ = ["Checkpoint", "is_tied", "open_checkpoint"]
 
@@ -18,16 +18,18 @@ def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
     # Each format's module is imported where it is needed, so that starting up reads only one.
     if str(path).startswith(("gs:/", "az:/")):
         raise UsageError(f"{path} is a remote directory, expected a local one; copy the model to this machine first.")
-    if path.is_dir():
-        from llama_scratch.checkpoint.meta import open_meta
+    with reading(path):
+        if path.is_dir():
+            from llama_scratch.checkpoint.meta import open_meta
 
-        return open_meta(path, tokenizer)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise CheckpointError(f"{path} is a file, expected a directory with Meta's files or a .gguf file.")
-        from llama_scratch.checkpoint.gguf import open_gguf
+            return open_meta(path, tokenizer)
+        if path.is_file():
+            if path.suffix.lower() != ".gguf":
+                raise CheckpointError(f"{path} is a file, expected a directory with Meta's files or a .gguf file.")
+            from llama_scratch.checkpoint.gguf import open_gguf
 
-        return open_gguf(path, tokenizer)
+            return open_gguf(path, tokenizer)
     raise ModelNotFoundError(
-        f"There is no model at {path}; name an existing directory, or run 'llama-scratch pull smollm2' for an open one."
+        f"There is no model at {printable(path, 200)}; name an existing directory, "
+        "or run 'llama-scratch pull smollm2' for an open one."
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError
+from llama_scratch.errors import CheckpointError, LlamaScratchError, printable
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -53,39 +56,54 @@ class Checkpoint:
             )
 
 
-def checked(weights: dict[str, Tensor], args: ModelArgs, path: Path) -> dict[str, Tensor]:
-    """The weights once names and shapes are right; a missing output becomes the embedding, as one tensor.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to give out a file into a sentence that names it."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or path
+        raise LlamaScratchError(
+            f"{printable(name, 200)} cannot be read: {error.strerror or error}; check that it is there for you to read."
+        ) from error
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path) -> None:
+    """Compare names and shapes of a file's weights with what `args` says; only the output may be missing.
 
     Raises `CheckpointError` that names the file and the first weight that is wrong.
     """
-    weights = dict(weights)
-    embedding = weights.get("tok_embeddings.weight")
-    output = weights.setdefault("output.weight", embedding) if embedding is not None else None
     shapes = args.weight_shapes()
-    if missing := [name for name in shapes if name not in weights]:
+    if missing := [name for name in shapes if name not in found and name != OUTPUT]:
         raise CheckpointError(
             f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by its params; fetch the model again."
         )
-    if unknown := [name for name in weights if name not in shapes]:
+    if unknown := [name for name in found if name not in shapes]:
         raise CheckpointError(
             f"{path} holds {_some(unknown)}, expected no weight of that name in a Llama of this shape; "
             "check that weights and params belong to the same model."
         )
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
+    for name, shape in found.items():
+        if shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: {name} has the shape {tuple(weights[name].shape)}, expected {shape} by its params; "
+                f"{path}: {name} has the shape {shape}, expected {shapes[name]} by its params; "
                 "check that weights and params belong to the same model."
             )
-    if embedding is not None and output is not None and output.data_ptr() == embedding.data_ptr():
-        weights["output.weight"] = embedding
+
+
+def tie(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let the output be the embedding itself where it is missing or shares the embedding's storage."""
+    embedding = weights[EMBEDDING]
+    if weights.get(OUTPUT, embedding).data_ptr() == embedding.data_ptr():
+        return weights | {OUTPUT: embedding}
     return weights
 
 
 def is_tied(weights: dict[str, Tensor]) -> bool:
     """Whether the output projection is the embedding itself."""
-    return weights["output.weight"] is weights["tok_embeddings.weight"]
+    return weights[OUTPUT] is weights[EMBEDDING]
 
 
 def _some(names: list[str]) -> str:
-    return repr(names[0]) if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more weights"
+    first = f"'{printable(names[0])}'"
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more weights"

@@ -20,12 +20,7 @@ def find_model(source: str | os.PathLike[str] | None = None) -> Path:
     the usual places of Llama 3.2 1B, then the open model. Raises `ModelNotFoundError` where the open
     model is meant and was not fetched yet; `pull` mends that.
     """
-    if source is None:
-        source = os.environ.get(ENVIRONMENT) or next(
-            (place for place in USUAL_PLACES if Path(place).expanduser().is_dir()), DEFAULT_MODEL
-        )
-    elif not os.fspath(source):
-        raise UsageError("The model's name is empty, expected a directory, a file or a name such as smollm2.")
+    source = _meant(source)
     if open_model := OPEN_MODELS.get(os.fspath(source)):
         if not open_model.path.is_file():
             raise ModelNotFoundError(
@@ -39,11 +34,22 @@ def find_model(source: str | os.PathLike[str] | None = None) -> Path:
         raise ModelNotFoundError(f"{source} cannot be resolved: {error}; name the directory in full.") from error
 
 
+def _meant(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    if source is None:
+        return os.environ.get(ENVIRONMENT) or next(filter(_is_there, USUAL_PLACES), DEFAULT_MODEL)
+    if not os.fspath(source):
+        raise UsageError("The model's name is empty, expected a directory, a file or a name such as smollm2.")
+    return source
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return Path(place).expanduser().is_dir()
+    except (RuntimeError, OSError):  # no home, or one that must not be looked into
+        return False
+
+
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
     """The name of the open model that `find_model(source)` would refuse because it was not fetched yet."""
-    try:
-        find_model(source)
-    except ModelNotFoundError:
-        name = DEFAULT_MODEL if source is None else os.fspath(source)
-        return name if name in OPEN_MODELS else None
-    return None
+    model = OPEN_MODELS.get(os.fspath(_meant(source)))
+    return model.name if model and not model.path.is_file() else None

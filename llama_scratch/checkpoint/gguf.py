@@ -8,6 +8,7 @@ Source: the GGUF specification in ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.checkpoint.base import Checkpoint, Stored, checked
+from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, reading, tie
 from llama_scratch.config import Fields, ModelArgs
-from llama_scratch.errors import CheckpointError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
@@ -50,17 +51,18 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
-_AGAIN = "Fetch the file again from where it came from."
 
 
 def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     """Read and check the header; `tokenizer` is a tokenizer.model that replaces the file's own."""
     header = read_header(path)
+    replacement = Tokenizer.from_meta(tokenizer) if tokenizer else None
     try:
         args = _model_args(header)
-        own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(header.metadata)
+        own_tokenizer = replacement or _tokenizer(header.metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    check_shapes({_meta_name(tensor.name): tensor.shape for tensor in header.tensors}, args, path)
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
         name=re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE),
@@ -68,7 +70,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         path=path,
         args=args,
         tokenizer=own_tokenizer,
-        load=lambda progress: checked(_dequantised(path, header.tensors, progress), args, path),
+        load=lambda progress: tie(_dequantised(path, header.tensors, progress)),
         inspect=lambda _: _stored(header),
     )
 
@@ -110,7 +112,7 @@ class _Cursor:
         """Step over `size` bytes and return where they start."""
         start = self.position
         if size > len(self.data) - start:
-            raise CheckpointError(f"{len(self.data):,} bytes, expected {size:,} more at byte {start:,}. {_AGAIN}")
+            raise CheckpointError(f"{len(self.data):,} bytes, expected {size:,} more at byte {start:,}; {FETCH_AGAIN}")
         self.position = start + size
         return start
 
@@ -136,14 +138,16 @@ class _Cursor:
         kind, count = self.scalar("I"), self.scalar("Q")
         # Every element takes at least one byte (a string eight), so this bounds the list by the file.
         if count > len(self.data):
-            raise CheckpointError(f"an array of {count:,} elements in {len(self.data):,} bytes. {_AGAIN}")
+            raise CheckpointError(f"an array of {count:,} elements in {len(self.data):,} bytes; {FETCH_AGAIN}")
         if kind == 8:
             return [self.string() for _ in range(count)]
         return list(self.scalars(self._letter(kind), count))
 
     def _letter(self, kind: int) -> str:
         if kind not in _SCALARS:
-            raise CheckpointError(f"a metadata value of the unknown type {kind} at byte {self.position:,}. {_AGAIN}")
+            raise CheckpointError(
+                f"a metadata value of the unknown type {kind} at byte {self.position:,}; {FETCH_AGAIN}"
+            )
         return _SCALARS[kind]
 
 
@@ -151,7 +155,7 @@ def read_header(path: Path) -> Header:
     """Metadata and tensor table of a GGUF file, version 2 or 3. Raises `CheckpointError` for any other file."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
-            raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file. {_AGAIN}")
+            raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file; {FETCH_AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _read_header(_Cursor(data))
@@ -162,26 +166,47 @@ def read_header(path: Path) -> Header:
 def _read_header(cursor: _Cursor) -> Header:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF" or version not in (2, 3):
-        raise CheckpointError(f"it begins with {magic!r} and version {version}, expected GGUF version 2 or 3. {_AGAIN}")
+        raise CheckpointError(
+            f"it begins with {magic!r} and version {version}, expected GGUF version 2 or 3; {FETCH_AGAIN}"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
         key = cursor.string()
         if key in metadata:
-            raise CheckpointError(f"the metadata key {key[:60]!r} stands there twice. {_AGAIN}")
+            raise CheckpointError(f"the metadata key '{printable(key)}' stands there twice; {FETCH_AGAIN}")
         metadata[key] = cursor.value(cursor.scalar("I"))
     table = []
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.scalar("I")
         if n_dims > 4:
-            raise CheckpointError(f"the tensor {name[:60]!r} has {n_dims} dimensions, expected at most 4. {_AGAIN}")
+            raise CheckpointError(
+                f"the tensor '{printable(name)}' has {n_dims} dimensions, expected at most 4; {FETCH_AGAIN}"
+            )
         dims, type_, offset = cursor.scalars("Q", n_dims), cursor.scalar("I"), cursor.scalar("Q")
         table.append((name, tuple(reversed(dims)), type_, offset))
     alignment = Fields(metadata).integer("general.alignment", default=32)
-    data_start = -(-cursor.position // alignment) * alignment
+    if alignment & (alignment - 1):
+        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two; {FETCH_AGAIN}")
+    data_start = _aligned(cursor.position, alignment)
     tensors = [_place(entry, data_start, len(cursor.data)) for entry in table]
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise CheckpointError(f"a tensor stands there twice. {_AGAIN}")
+        raise CheckpointError(f"a tensor stands there twice; {FETCH_AGAIN}")
+    # One lies behind the other and the last one ends the file, so that no damage sends a reader elsewhere.
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: tensor.start):
+        if tensor.start != _aligned(end, alignment):
+            raise CheckpointError(
+                f"the tensor '{printable(tensor.name)}' begins at byte {tensor.start:,}, "
+                f"expected it at {_aligned(end, alignment):,}; {FETCH_AGAIN}"
+            )
+        end = tensor.start + tensor.size
+    if len(cursor.data) not in (end, _aligned(end, alignment)):
+        raise CheckpointError(f"{len(cursor.data):,} bytes, expected {end:,} by its table of tensors; {FETCH_AGAIN}")
     return Header(metadata, tensors)
+
+
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
 
 
 def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_size: int) -> TensorInfo:
@@ -191,15 +216,14 @@ def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_s
     try:
         block, block_size = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
     except (ValueError, KeyError):
-        raise CheckpointError(f"the tensor {name[:60]!r} has the unknown type {type_}. {_AGAIN}") from None
-    count = 1
-    for n in shape:
-        count *= n
+        raise CheckpointError(f"the tensor '{printable(name)}' has the unknown type {type_}; {FETCH_AGAIN}") from None
+    count = math.prod(shape)
     size = count // block * block_size
     start = data_start + offset
     if not shape or count == 0 or shape[-1] % block or start + size > file_size:
         raise CheckpointError(
-            f"{file_size:,} bytes, expected the tensor {name[:60]!r} of shape {shape} at byte {start:,}. {_AGAIN}"
+            f"{file_size:,} bytes, expected the tensor '{printable(name)}' of shape {shape} at byte {start:,}; "
+            + FETCH_AGAIN
         )
     return TensorInfo(name, shape, type_, start, size)
 
@@ -211,18 +235,20 @@ def _model_args(header: Header) -> ModelArgs:
     fields = Fields(header.metadata)
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":
-        raise CheckpointError(f"the architecture is {str(architecture)[:40]!r}, expected 'llama'; use another model.")
+        raise CheckpointError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
     scaling = header.metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "llama.expert_count" in header.metadata:
         raise CheckpointError("it has scaled RoPE or experts, expected a plain Llama; use another file.")
     dims = {tensor.name: tensor.shape for tensor in header.tensors}
     n_heads = fields.integer("llama.attention.head_count")
+    if "token_embd.weight" not in dims:
+        raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {FETCH_AGAIN}")
     args = ModelArgs(
         dim=fields.integer("llama.embedding_length"),
         n_layers=fields.integer("llama.block_count", most=1024),
         n_heads=n_heads,
         n_kv_heads=fields.integer("llama.attention.head_count_kv", default=n_heads),
-        vocab_size=dims.get("token_embd.weight", (0,))[0],
+        vocab_size=dims["token_embd.weight"][0],
         ffn_dim=fields.integer("llama.feed_forward_length"),
         norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=fields.number("llama.rope.freq_base", default=10_000.0),
@@ -237,14 +263,14 @@ def _model_args(header: Header) -> ModelArgs:
 
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _PATTERNS:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PATTERNS:
         raise CheckpointError(
-            f"the tokenizer is {str(kind)[:20]!r} with the pattern {str(pre)[:20]!r}, expected 'gpt2' with "
+            f"the tokenizer is '{printable(kind)}' with the pattern '{printable(pre)}', expected 'gpt2' with "
             f"{' or '.join(map(repr, _PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
         )
     texts, types = _list(metadata, "tokenizer.ggml.tokens", str), _list(metadata, "tokenizer.ggml.token_type", int)
     if len(texts) != len(types):
-        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each. {_AGAIN}")
+        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {FETCH_AGAIN}")
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     ranks: dict[bytes, int] = {}
     special: dict[str, int] = {}
@@ -254,12 +280,12 @@ def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
                 ranks[bytes(map(byte_of.__getitem__, text))] = id
             except KeyError:
                 raise CheckpointError(
-                    f"the token {id}, {text[:40]!r}, is not in GPT-2's byte alphabet. {_AGAIN}"
+                    f"the token {id}, '{printable(text)}', is not in GPT-2's byte alphabet; {FETCH_AGAIN}"
                 ) from None
         else:
             special[text] = id
-    if len(ranks) + len(special) != len(texts) or b"" in ranks:
-        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice. {_AGAIN}")
+    if len(ranks) + len(special) != len(texts) or b"" in ranks or "" in special:
+        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
     _check_merges(_list(metadata, "tokenizer.ggml.merges", str), byte_of, ranks)
 
     def named(field: str) -> str | None:
@@ -268,24 +294,30 @@ def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
     stops = {text for text in special if text in _STOPS} | ({eos} if (eos := named("eos")) else set())
     bos = named("bos") if metadata.get("tokenizer.ggml.add_bos_token") is True else None
-    return Tokenizer(ranks, special, _PATTERNS[str(pre)], bos=bos, stops=stops, unknown=named("unknown"))
+    return Tokenizer(ranks, special, _PATTERNS[pre], bos=bos, stops=stops, unknown=named("unknown"))
 
 
 def _check_merges(merges: list[str], byte_of: dict[str, int], ranks: dict[bytes, int]) -> None:
     """tiktoken merges by the rank of the result: right only where ids grow in the order of the merges."""
     previous = -1
     for merge in merges:
-        token = bytes(byte_of.get(char, 0) for char in merge.replace(" ", "", 1))
+        left, space, right = merge.partition(" ")
+        token = bytes(byte_of.get(char, 0) for char in left + right)
         rank = ranks.get(token, -1)
-        if rank <= previous:
-            raise CheckpointError(f"the merge {merge[:40]!r} is out of the order of the token ids; use another file.")
+        if not space or rank <= previous:
+            raise CheckpointError(
+                f"the merge '{printable(merge)}' is out of the order of the token ids; use another file."
+            )
         previous = rank
+    merged = sum(len(token) > 1 for token in ranks)
+    if len(merges) != merged:
+        raise CheckpointError(f"{len(merges)} merges make {merged} tokens, expected one each; {FETCH_AGAIN}")
 
 
 def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(key)
     if not isinstance(value, list) or not all(type(element) is kind for element in value):
-        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type. {_AGAIN}")
+        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {FETCH_AGAIN}")
     return value
 
 
@@ -321,8 +353,9 @@ def _dequantised(path: Path, tensors: list[TensorInfo], progress: Progress) -> d
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    require_memory(sum(4 * int(np.prod(tensor.shape)) for tensor in tensors), f"{path.name} as float32")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    require_memory(sum(4 * math.prod(tensor.shape) for tensor in tensors), f"{path.name} as float32")
+    with reading(path):
+        data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def load(tensor: TensorInfo) -> Tensor:
         raw = data[tensor.start : tensor.start + tensor.size].reshape(*tensor.shape[:-1], -1)

@@ -7,13 +7,14 @@ import re
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.checkpoint.base import Checkpoint, Stored, checked, is_tied
+from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint, Stored, check_shapes, is_tied, reading, tie
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
-_AGAIN = "Fetch that file again from where the model came from."
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
 # The description of a checkpoint's tensors takes some hundred bytes a tensor.
-_MAX_PICKLE = 16 << 20
+_MAX_PICKLE = 1 << 20
 _MAX_PARAMS = 1 << 20
 
 
@@ -53,18 +53,25 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         path=path,
         args=args,
         tokenizer=Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER)),
-        load=lambda progress: checked(load_pth(path, progress), args, path),
-        inspect=lambda progress: _stored(checked(load_pth(path, progress), args, path)),
+        load=lambda progress: _load(path, args, progress),
+        inspect=lambda progress: _stored(_load(path, args, progress)),
     )
+
+
+def _load(path: Path, args: ModelArgs, progress: Progress) -> dict[str, Tensor]:
+    with reading(path):
+        weights = load_pth(path, progress)
+    check_shapes({name: tuple(weight.shape) for name, weight in weights.items()}, args, path)
+    return tie(weights)
 
 
 def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     """Map the tensors of a zip-format `torch.save` file: nothing is copied and none of its code is run.
 
-    Every byte is compared with the file's own checksums first, because the mapping skips them. That
-    reads the file once, from front to back, which is also the fastest way to bring it into memory.
+    Every byte is compared with the file's own checksums first, because the mapping skips them; that also
+    brings the file into the page cache.
     """
-    _check_archive(path, progress)
+    records = _check_archive(path, progress)
     import torch
 
     try:
@@ -72,24 +79,36 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds for a hostile file
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} wants to run the code {match[1]!r} when it is loaded, expected tensors and nothing else; "
-                "do not use this file."
+                f"{path} wants to run the code '{printable(match[1])}' when it is loaded, "
+                "expected tensors and nothing else; do not use this file."
             ) from error
-        raise CheckpointError(
-            f"{path} cannot be read as tensors ({str(error).splitlines()[0][:100]}). {_AGAIN}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}") from error
     if not isinstance(weights, dict):
-        raise CheckpointError(f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors. {_AGAIN}")
+        raise CheckpointError(
+            f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors; {FETCH_AGAIN}"
+        )
+    weights = dict(dict.items(weights))  # a plain one, whatever a subclass claims of itself
     for name, tensor in weights.items():
         _check_tensor(path, name, tensor)
+    _check_sizes(path, weights.values(), records)
     return {name: tensor for name, tensor in weights.items() if name not in _IGNORED}
+
+
+def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
+    """Each storage must have a record of its very size: the mapping would read on into what lies behind it."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
+        raise CheckpointError(
+            f"{path} speaks of a tensor of {next(iter(excess)):,} bytes, expected one of its records to be that long; "
+            + FETCH_AGAIN
+        )
 
 
 def _stored(weights: dict[str, Tensor]) -> Stored:
     return Stored(
         types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
         tied=is_tied(weights),
-        dtype=weights["tok_embeddings.weight"].dtype,
+        dtype=weights[EMBEDDING].dtype,
     )
 
 
@@ -98,41 +117,49 @@ def _check_tensor(path: Path, name: object, tensor: object) -> None:
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
-            f"{path} holds a {type(tensor).__name__} under {str(name)[:60]!r}, expected tensors under names. {_AGAIN}"
+            f"{path} holds a {type(tensor).__name__} under '{printable(name)}', "
+            f"expected tensors under names; {FETCH_AGAIN}"
         )
     kinds = (torch.bfloat16, torch.float16, torch.float32)
     whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
     if tensor.dtype not in kinds or not whole:
         raise CheckpointError(
-            f"{path}: {name!r} is a {tensor.dtype} tensor, expected bfloat16, float16 or float32 in one piece; "
-            "quantised checkpoints are not supported."
+            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, "
+            "expected bfloat16, float16 or float32 in one piece; quantised checkpoints are not supported."
         )
 
 
-def _check_archive(path: Path, progress: Progress) -> None:
-    """Refuse whatever is not an undamaged archive of stored records, as `torch.save` writes them."""
+def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
+    """The records of an archive, once it is one that `torch.save` wrote and all of it is undamaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
     if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        raise CheckpointError(f"{path} is a web page, expected weights; the download was refused. {_AGAIN}")
+        raise CheckpointError(f"{path} is a web page, expected weights, so the download was refused; {FETCH_AGAIN}")
     if not start.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file. {_AGAIN}")
+        raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {FETCH_AGAIN}")
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, struct.error, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
-            f"so it was cut short or damaged. {_AGAIN}"
+            f"so it was cut short or damaged; {FETCH_AGAIN}"
         ) from error
     names = [record.filename for record in records]
+    folder = names[0].partition("/")[0] if names else ""
+    known = re.compile(re.escape(folder) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
     pickles = [record for record in records if record.filename.endswith("data.pkl")]
-    if len(set(names)) != len(names) or len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote. {_AGAIN}")
+    if (
+        not all(map(known.fullmatch, names))
+        or len(set(names)) != len(names)
+        or len(pickles) != 1
+        or pickles[0].file_size > _MAX_PICKLE
+    ):
+        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
     total = sum(record.file_size for record in records)
     if any(r.compress_type != zipfile.ZIP_STORED or r.flag_bits & 1 for r in records) or total > size:
-        raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save. {_AGAIN}")
+        raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
 
     done = 0
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -143,6 +170,7 @@ def _check_archive(path: Path, progress: Progress) -> None:
                 progress("checking", done, total)
         finally:
             pool.shutdown(cancel_futures=True)
+    return records
 
 
 def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
@@ -151,9 +179,10 @@ def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
         with zipfile.ZipFile(path) as archive, archive.open(record) as file:
             while file.read(1 << 18):
                 pass
-    except (zipfile.BadZipFile, EOFError, ValueError, struct.error, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: the record {record.filename!r} does not match its checksum, so the file is damaged. {_AGAIN}"
+            f"{path}: the record '{printable(record.filename)}' does not match its checksum, "
+            f"so the file is damaged; {FETCH_AGAIN}"
         ) from error
     return record.file_size
 
@@ -161,12 +190,10 @@ def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
 def _read_params(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_PARAMS:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected a few hundred. {_AGAIN}")
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected a few hundred; {FETCH_AGAIN}")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not text, expected JSON. {_AGAIN}") from error
-    except OSError as error:
-        raise LlamaScratchError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} is not text, expected JSON; {FETCH_AGAIN}") from error
 
 
 def _missing(directory: Path, file: str) -> str:

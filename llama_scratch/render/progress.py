@@ -20,7 +20,7 @@ def progress_bar(console: Console, start: str | None = None) -> Iterator[Progres
     or, without one, appears with the first call.
     """
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
-    hidden = console.quiet or not console.is_terminal or console.is_dumb_terminal
+    hidden = console.quiet or not console.file.isatty() or console.is_dumb_terminal
     with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(start or "", total=None, visible=start is not None)
 

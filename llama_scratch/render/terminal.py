@@ -150,7 +150,7 @@ def describe(model: ModelInfo) -> str:
 def model_facts(facts: dict[str, Any]) -> dict[str, str]:
     """What `info` shows of a model: names and values."""
     shape, scaling, tokenizer = facts["shape"], facts["rope"]["scaling"], facts["tokenizer"]
-    rope = f"theta {facts['rope']['theta']:,.0f}, " + (
+    rope = f"base {facts['rope']['theta']:,.0f}, " + (
         f"scaled by a factor of {scaling['factor']:g}" if scaling else "not scaled"
     )
     heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama_scratch.errors import UsageError
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.render import terminal
 from llama_scratch.repl.session import Session
 
@@ -66,13 +66,13 @@ def run_command(session: Session, line: str) -> None:
     found = COMMANDS.get(name)
     if found is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        advice = f"did you mean /{near[0]}?" if near else "/help lists them."
+        advice = f"did you mean /{near[0]}?" if near else "/help lists them"
         raise UsageError(
-            f"There is no command /{name[:40]}; {advice} (For a prompt that begins with a slash, type two.)"
+            f"There is no command /{printable(name)}; {advice} (for a prompt that begins with a slash, type two)."
         )
     argument = argument.strip()
     if argument and not found.arguments:
-        raise UsageError(f"/{name} takes no argument, found {argument[:40]!r}.")
+        raise UsageError(f"/{name} takes no argument, found '{printable(argument)}'.")
     found.run(session, argument)
 
 

@@ -36,7 +36,9 @@ def stdin_lines() -> Iterator[str]:
 
 
 def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
-    """Answer each prompt; a prompt that fails is reported on `log` and the next one is taken.
+    """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
+
+    log: where the prompts' warnings go.
 
     Returns the exit code: 0, or that of the first failure.
     """
@@ -50,7 +52,7 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
             else:
                 answer(session, unescaped(prompt) if commands else prompt, form, log)
         except LlamaScratchError as error:
-            report(log, str(error), "red")
+            print(f"llama-scratch: {error}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
         if session.ended:
             break
@@ -69,17 +71,12 @@ def answer(session: Session, prompt: str, form: Format, log: Console) -> None:
         _write(lines.json_line(as_json(prediction, generated)))
         return
     for sentence in prediction.warnings:
-        report(log, sentence, "yellow")
+        log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
     if generated is not None:
         _write(generated.text)
     else:
         for line in lines.answer_lines(prediction, all_candidates=form.all_candidates):
             _write(line)
-
-
-def report(log: Console, sentence: str, style: str) -> None:
-    """A sentence on one line of standard error, however long."""
-    log.print(f"llama-scratch: {sentence}", style=style, soft_wrap=True, markup=False)
 
 
 def _write(line: str) -> None:

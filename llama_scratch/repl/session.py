@@ -74,9 +74,9 @@ class Session:
     def _generate(self, ids: Sequence[int]) -> list[int]:
         """Stream the continuation; Ctrl-C ends it and keeps what came."""
         new = []
-        self.console.print(Text(" " + "…", style="dim"), end="")
+        self.console.print(Text(" …", style="dim"), end="")
         try:
-            for step in self.llama.generate(ids, self.settings.generate, **vars(self.settings.sampling)):
+            for step in self.llama.continuation(ids, self.settings.generate, self.settings.sampling):
                 new.append(step.id)
                 self.console.print(Text(terminal.readable(step.text)), end="", soft_wrap=True)
         except KeyboardInterrupt:

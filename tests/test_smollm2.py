@@ -1,0 +1,161 @@
+"""Trained weights and real text: SmolLM2 through this package and through two others that share nothing with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.llama import Llama
+from llama_scratch.progress import silent
+from tests import reference
+
+# English, code and other scripts, with digits, quotes and white space in between: some 600 tokens.
+TEXTS = {
+    "prose": """The harbour was quiet in the early morning. Two fishermen were mending a net on the quay, and neither
+of them looked up when the ferry came in. "You're late," said the older one at last, to nobody in particular. It had
+left the island at 5:40, as it had done every day since 1962, and it had been late for most of them. On the deck stood
+a woman with a suitcase and a birdcage; the cage was empty. She asked for the way to the post office, was told that
+it had been closed for eleven years, and thanked them as if that were good news.""",
+    "facts": """Water boils at 100 degrees Celsius at sea level, and at about 71 degrees on the summit of Mount Everest.
+The reason is that the pressure of the air falls with height: there is less of it above. A pressure cooker does the
+opposite. It keeps the steam in until the pressure is about twice that outside, so that water boils at 120 degrees and
+beans are done in a quarter of the time. The capital of France is Paris, and 2 + 2 = 4.""",
+    "code": '''def bisect(values: list[int], wanted: int) -> int:
+    """The first index whose value is not smaller than `wanted`."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+for (let i = 0; i < items.length; i++) { console.log(`${i}: ${items[i]}`); }
+SELECT name, COUNT(*) FROM people WHERE age >= 18 GROUP BY name ORDER BY 2 DESC;
+''',
+    "scripts": """Der Zug nach Köln fährt um 8 Uhr ab. L'été dernier, nous étions à la mer. ¿Dónde está la biblioteca?
+Москва — столица России. 東京は日本の首都です。 서울은 한국의 수도입니다. القاهرة عاصمة مصر.
+🙂 Ελλάδα, Ísland, Türkiye.""",
+}
+
+
+@pytest.fixture(scope="module")
+def llama(smollm2_path: Path) -> Llama:
+    return Llama.load(smollm2_path, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(smollm2_path: Path) -> dict[str, Tensor]:
+    """The file's weights as float32 under Meta's names, read and dequantised by the gguf package alone."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    renamed = {
+        "token_embd": "tok_embeddings",
+        "output_norm": "norm",
+        "blk": "layers",
+        "attn_norm": "attention_norm",
+        "attn_q": "attention.wq",
+        "attn_k": "attention.wk",
+        "attn_v": "attention.wv",
+        "attn_output": "attention.wo",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_down": "feed_forward.w2",
+        "ffn_up": "feed_forward.w3",
+    }
+    weights = {}
+    for tensor in GGUFReader(smollm2_path).tensors:
+        name = ".".join(renamed.get(part, part) for part in tensor.name.split("."))
+        weights[name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    return weights | {"output.weight": weights["tok_embeddings.weight"]}
+
+
+# Not read from the file, so that reading it wrong shows.
+SHAPE = {
+    "n_layers": 30,
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "rope_factor": None,
+}
+
+
+@pytest.fixture(scope="module")
+def huggingfaces(weights: dict[str, Tensor]) -> Any:
+    return reference.transformers_llama(weights, SHAPE)
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    """Logits within 1e-4 relative L2, and the same five candidates in the same order after every token.
+
+    No two of the first six are nearer than 4e-4 in these texts, and rounding moves a logit by under 1.2e-4.
+    """
+    assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) <= 1e-4
+    assert torch.equal(ours.topk(5).indices, theirs.topk(5).indices)
+
+
+def test_the_texts_are_long_enough_to_matter(llama: Llama) -> None:
+    """Together some 560 tokens."""
+    assert sum(len(llama.encode(text)) for text in TEXTS.values()) >= 500
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_real_text_gets_the_logits_of_transformers(llama: Llama, huggingfaces: Any, text: str) -> None:
+    """On the same dequantised weights, fed our ids."""
+    ids = llama.encode(text)
+    assert_same(llama.logits(text), huggingfaces(torch.tensor([ids])).logits[0])
+
+
+def test_real_text_gets_the_logits_of_the_reference(llama: Llama, weights: dict[str, Tensor]) -> None:
+    """In float64, on a short one."""
+    text = "The opposite of hot is cold, and 2 + 2 = 4. Она сказала: «да»."
+    assert_same(llama.logits(text), reference.forward(weights, SHAPE, llama.encode(text)).logits)
+
+
+def test_the_weights_are_those_that_the_gguf_package_reads(smollm2_path: Path, weights: dict[str, Tensor]) -> None:
+    """Bit for bit, by their names."""
+    ours = open_checkpoint(smollm2_path).load(silent)
+    assert ours.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_the_shape_is_the_published_one(llama: Llama) -> None:
+    """Read from the file, each field."""
+    args = llama.args
+    assert {name: getattr(args, name) for name in SHAPE if name != "rope_factor"} == pytest.approx(
+        {name: value for name, value in SHAPE.items() if name != "rope_factor"}
+    )
+    assert (args.dim, args.ffn_dim, args.vocab_size, args.max_seq_len) == (576, 1536, 49_152, 8192)
+    assert args.rope_scaling is None
+    assert llama.info.parameters == args.n_parameters(tied=True) == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "probability"),
+    [
+        ("The capital of France is", " Paris", 0.773),
+        ("The opposite of hot is", " cold", 0.684),
+        ("2 + 2 =", " ", 0.863),
+    ],
+)
+def test_known_prompts_get_their_known_answer(llama: Llama, prompt: str, text: str, probability: float) -> None:
+    """Three decimals of the probability, through the public API."""
+    prediction = llama.predict(prompt)
+    assert prediction.next.text == text
+    assert round(prediction.next.probability, 3) == probability
+
+
+def test_the_second_best_is_known_too(llama: Llama) -> None:
+    """The candidates come best first."""
+    second = llama.predict("The capital of France is").top[1]
+    assert second.text == " the"
+    assert round(second.probability, 3) == 0.065
