@@ -84,12 +84,15 @@ class Tokenizer:
                 f"the vocabulary has no token for the byte {min(self._missing):#04x} and no unknown token."
             )
         self._unknown = unknown
-        self._encoding = tiktoken.Encoding(
-            name="llama-scratch",
-            pat_str=pattern,
-            mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
-            special_tokens=self.special_tokens,
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                name="llama-scratch",
+                pat_str=pattern,
+                mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
+                special_tokens=self.special_tokens,
+            )
+        except ValueError as error:  # special tokens too long to be looked for
+            raise CheckpointError(f"the vocabulary cannot be used ({printable(error)}); {FETCH_AGAIN}") from error
 
     @classmethod
     def from_meta(cls, path: str) -> Tokenizer:

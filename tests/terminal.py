@@ -22,6 +22,7 @@ class Terminal:
     def __init__(
         self,
         *arguments: str,
+        program: tuple[str, ...] = PROGRAM,
         columns: int = 80,
         rows: int = 40,
         env: Mapping[str, str] | None = None,
@@ -34,7 +35,7 @@ class Terminal:
         for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
             environment.pop(name, None)
         self._child = pexpect.spawn(
-            PROGRAM[0], [*PROGRAM[1:], *arguments], env=environment, dimensions=(rows, columns), timeout=timeout
+            program[0], [*program[1:], *arguments], env=environment, dimensions=(rows, columns), timeout=timeout
         )
         self._child.delaybeforesend = None
         self._output = b""

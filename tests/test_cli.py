@@ -142,16 +142,20 @@ def test_lines_that_begin_with_a_slash_are_prompts_unless_commands_are_asked_for
     assert [json.loads(line)["prompt"] for line in plain] == ["/help", "//usr"]
     result = llama_scratch(*tiny, "--json", "--commands", stdin=b"//usr\n/quit\nnever answered\n")
     assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["/usr"]
+    result = llama_scratch(*tiny, "--json", "--commands", stdin=b"/help\nthe\n")
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["the"]
+    assert "/quit" in result.err
     result = llama_scratch(*tiny, "--commands", stdin=b"/hlep\n")
     assert result.code == 2
     assert "did you mean /help?" in one_sentence(result)
 
 
 def test_the_pipe_goes_on_after_a_prompt_that_fails(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
-    result = llama_scratch(*tiny, "--context", "8", stdin=b"the\n" + b"x" * 50 + b"\nthe\n")
-    assert result.code == 2
-    assert len(result.out.splitlines()) == 2
-    assert "51 tokens, expected at most 8" in result.err
+    for quiet in ([], ["--quiet"]):  # an error is said even then
+        result = llama_scratch(*tiny, "--context", "8", *quiet, stdin=b"the\n" + b"x" * 50 + b"\nthe\n")
+        assert result.code == 2
+        assert len(result.out.splitlines()) == 2
+        assert "51 tokens, expected at most 8" in result.err
 
 
 # --- Subcommands ------------------------------------------------------------------------------
@@ -302,3 +306,14 @@ def test_output_is_utf8_whatever_the_locale(tiny_dir: Path) -> None:
         check=True,
     )
     assert json.loads(result.stdout.decode("utf-8"))["prompt"] == "日本"
+
+
+def test_colours_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
+    """Whether standard output is a terminal decides the format, not what may be sent to one."""
+    command = [*PROGRAM, "--model-dir", str(tiny_dir), "--prompt", "the nation"]
+    outputs = {
+        subprocess.run(command, capture_output=True, env=os.environ | forced, check=True).stdout
+        for forced in ({}, {"FORCE_COLOR": "1"})
+    }
+    assert len(outputs) == 1
+    assert b"\x1b" not in outputs.pop()

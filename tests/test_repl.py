@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,3 +209,16 @@ def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
         terminal.type("n", "enter")
         assert terminal.wait() == 3
         assert "llama-scratch pull smollm2" in " ".join(terminal.text.split())
+
+
+def test_a_terminal_to_type_on_and_a_file_to_print_to(
+    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+) -> None:
+    """Standard output decides: typed lines are prompts, and the file gets a line for each."""
+    out = tmp_path / "out"
+    command = f"{sys.executable} -m llama_scratch --model smollm2 --quiet > {out}"
+    with Terminal(program=("/bin/sh", "-c", command), env=state) as terminal:
+        terminal.type("The capital of France is", "enter")
+        terminal.type("ctrl-d")
+        assert terminal.wait() == 0
+    assert out.read_text() == '" Paris"\t0.7725\t7042\n'

@@ -99,6 +99,8 @@ class Header:
 
 # GGUF's type number of a metadata value → struct's letter; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Several times the largest vocabulary or list of merges.
+_MAX_ARRAY = 1 << 20
 
 
 class _Cursor:
@@ -136,9 +138,8 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("I"), self.scalar("Q")
-        # Every element takes at least one byte (a string eight), so this bounds the list by the file.
-        if count > len(self.data):
-            raise CheckpointError(f"an array of {count:,} elements in {len(self.data):,} bytes; {FETCH_AGAIN}")
+        if count > _MAX_ARRAY:
+            raise CheckpointError(f"an array of {count:,} elements, expected at most {_MAX_ARRAY:,}; {FETCH_AGAIN}")
         if kind == 8:
             return [self.string() for _ in range(count)]
         return list(self.scalars(self._letter(kind), count))
@@ -358,12 +359,19 @@ def _dequantised(path: Path, tensors: list[TensorInfo], progress: Progress) -> d
         data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def load(tensor: TensorInfo) -> Tensor:
-        raw = data[tensor.start : tensor.start + tensor.size].reshape(*tensor.shape[:-1], -1)
+        raw = data[tensor.start : tensor.start + tensor.size]
+        if raw.size != tensor.size:
+            raise CheckpointError(f"{path} became shorter while it was read, at {tensor.name}; {FETCH_AGAIN}")
         try:
-            values = dequantize(raw, GGMLQuantizationType(tensor.type))
+            with np.errstate(all="ignore"):
+                values = dequantize(raw.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.type))
         except NotImplementedError as error:
             kind = GGMLQuantizationType(tensor.type).name
-            raise CheckpointError(f"{path}: {tensor.name} is in {kind}, which the gguf package cannot read.") from error
+            raise CheckpointError(
+                f"{path}: {tensor.name} is in {kind}, which the gguf package cannot read; use another file."
+            ) from error
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: {tensor.name} holds values that are not numbers; {FETCH_AGAIN}")
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
 
     weights: dict[str, Tensor] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -112,6 +114,16 @@ def _stored(weights: dict[str, Tensor]) -> Stored:
     )
 
 
+# What zipfile raises for an archive that is none or is damaged.
+_DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError, OSError)
+
+
+def _raise_unless_damage(error: Exception) -> None:
+    """The system's own refusals pass; a place before the file's beginning (EINVAL) is damage."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        raise error
+
+
 def _check_tensor(path: Path, name: object, tensor: object) -> None:
     import torch
 
@@ -141,7 +153,8 @@ def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
         raise CheckpointError(
             f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
             f"so it was cut short or damaged; {FETCH_AGAIN}"
@@ -162,10 +175,16 @@ def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
         raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
 
     done = 0
+    archives = threading.local()  # one a thread, so that none moves another's place in the file
+
+    def check(record: zipfile.ZipInfo) -> int:
+        if not hasattr(archives, "mine"):
+            archives.mine = zipfile.ZipFile(path)
+        return _check_record(path, archives.mine, record)
+
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         try:
-            largest_first = sorted(records, key=lambda record: -record.file_size)
-            for record_size in pool.map(lambda record: _check_record(path, record), largest_first):
+            for record_size in pool.map(check, sorted(records, key=lambda record: -record.file_size)):
                 done += record_size
                 progress("checking", done, total)
         finally:
@@ -173,13 +192,14 @@ def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
     return records
 
 
-def _check_record(path: Path, record: zipfile.ZipInfo) -> int:
+def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
     """Read one record to its end, where zipfile compares its CRC-32; the checksum runs without Python's lock."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(record) as file:
+        with archive.open(record) as file:
             while file.read(1 << 18):
                 pass
-    except (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
         raise CheckpointError(
             f"{path}: the record '{printable(record.filename)}' does not match its checksum, "
             f"so the file is damaged; {FETCH_AGAIN}"
