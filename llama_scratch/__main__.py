@@ -1,5 +1,6 @@
 """`llama-scratch` and `python -m llama_scratch`."""
 
+import signal
 import sys
 
 
@@ -12,6 +13,8 @@ def main() -> None:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = 130
+    # What is left is Python's own clean-up; Ctrl-C there would show a traceback and end nothing sooner.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 

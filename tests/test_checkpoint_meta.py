@@ -145,6 +145,17 @@ def test_a_file_without_an_output_uses_the_embedding(small_dir: Path) -> None:
     assert is_tied(again)
 
 
+def test_two_tensors_over_one_storage_are_tied(small_dir: Path) -> None:
+    """Meta's files hold two tensors that share their bytes, not one tensor twice; they become one again."""
+    weights = load(small_dir)
+    weights["output.weight"] = weights["tok_embeddings.weight"].detach()
+    assert weights["output.weight"] is not weights["tok_embeddings.weight"]
+    again = load(save(small_dir, weights))
+    assert is_tied(again)
+    assert same(again, weights)
+    assert Llama.load(small_dir, device="cpu").info.parameters == SMALL_ARGS.n_parameters(tied=True)
+
+
 def test_equal_output_in_its_own_storage_stays_untied(small_dir: Path) -> None:
     """Tied means one storage, not equal numbers: nothing compares the contents."""
     weights = load(small_dir)
@@ -487,6 +498,19 @@ def test_a_compressed_archive(small_dir: Path, compression: int) -> None:
     """Zipped anew it cannot be mapped; a bomb of zeros is not unpacked to find out."""
     repack(small_dir / WEIGHTS, {}, compression)
     refused(small_dir, CheckpointError, small_dir / WEIGHTS, "compressed", "torch.save")
+
+
+def test_one_compressed_record(small_dir: Path) -> None:
+    """Among plain ones, and of bytes that compression makes longer: the mapping would take it for the weight itself."""
+    path = small_dir / WEIGHTS
+    with zipfile.ZipFile(path) as archive:
+        records = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    path.unlink()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records:
+            packed = name.endswith("data/10")
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
+    refused(small_dir, CheckpointError, path, "compressed")
 
 
 def test_a_record_that_stands_there_twice(small_dir: Path) -> None:

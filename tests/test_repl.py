@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,19 @@ def test_ctrl_c_clears_the_line_and_never_ends_the_program(session: Terminal) ->
     session.wait_for("Ctrl-D or /quit leaves")
     session.type("ctrl-c", "ctrl-c")
     assert "␣Paris" in ask(session, "The capital of France is")
+
+
+def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
+    """While an answer is computed, printed, or the prompt comes back: the session goes on and is right."""
+    moments = random.Random(0)
+    for _ in range(60):
+        session.type(moments.choice(["The capital", "", "/help"]), "enter")
+        session.settle(moments.random() * 0.15)
+        session.interrupt()
+    session.settle(1)
+    assert "␣Paris" in ask(session, "The capital of France is")
+    assert "77.3" in session.text
+    assert session.seen("Traceback") == 0
 
 
 def test_ctrl_c_cancels_what_is_running(smollm2_path: Path, state: dict[str, str]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
@@ -27,8 +32,34 @@ class _History(FileHistory):
         super().store_string(replace_surrogates(string))
 
 
+class _Interrupts:
+    """Ctrl-C as an exception only while there is something to cancel, and only once.
+
+    At the prompt it is a key. Between the two it is nothing: an exception there would end the program.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Where Ctrl-C cancels."""
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = False
+
+
 def run(session: Session) -> None:
     """Read prompts until Ctrl-D or /quit."""
+    interrupts = _Interrupts()
     reader = _reader(session)
     session.console.print(terminal.banner(session.llama.info, session.llama.context))
     while not session.ended:
@@ -40,7 +71,8 @@ def run(session: Session) -> None:
         except EOFError:
             return
         try:
-            _take(session, line)
+            with interrupts.armed():
+                _take(session, line)
         except KeyboardInterrupt:
             session.console.print(Text("\n Cancelled.", style="dim"))
         except LlamaScratchError as error:
@@ -98,6 +130,7 @@ def _keys() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     @keys.add("c-c")
+    @keys.add("<sigint>")
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
