@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -25,7 +26,7 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.checkpoint.gguf import bytes_to_unicode, read_header
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, OutOfMemoryError
 from llama_scratch.model import Transformer
 from llama_scratch.progress import silent
 from tests.test_checkpoint_meta import is_sentence, same
@@ -398,6 +399,16 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path) -> None:
     stored = open_checkpoint(write_with_gguf(tmp_path / "a.gguf", Quant.Q8_0)).inspect(silent)
     assert (stored.types, stored.tied, stored.dtype) == ({"Q8_0": 15, "F32": 5}, True, torch.float32)
     assert not open_checkpoint(write_with_gguf(tmp_path / "b.gguf", Quant.F16, tied=False)).inspect(silent).tied
+
+
+def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the weights will take is known from the header; nothing is dequantised to find out."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000))
+    calls: list[tuple[str, int, int]] = []
+    with pytest.raises(OutOfMemoryError) as caught:
+        open_checkpoint(file.write(tmp_path / "a.gguf")).load(lambda *call: calls.append(call))
+    is_sentence(caught.value, OutOfMemoryError, "a.gguf", "GB", "choose")
+    assert calls == []
 
 
 def test_progress_counts_tensors(tmp_path: Path, file: File) -> None:

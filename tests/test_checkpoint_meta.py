@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +28,18 @@ from torch import Tensor
 from llama_scratch import Llama
 from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.errors import (
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UsageError,
+)
 from llama_scratch.model import Transformer
 from llama_scratch.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
 
-EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4}
+EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, OutOfMemoryError: 5}
 WEIGHTS, TOKENIZER, PARAMS = "consolidated.00.pth", "tokenizer.model", "params.json"
 # Small enough that a damaged copy loads in milliseconds.
 SMALL = tiny_params(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, multiple_of=16)
@@ -283,6 +290,15 @@ def test_answers_are_those_of_the_weights(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), all_positions=True)[0]
     torch.testing.assert_close(Llama.load(directory, device="cpu").logits(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_conversion_needs_memory(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped weights load where nothing is free; a conversion is refused before it begins."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    assert Llama.load(small_dir, precision="bf16", device="cpu").info.precision == "bf16"
+    with pytest.raises(OutOfMemoryError) as caught:
+        Llama.load(small_dir, precision="fp32", device="cpu")
+    is_sentence(caught.value, OutOfMemoryError, "fp32", "GB", "choose")
 
 
 def test_an_unknown_precision_is_refused_before_the_weights_are_read(small_dir: Path) -> None:

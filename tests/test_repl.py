@@ -90,8 +90,10 @@ def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
     moments = random.Random(0)
     for _ in range(60):
         session.type(moments.choice(["The capital", "", "/help"]), "enter")
-        session.settle(moments.random() * 0.15)
-        session.interrupt()
+        session.settle(moments.random() * 0.1)
+        for _ in range(6):
+            session.interrupt()
+            session.read(moments.random() * 0.02)
     session.settle(1)
     assert "␣Paris" in ask(session, "The capital of France is")
     assert "77.3" in session.text

@@ -64,7 +64,11 @@ def run(session: Session) -> None:
     session.console.print(terminal.banner(session.llama.info, session.llama.context))
     while not session.ended:
         try:
-            line = reader.prompt(_message(session), placeholder=lambda: _placeholder(session))
+            line = reader.prompt(
+                _message(session),
+                placeholder=lambda: _placeholder(session),
+                handle_sigint=False,  # see `_Interrupts`
+            )
         except KeyboardInterrupt:
             session.console.print(Text(" Ctrl-D or /quit leaves.", style="dim"))
             continue
@@ -130,7 +134,6 @@ def _keys() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     @keys.add("c-c")
-    @keys.add("<sigint>")
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
