@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -29,57 +32,33 @@ app = typer.Typer(
 
 # --- Options ----------------------------------------------------------------------------------
 
-_MODEL = "Model (before or after a subcommand)"
-ModelDir = Annotated[
-    str | None,
-    typer.Option(
-        "--model-dir", metavar="PATH", help="A directory of Meta's files, or a .gguf file.", rich_help_panel=_MODEL
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="NAME", help="A model that 'pull' fetched, such as smollm2.", rich_help_panel=_MODEL
-    ),
-]
-TokenizerPath = Annotated[
-    str | None, typer.Option("--tokenizer", metavar="PATH", help="A tokenizer.model elsewhere.", rich_help_panel=_MODEL)
-]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", metavar="NAME", help="auto (as in the file), fp32 or bf16.", rich_help_panel=_MODEL),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="auto (CUDA where there is one, else the CPU), cpu, cuda or mps.",
-        rich_help_panel=_MODEL,
-    ),
-]
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.", rich_help_panel=_MODEL)]
-ContextLength = Annotated[
-    int | None, typer.Option("--context", metavar="N", help="Most tokens at once.", rich_help_panel=_MODEL)
-]
-RopeFactor = Annotated[
-    float | None,
-    typer.Option("--rope-factor", metavar="N", help="RoPE scaling in place of the model's.", rich_help_panel=_MODEL),
-]
+
+def _model_option(name: str, metavar: str, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel="Model (before or after a subcommand)")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is run; None where the option was not given."""
 
-    model_dir: str | None = None
-    model: str | None = None
-    tokenizer: str | None = None
-    precision: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    context: int | None = None
-    rope_factor: float | None = None
+    model_dir: Annotated[
+        str | None, _model_option("--model-dir", "PATH", "A directory of Meta's files, or a .gguf file.")
+    ] = None
+    model: Annotated[str | None, _model_option("--model", "NAME", "A model that 'pull' fetched, such as smollm2.")] = (
+        None
+    )
+    tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "A tokenizer.model elsewhere.")] = None
+    precision: Annotated[str | None, _model_option("--precision", "NAME", "auto (as in the file), fp32 or bf16.")] = (
+        None
+    )
+    device: Annotated[
+        str | None, _model_option("--device", "NAME", "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.")
+    ] = None
+    threads: Annotated[int | None, _model_option("--threads", "N", "CPU threads.")] = None
+    context: Annotated[int | None, _model_option("--context", "N", "Most tokens at once.")] = None
+    rope_factor: Annotated[
+        float | None, _model_option("--rope-factor", "N", "RoPE scaling in place of the model's.")
+    ] = None
 
     def over(self, other: ModelOptions) -> ModelOptions:
         """These options, and the other's where these were not given."""
@@ -92,6 +71,26 @@ class ModelOptions:
         if self.model is not None and self.model_dir is not None:
             raise UsageError("Both --model and --model-dir were given, expected one of them.")
         return self.model if self.model is not None else self.model_dir
+
+
+def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of `ModelOptions` as options; it gets them together, as its `options`."""
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    names = [field.name for field in fields(ModelOptions)]
+
+    @wraps(command)
+    def with_options(**arguments: Any) -> None:
+        options = ModelOptions(**{name: arguments.pop(name) for name in names})
+        command(**arguments, options=options)
+
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter for name, parameter in own.items() if name != "options"]
+    parameters += [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[n]) for n in names
+    ]
+    # typer reads a command's options from its signature.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_options
 
 
 @dataclass(frozen=True)
@@ -119,16 +118,10 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
+@takes_model_options
 def main(
-    context: typer.Context,
-    model_dir: ModelDir = None,
-    model: Model = None,
-    tokenizer: TokenizerPath = None,
-    precision: Precision = None,
-    device: Device = None,
-    threads: Threads = None,
-    context_length: ContextLength = None,
-    rope_factor: RopeFactor = None,
+    ctx: typer.Context,
+    options: ModelOptions,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help='Answer one prompt and exit; "-": all of standard input.'),
@@ -190,14 +183,13 @@ def main(
     With no model named it looks for Llama 3.2 1B in ~/.llama and else takes SmolLM2-135M, an open
     model of the same architecture. When standard input is not a terminal, each line is a prompt.
     """
-    options = ModelOptions(model_dir, model, tokenizer, precision, device, threads, context_length, rope_factor)
     colors: dict[str, Any] = {"no_color": True} if no_color or plain else {}
     asking = not no_input and sys.stdin.isatty() and sys.stderr.isatty()
     screen = Screen(
         Console(highlight=False, **colors), Console(stderr=True, quiet=quiet, highlight=False, **colors), json, asking
     )
-    context.obj = State(options, screen)
-    if context.invoked_subcommand is not None:
+    ctx.obj = State(options, screen)
+    if ctx.invoked_subcommand is not None:
         return
 
     if generate < 0:
@@ -237,43 +229,29 @@ def main(
 
 
 @app.command()
-def pull(context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
+def pull(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
     """Fetch an open model, so that --model NAME runs it."""
-    _pull(name, context.obj.screen)
+    _pull(name, ctx.obj.screen)
 
 
 @app.command()
+@takes_model_options
 def info(
-    context: typer.Context,
+    ctx: typer.Context,
+    options: ModelOptions,
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="A model; by default the one that would run.")
+        str | None, typer.Argument(metavar="PATH", help="A model; by default the one that would run.")
     ] = None,
-    model_dir: ModelDir = None,
-    model: Model = None,
-    tokenizer: TokenizerPath = None,
-    precision: Precision = None,
-    device: Device = None,
-    threads: Threads = None,
-    context_length: ContextLength = None,
-    rope_factor: RopeFactor = None,
     json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object.")] = False,
 ) -> None:
     """What is in a model: its shape, parameters, tokenizer and RoPE factor."""
-    given = ModelOptions(
-        path if path is not None else model_dir,
-        model,
-        tokenizer,
-        precision,
-        device,
-        threads,
-        context_length,
-        rope_factor,
-    )
-    state: State = context.obj
+    state: State = ctx.obj
     from llama_scratch.checkpoint.find import find_model
     from llama_scratch.info import describe
 
-    options = given.over(state.options)
+    if path is not None:
+        options = replace(options, model_dir=path)
+    options = options.over(state.options)
     with progress_bar(state.screen.log, "Reading") as progress:
         facts = describe(find_model(options.source), options.tokenizer, options.rope_factor, progress)
     if json or state.screen.json:
