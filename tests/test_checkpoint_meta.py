@@ -604,7 +604,7 @@ def pickled(directory: Path, description: bytes) -> Path:
         b"}",
         b".",
         b"}X\xff\xff\xff\x7fabc",
-            b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb.",
+        b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb.",
         b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsctorch\ndevice\nsb.",
         b"cposix\x1b[2J\nsys\x07tem\n.",
         b"ctorch.storage\nUntypedStorage\n(J\x00\x00\x00\x10tR.",

@@ -146,6 +146,24 @@ def test_the_history_is_kept_between_sessions_and_for_oneself(
         session.wait_for("> The capital of France is")
 
 
+def test_ctrl_r_searches_the_history_and_enter_asks_again(session: Terminal) -> None:
+    ask(session, "The capital of France is")
+    ask(session, "Once upon a time")
+    session.type("ctrl-r", "capital")
+    session.wait_for("I-search backward: capital")
+    session.settle()
+    assert "(Enter accepts)" not in session.text  # what an empty line offers is not part of what was found
+    session.type("ctrl-c")  # ends the search only
+    session.settle()
+    session.type("ctrl-r", "capital", "enter")
+    session.settle()
+    answers = session.seen(ANSWERED)
+    session.type("enter")
+    session.wait_for_more(ANSWERED, answers)
+    session.settle()
+    assert session.text.count("␣Paris    77.3 %") == 2
+
+
 def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
     smollm2_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ from types import FrameType
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -97,8 +99,8 @@ def _message(session: Session) -> FormattedText:
 
 
 def _placeholder(session: Session) -> FormattedText:
-    """What an empty line offers, in grey; nothing of it stays once the line is sent."""
-    if get_app().is_done:
+    """What an empty line offers, in grey; nothing of it stays once the line is sent or searched."""
+    if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
     room = session.console.width - len(session.llama.info.name) - 3
     hint = _FIRST_HINT if len(_FIRST_HINT) <= room else ""
@@ -124,16 +126,17 @@ def _reader(session: Session) -> PromptSession[str]:
 
 def _keys() -> KeyBindings:
     keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # not while Ctrl-R searches, where these keys mean something else
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=typing)
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
