@@ -50,12 +50,8 @@ SIZE = 22
 def session() -> Image.Image:
     """A prompt and its answer, its token accepted, and another prompt."""
     with _start() as terminal:
-        terminal.type("The capital of France is", "enter")
-        terminal.settle(1)
-        terminal.type("enter")
-        terminal.settle(1)
-        terminal.type("The opposite of hot is", "enter")
-        terminal.settle(1)
+        for keys in (["The capital of France is", "enter"], ["enter"], ["The opposite of hot is", "enter"]):
+            _answered(terminal, *keys)
         return draw(terminal.screen)
 
 
@@ -70,8 +66,7 @@ def before_enter() -> Image.Image:
 def after_enter() -> Image.Image:
     """The same prompt answered."""
     with _start(rows=16) as terminal:
-        terminal.type("The capital of France is", "enter")
-        terminal.settle(1)
+        _answered(terminal, "The capital of France is", "enter")
         return draw(terminal.screen)
 
 
@@ -80,6 +75,13 @@ def _start(rows: int = 48) -> Terminal:
     terminal.wait_for("SmolLM2-135M-Instruct>")
     terminal.settle()
     return terminal
+
+
+def _answered(terminal: Terminal, *keys: str) -> None:
+    answers = terminal.seen("entropy")
+    terminal.type(*keys)
+    terminal.wait_for_more("entropy", answers)
+    terminal.settle()
 
 
 def draw(screen: Screen) -> Image.Image:

@@ -9,7 +9,10 @@ FETCH_AGAIN = "fetch the file again from where the model came from."
 
 def printable(value: object, limit: int = 60) -> str:
     """A value from a file as text for a sentence: short, on one line, and nothing in it that a terminal obeys."""
-    text = str(value)
+    try:
+        text = str(value)
+    except RecursionError:
+        text = type(value).__name__
     if not text.isprintable():
         text = repr(text)[1:-1]
     return text if len(text) <= limit else text[: limit - 1] + "…"

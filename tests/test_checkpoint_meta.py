@@ -9,6 +9,8 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 import tracemalloc
 import warnings
@@ -604,6 +606,9 @@ def pickled(directory: Path, description: bytes) -> Path:
         b"}",
         b".",
         b"}X\xff\xff\xff\x7fabc",
+        b"}" + b")" + b"\x85" * 5000 + b"K\x01s.",
+        b"c" + b"p" * 50_000 + b"\nsystem\n.",
+        b"c__builtin__\nbytearray\n(J\x00\x00\x00\x10tR.",
         b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb.",
         b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsctorch\ndevice\nsb.",
         b"cposix\x1b[2J\nsys\x07tem\n.",
@@ -612,7 +617,8 @@ def pickled(directory: Path, description: bytes) -> Path:
         b"\x8b\x00\x00\x10\x00" + b"\x7f" * (1 << 20) + b".",
     ],
     ids=[
-        "no end", "nothing", "a text beyond the end", "items is a number", "items is a type",
+        "no end", "nothing", "a text beyond the end", "a name of tuples", "a long global", "256 MiB",
+        "items is a number", "items is a type",
         "a global with escapes", "a storage of 256 MiB", "a long name", "a long number",
     ],
 )  # fmt: skip
@@ -634,6 +640,18 @@ def little_memory(mebibytes: float = 32) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_description_meant_to_overflow_the_stack(small_dir: Path) -> None:
+    """A million tuples within each other as a name: Python itself would crash when it takes the name's hash."""
+    pickled(small_dir, b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
+    code = (
+        "from llama_scratch.checkpoint import open_checkpoint\nfrom pathlib import Path\n"
+        f"try:\n    open_checkpoint(Path({str(small_dir)!r})).load(print)\n"
+        "except Exception as error:\n    print(type(error).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout.split()[-1:]) == (0, ["CheckpointError"])
 
 
 def test_an_archive_of_many_records(small_dir: Path) -> None:

@@ -100,7 +100,7 @@ class Header:
 # GGUF's type number of a metadata value → struct's letter; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # Several times the largest vocabulary or list of merges.
-_MAX_ARRAY = 1 << 20
+_MAX_ARRAY = 1 << 19
 
 
 class _Cursor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickletools
 import re
 import struct
 import threading
@@ -29,6 +30,13 @@ _IGNORED = {"rope.freqs"}
 # The description of a checkpoint's tensors takes some hundred bytes a tensor.
 _MAX_PICKLE = 1 << 20
 _MAX_PARAMS = 1 << 20
+_MAX_TUPLES = 1 << 16  # some five a tensor
+# What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
+_CALLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
+    r"|torch (float|bfloat|complex|u?int|q?u?int)\d+\w{0,10}|torch (Size|device)|torch\.nn\.parameter Parameter"
+    r"|torch\.serialization _get_layout"
+)
 
 
 def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -74,6 +82,7 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     brings the file into the page cache.
     """
     records = _check_archive(path, progress)
+    _check_description(path)
     import torch
 
     try:
@@ -94,6 +103,30 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
         _check_tensor(path, name, tensor)
     _check_sizes(path, weights.values(), records)
     return {name: tensor for name, tensor in weights.items() if name not in _IGNORED}
+
+
+def _check_description(path: Path) -> None:
+    """Walk through the pickle without running it: it may call what makes tensors, and nest no deeper than they do.
+
+    torch's own check comes afterwards; but before it refuses, a few bytes can ask for gigabytes, and
+    tuples nested a hundred thousand deep overflow the stack of Python itself.
+    """
+    with zipfile.ZipFile(path) as archive:
+        data = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    tuples = 0
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
+                name = printable(str(argument).replace(" ", "."))
+                raise CheckpointError(
+                    f"{path} wants to run the code '{name}' when it is loaded, "
+                    "expected tensors and nothing else; do not use this file."
+                )
+            tuples += "TUPLE" in opcode.name
+            if tuples > _MAX_TUPLES:
+                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
+    except (ValueError, IndexError) as error:  # opcodes that are none
+        raise CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}") from error
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
