@@ -89,7 +89,7 @@ class Engine:
                 "shorten it, or raise --context where the model allows it."
             )
         vocab_size = self.model.args.vocab_size
-        for id in ids:
+        for id in (min(ids), max(ids)):  # this runs for each new token, over all that came before it
             if not 0 <= id < vocab_size:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
 

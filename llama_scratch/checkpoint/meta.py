@@ -81,7 +81,8 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     Every byte is compared with the file's own checksums first, because the mapping skips them; that also
     brings the file into the page cache.
     """
-    records = _check_archive(path, progress)
+    records = _check_archive(path)
+    _check_checksums(path, records, progress)
     _check_description(path)
     import torch
 
@@ -89,11 +90,8 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds for a hostile file
         if match := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{path} wants to run the code '{printable(match[1])}' when it is loaded, "
-                "expected tensors and nothing else; do not use this file."
-            ) from error
-        raise CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}") from error
+            raise _code(path, match[1]) from error
+        raise _unreadable(path, error) from error
     if not isinstance(weights, dict):
         raise CheckpointError(
             f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors; {FETCH_AGAIN}"
@@ -117,16 +115,23 @@ def _check_description(path: Path) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
-                name = printable(str(argument).replace(" ", "."))
-                raise CheckpointError(
-                    f"{path} wants to run the code '{name}' when it is loaded, "
-                    "expected tensors and nothing else; do not use this file."
-                )
+                raise _code(path, str(argument).replace(" ", "."))
             tuples += "TUPLE" in opcode.name
             if tuples > _MAX_TUPLES:
                 raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
     except (ValueError, IndexError) as error:  # opcodes that are none
-        raise CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}") from error
+        raise _unreadable(path, error) from error
+
+
+def _code(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} wants to run the code '{printable(name)}' when it is loaded, "
+        "expected tensors and nothing else; do not use this file."
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}")
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
@@ -174,8 +179,8 @@ def _check_tensor(path: Path, name: object, tensor: object) -> None:
         )
 
 
-def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
-    """The records of an archive, once it is one that `torch.save` wrote and all of it is undamaged."""
+def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
+    """The records of an archive, once its table of contents is one that `torch.save` wrote."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -203,11 +208,15 @@ def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
         or pickles[0].file_size > _MAX_PICKLE
     ):
         raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
-    total = sum(record.file_size for record in records)
-    if any(r.compress_type != zipfile.ZIP_STORED or r.flag_bits & 1 for r in records) or total > size:
+    plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
+    if not plain or sum(record.file_size for record in records) > size:
         raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
+    return records
 
-    done = 0
+
+def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progress) -> None:
+    """Compare every record with its checksum, several at a time."""
+    done, total = 0, sum(record.file_size for record in records)
     archives = threading.local()  # one a thread, so that none moves another's place in the file
 
     def check(record: zipfile.ZipInfo) -> int:
@@ -222,7 +231,6 @@ def _check_archive(path: Path, progress: Progress) -> list[zipfile.ZipInfo]:
                 progress("checking", done, total)
         finally:
             pool.shutdown(cancel_futures=True)
-    return records
 
 
 def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:

@@ -9,7 +9,7 @@ from llama_scratch.results import Candidate, Prediction
 
 
 def json_line(value: Any) -> str:
-    """One JSON object on one line."""
+    """A value as JSON on one line."""
     return json.dumps(value, ensure_ascii=False)
 
 

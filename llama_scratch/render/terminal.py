@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from llama_scratch.render.lines import json_line
 from llama_scratch.results import Candidate, ModelInfo, Prediction
 
 SPACE = "␣"
@@ -114,7 +114,7 @@ def plain_answer(prediction: Prediction) -> str:
 
 
 def _plain_candidate(title: str, candidate: Candidate) -> str:
-    return f"{title}: {json.dumps(candidate.text, ensure_ascii=False)}, {percent(candidate.probability)}"
+    return f"{title}: {json_line(candidate.text)}, {percent(candidate.probability)}"
 
 
 def warning(sentence: str) -> RenderableType:

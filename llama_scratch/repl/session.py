@@ -60,8 +60,9 @@ class Session:
             self.console.print(terminal.plain_answer(prediction), markup=False, highlight=False)
         else:
             self.console.print(terminal.answer(prediction))
-        self.ids = [token.id for token in prediction.tokens]
-        self.offered = [prediction.next.id]
+        # Both at once, so that Ctrl-C never leaves the offer of one text behind another.
+        ids, offered = [token.id for token in prediction.tokens], [prediction.next.id]
+        self.ids, self.offered = ids, offered
         if self.settings.generate:
             self.offered = self._generate(self.ids) or self.offered
 
