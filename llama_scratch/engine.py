@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from llama_scratch.background import Background
+from llama_scratch.cuda import DecodeGraph
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ContextLengthError, UsageError
-from llama_scratch.memory import memory_errors
+from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
+from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
-
-# Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
-# mask stays small.
-CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What the network says after the last token: (vocab_size,) float32; and how much of the prompt was cached."""
+    """What the network says after the last token: (vocab_size,) float32; and how much of the prompt was cached.
+
+    packed: whether packed weights said it; else those of the file did, in float32.
+    """
 
     values: Tensor
     reused_tokens: int
+    packed: bool
 
 
 class Engine:
     """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
 
+    packing: puts the weights into their fast form. It begins behind the first answer, or by its own `start`.
+
     An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
     done, and `_ids[:length]` always names what the cache holds.
     """
 
-    def __init__(self, model: Transformer, context: int):
+    def __init__(self, model: Transformer, context: int, packing: Background | None = None):
         self.model = model
         self.context = context
+        self.packing = packing or Background("packing", [])
+        self._answered = False
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
+        self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" else None
 
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Logits of the token after `ids`. Computes only what does not share a prefix with the cache.
@@ -49,21 +58,36 @@ class Engine:
         Raises `ContextLengthError` where ids are too many, `UsageError` where there are none or one is unknown.
         """
         self.check(ids)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
         # The last token is always computed: its logits are not kept.
-        reused = min(common, self._cache.length, len(ids) - 1)
+        reused = min(_common_prefix(self._ids, ids), self._cache.length, len(ids) - 1)
         self._start(ids, reused)
         *first, last = self._chunks(ids, reused)
-        for chunk in first:
-            progress("reading", self._cache.length - reused, len(ids) - reused)
-            self._forward(chunk)
-        return Logits(_finite(self._forward(last)[0, -1]), reused)
+        with self._weights() as packed:
+            for chunk in first:
+                progress("reading", self._cache.length - reused, len(ids) - reused)
+                self._forward(chunk)
+            return Logits(_finite(self._forward(last)[0, -1]), reused, packed)
+
+    @contextmanager
+    def _weights(self) -> Iterator[bool]:
+        """Whether the weights are packed. The first answer has the machine to itself, the next share it with packing.
+
+        So what answers once never packs, and what goes on becomes faster while it runs.
+        """
+        if self._answered:
+            self.packing.start()
+            yield self.packing.begun
+        else:
+            with self.packing.held():
+                yield self.packing.begun
+            self._answered = True
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of `ids`, (T, vocab_size) float32."""
         self.check(ids)
         self._start(ids, 0)
-        return torch.cat([_finite(self._forward(chunk, all_positions=True)[0]) for chunk in self._chunks(ids, 0)])
+        with self._weights():
+            return torch.cat([_finite(self._forward(chunk, all_positions=True)[0]) for chunk in self._chunks(ids, 0)])
 
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
@@ -75,8 +99,14 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
+        # A graph holds on to the weights that it was recorded with.
+        if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
+            return self._graph(ids[0]).cpu()
         tokens = torch.tensor([ids], device=self._device)  # (1, T)
-        with memory_errors(f"A text of {self._cache.length + len(ids):,} tokens"):
+        text = f"A text of {self._cache.length + len(ids):,} tokens"
+        if growth := self._cache.growth(self._cache.length + len(ids)):
+            require_memory({"KV cache": growth}, text)
+        with memory_errors(text):
             return self.model(tokens, self._cache, all_positions=all_positions).cpu()
 
     def check(self, ids: Sequence[int]) -> None:
@@ -94,8 +124,15 @@ class Engine:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
 
 
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:  # at the speed of C: generation comes here for each token, with all that were before it
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
 def _finite(logits: Tensor) -> Tensor:
-    if not torch.isfinite(logits).all():
+    if not math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
         raise CheckpointError(
             f"The network computed values that are not numbers, so its weights are damaged; {FETCH_AGAIN}"
         )

@@ -7,18 +7,21 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
+from llama_scratch.background import Background
+from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import UsageError
-from llama_scratch.memory import memory_errors
+from llama_scratch.linear import weight_bytes
+from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import Transformer
-from llama_scratch.precision import check_name, choose, convert
+from llama_scratch.precision import build, check_name, choose, memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
 from llama_scratch.sampling import GREEDY, Sampling, sample
@@ -35,12 +38,21 @@ class Llama:
     context: the most tokens that a prompt and its continuation may have together.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, info: ModelInfo, *, context: int, load_s: float = 0.0):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        *,
+        context: int,
+        load_s: float = 0.0,
+        packing: Background | None = None,
+    ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
         self.info = info
         self.context = context
-        self._engine = Engine(model, context)
+        self._engine = Engine(model, context, packing)
         self._load_s = load_s
 
     @classmethod
@@ -73,23 +85,52 @@ class Llama:
         start = time.perf_counter()
         checkpoint = open_checkpoint(find_model(source), None if tokenizer is None else os.fspath(tokenizer))
         args = checkpoint.args.with_rope_factor(rope_factor)
-        context = _context(context, args)
+        room = _context(context, args)
         target = _device(device)
+        check_name(precision)  # before the long part
         if threads is not None:
             if threads < 1:
                 raise UsageError(f"{threads} threads were asked for, expected at least 1 (--threads).")
             torch.set_num_threads(threads)
         with memory_errors(checkpoint.name):
-            model, precision = _build(checkpoint, args, precision, progress)
-            model = model.to(target)
+            weights = checkpoint.load(progress)
+            precision = choose(precision, weights[EMBEDDING].dtype, target)
+            # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
+            tokens = room if context is not None else min(room, 4096)
+            needed = memory_needed(args, precision, weights[EMBEDDING].dtype, tokens, target, tied=is_tied(weights))
+            if target.type != "cuda":  # which has a memory of its own
+                require_memory(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens")
+            model, packing = build(weights, args, precision, target, checkpoint.path)
         info = ModelInfo(
             name=checkpoint.name,
             format=checkpoint.format,
             precision=precision,
             device=target.type,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=args.n_parameters(tied=is_tied(weights)),
         )
-        return cls(model, checkpoint.tokenizer, info, context=context, load_s=time.perf_counter() - start)
+        load_s = time.perf_counter() - start
+        return cls(model, checkpoint.tokenizer, info, context=room, load_s=load_s, packing=packing)
+
+    def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
+        """Put the weights into the form that this machine multiplies fastest, and come back when that is done.
+
+        Without this it begins behind the first answer and goes on behind the next ones. wait: False to
+        come back at once. Raises `OutOfMemoryError`.
+        """
+        if wait:
+            with memory_errors(self.info.name):
+                self._engine.packing.wait(progress)
+        else:
+            self._engine.packing.start()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one token reads, as they are stored now."""
+        return weight_bytes(self._engine.model)
+
+    def close(self) -> None:
+        """End what goes on behind the answers; without this it ends with the program."""
+        self._engine.packing.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that the model sees for a prompt."""
@@ -121,7 +162,7 @@ class Llama:
             top=candidates,
             entropy_bits=_entropy_bits(logprobs),
             warnings=tuple(self._warnings(prompt, ids, candidates[0])) if isinstance(prompt, str) else (),
-            model=self.info,
+            model=self.info if logits.packed else replace(self.info, precision="fp32"),
             timing=Timing(self._load_s, len(ids), logits.reused_tokens, prefill_s),
         )
 
@@ -165,7 +206,7 @@ class Llama:
             if id in self.tokenizer.stop_ids:
                 return
             ids = [*ids, id]
-            logprob = float(logits.double().log_softmax(-1)[id])
+            logprob = float(logits[id] - logits.logsumexp(-1))
             yield Step(id, stream.push(id, final=len(ids) == end), logprob)
 
     def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
@@ -206,20 +247,6 @@ class Llama:
         except UnicodeDecodeError:  # a part of a character
             return False
         return self.tokenizer.encode(prompt + text, bos=True)[: len(ids)] != ids
-
-
-def _build(checkpoint: Checkpoint, args: ModelArgs, precision: str, progress: Progress) -> tuple[Transformer, str]:
-    """The network with the file's weights in it. Built without memory, so that there is never a second copy."""
-    check_name(precision)  # before the long part
-    weights = checkpoint.load(progress)
-    precision = choose(precision, weights["tok_embeddings.weight"].dtype)
-    weights = convert(weights, precision)
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.load_state_dict(weights, strict=True, assign=True)
-    if is_tied(weights):
-        model.output.weight = model.tok_embeddings.weight
-    return model.eval().requires_grad_(False), precision
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

@@ -9,15 +9,21 @@ from contextlib import contextmanager
 from llama_scratch.errors import OutOfMemoryError
 
 
-def require_memory(needed: int, what: str) -> None:
-    """Raise `OutOfMemoryError` where `needed` bytes are more than this machine has free."""
+def require_memory(needed: int | dict[str, int], what: str) -> None:
+    """Raise `OutOfMemoryError` where more bytes are needed than this machine has free.
+
+    needed: bytes, or bytes by what they are for, which the error then lists.
+    """
     import psutil
 
+    parts = needed if isinstance(needed, dict) else {}
+    total = sum(parts.values()) if isinstance(needed, dict) else needed
     free = psutil.virtual_memory().available
-    if needed > free:
+    if total > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         raise OutOfMemoryError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
-            "close other programs, or choose a smaller model or precision."
+            f"{what} needs {total / 1e9:.1f} GB of memory{f' ({listed})' if listed else ''} and {free / 1e9:.1f} GB "
+            "are free; close other programs, or choose a smaller model, context or precision."
         )
 
 

@@ -78,10 +78,9 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return (1 - keep) * freqs / scaling.factor + keep * freqs
 
 
-def rotations(freqs: Tensor, start: int, end: int) -> Tensor:
-    """`freqs_cis`: the unit complex numbers e^{imθ_j} of the positions start … end−1, (T, head_dim/2) complex64."""
-    positions = torch.arange(start, end, dtype=torch.float32, device=freqs.device)
-    angles = torch.outer(positions, freqs)  # (T, head_dim/2)
+def rotations(freqs: Tensor, positions: Tensor) -> Tensor:
+    """`freqs_cis`: the unit complex numbers e^{imθ_j} of the positions m, (T,) → (T, head_dim/2) complex64."""
+    angles = torch.outer(positions.float(), freqs)  # (T, head_dim/2)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -101,9 +100,9 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class KVCache:
     """The keys and values of all tokens seen so far, so that no token goes through the network twice.
 
-    `length` is the number of tokens held, and with it the position of the next one; `Transformer`
-    moves it on once all layers have written. Memory grows in doubling steps up to `max_seq_len`.
-    Per token and layer it holds 2 · n_kv_heads · head_dim numbers (1B in bf16: 32 KiB a token in all).
+    `length` is the number of tokens held, and with it the position of the next one. Memory grows in
+    doubling steps up to `max_seq_len`; per token and layer it is 2 · n_kv_heads · head_dim numbers (1B in
+    bf16: 32 KiB a token in all).
     """
 
     def __init__(self, args: ModelArgs, max_seq_len: int | None = None):
@@ -116,6 +115,18 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Where the next T tokens will stand, (T,) int64."""
+        return torch.arange(self.length, self.length + T, device=device)
+
+    def mask(self, T: int, device: torch.device) -> Tensor | None:
+        """What the next T tokens may look at: see `causal_mask`."""
+        return causal_mask(T, self.length + T, device)
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as held, once every layer has its keys and values."""
+        self.length += T
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append one layer's new keys and values, (B, n_kv_heads, T, head_dim).
@@ -130,12 +141,27 @@ class KVCache:
             store[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into the memory that is taken."""
+        held = self._layers[0]
+        return 0 if held is None else held[0].shape[2]
+
+    def growth(self, length: int) -> int:
+        """Bytes that `length` tokens take beyond those that are taken; before the first token unknown, 0."""
+        held = self._layers[0]
+        if held is None or length <= self.capacity:
+            return 0
+        return 2 * len(self._layers) * (self._step(length) - self.capacity) * held[0].nbytes // self.capacity
+
+    def _step(self, length: int) -> int:
+        return min(self.max_seq_len, max(256, 1 << (length - 1).bit_length()))
+
     def _grown(self, held: tuple[Tensor, Tensor] | None, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if end > self.max_seq_len:
             raise ValueError(f"{end} tokens do not fit into a cache of {self.max_seq_len}")
-        capacity = min(self.max_seq_len, max(256, 1 << (end - 1).bit_length()))
         B, n_kv_heads, _, head_dim = like.shape
-        k, v = (like.new_empty(B, n_kv_heads, capacity, head_dim) for _ in range(2))
+        k, v = (like.new_empty(B, n_kv_heads, self._step(end), head_dim) for _ in range(2))
         if held is not None:
             for new, old in zip((k, v), held, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
@@ -181,13 +207,14 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
+        self.n_kv_heads = args.n_kv_heads
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         self.wq = nn.Linear(args.dim, q_dim, bias=False)
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, args.dim, bias=False)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
         heads = (-1, self.head_dim)
         q = self.wq(x).unflatten(-1, heads)  # (B, T, n_heads, head_dim)
         k = self.wk(x).unflatten(-1, heads)  # (B, T, n_kv_heads, head_dim)
@@ -195,10 +222,13 @@ class Attention(nn.Module):
         q = apply_rotary_emb(q, freqs_cis)
         k = apply_rotary_emb(k, freqs_cis)  # keys are cached turned: a position never changes
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, n_kv_heads, S, head_dim)
+        k, v = cache.update(layer, k, v)  # (B, n_kv_heads, S, head_dim)
         # softmax(q kᵀ / √head_dim, −∞ where the mask forbids) v; fused: no (T, S) scores are ever stored
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, n_heads, T, head_dim)
+        if x.shape[1] == 1:  # the heads of a group take the place of T, so that k and v are read once for all
+            q = q.reshape(len(q), self.n_kv_heads, -1, self.head_dim)  # (B, n_kv_heads, n_heads/n_kv_heads, head_dim)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), -1, 1, self.head_dim)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, n_heads, T, head_dim)
         return self.wo(out.transpose(1, 2).flatten(-2))  # heads side by side again, mixed: (B, T, dim)
 
 
@@ -234,7 +264,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), freqs_cis, mask, cache, layer)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, dim)
 
@@ -264,15 +294,14 @@ class Transformer(nn.Module):
         all_positions: the logits after every new token, (B, T, vocab_size).
         """
         T = tokens.shape[1]
-        start = 0 if cache is None else cache.length
-        S = start + T
-        freqs_cis = rotations(self.freqs.to(tokens.device), start, S)  # (T, head_dim/2)
-        mask = causal_mask(T, S, tokens.device)  # (T, S)
+        if cache is None:
+            cache = KVCache(self.args, T)  # forgotten afterwards
+        freqs_cis = rotations(self.freqs.to(tokens.device), cache.positions(T, tokens.device))  # (T, head_dim/2)
+        mask = cache.mask(T, tokens.device)  # (T, S)
         x = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             x = block(x, freqs_cis, mask, cache, layer)
-        if cache is not None:
-            cache.length = S
+        cache.advance(T)
         if not all_positions:
             x = x[:, -1:]  # the output projection is a fifth of the 1B model: only where it is asked for
         return self.output(self.norm(x)).float()

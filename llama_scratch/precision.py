@@ -1,44 +1,233 @@
-"""How weights are stored and multiplied.
+"""How weights are stored and multiplied, and which way is best where.
 
-| name | weights  | activations | promise                       |
-| ---- | -------- | ----------- | ----------------------------- |
-| fp32 | float32  | float32     | the reference                 |
-| bf16 | bfloat16 | bfloat16    | what Meta's own code computes |
+| name | weights           | activations           | promise                                                        |
+| ---- | ----------------- | --------------------- | -------------------------------------------------------------- |
+| fp32 | float32           | float32               | the reference                                                  |
+| bf16 | bfloat16          | bfloat16              | what Meta's own code computes                                  |
+| fp16 | float16           | float32 (a GPU: fp16) | logits within 1e-3 of fp32, as fast as a CPU reads its memory  |
+| int8 | 8 bits, symmetric | 13 bits (a GPU: bf16) | half the bytes; no further from fp32 than llama.cpp's Q8_0     |
 
-`auto` is bf16 where the file holds bfloat16, and fp32 otherwise.
+fp16 and int8 are packed into the order that this CPU multiplies fastest, behind the answers: until that is
+done, the weights in the file answer, multiplied in float32. So the first answers are those of fp32.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llama_scratch.background import Background
+from llama_scratch.checkpoint import is_tied
+from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
-from llama_scratch.memory import require_memory
+from llama_scratch.kept import KeptPieces
+from llama_scratch.linear import (
+    Blocks,
+    Embedding,
+    Form,
+    Half,
+    Int8,
+    Projection,
+    Shared,
+    SharedProjection,
+    Stack,
+    packs,
+    quantise,
+)
+from llama_scratch.model import RMSNorm, Transformer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
+# mask stays small.
+CHUNK = 512
+
+NAMES = ("fp32", "bf16", "fp16", "int8")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_name(precision: str) -> None:
     """Raise `UsageError` for a `--precision` that there is not."""
-    if precision not in ("auto", *DTYPES):
-        raise UsageError(f"The precision is {precision!r}, expected auto, {' or '.join(DTYPES)} (--precision).")
+    if precision not in ("auto", *NAMES):
+        raise UsageError(f"The precision is {precision!r}, expected one of auto, {', '.join(NAMES)} (--precision).")
 
 
-def choose(precision: str, stored: torch.dtype) -> str:
-    """The precision to run in: the one named, or for "auto" the one that fits how the weights are stored."""
-    if precision == "auto":
-        return "bf16" if stored == torch.bfloat16 else "fp32"
-    return precision
+def choose(precision: str, stored: torch.dtype, device: torch.device | None = None) -> str:
+    """The precision to run in: the one named, or for "auto" the fastest whose answers are the reference's to rounding.
 
-
-def convert(weights: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """The weights in `precision`: those that are in it already stay the same, mapped or shared tensors.
-
-    A tensor that stands under two names (the tied output) is converted once.
+    An x86 CPU reads float16 weights at its memory's speed and multiplies them in float32: fp16. Elsewhere it
+    is the file's own type where the device computes in it, and fp32 where it does not.
     """
-    dtype = DTYPES[precision]
-    distinct = {id(tensor): tensor for tensor in weights.values() if tensor.dtype != dtype}
-    require_memory(sum(t.numel() for t in distinct.values()) * dtype.itemsize, f"Converting to {precision}")
-    converted = {key: tensor.to(dtype) for key, tensor in distinct.items()}
+    if precision != "auto":
+        return precision
+    device = device or torch.device("cpu")
+    if device.type == "cpu" and packs():
+        return "fp16"
+    return "bf16" if stored == torch.bfloat16 and _computes_bf16(device) else "fp32"
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return True
+
+
+def memory_needed(
+    args: ModelArgs, precision: str, stored: torch.dtype, context: int, device: torch.device, *, tied: bool
+) -> dict[str, int]:
+    """Bytes that a network takes besides the file's own weights, by what they are for.
+
+    stored: the type of the file's weights; those are mapped, or in memory already. context: tokens in the KV cache.
+    """
+    packed = _is_packed(precision, device)
+    linear = args.n_parameters(tied=False) - args.vocab_size * args.dim
+    bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[precision]
+    if packed:
+        weights = linear * bytes_each
+    else:
+        copied = stored != DTYPES[precision] or device.type != "cpu"
+        weights = args.n_parameters(tied=tied) * bytes_each * copied
+    activation = 2 if precision == "bf16" else 4
+    return {
+        "weights": weights,
+        # A piece as float32 and as its packed form, on each thread.
+        "packing": torch.get_num_threads() * _PIECE * (4 + bytes_each) * packed,
+        "KV cache": context * args.n_layers * 2 * args.n_kv_heads * args.head_dim * activation,
+        "activations": CHUNK * (4 * args.ffn_dim + 8 * args.dim) * activation + 16 * args.vocab_size,
+    }
+
+
+# --- Storing a network ------------------------------------------------------------------------
+
+
+def build(
+    weights: dict[str, Tensor], args: ModelArgs, precision: str, device: torch.device, source: Path
+) -> tuple[Transformer, Background]:
+    """The network with the file's weights in it, and what is still to be done for their speed.
+
+    Built without memory and filled with the file's own tensors, so that there is never a second copy.
+    source: the file, by which quantised weights are kept for the next time.
+    """
+    packed = _is_packed(precision, device)
+    if not packed:
+        weights = _converted(weights, DTYPES[precision])
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.load_state_dict(weights, strict=True, assign=True)
+    if is_tied(weights):
+        model.output.weight = model.tok_embeddings.weight
+    model.eval().requires_grad_(False).to(device)
+    model.freqs = model.freqs.to(device)
+    return model, _store(model, precision, source) if packed else Background("packing", [])
+
+
+def _is_packed(precision: str, device: torch.device) -> bool:
+    """Whether the linear layers are exchanged; else they are torch's own."""
+    return precision == "int8" or (precision == "fp16" and device.type == "cpu")
+
+
+def _converted(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as `dtype`; those that have it already stay the same tensors, and a tied pair stays one."""
+    converted = {id(tensor): tensor.to(dtype) for tensor in weights.values() if tensor.dtype != dtype}
     return {name: converted.get(id(tensor), tensor) for name, tensor in weights.items()}
+
+
+# Projections that read the same vector stand together: small ones become one product.
+_LAYER_GROUPS = (
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("attention.wo",),
+    ("feed_forward.w1", "feed_forward.w3"),
+    ("feed_forward.w2",),
+)
+_FUSED = 1 << 23  # weights; more of them take longer to read than a call costs
+# Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
+_PIECE = 1 << 24
+
+
+def _store(model: Transformer, precision: str, source: Path) -> Background:
+    """Exchange the linear layers: at once they multiply what the network holds, and the `Background` packs it."""
+    embedding = _weight(model, "tok_embeddings")
+    device = embedding.device
+    activations = torch.bfloat16 if device.type != "cpu" and _computes_bf16(device) else torch.float32
+    slots = [slot for block in model.layers for group in _LAYER_GROUPS for slot in _exchange(block, group)]
+    slots += _exchange(model, ("output",))
+    model.tok_embeddings = Embedding(embedding, activations)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.to(activations)
+    pack = _pack_half if precision == "fp16" else _Quantiser(source, slots).pack
+    jobs = [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
+    return Background("packing", jobs, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place for a form: that of `weights` below each other, (out, in) in all."""
+
+    stack: Stack
+    index: int
+    weights: Sequence[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(map(len, self.weights)), self.weights[0].shape[1]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def weight(self) -> Tensor:
+        return self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
+
+    def fill(self, form: Form) -> None:
+        self.stack.forms[self.index] = form
+
+
+def _exchange(parent: nn.Module, names: Sequence[str]) -> list[_Slot]:
+    weights = [_weight(parent, name) for name in names]
+    if len(weights) > 1 and sum(weight.numel() for weight in weights) <= _FUSED:
+        stack = Stack([Blocks(weights)])
+        shared = Shared(stack, [len(weight) for weight in weights])
+        for part, name in enumerate(names):
+            parent.set_submodule(name, SharedProjection(shared, part))
+        return [_Slot(stack, 0, weights)]
+    slots = []
+    for name, weight in zip(names, weights, strict=True):
+        pieces = weight.split(max(1, _PIECE // weight.shape[1]))
+        stack = Stack([Blocks([piece]) for piece in pieces])
+        parent.set_submodule(name, Projection(stack))
+        slots += [_Slot(stack, i, [piece]) for i, piece in enumerate(pieces)]
+    return slots
+
+
+def _pack_half(_i: int, slot: _Slot) -> None:
+    weight = slot.weight()
+    slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
+
+
+class _Quantiser:
+    """Fills slots with 8-bit weights, kept ones where there are."""
+
+    def __init__(self, source: Path, slots: Sequence[_Slot]):
+        self._kept = KeptPieces(source, [slot.shape for slot in slots])
+
+    def pack(self, i: int, slot: _Slot) -> None:
+        if slot.weights[0].device.type != "cpu":
+            values, scales = quantise(slot.weight())
+            slot.fill(Blocks([values], [scales]))
+            return
+        if (kept := self._kept.get(i)) is None:
+            kept = quantise(slot.weight())
+            self._kept.put(i, *kept)
+        slot.fill(Int8(*kept) if packs() else Blocks(kept[:1], kept[1:]))
+
+
+def _weight(parent: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, parent.get_submodule(name).weight)

@@ -37,7 +37,7 @@ LENGTH = 96
 
 def angle_errors(args: ModelArgs, factor: float | None, positions: range) -> Tensor:
     """How far the network's rotations are from float64's at each position, in radians of the worst pair."""
-    ours = rotations(rope_frequencies(args), positions.start, positions.stop).to(torch.complex128)
+    ours = rotations(rope_frequencies(args), torch.tensor(positions)).to(torch.complex128)
     angles = reference.rope_angles(positions, args.head_dim, args.rope_theta, factor)
     return (ours * torch.polar(torch.ones_like(angles), -angles)).angle().abs().amax(-1)
 
@@ -57,7 +57,7 @@ def test_rotations_are_those_of_float64_at_every_position(factor: float | None) 
 
 def test_rotations_are_unit_numbers() -> None:
     """A rotation changes no vector's length."""
-    assert (rotations(rope_frequencies(tiny_args()), 0, 4096).abs() - 1).abs().max() <= 1e-6
+    assert (rotations(rope_frequencies(tiny_args()), torch.arange(4096)).abs() - 1).abs().max() <= 1e-6
 
 
 def test_factor_8_fails_where_32_is_right() -> None:
@@ -83,7 +83,7 @@ def test_scaling_leaves_fast_pairs_and_divides_slow_ones() -> None:
 def test_a_turned_score_depends_on_the_distance_alone() -> None:
     """The same query and key give the same product wherever they stand, at the same distance."""
     q, k = torch.randn(2, 1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
-    table = rotations(rope_frequencies(tiny_args()), 0, 1024)
+    table = rotations(rope_frequencies(tiny_args()), torch.arange(1024))
     near, far = (
         (apply_rotary_emb(q, table[m : m + 1]) * apply_rotary_emb(k, table[n : n + 1])).sum()
         for m, n in ((37, 5), (1023, 991))

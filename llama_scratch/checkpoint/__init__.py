@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_scratch.checkpoint.base import Checkpoint, is_tied, reading
+from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied, reading
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError, printable
 
-__all__ = ["Checkpoint", "is_tied", "open_checkpoint"]
+__all__ = ["EMBEDDING", "OUTPUT", "Checkpoint", "is_tied", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:

@@ -1,0 +1,118 @@
+"""Work that goes on behind the answers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from llama_scratch.progress import Progress, silent
+
+Job = tuple[Callable[[], None], int]
+"""A function, and its share of the work."""
+
+
+class Background:
+    """Jobs of some tenths of a second each, run on a few threads between `start` and `close`.
+
+    The first that fails ends the others, and `wait`
+    raises its error. The threads end by themselves when the program does.
+    """
+
+    def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1):
+        self.stage = stage
+        self.error: BaseException | None = None
+        self._jobs = deque(jobs)
+        self._total = sum(size for _, size in jobs)
+        self._done = 0
+        self._changed = threading.Condition()
+        self._held = 0
+        self._running = 0
+        self._closed = False
+        self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
+        self._started = False
+
+    def start(self) -> None:
+        """Begin, if that was not done yet; comes back at once."""
+        with self._changed:
+            if self._started or self._closed:
+                return
+            self._started = True
+            self._running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job was done, or there is none."""
+        return self._done > 0 or self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether all jobs were done."""
+        return self._done == self._total
+
+    @property
+    def progress(self) -> tuple[str, int, int]:
+        """What is being done, how much of it is done and how much there is."""
+        return self.stage, self._done, self._total
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No job begins in here: the machine is wanted for something else."""
+        with self._changed:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= 1
+                self._changed.notify_all()
+
+    def wait(self, progress: Progress = silent) -> None:
+        """Start if need be and come back when all is done; raises the error of a job that failed."""
+        self.start()
+        with self._changed:
+            while self._running and not self.error:
+                progress(*self.progress)
+                self._changed.wait()
+        if self.error:
+            raise self.error
+
+    def close(self) -> None:
+        """Begin no further job, and come back when those that run have ended."""
+        with self._changed:
+            self._closed = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _run(self) -> None:
+        while job := self._next():
+            function, size = job
+            try:
+                function()
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                with self._changed:
+                    self.error = self.error or error
+                    self._jobs.clear()
+            with self._changed:
+                self._done += size
+                self._changed.notify_all()
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while self._held and not self._closed and _program_runs():
+                self._changed.wait(0.2)
+            # At the program's end Python waits for its threads, so they must not go on to the last job.
+            return self._jobs.popleft() if self._jobs and _program_runs() else None
+
+
+def _program_runs() -> bool:
+    return threading.main_thread().is_alive()

@@ -1,0 +1,216 @@
+"""The forms of a linear layer: how its weight lies in memory, and how a row of activations is multiplied with it.
+
+Decoding one token reads every weight once, so its speed is the memory's speed divided by the bytes of a
+weight. Each form is a function x → x·Wᵀ, (…, in) → (…, out), that knows its size:
+
+    Blocks     as in the file, mapped and not copied; blocks become float32 while they are multiplied. Ready at
+               once and as true as fp32, but slow
+    Half       2 bytes: float16 weights, float32 activations (fbgemm, x86)
+    Int8       1 byte and a scale a row; activations in two steps of 7 bits (fbgemm, x86)
+
+`Projection` puts them in the place of an `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Weights that are turned into float32 at a time: 2 MB, so that the product finds them in the CPU's cache.
+_BLOCK = 1 << 19
+
+
+class Form(Protocol):
+    """x → x·Wᵀ. `nbytes`: what it reads for one row of x."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Blocks:
+    """Weights as they are, (out, in) each: a block of rows at a time is turned into the type of x and multiplied.
+
+    scales: (out,) of each weight, for the rows of 8-bit integers.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None):
+        self.weights = list(weights)
+        self.scales = None if scales is None else torch.cat(list(scales))
+        self.nbytes = sum(weight.nbytes for weight in weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+        if self.scales is None and all(weight.dtype == x.dtype for weight in self.weights):
+            out = torch.cat([F.linear(rows, weight) for weight in self.weights], dim=1)
+        else:
+            # A GPU has no use for small blocks, and each costs it a launch.
+            step = max(1, _BLOCK // x.shape[-1]) if x.device.type == "cpu" else max(map(len, self.weights))
+            blocks = (block for weight in self.weights for block in weight.split(step))
+            # The block on the left and x on the right: the faster order where x has few rows.
+            out = torch.cat([block.to(x.dtype) @ rows.T for block in blocks]).T.contiguous()  # (M, out)
+        if self.scales is not None:
+            out *= self.scales.to(out.dtype)
+        return out.view(*x.shape[:-1], -1)
+
+
+class Half:
+    """float16 weights in fbgemm's own order, float32 activations and sums.
+
+    weight: (out, in) of any float type; from bfloat16 nothing is lost but below 2⁻¹⁷.
+    """
+
+    def __init__(self, weight: Tensor):
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        self.nbytes = 2 * weight.numel()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+
+
+class Int8:
+    """8-bit weights with a scale a row, activations in two limbs of 7 bits, exact integer sums.
+
+    One 8-bit scale for a row of activations loses what is not an outlier, and every Llama has outliers. So a
+    row is written as x/s = x0 + x1/126, with x0 and x1 whole numbers between −63 and 63: 13 bits. Both limbs
+    go through the same pass over the weights. 7 bits, because AVX2's 8-bit products saturate beyond.
+
+    values: (out, in) int8; scales: (out,) float32, the size of one step of each row.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor):
+        zeros = torch.zeros(len(values), dtype=torch.long)
+        quantised = torch._make_per_channel_quantized_tensor(values, scales.double(), zeros, 0)
+        self._packed = torch.ops.quantized.linear_prepack(quantised, None)
+        self.nbytes = values.nbytes + scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+        scale = rows.abs().amax(-1, keepdim=True).div_(63).clamp_min_(1e-30)  # (M, 1); a row of zeros stays one
+        exact = rows / scale
+        x0 = exact.round()
+        x1 = exact.sub_(x0).mul_(126)  # |x/s − x0| ≤ ½; the operator rounds it
+        if len(rows) <= _TOGETHER:
+            y0, y1 = self._product(torch.cat([x0, x1])).chunk(2)
+        else:
+            y0, y1 = self._product(x0), self._product(x1)
+        return y0.add_(y1, alpha=1 / 126).mul_(scale).view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Round x, whole numbers from −64 to 63, and multiply: (M, in) → (M, out) float32."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 64, self._packed)
+
+
+# Up to this number of rows both limbs go through in one call: it is bound by reading the weights.
+_TOGETHER = 32
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's nearest 8-bit integers, and the size of one step: (out, in) int8 and (out,) float32."""
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), dtype=torch.float32)
+    step = max(1, _BLOCK // weight.shape[1])
+    for block, block_values, block_scales in zip(
+        weight.split(step), values.split(step), scales.split(step), strict=True
+    ):
+        rows = block.float()
+        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+        torch.clamp(largest / 127, min=1e-30, out=block_scales)
+        block_values.copy_((rows / block_scales[:, None]).round_())
+    return values, scales
+
+
+class Stack:
+    """Forms of the pieces of a weight, below each other. A piece may be exchanged at any time for an equal one."""
+
+    def __init__(self, forms: Sequence[Form]):
+        self.forms = list(forms)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.forms) == 1:
+            return self.forms[0](x)
+        return torch.cat([form(x) for form in self.forms], dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(form.nbytes for form in self.forms)
+
+
+class Shared:
+    """One product for projections that read the same x: computed for the first that asks, kept for the others.
+
+    The network's text stays `wq(x)`, `wk(x)`, `wv(x)`, and their weights are read in one go.
+    """
+
+    def __init__(self, stack: Stack, sizes: Sequence[int]):
+        self.stack = stack
+        self._sizes = list(sizes)
+        self._x: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def take(self, x: Tensor, part: int) -> Tensor:
+        """The output of one of the projections."""
+        if x is not self._x or part not in self._outputs:
+            self._x = x
+            self._outputs = dict(enumerate(self.stack(x).split(self._sizes, dim=-1)))
+        output = self._outputs.pop(part)
+        if not self._outputs:
+            self._x = None  # nothing is held longer than it is needed
+        return output
+
+
+class Projection(nn.Module):
+    """Stands in the place of an `nn.Linear`."""
+
+    def __init__(self, stack: Stack):
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x)
+
+
+class SharedProjection(nn.Module):
+    """Stands in the place of one of several `nn.Linear`s that read the same x."""
+
+    def __init__(self, shared: Shared, part: int):
+        super().__init__()
+        self.shared = shared
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.take(x, self.part)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that the linear layers of a network read for one token."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += module.weight.nbytes
+        elif isinstance(module, Projection):
+            total += module.stack.nbytes
+        elif isinstance(module, SharedProjection) and module.part == 0:
+            total += module.shared.stack.nbytes
+    return total
+
+
+class Embedding(nn.Module):
+    """Rows of a table as it is stored, given out as `dtype`."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).to(self.dtype)
+
+
+def packs() -> bool:
+    """Whether this machine has fbgemm's packed products: x86 with AVX2, and torch's quantised engine left as it is."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
