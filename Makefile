@@ -1,7 +1,7 @@
 # Each target sets up all that it needs. Another Python: make PYTHON=python3.12 run
 PYTHON ?= python3
 
-.PHONY: run test images clean
+.PHONY: run test images benchmark quality clean
 
 run:  ## start the session with the open model
 	@$(PYTHON) tools/install.py .venv
@@ -19,5 +19,16 @@ images:  ## make the README's pictures from real runs
 	@$(PYTHON) tools/install.py .venv-test plot test
 	.venv-test/bin/python -m docs.make_images
 
+benchmark: .venv-benchmark  ## measure us and the peers in one run; writes benchmarks/results.md
+	.venv-benchmark/bin/python -m benchmarks.compare
+
+quality: .venv-benchmark  ## measure how far each precision is from fp32, ours and llama.cpp's
+	.venv-benchmark/bin/python -m benchmarks.quality
+
+.PHONY: .venv-benchmark
+.venv-benchmark:  # llama.cpp is built from source, for this machine
+	@CMAKE_ARGS="-DGGML_NATIVE=ON" $(PYTHON) tools/install.py .venv-benchmark benchmark
+	@.venv-benchmark/bin/llama-scratch --quiet pull smollm2
+
 clean:  ## remove the environments and what the tests fetched
-	rm -rf .venv .venv-test .cache
+	rm -rf .venv .venv-test .venv-benchmark .cache

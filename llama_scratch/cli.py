@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from llama_scratch import __version__
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
+    from llama_scratch.progress import Progress
+    from llama_scratch.repl.loading import Loading
 
 app = typer.Typer(
     name="llama-scratch",
@@ -113,6 +114,8 @@ class State:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from llama_scratch import __version__
+
         print(f"llama-scratch {__version__}")
         raise typer.Exit
 
@@ -196,21 +199,21 @@ def main(
         raise UsageError(f"{generate} tokens to generate were asked for, expected at least 0 (--generate).")
     if top is not None and top < 1:
         raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+    from llama_scratch.repl.loading import Loading
     from llama_scratch.repl.pipe import Format, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.session import Session, Settings
+    from llama_scratch.sampling import Sampling
 
-    with progress_bar(screen.log, "Starting torch"):
-        from llama_scratch.sampling import Sampling
-
-        settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
+    settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
     form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines", top is not None)
-    # What commands print would break the data; it goes where notes go.
-    session = Session(_load(options, screen), screen.out if form.kind == "terminal" else screen.log, settings)
     if prompt is None and sys.stdin.isatty() and form.kind == "terminal":
         from llama_scratch.repl import loop
 
-        loop.run(session)
+        loop.run(Session(_loading(options, screen), screen.out, settings))
         return
+    # What commands print would break the data; it goes where notes go.
+    console = screen.out if form.kind == "terminal" else screen.log
+    session = Session(Loading.ended_with(_load(options, screen)), console, settings)
     if prompt == "-":
         prompt = stdin_text().removesuffix("\n")
     if prompt == "":
@@ -268,29 +271,97 @@ def info(
             print("\n".join(f"{name}: {value}" for name, value in shown.items()))
 
 
+@app.command()
+@takes_model_options
+def bench(
+    ctx: typer.Context,
+    options: ModelOptions,
+    prefill: Annotated[
+        str, typer.Option("--prefill", metavar="N,…", help="Lengths of the prompts that are read.")
+    ] = "128,512,2048",
+    decode_at: Annotated[
+        str, typer.Option("--decode-at", metavar="N,…", help="Tokens before those that are decoded.")
+    ] = "16,8192",
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens decoded in each measurement.")] = 16,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", help="Measurements of each; the median counts.")] = 3,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object.")] = False,
+) -> None:
+    """How fast a model runs here: reading prompts, decoding, and its share of what the memory allows."""
+    state: State = ctx.obj
+    prompts, contexts = _sizes(prefill, "--prefill"), _sizes(decode_at, "--decode-at")
+    for value, option in ((tokens, "--tokens"), (runs, "--runs")):
+        if value < 1:
+            raise UsageError(f"{value} was given, expected at least 1 ({option}).")
+    llama = _load(options.over(state.options), state.screen)
+    with progress_bar(state.screen.log, "Measuring") as progress:
+        from llama_scratch.bench import measure
+
+        found = measure(llama, prefill=prompts, decode_at=contexts, tokens=tokens, runs=runs, progress=progress)
+    if json or state.screen.json:
+        from llama_scratch.render.lines import json_line
+
+        print(json_line(found))
+        return
+    from llama_scratch.render.bench import bench_lines, bench_table
+
+    if sys.stdout.isatty():
+        state.screen.out.print(bench_table(found))
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in bench_lines(found).items()))
+
+
+def _sizes(text: str, option: str) -> list[int]:
+    """ "128,512" → [128, 512], in order and each once; nothing where the text is empty."""
+    sizes = text.split(",") if text else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(f"{text!r} was given, expected numbers of tokens such as 128,512 ({option}).")
+    return sorted({int(size) for size in sizes})
+
+
 # --- Loading ----------------------------------------------------------------------------------
 
 
 def _load(options: ModelOptions, screen: Screen) -> Llama:
     """The model that the options mean; the open one is fetched where it is meant and missing."""
+    _fetch_missing(options, screen)
+    with progress_bar(screen.log, "Starting torch") as progress:
+        return _load_now(options, progress)
+
+
+def _loading(options: ModelOptions, screen: Screen) -> Loading:
+    """The same, to be loaded while the person types; what is wrong with its path is said now."""
+    from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.repl.loading import Loading, name_of
+
+    _fetch_missing(options, screen)
+    path = find_model(options.source)
+    if not path.exists():
+        from llama_scratch.checkpoint import open_checkpoint
+
+        open_checkpoint(path, options.tokenizer)  # says what was expected there
+    return Loading(name_of(path), lambda progress: _load_now(options, progress))
+
+
+def _load_now(options: ModelOptions, progress: Progress) -> Llama:
+    from llama_scratch.llama import Llama
+
+    return Llama.load(
+        options.source,
+        precision=options.precision or "auto",
+        device=options.device or "auto",
+        rope_factor=options.rope_factor,
+        tokenizer=options.tokenizer,
+        context=options.context,
+        threads=options.threads,
+        progress=progress,
+    )
+
+
+def _fetch_missing(options: ModelOptions, screen: Screen) -> None:
     from llama_scratch.checkpoint.find import missing_open_model
 
-    source = options.source
-    if missing := missing_open_model(source):
+    if missing := missing_open_model(options.source):
         _fetch_first(missing, screen)
-    with progress_bar(screen.log, "Loading") as progress:
-        from llama_scratch.llama import Llama
-
-        return Llama.load(
-            source,
-            precision=options.precision or "auto",
-            device=options.device or "auto",
-            rope_factor=options.rope_factor,
-            tokenizer=options.tokenizer,
-            context=options.context,
-            threads=options.threads,
-            progress=progress,
-        )
 
 
 def _fetch_first(name: str, screen: Screen) -> None:

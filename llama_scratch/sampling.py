@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -51,6 +53,8 @@ class Sampling:
 
     def generator(self) -> torch.Generator:
         """The source of chance that belongs to the seed."""
+        import torch  # here, so that the options are checked before torch is there
+
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -71,14 +75,14 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     logits = logits.masked_fill(~top_k(logits, sampling.top_k), -math.inf)
     logits = logits.masked_fill(~top_p(logits, sampling.top_p), -math.inf)
     logits = logits.masked_fill(~min_p(logits, sampling.min_p), -math.inf)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+    return int(logits.softmax(-1).multinomial(1, generator=generator))
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Which of (vocab_size,) logits are among the k largest; all of them for k = 0."""
     if k == 0 or k >= logits.numel():
-        return torch.ones_like(logits, dtype=torch.bool)
-    keep = torch.zeros_like(logits, dtype=torch.bool)
+        return _all(logits)
+    keep = ~_all(logits)
     keep[logits.topk(k).indices] = True
     return keep
 
@@ -89,12 +93,12 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     Source: Holtzman et al. 2020, arXiv:1904.09751.
     """
     if p >= 1:
-        return torch.ones_like(logits, dtype=torch.bool)
+        return _all(logits)
     probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # what more probable tokens have together
     kept = before < p
     kept[0] = True
-    keep = torch.zeros_like(kept)
+    keep = ~_all(logits)
     keep[order] = kept
     return keep
 
@@ -106,3 +110,9 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     """
     probabilities = logits.softmax(-1)
     return probabilities >= p * probabilities.max()
+
+
+def _all(logits: Tensor) -> Tensor:
+    import torch
+
+    return torch.ones_like(logits, dtype=torch.bool)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import cast
+from typing import Self, cast
 
 import pexpect
 import pyte
@@ -40,7 +40,7 @@ class Terminal:
         self._child.delaybeforesend = None
         self._output = b""
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

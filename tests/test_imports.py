@@ -23,15 +23,17 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"repl"},
     {"render"},
+    {"bench"},
     {"llama"},
     {"info"},
     {"engine", "sampling"},
-    {"precision"},
+    {"precision", "cuda"},
     {"checkpoint"},
     {"tokenizer"},
     {"model"},
     {"config"},
     {"results"},
+    {"linear", "background", "kept"},
     {"progress", "memory"},
     {"errors"},
 ]
@@ -173,6 +175,15 @@ def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
     loaded = loaded_after(OPEN + repr(str(smollm2_path)) + "))")
     assert "llama_scratch.checkpoint.gguf" in loaded
     assert not {"torch", "rich", "typer"} & loaded
+
+
+def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
+    """Neither line editing nor bars; and its options are checked before torch is imported."""
+    command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
+    loaded = loaded_after(command.format(str(tiny_dir), 1))
+    assert "torch" in loaded
+    assert not {"prompt_toolkit", "rich.progress", "llama_scratch.repl.loop"} & loaded
+    assert "torch" not in loaded_after(command.format(str(tiny_dir), 2))
 
 
 @pytest.mark.parametrize("name", llama_scratch.__all__)

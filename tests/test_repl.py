@@ -31,7 +31,9 @@ def session(smollm2_path: Path, state: dict[str, str]) -> Iterator[Terminal]:
 
 
 def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal:
+    """A session whose model is there."""
     terminal = Terminal("--model", "smollm2", *arguments, env=state, columns=columns)
+    terminal.wait_for("lists the commands")
     terminal.wait_for("SmolLM2-135M-Instruct>")
     return terminal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from types import FrameType
 
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import FormattedText
@@ -60,49 +61,118 @@ class _Interrupts:
 
 
 def run(session: Session) -> None:
-    """Read prompts until Ctrl-D or /quit."""
-    interrupts = _Interrupts()
-    reader = _reader(session)
-    session.console.print(terminal.banner(session.llama.info, session.llama.context))
-    while not session.ended:
-        try:
-            line = reader.prompt(
-                _message(session),
-                placeholder=lambda: _placeholder(session),
-                handle_sigint=False,  # see `_Interrupts`
-            )
-        except KeyboardInterrupt:
-            session.console.print(Text(" Ctrl-D or /quit leaves.", style="dim"))
-            continue
-        except EOFError:
-            return
-        try:
-            with interrupts.armed():
-                _take(session, line)
-        except KeyboardInterrupt:
-            session.console.print(Text("\n Cancelled.", style="dim"))
-        except LlamaScratchError as error:
-            session.console.print(terminal.error(str(error)))
+    """Read prompts until Ctrl-D or /quit. Raises what loading the model raised, as soon as it does."""
+    _Loop(session).run()
 
 
-def _take(session: Session, line: str) -> None:
-    if not line:
-        session.accept()
-    elif is_command(line):
-        run_command(session, line)
-    else:
-        session.ask(unescaped(line))
+class _Loop:
+    """Prompts are read from the first moment on; the banner is printed once the model is there."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._interrupts = _Interrupts()
+        self._reader = _reader(session)
+        self._greeted = False
+        self._draft = ""  # what the next prompt begins with
+
+    def run(self) -> None:
+        session = self._session
+        if session.console.is_dumb_terminal:  # where nothing can be printed above what is being typed
+            session.loading.wait()
+        while not session.ended:
+            self._greet()
+            try:
+                line = self._read()
+            except KeyboardInterrupt:
+                session.console.print(Text(" Ctrl-D or /quit leaves.", style="dim"))
+                continue
+            except EOFError:
+                return
+            self._begin()
+            try:
+                with self._interrupts.armed():
+                    self._take(line)
+            except KeyboardInterrupt:
+                session.console.print(Text("\n Cancelled.", style="dim"))
+                if not session.loading.ended:
+                    self._draft = line
+            except LlamaScratchError as error:
+                if error is session.loading.error:
+                    raise
+                session.console.print(terminal.error(str(error)))
+
+    def _read(self) -> str:
+        draft, self._draft = self._draft, ""
+        return self._reader.prompt(
+            lambda: _message(self._session),
+            default=draft,
+            placeholder=lambda: _placeholder(self._session),
+            rprompt=lambda: _stage(self._session),
+            pre_run=self._begin_watching,
+            handle_sigint=False,  # see `_Interrupts`
+        )
+
+    def _begin(self) -> None:
+        """Start what the first answer needs, at the latest before an interrupt may fall into it."""
+        self._session.loading.start()
+        import rich.progress  # noqa: F401
+
+    def _begin_watching(self) -> None:
+        if not self._greeted:
+            self._reader.app.create_background_task(self._watch())
+
+    def _take(self, line: str) -> None:
+        session = self._session
+        if not line:
+            session.accept()
+        elif is_command(line):
+            run_command(session, line)
+        else:
+            _ = session.llama  # waits for it, so that the banner stands above the answer
+            self._greet()
+            session.ask(unescaped(line))
+
+    def _greet(self) -> None:
+        if self._session.loading.ended and not self._greeted:
+            llama = self._session.llama
+            self._greeted = True
+            self._session.console.print(terminal.banner(llama.info, llama.context))
+
+    async def _watch(self) -> None:
+        """While a prompt is typed: load, show how far that is, and then print the banner above the prompt.
+
+        It begins once the prompt is on the screen. A loading that failed ends the prompt, and so the session.
+        """
+        app, loading = self._reader.app, self._session.loading
+        self._begin()
+        while not loading.ended:
+            await asyncio.sleep(0.1)
+            app.invalidate()
+        if loading.error is None:
+            await run_in_terminal(self._greet)
+        elif not app.is_done:
+            app.exit(result="")
 
 
 def _message(session: Session) -> FormattedText:
-    return FormattedText([("bold ansicyan", session.llama.info.name), ("", "> ")])
+    return FormattedText([("bold ansicyan", session.loading.name), ("", "> ")])
+
+
+def _stage(session: Session) -> FormattedText:
+    """How far the loading is, at the right end of the line; nothing of it stays."""
+    if get_app().is_done or session.loading.ended:
+        return FormattedText()
+    stage, done, total = session.loading.stage
+    # A screen reader would read every new number aloud.
+    share = f" {100 * done // total} %" if total and not session.settings.plain else " …"
+    return FormattedText([("ansibrightblack", stage.capitalize() + share)])
 
 
 def _placeholder(session: Session) -> FormattedText:
     """What an empty line offers, in grey; nothing of it stays once the line is sent or searched."""
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
-    room = session.console.width - len(session.llama.info.name) - 3
+    room = session.console.width - len(session.loading.name) - 3
     hint = _FIRST_HINT if len(_FIRST_HINT) <= room else ""
     if session.offered:
         offer = terminal.visible(session.offer_text).plain

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from llama_scratch.render import terminal
 from llama_scratch.render.progress import progress_bar
+from llama_scratch.repl.loading import Loading
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama, Prompt
@@ -31,16 +32,25 @@ class Settings:
 class Session:
     """Prompts in, answers onto the console. Interrupted at any point it stays as it was before the prompt.
 
+    loading: the model, there already or on its way.
     ids: the tokens of the last prompt with all that was accepted since.
     offered: the tokens that Enter accepts: the predicted one, or all that was generated.
     """
 
-    llama: Llama
+    loading: Loading
     console: Console
     settings: Settings
     ids: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
     ended: bool = False
+
+    @property
+    def llama(self) -> Llama:
+        """The model; while it is on its way this waits for it and shows how far it is."""
+        if self.loading.ended:
+            return self.loading.wait()
+        with progress_bar(self.console) as progress:
+            return self.loading.wait(progress)
 
     def ask(self, prompt: Prompt) -> None:
         """Predict what comes after a new prompt and show it."""
@@ -52,8 +62,9 @@ class Session:
             self._answer([*self.ids, *self.offered], accepted=len(self.offered))
 
     def _answer(self, prompt: Prompt, accepted: int) -> None:
+        llama = self.llama
         with progress_bar(self.console) as progress:
-            prediction = self.llama.predict(prompt, top=self.settings.top, progress=progress)
+            prediction = llama.predict(prompt, top=self.settings.top, progress=progress)
         if accepted:
             self._show_context([token.id for token in prediction.tokens], accepted)
         if self.settings.plain:

@@ -1,0 +1,335 @@
+"""results.json and quality.json → results.md: the tables for people, and each bound with whether it is met.
+
+`render` is a pure function, so that a test can hold the files in the repository together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PACKAGES = ("llama-scratch", "torch", "llama-cpp-python", "ctranslate2", "transformers", "gguf")
+GB = 1e9
+
+
+def versions() -> dict[str, str]:
+    """The versions of all engines that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A promise beside what was measured; both in words, `met` decides. An aim is wished for, not promised."""
+
+    what: str
+    expected: str
+    found: str
+    met: bool
+    aim: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """What stands in the last column."""
+        return "met" if self.met else "aim not reached" if self.aim else "**not met**"
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.found}, expected {self.expected}: {self.verdict.strip('*')}"
+
+
+# --- Figures ----------------------------------------------------------------------------------
+
+
+class Figures:
+    """Medians and ratios over the samples of one run.
+
+    Ratios are taken within a round, where both sides met the same state of the machine, and their
+    median is what counts. Where one side is several engines, the fastest of the round stands for it.
+    """
+
+    def __init__(self, results: dict[str, Any]):
+        self.results = results
+        self._rates: dict[tuple[str, str, str], dict[tuple[int, int], float]] = {}
+        for sample in results["samples"]:
+            case, moment = sample["case"], (sample["group"], sample["round"])
+            size = results["cases"][case]
+            for kind, count in (("prefill", size["context"]), ("decode", size["tokens"])):
+                if count and sample[f"{kind}_s"]:
+                    key = (kind, case, sample["engine"])
+                    self._rates.setdefault(key, {})[moment] = count / sample[f"{kind}_s"]
+
+    def rate(self, kind: str, case: str, engine: str) -> float | None:
+        """Median tokens a second, of all rounds."""
+        rates = self._rates.get((kind, case, engine))
+        return median(rates.values()) if rates else None
+
+    def ratio(self, kind: str, case: str, ours: Iterable[str], others: Iterable[str]) -> float | None:
+        """How many times as fast the first are as the others."""
+        ours_best, others_best = self._best(kind, case, ours), self._best(kind, case, others)
+        ratios = [ours_best[moment] / others_best[moment] for moment in ours_best.keys() & others_best.keys()]
+        return median(ratios) if ratios else None
+
+    def _best(self, kind: str, case: str, engines: Iterable[str]) -> dict[tuple[int, int], float]:
+        best: dict[tuple[int, int], float] = {}
+        for engine in engines:
+            for moment, rate in self._rates.get((kind, case, engine), {}).items():
+                best[moment] = max(rate, best.get(moment, 0.0))
+        return best
+
+    def share(self, case: str, engine: str) -> float | None:
+        """Decode's share of what the measured bandwidth allows: weights read a second ÷ bandwidth of the round."""
+        rates = self._rates.get(("decode", case, engine))
+        if not rates:
+            return None
+        weight_bytes = self.results["engines"][engine]["weight_bytes"]
+        return float(median(rate * weight_bytes / self._bandwidth(moment) for moment, rate in rates.items()))
+
+    def _bandwidth(self, moment: tuple[int, int]) -> float:
+        samples = self.results["samples"]
+        return float(median(s["bandwidth"] for s in samples if (s["group"], s["round"]) == moment))
+
+
+# --- Bounds -----------------------------------------------------------------------------------
+
+BF16 = ("llama.cpp BF16", "llama.cpp BF16 flash")
+Q8_0 = ("llama.cpp Q8_0", "llama.cpp Q8_0 flash")
+
+
+def speed_bounds(results: dict[str, Any]) -> list[Bound]:
+    """The bounds that this run can decide."""
+    figures = Figures(results)
+    bounds: list[Bound] = []
+
+    def at_least(
+        least: float, what: str, than: str, found: float | None, *, digits: int = 2, aim: bool = False
+    ) -> None:
+        if found is not None:
+            text = f"{found:.{digits}f} ×"
+            bounds.append(Bound(what, f"≥ {least:g} × {than}", text, found >= least, aim))
+
+    fp16, int8 = ["ours fp16"], ["ours int8"]
+    for case, size in results["cases"].items():
+        if size["model"] != "1B":
+            continue
+        context = f"{size['context']:,}"
+        if size["long"]:
+            for kind in ("prefill", "decode"):
+                what = "prefill of" if kind == "prefill" else "decode at"
+                found = figures.ratio(kind, case, fp16, BF16)
+                at_least(1.2, f"{what} {context}, fp16", "llama.cpp BF16, flash attention on or off", found)
+        elif size["tokens"]:
+            at_least(1, "decode, fp16", "llama.cpp BF16", figures.ratio("decode", case, fp16, BF16))
+            at_least(0.92, "decode, fp16", "bandwidth ÷ weight bytes", figures.share(case, fp16[0]))
+            at_least(1.35, "decode, int8", "our fp16", figures.ratio("decode", case, int8, fp16))
+            at_least(1, "decode, int8", "llama.cpp Q8_0", figures.ratio("decode", case, int8, Q8_0), aim=True)
+        else:
+            found = figures.ratio("prefill", case, fp16, (*BF16, *Q8_0))
+            at_least(1, f"prefill of {context}, fp16", "llama.cpp's better of BF16 and Q8_0", found)
+            at_least(1.15, f"prefill of {context}, fp16", "the same", found, aim=True)
+    small = [name for name, engine in results["engines"].items() if engine["model"] == "SmolLM2"]
+    ours = [name for name in small if "ours" in name]
+    found = figures.ratio("decode", "SmolLM2", ours, set(small) - set(ours))
+    at_least(0.5, "SmolLM2 decode, best precision", "llama.cpp Q8_0", found)
+    if edits := results["edits"]:
+        ratio = median(edit["edited_s"] / edit["whole_s"] for edit in edits)
+        what = f"prompt of {edits[0]['tokens']:,} tokens, last one changed"
+        bounds.append(Bound(what, "≤ 1/50 of the whole's time", f"1/{1 / ratio:.0f}", ratio <= 1 / 50))
+    for name in (*fp16, *int8):
+        if (engine := results["engines"].get(name)) and engine["anonymous_bytes"]:
+            most = 1.15 * engine["weight_bytes"] + 0.4 * GB
+            found_bytes = engine["anonymous_bytes"]
+            what = f"resident beyond mapped files, {name.removeprefix('ours ')}"
+            bounds.append(Bound(what, f"≤ {most / GB:.2f} GB", f"{found_bytes / GB:.2f} GB", bool(found_bytes <= most)))
+    return bounds
+
+
+def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
+    """The bounds on how true fp16 and int8 are."""
+    distances = quality["distances"]
+    bounds = []
+    if fp16 := distances.get("ours fp16"):
+        kl, same = fp16["mean_kl"], fp16["same_top"]
+        bounds.append(Bound("fp16, mean KL to fp32", "≤ 1e-5", f"{kl:.1e}", kl <= 1e-5))
+        bounds.append(Bound("fp16, same top-1 as fp32", "≥ 99.8 %", _percent(same, 2), same >= 0.998))
+    if (int8 := distances.get("ours int8")) and (q8_0 := distances.get("llama.cpp Q8_0")):
+        kl, most = int8["mean_kl"], 1.05 * q8_0["mean_kl"]
+        bounds.append(Bound("int8, mean KL to fp32", f"≤ {most:.2e}, 1.05 × llama.cpp Q8_0's", f"{kl:.2e}", kl <= most))
+        same, least = int8["same_top"], q8_0["same_top"] - 0.003
+        expected = f"≥ {_percent(least, 2)}, 0.3 below llama.cpp Q8_0's"
+        bounds.append(Bound("int8, same top-1 as fp32", expected, _percent(same, 2), same >= least))
+    return bounds
+
+
+# --- Text -------------------------------------------------------------------------------------
+
+
+def render(results: dict[str, Any] | None, quality: dict[str, Any] | None) -> str:
+    """The whole of results.md; a part that was not measured is left out."""
+    parts = ["# Measured", "Made by `make benchmark` and `make quality`; not edited by hand."]
+    if results:
+        parts += _speed(results)
+    if quality:
+        parts += _quality(quality)
+    return "\n\n".join(parts) + "\n"
+
+
+def _speed(results: dict[str, Any]) -> list[str]:
+    figures, machine = Figures(results), results["machine"]
+    bandwidth = sorted(sample["bandwidth"] for sample in results["samples"])
+    model = results["model"]
+    rounds = f"{results['rounds']} rounds ({results['long_rounds']} of the long case)"
+    return [
+        "## Speed",
+        f"{model['name']}: {model['parameters']:,} random weights in {model['layers']} layers of {model['dim']:,}, "
+        f"one sequence at a time, {machine['threads']} threads. All engines take turns in one run of {rounds}; "
+        "a figure is the median of tokens a second. In brackets: how many times "
+        f"{results['reference']}'s, the median of the ratios within each round. "
+        "The limit of decode is the read bandwidth ÷ the bytes of weights that a token needs. "
+        "“Resident” is the memory that is the process's own once it has loaded and answered once, “mapped” its pages "
+        "of files, which the system takes back when it needs to. “Load” begins with the import of the library. "
+        "“Distance” is the relative L2 distance of the logits after a short prompt from our fp32's.",
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GB:.0f} GB, "
+        f"{machine['system']}\n"
+        f"- CPU features: {', '.join(machine['features']) or 'unknown'}\n"
+        f"- Read bandwidth (`torch.dot`): median {median(bandwidth) / GB:.1f} GB/s, "
+        f"{bandwidth[0] / GB:.1f} to {bandwidth[-1] / GB:.1f}\n"
+        f"- Versions: {_versions(results['versions'])}\n"
+        f"- While one engine ran, the others together used at most "
+        f"{_percent(max(sample['others_cpu'] for sample in results['samples']), 1)} of one core",
+        _speed_table(figures),
+        _memory_table(results),
+        *_small_table(figures),
+        *_left_out(results),
+        "### Bounds",
+        _bounds(speed_bounds(results)),
+        "The start of the process is measured by `python -m benchmarks.startup`.",
+    ]
+
+
+def _speed_table(figures: Figures) -> str:
+    cases = {name: size for name, size in figures.results["cases"].items() if size["model"] == "1B"}
+    columns = [("prefill", name, f"prefill {size['context']:,}") for name, size in cases.items() if _prefills(size)]
+    columns += [("decode", name, f"decode at {size['context']:,}") for name, size in cases.items() if size["tokens"]]
+    short = [name for name, size in cases.items() if size["tokens"] and not size["long"]]
+    head = ["engine", *(title for _, _, title in columns), *("of the limit" for _ in short)]
+    rows = [
+        [
+            engine,
+            *(_rate(figures, kind, case, engine) for kind, case, _ in columns),
+            *(_percent(figures.share(case, engine)) for case in short),
+        ]
+        for engine in _engines(figures.results, "1B")
+    ]
+    return _table(head, rows)
+
+
+def _memory_table(results: dict[str, Any]) -> str:
+    head = ["engine", "weights a token", "resident", "mapped", "load", "preparation", "distance"]
+    rows = [
+        [
+            name,
+            _gigabytes(engine["weight_bytes"]),
+            _gigabytes(engine["anonymous_bytes"]),
+            _gigabytes(engine["file_bytes"]),
+            f"{engine['load_s']:.1f} s",
+            f"{engine['prepare_s']:.1f} s" if engine["prepare_s"] else "–",
+            "–" if engine["distance"] is None else f"{engine['distance']:.1e}",
+        ]
+        for name, engine in _engines(results, "1B").items()
+    ]
+    return _table(head, rows)
+
+
+def _engines(results: dict[str, Any], model: str) -> dict[str, dict[str, Any]]:
+    return {name: engine for name, engine in results["engines"].items() if engine["model"] == model}
+
+
+def _prefills(size: dict[str, Any]) -> bool:
+    return bool(size["long"] or not size["tokens"])
+
+
+def _rate(figures: Figures, kind: str, case: str, engine: str) -> str:
+    rate = figures.rate(kind, case, engine)
+    if rate is None:
+        return "–"
+    ratio = figures.ratio(kind, case, [engine], [figures.results["reference"]])
+    return f"{rate:,.1f}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / GB:.2f} GB" if count else "–"
+
+
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _small_table(figures: Figures) -> list[str]:
+    rows = [
+        [name, f"{rate:,.1f}", _percent(figures.share("SmolLM2", name)), f"{engine['weight_bytes'] / 1e6:,.0f} MB"]
+        for name, engine in _engines(figures.results, "SmolLM2").items()
+        if (rate := figures.rate("decode", "SmolLM2", name)) is not None
+    ]
+    if not rows:
+        return []
+    table = _table(["engine", "decode", "of the limit", "weights a token"], rows)
+    return ["SmolLM2-135M, where each call's overhead decides:", table]
+
+
+def _left_out(results: dict[str, Any]) -> list[str]:
+    if not results["left_out"]:
+        return []
+    return ["Left out:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in results["left_out"].items())]
+
+
+def _quality(quality: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{distance['mean_kl']:.2e}", _percent(distance["same_top"], 2)]
+        for name, distance in quality["distances"].items()
+    ]
+    return [
+        "## Quality",
+        f"How far the answers are from our fp32's: {quality['model']}'s dequantised weights, {quality['tokens']:,} "
+        f"tokens of {quality['text']} in windows of {quality['window']:,}; after each token the Kullback-Leibler "
+        "divergence from fp32 and whether the most probable token is the same.",
+        f"- Versions: {_versions(quality['versions'])}",
+        _table(["engine", "mean KL (nats)", "same top-1"], rows),
+        "### Bounds of quality",
+        _bounds(quality_bounds(quality)),
+    ]
+
+
+def _bounds(bounds: Sequence[Bound]) -> str:
+    if not bounds:
+        return "None of the bounds can be decided by what was measured."
+    rows = [[bound.what, bound.expected, bound.found, bound.verdict] for bound in bounds]
+    return _table(["what", "bound", "found", ""], rows, align="---")
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = [head, ["---", *(align for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_report(folder: Path) -> None:
+    """Write results.md from what lies beside it."""
+    results, quality = (
+        json.loads(path.read_text()) if (path := folder / f"{name}.json").is_file() else None
+        for name in ("results", "quality")
+    )
+    (folder / "results.md").write_text(render(results, quality))

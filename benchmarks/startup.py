@@ -1,0 +1,127 @@
+"""Measure how long a person waits at the start.
+
+    python -m benchmarks.startup [--model-dir DIR] [--runs 7] [--json]
+
+Medians over the runs, with the disk's cache warm; the terminal is a pseudo-terminal that is read as fast as
+it writes. Without --model-dir the model is the one that `llama-scratch` finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+from tests.terminal import PROGRAM, Terminal
+
+TYPED = "abcdefghijklmnopqrstuvwxyz"
+TYPING_INTERVAL = 0.05  # seconds between keystrokes, as a fast typist's
+LOADED = "lists the commands"  # of the banner
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def process(*command: str) -> float:
+    """From a program's start to its end."""
+    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+
+def first_line(*command: str) -> float:
+    """From a program's start to its first line of output."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        assert program.stdout is not None
+        if not program.stdout.readline():
+            raise SystemExit(f"{' '.join(command)} gave no answer, expected a line; run it to see why.")
+        return time.perf_counter() - start
+
+
+def until(terminal: Terminal, seen: Callable[[str], bool]) -> float:
+    """How long it takes until the screen is as it should be."""
+
+    def read() -> None:
+        while not seen(terminal.text):
+            if not terminal.read(0.002):
+                raise SystemExit(f"The session ended, expected a prompt; it said: {terminal.text}")
+
+    return seconds(read)
+
+
+def shows(typed: str, text: str) -> bool:
+    """Whether a screen shows what was typed, however it is wrapped."""
+    return typed in text.replace("\n", "")
+
+
+def session(options: list[str]) -> dict[str, float]:
+    """One interactive session: the first prompt, the end of loading, and how late keystrokes appear meanwhile."""
+    start = time.perf_counter()
+    with Terminal(*options, columns=200) as terminal:
+        until(terminal, lambda text: "> " in text)
+        prompt = time.perf_counter() - start
+        lags: list[float] = []
+        typed = ""
+        while LOADED not in terminal.text:
+            typed += TYPED[len(typed) % len(TYPED)]
+            terminal.type(typed[-1])
+            lags.append(until(terminal, partial(shows, typed)))
+            pause = time.perf_counter() + TYPING_INTERVAL
+            while time.perf_counter() < pause and terminal.read(0.005):
+                pass
+        return {
+            "prompt": prompt,
+            "loaded": time.perf_counter() - start,
+            "echo": median(lags),
+            "slowest echo": max(lags),
+        }
+
+
+ROWS = {
+    "python": "python, nothing imported",
+    "torch": "import torch",
+    "prompt": "start → prompt on the screen",
+    "loaded": "start → model loaded",
+    "echo": "keystroke → echo while loading",
+    "slowest echo": "the slowest of them",
+    "answer": "start → answer of --prompt",
+}
+
+
+def measure(options: list[str], runs: int) -> dict[str, float]:
+    """The medians of `ROWS`, in seconds."""
+    found: dict[str, list[float]] = {row: [] for row in ROWS}
+    for _ in range(runs + 1):
+        found["python"].append(process(sys.executable, "-c", "pass"))
+        found["torch"].append(process(sys.executable, "-c", "import os, torch; os._exit(0)"))
+        found["answer"].append(first_line(*PROGRAM, *options, "--no-input", "--prompt", "The capital of France is"))
+        for row, value in session(options).items():
+            found[row].append(value)
+    # The first run warms the cache.
+    return {row: median(values[1:]) for row, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-dir", metavar="DIR")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    medians = measure(["--model-dir", arguments.model_dir] if arguments.model_dir else [], max(1, arguments.runs))
+    if arguments.json:
+        print(json.dumps({row.replace(" ", "_") + "_s": round(value, 4) for row, value in medians.items()}))
+    else:
+        for row, value in medians.items():
+            print(f"{ROWS[row]:32}{1000 * value:8,.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The program with a model that comes when a test wants it: `python -m tests.slow_llama GATE [OPTIONS]`.
+
+Loading goes on until there is a file GATE, and then ends well, or with the error that the file names. It
+needs no torch, and its stage says whether something else has imported that.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from llama_scratch import errors
+from llama_scratch.progress import Progress, silent
+from llama_scratch.results import Candidate, ModelInfo, Prediction, Timing, Token
+
+GATE = Path(sys.argv[1])
+TOKENS = {0: "What", 1: " comes"}
+
+
+class SlowLlama:
+    """What the session uses of a `Llama`; it answers " comes" to everything."""
+
+    info = ModelInfo("Slow-Llama", "none", "fp32", "cpu", 1_000_000)
+    context = 64
+    tokenizer = SimpleNamespace(bos_id=None, decode=lambda ids: "".join(TOKENS[id] for id in ids))
+
+    @classmethod
+    def load(cls, source: str, *, progress: Progress, **_: object) -> SlowLlama:
+        progress("torch is imported" if "torch" in sys.modules else "no torch yet", 42, 100)
+        with ThreadPoolExecutor(1) as pool:  # as the formats' readers do; Python's clean-up waits for its threads
+            pool.submit(wait_for_gate).result()
+        if name := GATE.read_text():
+            error: type[Exception] = getattr(errors, name, None) or getattr(builtins, name)
+            raise error("The model fell over.")
+        return cls()
+
+    def predict(self, prompt: str, top: int = 5, *, progress: Progress = silent) -> Prediction:
+        best = Candidate(1, TOKENS[1], -0.5)
+        return Prediction(prompt, (Token(0, TOKENS[0]),), best, (best,), 1.0, (), self.info, Timing())
+
+
+def wait_for_gate() -> None:
+    """Wait until the test lets the loading end."""
+    while not GATE.exists():
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    stand_in = ModuleType("llama_scratch.llama")
+    stand_in.Llama = SlowLlama  # type: ignore[attr-defined]
+    sys.modules[stand_in.__name__] = stand_in
+    del sys.argv[1]
+    from llama_scratch.__main__ import main
+
+    main()
