@@ -54,6 +54,11 @@ class Background:
         return self._done == self._total
 
     @property
+    def running(self) -> bool:
+        """Whether a job is being done or will be."""
+        return self._running > 0
+
+    @property
     def progress(self) -> tuple[str, int, int]:
         """What is being done, how much of it is done and how much there is."""
         return self.stage, self._done, self._total

@@ -49,9 +49,10 @@ class ModelOptions:
         None
     )
     tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "A tokenizer.model elsewhere.")] = None
-    precision: Annotated[str | None, _model_option("--precision", "NAME", "auto (as in the file), fp32 or bf16.")] = (
-        None
-    )
+    precision: Annotated[
+        str | None,
+        _model_option("--precision", "NAME", "auto (the fastest that is true here), fp32, bf16, fp16, int8."),
+    ] = None
     device: Annotated[
         str | None, _model_option("--device", "NAME", "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.")
     ] = None
@@ -339,7 +340,13 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
         from llama_scratch.checkpoint import open_checkpoint
 
         open_checkpoint(path, options.tokenizer)  # says what was expected there
-    return Loading(name_of(path), lambda progress: _load_now(options, progress))
+
+    def load(progress: Progress) -> Llama:
+        llama = _load_now(options, progress)
+        llama.prepare(wait=False)  # there is time while the person types
+        return llama
+
+    return Loading(name_of(path), load)
 
 
 def _load_now(options: ModelOptions, progress: Progress) -> Llama:

@@ -124,6 +124,12 @@ class Llama:
             self._engine.packing.start()
 
     @property
+    def preparing(self) -> tuple[str, int, int] | None:
+        """What is being done about the weights' form, how much of it is done and how much there is; None at the end."""
+        packing = self._engine.packing
+        return packing.progress if packing.running else None
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one token reads, as they are stored now."""
         return weight_bytes(self._engine.model)

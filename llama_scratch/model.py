@@ -187,6 +187,18 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √head_dim, −∞ where the mask forbids) v; fused: no (T, S) scores are ever stored.
+
+    q: (B, n_heads, T, head_dim); k, v: (B, n_kv_heads, S, head_dim); → (B, n_heads, T, head_dim).
+    """
+    if q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # A single new token: the heads of a group take the place of T, so that k and v are read once for all of them.
+    group = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, n_kv_heads, n_heads/n_kv_heads, head_dim)
+    return F.scaled_dot_product_attention(group, k, v, attn_mask=mask).reshape(q.shape)
+
+
 class Attention(nn.Module):
     """Every token asks all tokens before it, and itself, for what it needs.
 
@@ -207,7 +219,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
-        self.n_kv_heads = args.n_kv_heads
+        self.attend = attend
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         self.wq = nn.Linear(args.dim, q_dim, bias=False)
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
@@ -223,12 +235,7 @@ class Attention(nn.Module):
         k = apply_rotary_emb(k, freqs_cis)  # keys are cached turned: a position never changes
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         k, v = cache.update(layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        # softmax(q kᵀ / √head_dim, −∞ where the mask forbids) v; fused: no (T, S) scores are ever stored
-        if x.shape[1] == 1:  # the heads of a group take the place of T, so that k and v are read once for all
-            q = q.reshape(len(q), self.n_kv_heads, -1, self.head_dim)  # (B, n_kv_heads, n_heads/n_kv_heads, head_dim)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), -1, 1, self.head_dim)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, n_heads, T, head_dim)
+        out = self.attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
         return self.wo(out.transpose(1, 2).flatten(-2))  # heads side by side again, mixed: (B, T, dim)
 
 

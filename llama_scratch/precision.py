@@ -23,6 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llama_scratch.attention import attend_in_blocks
 from llama_scratch.background import Background
 from llama_scratch.checkpoint import is_tied
 from llama_scratch.config import ModelArgs
@@ -41,7 +42,7 @@ from llama_scratch.linear import (
     packs,
     quantise,
 )
-from llama_scratch.model import RMSNorm, Transformer
+from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
 # mask stays small.
@@ -159,6 +160,9 @@ def _store(model: Transformer, precision: str, source: Path) -> Background:
     slots = [slot for block in model.layers for group in _LAYER_GROUPS for slot in _exchange(block, group)]
     slots += _exchange(model, ("output",))
     model.tok_embeddings = Embedding(embedding, activations)
+    if device.type == "cpu" and packs():
+        for block in model.layers:
+            cast(TransformerBlock, block).attention.attend = attend_in_blocks
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.to(activations)

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"info"},
     {"engine", "sampling"},
     {"precision", "cuda"},
-    {"checkpoint"},
+    {"checkpoint", "attention"},
     {"tokenizer"},
     {"model"},
     {"config"},

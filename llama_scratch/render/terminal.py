@@ -88,12 +88,13 @@ def answer(prediction: Prediction) -> RenderableType:
 
 
 def took(prediction: Prediction) -> str:
-    """The line under an answer: entropy, tokens, how many came from the cache, time."""
+    """The line under an answer: entropy, tokens, how many came from the cache, time, the precision that answered."""
     timing = prediction.timing
     plural = "" if timing.prompt_tokens == 1 else "s"
     reused = f", {timing.reused_tokens} reused" if timing.reused_tokens else ""
     milliseconds = f"{1000 * timing.prefill_s:,.0f} ms"
-    return f"entropy {prediction.entropy_bits:.2f} bits · {timing.prompt_tokens} token{plural}{reused} · {milliseconds}"
+    cost = f"{timing.prompt_tokens} token{plural}{reused} · {milliseconds} · {prediction.model.precision}"
+    return f"entropy {prediction.entropy_bits:.2f} bits · {cost}"
 
 
 def context(text: str, accepted: str, width: int) -> RenderableType:

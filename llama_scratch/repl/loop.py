@@ -118,7 +118,7 @@ class _Loop:
         import rich.progress  # noqa: F401
 
     def _begin_watching(self) -> None:
-        if not self._greeted:
+        if not self._greeted or self._session.stage:
             self._reader.app.create_background_task(self._watch())
 
     def _take(self, line: str) -> None:
@@ -149,9 +149,13 @@ class _Loop:
             await asyncio.sleep(0.1)
             app.invalidate()
         if loading.error is None:
-            await run_in_terminal(self._greet)
+            if not self._greeted:
+                await run_in_terminal(self._greet)
         elif not app.is_done:
             app.exit(result="")
+        while self._session.stage and not app.is_done:
+            await asyncio.sleep(0.2)
+            app.invalidate()
 
 
 def _message(session: Session) -> FormattedText:
@@ -159,10 +163,10 @@ def _message(session: Session) -> FormattedText:
 
 
 def _stage(session: Session) -> FormattedText:
-    """How far the loading is, at the right end of the line; nothing of it stays."""
-    if get_app().is_done or session.loading.ended:
+    """How far the loading, or what follows it, is, at the right end of the line; nothing of it stays."""
+    if get_app().is_done or (progress := session.stage) is None:
         return FormattedText()
-    stage, done, total = session.loading.stage
+    stage, done, total = progress
     # A screen reader would read every new number aloud.
     share = f" {100 * done // total} %" if total and not session.settings.plain else " …"
     return FormattedText([("ansibrightblack", stage.capitalize() + share)])

@@ -52,6 +52,13 @@ class Session:
         with progress_bar(self.console) as progress:
             return self.loading.wait(progress)
 
+    @property
+    def stage(self) -> tuple[str, int, int] | None:
+        """What goes on in the background, how much of it is done and how much there is."""
+        if not self.loading.ended:
+            return self.loading.stage
+        return None if self.loading.error else self.loading.wait().preparing
+
     def ask(self, prompt: Prompt) -> None:
         """Predict what comes after a new prompt and show it."""
         self._answer(prompt, accepted=0)
