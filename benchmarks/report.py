@@ -174,13 +174,20 @@ def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
 # --- Text -------------------------------------------------------------------------------------
 
 
-def render(results: dict[str, Any] | None, quality: dict[str, Any] | None) -> str:
+def render(
+    results: dict[str, Any] | None, quality: dict[str, Any] | None, startup: dict[str, Any] | None = None
+) -> str:
     """The whole of results.md; a part that was not measured is left out."""
-    parts = ["# Measured", "Made by `make benchmark` and `make quality`; not edited by hand."]
+    parts = [
+        "# Measured",
+        "Made by `make benchmark`, `make quality` and `python -m benchmarks.startup`; not edited by hand.",
+    ]
     if results:
         parts += _speed(results)
     if quality:
         parts += _quality(quality)
+    if startup:
+        parts += _startup(startup)
     return "\n\n".join(parts) + "\n"
 
 
@@ -213,7 +220,6 @@ def _speed(results: dict[str, Any]) -> list[str]:
         *_left_out(results),
         "### Bounds",
         _bounds(speed_bounds(results)),
-        "The start of the process is measured by `python -m benchmarks.startup`.",
     ]
 
 
@@ -310,6 +316,33 @@ def _quality(quality: dict[str, Any]) -> list[str]:
     ]
 
 
+def startup_bounds(startup: dict[str, Any]) -> list[Bound]:
+    """The bounds on how long a person waits at the start."""
+    seconds = startup["seconds"]
+    prompt, over = seconds["prompt"], seconds["answer"] - seconds["torch"]
+    bounds = [
+        Bound("process start → prompt on the screen", "≤ 0.4 s", f"{prompt:.2f} s", prompt <= 0.4),
+        Bound("process start → prompt on the screen", "≤ 0.25 s", f"{prompt:.2f} s", prompt <= 0.25, aim=True),
+    ]
+    if startup["model"] == "Llama3.2-1B":
+        found = f"import torch + {over:.2f} s"
+        bounds.append(Bound("process start → answer of --prompt, 1B", "≤ import torch + 1.5 s", found, over <= 1.5))
+    return bounds
+
+
+def _startup(startup: dict[str, Any]) -> list[str]:
+    rows = [[startup["rows"][name], f"{1000 * value:,.0f} ms"] for name, value in startup["seconds"].items()]
+    return [
+        "## Start",
+        f"{startup['model']}, medians of {startup['runs']} runs with the disk's cache warm; the terminal is a "
+        "pseudo-terminal of 200 columns.",
+        f"- Versions: {_versions(startup['versions'])}",
+        _table(["what", "time"], rows),
+        "### Bounds of the start",
+        _bounds(startup_bounds(startup)),
+    ]
+
+
 def _bounds(bounds: Sequence[Bound]) -> str:
     if not bounds:
         return "None of the bounds can be decided by what was measured."
@@ -328,8 +361,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---
 
 def write_report(folder: Path) -> None:
     """Write results.md from what lies beside it."""
-    results, quality = (
-        json.loads(path.read_text()) if (path := folder / f"{name}.json").is_file() else None
-        for name in ("results", "quality")
-    )
-    (folder / "results.md").write_text(render(results, quality))
+    (folder / "results.md").write_text(render(*recorded(folder)))
+
+
+def recorded(folder: Path) -> list[dict[str, Any] | None]:
+    """What was measured and kept in a folder: results, quality and startup; None for what was not."""
+    paths = (folder / f"{name}.json" for name in ("results", "quality", "startup"))
+    return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

@@ -1,9 +1,10 @@
 """Measure how long a person waits at the start.
 
-    python -m benchmarks.startup [--model-dir DIR] [--runs 7] [--json]
+    python -m benchmarks.startup [--model-dir DIR] [--runs 7] [--json] [--record]
 
 Medians over the runs, with the disk's cache warm; the terminal is a pseudo-terminal that is read as fast as
-it writes. Without --model-dir the model is the one that `llama-scratch` finds.
+it writes. Without --model-dir the model is the one that `llama-scratch` finds. --record keeps
+the figures in benchmarks/startup.json and renders benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 
+from benchmarks.report import FOLDER, versions, write_report
+from llama_scratch.checkpoint.find import find_model
+from llama_scratch.repl.loading import name_of
 from tests.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"
@@ -109,13 +113,25 @@ def measure(options: list[str], runs: int) -> dict[str, float]:
     return {row: median(values[1:]) for row, values in found.items()}
 
 
+def record(model_dir: str | None, runs: int, medians: dict[str, float]) -> None:
+    """Keep the medians for the report."""
+    model = name_of(find_model(model_dir))
+    kept = {"model": model, "runs": runs, "rows": ROWS, "seconds": medians, "versions": versions()}
+    (FOLDER / "startup.json").write_text(json.dumps(kept, indent=1) + "\n")
+    write_report(FOLDER)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", metavar="DIR")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    medians = measure(["--model-dir", arguments.model_dir] if arguments.model_dir else [], max(1, arguments.runs))
+    runs = max(1, arguments.runs)
+    medians = measure(["--model-dir", arguments.model_dir] if arguments.model_dir else [], runs)
+    if arguments.record:
+        record(arguments.model_dir, runs, medians)
     if arguments.json:
         print(json.dumps({row.replace(" ", "_") + "_s": round(value, 4) for row, value in medians.items()}))
     else:

@@ -14,8 +14,9 @@ from torch import Tensor
 from llama_scratch.linear import product
 from llama_scratch.model import attend
 
-# Positions at a time, with all query heads of a group: their scores stay in the cache up to some 8,192 tokens.
+# Positions at a time, with all query heads of a group, and the scores (16 MB) that they may have.
 _ROWS = 32
+_SCORES = 1 << 22
 # Below this many tokens the fused operator is as fast.
 _LONG = 1024
 
@@ -27,11 +28,12 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
         return attend(q, k, v, mask)
     groups = q[0].reshape(n_kv_heads, -1, T, head_dim) / math.sqrt(head_dim)  # (n_kv_heads, group, T, head_dim)
     out = torch.empty_like(groups)
-    future = torch.full((_ROWS, _ROWS), -math.inf).triu(1)
+    step = min(_ROWS, max(8, _SCORES // (groups.shape[1] * S)))
+    future = torch.full((step, step), -math.inf).triu(1)
     for head in range(n_kv_heads):
         keys, values = k[0, head], v[0, head].T  # (S, head_dim), (head_dim, S)
-        for begin in range(0, T, _ROWS):
-            rows = groups[head, :, begin : begin + _ROWS]  # (group, rows, head_dim)
+        for begin in range(0, T, step):
+            rows = groups[head, :, begin : begin + step]  # (group, rows, head_dim)
             count = rows.shape[1]
             seen = S - T + begin + count  # what lies behind the last of them is never computed
             scores = product(rows.flatten(0, 1), keys[:seen]).unflatten(0, (-1, count))  # (group, rows, seen)

@@ -104,7 +104,8 @@ class Engine:
             return self._graph(ids[0]).cpu()
         tokens = torch.tensor([ids], device=self._device)  # (1, T)
         text = f"A text of {self._cache.length + len(ids):,} tokens"
-        if growth := self._cache.growth(self._cache.length + len(ids)):
+        growth = self._cache.growth(self._cache.length + len(ids))
+        if growth and self._device.type != "cuda":  # which has a memory of its own
             require_memory({"KV cache": growth}, text)
         with memory_errors(text):
             return self.model(tokens, self._cache, all_positions=all_positions).cpu()
