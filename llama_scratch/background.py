@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,15 @@ Job = tuple[Callable[[], None], int]
 class Background:
     """Jobs of some tenths of a second each, run on a few threads between `start` and `close`.
 
-    The first that fails ends the others, and `wait`
-    raises its error. The threads end by themselves when the program does.
+    The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
+    program does. `then` is called when all is done. `started`: whether it was begun.
     """
 
-    def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1):
+    def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, then: Callable[[], None] | None = None):
         self.stage = stage
         self.error: BaseException | None = None
         self._jobs = deque(jobs)
+        self._then = then
         self._total = sum(size for _, size in jobs)
         self._done = 0
         self._changed = threading.Condition()
@@ -31,14 +33,14 @@ class Background:
         self._running = 0
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
-        self._started = False
+        self.started = False
 
     def start(self) -> None:
         """Begin, if that was not done yet; comes back at once."""
         with self._changed:
-            if self._started or self._closed:
+            if self.started or self._closed or not self._jobs:
                 return
-            self._started = True
+            self.started = True
             self._running = len(self._threads)
         for thread in self._threads:
             thread.start()
@@ -78,10 +80,9 @@ class Background:
     def wait(self, progress: Progress = silent) -> None:
         """Start if need be and come back when all is done; raises the error of a job that failed."""
         self.start()
-        with self._changed:
-            while self._running and not self.error:
-                progress(*self.progress)
-                self._changed.wait()
+        while self._running and not self.error:
+            progress(*self.progress)
+            time.sleep(0.02)  # which holds no lock that an interrupt could leave held
         if self.error:
             raise self.error
 
@@ -104,9 +105,11 @@ class Background:
                 with self._changed:
                     self.error = self.error or error
                     self._jobs.clear()
+                break
             with self._changed:
                 self._done += size
-                self._changed.notify_all()
+        if self._then and self.done:
+            self._then()
         with self._changed:
             self._running -= 1
             self._changed.notify_all()

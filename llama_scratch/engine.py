@@ -18,12 +18,15 @@ from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
 
+# So many answers from the file's own weights take about as long as packing them.
+PATIENCE = 8
+
 
 @dataclass(frozen=True)
 class Logits:
     """What the network says after the last token: (vocab_size,) float32; and how much of the prompt was cached.
 
-    packed: whether packed weights said it; else those of the file did, in float32.
+    packed: whether packed weights took part; else it comes from those of the file, in float32.
     """
 
     values: Tensor
@@ -34,7 +37,7 @@ class Logits:
 class Engine:
     """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
 
-    packing: puts the weights into their fast form. It begins behind the first answer, or by its own `start`.
+    packing: puts the weights into their fast form, when it is started or after `PATIENCE` answers.
 
     An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
     done, and `_ids[:length]` always names what the cache holds.
@@ -44,7 +47,7 @@ class Engine:
         self.model = model
         self.context = context
         self.packing = packing or Background("packing", [])
-        self._answered = False
+        self._answers = 0
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
@@ -62,25 +65,30 @@ class Engine:
         reused = min(_common_prefix(self._ids, ids), self._cache.length, len(ids) - 1)
         self._start(ids, reused)
         *first, last = self._chunks(ids, reused)
-        with self._weights() as packed:
+        with self._weights(progress):
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
-            return Logits(_finite(self._forward(last)[0, -1]), reused, packed)
+            values = _finite(self._forward(last)[0, -1])
+        return Logits(values, reused, self.packing.begun)
 
     @contextmanager
-    def _weights(self) -> Iterator[bool]:
-        """Whether the weights are packed. The first answer has the machine to itself, the next share it with packing.
+    def _weights(self, progress: Progress = silent) -> Iterator[None]:
+        """Have the weights that the next answer comes from.
 
-        So what answers once never packs, and what goes on becomes faster while it runs.
+        Without `prepare` it never depends on how fast something was: some answers come from the file's
+        weights, and the next one waits for packing. Packing in the background gives the first answer way.
         """
-        if self._answered:
-            self.packing.start()
-            yield self.packing.begun
-        else:
+        self._answers += 1
+        if not self.packing.started:
+            if self._answers > PATIENCE:
+                self.packing.wait(progress)
+            yield
+        elif self._answers == 1:
             with self.packing.held():
-                yield self.packing.begun
-            self._answered = True
+                yield
+        else:
+            yield
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of `ids`, (T, vocab_size) float32."""

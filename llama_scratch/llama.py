@@ -114,8 +114,9 @@ class Llama:
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
         """Put the weights into the form that this machine multiplies fastest, and come back when that is done.
 
-        Without this it begins behind the first answer and goes on behind the next ones. wait: False to
-        come back at once. Raises `OutOfMemoryError`.
+        Without this the first answers come from the weights as they are in the file, in float32, and one of
+        the next ones waits. wait: False to come back at once, and have answers from both until it is done.
+        Raises `OutOfMemoryError`.
         """
         if wait:
             with memory_errors(self.info.name):

@@ -7,8 +7,8 @@
 | fp16 | float16           | float32 (a GPU: fp16) | logits within 1e-3 of fp32, as fast as a CPU reads its memory  |
 | int8 | 8 bits, symmetric | 13 bits (a GPU: bf16) | half the bytes; no further from fp32 than llama.cpp's Q8_0     |
 
-fp16 and int8 are packed into the order that this CPU multiplies fastest, behind the answers: until that is
-done, the weights in the file answer, multiplied in float32. So the first answers are those of fp32.
+fp16 and int8 are packed into the order that this CPU multiplies fastest, which takes seconds. Until that is
+done, the weights in the file answer, multiplied in float32: the first answers are those of fp32, and say so.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from llama_scratch.linear import (
     packs,
     quantise,
 )
+from llama_scratch.memory import give_back
 from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
@@ -168,7 +169,7 @@ def _store(model: Transformer, precision: str, source: Path) -> Background:
             module.to(activations)
     pack = _pack_half if precision == "fp16" else _Quantiser(source, slots).pack
     jobs = [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
-    return Background("packing", jobs, torch.get_num_threads())
+    return Background("packing", jobs, torch.get_num_threads(), then=give_back)
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ def _exchange(parent: nn.Module, names: Sequence[str]) -> list[_Slot]:
 
 def _pack_half(_i: int, slot: _Slot) -> None:
     weight = slot.weight()
-    slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
+    if weight.abs().amax() <= torch.finfo(torch.float16).max:  # else it stays as it is; what is no number does too
+        slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 
 class _Quantiser:
