@@ -57,7 +57,7 @@ def measure(
         "runs": runs,
         "tokens": tokens,
         "bandwidth": bandwidth,
-        "load_s": llama._load_s,
+        "load_s": llama.load_s,
         "prepare_s": prepare_s,
         "peak_bytes": peak,
         "weight_bytes": llama.weight_bytes,
@@ -98,7 +98,7 @@ def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
 
 def timed(llama: Llama, ids: Sequence[int], new: int) -> tuple[float, float]:
     """Seconds for reading all but the last `new` of `ids`, and for the others one by one."""
-    engine, first = llama._engine, len(ids) - new
+    engine, first = llama.engine, len(ids) - new
     start = time.perf_counter()
     engine.next_logits(ids[:first])
     read = time.perf_counter()
@@ -126,7 +126,7 @@ def _time_decode(llama: Llama, contexts: Sequence[int], tokens: int, runs: int, 
         before = random_ids(llama.args.vocab_size, context, seed=0)
         stage = f"decoding at {context:,} tokens"
         progress(stage, 0, runs)
-        llama._engine.next_logits(before, progress)
+        llama.engine.next_logits(before, progress)
         found = []
         for run in range(runs):
             progress(stage, run, runs)

@@ -257,7 +257,14 @@ def info(
         options = replace(options, model_dir=path)
     options = options.over(state.options)
     with progress_bar(state.screen.log, "Reading") as progress:
-        facts = describe(find_model(options.source), options.tokenizer, options.rope_factor, progress)
+        facts = describe(
+            find_model(options.source),
+            options.tokenizer,
+            options.rope_factor,
+            progress,
+            precision=options.precision or "auto",
+            device=options.device or "auto",
+        )
     if json or state.screen.json:
         from llama_scratch.render.lines import json_line
 

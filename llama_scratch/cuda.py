@@ -21,6 +21,9 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, device: torch.device):
         self._layers = list(cache._layers)
+        for held in self._layers:
+            for store in held or ():  # what was never written may be no number, and a share of 0 does not hide that
+                store[:, :, cache.length :] = 0
         self.max_seq_len = self.length = cache.capacity
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
 

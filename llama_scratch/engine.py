@@ -82,7 +82,8 @@ class Engine:
         self._answers += 1
         if not self.packing.started:
             if self._answers > PATIENCE:
-                self.packing.wait(progress)
+                with memory_errors("Packing the weights"):
+                    self.packing.wait(progress)
             yield
         elif self._answers == 1:
             with self.packing.held():

@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.precision import choose
+from llama_scratch.precision import check_name, choose, find_device
 from llama_scratch.progress import Progress
 
 
-def describe(path: Path, tokenizer: str | None, rope_factor: float | None, progress: Progress) -> dict[str, Any]:
-    """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own."""
+def describe(
+    path: Path,
+    tokenizer: str | None,
+    rope_factor: float | None,
+    progress: Progress,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own.
+
+    precision and device: what it would run in.
+    """
+    check_name(precision)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
     stored = checkpoint.inspect(progress)
@@ -26,7 +38,7 @@ def describe(path: Path, tokenizer: str | None, rope_factor: float | None, progr
         "path": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "stored": stored.types,
-        "precision": choose("auto", stored.dtype),
+        "precision": choose(precision, stored.dtype, find_device(device)),
         "parameters": args.n_parameters(tied=stored.tied),
         "tied_output": stored.tied,
         "shape": {

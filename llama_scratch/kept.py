@@ -21,7 +21,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-_FORMAT = 1
+_FORMAT = 2
 # All kept files together; the least recently used go first.
 _MOST = 16 << 30
 
@@ -98,7 +98,10 @@ class KeptPieces:
             out.write(self._checksums.tobytes())
             out.flush()
             os.fsync(out.fileno())
-        file.replace(self._path)
+        try:
+            file.replace(self._path)
+        except OSError:
+            file.unlink()
 
 
 def _key(source: Path, shapes: Sequence[tuple[int, int]]) -> str:

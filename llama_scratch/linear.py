@@ -125,7 +125,7 @@ _TOGETHER = 32
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's nearest 8-bit integers, and the size of one step: (out, in) int8 and (out,) float32."""
-    values = torch.empty_like(weight, dtype=torch.int8)
+    values = weight.new_empty(weight.shape, dtype=torch.int8)
     scales = weight.new_empty(len(weight), dtype=torch.float32)
     step = max(1, _BLOCK // weight.shape[1])
     for block, block_values, block_scales in zip(
@@ -152,6 +152,21 @@ class Stack:
     @property
     def nbytes(self) -> int:
         return sum(form.nbytes for form in self.forms)
+
+
+class Columns:
+    """Forms of the columns of a weight, side by side: each multiplies its part of x, and they add up."""
+
+    def __init__(self, forms: Sequence[Form]):
+        self._forms = list(forms)
+        self.nbytes = sum(form.nbytes for form in forms)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = x.tensor_split(len(self._forms), dim=-1)
+        out = self._forms[0](parts[0])
+        for form, part in zip(self._forms[1:], parts[1:], strict=True):
+            out += form(part)
+        return out
 
 
 class Shared:

@@ -21,7 +21,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import Transformer
-from llama_scratch.precision import build, check_name, choose, memory_needed
+from llama_scratch.precision import build, check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
 from llama_scratch.sampling import GREEDY, Sampling, sample
@@ -35,7 +35,8 @@ class Llama:
     """A model in memory. Make one with `Llama.load`.
 
     args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters.
-    context: the most tokens that a prompt and its continuation may have together.
+    context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
+    what is cached. load_s: how long loading took, in seconds.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Llama:
         self.tokenizer = tokenizer
         self.info = info
         self.context = context
-        self._engine = Engine(model, context, packing)
-        self._load_s = load_s
+        self.engine = Engine(model, context, packing)
+        self.load_s = load_s
 
     @classmethod
     def load(
@@ -72,7 +73,8 @@ class Llama:
 
         source: a Meta directory, a .gguf file, or the name of a model that `llama-scratch pull` fetched;
             None looks in the usual places (see `find_model`).
-        precision: "fp32", "bf16", or "auto": bf16 where the file holds bfloat16 and fp32 otherwise.
+        precision: "fp32", "bf16", "fp16", "int8", or "auto", the fastest that is true on this machine; see
+            `precision`. fp16 and int8 become fast with `prepare`.
         device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
         rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
         tokenizer: a tokenizer.model elsewhere.
@@ -86,7 +88,7 @@ class Llama:
         checkpoint = open_checkpoint(find_model(source), None if tokenizer is None else os.fspath(tokenizer))
         args = checkpoint.args.with_rope_factor(rope_factor)
         room = _context(context, args)
-        target = _device(device)
+        target = find_device(device)
         check_name(precision)  # before the long part
         if threads is not None:
             if threads < 1:
@@ -120,24 +122,24 @@ class Llama:
         """
         if wait:
             with memory_errors(self.info.name):
-                self._engine.packing.wait(progress)
+                self.engine.packing.wait(progress)
         else:
-            self._engine.packing.start()
+            self.engine.packing.start()
 
     @property
     def preparing(self) -> tuple[str, int, int] | None:
         """What is being done about the weights' form, how much of it is done and how much there is; None at the end."""
-        packing = self._engine.packing
+        packing = self.engine.packing
         return packing.progress if packing.running else None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one token reads, as they are stored now."""
-        return weight_bytes(self._engine.model)
+        return weight_bytes(self.engine.model)
 
     def close(self) -> None:
         """End what goes on behind the answers; without this it ends with the program."""
-        self._engine.packing.close()
+        self.engine.packing.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that the model sees for a prompt."""
@@ -154,7 +156,7 @@ class Llama:
             raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
         ids = self.encode(prompt)
         start = time.perf_counter()
-        logits = self._engine.next_logits(ids, progress)
+        logits = self.engine.next_logits(ids, progress)
         logprobs = logits.values.double().log_softmax(-1)  # (vocab_size,)
         best = logprobs.topk(min(top, logprobs.numel()))
         candidates = tuple(
@@ -170,12 +172,12 @@ class Llama:
             entropy_bits=_entropy_bits(logprobs),
             warnings=tuple(self._warnings(prompt, ids, candidates[0])) if isinstance(prompt, str) else (),
             model=self.info if logits.packed else replace(self.info, precision="fp32"),
-            timing=Timing(self._load_s, len(ids), logits.reused_tokens, prefill_s),
+            timing=Timing(self.load_s, len(ids), logits.reused_tokens, prefill_s),
         )
 
     def logits(self, prompt: Prompt) -> Tensor:
         """The logits after every token of a prompt: (T, vocab_size) float32."""
-        return self._engine.all_logits(self.encode(prompt))
+        return self.engine.all_logits(self.encode(prompt))
 
     def generate(
         self,
@@ -200,7 +202,7 @@ class Llama:
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
         ids = self.encode(prompt)
-        self._engine.check(ids)
+        self.engine.check(ids)
         return self._steps(ids, max_new_tokens, sampling)
 
     def _steps(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
@@ -208,7 +210,7 @@ class Llama:
         stream = self.tokenizer.stream()
         end = min(len(ids) + max_new_tokens, self.context)
         while len(ids) < end:
-            logits = self._engine.next_logits(ids).values
+            logits = self.engine.next_logits(ids).values
             id = sample(logits, sampling, generator)
             if id in self.tokenizer.stop_ids:
                 return
@@ -265,15 +267,6 @@ def _context(context: int | None, args: ModelArgs) -> int:
             "which is what the model was trained for (--context)."
         )
     return context
-
-
-def _device(device: str) -> torch.device:
-    available = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device(available[0])
-    if device not in available:
-        raise UsageError(f"The device is {device!r}, expected one that this machine has: {', '.join(available)}.")
-    return torch.device(device)
 
 
 def _entropy_bits(logprobs: Tensor) -> float:

@@ -13,7 +13,6 @@ done, the weights in the file answer, multiplied in float32: the first answers a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces
 from llama_scratch.linear import (
     Blocks,
+    Columns,
     Embedding,
     Form,
     Half,
@@ -71,6 +71,16 @@ def choose(precision: str, stored: torch.dtype, device: torch.device | None = No
     if device.type == "cpu" and packs():
         return "fp16"
     return "bf16" if stored == torch.bfloat16 and _computes_bf16(device) else "fp32"
+
+
+def find_device(device: str) -> torch.device:
+    """The device of a name; "auto": CUDA where there is one, else the CPU. Raises `UsageError` where it is missing."""
+    available = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device(available[0])
+    if device not in available:
+        raise UsageError(f"The device is {device!r}, expected one that this machine has: {', '.join(available)}.")
+    return torch.device(device)
 
 
 def _computes_bf16(device: torch.device) -> bool:
@@ -151,6 +161,8 @@ _LAYER_GROUPS = (
 _FUSED = 1 << 23  # weights; more of them take longer to read than a call costs
 # Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
 _PIECE = 1 << 24
+# A third of what 8-bit weights cost in truth comes from the output projection: there each quarter of a row has a scale.
+_OUTPUT_GROUPS = 4
 
 
 def _store(model: Transformer, precision: str, source: Path) -> Background:
@@ -159,7 +171,7 @@ def _store(model: Transformer, precision: str, source: Path) -> Background:
     device = embedding.device
     activations = torch.bfloat16 if device.type != "cpu" and _computes_bf16(device) else torch.float32
     slots = [slot for block in model.layers for group in _LAYER_GROUPS for slot in _exchange(block, group)]
-    slots += _exchange(model, ("output",))
+    slots += _exchange(model, ("output",), groups=_OUTPUT_GROUPS if precision == "int8" else 1)
     model.tok_embeddings = Embedding(embedding, activations)
     if device.type == "cpu" and packs():
         for block in model.layers:
@@ -174,19 +186,21 @@ def _store(model: Transformer, precision: str, source: Path) -> Background:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A place for a form: that of `weights` below each other, (out, in) in all."""
+    """A place for a form: that of `weights` below each other, (out, in) in all, in `groups` groups of columns."""
 
     stack: Stack
     index: int
     weights: Sequence[Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(map(len, self.weights)), self.weights[0].shape[1]
+    groups: int = 1
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return sum(weight.numel() for weight in self.weights)
+
+    @property
+    def columns(self) -> list[slice]:
+        edges = torch.arange(self.weights[0].shape[1]).tensor_split(self.groups)
+        return [slice(int(edge[0]), int(edge[-1]) + 1) for edge in edges]
 
     def weight(self) -> Tensor:
         return self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
@@ -195,7 +209,7 @@ class _Slot:
         self.stack.forms[self.index] = form
 
 
-def _exchange(parent: nn.Module, names: Sequence[str]) -> list[_Slot]:
+def _exchange(parent: nn.Module, names: Sequence[str], groups: int = 1) -> list[_Slot]:
     weights = [_weight(parent, name) for name in names]
     if len(weights) > 1 and sum(weight.numel() for weight in weights) <= _FUSED:
         stack = Stack([Blocks(weights)])
@@ -208,7 +222,7 @@ def _exchange(parent: nn.Module, names: Sequence[str]) -> list[_Slot]:
         pieces = weight.split(max(1, _PIECE // weight.shape[1]))
         stack = Stack([Blocks([piece]) for piece in pieces])
         parent.set_submodule(name, Projection(stack))
-        slots += [_Slot(stack, i, [piece]) for i, piece in enumerate(pieces)]
+        slots += [_Slot(stack, i, [piece], groups) for i, piece in enumerate(pieces)]
     return slots
 
 
@@ -222,17 +236,24 @@ class _Quantiser:
     """Fills slots with 8-bit weights, kept ones where there are."""
 
     def __init__(self, source: Path, slots: Sequence[_Slot]):
-        self._kept = KeptPieces(source, [slot.shape for slot in slots])
+        parts = [(i, columns) for i, slot in enumerate(slots) for columns in slot.columns]
+        shapes = [(sum(map(len, slots[i].weights)), columns.stop - columns.start) for i, columns in parts]
+        self._first = [next(part for part, (i, _) in enumerate(parts) if i == slot) for slot in range(len(slots))]
+        self._kept = KeptPieces(source, shapes)
 
     def pack(self, i: int, slot: _Slot) -> None:
-        if slot.weights[0].device.type != "cpu":
-            values, scales = quantise(slot.weight())
-            slot.fill(Blocks([values], [scales]))
-            return
-        if (kept := self._kept.get(i)) is None:
-            kept = quantise(slot.weight())
-            self._kept.put(i, *kept)
-        slot.fill(Int8(*kept) if packs() else Blocks(kept[:1], kept[1:]))
+        weight = slot.weight()
+        forms = [self._form(self._first[i] + j, weight[:, part]) for j, part in enumerate(slot.columns)]
+        slot.fill(forms[0] if len(forms) == 1 else Columns(forms))
+
+    def _form(self, part: int, weight: Tensor) -> Form:
+        if weight.device.type != "cpu":
+            values, scales = quantise(weight)
+            return Blocks([values], [scales])
+        if (kept := self._kept.get(part)) is None:
+            kept = quantise(weight)
+            self._kept.put(part, *kept)
+        return Int8(*kept) if packs() else Blocks(kept[:1], kept[1:])
 
 
 def _weight(parent: nn.Module, name: str) -> Tensor:

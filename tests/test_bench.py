@@ -38,7 +38,7 @@ def test_flops_are_those_that_torch_counts(tiny: Llama) -> None:
     args, T = tiny.args, 16
     ids = torch.tensor([bench.random_ids(args.vocab_size, T, seed=1)])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        tiny._engine.model(ids)
+        tiny.engine.model(ids)
     linear = bench.prefill_flops(args, T) - bench._attention_flops(args, T * (T + 1) // 2)
     # torch counts the whole square of the attention, which the causal half of it is computed from.
     assert counter.get_total_flops() - linear in (0, bench._attention_flops(args, T * T))

@@ -38,6 +38,7 @@ from llama_scratch.errors import (
     UsageError,
 )
 from llama_scratch.model import Transformer
+from llama_scratch.precision import choose, memory_needed
 from llama_scratch.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
 
@@ -235,13 +236,13 @@ def test_weights_are_the_file_itself(tmp_path: Path, dtype: torch.dtype, precisi
     llama.predict("The the")
     mapped = list(mappings(directory / WEIGHTS))
     assert mapped
-    for parameter in llama._engine.model.parameters():
+    for parameter in llama.engine.model.parameters():
         last_byte = parameter.data_ptr() + parameter.nbytes - 1
         assert any(parameter.data_ptr() in area and last_byte in area for area, _ in mapped)
     assert sum(figures["Anonymous"] for _, figures in mapped) == 0
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
 def test_loading_changes_no_file(small_dir: Path, precision: str) -> None:
     """A model is only read, whatever it is converted to."""
 
@@ -249,7 +250,9 @@ def test_loading_changes_no_file(small_dir: Path, precision: str) -> None:
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small_dir.iterdir()}
 
     before = digests()
-    Llama.load(small_dir, precision=precision, device="cpu").predict("The")
+    llama = Llama.load(small_dir, precision=precision, device="cpu")
+    llama.predict("The")
+    llama.prepare()
     assert digests() == before
 
 
@@ -260,20 +263,19 @@ def test_loading_changes_no_file(small_dir: Path, precision: str) -> None:
 @pytest.mark.parametrize(
     ("stored", "asked", "used"),
     [
-        (torch.bfloat16, "auto", "bf16"),
-        (torch.float16, "auto", "fp32"),
-        (torch.float32, "auto", "fp32"),
         (torch.bfloat16, "fp32", "fp32"),
         (torch.float16, "fp32", "fp32"),
+        (torch.float32, "fp32", "fp32"),
         (torch.float32, "bf16", "bf16"),
         (torch.float16, "bf16", "bf16"),
+        (torch.bfloat16, "bf16", "bf16"),
     ],
 )
 def test_precision(tmp_path: Path, stored: torch.dtype, asked: str, used: str, tied: bool) -> None:
     """Every weight has the precision asked for, rounded once; a tied output stays one tensor, counted once."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=stored, tied=tied)
     llama = Llama.load(directory, precision=asked, device="cpu")
-    model = llama._engine.model
+    model = llama.engine.model
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[used]
     assert llama.info.precision == used
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -281,6 +283,28 @@ def test_precision(tmp_path: Path, stored: torch.dtype, asked: str, used: str, t
     assert llama.info.parameters == SMALL_ARGS.n_parameters(tied=tied)
     expected = random_weights(SMALL_ARGS, tied=False)["layers.0.feed_forward.w2.weight"].to(stored).to(dtype)
     assert torch.equal(model.state_dict()["layers.0.feed_forward.w2.weight"], expected)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("precision", ["auto", "fp16", "int8"])
+def test_a_packed_model_holds_the_files_weights_until_it_is_packed(
+    tmp_path: Path, stored: torch.dtype, precision: str
+) -> None:
+    """Mapped and in the file's own type, the embedding also afterwards; auto is the one that `choose` names."""
+    directory = write_meta(tmp_path / "m", params=SMALL, dtype=stored)
+    llama = Llama.load(directory, precision=precision, device="cpu")
+    assert llama.info.precision == choose(precision, stored)
+    embedding = llama.engine.model.tok_embeddings.weight
+    assert embedding.dtype == stored
+    assert torch.equal(embedding, load(directory)["tok_embeddings.weight"])
+    assert llama.info.parameters == SMALL_ARGS.n_parameters(tied=True)
+    ids = list(range(40, 60))
+    expected = Llama.load(directory, precision="fp32", device="cpu").logits(ids)
+    torch.testing.assert_close(llama.logits(ids), expected, rtol=1e-4, atol=1e-4)
+    llama.prepare()
+    bound = 0.1 if precision == "int8" else 1e-3
+    assert float((llama.logits(ids) - expected).norm() / expected.norm()) <= bound
+    assert llama.engine.model.tok_embeddings.weight is embedding
 
 
 def test_answers_are_those_of_the_weights(tmp_path: Path) -> None:
@@ -291,12 +315,16 @@ def test_answers_are_those_of_the_weights(tmp_path: Path) -> None:
     ids = list(range(40, 104))
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), all_positions=True)[0]
-    torch.testing.assert_close(Llama.load(directory, device="cpu").logits(ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        Llama.load(directory, precision="fp32", device="cpu").logits(ids), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_only_a_conversion_needs_memory(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mapped weights load where nothing is free; a conversion is refused before it begins."""
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    """Mapped weights load where there is room for the cache alone; a conversion is refused before it begins."""
+    needed = memory_needed(SMALL_ARGS, "bf16", torch.bfloat16, 4096, torch.device("cpu"), tied=True)
+    assert needed["weights"] == 0
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=sum(needed.values())))
     assert Llama.load(small_dir, precision="bf16", device="cpu").info.precision == "bf16"
     with pytest.raises(OutOfMemoryError) as caught:
         Llama.load(small_dir, precision="fp32", device="cpu")
@@ -308,7 +336,7 @@ def test_an_unknown_precision_is_refused_before_the_weights_are_read(small_dir: 
     (small_dir / WEIGHTS).write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(UsageError) as caught:
         Llama.load(small_dir, precision="fp8", device="cpu")
-    is_sentence(caught.value, UsageError, "'fp8'", "auto", "fp32", "bf16", "--precision")
+    is_sentence(caught.value, UsageError, "'fp8'", "auto", "fp32", "bf16", "fp16", "int8", "--precision")
 
 
 # --- Missing and misplaced files --------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llama_scratch import engine as engine_module
-from llama_scratch.engine import Engine
+from llama_scratch.background import Background
+from llama_scratch.engine import PATIENCE, Engine
 from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError
 from llama_scratch.model import KVCache, Transformer
 from tests.checkpoints import random_weights, tiny_args
@@ -252,3 +255,112 @@ def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float)
     for ask in (Engine(network, CONTEXT).next_logits, Engine(network, CONTEXT).all_logits):
         with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
             ask([0, 1, 2])
+
+
+# --- Packing behind the answers ---------------------------------------------------------------
+
+
+@pytest.fixture
+def packing() -> Background:
+    """Two jobs that do nothing."""
+    return Background("packing", [(lambda: None, 1)] * 2)
+
+
+@pytest.mark.parametrize("ask", ["next_logits", "all_logits"])
+def test_some_answers_come_from_the_files_weights_and_the_next_waits_for_packed_ones(
+    network: Transformer, packing: Background, ask: str
+) -> None:
+    """By their number alone and not by the clock, so that the same questions get the same answers."""
+    engine = Engine(network, CONTEXT, packing)
+    for i in range(PATIENCE):
+        getattr(engine, ask)(ids(5 + i))
+        assert not packing.begun
+        assert not any(thread.is_alive() for thread in packing._threads)
+    told: list[tuple[str, int, int]] = []
+    assert engine.next_logits(ids(5), progress=lambda *report: told.append(report)).packed
+    assert packing.done
+    assert {(stage, total) for stage, _, total in told} <= {("packing", 2)}
+
+
+def test_answers_say_whether_packed_weights_gave_them(network: Transformer, packing: Background) -> None:
+    """From the first packed piece on."""
+    engine = Engine(network, CONTEXT, packing)
+    assert not engine.next_logits(ids(5)).packed
+    packing.wait()
+    assert engine.next_logits(ids(6)).packed
+
+
+def test_an_engine_without_packing_is_always_packed(engine: Engine) -> None:
+    """Its weights have the one form that they will have."""
+    assert engine.next_logits(ids(5)).packed
+
+
+def test_an_engine_that_was_prepared_answers_from_packed_weights_at_once(
+    network: Transformer, packing: Background
+) -> None:
+    """As `Llama.prepare` does it."""
+    packing.wait()
+    assert Engine(network, CONTEXT, packing).next_logits(ids(5)).packed
+
+
+def test_the_first_answer_has_the_machine_to_itself(network: Transformer) -> None:
+    """Packing that was started before it waits, and goes on behind it."""
+    begun, go_on = threading.Event(), threading.Event()
+    during: list[int] = []
+    done: list[int] = []
+
+    def first() -> None:
+        begun.set()
+        go_on.wait(10)
+
+    packing = Background("packing", [(first, 1), *[(lambda: done.append(1), 1)] * 3])
+    engine = Engine(network, CONTEXT, packing)
+    packing.start()
+    begun.wait(10)
+
+    def look(*_: object) -> None:
+        go_on.set()
+        time.sleep(0.02)
+        during.append(len(done))
+
+    with network.layers[0].register_forward_hook(look):
+        engine.next_logits(ids(5))
+    assert during == [0]
+    packing.wait()
+    assert len(done) == 3
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_interrupted_first_answer_holds_nothing_back(
+    network: Transformer, packing: Background, started: bool
+) -> None:
+    """Packing goes on afterwards."""
+    engine = Engine(network, CONTEXT, packing)
+    if started:
+        packing.start()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with network.layers[1].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        engine.next_logits(ids(5))
+    assert packing._held == 0
+    packing.wait()
+    assert packing.done
+    assert engine.next_logits(ids(5)).packed
+
+
+def test_reuse_goes_through_all_that_was_asked(engine: Engine) -> None:
+    """A prompt, what was generated behind it, an edit in the middle of both, the first one cut short, and all again."""
+    prompt = ids(50)
+    generated = prompt
+    for _ in range(6):
+        generated = [*generated, int(engine.next_logits(generated).values.argmax())]
+    assert_answers(engine, generated, 55)
+    edited = [*generated[:40], 300, *generated[41:]]
+    assert_answers(engine, edited, 40)
+    assert_answers(engine, edited[:45], 44)
+    assert_answers(engine, [*edited[:45], 301], 45)
+    assert_answers(engine, generated, 40)
+    assert_answers(engine, generated[:3], 2)
+    assert_answers(engine, generated, 3)

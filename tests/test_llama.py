@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from llama_scratch import ContextLengthError, Llama, LlamaScratchError, ModelNotFoundError, Token, UsageError
+from llama_scratch.engine import PATIENCE
+from llama_scratch.errors import OutOfMemoryError
 from tests.checkpoints import write_meta
 
 
@@ -151,3 +154,92 @@ def test_every_error_is_one_of_ours_with_an_exit_code(tmp_path: Path) -> None:
     with pytest.raises(LlamaScratchError) as caught:
         Llama.load(tmp_path / "nowhere")
     assert caught.value.exit_code == 3
+
+
+# --- Precision --------------------------------------------------------------------------------
+
+
+def test_preparing_packs_all_and_says_how_far_it_is(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir, precision="int8", device="cpu")
+    mapped = llama.weight_bytes
+    seen: list[tuple[str, int, int]] = []
+    llama.prepare(lambda *report: seen.append(report))
+    assert {(stage, total) for stage, _, total in seen} == {("packing", seen[0][2])}
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert llama.preparing is None
+    assert mapped / 2 < llama.weight_bytes < mapped / 1.9  # 1 byte instead of 2, and a scale a row
+    assert llama.predict("the nation").model.precision == "int8"
+
+
+def test_preparing_without_waiting_comes_back_at_once(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir, precision="fp16", device="cpu")
+    with llama.engine.packing.held():
+        llama.prepare(wait=False)
+        assert llama.preparing is not None
+        assert llama.preparing[:2] == ("packing", 0)
+    llama.prepare()
+    assert llama.preparing is None
+
+
+def test_a_closed_model_packs_no_more_and_still_answers(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir, precision="int8", device="cpu")
+    llama.close()
+    for prompt in ("the nation", "the nations", "the nation"):
+        assert llama.predict(prompt).model.precision == "fp32"
+    assert llama.preparing is None
+
+
+def test_want_of_memory_while_packing_is_a_sentence(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the answers go on with the file's weights."""
+    llama = Llama.load(tiny_dir, precision="fp16", device="cpu")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("llama_scratch.precision._Slot.weight", fail)
+    with pytest.raises(OutOfMemoryError, match="Tiny-Llama does not fit"):
+        llama.prepare()
+    assert llama.predict("the nation").next.id == Llama.load(tiny_dir, precision="fp32").predict("the nation").next.id
+
+
+def test_want_of_memory_while_an_answer_waits_for_packing_is_no_traceback(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence at most, and then answers as before."""
+    llama = Llama.load(tiny_dir, precision="fp16", device="cpu")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("llama_scratch.precision._Slot.weight", fail)
+    for _ in range(PATIENCE + 2):
+        with suppress(OutOfMemoryError):
+            assert llama.predict("the nation").model.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_torchs_own_layers_need_no_preparing(tiny_dir: Path, precision: str) -> None:
+    llama = Llama.load(tiny_dir, precision=precision, device="cpu")
+    assert llama.predict("the nation").model.precision == precision
+    llama.prepare()
+    assert llama.preparing is None
+    assert llama.weight_bytes == (4 if precision == "fp32" else 2) * (llama.info.parameters - 7 * 256)
+
+
+def test_fp16_generates_the_same_before_during_and_after_packing(tiny_dir: Path) -> None:
+    """The ids of an fp32 run: nothing is lost of bfloat16 weights."""
+    expected = [step.id for step in Llama.load(tiny_dir, precision="fp32").generate("the nation", 12)]
+    llama = Llama.load(tiny_dir, precision="fp16", device="cpu")
+    for _ in range(2):
+        assert [step.id for step in llama.generate("the nation", 12)] == expected
+        llama.prepare()
+
+
+def test_int8_generates_the_same_every_time_once_it_is_packed(tiny_dir: Path) -> None:
+    """Also in another run, whose weights come from the kept file."""
+    texts = []
+    for _ in range(2):
+        llama = Llama.load(tiny_dir, precision="int8", device="cpu")
+        llama.prepare()
+        texts += [llama.complete("the nation", 12).ids for _ in range(2)]
+    assert len(set(texts)) == 1

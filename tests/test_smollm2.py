@@ -159,3 +159,40 @@ def test_the_second_best_is_known_too(llama: Llama) -> None:
     second = llama.predict("The capital of France is").top[1]
     assert second.text == " the"
     assert round(second.probability, 3) == 0.065
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def packed(request: pytest.FixtureRequest, smollm2_path: Path) -> Llama:
+    llama = Llama.load(smollm2_path, precision=request.param, device="cpu")
+    llama.prepare()
+    return llama
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the second from the first after each token, in nats."""
+    p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def test_packed_weights_keep_their_promise_on_real_text(llama: Llama, packed: Llama) -> None:
+    """fp16: logits within 1e-3 of fp32's. int8: a distribution that is hardly another, in spite of real outliers."""
+    ours, theirs = packed.logits(TEXTS["facts"]), llama.logits(TEXTS["facts"])
+    relative = float((ours - theirs).norm() / theirs.norm())
+    kl = float(divergence(ours, theirs).mean())
+    if packed.info.precision == "fp16":
+        assert relative <= 1e-3
+        assert kl <= 1e-5
+    else:
+        assert relative <= 0.05
+        assert kl <= 1e-2
+    assert packed.predict("The capital of France is").next.text == " Paris"
+    assert packed.predict("The capital of France is").model.precision == packed.info.precision
+
+
+def test_real_weights_answer_as_fp32_before_they_are_packed(llama: Llama, smollm2_path: Path) -> None:
+    """The first prompt, named so."""
+    first = Llama.load(smollm2_path, precision="int8", device="cpu").predict("The capital of France is")
+    assert first.model.precision == "fp32"
+    expected = llama.predict("The capital of France is").next
+    assert first.next.id == expected.id
+    assert first.next.logprob == pytest.approx(expected.logprob, abs=1e-4)

@@ -1,0 +1,448 @@
+"""Quantised weights that are kept between runs: used where they are whole, made again without a word where not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llama_scratch import kept
+from llama_scratch.kept import KeptPieces
+from llama_scratch.linear import quantise
+from llama_scratch.llama import Llama
+from tests.checkpoints import write_meta
+
+SHAPES = [(5, 8), (3, 7), (1, 1)]
+TABLE = 4 * len(SHAPES)
+# Where each piece begins; values come first, then the scales.
+STARTS = [TABLE, TABLE + 5 * 8 + 4 * 5, TABLE + 5 * 8 + 4 * 5 + 3 * 7 + 4 * 3]
+SIZE = STARTS[2] + 1 + 4
+PROMPT = [1, 2, 3, 4]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The file that the weights come from."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where files are kept; it does not exist before the first is."""
+    return Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch" / "int8"
+
+
+def made(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [quantise(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def keep(source: Path, pieces: list[tuple[Tensor, Tensor]] | None = None) -> None:
+    """Put all pieces, the last one first, as threads might."""
+    keeping = KeptPieces(source, SHAPES)
+    for i, piece in reversed(list(enumerate(pieces or made()))):
+        keeping.put(i, *piece)
+
+
+def same(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> bool:
+    return a is not None and b is not None and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+# --- Pieces -----------------------------------------------------------------------------------
+
+
+def test_what_was_kept_is_what_comes_back(source: Path, folder: Path) -> None:
+    """To the bit and in the same types, from one file of the size that its pieces have."""
+    assert [KeptPieces(source, SHAPES).get(i) for i in range(3)] == [None] * 3
+    keep(source)
+    (file,) = files(folder)
+    assert file.stat().st_size == SIZE
+    keeping = KeptPieces(source, SHAPES)
+    for i, piece in enumerate(made()):
+        back = keeping.get(i)
+        assert same(back, piece)
+        assert back is not None
+        assert (back[0].dtype, back[1].dtype, tuple(back[0].shape)) == (torch.int8, torch.float32, SHAPES[i])
+
+
+def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) -> None:
+    """The values lie in the file; putting them again changes nothing."""
+    keep(source)
+    (file,) = files(folder)
+    before = file.read_bytes()
+    keeping = KeptPieces(source, SHAPES)
+    assert isinstance(keeping._data, np.memmap)
+    back = keeping.get(0)
+    assert back is not None
+    assert back[0].data_ptr() == keeping._data.ctypes.data + TABLE
+    back[0].zero_()  # a copy of the page, not the file
+    keeping.put(0, *made(seed=1)[0])
+    assert file.read_bytes() == before
+
+
+def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> None:
+    """An interruption leaves a .part file, which nothing reads."""
+    keeping = KeptPieces(source, SHAPES)
+    for i, piece in enumerate(made()[:2]):
+        keeping.put(i, *piece)
+    (part,) = files(folder)
+    assert part.suffix == ".part"
+    assert KeptPieces(source, SHAPES).get(0) is None
+    keeping.put(2, *made()[2])
+    (file,) = files(folder)
+    assert file.suffix == ""
+    assert same(KeptPieces(source, SHAPES).get(2), made()[2])
+
+
+def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
+    """As the weights may be no one else's business."""
+    keep(source)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("byte", range(SIZE))
+def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: int) -> None:
+    """In the table, in the values and in the scales: this piece is made again, the others serve as they are."""
+    keep(source)
+    (file,) = files(folder)
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 1
+    file.write_bytes(data)
+    damaged = byte // 4 if byte < TABLE else sum(byte >= start for start in STARTS) - 1
+    keeping = KeptPieces(source, SHAPES)
+    for i, piece in enumerate(made()):
+        assert keeping.get(i) is None if i == damaged else same(keeping.get(i), piece)
+    assert not files(folder)  # the next run keeps a whole one
+    keep(source)
+    assert same(KeptPieces(source, SHAPES).get(damaged), made()[damaged])
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, SIZE - 1)
+
+
+def lengthen(file: Path) -> None:
+    os.truncate(file, SIZE + 1)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def link(file: Path) -> None:
+    """To a whole file, which someone else might change."""
+    file.rename(file.parent.parent / "elsewhere")
+    target = "../elsewhere"
+    file.symlink_to("./" * ((SIZE - len(target)) // 2) + target)
+    assert file.lstat().st_size == SIZE  # a link is as long as its target's path
+
+
+def dangling(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("spoil", [cut, lengthen, empty, link, dangling])
+def test_what_is_no_whole_file_is_replaced(source: Path, folder: Path, spoil: Callable[[Path], None]) -> None:
+    """It is not read, and the next pieces take its place."""
+    keep(source)
+    (file,) = files(folder)
+    spoil(file)
+    assert KeptPieces(source, SHAPES).get(0) is None
+    keep(source, made(seed=1))
+    assert same(KeptPieces(source, SHAPES).get(0), made(seed=1)[0])
+    assert file.is_file()
+    assert not file.is_symlink()
+
+
+def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> None:
+    """Nothing can be kept then, which is no error."""
+    keep(source)
+    (file,) = files(folder)
+    file.unlink()
+    file.mkdir()
+    for _ in range(2):
+        assert KeptPieces(source, SHAPES).get(0) is None
+        keep(source)
+    assert file.is_dir()
+
+
+def test_a_file_of_someone_else_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their cache may be right, but it is not ours to trust."""
+    keep(source)
+    assert KeptPieces(source, SHAPES).get(0) is not None
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert KeptPieces(source, SHAPES).get(0) is None
+
+
+# --- What a file is named after ---------------------------------------------------------------
+
+
+def touch(source: Path, patch: pytest.MonkeyPatch) -> None:
+    status = source.stat()
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def grow(source: Path, patch: pytest.MonkeyPatch) -> None:
+    status = source.stat()
+    source.write_bytes(b"weights!")
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def other_torch(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "__version__", "2.99.0")
+
+
+def other_cpu(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX999")
+
+
+def other_format(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(kept, "_FORMAT", 999)
+
+
+@pytest.mark.parametrize("change", [touch, grow, other_torch, other_cpu, other_format])
+def test_pieces_of_something_else_are_not_used(
+    source: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, pytest.MonkeyPatch], None]
+) -> None:
+    """Of an older file, or made with another torch or on another CPU."""
+    keep(source)
+    change(source, monkeypatch)
+    assert KeptPieces(source, SHAPES).get(0) is None
+
+
+def test_pieces_of_other_shapes_or_of_another_file_are_not_used(source: Path, tmp_path: Path) -> None:
+    """Even where as many bytes are expected."""
+    keep(source)
+    assert KeptPieces(source, [(5, 8), (3, 7), (1, 1)]).get(0) is not None
+    assert KeptPieces(source, [(3, 7), (5, 8), (1, 1)]).get(0) is None
+    other = source.rename(tmp_path / "other")
+    assert KeptPieces(other, SHAPES).get(0) is None
+
+
+def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative, or through a link."""
+    keep(source)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(source)
+    for path in (Path("weights"), Path("link")):
+        assert KeptPieces(path, SHAPES).get(0) is not None
+
+
+# --- The folder -------------------------------------------------------------------------------
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_an_ended_program_left_is_removed(source: Path, folder: Path) -> None:
+    """And what a running one is writing is not, nor what is no process's."""
+    folder.mkdir(parents=True)
+    left = folder / f"{'a' * 32}.{ended_process()}.part"
+    nobodys = folder / f"{'a' * 32}.part"
+    running = folder / f"{'b' * 32}.{os.getppid()}.part"
+    for part in (left, nobodys, running):
+        part.write_bytes(b"part")
+    keep(source)
+    assert not left.exists()
+    assert not nobodys.exists()
+    assert running.exists()
+
+
+@pytest.mark.parametrize("most", [4 * SIZE, 3 * SIZE, 2 * SIZE, SIZE])
+def test_the_least_recently_used_go_first(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """The new file counts, and reading one is using it."""
+    monkeypatch.setattr(kept, "_MOST", most)
+    sources = [tmp_path / name for name in "abcd"]
+    names = []
+    for source in sources:
+        source.write_bytes(b"weights")
+        names.append(KeptPieces(source, SHAPES)._path)
+    for age, source in enumerate(sources[:3]):  # a is the oldest of three
+        monkeypatch.setattr(kept, "_MOST", 1 << 30)
+        keep(source)
+        os.utime(names[age], (1000 + age, 1000 + age))
+    assert KeptPieces(sources[0], SHAPES).get(0) is not None  # and now the newest
+    monkeypatch.setattr(kept, "_MOST", most)
+    keep(sources[3])
+    fit = most // SIZE
+    by_use = [names[3], names[0], names[2], names[1]]
+    assert {name for name in names if name.exists()} == set(by_use[:fit])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are other ones on Windows")
+@pytest.mark.parametrize("how", ["a file", "below a file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path, how: str) -> None:
+    """Every run makes its own pieces then."""
+    folder.parent.mkdir(parents=True)
+    if how == "a file":
+        folder.write_bytes(b"")
+    elif how == "below a file":
+        folder.parent.rmdir()
+        folder.parent.write_bytes(b"")
+    elif os.getuid() == 0:
+        pytest.skip("root writes everywhere")
+    else:
+        folder.parent.chmod(0o500)
+    try:
+        keep(source)
+        assert KeptPieces(source, SHAPES).get(0) is None
+    finally:
+        if how == "read-only":
+            folder.parent.chmod(0o700)
+
+
+def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that was not written is missing, so the file never becomes visible."""
+    keeping = KeptPieces(source, SHAPES)
+    keeping.put(0, *made()[0])
+    with monkeypatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(Path, "open", full)
+        keeping.put(1, *made()[1])
+    keeping.put(2, *made()[2])
+    assert all(file.suffix == ".part" for file in files(folder))
+    assert KeptPieces(source, SHAPES).get(0) is None
+
+
+KEEPER = """
+import sys, time
+from pathlib import Path
+from llama_scratch.kept import KeptPieces
+from tests.test_kept import SHAPES, made, same
+source, ready, go = map(Path, sys.argv[1:])
+keeping, pieces = KeptPieces(source, SHAPES), made()
+ready.touch()
+while not go.exists(): time.sleep(0.001)
+for i, piece in enumerate(pieces): keeping.put(i, *piece)
+assert all(same(KeptPieces(source, SHAPES).get(i), piece) for i, piece in enumerate(pieces))
+"""
+
+
+def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Path) -> None:
+    """Each writes a file of its own, one replaces the other, and what stays is whole."""
+    ready, go = [tmp_path / f"ready{i}" for i in range(2)], tmp_path / "go"
+    root = Path(__file__).parent.parent
+    programs = [
+        subprocess.Popen([sys.executable, "-c", KEEPER, str(source), str(path), str(go)], cwd=root) for path in ready
+    ]
+    while not all(path.exists() for path in ready):
+        assert all(program.poll() is None for program in programs)
+    go.touch()
+    assert [program.wait(30) for program in programs] == [0, 0]
+    assert len(files(folder)) == 1
+    assert same(KeptPieces(source, SHAPES).get(1), made()[1])
+
+
+def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
+    """As packing does: a piece each, in any order."""
+    shapes = [(4, 16)] * 40
+    pieces = [quantise(torch.randn(4, 16, generator=torch.Generator().manual_seed(i))) for i in range(40)]
+    keeping = KeptPieces(source, shapes)
+    together = threading.Barrier(4)
+
+    def run(first: int) -> None:
+        together.wait()
+        for i in range(first, 40, 4):
+            keeping.put(i, *pieces[i])
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(files(folder)) == 1
+    again = KeptPieces(source, shapes)
+    assert all(same(again.get(i), piece) for i, piece in enumerate(pieces))
+
+
+def test_two_of_one_program_leave_a_whole_file_at_least(source: Path, folder: Path) -> None:
+    """One of them writes, and the other's pieces are not mixed with its."""
+    first, second = KeptPieces(source, SHAPES), KeptPieces(source, SHAPES)
+    for i in range(3):
+        first.put(i, *made()[i])
+        second.put(i, *made(seed=1)[i])
+    back = KeptPieces(source, SHAPES)
+    kept_pieces = [back.get(i) for i in range(3)]
+    assert any(
+        all(same(piece, expected) for piece, expected in zip(kept_pieces, made(seed), strict=True)) for seed in (0, 1)
+    )
+
+
+# --- A whole model ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_meta(tmp_path_factory.mktemp("kept") / "Tiny")
+
+
+def answer(directory: Path) -> Tensor:
+    """Logits of 8-bit weights, all packed."""
+    llama = Llama.load(directory, precision="int8", device="cpu")
+    llama.prepare()
+    logits = llama.logits(PROMPT)
+    assert llama.predict(PROMPT).model.precision == "int8"
+    return logits
+
+
+def test_the_second_run_quantises_nothing(model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And answers the same to the bit, from the same bytes."""
+    first = answer(model_dir)
+    (file,) = files(folder)
+    before = file.read_bytes()
+
+    def never(weight: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("quantised again")
+
+    monkeypatch.setattr("llama_scratch.precision.quantise", never)
+    assert torch.equal(answer(model_dir), first)
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_file_changes_no_answer(model_dir: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is made again behind the answers, without a word, and is whole again for the run after the next."""
+    first = answer(model_dir)
+    capfd.readouterr()
+    (file,) = files(folder)
+    whole = file.read_bytes()
+    for spoiled in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 128]), whole[:-1], b""):
+        file.write_bytes(spoiled)
+        assert torch.equal(answer(model_dir), first)
+        assert torch.equal(answer(model_dir), first)
+        assert files(folder) == [file]
+        assert file.read_bytes() == whole
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_cannot_be_kept_answers(model_dir: Path, folder: Path) -> None:
+    """Where the cache folder is a file, as on a disk that is full."""
+    first = answer(model_dir)
+    (file,) = files(folder)
+    file.unlink()
+    folder.rmdir()
+    folder.write_bytes(b"")
+    assert torch.equal(answer(model_dir), first)
+    assert folder.read_bytes() == b""
