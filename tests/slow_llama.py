@@ -26,6 +26,7 @@ class SlowLlama:
 
     info = ModelInfo("Slow-Llama", "none", "fp32", "cpu", 1_000_000)
     context = 64
+    preparing = None
     tokenizer = SimpleNamespace(bos_id=None, decode=lambda ids: "".join(TOKENS[id] for id in ids))
 
     @classmethod
@@ -37,6 +38,9 @@ class SlowLlama:
             error: type[Exception] = getattr(errors, name, None) or getattr(builtins, name)
             raise error("The model fell over.")
         return cls()
+
+    def prepare(self, *, wait: bool) -> None:
+        """There is nothing to prepare."""
 
     def predict(self, prompt: str, top: int = 5, *, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llama_scratch import linear
 from llama_scratch.linear import (
     Blocks,
+    Columns,
     Embedding,
     Form,
     Half,
@@ -400,3 +401,12 @@ def test_packed_products_need_fbgemm_and_avx2(
     monkeypatch.setattr(type(torch.backends.quantized), "engine", engine)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     assert packs() is expected
+
+
+def test_columns_are_a_product_in_parts() -> None:
+    """Each form multiplies its part of x, of any width, and the sum is the product with the whole weight."""
+    weight, x = torch.randn(2, 48, 70, generator=torch.Generator().manual_seed(3))
+    parts = weight.tensor_split(4, dim=1)
+    found = Columns([Blocks([part]) for part in parts])(x[None])
+    assert torch.allclose(found, x[None] @ weight.T, atol=1e-4)
+    assert len({part.shape[1] for part in parts}) == 2  # 70 does not divide by 4
