@@ -51,7 +51,7 @@ def test_a_prompt_is_answered_with_the_token_and_its_probability(session: Termin
     assert "SmolLM2-135M-Instruct> " in session.text + " "
     text = ask(session, "The capital of France is")
     rows = [line.split()[:3] for line in text.splitlines() if " % " in line]
-    assert rows[0] == ["␣Paris", "77.3", "%"]
+    assert rows[0] in (["␣Paris", "77.3", "%"], ["␣Paris", "77.2", "%"])  # in fp32, and once the weights are packed
     assert rows[1] == ["␣the", "6.5", "%"]
     assert len(rows) == 5
 
@@ -98,7 +98,7 @@ def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
             session.read(moments.random() * 0.02)
     session.settle(1)
     assert "␣Paris" in ask(session, "The capital of France is")
-    assert "77.3" in session.text
+    assert "␣Paris    77." in session.text
     assert session.seen("Traceback") == 0
 
 
@@ -123,7 +123,7 @@ def test_ctrl_c_during_a_long_prompt_leaves_the_session_answering(session: Termi
     session.interrupt()
     session.wait_for("Cancelled.")
     assert "␣Paris" in ask(session, "The capital of France is")
-    assert "77.3" in session.text
+    assert "␣Paris    77." in session.text
 
 
 def test_ctrl_d_and_quit_end_it(smollm2_path: Path, state: dict[str, str]) -> None:
@@ -163,7 +163,7 @@ def test_ctrl_r_searches_the_history_and_enter_asks_again(session: Terminal) -> 
     session.type("enter")
     session.wait_for_more(ANSWERED, answers)
     session.settle()
-    assert session.text.count("␣Paris    77.3 %") == 2
+    assert session.text.count("␣Paris    77.") == 2
 
 
 def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
@@ -224,7 +224,7 @@ def test_nothing_is_wider_than_the_terminal(smollm2_path: Path, state: dict[str,
 def test_plain_has_no_bars_and_no_colours(smollm2_path: Path, state: dict[str, str]) -> None:
     with start(state, "--plain") as session:
         text = ask(session, "The capital of France is")
-        assert 'Next token: " Paris", 77.3 %' in text
+        assert 'Next token: " Paris", 77.' in text
         assert "█" not in text
         cells = [session.screen.buffer[row][column] for row in range(40) for column in range(80)]
         assert {(cell.fg, cell.bg) for cell in cells} == {("default", "default")}
