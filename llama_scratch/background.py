@@ -28,8 +28,9 @@ class Background:
         self._then = then
         self._total = sum(size for _, size in jobs)
         self._done = 0
-        self._changed = threading.Condition()
-        self._held = 0
+        # Only the threads take it: an interrupt of the main thread could leave it taken.
+        self._lock = threading.Lock()
+        self._held = False
         self._running = 0
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
@@ -37,11 +38,10 @@ class Background:
 
     def start(self) -> None:
         """Begin, if that was not done yet; comes back at once."""
-        with self._changed:
-            if self.started or self._closed or not self._jobs:
-                return
-            self.started = True
-            self._running = len(self._threads)
+        if self.started or self._closed or not self._jobs:
+            return
+        self.started = True
+        self._running = len(self._threads)
         for thread in self._threads:
             thread.start()
 
@@ -68,14 +68,11 @@ class Background:
     @contextmanager
     def held(self) -> Iterator[None]:
         """No job begins in here: the machine is wanted for something else."""
-        with self._changed:
-            self._held += 1
         try:
+            self._held = True
             yield
         finally:
-            with self._changed:
-                self._held -= 1
-                self._changed.notify_all()
+            self._held = False
 
     def wait(self, progress: Progress = silent) -> None:
         """Start if need be and come back when all is done; raises the error of a job that failed."""
@@ -88,10 +85,8 @@ class Background:
 
     def close(self) -> None:
         """Begin no further job, and come back when those that run have ended."""
-        with self._changed:
-            self._closed = True
-            self._jobs.clear()
-            self._changed.notify_all()
+        self._closed = True
+        self._jobs.clear()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -102,24 +97,24 @@ class Background:
             try:
                 function()
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-                with self._changed:
-                    self.error = self.error or error
-                    self._jobs.clear()
+                self.error = self.error or error
+                self._jobs.clear()
                 break
-            with self._changed:
+            with self._lock:
                 self._done += size
         if self._then and self.done:
             self._then()
-        with self._changed:
+        with self._lock:
             self._running -= 1
-            self._changed.notify_all()
 
     def _next(self) -> Job | None:
-        with self._changed:
-            while self._held and not self._closed and _program_runs():
-                self._changed.wait(0.2)
-            # At the program's end Python waits for its threads, so they must not go on to the last job.
-            return self._jobs.popleft() if self._jobs and _program_runs() else None
+        while self._held and not self._closed and _program_runs():
+            time.sleep(0.01)
+        # At the program's end Python waits for its threads, so they must not go on to the last job.
+        try:
+            return self._jobs.popleft() if _program_runs() else None
+        except IndexError:
+            return None
 
 
 def _program_runs() -> bool:

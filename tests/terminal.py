@@ -100,6 +100,10 @@ class Terminal:
         """How often the program has written a text since it began."""
         return self._output.count(text.encode())
 
+    def written_from(self, text: str) -> str:
+        """What the program wrote from the first such text on, for messages."""
+        return self._output[self._output.find(text.encode()) :][:4000].decode(errors="replace")
+
     def type(self, *keys: str) -> None:
         """Type texts and keys (names of `KEYS`), one after the other."""
         for key in keys:

@@ -364,15 +364,13 @@ def test_an_answer_during_which_packing_began_is_not_named_fp32(source: Path) ->
     engine = Engine(model, 100, packing)
     engine.next_logits([1, 2, 3])
     with model.layers[0].register_forward_hook(lambda *_: packing.wait()):
-        packing._held += 1  # until the network runs
+        packing._held = True  # until the network runs
         threading.Timer(0.1, lambda: release(packing)).start()
         assert engine.next_logits([4, 5, 6]).packed
 
 
 def release(packing: Background) -> None:
-    with packing._changed:
-        packing._held -= 1
-        packing._changed.notify_all()
+    packing._held = False
 
 
 def test_an_interruption_between_the_projections_leaves_the_next_answer_right(source: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -44,6 +45,7 @@ class _Interrupts:
     def __init__(self) -> None:
         self._armed = False
         signal.signal(signal.SIGINT, self._handle)
+        sys.unraisablehook = _report_unless_interrupt
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._armed:
@@ -58,6 +60,12 @@ class _Interrupts:
             yield
         finally:
             self._armed = False
+
+
+def _report_unless_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """An interrupt that fell into a finalizer, where nothing can be raised, is lost without a word."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
 
 
 def run(session: Session) -> None:
