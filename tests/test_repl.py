@@ -52,7 +52,7 @@ def test_a_prompt_is_answered_with_the_token_and_its_probability(session: Termin
     text = ask(session, "The capital of France is")
     rows = [line.split()[:3] for line in text.splitlines() if " % " in line]
     assert rows[0] in (["␣Paris", "77.3", "%"], ["␣Paris", "77.2", "%"])  # in fp32, and once the weights are packed
-    assert rows[1] == ["␣the", "6.5", "%"]
+    assert rows[1] in (["␣the", "6.5", "%"], ["␣the", "6.4", "%"])
     assert len(rows) == 5
 
 
