@@ -19,8 +19,8 @@ from functools import partial
 from statistics import median
 
 from benchmarks.report import FOLDER, versions, write_report
+from llama_scratch.checkpoint.base import name_of
 from llama_scratch.checkpoint.find import find_model
-from llama_scratch.repl.loading import name_of
 from tests.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"

@@ -338,8 +338,9 @@ def _load(options: ModelOptions, screen: Screen) -> Llama:
 
 def _loading(options: ModelOptions, screen: Screen) -> Loading:
     """The same, to be loaded while the person types; what is wrong with its path is said now."""
+    from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.find import find_model
-    from llama_scratch.repl.loading import Loading, name_of
+    from llama_scratch.repl.loading import Loading
 
     _fetch_missing(options, screen)
     path = find_model(options.source)

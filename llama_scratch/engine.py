@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,15 +80,10 @@ class Engine:
         weights, and the next one waits for packing. Packing in the background gives the first answer way.
         """
         self._answers += 1
-        if not self.packing.started:
-            if self._answers > PATIENCE:
-                with memory_errors("Packing the weights"):
-                    self.packing.wait(progress)
-            yield
-        elif self._answers == 1:
-            with self.packing.held():
-                yield
-        else:
+        if self._answers > PATIENCE and not self.packing.started:
+            with memory_errors("Packing the weights"):
+                self.packing.wait(progress)
+        with self.packing.held() if self._answers == 1 else nullcontext():
             yield
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
@@ -236,9 +237,10 @@ class _Quantiser:
     """Fills slots with 8-bit weights, kept ones where there are."""
 
     def __init__(self, source: Path, slots: Sequence[_Slot]):
-        parts = [(i, columns) for i, slot in enumerate(slots) for columns in slot.columns]
-        shapes = [(sum(map(len, slots[i].weights)), columns.stop - columns.start) for i, columns in parts]
-        self._first = [next(part for part, (i, _) in enumerate(parts) if i == slot) for slot in range(len(slots))]
+        shapes = [
+            (sum(map(len, slot.weights)), columns.stop - columns.start) for slot in slots for columns in slot.columns
+        ]
+        self._first = list(accumulate((len(slot.columns) for slot in slots), initial=0))  # part of each slot
         self._kept = KeptPieces(source, shapes)
 
     def pack(self, i: int, slot: _Slot) -> None:

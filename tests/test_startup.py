@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.base import name_of
 from llama_scratch.errors import CheckpointError
 from llama_scratch.progress import Progress
-from llama_scratch.repl.loading import Loading, name_of
+from llama_scratch.repl.loading import Loading
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent

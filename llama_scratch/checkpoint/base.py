@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens and the model's embedding "
                 f"{self.args.vocab_size}, expected the same number; use the tokenizer that came with the model."
             )
+
+
+def name_of(path: Path) -> str:
+    """What the model at a path is called: its directory's name, or its file's without the type of the weights."""
+    if path.suffix.lower() == ".gguf":
+        return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
+    path = path.resolve()
+    return (path.parent.name if path.name == "original" else path.name) or "Llama"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, reading, tie
+from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
 from llama_scratch.config import Fields, ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.memory import require_memory
@@ -65,7 +65,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     check_shapes({_meta_name(tensor.name): tensor.shape for tensor in header.tensors}, args, path)
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
-        name=re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE),
+        name=name_of(path),
         format="gguf",
         path=path,
         args=args,

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint, Stored, check_shapes, is_tied, reading, tie
+from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint, Stored, check_shapes, is_tied, name_of, reading, tie
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
 from llama_scratch.progress import Progress
@@ -54,11 +54,9 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
             "use a size of up to 8B."
         )
     args = ModelArgs.from_params_json(_read_params(directory / PARAMS), str(directory / PARAMS))
-    resolved = directory.resolve()
-    name = resolved.parent.name if resolved.name == "original" else resolved.name
     path = directory / WEIGHTS
     return Checkpoint(
-        name=name or "Llama",
+        name=name_of(directory),
         format="meta",
         path=path,
         args=args,

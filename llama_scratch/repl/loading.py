@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,14 +77,6 @@ class Loading:
 
     def _report(self, stage: str, done: int, total: int) -> None:
         self.stage = (stage, done, total)
-
-
-def name_of(path: Path) -> str:
-    """What a model at a path is called, before any of its files is read; the formats' modules say the same later."""
-    path = path.resolve()
-    if path.suffix.lower() == ".gguf":
-        return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
-    return (path.parent.name if path.name == "original" else path.name) or "Llama"
 
 
 @contextlib.contextmanager
