@@ -14,8 +14,8 @@ weight. Each form is a function x → x·Wᵀ, (…, in) → (…, out), that kn
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=
 
 # Weights that are turned into float32 at a time: 4 MB, so that the product finds most of them in the CPU's cache.
 _BLOCK = 1 << 20
+
+T = TypeVar("T")
 
 
 class Form(Protocol):
@@ -103,15 +105,8 @@ class Int8:
         self.nbytes = values.nbytes + scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (M, in)
-        scale = rows.abs().amax(-1, keepdim=True).div_(63).clamp_min_(1e-30)  # (M, 1); a row of zeros stays one
-        exact = rows / scale
-        x0 = exact.round()
-        x1 = exact.sub_(x0).mul_(126)  # |x/s − x0| ≤ ½; the operator rounds it
-        if len(rows) <= _TOGETHER:
-            y0, y1 = self._product(torch.cat([x0, x1])).chunk(2)
-        else:
-            y0, y1 = self._product(x0), self._product(x1)
+        limbs, scale = _once(x, "_limbs", _limbs)
+        y0, y1 = self._product(limbs[0]).chunk(2) if len(limbs) == 1 else map(self._product, limbs)
         return y0.add_(y1, alpha=1 / 126).mul_(scale).view(*x.shape[:-1], -1)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -119,8 +114,27 @@ class Int8:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 64, self._packed)
 
 
+def _limbs(x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """x0 and x1 of `Int8`, below each other where the rows are few, and each row's scale: (…, in) → (M, in), (M, 1)."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, in)
+    scale = rows.abs().amax(-1, keepdim=True).div_(63).clamp_min_(1e-30)  # (M, 1); a row of zeros stays one
+    exact = rows / scale
+    x0 = exact.round()
+    x1 = exact.sub_(x0).mul_(126)  # |x/s − x0| ≤ ½; the operator rounds it
+    return [torch.cat([x0, x1])] if len(rows) <= _TOGETHER else [x0, x1], scale
+
+
 # Up to this number of rows both limbs go through in one call: it is bound by reading the weights.
 _TOGETHER = 32
+
+
+def _once(x: Tensor, name: str, compute: Callable[[Tensor], T]) -> T:
+    """compute(x), kept with x itself: the projections that read the same activations share the work on them."""
+    found: T | None = getattr(x, name, None)
+    if found is None:
+        found = compute(x)
+        setattr(x, name, found)
+    return found
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +176,8 @@ class Columns:
         self.nbytes = sum(form.nbytes for form in forms)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = x.tensor_split(len(self._forms), dim=-1)
+        count = len(self._forms)
+        parts = _once(x, f"_parts{count}", lambda x: x.tensor_split(count, dim=-1))
         out = self._forms[0](parts[0])
         for form, part in zip(self._forms[1:], parts[1:], strict=True):
             out += form(part)

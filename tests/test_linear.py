@@ -410,3 +410,20 @@ def test_columns_are_a_product_in_parts() -> None:
     found = Columns([Blocks([part]) for part in parts])(x[None])
     assert torch.allclose(found, x[None] @ weight.T, atol=1e-4)
     assert len({part.shape[1] for part in parts}) == 2  # 70 does not divide by 4
+
+
+@needs_fbgemm
+def test_projections_of_the_same_x_share_its_two_limbs_and_another_x_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split: list[Tensor] = []
+    limbs = linear._limbs
+    monkeypatch.setattr(linear, "_limbs", lambda x: (split.append(x), limbs(x))[1])
+    forms = [Int8(*quantise(random(8, 64, seed=seed))) for seed in (1, 2)]
+    x, other = random(1, 3, 64), random(1, 3, 64, seed=5)
+    alone = [form(x.clone()) for form in forms]
+    split.clear()
+    assert all(torch.equal(form(x), expected) for form, expected in zip(forms, alone, strict=True))
+    assert len(split) == 1
+    assert not torch.equal(forms[0](other), alone[0])
+    assert len(split) == 2
