@@ -175,12 +175,16 @@ def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
 
 
 def render(
-    results: dict[str, Any] | None, quality: dict[str, Any] | None, startup: dict[str, Any] | None = None
+    results: dict[str, Any] | None,
+    quality: dict[str, Any] | None,
+    startup: dict[str, Any] | None = None,
+    keystrokes: dict[str, Any] | None = None,
 ) -> str:
     """The whole of results.md; a part that was not measured is left out."""
     parts = [
         "# Measured",
-        "Made by `make benchmark`, `make quality` and `python -m benchmarks.startup`; not edited by hand.",
+        "Made by `make benchmark`, `make quality`, `python -m benchmarks.startup` and "
+        "`python -m benchmarks.keystrokes`; not edited by hand.",
     ]
     if results:
         parts += _speed(results)
@@ -188,6 +192,8 @@ def render(
         parts += _quality(quality)
     if startup:
         parts += _startup(startup)
+    if keystrokes:
+        parts += _keystrokes(keystrokes)
     return "\n\n".join(parts) + "\n"
 
 
@@ -343,6 +349,37 @@ def _startup(startup: dict[str, Any]) -> list[str]:
     ]
 
 
+# Names of the phases, and the 95th percentile that each must reach, in seconds.
+_PHASES = {"loading": ("while torch is imported and the model loads", 0.15), "live": ("with live prediction", 0.03)}
+
+
+def keystroke_bounds(keystrokes: dict[str, Any]) -> list[Bound]:
+    """The bounds on how late a key appears."""
+    bounds = []
+    for phase, found in keystrokes["phases"].items():
+        name, limit = _PHASES[phase]
+        p95 = found["p95_s"]
+        shown = f"{1000 * p95:.0f} ms"
+        bounds.append(Bound(f"key → echo {name}, 95th percentile", f"≤ {1000 * limit:.0f} ms", shown, p95 <= limit))
+    return bounds
+
+
+def _keystrokes(keystrokes: dict[str, Any]) -> list[str]:
+    rows = []
+    for phase, found in keystrokes["phases"].items():
+        lags = [f"{1000 * found[name]:,.0f} ms" for name in ("median_s", "p95_s", "longest_s")]
+        rows.append([_PHASES[phase][0], f"{found['keys']}", *lags])
+    return [
+        "## Typing",
+        f"{keystrokes['model']}, a key each {1000 * keystrokes['interval_s']:.0f} ms on a pseudo-terminal of 200 "
+        "columns: from the key to the cursor's move.",
+        f"- Versions: {_versions(keystrokes['versions'])}",
+        _table(["when", "keys", "median", "95th percentile", "longest"], rows),
+        "### Bounds of typing",
+        _bounds(keystroke_bounds(keystrokes)),
+    ]
+
+
 def _bounds(bounds: Sequence[Bound]) -> str:
     if not bounds:
         return "None of the bounds can be decided by what was measured."
@@ -365,6 +402,7 @@ def write_report(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> list[dict[str, Any] | None]:
-    """What was measured and kept in a folder: results, quality and startup; None for what was not."""
-    paths = (folder / f"{name}.json" for name in ("results", "quality", "startup"))
+    """What was measured and kept in a folder: results, quality, startup and keystrokes; None for
+    what was not."""
+    paths = (folder / f"{name}.json" for name in ("results", "quality", "startup", "keystrokes"))
     return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

@@ -56,9 +56,10 @@ def session() -> Image.Image:
 
 
 def before_enter() -> Image.Image:
-    """A prompt typed, Enter not yet pressed."""
-    with _start(rows=16) as terminal:
+    """A prompt typed, Enter not yet pressed: live prediction."""
+    with _start(rows=12) as terminal:
         terminal.type("The capital of France is")
+        terminal.wait_for("· entropy")
         terminal.settle(1)
         return draw(terminal.screen)
 
@@ -70,10 +71,41 @@ def after_enter() -> Image.Image:
         return draw(terminal.screen)
 
 
-def _start(rows: int = 48) -> Terminal:
-    terminal = Terminal("--model", "smollm2", columns=84, rows=rows)
-    terminal.wait_for("SmolLM2-135M-Instruct>")
-    terminal.settle()
+def tree() -> Image.Image:
+    """The most probable continuations, as a tree."""
+    with _start(rows=56) as terminal:
+        terminal.type("/live off", "enter")
+        _answered(terminal, "The opposite of hot is", "enter")
+        terminal.type("/clear", "enter")
+        terminal.settle()
+        _answered(terminal, "The opposite of hot is", "enter")
+        terminal.type("/tree 3x3", "enter")
+        terminal.settle(2)
+        return draw(terminal.screen)
+
+
+def surprisal() -> Image.Image:
+    """How surprising each token of a sentence is."""
+    with _start(rows=40) as terminal:
+        terminal.type("/surprisal The cat sat on the xylophone and ate the moon.", "enter")
+        terminal.wait_for("perplexity")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def chat() -> Image.Image:
+    """A conversation."""
+    with _start("--chat", rows=34) as terminal:
+        for line in ("What is the capital of France?", "And what is it famous for?"):
+            terminal.type(line, "enter")
+            terminal.settle(6)
+        return draw(terminal.screen)
+
+
+def _start(*options: str, rows: int = 48) -> Terminal:
+    terminal = Terminal("--model", "smollm2", *options, columns=84, rows=rows)
+    terminal.wait_for("lists the commands")  # the banner stands above the first prompt
+    terminal.settle(3)  # the weights are packed meanwhile
     return terminal
 
 
@@ -246,6 +278,9 @@ PICTURES: dict[str, Callable[[], Image.Image | Figure]] = {
     "llama321BPicture": architecture,
     "prompt1": before_enter,
     "prompt1Output": after_enter,
+    "tree": tree,
+    "surprisal": surprisal,
+    "chat": chat,
 }
 
 

@@ -20,6 +20,8 @@ from llama_scratch.progress import Progress, silent
 
 # So many answers from the file's own weights take about as long as packing them.
 PATIENCE = 8
+# Positions whose logits are there at a time: 66 MB of them for a vocabulary of 128,256.
+_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,32 @@ class Engine:
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of `ids`, (T, vocab_size) float32."""
+        return torch.cat(list(self.logits_from(ids, 0)))
+
+    def logits_from(self, ids: Sequence[int], start: int, progress: Progress = silent) -> Iterator[Tensor]:
+        """Logits after each token from position `start` on: pieces of (n, vocab_size) float32, first to last.
+
+        What stands before `start` is not computed again where the cache holds it. The engine is in use until
+        the last piece was taken. progress: as for `next_logits`; what it raises ends the work between two pieces.
+        """
         self.check(ids)
-        self._start(ids, 0)
-        with self._weights():
-            return torch.cat([_finite(self._forward(chunk, all_positions=True)[0]) for chunk in self._chunks(ids, 0)])
+        reused = min(_common_prefix(self._ids, ids), self._cache.length, start)
+        self._start(ids, reused)
+        with self._weights(progress):
+            for chunk in self._chunks(ids[:start], reused):
+                progress("reading", self._cache.length - reused, len(ids) - reused)
+                self._forward(chunk)
+            for chunk in self._chunks(ids, start, _POSITIONS):
+                progress("reading", self._cache.length - reused, len(ids) - reused)
+                yield _finite(self._forward(chunk, all_positions=True)[0])
 
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
         self._ids = list(ids)
 
-    def _chunks(self, ids: Sequence[int], start: int) -> Iterator[Sequence[int]]:
-        for i in range(start, len(ids), CHUNK):
-            yield ids[i : i + CHUNK]
+    def _chunks(self, ids: Sequence[int], start: int, size: int = CHUNK) -> Iterator[Sequence[int]]:
+        for i in range(start, len(ids), size):
+            yield ids[i : i + size]
 
     @torch.inference_mode()
     def _forward(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
@@ -113,6 +129,16 @@ class Engine:
             require_memory({"KV cache": growth}, text)
         with memory_errors(text):
             return self.model(tokens, self._cache, all_positions=all_positions).cpu()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return self._cache.length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that keys and values have taken."""
+        return self._cache.nbytes
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise `UsageError` or `ContextLengthError` where a sequence cannot be run."""

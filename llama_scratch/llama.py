@@ -8,22 +8,36 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import dropwhile
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama_scratch.background import Background
+from llama_scratch.chat import ChatFormat, Message
 from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
-from llama_scratch.errors import UsageError
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import Transformer
 from llama_scratch.precision import build, check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress, silent
-from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Step, Timing, Token
+from llama_scratch.results import (
+    ENDS_IN_A_WORD,
+    ENDS_IN_SPACE,
+    Candidate,
+    Caution,
+    Generated,
+    ModelInfo,
+    Prediction,
+    Step,
+    Timing,
+    Token,
+)
 from llama_scratch.sampling import GREEDY, Sampling, sample
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
@@ -34,9 +48,10 @@ Prompt = str | Sequence[int]
 class Llama:
     """A model in memory. Make one with `Llama.load`.
 
-    args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters.
-    context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
-    what is cached. load_s: how long loading took, in seconds.
+    args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters. path: its directory
+    or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
+    what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
+    for, None for a base model.
     """
 
     def __init__(
@@ -46,12 +61,16 @@ class Llama:
         info: ModelInfo,
         *,
         context: int,
+        chat: ChatFormat | None = None,
+        path: Path | None = None,
         load_s: float = 0.0,
         packing: Background | None = None,
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
         self.info = info
+        self.path = path
+        self.chat = chat
         self.context = context
         self.engine = Engine(model, context, packing)
         self.load_s = load_s
@@ -85,7 +104,8 @@ class Llama:
         Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
         """
         start = time.perf_counter()
-        checkpoint = open_checkpoint(find_model(source), None if tokenizer is None else os.fspath(tokenizer))
+        path = find_model(source)
+        checkpoint = open_checkpoint(path, None if tokenizer is None else os.fspath(tokenizer))
         args = checkpoint.args.with_rope_factor(rope_factor)
         room = _context(context, args)
         target = find_device(device)
@@ -111,7 +131,16 @@ class Llama:
             parameters=args.n_parameters(tied=is_tied(weights)),
         )
         load_s = time.perf_counter() - start
-        return cls(model, checkpoint.tokenizer, info, context=room, load_s=load_s, packing=packing)
+        return cls(
+            model,
+            checkpoint.tokenizer,
+            info,
+            context=room,
+            chat=checkpoint.chat,
+            path=path,
+            load_s=load_s,
+            packing=packing,
+        )
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
         """Put the weights into the form that this machine multiplies fastest, and come back when that is done.
@@ -141,36 +170,69 @@ class Llama:
         """End what goes on behind the answers; without this it ends with the program."""
         self.engine.packing.close()
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The ids that the model sees for a prompt."""
-        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(id) for id in prompt]
+    def encode(self, prompt: Prompt, *, special: bool = False) -> list[int]:
+        """The ids that the model sees for a prompt.
 
-    def predict(self, prompt: Prompt, top: int = 5, *, progress: Progress = silent) -> Prediction:
+        special: read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True, special=special)
+        return [int(id) for id in prompt]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, in the format that the model was trained for, up to where its answer begins.
+
+        What stands in a message is plain text, `<|eot_id|>` and the like too. Raises `UsageError` for a base model and
+        for messages that the format does not take, `CheckpointError` where the file's own format is broken.
+        """
+        if self.chat is None:
+            raise UsageError(
+                f"{printable(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
+                "expected one that was; choose an Instruct model, such as --model smollm2."
+            )
+        bos = self.tokenizer.bos_id
+        ids: list[int] = []
+        for part in self.chat.parts(messages):
+            ids += self.tokenizer.encode(part.text, special=part.special)
+        # Some templates write the beginning of the text and some leave it to the tokenizer.
+        return [*([] if bos is None else [bos]), *dropwhile(lambda id: id == bos, ids)]
+
+    def token(self, id: int) -> Token:
+        """A token of the vocabulary. Raises `UsageError` where there is none of that id."""
+        return Token(id, self.tokenizer.token_text(id))
+
+    def candidates(self, logits: Tensor, top: int) -> tuple[Candidate, ...]:
+        """The `top` most probable tokens by their logits, (vocab_size,): best first, softmax in float64."""
+        logprobs = logits.double().log_softmax(-1)  # (vocab_size,)
+        best = logprobs.topk(min(top, logprobs.numel()))
+        return tuple(
+            Candidate(id, self.tokenizer.token_text(id), logprob)
+            for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+
+    def predict(
+        self, prompt: Prompt, top: int = 5, *, special: bool = False, progress: Progress = silent
+    ) -> Prediction:
         """The most probable next token after a prompt, and the `top` candidates with their probabilities.
 
-        Probabilities are the softmax of the logits, taken in float64. `progress` is called while a long
-        prompt is read, with "reading" and numbers of tokens. Raises `UsageError` for an empty
+        Probabilities are the softmax of the logits, taken in float64. special: as for `encode`. `progress` is
+        called while a long prompt is read, with "reading" and numbers of tokens. Raises `UsageError` for an empty
         prompt and `ContextLengthError` for one that is longer than the context.
         """
         if top < 1:
             raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, special=special)
         start = time.perf_counter()
         logits = self.engine.next_logits(ids, progress)
-        logprobs = logits.values.double().log_softmax(-1)  # (vocab_size,)
-        best = logprobs.topk(min(top, logprobs.numel()))
-        candidates = tuple(
-            Candidate(id, self.tokenizer.token_text(id), logprob)
-            for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
+        candidates = self.candidates(logits.values, top)
         prefill_s = time.perf_counter() - start
         return Prediction(
             prompt=replace_surrogates(prompt) if isinstance(prompt, str) else self.tokenizer.decode(ids),
-            tokens=tuple(Token(id, self.tokenizer.token_text(id)) for id in ids),
+            tokens=tuple(map(self.token, ids)),
             next=candidates[0],
             top=candidates,
-            entropy_bits=_entropy_bits(logprobs),
-            warnings=tuple(self._warnings(prompt, ids, candidates[0])) if isinstance(prompt, str) else (),
+            entropy_bits=entropy_bits(logits.values),
+            warnings=tuple(self._warnings(prompt, ids, candidates[0], special)),
             model=self.info if logits.packed else replace(self.info, precision="fp32"),
             timing=Timing(self.load_s, len(ids), logits.reused_tokens, prefill_s),
         )
@@ -233,19 +295,34 @@ class Llama:
             decode_s=time.perf_counter() - start,
         )
 
-    def _warnings(self, prompt: str, ids: list[int], next: Token) -> list[str]:
-        warnings = self.tokenizer.warnings(prompt)
-        if prompt.endswith(" "):
-            warnings.append(
-                "The prompt ends in a space, which became a token of its own; words bring their own space and "
-                "only numbers come after a lone one, so end the prompt with the last word."
+    def _warnings(self, prompt: Prompt, ids: list[int], next: Token, special: bool) -> Iterator[Caution]:
+        if isinstance(prompt, str):
+            yield from self.tokenizer.warnings(prompt, special=special)
+            if prompt.endswith(" "):
+                yield Caution(
+                    ENDS_IN_SPACE,
+                    "The prompt ends in a space, which became a token of its own; words bring their own space and "
+                    "only numbers come after a lone one, so end the prompt with the last word.",
+                )
+            elif self._cut_differently(prompt, ids, next):
+                yield Caution(
+                    ENDS_IN_A_WORD,
+                    f"The prompt ends inside of what is one token once {next.text!r} follows it; "
+                    "the model rarely saw it cut like this, so the answer may surprise.",
+                )
+        bos = self.tokenizer.bos_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            yield Caution(
+                "doubled BOS",
+                f"The text begins with {self.token(bos).text} twice, expected once; "
+                "it is put in front of each prompt, so leave it out.",
             )
-        elif self._cut_differently(prompt, ids, next):
-            warnings.append(
-                f"The prompt ends inside of what is one token once {next.text!r} follows it; "
-                "the model rarely saw it cut like this, so the answer may surprise."
+        if len(ids) > self.args.max_seq_len:
+            yield Caution(
+                "beyond the context",
+                f"The text has {len(ids):,} tokens, and the model was trained for up to {self.args.max_seq_len:,}; "
+                "what it says so far out is not to be relied on.",
             )
-        return warnings
 
     def _cut_differently(self, prompt: str, ids: list[int], next: Token) -> bool:
         """Whether the prompt with the predicted text behind it would have become other tokens than `ids`."""
@@ -261,14 +338,11 @@ class Llama:
 def _context(context: int | None, args: ModelArgs) -> int:
     if context is None:
         return args.max_seq_len
-    if not 1 <= context <= args.max_seq_len:
-        raise UsageError(
-            f"A context of {context} tokens was asked for, expected 1 to {args.max_seq_len}, "
-            "which is what the model was trained for (--context)."
-        )
+    if context < 1:
+        raise UsageError(f"A context of {context} tokens was asked for, expected at least 1 (--context).")
     return context
 
 
-def _entropy_bits(logprobs: Tensor) -> float:
-    """Shannon entropy of a distribution, in bits."""
-    return float(torch.special.entr(logprobs.exp()).sum()) / math.log(2)
+def entropy_bits(logits: Tensor) -> float:
+    """Shannon entropy of the distribution that logits, (vocab_size,), stand for, in bits."""
+    return float(torch.special.entr(logits.double().softmax(-1)).sum()) / math.log(2)

@@ -11,16 +11,28 @@ from contextlib import contextmanager, suppress
 from llama_scratch.errors import OutOfMemoryError
 
 
+def available() -> int:
+    """Bytes of this machine's memory that a program can still take."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def resident() -> int:
+    """Bytes of this program that are in memory, pages of mapped files among them."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def require_memory(needed: int | dict[str, int], what: str) -> None:
     """Raise `OutOfMemoryError` where more bytes are needed than this machine has free.
 
     needed: bytes, or bytes by what they are for, which the error then lists.
     """
-    import psutil
-
     parts = needed if isinstance(needed, dict) else {}
     total = sum(parts.values()) if isinstance(needed, dict) else needed
-    free = psutil.virtual_memory().available
+    free = available()
     if total > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         raise OutOfMemoryError(

@@ -147,6 +147,11 @@ class KVCache:
         held = self._layers[0]
         return 0 if held is None else held[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that is taken."""
+        return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
+
     def growth(self, length: int) -> int:
         """Bytes that `length` tokens take beyond those that are taken; before the first token unknown, 0."""
         held = self._layers[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ class Timing:
     decode_s: float = 0.0
 
 
+class Caution(str):
+    """A sentence for a person about a prompt. `cause`: what kind of thing it is about, to explain each only once."""
+
+    cause: str
+
+    def __new__(cls, cause: str, sentence: str) -> Self:
+        """A sentence, and its cause."""
+        caution = super().__new__(cls, sentence)
+        caution.cause = cause
+        return caution
+
+
+# Causes that lie in how a prompt ends: it can be measured what difference that makes.
+ENDS_IN_SPACE, ENDS_IN_A_WORD = "ends in a space", "ends inside of a word"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model says would come next after a prompt.
@@ -75,7 +91,7 @@ class Prediction:
     next: Candidate
     top: tuple[Candidate, ...]
     entropy_bits: float
-    warnings: tuple[str, ...]
+    warnings: tuple[Caution, ...]
     model: ModelInfo
     timing: Timing
 
@@ -97,22 +113,28 @@ def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[
     result: dict[str, Any] = {
         "prompt": prediction.prompt,
         "tokens": [vars(token) for token in prediction.tokens],
-        "next": _candidate(prediction.next),
-        "top": [_candidate(candidate) for candidate in prediction.top],
+        "next": candidate_json(prediction.next),
+        "top": [candidate_json(candidate) for candidate in prediction.top],
         "entropy_bits": prediction.entropy_bits,
     }
     if generated is not None:
         timing = timing | {"decode_s": generated.decode_s}
-        result["generated"] = {
-            "text": generated.text,
-            "ids": list(generated.ids),
-            "logprobs": list(generated.logprobs),
-            "finish_reason": generated.finish_reason,
-        }
+        result["generated"] = generated_json(generated)
     return result | {"warnings": list(prediction.warnings), "model": vars(prediction.model), "timing": timing}
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
+def generated_json(generated: Generated) -> dict[str, Any]:
+    """A continuation as it stands in that object."""
+    return {
+        "text": generated.text,
+        "ids": list(generated.ids),
+        "logprobs": list(generated.logprobs),
+        "finish_reason": generated.finish_reason,
+    }
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """A token with its probability as it stands in that object."""
     return {
         "id": candidate.id,
         "text": candidate.text,

@@ -18,6 +18,7 @@ from llama_scratch.errors import (
     UsageError,
     printable,
 )
+from llama_scratch.results import Caution
 
 # How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
 LLAMA3_PATTERN = (
@@ -130,15 +131,31 @@ class Tokenizer:
         unknown_id = self.special_tokens[self._unknown]
         return [id if id < self.n_vocab else unknown_id for id in ids]
 
-    def warnings(self, text: str) -> list[str]:
-        """What `encode` cannot keep of a text: one sentence each."""
+    def warnings(self, text: str, *, special: bool = False) -> list[Caution]:
+        """What `encode` does with a text that a person may not expect: one sentence each."""
         found = []
         clean = replace_surrogates(text)
         if clean.count("\ufffd") > text.count("\ufffd"):
-            found.append("The prompt holds characters that are not Unicode text; each was read as U+FFFD.")
+            found.append(
+                Caution(
+                    "not Unicode",
+                    "The prompt holds characters that are not Unicode text; each was read as U+FFFD.",
+                )
+            )
         if self._missing and not self._missing.isdisjoint(clean.encode()):
             found.append(
-                f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self._unknown}."
+                Caution(
+                    "unknown bytes",
+                    f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self._unknown}.",
+                )
+            )
+        if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
+            found.append(
+                Caution(
+                    "special tokens as text",
+                    f"The prompt holds {name}, which was read as plain text; "
+                    "--special, or /special on in the session, reads it as the special token.",
+                )
             )
         return found
 

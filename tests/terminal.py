@@ -13,7 +13,19 @@ import pexpect
 import pyte
 
 PROGRAM = (sys.executable, "-m", "llama_scratch")
-KEYS = {"enter": "\r", "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-r": "\x12", "up": "\x1b[A", "alt-enter": "\x1b\r"}
+KEYS = {
+    "enter": "\r",
+    "tab": "\t",
+    "shift-tab": "\x1b[Z",
+    "up": "\x1b[A",
+    "right": "\x1b[C",
+    "left": "\x1b[D",
+    "alt-enter": "\x1b\r",
+    "ctrl-c": "\x03",
+    "ctrl-d": "\x04",
+    "ctrl-r": "\x12",
+    "ctrl-t": "\x14",
+}
 
 
 class Terminal:
@@ -38,6 +50,8 @@ class Terminal:
             program[0], [*program[1:], *arguments], env=environment, dimensions=(rows, columns), timeout=timeout
         )
         self._child.delaybeforesend = None
+        # A terminal that is asked where its cursor is answers.
+        self.screen.write_process_input = self._child.send
         self._output = b""
 
     def __enter__(self) -> Self:
@@ -112,6 +126,11 @@ class Terminal:
     def paste(self, text: str) -> None:
         """Paste a text in one piece, as terminals mark it."""
         self._child.send(f"\x1b[200~{text}\x1b[201~")
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give the window another size."""
+        self.screen.resize(rows, columns)
+        self._child.setwinsize(rows, columns)
 
     def interrupt(self) -> None:
         """What a terminal does for Ctrl-C while a program computes."""

@@ -47,10 +47,16 @@ def ask(terminal: Terminal, prompt: str) -> str:
     return terminal.text
 
 
+def candidates(text: str) -> list[list[str]]:
+    """The token, its probability and the % of each candidate on a screen, the first without its frame."""
+    rows = (line.replace("│", " ").split() for line in text.splitlines())
+    return [row[:3] for row in rows if len(row) > 2 and row[2] == "%"]
+
+
 def test_a_prompt_is_answered_with_the_token_and_its_probability(session: Terminal) -> None:
     assert "SmolLM2-135M-Instruct> " in session.text + " "
     text = ask(session, "The capital of France is")
-    rows = [line.split()[:3] for line in text.splitlines() if " % " in line]
+    rows = candidates(text)
     assert rows[0] in (["␣Paris", "77.3", "%"], ["␣Paris", "77.2", "%"])  # in fp32, and once the weights are packed
     assert rows[1] in (["␣the", "6.5", "%"], ["␣the", "6.4", "%"])
     assert len(rows) == 5
@@ -98,7 +104,7 @@ def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
             session.read(moments.random() * 0.02)
     session.settle(1)
     assert "␣Paris" in ask(session, "The capital of France is")
-    assert "␣Paris    77." in session.text
+    assert candidates(session.text)[-5][0] == "␣Paris"
     assert session.seen("Traceback") == 0, session.written_from("Traceback")
 
 
@@ -123,7 +129,7 @@ def test_ctrl_c_during_a_long_prompt_leaves_the_session_answering(session: Termi
     session.interrupt()
     session.wait_for("Cancelled.")
     assert "␣Paris" in ask(session, "The capital of France is")
-    assert "␣Paris    77." in session.text
+    assert candidates(session.text)[-5][0] == "␣Paris"
 
 
 def test_ctrl_d_and_quit_end_it(smollm2_path: Path, state: dict[str, str]) -> None:
@@ -163,7 +169,7 @@ def test_ctrl_r_searches_the_history_and_enter_asks_again(session: Terminal) -> 
     session.type("enter")
     session.wait_for_more(ANSWERED, answers)
     session.settle()
-    assert session.text.count("␣Paris    77.") == 2
+    assert [row[0] for row in candidates(session.text)].count("␣Paris") == 2
 
 
 def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.padding import Padding
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -72,18 +73,19 @@ class Bar:
 
 
 def answer(prediction: Prediction) -> RenderableType:
-    """The argmax token, its runners-up with bars, and what it took."""
+    """The argmax token in a frame, its runners-up, a bar for each probability, and what it took."""
     table = Table.grid(padding=(0, 2), expand=True)
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(ratio=1)
-    for rank, candidate in enumerate(prediction.top):
-        style = "bold reverse green" if rank == 0 else ""
-        token = Text.assemble((" ", style), visible(candidate.text, style), (" ", style))
-        table.add_row(
-            token, Text(percent(candidate.probability), style="bold" if rank == 0 else ""), Bar(candidate.probability)
-        )
-    parts: list[RenderableType] = [Padding(table, (1, 0, 1, 1)), Text(" " + took(prediction), style="dim")]
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=24, vertical="middle")
+    table.add_column(justify="right", no_wrap=True, vertical="middle")
+    table.add_column(ratio=1, vertical="middle")
+    best, *others = prediction.top
+    framed = Panel(visible(best.text, "bold reverse green"), expand=False, style="green")
+    table.add_row(framed, Text(percent(best.probability), style="bold"), Bar(best.probability))
+    for candidate in others:
+        # Indented by the frame's width, so that the tokens stand below each other.
+        token = Text.assemble("  ", visible(candidate.text), "  ")
+        table.add_row(token, Text(percent(candidate.probability)), Bar(candidate.probability))
+    parts: list[RenderableType] = [Padding(table, (0, 0, 1, 1)), Text(" " + took(prediction), style="dim")]
     return Group(*parts, *(warning(sentence) for sentence in prediction.warnings), Text())
 
 
@@ -123,6 +125,15 @@ def warning(sentence: str) -> RenderableType:
     return _indented(sentence, "yellow")
 
 
+def effect(with_it: Candidate, without: Candidate) -> RenderableType:
+    """What difference it makes that a prompt ends as the warning says: the answers with and without its last token."""
+    parts = [
+        f"{when} {visible(candidate.text).plain} {percent(candidate.probability)}"
+        for when, candidate in (("With that token:", with_it), ("without it:", without))
+    ]
+    return _indented(", ".join(parts) + ".", "yellow")
+
+
 def error(sentence: str) -> RenderableType:
     """A sentence that says what went wrong."""
     return _indented(sentence, "red")
@@ -137,7 +148,7 @@ def banner(model: ModelInfo, context: int) -> RenderableType:
     return Group(
         Text.assemble((f"{model.name}", "bold"), (f"  {describe(model)}, context {context:,} tokens", "dim")),
         Text.from_markup(
-            "Type a prompt to see the next token. [bold]Enter[/] on an empty line accepts it and goes on.\n"
+            "Type a prompt to see the next token; [bold]Tab[/] takes the grey one, [bold]Enter[/] answers.\n"
             "[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves.\n"
         ),
     )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.render import lines
-from llama_scratch.repl.commands import is_command, run_command, unescaped
-from llama_scratch.repl.session import Session
-from llama_scratch.results import as_json
+from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
+from llama_scratch.repl.session import Session, Turn
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def stdin_lines() -> Iterator[str]:
 def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
     """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
 
-    log: where the prompts' warnings go.
+    commands: lines that begin with a slash are commands. log: where the prompts' warnings go.
 
     Returns the exit code: 0, or that of the first failure.
     """
@@ -47,10 +46,9 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
         if not prompt:
             continue
         try:
-            if commands and is_command(prompt):
-                run_command(session, prompt)
-            else:
-                answer(session, unescaped(prompt) if commands else prompt, form, log)
+            # Without commands a slash is a character like any other.
+            output, reply = respond(session, prompt if commands else f"/{prompt}" if prompt[0] == "/" else prompt)
+            _show(session, output, reply, form, log)
         except LlamaScratchError as error:
             print(f"llama-scratch: {error}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
@@ -59,24 +57,48 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
     return exit_code
 
 
-def answer(session: Session, prompt: str, form: Format, log: Console) -> None:
-    """Answer one prompt on standard output."""
-    if form.kind == "terminal":
-        session.ask(prompt)
-        return
-    settings = session.settings
-    prediction = session.llama.predict(prompt, top=settings.top)
-    generated = session.llama.complete(prompt, settings.generate, settings.sampling) if settings.generate else None
-    if form.kind == "json":
-        _write(lines.json_line(as_json(prediction, generated)))
-        return
-    for sentence in prediction.warnings:
-        log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
-    if generated is not None:
-        _write(generated.text)
+def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
+    """Do what a line of a session says: the object that answers it and, of a command, its reply.
+
+    An empty line accepts what is offered. The turn is kept in the session.
+    """
+    reply = None
+    if is_command(line):
+        command, reply = run_command(session, line)
+        output = {"command": command.name} | (reply.facts if reply else {})
+    elif line:
+        output = session.ask(unescaped(line))
     else:
-        for line in lines.answer_lines(prediction, all_candidates=form.all_candidates):
-            _write(line)
+        output = session.extend(session.offered)
+    session.keep(Turn(line, output))
+    return output, reply
+
+
+def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: Format, log: Console) -> None:
+    """What a line was answered, on standard output; what holds no data goes where notes go."""
+    if form.kind == "json":
+        _write(lines.json_line(output))
+    elif reply and reply.view is not None:
+        if form.kind == "terminal" or reply.note:
+            session.console.print(reply.view)
+        else:
+            _write(_plain_text(reply.view))
+    elif form.kind == "lines" and "next" in output:
+        for sentence in output["warnings"]:
+            log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
+        if "generated" in output:
+            _write(output["generated"]["text"])
+        else:
+            for line in lines.answer_lines(session.moments[-1].prediction, all_candidates=form.all_candidates):
+                _write(line)
+
+
+def _plain_text(view: RenderableType) -> str:
+    """A view as lines without colours."""
+    console = Console(no_color=True, color_system=None, highlight=False, width=100)
+    with console.capture() as captured:
+        console.print(view)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _write(line: str) -> None:

@@ -1,31 +1,87 @@
-"""The state of a session: the text so far as exact token ids, what Enter would add to it, and the settings."""
+"""The state of a session: the texts so far as exact token ids, what Enter would add, and the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from llama_scratch.errors import UsageError
+from llama_scratch.progress import Progress
 from llama_scratch.render import terminal
 from llama_scratch.render.progress import progress_bar
 from llama_scratch.repl.loading import Loading
+from llama_scratch.results import ENDS_IN_A_WORD, ENDS_IN_SPACE, Generated, as_json
+from llama_scratch.sampling import Sampling
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama, Prompt
-    from llama_scratch.sampling import Sampling
+    from llama_scratch.repl.chat import Chat
+    from llama_scratch.results import ModelInfo, Prediction, Step
+
+
+# Texts that /undo can go back to.
+_MOMENTS = 1000
 
 
 @dataclass
 class Settings:
-    """What each answer shows: `top` candidates, and `generate` further tokens drawn with `sampling`."""
+    """What each answer shows, and how.
+
+    top: candidates. generate: further tokens behind each answer, drawn with `sampling`. plain: sentences in place
+    of tables and bars. live: predict while the person types. special: `<|eot_id|>` and the like in a prompt are
+    the special tokens of that name.
+    """
 
     top: int
     generate: int
     sampling: Sampling
     plain: bool = False
+    live: bool = True
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A text and what comes next: the prediction after it, and the tokens that Enter would add to it."""
+
+    prediction: Prediction
+    offered: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        """The text's tokens, the beginning-of-text token included."""
+        return [token.id for token in self.prediction.tokens]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One line that was typed, and the object that answered it."""
+
+    input: str
+    output: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a session began with. rope_factor: 1 where RoPE is not scaled."""
+
+    info: ModelInfo
+    path: Path | None
+    context: int
+    rope_factor: float
+
+    @classmethod
+    def of(cls, llama: Llama) -> Self:
+        """What there is to say of a model that is there."""
+        scaling = llama.args.rope_scaling
+        return cls(llama.info, llama.path, llama.context, scaling.factor if scaling else 1.0)
 
 
 @dataclass
@@ -33,16 +89,32 @@ class Session:
     """Prompts in, answers onto the console. Interrupted at any point it stays as it was before the prompt.
 
     loading: the model, there already or on its way.
-    ids: the tokens of the last prompt with all that was accepted since.
-    offered: the tokens that Enter accepts: the predicted one, or all that was generated.
+    open: loads another model, by its path or name and its precision, with the session's other options.
+    interactive: whether a person watches, so that what comes bit by bit is shown bit by bit.
+    moments: each text that was answered, the newest last; `now` is that one.
+    turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
+    screen, for /export.
+    chat: the conversation that each line goes on with; None where each line is a prompt.
+    first_model, first_settings, first_system: what the session began with, for /save too.
     """
 
     loading: Loading
     console: Console
     settings: Settings
-    ids: list[int] = field(default_factory=list)
-    offered: list[int] = field(default_factory=list)
+    open: Callable[[str, str, Progress], Llama]
+    interactive: bool = False
+    keeps_turns: bool = True
     ended: bool = False
+    moments: list[Moment] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    shown: list[RenderableType] = field(default_factory=list)
+    explained: set[str] = field(default_factory=set)
+    chat: Chat | None = None
+    first_model: Origin | None = None
+
+    def __post_init__(self) -> None:
+        self.first_settings = replace(self.settings)
+        self.first_system = None if self.chat is None else self.chat.system
 
     @property
     def llama(self) -> Llama:
@@ -59,51 +131,191 @@ class Session:
             return self.loading.stage
         return None if self.loading.error else self.loading.wait().preparing
 
-    def ask(self, prompt: Prompt) -> None:
-        """Predict what comes after a new prompt and show it."""
-        self._answer(prompt, accepted=0)
+    def switch(self, source: str | None, precision: str) -> None:
+        """Go on with another model, or without one in another precision, and answer the text with it.
 
-    def accept(self) -> None:
-        """Add what was offered to the text and go on from there; without an offer nothing happens."""
-        if self.offered:
-            self._answer([*self.ids, *self.offered], accepted=len(self.offered))
+        Where it cannot be loaded, all stays as it was.
+        """
+        old = self.llama
+        with self.progress() as progress:
+            new = self.open(source or str(old.path), precision, progress)
+            new.prepare(progress)
+        texts = [self.text_of(self.ids)] if self.now else []
+        self.loading = Loading.ended_with(new)
+        self.moments = []
+        old.close()
+        for text in texts:
+            self.ask(text)
 
-    def _answer(self, prompt: Prompt, accepted: int) -> None:
-        llama = self.llama
-        with progress_bar(self.console) as progress:
-            prediction = llama.predict(prompt, top=self.settings.top, progress=progress)
-        if accepted:
-            self._show_context([token.id for token in prediction.tokens], accepted)
-        if self.settings.plain:
-            self.console.print(terminal.plain_answer(prediction), markup=False, highlight=False)
+    # --- The text ---
+
+    @property
+    def now(self) -> Moment | None:
+        """The newest text and what comes next; None before the first."""
+        return self.moments[-1] if self.moments else None
+
+    @property
+    def ids(self) -> list[int]:
+        """The text so far. Raises `UsageError` where there is none."""
+        if self.now is None:
+            raise UsageError("There is no text yet, expected a prompt first; type one, or give it behind the command.")
+        return self.now.ids
+
+    @property
+    def offered(self) -> Sequence[int]:
+        """The tokens that Enter accepts: the predicted one, or all that was generated."""
+        return self.now.offered if self.now else ()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids that the model sees for a prompt."""
+        return self.llama.encode(text, special=self.settings.special)
+
+    def meant(self, argument: str) -> list[int]:
+        """The ids of the text behind a command, or without one those of the text so far."""
+        return self.encode(argument) if argument else self.ids
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Ids as text, without the beginning-of-text token."""
+        begin = 1 if ids and ids[0] == self.llama.tokenizer.bos_id else 0
+        return self.llama.tokenizer.decode(ids[begin:])
+
+    def predict(self, prompt: Prompt) -> Prediction:
+        """What comes after a prompt, which is the text from now on."""
+        with self.progress() as progress:
+            prediction = self.llama.predict(
+                prompt, top=self.settings.top, special=self.settings.special, progress=progress
+            )
+        # One assignment, so that Ctrl-C never leaves the offer of one text behind another.
+        self.moments = [*self.moments[1 - _MOMENTS :], Moment(prediction, (prediction.next.id,))]
+        return prediction
+
+    def offer(self, ids: Sequence[int]) -> None:
+        """Let Enter add these tokens to the text."""
+        if self.now and ids:
+            self.moments = [*self.moments[:-1], Moment(self.now.prediction, tuple(ids))]
+
+    def undo(self) -> Moment:
+        """Go back to the text before; returns its moment. Raises `UsageError` where there is none."""
+        if len(self.moments) < 2:
+            raise UsageError("There is nothing to undo, expected an earlier text.")
+        self.moments = self.moments[:-1]
+        return self.moments[-1]
+
+    # --- Answers on the screen ---
+
+    def ask(self, prompt: Prompt, added: int = 0) -> dict[str, Any]:
+        """Answer a text and show the answer; the last `added` of its tokens are new. Returns its object."""
+        prediction = self.predict(prompt)
+        if self.interactive:
+            self._explain(prediction, added)
+        return as_json(prediction, self.generate(self.settings.generate) if self.settings.generate else None)
+
+    def say(self, line: str) -> dict[str, Any]:
+        """Answer a line: as the next message of the chat where there is one, else as a prompt. Returns its object."""
+        return self.chat.say(self, line) if self.chat else self.ask(line)
+
+    def extend(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Add tokens to the text and answer it."""
+        return self.ask([*self.ids, *ids], added=len(ids))
+
+    def show_answer(self, prediction: Prediction, added: int = 0) -> None:
+        """Show an answer; the last `added` tokens of its text are new, which then stands above it."""
+        if added:
+            ids = [token.id for token in prediction.tokens]
+            old, new = self.text_of(ids[:-added]), self.llama.tokenizer.decode(ids[-added:])
+            self.show(terminal.context(old, new, self.console.width))
+        self.show(terminal.plain_answer(prediction) if self.settings.plain else terminal.answer(prediction))
+
+    def _explain(self, prediction: Prediction, added: int) -> None:
+        """Show an answer with those warnings whose cause was not explained yet, and what their effect is."""
+        fresh = tuple(caution for caution in prediction.warnings if caution.cause not in self.explained)
+        self.show_answer(replace(prediction, warnings=fresh), added)
+        if len(self.ids) > 1 and any(caution.cause in (ENDS_IN_SPACE, ENDS_IN_A_WORD) for caution in fresh):
+            without = self.llama.predict(self.ids[:-1], top=1)
+            self.show(terminal.effect(prediction.next, without.next))
+        self.explained.update(caution.cause for caution in fresh)
+
+    def generate(self, count: int) -> Generated:
+        """Go on from the text for `count` tokens, which are offered then; shown bit by bit where a person watches."""
+        if self.interactive:
+            generated = self._stream(self.ids, count)
         else:
-            self.console.print(terminal.answer(prediction))
-        # Both at once, so that Ctrl-C never leaves the offer of one text behind another.
-        ids, offered = [token.id for token in prediction.tokens], [prediction.next.id]
-        self.ids, self.offered = ids, offered
-        if self.settings.generate:
-            self.offered = self._generate(self.ids) or self.offered
+            generated = self.llama.complete(self.ids, count, self.settings.sampling)
+        self.offer(generated.ids)
+        return generated
 
-    def _show_context(self, ids: list[int], accepted: int) -> None:
-        tokenizer = self.llama.tokenizer
-        begin = 1 if ids[0] == tokenizer.bos_id else 0
-        text, new = tokenizer.decode(ids[begin:-accepted]), tokenizer.decode(ids[-accepted:])
-        self.console.print(terminal.context(text, new, self.console.width))
-
-    def _generate(self, ids: Sequence[int]) -> list[int]:
-        """Stream the continuation; Ctrl-C ends it and keeps what came."""
-        new = []
-        self.console.print(Text(" …", style="dim"), end="")
+    def _stream(self, ids: Sequence[int], count: int) -> Generated:
+        """Show a continuation as it comes; Ctrl-C ends it and keeps what came."""
+        steps: list[Step] = []
+        shown = Text(" …", style="dim")
+        self.console.print(shown, end="")
+        reason = "length"
+        start = time.perf_counter()
         try:
-            for step in self.llama.continuation(ids, self.settings.generate, self.settings.sampling):
-                new.append(step.id)
-                self.console.print(Text(terminal.readable(step.text)), end="", soft_wrap=True)
+            for step in self.llama.continuation(ids, count, self.settings.sampling):
+                steps.append(step)
+                text = Text(terminal.readable(step.text))
+                shown.append_text(text)
+                self.console.print(text, end="", soft_wrap=True)
+            if len(steps) < min(count, self.llama.context - len(ids)):
+                reason = "stop"
         except KeyboardInterrupt:
+            reason = "interrupted"
             self.console.print(Text("  stopped", style="dim"), end="")
         self.console.print("\n")
-        return new
+        self.shown.append(shown)
+        new = tuple(step.id for step in steps)
+        return Generated(
+            text=self.llama.tokenizer.decode(new),
+            ids=new,
+            logprobs=tuple(step.logprob for step in steps),
+            finish_reason=reason,
+            decode_s=time.perf_counter() - start,
+        )
+
+    def typed(self, line: str) -> None:
+        """Let a line that stands on the screen be exported with it."""
+        self.shown.append(Text.assemble((self.loading.name, "bold cyan"), "> ", terminal.readable(line)))
+
+    def keep(self, turn: Turn) -> None:
+        """Remember a line and its answer."""
+        if self.keeps_turns:
+            if self.first_model is None and self.loading.ended:
+                self.first_model = Origin.of(self.llama)
+            self.turns.append(turn)
+
+    def show(self, view: RenderableType) -> None:
+        """Print something that belongs to the session's screen."""
+        self.shown.append(view)
+        self.console.print(view, markup=False, highlight=False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """What to tell how far something is, shown where a person watches."""
+        with progress_bar(self.console) as progress:
+            yield progress
 
     @property
     def offer_text(self) -> str:
         """What Enter would add, as text."""
         return self.llama.tokenizer.decode(self.offered)
+
+    @property
+    def continued_text(self) -> str:
+        """The text so far with what was offered, as a person could have typed it."""
+        return self.text_of(self.ids) + self.typeable(self.offered)
+
+    def typeable(self, ids: Sequence[int]) -> str:
+        """Tokens as text that can stand in a prompt: nothing of special ones, nor of parts of characters."""
+        tokenizer = self.llama.tokenizer
+        special = set(tokenizer.special_tokens.values())
+        text = tokenizer.decode(id for id in ids if id not in special)
+        return "" if "\ufffd" in text else text
+
+    def offer_next(self) -> None:
+        """Let Enter add the next candidate of the last answer in place of what is offered."""
+        if self.now:
+            candidates = [candidate.id for candidate in self.now.prediction.top]
+            offered = self.offered[0] if len(self.offered) == 1 else None
+            following = candidates.index(offered) + 1 if offered in candidates else 0
+            self.offer([candidates[following % len(candidates)]])

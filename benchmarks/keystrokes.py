@@ -1,0 +1,92 @@
+"""Measure how late keystrokes appear, while torch is imported and while live prediction runs.
+
+    python -m benchmarks.keystrokes [--model NAME] [--sessions 5] [--record]
+
+A person who types a key each 60 ms, on a pseudo-terminal of 200 columns: the time from the key to the cursor's move.
+Without --model it is smollm2. --record keeps the figures in benchmarks/keystrokes.json and renders
+benchmarks/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from statistics import quantiles
+
+from benchmarks.report import FOLDER, versions, write_report
+from benchmarks.startup import LOADED, until
+from tests.terminal import Terminal
+
+INTERVAL_S = 0.06
+TEXTS = (
+    "The capital of France is Paris, and the capital of Germany is Berlin; the two are 880 km apart.",
+    "def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)  # slow, but short",
+    "Once upon a time there was a little girl who lived in a village near the forest with her mother.",
+)
+
+
+def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[float]:
+    """Type a text on the line; how late the cursor moved for each key, in seconds. Ends where `stop` is on the screen."""
+    lags = []
+    for key in text:
+        column = terminal.screen.cursor.x
+        start = time.perf_counter()
+        terminal.type(key)
+        until(terminal, lambda _, column=column: terminal.screen.cursor.x > column)  # type: ignore[misc]
+        lags.append(time.perf_counter() - start)
+        while (left := start + INTERVAL_S - time.perf_counter()) > 0 and terminal.read(min(left, 0.005)):
+            pass
+        if stop and stop in terminal.text:
+            break
+    return lags
+
+
+def session(model: str) -> dict[str, list[float]]:
+    """The lags of one session: while it loads, and with live prediction once the weights are packed."""
+    with Terminal("--model", model, columns=200) as terminal:
+        until(terminal, lambda text: "> " in text)
+        loading = type_text(terminal, 4 * TEXTS[0], stop=LOADED)
+        terminal.wait_for(LOADED)
+        terminal.type("ctrl-c")
+        terminal.settle(3)  # the weights are packed meanwhile
+        live = []
+        for text in TEXTS:
+            live += type_text(terminal, text)
+            if "entropy" not in terminal.text:
+                raise SystemExit(f"There is no live prediction, expected one; the screen shows: {terminal.text}")
+            terminal.type("ctrl-c")
+            terminal.settle()
+    return {"loading": loading, "live": live}
+
+
+def measure(model: str, sessions: int) -> dict[str, dict[str, float]]:
+    """For each phase the number of keys, and the median, the 95th percentile and the longest of their lags."""
+    lags: dict[str, list[float]] = {"loading": [], "live": []}
+    for _ in range(sessions):
+        for phase, found in session(model).items():
+            lags[phase] += found
+    return {phase: _summary(found) for phase, found in lags.items()}
+
+
+def _summary(lags: list[float]) -> dict[str, float]:
+    twentieths = quantiles(lags, n=20)
+    return {"keys": len(lags), "median_s": twentieths[9], "p95_s": twentieths[18], "longest_s": max(lags)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--sessions", type=int, default=5)
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    found = measure(arguments.model, max(1, arguments.sessions))
+    if arguments.record:
+        kept = {"model": arguments.model, "interval_s": INTERVAL_S, "phases": found, "versions": versions()}
+        (FOLDER / "keystrokes.json").write_text(json.dumps(kept, indent=1) + "\n")
+        write_report(FOLDER)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Talking with a model that was trained for it."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from llama_scratch.render import terminal
+from llama_scratch.repl.chat import begin
+from llama_scratch.repl.commands.registry import Reply, command, on_or_off
+from llama_scratch.repl.session import Session
+
+
+@command("chat", "[on | off]", complete=lambda _session, _begun: ["on", "off"])
+def _chat(session: Session, argument: str) -> Reply:
+    """Talk with the model: each line is a message, in the format that it was trained for; off: lines are prompts again.
+
+    The text so far is the whole conversation, with all tokens of its format, for every other command: /undo takes
+    back an answer and then its question, /generate lets an answer go on that was cut, /clear begins anew.
+    """
+    if argument and not on_or_off(argument, "/chat"):
+        session.chat = None
+    elif session.chat is None:
+        begin(session)
+    return _said(session)
+
+
+@command("system", "[TEXT | off]", complete=lambda _session, _begun: ["off"])
+def _system(session: Session, argument: str) -> Reply:
+    """Begin a new conversation with this system prompt; off: with that of the model's format, if it has one."""
+    if argument:
+        begin(session, "" if argument == "off" else argument)
+    return _said(session)
+
+
+def _said(session: Session) -> Reply:
+    if session.chat is None:
+        sentence = "Chat is off: each line is a prompt."
+        return Reply({"chat": False}, Text(" " + sentence, style="dim"), note=True)
+    system = session.chat.system
+    sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
+    return Reply({"chat": True, "system": system}, Text(" " + terminal.readable(sentence), style="dim"), note=True)

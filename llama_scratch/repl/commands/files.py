@@ -1,0 +1,161 @@
+"""Files: the session saved and loaded, what stands on the screen exported, what was typed before."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.render import terminal
+from llama_scratch.render.lines import json_line
+from llama_scratch.repl import record
+from llama_scratch.repl.chat import Chat
+from llama_scratch.repl.commands.registry import Reply, command, whole_number
+from llama_scratch.repl.session import Session
+from llama_scratch.results import as_json
+from llama_scratch.tokenizer import replace_surrogates
+
+
+def _files(_session: Session, begun: str) -> Iterator[str]:
+    """What lies where a path begins, folders with a slash behind them."""
+    folder, name = os.path.split(begun)
+    try:
+        found = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
+    except (OSError, ValueError):
+        return
+    for entry in found:
+        hidden = entry.name.startswith(".") and not name.startswith(".")
+        if entry.name.startswith(name) and entry.name.isprintable() and not hidden:
+            yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
+
+
+def _said(sentence: str, **facts: Any) -> Reply:
+    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
+
+
+@command("save", "FILE", complete=_files, replayed=False)
+def _save(session: Session, argument: str) -> Reply:
+    """Save the session to a file: what was typed and answered, with the model's checksum and all settings.
+
+    'llama-scratch replay FILE' runs it again and reports every difference; /load FILE goes on from its end.
+    """
+    path = record.user_path(argument)
+    recorded = record.record(session)
+    record.save(recorded, path)
+    turns = len(recorded.turns)
+    sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {printable(path, 200)}."
+    if not recorded.header.repeatable:
+        sentence += "\n Text was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
+    return _said(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
+
+
+@command("load", "FILE", complete=_files, replayed=False)
+def _load(session: Session, argument: str) -> Reply:
+    """Go on from the end of a saved session: with its text, its settings and its lines, in place of the ones here."""
+    path = record.user_path(argument)
+    recorded = record.load(path)
+    header, llama = recorded.header, session.llama
+    with session.progress() as progress:
+        same = llama.path is None or header.model.sha256 == record.weights_sha256(llama.path, progress)
+    settings = replace(header.end.settings, plain=session.settings.plain, live=session.settings.live)
+    answer = None
+    if ids := header.end.ids:
+        with session.progress() as progress:
+            llama.predict(ids, top=settings.top, progress=progress)  # which may refuse them, while all is as it was
+    session.settings, session.first_settings = settings, header.settings
+    session.first_system, session.chat = header.system, None if header.end.system is None else Chat(header.end.system)
+    session.turns, session.moments = list(recorded.turns), []
+    if ids:
+        answer = session.predict(ids)
+        if session.interactive:
+            session.show_answer(answer, added=len(ids))
+    turns = len(recorded.turns)
+    sentence = f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {printable(path, 200)}."
+    if not same:
+        sentence += (
+            f"\n They are answers of another model, {printable(header.model.name)}; "
+            f"from here on {llama.info.name} answers."
+        )
+    facts = {"path": str(path), "turns": turns, "same_model": same}
+    return _said(sentence, **facts, **(as_json(answer) if answer else {}))
+
+
+# --- Exports ----------------------------------------------------------------------------------
+
+
+@command("export", "FILE.html | .svg | .md | .json", complete=_files, replayed=False)
+def _export(session: Session, argument: str) -> Reply:
+    """Write what stands on the screen to a file: a page, a picture or text; .json has the lines and their answers."""
+    path = record.user_path(argument)
+    write = _EXPORTS.get(path.suffix.lower())
+    if write is None:
+        raise UsageError(f"'{printable(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
+    if not (session.turns if path.suffix.lower() == ".json" else session.shown):
+        raise UsageError("There is nothing to export yet, expected a prompt or a command before it.")
+    if os.path.lexists(path):
+        raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
+    record.write_whole(path, replace_surrogates(write(session)).encode())
+    return _said(f"Exported to {printable(path, 200)}.", path=str(path))
+
+
+def _drawn(session: Session) -> Console:
+    """The session's screen, drawn once more to be exported."""
+    width = session.console.width
+    console = Console(
+        record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", no_color=False
+    )
+    for view in session.shown:
+        console.print(view, markup=False, highlight=False)
+    return console
+
+
+def _markdown(session: Session) -> str:
+    text = "\n".join(line.rstrip() for line in _drawn(session).export_text().splitlines())
+    # More backticks than stand in the text, so that nothing in it ends the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def _title(session: Session) -> str:
+    return f"llama-scratch: {session.loading.name}"
+
+
+_EXPORTS: dict[str, Callable[[Session], str]] = {
+    ".html": lambda session: _drawn(session).export_html(inline_styles=True),
+    ".svg": lambda session: _drawn(session).export_svg(title=_title(session)),
+    ".md": _markdown,
+    ".json": lambda session: json_line([vars(turn) for turn in session.turns]) + "\n",
+}
+
+
+# --- What was typed ---------------------------------------------------------------------------
+
+
+@command("history", "[N]", replayed=False)
+def _history(session: Session, argument: str) -> Reply:
+    """List the N lines that were typed last (20), the newest last; on a terminal those of earlier sessions too."""
+    count = whole_number(argument, "/history") if argument else 20
+    typed = _kept() if session.interactive else []
+    typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]
+    return Reply({"history": typed}, Group(*(Text(" " + terminal.readable(line)) for line in typed)))
+
+
+def _kept() -> list[str]:
+    """The lines of the history file, the oldest first; none where there is no such file to read."""
+    from prompt_toolkit.history import FileHistory
+
+    from llama_scratch.repl.history import history_path
+
+    path: Path = history_path()
+    try:
+        return list(FileHistory(str(path)).load_history_strings())[::-1]
+    except OSError:
+        return []

@@ -1,0 +1,99 @@
+"""The model: what it is, what it takes, and another one in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from llama_scratch.errors import UsageError
+from llama_scratch.render import terminal
+from llama_scratch.repl.commands.registry import Reply, command
+from llama_scratch.repl.session import Session
+
+if TYPE_CHECKING:
+    from llama_scratch.llama import Llama
+
+
+@command("info", replayed=False)
+def _info(session: Session, _: str) -> Reply:
+    """What is in the model: its shape, parameters, tokenizer and RoPE factor."""
+    from llama_scratch.info import describe
+
+    llama = session.llama
+    if llama.path is None:
+        raise UsageError("This model did not come from a file, expected one that was loaded from a path.")
+    with session.progress() as progress:
+        facts = describe(llama.path, None, None, progress, precision=llama.info.precision, device=llama.info.device)
+    return Reply(facts, terminal.rows(terminal.model_facts(facts)))
+
+
+@command("context", replayed=False)
+def _context(session: Session, _: str) -> Reply:
+    """The text so far, how many tokens it has, how many fit, and how many are in the cache."""
+    llama = session.llama
+    ids = session.ids if session.now else []
+    facts = {
+        "text": session.text_of(ids),
+        "tokens": len(ids),
+        "context": llama.context,
+        "trained_for": llama.args.max_seq_len,
+        "cached": llama.engine.cached_tokens,
+    }
+    shown = {
+        "text": terminal.readable(session.text_of(ids)) or "(none yet)",
+        "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
+        "cached": f"{llama.engine.cached_tokens:,} tokens",
+    }
+    return Reply(facts, terminal.rows(shown))
+
+
+@command("memory", replayed=False)
+def _memory(session: Session, _: str) -> Reply:
+    """What the model takes of this machine's memory, and what is free."""
+    from llama_scratch.memory import available, resident
+
+    llama = session.llama
+    facts = {
+        "weights_a_token": llama.weight_bytes,
+        "kv_cache": llama.engine.cache_bytes,
+        "cached_tokens": llama.engine.cached_tokens,
+        "resident": resident(),
+        "available": available(),
+    }
+    shown = {
+        "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",
+        "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB, with {facts['cached_tokens']:,} tokens in it",
+        "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
+        "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
+    }
+    return Reply(facts, terminal.rows(shown))
+
+
+def _models(_session: Session, _begun: str) -> Iterable[str]:
+    from llama_scratch.checkpoint.pull import OPEN_MODELS
+
+    return list(OPEN_MODELS)
+
+
+@command("model", "[NAME | PATH]", complete=_models)
+def _model(session: Session, argument: str) -> Reply:
+    """Go on with another model, and answer the text with it; without a name, say which one it is."""
+    if argument:
+        session.switch(argument, session.llama.info.precision)
+    return _said(session)
+
+
+@command("precision", "[NAME]", complete=lambda _session, _begun: ["fp32", "bf16", "fp16", "int8", "auto"])
+def _precision(session: Session, argument: str) -> Reply:
+    """Go on in fp32, bf16, fp16 or int8, and answer the text so; without a name, say which one it is."""
+    if argument:
+        session.switch(None, argument)
+    return _said(session)
+
+
+def _said(session: Session) -> Reply:
+    llama: Llama = session.llama
+    sentence = f"{llama.info.name}: {terminal.describe(llama.info)}, context {llama.context:,} tokens."
+    return Reply(vars(llama.info) | {"path": str(llama.path)}, Text(" " + sentence, style="dim"), note=True)

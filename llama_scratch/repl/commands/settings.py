@@ -1,0 +1,98 @@
+"""How answers are made: each command shows its setting, or changes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rich.text import Text
+
+from llama_scratch.repl.commands.registry import Reply, command, number, on_or_off, whole_number
+from llama_scratch.repl.session import Session
+
+
+def _said(sentence: str, **facts: Any) -> Reply:
+    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
+
+
+@command("top", "[N]")
+def _top(session: Session, argument: str) -> Reply:
+    """Show N candidates with each answer."""
+    if argument:
+        session.settings.top = whole_number(argument, "/top")
+    return _said(f"Each answer shows {session.settings.top} candidates.", top=session.settings.top)
+
+
+def _sampling(session: Session, **changes: Any) -> Reply:
+    """Change how tokens are drawn, all or nothing, and say how they are from now on."""
+    session.settings.sampling = sampling = replace(session.settings.sampling, **changes)
+    if sampling.greedy:
+        sentence = "Always the most probable token (temperature 0)."
+    else:
+        parts = [f"temperature {sampling.temperature:g}"]
+        parts += [f"top-k {sampling.top_k}"] * (sampling.top_k > 0)
+        parts += [f"top-p {sampling.top_p:g}"] * (sampling.top_p < 1)
+        parts += [f"min-p {sampling.min_p:g}"] * (sampling.min_p > 0)
+        parts += [f"seed {sampling.seed}"] * (sampling.seed is not None)
+        sentence = f"Tokens are drawn with {', '.join(parts)}."
+    return _said(sentence, **vars(sampling))
+
+
+@command("temperature", "[T]")
+def _temperature(session: Session, argument: str) -> Reply:
+    """How much chance /generate takes: 0 always takes the most probable token, 1 draws by the model's probabilities."""
+    return _sampling(session, **({"temperature": number(argument, "/temperature")} if argument else {}))
+
+
+@command("top-k", "[K]")
+def _top_k(session: Session, argument: str) -> Reply:
+    """Draw from the K most probable tokens only; 0: from all."""
+    return _sampling(session, **({"top_k": whole_number(argument, "/top-k", least=0)} if argument else {}))
+
+
+@command("top-p", "[P]")
+def _top_p(session: Session, argument: str) -> Reply:
+    """Draw from the fewest tokens that have the probability P together; 1: from all."""
+    return _sampling(session, **({"top_p": number(argument, "/top-p")} if argument else {}))
+
+
+@command("min-p", "[P]")
+def _min_p(session: Session, argument: str) -> Reply:
+    """Draw from tokens with at least P times the best one's probability; 0: from all."""
+    return _sampling(session, **({"min_p": number(argument, "/min-p")} if argument else {}))
+
+
+@command("seed", "[N | off]", complete=lambda _session, _begun: ["off"])
+def _seed(session: Session, argument: str) -> Reply:
+    """Where chance starts, so that it can be repeated; off: anywhere."""
+    if not argument:
+        return _sampling(session)
+    return _sampling(session, seed=None if argument == "off" else whole_number(argument, "/seed", least=0))
+
+
+@command("greedy")
+def _greedy(session: Session, _: str) -> Reply:
+    """Always take the most probable token; the same as /temperature 0."""
+    return _sampling(session, temperature=0.0)
+
+
+def _on_off(_session: Session, _begun: str) -> list[str]:
+    return ["on", "off"]
+
+
+@command("live", "[on | off]", _on_off)
+def _live(session: Session, argument: str) -> Reply:
+    """Predict while you type: tokens coloured by how much they surprise, the best next token below."""
+    if argument:
+        session.settings.live = on_or_off(argument, "/live")
+    state = "on" if session.settings.live else "off"
+    return _said(f"Live prediction is {state}.", live=session.settings.live)
+
+
+@command("special", "[on | off]", _on_off)
+def _special(session: Session, argument: str) -> Reply:
+    """Read <|eot_id|> and the like in a prompt as special tokens; off: as plain text."""
+    if argument:
+        session.settings.special = on_or_off(argument, "/special")
+    kind = "special tokens" if session.settings.special else "plain text"
+    return _said(f"Names of special tokens in a prompt are {kind}.", special=session.settings.special)

@@ -1,0 +1,112 @@
+"""The text so far: going on, going back, taking another way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.text import Text
+
+from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.render import terminal
+from llama_scratch.repl.commands.registry import Reply, command, whole_number
+from llama_scratch.repl.session import Session
+from llama_scratch.results import Token, as_json, generated_json
+
+
+@command("generate", "[N]", complete=lambda _session, _begun: ["20", "50", "100", "200"])
+def _generate(session: Session, argument: str) -> Reply | None:
+    """Go on for N tokens (20), drawn as /temperature and the others say; Enter then accepts them.
+
+    Ctrl-C stops it and keeps what came.
+    """
+    generated = session.generate(whole_number(argument, "/generate") if argument else 20)
+    # What came bit by bit stands on the screen already.
+    return Reply(generated_json(generated), None if session.interactive else Text(generated.text))
+
+
+def _candidates(session: Session, _begun: str) -> Iterable[str]:
+    """The last answer's candidates, as /force takes them."""
+    return [terminal.visible(c.text).plain for c in session.now.prediction.top] if session.now else []
+
+
+@command("force", "TOKEN", complete=_candidates)
+def _force(session: Session, argument: str) -> Reply | None:
+    r"""Add a token of your choice to the text: ␣Paris, " Paris" in quotes, or #7042 by its id."""
+    token = _one_token(session, argument)
+    return Reply(session.extend([token.id]))
+
+
+def _one_token(session: Session, argument: str) -> Token:
+    llama = session.llama
+    if argument.startswith("#") and argument[1:].isdecimal():
+        return llama.token(int(argument[1:]))
+    if session.now:  # as it stands in the answer, escapes and all
+        for candidate in session.now.prediction.top:
+            if terminal.visible(candidate.text).plain == argument:
+                return candidate
+    text = unquoted(argument).replace(terminal.SPACE, " ")
+    ids = llama.tokenizer.encode(text, special=True)
+    if len(ids) != 1:
+        parts = " ".join(terminal.visible(llama.token(id).text).plain for id in ids[:8])
+        raise UsageError(
+            f"'{printable(argument)}' is {len(ids)} tokens ({printable(parts)}), expected one; "
+            "write a space in front as ␣, or give the token's id as #7042."
+        )
+    return llama.token(ids[0])
+
+
+def unquoted(argument: str) -> str:
+    """The text that is meant: between double quotes as in JSON, else as it stands."""
+    if len(argument) > 1 and argument[0] == argument[-1] == '"':
+        try:
+            text = json.loads(argument)
+        except ValueError:
+            return argument
+        if isinstance(text, str):
+            return text
+    return argument
+
+
+@command("undo")
+def _undo(session: Session, _: str) -> Reply:
+    """Go back to the text before the last one; nothing is computed again."""
+    moment = session.undo()
+    if session.interactive:
+        session.show_answer(moment.prediction, added=len(moment.ids))
+    return Reply(as_json(moment.prediction))
+
+
+@command("edit", replayed=False)
+def _edit(session: Session, _: str) -> Reply | None:
+    """Edit the text in $EDITOR and answer it."""
+    if not (session.interactive and sys.stdin.isatty()):
+        raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
+    before = session.text_of(session.ids) if session.now else ""
+    after = _edited(before)
+    if not after or after == before:
+        return Reply({}, Text(" Nothing was changed.", style="dim"), note=True)
+    return Reply(session.ask(after))
+
+
+def _edited(text: str) -> str:
+    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompt.txt"
+        path.write_text(text, encoding="utf-8")
+        try:
+            code = subprocess.run([*editor, str(path)], check=False).returncode
+        except OSError as error:
+            raise LlamaScratchError(
+                f"The editor '{printable(shlex.join(editor))}' cannot be run ({error.strerror}); set $EDITOR to one."
+            ) from error
+        if code:
+            raise LlamaScratchError(f"The editor ended with {code}, so the text stays as it was.")
+        # Editors end the last line, which is no part of the text.
+        return path.read_text(encoding="utf-8", errors="replace").removesuffix("\n")

@@ -1,0 +1,173 @@
+"""Looking inside: how a text is cut, how it surprises, what else could come, and how texts and models differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.errors import UsageError, printable
+from llama_scratch.render import views
+from llama_scratch.repl.commands.registry import Reply, command
+from llama_scratch.repl.commands.text import unquoted
+from llama_scratch.repl.session import Session
+
+if TYPE_CHECKING:
+    from llama_scratch.progress import Progress
+
+# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto")
+_TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?: +|\Z))?(\.\.|[0-9]{1,4}(?:\.[0-9]{1,4})*)?")
+# A JSON string, or anything else up to a bar.
+_PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
+
+
+def _reply(session: Session, found: Any, view: Callable[..., Any], plain: Callable[..., Any], *more: Any) -> Reply:
+    """What was found as facts, and as the view that the session shows: sentences where it is to be plain."""
+    return Reply(found.as_json(), plain(found) if session.settings.plain else view(found, *more))
+
+
+@command("tokens", "[TEXT]")
+def _tokens(session: Session, argument: str) -> Reply:
+    """Show how a text, or the one so far, is cut into tokens: each one's id, bytes and text."""
+    from llama_scratch.microscope.tokens import tokens
+
+    found = tokens(session.llama, session.meant(argument))
+    return _reply(session, found, views.tokens, views.plain_tokens)
+
+
+@command("surprisal", "[TEXT]")
+def _surprisal(session: Session, argument: str) -> Reply:
+    """Show how much each token of a text, or of the one so far, surprised the model, in bits.
+
+    A token of probability 1/2 has 1 bit, one of 1/4 has 2. The perplexity is 2 to their mean.
+    """
+    from llama_scratch.microscope.surprisal import per_character, surprisal
+
+    llama, ids = session.llama, session.meant(argument)
+    with session.progress() as progress:
+        found = surprisal(llama, ids, session.settings.top, progress)
+    text, bits = session.text_of(ids), per_character(llama, found.tokens)
+    return _reply(session, found, views.surprisal, views.plain_surprisal, text, bits)
+
+
+def _trees(session: Session, _begun: str) -> Iterable[str]:
+    return ["3x3", "2x6", "10x2", *([".."] if len(session.moments) > 1 else [])]
+
+
+@command("tree", "[WIDTHxDEPTH] [PATH | ..]", complete=_trees)
+def _tree(session: Session, argument: str) -> Reply:
+    """Show what may come next as a tree: 3x3 has the three best tokens, the three best after each, and so on.
+
+    A path such as 1.2 adds the tokens of that branch to the text and shows the tree from there; .. goes back.
+    """
+    from llama_scratch.microscope.tree import check_size, tree
+
+    matched = _TREE.fullmatch(argument)
+    if matched is None:
+        raise UsageError(
+            f"'{printable(argument)}' was given for /tree, expected a size such as 3x3, a branch such as 1.2, or '..' "
+            "for the way back."
+        )
+    width, depth, where = matched.groups()
+    size = (int(width), int(depth)) if width else (3, 3)
+    check_size(*size)
+    llama = session.llama
+    with session.progress() as progress:
+        ids = _place(session, where, progress)
+        found = tree(llama, ids, *size, progress)
+    # Only now, so that Ctrl-C leaves the text as it was.
+    if where == "..":
+        session.undo()
+    elif where:
+        session.predict(ids)
+    return _reply(session, found, views.tree, views.plain_tree, session.text_of(ids))
+
+
+def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
+    """The text whose tree is meant: the one so far, the one before it, or a branch of the one so far."""
+    from llama_scratch.microscope.tree import walk
+
+    if where is None:
+        return session.ids
+    if where == "..":
+        if len(session.moments) < 2:
+            raise UsageError("There is no way back, expected an earlier text; /tree shows the tree from here.")
+        return session.moments[-2].ids
+    return walk(session.llama, session.ids, [int(rank) for rank in where.split(".")], progress)
+
+
+def parts(argument: str) -> Iterator[str]:
+    """What stands between bars, stripped; a bar between double quotes belongs to the text."""
+    for part in _PART.finditer(argument):
+        yield part[1].strip()
+        if not part[2]:
+            return
+
+
+@command("diff", "A | B")
+def _diff(session: Session, argument: str) -> Reply:
+    """Show where two texts make the model predict different things, and how different.
+
+    The divergence (Jensen–Shannon) is 0 bits for equal predictions and 1 bit for those with nothing in common.
+    A text in double quotes is read as JSON.
+    """
+    from llama_scratch.microscope.diff import diff
+
+    texts = [unquoted(part) for part in parts(argument)]
+    if len(texts) != 2 or not all(texts):
+        raise UsageError(f"'{printable(argument)}' was given for /diff, expected two texts with a | between them.")
+    first, second = map(session.encode, texts)
+    llama = session.llama
+    with session.progress() as progress:
+        found = diff(llama, first, second, session.settings.top, progress)
+    return _reply(session, found, views.diff, views.plain_diff)
+
+
+@command("choices", "A | B | …")
+def _choices(session: Session, argument: str) -> Reply:
+    """Show which continuation of the text so far the model finds most probable: /choices hot | cold | mild.
+
+    Each gets a space in front, unless it stands in double quotes, which are read as JSON: "\\n" | ", too".
+    """
+    from llama_scratch.microscope.choices import choices
+
+    given = list(parts(argument))
+    # Quotes are gone where they were read.
+    texts = [text if (text := unquoted(part)) != part else f" {part}" for part in given]
+    if len(texts) < 2 or "" in given or "" in texts:
+        raise UsageError(
+            f"'{printable(argument)}' was given for /choices, expected two or more texts with a | between them."
+        )
+    llama, ids = session.llama, session.ids
+    with session.progress() as progress:
+        found = choices(llama, ids, texts, progress)
+    return _reply(session, found, views.choices, views.plain_choices)
+
+
+def _models(_session: Session, _begun: str) -> Iterable[str]:
+    from llama_scratch.checkpoint.pull import OPEN_MODELS
+
+    return [*PRECISIONS, *OPEN_MODELS]
+
+
+@command("compare", "MODEL", complete=_models)
+def _compare(session: Session, argument: str) -> Reply:
+    """Show what another model says after the text so far, or this one in another precision: fp32, bf16, fp16, int8.
+
+    Another model, by its path or the name under which it was pulled, runs in this one's precision.
+    """
+    from llama_scratch.microscope.compare import compare
+
+    llama, ids = session.llama, session.ids
+    with session.progress() as progress:
+        source, precision = (str(llama.path), argument) if argument in PRECISIONS else (argument, llama.info.precision)
+        other = session.open(source, precision, progress)
+        try:
+            for each in (llama, other):  # so that the precision that is named is the one that answers
+                each.prepare(progress)
+            found = compare(llama, other, ids, session.settings.top, progress)
+        finally:
+            other.close()
+    return _reply(session, found, views.compare, views.plain_compare)

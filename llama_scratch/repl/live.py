@@ -1,0 +1,122 @@
+"""Live prediction: what the model says of a line while it is being typed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+from llama_scratch.errors import LlamaScratchError
+from llama_scratch.repl.session import Session
+
+if TYPE_CHECKING:
+    from llama_scratch.microscope.surprisal import Scorer
+    from llama_scratch.results import Candidate
+
+# A reading that took longer makes the next one wait as long for the line to rest, up to some seconds.
+_QUICK_S, _PATIENCE_S = 0.1, 3.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model says of a line.
+
+    bits: how much each of its characters surprised the model; None where nothing predicted it.
+    candidates: what would come next, best first. entropy_bits: how open that is. n_tokens: of the line.
+    """
+
+    line: str
+    bits: list[float | None]
+    candidates: tuple[Candidate, ...]
+    entropy_bits: float
+    n_tokens: int
+
+
+class _StaleError(Exception):
+    """The line has changed, so its reading is of no use."""
+
+
+class Live:
+    """A thread that reads the newest line, and nothing else, with the session's engine.
+
+    Each key only costs the tokens that it changed; work on a line that has changed since ends within a piece of
+    the network's work. `rest` must come before anybody else uses the engine.
+
+    changed: called from the thread when there is a new `reading`.
+    """
+
+    def __init__(self, session: Session, changed: Callable[[], None]):
+        self.reading: Reading | None = None
+        self._session = session
+        self._changed = changed
+        self._wanted: str | None = None
+        self._wake = Event()
+        self._busy = False
+        self._cost = 0.0  # seconds that the last reading took
+        self._scorer: Scorer | None = None
+        self._thread = Thread(target=self._run, name="live", daemon=True)
+
+    def want(self, line: str | None) -> None:
+        """Read this line from now on, or none; comes back at once."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._wanted = line
+        self._wake.set()
+
+    def rest(self) -> None:
+        """Read nothing; comes back when the engine is free."""
+        self._wanted = None
+        while self._busy:
+            time.sleep(0.001)  # which holds no lock that an interrupt could leave held
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            # In this order, so that `rest` sees that the engine is in use, or this that it must not be.
+            self._busy = True
+            try:
+                if (line := self._wanted) is not None:
+                    self._read(line)
+            except _StaleError:
+                pass
+            except (LlamaScratchError, MemoryError):
+                self.reading = None  # Enter says what is wrong with the line
+            finally:
+                self._busy = False
+
+    def _read(self, line: str) -> None:
+        session = self._session
+        if not session.loading.ended:
+            return  # the loop asks again once it is there
+        self._wait_for_a_rest(line)
+        start = time.perf_counter()
+        found = self._score(line)
+        self._cost = time.perf_counter() - start
+        self._check(line)
+        self.reading = found
+        self._changed()
+
+    def _wait_for_a_rest(self, line: str) -> None:
+        end = time.monotonic() + (min(self._cost, _PATIENCE_S) if self._cost > _QUICK_S else 0)
+        while time.monotonic() < end:
+            self._check(line)
+            time.sleep(0.005)
+
+    def _score(self, line: str) -> Reading:
+        # Imported here, because they bring torch.
+        from llama_scratch.microscope.surprisal import Scorer, per_character
+
+        llama = self._session.llama
+        if self._scorer is None or self._scorer.llama is not llama:
+            self._scorer = Scorer(llama)
+        found = self._scorer(
+            self._session.encode(line), top=self._session.settings.top, progress=lambda *_: self._check(line)
+        )
+        return Reading(line, per_character(llama, found.tokens), found.next, found.entropy_bits, len(found.tokens))
+
+    def _check(self, line: str) -> None:
+        if self._wanted is not line:
+            raise _StaleError

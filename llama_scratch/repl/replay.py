@@ -1,0 +1,217 @@
+"""A session file run again, and every answer compared with the one in the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from llama_scratch import __version__
+from llama_scratch.errors import LlamaScratchError, printable
+from llama_scratch.progress import Progress
+from llama_scratch.render.lines import json_line
+from llama_scratch.repl.chat import Chat
+from llama_scratch.repl.commands import COMMANDS, is_command
+from llama_scratch.repl.commands.registry import split
+from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.pipe import respond
+from llama_scratch.repl.record import Header, Model, Record, ids_of, versions, weights_sha256, whole_numbers
+from llama_scratch.repl.session import Session, Turn
+from llama_scratch.results import as_json
+
+if TYPE_CHECKING:
+    from llama_scratch.llama import Llama
+
+# Numbers are equal within this, absolute or relative: answers in one precision differ by rounding alone, those in
+# two by what the precisions promise.
+TOLERANCE, BETWEEN_PRECISIONS = 1e-3, 2e-2
+# Not compared: how long things took; and the model, which is compared once for the whole session.
+_IGNORED = {"timing", "model", "path", "precision", "device"}
+# What is generated; without a seed it is drawn anew each time.
+_GENERATED = {"generated", "text", "ids", "logprobs", "finish_reason"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was recorded (`old`) and what came this time. turn: counted from 1; 0 is the session as a whole."""
+
+    turn: int
+    input: str
+    what: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        where = f"Turn {self.turn}, '{printable(self.input)}'" if self.turn else "The session"
+        return f"{where}: {printable(self.what)}: {_shown(self.old)} → {_shown(self.new)}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replay found. compared: turns whose answers were compared. notes: sentences on what was not."""
+
+    turns: int
+    compared: int
+    differences: list[Difference]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        found = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
+        return found | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
+
+    def lines(self) -> list[str]:
+        """The same for people: a line for each difference, and one for the whole."""
+        count = len(self.differences)
+        found = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
+        return [
+            *map(str, self.differences),
+            *self.notes,
+            f"{self.compared} of {self.turns} answers compared: {found}; numbers are equal within {TOLERANCE:g}, "
+            f"or {BETWEEN_PRECISIONS:g} where another precision answered.",
+        ]
+
+
+def run_again(
+    recorded: Record, llama: Llama, open_model: Callable[[str, str, Progress], Llama], console: Console
+) -> Report:
+    """Run a session's lines again, each from the text that the recording had, and compare what they answer.
+
+    open_model: as `Session.open`. console: where progress is shown. What reads or writes files, or depends on the
+    machine or on a person, is not run: a recording may come from anyone.
+    """
+    header = recorded.header
+    session = Session(
+        Loading.ended_with(llama),
+        console,
+        replace(header.settings),
+        open_model,
+        keeps_turns=False,
+        chat=None if header.system is None else Chat(header.system),
+    )
+    differences = _model_differences(header.model, session)
+    compared = drawn = 0
+    if between := header.precision != llama.info.precision:
+        llama.prepare()  # it was asked for, so it answers from the beginning
+    for number, turn in enumerate(recorded.turns, start=1):
+        if _precision(turn.output) == session.llama.info.precision:
+            session.llama.prepare()  # the recording had its weights packed by then
+        try:
+            new = _repeat(session, turn)
+        except LlamaScratchError as error:
+            differences.append(Difference(number, turn.input, "the answer", turn.output, str(error)))
+            compared += 1
+            continue
+        if new is None:
+            continue
+        compared += 1
+        old = turn.output
+        if _precision(old) and _precision(new):
+            between = _precision(old) != _precision(new)
+        if _generates(turn) and not session.settings.sampling.greedy and session.settings.sampling.seed is None:
+            drawn += 1
+            old = {key: value for key, value in old.items() if key not in _GENERATED}
+        tolerance = BETWEEN_PRECISIONS if between else TOLERANCE
+        differences += [Difference(number, turn.input, *found) for found in compare(old, new, tolerance)]
+    notes = _circumstances(header, llama)
+    if left_out := len(recorded.turns) - compared:
+        notes.append(f"Not run again, because files, the machine or a person answers them: {left_out} of the turns.")
+    if drawn:
+        notes.append(f"Not compared, because it was drawn without a seed: the text generated in {drawn} of the turns.")
+    return Report(len(recorded.turns), compared, differences, notes)
+
+
+def _circumstances(header: Header, llama: Llama) -> list[str]:
+    """What was not the same this time, and may be why an answer is another one."""
+    old = {"precision": header.precision, "device": header.device, "llama-scratch": header.llama_scratch}
+    new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
+    old, new = old | header.versions, new | versions()
+    return [
+        f"Recorded with {what} {_shown(old.get(what))}, run again with {_shown(now)}."
+        for what, now in new.items()
+        if old.get(what) != now
+    ]
+
+
+def _model_differences(model: Model, session: Session) -> list[Difference]:
+    """Whether the session has the model of the recording."""
+    llama = session.llama
+    old: dict[str, Any] = {"parameters": model.parameters}
+    new: dict[str, Any] = {"parameters": llama.info.parameters}
+    if llama.path is not None:
+        with session.progress() as progress:
+            new["weights"] = weights_sha256(llama.path, progress)
+        old["weights"] = model.sha256
+    return [Difference(0, "", f"the model's {what}", a, b) for what, a, b in compare(old, new, 0)]
+
+
+def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
+    """The object that answers a turn's line now; None where that cannot be compared."""
+    ids = ids_of(turn.output)
+    if not turn.input and ids and session.now:
+        # The candidate that was chosen, or the part of a continuation that came, is in the recording alone.
+        before = session.ids
+        session.offer(ids[len(before) :] if ids[: len(before)] == before else ())
+    if is_command(turn.input):
+        command = COMMANDS.get(split(turn.input)[0])
+        if command is not None and not command.replayed:
+            # Of one that changes the text, the text that came of it is recorded.
+            return {"command": command.name} | as_json(session.predict(ids)) if ids else None
+    new = respond(session, turn.input)[0]
+    _keep_conversation(session, ids, turn.output.get("generated"))
+    return new
+
+
+def _keep_conversation(session: Session, question: list[int] | None, generated: Any) -> None:
+    """In a chat, go on from the answer that was recorded, whatever the answer is this time."""
+    answer = whole_numbers(generated.get("ids")) if isinstance(generated, dict) else None
+    if session.chat and question and answer and session.ids != [*question, *answer]:
+        session.predict([*question, *answer])
+
+
+def _generates(turn: Turn) -> bool:
+    return "generated" in turn.output or turn.output.get("command") == "generate"
+
+
+def _precision(output: dict[str, Any]) -> str | None:
+    """What answered, where an answer says so."""
+    model = output.get("model")
+    precision = model.get("precision") if isinstance(model, dict) else None
+    return precision if isinstance(precision, str) else None
+
+
+def compare(old: Any, new: Any, tolerance: float, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the place, what was there and what is there. What is new there is no difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        interrupted = old.get("finish_reason") == "interrupted"  # so that less came than comes now
+        for key, a in old.items():
+            b = new.get(key)
+            if key in _IGNORED or (interrupted and key in ("text", "finish_reason")):
+                continue
+            if interrupted and isinstance(a, list) and isinstance(b, list):
+                b = b[: len(a)]
+            yield from compare(a, b, tolerance, f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from compare(a, b, tolerance, f"{where}[{i}]")
+    elif not _equal(old, new, tolerance):
+        yield where, old, new
+
+
+def _equal(old: Any, new: Any, tolerance: float) -> bool:
+    if old == new:
+        return True
+    if not (isinstance(old, float) or isinstance(new, float)):
+        return False
+    try:
+        return math.isclose(old, new, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(old) and math.isnan(new))
+    except (TypeError, OverflowError):  # one is no number, or none that a float can be
+        return False
+
+
+def _shown(value: Any) -> str:
+    return printable(json_line(value))
