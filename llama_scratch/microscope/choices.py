@@ -1,0 +1,108 @@
+"""Which of several continuations the model finds more probable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_scratch.errors import UsageError
+from llama_scratch.llama import Llama
+from llama_scratch.microscope.distributions import log_softmax
+from llama_scratch.progress import Progress, silent
+from llama_scratch.results import Candidate, candidate_json
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One continuation: its tokens, each with its probability after those before it.
+
+    normalised: its share of the probability of all choices. by_length: the same by the mean log-probability of
+    a token, which does not favour short ones.
+    """
+
+    text: str
+    tokens: tuple[Candidate, ...]
+    normalised: float
+    by_length: float
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of the probability of the whole continuation."""
+        return sum(token.logprob for token in self.tokens)
+
+    @property
+    def probability(self) -> float:
+        """Between 0 and 1."""
+        return math.exp(self.logprob)
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in `Choices.as_json`."""
+        return {
+            "text": self.text,
+            "tokens": [candidate_json(token) for token in self.tokens],
+            "logprob": self.logprob,
+            "probability": self.probability,
+            "normalised": self.normalised,
+            "by_length": self.by_length,
+        }
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The continuations in the order in which they were given."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def ranked(self) -> tuple[Choice, ...]:
+        """The most probable first."""
+        return tuple(sorted(self.choices, key=lambda choice: -choice.logprob))
+
+    @property
+    def probability(self) -> float:
+        """That the text goes on with one of them; one that begins with another is a case of that one."""
+        by_ids = {tuple(token.id for token in choice.tokens): choice.probability for choice in self.choices}
+        return sum(
+            probability
+            for ids, probability in by_ids.items()
+            if not any(ids[:length] in by_ids for length in range(len(ids)))
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As `/choices` prints it."""
+        return {"choices": [choice.as_json() for choice in self.choices], "probability": self.probability}
+
+
+def choices(llama: Llama, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:
+    """The probabilities of texts as continuations of a prompt's ids.
+
+    Each text becomes tokens by itself, exactly as it stands: words bring their own space. progress: as for
+    `Llama.predict`, for each text anew. Raises `UsageError` for a text that is empty, and as `Llama.predict` does.
+    """
+    llama.engine.check(ids)
+    scored = [_scored(llama, list(ids), text, progress) for text in texts]
+    sums = [sum(token.logprob for token in tokens) for tokens in scored]
+    means = [total / len(tokens) for total, tokens in zip(sums, scored, strict=True)]
+    shares = zip(texts, scored, _softmax(sums), _softmax(means), strict=True)
+    return Choices(tuple(Choice(*values) for values in shares))
+
+
+def _scored(llama: Llama, ids: list[int], text: str, progress: Progress) -> tuple[Candidate, ...]:
+    new = llama.tokenizer.encode(text)
+    if not new:
+        raise UsageError("A choice is empty, expected some text in each of them.")
+    # What comes after the last token is not asked for.
+    pieces = llama.engine.logits_from([*ids, *new[:-1]], len(ids) - 1, progress)
+    rows = (logprobs for piece in log_softmax(pieces) for logprobs in piece)  # (vocab_size,) each
+    return tuple(
+        Candidate(id, llama.token(id).text, float(logprobs[id])) for id, logprobs in zip(new, rows, strict=True)
+    )
+
+
+def _softmax(values: list[float]) -> list[float]:
+    shares: list[float] = torch.tensor(values, dtype=torch.float64).softmax(-1).tolist()
+    return shares

@@ -1,0 +1,120 @@
+"""The tree of what may come next: the most probable tokens, those after each of them, and so on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_scratch.errors import UsageError
+from llama_scratch.llama import Llama, Prompt
+from llama_scratch.progress import Progress, silent
+from llama_scratch.results import Candidate, Token, candidate_json
+
+MAX_WIDTH, MAX_DEPTH, MAX_LEAVES = 10, 6, 1000
+
+
+@dataclass(frozen=True)
+class Branch(Candidate):
+    """A token that may come next, and what may come after it.
+
+    path_logprob: natural logarithm of the probability of all tokens from the prompt to this one.
+    stop: whether the text ends here, so that nothing follows.
+    """
+
+    path_logprob: float
+    stop: bool
+    children: tuple[Branch, ...]
+
+    @property
+    def path_probability(self) -> float:
+        """Between 0 and 1: that of all tokens from the prompt to this one."""
+        return math.exp(self.path_logprob)
+
+    def as_json(self) -> dict[str, Any]:
+        """With all that comes after it."""
+        return candidate_json(self) | {
+            "path_logprob": self.path_logprob,
+            "path_probability": self.path_probability,
+            "stop": self.stop,
+            "children": [child.as_json() for child in self.children],
+        }
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What may come after a prompt: `branches`, best first, each `depth` tokens long where no stop token ends it."""
+
+    tokens: tuple[Token, ...]
+    width: int
+    depth: int
+    branches: tuple[Branch, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `/tree` prints it."""
+        return {
+            "tokens": [vars(token) for token in self.tokens],
+            "width": self.width,
+            "depth": self.depth,
+            "branches": [branch.as_json() for branch in self.branches],
+        }
+
+
+def check_size(width: int, depth: int) -> None:
+    """Raise `UsageError` for a tree that is too large, or none."""
+    if not (1 <= width <= MAX_WIDTH and 1 <= depth <= MAX_DEPTH and width**depth <= MAX_LEAVES):
+        raise UsageError(
+            f"A tree of {width}x{depth} was asked for, expected a width of 1 to {MAX_WIDTH} and a depth of 1 to "
+            f"{MAX_DEPTH} with at most {MAX_LEAVES:,} ends, such as 3x3 or 10x3."
+        )
+
+
+def tree(llama: Llama, prompt: Prompt, width: int = 3, depth: int = 3, progress: Progress = silent) -> Tree:
+    """The `width` most probable next tokens, those after each of them, down to `depth` tokens.
+
+    progress: called with "reading" for the prompt, then with "growing" and numbers of predictions.
+    Raises `UsageError` for a size that `check_size` refuses, and as `Llama.predict` does.
+    """
+    check_size(width, depth)
+    ids = llama.encode(prompt)
+    total = sum(width**level for level in range(depth))
+    grown = 0
+
+    # Depth first, so that each prediction costs the one token that the cache does not hold.
+    def grow(ids: list[int], levels: int, path_logprob: float) -> tuple[Branch, ...]:
+        nonlocal grown
+        logits = llama.engine.next_logits(ids, progress if grown == 0 else silent).values
+        grown += 1
+        progress("growing", grown, total)
+        branches = []
+        for candidate in llama.candidates(logits, width):
+            stop = candidate.id in llama.tokenizer.stop_ids
+            path = path_logprob + candidate.logprob
+            full = len(ids) == llama.context
+            children = () if stop or full or levels == 1 else grow([*ids, candidate.id], levels - 1, path)
+            branches.append(Branch(candidate.id, candidate.text, candidate.logprob, path, stop, children))
+        return tuple(branches)
+
+    branches = grow(ids, depth, 0.0)
+    return Tree(tuple(map(llama.token, ids)), width, depth, branches)
+
+
+def walk(llama: Llama, ids: Sequence[int], path: Sequence[int], progress: Progress = silent) -> list[int]:
+    """The text at a branch of its tree: [1, 2] adds the best next token, and the second best after that.
+
+    Raises `UsageError` for a branch that no tree has.
+    """
+    name = ".".join(map(str, path))
+    if len(path) > MAX_DEPTH or not all(1 <= rank <= MAX_WIDTH for rank in path):
+        raise UsageError(
+            f"There is no branch {name}, expected at most {MAX_DEPTH} numbers from 1 to {MAX_WIDTH} such as 1.2."
+        )
+    there = list(ids)
+    for step, rank in enumerate(path):
+        if step and there[-1] in llama.tokenizer.stop_ids:
+            end = ".".join(map(str, path[:step]))
+            raise UsageError(f"There is no branch {name}, because the text ends at {end}; choose another one.")
+        logits = llama.engine.next_logits(there, progress).values
+        there.append(llama.candidates(logits, rank)[-1].id)
+    return there
