@@ -182,10 +182,12 @@ def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
 
 
 def test_a_paste_of_several_lines_is_one_prompt(session: Terminal) -> None:
+    session.type("/live off", "enter")
+    session.wait_for("is off")
     session.paste("One line\nand 日本語 🎉 another")
     session.wait_for("another")
     session.settle()
-    assert "%" not in session.text
+    assert "entropy" not in session.text
     session.type("enter")
     session.wait_for("entropy")
     assert session.text.count("entropy") == 1
@@ -193,7 +195,8 @@ def test_a_paste_of_several_lines_is_one_prompt(session: Terminal) -> None:
 
 def test_help_lists_the_commands_and_a_mistyped_one_names_the_nearest(session: Terminal) -> None:
     session.type("/help", "enter")
-    session.wait_for("/quit")
+    session.wait_for("A prompt that begins with a slash")
+    assert "/quit" in session.text
     assert "Ctrl-C" in session.text
     session.type("/qiut", "enter")
     session.wait_for("did you mean /quit?")
@@ -221,8 +224,7 @@ def test_nothing_is_wider_than_the_terminal(smollm2_path: Path, state: dict[str,
     """A line that wrapped where it should not have would show a bar on a line of its own."""
     with start(state, columns=columns) as session:
         text = ask(session, "The capital of France is")
-    rows = [line for line in text.splitlines() if " %" in line]
-    assert len(rows) == 5
+    assert len(candidates(text)) == 5
     assert all(len(line) <= columns for line in text.splitlines())
     assert not any(line.strip().startswith("█") for line in text.splitlines())
 

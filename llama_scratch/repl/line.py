@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
@@ -13,9 +13,10 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
-from prompt_toolkit.formatted_text import FormattedText, StyleAndTextTuples
+from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.lexers import Lexer
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.layout.utils import explode_text_fragments
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
@@ -52,7 +53,7 @@ class Line:
             enable_history_search=True,
             completer=_Commands(session),
             complete_while_typing=False,
-            lexer=_Surprise(self._reading),
+            input_processors=[_Surprise(self._reading)],
             bottom_toolbar=None if plain else self._toolbar,
             style=_STYLE,
             color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
@@ -213,31 +214,26 @@ class _Commands(Completer):
                 yield Completion(found, start_position=-len(line), display=shown)
 
 
-class _Surprise(Lexer):
+class _Surprise(Processor):
     """The characters of the line, coloured by how much they surprised the model."""
 
     def __init__(self, reading: Callable[[], Reading | None]):
         self._reading = reading
 
-    def invalidation_hash(self) -> Hashable:
-        return id(self._reading())
-
-    def lex_document(self, document: Document) -> Callable[[int], StyleAndTextTuples]:
-        reading, text = self._reading(), document.text
-        if reading is None:
-            return lambda number: [("", document.lines[number])]
-        skipped = len(text) - len(unescaped(text))  # the slash that stands for none
-        known = skipped + _common(unescaped(text), reading.line)
-        styles = [""] * skipped + [_prompt_toolkit_style(surprise_style(bits)) for bits in reading.bits]
-
-        def fragments(number: int) -> StyleAndTextTuples:
-            begin = document.translate_row_col_to_index(number, 0)
-            return [
-                (styles[i] if i < min(known, len(styles)) else "", char)
-                for i, char in enumerate(document.lines[number], start=begin)
-            ]
-
-        return fragments
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        document, fragments = transformation_input.document, transformation_input.fragments
+        if (reading := self._reading()) is None:
+            return Transformation(fragments)
+        text = unescaped(document.text)
+        # From the line's beginning on in the text that was read: the slash that stands for none is not in it.
+        begin = document.translate_row_col_to_index(transformation_input.lineno, 0) + len(text) - len(document.text)
+        known = min(_common(text, reading.line), len(reading.bits))
+        characters = explode_text_fragments(fragments)
+        for i in range(min(len(characters), len(document.lines[transformation_input.lineno]))):
+            if 0 <= begin + i < known:
+                style = _prompt_toolkit_style(surprise_style(reading.bits[begin + i]))
+                characters[i] = (f"{characters[i][0]} {style}", characters[i][1])
+        return Transformation(characters)
 
 
 def _common(a: str, b: str) -> int:

@@ -15,6 +15,7 @@ KEYS = {
     "Shift-Tab": "Offer the next candidate in its place.",
     "Alt-Enter": "A line break within the prompt.",
     "Up, Down": "Earlier prompts. Ctrl-R searches them.",
+    "Ctrl-T": "On an empty line: how surprising each token of the text was.",
     "Ctrl-C": "Clear the line, or cancel what is running.",
     "Ctrl-D": "Leave the session.",
     "//…": "A prompt that begins with a slash.",
@@ -23,10 +24,10 @@ KEYS = {
 
 @command("help", "[COMMAND]", complete=lambda _session, _begun: list(COMMANDS))
 def _help(_session: Session, argument: str) -> Reply:
-    """List the commands and the keys, or explain one command."""
+    """List the commands and the keys; with a command's name, explain that one."""
     if not argument:
-        usages = {found.usage: found.summary for found in COMMANDS.values()}
-        return Reply({"commands": usages, "keys": KEYS}, terminal.rows(usages | KEYS), note=True)
+        names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
+        return Reply({"commands": names, "keys": KEYS}, terminal.rows(names | KEYS), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
