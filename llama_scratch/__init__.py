@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama_scratch.chat import Message
     from llama_scratch.errors import (
         CheckpointError,
         ContextLengthError,
@@ -34,6 +35,7 @@ __all__ = [
     "Generated",
     "Llama",
     "LlamaScratchError",
+    "Message",
     "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
@@ -50,6 +52,7 @@ __version__: str
 
 _HOMES = {
     "Llama": "llama",
+    "Message": "chat",
     "Sampling": "sampling",
     "Tokenizer": "tokenizer",
     **dict.fromkeys(("Candidate", "Generated", "ModelInfo", "Prediction", "Step", "Timing", "Token"), "results"),

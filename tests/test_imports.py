@@ -32,9 +32,9 @@ FLOORS: list[set[str]] = [
     {"tokenizer"},
     {"model"},
     {"config"},
-    {"results"},
+    {"results", "chat"},
     {"linear", "background", "kept"},
-    {"progress", "memory"},
+    {"progress", "memory", "sandbox"},
     {"errors"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

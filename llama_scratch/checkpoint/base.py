@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_scratch.chat import ChatFormat
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, printable
 from llama_scratch.progress import Progress
@@ -38,7 +39,8 @@ class Stored:
 class Checkpoint:
     """A model on disk whose small files were read and checked.
 
-    load: reads and checks the weights, under Meta's names. inspect: says how they are stored.
+    load: reads and checks the weights, under Meta's names. inspect: says how they are stored. chat: how the model was
+    trained to read conversations, None for a base model.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     load: Callable[[Progress], dict[str, Tensor]]
     inspect: Callable[[Progress], Stored]
+    chat: ChatFormat | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_scratch.chat import ChatFormat, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
 from llama_scratch.config import Fields, ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 _PATTERNS = {"smollm": SMOLLM_PATTERN}
 # Control tokens that end a text in the models that have them, beside the one that the file names.
-_STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"}
+_STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
@@ -60,6 +61,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     try:
         args = _model_args(header)
         own_tokenizer = replacement or _tokenizer(header.metadata)
+        chat = _chat(header.metadata, own_tokenizer)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_shapes({_meta_name(tensor.name): tensor.shape for tensor in header.tensors}, args, path)
@@ -72,6 +74,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         tokenizer=own_tokenizer,
         load=lambda progress: tie(_dequantised(path, header.tensors, progress)),
         inspect=lambda _: _stored(header),
+        chat=chat,
     )
 
 
@@ -289,13 +292,31 @@ def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
     _check_merges(_list(metadata, "tokenizer.ggml.merges", str), byte_of, ranks)
 
-    def named(field: str) -> str | None:
-        id = metadata.get(f"tokenizer.ggml.{field}_token_id")
-        return next((text for text, special_id in special.items() if special_id == id), None)
+    eos, bos, unknown = (_named(metadata, special, field) for field in ("eos", "bos", "unknown"))
+    if metadata.get("tokenizer.ggml.add_bos_token") is not True:
+        bos = None
+    stops = {text for text in special if text in _STOPS or text == eos}
+    return Tokenizer(ranks, special, _PATTERNS[pre], bos=bos, stops=stops, unknown=unknown)
 
-    stops = {text for text in special if text in _STOPS} | ({eos} if (eos := named("eos")) else set())
-    bos = named("bos") if metadata.get("tokenizer.ggml.add_bos_token") is True else None
-    return Tokenizer(ranks, special, _PATTERNS[pre], bos=bos, stops=stops, unknown=named("unknown"))
+
+def _named(metadata: dict[str, Any], special: dict[str, int], field: str) -> str | None:
+    """The special token that the file has in a part, such as "eos"."""
+    id = metadata.get(f"tokenizer.ggml.{field}_token_id")
+    return next((text for text, special_id in special.items() if special_id == id), None)
+
+
+def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
+    """The chat template that the file carries; a base model's file has none."""
+    template = metadata.get("tokenizer.chat_template")
+    if not template:
+        return None
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; {FETCH_AGAIN}"
+        )
+    special = tokenizer.special_tokens
+    bos, eos = (_named(metadata, special, field) or "" for field in ("bos", "eos"))
+    return TemplateFormat(template, bos, eos, tuple(special))
 
 
 def _check_merges(merges: list[str], byte_of: dict[str, int], ranks: dict[bytes, int]) -> None:

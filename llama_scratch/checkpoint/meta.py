@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_scratch.chat import Llama3Format
 from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint, Stored, check_shapes, is_tied, name_of, reading, tie
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
@@ -31,6 +32,8 @@ _IGNORED = {"rope.freqs"}
 _MAX_PICKLE = 1 << 20
 _MAX_PARAMS = 1 << 20
 _MAX_TUPLES = 1 << 16  # some five a tensor
+# Nothing in the files says what a model was trained for; what Meta calls it does.
+_CHAT = re.compile("instruct|chat", re.IGNORECASE)
 # What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
 _CALLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
@@ -54,15 +57,16 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
             "use a size of up to 8B."
         )
     args = ModelArgs.from_params_json(_read_params(directory / PARAMS), str(directory / PARAMS))
-    path = directory / WEIGHTS
+    path, name = directory / WEIGHTS, name_of(directory)
     return Checkpoint(
-        name=name_of(directory),
+        name=name,
         format="meta",
         path=path,
         args=args,
         tokenizer=Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER)),
         load=lambda progress: _load(path, args, progress),
         inspect=lambda progress: _stored(_load(path, args, progress)),
+        chat=Llama3Format() if _CHAT.search(name) else None,
     )
 
 
