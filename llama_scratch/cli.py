@@ -7,9 +7,10 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from llama_scratch.progress import Progress
     from llama_scratch.repl.loading import Loading
 
+# Also for `python -m llama_scratch`, so that what completion installs is for the program.
+NAME = "llama-scratch"
+
 app = typer.Typer(
-    name="llama-scratch",
-    help="A microscope for one token: type a prompt, see what Llama would say next.",
+    name=NAME,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,9 +36,20 @@ app = typer.Typer(
 
 # --- Options ----------------------------------------------------------------------------------
 
+# Each option can stand in the environment too; the help says so once.
+_option = partial(typer.Option, show_envvar=False)
 
-def _model_option(name: str, metavar: str, help: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=help, rich_help_panel="Model (before or after a subcommand)")
+
+def _model_option(name: str, metavar: str, help: str, values: Callable[[], list[str]] | None = None) -> Any:
+    """values: what completion offers; None: what the shell itself does, which are files."""
+    panel = "Model (before or after a subcommand)"
+    return _option(name, metavar=metavar, help=help, rich_help_panel=panel, autocompletion=values)
+
+
+def _models() -> list[str]:
+    from llama_scratch.checkpoint.pull import OPEN_MODELS
+
+    return list(OPEN_MODELS)
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,27 @@ class ModelOptions:
     model_dir: Annotated[
         str | None, _model_option("--model-dir", "PATH", "A directory of Meta's files, or a .gguf file.")
     ] = None
-    model: Annotated[str | None, _model_option("--model", "NAME", "A model that 'pull' fetched, such as smollm2.")] = (
-        None
-    )
+    model: Annotated[
+        str | None, _model_option("--model", "NAME", "A model that 'pull' fetched, such as smollm2.", _models)
+    ] = None
     tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "A tokenizer.model elsewhere.")] = None
     precision: Annotated[
         str | None,
-        _model_option("--precision", "NAME", "auto (the fastest that is true here), fp32, bf16, fp16, int8."),
+        _model_option(
+            "--precision",
+            "NAME",
+            "auto (the fastest that is true here), fp32, bf16, fp16, int8.",
+            lambda: ["auto", "fp32", "bf16", "fp16", "int8"],
+        ),
     ] = None
     device: Annotated[
-        str | None, _model_option("--device", "NAME", "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.")
+        str | None,
+        _model_option(
+            "--device",
+            "NAME",
+            "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.",
+            lambda: ["auto", "cpu", "cuda", "mps"],
+        ),
     ] = None
     threads: Annotated[int | None, _model_option("--threads", "N", "CPU threads.")] = None
     context: Annotated[int | None, _model_option("--context", "N", "Most tokens at once.")] = None
@@ -63,8 +88,10 @@ class ModelOptions:
     ] = None
 
     def over(self, other: ModelOptions) -> ModelOptions:
-        """These options, and the other's where these were not given."""
+        """These options, and the other's where these were not given; the two ways to name a model are one option."""
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        if given.keys() & {"model", "model_dir"}:
+            other = replace(other, model=None, model_dir=None)
         return replace(other, **given)
 
     @property
@@ -76,14 +103,18 @@ class ModelOptions:
 
 
 def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the fields of `ModelOptions` as options; it gets them together, as its `options`."""
+    """Give a command the fields of `ModelOptions` as options; it gets them together, as its `options`.
+
+    Those of the main command are among them: they may stand before a subcommand too.
+    """
     hints = get_type_hints(ModelOptions, include_extras=True)
     names = [field.name for field in fields(ModelOptions)]
 
     @wraps(command)
     def with_options(**arguments: Any) -> None:
-        options = ModelOptions(**{name: arguments.pop(name) for name in names})
-        command(**arguments, options=options)
+        for name in names:
+            del arguments[name]
+        command(**arguments, options=_given(arguments["ctx"]))
 
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [parameter for name, parameter in own.items() if name != "options"]
@@ -93,6 +124,21 @@ def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
     # typer reads a command's options from its signature.
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return with_options
+
+
+def _given(ctx: typer.Context, sources: Sequence[str] = ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")) -> ModelOptions:
+    """The model options of a command: flags over the environment over the file, a subcommand's over the main one's."""
+    options = ModelOptions()
+    for source in sources:
+        for context in (ctx.parent, ctx):
+            if context is not None:
+                given = {
+                    field.name: context.params[field.name]
+                    for field in fields(ModelOptions)
+                    if (found := context.get_parameter_source(field.name)) and found.name == source
+                }
+                options = ModelOptions(**given).over(options)
+    return options
 
 
 @dataclass(frozen=True)
@@ -109,7 +155,6 @@ class Screen:
 class State:
     """What the main command hands to its subcommands."""
 
-    options: ModelOptions
     screen: Screen
 
 
@@ -121,6 +166,28 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _configure(ctx: typer.Context, path: str | None) -> str | None:
+    """From here on options come from the environment and from the configuration file too."""
+    ctx.auto_envvar_prefix = "LLAMA_SCRATCH"
+    if not ctx.resilient_parsing:  # a shell completes a line, and has no place for what is wrong with a file
+        from llama_scratch.config_file import read_config
+
+        ctx.default_map = read_config(path, ctx)
+    return path
+
+
+@contextmanager
+def _tracebacks() -> Iterator[None]:
+    """Show where an error comes from."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
 @app.callback()
 @takes_model_options
 def main(
@@ -128,17 +195,15 @@ def main(
     options: ModelOptions,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help='Answer one prompt and exit; "-": all of standard input.'),
+        _option("--prompt", "-p", metavar="TEXT", help='Answer one prompt and exit; "-": all of standard input.'),
     ] = None,
-    top: Annotated[
-        int | None, typer.Option("--top", metavar="N", help="Candidates listed (5).", show_default=False)
-    ] = None,
+    top: Annotated[int | None, _option("--top", metavar="N", help="Candidates listed (5).", show_default=False)] = None,
     generate: Annotated[
-        int, typer.Option("--generate", "-n", metavar="N", help="Go on for N tokens.", show_default=False)
+        int, _option("--generate", "-n", metavar="N", help="Go on for N tokens.", show_default=False)
     ] = 0,
     temperature: Annotated[
         float,
-        typer.Option(
+        _option(
             "--temperature",
             metavar="T",
             help="How much chance: 0, always the most probable token (0).",
@@ -146,53 +211,78 @@ def main(
         ),
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option("--top-k", metavar="K", help="Draw from the K best tokens only (all).", show_default=False)
+        int, _option("--top-k", metavar="K", help="Draw from the K best tokens only (all).", show_default=False)
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(
-            "--top-p", metavar="P", help="Draw from the best ones that have P together (1).", show_default=False
-        ),
+        _option("--top-p", metavar="P", help="Draw from the best ones that have P together (1).", show_default=False),
     ] = 1.0,
     min_p: Annotated[
         float,
-        typer.Option(
-            "--min-p", metavar="P", help="Draw from those with P times the best one's (0).", show_default=False
-        ),
+        _option("--min-p", metavar="P", help="Draw from those with P times the best one's (0).", show_default=False),
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Where chance starts.")] = None,
+    seed: Annotated[int | None, _option("--seed", metavar="N", help="Where chance starts.")] = None,
+    chat: Annotated[
+        bool,
+        _option("--chat", metavar="", help="Talk with a model that was trained for it: each line is a message."),
+    ] = False,
+    system: Annotated[
+        str | None, _option("--system", metavar="TEXT", help="The system prompt of the chat, which it begins.")
+    ] = None,
+    special: Annotated[
+        bool,
+        _option("--special", metavar="", help="Names such as <|eot_id|> in a prompt are the special tokens."),
+    ] = False,
     commands: Annotated[
         bool,
-        typer.Option("--commands", metavar="", help="In a pipe, lines that begin with / are commands (// escapes)."),
+        _option("--commands", metavar="", help="In a pipe, lines that begin with / are commands (// escapes)."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object a prompt.")] = False,
+    live: Annotated[
+        bool,
+        _option("--live/--no-live", metavar="", help="Predict while you type, or only at Enter.", show_default=False),
+    ] = True,
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object a prompt.")] = False,
     plain: Annotated[
-        bool, typer.Option("--plain", metavar="", help="No colours, tables or bars; for screen readers.")
+        bool, _option("--plain", metavar="", help="No colours, tables or bars; for screen readers.")
     ] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", metavar="", help="No colours.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", metavar="", help="No progress and no notes on stderr.")
-    ] = False,
-    no_input: Annotated[bool, typer.Option("--no-input", metavar="", help="Never ask anything.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")] = False,
+    no_color: Annotated[bool, _option("--no-color", metavar="", help="No colours.")] = False,
+    quiet: Annotated[bool, _option("--quiet", "-q", metavar="", help="No progress and no notes on stderr.")] = False,
+    no_input: Annotated[bool, _option("--no-input", metavar="", help="Never ask anything.")] = False,
+    debug: Annotated[bool, _option("--debug", metavar="", help="Show tracebacks.")] = False,
+    config: Annotated[
+        str | None,
+        _option(
+            "--config",
+            metavar="PATH",
+            envvar="LLAMA_SCRATCH_CONFIG",
+            is_eager=True,
+            callback=_configure,
+            help="The file of options, TOML, in place of llama-scratch/config.toml in the folder for configurations.",
+        ),
+    ] = None,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", metavar="", is_eager=True, callback=_print_version, help="Print the version and exit."
-        ),
+        _option("--version", metavar="", is_eager=True, callback=_print_version, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """A microscope for one token: type a prompt, see what Llama would say next.
 
-    With no model named it looks for Llama 3.2 1B in ~/.llama and else takes SmolLM2-135M, an open
-    model of the same architecture. When standard input is not a terminal, each line is a prompt.
+    With no model named it looks for Llama 3.2 1B in ~/.llama and else takes
+    SmolLM2-135M, an open model of the same architecture. When standard input is
+    not a terminal, each line is a prompt.
+
+    Each option can also stand in the configuration file (see --config), as
+    top = 10, and in the environment, as LLAMA_SCRATCH_TOP=10. Flags go over the
+    environment, and that goes over the file.
     """
+    if debug:
+        ctx.with_resource(_tracebacks())
     colors: dict[str, Any] = {"no_color": True} if no_color or plain else {}
     asking = not no_input and sys.stdin.isatty() and sys.stderr.isatty()
     screen = Screen(
         Console(highlight=False, **colors), Console(stderr=True, quiet=quiet, highlight=False, **colors), json, asking
     )
-    ctx.obj = State(options, screen)
+    ctx.obj = State(screen)
     if ctx.invoked_subcommand is not None:
         return
 
@@ -200,21 +290,34 @@ def main(
         raise UsageError(f"{generate} tokens to generate were asked for, expected at least 0 (--generate).")
     if top is not None and top < 1:
         raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+    from llama_scratch.repl.chat import Chat
     from llama_scratch.repl.loading import Loading
     from llama_scratch.repl.pipe import Format, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.session import Session, Settings
     from llama_scratch.sampling import Sampling
 
-    settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain)
+    settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain, live, special)
+    conversation = Chat(system or "") if chat or system is not None else None
     form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines", top is not None)
     if prompt is None and sys.stdin.isatty() and form.kind == "terminal":
         from llama_scratch.repl import loop
 
-        loop.run(Session(_loading(options, screen), screen.out, settings))
+        session = Session(
+            _loading(options, screen), screen.out, settings, _opener(options), interactive=True, chat=conversation
+        )
+        loop.run(session)
         return
     # What commands print would break the data; it goes where notes go.
-    console = screen.out if form.kind == "terminal" else screen.log
-    session = Session(Loading.ended_with(_load(options, screen)), console, settings)
+    shown = form.kind == "terminal"
+    session = Session(
+        Loading.ended_with(_load(options, screen)),
+        screen.out if shown else screen.log,
+        settings,
+        _opener(options),
+        interactive=shown,
+        keeps_turns=commands,
+        chat=conversation,
+    )
     if prompt == "-":
         prompt = stdin_text().removesuffix("\n")
     if prompt == "":
@@ -233,7 +336,10 @@ def main(
 
 
 @app.command()
-def pull(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
+def pull(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2", autocompletion=_models)],
+) -> None:
     """Fetch an open model, so that --model NAME runs it."""
     _pull(name, ctx.obj.screen)
 
@@ -246,7 +352,7 @@ def info(
     path: Annotated[
         str | None, typer.Argument(metavar="PATH", help="A model; by default the one that would run.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object.")] = False,
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
 ) -> None:
     """What is in a model: its shape, parameters, tokenizer and RoPE factor."""
     state: State = ctx.obj
@@ -254,8 +360,7 @@ def info(
     from llama_scratch.info import describe
 
     if path is not None:
-        options = replace(options, model_dir=path)
-    options = options.over(state.options)
+        options = ModelOptions(model_dir=path).over(options)
     with progress_bar(state.screen.log, "Reading") as progress:
         facts = describe(
             find_model(options.source),
@@ -285,14 +390,14 @@ def bench(
     ctx: typer.Context,
     options: ModelOptions,
     prefill: Annotated[
-        str, typer.Option("--prefill", metavar="N,…", help="Lengths of the prompts that are read.")
+        str, _option("--prefill", metavar="N,…", help="Lengths of the prompts that are read.")
     ] = "128,512,2048",
     decode_at: Annotated[
-        str, typer.Option("--decode-at", metavar="N,…", help="Tokens before those that are decoded.")
+        str, _option("--decode-at", metavar="N,…", help="Tokens before those that are decoded.")
     ] = "16,8192",
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens decoded in each measurement.")] = 16,
-    runs: Annotated[int, typer.Option("--runs", metavar="N", help="Measurements of each; the median counts.")] = 3,
-    json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object.")] = False,
+    tokens: Annotated[int, _option("--tokens", metavar="N", help="Tokens decoded in each measurement.")] = 16,
+    runs: Annotated[int, _option("--runs", metavar="N", help="Measurements of each; the median counts.")] = 3,
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
 ) -> None:
     """How fast a model runs here: reading prompts, decoding, and its share of what the memory allows."""
     state: State = ctx.obj
@@ -300,7 +405,7 @@ def bench(
     for value, option in ((tokens, "--tokens"), (runs, "--runs")):
         if value < 1:
             raise UsageError(f"{value} was given, expected at least 1 ({option}).")
-    llama = _load(options.over(state.options), state.screen)
+    llama = _load(options, state.screen)
     with progress_bar(state.screen.log, "Measuring") as progress:
         from llama_scratch.bench import measure
 
@@ -324,6 +429,37 @@ def _sizes(text: str, option: str) -> list[int]:
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise UsageError(f"{text!r} was given, expected numbers of tokens such as 128,512 ({option}).")
     return sorted({int(size) for size in sizes})
+
+
+@app.command()
+@takes_model_options
+def replay(
+    ctx: typer.Context,
+    options: ModelOptions,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A session that /save wrote.")],
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
+) -> None:
+    """Run a saved session again and report every difference; exit code 1 where there is one.
+
+    It runs the model of the recording, as it was run then, unless flags say otherwise.
+    """
+    screen = ctx.obj.screen
+    from llama_scratch.repl import record
+
+    recorded = record.load(record.user_path(file))
+    # What was recorded goes over the environment and the file, which are about other sessions.
+    chosen = _given(ctx, ["COMMANDLINE"]).over(ModelOptions(**recorded.header.options).over(options))
+    llama = _load(chosen, screen)
+    from llama_scratch.repl.replay import run_again
+
+    found = run_again(recorded, llama, _opener(chosen), screen.log)
+    if json or screen.json:
+        from llama_scratch.render.lines import json_line
+
+        print(json_line(found.as_json()))
+    else:
+        print("\n".join(found.lines()))
+    raise typer.Exit(1 if found.differences else 0)
 
 
 # --- Loading ----------------------------------------------------------------------------------
@@ -355,6 +491,15 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
         return llama
 
     return Loading(name_of(path), load)
+
+
+def _opener(options: ModelOptions) -> Callable[[str, str, Progress], Llama]:
+    """Loads another model, or the same in another precision, with the other options as they are."""
+
+    def open(source: str, precision: str, progress: Progress) -> Llama:
+        return _load_now(replace(options, model=None, model_dir=source, precision=precision), progress)
+
+    return open
 
 
 def _load_now(options: ModelOptions, progress: Progress) -> Llama:
@@ -408,23 +553,22 @@ def _pull(name: str, screen: Screen) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; every error is one sentence on stderr."""
-    debug = "--debug" in arguments
     _set_encodings()
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        return app(args=arguments, prog_name=NAME, standalone_mode=False) or 0
     except typer.Exit as error:
         return error.exit_code
     except typer.TyperException as error:
         found = error.format_message().rstrip(".")
-        return _fail(f"{found}; 'llama-scratch --help' lists the options.", error.exit_code, debug)
+        return _fail(f"{found}; 'llama-scratch --help' lists the options.", error.exit_code)
     except LlamaScratchError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except MemoryError:
-        return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5, debug)
+        return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
-        return _fail(f"Something unexpected went wrong ({error!r}); with --debug it shows where.", 1, debug)
+        return _fail(f"Something unexpected went wrong ({error!r}); with --debug it shows where.", 1)
 
 
 def _set_encodings() -> None:
@@ -437,8 +581,6 @@ def _set_encodings() -> None:
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _fail(sentence: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
+def _fail(sentence: str, code: int) -> int:
     print(f"llama-scratch: {sentence}", file=sys.stderr)
     return code

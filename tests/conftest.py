@@ -14,7 +14,8 @@ from tests.checkpoints import write_meta
 CACHE = Path(__file__).parent.parent / ".cache"
 os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("LLAMA_SCRATCH_MODEL_DIR", None)
+for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
+    del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,117 @@
+"""The configuration file: TOML with the long options as keys, and a table for each subcommand. Imports no torch.
+
+model = "smollm2"
+top = 10
+live = false
+
+[bench]
+runs = 5
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from platformdirs import user_config_path
+from typer.core import TyperGroup, TyperOption
+
+from llama_scratch.errors import UsageError, printable
+
+
+def default_path() -> Path:
+    """Where the file is looked for when nothing names another."""
+    return user_config_path("llama-scratch", appauthor=False) / "config.toml"
+
+
+def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
+    """The file's values as the `default_map` of the program whose context it is: by parameter, and by subcommand.
+
+    path: None for the usual place, where there may be no file. Raises `UsageError`, with the file's name, where
+    one that was named is missing, one is not TOML, or it holds a key or a value that no option has.
+    """
+    file = default_path() if path is None else Path(os.path.expanduser(path))
+    try:
+        found = tomllib.loads(file.read_bytes().decode())
+    except FileNotFoundError as error:
+        if path is None:
+            return {}
+        raise UsageError(
+            f"There is no configuration file at {printable(file, 200)}; write one there, "
+            "or name another with --config or $LLAMA_SCRATCH_CONFIG."
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"The configuration file {printable(file, 200)} cannot be read ({error.strerror or error}); "
+            "check that it is a file that is there for you to read."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"The configuration file {printable(file, 200)} is not TOML ({printable(error, 200)}); "
+            "correct it there, expected lines such as top = 10."
+        ) from error
+    return _defaults(found, ctx, file)
+
+
+def _defaults(found: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[str, Any]:
+    program = ctx.command
+    commands = program.commands if isinstance(program, TyperGroup) else {}
+    tables = {name: found[name] for name in commands if name in found}
+    own = {key: value for key, value in found.items() if key not in tables}
+    options = _options(program)
+    defaults = _checked(own, options, [*options, *commands], ctx, file)
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise _wrong(file, name, table, f"a table of its options under [{name}]")
+        options = _options(commands[name])
+        defaults[name] = _checked(table, options, options, ctx, file, f" in [{name}]")
+    return defaults
+
+
+def _options(command: Any) -> dict[str, TyperOption]:
+    """The options that hold something, by their long names without dashes; --version and its like do something."""
+    return {
+        name.removeprefix("--"): option
+        for option in command.params
+        if isinstance(option, TyperOption) and option.expose_value and not option.is_eager
+        for name in option.opts
+        if name.startswith("--")
+    }
+
+
+def _checked(
+    found: Mapping[str, Any],
+    options: Mapping[str, TyperOption],
+    known: Iterable[str],
+    ctx: typer.Context,
+    file: Path,
+    where: str = "",
+) -> dict[str, Any]:
+    """The values by parameter, each one that its option takes."""
+    values = {}
+    for key, value in found.items():
+        option = options.get(key)
+        if option is None:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else "expected a long option without its dashes."
+            raise UsageError(f"{printable(file, 200)}: there is no option '{printable(key)}'{where}; {advice}")
+        if isinstance(value, bool) != option.is_flag:  # which would be taken for 0 and 1, or the other way round
+            raise _wrong(file, key, value, "true or false" if option.is_flag else f"what --{key} takes")
+        try:
+            taken = option.process_value(ctx, value)
+        except typer.BadParameter as error:
+            raise _wrong(file, key, value, f"what --{key} takes ({error.message})") from error
+        if isinstance(taken, str) and not isinstance(value, str):  # a number would become one in silence
+            raise _wrong(file, key, value, "a text in quotes")
+        values[option.name] = value
+    return values
+
+
+def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return UsageError(f"{printable(file, 200)}: {key} is {printable(shown)}, expected {expected}; correct it there.")

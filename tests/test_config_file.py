@@ -1,0 +1,243 @@
+"""The configuration file and the environment: what each can say, and which of them is heard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_scratch.config_file import default_path
+from llama_scratch.repl.session import Session
+from tests.test_cli import Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The file in the usual place, empty."""
+    file = default_path()
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    return file
+
+
+@pytest.fixture
+def model(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The small random model, named by the environment alone."""
+    monkeypatch.setenv("LLAMA_SCRATCH_MODEL_DIR", str(tiny_dir))
+    return str(tiny_dir)
+
+
+def candidates(llama_scratch: Runner, *arguments: str) -> int:  # noqa: F811 - pytest gives it
+    """How many candidates an answer lists."""
+    result = llama_scratch(*arguments, "--json", stdin=b"the\n")
+    assert result.err == ""
+    return len(json.loads(result.out)["top"])
+
+
+def test_flags_over_the_environment_over_the_file_over_the_default(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert candidates(llama_scratch) == 5
+    config.write_text("top = 4")
+    assert candidates(llama_scratch) == 4
+    monkeypatch.setenv("LLAMA_SCRATCH_TOP", "3")
+    assert candidates(llama_scratch) == 3
+    assert candidates(llama_scratch, "--top", "2") == 2
+
+
+def test_another_file(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config.write_text("top = 4")
+    (tmp_path / "other.toml").write_text("top = 3")
+    (tmp_path / "third.toml").write_text("top = 2")
+    monkeypatch.setenv("LLAMA_SCRATCH_CONFIG", str(tmp_path / "other.toml"))
+    assert candidates(llama_scratch) == 3
+    assert candidates(llama_scratch, "--config", str(tmp_path / "third.toml")) == 2
+
+
+def test_every_kind_of_option(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:  # noqa: F811
+    """Text, a number, a fraction, a switch, and a switch that is on unless it is turned off."""
+    options = ["generate = 2", "temperature = 1.5", "seed = 1", "json = true", "live = false", "no-color = true"]
+    config.write_text("\n".join([f'model-dir = "{tiny_dir}"', *options]))
+    answer = json.loads(llama_scratch(stdin=b"the\n").out)
+    assert answer["model"]["name"] == tiny_dir.name
+    assert len(answer["generated"]["ids"]) == 2
+
+
+@pytest.mark.parametrize(("given", "live"), [([], False), (["--live"], True), (["--no-live"], False)])
+def test_live_and_special_reach_the_session(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    live: bool,
+) -> None:
+    """A flag that is on can be turned off in the file, and on again."""
+    config.write_text("live = false\nspecial = true")
+    seen = []
+
+    def answer_all(session: Session, *_: object, **__: object) -> int:
+        seen.append(session.settings)
+        return 0
+
+    monkeypatch.setattr("llama_scratch.repl.pipe.answer_all", answer_all)
+    assert llama_scratch(*given).code == 0
+    assert (seen[0].live, seen[0].special) == (live, True)
+
+
+def test_a_subcommand_has_a_table(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:  # noqa: F811
+    config.write_text(f'[info]\njson = true\nmodel-dir = "{tiny_dir}"')
+    assert json.loads(llama_scratch("info").out)["name"] == tiny_dir.name
+
+
+# --- Which model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "arguments"),
+    [
+        ('model = "smollm2"', {}, ["--model-dir", "TINY"]),
+        ('model = "smollm2"', {"LLAMA_SCRATCH_MODEL_DIR": "TINY"}, []),
+        ('model = "smollm2"\n[info]\nmodel-dir = "TINY"', {}, []),
+        ('[info]\nmodel = "smollm2"', {"LLAMA_SCRATCH_INFO_MODEL_DIR": "TINY"}, []),
+        ('[info]\nmodel = "smollm2"', {}, ["--model-dir", "TINY"]),
+        ("", {"LLAMA_SCRATCH_MODEL": "smollm2"}, ["--model-dir", "TINY"]),
+        ("", {"LLAMA_SCRATCH_INFO_MODEL": "smollm2"}, ["--model-dir", "TINY"]),
+        ("", {}, ["--model", "smollm2", "info", "--model-dir", "TINY"]),
+        ('model-dir = "/nowhere"', {"LLAMA_SCRATCH_MODEL": "smollm2"}, ["info", "TINY"]),
+    ],
+)
+def test_what_is_said_last_names_the_model(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    tiny_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    environment: dict[str, str],
+    arguments: list[str],
+) -> None:
+    """--model and --model-dir are two ways to say one thing: the stronger place is heard, and nothing is refused."""
+    config.write_text(file.replace("TINY", str(tiny_dir)))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("TINY", str(tiny_dir)))
+    arguments = [argument.replace("TINY", str(tiny_dir)) for argument in arguments]
+    result = llama_scratch(*arguments, *([] if "info" in arguments else ["info"]))
+    assert f"name: {tiny_dir.name}\n" in result.out, result.err
+
+
+def test_both_in_one_place_are_still_refused(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+    config.write_text(f'model = "smollm2"\nmodel-dir = "{model}"')
+    assert llama_scratch(stdin=b"x\n").code == 0  # the environment names one
+    config.write_text("")
+    assert "expected one of them" in one_sentence(llama_scratch("--model", "smollm2", "--model-dir", model))
+
+
+def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) -> None:  # noqa: F811
+    config.write_text('model = "smollm2"\nmodel-dir = "here"')
+    assert "expected one of them" in one_sentence(llama_scratch(stdin=b"x\n"))
+
+
+# --- What is wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tpo = 3", "no option 'tpo'; did you mean top?"),
+        ("model_dir = 'x'", "no option 'model_dir'; did you mean model-dir?"),
+        ("zzz = 3", "no option 'zzz'; expected a long option without its dashes"),
+        ("version = true", "no option 'version'"),
+        ("config = 'x'", "no option 'config'"),
+        ("help = true", "no option 'help'"),
+        ("install-completion = true", "no option 'install-completion'"),
+        ('"t\\u001b[31m" = 1', r"no option 't\x1b[31m'"),
+        ("[bnech]\nruns = 1", "no option 'bnech'; did you mean bench?"),
+        ("[bench]\nrnus = 1", "no option 'rnus' in [bench]; did you mean runs?"),
+        ("[bench]\nprompt = 'x'", "no option 'prompt' in [bench]"),
+        ("bench = 1", "bench is 1, expected a table of its options under [bench]"),
+        ("top = 'many'", "top is 'many', expected what --top takes"),
+        ("top = 1.5", "top is 1.5, expected what --top takes"),
+        ("top = true", "top is true, expected what --top takes"),
+        ("top = [1]", "top is [1], expected what --top takes"),
+        ("json = 1", "json is 1, expected true or false"),
+        ("json = 'yes'", "json is 'yes', expected true or false"),
+        ("model = 3", "model is 3, expected a text in quotes"),
+        ("top = ", "is not TOML"),
+        ("top = 1\ntop = 2", "is not TOML"),
+        ("a = " + "[" * 10_000, "is not TOML"),
+        ("\ud800", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_with_its_name(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    text: str,
+    expected: str,
+) -> None:
+    config.write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    result = llama_scratch(stdin=b"x\n")
+    assert result.code == 2
+    assert expected in one_sentence(result)
+    assert str(config) in result.err
+
+
+def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One that was named must be there; the usual one need not."""
+    config.unlink()
+    assert llama_scratch("pull", "none").err.startswith("llama-scratch: There is no model 'none'")
+    for path, expected in ((tmp_path / "none.toml", "no configuration file"), (tmp_path, "cannot be read")):
+        result = llama_scratch("--config", str(path), stdin=b"x\n")
+        assert result.code == 2
+        assert expected in one_sentence(result)
+        assert str(path) in result.err
+
+
+def test_a_wrong_environment_is_one_sentence(
+    llama_scratch: Runner,  # noqa: F811
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLAMA_SCRATCH_TOP", "many")
+    result = llama_scratch(stdin=b"x\n")
+    assert result.code == 2
+    assert "--top" in one_sentence(result)
+
+
+def test_help_and_version_need_no_whole_file(llama_scratch: Runner, config: Path) -> None:  # noqa: F811
+    """So that a person who has broken it finds out how it should be."""
+    config.write_text("broken")
+    assert llama_scratch("--version").code == 0
+    result = llama_scratch("--help")
+    assert result.code == 0
+    assert "configuration file" in result.out
+    assert "LLAMA_SCRATCH_TOP" in result.out
+
+
+@pytest.mark.parametrize("place", ["flag", "environment", "file"])
+def test_debug_from_each_place(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """Tracebacks are shown for errors, and only where they are asked for."""
+    missing = ("--model-dir", "/nowhere", "info")
+    assert "Traceback" not in llama_scratch(*missing).err
+    if place == "environment":
+        monkeypatch.setenv("LLAMA_SCRATCH_DEBUG", "1")
+    if place == "file":
+        config.write_text("debug = true")
+    result = llama_scratch(*(["--debug"] if place == "flag" else []), *missing)
+    assert result.code == 3
+    assert result.err.count("Traceback") == 1
+    assert result.err.splitlines()[-1].startswith("llama-scratch: There is no model")
