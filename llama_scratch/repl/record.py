@@ -116,7 +116,7 @@ def record(session: Session) -> Record:
     header = Header(
         llama_scratch=__version__,
         format=FORMAT,
-        model=Model(first.info.name, first.info.format, str(first.path), sha256, first.info.parameters),
+        model=Model(first.info.name, first.info.format, str(first.path.absolute()), sha256, first.info.parameters),
         precision=first.info.precision,
         device=first.info.device,
         threads=torch.get_num_threads(),

@@ -20,7 +20,6 @@ from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.record import Header, Model, Record, ids_of, versions, weights_sha256, whole_numbers
 from llama_scratch.repl.session import Session, Turn
-from llama_scratch.results import as_json
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 # Numbers are equal within this, absolute or relative: answers in one precision differ by rounding alone, those in
 # two by what the precisions promise.
 TOLERANCE, BETWEEN_PRECISIONS = 1e-3, 2e-2
-# Not compared: how long things took; and the model, which is compared once for the whole session.
-_IGNORED = {"timing", "model", "path", "precision", "device"}
+# Not compared: how long things took; sentences for people; and the model, which is compared once for the session.
+_IGNORED = {"timing", "warnings", "model", "path", "precision", "device"}
 # What is generated; without a seed it is drawn anew each time.
 _GENERATED = {"generated", "text", "ids", "logprobs", "finish_reason"}
 
@@ -159,8 +158,9 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     if is_command(turn.input):
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
-            # Of one that changes the text, the text that came of it is recorded.
-            return {"command": command.name} | as_json(session.predict(ids)) if ids else None
+            if ids:  # the text that came of it, which the next lines go on from
+                session.predict(ids)
+            return None
     new = respond(session, turn.input)[0]
     _keep_conversation(session, ids, turn.output.get("generated"))
     return new
