@@ -21,7 +21,7 @@ PACKAGE = Path(llama_scratch.__file__).parent
 FLOORS: list[set[str]] = [
     {"__init__", "__main__"},
     {"cli"},
-    {"repl"},
+    {"repl", "config_file"},
     {"render"},
     {"bench"},
     {"llama"},
