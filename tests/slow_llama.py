@@ -27,6 +27,8 @@ class SlowLlama:
     info = ModelInfo("Slow-Llama", "none", "fp32", "cpu", 1_000_000)
     context = 64
     preparing = None
+    path = None
+    args = SimpleNamespace(rope_scaling=None)
     tokenizer = SimpleNamespace(bos_id=None, decode=lambda ids: "".join(TOKENS[id] for id in ids))
 
     @classmethod
@@ -42,7 +44,7 @@ class SlowLlama:
     def prepare(self, *, wait: bool) -> None:
         """There is nothing to prepare."""
 
-    def predict(self, prompt: str, top: int = 5, *, progress: Progress = silent) -> Prediction:
+    def predict(self, prompt: str, top: int = 5, *, special: bool = False, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)
         return Prediction(prompt, (Token(0, TOKENS[0]),), best, (best,), 1.0, (), self.info, Timing())
 

@@ -34,7 +34,7 @@ def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal
     """A session whose model is there."""
     terminal = Terminal("--model", "smollm2", *arguments, env=state, columns=columns)
     terminal.wait_for("lists the commands")
-    terminal.wait_for("SmolLM2-135M-Instruct>")
+    terminal.wait_for("> ")
     return terminal
 
 

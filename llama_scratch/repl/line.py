@@ -13,7 +13,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
-from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.formatted_text import FormattedText, to_plain_text
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.layout.utils import explode_text_fragments
@@ -103,11 +103,17 @@ class Line:
             self.live.want(None)
             longer = next((c for c in completions(self._session, line) if len(c) > len(line)), line)
             buffer.suggestion = Suggestion(longer[len(line) :])
-        elif line and self._session.settings.live and not self._session.settings.plain:
+        elif line and self._is_live:
             self.live.want(unescaped(line))
             self._offer()
         else:
             self.live.want(None)
+
+    @property
+    def _is_live(self) -> bool:
+        """A message of a chat is no text that the model would go on with, and a screen reader would never be silent."""
+        session = self._session
+        return session.settings.live and not session.settings.plain and session.chat is None
 
     def _from_live(self) -> None:
         """There is a new reading; called from its thread."""
@@ -132,7 +138,7 @@ class Line:
 
     def _toolbar(self) -> FormattedText:
         reading = self._reading()
-        if reading is None or not self._session.settings.live:
+        if reading is None or not self._is_live:
             return FormattedText()
         current = reading.line == unescaped(self._editor.default_buffer.text)
         candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
@@ -248,8 +254,15 @@ def _prompt_toolkit_style(style: str) -> str:
     return " ".join(word if word in ("bold", "underline", "italic") else f"ansi{word}" for word in words)
 
 
+# A terminal that is narrower needs its line for what is typed.
+_NARROW = 60
+
+
 def _message(session: Session) -> FormattedText:
-    return FormattedText([("bold ansicyan", session.loading.name), ("", "> ")])
+    name = session.loading.name if session.console.width >= _NARROW else ""
+    if session.chat:
+        name = f"{name} chat".lstrip()
+    return FormattedText([("bold ansicyan", name), ("", "> ")])
 
 
 def _stage(session: Session) -> FormattedText:
@@ -266,7 +279,7 @@ def _placeholder(session: Session) -> FormattedText:
     """What an empty line offers, in grey; nothing of it stays once the line is sent or searched."""
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
-    room = session.console.width - len(session.loading.name) - 3
+    room = session.console.width - len(to_plain_text(_message(session))) - 1
     hint = _FIRST_HINT if len(_FIRST_HINT) <= room else ""
     if session.offered:
         offer = terminal.visible(session.offer_text).plain

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import LlamaScratchError
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -82,8 +81,8 @@ class Live:
                     self._read(line)
             except _StaleError:
                 pass
-            except (LlamaScratchError, MemoryError):
-                self.reading = None  # Enter says what is wrong with the line
+            except Exception:  # noqa: BLE001 - whatever is wrong with the line, Enter says it
+                self.reading = None
             finally:
                 self._busy = False
 

@@ -67,7 +67,7 @@ def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
         command, reply = run_command(session, line)
         output = {"command": command.name} | (reply.facts if reply else {})
     elif line:
-        output = session.ask(unescaped(line))
+        output = session.say(unescaped(line))
     else:
         output = session.extend(session.offered)
     session.keep(Turn(line, output))
