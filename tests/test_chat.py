@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,15 +248,15 @@ HOSTILE = {
     "{{ f(99) }}",
     "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "a recursive loop": "{% for x in [1] recursive %}{% if loop.depth < 99 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
-    "a long output": "{% for x in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "a long output": "{{ 'x' * 999999 }}{{ messages }}" * 9,
     "a long text": "{{ 'x' * 10000000000 }}",
     "a long list": "{{ ([0] * 10000000000) | length }}",
-    "a high power": "{{ 10 ** 10 ** 10 }}",
+    "a high power": "{{ 3000000 ** 3000000 }}",
     "a wide field": "{{ 'x' | center(10000000000) }}",
     "squares": "{% set ns = namespace(n=9) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "doubled by +": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "doubled by ~": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "doubled by a filter": "{{ 'x'" + " | replace('x', 'xx')" * 60 + " }}",
+    "doubled by a filter": "{{ 'x'" + " | replace('x', 'xx')" * 28 + " }}",
     "doubled by blocks": "{% set x %}xx{% endset %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
     "doubled by a macro": "{% macro f(x, n) %}{{ f(x ~ x, n - 1) if n else x }}{% endmacro %}{{ f('x', 60) | length }}",
     "deep brackets": "{{ " + "(" * DEEP + "1" + ")" * DEEP + " }}",
@@ -266,15 +267,19 @@ HOSTILE = {
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_template_that_is_broken_or_hostile(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, soon; and it is no worse the second time."""
+    """One sentence, soon and without much memory; and it is no worse the second time."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    tracemalloc.start()
     format = TemplateFormat(source, special=SPECIAL)
     for _ in range(2):
         start = time.thread_time()
         with pytest.raises(CheckpointError) as caught:
             format.parts([Message("user", "Hi")])
-        assert time.thread_time() - start < 1
+        assert time.thread_time() - start < 3
         is_sentence(caught.value, CheckpointError, "chat template fails")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
 
 
 def test_a_template_that_takes_no_system_prompt() -> None:
