@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"repl", "config_file"},
     {"render"},
-    {"bench"},
+    {"bench", "microscope"},
     {"llama"},
     {"info"},
     {"engine", "sampling"},
