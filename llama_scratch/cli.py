@@ -169,10 +169,9 @@ def _print_version(wanted: bool) -> None:
 def _configure(ctx: typer.Context, path: str | None) -> str | None:
     """From here on options come from the environment and from the configuration file too."""
     ctx.auto_envvar_prefix = "LLAMA_SCRATCH"
-    if not ctx.resilient_parsing:  # a shell completes a line, and has no place for what is wrong with a file
-        from llama_scratch.config_file import read_config
+    from llama_scratch.config_file import read_config
 
-        ctx.default_map = read_config(path, ctx)
+    ctx.default_map = read_config(path, ctx)
     return path
 
 

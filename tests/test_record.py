@@ -453,6 +453,20 @@ def test_text_drawn_without_a_seed_is_not_compared_and_that_is_said(tiny: Llama,
     assert [difference.what for difference in replayed(path, tiny).differences] == ["text"]
 
 
+def test_what_stands_beside_drawn_text_is_compared(tiny: Llama, tmp_path: Path) -> None:
+    path = saved(session_of(tiny, "the", generate=3, sampling=Sampling(3.0)), tmp_path / "a.jsonl")
+    assert replayed(path, tiny).differences == []
+    path = edited(path, lambda lines: lines[1]["output"]["next"].update(id=0))
+    assert [difference.what for difference in replayed(path, tiny).differences] == ["next.id"]
+
+
+def test_lines_go_on_from_the_text_that_an_editor_gave(tiny: Llama, tmp_path: Path) -> None:
+    path = saved(session_of(tiny, "in", "the nation", ""), tmp_path / "a.jsonl")
+    found = replayed(edited(path, lambda lines: lines[2].update(input="/edit")), tiny)
+    assert found.differences == []
+    assert (found.compared, found.turns) == (2, 3)
+
+
 def test_of_what_was_interrupted_the_beginning_is_compared(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the", "/generate 8")
     whole = session.turns[-1].output
@@ -499,6 +513,7 @@ def test_a_replay_touches_no_files_and_starts_no_program(
         {"tokens": [{"id": 2**80}]},
         {"tokens": [3]},
         {"model": "x", "generated": 3},
+        {"generated": {"ids": 3}},
         {"model": {"precision": []}},
         {"command": []},
         {"finish_reason": "interrupted", "ids": 3},
@@ -537,7 +552,7 @@ def test_how_it_was_run_is_what_the_command_line_takes(tiny: Llama, tmp_path: Pa
 
 
 def test_load_restores_text_settings_and_lines(tiny: Llama, tmp_path: Path) -> None:
-    first = session_of(tiny, "the nation", "", "/top 2", "/seed 4")
+    first = session_of(tiny, "the nation", "", "/top 2", "/seed 4", top=4)
     path = saved(first, tmp_path / "a.jsonl")
     second = session_of(tiny, "something else", live=False)
     output, _ = respond(second, f"/load {path}")

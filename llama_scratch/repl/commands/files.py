@@ -109,9 +109,7 @@ def _export(session: Session, argument: str) -> Reply:
 def _drawn(session: Session) -> Console:
     """The session's screen, drawn once more to be exported."""
     width = session.console.width
-    console = Console(
-        record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", no_color=False
-    )
+    console = Console(record=True, file=io.StringIO(), width=width)
     for view in session.shown:
         console.print(view, markup=False, highlight=False)
     return console
