@@ -304,7 +304,7 @@ class Llama:
                     "The prompt ends in a space, which became a token of its own; words bring their own space and "
                     "only numbers come after a lone one, so end the prompt with the last word.",
                 )
-            elif self._cut_differently(prompt, ids, next):
+            elif self._cut_differently(prompt, ids, next, special):
                 yield Caution(
                     ENDS_IN_A_WORD,
                     f"The prompt ends inside of what is one token once {next.text!r} follows it; "
@@ -324,7 +324,7 @@ class Llama:
                 "what it says so far out is not to be relied on.",
             )
 
-    def _cut_differently(self, prompt: str, ids: list[int], next: Token) -> bool:
+    def _cut_differently(self, prompt: str, ids: list[int], next: Token, special: bool) -> bool:
         """Whether the prompt with the predicted text behind it would have become other tokens than `ids`."""
         if next.id in self.tokenizer.special_tokens.values():
             return False
@@ -332,7 +332,7 @@ class Llama:
             text = self.tokenizer.token_bytes(next.id).decode()
         except UnicodeDecodeError:  # a part of a character
             return False
-        return self.tokenizer.encode(prompt + text, bos=True)[: len(ids)] != ids
+        return self.tokenizer.encode(prompt + text, bos=True, special=special)[: len(ids)] != ids
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

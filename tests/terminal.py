@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self, cast
 
@@ -28,6 +28,16 @@ KEYS = {
 }
 
 
+class _Screen(pyte.Screen):
+    """A screen that answers when the program asks where the cursor is."""
+
+    answer: Callable[[str], int] | None = None
+
+    def write_process_input(self, data: str) -> None:
+        if self.answer:
+            self.answer(data)
+
+
 class Terminal:
     """One run of a program on a terminal of `columns` × `rows`."""
 
@@ -41,7 +51,7 @@ class Terminal:
         timeout: float = 30,
     ):
         self.timeout = timeout
-        self.screen = pyte.Screen(columns, rows)
+        self.screen = _Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         environment = dict(os.environ) | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"} | dict(env or {})
         for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
@@ -50,8 +60,7 @@ class Terminal:
             program[0], [*program[1:], *arguments], env=environment, dimensions=(rows, columns), timeout=timeout
         )
         self._child.delaybeforesend = None
-        # A terminal that is asked where its cursor is answers.
-        self.screen.write_process_input = self._child.send
+        self.screen.answer = self._child.send
         self._output = b""
 
     def __enter__(self) -> Self:

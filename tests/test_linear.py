@@ -418,7 +418,12 @@ def test_projections_of_the_same_x_share_its_two_limbs_and_another_x_has_its_own
 ) -> None:
     split: list[Tensor] = []
     limbs = linear._limbs
-    monkeypatch.setattr(linear, "_limbs", lambda x: (split.append(x), limbs(x))[1])
+
+    def counted(x: Tensor) -> tuple[list[Tensor], Tensor]:
+        split.append(x)
+        return limbs(x)
+
+    monkeypatch.setattr(linear, "_limbs", counted)
     forms = [Int8(*quantise(random(8, 64, seed=seed))) for seed in (1, 2)]
     x, other = random(1, 3, 64), random(1, 3, 64, seed=5)
     alone = [form(x.clone()) for form in forms]

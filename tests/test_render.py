@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from llama_scratch.render import lines, terminal
-from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, Timing, Token, as_json
+from llama_scratch.results import Candidate, Caution, Generated, ModelInfo, Prediction, Timing, Token, as_json
 
 MODEL = ModelInfo("Tiny", "meta", "fp32", "cpu", 1234)
 
@@ -19,7 +19,8 @@ def prediction(*texts: str, warnings: tuple[str, ...] = ()) -> Prediction:
     """An answer whose candidates have the probabilities 1/2, 1/4, 1/8, …"""
     top = tuple(Candidate(id, text, -(id + 1) * math.log(2)) for id, text in enumerate(texts))
     timing = Timing(load_s=1.5, prompt_tokens=4, reused_tokens=3, prefill_s=0.0123)
-    return Prediction("My name", (Token(7, "My"), Token(8, " name")), top[0], top, 1.75, warnings, MODEL, timing)
+    tokens, cautions = (Token(7, "My"), Token(8, " name")), tuple(Caution("a cause", text) for text in warnings)
+    return Prediction("My name", tokens, top[0], top, 1.75, cautions, MODEL, timing)
 
 
 def shown(renderable: RenderableType, width: int = 80, encoding: str = "utf-8") -> str:

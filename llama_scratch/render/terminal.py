@@ -191,3 +191,21 @@ def rows(pairs: Mapping[str, str]) -> RenderableType:
     for name, value in pairs.items():
         table.add_row(escape(name), escape(value))
     return Padding(table, (0, 0, 0, 1))
+
+
+def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
+    """Names and values in groups, each under its title, all in the same columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, pairs in titled.items():
+        table.add_row(Text(title, style="not bold dim"))
+        for name, value in pairs.items():
+            table.add_row(Text(name), Text(value))
+    return Padding(table, (0, 0, 0, 1))
+
+
+def explained(title: str, text: str) -> RenderableType:
+    """A title, and paragraphs below it: a line break within one is none."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return Group(Padding(Text(title, style="bold"), (0, 0, 0, 1)), *(_indented(p, "") for p in paragraphs))

@@ -12,7 +12,9 @@ from llama_scratch.repl.session import Session
 
 @command("chat", "[on | off]", complete=lambda _session, _begun: ["on", "off"])
 def _chat(session: Session, argument: str) -> Reply:
-    """Talk with the model: each line is a message, in the format that it was trained for; off: lines are prompts again.
+    """Talk with the model: each line is a message.
+
+    The messages are put into the format that it was trained for.
 
     The text so far is the whole conversation, with all tokens of its format, for every other command: /undo takes
     back an answer and then its question, /generate lets an answer go on that was cut, /clear begins anew.
@@ -26,7 +28,10 @@ def _chat(session: Session, argument: str) -> Reply:
 
 @command("system", "[TEXT | off]", complete=lambda _session, _begun: ["off"])
 def _system(session: Session, argument: str) -> Reply:
-    """Begin a new conversation with this system prompt; off: with that of the model's format, if it has one."""
+    """Begin a new conversation with this system prompt.
+
+    off: with that of the model's format, if it has one.
+    """
     if argument:
         begin(session, "" if argument == "off" else argument)
     return _said(session)

@@ -43,7 +43,7 @@ def _said(sentence: str, **facts: Any) -> Reply:
 
 @command("save", "FILE", complete=_files, replayed=False)
 def _save(session: Session, argument: str) -> Reply:
-    """Save the session to a file: what was typed and answered, with the model's checksum and all settings.
+    """Save what was typed and answered, with the model's checksum.
 
     'llama-scratch replay FILE' runs it again and reports every difference; /load FILE goes on from its end.
     """
@@ -59,7 +59,10 @@ def _save(session: Session, argument: str) -> Reply:
 
 @command("load", "FILE", complete=_files, replayed=False)
 def _load(session: Session, argument: str) -> Reply:
-    """Go on from the end of a saved session: with its text, its settings and its lines, in place of the ones here."""
+    """Go on from the end of a saved session.
+
+    Its text, its settings and its lines take the place of the ones here.
+    """
     path = record.user_path(argument)
     recorded = record.load(path)
     header, llama = recorded.header, session.llama
@@ -93,7 +96,10 @@ def _load(session: Session, argument: str) -> Reply:
 
 @command("export", "FILE.html | .svg | .md | .json", complete=_files, replayed=False)
 def _export(session: Session, argument: str) -> Reply:
-    """Write what stands on the screen to a file: a page, a picture or text; .json has the lines and their answers."""
+    """Write what stands on the screen to a page, a picture or a text.
+
+    FILE.html, .svg or .md; FILE.json has the lines and their answers.
+    """
     path = record.user_path(argument)
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
@@ -139,7 +145,10 @@ _EXPORTS: dict[str, Callable[[Session], str]] = {
 
 @command("history", "[N]", replayed=False)
 def _history(session: Session, argument: str) -> Reply:
-    """List the N lines that were typed last (20), the newest last; on a terminal those of earlier sessions too."""
+    """The N lines that were typed last (20), the newest last.
+
+    On a terminal those of earlier sessions too.
+    """
     count = whole_number(argument, "/history") if argument else 20
     typed = _kept() if session.interactive else []
     typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]

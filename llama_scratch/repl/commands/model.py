@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @command("info", replayed=False)
 def _info(session: Session, _: str) -> Reply:
-    """What is in the model: its shape, parameters, tokenizer and RoPE factor."""
+    """What is in the model: shape, parameters, tokenizer, RoPE."""
     from llama_scratch.info import describe
 
     llama = session.llama
@@ -31,7 +31,7 @@ def _info(session: Session, _: str) -> Reply:
 
 @command("context", replayed=False)
 def _context(session: Session, _: str) -> Reply:
-    """The text so far, how many tokens it has, how many fit, and how many are in the cache."""
+    """The text so far, its tokens, how many fit and are cached."""
     llama = session.llama
     ids = session.ids if session.now else []
     facts = {
@@ -51,7 +51,7 @@ def _context(session: Session, _: str) -> Reply:
 
 @command("memory", replayed=False)
 def _memory(session: Session, _: str) -> Reply:
-    """What the model takes of this machine's memory, and what is free."""
+    """What the model takes of the memory, and what is free."""
     from llama_scratch.memory import available, resident
 
     llama = session.llama
@@ -79,7 +79,7 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 
 @command("model", "[NAME | PATH]", complete=_models)
 def _model(session: Session, argument: str) -> Reply:
-    """Go on with another model, and answer the text with it; without a name, say which one it is."""
+    """Go on with another model, and answer the text with it."""
     if argument:
         session.switch(argument, session.llama.info.precision)
     return _said(session)
@@ -87,7 +87,7 @@ def _model(session: Session, argument: str) -> Reply:
 
 @command("precision", "[NAME]", complete=lambda _session, _begun: ["fp32", "bf16", "fp16", "int8", "auto"])
 def _precision(session: Session, argument: str) -> Reply:
-    """Go on in fp32, bf16, fp16 or int8, and answer the text so; without a name, say which one it is."""
+    """Go on in fp32, bf16, fp16 or int8, and answer the text so."""
     if argument:
         session.switch(None, argument)
     return _said(session)

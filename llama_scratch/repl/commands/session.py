@@ -10,8 +10,8 @@ from llama_scratch.repl.commands.registry import COMMANDS, Reply, command
 from llama_scratch.repl.session import Session
 
 KEYS = {
-    "Enter": "Answer the prompt; on an empty line accept what was predicted and go on from there.",
-    "Tab, →": "Accept the grey token behind the cursor; on an empty line bring the text back for editing.",
+    "Enter": "Answer the prompt; on an empty line accept what is offered.",
+    "Tab, →": "Take the grey token; on an empty line, bring the text back.",
     "Shift-Tab": "Offer the next candidate in its place.",
     "Alt-Enter": "A line break within the prompt.",
     "Up, Down": "Earlier prompts. Ctrl-R searches them.",
@@ -22,19 +22,32 @@ KEYS = {
 }
 
 
+# What belongs together, in the order in which /help lists it.
+GROUPS = {
+    "The text": ("generate", "force", "undo", "edit", "clear", "context"),
+    "Looking at it": ("tokens", "surprisal", "tree", "choices", "diff", "compare"),
+    "Drawing tokens": ("temperature", "top-k", "top-p", "min-p", "seed", "greedy"),
+    "Chat": ("chat", "system"),
+    "The model": ("info", "memory", "model", "precision"),
+    "The session": ("top", "live", "special", "history", "save", "load", "export", "help", "quit"),
+}
+
+
 @command("help", "[COMMAND]", complete=lambda _session, _begun: list(COMMANDS))
 def _help(_session: Session, argument: str) -> Reply:
-    """List the commands and the keys; with a command's name, explain that one."""
+    """List the commands and the keys, or explain one command."""
     if not argument:
         names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
-        return Reply({"commands": names, "keys": KEYS}, terminal.rows(names | KEYS), note=True)
+        groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
+        return Reply({"commands": names, "keys": KEYS}, terminal.groups(groups | {"Keys": KEYS}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UsageError(
-            f"There is no command /{printable(name)}; " + (f"did you mean /{near[0]}?" if near else "/help lists them.")
+            f"There is no command /{printable(name)}; "
+            + (f"did you mean /{near[0]} (/help lists them)." if near else "/help lists them.")
         )
-    return Reply({"usage": found.usage, "help": found.help}, terminal.rows({found.usage: found.help}), note=True)
+    return Reply({"usage": found.usage, "help": found.help}, terminal.explained(found.usage, found.help), note=True)
 
 
 @command("clear")

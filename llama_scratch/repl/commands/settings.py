@@ -40,7 +40,10 @@ def _sampling(session: Session, **changes: Any) -> Reply:
 
 @command("temperature", "[T]")
 def _temperature(session: Session, argument: str) -> Reply:
-    """How much chance /generate takes: 0 always takes the most probable token, 1 draws by the model's probabilities."""
+    """How much chance: 0 none, 1 the model's own probabilities.
+
+    Logits are divided by it: below 1 the probable becomes more probable, above 1 less.
+    """
     return _sampling(session, **({"temperature": number(argument, "/temperature")} if argument else {}))
 
 
@@ -52,13 +55,13 @@ def _top_k(session: Session, argument: str) -> Reply:
 
 @command("top-p", "[P]")
 def _top_p(session: Session, argument: str) -> Reply:
-    """Draw from the fewest tokens that have the probability P together; 1: from all."""
+    """Draw from the best tokens that have P together; 1: from all."""
     return _sampling(session, **({"top_p": number(argument, "/top-p")} if argument else {}))
 
 
 @command("min-p", "[P]")
 def _min_p(session: Session, argument: str) -> Reply:
-    """Draw from tokens with at least P times the best one's probability; 0: from all."""
+    """Draw from tokens with P times the best one's probability."""
     return _sampling(session, **({"min_p": number(argument, "/min-p")} if argument else {}))
 
 
@@ -72,7 +75,7 @@ def _seed(session: Session, argument: str) -> Reply:
 
 @command("greedy")
 def _greedy(session: Session, _: str) -> Reply:
-    """Always take the most probable token; the same as /temperature 0."""
+    """Always take the most probable token."""
     return _sampling(session, temperature=0.0)
 
 
@@ -82,7 +85,12 @@ def _on_off(_session: Session, _begun: str) -> list[str]:
 
 @command("live", "[on | off]", _on_off)
 def _live(session: Session, argument: str) -> Reply:
-    """Predict while you type: tokens coloured by how much they surprise, the best next token below."""
+    """Predict while you type.
+
+    The tokens of the line are coloured by how much they surprise the model: green what it expected (under 1 bit),
+    magenta what surprised it (4 bits), bold red what surprised it much (8 bits). The bottom line has the best next
+    token, which also stands in grey behind the cursor.
+    """
     if argument:
         session.settings.live = on_or_off(argument, "/live")
     state = "on" if session.settings.live else "off"
@@ -91,7 +99,10 @@ def _live(session: Session, argument: str) -> Reply:
 
 @command("special", "[on | off]", _on_off)
 def _special(session: Session, argument: str) -> Reply:
-    """Read <|eot_id|> and the like in a prompt as special tokens; off: as plain text."""
+    """Read <|eot_id|> and the like in a prompt as special tokens.
+
+    off: as plain text, which is how it begins.
+    """
     if argument:
         session.settings.special = on_or_off(argument, "/special")
     kind = "special tokens" if session.settings.special else "plain text"

@@ -22,9 +22,9 @@ from llama_scratch.results import Token, as_json, generated_json
 
 @command("generate", "[N]", complete=lambda _session, _begun: ["20", "50", "100", "200"])
 def _generate(session: Session, argument: str) -> Reply | None:
-    """Go on for N tokens (20), drawn as /temperature and the others say; Enter then accepts them.
+    """Go on for N tokens (20); Ctrl-C stops it and keeps what came.
 
-    Ctrl-C stops it and keeps what came.
+    They are drawn as /temperature and the others say. Enter then accepts them.
     """
     generated = session.generate(whole_number(argument, "/generate") if argument else 20)
     # What came bit by bit stands on the screen already.
@@ -38,7 +38,7 @@ def _candidates(session: Session, _begun: str) -> Iterable[str]:
 
 @command("force", "TOKEN", complete=_candidates)
 def _force(session: Session, argument: str) -> Reply | None:
-    r"""Add a token of your choice to the text: ␣Paris, " Paris" in quotes, or #7042 by its id."""
+    """Add a token of your choice: ␣Paris, " Paris" or #7042."""
     token = _one_token(session, argument)
     return Reply(session.extend([token.id]))
 
@@ -76,7 +76,7 @@ def unquoted(argument: str) -> str:
 
 @command("undo")
 def _undo(session: Session, _: str) -> Reply:
-    """Go back to the text before the last one; nothing is computed again."""
+    """Go back to the text before; nothing is computed again."""
     moment = session.undo()
     if session.interactive:
         session.show_answer(moment.prediction, added=len(moment.ids))

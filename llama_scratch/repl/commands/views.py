@@ -30,7 +30,7 @@ def _reply(session: Session, found: Any, view: Callable[..., Any], plain: Callab
 
 @command("tokens", "[TEXT]")
 def _tokens(session: Session, argument: str) -> Reply:
-    """Show how a text, or the one so far, is cut into tokens: each one's id, bytes and text."""
+    """How the text is cut into tokens: ids and bytes."""
     from llama_scratch.microscope.tokens import tokens
 
     found = tokens(session.llama, session.meant(argument))
@@ -39,7 +39,7 @@ def _tokens(session: Session, argument: str) -> Reply:
 
 @command("surprisal", "[TEXT]")
 def _surprisal(session: Session, argument: str) -> Reply:
-    """Show how much each token of a text, or of the one so far, surprised the model, in bits.
+    """How much each token of the text surprised the model, in bits.
 
     A token of probability 1/2 has 1 bit, one of 1/4 has 2. The perplexity is 2 to their mean.
     """
@@ -58,7 +58,7 @@ def _trees(session: Session, _begun: str) -> Iterable[str]:
 
 @command("tree", "[WIDTHxDEPTH] [PATH | ..]", complete=_trees)
 def _tree(session: Session, argument: str) -> Reply:
-    """Show what may come next as a tree: 3x3 has the three best tokens, the three best after each, and so on.
+    """What may come next as a tree: 3x3 is three wide, three deep.
 
     A path such as 1.2 adds the tokens of that branch to the text and shows the tree from there; .. goes back.
     """
@@ -108,7 +108,7 @@ def parts(argument: str) -> Iterator[str]:
 
 @command("diff", "A | B")
 def _diff(session: Session, argument: str) -> Reply:
-    """Show where two texts make the model predict different things, and how different.
+    """Where the predictions after two texts part, and how far.
 
     The divergence (Jensen–Shannon) is 0 bits for equal predictions and 1 bit for those with nothing in common.
     A text in double quotes is read as JSON.
@@ -127,7 +127,7 @@ def _diff(session: Session, argument: str) -> Reply:
 
 @command("choices", "A | B | …")
 def _choices(session: Session, argument: str) -> Reply:
-    """Show which continuation of the text so far the model finds most probable: /choices hot | cold | mild.
+    """How probable each continuation is: /choices hot | cold | mild.
 
     Each gets a space in front, unless it stands in double quotes, which are read as JSON: "\\n" | ", too".
     """
@@ -154,7 +154,7 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 
 @command("compare", "MODEL", complete=_models)
 def _compare(session: Session, argument: str) -> Reply:
-    """Show what another model says after the text so far, or this one in another precision: fp32, bf16, fp16, int8.
+    """What another model, or precision, says after the text.
 
     Another model, by its path or the name under which it was pulled, runs in this one's precision.
     """

@@ -1,0 +1,289 @@
+"""The commands of a session that change its text and its settings, run in a pipe's session on a small model."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from llama_scratch.errors import LlamaScratchError, UsageError
+from llama_scratch.llama import Llama
+from llama_scratch.progress import Progress, silent
+from llama_scratch.repl.commands import COMMANDS, completions
+from llama_scratch.repl.commands.session import GROUPS
+from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.pipe import respond
+from llama_scratch.repl.session import Session, Settings
+from llama_scratch.sampling import GREEDY
+
+
+@pytest.fixture(scope="module")
+def llama(smollm2_path: Path) -> Llama:
+    return Llama.load(smollm2_path, precision="fp32")
+
+
+@pytest.fixture
+def session(llama: Llama) -> Session:
+    def open_other(source: str, precision: str, progress: Progress) -> Llama:
+        return Llama.load(source, precision=precision, progress=progress)
+
+    return Session(Loading.ended_with(llama), Console(file=io.StringIO(), width=80), Settings(5, 0, GREEDY), open_other)
+
+
+def run(session: Session, *lines: str) -> dict[str, Any]:
+    """The object that answers the last of some lines; each must be JSON."""
+    for line in lines:
+        output = respond(session, line)[0]
+        json.dumps(output)
+    return output
+
+
+def refused(session: Session, line: str) -> str:
+    """The sentence that a line is refused with; the session must be as it was."""
+    before = (session.moments, vars(session.settings).copy(), session.turns.copy())
+    with pytest.raises(LlamaScratchError) as caught:
+        respond(session, line)
+    assert (session.moments, vars(session.settings), session.turns) == before
+    sentence = str(caught.value)
+    assert sentence.endswith((".", ")."))
+    assert ". " not in sentence
+    return sentence
+
+
+def test_every_command_is_listed_in_a_group_with_a_line_that_fits() -> None:
+    assert sorted(name for group in GROUPS.values() for name in group) == sorted(COMMANDS)
+    assert {name: found.summary for name, found in COMMANDS.items() if not 10 < len(found.summary) <= 64} == {}
+
+
+def test_each_object_begins_with_the_name_of_its_command(session: Session) -> None:
+    run(session, "The capital of France is")
+    for line in ("/top 3", "/greedy", "/context", "/memory", "/info", "/help", "/force ␣Paris", "/undo", "/history"):
+        output = run(session, line)
+        assert next(iter(output.items())) == ("command", line[1:].split()[0])
+
+
+# --- The text ---
+
+
+def test_force_takes_the_token_as_it_is_shown_quoted_or_by_its_id(session: Session) -> None:
+    expected = [*run(session, "The capital of France is")["tokens"], {"id": 7042, "text": " Paris"}]
+    for token in ("␣Paris", '" Paris"', "#7042"):
+        run(session, "The capital of France is")
+        assert run(session, f"/force {token}")["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("␣Paris␣is", "is 2 tokens"), ("#99999", "not a token id"), ("xylophonic", "expected one"), ('""', "0 tokens")],
+)
+def test_force_refuses_what_is_not_one_token(session: Session, token: str, said: str) -> None:
+    run(session, "The capital of France is")
+    assert said in refused(session, f"/force {token}")
+
+
+def test_force_and_generate_need_a_text(session: Session) -> None:
+    for line in ("/force ␣Paris", "/generate", "/surprisal", "/undo"):
+        refused(session, line)
+
+
+def test_undo_goes_back_step_by_step_and_computes_nothing(session: Session, llama: Llama) -> None:
+    first = run(session, "The capital of France is")
+    run(session, "/force ␣Paris", "Another text")
+    cached = llama.engine.cached_tokens
+    assert run(session, "/undo")["prompt"] == "The capital of France is Paris"
+    assert run(session, "/undo")["next"] == first["next"]
+    assert llama.engine.cached_tokens == cached
+    assert "nothing to undo" in refused(session, "/undo")
+
+
+def test_an_empty_line_accepts_what_is_offered(session: Session) -> None:
+    run(session, "The capital of France is")
+    assert run(session, "")["prompt"] == "The capital of France is Paris"
+    run(session, "/generate 3")
+    assert run(session, "")["prompt"].startswith("The capital of France is Paris.")
+
+
+def test_generate_draws_as_the_settings_say(session: Session, llama: Llama) -> None:
+    run(session, "Once upon a time")
+    greedy = run(session, "/generate 8")
+    assert greedy["ids"] == list(llama.complete("Once upon a time", 8).ids)
+    assert greedy["finish_reason"] == "length"
+    run(session, "/temperature 1.5", "/seed 7")
+    drawn = run(session, "/generate 8")
+    assert drawn["ids"] == run(session, "/generate 8")["ids"]
+    assert drawn["ids"] != greedy["ids"]
+    run(session, "/greedy")
+    assert run(session, "/generate 8") == greedy
+
+
+def test_clear_forgets_the_text(session: Session) -> None:
+    run(session, "The capital of France is", "/clear")
+    assert session.now is None
+    assert run(session, "/context")["tokens"] == 0
+
+
+def test_context_counts_the_text_and_the_cache(session: Session) -> None:
+    run(session, "The capital of France is")
+    assert run(session, "/context") == {
+        "command": "context",
+        "text": "The capital of France is",
+        "tokens": 5,
+        "context": 8192,
+        "trained_for": 8192,
+        "cached": 5,
+    }
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize(
+    ("line", "facts"),
+    [
+        ("/top 2", {"top": 2}),
+        ("/temperature 0.5", {"temperature": 0.5}),
+        ("/top-k 40", {"top_k": 40}),
+        ("/top-p 0.9", {"top_p": 0.9}),
+        ("/min-p 0.1", {"min_p": 0.1}),
+        ("/seed 3", {"seed": 3}),
+        ("/seed off", {"seed": None}),
+        ("/live off", {"live": False}),
+        ("/special on", {"special": True}),
+    ],
+)
+def test_a_setting_is_changed_and_then_shown(session: Session, line: str, facts: dict[str, Any]) -> None:
+    assert facts.items() <= run(session, line).items()
+    assert facts.items() <= run(session, line.split()[0]).items()
+
+
+def test_top_changes_the_next_answer(session: Session) -> None:
+    assert len(run(session, "/top 2", "The capital of France is")["top"]) == 2
+
+
+def test_special_reads_names_of_special_tokens(session: Session) -> None:
+    name, id = "<|im_end|>", session.llama.tokenizer.special_tokens["<|im_end|>"]
+    plain = run(session, name)
+    assert len(plain["tokens"]) > 1
+    assert "read as plain text" in plain["warnings"][0]
+    special = run(session, "/special on", f"Hello{name}")
+    assert special["tokens"][-1]["id"] == id
+    assert special["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/top", None),
+        ("/top 0", "at least 1"),
+        ("/top five", "whole number"),
+        ("/temperature -1", "temperature is -1"),
+        ("/temperature warm", "expected a number"),
+        ("/temperature nan", "nan"),
+        ("/top-p 2", "from 0 to 1"),
+        ("/top-k -1", "at least 0"),
+        ("/seed -1", "at least 0"),
+        ("/live maybe", "on or off"),
+        ("/generate 0", "at least 1"),
+        ("/greedy now", "takes no argument"),
+        ("/force", "needs an argument"),
+        ("/precision fp7", "expected one of auto, fp32"),
+        ("/model nowhere/at/all", "no model at"),
+        ("/edit", "expected a terminal"),
+        ("/serprisal", "did you mean /surprisal"),
+        ("/help serprisal", "did you mean /surprisal"),
+        ("/help me", "no command /me"),
+    ],
+)
+def test_a_command_that_cannot_be_meant_gets_a_sentence(session: Session, line: str, said: str | None) -> None:
+    run(session, "The capital of France is")
+    if said is None:
+        run(session, line)
+    else:
+        assert said in refused(session, line)
+
+
+# --- Another model ---
+
+
+def test_precision_answers_the_text_again_in_the_one_asked_for(session: Session) -> None:
+    run(session, "The capital of France is")
+    output = run(session, "/precision bf16")
+    assert output["precision"] == "bf16"
+    assert session.now is not None
+    assert session.now.prediction.model.precision == "bf16"
+    assert session.now.prediction.prompt == "The capital of France is"
+
+
+def test_a_model_that_cannot_be_loaded_leaves_all_as_it_was(session: Session, tmp_path: Path) -> None:
+    before = session.llama
+    run(session, "The capital of France is")
+    (tmp_path / "broken.gguf").write_bytes(b"not one")
+    refused(session, f"/model {tmp_path / 'broken.gguf'}")
+    assert session.llama is before
+
+
+def test_another_model_takes_the_text_as_characters(session: Session, tiny_dir: Path) -> None:
+    run(session, "Hello", f"/model {tiny_dir}")
+    assert session.llama.info.name == "Tiny-Llama"
+    assert session.text_of(session.ids) == "Hello"
+
+
+# --- Completion ---
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/gree", ["/greedy"]),
+        ("/live ", ["/live on", "/live off"]),
+        ("/live of", ["/live off"]),
+        ("/precision f", ["/precision fp32", "/precision fp16"]),
+        ("/help top-", ["/help top-k", "/help top-p"]),
+        ("/nothing ", []),
+    ],
+)
+def test_completion(session: Session, line: str, expected: list[str]) -> None:
+    assert completions(session, line) == expected
+
+
+def test_force_completes_the_candidates_of_the_answer(session: Session) -> None:
+    run(session, "The capital of France is")
+    assert completions(session, "/force ␣P") == ["/force ␣Paris"]
+
+
+# --- Warnings ---
+
+
+def test_a_doubled_bos_is_explained(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir)
+    assert llama.tokenizer.bos_id is not None
+    name = llama.token(llama.tokenizer.bos_id).text
+    warned = [str(sentence) for sentence in llama.predict(f"{name}Hello", special=True).warnings]
+    assert any("twice" in sentence for sentence in warned)
+    assert not any("twice" in sentence for sentence in llama.predict("Hello", special=True).warnings)
+
+
+def test_more_context_than_the_model_was_trained_for_is_explained(tiny_dir: Path) -> None:
+    llama = Llama.load(tiny_dir, context=30)
+    llama.args = replace(llama.args, max_seq_len=20)
+    ids = llama.encode("Hello")[-1:]
+    assert llama.predict(ids * 20).warnings == ()
+    beyond = llama.predict(ids * 21).warnings
+    assert len(beyond) == 1
+    assert "trained for up to 20" in beyond[0]
+    with pytest.raises(UsageError):
+        llama.predict(ids * 31)
+
+
+def test_a_context_beyond_the_trained_one_can_be_asked_for(tiny_dir: Path) -> None:
+    trained = Llama.load(tiny_dir).args.max_seq_len
+    assert Llama.load(tiny_dir, context=trained + 1).context == trained + 1
+
+
+def test_silent_progress_is_what_opening_gets(session: Session, tiny_dir: Path) -> None:
+    assert session.open(str(tiny_dir), "fp32", silent).info.precision == "fp32"
