@@ -27,7 +27,7 @@ TEXTS = (
 
 
 def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[float]:
-    """Type a text on the line; how late the cursor moved for each key, in seconds. Ends where `stop` is on the screen."""
+    """Type a text; how late the cursor moved for each key, in seconds. Ends where `stop` is on the screen."""
     lags = []
     for key in text:
         column = terminal.screen.cursor.x

@@ -84,9 +84,9 @@ def test_generation_ends_where_the_context_is_full(tiny_dir: Path) -> None:
 def test_the_prompt_may_end_in_the_middle_of_a_token(llama: Llama) -> None:
     """ "th" is a token of the small vocabulary: after "t", an "h" would have been cut differently."""
     (h,) = llama.tokenizer.encode("h")
-    assert llama._cut_differently("in t", llama.encode("in t"), Token(h, "h"))
+    assert llama._cut_differently("in t", llama.encode("in t"), Token(h, "h"), special=False)
     (x,) = llama.tokenizer.encode("x")
-    assert not llama._cut_differently("in t", llama.encode("in t"), Token(x, "x"))
+    assert not llama._cut_differently("in t", llama.encode("in t"), Token(x, "x"), special=False)
 
 
 def test_a_space_at_the_end_is_explained(llama: Llama) -> None:

@@ -100,16 +100,21 @@ def run_command(session: Session, line: str) -> tuple[Command, Reply | None]:
     name, argument = split(line)
     found = COMMANDS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        advice = f"did you mean /{near[0]}?" if near else "/help lists them"
-        raise UsageError(
-            f"There is no command /{printable(name)}; {advice} (for a prompt that begins with a slash, type two)."
-        )
+        raise unknown_command(name)
     if argument and not found.argument:
         raise UsageError(f"/{name} takes no argument, found '{printable(argument)}'.")
     if not argument and found.argument and not found.argument.startswith("["):
         raise UsageError(f"/{name} needs an argument, expected {found.usage}; /help {name} explains it.")
     return found, found.run(session, argument)
+
+
+def unknown_command(name: str) -> UsageError:
+    """The sentence for a command that there is not: the nearest one, or else where to look."""
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    advice = f"did you mean /{near[0]}?" if near else "/help lists them"
+    return UsageError(
+        f"There is no command /{printable(name)}; {advice} (for a prompt that begins with a slash, type two)."
+    )
 
 
 def completions(session: Session, line: str) -> list[str]:

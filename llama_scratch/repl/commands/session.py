@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
-from llama_scratch.errors import UsageError, printable
 from llama_scratch.render import terminal
-from llama_scratch.repl.commands.registry import COMMANDS, Reply, command
+from llama_scratch.repl.commands.registry import COMMANDS, Reply, command, unknown_command
 from llama_scratch.repl.session import Session
 
 KEYS = {
@@ -42,11 +39,7 @@ def _help(_session: Session, argument: str) -> Reply:
         return Reply({"commands": names, "keys": KEYS}, terminal.groups(groups | {"Keys": KEYS}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UsageError(
-            f"There is no command /{printable(name)}; "
-            + (f"did you mean /{near[0]} (/help lists them)." if near else "/help lists them.")
-        )
+        raise unknown_command(name)
     return Reply({"usage": found.usage, "help": found.help}, terminal.explained(found.usage, found.help), note=True)
 
 
