@@ -289,7 +289,7 @@ def main(
         raise UsageError(f"{generate} tokens to generate were asked for, expected at least 0 (--generate).")
     if top is not None and top < 1:
         raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
-    from llama_scratch.repl.chat import Chat
+    from llama_scratch.repl.chat import Chat, begin
     from llama_scratch.repl.loading import Loading
     from llama_scratch.repl.pipe import Format, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.session import Session, Settings
@@ -315,8 +315,10 @@ def main(
         _opener(options),
         interactive=shown,
         keeps_turns=commands,
-        chat=conversation,
     )
+    if conversation:
+        begin(session, conversation.system)
+        session.first_system = conversation.system
     if prompt == "-":
         prompt = stdin_text().removesuffix("\n")
     if prompt == "":

@@ -66,7 +66,7 @@ class Engine:
         # The last token is always computed: its logits are not kept.
         reused = min(_common_prefix(self._ids, ids), self._cache.length, len(ids) - 1)
         self._start(ids, reused)
-        *first, last = self._chunks(ids, reused)
+        *first, last = self._chunks(ids, reused, CHUNK)
         with self._weights(progress):
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
@@ -102,10 +102,10 @@ class Engine:
         reused = min(_common_prefix(self._ids, ids), self._cache.length, start)
         self._start(ids, reused)
         with self._weights(progress):
-            for chunk in self._chunks(ids[:start], reused):
+            for chunk in self._chunks(ids[:start], reused, CHUNK):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
-            for chunk in self._chunks(ids, start, _POSITIONS):
+            for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 yield _finite(self._forward(chunk, all_positions=True)[0])
 
@@ -113,7 +113,7 @@ class Engine:
         self._cache.rewind(length)
         self._ids = list(ids)
 
-    def _chunks(self, ids: Sequence[int], start: int, size: int = CHUNK) -> Iterator[Sequence[int]]:
+    def _chunks(self, ids: Sequence[int], start: int, size: int) -> Iterator[Sequence[int]]:
         for i in range(start, len(ids), size):
             yield ids[i : i + size]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -144,6 +145,10 @@ class Terminal:
     def interrupt(self) -> None:
         """What a terminal does for Ctrl-C while a program computes."""
         self._child.sendintr()
+
+    def kill(self) -> None:
+        """End the program at once, as `kill -9` does."""
+        self._child.kill(signal.SIGKILL)
 
     def wait(self) -> int:
         """Read to the end and return the exit code (128 + number for a signal)."""

@@ -29,6 +29,12 @@ def llama(smollm2_path: Path) -> Llama:
 
 @pytest.fixture
 def session(llama: Llama) -> Session:
+    return new_session(llama)
+
+
+def new_session(llama: Llama) -> Session:
+    """A session without a terminal."""
+
     def open_other(source: str, precision: str, progress: Progress) -> Llama:
         return Llama.load(source, precision=precision, progress=progress)
 
@@ -231,6 +237,32 @@ def test_another_model_takes_the_text_as_characters(session: Session, tiny_dir: 
     run(session, "Hello", f"/model {tiny_dir}")
     assert session.llama.info.name == "Tiny-Llama"
     assert session.text_of(session.ids) == "Hello"
+
+
+# --- Chat ---
+
+
+def test_a_saved_chat_goes_on_after_it_is_loaded(session: Session, llama: Llama, tmp_path: Path) -> None:
+    run(session, "/system Be brief.", "What is the capital of France?", "And of Italy?")
+    run(session, f"/save {tmp_path / 'chat.jsonl'}")
+    other = new_session(llama)
+    run(other, f"/load {tmp_path / 'chat.jsonl'}")
+    assert session.chat is not None
+    assert other.chat is not None
+    assert other.chat.messages(other) == session.chat.messages(session)
+    assert [message.role for message in other.chat.messages(other)] == ["system", *["user", "assistant"] * 2]
+    assert run(other, "Thanks!")["tokens"] == run(session, "Thanks!")["tokens"]
+
+
+def test_another_precision_keeps_a_chat_and_another_model_ends_it(session: Session, tiny_dir: Path) -> None:
+    run(session, "/chat", "What is the capital of France?")
+    ids = session.ids
+    run(session, "/precision fp32")
+    assert session.ids == ids
+    assert session.chat is not None
+    assert len(session.chat.messages(session)) == 2
+    run(session, f"/model {tiny_dir}")
+    assert session.chat is None
 
 
 # --- Completion ---

@@ -65,7 +65,7 @@ def test_a_percentage_never_claims_certainty(probability: float, expected: str) 
 
 def test_an_answer_shows_token_probability_bar_and_what_it_took() -> None:
     text = shown(terminal.answer(prediction(" Paris", "\n", " the", warnings=("Mind the gap.",))))
-    rows = [line.split() for line in text.splitlines() if "%" in line]
+    rows = [line.replace("│", " ").split() for line in text.splitlines() if "%" in line]
     assert [row[:3] for row in rows] == [["␣Paris", "50.0", "%"], [r"\n", "25.0", "%"], ["␣the", "12.5", "%"]]
     assert [len(row[3]) for row in rows] == [20, 10, 5]
     assert "entropy 1.75 bits · 4 tokens, 3 reused · 12 ms" in text

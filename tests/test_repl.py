@@ -34,7 +34,8 @@ def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal
     """A session whose model is there."""
     terminal = Terminal("--model", "smollm2", *arguments, env=state, columns=columns)
     terminal.wait_for("lists the commands")
-    terminal.wait_for("> ")
+    terminal.wait_for("\n\n")  # the line below the banner
+    terminal.wait_for(">")
     return terminal
 
 
@@ -266,3 +267,31 @@ def test_a_terminal_to_type_on_and_a_file_to_print_to(
         terminal.type("ctrl-d")
         assert terminal.wait() == 0
     assert out.read_text() == '" Paris"\t0.7725\t7042\n'
+
+
+def test_a_session_that_is_killed_in_the_middle_of_a_turn_loses_no_line(
+    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+) -> None:
+    with start(state) as session:
+        ask(session, "The capital of France is")
+        session.type("/generate 2000", "enter")
+        session.wait_for("…")
+        session.kill()
+        session.wait()
+    lines = (tmp_path / "llama-scratch" / "history").read_text().splitlines()
+    assert [line for line in lines if line.startswith("+")] == ["+The capital of France is", "+/generate 2000"]
+    with start(state) as session:
+        session.type("up")
+        session.wait_for("/generate 2000")
+
+
+def test_a_window_that_is_resized_while_text_streams(session: Terminal) -> None:
+    ask(session, "Once upon a time")
+    session.type("/generate 120", "enter")
+    session.wait_for("…")
+    for columns, rows in ((50, 20), (120, 40), (80, 40)):
+        session.resize(columns, rows)
+        session.read(0.3)
+    session.wait_for("(Enter accepts)")
+    session.type("/clear", "enter")
+    assert candidates(ask(session, "The capital of France is"))[-5][0] == "␣Paris"

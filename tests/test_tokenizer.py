@@ -171,7 +171,7 @@ def test_text_comes_back_as_it_was(llama3: Tokenizer, text: str) -> None:
     """As text and byte for byte, and nothing is warned of."""
     assert llama3.decode(llama3.encode(text)) == text
     assert b"".join(map(llama3.token_bytes, llama3.encode(text))) == text.encode()
-    assert llama3.warnings(text) == []
+    assert llama3.warnings(text, special=True) == []
 
 
 @pytest.mark.parametrize("character", ["^", " ", "\ud800", "a"], ids=["carets", "spaces", "surrogates", "letters"])
@@ -423,7 +423,7 @@ def test_smollm2_has_the_ids_of_hugging_faces_tokenizer(smollm2: Tokenizer, hugg
     """On all text whose bytes its vocabulary has."""
     assert smollm2.encode(text) == huggingfaces(text)
     assert smollm2.decode(smollm2.encode(text)) == text
-    assert smollm2.warnings(text) == []
+    assert smollm2.warnings(text, special=True) == []
 
 
 @many
@@ -431,7 +431,7 @@ def test_smollm2_has_the_ids_of_hugging_faces_tokenizer(smollm2: Tokenizer, hugg
 def test_smollm2_reads_what_it_lacks_as_unknown(smollm2: Tokenizer, huggingfaces: Encode, text: str) -> None:
     """As Hugging Face's does: one unknown token a byte, and the text around it as ever."""
     assert smollm2.encode(text) == huggingfaces(text)
-    assert bool(smollm2.warnings(text)) == (not LACKING.isdisjoint(text.encode()))
+    assert bool(smollm2.warnings(text, special=True)) == (not LACKING.isdisjoint(text.encode()))
 
 
 def test_smollm2_lacks_21_bytes_and_says_so(smollm2: Tokenizer) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -189,7 +188,7 @@ def rows(pairs: Mapping[str, str]) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs.items():
-        table.add_row(escape(name), escape(value))
+        table.add_row(Text(name), Text(value))
     return Padding(table, (0, 0, 0, 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from llama_scratch.tokenizer import replace_surrogates
 
 if TYPE_CHECKING:
     from llama_scratch.repl.session import Session
+    from llama_scratch.tokenizer import Tokenizer
 
 # Tokens that an answer may have where --generate says nothing.
 ANSWER = 512
@@ -40,8 +42,10 @@ class Chat:
 
     def messages(self, session: Session) -> list[Message]:
         """The conversation that the session's text holds; a new one where it holds none, or a question alone."""
-        ids = session.now.ids if session.now else []
-        tokenizer = session.llama.tokenizer
+        return self._known(session.now.ids if session.now else [], session.llama.tokenizer)
+
+    def _known(self, ids: list[int], tokenizer: Tokenizer) -> list[Message]:
+        """The conversation that a text holds which begins with a question."""
         for question in reversed(self.questions):
             n = len(question.ids)
             if len(ids) > n and ids[:n] == question.ids:
@@ -50,6 +54,11 @@ class Chat:
             if ids == question.ids:  # which the next line replaces
                 return list(question.messages[:-1])
         return [Message("system", self.system)] if self.system else []
+
+    def recall(self, asked: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer) -> None:
+        """Know questions that were asked before: the line that was typed and the ids that the model saw, of each."""
+        for line, ids in asked:
+            self.questions.append(Question((*self._known(ids, tokenizer), Message("user", line)), ids))
 
     def question(self, session: Session, line: str) -> Question:
         """What the model would see if a line were the next message. Raises as `Llama.encode_chat` does."""

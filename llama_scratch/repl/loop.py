@@ -6,6 +6,7 @@ from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.render import terminal
+from llama_scratch.repl.chat import begin
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.line import Line
 from llama_scratch.repl.pipe import respond
@@ -77,3 +78,13 @@ class _Loop:
             llama = self._session.llama
             self._greeted = True
             self._session.console.print(terminal.banner(llama.info, llama.context))
+            if (chat := self._session.chat) is not None:
+                self._begin_chat(chat.system)
+
+    def _begin_chat(self, system: str) -> None:
+        """Look whether the model takes a conversation; where it does not, say so and take prompts."""
+        self._session.chat = None
+        try:
+            begin(self._session, system)
+        except LlamaScratchError as error:
+            self._session.console.print(terminal.error(str(error)))

@@ -140,12 +140,15 @@ class Session:
         with self.progress() as progress:
             new = self.open(source or str(old.path), precision, progress)
             new.prepare(progress)
-        texts = [self.text_of(self.ids)] if self.now else []
+        # Another model has its own tokens, and its own format of a chat.
+        text = [] if self.now is None else [self.ids if source is None else self.text_of(self.ids)]
         self.loading = Loading.ended_with(new)
         self.moments = []
+        if source is not None:
+            self.chat = None
         old.close()
-        for text in texts:
-            self.ask(text)
+        for prompt in text:
+            self.ask(prompt)
 
     # --- The text ---
 

@@ -34,6 +34,7 @@ def _system(session: Session, argument: str) -> Reply:
     """
     if argument:
         begin(session, "" if argument == "off" else argument)
+        session.moments = []
     return _said(session)
 
 

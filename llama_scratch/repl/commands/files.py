@@ -76,6 +76,10 @@ def _load(session: Session, argument: str) -> Reply:
     session.settings, session.first_settings = settings, header.settings
     session.first_system, session.chat = header.system, None if header.end.system is None else Chat(header.end.system)
     session.turns, session.moments = list(recorded.turns), []
+    if session.chat and same:
+        messages = [turn for turn in recorded.turns if "generated" in turn.output and turn.input]
+        asked = [(turn.input, [token["id"] for token in turn.output["tokens"]]) for turn in messages]
+        session.chat.recall(asked, llama.tokenizer)
     if ids:
         answer = session.predict(ids)
         if session.interactive:
