@@ -73,14 +73,11 @@ def after_enter() -> Image.Image:
 
 def tree() -> Image.Image:
     """The most probable continuations, as a tree."""
-    with _start(rows=56) as terminal:
-        terminal.type("/live off", "enter")
+    with _start(rows=44) as terminal:
         _answered(terminal, "The opposite of hot is", "enter")
-        terminal.type("/clear", "enter")
-        terminal.settle()
-        _answered(terminal, "The opposite of hot is", "enter")
-        terminal.type("/tree 3x3", "enter")
-        terminal.settle(2)
+        terminal.type("/tree 3x2", "enter")
+        terminal.wait_for("goes back")
+        terminal.settle(1)
         return draw(terminal.screen)
 
 

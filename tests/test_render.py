@@ -116,3 +116,16 @@ def test_json_has_the_fields_of_the_contract() -> None:
         "timing": {"load_s": 1.5, "prompt_tokens": 4, "reused_tokens": 3, "prefill_s": 0.0123, "decode_s": 0.5},
     }
     assert "generated" not in as_json(prediction(" Paris"))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 1000])
+def test_running_text_wraps_between_words_however_it_comes(cut: int) -> None:
+    text = "Paris is famous for its landmarks,\nsuch as the Eiffel Tower and 日本語 words"
+    wrapped = terminal.Wrapped(20, column=3)
+    pieces = [wrapped.push(text[i : i + cut]) for i in range(0, len(text), cut)]
+    lines = ("".join(pieces) + wrapped.push("", final=True)).split("\n")
+    assert lines == ["Paris is famous", "for its landmarks,", "such as the Eiffel", "Tower and 日本語", "words"]
+
+
+def test_a_word_that_is_wider_than_the_terminal_is_given_out_whole() -> None:
+    assert terminal.Wrapped(10).push("a " + "x" * 30, final=True) == "a\n" + "x" * 30

@@ -292,6 +292,6 @@ def test_a_window_that_is_resized_while_text_streams(session: Terminal) -> None:
     for columns, rows in ((50, 20), (120, 40), (80, 40)):
         session.resize(columns, rows)
         session.read(0.3)
-    session.wait_for("(Enter accepts)")
+    session.wait_for("⏎")
     session.type("/clear", "enter")
     assert candidates(ask(session, "The capital of France is"))[-5][0] == "␣Paris"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.panel import Panel
@@ -44,6 +46,31 @@ def readable(text: str) -> str:
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
     )
+
+
+class Wrapped:
+    """Running text that comes bit by bit, wrapped between words: a word is given out once it is complete.
+
+    width: cells of a line. column: where the first line begins.
+    """
+
+    def __init__(self, width: int, column: int = 0):
+        self._width = width
+        self._column = column
+        self._held = ""  # white space and the word behind it, to which more may come
+
+    def push(self, text: str, *, final: bool = False) -> str:
+        """What can be printed by now; `final` gives out the last word too."""
+        *complete, self._held = re.findall(r"\s*\S+|\s+", self._held + text) or [""]
+        if final:
+            complete, self._held = [*complete, self._held], ""
+        return "".join(map(self._placed, complete))
+
+    def _placed(self, word: str) -> str:
+        if "\n" not in word and self._column + cell_len(word) > self._width and word.strip():
+            word = "\n" + word.lstrip()
+        self._column = (0 if "\n" in word else self._column) + cell_len(word.rpartition("\n")[2])
+        return word
 
 
 def percent(probability: float) -> str:

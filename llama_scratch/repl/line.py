@@ -27,7 +27,7 @@ from llama_scratch.repl.history import open_history
 from llama_scratch.repl.live import Live, Reading
 from llama_scratch.repl.session import Session
 
-_FIRST_HINT = "The capital of France is"
+_FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
 # Of the sixteen colours that each terminal's theme makes legible on its own background.
 _GREY = "ansibrightblack"
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GREY})
@@ -280,7 +280,8 @@ def _placeholder(session: Session) -> FormattedText:
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
     room = session.console.width - len(to_plain_text(_message(session))) - 1
-    hint = _FIRST_HINT if len(_FIRST_HINT) <= room else ""
+    example = _FIRST_QUESTION if session.chat else _FIRST_HINT
+    hint = example if len(example) <= room else ""
     if session.offered:
         offer = terminal.visible(session.offer_text).plain
         hint = offer + "  (Enter accepts)"

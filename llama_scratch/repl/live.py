@@ -59,7 +59,7 @@ class Live:
 
     def want(self, line: str | None) -> None:
         """Read this line from now on, or none; comes back at once."""
-        if self._thread.ident is None:
+        if line is not None and self._thread.ident is None:
             self._thread.start()
         self._wanted = line
         self._wake.set()

@@ -250,23 +250,28 @@ class Session:
     def _stream(self, ids: Sequence[int], count: int) -> Generated:
         """Show a continuation as it comes; Ctrl-C ends it and keeps what came."""
         steps: list[Step] = []
-        shown = Text(" …", style="dim")
-        self.console.print(shown, end="")
+        begin = Text(" " if self.chat else " …", style="dim")
+        words = terminal.Wrapped(self.console.width, column=len(begin))
+        came: list[str] = []
+
+        def write(text: str, *, final: bool = False) -> None:
+            came.append(words.push(terminal.readable(text), final=final))
+            self.console.print(came[-1], end="", soft_wrap=True, markup=False, highlight=False)
+
+        self.console.print(begin, end="")
         reason = "length"
         start = time.perf_counter()
         try:
             for step in self.llama.continuation(ids, count, self.settings.sampling):
                 steps.append(step)
-                text = Text(terminal.readable(step.text))
-                shown.append_text(text)
-                self.console.print(text, end="", soft_wrap=True)
+                write(step.text)
             if len(steps) < min(count, self.llama.context - len(ids)):
                 reason = "stop"
         except KeyboardInterrupt:
             reason = "interrupted"
-            self.console.print(Text("  stopped", style="dim"), end="")
-        self.console.print("\n")
-        self.shown.append(shown)
+        write("", final=True)
+        self.console.print(Text("  stopped" if reason == "interrupted" else "", style="dim") + "\n")
+        self.shown.append(Text.assemble(begin, "".join(came)))
         new = tuple(step.id for step in steps)
         return Generated(
             text=self.llama.tokenizer.decode(new),
