@@ -42,6 +42,7 @@ class Line:
     def __init__(self, session: Session, greet: Callable[[], None]):
         self._session = session
         self._greet = greet
+        self._greeted = False
         self._choice = 0  # which candidate stands behind the cursor
         self.live = Live(session, self._from_live)
         plain = session.settings.plain
@@ -88,7 +89,9 @@ class Line:
             await asyncio.sleep(0.1)
             app.invalidate()
         if loading.error is None:
-            await run_in_terminal(self._greet)
+            if not self._greeted:  # the prompt is drawn anew for it
+                self._greeted = True
+                await run_in_terminal(self._greet)
             self._typed(self._editor.default_buffer)
         elif not app.is_done:
             app.exit(result="")
