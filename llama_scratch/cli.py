@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError, unexpected
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -302,7 +302,13 @@ def main(
         from llama_scratch.repl import loop
 
         session = Session(
-            _loading(options, screen), screen.out, settings, _opener(options), interactive=True, chat=conversation
+            _loading(options, screen),
+            screen.out,
+            settings,
+            _opener(options),
+            interactive=True,
+            debug=debug,
+            chat=conversation,
         )
         loop.run(session)
         return
@@ -315,6 +321,7 @@ def main(
         _opener(options),
         interactive=shown,
         keeps_turns=commands,
+        debug=debug,
     )
     if conversation:
         begin(session, conversation.system)
@@ -569,7 +576,7 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
-        return _fail(f"Something unexpected went wrong ({error!r}); with --debug it shows where.", 1)
+        return _fail(unexpected(error), 1)
 
 
 def _set_encodings() -> None:

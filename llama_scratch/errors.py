@@ -18,6 +18,11 @@ def printable(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def unexpected(error: BaseException) -> str:
+    """The sentence for an error that nothing foresaw."""
+    return f"Something unexpected went wrong ({printable(repr(error), 200)}); with --debug it shows where."
+
+
 class LlamaScratchError(Exception):
     """Anything that this package refuses to do; the message is one sentence for a person."""
 

@@ -319,3 +319,60 @@ def test_a_context_beyond_the_trained_one_can_be_asked_for(tiny_dir: Path) -> No
 
 def test_silent_progress_is_what_opening_gets(session: Session, tiny_dir: Path) -> None:
     assert session.open(str(tiny_dir), "fp32", silent).info.precision == "fp32"
+
+
+# --- What must not lose a session ---
+
+
+def test_a_long_number_and_a_long_name_are_refused(session: Session, tmp_path: Path) -> None:
+    run(session, "The capital of France is")
+    refused(session, f"/force #{'9' * 5000}")
+    refused(session, f"/save {tmp_path / ('x' * 300)}")
+
+
+def test_switching_that_is_interrupted_changes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(session, "The capital of France is", "/force ␣Paris")
+    before, closed = (session.loading, session.moments), []
+    close = Llama.close
+    monkeypatch.setattr(Llama, "close", lambda llama: (closed.append(llama), close(llama))[-1])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Llama, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        respond(session, "/precision bf16")
+    assert (session.loading, session.moments) == before
+    assert len(closed) == 1
+    assert closed[0] is not session.llama
+
+
+def test_a_loaded_chat_takes_only_its_messages_as_such(session: Session, llama: Llama, tmp_path: Path) -> None:
+    run(session, "/chat", "//bin is what?", "/generate 2", f"/save {tmp_path / 'chat.jsonl'}")
+    other = new_session(llama)
+    run(other, f"/load {tmp_path / 'chat.jsonl'}")
+    assert session.chat is not None
+    assert other.chat is not None
+    assert other.chat.messages(other) == session.chat.messages(session)
+    lines = (tmp_path / "chat.jsonl").read_text().splitlines()
+    damaged = [line.replace('"tokens"', '"tokenz"') for line in lines]
+    (tmp_path / "damaged.jsonl").write_text("\n".join(damaged) + "\n")
+    run(other, f"/load {tmp_path / 'damaged.jsonl'}")
+
+
+def test_a_text_of_another_model_is_loaded_as_characters(
+    session: Session, llama: Llama, tiny_dir: Path, tmp_path: Path
+) -> None:
+    run(session, "Hello", f"/model {tiny_dir}", "/force #5", f"/save {tmp_path / 'two.jsonl'}")
+    text = session.text_of(session.ids)
+    other = new_session(llama)
+    assert run(other, f"/load {tmp_path / 'two.jsonl'}")["same_model"] is False
+    assert other.text_of(other.ids) == text
+
+
+def test_generated_text_is_not_wrapped_in_a_pipe() -> None:
+    from rich.text import Text
+
+    from llama_scratch.repl.pipe import _plain_text
+
+    assert _plain_text(Text("word " * 60)) == "word " * 60

@@ -150,7 +150,8 @@ class Line:
             ("" if current else _GREY, f" {terminal.percent(candidate.probability)}"),
             (_GREY, f" · entropy {reading.entropy_bits:.2f} bits"),
             (_GREY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
-            (_GREY, " · Tab takes it, Shift-Tab the next one"),
+            (_GREY, " · Tab takes it"),
+            (_GREY, ", Shift-Tab the next one"),
         ]
         while sum(len(text) for _, text in parts) > self._session.console.width and len(parts) > 1:
             parts.pop()
@@ -191,7 +192,7 @@ class Line:
         @keys.add("tab", filter=typing & empty)
         @keys.add("right", filter=typing & empty)
         def _(event: KeyPressEvent) -> None:
-            if self._session.now:
+            if self._session.now and self._session.chat is None:
                 event.current_buffer.insert_text(self._session.continued_text)
 
         @keys.add("s-tab", filter=typing & ~command & ~menu)
@@ -238,7 +239,11 @@ class _Surprise(Processor):
         begin = document.translate_row_col_to_index(transformation_input.lineno, 0) + len(text) - len(document.text)
         known = min(_common(text, reading.line), len(reading.bits))
         characters = explode_text_fragments(fragments)
-        for i in range(min(len(characters), len(document.lines[transformation_input.lineno]))):
+        length = len(document.lines[transformation_input.lineno])
+        for i in range(length, len(characters)):  # what is offered
+            style, char = characters[i][:2]
+            characters[i] = (style, char if char.isprintable() else terminal.visible(char).plain)
+        for i in range(min(len(characters), length)):
             if 0 <= begin + i < known:
                 style = _prompt_toolkit_style(surprise_style(reading.bits[begin + i]))
                 characters[i] = (f"{characters[i][0]} {style}", characters[i][1])

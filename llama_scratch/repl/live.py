@@ -69,6 +69,8 @@ class Live:
         self._wanted = None
         while self._busy:
             time.sleep(0.001)  # which holds no lock that an interrupt could leave held
+        if self._scorer and self._scorer.llama is not self._session.llama:
+            self._scorer = None  # a model that was replaced is not kept in memory
 
     def _run(self) -> None:
         while True:
@@ -83,6 +85,7 @@ class Live:
                 pass
             except Exception:  # noqa: BLE001 - whatever is wrong with the line, Enter says it
                 self.reading = None
+                self._changed()
             finally:
                 self._busy = False
 

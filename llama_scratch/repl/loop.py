@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from llama_scratch.errors import LlamaScratchError
+from llama_scratch.errors import LlamaScratchError, unexpected
 from llama_scratch.render import terminal
 from llama_scratch.repl.chat import begin
 from llama_scratch.repl.interrupts import Interrupts
@@ -31,7 +31,8 @@ class _Loop:
     def run(self) -> None:
         session = self._session
         if session.console.is_dumb_terminal:  # where nothing can be printed above what is being typed
-            session.loading.wait()
+            with self._interrupts.armed():
+                session.loading.wait()
         while not session.ended:
             self._greet()
             draft, self._draft = self._draft, ""
@@ -47,13 +48,17 @@ class _Loop:
                 with self._interrupts.armed():
                     self._take(line)
             except KeyboardInterrupt:
-                session.console.print(Text("\n Cancelled.", style="dim"))
+                session.show(Text("\n Cancelled.", style="dim"))
                 if not session.loading.ended:
                     self._draft = line
             except LlamaScratchError as error:
                 if error is session.loading.error:
                     raise
-                session.console.print(terminal.error(str(error)))
+                session.show(terminal.error(str(error)))
+            except Exception as error:  # one line's trouble does not end the session
+                if session.debug or error is session.loading.error:
+                    raise
+                session.show(terminal.error(unexpected(error)))
 
     def _begin(self) -> None:
         """Start what the first answer needs, at the latest before an interrupt may fall into it."""
@@ -72,6 +77,7 @@ class _Loop:
         _, reply = respond(session, line)
         if reply and reply.view is not None:
             session.show(reply.view)
+        self._line.live.rest()
 
     def _greet(self) -> None:
         if self._session.loading.ended and not self._greeted:

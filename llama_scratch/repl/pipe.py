@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
-from llama_scratch.errors import LlamaScratchError
+from llama_scratch.errors import LlamaScratchError, unexpected
 from llama_scratch.render import lines
 from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
@@ -52,6 +53,13 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
         except LlamaScratchError as error:
             print(f"llama-scratch: {error}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
+        except (OSError, MemoryError):  # the reader went away, or the machine has no more to give
+            raise
+        except Exception as error:  # one line's trouble is not the next one's
+            if session.debug:
+                raise
+            print(f"llama-scratch: {unexpected(error)}", file=sys.stderr)
+            exit_code = exit_code or 1
         if session.ended:
             break
     return exit_code
@@ -94,7 +102,9 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
 
 
 def _plain_text(view: RenderableType) -> str:
-    """A view as lines without colours."""
+    """A view as lines without colours; a text as it is."""
+    if isinstance(view, Text):
+        return view.plain
     console = Console(no_color=True, color_system=None, highlight=False, width=100)
     with console.capture() as captured:
         console.print(view)

@@ -47,11 +47,16 @@ class Model:
 
 @dataclass(frozen=True)
 class State:
-    """Where the session stood when it was saved: settings, the chat's system prompt, and the text's tokens, if any."""
+    """Where the session stood when it was saved: settings, the chat's system prompt, and the text, if any.
+
+    model: SHA-256 of the weights that the ids belong to.
+    """
 
     settings: Settings
     system: str | None
+    model: str
     ids: list[int]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,11 @@ def record(session: Session) -> Record:
 
     from llama_scratch import __version__
 
+    now = session.llama.path or first.path
     with session.progress() as progress:
         sha256 = weights_sha256(first.path, progress)
+        end_sha256 = sha256 if now == first.path else weights_sha256(now, progress)
+    ids = session.ids if session.now else []
     header = Header(
         llama_scratch=__version__,
         format=FORMAT,
@@ -125,7 +133,9 @@ def record(session: Session) -> Record:
         settings=session.first_settings,
         system=session.first_system,
         repeatable=_repeatable(session),
-        end=State(session.settings, session.chat.system if session.chat else None, session.ids if session.now else []),
+        end=State(
+            session.settings, session.chat.system if session.chat else None, end_sha256, ids, session.text_of(ids)
+        ),
         versions=versions(),
     )
     return Record(header, session.turns)
@@ -167,7 +177,7 @@ def weights_sha256(path: Path, progress: Progress) -> str:
 
 def save(recorded: Record, path: Path) -> None:
     """Write a session file for oneself alone. Raises `LlamaScratchError` where something else has that name."""
-    if path.exists():
+    if os.path.lexists(path):
         try:
             with path.open("rb") if path.is_file() else io.BytesIO() as file:
                 _header(path, file.readline(MOST))

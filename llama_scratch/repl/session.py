@@ -91,6 +91,7 @@ class Session:
     loading: the model, there already or on its way.
     open: loads another model, by its path or name and its precision, with the session's other options.
     interactive: whether a person watches, so that what comes bit by bit is shown bit by bit.
+    debug: an error that nothing foresaw ends the session with its traceback.
     moments: each text that was answered, the newest last; `now` is that one.
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
     screen, for /export.
@@ -104,6 +105,7 @@ class Session:
     open: Callable[[str, str, Progress], Llama]
     interactive: bool = False
     keeps_turns: bool = True
+    debug: bool = False
     ended: bool = False
     moments: list[Moment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -136,19 +138,28 @@ class Session:
 
         Where it cannot be loaded, all stays as it was.
         """
-        old = self.llama
+        old, now = self.llama, self.now
         with self.progress() as progress:
             new = self.open(source or str(old.path), precision, progress)
-            new.prepare(progress)
-        # Another model has its own tokens, and its own format of a chat.
-        text = [] if self.now is None else [self.ids if source is None else self.text_of(self.ids)]
+            try:
+                new.prepare(progress)
+                if now:  # another model has its own tokens
+                    text = now.ids if source is None else self.text_of(now.ids)
+                    special = self.settings.special
+                    prediction = new.predict(text, top=self.settings.top, special=special, progress=progress)
+            except BaseException:
+                new.close()
+                raise
         self.loading = Loading.ended_with(new)
-        self.moments = []
-        if source is not None:
-            self.chat = None
         old.close()
-        for prompt in text:
-            self.ask(prompt)
+        self.moments = self.moments if source is None else []
+        if source is not None:
+            self.chat = None  # and its own format of one
+        if now:
+            offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
+            self.moments = [*self.moments, Moment(prediction, offered)]
+            if self.interactive and offered:
+                self._explain(prediction, 0)
 
     # --- The text ---
 

@@ -18,9 +18,9 @@ from llama_scratch.render import terminal
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl import record
 from llama_scratch.repl.chat import Chat
-from llama_scratch.repl.commands.registry import Reply, command, whole_number
-from llama_scratch.repl.session import Session
-from llama_scratch.results import as_json
+from llama_scratch.repl.commands.registry import Reply, command, is_command, unescaped, whole_number
+from llama_scratch.repl.session import Origin, Session
+from llama_scratch.results import ModelInfo, as_json
 from llama_scratch.tokenizer import replace_surrogates
 
 
@@ -67,19 +67,20 @@ def _load(session: Session, argument: str) -> Reply:
     recorded = record.load(path)
     header, llama = recorded.header, session.llama
     with session.progress() as progress:
-        same = llama.path is None or header.model.sha256 == record.weights_sha256(llama.path, progress)
+        same = llama.path is None or header.end.model == record.weights_sha256(llama.path, progress)
     settings = replace(header.end.settings, plain=session.settings.plain, live=session.settings.live)
     answer = None
-    if ids := header.end.ids:
+    # Another model has other tokens.
+    ids = header.end.ids if same else session.encode(header.end.text) if header.end.text else []
+    chat = None if header.end.system is None or not same else Chat(header.end.system)
+    if chat:
+        chat.recall(_asked(recorded), llama.tokenizer)
+    if ids:
         with session.progress() as progress:
             llama.predict(ids, top=settings.top, progress=progress)  # which may refuse them, while all is as it was
     session.settings, session.first_settings = settings, header.settings
-    session.first_system, session.chat = header.system, None if header.end.system is None else Chat(header.end.system)
+    session.first_system, session.chat, session.first_model = header.system, chat, _origin(header)
     session.turns, session.moments = list(recorded.turns), []
-    if session.chat and same:
-        messages = [turn for turn in recorded.turns if "generated" in turn.output and turn.input]
-        asked = [(turn.input, [token["id"] for token in turn.output["tokens"]]) for turn in messages]
-        session.chat.recall(asked, llama.tokenizer)
     if ids:
         answer = session.predict(ids)
         if session.interactive:
@@ -93,6 +94,20 @@ def _load(session: Session, argument: str) -> Reply:
         )
     facts = {"path": str(path), "turns": turns, "same_model": same}
     return _said(sentence, **facts, **(as_json(answer) if answer else {}))
+
+
+def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
+    """What a session's chat was asked: each message with the ids that the model saw."""
+    lines = [
+        turn for turn in recorded.turns if "generated" in turn.output and turn.input and not is_command(turn.input)
+    ]
+    return [(unescaped(turn.input), ids) for turn in lines if (ids := record.ids_of(turn.output))]
+
+
+def _origin(header: record.Header) -> Origin:
+    model = header.model
+    info = ModelInfo(model.name, model.format, header.precision, header.device, model.parameters)
+    return Origin(info, Path(model.path), header.context, header.rope_factor)
 
 
 # --- Exports ----------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def _memory(session: Session, _: str) -> Reply:
     }
     shown = {
         "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",
-        "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB, with {facts['cached_tokens']:,} tokens in it",
+        "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB; tokens in it: {facts['cached_tokens']:,}",
         "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
         "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
     }

@@ -46,7 +46,7 @@ def _force(session: Session, argument: str) -> Reply | None:
 def _one_token(session: Session, argument: str) -> Token:
     llama = session.llama
     if argument.startswith("#") and argument[1:].isdecimal():
-        return llama.token(int(argument[1:]))
+        return llama.token(whole_number(argument[1:], "a token's id", least=0))
     if session.now:  # as it stands in the answer, escapes and all
         for candidate in session.now.prediction.top:
             if terminal.visible(candidate.text).plain == argument:
@@ -88,6 +88,8 @@ def _edit(session: Session, _: str) -> Reply | None:
     """Edit the text in $EDITOR and answer it."""
     if not (session.interactive and sys.stdin.isatty()):
         raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
+    if session.chat:
+        raise UsageError("/edit opens the text, expected no chat, whose text has its format in it; /chat off ends it.")
     before = session.text_of(session.ids) if session.now else ""
     after = _edited(before)
     if not after or after == before:
