@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError, unexpected
+from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError, printable, unexpected
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -434,8 +434,8 @@ def bench(
 def _sizes(text: str, option: str) -> list[int]:
     """ "128,512" → [128, 512], in order and each once; nothing where the text is empty."""
     sizes = text.split(",") if text else []
-    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise UsageError(f"{text!r} was given, expected numbers of tokens such as 128,512 ({option}).")
+    if not all(size.strip().isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
+        raise UsageError(f"'{printable(text)}' was given, expected numbers of tokens such as 128,512 ({option}).")
     return sorted({int(size) for size in sizes})
 
 
@@ -561,6 +561,7 @@ def _pull(name: str, screen: Screen) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; every error is one sentence on stderr."""
+    _open_streams()
     _set_encodings()
     try:
         return app(args=arguments, prog_name=NAME, standalone_mode=False) or 0
@@ -575,8 +576,17 @@ def run(arguments: list[str]) -> int:
         return 130
     except MemoryError:
         return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5)
+    except OSError as error:
+        return _fail(f"The system refused to read or write ({error}); check the disk and the output.", 1)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         return _fail(unexpected(error), 1)
+
+
+def _open_streams() -> None:
+    """A stream that was closed before the program began is an empty one, so that no other takes its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the program's end
 
 
 def _set_encodings() -> None:

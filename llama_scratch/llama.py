@@ -41,6 +41,9 @@ from llama_scratch.results import (
 from llama_scratch.sampling import GREEDY, Sampling, sample
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
+# More of them only stand in each other's way.
+_THREADS_A_CORE = 8
+
 Prompt = str | Sequence[int]
 """A text, which gets the beginning-of-text token where the model wants one, or token ids, which do not."""
 
@@ -111,8 +114,9 @@ class Llama:
         target = find_device(device)
         check_name(precision)  # before the long part
         if threads is not None:
-            if threads < 1:
-                raise UsageError(f"{threads} threads were asked for, expected at least 1 (--threads).")
+            most = _THREADS_A_CORE * (os.cpu_count() or 1)
+            if not 1 <= threads <= most:
+                raise UsageError(f"{printable(threads)} threads were asked for, expected 1 to {most} (--threads).")
             torch.set_num_threads(threads)
         with memory_errors(checkpoint.name):
             weights = checkpoint.load(progress)

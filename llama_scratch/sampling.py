@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import UsageError
+from llama_scratch.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
+    if not low <= value <= high or value == math.inf:  # whole numbers may be beyond the range of a float
         limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-        raise UsageError(f"{name} is {value}, expected a number {limits}.")
+        raise UsageError(f"{name} is {printable(value)}, expected a number {limits}.")
 
 
 @dataclass(frozen=True)

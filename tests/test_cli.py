@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -337,3 +338,25 @@ def test_colours_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
     }
     assert len(outputs) == 1
     assert b"\x1b" not in outputs.pop()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-"])
+def test_a_stream_that_is_closed_is_an_empty_one(tiny: tuple[str, str], closed: str) -> None:
+    """Without standard input a prompt is answered; without standard error nothing but data is on standard output."""
+    command = shlex.join([sys.executable, "-m", "llama_scratch", *tiny])
+    answered = subprocess.run(["sh", "-c", f"{command} --prompt the {closed}"], capture_output=True, check=False)
+    assert answered.returncode == 0
+    assert len(answered.stdout.splitlines()) == 1
+    wrong = subprocess.run(["sh", "-c", f"{command} --nosuch {closed}"], capture_output=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stdout == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_at_standard_output_is_a_sentence(tiny: tuple[str, str]) -> None:
+    command = shlex.join([sys.executable, "-m", "llama_scratch", *tiny, "--prompt", "the"])
+    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, check=False)
+    assert full.returncode == 1
+    assert b"No space left" in full.stderr
+    assert b"unexpected" not in full.stderr
+    assert b"Traceback" not in full.stderr

@@ -332,9 +332,9 @@ def test_a_long_number_and_a_long_name_are_refused(session: Session, tmp_path: P
 
 def test_switching_that_is_interrupted_changes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     run(session, "The capital of France is", "/force ␣Paris")
-    before, closed = (session.loading, session.moments), []
-    close = Llama.close
-    monkeypatch.setattr(Llama, "close", lambda llama: (closed.append(llama), close(llama))[-1])
+    before = (session.loading, session.moments)
+    closed: list[Llama] = []
+    monkeypatch.setattr(Llama, "close", lambda llama: closed.append(llama))
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -376,3 +376,18 @@ def test_generated_text_is_not_wrapped_in_a_pipe() -> None:
     from llama_scratch.repl.pipe import _plain_text
 
     assert _plain_text(Text("word " * 60)) == "word " * 60
+
+
+@pytest.mark.parametrize("command", ["/top-k", "/seed", "/temperature"])
+def test_a_number_beyond_all_bounds_is_refused_or_taken(session: Session, command: str) -> None:
+    run(session, "The capital of France is")
+    if command == "/top-k":
+        assert run(session, f"{command} 1{'0' * 400}")["top_k"] == 10**400
+    else:
+        assert len(refused(session, f"{command} 1{'0' * 400}")) < 200
+
+
+def test_settings_that_nothing_can_be_answered_with_are_refused() -> None:
+    for top, generate in ((0, 0), (1, -1)):
+        with pytest.raises(UsageError):
+            Settings(top, generate, GREEDY)

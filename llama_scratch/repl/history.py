@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from platformdirs import user_state_path
@@ -33,7 +34,11 @@ def open_history(session: Session) -> History:
 
 
 class _History(FileHistory):
-    """A line that a terminal pasted with broken characters is kept in whole ones."""
+    """A line that a terminal pasted with broken characters is kept in whole ones.
+
+    A file that cannot be written any more ends the keeping, not the session: the lines stay in memory.
+    """
 
     def store_string(self, string: str) -> None:
-        super().store_string(replace_surrogates(string))
+        with contextlib.suppress(OSError):
+            super().store_string(replace_surrogates(string))

@@ -155,6 +155,8 @@ def _repeatable(session: Session) -> bool:
     for turn in session.turns:
         if "temperature" in turn.output and "seed" in turn.output:
             temperature, seed = turn.output["temperature"], turn.output["seed"]
+            if not isinstance(temperature, int | float):  # a file may say anything
+                return False
         elif temperature > 0 and seed is None and ("generated" in turn.output or "logprobs" in turn.output):
             return False
     return True
@@ -206,7 +208,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; links that lead in a circle
         reason = getattr(error, "strerror", None) or error
         raise LlamaScratchError(
             f"{printable(path, 200)} cannot be written ({reason}); choose a folder that is there for you to write to."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llama_scratch import __version__
-from llama_scratch.errors import LlamaScratchError, printable
+from llama_scratch.errors import printable
 from llama_scratch.progress import Progress
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl.chat import Chat
@@ -101,7 +101,7 @@ def run_again(
             session.llama.prepare()  # the recording had its weights packed by then
         try:
             new = _repeat(session, turn)
-        except LlamaScratchError as error:
+        except Exception as error:  # noqa: BLE001 - one line's trouble is a difference, whatever it is
             differences.append(Difference(number, turn.input, "the answer", turn.output, str(error)))
             compared += 1
             continue

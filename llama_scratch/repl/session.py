@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from llama_scratch.errors import UsageError
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.progress import Progress
 from llama_scratch.render import terminal
 from llama_scratch.render.progress import progress_bar
@@ -45,6 +45,14 @@ class Settings:
     plain: bool = False
     live: bool = True
     special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UsageError(f"{printable(self.top)} candidates were asked for, expected at least 1 (--top).")
+        if self.generate < 0:
+            raise UsageError(
+                f"{printable(self.generate)} tokens to generate were asked for, expected at least 0 (--generate)."
+            )
 
 
 @dataclass(frozen=True)

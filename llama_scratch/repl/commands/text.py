@@ -98,7 +98,13 @@ def _edit(session: Session, _: str) -> Reply | None:
 
 
 def _edited(text: str) -> str:
-    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    try:
+        editor = shlex.split(wanted)
+    except ValueError as error:
+        raise LlamaScratchError(
+            f"$EDITOR is '{printable(wanted)}', whose quotes do not match, expected a command; set it to one."
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.txt"
         path.write_text(text, encoding="utf-8")
@@ -110,5 +116,8 @@ def _edited(text: str) -> str:
             ) from error
         if code:
             raise LlamaScratchError(f"The editor ended with {code}, so the text stays as it was.")
-        # Editors end the last line, which is no part of the text.
-        return path.read_text(encoding="utf-8", errors="replace").removesuffix("\n")
+        try:
+            after = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise LlamaScratchError("The editor left no file behind, so the text stays as it was.") from error
+        return after.removesuffix("\n")  # editors end the last line, which is no part of the text
