@@ -23,11 +23,18 @@ def state(tmp_path: Path) -> dict[str, str]:
     return {"XDG_STATE_HOME": str(tmp_path)}
 
 
-@pytest.fixture
-def session(smollm2_path: Path, state: dict[str, str]) -> Iterator[Terminal]:
-    """A session at its first prompt."""
-    with start(state) as terminal:
+@pytest.fixture(scope="module")
+def shared(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    with start({"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}) as terminal:
         yield terminal
+
+
+@pytest.fixture
+def session(shared: Terminal) -> Terminal:
+    """A session that begins anew: an empty line, no text, an empty screen."""
+    shared.type("ctrl-c", "/live on", "enter", "/clear", "enter")
+    shared.settle()
+    return shared
 
 
 def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal:
