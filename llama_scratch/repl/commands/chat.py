@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.text import Text
-
 from llama_scratch.render import terminal
 from llama_scratch.repl.chat import begin
-from llama_scratch.repl.commands.registry import Reply, command, on_or_off
+from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
 from llama_scratch.repl.session import Session
 
 
@@ -41,7 +39,7 @@ def _system(session: Session, argument: str) -> Reply:
 def _said(session: Session) -> Reply:
     if session.chat is None:
         sentence = "Chat is off: each line is a prompt."
-        return Reply({"chat": False}, Text(" " + sentence, style="dim"), note=True)
+        return note(sentence, chat=False)
     system = session.chat.system
     sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
-    return Reply({"chat": True, "system": system}, Text(" " + terminal.readable(sentence), style="dim"), note=True)
+    return note(terminal.readable(sentence), chat=True, system=system)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.text import Text
@@ -18,7 +17,7 @@ from llama_scratch.render import terminal
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl import record
 from llama_scratch.repl.chat import Chat
-from llama_scratch.repl.commands.registry import Reply, command, is_command, unescaped, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
 from llama_scratch.repl.session import Origin, Session
 from llama_scratch.results import ModelInfo, as_json
 from llama_scratch.tokenizer import replace_surrogates
@@ -37,10 +36,6 @@ def _files(_session: Session, begun: str) -> Iterator[str]:
             yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
 
 
-def _said(sentence: str, **facts: Any) -> Reply:
-    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
-
-
 @command("save", "FILE", complete=_files, replayed=False)
 def _save(session: Session, argument: str) -> Reply:
     """Save what was typed and answered, with the model's checksum.
@@ -54,7 +49,7 @@ def _save(session: Session, argument: str) -> Reply:
     sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {printable(path, 200)}."
     if not recorded.header.repeatable:
         sentence += "\n Text was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
-    return _said(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
+    return note(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
 
 
 @command("load", "FILE", complete=_files, replayed=False)
@@ -93,7 +88,7 @@ def _load(session: Session, argument: str) -> Reply:
             f"from here on {llama.info.name} answers."
         )
     facts = {"path": str(path), "turns": turns, "same_model": same}
-    return _said(sentence, **facts, **(as_json(answer) if answer else {}))
+    return note(sentence, **facts, **(as_json(answer) if answer else {}))
 
 
 def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
@@ -128,7 +123,7 @@ def _export(session: Session, argument: str) -> Reply:
     if os.path.lexists(path):
         raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
     record.write_whole(path, replace_surrogates(write(session)).encode())
-    return _said(f"Exported to {printable(path, 200)}.", path=str(path))
+    return note(f"Exported to {printable(path, 200)}.", path=str(path))
 
 
 def _drawn(session: Session) -> Console:

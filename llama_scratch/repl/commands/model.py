@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from llama_scratch.errors import UsageError
 from llama_scratch.render import terminal
-from llama_scratch.repl.commands.registry import Reply, command
+from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -96,4 +94,4 @@ def _precision(session: Session, argument: str) -> Reply:
 def _said(session: Session) -> Reply:
     llama: Llama = session.llama
     sentence = f"{llama.info.name}: {terminal.describe(llama.info)}, context {llama.context:,} tokens."
-    return Reply(vars(llama.info) | {"path": str(llama.path)}, Text(" " + sentence, style="dim"), note=True)
+    return note(sentence, **vars(llama.info), path=str(llama.path))

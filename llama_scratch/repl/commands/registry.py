@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.repl.session import Session
@@ -28,6 +29,11 @@ class Reply:
     facts: dict[str, Any]
     view: RenderableType | None = None
     note: bool = False
+
+
+def note(sentence: str, **facts: Any) -> Reply:
+    """A reply that says what was done."""
+    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
 
 
 @dataclass(frozen=True)

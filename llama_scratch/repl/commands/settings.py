@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rich.text import Text
-
-from llama_scratch.repl.commands.registry import Reply, command, number, on_or_off, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, note, number, on_or_off, whole_number
 from llama_scratch.repl.session import Session
-
-
-def _said(sentence: str, **facts: Any) -> Reply:
-    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
 
 
 @command("top", "[N]")
@@ -20,7 +14,7 @@ def _top(session: Session, argument: str) -> Reply:
     """Show N candidates with each answer."""
     if argument:
         session.settings.top = whole_number(argument, "/top")
-    return _said(f"Each answer shows {session.settings.top} candidates.", top=session.settings.top)
+    return note(f"Each answer shows {session.settings.top} candidates.", top=session.settings.top)
 
 
 def _sampling(session: Session, **changes: Any) -> Reply:
@@ -35,7 +29,7 @@ def _sampling(session: Session, **changes: Any) -> Reply:
         parts += [f"min-p {sampling.min_p:g}"] * (sampling.min_p > 0)
         parts += [f"seed {sampling.seed}"] * (sampling.seed is not None)
         sentence = f"Tokens are drawn with {', '.join(parts)}."
-    return _said(sentence, **vars(sampling))
+    return note(sentence, **vars(sampling))
 
 
 @command("temperature", "[T]")
@@ -94,7 +88,7 @@ def _live(session: Session, argument: str) -> Reply:
     if argument:
         session.settings.live = on_or_off(argument, "/live")
     state = "on" if session.settings.live else "off"
-    return _said(f"Live prediction is {state}.", live=session.settings.live)
+    return note(f"Live prediction is {state}.", live=session.settings.live)
 
 
 @command("special", "[on | off]", _on_off)
@@ -106,4 +100,4 @@ def _special(session: Session, argument: str) -> Reply:
     if argument:
         session.settings.special = on_or_off(argument, "/special")
     kind = "special tokens" if session.settings.special else "plain text"
-    return _said(f"Names of special tokens in a prompt are {kind}.", special=session.settings.special)
+    return note(f"Names of special tokens in a prompt are {kind}.", special=session.settings.special)

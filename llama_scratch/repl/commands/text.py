@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
 from llama_scratch.render import terminal
-from llama_scratch.repl.commands.registry import Reply, command, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token, as_json, generated_json
 
@@ -93,7 +93,7 @@ def _edit(session: Session, _: str) -> Reply | None:
     before = session.text_of(session.ids) if session.now else ""
     after = _edited(before)
     if not after or after == before:
-        return Reply({}, Text(" Nothing was changed.", style="dim"), note=True)
+        return note("Nothing was changed.")
     return Reply(session.ask(after))
 
 
