@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
+from llama_scratch.taps import Tap, tapped
 
 # So many answers from the file's own weights take about as long as packing them.
 PATIENCE = 8
@@ -40,20 +42,29 @@ class Engine:
     """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
 
     packing: puts the weights into their fast form, when it is started or after `PATIENCE` answers.
+    taps: hang in the network whenever this engine runs it, see `taps`; so what it caches is of the network with them.
 
     An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
     done, and `_ids[:length]` always names what the cache holds.
     """
 
-    def __init__(self, model: Transformer, context: int, packing: Background | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        context: int,
+        packing: Background | None = None,
+        taps: Mapping[str, Tap] = MappingProxyType({}),
+    ):
         self.model = model
         self.context = context
         self.packing = packing or Background("packing", [])
+        self.taps = taps
         self._answers = 0
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
-        self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" else None
+        # A graph replays what was recorded, without taps.
+        self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" and not taps else None
 
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Logits of the token after `ids`. Computes only what does not share a prefix with the cache.
@@ -109,6 +120,32 @@ class Engine:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 yield _finite(self._forward(chunk, all_positions=True)[0])
 
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        taps: Mapping[str, Tap],
+        *,
+        all_positions: bool = False,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """Run texts of equal length through the network with further taps, from the first token on.
+
+        What is cached is neither used nor changed. Long texts go in pieces, so that a tap is called for each piece,
+        with its position. progress: as for `next_logits`. Returns the logits after the last token, (B, 1, vocab_size)
+        float32, or after every one, (B, T, vocab_size).
+        """
+        for ids in rows:
+            self.check(ids)
+        cache = KVCache(self.model.args, len(rows[0]))
+        size = max(1, CHUNK // len(rows))
+        logits: list[Tensor] = []
+        with self._weights(progress), tapped(self.model, taps):
+            for start in range(0, len(rows[0]), size):
+                progress("reading", start, len(rows[0]))
+                found = self._through([ids[start : start + size] for ids in rows], cache, all_positions=all_positions)
+                logits = [*logits, found] if all_positions else [found]
+        return _finite(torch.cat(logits, dim=1))
+
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
         self._ids = list(ids)
@@ -122,13 +159,18 @@ class Engine:
         # A graph holds on to the weights that it was recorded with.
         if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
             return self._graph(ids[0]).cpu()
-        tokens = torch.tensor([ids], device=self._device)  # (1, T)
-        text = f"A text of {self._cache.length + len(ids):,} tokens"
-        growth = self._cache.growth(self._cache.length + len(ids))
+        return self._through([ids], self._cache, all_positions=all_positions)
+
+    @torch.inference_mode()
+    def _through(self, rows: Sequence[Sequence[int]], cache: KVCache, *, all_positions: bool) -> Tensor:
+        tokens = torch.tensor(rows, device=self._device)  # (B, T)
+        length = cache.length + tokens.shape[1]
+        text = f"A text of {length:,} tokens"
+        growth = cache.growth(length)
         if growth and self._device.type != "cuda":  # which has a memory of its own
             require_memory({"KV cache": growth}, text)
-        with memory_errors(text):
-            return self.model(tokens, self._cache, all_positions=all_positions).cpu()
+        with memory_errors(text), tapped(self.model, self.taps):
+            return self.model(tokens, cache, all_positions=all_positions).cpu()
 
     @property
     def cached_tokens(self) -> int:

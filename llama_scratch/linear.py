@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +228,36 @@ class SharedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shared.take(x, self.part)
+
+
+class Differentiable(nn.Module):
+    """Stands in the place of an `nn.Linear` where gradients are wanted: with respect to x, never to the weight.
+
+    The weight stays as it lies in the file, and is float32 a block at a time, on the way there and on the way back.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Product.apply(x, self.weight))
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ, of which ∂/∂x is g·W. The packed products have no gradient, and torch's own would keep W as float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return Blocks([weight])(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad, weight = grads[0], ctx.weight
+        step = max(1, _BLOCK // weight.shape[1])
+        blocks = zip(grad.split(step, dim=-1), weight.split(step), strict=True)
+        return torch.stack([part @ block.to(part.dtype) for part, block in blocks]).sum(0), None
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_scratch.background import Background
 from llama_scratch.chat import ChatFormat, Message
@@ -24,7 +25,7 @@ from llama_scratch.errors import UsageError, printable
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import Transformer
-from llama_scratch.precision import build, check_name, choose, find_device, memory_needed
+from llama_scratch.precision import build, check_name, choose, differentiable, find_device, memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import (
     ENDS_IN_A_WORD,
@@ -39,6 +40,7 @@ from llama_scratch.results import (
     Token,
 )
 from llama_scratch.sampling import GREEDY, Sampling, sample
+from llama_scratch.taps import Tap
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 # More of them only stand in each other's way.
@@ -68,6 +70,7 @@ class Llama:
         path: Path | None = None,
         load_s: float = 0.0,
         packing: Background | None = None,
+        weights: Callable[[Progress], dict[str, Tensor]] | None = None,
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
@@ -77,6 +80,8 @@ class Llama:
         self.context = context
         self.engine = Engine(model, context, packing)
         self.load_s = load_s
+        self._weights = weights
+        self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
 
     @classmethod
     def load(
@@ -144,6 +149,7 @@ class Llama:
             path=path,
             load_s=load_s,
             packing=packing,
+            weights=checkpoint.load,
         )
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
@@ -169,6 +175,32 @@ class Llama:
     def weight_bytes(self) -> int:
         """Bytes of weights that one token reads, as they are stored now."""
         return weight_bytes(self.engine.model)
+
+    def intervened(self, taps: Mapping[str, Tap]) -> Llama:
+        """The same model with taps in its network: what it answers, caches and generates is the changed network's.
+
+        It shares the weights with this one, which stays as it was. Taps that this one has come first.
+        """
+        changed = copy(self)
+        both = {place: _one_after_the_other(self.engine.taps.get(place), taps.get(place)) for place in taps}
+        changed.engine = Engine(self.engine.model, self.context, self.engine.packing, {**self.engine.taps, **both})
+        return changed
+
+    def differentiable(self, progress: Progress = silent) -> Transformer:
+        """The network that gradients go through: the file's own weights, multiplied in float32.
+
+        Read from the file at the first call and kept. Raises as `load` does.
+        """
+        if not self._differentiable:
+            model = self.engine.model
+            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:
+                self._differentiable.append(model)
+            elif self._weights is None:
+                raise UsageError("The weights of this model lie in no file, expected a model that `Llama.load` loaded.")
+            else:
+                with memory_errors(self.info.name):
+                    self._differentiable.append(differentiable(self._weights(progress), self.args))
+        return self._differentiable[0]
 
     def close(self) -> None:
         """End what goes on behind the answers; without this it ends with the program."""
@@ -337,6 +369,18 @@ class Llama:
         except UnicodeDecodeError:  # a part of a character
             return False
         return self.tokenizer.encode(prompt + text, bos=True, special=special)[: len(ids)] != ids
+
+
+def _one_after_the_other(first: Tap | None, second: Tap | None) -> Tap:
+    """One tap for a place that has two."""
+
+    def both(value: Tensor, start: int) -> Tensor:
+        for tap in filter(None, (first, second)):
+            new = tap(value, start)
+            value = value if new is None else new
+        return value
+
+    return both
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

@@ -2,7 +2,8 @@
 feed-forward, block, transformer.
 
 Attributes carry the names of Meta's checkpoint (`tok_embeddings`, `layers.0.attention.wq`, …), so
-that its weights load without a key map. How a weight is stored is not known here.
+that its weights load without a key map. How a weight is stored is not known here; where its values can
+be read and replaced is `taps`' to say.
 
     x = tok_embeddings(tokens)              a vector of dim numbers for each token: the residual stream
     n_layers times
@@ -202,6 +203,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # A single new token: the heads of a group take the place of T, so that k and v are read once for all of them.
     group = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, n_kv_heads, n_heads/n_kv_heads, head_dim)
     return F.scaled_dot_product_attention(group, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def attention_probs(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The shares that `attend` never stores: how much each token takes of each other, (B, n_heads, T, S)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # each key head once for every head of its group
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_heads, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.float().softmax(-1).type_as(q)
+
+
+def attend_with(probs: Tensor, v: Tensor) -> Tensor:
+    """Mix the values by these shares: with `attention_probs` what `attend` computes, in two steps to look between."""
+    return probs @ v.repeat_interleave(probs.shape[1] // v.shape[1], dim=1)  # (B, n_heads, T, head_dim)
 
 
 class Attention(nn.Module):

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from llama_scratch.attention import attend_in_blocks
 from llama_scratch.background import Background
-from llama_scratch.checkpoint import is_tied
+from llama_scratch.checkpoint import EMBEDDING, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces
 from llama_scratch.linear import (
     Blocks,
     Columns,
+    Differentiable,
     Embedding,
     Form,
     Half,
@@ -139,6 +140,21 @@ def build(
     model.eval().requires_grad_(False).to(device)
     model.freqs = model.freqs.to(device)
     return model, _store(model, precision, source) if packed else Background("packing", [])
+
+
+def differentiable(weights: dict[str, Tensor], args: ModelArgs) -> Transformer:
+    """The network with the file's own weights, multiplied in float32, through which gradients go."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Differentiable(weights[f"{name}.weight"]))
+        elif isinstance(module, RMSNorm):
+            module.float()
+    model.tok_embeddings = Embedding(weights[EMBEDDING], torch.float32)
+    return model
 
 
 def _is_packed(precision: str, device: torch.device) -> bool:

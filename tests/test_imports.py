@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"llama"},
     {"info"},
     {"engine", "sampling"},
-    {"precision", "cuda"},
+    {"precision", "cuda", "taps"},
     {"checkpoint", "attention"},
     {"tokenizer"},
     {"model"},

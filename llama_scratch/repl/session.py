@@ -22,6 +22,7 @@ from llama_scratch.sampling import Sampling
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama, Prompt
+    from llama_scratch.render.page import Page
     from llama_scratch.repl.chat import Chat
     from llama_scratch.results import ModelInfo, Prediction, Step
 
@@ -102,7 +103,7 @@ class Session:
     debug: an error that nothing foresaw ends the session with its traceback.
     moments: each text that was answered, the newest last; `now` is that one.
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
-    screen, for /export.
+    screen, for /export. page: the view that was shown last, for /picture.
     chat: the conversation that each line goes on with; None where each line is a prompt.
     first_model, first_settings, first_system: what the session began with, for /save too.
     """
@@ -118,6 +119,7 @@ class Session:
     moments: list[Moment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     shown: list[RenderableType] = field(default_factory=list)
+    page: Page | None = None
     explained: set[str] = field(default_factory=set)
     chat: Chat | None = None
     first_model: Origin | None = None

@@ -12,6 +12,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from llama_scratch.errors import UsageError, printable
+from llama_scratch.render import page_terminal
+from llama_scratch.render.page import Page
 from llama_scratch.repl.session import Session
 
 Run = Callable[[Session, str], "Reply | None"]
@@ -34,6 +36,12 @@ class Reply:
 def note(sentence: str, **facts: Any) -> Reply:
     """A reply that says what was done."""
     return Reply(facts, Text(" " + sentence, style="dim"), note=True)
+
+
+def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
+    """A reply that shows a page, which /picture can draw afterwards."""
+    session.page = page
+    return Reply(facts, page_terminal.plain(page) if session.settings.plain else page_terminal.view(page))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""Named places in the network at which values can be read and replaced. The network's text stays as it is.
+
+A tap is a function of the value at a place; what it returns takes the value's place, None leaves it. Taps hang on
+torch's own hooks, so a network without any runs as if there were none.
+
+    place                              shape
+    embedding                          (B, T, dim)                   the tokens' vectors
+    layers.5.resid_pre                 (B, T, dim)                   the residual stream before the layer
+    layers.5.attention.q               (B, n_heads, T, head_dim)     queries, turned by their positions
+    layers.5.attention.k               (B, n_kv_heads, S, head_dim)  keys, those in the cache first
+    layers.5.attention.v               (B, n_kv_heads, S, head_dim)  values, likewise
+    layers.5.attention.probs           (B, n_heads, T, S)            what each token looks at; rows add up to 1
+    layers.5.attention.heads           (B, T, n_heads, head_dim)     what each head found, before wo
+    layers.5.attention.out             (B, T, dim)                   what attention adds to the stream
+    layers.5.resid_mid                 (B, T, dim)                   the stream between attention and feed-forward
+    layers.5.feed_forward.neurons      (B, T, ffn_dim)               silu(w1 x) · w3 x, before w2
+    layers.5.feed_forward.out          (B, T, dim)                   what the feed-forward adds to the stream
+    layers.5.resid_post                (B, T, dim)                   the stream behind the layer
+    norm                               (B, T or 1, dim)              the last vector, normed
+    logits                             (B, T or 1, vocab_size)
+
+The names are those of TransformerLens (Nanda & Bloom 2022) where it has the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from llama_scratch.errors import UsageError, printable
+from llama_scratch.model import Attention, Transformer, TransformerBlock, attend_with, attention_probs
+
+Tap = Callable[[Tensor, int], Tensor | None]
+"""Called with the value at a place and the position of its first new token; what it returns takes the value's place."""
+
+_WHOLE = ("embedding", "norm", "logits")
+_ATTENTION = ("q", "k", "v", "probs")
+_LAYER = (
+    "resid_pre",
+    *(f"attention.{name}" for name in (*_ATTENTION, "heads", "out")),
+    "resid_mid",
+    "feed_forward.neurons",
+    "feed_forward.out",
+    "resid_post",
+)
+
+
+def places(n_layers: int) -> list[str]:
+    """All places of a network, in the order in which a token comes by."""
+    layers = [f"layers.{layer}.{place}" for layer in range(n_layers) for place in _LAYER]
+    return ["embedding", *layers, "norm", "logits"]
+
+
+@contextmanager
+def tapped(model: Transformer, taps: Mapping[str, Tap]) -> Iterator[None]:
+    """In here the network calls the taps. At one place the one that was put there first comes first.
+
+    Raises `UsageError` for a place that there is not.
+    """
+    with ExitStack() as stack:
+        if taps:
+            here = _Here()
+            stack.callback(model.register_forward_pre_hook(here.begin, with_kwargs=True).remove)
+            for place, tap in taps.items():
+                stack.callback(_attach(model, place, partial(here.call, tap)))
+        yield
+
+
+class _Here:
+    """Where the network is in its text."""
+
+    def __init__(self) -> None:
+        self._start = 0
+
+    def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = args[1] if len(args) > 1 else kwargs.get("cache")
+        self._start = 0 if cache is None else cache.length
+
+    def call(self, tap: Tap, value: Tensor) -> Tensor | None:
+        return tap(value, self._start)
+
+
+_Call = Callable[[Tensor], Tensor | None]
+
+
+def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
+    """Hang a tap up; returns what takes it down."""
+    if place in _WHOLE:
+        return _output({"embedding": model.tok_embeddings, "norm": model.norm, "logits": model.output}[place], call)
+    layers, _, rest = place.partition(".")
+    number, _, name = rest.partition(".")
+    n_layers = model.args.n_layers
+    if layers != "layers" or name not in _LAYER or not number.isdecimal() or int(number) >= n_layers:
+        raise UsageError(
+            f"There is no place '{printable(place)}' in this network, expected one such as "
+            f"layers.{n_layers - 1}.resid_post, with a layer from 0 to {n_layers - 1}."
+        )
+    block = cast(TransformerBlock, model.layers[int(number)])
+    match name:
+        case "resid_pre":
+            return _input(block, call)
+        case "resid_post":
+            return _output(block, call)
+        case "resid_mid":
+            return _in_place(block.ffn_norm, call)
+        case "attention.heads":
+            return _heads(block.attention, call)
+        case "attention.out":
+            return _output(block.attention, call)
+        case "feed_forward.neurons":
+            return _input(block.feed_forward.w2, call)
+        case "feed_forward.out":
+            return _output(block.feed_forward, call)
+    return _Attend.of(block.attention).attach(name.removeprefix("attention."), call)
+
+
+def _output(module: nn.Module, call: _Call) -> Callable[[], None]:
+    return module.register_forward_hook(lambda _module, _args, output: call(output)).remove
+
+
+def _input(module: nn.Module, call: _Call) -> Callable[[], None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = call(args[0])
+        return None if new is None else (new, *args[1:])
+
+    return module.register_forward_pre_hook(hook).remove
+
+
+def _in_place(module: nn.Module, call: _Call) -> Callable[[], None]:
+    """For an input that others read too, and that was made a moment before."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if (new := call(args[0])) is not None:
+            args[0].copy_(new)
+
+    return module.register_forward_pre_hook(hook).remove
+
+
+def _heads(attention: Attention, call: _Call) -> Callable[[], None]:
+    """The input of wo, cut into heads."""
+
+    def cut(x: Tensor) -> Tensor | None:
+        new = call(x.unflatten(-1, (-1, attention.head_dim)))  # (B, T, n_heads, head_dim)
+        return None if new is None else new.flatten(-2)
+
+    return _input(attention.wo, cut)
+
+
+class _Attend:
+    """Stands in the place of a layer's `attend` while there are taps within attention."""
+
+    def __init__(self, attention: Attention):
+        self._attention = attention
+        self._plain = attention.attend
+        self._taps: dict[str, list[_Call]] = {name: [] for name in _ATTENTION}
+
+    @classmethod
+    def of(cls, attention: Attention) -> _Attend:
+        """The one that is there already, or a new one."""
+        found = attention.attend if isinstance(attention.attend, cls) else cls(attention)
+        attention.attend = found
+        return found
+
+    def attach(self, name: str, call: _Call) -> Callable[[], None]:
+        self._taps[name].append(call)
+        return partial(self._detach, name, call)
+
+    def _detach(self, name: str, call: _Call) -> None:
+        self._taps[name].remove(call)
+        if not any(self._taps.values()):
+            self._attention.attend = self._plain
+
+    def _tap(self, name: str, value: Tensor) -> Tensor:
+        for call in self._taps[name]:
+            new = call(value)
+            value = value if new is None else new
+        return value
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (self._tap(name, value) for name, value in zip("qkv", (q, k, v), strict=True))
+        if not self._taps["probs"]:
+            return self._plain(q, k, v, mask)
+        return attend_with(self._tap("probs", attention_probs(q, k, mask)), v)
