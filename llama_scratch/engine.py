@@ -182,6 +182,16 @@ class Engine:
         """Memory that keys and values have taken."""
         return self._cache.nbytes
 
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys, turned by their positions, and the values that a layer holds: (n_kv_heads, tokens, head_dim) each.
+
+        Views of what the next answer reads. Raises `UsageError` where nothing was read yet.
+        """
+        if (held := self._cache._layers[layer]) is None:
+            raise UsageError("The cache holds no tokens yet, expected a text before it is looked into.")
+        keys, values = (store[0, :, : self._cache.length] for store in held)
+        return keys, values
+
     def check(self, ids: Sequence[int]) -> None:
         """Raise `UsageError` or `ContextLengthError` where a sequence cannot be run."""
         if not ids:
@@ -201,7 +211,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
     if a[:n] == b[:n]:  # at the speed of C: generation comes here for each token, with all that were before it
         return n
-    return next(i for i in range(n) if a[i] != b[i])
+    return next((i for i in range(n) if a[i] != b[i]), n)  # a list and a tuple never are equal as a whole
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ from llama_scratch.results import (
 from llama_scratch.sampling import GREEDY, Sampling, sample
 from llama_scratch.taps import Tap
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
+
+if TYPE_CHECKING:
+    from llama_scratch.microscope.inspection import Inspection
 
 # More of them only stand in each other's way.
 _THREADS_A_CORE = 8
@@ -185,6 +189,16 @@ class Llama:
         both = {place: _one_after_the_other(self.engine.taps.get(place), taps.get(place)) for place in taps}
         changed.engine = Engine(self.engine.model, self.context, self.engine.packing, {**self.engine.taps, **both})
         return changed
+
+    def inspect(self, prompt: Prompt) -> Inspection:
+        """A prompt under the microscope: the residual stream, attention, lenses, attribution, interventions.
+
+        Raises as `predict` does.
+        """
+        # The one step up from this room to a higher one, so that a loaded model has the microscope at hand.
+        from llama_scratch.microscope.inspection import Inspection
+
+        return Inspection(self, prompt)
 
     def differentiable(self, progress: Progress = silent) -> Transformer:
         """The network that gradients go through: the file's own weights, multiplied in float32.

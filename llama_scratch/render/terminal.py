@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -16,6 +16,9 @@ from rich.text import Text
 
 from llama_scratch.render.lines import json_line
 from llama_scratch.results import Candidate, ModelInfo, Prediction
+
+if TYPE_CHECKING:  # it brings torch
+    from llama_scratch.microscope.effect import Effect
 
 SPACE = "␣"
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -158,6 +161,15 @@ def effect(with_it: Candidate, without: Candidate) -> RenderableType:
         for when, candidate in (("With that token:", with_it), ("without it:", without))
     ]
     return _indented(", ".join(parts) + ".", "yellow")
+
+
+def before_and_after(effect: Effect) -> RenderableType:
+    """What interventions did to an answer, in a line."""
+    parts = [
+        f"{visible(before.text).plain} {percent(before.probability)} → {percent(after.probability)}"
+        for before, after in effect.answers
+    ]
+    return Group(_indented(f"{', '.join(effect.labels)}: {', '.join(parts)}.", "magenta"), Text())
 
 
 def error(sentence: str) -> RenderableType:

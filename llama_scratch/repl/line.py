@@ -270,7 +270,13 @@ def _message(session: Session) -> FormattedText:
     name = session.loading.name if session.console.width >= _NARROW else ""
     if session.chat:
         name = f"{name} chat".lstrip()
-    return FormattedText([("bold ansicyan", name), ("", "> ")])
+    return FormattedText([("bold ansicyan", name), ("bold ansimagenta", _changes(session.labels)), ("", "> ")])
+
+
+def _changes(labels: list[str]) -> str:
+    """The interventions that are on, as they stand in the prompt: the first ones, and how many more there are."""
+    shown = labels[:2] + ([f"+{len(labels) - 2}"] if len(labels) > 2 else [])
+    return f"[{' '.join(shown)}]" if labels else ""
 
 
 def _stage(session: Session) -> FormattedText:

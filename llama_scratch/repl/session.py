@@ -22,6 +22,8 @@ from llama_scratch.sampling import Sampling
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama, Prompt
+    from llama_scratch.microscope.effect import Effect
+    from llama_scratch.microscope.interventions import Intervention
     from llama_scratch.render.page import Page
     from llama_scratch.repl.chat import Chat
     from llama_scratch.results import ModelInfo, Prediction, Step
@@ -105,6 +107,7 @@ class Session:
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
     screen, for /export. page: the view that was shown last, for /picture.
     chat: the conversation that each line goes on with; None where each line is a prompt.
+    interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
     first_model, first_settings, first_system: what the session began with, for /save too.
     """
 
@@ -123,14 +126,21 @@ class Session:
     explained: set[str] = field(default_factory=set)
     chat: Chat | None = None
     first_model: Origin | None = None
+    interventions: tuple[Intervention, ...] = ()
 
     def __post_init__(self) -> None:
+        self._changed: Llama | None = None
         self.first_settings = replace(self.settings)
         self.first_system = None if self.chat is None else self.chat.system
 
     @property
     def llama(self) -> Llama:
-        """The model; while it is on its way this waits for it and shows how far it is."""
+        """The model that answers, with the interventions that are on."""
+        return self._changed or self.intact
+
+    @property
+    def intact(self) -> Llama:
+        """The model as it was loaded; while it is on its way this waits for it and shows how far it is."""
         if self.loading.ended:
             return self.loading.wait()
         with progress_bar(self.console) as progress:
@@ -146,21 +156,27 @@ class Session:
     def switch(self, source: str | None, precision: str) -> None:
         """Go on with another model, or without one in another precision, and answer the text with it.
 
-        Where it cannot be loaded, all stays as it was.
+        Where it cannot be loaded, all stays as it was. Interventions go on in another precision, and end with
+        another model.
         """
-        old, now = self.llama, self.now
+        old, now = self.intact, self.now
+        interventions = self.interventions if source is None else ()
         with self.progress() as progress:
             new = self.open(source or str(old.path), precision, progress)
             try:
                 new.prepare(progress)
+                answering = _changed(new, interventions)
                 if now:  # another model has its own tokens
                     text = now.ids if source is None else self.text_of(now.ids)
                     special = self.settings.special
-                    prediction = new.predict(text, top=self.settings.top, special=special, progress=progress)
+                    prediction = (answering or new).predict(
+                        text, top=self.settings.top, special=special, progress=progress
+                    )
             except BaseException:
                 new.close()
                 raise
         self.loading = Loading.ended_with(new)
+        self.interventions, self._changed = interventions, answering
         old.close()
         self.moments = self.moments if source is None else []
         if source is not None:
@@ -170,6 +186,31 @@ class Session:
             self.moments = [*self.moments, Moment(prediction, offered)]
             if self.interactive and offered:
                 self._explain(prediction, 0)
+
+    def intervene(self, interventions: Sequence[Intervention]) -> None:
+        """Let these changes to the network be on from now on, and no others; the text is answered with them."""
+        changed = _changed(self.intact, interventions)
+        now = self.now
+        if now:
+            with self.progress() as progress:
+                prediction = (changed or self.intact).predict(now.ids, top=self.settings.top, progress=progress)
+        # Only now, so that Ctrl-C leaves everything as it was.
+        self.interventions, self._changed = tuple(interventions), changed
+        if now:
+            offered = (prediction.next.id,) if now.offered else ()
+            self.moments = [*self.moments, Moment(prediction, offered)]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the interventions that are on."""
+        return [intervention.label for intervention in self.interventions]
+
+    def effect(self) -> Effect:
+        """What the interventions change about the answer to the text so far."""
+        from llama_scratch.microscope.effect import effect
+
+        with self.progress() as progress:
+            return effect(self.intact, self.llama, self.ids, self.labels, self.settings.top, progress)
 
     # --- The text ---
 
@@ -232,7 +273,14 @@ class Session:
         prediction = self.predict(prompt)
         if self.interactive:
             self._explain(prediction, added)
-        return as_json(prediction, self.generate(self.settings.generate) if self.settings.generate else None)
+        changes = {}
+        if self.interventions:
+            effect = self.effect()
+            changes = {"effect": effect.as_json()}
+            if self.interactive:
+                self.show(terminal.before_and_after(effect))
+        generated = self.generate(self.settings.generate) if self.settings.generate else None
+        return as_json(prediction, generated) | changes
 
     def say(self, line: str) -> dict[str, Any]:
         """Answer a line: as the next message of the chat where there is one, else as a prompt. Returns its object."""
@@ -348,3 +396,12 @@ class Session:
             offered = self.offered[0] if len(self.offered) == 1 else None
             following = candidates.index(offered) + 1 if offered in candidates else 0
             self.offer([candidates[following % len(candidates)]])
+
+
+def _changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama | None:
+    """The model with these; None where there are none."""
+    if not interventions:
+        return None
+    from llama_scratch.microscope.interventions import changed
+
+    return changed(llama, interventions)

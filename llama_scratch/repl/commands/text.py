@@ -31,19 +31,20 @@ def _generate(session: Session, argument: str) -> Reply | None:
     return Reply(generated_json(generated), None if session.interactive else Text(generated.text))
 
 
-def _candidates(session: Session, _begun: str) -> Iterable[str]:
+def candidates(session: Session, _begun: str) -> Iterable[str]:
     """The last answer's candidates, as /force takes them."""
     return [terminal.visible(c.text).plain for c in session.now.prediction.top] if session.now else []
 
 
-@command("force", "TOKEN", complete=_candidates)
+@command("force", "TOKEN", complete=candidates)
 def _force(session: Session, argument: str) -> Reply | None:
     """Add a token of your choice: ␣Paris, " Paris" or #7042."""
-    token = _one_token(session, argument)
+    token = one_token(session, argument)
     return Reply(session.extend([token.id]))
 
 
-def _one_token(session: Session, argument: str) -> Token:
+def one_token(session: Session, argument: str) -> Token:
+    """The token that an argument names: as the answer shows it, by its id as #7042, or by its text."""
     llama = session.llama
     if argument.startswith("#") and argument[1:].isdecimal():
         return llama.token(whole_number(argument[1:], "a token's id", least=0))

@@ -1,0 +1,236 @@
+"""Why that token: which parts of the network and which tokens of the text speak for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from llama_scratch.errors import UsageError
+from llama_scratch.llama import Llama
+from llama_scratch.memory import memory_errors
+from llama_scratch.microscope.interventions import ablate
+from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.shown import Shown
+from llama_scratch.microscope.stream import keep, layers
+from llama_scratch.model import Transformer, TransformerBlock
+from llama_scratch.progress import Progress, silent
+from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.taps import tapped
+
+# Tokens that are left out one after the other, those first that gradient × input ranks first.
+LEFT_OUT = 16
+# Claims of the attribution that are tried out.
+CLAIMS = 3
+# Tokens that go through the network at a time where texts stand beside each other.
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one part adds to the logit. name: "embedding", or a part's: L5.H3, L5.ffn."""
+
+    name: str
+    logit: float
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How much a token of the text matters for the answer.
+
+    gradient_x_input: ∂logit/∂vector · vector, of the token's embedding. without: the answer's probability where the
+    token is left out, and `versus_without` that of the other token; None where that was not tried.
+    """
+
+    token: Token
+    position: int
+    gradient_x_input: float
+    without: float | None
+    versus_without: float | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A contribution tried out: the probabilities of the answer, and of the other token, with the part switched off."""
+
+    contribution: Contribution
+    after: float
+    versus_after: float | None
+
+
+@dataclass(frozen=True)
+class Why(Shown):
+    """Why a model says `answer` after `tokens`, and not `versus` where that is given.
+
+    The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
+    contributions: what the embedding, each head and each feed-forward layer adds to it (direct logit attribution),
+    the scale of the last norm held; `remainder` is what they lack of the logit: rounding. influences: of each token.
+    claims: the strongest contributions, tried out in the session's own network, whose probabilities stand in
+    `answer` and `versus`.
+    """
+
+    page_of = "why.page"
+
+    tokens: tuple[Token, ...]
+    answer: Candidate
+    versus: Candidate | None
+    logit: float
+    contributions: tuple[Contribution, ...]
+    remainder: float
+    influences: tuple[Influence, ...]
+    claims: tuple[Claim, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `/why` prints it."""
+        return {
+            "tokens": [vars(token) for token in self.tokens],
+            "answer": candidate_json(self.answer),
+            "versus": self.versus and candidate_json(self.versus),
+            "logit": self.logit,
+            "contributions": [vars(contribution) for contribution in self.contributions],
+            "remainder": self.remainder,
+            "influences": [vars(influence) | {"token": vars(influence.token)} for influence in self.influences],
+            "claims": [vars(claim) | {"contribution": vars(claim.contribution)} for claim in self.claims],
+        }
+
+
+def why(
+    llama: Llama,
+    ids: Sequence[int],
+    answer: int | None = None,
+    versus: int | None = None,
+    progress: Progress = silent,
+) -> Why:
+    """Attribute the logit of a token that may come next, the most probable one unless another is given.
+
+    versus: a token whose logit is taken off, so that what speaks for both is gone. Raises as `Llama.predict` does.
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (direct logit attribution);
+    Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input).
+    """
+    logits = llama.engine.next_logits(ids, progress).values
+    answer = int(logits.argmax()) if answer is None else answer
+    if answer == versus:
+        raise UsageError(f"Both tokens are {llama.token(answer).text!r}, expected two that differ.")
+    target = (answer, versus)
+    logprobs = logits.double().log_softmax(-1)
+
+    def candidate(id: int) -> Candidate:
+        return Candidate(id, llama.token(id).text, float(logprobs[id]))
+
+    with memory_errors("Attribution"):
+        direct = _Direct(llama, ids, target, progress)
+    influences = _influences(llama, ids, target, direct.gradient_x_input, progress)
+    return Why(
+        tokens=tuple(map(llama.token, ids)),
+        answer=candidate(answer),
+        versus=None if versus is None else candidate(versus),
+        logit=direct.logit,
+        contributions=tuple(direct.contributions),
+        remainder=direct.logit - sum(contribution.logit for contribution in direct.contributions),
+        influences=influences,
+        claims=_claims(llama, ids, target, direct.contributions, progress),
+    )
+
+
+Target = tuple[int, int | None]
+"""The token whose logit it is about, and the one whose logit is taken off."""
+
+
+class _Direct:
+    """One pass through the file's own weights in float32, forward and back."""
+
+    def __init__(self, llama: Llama, ids: Sequence[int], target: Target, progress: Progress):
+        model = llama.differentiable(progress)
+        n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
+        kinds = ("resid_pre", "attention.heads", "feed_forward.out")
+        found: dict[str, list[Tensor]] = {f"layers.{i}.{kind}": [] for i in range(n_layers) for kind in kinds}
+        final: list[Tensor] = []
+        taps = {place: keep(values) for place, values in found.items()} | {"norm": keep([])}
+        taps[f"layers.{n_layers - 1}.resid_post"] = keep(final)
+        progress("attributing", 0, 2 * n_layers)
+        with torch.no_grad(), tapped(model, llama.engine.taps), tapped(model, taps):
+            model(torch.tensor([ids], device=model.freqs.device))
+        streams, heads, feed_forwards = ([found[f"layers.{i}.{kind}"][0] for i in range(n_layers)] for kind in kinds)
+
+        # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
+        answer, versus = target
+        u = model.output.weight[answer].float()  # (dim,)
+        if versus is not None:
+            u = u - model.output.weight[versus].float()
+        x = final[0][0, -1]  # (dim,)
+        direction = u * model.norm.weight / (x.pow(2).mean() + model.norm.eps).sqrt()  # (dim,)
+        self.logit = float(direction @ x)
+        self.contributions = [Contribution("embedding", float(direction @ streams[0][0, -1]))]
+        for i in range(n_layers):
+            attention = cast(TransformerBlock, model.layers[i]).attention
+            wo = attention.wo.weight.float()  # (dim, n_heads · head_dim)
+            by_head = (direction @ wo).view(n_heads, -1) * heads[i][0, -1]  # (n_heads, head_dim)
+            self.contributions += [
+                Contribution(Part(i, "head", head).name, share) for head, share in enumerate(by_head.sum(-1).tolist())
+            ]
+            self.contributions.append(Contribution(Part(i, "ffn").name, float(direction @ feed_forwards[i][0, -1])))
+        self.gradient_x_input = _back(llama, model, streams, final[0], u, progress)
+        if llama.engine.taps:  # what they do to the stream is no part's own
+            lacking = self.logit - sum(contribution.logit for contribution in self.contributions)
+            self.contributions.append(Contribution("interventions", lacking))
+
+
+def _back(
+    llama: Llama, model: Transformer, streams: Sequence[Tensor], final: Tensor, u: Tensor, progress: Progress
+) -> list[float]:
+    """Of each token ∂logit/∂vector · vector. A layer at a time is run again, so that only its own values are kept.
+
+    streams: what stood before each layer, (1, T, dim) each. final: behind the last. u: (dim,), logit = u·norm(x).
+    """
+    x = final.requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(model.norm(x)[0, -1] @ u, x)
+    with tapped(model, llama.engine.taps):
+        for i, layer in reversed(list(enumerate(layers(model, final.shape[1])))):
+            progress("attributing", 2 * len(streams) - i, 2 * len(streams))
+            x = streams[i].requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(layer(x), x, grad)  # (1, T, dim)
+    found: list[float] = (grad * streams[0].detach()).sum(-1)[0].tolist()
+    return found
+
+
+def _influences(
+    llama: Llama, ids: Sequence[int], target: Target, gradient_x_input: list[float], progress: Progress
+) -> tuple[Influence, ...]:
+    ranked = sorted(range(len(ids)), key=lambda i: -abs(gradient_x_input[i]))
+    chosen = ranked[:LEFT_OUT] if len(ids) > 1 else []
+    without: dict[int, tuple[float, float | None]] = {}
+    size = max(1, _ROWS // len(ids))
+    for first in range(0, len(chosen), size):
+        progress("leaving out", first, len(chosen))
+        some = chosen[first : first + size]
+        rows = [[*ids[:i], *ids[i + 1 :]] for i in some]
+        logits = llama.engine.run(rows, {})[:, 0]  # (some, vocab_size)
+        without |= {i: _probabilities(row, target) for i, row in zip(some, logits, strict=True)}
+    return tuple(
+        Influence(llama.token(id), i, gradient_x_input[i], *without.get(i, (None, None))) for i, id in enumerate(ids)
+    )
+
+
+def _claims(
+    llama: Llama, ids: Sequence[int], target: Target, contributions: Sequence[Contribution], progress: Progress
+) -> tuple[Claim, ...]:
+    parts = [found for found in contributions if found.name not in ("embedding", "interventions")]
+    strongest = sorted(parts, key=lambda contribution: -abs(contribution.logit))[:CLAIMS]
+    claims = []
+    for done, contribution in enumerate(strongest):
+        progress("trying out", done, len(strongest))
+        part = Part.named(contribution.name, llama.args)
+        logits = llama.engine.run([ids], ablate(llama, part).taps)[0, 0]
+        claims.append(Claim(contribution, *_probabilities(logits, target)))
+    return tuple(claims)
+
+
+def _probabilities(logits: Tensor, target: Target) -> tuple[float, float | None]:
+    shares = logits.double().softmax(-1)
+    answer, versus = target
+    return float(shares[answer]), None if versus is None else float(shares[versus])

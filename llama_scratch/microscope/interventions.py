@@ -1,0 +1,132 @@
+"""Changes to the network while it runs: parts switched off, activations copied from another text, directions added.
+
+Each is an `Intervention`: taps, and the name by which it is known. `Llama.intervened` runs the network with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_scratch.errors import UsageError, printable
+from llama_scratch.llama import Llama
+from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.stream import activations
+from llama_scratch.progress import Progress, silent
+from llama_scratch.taps import Tap
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change to the network. label: short, as it stands in the prompt: -L5.H3. meaning: a sentence."""
+
+    label: str
+    meaning: str
+    taps: Mapping[str, Tap]
+
+    def as_json(self) -> dict[str, Any]:
+        """As the commands print it."""
+        return {"label": self.label, "meaning": self.meaning}
+
+
+def changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama:
+    """The model with all of these, the first ones first."""
+    for intervention in interventions:
+        llama = llama.intervened(intervention.taps)
+    return llama
+
+
+# --- Ablation ---------------------------------------------------------------------------------
+
+
+def ablate(llama: Llama, part: Part) -> Intervention:
+    """Switch a part off: what it writes into the residual stream is 0."""
+    del llama  # as the other ones have it
+    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", _set(part, dict.fromkeys(part.places, 0.0)))
+
+
+def mean_ablate(llama: Llama, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
+    """Replace what a part writes by its mean over the tokens of a text: what it has to say of each of them is gone,
+    and the network stays where it is used to be.
+
+    Source: Wang et al. 2022, arXiv:2211.00593.
+    """
+    values = zip(part.places, activations(llama, ids, part.places, progress), strict=True)
+    means = {place: part.of(value).mean(0) for place, value in values}
+    tokens = f"{len(ids):,} token{'s' if len(ids) != 1 else ''}"
+    return Intervention(f"~{part.name}", f"{part.name} writes its mean over {tokens}.", _set(part, means))
+
+
+def _set(part: Part, values: Mapping[str, Tensor | float]) -> dict[str, Tap]:
+    def tap(new: Tensor | float, value: Tensor, _start: int) -> Tensor:
+        value = value.clone()
+        part.of(value)[...] = new
+        return value
+
+    return {place: partial(tap, new) for place, new in values.items()}
+
+
+# --- Patching ---------------------------------------------------------------------------------
+
+
+def patch(
+    llama: Llama, part: Part, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
+) -> Intervention:
+    """Copy a part's value, while another text is read, into this one's: of a layer the residual stream before it.
+
+    ids: of the other text. positions: here → there, both from 0. Raises `UsageError` for a position that it has not.
+    Source: Vig et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
+    """
+    if wrong := [there for there in positions.values() if not 0 <= there < len(ids)]:
+        raise UsageError(f"There is no position {wrong[0]} in the other text, expected one from 0 to {len(ids) - 1}.")
+    (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
+    own = part.of(found)
+
+    def tap(value: Tensor, start: int) -> Tensor:
+        value = value.clone()
+        for here, there in positions.items():
+            if start <= here < start + value.shape[1]:
+                part.of(value)[:, here - start] = own[there]
+        return value
+
+    where = ",".join(map(str, positions)) if len(positions) < len(ids) else "all"
+    name = f"{part.name}@{where}"
+    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap})
+
+
+def _end(llama: Llama, ids: Sequence[int]) -> str:
+    """The end of a text, for a sentence about it."""
+    text = "".join(llama.token(id).text for id in ids[-8:])
+    return printable("…" * (len(ids) > 8) + text, 60)
+
+
+# --- Steering ---------------------------------------------------------------------------------
+
+
+def steer(
+    llama: Llama, layer: int, scale: float, toward: Sequence[int], away: Sequence[int], progress: Progress = silent
+) -> Intervention:
+    """Add a direction to the residual stream behind a layer, at every token: `scale` times the difference between what
+    stands there at the last token of two texts.
+
+    Source: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2023, arXiv:2312.06681.
+    """
+    place = f"layers.{layer}.resid_post"
+    ends = [activations(llama, ids, [place], progress)[0][-1] for ids in (toward, away)]  # (dim,) each
+    direction = scale * (ends[0] - ends[1])  # (dim,)
+    if not torch.isfinite(direction).all():
+        raise UsageError(f"A scale of {scale:g} makes the direction too long for numbers, expected a smaller one.")
+    apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
+    words = [printable(llama.token(ids[apart]).text.strip(), 12) for ids in (toward, away)]
+    label = f"{scale:+g}·({words[0]}−{words[1]})@L{layer}"  # named by the first tokens that differ
+    return Intervention(
+        label,
+        f"Behind layer {layer} each token gets {scale:g} times the difference of the two texts, "
+        f"a vector of length {float(direction.norm()):.3g}.",
+        {place: lambda value, _start: value + direction.to(value.dtype)},
+    )

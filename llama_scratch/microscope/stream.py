@@ -1,0 +1,53 @@
+"""The residual stream: what it holds before each layer, and what the layers make of one that was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_scratch.llama import Llama
+from llama_scratch.model import KVCache, Transformer, causal_mask, rotations
+from llama_scratch.progress import Progress, silent
+from llama_scratch.taps import Tap
+
+
+def keep(into: list[Tensor]) -> Tap:
+    """A tap that reads: each value that comes by is put into a list, as it was."""
+
+    def tap(value: Tensor, _start: int) -> None:
+        into.append(value.detach().clone())
+
+    return tap
+
+
+def activations(llama: Llama, ids: Sequence[int], places: Sequence[str], progress: Progress = silent) -> list[Tensor]:
+    """What stands at some places of the network while it reads a text: a tensor a place, without the B in front.
+
+    Places within attention whose shape knows of all tokens (`k`, `v`, `probs`) are not for this. For a long text the
+    pieces are put together. Raises as `Llama.predict` does, and `UsageError` for a place that there is not.
+    """
+    found: list[list[Tensor]] = [[] for _ in places]
+    taps = {place: keep(pieces) for place, pieces in zip(places, found, strict=True)}
+    llama.engine.run([ids], taps, progress=progress)
+    return [torch.cat(pieces, dim=1)[0] for pieces in found]
+
+
+def residuals(llama: Llama, ids: Sequence[int], progress: Progress = silent) -> Tensor:
+    """The stream before each layer and behind the last: (n_layers + 1, T, dim)."""
+    n_layers = llama.args.n_layers
+    places = [f"layers.{layer}.resid_pre" for layer in range(n_layers)] + [f"layers.{n_layers - 1}.resid_post"]
+    return torch.stack(activations(llama, ids, places, progress))
+
+
+def layers(model: Transformer, T: int) -> list[Callable[[Tensor], Tensor]]:
+    """The network's layers as functions of the stream of a whole text, (B, T, dim) → (B, T, dim)."""
+    device = model.freqs.device
+    freqs_cis, mask = rotations(model.freqs, torch.arange(T, device=device)), causal_mask(T, T, device)
+
+    def run(layer: int, x: Tensor) -> Tensor:
+        stream: Tensor = model.layers[layer](x, freqs_cis, mask, KVCache(model.args, T), layer)
+        return stream
+
+    return [lambda x, layer=layer: run(layer, x) for layer in range(model.args.n_layers)]  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""What the microscope found, as pages: a module a theme."""

@@ -1,0 +1,123 @@
+"""Why that token, on one screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Page, Paragraph, Part, Running, Table
+from llama_scratch.render.terminal import percent
+
+if TYPE_CHECKING:  # it brings torch
+    from llama_scratch.microscope.attribution import Claim, Contribution, Influence, Why
+
+# Parts of the network, and tokens of the text, that one screen has room for.
+_PARTS, _TOKENS = 10, 10
+
+
+def page(found: Why) -> Page:
+    """The answer, what speaks for it in the network and in the text, and the strongest claims tried out."""
+    parts: list[Part] = [_answer(found), _contributions(found), Paragraph(_sum(found), "dim"), _claims(found)]
+    parts += [_influences(found), Paragraph(_left_out(found), "dim")]
+    return Page("Why that token", tuple(parts), ("attribution",))
+
+
+def _answer(found: Why) -> Running:
+    cells = [
+        Cell("After "),
+        Cell(found.tokens[-1].text, "cyan", token=True),
+        Cell(" comes "),
+        Cell(found.answer.text, "bold", token=True),
+        Cell(f", {percent(found.answer.probability)}, "),
+    ]
+    if found.versus:
+        cells += [
+            Cell("and not "),
+            Cell(found.versus.text, "bold", token=True),
+            Cell(f", {percent(found.versus.probability)}: logits {found.logit:+.2f} apart."),
+        ]
+    else:
+        cells.append(Cell(f"with a logit of {found.logit:.2f}."))
+    return Running(tuple(cells))
+
+
+def _contributions(found: Why) -> Table:
+    strongest = sorted(found.contributions, key=lambda contribution: -abs(contribution.logit))
+    reach = max(abs(strongest[0].logit), 1e-9)
+    rows = [
+        (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=f"{c.name}: {c.logit:+.4f}"))
+        for c in strongest[:_PARTS]
+    ]
+    if rest := strongest[_PARTS:]:
+        total = sum(contribution.logit for contribution in rest)
+        words = f"{len(rest)} others"
+        bar = max(-1.0, min(1.0, total / reach))
+        rows.append((Cell(words, "dim"), Cell(f"{total:+.2f}", "dim"), Cell("", "dim", bar=bar, hover=words)))
+    return Table(("part", ">logit", ""), tuple(rows), "What each part of the network adds")
+
+
+def _sum(found: Why) -> str:
+    what = "the difference of the logits" if found.versus else "the logit"
+    return (
+        f"Together they are {what} but for {found.remainder:+.1e}, which is rounding: what each part writes into the "
+        "residual stream, read through the unembedding with the scale of the last norm held."
+    )
+
+
+def _claims(found: Why) -> Table:
+    rows = tuple((Cell(_name(c.contribution)), *_shift(found, c)) for c in found.claims)
+    columns = ("without", *(f">{name}" for name in _names(found)))
+    return Table(columns, rows, "The strongest of them, switched off")
+
+
+def _name(contribution: Contribution) -> str:
+    return f"{contribution.name} ({contribution.logit:+.2f})"
+
+
+def _names(found: Why) -> list[str]:
+    return ["answer", "the other"] if found.versus else ["answer"]
+
+
+def _shift(found: Why, claim: Claim) -> list[Cell]:
+    cells = [Cell(f"{percent(found.answer.probability)} → {percent(claim.after)}")]
+    if found.versus and claim.versus_after is not None:
+        cells.append(Cell(f"{percent(found.versus.probability)} → {percent(claim.versus_after)}"))
+    return cells
+
+
+def _influences(found: Why) -> Table:
+    tried = [influence for influence in found.influences if influence.without is not None]
+    tried.sort(key=lambda influence: influence.without or 0.0)
+    shown = tried[:_TOKENS] or list(found.influences)[:_TOKENS]
+    reach = max((abs(influence.gradient_x_input) for influence in found.influences), default=0.0) or 1.0
+    rows = tuple(
+        (
+            Cell(influence.token.text, token=True, hover=f"position {influence.position}"),
+            *_without(found, influence),
+            Cell(f"{influence.gradient_x_input:+.2f}"),
+            Cell(
+                "", bar=influence.gradient_x_input / reach, hover=f"gradient × input {influence.gradient_x_input:+.4f}"
+            ),
+        )
+        for influence in shown
+    )
+    columns = ("token", *(f">{name} without it" for name in _names(found)), ">grad × input", "")
+    return Table(columns, rows, "What each token of the text does")
+
+
+def _without(found: Why, influence: Influence) -> list[Cell]:
+    cells = [Cell("" if influence.without is None else percent(influence.without))]
+    if found.versus:
+        cells.append(Cell("" if influence.versus_without is None else percent(influence.versus_without)))
+    return cells
+
+
+def _left_out(found: Why) -> str:
+    tried = sum(influence.without is not None for influence in found.influences)
+    if not tried:
+        return "A text of one token has none to leave out."
+    if tried < len(found.influences):
+        return (
+            f"{tried} of {len(found.influences):,} tokens were left out one by one, those that gradient × input ranks "
+            "first; those without which the answer is least probable stand here."
+        )
+    return "Each token was left out once; those without which the answer is least probable come first."

@@ -1,0 +1,161 @@
+"""Changes to the network that stay on: ablation, patching, steering."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from llama_scratch.errors import UsageError, printable
+from llama_scratch.render.pages import patching
+from llama_scratch.repl.commands.registry import Reply, command, note, number, paged, whole_number
+from llama_scratch.repl.commands.text import unquoted
+from llama_scratch.repl.commands.views import two_texts
+from llama_scratch.repl.session import Session
+
+if TYPE_CHECKING:
+    from llama_scratch.microscope.interventions import Intervention
+
+_AT = re.compile(r"([lL]\S*?)@(-?\d{1,7}|all)(?: +(.*))?", re.DOTALL)
+
+
+def _put(session: Session, more: Sequence[Intervention]) -> Reply:
+    """Let further interventions be on, and say what they change about the answer."""
+    session.intervene([*session.interventions, *more])
+    if session.now is None:
+        return note(" ".join(intervention.meaning for intervention in more), interventions=session.labels)
+    effect = session.effect()
+    return paged(session, effect.as_json(), patching.effect(effect))
+
+
+def _listed(session: Session) -> Reply:
+    """What is on."""
+    on = session.interventions
+    sentence = (
+        "\n ".join(f"{i.label}  {i.meaning}" for i in on) or "Nothing is changed: the network is as it was loaded."
+    )
+    return note(sentence, interventions=[intervention.as_json() for intervention in on])
+
+
+def _parts(session: Session, _begun: str) -> Iterable[str]:
+    """A head or layer that a person may mean."""
+    return ["L0.H0", "L0.attn", "L0.ffn", "L0"]
+
+
+@command("ablate", "[PART … [mean]]", complete=_parts)
+def _ablate(session: Session, argument: str) -> Reply:
+    """Switch off a layer (L5), its attention (L5.attn), feed-forward (L5.ffn), a head (L5.H3) or a neuron (L5.N120).
+
+    Its output is 0; with 'mean' behind it is the mean over the text so far. It stays off until /restore. Without
+    PART it lists what is changed.
+    """
+    from llama_scratch.microscope.interventions import ablate, mean_ablate
+    from llama_scratch.microscope.parts import Part
+
+    *names, last = argument.split() or [""]
+    if not last:
+        return _listed(session)
+    llama, mean = session.intact, last == "mean"
+    parts = [Part.named(name, llama.args) for name in (names if mean else [*names, last])]
+    if not parts:
+        raise UsageError("'mean' was given for /ablate, expected a part in front of it, such as L5.H3 mean.")
+    with session.progress() as progress:
+        more = [mean_ablate(llama, part, session.ids, progress) if mean else ablate(llama, part) for part in parts]
+    return _put(session, more)
+
+
+@command("patch", "[PART@POSITION] TEXT")
+def _patch(session: Session, argument: str) -> Reply:
+    """Put activations of TEXT into this text: a map of how far each one moves the answer (causal tracing).
+
+    Both texts need the same number of tokens, the text in double quotes is read as JSON. L5@3 TEXT puts one of them
+    in, the residual stream before layer 5 at position 3 (from 0; -1 is the last, 'all' is every one), and lets it
+    stay until /restore; L5.H3@3, L5.attn@3 and L5.ffn@3 are the head's output, attention's, the feed-forward's.
+    """
+    from llama_scratch.microscope.tracing import trace
+
+    if matched := _AT.fullmatch(argument):
+        return _patch_one(session, matched[1], matched[2], matched[3] or "")
+    if not argument:
+        raise UsageError("No text was given for /patch, expected another one: /patch The capital of Italy is.")
+    llama, ids, other = session.llama, session.ids, session.encode(unquoted(argument))
+    with session.progress() as progress:
+        found = trace(llama, ids, other, progress)
+    return paged(session, found.as_json(), patching.trace(found))
+
+
+def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
+    from llama_scratch.microscope.interventions import patch
+    from llama_scratch.microscope.parts import Part
+
+    llama, ids = session.intact, session.ids
+    part = Part.named(name, llama.args)
+    if not text:
+        raise UsageError(f"No text was given for /patch {name}@{position}, expected the one that it is taken from.")
+    other = session.encode(unquoted(text))
+    if position == "all":
+        if len(other) != len(ids):
+            raise UsageError(f"The texts have {len(ids)} and {len(other)} tokens, expected the same number for 'all'.")
+        positions = {i: i for i in range(len(ids))}
+    else:
+        here = _position(int(position), len(ids), "this text")
+        # From the end where it is counted from there: the texts may differ in length.
+        there = _position(int(position), len(other), "the other text")
+        positions = {here: there}
+    with session.progress() as progress:
+        found = patch(llama, part, other, positions, progress)
+    return _put(session, [found])
+
+
+def _position(position: int, length: int, what: str) -> int:
+    """A position counted from the beginning, or with a minus from the end."""
+    if not -length <= position < length:
+        raise UsageError(f"There is no position {position} in {what}, expected one from {-length} to {length - 1}.")
+    return position % length
+
+
+@command("steer", "LAYER SCALE A | B")
+def _steer(session: Session, argument: str) -> Reply:
+    """Add a direction behind a layer, to every token: SCALE times what A has there more than B.
+
+    The difference is taken at the last token of each text. /steer 12 2 I love it | I hate it; it stays until /restore.
+    """
+    from llama_scratch.microscope.interventions import steer
+
+    layer, _, rest = argument.partition(" ")
+    scale, _, texts = rest.strip().partition(" ")
+    llama = session.intact
+    which = whole_number(layer.lstrip("lL"), "a layer", least=0)
+    if which >= llama.args.n_layers:
+        raise UsageError(f"There is no layer {which}, expected one from 0 to {llama.args.n_layers - 1}.")
+    factor = number(scale, "the scale")
+    if not math.isfinite(factor):
+        raise UsageError(f"'{printable(scale)}' was given for the scale, expected a finite number.")
+    toward, away = map(session.encode, two_texts(texts, "/steer"))
+    with session.progress() as progress:
+        found = steer(llama, which, factor, toward, away, progress)
+    return _put(session, [found])
+
+
+def _labels(session: Session, _begun: str) -> Iterable[str]:
+    return session.labels
+
+
+@command("restore", "[LABEL]", complete=_labels)
+def _restore(session: Session, argument: str) -> Reply:
+    """Take a change to the network off again, as it stands in the prompt: -L5.H3; without LABEL all of them."""
+    if not session.interventions:
+        raise UsageError(
+            "Nothing is changed, expected an intervention that is on; /ablate, /patch and /steer make one."
+        )
+    left = [found for found in session.interventions if argument and found.label != argument]
+    if len(left) == len(session.interventions):
+        raise UsageError(f"'{printable(argument)}' is not on, expected one of {', '.join(session.labels)}.")
+    session.intervene(left)
+    if session.interactive and session.now:
+        session.show_answer(session.now.prediction)
+    return note(
+        "The network is as it was loaded." if not left else f"Still on: {', '.join(session.labels)}.",
+        interventions=session.labels,
+    )

@@ -1,0 +1,38 @@
+"""Why that token: attribution."""
+
+from __future__ import annotations
+
+from llama_scratch.render.pages import why as pages
+from llama_scratch.render.terminal import SPACE
+from llama_scratch.repl.commands.registry import Reply, command, paged
+from llama_scratch.repl.commands.text import candidates, one_token
+from llama_scratch.repl.session import Session
+
+
+@command("why", "[TOKEN [vs TOKEN]]", complete=candidates)
+def _why(session: Session, argument: str) -> Reply:
+    """Why that token: which heads, layers and words speak for it.
+
+    Without TOKEN it is the answer; with a second one it is what sets the two apart: /why Paris vs Rome. A word gets
+    its space in front, unless it stands in double quotes, which are read as JSON; #7042 is a token by its id.
+
+    What each part of the network adds to the logit (direct logit attribution)
+    is computed on the file's weights in float32; what is left out or switched off is tried in the session's network.
+    """
+    from llama_scratch.microscope.attribution import why
+
+    llama, ids = session.llama, session.ids
+    first, _, second = argument.partition(" vs ") if " vs " in argument else (argument, "", "")
+    answer, versus = (_token(session, part) if part else None for part in (first.strip(), second.strip()))
+    with session.progress() as progress:
+        found = why(llama, ids, answer, versus, progress)
+    return paged(session, found.as_json(), pages.page(found))
+
+
+def _token(session: Session, name: str) -> int:
+    """The token that is meant: with a space in front where that is one token."""
+    if name[0] not in f'#"{SPACE}' and not (session.now and name in candidates(session, "")):
+        ids = session.llama.tokenizer.encode(f" {name}")
+        if len(ids) == 1:
+            return ids[0]
+    return one_token(session, name).id
