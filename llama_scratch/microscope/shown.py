@@ -29,6 +29,9 @@ class Shown:
             "onload=\"this.style.height = this.contentDocument.documentElement.scrollHeight + 'px'\"></iframe>"
         )
 
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": _render("terminal").as_text(self.__rich__()), "text/html": self._repr_html_()}
+
     def _page(self) -> object:
         module, _, function = self.page_of.partition(".")
         return getattr(_render(f"pages.{module}"), function)(self)

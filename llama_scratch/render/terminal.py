@@ -243,6 +243,16 @@ def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
     return Padding(table, (0, 0, 0, 1))
 
 
+def as_text(view: RenderableType, width: int = 100) -> str:
+    """A view as lines without colours; a text as it is."""
+    if isinstance(view, Text):
+        return view.plain
+    console = Console(no_color=True, color_system=None, highlight=False, width=width, force_jupyter=False)
+    with console.capture() as captured:
+        console.print(view)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
 def explained(title: str, text: str) -> RenderableType:
     """A title, and paragraphs below it: a line break within one is none."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
-from rich.text import Text
+from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, unexpected
-from llama_scratch.render import lines
+from llama_scratch.render import lines, terminal
 from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
 
@@ -90,7 +89,7 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
         if form.kind == "terminal" or reply.note:
             session.console.print(reply.view)
         else:
-            _write(_plain_text(reply.view))
+            _write(terminal.as_text(reply.view))
     elif form.kind == "lines" and "next" in output:
         for sentence in output["warnings"]:
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
@@ -99,16 +98,6 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
         else:
             for line in lines.answer_lines(session.moments[-1].prediction, all_candidates=form.all_candidates):
                 _write(line)
-
-
-def _plain_text(view: RenderableType) -> str:
-    """A view as lines without colours; a text as it is."""
-    if isinstance(view, Text):
-        return view.plain
-    console = Console(no_color=True, color_system=None, highlight=False, width=100)
-    with console.capture() as captured:
-        console.print(view)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _write(line: str) -> None:
