@@ -179,12 +179,13 @@ def render(
     quality: dict[str, Any] | None,
     startup: dict[str, Any] | None = None,
     keystrokes: dict[str, Any] | None = None,
+    microscope: dict[str, Any] | None = None,
 ) -> str:
     """The whole of results.md; a part that was not measured is left out."""
     parts = [
         "# Measured",
-        "Made by `make benchmark`, `make quality`, `python -m benchmarks.startup` and "
-        "`python -m benchmarks.keystrokes`; not edited by hand.",
+        "Made by `make benchmark`, `make quality`, `python -m benchmarks.startup`, `python -m benchmarks.keystrokes` "
+        "and `python -m benchmarks.microscope`; not edited by hand.",
     ]
     if results:
         parts += _speed(results)
@@ -194,6 +195,8 @@ def render(
         parts += _startup(startup)
     if keystrokes:
         parts += _keystrokes(keystrokes)
+    if microscope:
+        parts += _microscope(microscope)
     return "\n\n".join(parts) + "\n"
 
 
@@ -380,6 +383,41 @@ def _keystrokes(keystrokes: dict[str, Any]) -> list[str]:
     ]
 
 
+# What /lens and /why may take, in seconds.
+_LOOKING = {"SmolLM2-135M-Instruct": {"lens": 2, "why": 3}, "Llama3.2-1B": {"lens": 8, "why": 20}}
+# Two networks that are the same differ by so much in one run.
+_SAME = 1.03
+
+
+def microscope_bounds(microscope: dict[str, Any]) -> list[Bound]:
+    """The bounds on how long the microscope takes, and on what it costs when it is not used."""
+    bounds = []
+    for model in microscope["models"]:
+        for row, limit in _LOOKING.get(model["name"], {}).items():
+            found, what = model["seconds"][row], f"{microscope['rows'][row]}, {model['name']}"
+            bounds.append(Bound(what, f"≤ {limit} s", f"{found:.2f} s", found <= limit))
+        what, ratio = f"a decode after a tap ÷ without one ever, {model['name']}", model["ratio"]
+        bounds.append(Bound(what, f"≤ {_SAME}", f"{ratio:.3f}", ratio <= _SAME))
+    return bounds
+
+
+def _microscope(microscope: dict[str, Any]) -> list[str]:
+    models = microscope["models"]
+    rows = [
+        [name, *(f"{1000 * model['seconds'][row]:,.1f} ms" for model in models)]
+        for row, name in microscope["rows"].items()
+    ]
+    return [
+        "## The microscope",
+        f"Medians of {microscope['runs']} runs, each with another text, and of {microscope['tokens']} tokens that both "
+        f"networks decode in turns; {microscope['threads']} threads, weights packed.",
+        f"- Versions: {_versions(microscope['versions'])}",
+        _table(["what", *(f"{model['name']}, {model['precision']}" for model in models)], rows),
+        "### Bounds of the microscope",
+        _bounds(microscope_bounds(microscope)),
+    ]
+
+
 def _bounds(bounds: Sequence[Bound]) -> str:
     if not bounds:
         return "None of the bounds can be decided by what was measured."
@@ -402,7 +440,8 @@ def write_report(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> list[dict[str, Any] | None]:
-    """What was measured and kept in a folder: results, quality, startup and keystrokes; None for
-    what was not."""
-    paths = (folder / f"{name}.json" for name in ("results", "quality", "startup", "keystrokes"))
+    """What was measured and kept in a folder: results, quality, startup, keystrokes and microscope;
+    None for what was not."""
+    names = ("results", "quality", "startup", "keystrokes", "microscope")
+    paths = (folder / f"{name}.json" for name in names)
     return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

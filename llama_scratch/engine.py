@@ -82,7 +82,7 @@ class Engine:
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
-            values = _finite(self._forward(last)[0, -1])
+            values = self._finite(self._forward(last)[0, -1])
         return Logits(values, reused, self.packing.begun)
 
     @contextmanager
@@ -118,7 +118,7 @@ class Engine:
                 self._forward(chunk)
             for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
-                yield _finite(self._forward(chunk, all_positions=True)[0])
+                yield self._finite(self._forward(chunk, all_positions=True)[0])
 
     def run(
         self,
@@ -139,12 +139,13 @@ class Engine:
         cache = KVCache(self.model.args, len(rows[0]))
         size = max(1, CHUNK // len(rows))
         logits: list[Tensor] = []
-        with self._weights(progress), tapped(self.model, taps):
+        with self._weights(progress):
             for start in range(0, len(rows[0]), size):
                 progress("reading", start, len(rows[0]))
-                found = self._through([ids[start : start + size] for ids in rows], cache, all_positions=all_positions)
+                piece = [ids[start : start + size] for ids in rows]
+                found = self._through(piece, cache, taps, all_positions=all_positions)
                 logits = [*logits, found] if all_positions else [found]
-        return _finite(torch.cat(logits, dim=1))
+        return self._finite(torch.cat(logits, dim=1))
 
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
@@ -159,18 +160,33 @@ class Engine:
         # A graph holds on to the weights that it was recorded with.
         if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
             return self._graph(ids[0]).cpu()
-        return self._through([ids], self._cache, all_positions=all_positions)
+        return self._through([ids], self._cache, {}, all_positions=all_positions)
 
     @torch.inference_mode()
-    def _through(self, rows: Sequence[Sequence[int]], cache: KVCache, *, all_positions: bool) -> Tensor:
+    def _through(
+        self, rows: Sequence[Sequence[int]], cache: KVCache, taps: Mapping[str, Tap], *, all_positions: bool
+    ) -> Tensor:
         tokens = torch.tensor(rows, device=self._device)  # (B, T)
         length = cache.length + tokens.shape[1]
         text = f"A text of {length:,} tokens"
         growth = cache.growth(length)
         if growth and self._device.type != "cuda":  # which has a memory of its own
             require_memory({"KV cache": growth}, text)
-        with memory_errors(text), tapped(self.model, self.taps):
+        # What looks at a changed network sees what the changes left.
+        with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
+            return logits
+        if self.taps:
+            raise UsageError(
+                "With its interventions the network computes values that are not numbers, expected smaller changes; "
+                "take them off, or choose a smaller scale."
+            )
+        raise CheckpointError(
+            f"The network computed values that are not numbers, so its weights are damaged; {FETCH_AGAIN}"
+        )
 
     @property
     def cached_tokens(self) -> int:
@@ -212,11 +228,3 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     if a[:n] == b[:n]:  # at the speed of C: generation comes here for each token, with all that were before it
         return n
     return next((i for i in range(n) if a[i] != b[i]), n)  # a list and a tuple never are equal as a whole
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
-        raise CheckpointError(
-            f"The network computed values that are not numbers, so its weights are damaged; {FETCH_AGAIN}"
-        )
-    return logits

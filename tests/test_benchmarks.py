@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, files, quality, report
+from benchmarks import compare, files, microscope, quality, report
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.model import rope_frequencies
@@ -59,6 +59,29 @@ def test_quality_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     assert found["tokens"] == 64
     assert found["distances"]["ours fp16"]["mean_kl"] < 1e-4
     assert "| ours int8 |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_microscope_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
+    """Every row is there, in the file and in the table."""
+    sizes = ["--runs", "1", "--tokens", "4", "--record", "--output", str(tmp_path)]
+    microscope.main(["--model-dir", str(tiny_dir), str(tiny_dir), *sizes])
+    found = json.loads((tmp_path / "microscope.json").read_text())
+    assert [model["name"] for model in found["models"]] == [tiny_dir.name] * 2
+    assert set(found["models"][0]["seconds"]) == set(found["rows"])
+    assert all(value > 0 for model in found["models"] for value in [*model["seconds"].values(), model["ratio"]])
+    table = (tmp_path / "results.md").read_text()
+    assert "| /lens, 64 tokens |" in table
+    assert "| a decode after a tap ÷ without one ever, Tiny-Llama | ≤ 1.03 |" in table
+
+
+def test_bounds_of_the_microscope() -> None:
+    """A model that has none but that of taps, and one that misses one of its three."""
+    models = [
+        {"name": "Other", "seconds": {"lens": 99, "why": 99}, "ratio": 1.04},
+        {"name": "Llama3.2-1B", "seconds": {"lens": 8.0, "why": 20.1}, "ratio": 1.03},
+    ]
+    bounds = report.microscope_bounds({"models": models, "rows": {"lens": "/lens", "why": "/why"}})
+    assert [bound.met for bound in bounds] == [False, True, False, True]
 
 
 def test_the_recorded_report_is_the_rendering_of_the_recorded_numbers() -> None:

@@ -1,0 +1,61 @@
+"""The strongest neurons of a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
+from llama_scratch.render.terminal import percent
+
+if TYPE_CHECKING:  # they bring torch
+    from llama_scratch.microscope.neurons import Neuron, Neurons, Pushed
+
+_SOURCE = ("neurons", "FeedForward")
+
+
+def page(found: Neurons) -> Page:
+    """A row for each neuron: how strong it is, what it adds to the answer, and which tokens it pushes."""
+    most = max(abs(neuron.contribution) for neuron in found.neurons) or 1.0
+    rows = tuple(_row(neuron, most) for neuron in found.neurons)
+    shown = sum(neuron.contribution for neuron in found.neurons)
+    where = (
+        Cell(f"Layer {found.layer} behind "),
+        Cell(found.token.text, "cyan", token=True),
+        Cell(f": its {found.n_neurons:,} neurons add {found.contribution:+z.2f} to the logit of "),
+        Cell(found.answer.text, "bold", token=True),
+        Cell(f", the answer with {percent(found.answer.probability)}; these {len(rows)} add {shown:+z.2f}."),
+    )
+    return Page(
+        f"Neurons of layer {found.layer}",
+        (
+            Running(where),
+            Table((">neuron", ">active", ">strength", "to the answer"), rows, "The strongest neurons"),
+            _pushed("raises", {neuron.index: neuron.promoted for neuron in found.neurons}),
+            _pushed("lowers", {neuron.index: neuron.suppressed for neuron in found.neurons}),
+            Paragraph(
+                "strength: |activation| · ‖column of w2‖, the length of what a neuron writes; they are ranked by it. "
+                "What it writes is read through the final norm, at the scale that the stream has in the end, and the "
+                "unembedding: the direct effect, without what later layers make of it.",
+                "dim",
+            ),
+        ),
+        _SOURCE,
+    )
+
+
+def _row(neuron: Neuron, most: float) -> tuple[Cell, ...]:
+    return (
+        Cell(f"{neuron.index}"),
+        Cell(f"{neuron.activation:.2f}"),
+        Cell(f"{neuron.strength:.2f}"),
+        Cell(f"{neuron.contribution:+z.2f}", bar=neuron.contribution / most),
+    )
+
+
+def _pushed(verb: str, tokens: dict[int, tuple[Pushed, ...]]) -> Table:
+    rows = tuple(
+        (Cell(f"{index}"), *(Cell(token.text, token=True, hover=f"{token.logit:+.3f}") for token in most))
+        for index, most in tokens.items()
+    )
+    width = len(rows[0]) - 1
+    return Table((">neuron", verb, *[""] * (width - 1)), rows, f"The tokens that each {verb} most")

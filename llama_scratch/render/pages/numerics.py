@@ -1,0 +1,73 @@
+"""How far the answers of each precision are from fp32's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Page, Paragraph, Part, Table
+from llama_scratch.render.terminal import percent
+
+if TYPE_CHECKING:  # they bring torch
+    from llama_scratch.microscope.numerics import Numerics
+    from llama_scratch.results import Candidate
+
+_SOURCE = ("numerics", "precision")
+
+
+def page(numerics: Numerics) -> Page:
+    """The answers, then the distances; what did not fit into memory says so."""
+    there = [(row.name, row.distance) for row in numerics.rows if row.distance]
+    answers = tuple(
+        _answer(name, answer, numerics.reference)
+        for name, answer in [("fp32", numerics.reference), *((name, distance.answer) for name, distance in there)]
+    )
+    distances = tuple(
+        (
+            Cell(name),
+            Cell(_bits(distance.mean_kl_bits)),
+            Cell(_bits(distance.max_kl_bits)),
+            Cell(numerics.tokens[distance.worst].text, token=True, hover=f"position {distance.worst}"),
+            Cell(f"{distance.changed:,}", "bold" if distance.changed else ""),
+        )
+        for name, distance in there
+    )
+    parts: tuple[Part, ...] = (
+        Table(("", "answer", ">"), answers, "The answer in each precision"),
+        Table(
+            ("", ">mean", ">max", "after", ">changed"),
+            distances,
+            f"KL divergence from fp32 in bits, {_compared(numerics)}",
+        ),
+        *(Paragraph(f"{row.name}: {row.error}", "yellow") for row in numerics.rows if not row.distance),
+        Paragraph(
+            "0 bits: the same answers. max: the largest divergence, and the token after which it is. "
+            "changed: after so many tokens another one is the most probable."
+            + (
+                " RoPE: fp32 with this scaling factor, whose difference shows at far positions first."
+                if any(row.name.startswith("RoPE") for row in numerics.rows)
+                else ""
+            ),
+            "dim",
+        ),
+    )
+    return Page("Precisions", tuple(part for part in parts if not isinstance(part, Table) or part.rows), _SOURCE)
+
+
+def _answer(name: str, answer: Candidate, reference: Candidate) -> tuple[Cell, ...]:
+    return (
+        Cell(name),
+        Cell(answer.text, "" if answer.id == reference.id else "bold", token=True),
+        Cell(percent(answer.probability)),
+    )
+
+
+def _compared(numerics: Numerics) -> str:
+    if numerics.positions == 1:
+        return "after 1 token"
+    if numerics.first:
+        return f"after each of the last {numerics.positions:,} of {len(numerics.tokens):,} tokens"
+    return f"after each of {numerics.positions:,} tokens"
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value else "0"
