@@ -13,7 +13,7 @@ test:  ## style, types and tests
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy --strict
-	.venv-test/bin/pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 images:  ## make the README's pictures from real runs
 	@$(PYTHON) tools/install.py .venv-test plot test

@@ -1,0 +1,60 @@
+"""The whole examination of a text on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llama_scratch.errors import printable
+from llama_scratch.render.page import Page, joined
+from llama_scratch.render.pages import attention as attention_pages
+from llama_scratch.render.pages import inspection as inspection_pages
+from llama_scratch.render.pages import lens as lens_pages
+from llama_scratch.render.pages import neurons as neuron_pages
+from llama_scratch.render.pages import texts as text_pages
+from llama_scratch.render.pages import why as why_pages
+from llama_scratch.repl import record
+from llama_scratch.repl.commands.files import _files
+from llama_scratch.repl.commands.pictures import drawer
+from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.session import Session
+
+
+@command("report", "FILE.html", complete=_files, replayed=False)
+def _report(session: Session, argument: str) -> Reply:
+    """The whole examination of the text on one web page.
+
+    The answer, surprisal, the logit lens, why that token, the heads with their maps, the strongest neurons. The page
+    needs no network, and shows values under the pointer.
+    """
+    path = record.user_path(argument)
+    draw = drawer(path, argument, "/report")
+    page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
+    record.write_whole(path, draw(page))
+    session.page = page
+    return note(f"Wrote the examination to {printable(path, 200)}.", path=str(path), title=page.title)
+
+
+def _examined(session: Session) -> Iterator[Page]:
+    from llama_scratch.microscope.attention import head, heads
+    from llama_scratch.microscope.attribution import why
+    from llama_scratch.microscope.inspection import Inspection
+    from llama_scratch.microscope.lens import lens
+    from llama_scratch.microscope.neurons import neurons
+    from llama_scratch.microscope.parts import Part
+    from llama_scratch.microscope.surprisal import per_character, surprisal
+
+    llama, ids = session.llama, session.ids
+    with session.progress() as progress:
+        yield inspection_pages.page(Inspection(session.intact, ids, session.interventions))
+        scored = surprisal(llama, ids, session.settings.top, progress)
+        yield text_pages.surprisal(scored, session.text_of(ids), per_character(llama, scored.tokens))
+        yield lens_pages.page(lens(llama, ids, progress=progress))
+        reasons = why(llama, ids, progress=progress)
+        yield why_pages.page(reasons)
+        # The two parts of each kind that speak loudest for the answer, from nearby.
+        parts = [Part.named(found.name, llama.args) for found in reasons.strongest]
+        for part in [part for part in parts if part.kind == "head"][:2]:
+            yield attention_pages.head(head(llama, ids, part.layer, part.index, progress=progress))
+        for part in [part for part in parts if part.kind == "ffn"][:2]:
+            yield neuron_pages.page(neurons(llama, ids, part.layer, progress=progress))
+        yield attention_pages.heads(heads(llama, ids, progress=progress), whole=True)

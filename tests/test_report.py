@@ -1,0 +1,87 @@
+"""/report: the whole examination of a text in one file."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llama_scratch.errors import LlamaScratchError, UsageError
+from llama_scratch.llama import Llama
+from llama_scratch.repl.commands import run_command
+from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.session import Session, Settings
+from llama_scratch.sampling import GREEDY
+
+HOSTILE = "</script><script>alert(1)</script> “capital” of \u202e &amp;"
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_dir: Path) -> Llama:
+    return Llama.load(tiny_dir, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def session(llama: Llama) -> Session:
+    console = Console(file=io.StringIO(), width=80)
+    return Session(Loading.ended_with(llama), console, Settings(5, 0, GREEDY), lambda *_: llama)
+
+
+def report(session: Session, path: Path) -> str:
+    """The page that the command writes."""
+    _, reply = run_command(session, f"/report {path}")
+    assert reply is not None
+    assert reply.facts["path"] == str(path)
+    return path.read_text()
+
+
+def test_it_holds_every_part_of_the_examination(session: Session, tmp_path: Path) -> None:
+    session.predict("The capital of France is")
+    page = report(session, tmp_path / "page.html")
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    assert headings[:4] == ["What comes next", "Surprisal", "Logit lens", "Why that token"]
+    assert any(heading.startswith("Attention of L") for heading in headings)
+    assert headings[-1] == "Attention heads"
+    assert session.page is not None
+    assert session.page.title == "What comes after “The capital of France is”"
+
+
+def test_a_text_in_it_is_a_text(session: Session, tmp_path: Path) -> None:
+    """Whatever a prompt holds, the page shows it, and does nothing else with it."""
+    session.predict(HOSTILE)
+    page = report(session, tmp_path / "page.html")
+    assert "<script>alert" not in page
+    assert "\u202e" not in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)
+
+
+def test_a_changed_network_is_examined_as_it_is(session: Session, tmp_path: Path) -> None:
+    session.predict("The capital of France is")
+    run_command(session, "/ablate L0.H0")
+    assert "With -L0.H0" in report(session, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("name", ["page.txt", "page", "nowhere/page.html", ""])
+def test_a_file_that_cannot_be_written_is_a_sentence(session: Session, tmp_path: Path, name: str) -> None:
+    session.predict("The capital")
+    with pytest.raises(LlamaScratchError) as caught:
+        run_command(session, f"/report {tmp_path / name if name else ''}")
+    assert ". " not in str(caught.value)
+
+
+def test_what_is_there_stays(session: Session, tmp_path: Path) -> None:
+    """It is said before anything is computed."""
+    (tmp_path / "page.html").write_text("mine")
+    session.predict("The capital")
+    with pytest.raises(LlamaScratchError, match="is there already"):
+        run_command(session, f"/report {tmp_path / 'page.html'}")
+    assert (tmp_path / "page.html").read_text() == "mine"
+
+
+def test_without_a_text_there_is_nothing_to_examine(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no text yet"):
+        run_command(session, f"/report {tmp_path / 'page.html'}")
+    assert not list(tmp_path.iterdir())
