@@ -9,6 +9,7 @@ architecture takes every number from the `ModelArgs` of Llama 3.2 1B's params.js
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,11 @@ from pyte.screens import Char, Screen
 
 from benchmarks.make_checkpoint import LLAMA_3_2_1B
 from llama_scratch.config import ModelArgs
+from llama_scratch.llama import Llama
+from llama_scratch.microscope import attention, tracing
+from llama_scratch.render.pages import attention as attention_pages
+from llama_scratch.render.pages import patching
+from llama_scratch.render.png import png
 from tests.terminal import Terminal
 
 FOLDER = Path(__file__).parent.parent / "OutputImages"
@@ -97,6 +103,40 @@ def chat() -> Image.Image:
             terminal.type(line, "enter")
             terminal.settle(6)
         return draw(terminal.screen)
+
+
+def why() -> Image.Image:
+    """Why that token: attribution on one screen."""
+    with _start(rows=56) as terminal:
+        _answered(terminal, "The capital of France is", "enter")
+        terminal.type("/why Paris vs Rome", "enter")
+        terminal.wait_for("/source attribution")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def lens() -> Image.Image:
+    """The logit lens."""
+    with _start(rows=60) as terminal:
+        _answered(terminal, "The capital of France is", "enter")
+        terminal.type("/lens", "enter")
+        terminal.wait_for("/source guesses")
+        terminal.settle(1)
+        return draw(terminal.screen)
+
+
+def trace() -> Image.Image:
+    """Where a fact is: causal tracing, as /picture draws it."""
+    llama = Llama.load("smollm2", precision="fp32")
+    ids, other = (llama.encode(f"The capital of {country} is") for country in ("France", "Italy"))
+    return Image.open(io.BytesIO(png(patching.trace(tracing.trace(llama, ids, other)))))
+
+
+def induction() -> Image.Image:
+    """The induction head of docs/induction.md on a text that repeats."""
+    llama = Llama.load("smollm2", precision="fp32")
+    ids = llama.encode("The cat sat on the mat. The dog lay on the rug. The cat sat on the mat. The dog lay on the")
+    return Image.open(io.BytesIO(png(attention_pages.head(attention.head(llama, ids, 18, 6)))))
 
 
 def _start(*options: str, rows: int = 48) -> Terminal:
@@ -278,6 +318,10 @@ PICTURES: dict[str, Callable[[], Image.Image | Figure]] = {
     "tree": tree,
     "surprisal": surprisal,
     "chat": chat,
+    "why": why,
+    "lens": lens,
+    "trace": trace,
+    "induction": induction,
 }
 
 

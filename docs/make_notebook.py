@@ -69,7 +69,8 @@ film.steer(20, 1.0, toward="It was terrible", away="It was wonderful")""",
 Tensors, for whatever else there is to ask: the residual stream, attention probabilities, and any place that
 `llama_scratch.taps` names.""",
     (
-        """seen.residual[5].shape, seen.attention[5, 3].shape, seen.activations("layers.5.feed_forward.neurons").shape""",
+        """neurons = seen.activations("layers.5.feed_forward.neurons")
+seen.residual[5].shape, seen.attention[5, 3].shape, neurons.shape""",
     ),
     (
         """import torch
@@ -86,10 +87,7 @@ def notebook() -> Any:
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
     for i, cell in enumerate(CELLS):
-        if isinstance(cell, tuple):
-            found = nbformat.v4.new_code_cell(cell[0])
-        else:
-            found = nbformat.v4.new_markdown_cell(cell)
+        found = nbformat.v4.new_code_cell(cell[0]) if isinstance(cell, tuple) else nbformat.v4.new_markdown_cell(cell)
         found["id"] = f"cell-{i}"
         made.cells.append(found)
     return made

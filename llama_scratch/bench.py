@@ -6,7 +6,6 @@ memory delivers them. Reading a prompt reads the weights once for many tokens: t
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from llama_scratch.config import ModelArgs
 from llama_scratch.llama import Llama
 from llama_scratch.memory import require_memory
+from llama_scratch.precision import activation_bytes
 from llama_scratch.progress import Progress, silent
 
 # What read_bandwidth reads: far more than any cache holds.
@@ -157,7 +157,7 @@ def _prefill(args: ModelArgs, size: int, seconds: float) -> dict[str, Any]:
 
 
 def _decode(llama: Llama, context: int, seconds: float, bandwidth: float) -> dict[str, Any]:
-    kv_bytes = context * kv_bytes_per_token(llama)
+    kv_bytes = context * llama.args.kv_bytes_per_token(activation_bytes(llama.engine.model))
     limit = bandwidth / (llama.weight_bytes + kv_bytes)
     return {
         "context": context,
@@ -170,32 +170,18 @@ def _decode(llama: Llama, context: int, seconds: float, bandwidth: float) -> dic
     }
 
 
-def linear_parameters(args: ModelArgs) -> int:
-    """Weights of all linear layers, the output projection among them: one decoded token reads each."""
-    shapes = args.weight_shapes()
-    del shapes["tok_embeddings.weight"]
-    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-
-
 def decode_flops(args: ModelArgs, context: int) -> int:
     """Multiplications and additions for one token behind `context` others."""
-    return 2 * linear_parameters(args) + _attention_flops(args, context + 1)
+    return 2 * args.linear_parameters() + _attention_flops(args, context + 1)
 
 
 def prefill_flops(args: ModelArgs, tokens: int) -> int:
     """The same for a whole prompt; only its last token goes through the output projection."""
     output = args.dim * args.vocab_size
     pairs = tokens * (tokens + 1) // 2  # each token looks at itself and at all before it
-    return 2 * ((linear_parameters(args) - output) * tokens + output) + _attention_flops(args, pairs)
+    return 2 * ((args.linear_parameters() - output) * tokens + output) + _attention_flops(args, pairs)
 
 
 def _attention_flops(args: ModelArgs, pairs: int) -> int:
     """Query times key and share times value, for each layer, head and pair of tokens."""
     return 4 * args.n_layers * args.n_heads * args.head_dim * pairs
-
-
-def kv_bytes_per_token(llama: Llama) -> int:
-    """Bytes that the cache holds for one token: a key and a value in each layer, of the activations' type."""
-    args, info = llama.args, llama.info
-    full = info.precision == "fp32" or (info.device == "cpu" and info.precision != "bf16")
-    return 2 * args.n_layers * args.n_kv_heads * args.head_dim * (4 if full else 2)

@@ -102,6 +102,16 @@ class ModelArgs:
             del shapes["output.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
+    def linear_parameters(self) -> int:
+        """Weights of all linear layers, the output projection among them: one decoded token reads each."""
+        shapes = self.weight_shapes()
+        del shapes["tok_embeddings.weight"]
+        return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+    def kv_bytes_per_token(self, bytes_each: int) -> int:
+        """Bytes that the cache holds for one token: a key and a value in each layer, of numbers of so many bytes."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_each
+
     @classmethod
     def from_params_json(cls, text: str, path: str = "params.json") -> ModelArgs:
         """Read the text of Meta's `params.json`; `path` is the name that errors give.

@@ -113,9 +113,14 @@ def memory_needed(
         "weights": weights,
         # A piece as float32 and as its packed form, on each thread.
         "packing": torch.get_num_threads() * _PIECE * (4 + bytes_each) * packed,
-        "KV cache": context * args.n_layers * 2 * args.n_kv_heads * args.head_dim * activation,
+        "KV cache": context * args.kv_bytes_per_token(activation),
         "activations": CHUNK * (4 * args.ffn_dim + 8 * args.dim) * activation + 16 * args.vocab_size,
     }
+
+
+def activation_bytes(model: Transformer) -> int:
+    """Bytes of each number that goes from layer to layer, and so of those in the cache."""
+    return model.norm.weight.dtype.itemsize
 
 
 # --- Storing a network ------------------------------------------------------------------------

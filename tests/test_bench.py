@@ -49,7 +49,7 @@ def test_parameters_of_the_1b_shape() -> None:
     """Each decoded token of Llama 3.2 1B reads the linear layers' 1,235,746,816 weights; norms are no part."""
     args = tiny_args(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=256)
     norms = 2048 * 33
-    assert bench.linear_parameters(args) == args.n_parameters(tied=True) - norms == 1_235_746_816
+    assert args.linear_parameters() == args.n_parameters(tied=True) - norms == 1_235_746_816
 
 
 def test_random_ids_share_no_first_token() -> None:
@@ -74,7 +74,7 @@ def test_figures_agree_with_each_other(tiny: Llama) -> None:
     found = bench.measure(tiny, prefill=[8], decode_at=[16], tokens=2, runs=1)
     (prompt,), (step,) = found["prefill"], found["decode"]
     assert prompt["tokens_per_s"] == pytest.approx(8 / prompt["seconds"])
-    assert found["weight_bytes"] == 4 * bench.linear_parameters(tiny.args)
+    assert found["weight_bytes"] == 4 * tiny.args.linear_parameters()
     # Keys and values of 3 layers with 2 heads of 64 float32 numbers, for 16 tokens.
     assert step["kv_bytes"] == 16 * 2 * 3 * 2 * 64 * 4
     limit = found["bandwidth"] / (found["weight_bytes"] + step["kv_bytes"])

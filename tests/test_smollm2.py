@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def llama(smollm2_path: Path) -> Llama:
 @pytest.fixture(scope="module")
 def weights(smollm2_path: Path) -> dict[str, Tensor]:
     """The file's weights as float32 under Meta's names, read and dequantised by the gguf package alone."""
+    return _weights(smollm2_path)
+
+
+@cache  # for all modules that use the fixture
+def _weights(smollm2_path: Path) -> dict[str, Tensor]:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -89,8 +95,14 @@ SHAPE = {
 
 
 @pytest.fixture(scope="module")
-def huggingfaces(weights: dict[str, Tensor]) -> Any:
-    return reference.transformers_llama(weights, SHAPE)
+def huggingfaces(smollm2_path: Path) -> Any:
+    """transformers' network with these weights."""
+    return _huggingfaces(smollm2_path)
+
+
+@cache
+def _huggingfaces(smollm2_path: Path) -> Any:
+    return reference.transformers_llama(_weights(smollm2_path), SHAPE)
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:

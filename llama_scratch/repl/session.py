@@ -60,10 +60,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Moment:
-    """A text and what comes next: the prediction after it, and the tokens that Enter would add to it."""
+    """A text and what comes next: the prediction after it, and the tokens that Enter would add to it.
+
+    interventions: those that were on, so that /undo goes back to the network that gave the answer.
+    """
 
     prediction: Prediction
     offered: tuple[int, ...]
+    interventions: tuple[Intervention, ...] = ()
+    walk: Any | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -108,6 +113,7 @@ class Session:
     screen, for /export. page: the view that was shown last, for /picture.
     chat: the conversation that each line goes on with; None where each line is a prompt.
     interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
+    walk: where /step is.
     first_model, first_settings, first_system: what the session began with, for /save too.
     """
 
@@ -183,22 +189,27 @@ class Session:
             self.chat = None  # and its own format of one
         if now:
             offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
-            self.moments = [*self.moments, Moment(prediction, offered)]
+            self.moments = [*self.moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
             if self.interactive and offered:
                 self._explain(prediction, 0)
 
-    def intervene(self, interventions: Sequence[Intervention]) -> None:
-        """Let these changes to the network be on from now on, and no others; the text is answered with them."""
-        changed = _changed(self.intact, interventions)
-        now = self.now
-        if now:
+    def intervene(self, interventions: Sequence[Intervention]) -> Effect | None:
+        """Let these changes to the network be on from now on, and no others; the text is answered with them.
+
+        Returns what they change about that answer; None where there is no text, or nothing is on.
+        """
+        on = tuple(interventions)
+        changed = _changed(self.intact, on)
+        moments, effect = self.moments, None
+        if now := self.now:
             with self.progress() as progress:
                 prediction = (changed or self.intact).predict(now.ids, top=self.settings.top, progress=progress)
+            effect = self._effect(changed, on, now.ids) if changed else None
+            moment = Moment(prediction, (prediction.next.id,) if now.offered else (), on)
+            moments = [*moments[1 - _MOMENTS :], moment]
         # Only now, so that Ctrl-C leaves everything as it was.
-        self.interventions, self._changed = tuple(interventions), changed
-        if now:
-            offered = (prediction.next.id,) if now.offered else ()
-            self.moments = [*self.moments, Moment(prediction, offered)]
+        self.interventions, self._changed, self.moments = on, changed, moments
+        return effect
 
     @property
     def labels(self) -> list[str]:
@@ -207,10 +218,14 @@ class Session:
 
     def effect(self) -> Effect:
         """What the interventions change about the answer to the text so far."""
+        return self._effect(self.llama, self.interventions, self.ids)
+
+    def _effect(self, changed: Llama, on: Sequence[Intervention], ids: Sequence[int]) -> Effect:
         from llama_scratch.microscope.effect import effect
 
+        labels = [intervention.label for intervention in on]
         with self.progress() as progress:
-            return effect(self.intact, self.llama, self.ids, self.labels, self.settings.top, progress)
+            return effect(self.intact, changed, ids, labels, self.settings.top, progress)
 
     # --- The text ---
 
@@ -251,20 +266,27 @@ class Session:
                 prompt, top=self.settings.top, special=self.settings.special, progress=progress
             )
         # One assignment, so that Ctrl-C never leaves the offer of one text behind another.
-        self.moments = [*self.moments[1 - _MOMENTS :], Moment(prediction, (prediction.next.id,))]
+        moment = Moment(prediction, (prediction.next.id,), self.interventions)
+        self.moments = [*self.moments[1 - _MOMENTS :], moment]
         return prediction
 
     def offer(self, ids: Sequence[int]) -> None:
         """Let Enter add these tokens to the text."""
         if self.now and ids:
-            self.moments = [*self.moments[:-1], Moment(self.now.prediction, tuple(ids))]
+            self.moments = [*self.moments[:-1], replace(self.now, offered=tuple(ids))]
 
     def undo(self) -> Moment:
-        """Go back to the text before; returns its moment. Raises `UsageError` where there is none."""
+        """Go back to the text before, and to the network that answered it; returns its moment.
+
+        Raises `UsageError` where there is none.
+        """
         if len(self.moments) < 2:
             raise UsageError("There is nothing to undo, expected an earlier text.")
-        self.moments = self.moments[:-1]
-        return self.moments[-1]
+        moment, changed = self.moments[-2], self._changed
+        if moment.interventions != self.interventions:
+            changed = _changed(self.intact, moment.interventions)
+        self.interventions, self._changed, self.moments = moment.interventions, changed, self.moments[:-1]
+        return moment
 
     # --- Answers on the screen ---
 
@@ -273,14 +295,18 @@ class Session:
         prediction = self.predict(prompt)
         if self.interactive:
             self._explain(prediction, added)
-        changes = {}
-        if self.interventions:
-            effect = self.effect()
-            changes = {"effect": effect.as_json()}
-            if self.interactive:
-                self.show(terminal.before_and_after(effect))
+        changes = self.changes()
         generated = self.generate(self.settings.generate) if self.settings.generate else None
         return as_json(prediction, generated) | changes
+
+    def changes(self) -> dict[str, Any]:
+        """What an answer's object has of the interventions that are on, shown where a person watches."""
+        if not self.interventions:
+            return {}
+        effect = self.effect()
+        if self.interactive:
+            self.show(terminal.before_and_after(effect))
+        return {"effect": effect.as_json()}
 
     def say(self, line: str) -> dict[str, Any]:
         """Answer a line: as the next message of the chat where there is one, else as a prompt. Returns its object."""

@@ -1,0 +1,245 @@
+"""The source of any part, found by its name in the package's own files, which are read and not imported."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llama_scratch.errors import UsageError, printable
+
+_PACKAGE = Path(__file__).parent.parent
+
+# What people call a thing → what it is called here; a module alone is shown whole.
+CONCEPTS: dict[str, tuple[str, ...]] = {
+    "embedding": ("model.Transformer",),
+    "norm": ("model.RMSNorm",),
+    "rmsnorm": ("model.RMSNorm",),
+    "rope": ("model.rope_frequencies", "model.rotations", "model.apply_rotary_emb"),
+    "scaling": ("config.RopeScaling", "model.rope_frequencies"),
+    "cache": ("model.KVCache",),
+    "mask": ("model.causal_mask",),
+    "attend": ("model.attend",),
+    "attention": ("model.Attention", "model.attend"),
+    "softmax": ("model.attention_probs",),
+    "feed_forward": ("model.FeedForward",),
+    "swiglu": ("model.FeedForward",),
+    "block": ("model.TransformerBlock",),
+    "transformer": ("model.Transformer",),
+    "taps": ("taps.py",),
+    "sampling": ("sampling.sample",),
+    "tokenizer": ("tokenizer.Tokenizer",),
+    "prefill": ("engine.Engine.next_logits",),
+    "fp16": ("linear.Half",),
+    "int8": ("linear.Int8", "linear.quantise"),
+    "surprisal": ("microscope.surprisal.Scorer",),
+    "step": ("microscope.stepping.walk",),
+    "lens": ("microscope.lens.lens", "microscope.lens.guesses"),
+    "attribution": ("microscope.attribution.why",),
+    "interventions": ("microscope/interventions.py",),
+    "ablation": ("microscope.interventions.ablate", "microscope.interventions.mean_ablate"),
+    "patching": ("microscope.interventions.patch",),
+    "steering": ("microscope.interventions.steer",),
+}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Lines of a file. name: such as "model.KVCache.update", or a file's. path: from the package's folder on."""
+
+    name: str
+    path: str
+    first_line: int
+    last_line: int
+
+    @property
+    def text(self) -> str:
+        """The lines themselves."""
+        return "\n".join(lines(self.path)[self.first_line - 1 : self.last_line])
+
+    def as_json(self) -> dict[str, Any]:
+        """As /source prints it."""
+        place = {"name": self.name, "path": self.path, "first_line": self.first_line, "last_line": self.last_line}
+        return place | {"text": self.text}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for: one passage, or several that belong together."""
+
+    name: str
+    passages: tuple[Passage, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As /source prints it."""
+        return {"name": self.name, "passages": [passage.as_json() for passage in self.passages]}
+
+
+def source(name: str) -> Source:
+    """The source of a concept, a function, class, method, command ("/lens" or "lens") or module.
+
+    Raises `UsageError` where nothing has that name, or more than one thing.
+    """
+    wanted = name.removeprefix(f"{_PACKAGE.name}.").removesuffix("()")
+    concept = CONCEPTS.get(re.sub(r"[- ]", "_", wanted.lower()))
+    command = _index().commands.get(wanted.removeprefix("/"))
+    if concept:
+        return Source(name, tuple(_only(part, part) for part in concept))
+    if f"{wanted}.py" in _index().passages:
+        return Source(name, (_only(f"{wanted}.py", name),))
+    if command and (wanted.startswith("/") or len(_matches(wanted)) != 1):
+        return Source(name, command)
+    return Source(name, (_only(wanted, name),))
+
+
+def concepts() -> dict[str, tuple[Passage, ...]]:
+    """All concepts with what they stand for, for a list of them."""
+    return {concept: source(concept).passages for concept in CONCEPTS}
+
+
+def names() -> list[str]:
+    """What `source` takes, for completion: concepts, commands, modules, and each public name where it is unique."""
+    index = _index()
+    public = [name for name in index.passages if "._" not in f".{name}"]
+    short = [name.rpartition(".")[2] for name in public]
+    unique = [name for name in short if len(_matches(name)) == 1]
+    every = [*CONCEPTS, *sorted({*unique, *public}), *(f"/{command}" for command in index.commands)]
+    return list(dict.fromkeys(every))
+
+
+@cache
+def lines(path: str) -> tuple[str, ...]:
+    """The lines of one of the package's files."""
+    return tuple((_PACKAGE.parent / path).read_text(encoding="utf-8").splitlines())
+
+
+# --- What there is ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Passages by their full names, files among them as "model.py"; and what computes what a command shows."""
+
+    passages: dict[str, Passage]
+    commands: dict[str, tuple[Passage, ...]]
+
+
+@cache
+def _index() -> _Index:
+    passages: dict[str, Passage] = {}
+    functions: dict[str, tuple[str, ast.FunctionDef]] = {}  # command → its function's name, and the function
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        path = file.relative_to(_PACKAGE.parent).as_posix()
+        text = lines(path)
+        module = ".".join(file.relative_to(_PACKAGE).with_suffix("").parts)
+        passages[f"{module.replace('.', '/')}.py"] = Passage(f"{module.replace('.', '/')}.py", path, 1, len(text))
+        for name, node in _definitions(ast.parse("\n".join(text)), f"{module.removesuffix('.__init__')}."):
+            passages[name] = Passage(name, path, _first_line(node, text), node.end_lineno or node.lineno)
+            if isinstance(node, ast.FunctionDef) and (command := _command(node)):
+                functions[command] = (name, node)
+    return _Index(passages, {command: _computing(*found, passages) for command, found in functions.items()})
+
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+
+
+def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, _Definition]]:
+    """Functions, classes and their methods, and what a module assigns to a name."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from _definitions(node, f"{prefix}{node.name}.")
+        elif isinstance(tree, ast.Module) and isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    yield f"{prefix}{target.id}", node
+
+
+def _first_line(node: _Definition, text: tuple[str, ...]) -> int:
+    """Where a definition begins, with its decorators and the comment above it, but for a heading of one line."""
+    begin = node.lineno
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        begin = min([begin, *(decorator.lineno for decorator in node.decorator_list)])
+    above = begin
+    while above > 1 and not text[above - 2].strip():
+        above -= 1  # a section's comment stands apart
+    comment = above
+    while comment > 1 and re.match(r"\s*#", text[comment - 2]):
+        comment -= 1
+    heading = above - comment == 1 and text[comment - 1].startswith("# ---")
+    return begin if comment == above or heading else comment
+
+
+def _command(node: ast.FunctionDef) -> str | None:
+    """The name under which a function is registered as a command."""
+    for decorator in node.decorator_list:
+        match decorator:
+            case ast.Call(func=ast.Name(id="command"), args=[ast.Constant(value=str(name)), *_]):
+                return name
+    return None
+
+
+def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -> tuple[Passage, ...]:
+    """What a command's function asks of the microscope; where it asks nothing, the function itself."""
+    imports = [part for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
+    asked = [
+        f"{part.module.removeprefix(f'{_PACKAGE.name}.')}.{alias.name}"
+        for part in imports
+        if part.module and part.module.startswith(f"{_PACKAGE.name}.microscope")
+        for alias in part.names
+    ]
+    same = [other for other in asked if other.endswith(f".{_command(node)}")]
+    found = [passages[other] for other in same or asked if other in passages]
+    return tuple(found) or (passages[name],)
+
+
+# --- Names ------------------------------------------------------------------------------------
+
+
+@cache
+def _matches(name: str) -> list[Passage]:
+    """What has this name, or one that ends in it behind a dot: of several the public ones, and of these the outermost.
+
+    Where nothing has it, the size of letters does not count, and then a file may have it, with or without its ending.
+    """
+    passages = _index().passages
+    parts = [other for other in passages if not other.endswith(".py")]
+    file = name.removesuffix(".py").replace(".", "/")
+    ends = (
+        [other for other in parts if f".{other}".endswith(f".{name}")]
+        or [other for other in parts if f".{other}".lower().endswith(f".{name.lower()}")]
+        or [other for other in passages if f"/{other}".endswith(f"/{file}.py")]
+    )
+    for better in (lambda other: other == name, lambda other: "._" not in f".{other}", _is_outermost):
+        ends = [other for other in ends if better(other)] or ends
+    return [passages[other] for other in ends]
+
+
+def _is_outermost(name: str) -> bool:
+    """Whether a name is no method's or field's."""
+    return not any(part.strip("_")[:1].isupper() for part in name.split(".")[:-1])
+
+
+def _only(wanted: str, name: str) -> Passage:
+    found = _matches(wanted)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise _unknown(name)
+    first = sorted((passage.name for passage in found), key=lambda other: not other.startswith("model."))
+    listed = ", ".join(first[:6]) + (", …" if len(found) > 6 else "")
+    raise UsageError(f"'{printable(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
+
+
+def _unknown(name: str) -> UsageError:
+    known = names()
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(lower[other] for other in near)}?" if near else "/source lists what there is."
+    return UsageError(f"Nothing here is called '{printable(name)}', expected a part of this program; {advice}")

@@ -1,0 +1,32 @@
+"""The source of a part, and the list of what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Code, Page, Paragraph, Table
+
+if TYPE_CHECKING:
+    from llama_scratch.microscope.source import Passage, Source
+
+
+def page(found: Source) -> Page:
+    """The passages, one below the other."""
+    codes = tuple(Code(dedent(passage.text), passage.path, passage.first_line) for passage in found.passages)
+    return Page(f"Source of {found.name}", codes)
+
+
+def contents(concepts: Mapping[str, tuple[Passage, ...]]) -> Page:
+    """The concepts and their places."""
+    rows = tuple(
+        (Cell(concept, "bold"), Cell(passage.name), Cell(f"{passage.path.rpartition('/')[2]}:{passage.first_line}"))
+        for concept, passages in concepts.items()
+        for passage in passages[:1]
+    )
+    note = (
+        "/source NAME shows one of these, or any function, class, method, module or command: "
+        "/source KVCache.update, /source model, /source /surprisal."
+    )
+    return Page("Source", (Table(("concept", "part", "place"), rows), Paragraph(note, "dim")))

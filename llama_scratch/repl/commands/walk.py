@@ -1,0 +1,197 @@
+"""A walk through the forward pass, the source of any part, and the parts themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.render import terminal
+from llama_scratch.render.pages import architecture as architecture_pages
+from llama_scratch.render.pages import source as source_pages
+from llama_scratch.render.pages import stepping as stepping_pages
+from llama_scratch.repl.commands.registry import Reply, command, note, paged, whole_number
+from llama_scratch.repl.session import Session
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyPressEvent
+
+    from llama_scratch.microscope.stepping import Walk
+
+# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+
+_ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
+_KEYS = (
+    "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
+    "A number behind a word repeats it: next 3."
+)
+# The length that /arch takes where there is no text.
+_LENGTH = 1024
+
+
+@dataclass
+class _Walking:
+    """A walk, and the stop that it is at."""
+
+    walk: Walk
+    at: int = 0
+
+
+# --- /step ------------------------------------------------------------------------------------
+
+
+def _steps(session: Session, begun: str) -> Iterable[str]:
+    walking = _kept(session)
+    if begun.startswith("print ") and walking:
+        return [f"print {name}" for name in walking.walk.stops[walking.at].alive]
+    return _ACTIONS.values()
+
+
+@command("step", "[next | into | out | back | to LAYER | print NAME | end]", complete=_steps, replayed=False)
+def _step(session: Session, argument: str) -> Reply:
+    """Walk through the forward pass of the text, line by line.
+
+    At each stop: the lines of model.py that just ran, and the shapes, statistics and first numbers of what they made.
+    next goes on in the same function, into goes into those that it calls, out leaves it, back goes back, to 5 goes to
+    layer 5; next 3 takes three steps. print q[0, -1, :, :8] shows numbers of a value that is alive there.
+
+    On a terminal /step alone takes single keys: Enter or n, i, o, b, t 5, p q, and ? lists them.
+    """
+    if not argument and session.interactive:
+        return _with_keys(session)
+    return _take(session, argument)
+
+
+def _take(session: Session, argument: str) -> Reply:
+    """Do one action and show where that leads."""
+    from llama_scratch.microscope import stepping
+
+    word, _, rest = argument.partition(" ")
+    word, rest = _ACTIONS.get(word, word), rest.strip()
+    if word not in ("", *_ACTIONS.values()):
+        raise UsageError(f"'{printable(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
+    if word == "end":
+        session.walk = None
+        return note("The walk is over.", ended=True)
+    walking, begins = _walking(session)
+    walk, at = walking.walk, walking.at
+    if word == "print":
+        with session.progress() as progress:
+            found = stepping.look(session.llama, walk, at, rest, progress)
+        return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
+    if word == "to":
+        walking.at = walk.to(whole_number(rest, "the layer", least=0))
+    elif word:
+        count = whole_number(rest, "the number of steps") if rest else 1
+        walking.at = {"next": walk.next, "into": walk.into, "out": walk.out, "back": walk.back}[word](at, count)
+    stop = walk.stops[walking.at]
+    facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
+    return paged(session, facts, stepping_pages.page(walk, walking.at, begins))
+
+
+def _kept(session: Session) -> _Walking | None:
+    walking: _Walking | None = session.walk
+    return walking
+
+
+def _walking(session: Session) -> tuple[_Walking, str]:
+    """The walk that goes on, or a new one, and what there is to say of that."""
+    from llama_scratch.microscope import stepping
+
+    llama, ids, kept = session.llama, session.ids, _kept(session)
+    if kept and kept.walk.fits(llama, ids):
+        return kept, ""
+    with session.progress() as progress:
+        walking = _Walking(stepping.walk(llama, ids, progress))
+    session.walk = walking
+    return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
+
+
+def _with_keys(session: Session) -> Reply:
+    """Walk with single keys until q, Ctrl-C or Ctrl-D; the walk stays where it is then."""
+    # Imported here, because a pipe has no use for it.
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.formatted_text import FormattedText
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import ColorDepth
+
+    keys = KeyBindings()
+
+    @Condition
+    def empty() -> bool:
+        return not get_app().current_buffer.text
+
+    for key in "niobq?":
+
+        @keys.add(key, filter=empty)
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(result=event.data)
+
+    plain = session.settings.plain
+    editor: PromptSession[str] = PromptSession(
+        key_bindings=keys,
+        erase_when_done=True,
+        color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
+    )
+    hint = FormattedText([("ansibrightblack", "Enter next, i into, o out, ? all")])
+    reply = _take(session, "")
+    session.show(reply.view or "")
+    while True:
+        try:
+            line = editor.prompt("step> ", placeholder=hint).strip()
+        except (KeyboardInterrupt, EOFError):
+            break
+        if line in ("q", "end"):
+            break
+        if line == "?":
+            session.show(terminal.rows({"step>": _KEYS}))
+            continue
+        try:
+            reply = _take(session, line or "next")
+            session.show(reply.view or "")
+        except LlamaScratchError as error:
+            session.show(terminal.error(str(error)))
+    return Reply(reply.facts)
+
+
+# --- /source and /arch ------------------------------------------------------------------------
+
+
+def _names(_session: Session, _begun: str) -> Iterable[str]:
+    from llama_scratch.microscope.source import names
+
+    return names()
+
+
+@command("source", "[NAME]", complete=_names)
+def _source(session: Session, argument: str) -> Reply:
+    """The source of any part: /source rope.
+
+    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens.
+    Without a name it lists the concepts.
+    """
+    from llama_scratch.microscope.source import concepts, source
+
+    if not argument:
+        listed = concepts()
+        facts = {concept: [passage.name for passage in passages] for concept, passages in listed.items()}
+        return paged(session, {"concepts": facts}, source_pages.contents(listed))
+    found = source(argument)
+    return paged(session, found.as_json(), source_pages.page(found))
+
+
+@command("arch", "[LENGTH]")
+def _arch(session: Session, argument: str) -> Reply:
+    """The network's parts: shapes, parameters, FLOPs and bytes.
+
+    What attention costs depends on how much there is to look at: the text so far, or a text of LENGTH tokens.
+    """
+    from llama_scratch.microscope.architecture import architecture
+
+    llama = session.llama
+    length = len(session.ids) if session.now else min(_LENGTH, llama.context)
+    found = architecture(llama, whole_number(argument, "the length") if argument else length)
+    return paged(session, found.as_json(), architecture_pages.page(found))
