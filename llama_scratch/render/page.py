@@ -5,9 +5,16 @@ Styles are rich's, of the terminal's own 16 colours; nothing is said by them alo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from llama_scratch.errors import UsageError
+from llama_scratch.render.terminal import visible
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Heatmap:
     the shades go to two sides of 0. columns: labels, of tokens where `tokens`. texts: what stands in each field, of
     tokens where `tokens`. hovers: what a web page says of each field; without it "row · column: value".
     first: the first column that a narrow screen shows, None for the last ones that fit. more: the command that shows
-    others, with {} for the number of the first column.
+    others, with {} for the number of the first column. row_tokens: whether the labels of the rows are tokens too.
     """
 
     title: str
@@ -79,11 +86,51 @@ class Heatmap:
     hovers: tuple[tuple[str, ...], ...] | None = None
     first: int | None = None
     more: str = ""
+    row_tokens: bool = False
 
     def __post_init__(self) -> None:
         for grid in filter(None, (self.values, self.texts, self.hovers)):
             if len(grid) != len(self.rows) or any(len(row) != len(self.columns) for row in grid):
                 raise ValueError("a heat map has other numbers of rows or columns than it has labels")
+
+    @property
+    def signed(self) -> bool:
+        """Whether the shades go to two sides of 0."""
+        return self.low < 0
+
+    def row(self, index: int) -> str:
+        """The label of a row as it is shown."""
+        return written(self.rows[index], token=self.row_tokens)
+
+    def column(self, index: int) -> str:
+        """The label of a column as it is shown."""
+        return written(self.columns[index], token=self.tokens)
+
+    def text(self, row: int, column: int) -> str:
+        """What is shown in a field; "" where there are no texts."""
+        if self.texts is None:
+            return ""
+        return written(self.texts[row][column], token=self.tokens) if self.texts[row][column] else ""
+
+    def hover(self, row: int, column: int) -> str:
+        """What there is to say of a field; "" where it has no value and no words of its own."""
+        if self.hovers is not None:
+            return written(self.hovers[row][column])
+        value = self.values[row][column]
+        if value is None:
+            return ""
+        text = self.text(row, column)
+        return f"{self.row(row)} · {self.column(column)}: {text + ', ' if text else ''}{figure(value)}"
+
+    def level(self, row: int, column: int) -> float | None:
+        """The shade of a field: 0 to 1, or −1 to 1 where it is signed; None where there is no value."""
+        value = self.values[row][column]
+        if value is None or math.isnan(value):
+            return None
+        if self.signed:
+            reach = max(-self.low, self.high)
+            return max(-1.0, min(1.0, value / reach))
+        return max(0.0, min(1.0, (value - self.low) / ((self.high - self.low) or 1.0)))
 
 
 @dataclass(frozen=True)
@@ -115,6 +162,12 @@ class Page:
     parts: tuple[Part, ...]
     source: tuple[str, ...] = ()
 
+    @property
+    def headline(self) -> str:
+        """The title as it is shown: on one line, and no longer than a reader takes for one."""
+        title = written(self.title).replace("\n", " ")
+        return title if len(title) <= 160 else title[:159] + "…"
+
 
 def joined(title: str, pages: tuple[Page, ...]) -> Page:
     """One page of several, each under its title."""
@@ -122,3 +175,66 @@ def joined(title: str, pages: tuple[Page, ...]) -> Page:
         raise UsageError("There is nothing to show yet, expected a view before it.")
     parts = [part for page in pages for part in (Paragraph(page.title, "bold"), *page.parts)]
     return Page(title, tuple(parts), tuple(dict.fromkeys(name for page in pages for name in page.source)))
+
+
+# --- What every form of a page needs ------------------------------------------------------------
+
+
+def written(text: str, *, token: bool = False) -> str:
+    """A text with nothing in it that a screen would hide or obey; a token's white space is visible too."""
+    if token:
+        return visible(text).plain
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" and char != "\n" else char
+        for char in text
+    )
+
+
+def figure(value: float) -> str:
+    """A number as a person reads it: three digits that say something."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
+    """A heat map in at most so many fields: of each block the one that is farthest from 0, under the first's label."""
+    if len(heatmap.rows) <= rows and len(heatmap.columns) <= columns:
+        return heatmap
+    down, across = _blocks(len(heatmap.rows), rows), _blocks(len(heatmap.columns), columns)
+
+    def strength(place: tuple[int, int]) -> float:
+        value = heatmap.values[place[0]][place[1]]
+        return -1.0 if value is None or math.isnan(value) else abs(value)
+
+    fields = [[max(((r, c) for r in high for c in wide), key=strength) for wide in across] for high in down]
+
+    def kept(grid: Sequence[Sequence[_T]]) -> tuple[tuple[_T, ...], ...]:
+        return tuple(tuple(grid[r][c] for r, c in row) for row in fields)
+
+    return replace(
+        heatmap,
+        rows=tuple(heatmap.rows[high[0]] for high in down),
+        columns=tuple(heatmap.columns[wide[0]] for wide in across),
+        values=kept(heatmap.values),
+        texts=heatmap.texts and kept(heatmap.texts),
+        hovers=heatmap.hovers and kept(heatmap.hovers),
+        first=None,
+        more="",
+    )
+
+
+def _blocks(length: int, most: int) -> list[range]:
+    """0 to length in at most so many pieces of nearly the same length."""
+    count = min(length, most)
+    return [range(i * length // count, (i + 1) * length // count) for i in range(count)]
+
+
+def pooling(whole: Heatmap, shown: Heatmap) -> str:
+    """A sentence that says what `pooled` did; "" where it did nothing."""
+    high, wide = (
+        round(len(a) / len(b)) if len(a) > len(b) else 1
+        for a, b in ((whole.rows, shown.rows), (whole.columns, shown.columns))
+    )
+    if len(whole.rows) == len(shown.rows) and len(whole.columns) == len(shown.columns):
+        return ""
+    size = f"{len(whole.rows):,} × {len(whole.columns):,}"
+    return f"Of {size} values the strongest of each {max(1, high)} × {max(1, wide)} or so is shown."

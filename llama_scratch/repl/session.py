@@ -110,7 +110,8 @@ class Session:
     debug: an error that nothing foresaw ends the session with its traceback.
     moments: each text that was answered, the newest last; `now` is that one.
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
-    screen, for /export. page: the view that was shown last, for /picture.
+    screen, for /export. page: the view that was shown last, for /picture; None for
+    the answer.
     chat: the conversation that each line goes on with; None where each line is a prompt.
     interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
     walk: where /step is.
@@ -293,6 +294,7 @@ class Session:
     def ask(self, prompt: Prompt, added: int = 0) -> dict[str, Any]:
         """Answer a text and show the answer; the last `added` of its tokens are new. Returns its object."""
         prediction = self.predict(prompt)
+        self.page = None  # the answer is what was shown last
         if self.interactive:
             self._explain(prediction, added)
         changes = self.changes()

@@ -12,39 +12,37 @@ if TYPE_CHECKING:  # it brings torch
 
 # Parts of the network, and tokens of the text, that one screen has room for.
 _PARTS, _TOKENS = 10, 10
+_GRADIENT = "Gradient is gradient × input: what the token's vector adds to the logit, to first order."
 
 
 def page(found: Why) -> Page:
     """The answer, what speaks for it in the network and in the text, and the strongest claims tried out."""
     parts: list[Part] = [_answer(found), _contributions(found), Paragraph(_sum(found), "dim"), _claims(found)]
-    parts += [_influences(found), Paragraph(_left_out(found), "dim")]
+    parts += [_influences(found), Paragraph(f"{_left_out(found)} {_GRADIENT}", "dim")]
     return Page("Why that token", tuple(parts), ("attribution",))
 
 
 def _answer(found: Why) -> Running:
     cells = [
-        Cell("After "),
-        Cell(found.tokens[-1].text, "cyan", token=True),
-        Cell(" comes "),
+        Cell("What speaks for "),
         Cell(found.answer.text, "bold", token=True),
-        Cell(f", {percent(found.answer.probability)}, "),
+        Cell(f" ({percent(found.answer.probability)}) "),
     ]
     if found.versus:
         cells += [
-            Cell("and not "),
+            Cell("and not for "),
             Cell(found.versus.text, "bold", token=True),
-            Cell(f", {percent(found.versus.probability)}: logits {found.logit:+.2f} apart."),
+            Cell(f" ({percent(found.versus.probability)}) "),
         ]
-    else:
-        cells.append(Cell(f"with a logit of {found.logit:.2f}."))
-    return Running(tuple(cells))
+    logit = f": logits {found.logit:+.2f} apart." if found.versus else f": a logit of {found.logit:.2f}."
+    return Running((*cells, Cell("after "), Cell(found.tokens[-1].text, "cyan", token=True), Cell(logit)))
 
 
 def _contributions(found: Why) -> Table:
     strongest = sorted(found.contributions, key=lambda contribution: -abs(contribution.logit))
     reach = max(abs(strongest[0].logit), 1e-9)
     rows = [
-        (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=f"{c.name}: {c.logit:+.4f}"))
+        (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=_logit(c)))
         for c in strongest[:_PARTS]
     ]
     if rest := strongest[_PARTS:]:
@@ -64,13 +62,13 @@ def _sum(found: Why) -> str:
 
 
 def _claims(found: Why) -> Table:
-    rows = tuple((Cell(_name(c.contribution)), *_shift(found, c)) for c in found.claims)
-    columns = ("without", *(f">{name}" for name in _names(found)))
+    rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(found, c)) for c in found.claims)
+    columns = ("part", *(f">{name}" for name in _names(found)))
     return Table(columns, rows, "The strongest of them, switched off")
 
 
-def _name(contribution: Contribution) -> str:
-    return f"{contribution.name} ({contribution.logit:+.2f})"
+def _logit(contribution: Contribution) -> str:
+    return f"{contribution.name}: {contribution.logit:+.4f}"
 
 
 def _names(found: Why) -> list[str]:
@@ -78,10 +76,14 @@ def _names(found: Why) -> list[str]:
 
 
 def _shift(found: Why, claim: Claim) -> list[Cell]:
-    cells = [Cell(f"{percent(found.answer.probability)} → {percent(claim.after)}")]
+    cells = [Cell(_moved(found.answer.probability, claim.after))]
     if found.versus and claim.versus_after is not None:
-        cells.append(Cell(f"{percent(found.versus.probability)} → {percent(claim.versus_after)}"))
+        cells.append(Cell(_moved(found.versus.probability, claim.versus_after)))
     return cells
+
+
+def _moved(before: float, after: float) -> str:
+    return f"{percent(before).removesuffix(' %')} → {percent(after)}"
 
 
 def _influences(found: Why) -> Table:
@@ -93,15 +95,14 @@ def _influences(found: Why) -> Table:
         (
             Cell(influence.token.text, token=True, hover=f"position {influence.position}"),
             *_without(found, influence),
-            Cell(f"{influence.gradient_x_input:+.2f}"),
-            Cell(
-                "", bar=influence.gradient_x_input / reach, hover=f"gradient × input {influence.gradient_x_input:+.4f}"
-            ),
+            Cell(f"{influence.gradient_x_input:+.2f}", hover=f"gradient × input {influence.gradient_x_input:+.4f}"),
+            *([] if found.versus else [Cell("", bar=influence.gradient_x_input / reach)]),
         )
         for influence in shown
     )
-    columns = ("token", *(f">{name} without it" for name in _names(found)), ">grad × input", "")
-    return Table(columns, rows, "What each token of the text does")
+    # A narrow screen has no room for bars beside two answers.
+    columns = ("token", *(f">{name}" for name in _names(found)), ">gradient", *([] if found.versus else [""]))
+    return Table(columns, rows, "What is said without each token of the text")
 
 
 def _without(found: Why, influence: Influence) -> list[Cell]:

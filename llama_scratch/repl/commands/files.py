@@ -23,7 +23,7 @@ from llama_scratch.results import ModelInfo, as_json
 from llama_scratch.tokenizer import replace_surrogates
 
 
-def _files(_session: Session, begun: str) -> Iterator[str]:
+def paths(_session: Session, begun: str) -> Iterator[str]:
     """What lies where a path begins, folders with a slash behind them."""
     folder, name = os.path.split(begun)
     try:
@@ -36,7 +36,7 @@ def _files(_session: Session, begun: str) -> Iterator[str]:
             yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
 
 
-@command("save", "FILE", complete=_files, replayed=False)
+@command("save", "FILE", complete=paths, replayed=False)
 def _save(session: Session, argument: str) -> Reply:
     """Save what was typed and answered, with the model's checksum.
 
@@ -52,15 +52,16 @@ def _save(session: Session, argument: str) -> Reply:
     return note(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
 
 
-@command("load", "FILE", complete=_files, replayed=False)
+@command("load", "FILE", complete=paths, replayed=False)
 def _load(session: Session, argument: str) -> Reply:
     """Go on from the end of a saved session.
 
-    Its text, its settings and its lines take the place of the ones here.
+    Its text, its settings and its lines take the place of the ones here. Changes to the network are no part of
+    that end: those that are on, here or there, are off afterwards.
     """
     path = record.user_path(argument)
     recorded = record.load(path)
-    header, llama = recorded.header, session.llama
+    header, llama = recorded.header, session.intact
     with session.progress() as progress:
         same = llama.path is None or header.end.model == record.weights_sha256(llama.path, progress)
     settings = replace(header.end.settings, plain=session.settings.plain, live=session.settings.live)
@@ -76,6 +77,8 @@ def _load(session: Session, argument: str) -> Reply:
     session.settings, session.first_settings = settings, header.settings
     session.first_system, session.chat, session.first_model = header.system, chat, _origin(header)
     session.turns, session.moments = list(recorded.turns), []
+    changed = session.labels or _changed_at_the_end(recorded)
+    session.intervene(())  # which computes nothing where there is no text
     if ids:
         answer = session.predict(ids)
         if session.interactive:
@@ -87,6 +90,8 @@ def _load(session: Session, argument: str) -> Reply:
             f"\n They are answers of another model, {printable(header.model.name)}; "
             f"from here on {llama.info.name} answers."
         )
+    if changed:
+        sentence += "\n Changes to the network are off."
     facts = {"path": str(path), "turns": turns, "same_model": same}
     return note(sentence, **facts, **(as_json(answer) if answer else {}))
 
@@ -99,6 +104,11 @@ def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
     return [(unescaped(turn.input), ids) for turn in lines if (ids := record.ids_of(turn.output))]
 
 
+def _changed_at_the_end(recorded: record.Record) -> bool:
+    """Whether interventions were on."""
+    return any([turn.output["interventions"] for turn in recorded.turns if "interventions" in turn.output][-1:])
+
+
 def _origin(header: record.Header) -> Origin:
     model = header.model
     info = ModelInfo(model.name, model.format, header.precision, header.device, model.parameters)
@@ -108,7 +118,7 @@ def _origin(header: record.Header) -> Origin:
 # --- Exports ----------------------------------------------------------------------------------
 
 
-@command("export", "FILE.html | .svg | .md | .json", complete=_files, replayed=False)
+@command("export", "FILE.html | .svg | .md | .json", complete=paths, replayed=False)
 def _export(session: Session, argument: str) -> Reply:
     """Write what stands on the screen to a page, a picture or a text.
 

@@ -13,13 +13,13 @@ from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import texts as text_pages
 from llama_scratch.render.pages import why as why_pages
 from llama_scratch.repl import record
-from llama_scratch.repl.commands.files import _files
+from llama_scratch.repl.commands.files import paths
 from llama_scratch.repl.commands.pictures import drawer
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
 
 
-@command("report", "FILE.html", complete=_files, replayed=False)
+@command("report", "FILE.html", complete=paths, replayed=False)
 def _report(session: Session, argument: str) -> Reply:
     """The whole examination of the text on one web page.
 

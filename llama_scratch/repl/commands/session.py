@@ -23,10 +23,13 @@ KEYS = {
 GROUPS = {
     "The text": ("generate", "force", "undo", "edit", "clear", "context"),
     "Looking at it": ("tokens", "surprisal", "tree", "choices", "diff", "compare"),
+    "Looking inside": ("lens", "attention", "why", "neurons", "step", "source"),
+    "Changing it": ("ablate", "patch", "steer", "restore"),
+    "The network": ("arch", "rope", "kv", "numerics"),
     "Drawing tokens": ("temperature", "top-k", "top-p", "min-p", "seed", "greedy"),
     "Chat": ("chat", "system"),
     "The model": ("info", "memory", "model", "precision"),
-    "The session": ("top", "live", "special", "history", "save", "load", "export", "help", "quit"),
+    "The session": ("top", "live", "special", "history", "save", "load", "export", "picture", "report", "help", "quit"),
 }
 
 
@@ -35,7 +38,10 @@ def _help(_session: Session, argument: str) -> Reply:
     """List the commands and the keys, or explain one command."""
     if not argument:
         names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
-        groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
+        groups = {
+            title: {f"/{name}": names[f"/{name}"] for name in group if f"/{name}" in names}
+            for title, group in GROUPS.items()
+        }  # TODO
         return Reply({"commands": names, "keys": KEYS}, terminal.groups(groups | {"Keys": KEYS}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.render import views
+from llama_scratch.render.page import Page
+from llama_scratch.render.pages import texts as pages
 from llama_scratch.repl.commands.registry import Reply, command
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Session
@@ -23,8 +25,19 @@ _TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?: +|\Z))?(\.\.|[0-9]{1,4}(?:\
 _PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
 
 
-def _reply(session: Session, found: Any, view: Callable[..., Any], plain: Callable[..., Any], *more: Any) -> Reply:
-    """What was found as facts, and as the view that the session shows: sentences where it is to be plain."""
+def _reply(
+    session: Session,
+    found: Any,
+    view: Callable[..., Any],
+    plain: Callable[..., Any],
+    page: Callable[..., Page],
+    *more: Any,
+) -> Reply:
+    """What was found as facts, and as the view that the session shows: sentences where it is to be plain.
+
+    page: the same for /picture. more: what view and page take besides.
+    """
+    session.page = page(found, *more)
     return Reply(found.as_json(), plain(found) if session.settings.plain else view(found, *more))
 
 
@@ -34,7 +47,7 @@ def _tokens(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.tokens import tokens
 
     found = tokens(session.llama, session.meant(argument))
-    return _reply(session, found, views.tokens, views.plain_tokens)
+    return _reply(session, found, views.tokens, views.plain_tokens, pages.tokens)
 
 
 @command("surprisal", "[TEXT]")
@@ -49,7 +62,7 @@ def _surprisal(session: Session, argument: str) -> Reply:
     with session.progress() as progress:
         found = surprisal(llama, ids, session.settings.top, progress)
     text, bits = session.text_of(ids), per_character(llama, found.tokens)
-    return _reply(session, found, views.surprisal, views.plain_surprisal, text, bits)
+    return _reply(session, found, views.surprisal, views.plain_surprisal, pages.surprisal, text, bits)
 
 
 def _trees(session: Session, _begun: str) -> Iterable[str]:
@@ -82,7 +95,7 @@ def _tree(session: Session, argument: str) -> Reply:
         session.undo()
     elif where:
         session.predict(ids)
-    return _reply(session, found, views.tree, views.plain_tree, session.text_of(ids))
+    return _reply(session, found, views.tree, views.plain_tree, pages.tree, session.text_of(ids))
 
 
 def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
@@ -106,6 +119,14 @@ def parts(argument: str) -> Iterator[str]:
             return
 
 
+def two_texts(argument: str, command: str) -> list[str]:
+    """Two texts with a bar between them. Raises `UsageError` where there are more, or fewer."""
+    texts = [unquoted(part) for part in parts(argument)]
+    if len(texts) != 2 or not all(texts):
+        raise UsageError(f"'{printable(argument)}' was given for {command}, expected two texts with a | between them.")
+    return texts
+
+
 @command("diff", "A | B")
 def _diff(session: Session, argument: str) -> Reply:
     """Where the predictions after two texts part, and how far.
@@ -115,14 +136,11 @@ def _diff(session: Session, argument: str) -> Reply:
     """
     from llama_scratch.microscope.diff import diff
 
-    texts = [unquoted(part) for part in parts(argument)]
-    if len(texts) != 2 or not all(texts):
-        raise UsageError(f"'{printable(argument)}' was given for /diff, expected two texts with a | between them.")
-    first, second = map(session.encode, texts)
+    first, second = map(session.encode, two_texts(argument, "/diff"))
     llama = session.llama
     with session.progress() as progress:
         found = diff(llama, first, second, session.settings.top, progress)
-    return _reply(session, found, views.diff, views.plain_diff)
+    return _reply(session, found, views.diff, views.plain_diff, pages.diff)
 
 
 @command("choices", "A | B | …")
@@ -143,7 +161,7 @@ def _choices(session: Session, argument: str) -> Reply:
     llama, ids = session.llama, session.ids
     with session.progress() as progress:
         found = choices(llama, ids, texts, progress)
-    return _reply(session, found, views.choices, views.plain_choices)
+    return _reply(session, found, views.choices, views.plain_choices, pages.choices)
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -170,4 +188,4 @@ def _compare(session: Session, argument: str) -> Reply:
             found = compare(llama, other, ids, session.settings.top, progress)
         finally:
             other.close()
-    return _reply(session, found, views.compare, views.plain_compare)
+    return _reply(session, found, views.compare, views.plain_compare, pages.compare)

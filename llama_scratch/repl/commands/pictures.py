@@ -1,0 +1,65 @@
+"""Views as pictures and pages: the last one, and the whole examination of a text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.render.page import Page
+from llama_scratch.repl import record
+from llama_scratch.repl.commands.files import paths
+from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.session import Session
+
+
+@command("picture", "FILE.png | FILE.html", complete=paths, replayed=False)
+def _picture(session: Session, argument: str) -> Reply:
+    """Draw the last view as a picture or a web page.
+
+    FILE.html needs no network and shows values under the pointer; FILE.png is drawn by matplotlib.
+    """
+    path = record.user_path(argument)
+    draw = drawer(path, argument, "/picture")
+    if (page := _last(session)) is None:
+        raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
+    record.write_whole(path, draw(page))
+    return note(f"Drew '{page.headline}' to {printable(path, 200)}.", path=str(path), title=page.title)
+
+
+def drawer(path: Path, argument: str, command: str) -> Callable[[Page], bytes]:
+    """What draws a page for a file of this name. Raises where the name says nothing, or is taken."""
+    draw = _DRAWERS.get(path.suffix.lower())
+    if draw is None:
+        raise UsageError(f"'{printable(argument)}' was given for {command}, expected a name in {', '.join(_DRAWERS)}.")
+    if os.path.lexists(path):
+        raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
+    return draw
+
+
+def _last(session: Session) -> Page | None:
+    """The view that was shown last, or the answer where there was none."""
+    if session.page is not None or session.now is None:
+        return session.page
+    from llama_scratch.render.pages import texts
+
+    return texts.answer(session.now.prediction)
+
+
+# Each brings more than a session's start can wait for.
+
+
+def _png(page: Page) -> bytes:
+    from llama_scratch.render.png import png
+
+    return png(page)
+
+
+def _html(page: Page) -> bytes:
+    from llama_scratch.render.html import html
+
+    return html(page).encode()
+
+
+_DRAWERS: dict[str, Callable[[Page], bytes]] = {".png": _png, ".html": _html}

@@ -1,0 +1,105 @@
+"""/picture: the last view in a file, for every view of a text."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llama_scratch.errors import LlamaScratchError
+from llama_scratch.llama import Llama
+from llama_scratch.progress import Progress
+from llama_scratch.render.page import Page, Paragraph
+from llama_scratch.repl.commands import COMMANDS, completions, run_command
+from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.session import Session, Settings
+from llama_scratch.sampling import GREEDY
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_dir: Path) -> Llama:
+    return Llama.load(tiny_dir, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def session(tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session without a text, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def open(source: str, precision: str, progress: Progress) -> Llama:
+        return Llama.load(source, precision=precision, device="cpu", progress=progress)
+
+    console = Console(file=io.StringIO(), width=80)
+    return Session(loading=Loading.ended_with(tiny), console=console, settings=Settings(5, 0, GREEDY), open=open)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/tokens the na\x1btion", ["Tokens", "\\x1b"]),
+        ("/surprisal", ["Surprisal", "perplexity"]),
+        ("/tree 2x2", ["What may come next", "1.2", "2.1"]),
+        ("/choices the | <b>", ["Choices", "&lt;b&gt;", "One of them"]),
+        ("/diff the nation | the tion", ["Two texts", "after the first"]),
+        ("/compare bf16", ["Two models", "KL divergence"]),
+    ],
+)
+def test_each_view_of_a_text_can_be_drawn(session: Session, line: str, expected: list[str]) -> None:
+    session.predict("the nation")
+    run_command(session, line)
+    reply = run_command(session, "/picture a.html")[1]
+    assert reply is not None
+    assert reply.note
+    assert reply.facts == {"path": "a.html", "title": expected[0]}
+    page = Path("a.html").read_text()
+    assert page.startswith("<!doctype html>")
+    for words in expected:
+        assert words in page.replace("<wbr><i>␣</i>", " ")
+    run_command(session, "/picture a.png")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_view_the_answer_is_drawn(session: Session) -> None:
+    prediction = session.predict("the nation")
+    run_command(session, "/picture a.html")
+    page = Path("a.html").read_text()
+    assert "What comes next" in page
+    assert f"id {prediction.next.id}, log-probability" in page
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("a.txt", "'a.txt' was given for /picture, expected a name in .png, .html"),
+        ("a", "'a' was given"),
+        ("there.html", "is there already, so it stays"),
+        ("link.png", "is there already, so it stays"),
+        ("/nowhere/a.png", "cannot be written"),
+        ("~nobody-at-all/a.png", "cannot be resolved"),
+    ],
+)
+def test_where_nothing_is_drawn(session: Session, argument: str, expected: str) -> None:
+    Path("there.html").write_text("mine")
+    Path("link.png").symlink_to("away")
+    session.page = Page("A view", (Paragraph("x"),))
+    with pytest.raises(LlamaScratchError) as error:
+        run_command(session, f"/picture {argument}")
+    assert expected in str(error.value)
+    assert ". " not in str(error.value)
+    assert sorted(os.listdir()) == ["link.png", "there.html"]
+    assert Path("there.html").read_text() == "mine"
+
+
+def test_before_anything_was_shown(session: Session) -> None:
+    with pytest.raises(LlamaScratchError, match="nothing to draw yet"):
+        run_command(session, "/picture a.html")
+    assert not os.listdir()
+
+
+def test_its_files_are_completed_and_no_replay_writes_them(session: Session) -> None:
+    Path("apple.html").touch()
+    assert completions(session, "/picture ap") == ["/picture apple.html"]
+    assert not COMMANDS["picture"].replayed
