@@ -236,8 +236,9 @@ class _Map:
         most = max(4, min(16, width // 5))
         label = min(most, max(map(cell_len, map(whole.row, range(len(whole.rows)))), default=0))
         texts = whole.texts is not None
-        field = _field(whole) if texts else 2
-        fits = max(1, (width - label - 1) // field)
+        room = width - label - 1
+        field = _field(whole, room) if texts else 2
+        fits = max(1, room // field)
         # What is far wider than the terminal is shown whole, where nobody asked for a part and no text gets lost.
         squeezed = not texts and whole.first is None and (not whole.more or len(whole.columns) > 4 * fits)
         high = _HIGH_WITH_TEXTS if texts else _HIGH
@@ -272,7 +273,7 @@ def _where(heatmap: Heatmap, first: int, end: int) -> str:
     total, shown = len(heatmap.columns), end - first
     if shown == total:
         return ""
-    sentence = f"positions {first} to {end - 1} of {total:,}"
+    sentence = f"{'positions' if heatmap.tokens else 'columns'} {first} to {end - 1} of {total:,}"
     if heatmap.more:
         ways = [(max(0, first - shown), "earlier")] if first else []
         ways += [(end, "later")] if end < total else []
@@ -289,13 +290,14 @@ def _legend(heatmap: Heatmap, blocks: bool) -> str:
     return f"-{reach} {negative} 0 {positive} {reach}"
 
 
-def _field(heatmap: Heatmap) -> int:
-    """Cells of a field with its shade and the gap behind it: three quarters of the texts stand in it whole."""
-    lengths = sorted(
-        cell_len(heatmap.text(r, c)) for r in range(len(heatmap.rows)) for c in range(len(heatmap.columns))
-    )
-    usual = lengths[3 * len(lengths) // 4] if lengths else 0
-    return min(10, max(6, usual + 2))
+def _field(heatmap: Heatmap, room: int) -> int:
+    """Cells of a field with its shade and the gap behind it: all texts stand in it whole where there is room for that,
+    else three quarters of them."""
+    texts = [cell_len(heatmap.text(r, c)) for r in range(len(heatmap.rows)) for c in range(len(heatmap.columns))]
+    longest = min(16, 2 + max([*texts, *(cell_len(heatmap.column(c)) for c in range(len(heatmap.columns)))], default=0))
+    if longest * len(heatmap.columns) <= room:
+        return longest
+    return min(10, max(6 if heatmap.tokens else 3, 2 + sorted(texts)[3 * len(texts) // 4]))
 
 
 def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, blocks: bool) -> Iterator[Text]:
@@ -305,7 +307,7 @@ def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, 
         yield Text(" " * (label + 2) + "".join(f"{c:<{field}}" for c in columns), style="dim")
     head = Text(" " * (label + 2))
     for c in columns:
-        head.append(_cut(heatmap.column(c), field - 2) + "  ", style="cyan")
+        head.append(_cut(heatmap.column(c), field - 1) + " ", style="cyan")
     yield head
     for r in range(len(heatmap.rows)):
         line = Text(_cut(heatmap.row(r), label) + " ", style="")
