@@ -373,9 +373,9 @@ def test_a_text_of_another_model_is_loaded_as_characters(
 def test_generated_text_is_not_wrapped_in_a_pipe() -> None:
     from rich.text import Text
 
-    from llama_scratch.repl.pipe import _plain_text
+    from llama_scratch.render.terminal import as_text
 
-    assert _plain_text(Text("word " * 60)) == "word " * 60
+    assert as_text(Text("word " * 60)) == "word " * 60
 
 
 @pytest.mark.parametrize("command", ["/top-k", "/seed", "/temperature"])

@@ -12,6 +12,7 @@ from llama_scratch import linear
 from llama_scratch.linear import (
     Blocks,
     Columns,
+    Differentiable,
     Embedding,
     Form,
     Half,
@@ -432,3 +433,45 @@ def test_projections_of_the_same_x_share_its_two_limbs_and_another_x_has_its_own
     assert len(split) == 1
     assert not torch.equal(forms[0](other), alone[0])
     assert len(split) == 2
+
+
+# --- Gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 700, 1], ids=["one block", "some blocks", "a row each"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("leading", [(1,), (3,), (2, 5)], ids=str)
+def test_a_differentiable_layer_is_a_linear_layer(
+    monkeypatch: pytest.MonkeyPatch, leading: tuple[int, ...], dtype: torch.dtype, limit: int
+) -> None:
+    """In its value and its gradient, on the weights as they are stored, however many blocks they come in."""
+    monkeypatch.setattr(linear, "_BLOCK", limit)
+    weight = (random(33, 65) / 65**0.5).to(dtype)
+    plain = nn.Linear(65, 33, bias=False, dtype=torch.float64)
+    plain.weight = nn.Parameter(weight.double(), requires_grad=False)
+    x = random(*leading, 65, seed=1).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    grad = random(*leading, 33, seed=2)
+    out, expected = Differentiable(weight)(x), plain(y)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert x.grad is not None
+    assert y.grad is not None
+    assert out.dtype == x.grad.dtype == torch.float32
+    assert out.shape == (*leading, 33)
+    assert x.grad.shape == (*leading, 65)
+    assert relative(out.detach(), expected.detach()) <= 5e-6
+    assert relative(x.grad, y.grad) <= 5e-6
+
+
+def test_a_differentiable_layer_holds_the_stored_weight_and_gives_it_no_gradient() -> None:
+    weight = random(33, 65).bfloat16()
+    layer = Differentiable(weight)
+    x = random(3, 65, seed=1).requires_grad_()
+    out = layer(x)
+    saved = out.grad_fn.next_functions
+    assert len(saved) == 2
+    assert saved[1][0] is None
+    out.sum().backward()
+    assert layer.weight.grad is None
+    assert layer.weight.data_ptr() == weight.data_ptr()

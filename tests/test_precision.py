@@ -15,10 +15,20 @@ from llama_scratch.background import Background
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, UsageError
-from llama_scratch.linear import Blocks, Columns, Half, Int8, Projection, SharedProjection, packs, weight_bytes
+from llama_scratch.linear import (
+    Blocks,
+    Columns,
+    Differentiable,
+    Half,
+    Int8,
+    Projection,
+    SharedProjection,
+    packs,
+    weight_bytes,
+)
 from llama_scratch.llama import Llama
 from llama_scratch.model import Transformer
-from llama_scratch.precision import build, check_name, choose
+from llama_scratch.precision import build, check_name, choose, differentiable
 from tests.checkpoints import random_weights, tiny_args, write_meta
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -436,3 +446,45 @@ def test_another_name_is_a_usage_error(name: str) -> None:
     assert (
         str(caught.value) == f"The precision is {name!r}, expected one of auto, fp32, bf16, fp16, int8 (--precision)."
     )
+
+
+# --- Gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_differentiable_network_is_the_reference_with_gradients(
+    weights: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Of the logits with respect to the tokens' vectors, as torch's own layers give them; no weight is copied."""
+    held = {name: weight.to(dtype) for name, weight in weights.items()}
+    if weights["output.weight"] is weights["tok_embeddings.weight"]:
+        held["output.weight"] = held["tok_embeddings.weight"]
+    before = {name: weight.clone() for name, weight in held.items()}
+    model = differentiable(held, tiny_args())
+    plain = Transformer(tiny_args())
+    plain.load_state_dict({name: weight.float() for name, weight in held.items()}, assign=True)
+    plain.eval().requires_grad_(False)
+    gradients = []
+    for network in (model, plain):
+        vectors: list[Tensor] = []
+
+        def begin(_module: nn.Module, _args: object, out: Tensor, vectors: list[Tensor] = vectors) -> Tensor:
+            vectors.append(out.detach().requires_grad_())
+            return vectors[0]
+
+        handle = network.tok_embeddings.register_forward_hook(begin)
+        with torch.enable_grad():
+            logits = network(IDS[:, :12])
+            (gradient,) = torch.autograd.grad(logits[0, -1, 7], vectors[0])
+        handle.remove()
+        gradients.append(gradient)
+        assert logits.dtype == gradient.dtype == torch.float32
+    assert relative(gradients[0], gradients[1]) <= 1e-5
+    assert relative(run(model), run(plain)) <= 1e-5
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    # The same memory for all that is large, and nothing in the file's own tensors was changed.
+    for name, module in model.named_modules():
+        if isinstance(module, Differentiable):
+            assert module.weight.data_ptr() == held[f"{name}.weight"].data_ptr()
+    assert model.tok_embeddings.weight.data_ptr() == held["tok_embeddings.weight"].data_ptr()
+    assert all(torch.equal(weight, before[name]) and weight.dtype == dtype for name, weight in held.items())

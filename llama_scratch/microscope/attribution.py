@@ -83,6 +83,11 @@ class Why(Shown):
     influences: tuple[Influence, ...]
     claims: tuple[Claim, ...]
 
+    @property
+    def strongest(self) -> list[Contribution]:
+        """The contributions of heads and feed-forward layers, the largest first, for or against."""
+        return _strongest(self.contributions)
+
     def as_json(self) -> dict[str, Any]:
         """As `/why` prints it."""
         return {
@@ -110,6 +115,9 @@ def why(
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (direct logit attribution);
     Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input).
     """
+    for named in (answer, versus):
+        if named is not None:
+            llama.token(named)  # refuses what is no token, before the long part
     logits = llama.engine.next_logits(ids, progress).values
     answer = int(logits.argmax()) if answer is None else answer
     if answer == versus:
@@ -148,7 +156,7 @@ class _Direct:
         kinds = ("resid_pre", "attention.heads", "feed_forward.out")
         found: dict[str, list[Tensor]] = {f"layers.{i}.{kind}": [] for i in range(n_layers) for kind in kinds}
         final: list[Tensor] = []
-        taps = {place: keep(values) for place, values in found.items()} | {"norm": keep([])}
+        taps = {place: keep(values) for place, values in found.items()}
         taps[f"layers.{n_layers - 1}.resid_post"] = keep(final)
         progress("attributing", 0, 2 * n_layers)
         with torch.no_grad(), tapped(model, llama.engine.taps), tapped(model, taps):
@@ -216,11 +224,15 @@ def _influences(
     )
 
 
+def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
+    parts = [found for found in contributions if found.name not in ("embedding", "interventions")]
+    return sorted(parts, key=lambda contribution: -abs(contribution.logit))
+
+
 def _claims(
     llama: Llama, ids: Sequence[int], target: Target, contributions: Sequence[Contribution], progress: Progress
 ) -> tuple[Claim, ...]:
-    parts = [found for found in contributions if found.name not in ("embedding", "interventions")]
-    strongest = sorted(parts, key=lambda contribution: -abs(contribution.logit))[:CLAIMS]
+    strongest = _strongest(contributions)[:CLAIMS]
     claims = []
     for done, contribution in enumerate(strongest):
         progress("trying out", done, len(strongest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -152,6 +152,9 @@ class Residual:
     def __len__(self) -> int:
         return self._llama.args.n_layers + 1
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[layer] for layer in range(len(self)))
+
     def __getitem__(self, layer: int) -> Tensor:
         last = len(self) - 1
         layer = _index(layer, len(self), "stream")
@@ -169,6 +172,9 @@ class AttentionMaps:
     def __len__(self) -> int:
         return self._llama.args.n_layers
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[layer] for layer in range(len(self)))
+
     def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
         layer, head = place if isinstance(place, tuple) else (place, None)
         layer = _index(layer, len(self), "layer")
@@ -177,7 +183,7 @@ class AttentionMaps:
 
 
 def _index(index: int, length: int, what: str) -> int:
-    """An index from 0, or from the end. Raises IndexError, which ends a loop over all of them."""
+    """An index from 0, or from the end. Raises IndexError, as a list does."""
     if not -length <= index < length:
         raise IndexError(f"There is no {what} {index}, expected one from 0 to {length - 1}.")
     return index % length

@@ -79,9 +79,11 @@ def patch(
 ) -> Intervention:
     """Copy a part's value, while another text is read, into this one's: of a layer the residual stream before it.
 
-    ids: of the other text. positions: here → there, both from 0. Raises `UsageError` for a position that it has not.
+    ids: of the other text. positions: here → there, both from 0. Raises `UsageError` for a position that it has not,
+    and as `Llama.predict` does.
     Source: Vig et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
     """
+    llama.engine.check(ids)
     if wrong := [there for there in positions.values() if not 0 <= there < len(ids)]:
         raise UsageError(f"There is no position {wrong[0]} in the other text, expected one from 0 to {len(ids) - 1}.")
     (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
@@ -94,7 +96,7 @@ def patch(
                 part.of(value)[:, here - start] = own[there]
         return value
 
-    where = ",".join(map(str, positions)) if len(positions) < len(ids) else "all"
+    where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))
     name = f"{part.name}@{where}"
     return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap})
 
@@ -122,11 +124,11 @@ def steer(
     if not torch.isfinite(direction).all():
         raise UsageError(f"A scale of {scale:g} makes the direction too long for numbers, expected a smaller one.")
     apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
-    words = [printable(llama.token(ids[apart]).text.strip(), 12) for ids in (toward, away)]
+    words = [printable(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]
     label = f"{scale:+g}·({words[0]}−{words[1]})@L{layer}"  # named by the first tokens that differ
     return Intervention(
         label,
         f"Behind layer {layer} each token gets {scale:g} times the difference of the two texts, "
         f"a vector of length {float(direction.norm()):.3g}.",
-        {place: lambda value, _start: value + direction.to(value.dtype)},
+        {place: lambda value, _start: value + direction.to(value)},
     )

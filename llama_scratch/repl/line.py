@@ -19,6 +19,7 @@ from prompt_toolkit.layout.processors import Processor, Transformation, Transfor
 from prompt_toolkit.layout.utils import explode_text_fragments
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
+from rich.cells import cell_len, set_cell_size
 
 from llama_scratch.render import terminal
 from llama_scratch.render.views import surprise_style
@@ -270,13 +271,22 @@ def _message(session: Session) -> FormattedText:
     name = session.loading.name if session.console.width >= _NARROW else ""
     if session.chat:
         name = f"{name} chat".lstrip()
-    return FormattedText([("bold ansicyan", name), ("bold ansimagenta", _changes(session.labels)), ("", "> ")])
+    changes = _changes(session.labels, session.console.width // 3)
+    return FormattedText([("bold ansicyan", name), ("bold ansimagenta", changes), ("", "> ")])
 
 
-def _changes(labels: list[str]) -> str:
-    """The interventions that are on, as they stand in the prompt: the first ones, and how many more there are."""
-    shown = labels[:2] + ([f"+{len(labels) - 2}"] if len(labels) > 2 else [])
-    return f"[{' '.join(shown)}]" if labels else ""
+def _changes(labels: list[str], room: int) -> str:
+    """The interventions that are on, as they stand in the prompt: those that fit, and how many more there are."""
+    if not labels:
+        return ""
+    for count in range(len(labels), 0, -1):
+        more = f" +{len(labels) - count}" if count < len(labels) else ""
+        shown = " ".join(labels[:count])
+        if cell_len(shown + more) <= room:
+            break
+    else:
+        shown = set_cell_size(shown, room - len(more) - 1).rstrip() + "…"
+    return f"[{shown}{more}]"
 
 
 def _stage(session: Session) -> FormattedText:

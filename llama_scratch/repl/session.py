@@ -68,7 +68,6 @@ class Moment:
     prediction: Prediction
     offered: tuple[int, ...]
     interventions: tuple[Intervention, ...] = ()
-    walk: Any | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -134,6 +133,7 @@ class Session:
     chat: Chat | None = None
     first_model: Origin | None = None
     interventions: tuple[Intervention, ...] = ()
+    walk: Any | None = None
 
     def __post_init__(self) -> None:
         self._changed: Llama | None = None

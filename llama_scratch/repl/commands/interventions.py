@@ -17,15 +17,18 @@ from llama_scratch.repl.session import Session
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
 
-_AT = re.compile(r"([lL]\S*?)@(-?\d{1,7}|all)(?: +(.*))?", re.DOTALL)
+_AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?: +(.*))?", re.DOTALL)
 
 
 def _put(session: Session, more: Sequence[Intervention]) -> Reply:
-    """Let further interventions be on, and say what they change about the answer."""
-    session.intervene([*session.interventions, *more])
-    if session.now is None:
-        return note(" ".join(intervention.meaning for intervention in more), interventions=session.labels)
-    effect = session.effect()
+    """Let further interventions be on, and say what they change about the answer.
+
+    One that has the label of an earlier one takes its place, so that /restore knows which is meant.
+    """
+    new = {intervention.label: intervention for intervention in more}
+    effect = session.intervene([*(old for old in session.interventions if old.label not in new), *new.values()])
+    if effect is None:
+        return note(" ".join(intervention.meaning for intervention in new.values()), interventions=session.labels)
     return paged(session, effect.as_json(), patching.effect(effect))
 
 
@@ -45,10 +48,11 @@ def _parts(session: Session, _begun: str) -> Iterable[str]:
 
 @command("ablate", "[PART … [mean]]", complete=_parts)
 def _ablate(session: Session, argument: str) -> Reply:
-    """Switch off a layer (L5), its attention (L5.attn), feed-forward (L5.ffn), a head (L5.H3) or a neuron (L5.N120).
+    """Switch off a head (L5.H3), a layer, or a neuron.
 
-    Its output is 0; with 'mean' behind it is the mean over the text so far. It stays off until /restore. Without
-    PART it lists what is changed.
+    L5 is a whole layer, L5.attn its attention, L5.ffn its feed-forward, L5.N120 one neuron of that. Its output is
+    0; with 'mean' behind it is the mean over the text so far. It stays off until /restore. Without PART it lists
+    what is changed.
     """
     from llama_scratch.microscope.interventions import ablate, mean_ablate
     from llama_scratch.microscope.parts import Part
@@ -67,11 +71,12 @@ def _ablate(session: Session, argument: str) -> Reply:
 
 @command("patch", "[PART@POSITION] TEXT")
 def _patch(session: Session, argument: str) -> Reply:
-    """Put activations of TEXT into this text: a map of how far each one moves the answer (causal tracing).
+    """How far each activation of TEXT moves the answer; or put one in.
 
-    Both texts need the same number of tokens, the text in double quotes is read as JSON. L5@3 TEXT puts one of them
-    in, the residual stream before layer 5 at position 3 (from 0; -1 is the last, 'all' is every one), and lets it
-    stay until /restore; L5.H3@3, L5.attn@3 and L5.ffn@3 are the head's output, attention's, the feed-forward's.
+    The map is causal tracing: layers down, positions across. Both texts need the same number of tokens, the text in
+    double quotes is read as JSON. L5@3 TEXT puts one of them in, the residual stream before layer 5 at position 3
+    (from 0; -1 is the last, 'all' is every one), and lets it stay until /restore; L5.H3@3, L5.attn@3 and L5.ffn@3
+    are the head's output, attention's, the feed-forward's.
     """
     from llama_scratch.microscope.tracing import trace
 
@@ -99,27 +104,31 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
             raise UsageError(f"The texts have {len(ids)} and {len(other)} tokens, expected the same number for 'all'.")
         positions = {i: i for i in range(len(ids))}
     else:
-        here = _position(int(position), len(ids), "this text")
+        here = _position(position, len(ids), "this text")
         # From the end where it is counted from there: the texts may differ in length.
-        there = _position(int(position), len(other), "the other text")
+        there = _position(position, len(other), "the other text")
         positions = {here: there}
     with session.progress() as progress:
         found = patch(llama, part, other, positions, progress)
     return _put(session, [found])
 
 
-def _position(position: int, length: int, what: str) -> int:
+def _position(name: str, length: int, what: str) -> int:
     """A position counted from the beginning, or with a minus from the end."""
+    position = int(name) if re.fullmatch(r"-?\d{1,9}", name) else length
     if not -length <= position < length:
-        raise UsageError(f"There is no position {position} in {what}, expected one from {-length} to {length - 1}.")
+        raise UsageError(
+            f"There is no position '{printable(name)}' in {what}, expected 'all' or one from {-length} to {length - 1}."
+        )
     return position % length
 
 
 @command("steer", "LAYER SCALE A | B")
 def _steer(session: Session, argument: str) -> Reply:
-    """Add a direction behind a layer, to every token: SCALE times what A has there more than B.
+    """Add a direction: what A has there more than B, SCALE times.
 
-    The difference is taken at the last token of each text. /steer 12 2 I love it | I hate it; it stays until /restore.
+    It is added behind the layer, to every token. The difference is taken at the last token of each text. /steer 12
+    2 I love it | I hate it; it stays until /restore.
     """
     from llama_scratch.microscope.interventions import steer
 
@@ -144,7 +153,10 @@ def _labels(session: Session, _begun: str) -> Iterable[str]:
 
 @command("restore", "[LABEL]", complete=_labels)
 def _restore(session: Session, argument: str) -> Reply:
-    """Take a change to the network off again, as it stands in the prompt: -L5.H3; without LABEL all of them."""
+    """Take a change to the network off again; without LABEL all.
+
+    LABEL is what stands in the prompt, such as -L5.H3.
+    """
     if not session.interventions:
         raise UsageError(
             "Nothing is changed, expected an intervention that is on; /ablate, /patch and /steer make one."

@@ -38,10 +38,7 @@ def _help(_session: Session, argument: str) -> Reply:
     """List the commands and the keys, or explain one command."""
     if not argument:
         names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
-        groups = {
-            title: {f"/{name}": names[f"/{name}"] for name in group if f"/{name}" in names}
-            for title, group in GROUPS.items()
-        }  # TODO
+        groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
         return Reply({"commands": names, "keys": KEYS}, terminal.groups(groups | {"Keys": KEYS}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:

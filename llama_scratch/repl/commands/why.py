@@ -22,7 +22,7 @@ def _why(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.attribution import why
 
     llama, ids = session.llama, session.ids
-    first, _, second = argument.partition(" vs ") if " vs " in argument else (argument, "", "")
+    first, _, second = f" {argument}".partition(" vs ")
     answer, versus = (_token(session, part) if part else None for part in (first.strip(), second.strip()))
     with session.progress() as progress:
         found = why(llama, ids, answer, versus, progress)
