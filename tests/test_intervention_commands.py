@@ -699,3 +699,29 @@ def test_moments_stay_within_their_limit(session: Session, monkeypatch: pytest.M
     for line in (PROMPT, "/ablate L1", PROMPT, "/restore", "/ablate L2", "/precision fp16", "/precision fp32"):
         run(session, line)
         assert len(session.moments) <= 3
+
+
+def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
+    """The interventions that were on where the loaded one ended are off behind it, there as here."""
+    from llama_scratch.repl import record
+    from llama_scratch.repl.replay import run_again
+
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run(session, PROMPT, "/ablate L1", f"/save {first}")
+    run(started(tiny), f"/load {first}", SAME_LENGTH)
+    other = started(tiny)
+    run(other, f"/load {first}", SAME_LENGTH, f"/save {second}")
+
+    def never(_source: str, _precision: str, _progress: Progress) -> Llama:
+        raise AssertionError
+
+    assert run_again(record.load(second), tiny, never, Console(file=io.StringIO())).differences == []
+
+
+def test_a_chats_answer_has_its_effect(real: Session) -> None:
+    """Of its first token."""
+    begin(real)
+    real.settings.generate = 2
+    answer = run(real, "/ablate L28.ffn", "What is the capital of France?")
+    assert answer["effect"]["interventions"] == ["-L28.ffn"]
+    assert answer["effect"]["after"]["id"] == answer["next"]["id"]

@@ -153,15 +153,18 @@ class _Direct:
     def __init__(self, llama: Llama, ids: Sequence[int], target: Target, progress: Progress):
         model = llama.differentiable(progress)
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
-        kinds = ("resid_pre", "attention.heads", "feed_forward.out")
-        found: dict[str, list[Tensor]] = {f"layers.{i}.{kind}": [] for i in range(n_layers) for kind in kinds}
+        last = slice(-1, None)  # what the parts do elsewhere is in the streams
+        kinds = {"resid_pre": slice(None), "attention.heads": last, "feed_forward.out": last}
+        found: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
-        taps = {place: keep(values) for place, values in found.items()}
+        taps = {
+            f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(found[kind])
+        }
         taps[f"layers.{n_layers - 1}.resid_post"] = keep(final)
         progress("attributing", 0, 2 * n_layers)
         with torch.no_grad(), tapped(model, llama.engine.taps), tapped(model, taps):
             model(torch.tensor([ids], device=model.freqs.device))
-        streams, heads, feed_forwards = ([found[f"layers.{i}.{kind}"][0] for i in range(n_layers)] for kind in kinds)
+        streams, heads, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)  # (1, T or 1, …) each
 
         # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
         answer, versus = target

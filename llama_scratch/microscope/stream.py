@@ -13,11 +13,11 @@ from llama_scratch.progress import Progress, silent
 from llama_scratch.taps import Tap
 
 
-def keep(into: list[Tensor]) -> Tap:
-    """A tap that reads: each value that comes by is put into a list, as it was."""
+def keep(into: list[Tensor], positions: slice = slice(None)) -> Tap:
+    """A tap that reads: each value that comes by is put into a list, as it was at these positions."""
 
     def tap(value: Tensor, _start: int) -> None:
-        into.append(value.detach().clone())
+        into.append(value[:, positions].detach().clone())
 
     return tap
 

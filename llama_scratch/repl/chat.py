@@ -88,12 +88,13 @@ class Chat:
         if session.interactive:
             for sentence in before.warnings:
                 session.show(terminal.warning(sentence))
+        changes = session.changes()  # of the answer's first token
         answer = session.generate(session.settings.generate or ANSWER)
         if answer.ids:
             session.predict([*question.ids, *answer.ids])
         if answer.finish_reason == "stop":  # it is complete, so Enter has nothing to add
             session.moments = [*session.moments[:-1], replace(session.moments[-1], offered=())]
-        return as_json(before, answer)
+        return as_json(before, answer) | changes
 
 
 def begin(session: Session, system: str = "") -> Chat:

@@ -158,6 +158,8 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     if is_command(turn.input):
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
+            if command.name == "load":  # which takes interventions off
+                session.intervene(())
             if ids:  # the text that came of it, which the next lines go on from
                 session.predict(ids)
             return None
