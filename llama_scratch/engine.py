@@ -132,7 +132,8 @@ class Engine:
 
         What is cached is neither used nor changed. Long texts go in pieces, so that a tap is called for each piece,
         with its position. progress: as for `next_logits`. Returns the logits after the last token, (B, 1, vocab_size)
-        float32, or after every one, (B, T, vocab_size).
+        float32, or after every one, (B, T, vocab_size). Raises as `next_logits` does, `UsageError` for a place that
+        there is not, and ValueError for texts of different lengths.
         """
         for ids in rows:
             self.check(ids)
@@ -145,7 +146,7 @@ class Engine:
                 piece = [ids[start : start + size] for ids in rows]
                 found = self._through(piece, cache, taps, all_positions=all_positions)
                 logits = [*logits, found] if all_positions else [found]
-        return self._finite(torch.cat(logits, dim=1))
+        return self._finite(torch.cat(logits, dim=1), taps)
 
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
@@ -176,10 +177,10 @@ class Engine:
         with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
 
-    def _finite(self, logits: Tensor) -> Tensor:
+    def _finite(self, logits: Tensor, taps: Mapping[str, Tap] = MappingProxyType({})) -> Tensor:
         if math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
             return logits
-        if self.taps:
+        if self.taps or taps:
             raise UsageError(
                 "With its interventions the network computes values that are not numbers, expected smaller changes; "
                 "take them off, or choose a smaller scale."

@@ -233,7 +233,8 @@ class SharedProjection(nn.Module):
 class Differentiable(nn.Module):
     """Stands in the place of an `nn.Linear` where gradients are wanted: with respect to x, never to the weight.
 
-    The weight stays as it lies in the file, and is float32 a block at a time, on the way there and on the way back.
+    x: (…, in) → (…, out). The weight stays as it lies in the file, and is float32 a block at a time, on the way there
+    and on the way back.
     """
 
     def __init__(self, weight: Tensor):
@@ -257,7 +258,7 @@ class _Product(torch.autograd.Function):
         grad, weight = grads[0], ctx.weight
         step = max(1, _BLOCK // weight.shape[1])
         blocks = zip(grad.split(step, dim=-1), weight.split(step), strict=True)
-        return torch.stack([part @ block.to(part.dtype) for part, block in blocks]).sum(0), None
+        return cast(Tensor, sum(part @ block.to(part.dtype) for part, block in blocks)), None
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -195,7 +195,7 @@ class Llama:
 
         Raises as `predict` does.
         """
-        # The one step up from this room to a higher one, so that a loaded model has the microscope at hand.
+        # Imported here: it lies above, and a loaded model has the microscope at hand.
         from llama_scratch.microscope.inspection import Inspection
 
         return Inspection(self, prompt)
@@ -203,7 +203,8 @@ class Llama:
     def differentiable(self, progress: Progress = silent) -> Transformer:
         """The network that gradients go through: the file's own weights, multiplied in float32.
 
-        Read from the file at the first call and kept. Raises as `load` does.
+        Read from the file at the first call and kept. Raises as `load` does, and `UsageError` where the weights lie
+        in no file.
         """
         if not self._differentiable:
             model = self.engine.model

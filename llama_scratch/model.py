@@ -206,7 +206,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attention_probs(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The shares that `attend` never stores: how much each token takes of each other, (B, n_heads, T, S)."""
+    """The shares that `attend` never stores: how much each token takes of each other, (B, n_heads, T, S).
+
+    q, k, mask: as for `attend`.
+    """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # each key head once for every head of its group
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_heads, T, S)
     if mask is not None:
@@ -215,7 +218,10 @@ def attention_probs(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_with(probs: Tensor, v: Tensor) -> Tensor:
-    """Mix the values by these shares: with `attention_probs` what `attend` computes, in two steps to look between."""
+    """Mix the values by these shares: with `attention_probs` what `attend` computes, in two steps to look between.
+
+    probs: (B, n_heads, T, S); v: (B, n_kv_heads, S, head_dim).
+    """
     return probs @ v.repeat_interleave(probs.shape[1] // v.shape[1], dim=1)  # (B, n_heads, T, head_dim)
 
 

@@ -19,7 +19,9 @@ torch's own hooks, so a network without any runs as if there were none.
     norm                               (B, T or 1, dim)              the last vector, normed
     logits                             (B, T or 1, vocab_size)
 
-The names are those of TransformerLens (Nanda & Bloom 2022) where it has the same place.
+resid_pre, resid_mid and resid_post are named as in TransformerLens (Nanda & Bloom 2022). What is q, k, v, probs,
+heads, neurons here is hook_rot_q, hook_rot_k, hook_v, hook_pattern, hook_z, mlp.hook_post there: its hook_q and
+hook_k come before the rotation.
 """
 
 from __future__ import annotations

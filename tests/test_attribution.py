@@ -224,12 +224,18 @@ def test_with_an_intervention_what_it_does_to_the_stream_is_a_contribution_too(
     loose = 0.2 if tiny.info.precision in ("bf16", "int8") else 1e-2 if tiny.info.precision == "fp16" else 1e-3
     assert found.logit == pytest.approx(float(logits[42] - logits[17]), abs=loose)
     assert sum(named(found).values()) == pytest.approx(found.logit, abs=1e-3)
-    assert [contribution.name for contribution in found.contributions] == [*NAMES, "interventions"]
-    if which == 0:  # what the head writes is counted as its own, so nothing is left
+    if which in (3, 4, 6):  # what was put into the stream is no part's own
+        assert list(named(found)) == [*NAMES, "interventions"]
+        assert abs(named(found)["interventions"]) > (0.05 if which > 3 else 0)
+    else:
+        assert abs(found.remainder) <= 1e-3
+    if which == 0:
         assert named(found)["L1.H2"] == 0
-        assert abs(named(found)["interventions"]) <= 1e-3
-    if which in (1, 4, 6):
-        assert abs(named(found)["interventions"]) > 0.05
+    if which == 1:  # what its heads found goes nowhere, so that none of them is blamed
+        assert named(found)["L1.attn"] == 0
+        assert list(named(found)) == [
+            name.replace("L1.H0", "L1.attn") for name in NAMES if not name.startswith("L1.H") or name == "L1.H0"
+        ]
 
 
 # --- Gradient × input -------------------------------------------------------------------------

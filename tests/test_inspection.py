@@ -142,7 +142,7 @@ def test_views_are_those_of_the_microscope(llama: Llama, found: Inspection) -> N
     assert found.heads(1).as_json() != found.heads().as_json()
     assert found.head(1, 2).as_json() != found.head(1, 3).as_json()
     assert found.neurons(1, 3).as_json() != found.neurons(2, 3).as_json()
-    assert found.activations("logits").shape == (1, 556)
+    assert found.activations("logits").shape == (len(found.ids), 556)
 
 
 def test_a_token_is_an_id_or_its_text(llama: Llama, found: Inspection) -> None:
@@ -188,7 +188,7 @@ def test_what_was_changed_is_another_inspection(llama: Llama, found: Inspection)
     assert found.prediction.next.logprob == pytest.approx(llama.predict(IDS).next.logprob, abs=1e-5)
     assert (found.interventions, [each.label for each in network.interventions]) == ((), ["-L1.H2"])
     assert not network.activations("layers.1.attention.heads")[:, 2].any()
-    assert network.attribution().contributions[-1].name == "interventions"
+    assert {each.name: each.logit for each in network.attribution().contributions}["L1.H2"] == 0
 
 
 def test_changes_follow_one_another(llama: Llama, found: Inspection) -> None:

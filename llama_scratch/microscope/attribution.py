@@ -31,7 +31,11 @@ _ROWS = 512
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one part adds to the logit. name: "embedding", or a part's: L5.H3, L5.ffn."""
+    """What one part adds to the logit.
+
+    name: "embedding", a part's (L5.H3, L5.ffn; L5.attn where its output was replaced), or "interventions", what those
+    add to the stream.
+    """
 
     name: str
     logit: float
@@ -68,7 +72,7 @@ class Why(Shown):
     The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
     contributions: what the embedding, each head and each feed-forward layer adds to it (direct logit attribution),
     the scale of the last norm held; `remainder` is what they lack of the logit: rounding. influences: of each token.
-    claims: the strongest contributions, tried out in the session's own network, whose probabilities stand in
+    claims: the strongest contributions, tried out in the model's own network, whose probabilities stand in
     `answer` and `versus`.
     """
 
@@ -113,7 +117,7 @@ def why(
 
     versus: a token whose logit is taken off, so that what speaks for both is gone. Raises as `Llama.predict` does.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (direct logit attribution);
-    Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input).
+    Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input); Li et al. 2016, arXiv:1612.08220 (leave-one-out).
     """
     for named in (answer, versus):
         if named is not None:
@@ -154,7 +158,7 @@ class _Direct:
         model = llama.differentiable(progress)
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # what the parts do elsewhere is in the streams
-        kinds = {"resid_pre": slice(None), "attention.heads": last, "feed_forward.out": last}
+        kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
         found: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
         taps = {
@@ -164,7 +168,8 @@ class _Direct:
         progress("attributing", 0, 2 * n_layers)
         with torch.no_grad(), tapped(model, llama.engine.taps), tapped(model, taps):
             model(torch.tensor([ids], device=model.freqs.device))
-        streams, heads, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)  # (1, T or 1, …) each
+        # (1, T or 1, …) each
+        streams, heads, attentions, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)
 
         # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
         answer, versus = target
@@ -176,15 +181,16 @@ class _Direct:
         self.logit = float(direction @ x)
         self.contributions = [Contribution("embedding", float(direction @ streams[0][0, -1]))]
         for i in range(n_layers):
-            attention = cast(TransformerBlock, model.layers[i]).attention
-            wo = attention.wo.weight.float()  # (dim, n_heads · head_dim)
-            by_head = (direction @ wo).view(n_heads, -1) * heads[i][0, -1]  # (n_heads, head_dim)
-            self.contributions += [
-                Contribution(Part(i, "head", head).name, share) for head, share in enumerate(by_head.sum(-1).tolist())
-            ]
+            if f"layers.{i}.attention.out" in llama.engine.taps:  # which replaces what the heads wrote
+                self.contributions.append(Contribution(Part(i, "attn").name, float(direction @ attentions[i][0, -1])))
+            else:
+                wo = cast(TransformerBlock, model.layers[i]).attention.wo.weight.float()  # (dim, n_heads · head_dim)
+                by_head = (direction @ wo).view(n_heads, -1) * heads[i][0, -1]  # (n_heads, head_dim)
+                shares = by_head.sum(-1).tolist()
+                self.contributions += [Contribution(Part(i, "head", h).name, share) for h, share in enumerate(shares)]
             self.contributions.append(Contribution(Part(i, "ffn").name, float(direction @ feed_forwards[i][0, -1])))
         self.gradient_x_input = _back(llama, model, streams, final[0], u, progress)
-        if llama.engine.taps:  # what they do to the stream is no part's own
+        if any(".resid_" in place for place in llama.engine.taps):  # what they put into the stream is no part's own
             lacking = self.logit - sum(contribution.logit for contribution in self.contributions)
             self.contributions.append(Contribution("interventions", lacking))
 

@@ -23,8 +23,9 @@ from llama_scratch.results import Prediction, Token
 class Inspection(Shown):
     """What goes on in a network while it reads a prompt. Make one with `Llama.inspect`.
 
-    Nothing is computed before it is asked for, and nothing is kept but the prediction: each look runs the network, or
-    the part of it that is needed. `ablate`, `patch` and `steer` return another inspection, of the changed network.
+    Nothing is computed before it is asked for. An inspection keeps its prediction, the model its heads' scores and the
+    network that gradients go through; all else runs the network again. `ablate`, `patch` and `steer` return another
+    inspection, of the changed network; what they put in (means, activations, directions) is read from the intact one.
 
     tokens, ids: of the prompt, the beginning-of-text token included. interventions: what was changed, the first first.
     """
@@ -57,7 +58,10 @@ class Inspection(Shown):
         return AttentionMaps(self._llama, self.ids)
 
     def activations(self, place: str) -> Tensor:
-        """What stands at a place that `llama_scratch.taps` names, (T, …): not for those of all tokens (k, v, probs)."""
+        """What stands at a place that `llama_scratch.taps` names, (T, …).
+
+        Not for q, k, v and probs, whose first size is heads.
+        """
         return stream.activations(self._llama, self.ids, [place])[0]
 
     def lens(self, first: int | None = None, count: int = lenses.WINDOW) -> lenses.Lens:
@@ -153,7 +157,7 @@ class Residual:
         return self._llama.args.n_layers + 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[layer] for layer in range(len(self)))
+        return iter(stream.residuals(self._llama, self._ids))  # all of them in one pass
 
     def __getitem__(self, layer: int) -> Tensor:
         last = len(self) - 1

@@ -45,16 +45,16 @@ def changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama:
 
 
 def ablate(llama: Llama, part: Part) -> Intervention:
-    """Switch a part off: what it writes into the residual stream is 0."""
+    """Zero ablation: what a part writes into the residual stream is 0."""
     del llama  # as the other ones have it
     return Intervention(f"-{part.name}", f"{part.name} writes nothing.", _set(part, dict.fromkeys(part.places, 0.0)))
 
 
 def mean_ablate(llama: Llama, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
-    """Replace what a part writes by its mean over the tokens of a text: what it has to say of each of them is gone,
-    and the network stays where it is used to be.
+    """Replace what a part writes by its mean over the tokens of a text: what it says of each is gone, and the values
+    stay near those that the network was trained on.
 
-    Source: Wang et al. 2022, arXiv:2211.00593.
+    Source: Wang et al. 2022, arXiv:2211.00593, whose mean is over other texts.
     """
     values = zip(part.places, activations(llama, ids, part.places, progress), strict=True)
     means = {place: part.of(value).mean(0) for place, value in values}
@@ -84,6 +84,8 @@ def patch(
     Source: Vig et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
     """
     llama.engine.check(ids)
+    if not positions:
+        raise UsageError("No position was given, expected at least one.")
     if wrong := [there for there in positions.values() if not 0 <= there < len(ids)]:
         raise UsageError(f"There is no position {wrong[0]} in the other text, expected one from 0 to {len(ids) - 1}.")
     (found,) = activations(llama, ids, [part.place], progress)  # (T, …)

@@ -13,7 +13,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.progress import Progress, silent
-from llama_scratch.results import Candidate, Token
+from llama_scratch.results import Candidate, Token, candidate_json
 from llama_scratch.taps import Tap
 
 # Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
@@ -33,13 +33,7 @@ class Guess(Candidate):
 
     def as_json(self) -> dict[str, Any]:
         """As it stands among the guesses of `Lens.as_json`."""
-        return {
-            "id": self.id,
-            "text": self.text,
-            "probability": self.probability,
-            "logprob": self.logprob,
-            "rank_of_answer": self.rank_of_answer,
-        }
+        return candidate_json(self) | {"rank_of_answer": self.rank_of_answer}
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Lens(Shown):
         return self.layers[-1].guesses
 
     def first_layer(self, index: int = -1) -> int:
-        """The first layer at which the answer after a position is the best guess; without one, after the last."""
+        """The first layer at which the answer is the best guess. index: of the position among those looked at."""
         return next(row.layer for row in self.layers if row.guesses[index].rank_of_answer == 1)
 
     def stays_from(self, index: int = -1) -> int:

@@ -48,13 +48,7 @@ class Distance:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `Numerics.as_json`."""
-        return {
-            "answer": candidate_json(self.answer),
-            "mean_kl_bits": self.mean_kl_bits,
-            "max_kl_bits": self.max_kl_bits,
-            "worst": self.worst,
-            "changed": self.changed,
-        }
+        return vars(self) | {"answer": candidate_json(self.answer)}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Turned:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `Rope.as_json`."""
-        return {"pair": self.pair, "length": self.length, "before": self.before, "after": self.after}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,7 @@ class Match:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `Rope.as_json`."""
-        return {
-            "token": vars(self.token),
-            "distance": self.distance,
-            "product": self.product,
-            "unturned": self.unturned,
-        }
+        return vars(self) | {"token": vars(self.token)}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer, causal_mask, rotations
 from llama_scratch.progress import Progress, silent
@@ -25,12 +26,15 @@ def keep(into: list[Tensor], positions: slice = slice(None)) -> Tap:
 def activations(llama: Llama, ids: Sequence[int], places: Sequence[str], progress: Progress = silent) -> list[Tensor]:
     """What stands at some places of the network while it reads a text: a tensor a place, without the B in front.
 
-    Places within attention whose shape knows of all tokens (`k`, `v`, `probs`) are not for this. For a long text the
-    pieces are put together. Raises as `Llama.predict` does, and `UsageError` for a place that there is not.
+    For a long text the pieces are put together. Raises as `Llama.predict` does, and `UsageError` for a place that there
+    is not, and for q, k, v and probs, whose first size is heads.
     """
+    if wrong := [place for place in places if place.endswith((".q", ".k", ".v", ".probs"))]:
+        raise UsageError(f"What stands at {printable(wrong[0])} has heads in front of tokens, expected another place.")
     found: list[list[Tensor]] = [[] for _ in places]
     taps = {place: keep(pieces) for place, pieces in zip(places, found, strict=True)}
-    llama.engine.run([ids], taps, progress=progress)
+    everywhere = not {"norm", "logits"}.isdisjoint(places)  # which else stand behind the last token alone
+    llama.engine.run([ids], taps, all_positions=everywhere, progress=progress)
     return [torch.cat(pieces, dim=1)[0] for pieces in found]
 
 

@@ -54,7 +54,9 @@ def trace(llama: Llama, ids: Sequence[int], other: Sequence[int], progress: Prog
     """Patch the residual stream of `other` into that of `ids`, one layer and position at a time.
 
     Raises `UsageError` where the texts have different numbers of tokens or the same answer, and as `Llama.predict`.
-    Source: Meng et al. 2022, arXiv:2202.05262; the measure is that of Wang et al. 2022, arXiv:2211.00593.
+    Source: Vig et al. 2020, arXiv:2004.12265 (interchange of activations); Meng et al. 2022, arXiv:2202.05262, who
+    corrupt a text with noise where this takes another text; the measure is the normalised logit difference of Zhang &
+    Nanda 2023, arXiv:2309.16042.
     """
     if len(ids) != len(other):
         raise UsageError(

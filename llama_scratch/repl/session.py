@@ -109,8 +109,7 @@ class Session:
     debug: an error that nothing foresaw ends the session with its traceback.
     moments: each text that was answered, the newest last; `now` is that one.
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
-    screen, for /export. page: the view that was shown last, for /picture; None for
-    the answer.
+    screen, for /export. page: the view that was shown last, for /picture; None for the answer.
     chat: the conversation that each line goes on with; None where each line is a prompt.
     interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
     walk: where /step is.

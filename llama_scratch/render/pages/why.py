@@ -55,6 +55,11 @@ def _contributions(found: Why) -> Table:
 
 def _sum(found: Why) -> str:
     what = "the difference of the logits" if found.versus else "the logit"
+    if any(contribution.name == "interventions" for contribution in found.contributions):
+        return (
+            f"Together they are {what}: 'interventions' is what the others lack of it, because what was put into the "
+            "stream is no part's own."
+        )
     return (
         f"Together they are {what} but for {found.remainder:+.1e}, which is rounding: what each part writes into the "
         "residual stream, read through the unembedding with the scale of the last norm held."

@@ -16,8 +16,8 @@ def _why(session: Session, argument: str) -> Reply:
     Without TOKEN it is the answer; with a second one it is what sets the two apart: /why Paris vs Rome. A word gets
     its space in front, unless it stands in double quotes, which are read as JSON; #7042 is a token by its id.
 
-    What each part of the network adds to the logit (direct logit attribution)
-    is computed on the file's weights in float32; what is left out or switched off is tried in the session's network.
+    What each part of the network adds to the logit (direct logit attribution) is computed on the file's weights in
+    float32; what is left out or switched off is tried in the session's network.
     """
     from llama_scratch.microscope.attribution import why
 
