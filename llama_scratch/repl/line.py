@@ -21,7 +21,7 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from llama_scratch.render import terminal
-from llama_scratch.render.views import surprise_style
+from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.live import Live, Reading
