@@ -23,6 +23,7 @@ class Cell:
 
     token: the text is a token's, so what a screen would hide of it is made visible. bar: a bar of this length, 0 to 1,
     or −1 to 1 to both sides of a middle, behind the text. hover: what a web page says of it under the pointer.
+    said: what plain lines say instead of a table's text and the name of its column.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Cell:
     token: bool = False
     bar: float | None = None
     hover: str = ""
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,13 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Running:
-    """Pieces one behind the other: a text whose tokens are coloured."""
+    """Pieces one behind the other: a text whose tokens are coloured.
+
+    spoken: False where plain lines need none of it, because a table says the same, or it explains what they lack.
+    """
 
     pieces: tuple[Cell, ...]
+    spoken: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,20 @@ class Table:
     """Rows under the names of columns, of which those that begin with ">" hold numbers.
 
     title: stands above it. scroll: rows shown on a terminal at most, 0 for all; the others are counted.
+    levels: for each row how many rows it hangs below, each on the one before; a terminal shows a tree of them.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
     scroll: int = 0
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
             raise ValueError("a row of a table has another length than its columns")
+        if self.levels and len(self.levels) != len(self.rows):
+            raise ValueError("a table has another number of rows than of their levels")
 
 
 @dataclass(frozen=True)

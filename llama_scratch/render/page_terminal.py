@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table as Grid
 from rich.text import Text
+from rich.tree import Tree
 
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
@@ -76,7 +77,7 @@ def _shown(part: Part) -> RenderableType:
         case Running():
             return _running(part)
         case Table():
-            return _table(part)
+            return _tree(part) if part.levels else _table(part)
         case Heatmap():
             return _Map(part)
         case Gallery():
@@ -137,6 +138,16 @@ def _table(part: Table) -> RenderableType:
     if (rest := len(part.rows) - limit) > 0:
         parts.append(Text(f"and {rest:,} more", style="dim"))
     return Group(*parts)
+
+
+def _tree(part: Table) -> RenderableType:
+    """The rows as branches, under the title."""
+    nodes = [Tree(Text(written(part.title), style="bold"), guide_style="dim")]
+    for row, level in zip(part.rows, part.levels, strict=True):
+        label = Text(" ", overflow="fold").join(_text(cell) for cell in row if cell.text)
+        del nodes[level + 1 :]
+        nodes.append(nodes[-1].add(label))
+    return nodes[0]
 
 
 def _bars(column: Sequence[Cell], *, right: bool) -> list[RenderableType]:
@@ -379,6 +390,8 @@ def _lines(part: Part) -> Iterator[str]:
     match part:
         case Paragraph():
             yield written(part.text)
+        case Running(spoken=False):
+            pass
         case Running():
             runs = groupby(part.pieces, key=lambda piece: piece.token)
             texts = ((token, "".join(piece.text for piece in run)) for token, run in runs)
@@ -406,8 +419,12 @@ def _table_lines(part: Table) -> Iterator[str]:
         yield f"{written(part.title)}:"
     names = [written(name.removeprefix(">")) for name in part.columns]
     for row in part.rows:
-        texts = [_quoted(cell.text) if cell.token else written(cell.text) for cell in row]
-        yield ", ".join(f"{name} {text}".strip() for name, text in zip(names, texts, strict=True) if text)
+        yield ", ".join(filter(None, map(_said, names, row)))
+
+
+def _said(name: str, cell: Cell) -> str:
+    text = _quoted(cell.text) if cell.token else written(cell.text)
+    return written(cell.said) or (f"{name} {text}".strip() if text else "")
 
 
 def _quoted(text: str) -> str:

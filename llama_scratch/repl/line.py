@@ -22,7 +22,7 @@ from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
 
 from llama_scratch.render import terminal
-from llama_scratch.render.views import surprise_style
+from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.live import Live, Reading

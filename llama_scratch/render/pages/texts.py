@@ -1,4 +1,4 @@
-"""The answer, and the views of a text and of what may come next; `render.views` has their form on a terminal."""
+"""The answer, and the views of a text and of what may come next."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llama_scratch.render import views
+from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import Cell, Page, Paragraph, Part, Running, Table
-from llama_scratch.render.terminal import percent, took
-from llama_scratch.results import Candidate, Prediction
+from llama_scratch.render.surprise import MOST_SURPRISING, STEPS, surprise_style
+from llama_scratch.render.terminal import percent, took, visible
+from llama_scratch.results import Candidate, Prediction, Token
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.choices import Choices
@@ -18,6 +19,10 @@ if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.surprisal import Scored, Surprisal
     from llama_scratch.microscope.tokens import Tokens
     from llama_scratch.microscope.tree import Branch, Tree
+
+# Neighbours differ without colours too.
+_ALTERNATING = ("cyan", "underline magenta")
+_NOTHING = Cell("")
 
 
 def answer(prediction: Prediction) -> Page:
@@ -42,17 +47,16 @@ def _candidates(top: Sequence[Candidate]) -> Table:
 
 def tokens(found: Tokens) -> Page:
     """The text cut into its tokens, then each one's id, bytes and text."""
-    styles = views._ALTERNATING
     pieces = [
-        Cell(piece.text, styles[i % 2], token=True, hover=f"{piece.id}: {piece.bytes.hex(' ')}")
+        Cell(piece.text, _ALTERNATING[i % 2], token=True, hover=f"{piece.id}: {piece.bytes.hex(' ')}")
         for i, piece in enumerate(found.tokens)
     ]
     rows = [
-        (Cell(str(piece.id)), Cell(piece.bytes.hex(" ")), Cell(piece.text, styles[i % 2], token=True))
+        (Cell(str(piece.id)), Cell(piece.bytes.hex(" ")), Cell(piece.text, _ALTERNATING[i % 2], token=True))
         for i, piece in enumerate(found.tokens)
     ]
-    count = Paragraph(views._count(len(found.tokens), "token") + ".", "dim")
-    return Page("Tokens", (Running(tuple(pieces)), Table((">id", "bytes", "text"), tuple(rows)), count))
+    count = Paragraph(_count(len(found.tokens), "token") + ".", "dim")
+    return Page("Tokens", (Running(tuple(pieces), spoken=False), Table((">id", "bytes", "text"), tuple(rows)), count))
 
 
 def surprisal(found: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
@@ -64,80 +68,97 @@ def surprisal(found: Surprisal, text: str, bits: Sequence[float | None]) -> Page
     coloured = [
         Cell(
             "".join(char for char, _ in run),
-            views.surprise_style(of_run),
+            surprise_style(of_run),
             token=True,
             hover="nothing predicts it" if of_run is None else f"{of_run:.1f} bits",
         )
         for of_run, run in runs
     ]
-    limits = [(f"under {limit:g}", style) for limit, style in views._SURPRISE]
     legend = [Cell("Bits: ", "dim")]
-    for words, style in [*limits, ("more", views._MOST_SURPRISING)]:
+    for words, style in [*((f"under {limit:g}", style) for limit, style in STEPS), ("more", MOST_SURPRISING)]:
         legend += [Cell(words, style), Cell(" · ", "dim")]
     most = max((token.bits or 0.0 for token in found.tokens), default=0.0)
     table = Table(("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most) for token in found.tokens))
-    parts = Running(tuple(coloured)), Running(tuple(legend[:-1])), table, Paragraph(views._total(found), "dim")
-    return Page("Surprisal", parts)
+    text_and_legend = (Running(tuple(cells), spoken=False) for cells in (coloured, legend[:-1]))
+    return Page("Surprisal", (*text_and_legend, table, Paragraph(_total(found), "dim")))
 
 
 def _score(token: Scored, most: float) -> tuple[Cell, ...]:
-    cell = Cell(token.text, views.surprise_style(token.bits), token=True)
+    cell = Cell(token.text, surprise_style(token.bits), token=True)
     if token.probability is None or token.rank is None or token.bits is None:
-        return cell, Cell(""), Cell(""), Cell(""), Cell("")
+        return cell, Cell("", said="which nothing predicts"), _NOTHING, _NOTHING, _NOTHING
     bar = Cell("", bar=token.bits / (most or 1.0))
     return cell, Cell(percent(token.probability)), Cell(f"{token.rank:,}"), Cell(f"{token.bits:.1f}"), bar
 
 
+def _total(found: Surprisal) -> str:
+    if found.perplexity is None:
+        return "Nothing predicts a first token, and there is no other."
+    scored = sum(token.bits is not None for token in found.tokens)
+    return f"{found.bits:.1f} bits for {_count(scored, 'token')}, perplexity {found.perplexity:,.2f}."
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+# --- What may come next -----------------------------------------------------------------------
+
+
 def tree(found: Tree, text: str) -> Page:
-    """A row for each branch: its number, token, probability, and that of the whole path to it."""
-    table = Table(("branch", "token", "", ">prob.", ">path", ""), tuple(_branches(found.branches, "")))
-    return Page("What may come next", (Running((Cell(text, "bold", token=True),)), table))
+    """The branches with their numbers, each one's probability and that of the whole path to it.
+
+    text: that of the prompt, of which the end is shown.
+    """
+    end = text[-24:]
+    levels, rows = zip(*_branches(found.branches, ""), strict=True)
+    columns = "branch", "token", ">probability", ">path", ""
+    table = Table(columns, rows, json_line("…" * (end != text) + end), levels=levels)
+    note = Cell("In brackets: the whole path. /tree 1.2 goes there, /tree .. goes back.", "dim")
+    return Page("What may come next", (table, Running((note,), spoken=False)))
 
 
-def _branches(branches: Sequence[Branch], path: str) -> Iterator[tuple[Cell, ...]]:
+def _branches(branches: Sequence[Branch], path: str) -> Iterator[tuple[int, tuple[Cell, ...]]]:
+    """The rows of the branches behind a path, each with its level."""
     for number, branch in enumerate(branches, start=1):
-        level = path.count(".")
+        whole = percent(branch.path_probability)
         yield (
-            Cell(f"{path}{number}", "dim" if level else ""),
-            Cell(branch.text, "" if level else "bold", token=True),
-            Cell("end" if branch.stop else "", "dim"),
-            Cell(percent(branch.probability)),
-            Cell(percent(branch.path_probability)),
-            Cell("", bar=branch.path_probability),
+            path.count("."),
+            (
+                Cell(f"{path}{number}", "dim"),
+                Cell(branch.text, "bold", token=True),
+                Cell(percent(branch.probability)),
+                Cell(f"({whole})", "dim", said=f"path {whole}") if path else _NOTHING,
+                Cell("end" * branch.stop, "dim", bar=branch.path_probability, said="the text ends" * branch.stop),
+            ),
         )
         yield from _branches(branch.children, f"{path}{number}.")
 
 
 def choices(found: Choices) -> Page:
-    """A row for each choice, the most probable first."""
-    rows = [
-        (
-            Cell(choice.text, "" if i else "bold", token=True),
-            Cell(percent(choice.normalised)),
-            Cell(percent(choice.by_length)),
-            Cell("", bar=choice.normalised, hover=f"{views._count(len(choice.tokens), 'token')}"),
+    """The choices, the most probable first, each with its share of the probability of all of them."""
+    rows = []
+    for i, choice in enumerate(found.ranked):
+        style, length = "" if i else "bold", _count(len(choice.tokens), "token")
+        share, by_length = percent(choice.normalised), percent(choice.by_length)
+        row = (
+            Cell(choice.text, style, token=True),
+            Cell(share, style, said=f"{share} of these choices"),
+            Cell(by_length, said=f"{by_length} by length"),
+            Cell("", bar=choice.normalised, hover=length, said=length),
         )
-        for i, choice in enumerate(found.ranked)
-    ]
+        rows.append(row)
+    together = f"One of them comes next with a probability of {percent(found.probability)}."
     table = Table(("choice", ">share", ">by length", ""), tuple(rows))
-    return Page("Choices", (table, Paragraph(views._together(found), "dim")))
+    return Page("Choices", (table, Paragraph(together, "dim")))
+
+
+# --- Two texts, and two models ----------------------------------------------------------------
 
 
 def diff(found: Diff) -> Page:
     """Both texts in one column, -/+ where they differ, with the divergence and both predictions after each token."""
-    rows = []
-    for mark, token, row in views._diff_rows(found):
-        if isinstance(token, int):
-            rows.append((Cell(""), Cell(f"{views._count(token, 'token')} alike", "dim"), *4 * [Cell("")]))
-        elif row is None:
-            style = "red" if mark == "-" else "green"
-            rows.append((Cell(mark, style), Cell(token.text, style, token=True), *4 * [Cell("")]))
-        else:
-            bits, best, other = row
-            second = Cell("same", "dim") if best.id == other.id else Cell(other.text, "bold", token=True)
-            said = Cell(token.text, token=True), Cell(bits), Cell(best.text, token=True), second
-            rows.append((Cell(""), *said, Cell("", bar=float(bits), hover=f"{bits} bits")))
-    both = [
+    after = [
         (
             Cell(first.text, token=True),
             Cell(percent(first.probability)),
@@ -146,28 +167,87 @@ def diff(found: Diff) -> Page:
         )
         for first, second in zip(found.first_top, found.second_top, strict=True)
     ]
-    after = Table(("after the first", ">", "after the second", ">"), tuple(both))
-    table = Table(("", "token", ">bits", "first", "second", ""), tuple(rows))
-    return Page("Two texts", (table, after, Paragraph("\n".join(views._diff_summary(found)))))
+    tables = (
+        Table(("", "token", ">bits", "first", "second", ""), tuple(_diff_rows(found))),
+        Table(("after the first", ">", "after the second", ">"), tuple(after)),
+    )
+    return Page("Two texts", (*tables, Paragraph("\n".join(_diff_summary(found)))))
+
+
+def _diff_rows(found: Diff) -> Iterator[tuple[Cell, ...]]:
+    """Tokens in order: those of the first text alone, those of the second alone, and those of both with the
+    divergence and the predictions after them. A number stands for so many at the beginning that are alike."""
+    i = j = max(0, found.shared - 1)
+    if i:
+        alike = f"{_count(i, 'token')} alike"
+        yield _NOTHING, Cell(alike, "dim", said=alike), *4 * [_NOTHING]
+    for pair in found.pairs[i:]:
+        yield from _apart(found.first[i : pair.first], found.second[j : pair.second])
+        best, other, bits = pair.first_next, pair.second_next, f"{pair.jsd_bits:.2f}"
+        yield (
+            Cell("", said="in both"),
+            Cell(pair.token.text, token=True),
+            Cell(bits),
+            Cell(best.text, token=True),
+            Cell("same", "dim") if best.id == other.id else Cell(other.text, "bold", token=True),
+            Cell("", bar=pair.jsd_bits, hover=f"{bits} bits"),
+        )
+        i, j = pair.first + 1, pair.second + 1
+    yield from _apart(found.first[i:], found.second[j:])
+
+
+def _apart(first: Sequence[Token], second: Sequence[Token]) -> Iterator[tuple[Cell, ...]]:
+    sides = (first, "-", "red", "only in the first"), (second, "+", "green", "only in the second")
+    for tokens, mark, style, said in sides:
+        for token in tokens:
+            yield Cell(mark, style, said=said), Cell(token.text, style, token=True), *4 * [_NOTHING]
+
+
+def _diff_summary(found: Diff) -> list[str]:
+    lines = []
+    if pair := found.parting:
+        best, other = visible(pair.first_next.text).plain, visible(pair.second_next.text).plain
+        lines.append(f"The predictions part after {visible(pair.token.text).plain}: {best} and {other}.")
+    return [*lines, f"At the end they are {found.jsd_bits:.2f} bits apart (0: the same, 1: nothing in common)."]
 
 
 def compare(found: Comparison) -> Page:
     """The best tokens of either model with the probability that each gives them."""
+    names = _names(found)
     rows = [
         (
             Cell(token.text, token=True),
-            _share(token.first, found.first),
-            _share(token.second, found.second),
+            _share(token.first, found.first, names[0]),
+            _share(token.second, found.second, names[1]),
         )
         for token in found.tokens
     ]
-    table = Table(("token", *(f">{name}" for name in views._names(found))), tuple(rows))
-    return Page("Two models", (table, Paragraph("\n".join(views._comparison(found)))))
+    table = Table(("token", *(f">{name}" for name in names)), tuple(rows))
+    return Page("Two models", (table, Paragraph("\n".join(_comparison(found)))))
 
 
-def _share(candidate: Candidate | None, side: Side) -> Cell:
+def _share(candidate: Candidate | None, side: Side, name: str) -> Cell:
     """A probability; that of the model's best token stands out, with a mark."""
     if candidate is None:
-        return Cell("no token", "dim")
-    best = candidate.id == side.top[0].id
-    return Cell(f"{'▸ ' * best}{percent(candidate.probability)}", "bold" * best)
+        return Cell("no token", "dim", said=f"{name} has no such token")
+    share = percent(candidate.probability)
+    if candidate.id == side.top[0].id:
+        return Cell(f"▸ {share}", "bold", said=f"{name} {share} and the best")
+    return Cell(share)
+
+
+def _names(found: Comparison) -> tuple[str, str]:
+    """What tells the models apart in short: their precisions, where it is one model in two."""
+    a, b = found.first.model, found.second.model
+    return (a.precision, b.precision) if a.name == b.name and a.precision != b.precision else ("first", "second")
+
+
+def _comparison(found: Comparison) -> list[str]:
+    names = _names(found)
+    models = [f"{side.model.name} in {side.model.precision}" for side in (found.first, found.second)]
+    lines = [f"{name}: {model}" for name, model in zip(names, models, strict=True) if name not in model]
+    if found.kl_bits is None:
+        lines.append("Their vocabularies differ, so tokens are compared by their text.")
+    else:
+        lines.append(f"KL divergence of {names[1]} from {names[0]}: {found.kl_bits:.3g} bits.")
+    return [*lines, f"Entropies: {found.first.entropy_bits:.2f} and {found.second.entropy_bits:.2f} bits."]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.render import views
-from llama_scratch.render.page import Page
 from llama_scratch.render.pages import texts as pages
-from llama_scratch.repl.commands.registry import Reply, command
+from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Session
 
@@ -25,29 +23,13 @@ _TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?: +|\Z))?(\.\.|[0-9]{1,4}(?:\
 _PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
 
 
-def _reply(
-    session: Session,
-    found: Any,
-    view: Callable[..., Any],
-    plain: Callable[..., Any],
-    page: Callable[..., Page],
-    *more: Any,
-) -> Reply:
-    """What was found as facts, and as the view that the session shows: sentences where it is to be plain.
-
-    page: the same for /picture. more: what view and page take besides.
-    """
-    session.page = page(found, *more)
-    return Reply(found.as_json(), plain(found) if session.settings.plain else view(found, *more))
-
-
 @command("tokens", "[TEXT]")
 def _tokens(session: Session, argument: str) -> Reply:
     """How the text is cut into tokens: ids and bytes."""
     from llama_scratch.microscope.tokens import tokens
 
     found = tokens(session.llama, session.meant(argument))
-    return _reply(session, found, views.tokens, views.plain_tokens, pages.tokens)
+    return paged(session, found.as_json(), pages.tokens(found))
 
 
 @command("surprisal", "[TEXT]")
@@ -62,7 +44,7 @@ def _surprisal(session: Session, argument: str) -> Reply:
     with session.progress() as progress:
         found = surprisal(llama, ids, session.settings.top, progress)
     text, bits = session.text_of(ids), per_character(llama, found.tokens)
-    return _reply(session, found, views.surprisal, views.plain_surprisal, pages.surprisal, text, bits)
+    return paged(session, found.as_json(), pages.surprisal(found, text, bits))
 
 
 def _trees(session: Session, _begun: str) -> Iterable[str]:
@@ -95,7 +77,7 @@ def _tree(session: Session, argument: str) -> Reply:
         session.undo()
     elif where:
         session.predict(ids)
-    return _reply(session, found, views.tree, views.plain_tree, pages.tree, session.text_of(ids))
+    return paged(session, found.as_json(), pages.tree(found, session.text_of(ids)))
 
 
 def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
@@ -140,7 +122,7 @@ def _diff(session: Session, argument: str) -> Reply:
     llama = session.llama
     with session.progress() as progress:
         found = diff(llama, first, second, session.settings.top, progress)
-    return _reply(session, found, views.diff, views.plain_diff, pages.diff)
+    return paged(session, found.as_json(), pages.diff(found))
 
 
 @command("choices", "A | B | …")
@@ -161,7 +143,7 @@ def _choices(session: Session, argument: str) -> Reply:
     llama, ids = session.llama, session.ids
     with session.progress() as progress:
         found = choices(llama, ids, texts, progress)
-    return _reply(session, found, views.choices, views.plain_choices, pages.choices)
+    return paged(session, found.as_json(), pages.choices(found))
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -188,4 +170,4 @@ def _compare(session: Session, argument: str) -> Reply:
             found = compare(llama, other, ids, session.settings.top, progress)
         finally:
             other.close()
-    return _reply(session, found, views.compare, views.plain_compare, pages.compare)
+    return paged(session, found.as_json(), pages.compare(found))
