@@ -79,12 +79,7 @@ def after_enter() -> Image.Image:
 
 def tree() -> Image.Image:
     """The most probable continuations, as a tree."""
-    with _start(rows=44) as terminal:
-        _answered(terminal, "The opposite of hot is", "enter")
-        terminal.type("/tree 3x2", "enter")
-        terminal.wait_for("goes back")
-        terminal.settle(1)
-        return draw(terminal.screen)
+    return _view("The opposite of hot is", "/tree 3x2", "goes back", rows=44)
 
 
 def surprisal() -> Image.Image:
@@ -107,22 +102,12 @@ def chat() -> Image.Image:
 
 def why() -> Image.Image:
     """Why that token: attribution on one screen."""
-    with _start(rows=56) as terminal:
-        _answered(terminal, "The capital of France is", "enter")
-        terminal.type("/why Paris vs Rome", "enter")
-        terminal.wait_for("/source attribution")
-        terminal.settle(1)
-        return draw(terminal.screen)
+    return _view("The capital of France is", "/why Paris vs Rome", "/source attribution", rows=56)
 
 
 def lens() -> Image.Image:
     """The logit lens."""
-    with _start(rows=60) as terminal:
-        _answered(terminal, "The capital of France is", "enter")
-        terminal.type("/lens", "enter")
-        terminal.wait_for("/source guesses")
-        terminal.settle(1)
-        return draw(terminal.screen)
+    return _view("The capital of France is", "/lens", "/source guesses", rows=60)
 
 
 def trace() -> Image.Image:
@@ -144,6 +129,16 @@ def _start(*options: str, rows: int = 48) -> Terminal:
     terminal.wait_for("lists the commands")  # the banner stands above the first prompt
     terminal.settle(3)  # the weights are packed meanwhile
     return terminal
+
+
+def _view(prompt: str, command: str, end: str, rows: int) -> Image.Image:
+    """A prompt, its answer, and what a command shows of it, up to its last words."""
+    with _start(rows=rows) as terminal:
+        _answered(terminal, prompt, "enter")
+        terminal.type(command, "enter")
+        terminal.wait_for(end)
+        terminal.settle(1)
+        return draw(terminal.screen)
 
 
 def _answered(terminal: Terminal, *keys: str) -> None:
