@@ -4,10 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 
 from llama_scratch.progress import Progress, silent
+
+
+class Undisturbed:
+    """A stretch of code that an interrupt has to wait for; it is raised at the end.
+
+    `on`: whether one is being run. `waiting`: whether an interrupt came; set by whoever handles them.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self.waiting = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+        if self.waiting:
+            self.waiting = False
+            raise KeyboardInterrupt
+
+
+undisturbed = Undisturbed()
+
+
+class Display(Protocol):
+    """What rich shows in one place and changes there."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@contextmanager
+def displayed(display: Display) -> Iterator[None]:
+    """In here it is on the screen.
+
+    Half put there or half taken away it would stay on the console, and no other one would show.
+    """
+    try:
+        with undisturbed:
+            display.start()
+        yield
+    finally:
+        with undisturbed:
+            display.stop()
 
 
 @contextmanager
@@ -25,7 +72,8 @@ def progress_bar(console: Console, start: str | None = None) -> Iterator[Progres
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
+    bar = Bar(*columns, console=console, transient=True)
+    with displayed(bar):
         task = bar.add_task(start or "", total=None, visible=start is not None)
 
         def report(stage: str, done: int, total: int) -> None:

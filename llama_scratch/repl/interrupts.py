@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llama_scratch.render.progress import undisturbed
+
 
 class Interrupts:
     """Ctrl-C as an exception only while there is something to cancel, and only once.
@@ -23,7 +25,10 @@ class Interrupts:
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._armed:
             self._armed = False
-            raise KeyboardInterrupt
+            if undisturbed.on:
+                undisturbed.waiting = True
+            else:
+                raise KeyboardInterrupt
 
     @contextmanager
     def armed(self) -> Iterator[None]:

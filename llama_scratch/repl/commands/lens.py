@@ -16,6 +16,7 @@ from llama_scratch.render import page_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import lens as lens_pages
+from llama_scratch.render.progress import displayed
 from llama_scratch.repl.commands.registry import Reply, command, paged, whole_number
 from llama_scratch.repl.session import Session
 
@@ -55,7 +56,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
     def view() -> RenderableType:
         return page_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
 
-    with Live(get_renderable=view, console=console, refresh_per_second=8, transient=True):
+    with displayed(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
         yield report, show
 
 

@@ -1,0 +1,82 @@
+"""Bars and interrupts: one that falls into a bar's beginning or end leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from llama_scratch.render.progress import displayed, undisturbed
+from llama_scratch.repl.interrupts import Interrupts
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """The session's, and afterwards Python's own."""
+    before = signal.getsignal(signal.SIGINT)
+    yield Interrupts()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=80)
+
+
+class Interrupted(Bar):
+    """A bar into whose `start` or `stop` an interrupt falls, in its middle."""
+
+    def __init__(self, console: Console, when: str):
+        super().__init__(console=console, transient=True)
+        self.when = when
+
+    def start(self) -> None:
+        self._maybe("start")
+        super().start()
+        self._maybe("start")
+
+    def stop(self) -> None:
+        self._maybe("stop")
+        super().stop()
+
+    def _maybe(self, now: str) -> None:
+        if now == self.when:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("when", ["start", "stop"])
+def test_an_interrupt_waits_for_a_bars_beginning_and_end(interrupts: Interrupts, console: Console, when: str) -> None:
+    """It is raised then, and the next bar shows."""
+    with pytest.raises(KeyboardInterrupt), interrupts.armed(), displayed(Interrupted(console, when)):
+        pass
+    assert not undisturbed.on
+    assert not undisturbed.waiting
+    console.file = io.StringIO()
+    bar = Bar(console=console, transient=True)
+    with displayed(bar):
+        bar.add_task("Reading", total=10)
+        bar.refresh()
+    assert "Reading" in console.file.getvalue()
+
+
+def test_in_between_it_comes_at_once(interrupts: Interrupts, console: Console) -> None:
+    reached = []
+
+    def interrupted() -> None:
+        with interrupts.armed(), displayed(Bar(console=console)):
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the line behind")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not reached
+
+
+def test_at_the_prompt_it_is_nothing(interrupts: Interrupts, console: Console) -> None:
+    """Where there is nothing to cancel, an interrupt that falls into a bar is none."""
+    with displayed(Interrupted(console, "start")):
+        pass
