@@ -204,6 +204,14 @@ def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
     assert "\u202e" not in text
 
 
+def test_plain_lines_leave_out_what_a_table_says_better() -> None:
+    piece = Cell(" Paris", token=True, hover="3 bits")
+    assert plain(Running((piece,), spoken=False), Table(("token", ""), ((piece, Cell("-", said="gone")),))) == [
+        'token " Paris", gone'
+    ]
+    assert "␣Paris" in shown(Running((piece,), spoken=False))
+
+
 # --- Values -----------------------------------------------------------------------------------
 
 

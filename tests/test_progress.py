@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 from rich.progress import Progress as Bar
 
 from llama_scratch.render.progress import displayed, undisturbed
@@ -55,6 +56,8 @@ def test_an_interrupt_waits_for_a_bars_beginning_and_end(interrupts: Interrupts,
         pass
     assert not undisturbed.on
     assert not undisturbed.waiting
+    assert console.set_live(Live(console=console)) is not False  # it is alone
+    console.clear_live()
     console.file = io.StringIO()
     bar = Bar(console=console, transient=True)
     with displayed(bar):
