@@ -21,8 +21,10 @@ from torch import Tensor
 
 from benchmarks.engines import quiet_llama_cpp
 from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
-from llama_scratch.checkpoint.gguf import bytes_to_unicode, read_header
+from llama_scratch.checkpoint.gguf_header import read_header
+from llama_scratch.checkpoint.vocabulary import bytes_to_unicode
 from llama_scratch.config import ModelArgs
+from llama_scratch.lazy import as_tensor
 from llama_scratch.model import rope_frequencies
 from llama_scratch.progress import silent
 
@@ -71,9 +73,8 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 def distinct_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights under Meta's names; a tied output is left out."""
     weights = checkpoint.load(silent)
-    if is_tied(weights):
-        del weights["output.weight"]
-    return weights
+    tied = is_tied(weights)
+    return {name: as_tensor(weight) for name, weight in weights.items() if not (tied and name == "output.weight")}
 
 
 # --- GGUF -------------------------------------------------------------------------------------

@@ -5,18 +5,28 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
+from getpass import getpass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 
-from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError, printable, unexpected
+from llama_scratch.errors import (
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    UsageError,
+    printable,
+    unexpected,
+)
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
 
 # Also for `python -m llama_scratch`, so that what completion installs is for the program.
 NAME = "llama-scratch"
+_MAX_LINK = 1 << 14  # characters
 
 app = typer.Typer(
     name=NAME,
@@ -346,10 +357,33 @@ def main(
 @app.command()
 def pull(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2", autocompletion=_models)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="smollm2; OWNER/REPO[@REVISION] on Hugging Face; Meta's name with --from-url.",
+            autocompletion=_models,
+        ),
+    ],
+    from_url: Annotated[
+        str | None,
+        _option("--from-url", metavar="LINK", help="The link that Meta mails, in single quotes; -: asked for."),
+    ] = None,
 ) -> None:
-    """Fetch an open model, so that --model NAME runs it."""
-    _pull(name, ctx.obj.screen)
+    """Fetch a model, so that --model NAME runs it. Interrupted, it goes on when run again."""
+    screen = ctx.obj.screen
+    from llama_scratch.checkpoint.hub import Repository
+
+    if from_url is not None:
+        _pull_meta(name, from_url, screen)
+    elif repository := Repository.named(name):
+        from llama_scratch.checkpoint.hub import pull_hub
+
+        with progress_bar(screen.log, "Asking") as progress:
+            path = pull_hub(repository, progress, lambda line: screen.log.print(line, soft_wrap=True, markup=False))
+        _say_where(repository.name, path, screen)
+    else:
+        _pull(name, screen)
 
 
 @app.command()
@@ -390,6 +424,79 @@ def info(
             state.screen.out.print(rows(shown))
         else:
             print("\n".join(f"{name}: {value}" for name, value in shown.items()))
+
+
+@app.command()
+@takes_model_options
+def verify(
+    ctx: typer.Context,
+    options: ModelOptions,
+    path: Annotated[
+        str | None, typer.Argument(metavar="PATH", help="A model; by default the one that would run.")
+    ] = None,
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
+) -> None:
+    """Whether a model is whole: checksums, every tensor, no NaN; exit code 4 where anything is wrong."""
+    screen = ctx.obj.screen
+    from llama_scratch.checkpoint import verify as checks
+    from llama_scratch.checkpoint.find import find_model
+
+    if path is not None:
+        options = ModelOptions(model_dir=path).over(options)
+    with progress_bar(screen.log, "Verifying") as progress:
+        found = checks.verify(find_model(options.source), options.tokenizer, options.rope_factor, progress)
+    if json or screen.json:
+        from llama_scratch.render.lines import json_line
+
+        print(json_line(found.as_json()))
+    else:
+        from llama_scratch.render.verify import verify_lines, verify_table
+
+        if sys.stdout.isatty():
+            screen.out.print(verify_table(found))
+        else:
+            print("\n".join(verify_lines(found)))
+    raise typer.Exit(CheckpointError.exit_code if found.wrong else 0)
+
+
+@app.command()
+def convert(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model: a path, or a name that 'pull' takes.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="Where the result goes: a new directory, or a new .gguf file.")
+    ],
+    to: Annotated[
+        str,
+        _option(
+            "--to",
+            metavar="FORM",
+            help="meta, hf (Hugging Face's, for transformers) or gguf (for llama.cpp).",
+            autocompletion=lambda: ["meta", "hf", "gguf"],
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None, _option("--tokenizer", metavar="PATH", help="A tokenizer.model elsewhere.")
+    ] = None,
+    json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
+) -> None:
+    """Write a model in another form: the same weights, bit by bit, with tokenizer, RoPE and chat template."""
+    screen = ctx.obj.screen
+    from llama_scratch.checkpoint import convert as conversion
+    from llama_scratch.checkpoint.find import find_model
+
+    with progress_bar(screen.log, "Reading") as progress:
+        found = conversion.convert(
+            find_model(source, progress), Path(destination), to, progress, tokenizer=_given(ctx).tokenizer
+        )
+    for note in found.notes:
+        screen.log.print(note, soft_wrap=True, markup=False)
+    run_it = f"{NAME} --model-dir {shlex.quote(str(found.path))}"
+    screen.log.print(f"Wrote {found.size / 1e9:.2f} GB; run it with: {run_it}", soft_wrap=True, markup=False)
+    if json or screen.json:
+        from llama_scratch.render.lines import json_line
+
+        print(json_line(found.as_json()))
 
 
 @app.command()
@@ -484,20 +591,22 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
     """The same, to be loaded while the person types; what is wrong with its path is said now."""
     from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.checkpoint.remote import remote_address
     from llama_scratch.repl.loading import Loading
-
-    _fetch_missing(options, screen)
-    path = find_model(options.source)
-    if not path.exists():
-        from llama_scratch.checkpoint import open_checkpoint
-
-        open_checkpoint(path, options.tokenizer)  # says what was expected there
 
     def load(progress: Progress) -> Llama:
         llama = _load_now(options, progress)
         llama.prepare(wait=False)  # there is time while the person types
         return llama
 
+    _fetch_missing(options, screen)
+    if address := remote_address(options.source or ""):  # brought here while the person types
+        return Loading(address.rsplit("/", 1)[-1], load)
+    path = find_model(options.source)
+    if not path.exists():
+        from llama_scratch.checkpoint import open_checkpoint
+
+        open_checkpoint(path, options.tokenizer)  # says what was expected there
     return Loading(name_of(path), load)
 
 
@@ -554,6 +663,20 @@ def _pull(name: str, screen: Screen) -> None:
         model, fetched = pull(name, progress)
     verb = "Fetched" if fetched else "Already here:"
     screen.log.print(f"{verb} {model.title} ({model.licence}), in {model.path}", soft_wrap=True)
+
+
+def _pull_meta(name: str, link: str, screen: Screen) -> None:
+    from llama_scratch.checkpoint.download import pull_meta
+
+    if link == "-":
+        link = getpass("Link: ") if screen.interactive else sys.stdin.readline(_MAX_LINK)
+    with progress_bar(screen.log, "Asking") as progress:
+        path, _ = pull_meta(name, link, progress)
+    _say_where(path.name, path, screen)
+
+
+def _say_where(name: str, path: Path, screen: Screen) -> None:
+    screen.log.print(f"It is in {path}; run it with: {NAME} --model {name}", soft_wrap=True, markup=False)
 
 
 # --- Errors and exit codes --------------------------------------------------------------------

@@ -35,7 +35,8 @@ class RopeScaling:
 class ModelArgs:
     """Everything that is needed to build the network; field names are Meta's.
 
-    `ffn_dim` is the width of the feed-forward layer, `max_seq_len` the longest context, in tokens.
+    `ffn_dim` is the width of the feed-forward layer, `max_seq_len` the longest context, in tokens. `rope_divisors`:
+    what each pair's frequency is divided by, head_dim/2 numbers, in place of `rope_scaling`'s rule.
     """
 
     dim: int
@@ -48,6 +49,7 @@ class ModelArgs:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_seq_len: int
+    rope_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim", "max_seq_len"):
@@ -74,8 +76,9 @@ class ModelArgs:
         if not (math.isfinite(factor) and factor >= 1):
             raise UsageError(f"The RoPE factor is {factor:g}, expected a number of at least 1 (--rope-factor).")
         if factor == 1:
-            return replace(self, rope_scaling=None)
-        return replace(self, rope_scaling=replace(self.rope_scaling or RopeScaling(factor), factor=factor))
+            return replace(self, rope_scaling=None, rope_divisors=None)
+        scaling = replace(self.rope_scaling or RopeScaling(factor), factor=factor)
+        return replace(self, rope_scaling=scaling, rope_divisors=None)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of every weight, under the names of Meta's checkpoints."""
@@ -128,8 +131,8 @@ class ModelArgs:
             )
         if "quantization_args" in params:
             raise CheckpointError(
-                f"{path} is of one of Meta's quantised releases (quantization_args), expected bf16 weights; "
-                "use the release without QLORA or SpinQuant in its name."
+                f"{path} is of Meta's quantised release {_release(params)}, expected bf16 weights; "
+                "use the release without that in its name."
             )
         try:
             return cls._from_params(Fields(params))
@@ -162,8 +165,19 @@ class ModelArgs:
             norm_eps=fields.number("norm_eps"),
             rope_theta=fields.number("rope_theta"),
             rope_scaling=scaling,
-            max_seq_len=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT,
+            # Not Meta's: what `convert` writes where the rule does not give it.
+            max_seq_len=fields.integer("context_length", default=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT),
         )
+
+
+def _release(params: Mapping[str, Any]) -> str:
+    """What Meta calls the quantised release that a params.json is of."""
+    arguments = params["quantization_args"]
+    if "lora_args" in params:
+        return "int4-qlora-eo8"
+    if isinstance(arguments, dict) and arguments.get("spinquant"):
+        return "int4-spinquant-eo8"
+    return f"'{printable(arguments.get('scheme') if isinstance(arguments, dict) else arguments)}'"
 
 
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:

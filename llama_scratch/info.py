@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.precision import check_name, choose, find_device
+from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.base import Stored
+from llama_scratch.checkpoint.vocabulary import PATTERNS
+from llama_scratch.config import ModelArgs
+from llama_scratch.precision import NAMES, check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens in the cache when the memory is stated, where the model has room for so many.
+_CONTEXT = 4096
 
 
 def describe(
@@ -22,13 +32,17 @@ def describe(
 ) -> dict[str, Any]:
     """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own.
 
-    precision and device: what it would run in.
+    precision and device: what it would run in. Sizes are in bytes; None stands for what the files do not state.
+    `memory` is what a network takes besides the files themselves, which are mapped. Raises as `open_checkpoint` does.
     """
     check_name(precision)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
     stored = checkpoint.inspect(progress)
     scaling = None if args.rope_scaling is None else asdict(args.rope_scaling)
+    files = checkpoint.files or (checkpoint.path,)
+    sizes = [file.stat().st_size for file in files]
+    target = find_device(device)
     special = checkpoint.tokenizer.special_tokens
     names = {id: text for text, id in special.items()}
     bos = checkpoint.tokenizer.bos_id
@@ -36,10 +50,13 @@ def describe(
         "name": checkpoint.name,
         "format": checkpoint.format,
         "path": str(checkpoint.path),
-        "bytes": checkpoint.path.stat().st_size,
+        "bytes": sum(sizes),
+        "files": [{"name": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)],
+        "licence": checkpoint.licence,
         "stored": stored.types,
-        "precision": choose(precision, stored.dtype, find_device(device)),
+        "precision": choose(precision, stored.dtype, target),
         "parameters": args.n_parameters(tied=stored.tied),
+        "parts": _parts(args, tied=stored.tied),
         "tied_output": stored.tied,
         "shape": {
             "dim": args.dim,
@@ -51,12 +68,51 @@ def describe(
             "vocab_size": args.vocab_size,
             "norm_eps": args.norm_eps,
         },
-        "rope": {"theta": args.rope_theta, "scaling": scaling},
+        "rope": {
+            "theta": args.rope_theta,
+            "scaling": scaling,
+            "divisors": args.rope_divisors,
+            "by_option": args != checkpoint.args,
+        },
         "context": args.max_seq_len,
+        "chat": checkpoint.chat is not None,
+        "memory": _memory(checkpoint, args, stored, target),
         "tokenizer": {
+            "kind": "byte-level BPE",
+            "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),
             "tokens": checkpoint.tokenizer.n_vocab,
             "special": len(special),
             "bos": None if bos is None else names[bos],
             "stops": sorted(names[id] for id in checkpoint.tokenizer.stop_ids),
         },
     }
+
+
+def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
+    """How the parameters are shared out; a tied output has none of its own."""
+    counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
+    whole = {EMBEDDING: "embedding", OUTPUT: "output"}
+    for name, shape in args.weight_shapes().items():
+        part = whole.get(name) or ("norms" if len(shape) == 1 else name.split(".")[2])  # layers.0.attention.wq.weight
+        counts[part] += prod(shape) * (not (tied and name == OUTPUT))
+    total = sum(counts.values())
+    return {part: {"parameters": count, "share": count / total} for part, count in counts.items()}
+
+
+def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device) -> dict[str, Any]:
+    """What each precision needs, by what it is for, and in all."""
+    context = min(_CONTEXT, args.max_seq_len)
+    dtype = None if _is_lazy(checkpoint, stored) else stored.dtype
+    needed = {name: memory_needed(args, name, dtype, context, device, tied=stored.tied) for name in NAMES}
+    return {
+        "context": context,
+        "device": device.type,
+        "needed": {name: {**parts, "total": sum(parts.values())} for name, parts in needed.items()},
+    }
+
+
+def _is_lazy(checkpoint: Checkpoint, stored: Stored) -> bool:
+    """Whether the matrices are no tensors when they were loaded: GGUF's quantised blocks, and Meta's shards."""
+    if checkpoint.format == "gguf":
+        return not stored.types.keys() <= {"F32", "F16", "BF16"}
+    return checkpoint.format == "meta" and len(checkpoint.files) > 1

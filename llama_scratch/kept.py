@@ -29,15 +29,15 @@ _MOST = 16 << 30
 class KeptPieces:
     """Pieces of quantised weights: read where they were kept, and kept as they are made where they were not.
 
-    source: the file that the weights come from. shapes: (out, in) of each piece.
+    files: those that the weights come from. shapes: (out, in) of each piece.
     """
 
-    def __init__(self, source: Path, shapes: Sequence[tuple[int, int]]):
+    def __init__(self, files: Sequence[Path], shapes: Sequence[tuple[int, int]]):
         self._shapes = list(shapes)
         sizes = [rows * columns + 4 * rows for rows, columns in self._shapes]
         self._starts = np.cumsum([4 * len(sizes), *sizes]).tolist()
         self._folder = user_cache_path("llama-scratch", appauthor=False) / "int8"
-        self._path = self._folder / _key(source, self._shapes)
+        self._path = self._folder / _key(files, self._shapes)
         self._lock = threading.Lock()
         self._writing: Path | None = None
         self._checksums = np.zeros(len(sizes), dtype="<u4")
@@ -61,14 +61,14 @@ class KeptPieces:
         """Keep a piece; the last one makes the file visible. Where it cannot be kept nothing happens."""
         if self._data is not None:
             return
-        piece = values.numpy().tobytes() + scales.numpy().astype("<f4").tobytes()
+        piece = [np.ascontiguousarray(values.numpy()).data, scales.numpy().astype("<f4").data]
         with contextlib.suppress(OSError), self._lock:
             if (file := self._writing) is None:
                 file = self._writing = self._begin()
             with file.open("r+b") as out:
                 out.seek(self._starts[i])
-                out.write(piece)
-            self._checksums[i] = zlib.crc32(piece)
+                out.writelines(piece)
+            self._checksums[i] = zlib.crc32(piece[1], zlib.crc32(piece[0]))
             self._missing -= 1
             if not self._missing:
                 self._finish(file)
@@ -104,14 +104,11 @@ class KeptPieces:
             file.unlink()
 
 
-def _key(source: Path, shapes: Sequence[tuple[int, int]]) -> str:
-    """A name for what the pieces were made from: the file as it is now; and on: torch and the CPU."""
-    status = source.stat()
+def _key(files: Sequence[Path], shapes: Sequence[tuple[int, int]]) -> str:
+    """A name for what the pieces were made from: the files as they are now; and on: torch and the CPU."""
     made = (
         _FORMAT,
-        str(source.resolve()),
-        status.st_size,
-        status.st_mtime_ns,
+        [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         shapes,

@@ -14,12 +14,17 @@ weight. Each form is a function x → x·Wᵀ, (…, in) → (…, out), that kn
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llama_scratch.lazy import Lazy, Weight
 
 # torch speaks of leaving this to another package; the range that is installed has it.
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -44,7 +49,7 @@ class Blocks:
     scales: (out,) of each weight, for the rows of 8-bit integers.
     """
 
-    def __init__(self, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None):
+    def __init__(self, weights: Sequence[Weight], scales: Sequence[Tensor] | None = None):
         self.weights = list(weights)
         self.scales = None if scales is None else torch.cat(list(scales))
         self.nbytes = sum(weight.nbytes for weight in weights)
@@ -54,14 +59,40 @@ class Blocks:
         # A GPU has no use for small blocks, and each costs it a launch.
         step = max(1, _BLOCK // x.shape[-1]) if x.device.type == "cpu" else max(map(len, self.weights))
         blocks = (block for weight in self.weights for block in _split(weight, step, x.dtype))
-        out = torch.cat([product(rows, block.to(x.dtype)) for block in blocks], dim=-1)  # (M, out)
+        out = torch.cat([product(rows, block) for block in _turned(blocks, x.dtype)], dim=-1)  # (M, out)
         if self.scales is not None:
             out *= self.scales.to(out.dtype)
         return out.view(*x.shape[:-1], -1)
 
 
-def _split(weight: Tensor, rows: int, dtype: torch.dtype) -> Sequence[Tensor]:
+def _split(weight: Weight, rows: int, dtype: torch.dtype) -> Sequence[Weight]:
+    if isinstance(weight, Lazy):
+        return weight.split(rows)
     return [weight] if weight.dtype == dtype else weight.split(rows)
+
+
+def _turned(blocks: Iterator[Weight], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The blocks as tensors of `dtype`. What is not one yet takes longer than its product: threads work ahead."""
+    ahead: deque[Future[Tensor]] = deque()
+    for block in blocks:
+        if isinstance(block, Tensor):
+            yield from (future.result() for future in _emptied(ahead))
+            yield block.to(dtype)
+        else:
+            ahead.append(_threads().submit(block.to, dtype))
+            if len(ahead) > 2 * torch.get_num_threads():
+                yield ahead.popleft().result()
+    yield from (future.result() for future in _emptied(ahead))
+
+
+def _emptied(queue: deque[T]) -> Iterator[T]:
+    while queue:
+        yield queue.popleft()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "dequantising")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -137,19 +168,30 @@ def _once(x: Tensor, name: str, compute: Callable[[Tensor], T]) -> T:
     return found
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's nearest 8-bit integers, and the size of one step: (out, in) int8 and (out,) float32."""
-    values = weight.new_empty(weight.shape, dtype=torch.int8)
-    scales = weight.new_empty(len(weight), dtype=torch.float32)
-    step = max(1, _BLOCK // weight.shape[1])
-    for block, block_values, block_scales in zip(
-        weight.split(step), values.split(step), scales.split(step), strict=True
-    ):
-        rows = block.float()
-        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
-        torch.clamp(largest / 127, min=1e-30, out=block_scales)
-        block_values.copy_((rows / block_scales[:, None]).round_())
-    return values, scales
+def quantise(weights: Sequence[Weight], columns: Sequence[slice] = (slice(None),)) -> list[tuple[Tensor, Tensor]]:
+    """Each row's nearest 8-bit integers, and the size of one step: (out, in) int8 and (out,) float32.
+
+    weights: (out, in) each, taken as one below the other. columns: groups of columns that are quantised by themselves;
+    a pair for each. A block of rows is float32 at a time.
+    """
+    out, width, device = sum(map(len, weights)), weights[0].shape[1], weights[0].device
+    found = [
+        (torch.empty(out, len(range(width)[part]), dtype=torch.int8, device=device), torch.empty(out, device=device))
+        for part in columns
+    ]
+    step, start = max(1, _BLOCK // width), 0
+    for block in (block for weight in weights for block in weight.split(step)):
+        rows = block.to(torch.float32)
+        for part, (values, scales) in zip(columns, found, strict=True):
+            values[start : start + len(rows)], scales[start : start + len(rows)] = _nearest(rows[:, part])
+        start += len(rows)
+    return found
+
+
+def _nearest(rows: Tensor) -> tuple[Tensor, Tensor]:
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    scales = (largest / 127).clamp_(min=1e-30)
+    return (rows / scales[:, None]).round_(), scales
 
 
 class Stack:
@@ -277,13 +319,17 @@ def weight_bytes(model: nn.Module) -> int:
 class Embedding(nn.Module):
     """Rows of a table as it is stored, given out as `dtype`."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
+    def __init__(self, weight: Weight, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight).to(self.dtype)
+        if isinstance(self.weight, Tensor):
+            return F.embedding(tokens, self.weight).to(self.dtype)
+        distinct, places = tokens.unique(return_inverse=True)
+        rows = [self.weight.rows(id, id + 1) for id in distinct.tolist()]
+        return torch.cat(rows)[places].to(self.dtype)
 
 
 def packs() -> bool:

@@ -23,6 +23,7 @@ from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import UsageError, printable
+from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import Transformer
@@ -74,7 +75,7 @@ class Llama:
         path: Path | None = None,
         load_s: float = 0.0,
         packing: Background | None = None,
-        weights: Callable[[Progress], dict[str, Tensor]] | None = None,
+        weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
@@ -129,13 +130,15 @@ class Llama:
             torch.set_num_threads(threads)
         with memory_errors(checkpoint.name):
             weights = checkpoint.load(progress)
-            precision = choose(precision, weights[EMBEDDING].dtype, target)
+            embedding = weights[EMBEDDING]
+            precision = choose(precision, embedding.dtype, target)
             # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
             tokens = room if context is not None else min(room, 4096)
-            needed = memory_needed(args, precision, weights[EMBEDDING].dtype, tokens, target, tied=is_tied(weights))
+            stored = embedding.dtype if isinstance(embedding, Tensor) else None
+            needed = memory_needed(args, precision, stored, tokens, target, tied=is_tied(weights))
             if target.type != "cuda":  # which has a memory of its own
                 require_memory(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens")
-            model, packing = build(weights, args, precision, target, checkpoint.path)
+            model, packing = build(weights, args, precision, target, checkpoint.files)
         info = ModelInfo(
             name=checkpoint.name,
             format=checkpoint.format,

@@ -13,7 +13,7 @@ done, the weights in the file answer, multiplied in float32: the first answers a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -29,6 +29,7 @@ from llama_scratch.checkpoint import EMBEDDING, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces
+from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.linear import (
     Blocks,
     Columns,
@@ -94,17 +95,19 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def memory_needed(
-    args: ModelArgs, precision: str, stored: torch.dtype, context: int, device: torch.device, *, tied: bool
+    args: ModelArgs, precision: str, stored: torch.dtype | None, context: int, device: torch.device, *, tied: bool
 ) -> dict[str, int]:
     """Bytes that a network takes besides the file's own weights, by what they are for.
 
-    stored: the type of the file's weights; those are mapped, or in memory already. context: tokens in the KV cache.
+    stored: the type of the file's weights, which are mapped; None where they are `Lazy`. context: tokens in the cache.
     """
     packed = _is_packed(precision, device)
     linear = args.n_parameters(tied=False) - args.vocab_size * args.dim
     bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[precision]
     if packed:
         weights = linear * bytes_each
+        if stored is None and not _stay_lazy(args, precision, device):
+            weights += 4 * args.n_parameters(tied=tied)
     else:
         copied = stored != DTYPES[precision] or device.type != "cpu"
         weights = args.n_parameters(tied=tied) * bytes_each * copied
@@ -127,39 +130,57 @@ def activation_bytes(model: Transformer) -> int:
 
 
 def build(
-    weights: dict[str, Tensor], args: ModelArgs, precision: str, device: torch.device, source: Path
+    weights: Mapping[str, Weight], args: ModelArgs, precision: str, device: torch.device, files: Sequence[Path]
 ) -> tuple[Transformer, Background]:
     """The network with the file's weights in it, and what is still to be done for their speed.
 
     Built without memory and filled with the file's own tensors, so that there is never a second copy.
-    source: the file, by which quantised weights are kept for the next time.
+    files: where the weights are from, by which quantised ones are kept for the next time.
     """
     packed = _is_packed(precision, device)
     if not packed:
-        weights = _converted(weights, DTYPES[precision])
+        weights = _as_tensors(weights, DTYPES[precision])
+    elif not _stay_lazy(args, precision, device):
+        weights = _as_tensors(weights)
     with torch.device("meta"):
         model = Transformer(args)
-    model.load_state_dict(weights, strict=True, assign=True)
-    if is_tied(weights):
+    if device.type != "cpu":
+        weights = _each(weights, lambda weight: as_tensor(weight).to(device))
+    packing = _store(model, weights, precision, files) if packed else Background("packing", [])
+    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+    if not packed and is_tied(weights):
         model.output.weight = model.tok_embeddings.weight
-    model.eval().requires_grad_(False).to(device)
+    if packed:
+        _convert_norms(model, _activations(device))
+    model.eval().requires_grad_(False)
     model.freqs = model.freqs.to(device)
-    return model, _store(model, precision, source) if packed else Background("packing", [])
+    return model, packing
 
 
-def differentiable(weights: dict[str, Tensor], args: ModelArgs) -> Transformer:
+def differentiable(weights: Mapping[str, Weight], args: ModelArgs) -> Transformer:
     """The network with the file's own weights, multiplied in float32, through which gradients go."""
+    tensors = _as_tensors(weights)
     with torch.device("meta"):
         model = Transformer(args)
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(tensors, strict=True, assign=True)
     model.eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            model.set_submodule(name, Differentiable(weights[f"{name}.weight"]))
-        elif isinstance(module, RMSNorm):
-            module.float()
-    model.tok_embeddings = Embedding(weights[EMBEDDING], torch.float32)
+            model.set_submodule(name, Differentiable(tensors[f"{name}.weight"]))
+    _convert_norms(model, torch.float32)
+    model.tok_embeddings = Embedding(tensors[EMBEDDING], torch.float32)
     return model
+
+
+def _convert_norms(model: Transformer, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.to(dtype)
+
+
+def _activations(device: torch.device) -> torch.dtype:
+    """What goes from layer to layer where the linear layers are exchanged."""
+    return torch.bfloat16 if device.type != "cpu" and _computes_bf16(device) else torch.float32
 
 
 def _is_packed(precision: str, device: torch.device) -> bool:
@@ -167,10 +188,25 @@ def _is_packed(precision: str, device: torch.device) -> bool:
     return precision == "int8" or (precision == "fp16" and device.type == "cpu")
 
 
-def _converted(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as `dtype`; those that have it already stay the same tensors, and a tied pair stays one."""
-    converted = {id(tensor): tensor.to(dtype) for tensor in weights.values() if tensor.dtype != dtype}
-    return {name: converted.get(id(tensor), tensor) for name, tensor in weights.items()}
+def _stay_lazy(args: ModelArgs, precision: str, device: torch.device) -> bool:
+    """Whether weights that are no tensors yet stay so until they are packed.
+
+    A small model becomes float32 at once, because the first answers are faster then, unless int8 is to save memory.
+    """
+    return device.type == "cpu" and (precision == "int8" or args.n_parameters(tied=False) > _SMALL)
+
+
+_SMALL = 1 << 28  # weights: 1 GB of float32
+
+
+def _as_tensors(weights: Mapping[str, Weight], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All as tensors, of `dtype` where one is given; those that are so already stay the same, and a tied pair one."""
+    return _each(weights, lambda weight: as_tensor(weight, dtype))
+
+
+def _each(weights: Mapping[str, Weight], turn: Callable[[Weight], Tensor]) -> dict[str, Tensor]:
+    turned = {id(weight): turn(weight) for weight in {id(weight): weight for weight in weights.values()}.values()}
+    return {name: turned[id(weight)] for name, weight in weights.items()}
 
 
 # Projections that read the same vector stand together: small ones become one product.
@@ -187,21 +223,19 @@ _PIECE = 1 << 24
 _OUTPUT_GROUPS = 4
 
 
-def _store(model: Transformer, precision: str, source: Path) -> Background:
-    """Exchange the linear layers: at once they multiply what the network holds, and the `Background` packs it."""
-    embedding = _weight(model, "tok_embeddings")
-    device = embedding.device
-    activations = torch.bfloat16 if device.type != "cpu" and _computes_bf16(device) else torch.float32
-    slots = [slot for block in model.layers for group in _LAYER_GROUPS for slot in _exchange(block, group)]
-    slots += _exchange(model, ("output",), groups=_OUTPUT_GROUPS if precision == "int8" else 1)
-    model.tok_embeddings = Embedding(embedding, activations)
+def _store(model: Transformer, weights: Mapping[str, Weight], precision: str, files: Sequence[Path]) -> Background:
+    """Exchange the linear layers: at once they multiply the weights as they are, and the `Background` packs those."""
+    device = weights[EMBEDDING].device
+    slots: list[_Slot] = []
+    for i in range(len(model.layers)):
+        for group in _LAYER_GROUPS:
+            slots += _exchange(model, [f"layers.{i}.{name}" for name in group], weights)
+    slots += _exchange(model, ["output"], weights, groups=_OUTPUT_GROUPS if precision == "int8" else 1)
+    model.tok_embeddings = Embedding(weights[EMBEDDING], _activations(device))
     if device.type == "cpu" and packs():
         for block in model.layers:
             cast(TransformerBlock, block).attention.attend = attend_in_blocks
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.to(activations)
-    pack = _pack_half if precision == "fp16" else _Quantiser(source, slots).pack
+    pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
     jobs = [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
     return Background("packing", jobs, torch.get_num_threads(), then=give_back)
 
@@ -212,7 +246,7 @@ class _Slot:
 
     stack: Stack
     index: int
-    weights: Sequence[Tensor]
+    weights: Sequence[Weight]
     groups: int = 1
 
     @property
@@ -221,29 +255,31 @@ class _Slot:
 
     @property
     def columns(self) -> list[slice]:
+        """The groups, one next to the other."""
         edges = torch.arange(self.weights[0].shape[1]).tensor_split(self.groups)
         return [slice(int(edge[0]), int(edge[-1]) + 1) for edge in edges]
 
     def weight(self) -> Tensor:
-        return self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
+        tensors = [as_tensor(weight) for weight in self.weights]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def fill(self, form: Form) -> None:
         self.stack.forms[self.index] = form
 
 
-def _exchange(parent: nn.Module, names: Sequence[str], groups: int = 1) -> list[_Slot]:
-    weights = [_weight(parent, name) for name in names]
-    if len(weights) > 1 and sum(weight.numel() for weight in weights) <= _FUSED:
-        stack = Stack([Blocks(weights)])
-        shared = Shared(stack, [len(weight) for weight in weights])
+def _exchange(model: Transformer, names: Sequence[str], weights: Mapping[str, Weight], groups: int = 1) -> list[_Slot]:
+    found = [weights[f"{name}.weight"] for name in names]
+    if len(found) > 1 and sum(weight.numel() for weight in found) <= _FUSED:
+        stack = Stack([Blocks(found)])
+        shared = Shared(stack, [len(weight) for weight in found])
         for part, name in enumerate(names):
-            parent.set_submodule(name, SharedProjection(shared, part))
-        return [_Slot(stack, 0, weights)]
+            model.set_submodule(name, SharedProjection(shared, part))
+        return [_Slot(stack, 0, found)]
     slots = []
-    for name, weight in zip(names, weights, strict=True):
+    for name, weight in zip(names, found, strict=True):
         pieces = weight.split(max(1, _PIECE // weight.shape[1]))
         stack = Stack([Blocks([piece]) for piece in pieces])
-        parent.set_submodule(name, Projection(stack))
+        model.set_submodule(name, Projection(stack))
         slots += [_Slot(stack, i, [piece], groups) for i, piece in enumerate(pieces)]
     return slots
 
@@ -257,27 +293,25 @@ def _pack_half(_i: int, slot: _Slot) -> None:
 class _Quantiser:
     """Fills slots with 8-bit weights, kept ones where there are."""
 
-    def __init__(self, source: Path, slots: Sequence[_Slot]):
+    def __init__(self, files: Sequence[Path], slots: Sequence[_Slot]):
         shapes = [
             (sum(map(len, slot.weights)), columns.stop - columns.start) for slot in slots for columns in slot.columns
         ]
         self._first = list(accumulate((len(slot.columns) for slot in slots), initial=0))  # part of each slot
-        self._kept = KeptPieces(source, shapes)
+        self._kept = KeptPieces(files, shapes)
 
     def pack(self, i: int, slot: _Slot) -> None:
-        weight = slot.weight()
-        forms = [self._form(self._first[i] + j, weight[:, part]) for j, part in enumerate(slot.columns)]
-        slot.fill(forms[0] if len(forms) == 1 else Columns(forms))
-
-    def _form(self, part: int, weight: Tensor) -> Form:
-        if weight.device.type != "cpu":
-            values, scales = quantise(weight)
-            return Blocks([values], [scales])
-        if (kept := self._kept.get(part)) is None:
-            kept = quantise(weight)
-            self._kept.put(part, *kept)
-        return Int8(*kept) if packs() else Blocks(kept[:1], kept[1:])
+        if slot.weights[0].device.type != "cpu":
+            slot.fill(_side_by_side([Blocks([piece[0]], [piece[1]]) for piece in quantise(slot.weights, slot.columns)]))
+            return
+        parts = range(self._first[i], self._first[i] + len(slot.columns))
+        found = [piece for piece in map(self._kept.get, parts) if piece is not None]
+        if len(found) < len(parts):
+            found = quantise(slot.weights, slot.columns)
+            for part, (values, scales) in zip(parts, found, strict=True):
+                self._kept.put(part, values, scales)
+        slot.fill(_side_by_side([Int8(*piece) if packs() else Blocks(piece[:1], piece[1:]) for piece in found]))
 
 
-def _weight(parent: nn.Module, name: str) -> Tensor:
-    return cast(Tensor, parent.get_submodule(name).weight)
+def _side_by_side(forms: Sequence[Form]) -> Form:
+    return forms[0] if len(forms) == 1 else Columns(forms)

@@ -7,6 +7,8 @@ import binascii
 import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
 
 import tiktoken
 
@@ -71,7 +73,10 @@ class Tokenizer:
         stops: Iterable[str] = (),
         unknown: str | None = None,
     ):
+        self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
+        self.pattern = pattern
+        self.unknown = unknown
         self.bos_id = None if bos is None else self.special_tokens[bos]
         self.stop_ids = frozenset(self.special_tokens[stop] for stop in stops)
         self._bytes = {id: token for token, id in ranks.items()}
@@ -84,7 +89,6 @@ class Tokenizer:
             raise CheckpointError(
                 f"the vocabulary has no token for the byte {min(self._missing):#04x} and no unknown token."
             )
-        self._unknown = unknown
         try:
             self._encoding = tiktoken.Encoding(
                 name="llama-scratch",
@@ -106,6 +110,11 @@ class Tokenizer:
     @classmethod
     def from_meta_bytes(cls, data: bytes, path: str = "tokenizer.model") -> Tokenizer:
         """The same from the file's content; `path` is the name that errors give."""
+        if b"<unk>" in data[:64]:
+            raise CheckpointError(
+                f"{path} is a SentencePiece vocabulary, as Llama 2 has it, expected tiktoken's of Llama 3 and later; "
+                "choose a later Llama."
+            )
         ranks = _parse_ranks(data, path)
         names = list(_LLAMA3_SPECIAL)
         names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_N_LLAMA3_SPECIAL - len(names))]
@@ -126,9 +135,9 @@ class Tokenizer:
         allowed = set(self.special_tokens) if special else set()
         for piece in _pieces(replace_surrogates(text)):
             ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
-        if self._unknown is None:
+        if self.unknown is None:
             return ids
-        unknown_id = self.special_tokens[self._unknown]
+        unknown_id = self.special_tokens[self.unknown]
         return [id if id < self.n_vocab else unknown_id for id in ids]
 
     def warnings(self, text: str, *, special: bool = False) -> list[Caution]:
@@ -146,7 +155,7 @@ class Tokenizer:
             found.append(
                 Caution(
                     "unknown bytes",
-                    f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self._unknown}.",
+                    f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self.unknown}.",
                 )
             )
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
@@ -211,12 +220,9 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _read(path: str) -> bytes:
-    import blobfile
-
     try:
-        with blobfile.BlobFile(path, "rb") as file:
-            data: bytes = file.read()
-            return data
+        with _opened(path) as file:
+            return file.read()
     except FileNotFoundError as error:
         raise ModelNotFoundError(
             f"There is no tokenizer at {path}; it belongs beside the weights, or name it with --tokenizer."
@@ -225,6 +231,14 @@ def _read(path: str) -> bytes:
         raise ModelNotFoundError(f"{path} is a directory, expected Meta's tokenizer.model itself.") from error
     except Exception as error:  # blobfile and the clouds' clients raise their own kinds
         raise LlamaScratchError(f"{path} cannot be read: {error}.") from error
+
+
+def _opened(path: str) -> BinaryIO:
+    if "://" not in path:
+        return Path(path).open("rb")
+    import blobfile
+
+    return blobfile.BlobFile(path, "rb")
 
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:

@@ -74,9 +74,11 @@ def refused(path: Path, kind: type[LlamaScratchError], *says: object) -> str:
     return is_sentence(caught.value, kind, *says)
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def same(a: Mapping[str, Weight], b: Mapping[str, Weight]) -> bool:
     """Whether two sets of weights are equal to the last bit."""
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(as_tensor(a[k]), as_tensor(b[k])) for k in a
+    )
 
 
 def save(directory: Path, weights: object) -> Path:
@@ -368,11 +370,12 @@ def test_a_directory_in_place_of_a_file(small_dir: Path, file: str) -> None:
 
 
 def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
-    """Someone who names the repository is told of the directory inside it."""
-    shutil.copytree(small_dir, outer := small_dir.parent / "Llama-3.2-1B", dirs_exist_ok=True)
-    shutil.rmtree(outer)
+    """Someone who names the repository gets the model inside it, under the repository's name."""
+    outer = small_dir.parent / "Llama-3.2-1B"
     shutil.copytree(small_dir, outer / "original")
-    refused(outer, ModelNotFoundError, outer / "original")
+    checkpoint = open_checkpoint(outer)
+    assert (checkpoint.name, checkpoint.path) == ("Llama-3.2-1B", outer / "original" / WEIGHTS)
+    assert same(load(outer), load(small_dir))
 
 
 def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
@@ -400,10 +403,6 @@ def test_a_file_that_the_system_does_not_give_out(small_dir: Path, file: str, mo
     refused(small_dir, LlamaScratchError, path)
 
 
-def test_several_shards(small_dir: Path) -> None:
-    """Models of 70B are cut into eight files, of which one is no model."""
-    (small_dir / "consolidated.01.pth").write_bytes(b"")
-    refused(small_dir, CheckpointError, small_dir, "consolidated.01.pth", WEIGHTS, "8B")
 
 
 # --- Damaged weights --------------------------------------------------------------------------
@@ -905,10 +904,19 @@ def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, A
     refused(change_params(small_dir, **changes), CheckpointError, small_dir / PARAMS, found)
 
 
-def test_quantised_releases_are_not_supported(small_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "release"),
+    [
+        ({"quantization_args": {"group_size": 32}, "lora_args": {"rank": 16}}, "int4-qlora-eo8"),
+        ({"quantization_args": {"group_size": 32, "spinquant": True}}, "int4-spinquant-eo8"),
+        ({"quantization_args": {"scheme": "8da4w"}}, "8da4w"),
+        ({"quantization_args": 7}, "7"),
+    ],
+)
+def test_quantised_releases_are_not_supported(small_dir: Path, arguments: dict[str, Any], release: str) -> None:
     """Meta's SpinQuant and QLoRA files hold other tensors; said before anything else is tried."""
-    change_params(small_dir, quantization_args={"scheme": "8da4w"})
-    refused(small_dir, CheckpointError, small_dir / PARAMS, "quantization_args", "bf16")
+    change_params(small_dir, **arguments)
+    refused(small_dir, CheckpointError, small_dir / PARAMS, release, "bf16")
 
 
 def test_fields_that_nobody_knows_are_ignored(small_dir: Path, good_dir: Path) -> None:

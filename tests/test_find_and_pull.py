@@ -139,7 +139,7 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find_model("smollm2") == model().path
 
 
-@pytest.mark.parametrize("value", ["smollm2", "~/models/a", "relative/b"])
+@pytest.mark.parametrize("value", ["smollm2", "~/models/a", "relative", "./relative/b"])
 def test_the_variable_takes_what_the_option_takes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name, a path from the home, a relative path."""
     model().path.parent.mkdir(parents=True)
@@ -173,6 +173,18 @@ def test_the_open_model_is_not_here_yet(source: str | None) -> None:
     assert missing_open_model(source) is None
 
 
+def test_a_name_of_metas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any directory below ~/.llama/checkpoints, by its name alone; a path that exists goes first."""
+    folder = make_place("~/.llama/checkpoints/Llama3.1-8B-Instruct")
+    assert find_model("Llama3.1-8B-Instruct") == folder
+    assert find_model(Path("Llama3.1-8B-Instruct")) == Path("Llama3.1-8B-Instruct")
+    assert find_model("Llama3.1-8B") == Path("Llama3.1-8B")
+    assert find_model("..") == Path("..")
+    monkeypatch.chdir(tmp_path)
+    Path("Llama3.1-8B-Instruct").mkdir()
+    assert find_model("Llama3.1-8B-Instruct") == Path("Llama3.1-8B-Instruct")
+
+
 def test_a_missing_path_is_no_missing_open_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody who named another model is offered the open one."""
     assert missing_open_model(tmp_path / "nowhere") is None
@@ -186,12 +198,6 @@ def test_a_model_that_does_not_exist(source: str | Path) -> None:
     """Names are exact, and nothing that can be typed ends in a traceback."""
     kind = UsageError if source == "" else ModelNotFoundError
     refused(lambda: open_checkpoint(find_model(source)), kind)
-
-
-@pytest.mark.parametrize("source", ["gs://bucket/model", "az://account/container/model"])
-def test_a_remote_directory(source: str) -> None:
-    """Only a tokenizer may be remote; the sentence says to copy."""
-    refused(lambda: Llama.load(source), UsageError, "remote", "copy")
 
 
 def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"results", "chat"},
     {"linear", "background", "kept"},
-    {"progress", "memory", "sandbox"},
+    {"progress", "memory", "sandbox", "lazy"},
     {"errors"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

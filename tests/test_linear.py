@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_scratch import linear
+from llama_scratch.lazy import as_tensor
 from llama_scratch.linear import (
     Blocks,
     Columns,
@@ -83,7 +84,7 @@ def blocks_fp16(weight: Tensor) -> tuple[Form, Tensor]:
 
 
 def blocks_int8(weight: Tensor) -> tuple[Form, Tensor]:
-    values, scales = quantise(weight)
+    values, scales = quantise([weight])[0]
     return Blocks([values], [scales]), step_by_row(values, scales)
 
 
@@ -96,7 +97,7 @@ def half_of_bf16(weight: Tensor) -> tuple[Form, Tensor]:
 
 
 def int8(weight: Tensor) -> tuple[Form, Tensor]:
-    values, scales = quantise(weight)
+    values, scales = quantise([weight])[0]
     return Int8(values, scales), step_by_row(values, scales)
 
 
@@ -158,7 +159,7 @@ def test_int8_is_exact_in_steps_of_13_bits(rows: int) -> None:
     steps = torch.randint(-63 * 126, 63 * 126 + 1, (rows, 65), generator=torch.Generator().manual_seed(0))
     steps[:, 0] = 63 * 126
     x = steps / 126
-    values, scales = quantise(random(33, 65))
+    values, scales = quantise([random(33, 65)])[0]
     assert relative(Int8(values, scales)(x), product(x, step_by_row(values, scales))) <= 1e-6
 
 
@@ -201,7 +202,7 @@ def test_blocks_of_several_weights_stand_below_each_other(monkeypatch: pytest.Mo
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             held = [weight.to(dtype) for weight in weights]
             assert relative(Blocks(held)(x), product(x, torch.cat(held))) <= 5e-6
-        values, scales = zip(*map(quantise, weights), strict=True)
+        values, scales = zip(*(quantise([weight])[0] for weight in weights), strict=True)
         assert relative(Blocks(values, scales)(x), product(x, step_by_row(torch.cat(values), torch.cat(scales)))) < 5e-6
 
 
@@ -209,7 +210,7 @@ def test_blocks_of_several_weights_stand_below_each_other(monkeypatch: pytest.Mo
 def test_blocks_multiply_in_the_type_of_the_activations(scaled: bool) -> None:
     """bfloat16 in, bfloat16 out, as on a GPU."""
     weight = random(33, 65).bfloat16()
-    values, scales = quantise(weight)
+    values, scales = quantise([weight])[0]
     form = Blocks([values], [scales]) if scaled else Blocks([weight])
     x = random(3, 65, seed=1).bfloat16()
     out = form(x)
@@ -220,7 +221,7 @@ def test_blocks_multiply_in_the_type_of_the_activations(scaled: bool) -> None:
 def test_blocks_hold_the_given_tensors() -> None:
     """Mapped weights are not copied."""
     weights = [random(4, 8), random(3, 8)]
-    assert [held.data_ptr() for held in Blocks(weights).weights] == [weight.data_ptr() for weight in weights]
+    assert [as_tensor(held).data_ptr() for held in Blocks(weights).weights] == [weight.data_ptr() for weight in weights]
 
 
 # --- float16 ----------------------------------------------------------------------------------
@@ -253,14 +254,14 @@ def test_half_rounds_what_is_smaller() -> None:
 def test_quantised_weights_are_off_by_half_a_step_at_most(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Row by row, with a scale of the row's own; the largest of a row is ±127, and blocks of any size agree."""
     weight = (random(50, 65) * torch.logspace(-4, 3, 50)[:, None]).to(dtype)
-    values, scales = quantise(weight)
+    values, scales = quantise([weight])[0]
     assert (values.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert (values.shape, scales.shape) == ((50, 65), (50,))
     error = (step_by_row(values, scales) - weight.double()).abs()
     assert (error <= 0.5001 * scales[:, None]).all()
     assert values.abs().amax(1).eq(127).all()
     monkeypatch.setattr(linear, "_BLOCK", 65 * 3)
-    assert all(torch.equal(a, b) for a, b in zip(quantise(weight), (values, scales), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(quantise([weight])[0], (values, scales), strict=True))
 
 
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_fbgemm), False])
@@ -268,7 +269,7 @@ def test_a_row_of_zeros_stays_one(packed: bool) -> None:
     """Its scale is no zero, by which nothing could be divided."""
     weight = random(5, 64)
     weight[2] = 0
-    values, scales = quantise(weight)
+    values, scales = quantise([weight])[0]
     assert not values[2].any()
     assert scales.min() > 0
     out = (Int8(values, scales) if packed else Blocks([values], [scales]))(random(3, 64))
@@ -280,7 +281,7 @@ def test_a_row_of_zeros_stays_one(packed: bool) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_int8_hides_no_damage(value: float) -> None:
     """An activation that is no number makes all of its row none, and no other row."""
-    values, scales = quantise(random(5, 64))
+    values, scales = quantise([random(5, 64)])[0]
     x = random(3, 64)
     x[1, 7] = value
     assert Int8(values, scales)(x).isfinite().all(1).tolist() == [True, False, True]
@@ -388,7 +389,7 @@ def test_an_embedding_gives_rows_of_the_table_as_another_type() -> None:
     embedding = Embedding(table, torch.float32)
     ids = torch.tensor([[3, 3, 9]])
     assert torch.equal(embedding(ids), table[ids].float())
-    assert embedding.weight.data_ptr() == table.data_ptr()
+    assert as_tensor(embedding.weight).data_ptr() == table.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,7 @@ def test_projections_of_the_same_x_share_its_two_limbs_and_another_x_has_its_own
         return limbs(x)
 
     monkeypatch.setattr(linear, "_limbs", counted)
-    forms = [Int8(*quantise(random(8, 64, seed=seed))) for seed in (1, 2)]
+    forms = [Int8(*quantise([random(8, 64, seed=seed)])[0]) for seed in (1, 2)]
     x, other = random(1, 3, 64), random(1, 3, 64, seed=5)
     alone = [form(x.clone()) for form in forms]
     split.clear()

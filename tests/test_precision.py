@@ -15,6 +15,7 @@ from llama_scratch.background import Background
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, UsageError
+from llama_scratch.lazy import as_tensor
 from llama_scratch.linear import (
     Blocks,
     Columns,
@@ -104,7 +105,7 @@ def test_a_packed_network_keeps_its_promise(
     """Before it is packed it is fp32, afterwards within its bound; in pieces of any size it says the same."""
     monkeypatch.setattr(precision_module, "_FUSED", limits[0])
     monkeypatch.setattr(precision_module, "_PIECE", limits[1])
-    model, packing = build(weights, tiny_args(), precision, CPU, source)
+    model, packing = build(weights, tiny_args(), precision, CPU, [source])
     expected = reference(weights)
     assert relative(run(model), expected) <= 5e-6
     packing.wait()
@@ -119,7 +120,7 @@ def test_pieces_and_groups_change_no_answer(source: Path, monkeypatch: pytest.Mo
     for fused, piece in LIMITS.values():
         monkeypatch.setattr(precision_module, "_FUSED", fused)
         monkeypatch.setattr(precision_module, "_PIECE", piece)
-        model, packing = build(weights, tiny_args(), precision, CPU, source)
+        model, packing = build(weights, tiny_args(), precision, CPU, [source])
         counts.append(len(packing._jobs))
         packing.wait()
         answers.append(run(model))
@@ -135,7 +136,7 @@ def test_pieces_and_groups_change_no_answer(source: Path, monkeypatch: pytest.Mo
 def test_packing_exchanges_every_layer(source: Path, precision: str, expected: set[type]) -> None:
     """None goes on multiplying what the file holds, and one token reads 2 bytes a weight, or 1."""
     weights = stored(tiny_args())
-    model, packing = build(weights, tiny_args(), precision, CPU, source)
+    model, packing = build(weights, tiny_args(), precision, CPU, [source])
     assert {type(held) for held in forms(model)} == {Blocks}
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     linear = sum(weight.numel() for name, weight in weights.items() if weight.ndim == 2 and "tok_" not in name)
@@ -151,7 +152,7 @@ def test_packing_exchanges_every_layer(source: Path, precision: str, expected: s
 def test_fp16_rounds_float32_weights_to_within_1e_3(source: Path) -> None:
     """They do not fit into float16 as bfloat16 ones do, and still the promise holds."""
     weights = stored(tiny_args(), torch.float32)
-    model, packing = build(weights, tiny_args(), "fp16", CPU, source)
+    model, packing = build(weights, tiny_args(), "fp16", CPU, [source])
     packing.wait()
     assert 1e-5 < relative(run(model), reference(weights)) <= 1e-3
 
@@ -187,7 +188,7 @@ def test_int8_is_much_closer_than_one_scale_for_all(source: Path) -> None:
         if name.endswith("_norm.weight"):
             weight[7] *= 50
     expected = reference(weights)
-    model, packing = build(weights, tiny_args(), "int8", CPU, source)
+    model, packing = build(weights, tiny_args(), "int8", CPU, [source])
     packing.wait()
     ours, naive = relative(run(model), expected), relative(run(quantised_by_torch(weights)), expected)
     assert ours <= 0.05
@@ -197,7 +198,7 @@ def test_int8_is_much_closer_than_one_scale_for_all(source: Path) -> None:
 def test_bf16_is_what_torch_computes_in_bfloat16(source: Path) -> None:
     """Torch's own layers with the file's tensors in them."""
     weights = stored(tiny_args())
-    model, packing = build(weights, tiny_args(), "bf16", CPU, source)
+    model, packing = build(weights, tiny_args(), "bf16", CPU, [source])
     assert packing.done
     assert all(type(module) is nn.Linear for name, module in model.named_modules() if name.endswith(("wq", "output")))
     assert 1e-4 < relative(run(model), reference(weights)) <= 0.05
@@ -211,15 +212,15 @@ def test_bf16_is_what_torch_computes_in_bfloat16(source: Path) -> None:
 def test_weights_are_held_and_not_copied(source: Path, precision: str, dtype: torch.dtype) -> None:
     """Until they are packed the file's own tensors multiply; the embedding stays one of them, tied to the output."""
     weights = stored(tiny_args(), dtype)
-    model, packing = build(weights, tiny_args(), precision, CPU, source)
+    model, packing = build(weights, tiny_args(), precision, CPU, [source])
     own = {weight.untyped_storage().data_ptr() for weight in weights.values()}
     for form in forms(model):
         assert isinstance(form, Blocks)
-        assert {weight.untyped_storage().data_ptr() for weight in form.weights} <= own
+        assert {as_tensor(weight).untyped_storage().data_ptr() for weight in form.weights} <= own
     embedding = weights["tok_embeddings.weight"].data_ptr()
     *_, output = forms(model)
     assert isinstance(output, Blocks)
-    assert model.tok_embeddings.weight.data_ptr() == output.weights[0].data_ptr() == embedding
+    assert model.tok_embeddings.weight.data_ptr() == as_tensor(output.weights[0]).data_ptr() == embedding
     packing.wait()
     assert model.tok_embeddings.weight.data_ptr() == embedding
 
@@ -228,11 +229,11 @@ def test_weights_are_held_and_not_copied(source: Path, precision: str, dtype: to
 def test_weights_that_have_the_type_stay_the_files(source: Path, precision: str, dtype: torch.dtype) -> None:
     """Nothing to convert is nothing copied; what is converted stays tied."""
     weights = stored(tiny_args(), dtype)
-    model, _ = build(weights, tiny_args(), precision, CPU, source)
+    model, _ = build(weights, tiny_args(), precision, CPU, [source])
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == weights[name].data_ptr()
     other = {"fp32": "bf16", "bf16": "fp32"}[precision]
-    model, _ = build(weights, tiny_args(), other, CPU, source)
+    model, _ = build(weights, tiny_args(), other, CPU, [source])
     assert model.output.weight is model.tok_embeddings.weight
     assert model.output.weight.data_ptr() != weights["output.weight"].data_ptr()
 
@@ -242,7 +243,7 @@ def test_packing_leaves_the_files_weights_as_they_are(source: Path) -> None:
     weights = stored(tiny_args(n_layers=1), torch.float32)
     before = {name: weight.clone() for name, weight in weights.items()}
     for precision in ("fp16", "int8"):
-        build(weights, tiny_args(n_layers=1), precision, CPU, source)[1].wait()
+        build(weights, tiny_args(n_layers=1), precision, CPU, [source])[1].wait()
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
@@ -262,7 +263,7 @@ def test_weights_beyond_float16_stay_what_they_are(
     weights["layers.0.attention.wo.weight"][3, 5] = 1e6
     before = weights["layers.0.attention.wo.weight"].clone()
     expected = reference(weights, args)
-    model, packing = build(weights, args, "fp16", CPU, source)
+    model, packing = build(weights, args, "fp16", CPU, [source])
     packing.wait()
     assert torch.equal(weights["layers.0.attention.wo.weight"], before)
     assert relative(run(model), expected) <= 1e-3
@@ -284,7 +285,7 @@ def test_damaged_weights_are_an_error_in_every_form(source: Path, precision: str
     """Before and after packing."""
     weights = stored(tiny_args(), tied=False)
     weights[name].view(-1)[7] = value
-    model, packing = build(weights, tiny_args(), precision, CPU, source)
+    model, packing = build(weights, tiny_args(), precision, CPU, [source])
     for _ in range(2):
         with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
             Engine(model, 100).next_logits([0, 1, 2])
@@ -303,7 +304,7 @@ def test_without_fbgemm_the_answers_are_as_right(
     monkeypatch.setattr("llama_scratch.linear.packs", lambda: False)
     expected = reference(weights)
     for _ in range(2):  # 8 bits are kept after the first time
-        model, packing = build(weights, tiny_args(), precision, CPU, source)
+        model, packing = build(weights, tiny_args(), precision, CPU, [source])
         assert relative(run(model), expected) <= 5e-6
         packing.wait()
         assert {type(form) for form in forms(model)} == ({Blocks} if precision == "fp16" else {Blocks, Columns})
@@ -341,7 +342,7 @@ def test_answers_are_named_after_the_weights_that_gave_them(model_dir: Path, pre
 def test_every_answer_while_it_is_packed_is_right(source: Path, precision: str) -> None:
     """After each job: some layers are packed and some are not, and the network says what it should."""
     weights = stored(tiny_args())
-    model, packing = build(weights, tiny_args(), precision, CPU, source)
+    model, packing = build(weights, tiny_args(), precision, CPU, [source])
     expected = reference(weights)
     answers = []
     for function, _ in packing._jobs:
@@ -358,7 +359,7 @@ def test_answers_and_packing_at_the_same_time(source: Path, monkeypatch: pytest.
     monkeypatch.setattr(precision_module, "_FUSED", 0)
     monkeypatch.setattr(precision_module, "_PIECE", 8000)
     weights = stored(tiny_args())
-    model, packing = build(weights, tiny_args(), "fp16", CPU, source)
+    model, packing = build(weights, tiny_args(), "fp16", CPU, [source])
     expected = reference(weights)
     assert packing._total == sum(size for _, size in packing._jobs)
     packing.start()
@@ -370,7 +371,7 @@ def test_answers_and_packing_at_the_same_time(source: Path, monkeypatch: pytest.
 
 def test_an_answer_during_which_packing_began_is_not_named_fp32(source: Path) -> None:
     """Its last layers were multiplied in 8 bits."""
-    model, packing = build(stored(tiny_args()), tiny_args(), "int8", CPU, source)
+    model, packing = build(stored(tiny_args()), tiny_args(), "int8", CPU, [source])
     engine = Engine(model, 100, packing)
     engine.next_logits([1, 2, 3])
     with model.layers[0].register_forward_hook(lambda *_: packing.wait()):
@@ -386,7 +387,7 @@ def release(packing: Background) -> None:
 def test_an_interruption_between_the_projections_leaves_the_next_answer_right(source: Path) -> None:
     """Ctrl-C after wq was computed with wk and wv; then the same prompt and another one."""
     weights = stored(tiny_args())
-    model, packing = build(weights, tiny_args(), "fp16", CPU, source)
+    model, packing = build(weights, tiny_args(), "fp16", CPU, [source])
     packing.wait()
     expected, other = reference(weights), IDS.flip(1)
 

@@ -17,7 +17,8 @@ from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+    from llama_scratch.lazy import Weight
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
@@ -39,8 +40,9 @@ class Stored:
 class Checkpoint:
     """A model on disk whose small files were read and checked.
 
-    load: reads and checks the weights, under Meta's names. inspect: says how they are stored. chat: how the model was
-    trained to read conversations, None for a base model.
+    path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
+    weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
+    conversations, None for a base model. licence: as the files state it.
     """
 
     name: str
@@ -48,9 +50,11 @@ class Checkpoint:
     path: Path
     args: ModelArgs
     tokenizer: Tokenizer
-    load: Callable[[Progress], dict[str, Tensor]]
+    load: Callable[[Progress], Mapping[str, Weight]]
     inspect: Callable[[Progress], Stored]
     chat: ChatFormat | None = None
+    files: tuple[Path, ...] = ()
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:
@@ -103,15 +107,18 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Pa
             )
 
 
-def tie(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Let the output be the embedding itself where it is missing or shares the embedding's storage."""
+    from llama_scratch.lazy import Lazy
+
     embedding = weights[EMBEDDING]
-    if weights.get(OUTPUT, embedding).data_ptr() == embedding.data_ptr():
-        return weights | {OUTPUT: embedding}
-    return weights
+    output = weights.get(OUTPUT, embedding)
+    if isinstance(output, Lazy) or isinstance(embedding, Lazy):
+        return {**weights, OUTPUT: output}
+    return {**weights, OUTPUT: embedding if output.data_ptr() == embedding.data_ptr() else output}
 
 
-def is_tied(weights: dict[str, Tensor]) -> bool:
+def is_tied(weights: Mapping[str, Weight]) -> bool:
     """Whether the output projection is the embedding itself."""
     return weights[OUTPUT] is weights[EMBEDDING]
 

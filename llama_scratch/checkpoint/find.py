@@ -5,33 +5,54 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llama_scratch.checkpoint.download import CHECKPOINTS
+from llama_scratch.checkpoint.hub import Repository
 from llama_scratch.checkpoint.pull import OPEN_MODELS
-from llama_scratch.errors import ModelNotFoundError, UsageError
+from llama_scratch.checkpoint.remote import local_copy, remote_address
+from llama_scratch.errors import ModelNotFoundError, UsageError, printable
+from llama_scratch.progress import Progress, silent
 
 ENVIRONMENT = "LLAMA_SCRATCH_MODEL_DIR"
 USUAL_PLACES = ("~/.llama/checkpoints/Llama3.2-1B", "~/.llama/Llama3.2-1B")
 DEFAULT_MODEL = "smollm2"
 
 
-def find_model(source: str | os.PathLike[str] | None = None) -> Path:
-    """The path of a model: a Meta directory or a .gguf file.
+def find_model(source: str | os.PathLike[str] | None = None, progress: Progress = silent) -> Path:
+    """The path of a model: a directory of Meta's or Hugging Face's files, or a .gguf file.
 
-    source: a path, or a name that `llama-scratch pull` knows. None: `$LLAMA_SCRATCH_MODEL_DIR`, then
-    the usual places of Llama 3.2 1B, then the open model. Raises `ModelNotFoundError` where the open
-    model is meant and was not fetched yet; `pull` mends that.
+    source: a path; a name that `llama-scratch pull` takes (smollm2, Meta's Llama3.2-1B, or OWNER/REPO[@REVISION],
+    for which an existing path goes first); or a remote directory (gs://, az://), whose files are brought here. None:
+    `$LLAMA_SCRATCH_MODEL_DIR`, then the usual places of Llama 3.2 1B, then the open model. Raises
+    `ModelNotFoundError` for a model that was not fetched yet; `pull` mends that.
     """
     source = _meant(source)
-    if open_model := OPEN_MODELS.get(os.fspath(source)):
+    name = os.fspath(source)
+    if address := remote_address(name):
+        return local_copy(address, progress)
+    if open_model := OPEN_MODELS.get(name):
         if not open_model.path.is_file():
-            raise ModelNotFoundError(
-                f"The model {open_model.name} is not on this machine yet; "
-                f"run 'llama-scratch pull {open_model.name}' to fetch it."
-            )
+            raise _not_here(f"The model {name}", name)
         return open_model.path
     try:
-        return Path(source).expanduser()
+        path = Path(source).expanduser()
     except RuntimeError as error:  # ~ without a home
         raise ModelNotFoundError(f"{source} cannot be resolved: {error}; name the directory in full.") from error
+    if not isinstance(source, str) or os.path.exists(path):
+        return path
+    if name == path.name and _is_there(fetched := os.path.join(CHECKPOINTS, name)):
+        return Path(fetched).expanduser()
+    if repository := Repository.named(name):
+        if found := repository.path:
+            return found
+        if not name.endswith(".gguf"):
+            raise _not_here(f"There is no directory {printable(name, 100)}, and the model of that name", name)
+    return path
+
+
+def _not_here(what: str, name: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{what} is not on this machine yet; run 'llama-scratch pull {printable(name)}' to fetch it."
+    )
 
 
 def _meant(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

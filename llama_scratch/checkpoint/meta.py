@@ -1,45 +1,45 @@
-"""Meta's model directory: `params.json`, `tokenizer.model` and `consolidated.00.pth`."""
+"""Meta's model directory: `params.json`, `tokenizer.model` and `consolidated.00.pth`, or several shards of it."""
 
 from __future__ import annotations
 
-import errno
-import os
-import pickletools
 import re
-import struct
-import threading
-import zipfile
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.chat import Llama3Format
-from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint, Stored, check_shapes, is_tied, name_of, reading, tie
+from llama_scratch.checkpoint.base import (
+    EMBEDDING,
+    OUTPUT,
+    Checkpoint,
+    Stored,
+    check_shapes,
+    is_tied,
+    name_of,
+    reading,
+    tie,
+)
+from llama_scratch.checkpoint.pth import load_pth
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llama_scratch.lazy import Weight
+
 PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
-# The description of a checkpoint's tensors takes some hundred bytes a tensor.
-_MAX_PICKLE = 1 << 20
 _MAX_PARAMS = 1 << 20
-_MAX_TUPLES = 1 << 16  # some five a tensor
 # Nothing in the files says what a model was trained for; what Meta calls it does.
 _CHAT = re.compile("instruct|chat", re.IGNORECASE)
-# What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
-_CALLED = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
-    r"|torch (float|bfloat|complex|u?int|q?u?int)\d+\w{0,10}|torch (Size|device)|torch\.nn\.parameter Parameter"
-    r"|torch\.serialization _get_layout"
-)
+# Which axis of a weight the shards share out: its outputs, or its inputs. Norms are whole in each.
+_BY_ROWS = re.compile(r".*\.(wq|wk|wv|w1|w3)\.weight|output\.weight")
+_BY_COLUMNS = re.compile(r".*\.(wo|w2)\.weight")
 
 
 def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -51,203 +51,94 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
     for file in required:
         if not (directory / file).is_file():
             raise ModelNotFoundError(_missing(directory, file))
-    if (directory / "consolidated.01.pth").exists():
-        raise CheckpointError(
-            f"{directory} holds a model in several shards (consolidated.01.pth), expected {WEIGHTS} alone; "
-            "use a size of up to 8B."
-        )
+    shards = _shards(directory)
+    own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
     args = ModelArgs.from_params_json(_read_params(directory / PARAMS), str(directory / PARAMS))
-    path, name = directory / WEIGHTS, name_of(directory)
+    name = name_of(directory)
     return Checkpoint(
         name=name,
         format="meta",
-        path=path,
+        path=shards[0],
         args=args,
-        tokenizer=Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER)),
-        load=lambda progress: _load(path, args, progress),
-        inspect=lambda progress: _stored(_load(path, args, progress)),
+        tokenizer=own_tokenizer,
+        load=lambda progress: _load(shards, args, progress),
+        inspect=lambda progress: _stored(_load(shards, args, progress)),
         chat=Llama3Format() if _CHAT.search(name) else None,
+        files=tuple(shards),
     )
 
 
-def _load(path: Path, args: ModelArgs, progress: Progress) -> dict[str, Tensor]:
-    with reading(path):
-        weights = load_pth(path, progress)
-    check_shapes({name: tuple(weight.shape) for name, weight in weights.items()}, args, path)
+def _shards(directory: Path) -> list[Path]:
+    """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
+    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth")}
+    names = [f"consolidated.{number:02}.pth" for number in range(len(found))]
+    if missing := [name for name in names if name not in found]:
+        raise ModelNotFoundError(
+            f"There is no {missing[0]} in {directory}, which holds {max(found)}; fetch the missing shard."
+        )
+    return [directory / name for name in names]
+
+
+def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[str, Weight]:
+    parts = []
+    for shard in shards:
+        with reading(shard):
+            weights = load_pth(shard, progress)
+        parts.append({name: weight for name, weight in weights.items() if name not in _IGNORED})
+    if len(parts) == 1:
+        check_shapes({name: tuple(weight.shape) for name, weight in parts[0].items()}, args, shards[0])
+        return tie(parts[0])
+    return _joined(shards, parts, args)
+
+
+def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: ModelArgs) -> dict[str, Weight]:
+    """The weights of a model whose shards each hold a part of every matrix; they stay where they are.
+
+    Source: `fairscale`'s parallel layers, which Meta's reference code is built of.
+    """
+    from llama_scratch.lazy import Joined
+
+    first = parts[0]
+    for shard, part in zip(shards, parts, strict=True):
+        if OUTPUT in part and part[OUTPUT].data_ptr() == part[EMBEDDING].data_ptr():
+            del part[OUTPUT]
+        described = [{name: (weight.shape, weight.dtype) for name, weight in p.items()} for p in (part, first)]
+        norms = (name for name, weight in first.items() if weight.dim() == 1)
+        if described[0] != described[1] or not all(part[name].equal(first[name]) for name in norms):
+            raise CheckpointError(
+                f"{shard} does not hold the same parts of a model as {shards[0].name}, so it is of another one; "
+                + FETCH_AGAIN
+            )
+    axes = {name: _axis(name, weight, len(parts), args) for name, weight in first.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in first.items()}
+    for name, axis in axes.items():
+        if axis is not None:
+            shapes[name] = tuple(n * (len(parts) if i == axis else 1) for i, n in enumerate(shapes[name]))
+    check_shapes(shapes, args, shards[0].with_name(f"{shards[0].name} to {shards[-1].name}"))
+    weights: dict[str, Weight] = dict(first)
+    for name, axis in axes.items():
+        if axis is not None:
+            weights[name] = Joined([part[name] for part in parts], axis)
     return tie(weights)
 
 
-def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
-    """Map the tensors of a zip-format `torch.save` file: nothing is copied and none of its code is run.
-
-    Every byte is compared with the file's own checksums first, because the mapping skips them; that also
-    brings the file into the page cache.
-    """
-    records = _check_archive(path)
-    _check_checksums(path, records, progress)
-    _check_description(path)
-    import torch
-
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a hostile file
-        if match := re.search(r"GLOBAL (\S+)", str(error)):
-            raise _code(path, match[1]) from error
-        raise _unreadable(path, error) from error
-    if not isinstance(weights, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors; {FETCH_AGAIN}"
-        )
-    weights = dict(dict.items(weights))  # a plain one, whatever a subclass claims of itself
-    for name, tensor in weights.items():
-        _check_tensor(path, name, tensor)
-    _check_sizes(path, weights.values(), records)
-    return {name: tensor for name, tensor in weights.items() if name not in _IGNORED}
+def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
+    """The axis along which the shards' parts of a weight lie side by side; None: each holds all of it."""
+    if _BY_ROWS.fullmatch(name):
+        return 0
+    if _BY_COLUMNS.fullmatch(name):
+        return 1
+    if name == EMBEDDING:  # Llama 2 shared out its columns, later ones its rows
+        return int(len(piece) * shards != args.vocab_size)
+    return None
 
 
-def _check_description(path: Path) -> None:
-    """Walk through the pickle without running it: it may call what makes tensors, and nest no deeper than they do.
-
-    torch's own check comes afterwards; but before it refuses, a few bytes can ask for gigabytes, and
-    tuples nested a hundred thousand deep overflow the stack of Python itself.
-    """
-    with zipfile.ZipFile(path) as archive:
-        data = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
-    tuples = 0
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
-                raise _code(path, str(argument).replace(" ", "."))
-            tuples += "TUPLE" in opcode.name
-            if tuples > _MAX_TUPLES:
-                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
-    except (ValueError, IndexError) as error:  # opcodes that are none
-        raise _unreadable(path, error) from error
-
-
-def _code(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} wants to run the code '{printable(name)}' when it is loaded, "
-        "expected tensors and nothing else; do not use this file."
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}")
-
-
-def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
-    """Each storage must have a record of its very size: the mapping would read on into what lies behind it."""
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
-        raise CheckpointError(
-            f"{path} speaks of a tensor of {next(iter(excess)):,} bytes, expected one of its records to be that long; "
-            + FETCH_AGAIN
-        )
-
-
-def _stored(weights: dict[str, Tensor]) -> Stored:
+def _stored(weights: Mapping[str, Weight]) -> Stored:
     return Stored(
         types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
         tied=is_tied(weights),
         dtype=weights[EMBEDDING].dtype,
     )
-
-
-# What zipfile raises for an archive that is none or is damaged.
-_DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError, OSError)
-
-
-def _raise_unless_damage(error: Exception) -> None:
-    """The system's own refusals pass; a place before the file's beginning (EINVAL) is damage."""
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        raise error
-
-
-def _check_tensor(path: Path, name: object, tensor: object) -> None:
-    import torch
-
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(
-            f"{path} holds a {type(tensor).__name__} under '{printable(name)}', "
-            f"expected tensors under names; {FETCH_AGAIN}"
-        )
-    kinds = (torch.bfloat16, torch.float16, torch.float32)
-    whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
-    if tensor.dtype not in kinds or not whole:
-        raise CheckpointError(
-            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, "
-            "expected bfloat16, float16 or float32 in one piece; quantised checkpoints are not supported."
-        )
-
-
-def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
-    """The records of an archive, once its table of contents is one that `torch.save` wrote."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(64)
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        raise CheckpointError(f"{path} is a web page, expected weights, so the download was refused; {FETCH_AGAIN}")
-    if not start.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {FETCH_AGAIN}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except _DAMAGE as error:
-        _raise_unless_damage(error)
-        raise CheckpointError(
-            f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
-            f"so it was cut short or damaged; {FETCH_AGAIN}"
-        ) from error
-    names = [record.filename for record in records]
-    folder = names[0].partition("/")[0] if names else ""
-    known = re.compile(re.escape(folder) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
-    pickles = [record for record in records if record.filename.endswith("data.pkl")]
-    if (
-        not all(map(known.fullmatch, names))
-        or len(set(names)) != len(names)
-        or len(pickles) != 1
-        or pickles[0].file_size > _MAX_PICKLE
-    ):
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
-    plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
-    if not plain or sum(record.file_size for record in records) > size:
-        raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
-    return records
-
-
-def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progress) -> None:
-    """Compare every record with its checksum, several at a time."""
-    done, total = 0, sum(record.file_size for record in records)
-    archives = threading.local()  # one a thread, so that none moves another's place in the file
-
-    def check(record: zipfile.ZipInfo) -> int:
-        if not hasattr(archives, "mine"):
-            archives.mine = zipfile.ZipFile(path)
-        return _check_record(path, archives.mine, record)
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        try:
-            for record_size in pool.map(check, sorted(records, key=lambda record: -record.file_size)):
-                done += record_size
-                progress("checking", done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
-    """Read one record to its end, where zipfile compares its CRC-32; the checksum runs without Python's lock."""
-    try:
-        with archive.open(record) as file:
-            while file.read(1 << 18):
-                pass
-    except _DAMAGE as error:
-        _raise_unless_damage(error)
-        raise CheckpointError(
-            f"{path}: the record '{printable(record.filename)}' does not match its checksum, "
-            f"so the file is damaged; {FETCH_AGAIN}"
-        ) from error
-    return record.file_size
 
 
 def _read_params(path: Path) -> str:

@@ -66,7 +66,10 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
     """
     model = OPEN_MODELS.get(name)
     if model is None:
-        raise UsageError(f"There is no model {name!r} to fetch, expected one of: {', '.join(OPEN_MODELS)}.")
+        raise UsageError(
+            f"There is no model {name!r} to fetch, expected {', '.join(OPEN_MODELS)}, OWNER/REPO on Hugging Face, or a "
+            "name of Meta's with --from-url and the link that Meta mails."
+        )
     try:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
             return model, False

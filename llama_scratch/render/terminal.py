@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from llama_scratch.errors import printable
 from llama_scratch.render.lines import json_line
 from llama_scratch.results import Candidate, ModelInfo, Prediction
 
@@ -199,26 +200,53 @@ def describe(model: ModelInfo) -> str:
 
 def model_facts(facts: dict[str, Any]) -> dict[str, str]:
     """What `info` shows of a model: names and values."""
-    shape, scaling, tokenizer = facts["shape"], facts["rope"]["scaling"], facts["tokenizer"]
-    rope = f"base {facts['rope']['theta']:,.0f}, " + (
-        f"scaled by a factor of {scaling['factor']:g}" if scaling else "not scaled"
-    )
+    shape, rope, tokenizer, memory = facts["shape"], facts["rope"], facts["tokenizer"], facts["memory"]
+    held = {
+        name: f"{part['parameters']:,} parameters ({percent(part['share'])})" for name, part in facts["parts"].items()
+    }
     heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
+    others = f" and {len(facts['files']) - 1} more" * (len(facts["files"]) > 1)
+    stops = [printable(stop) for stop in tokenizer["stops"]]
+    pattern = f"{tokenizer['pattern']}'s pattern" if tokenizer["pattern"] else "a pattern of its own"
+    needed = ", ".join(f"{name} {size(parts['total'])}" for name, parts in memory["needed"].items())
     return {
-        "name": facts["name"],
-        "file": f"{facts['path']} ({facts['format']}, {facts['bytes'] / 1e6:,.0f} MB)",
+        "name": printable(facts["name"]),
+        "file": f"{printable(facts['path'], 1000)}{others} ({facts['format']}, {size(facts['bytes'])})",
+        "licence": facts["licence"] or "not stated in the files",
         "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
         + f" tensors; runs in {facts['precision']}",
         "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" * facts["tied_output"]),
+        "embedding": held["embedding"],
         "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
-        "attention": heads,
-        "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide",
-        "RoPE": rope,
+        "attention": f"{heads}; {held['attention']}",
+        "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide; {held['feed_forward']}",
+        "norms": f"RMSNorm, epsilon {shape['norm_eps']:g}; {held['norms']}",
+        "output": "the embedding" if facts["tied_output"] else held["output"],
+        "RoPE": f"base {rope['theta']:,.0f}, {_scaling(rope)}",
         "context": f"{facts['context']:,} tokens",
-        "tokenizer": f"{tokenizer['tokens']:,} tokens, {tokenizer['special']} of them special; "
-        f"{'begins with ' + tokenizer['bos'] if tokenizer['bos'] else 'no beginning-of-text token'}; "
-        f"ends at {' '.join(tokenizer['stops'])}",
+        "tokenizer": f"{tokenizer['kind']}, {pattern}; {tokenizer['tokens']:,} tokens, "
+        f"{tokenizer['special']} of them special; "
+        f"{'begins with ' + printable(tokenizer['bos']) if tokenizer['bos'] else 'no beginning-of-text token'}; "
+        f"{'ends at ' + ' '.join(stops) if stops else 'no token ends a text'}",
+        "chat": "it has a format for conversations" if facts["chat"] else "no format, as of a base model",
+        "memory": f"{needed}, with {memory['context']:,} tokens on {memory['device']}, besides the mapped weights",
     }
+
+
+def _scaling(rope: dict[str, Any]) -> str:
+    if rope["divisors"]:
+        return f"each pair divided by a number of its own, {min(rope['divisors']):g} to {max(rope['divisors']):g}"
+    scaled = f"scaled by a factor of {rope['scaling']['factor']:g}" if rope["scaling"] else "not scaled"
+    return f"{scaled} (--rope-factor)" if rope["by_option"] else scaled
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them.
+
+    >>> size(2_471_645_608), size(98_362_432)
+    ('2.47 GB', '98 MB')
+    """
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def rows(pairs: Mapping[str, str]) -> RenderableType:

@@ -22,8 +22,10 @@ def _info(session: Session, _: str) -> Reply:
     llama = session.llama
     if llama.path is None:
         raise UsageError("This model did not come from a file, expected one that was loaded from a path.")
+    scaling = llama.args.rope_scaling
+    factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # as it runs now
     with session.progress() as progress:
-        facts = describe(llama.path, None, None, progress, precision=llama.info.precision, device=llama.info.device)
+        facts = describe(llama.path, None, factor, progress, precision=llama.info.precision, device=llama.info.device)
     return Reply(facts, terminal.rows(terminal.model_facts(facts)))
 
 

@@ -1,0 +1,233 @@
+"""A model in one form → the same model in another: the very weights, tokens, stops, rotary embedding and chat.
+
+What a form has no place for is refused where the model would compute something else without it, and told otherwise.
+A quantised GGUF file becomes float32, which is exactly what its blocks stand for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint
+from llama_scratch.checkpoint.tokenizer_parts import template_of
+from llama_scratch.checkpoint.write_gguf import write_gguf
+from llama_scratch.checkpoint.write_huggingface import write_huggingface
+from llama_scratch.checkpoint.write_meta import write_meta
+from llama_scratch.config import ModelArgs
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
+from llama_scratch.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from llama_scratch.lazy import Weight
+
+_Write = Callable[[Checkpoint, Mapping[str, "Weight"], Path, Progress], None]
+FORMS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
+# What must go with a model wherever it goes.
+_LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What a tokenizer and the metadata take at most, in bytes.
+_SMALL_FILES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written. size: bytes of all files. notes: what is not as it was, a sentence each."""
+
+    path: Path
+    form: str
+    size: int
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for `--json`."""
+        return {"path": str(self.path), "form": self.form, "bytes": self.size, "notes": list(self.notes)}
+
+
+def convert(
+    source: Path, destination: Path, to: str, progress: Progress = silent, *, tokenizer: str | None = None
+) -> Converted:
+    """Write the model at `source` in another form: "meta", "hf" (both directories) or "gguf" (a file).
+
+    destination: appears when it is whole; a directory may be there and empty. tokenizer: a tokenizer.model elsewhere.
+    Raises `UsageError` for a form or a place that cannot be meant, `CheckpointError` for a model that cannot be read
+    or that the form does not hold, `LlamaScratchError` where the disk refuses.
+    """
+    if to not in FORMS:
+        raise UsageError(f"'{printable(to)}' is no form of a model, expected one of: {', '.join(FORMS)} (--to).")
+    destination = _place(source, destination, to)
+    checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
+    weights = _with_own_norms(checkpoint, checkpoint.load(progress))
+    _require_space(checkpoint.name, weights, destination.parent)
+    with _writing(destination), tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as folder:
+        # Meta's form knows by its name what a model was trained for, so it has the right one from the beginning.
+        written = Path(folder) / destination.name
+        FORMS[to](checkpoint, weights, written, progress)
+        _copy_legal(source, written)
+        notes = [*_dequantised(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
+        size = sum(map(_flushed, [written] if written.is_file() else sorted(written.iterdir())))
+        if destination.is_dir():
+            destination.rmdir()  # empty, as was checked
+        written.rename(destination)
+    return Converted(destination, to, size, tuple(notes))
+
+
+# --- The place --------------------------------------------------------------------------------
+
+
+def _place(source: Path, destination: Path, to: str) -> Path:
+    """The destination in full, once something can be written there."""
+    try:
+        source, destination = source.resolve(), destination.expanduser().resolve()
+        if source.is_relative_to(destination):
+            what = "is the model itself" if source == destination else "holds the model that is to be converted"
+            raise UsageError(f"{printable(destination, 200)} {what}, expected another place for the result.")
+        if to == "gguf":
+            if destination.suffix.lower() != ".gguf":
+                raise UsageError(
+                    f"{printable(destination, 200)} was named for --to gguf, expected a file's name that ends in .gguf."
+                )
+            free = not destination.exists()
+        else:
+            free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+        if not free:
+            raise UsageError(
+                f"{printable(destination, 200)} is there already, expected a place where nothing is; "
+                "name another, or remove it first."
+            )
+        if not destination.parent.is_dir():
+            raise ModelNotFoundError(
+                f"There is no folder {printable(destination.parent, 200)} to write into; make it first."
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # names that are too long, loops of links, ~ without a home
+        raise UsageError(
+            f"{printable(destination, 200)} cannot be written ({printable(error, 100)}); name another place."
+        ) from error
+    return destination
+
+
+def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> None:
+    sizes = {id(weight): weight.numel() * weight.dtype.itemsize for weight in weights.values()}  # a tied output once
+    needed, free = sum(sizes.values()) + _SMALL_FILES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise LlamaScratchError(
+            f"{printable(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "
+            f"{printable(folder, 200)}; make room there or name another place."
+        )
+
+
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise LlamaScratchError(
+            f"{printable(destination, 200)} cannot be written ({printable(error.strerror or error, 100)}); "
+            "make room there or name another place."
+        ) from error
+
+
+def _copy_legal(source: Path, written: Path) -> None:
+    """The licence and what belongs to it, from a directory into a directory."""
+    if source.is_dir() and written.is_dir():
+        for file in [file for name in _LEGAL for file in source.glob(name) if file.is_file()]:
+            shutil.copyfile(file, written / file.name)
+
+
+def _flushed(file: Path) -> int:
+    """Bytes of a file that are on the disk now, and not only on the way."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    return file.stat().st_size
+
+
+# --- The model --------------------------------------------------------------------------------
+
+
+def _with_short_numbers(checkpoint: Checkpoint) -> Checkpoint:
+    """GGUF holds 1e-5 as the float32 next to it: the shortest number that has the same float32 is what was meant."""
+    if checkpoint.format != "gguf":
+        return checkpoint
+    import numpy as np
+
+    def short(number: float) -> float:
+        return float(str(np.float32(number)))
+
+    args = checkpoint.args
+    args = replace(args, norm_eps=short(args.norm_eps), rope_theta=short(args.rope_theta))
+    return replace(checkpoint, args=args)
+
+
+def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+    """GGUF holds norms as float32: they get the type of the other weights where that changes no value."""
+    import torch
+
+    from llama_scratch.lazy import as_tensor
+
+    dtype = weights[EMBEDDING].dtype
+    if checkpoint.format != "gguf" or dtype == torch.float32:
+        return weights
+    norms = {name: as_tensor(weight) for name, weight in weights.items() if len(weight.shape) == 1}
+    fitting = {name: norm.to(dtype) for name, norm in norms.items() if torch.equal(norm.to(dtype).float(), norm)}
+    return {**weights, **fitting}
+
+
+def _dequantised(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Iterator[str]:
+    from llama_scratch.lazy import Quantised
+
+    if any(isinstance(weight, Quantised) for weight in weights.values()):
+        yield f"{printable(checkpoint.name)} was quantised; its weights became float32, exactly what they stand for."
+
+
+def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
+    """What the form could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
+    name, old, new = printable(before.name), before.tokenizer, after.tokenizer
+    if not _same_network(before.args, after.args) or (old.ranks, old.pattern, old.bos_id, old.unknown) != (
+        new.ranks,
+        new.pattern,
+        new.bos_id,
+        new.unknown,
+    ):
+        raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
+    if after.args.max_seq_len != before.args.max_seq_len:
+        yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it reads as {after.args.max_seq_len:,}."
+    if new.special_tokens != old.special_tokens:
+        yield "Special tokens that nothing uses have other names in this form."
+    if new.stop_ids != old.stop_ids:
+        ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
+        yield f"The tokens that end a text are not kept: {ids[0]} read as {ids[1]}."
+    if before.licence and not after.licence:
+        yield f"The licence, {printable(before.licence)}, is not written in this form; keep it with the model."
+    templates = template_of(before.chat), template_of(after.chat)
+    if templates[0] != templates[1]:
+        if templates[1] is None:
+            yield "The chat format is not kept; Meta's form has one where the directory's name holds 'Instruct'."
+        elif templates[0] is None:
+            yield "The directory's name makes a chat model of a base model; Meta's form knows them by 'Instruct'."
+        else:
+            yield "The chat template is not kept: Meta's own chat format takes its place."
+
+
+def _same_network(a: ModelArgs, b: ModelArgs) -> bool:
+    """Whether two shapes compute the same, within the rounding of the numbers in a GGUF file."""
+    import torch
+
+    from llama_scratch.model import rope_frequencies
+
+    plain = [
+        replace(args, norm_eps=0.0, rope_theta=0.0, rope_scaling=None, rope_divisors=None, max_seq_len=1)
+        for args in (a, b)
+    ]
+    return (
+        plain[0] == plain[1]
+        and math.isclose(a.norm_eps, b.norm_eps, rel_tol=1e-6)
+        and torch.allclose(rope_frequencies(a), rope_frequencies(b), rtol=1e-5, atol=0)
+    )

@@ -1,0 +1,272 @@
+"""Hugging Face's model directory: `config.json`, `model.safetensors` or its shards, and `tokenizer.json`.
+
+Source: `LlamaConfig` and `LlamaForCausalLM` in transformers, whose files these are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.chat import ChatFormat, TemplateFormat
+from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.json_file import read_object
+from llama_scratch.checkpoint.licence import read_licence
+from llama_scratch.checkpoint.safetensors_header import Entry, find_weights
+from llama_scratch.checkpoint.tokenizer_json import named_token, read_tokenizer
+from llama_scratch.config import Fields, ModelArgs, RopeScaling
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.memory import require_memory
+from llama_scratch.progress import Progress
+from llama_scratch.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_scratch.lazy import Weight
+
+CONFIG = "config.json"
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER_NAMES = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+_MAX_TEMPLATE = 1 << 20
+
+
+def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Read and check all but the weights; `tokenizer` is a tokenizer.model elsewhere.
+
+    Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
+    """
+    with reading(directory):
+        if not (directory / CONFIG).is_file():
+            raise ModelNotFoundError(f"There is no {CONFIG} in {directory}; name the directory that holds the model.")
+        config = read_object(directory / CONFIG)
+        args, tied = _model_args(config, directory / CONFIG)
+        path, entries = find_weights(directory)
+        names = _names(args)
+        if unknown := [name for name in entries if name not in names]:
+            raise CheckpointError(
+                f"{path} holds '{printable(unknown[0])}', expected no weight of that name in a Llama of this shape; "
+                "check that weights and config belong to the same model."
+            )
+        check_shapes({names[name]: entry.shape for name, entry in entries.items()}, args, path)
+        settings = read_object(directory / "tokenizer_config.json")
+        own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(directory, config, settings, args)
+        files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
+        return Checkpoint(
+            name=name_of(directory),
+            format="huggingface",
+            path=files[0],
+            args=args,
+            tokenizer=own_tokenizer,
+            load=lambda progress: _load(entries, args, tied, progress),
+            inspect=lambda _: _stored(entries, tied),
+            chat=_chat(directory, settings, own_tokenizer),
+            files=files,
+            licence=read_licence(directory),
+        )
+
+
+# --- The shape --------------------------------------------------------------------------------
+
+
+def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
+    """The shape, and whether the output is the embedding. What transformers leaves out has its defaults."""
+    if (found := _unsupported(config)) is not None:
+        raise CheckpointError(f"{path} says {found}; use another model.")
+    fields = Fields(config)
+    try:
+        n_heads = fields.integer("num_attention_heads")
+        context = fields.integer("max_position_embeddings", default=2048)
+        theta, scaling = _rope(config, context)
+        args = ModelArgs(
+            dim=fields.integer("hidden_size"),
+            n_layers=fields.integer("num_hidden_layers", most=1024),
+            n_heads=n_heads,
+            n_kv_heads=fields.integer("num_key_value_heads", default=n_heads),
+            vocab_size=fields.integer("vocab_size"),
+            ffn_dim=fields.integer("intermediate_size"),
+            norm_eps=fields.number("rms_norm_eps", default=1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_seq_len=context,
+        )
+        if fields.integer("head_dim", default=args.head_dim) != args.head_dim:
+            raise CheckpointError(
+                f"head_dim is {config['head_dim']}, expected hidden_size / num_attention_heads = {args.head_dim}."
+            )
+        return args, fields.boolean("tie_word_embeddings", default=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
+
+
+def _unsupported(config: Mapping[str, Any]) -> str | None:
+    """What a config names that the network here has not, and what was expected."""
+    kind, architectures = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or architectures != ["LlamaForCausalLM"]:
+        return (
+            f"the architecture {printable(architectures)} of the type '{printable(kind)}', "
+            "expected LlamaForCausalLM of the type 'llama'"
+        )
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        return f"that the weights are quantised (quantization_config, {printable(method)}), expected bf16, fp16 or fp32"
+    if config.get("hidden_act") not in (None, "silu", "swish"):  # two names of one function
+        return f"hidden_act '{printable(config['hidden_act'])}', expected silu"
+    for field in ("attention_bias", "mlp_bias"):
+        if config.get(field):
+            return f"{field} {printable(config[field])}, expected linear layers without a bias"
+    return None
+
+
+def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling | None]:
+    """theta and the scaling, which stand in `rope_scaling`, or since transformers 5 both in `rope_parameters`."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"the field rope_scaling is {printable(rope)}, expected an object.")
+    fields = Fields(rope)
+    theta = fields.number("rope_theta", default=Fields(config).number("rope_theta", default=10_000.0))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+        raise CheckpointError("only a part of each head is turned (partial_rotary_factor), expected all of it.")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(f"the RoPE scaling is '{printable(kind)}', expected 'llama3' or none.")
+    factor, low, high = (fields.number(field) for field in ("factor", "low_freq_factor", "high_freq_factor"))
+    if factor < 1 or low >= high:
+        raise CheckpointError(
+            f"the RoPE scaling has the factor {factor:g} between {low:g} and {high:g}, "
+            "expected one of at least 1, and low_freq_factor below high_freq_factor."
+        )
+    original = fields.integer("original_max_position_embeddings", default=context)
+    return theta, RopeScaling(factor, low, high, original)
+
+
+# --- Tokenizer and conversations --------------------------------------------------------------
+
+
+def _tokenizer(directory: Path, config: dict[str, Any], settings: dict[str, Any], args: ModelArgs) -> Tokenizer:
+    path, metas = directory / "tokenizer.json", directory / "tokenizer.model"
+    if path.is_file():
+        generation = read_object(directory / "generation_config.json")
+        stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
+        return read_tokenizer(path, settings, stops, args.vocab_size)
+    if metas.is_file():
+        return Tokenizer.from_meta(str(metas))
+    raise ModelNotFoundError(
+        f"There is no tokenizer.json in {directory}; copy it there from where the model came from, "
+        "or name a tokenizer.model with --tokenizer."
+    )
+
+
+def _ids(value: Any, directory: Path) -> list[int]:
+    """One id or several."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):
+        raise CheckpointError(
+            f"{directory}: eos_token_id is {printable(value)}, expected a number or several; {FETCH_AGAIN}"
+        )
+    return ids
+
+
+def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
+    """The chat template, from a file of its own or from tokenizer_config.json; a base model has none."""
+    file = directory / "chat_template.jinja"
+    template: Any
+    if file.is_file():
+        if file.stat().st_size > _MAX_TEMPLATE:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size:,} bytes, expected at most {_MAX_TEMPLATE:,}; {FETCH_AGAIN}"
+            )
+        template = file.read_bytes().decode("utf-8", errors="replace")
+    else:
+        template = settings.get("chat_template")
+        if template is None:
+            template = read_object(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several under names
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is None or template == "":
+        return None
+    if not isinstance(template, str):
+        raise CheckpointError(f"{directory}: chat_template is {printable(template)}, expected text; {FETCH_AGAIN}")
+    bos, eos = (named_token(settings, field) or "" for field in ("bos_token", "eos_token"))
+    return TemplateFormat(template, bos, eos, tuple(tokenizer.special_tokens))
+
+
+# --- The weights ------------------------------------------------------------------------------
+
+
+def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: Progress) -> dict[str, Weight]:
+    """Map the tensors under Meta's names. Only q and k are copied, with their rows in Meta's order."""
+    from safetensors import SafetensorError, safe_open
+
+    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
+    names = _names(args)
+    copied = sum(entry.nbytes for name, entry in entries.items() if _part(names[name]) in heads)
+    require_memory(copied, "the copy of wq and wk in Meta's order")
+    weights: dict[str, Weight] = {}
+    for file in dict.fromkeys(entry.file for entry in entries.values()):
+        try:
+            with reading(file), safe_open(file, framework="pt") as opened:
+                for name in [name for name, entry in entries.items() if entry.file == file]:
+                    tensor, entry = opened.get_tensor(name), entries[name]
+                    if tensor.shape != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":
+                        raise SafetensorError(f"{name} has changed")
+                    part = _part(names[name])
+                    weights[names[name]] = in_pairs(tensor, heads[part]) if part in heads else tensor
+                    progress("reading", len(weights), len(entries))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}"
+            ) from error
+    if tied:
+        weights.pop(OUTPUT, None)
+    return tie(weights)
+
+
+def in_pairs(weight: Tensor, n_heads: int) -> Tensor:
+    """The rows of wq or wk, (n_heads·head_dim, dim), from Hugging Face's order of a head into Meta's.
+
+    Theirs turns the numbers j and j + head_dim/2 of a head together, Meta's 2j and 2j + 1: transformers' rows of a
+    head are all first numbers of the pairs and then all second ones. A copy.
+    Source: `permute` in transformers' convert_llama_weights_to_hf.py, undone.
+    """
+    rows, dim = weight.shape
+    return weight.view(n_heads, 2, rows // n_heads // 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def _stored(entries: Mapping[str, Entry], tied: bool) -> Stored:
+    import torch
+
+    return Stored(
+        types=dict(Counter(entry.dtype for entry in entries.values())),
+        tied=tied or _OUTPUT not in entries,
+        dtype=getattr(torch, entries[_EMBEDDING].dtype),
+    )
+
+
+def _names(args: ModelArgs) -> dict[str, str]:
+    """The file's name of each weight → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
+    names = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
+    for layer in range(args.n_layers):
+        for name, metas in _LAYER_NAMES.items():
+            names[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return names
+
+
+def _part(name: str) -> str:
+    """layers.3.attention.wq.weight → wq"""
+    return name.split(".")[-2]

@@ -1,0 +1,40 @@
+"""The licence of a model, as its own files state it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llama_scratch.errors import printable
+
+_MAX = 1 << 16
+
+
+def read_licence(directory: Path) -> str | None:
+    """What the front matter of README.md names, or else the first line of LICENSE; None where neither says any.
+
+    Never an error: a file that cannot be read states nothing.
+    """
+    front = re.match(r"---[ \t]*\n(.*?)\n---", _text(directory / "README.md"), re.DOTALL)
+    fields = dict(re.findall(r"^(license\w*):[ \t]*(?:\n[ \t]*- )?(.+)$", front[1] if front else "", re.MULTILINE))
+    found = fields.get("license")
+    if found in (None, "other"):  # then the name says more, where there is one
+        found = fields.get("license_name", found)
+    try:
+        files = sorted(directory.glob("LICENSE*"))
+    except OSError:
+        files = []
+    lines = (line.strip() for file in files for line in _text(file).splitlines())
+    found = (found or "").strip("\"'[] \t") or next(filter(None, lines), None)
+    return printable(found) if found else None
+
+
+def _text(path: Path) -> str:
+    """The beginning of a file; nothing where it cannot be read."""
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return file.read(_MAX).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    except OSError:
+        return ""

@@ -1,0 +1,197 @@
+"""Meta's weight files, `consolidated.NN.pth`: zip-format `torch.save`, checked, mapped, and no code of it run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickletools
+import re
+import struct
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The description of a checkpoint's tensors takes some hundred bytes a tensor.
+_MAX_PICKLE = 1 << 20
+_MAX_TUPLES = 1 << 16  # some five a tensor
+# What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
+_CALLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
+    r"|torch (float|bfloat|complex|u?int|q?u?int)\d+\w{0,10}|torch (Size|device)|torch\.nn\.parameter Parameter"
+    r"|torch\.serialization _get_layout"
+)
+
+
+def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
+    """Map the tensors of a zip-format `torch.save` file: nothing is copied and none of its code is run.
+
+    Every byte is compared with the file's own checksums first, because the mapping skips them; that also
+    brings the file into the page cache.
+    """
+    records = _check_archive(path)
+    _check_checksums(path, records, progress)
+    _check_description(path)
+    import torch
+
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a hostile file
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _code(path, match[1]) from error
+        raise _unreadable(path, error) from error
+    if not isinstance(weights, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors; {FETCH_AGAIN}"
+        )
+    weights = dict(dict.items(weights))  # a plain one, whatever a subclass claims of itself
+    for name, tensor in weights.items():
+        _check_tensor(path, name, tensor)
+    _check_sizes(path, weights.values(), records)
+    return weights
+
+
+def _check_description(path: Path) -> None:
+    """Walk through the pickle without running it: it may call what makes tensors, and nest no deeper than they do.
+
+    torch's own check comes afterwards; but before it refuses, a few bytes can ask for gigabytes, and
+    tuples nested a hundred thousand deep overflow the stack of Python itself.
+    """
+    with zipfile.ZipFile(path) as archive:
+        data = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    tuples = 0
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
+                raise _code(path, str(argument).replace(" ", "."))
+            tuples += "TUPLE" in opcode.name
+            if tuples > _MAX_TUPLES:
+                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
+    except (ValueError, IndexError) as error:  # opcodes that are none
+        raise _unreadable(path, error) from error
+
+
+def _code(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} wants to run the code '{printable(name)}' when it is loaded, "
+        "expected tensors and nothing else; do not use this file."
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}")
+
+
+def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
+    """Each storage must have a record of its very size: the mapping would read on into what lies behind it."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
+        raise CheckpointError(
+            f"{path} speaks of a tensor of {next(iter(excess)):,} bytes, expected one of its records to be that long; "
+            + FETCH_AGAIN
+        )
+
+
+# What zipfile raises for an archive that is none or is damaged.
+_DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError, OSError)
+
+
+def _raise_unless_damage(error: Exception) -> None:
+    """The system's own refusals pass; a place before the file's beginning (EINVAL) is damage."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        raise error
+
+
+def _check_tensor(path: Path, name: object, tensor: object) -> None:
+    import torch
+
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(
+            f"{path} holds a {type(tensor).__name__} under '{printable(name)}', "
+            f"expected tensors under names; {FETCH_AGAIN}"
+        )
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+    if tensor.dtype not in kinds or not whole:
+        raise CheckpointError(
+            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, "
+            "expected bfloat16, float16 or float32 in one piece; quantised checkpoints are not supported."
+        )
+
+
+def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
+    """The records of an archive, once its table of contents is one that `torch.save` wrote."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        raise CheckpointError(f"{path} is a web page, expected weights, so the download was refused; {FETCH_AGAIN}")
+    if not start.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {FETCH_AGAIN}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
+        raise CheckpointError(
+            f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
+            f"so it was cut short or damaged; {FETCH_AGAIN}"
+        ) from error
+    names = [record.filename for record in records]
+    folder = names[0].partition("/")[0] if names else ""
+    known = re.compile(re.escape(folder) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
+    pickles = [record for record in records if record.filename.endswith("data.pkl")]
+    if (
+        not all(map(known.fullmatch, names))
+        or len(set(names)) != len(names)
+        or len(pickles) != 1
+        or pickles[0].file_size > _MAX_PICKLE
+    ):
+        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
+    plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
+    if not plain or sum(record.file_size for record in records) > size:
+        raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
+    return records
+
+
+def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progress) -> None:
+    """Compare every record with its checksum, several at a time."""
+    done, total = 0, sum(record.file_size for record in records)
+    archives = threading.local()  # one a thread, so that none moves another's place in the file
+
+    def check(record: zipfile.ZipInfo) -> int:
+        if not hasattr(archives, "mine"):
+            archives.mine = zipfile.ZipFile(path)
+        return _check_record(path, archives.mine, record)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            for record_size in pool.map(check, sorted(records, key=lambda record: -record.file_size)):
+                done += record_size
+                progress("checking", done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+    """Read one record to its end, where zipfile compares its CRC-32; the checksum runs without Python's lock."""
+    try:
+        with archive.open(record) as file:
+            while file.read(1 << 18):
+                pass
+    except _DAMAGE as error:
+        _raise_unless_damage(error)
+        raise CheckpointError(
+            f"{path}: the record '{printable(record.filename)}' does not match its checksum, "
+            f"so the file is damaged; {FETCH_AGAIN}"
+        ) from error
+    return record.file_size

@@ -1,0 +1,113 @@
+"""Weights that stay as their file holds them: rows become a tensor when they are asked for, and not before.
+
+A mapped bfloat16 tensor needs none of this. GGUF's quantised blocks do, which are a quarter of what they are as
+float32, and so do the shards of a large model, which lie in several files and would be copied to become one tensor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Numbers that become a tensor at a time: 4 MB of float32, which a CPU's cache holds.
+_BLOCK = 1 << 20
+
+
+class Lazy(ABC):
+    """A weight, (out, in), that is not a tensor yet.
+
+    dtype: of the tensors that it gives. nbytes: what it takes in its file.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, nbytes: int):
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = nbytes
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """(stop − start, in) of `dtype`. Raises `CheckpointError` where the file's content is none."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    def split(self, n: int) -> list[Lazy]:
+        """Parts of `n` rows; the last one has what is left."""
+        starts = range(0, len(self), n)
+        return [_Rows(self, start, min(start + n, len(self))) for start in starts]
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight, turned into `dtype` a block at a time."""
+        step = max(1, _BLOCK // self.shape[1])
+        if len(self) <= step:
+            return self.rows(0, len(self)).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        for start in range(0, len(self), step):
+            out[start : start + step] = self.rows(start, min(start + step, len(self)))
+        return out
+
+
+class _Rows(Lazy):
+    """Some rows of another."""
+
+    def __init__(self, whole: Lazy, start: int, stop: int):
+        count = stop - start
+        super().__init__((count, whole.shape[1]), whole.dtype, whole.nbytes * count // len(whole))
+        self._whole = whole
+        self._start = start
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._whole.rows(self._start + start, self._start + stop)
+
+
+class Quantised(Lazy):
+    """Rows of blocks in one of GGUF's formats.
+
+    dequantise: turns the raw bytes of rows `start` to `stop` into float32, (stop − start, in).
+    """
+
+    def __init__(self, shape: tuple[int, int], nbytes: int, dequantise: Callable[[int, int], Tensor]):
+        super().__init__(shape, torch.float32, nbytes)
+        self._dequantise = dequantise
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._dequantise(start, stop)
+
+
+class Joined(Lazy):
+    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1)."""
+
+    def __init__(self, pieces: Sequence[Tensor], axis: int):
+        rows, columns = pieces[0].shape
+        sizes = [piece.shape[axis] for piece in pieces]
+        shape = (sum(sizes), columns) if axis == 0 else (rows, sum(sizes))
+        super().__init__(shape, pieces[0].dtype, sum(piece.nbytes for piece in pieces))
+        self._pieces = list(pieces)
+        self._axis = axis
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self._axis == 1:
+            return torch.cat([piece[start:stop] for piece in self._pieces], dim=1)
+        parts, first = [], 0
+        for piece in self._pieces:
+            if start < first + len(piece) and first < stop:
+                parts.append(piece[max(start - first, 0) : stop - first])
+            first += len(piece)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+Weight = Tensor | Lazy
+
+
+def as_tensor(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole weight, of `dtype` where one is given."""
+    return weight.to(dtype or weight.dtype)
