@@ -125,7 +125,7 @@ _log_callbacks: list[Any] = []
 
 def matrix_bytes(path: Path) -> int:
     """Bytes of a GGUF file's matrices that one decoded token reads: an embedding only where it is the output too."""
-    from llama_scratch.checkpoint.gguf import read_header
+    from llama_scratch.checkpoint.gguf_header import read_header
 
     sizes = {tensor.name: tensor.size for tensor in read_header(path).tensors if len(tensor.shape) == 2}
     if "output.weight" in sizes:

@@ -117,7 +117,7 @@ class Llama:
         Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
         """
         start = time.perf_counter()
-        path = find_model(source)
+        path = find_model(source, progress)
         checkpoint = open_checkpoint(path, None if tokenizer is None else os.fspath(tokenizer))
         args = checkpoint.args.with_rope_factor(rope_factor)
         room = _context(context, args)

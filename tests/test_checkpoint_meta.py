@@ -37,6 +37,7 @@ from llama_scratch.errors import (
     OutOfMemoryError,
     UsageError,
 )
+from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.model import Transformer
 from llama_scratch.precision import choose, memory_needed
 from llama_scratch.progress import silent
@@ -64,7 +65,7 @@ def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: 
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    return open_checkpoint(path).load(silent)
+    return {name: as_tensor(weight) for name, weight in open_checkpoint(path).load(silent).items()}
 
 
 def refused(path: Path, kind: type[LlamaScratchError], *says: object) -> str:

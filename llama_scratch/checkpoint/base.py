@@ -69,7 +69,10 @@ def name_of(path: Path) -> str:
     if path.suffix.lower() == ".gguf":
         return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
     path = path.resolve()
-    return (path.parent.name if path.name == "original" else path.name) or "Llama"
+    directory = path.parent if path.name == "original" else path
+    if directory.parent.name == "snapshots":  # of the hub's cache: models--OWNER--REPO/snapshots/COMMIT
+        directory = directory.parent.parent
+    return directory.name.rpartition("--")[2] or "Llama"
 
 
 @contextmanager

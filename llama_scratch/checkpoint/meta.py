@@ -20,6 +20,7 @@ from llama_scratch.checkpoint.base import (
     reading,
     tie,
 )
+from llama_scratch.checkpoint.licence import read_licence
 from llama_scratch.checkpoint.pth import load_pth
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError
@@ -65,6 +66,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         inspect=lambda progress: _stored(_load(shards, args, progress)),
         chat=Llama3Format() if _CHAT.search(name) else None,
         files=tuple(shards),
+        licence=read_licence(directory),
     )
 
 
