@@ -286,7 +286,9 @@ def test_opening_smollm2_reads_no_weights(smollm2_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("quant", [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1])
+@pytest.mark.parametrize(
+    "quant", [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1]
+)
 def test_files_of_the_gguf_packages_writer(tmp_path: Path, quant: Quant, tied: bool) -> None:
     """Each kind of quantisation that the package writes loads as what it reads, with and without an output."""
     path = write_with_gguf(tmp_path / f"small-{quant.name}.gguf", quant, tied=tied)

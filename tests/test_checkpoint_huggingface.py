@@ -474,7 +474,7 @@ RAW: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no JSON": (lambda data: data[:8] + b"!" + data[9:], "is not JSON (Expecting"),
     "no text": (lambda data: data[:9] + b"\xff" + data[10:], "is not JSON ('utf-8' codec"),
     "a list": (lambda data: struct.pack("<Q", 2) + b"[]", "holds a JSON list, expected an object"),
-    "no tensors": (lambda data: struct.pack("<Q", 2) + b"{}", "lacks 'tok_embeddings.weight' and 19 more"),
+    "no tensors": (lambda data: struct.pack("<Q", 2) + b"{}", "lacks 'model.embed_tokens.weight' and 19 more"),
     "deep JSON": (lambda data: struct.pack("<Q", 200_000) + b"[" * 200_000, "is not JSON"),
     "a number of 5000 digits": (lambda data: struct.pack("<Q", 5006) + b'{"a":' + b"9" * 5000 + b"}", "is not JSON"),
     "a name twice": (lambda data: struct.pack("<Q", 20) + b'{"a": {}, "a": {}  }', "stands there twice"),
@@ -512,11 +512,11 @@ def test_any_byte_of_a_header_can_be_wrong(whole: Path, place: int, value: int) 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "fewer heads": (
         {"num_key_value_heads": 1},
-        "layers.0.attention.wk.weight has the shape (32, 64), expected (16, 64)",
+        "model.layers.0.self_attn.k_proj.weight has the shape (32, 64), expected (16, 64)",
     ),
     "another width": ({"intermediate_size": 128}, "has the shape"),
     "another vocabulary": ({"vocab_size": 300}, "has the shape (267, 64), expected (300, 64)"),
-    "more layers": ({"num_hidden_layers": 3}, "lacks 'layers.2.attention_norm.weight' and 8 more weights"),
+    "more layers": ({"num_hidden_layers": 3}, "lacks 'model.layers.2.input_layernorm.weight' and 8 more weights"),
     "fewer layers": ({"num_hidden_layers": 1}, "holds 'model.layers.1."),
     "wider": ({"hidden_size": 128}, "has the shape"),
 }

@@ -404,8 +404,6 @@ def test_a_file_that_the_system_does_not_give_out(small_dir: Path, file: str, mo
     refused(small_dir, LlamaScratchError, path)
 
 
-
-
 # --- Damaged weights --------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied, reading
-from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import CheckpointError, ModelNotFoundError, printable
 
 __all__ = ["EMBEDDING", "OUTPUT", "Checkpoint", "is_tied", "open_checkpoint"]
 
@@ -16,8 +16,6 @@ def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
     tokenizer: a tokenizer.model elsewhere. Raises `ModelNotFoundError` and `CheckpointError`.
     """
     # Each format's module is imported where it is needed, so that starting up reads only one.
-    if str(path).startswith(("gs:/", "az:/")):
-        raise UsageError(f"{path} is a remote directory, expected a local one; copy the model to this machine first.")
     with reading(path):
         if path.is_dir():
             return _open_directory(path, tokenizer)

@@ -87,13 +87,18 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path) -> None:
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path, names: Mapping[str, str] | None = None
+) -> None:
     """Compare names and shapes of a file's weights with what `args` says; only the output may be missing.
 
-    Raises `CheckpointError` that names the file and the first weight that is wrong.
+    names: the file's name of each weight → Meta's, where they differ. Raises `CheckpointError` that names the file and
+    the first weight that is wrong.
     """
-    shapes = args.weight_shapes()
-    if missing := [name for name in shapes if name not in found and name != OUTPUT]:
+    metas = args.weight_shapes()
+    names = names or dict(zip(metas, metas, strict=True))
+    shapes = {name: metas[meta] for name, meta in names.items()}
+    if missing := [name for name in shapes if name not in found and names[name] != OUTPUT]:
         raise CheckpointError(
             f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by its params; fetch the model again."
         )

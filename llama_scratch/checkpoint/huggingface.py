@@ -54,13 +54,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
         config = read_object(directory / CONFIG)
         args, tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
-        names = _names(args)
-        if unknown := [name for name in entries if name not in names]:
-            raise CheckpointError(
-                f"{path} holds '{printable(unknown[0])}', expected no weight of that name in a Llama of this shape; "
-                "check that weights and config belong to the same model."
-            )
-        check_shapes({names[name]: entry.shape for name, entry in entries.items()}, args, path)
+        check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, _names(args))
         settings = read_object(directory / "tokenizer_config.json")
         own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(directory, config, settings, args)
         files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
