@@ -1,7 +1,7 @@
 # Each target sets up all that it needs. Another Python: make PYTHON=python3.12 run
 PYTHON ?= python3
 
-.PHONY: run test images benchmark quality clean
+.PHONY: run test images benchmark quality formats clean
 
 run:  ## start the session with the open model
 	@$(PYTHON) tools/install.py .venv
@@ -24,6 +24,10 @@ benchmark: .venv-benchmark  ## measure us and the peers in one run; writes bench
 
 quality: .venv-benchmark  ## measure how far each precision is from fp32, ours and llama.cpp's
 	.venv-benchmark/bin/python -m benchmarks.quality
+
+formats: .venv-benchmark  ## measure every form of a model's files: loading, and llama.cpp's tokens and logits
+	.venv-benchmark/bin/python -m benchmarks.loading
+	.venv-benchmark/bin/python -m benchmarks.formats
 
 .PHONY: .venv-benchmark
 .venv-benchmark:  # llama.cpp is built from source, for this machine

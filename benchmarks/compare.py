@@ -32,7 +32,7 @@ import psutil
 import torch
 
 from benchmarks.engines import Setup
-from benchmarks.files import once, quantize_gguf, write_ctranslate2, write_gguf, write_huggingface
+from benchmarks.files import make_ctranslate2, make_gguf, make_huggingface, once, quantize_gguf
 from benchmarks.make_checkpoint import LLAMA_3_2_1B, make_checkpoint
 from benchmarks.report import FOLDER, speed_bounds, versions, write_report
 from llama_scratch.bench import BANDWIDTH_BYTES, random_ids, read_bandwidth
@@ -140,11 +140,11 @@ def model_file(directory: Path, entry: Entry, plan: Plan) -> Path:
     path = directory / entry.file
     match entry.kind:
         case "llama.cpp":
-            bf16 = once(directory / "1B-BF16.gguf", lambda target: write_gguf(checkpoint, target, torch.bfloat16))
+            bf16 = once(directory / "1B-BF16.gguf", lambda target: make_gguf(checkpoint, target, torch.bfloat16))
             once(path, lambda target: quantize_gguf(bf16, target, entry.variant))
         case "transformers" | "ctranslate2":
-            huggingface = once(directory / "hf", lambda target: write_huggingface(checkpoint, target))
-            once(path, lambda target: write_ctranslate2(huggingface, target))
+            huggingface = once(directory / "hf", lambda target: make_huggingface(checkpoint, target))
+            once(path, lambda target: make_ctranslate2(huggingface, target))
     return path
 
 
@@ -153,7 +153,7 @@ def _smollm2_file(directory: Path, entry: Entry) -> Path:
     if entry.kind == "ours":
         return source
     f32 = directory / "SmolLM2-135M-Instruct-F32.gguf"
-    once(f32, lambda target: write_gguf(source, target, torch.float32))
+    once(f32, lambda target: make_gguf(source, target, torch.float32))
     return once(directory / entry.file, lambda target: quantize_gguf(f32, target, entry.variant))
 
 

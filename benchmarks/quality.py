@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines import quiet_llama_cpp
-from benchmarks.files import once, quantize_gguf, write_gguf
+from benchmarks.files import make_gguf, once, quantize_gguf
 from benchmarks.report import FOLDER, quality_bounds, versions, write_report
 from llama_scratch import Llama
 from llama_scratch.checkpoint.find import find_model
@@ -125,7 +125,7 @@ def measure(
     texts = windows(llama.encode(text()), size, tokens)
     others = {f"ours {precision}": our_logits(model, precision) for precision in precisions}
     if peers:
-        f32 = once(directory / f"{llama.info.name}-F32.gguf", lambda path: write_gguf(model, path, torch.float32))
+        f32 = once(directory / f"{llama.info.name}-F32.gguf", lambda path: make_gguf(model, path, torch.float32))
         for kind in peers:
             path = f32 if kind == "F32" else directory / f"{llama.info.name}-{kind}.gguf"
             once(path, lambda target, kind=kind: quantize_gguf(f32, target, kind))  # type: ignore[misc]

@@ -180,12 +180,14 @@ def render(
     startup: dict[str, Any] | None = None,
     keystrokes: dict[str, Any] | None = None,
     microscope: dict[str, Any] | None = None,
+    formats: dict[str, Any] | None = None,
+    loading: dict[str, Any] | None = None,
 ) -> str:
     """The whole of results.md; a part that was not measured is left out."""
     parts = [
         "# Measured",
-        "Made by `make benchmark`, `make quality`, `python -m benchmarks.startup`, `python -m benchmarks.keystrokes` "
-        "and `python -m benchmarks.microscope`; not edited by hand.",
+        "Made by `make benchmark`, `make quality`, `make formats`, `python -m benchmarks.startup`, "
+        "`python -m benchmarks.keystrokes` and `python -m benchmarks.microscope`; not edited by hand.",
     ]
     if results:
         parts += _speed(results)
@@ -197,6 +199,10 @@ def render(
         parts += _keystrokes(keystrokes)
     if microscope:
         parts += _microscope(microscope)
+    if loading:
+        parts += _loading(loading)
+    if formats:
+        parts += _formats(formats)
     return "\n\n".join(parts) + "\n"
 
 
@@ -418,6 +424,53 @@ def _microscope(microscope: dict[str, Any]) -> list[str]:
     ]
 
 
+def _loading(loading: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in loading["rows"]:
+        times = [f"{row[f'{moment}_s']:.1f} s" for moment in ("loaded", "answered", "prepared")]
+        sizes = [row["bytes"], row["answered_private"], row["prepared_private"], row["private"], row["mapped"]]
+        rows.append([f"{row['form']}, {row['precision']}", *times, *(f"{size / GB:.2f} GB" for size in sizes)])
+    return [
+        "## Loading",
+        f"One model of Llama 3.2 1B's shape in every form; medians of {loading['rounds']} rounds in which all take "
+        f"turns, each in a process of its own, {loading['threads']} threads, the disk's cache warm, torch imported. "
+        "“Private” memory is the process's own: the most until the first answer, the most until the weights are in "
+        "their last form, and what stays. “Mapped” are pages of files, which the system takes back when it needs to.",
+        f"- Versions: {_versions(loading['versions'])}",
+        _table(
+            ["form", "loaded", "first answer", "last form", "file", "private", "at most", "at the end", "mapped"], rows
+        ),
+    ]
+
+
+def _formats(formats: dict[str, Any]) -> list[str]:
+    types = [
+        [
+            row["kind"],
+            ", ".join(f"{count} {name}" for name, count in row["types"].items() if name != "F32") or "all F32",
+            f"{row['positions']}",
+            f"{100 * row['same_top']:.1f} %",
+            f"{row['mean_kl']:.1e}",
+            f"{row['relative_l2']:.1e}",
+        ]
+        for row in formats["types"]
+    ]
+    tokens = [
+        [row["vocabulary"], f"{row['texts']:,}", f"{row['unequal_texts']}", f"{row['unequal_corpus']}"]
+        for row in formats["tokens"]
+    ]
+    return [
+        "## GGUF files, beside llama.cpp",
+        "SmolLM2, quantised by llama.cpp, its rows of 576 in the types that it falls back to. Ours multiplies what the "
+        "blocks stand for in fp32; llama.cpp rounds activations to 8 bits for quantised matrices, and to the weights' "
+        "type for the others, which is the difference.",
+        f"- Versions: {_versions(formats['versions'])}",
+        _table(["file", "matrices", "positions", "same top token", "mean KL", "distance of the logits"], types),
+        "Texts that hypothesis draws, and a corpus of code and many scripts: how many have other token ids.",
+        _table(["vocabulary", "texts", "other ids", "other ids in the corpus"], tokens),
+    ]
+
+
 def _bounds(bounds: Sequence[Bound]) -> str:
     if not bounds:
         return "None of the bounds can be decided by what was measured."
@@ -440,8 +493,8 @@ def write_report(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> list[dict[str, Any] | None]:
-    """What was measured and kept in a folder: results, quality, startup, keystrokes and microscope;
-    None for what was not."""
-    names = ("results", "quality", "startup", "keystrokes", "microscope")
+    """What was measured and kept in a folder: results, quality, startup, keystrokes, microscope,
+    formats and loading; None for what was not."""
+    names = ("results", "quality", "startup", "keystrokes", "microscope", "formats", "loading")
     paths = (folder / f"{name}.json" for name in names)
     return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

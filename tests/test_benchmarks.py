@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, files, microscope, quality, report
+from benchmarks import compare, files, loading, microscope, quality, report
 from llama_scratch import Llama
-from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.model import rope_frequencies
+from llama_scratch.checkpoint import is_tied, open_checkpoint
+from llama_scratch.lazy import as_tensor
 from llama_scratch.progress import silent
-from tests.checkpoints import tiny_args
 
 # --- The whole path ---------------------------------------------------------------------------
 
@@ -119,55 +118,44 @@ def test_the_text_is_long_enough() -> None:
 # --- The peers' files -------------------------------------------------------------------------
 
 
-def test_gguf_holds_the_same_weights_and_tokenizer(tmp_path: Path, smollm2_path: Path) -> None:
-    """SmolLM2 written as float32 and read again."""
-    files.write_gguf(smollm2_path, tmp_path / "again.gguf", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gguf_in_one_type(tmp_path: Path, smollm2_path: Path, dtype: torch.dtype) -> None:
+    """SmolLM2's matrices in another type, each rounded once."""
+    files.make_gguf(smollm2_path, tmp_path / "again.gguf", dtype)
     before, after = open_checkpoint(smollm2_path), open_checkpoint(tmp_path / "again.gguf")
     assert after.args == before.args
-    text = "It's 12 o'clock,\n\n  naïvely"
-    assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
     old, new = before.load(silent), after.load(silent)
-    assert old.keys() == new.keys()
-    assert all(torch.equal(as_tensor(old[name]), as_tensor(new[name])) for name in old)
+    assert is_tied(new)
+    for name, weight in old.items():
+        expected = as_tensor(weight)
+        assert torch.equal(as_tensor(new[name]), expected if expected.dim() == 1 else expected.to(dtype)), name
 
 
-def test_gguf_holds_bfloat16_as_it_is(tmp_path: Path, tiny_dir: Path) -> None:
-    """No weight is rounded a second time."""
-    from gguf import GGUFReader, dequantize
-
-    path = tmp_path / "tiny.gguf"
-    files.write_gguf(tiny_dir, path, torch.bfloat16)
-    written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    args = open_checkpoint(tiny_dir).args
-    assert torch.equal(torch.from_numpy(written["rope_freqs.weight"].data.copy()), files.rope_divisors(args))
-    for name, weight in files.distinct_weights(open_checkpoint(tiny_dir)).items():
-        tensor = written[files.names(name)[0]]
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-        assert torch.equal(values.view(weight.shape), weight.float()), name
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_are_the_same_model(tmp_path: Path, tiny_dir: Path, count: int) -> None:
+    """As many files, and the same weights."""
+    files.make_shards(tiny_dir, tmp_path / "shards", count)
+    assert len(list((tmp_path / "shards").glob("*.pth"))) == count
+    whole, joined = open_checkpoint(tiny_dir).load(silent), open_checkpoint(tmp_path / "shards").load(silent)
+    assert whole.keys() == joined.keys()
+    assert all(torch.equal(as_tensor(whole[name]), as_tensor(joined[name])) for name in whole)
 
 
-def test_rope_divisors() -> None:
-    """1 for the 15 fast pairs, 32 for the 14 slow ones, and what lies between for the 3 others."""
-    args = tiny_args()
-    divisors = files.rope_divisors(args)
-    assert (divisors == 1).sum() == 15
-    assert torch.isclose(divisors, torch.tensor(32.0)).sum() == 14
-    unscaled = rope_frequencies(args.with_rope_factor(1))
-    torch.testing.assert_close(unscaled / divisors, rope_frequencies(args))
-
-
-def test_the_last_merge_of_a_token() -> None:
-    """The two tokens that tiktoken's order of merges joins last."""
-    ranks = {token: rank for rank, token in enumerate([b"a", b"b", b"c", b"bc", b"ab", b"abc", b"abcab"])}
-    assert files.last_merge(b"abc", ranks) == [b"a", b"bc"]
-    assert files.last_merge(b"abcab", ranks) == [b"abc", b"ab"]
+def test_loading_at_a_tiny_size(tmp_path: Path) -> None:
+    """Every form, and the table."""
+    out = ["--directory", str(tmp_path), "--output", str(tmp_path)]
+    loading.main(["--tiny", "--rounds", "1", "--precisions", "int8", *out])
+    rows = json.loads((tmp_path / "loading.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert all(0 < row["loaded_s"] < row["answered_s"] < row["prepared_s"] for row in rows)
+    assert "| GGUF F16, int8 |" in (tmp_path / "results.md").read_text()
 
 
 def test_the_hugging_face_directory_is_the_same_model(tmp_path: Path, tiny_dir: Path) -> None:
     """transformers computes what we compute."""
     from transformers import AutoModelForCausalLM
 
-    files.write_huggingface(tiny_dir, tmp_path / "hf")
+    files.make_huggingface(tiny_dir, tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     ids = torch.randint(556, (64,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

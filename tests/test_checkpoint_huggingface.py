@@ -36,7 +36,8 @@ from llama_scratch.model import Transformer
 from llama_scratch.progress import silent
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 from tests.test_checkpoint_meta import is_sentence
-from tests.test_tokenizer import FRAGMENTS, UNWRITTEN
+from tests.test_tokenizer import UNWRITTEN
+from tests.texts import CORPUS, drawn
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MERGES = [("t", "h"), ("e", "r"), ("i", "n"), ("th", "e"), ("Ġ", "the"), ("o", "n"), ("1", "2"), ("12", "3")]
@@ -855,15 +856,12 @@ def same_ids(pairs: dict[str, Pair], text: str) -> None:
         assert ours.encode(text, bos=True) == encode(text), name
 
 
-hard = st.lists(st.sampled_from(FRAGMENTS), min_size=2, max_size=8).map("".join)
-
-
 def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
     """Plain Unicode and where tokenizers part company, but for the names of special tokens; each text counts once."""
     seen: set[str] = set()
 
     @settings(max_examples=650, deadline=None, derandomize=True)
-    @given(texts=st.lists(st.text(min_size=1, max_size=12) | hard, min_size=20, max_size=20, unique=True))
+    @given(texts=drawn)
     def compare(texts: list[str]) -> None:
         for text in texts:
             same_ids(pairs, text.replace("<|", "<"))
@@ -875,9 +873,8 @@ def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
 
 def test_a_corpus_of_code_and_many_scripts_has_its_ids(pairs: dict[str, Pair]) -> None:
     """Line by line, as a whole, with the line ends of Windows, and with what SmolLM2 cannot write."""
-    corpus = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8")
-    assert len(corpus) > 2000
-    for text in [*corpus.splitlines(keepends=True), corpus, corpus.replace("\n", "\r\n"), *UNWRITTEN]:
+    assert len(CORPUS) > 2000
+    for text in [*CORPUS.splitlines(keepends=True), CORPUS, CORPUS.replace("\n", "\r\n"), *UNWRITTEN]:
         same_ids(pairs, text)
         for ours, _ in pairs.values():
             assert ours.unknown or ours.decode(ours.encode(text)) == text

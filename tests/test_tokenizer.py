@@ -19,22 +19,12 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 from tests.checkpoints import tokenizer_file
+from tests.texts import FRAGMENTS
 
 Encode = Callable[[str], list[int]]
 
 many = settings(max_examples=500, deadline=None, derandomize=True)
 
-# Where tokenizers part company: runs of white space, digits, quotes, letters of other scripts, emoji.
-FRAGMENTS = [
-    *[" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\r", "\u00a0", "\u3000", "\u2028", "\x1c", "\x0b", "\u200b"],
-    *["0", "12", "345", "6789", "3.14", "1,000", "٣٤", "½", "²", "Ⅷ", "𝟘", "七"],
-    *[".", "...", "!?", "'", "''", '"', "“", "—", "_", "$", "#!", "{}", "</", "&&", "€", "\\n", "^^"],
-    *["'s", "'S", "'t", "'re", "'VE", "'m", "'Ll", "'d", "'x", "’s", "'ſ", "I'm", "don't", "WE'RE"],
-    *[" the", "Hello", "a", "É", "e\u0301", "ß", "Ω", "ж", "שלום", "مرحبا", "नमस्ते", "ไทย", "K", "ǅ"],
-    *["漢字", "かな", "カナ", "한국어", "。", "，"],
-    *["🙂", "👩‍👩‍👧", "🇫🇷", "✊🏿", "❤️", "\ufe0f", "\u0301"],
-    *["<|eot_id|>", "<|begin_of_text|>", "<|endoftext|>", "<|", "|>", "<|im_end|>"],
-]
 mixed = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=2), max_size=40).map("".join)
 texts = st.text(max_size=100) | mixed
 # Lone and paired surrogates among other characters, as a broken terminal or JSON can bring them.
