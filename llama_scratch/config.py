@@ -223,7 +223,7 @@ class Fields:
         value = self._get(name, default)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
             raise CheckpointError(f"the field {name} is {printable(value)}, expected a positive number.")
         return float(value)
 

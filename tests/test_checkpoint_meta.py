@@ -379,6 +379,16 @@ def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
     assert same(load(outer), load(small_dir))
 
 
+def test_the_licence_beside_original(small_dir: Path) -> None:
+    """It stands in the repository's own files."""
+    small_dir.rename(small_dir.parent / "original")
+    assert open_checkpoint(small_dir.parent).licence is None
+    (small_dir.parent / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    assert open_checkpoint(small_dir.parent).licence == "llama3.2"
+    (small_dir.parent / "original" / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
+    assert open_checkpoint(small_dir.parent / "original").licence == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+
+
 def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
     """Removed or unreadable between the two steps: a sentence too, not the operating system's error."""
     checkpoint = open_checkpoint(small_dir)

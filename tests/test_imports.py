@@ -150,6 +150,7 @@ def loaded_after(code: str) -> set[str]:
 
 OPEN = "from pathlib import Path; from llama_scratch.checkpoint import open_checkpoint; open_checkpoint(Path("
 HEAVY = {"torch", "numpy", "rich", "prompt_toolkit", "typer", "tiktoken", "gguf", "blobfile", "psutil", "matplotlib"}
+HEAVY |= {"requests", "urllib3", "huggingface_hub", "safetensors"}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

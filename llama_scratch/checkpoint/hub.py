@@ -215,13 +215,12 @@ def _download(repository: Repository, file: str, revision: str) -> None:
 
 def _check_architecture(repository: Repository, path: Path) -> None:
     """Before gigabytes are fetched; what else there is to check is checked when the model is opened."""
-    config = read_object(path)
-    kind, quantised = config.get("model_type"), config.get("quantization_config") is not None
-    if kind != "llama" or quantised:
-        found = "that the weights are quantised" if quantised else f"the model_type '{printable(kind)}'"
+    from llama_scratch.checkpoint.huggingface import unsupported
+
+    if (found := unsupported(read_object(path))) is not None:
         raise CheckpointError(
-            f"The config.json of {repository.name} says {found}, expected a Llama in bf16, fp16 or fp32 (model_type "
-            "'llama'); choose another model, nothing else of this one was fetched."
+            f"The config.json of {repository.name} says {found}; choose another model, nothing else of this one was "
+            "fetched."
         )
 
 

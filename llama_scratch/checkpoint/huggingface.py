@@ -54,7 +54,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
         config = read_object(directory / CONFIG)
         args, tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
-        check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, _names(args))
+        check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, weight_names(args))
         settings = read_object(directory / "tokenizer_config.json")
         own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(directory, config, settings, args)
         files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
@@ -77,7 +77,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
 
 def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
     """The shape, and whether the output is the embedding. What transformers leaves out has its defaults."""
-    if (found := _unsupported(config)) is not None:
+    if (found := unsupported(config)) is not None:
         raise CheckpointError(f"{path} says {found}; use another model.")
     fields = Fields(config)
     try:
@@ -105,7 +105,7 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
         raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
 
 
-def _unsupported(config: Mapping[str, Any]) -> str | None:
+def unsupported(config: Mapping[str, Any]) -> str | None:
     """What a config names that the network here has not, and what was expected."""
     kind, architectures = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or architectures != ["LlamaForCausalLM"]:
@@ -208,7 +208,7 @@ def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: P
     from safetensors import SafetensorError, safe_open
 
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
-    names = _names(args)
+    names = weight_names(args)
     copied = sum(entry.nbytes for name, entry in entries.items() if _part(names[name]) in heads)
     require_memory(copied, "the copy of wq and wk in Meta's order")
     weights: dict[str, Weight] = {}
@@ -252,13 +252,13 @@ def _stored(entries: Mapping[str, Entry], tied: bool) -> Stored:
     )
 
 
-def _names(args: ModelArgs) -> dict[str, str]:
-    """The file's name of each weight → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
-    names = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
+def weight_names(args: ModelArgs) -> dict[str, str]:
+    """The form's name of each weight → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
+    found = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():
-            names[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
-    return names
+            found[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return found
 
 
 def _part(name: str) -> str:

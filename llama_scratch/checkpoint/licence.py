@@ -13,8 +13,15 @@ _MAX = 1 << 16
 def read_licence(directory: Path) -> str | None:
     """What the front matter of README.md names, or else the first line of LICENSE; None where neither says any.
 
-    Never an error: a file that cannot be read states nothing.
+    Beside `original/`, where Hugging Face's repositories of Meta's models have Meta's own files, it is the directory
+    above that says it. Never an error: a file that cannot be read states nothing.
     """
+    if found := _stated(directory):
+        return found
+    return _stated(directory.parent) if directory.name == "original" else None
+
+
+def _stated(directory: Path) -> str | None:
     front = re.match(r"---[ \t]*\n(.*?)\n---", _text(directory / "README.md"), re.DOTALL)
     fields = dict(re.findall(r"^(license\w*):[ \t]*(?:\n[ \t]*- )?(.+)$", front[1] if front else "", re.MULTILINE))
     found = fields.get("license")

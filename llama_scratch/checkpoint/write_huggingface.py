@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied
+from llama_scratch.checkpoint.huggingface import weight_names
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, printable
@@ -25,20 +26,6 @@ if TYPE_CHECKING:
 
 # Bytes of weights in one file, as the published models have them.
 SHARD = 5_000_000_000
-_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
 
 
 def write_huggingface(
@@ -190,14 +177,15 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
 
     kept = {name: weight for name, weight in weights.items() if name != OUTPUT or not is_tied(weights)}
     sizes = {name: weight.numel() * weight.dtype.itemsize for name, weight in kept.items()}
+    theirs = {metas: name for name, metas in weight_names(args).items()}
     shards = list(_shards(sizes))
     done, total = 0, sum(sizes.values())
     places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for name in names:
-            tensors[_huggingface_name(name)] = _tensor(name, kept[name], args)
+        for name in shard:
+            tensors[theirs[name]] = _tensor(name, kept[name], args)
             done += sizes[name]
             progress("writing", done, total)
         try:
@@ -220,15 +208,6 @@ def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
             names = []
         names.append(name)
     yield names
-
-
-def _huggingface_name(name: str) -> str:
-    """layers.3.attention.wq.weight → model.layers.3.self_attn.q_proj.weight"""
-    name = name.removesuffix(".weight")
-    if not name.startswith("layers."):
-        return f"{_NAMES[name]}.weight"
-    _, layer, part = name.split(".", 2)
-    return f"model.layers.{layer}.{_NAMES[part]}.weight"
 
 
 def _tensor(name: str, weight: Weight, args: ModelArgs) -> Tensor:
