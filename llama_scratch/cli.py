@@ -68,10 +68,15 @@ class ModelOptions:
     """Which model, and how it is run; None where the option was not given."""
 
     model_dir: Annotated[
-        str | None, _model_option("--model-dir", "PATH", "A directory of Meta's files, or a .gguf file.")
+        str | None,
+        _model_option(
+            "--model-dir",
+            "PATH",
+            "A directory of Meta's or Hugging Face's files, or a .gguf file; also at gs:// or az://.",
+        ),
     ] = None
     model: Annotated[
-        str | None, _model_option("--model", "NAME", "A model that 'pull' fetched, such as smollm2.", _models)
+        str | None, _model_option("--model", "NAME", "What 'pull' fetched: smollm2, OWNER/REPO, Llama3.2-1B.", _models)
     ] = None
     tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "A tokenizer.model elsewhere.")] = None
     precision: Annotated[
@@ -405,7 +410,7 @@ def info(
         options = ModelOptions(model_dir=path).over(options)
     with progress_bar(state.screen.log, "Reading") as progress:
         facts = describe(
-            find_model(options.source),
+            find_model(options.source, progress),
             options.tokenizer,
             options.rope_factor,
             progress,
@@ -444,7 +449,8 @@ def verify(
     if path is not None:
         options = ModelOptions(model_dir=path).over(options)
     with progress_bar(screen.log, "Verifying") as progress:
-        found = checks.verify(find_model(options.source), options.tokenizer, options.rope_factor, progress)
+        model = find_model(options.source, progress)
+        found = checks.verify(model, options.tokenizer, options.rope_factor, progress)
     if json or screen.json:
         from llama_scratch.render.lines import json_line
 
