@@ -177,7 +177,9 @@ def _release(params: Mapping[str, Any]) -> str:
         return "int4-qlora-eo8"
     if isinstance(arguments, dict) and arguments.get("spinquant"):
         return "int4-spinquant-eo8"
-    return f"'{printable(arguments.get('scheme') if isinstance(arguments, dict) else arguments)}'"
+    if isinstance(arguments, dict) and arguments.get("scheme") is None:
+        return "in int4"
+    return f"'{printable(arguments['scheme'] if isinstance(arguments, dict) else arguments)}'"
 
 
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:

@@ -84,21 +84,21 @@ class Quantised(Lazy):
 
 
 class Joined(Lazy):
-    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1)."""
+    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1); kept in `pieces`."""
 
     def __init__(self, pieces: Sequence[Tensor], axis: int):
         rows, columns = pieces[0].shape
         sizes = [piece.shape[axis] for piece in pieces]
         shape = (sum(sizes), columns) if axis == 0 else (rows, sum(sizes))
         super().__init__(shape, pieces[0].dtype, sum(piece.nbytes for piece in pieces))
-        self._pieces = list(pieces)
+        self.pieces = list(pieces)
         self._axis = axis
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self._axis == 1:
-            return torch.cat([piece[start:stop] for piece in self._pieces], dim=1)
+            return torch.cat([piece[start:stop] for piece in self.pieces], dim=1)
         parts, first = [], 0
-        for piece in self._pieces:
+        for piece in self.pieces:
             if start < first + len(piece) and first < stop:
                 parts.append(piece[max(start - first, 0) : stop - first])
             first += len(piece)

@@ -72,7 +72,7 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim  # 2j/head_dim
     freqs = 1.0 / (args.rope_theta**exponents)  # θ_j
     if args.rope_divisors is not None:
-        return freqs / torch.tensor(args.rope_divisors)
+        return freqs / torch.tensor(args.rope_divisors, device="cpu")
     if (scaling := args.rope_scaling) is None:
         return freqs
     turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the original context

@@ -874,7 +874,7 @@ def test_params_nested_as_deep_as_python_can_read() -> None:
 INTEGERS = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
 NUMBERS = ["norm_eps", "rope_theta", "ffn_dim_multiplier"]
 OPTIONAL = {"ffn_dim_multiplier", "use_scaled_rope"}
-BAD_NUMBERS: list[Any] = [0, -1, 10**9, 10**30, float("nan"), float("inf"), "32", "3\n2", True, [32], {"a": 1}]
+BAD_NUMBERS: list[Any] = [0, -1, 10**12, 10**30, float("nan"), float("inf"), "32", "3\n2", True, [32], {"a": 1}]
 BAD_VALUES: list[tuple[str, Any]] = [
     *((field, value) for field in INTEGERS for value in [*BAD_NUMBERS, 1.5, 32.0]),
     *((field, value) for field in NUMBERS for value in BAD_NUMBERS),
@@ -919,6 +919,7 @@ def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, A
         ({"quantization_args": {"group_size": 32}, "lora_args": {"rank": 16}}, "int4-qlora-eo8"),
         ({"quantization_args": {"group_size": 32, "spinquant": True}}, "int4-spinquant-eo8"),
         ({"quantization_args": {"scheme": "8da4w"}}, "8da4w"),
+        ({"quantization_args": {"group_size": 256}}, "in int4"),
         ({"quantization_args": 7}, "7"),
     ],
 )

@@ -382,8 +382,12 @@ def test_a_checklist_that_is_none(server: Server, checklist: bytes) -> None:
 
 
 def test_names_in_the_checklist_that_are_none_of_a_model(server: Server, tmp_path: Path) -> None:
-    """They are neither fetched nor written."""
-    server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  ../../evil\n{'1' * 32} *x.sh\n".encode())
+    """They are neither fetched nor written; one that leads to another folder is in no list of Meta's."""
+    for name in ("../../evil", "/evil", "a/../../evil"):
+        server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  {name}\n".encode())
+        refused(lambda: pull(server), CheckpointError, "checklist.chk", name, "of this directory")
+        assert not folder().exists()
+    server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  a/evil\n{'1' * 32} *x.sh\n".encode())
     pull(server)
     assert {path.name for path in folder().iterdir()} == {*CONTENT, "checklist.chk"}
     assert not any("evil" in path or "x.sh" in path for _, path, _ in server.requests)
@@ -467,6 +471,19 @@ def test_a_quantised_release(server: Server) -> None:
     """Refused before gigabytes are fetched."""
     refused(lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantised", "int4-qlora-eo8")
     assert server.requests == []
+
+
+@pytest.mark.parametrize("name", ["Llama3.1-405B", "Llama-3.1-405B-Instruct"])
+def test_the_model_whose_plain_name_means_quantised_weights(server: Server, name: str) -> None:
+    """Half a terabyte that could not be run; the bf16 release lies in a folder of its own."""
+    refused(lambda: pull(server, name), UsageError, "fp8", f"name {name}:bf16-mp8")
+    assert server.requests == []
+    for file, data in {**CONTENT, "checklist.chk": CHECKLIST}.items():
+        server.files[f"/Llama-3.1-{name[name.index('405B') :]}-MP8/{file}"] = File(data)
+    path, _ = pull(server, f"{name}:bf16-mp8")
+    assert path == find_model(path.name)
+    assert path.name.startswith("Llama3.1-405B")
+    assert path.name.endswith("-MP8")
 
 
 def test_a_redirection(server: Server) -> None:

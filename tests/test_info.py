@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -17,7 +19,7 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Stored
 from llama_scratch.info import describe
 from llama_scratch.precision import NAMES, memory_needed
-from llama_scratch.progress import silent
+from llama_scratch.progress import Progress, silent
 from llama_scratch.render.terminal import as_text, model_facts, rows, size
 from tests.checkpoints import tiny_args, write_meta
 from tests.test_cli import Runner, llama_scratch
@@ -199,3 +201,25 @@ def test_the_table_fits(facts: dict[str, Any], width: int) -> None:
 @pytest.mark.parametrize(("count", "text"), [(98_362_432, "98 MB"), (2_471_645_608, "2.47 GB"), (10**9, "1.00 GB")])
 def test_sizes_for_people(count: int, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_bringing_a_remote_model_here_shows_progress(
+    llama_scratch: Runner, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """In the bar of the command itself."""
+    seen: list[str] = []
+
+    @contextmanager
+    def bar(*_: object) -> Iterator[Progress]:
+        yield lambda stage, done, total: seen.append(stage)
+
+    def local_copy(address: str, progress: Progress) -> Path:
+        progress(f"fetching {address}", 1, 2)
+        return tiny_dir
+
+    monkeypatch.setattr("llama_scratch.cli.progress_bar", bar)
+    monkeypatch.setattr("llama_scratch.checkpoint.find.local_copy", local_copy)
+    assert llama_scratch(command, "gs://bucket/m").code == 0
+    assert seen[0] == "fetching gs://bucket/m"
+    assert len(seen) > 1

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint, pull
 from llama_scratch.checkpoint import verify as module
+from llama_scratch.checkpoint.checklist import CHECKLIST
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.verify import CHECKLIST, Finding, Verification, verify
+from llama_scratch.checkpoint.verify import Finding, Verification, verify
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
 from llama_scratch.lazy import Quantised, Weight
 from llama_scratch.progress import Progress
@@ -163,6 +165,15 @@ def test_a_file_that_the_checklist_names_is_missing(model: Path) -> None:
     assert [f.part for f in found.findings if f.result == "ok"] == ["params.json", "tokenizer.model"]
 
 
+def test_a_checklist_alone_is_a_model_that_lost_its_files(model: Path) -> None:
+    """And not a folder without a model."""
+    for name in FILES:
+        (model / name).unlink()
+    found = verify(model)
+    assert found.fetch_again == [*FILES]
+    assert [finding.check for finding in wrong(found)] == ["presence"] * 3 + ["structure"]
+
+
 def test_a_file_that_the_checklist_does_not_name_is_a_note(model: Path) -> None:
     lines = (model / CHECKLIST).read_text().splitlines()
     (model / CHECKLIST).write_text("\n".join(line for line in lines if "tokenizer" not in line))
@@ -173,16 +184,16 @@ def test_a_file_that_the_checklist_does_not_name_is_a_note(model: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize(("value", "counted"), [(torch.nan, "1 NaN"), (torch.inf, "1 infinite"), (-torch.inf, "1 inf")])
+@pytest.mark.parametrize(("value", "counted"), [(torch.nan, "2 NaN"), (torch.inf, "2 infinite"), (-torch.inf, "2 inf")])
 def test_a_value_that_is_no_number(
     model: Path, monkeypatch: pytest.MonkeyPatch, value: float, counted: str, listed: bool
 ) -> None:
-    """One of 262,144, in a block that is neither the first nor the last; a file that is the published one stays."""
+    """Two of 262,144, in blocks that are neither the first nor the last; a file that is the published one stays."""
     monkeypatch.setattr(module, "_BLOCK", 4096)
     name = "layers.1.feed_forward.w2.weight"
 
     def change(weights: dict[str, Tensor]) -> None:
-        weights[name][100, 77] = value
+        weights[name][100, 77] = weights[name][200, 3] = value
 
     change_weights(model, change, listed=listed)
     found = verify(model)
@@ -365,6 +376,14 @@ def test_an_index_that_names_a_missing_file(model: Path, tmp_path: Path, llama_s
     assert "fetch model-00002-of-00002.safetensors again" in result.out
 
 
+def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:
+    findings = [Finding(f"{i}.pth", "presence", "wrong", "It is missing.", (f"{i}.pth",)) for i in range(11)]
+    found = Verification("m", None, Path("m"), tuple(findings))
+    names = ", ".join(f"{i}.pth" for i in range(8))
+    assert found.verdict == f"Damaged: 11 of 11 checks failed; fetch {names} and 3 more again."
+    assert len(found.fetch_again) == 11
+
+
 # --- Known files ------------------------------------------------------------------------------
 
 
@@ -393,6 +412,8 @@ def test_the_open_model_and_one_bit_of_it(
     elsewhere = tmp_path / copy.name
     copy.rename(elsewhere)
     assert [(f.check, f.result) for f in verify(elsewhere).findings] == [("SHA-256", "note"), ("structure", "wrong")]
+    copy.touch()  # also where there is one in its own place
+    assert verify(elsewhere).findings[0].result == "note"
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -528,7 +549,18 @@ def test_progress_ends_at_its_total_and_never_goes_back(model: Path) -> None:
     assert seen[-1][0] > 0.99 * seen[-1][1]
 
 
-def test_an_interrupt_is_heard_at_once(model: Path) -> None:
+def test_a_share_of_the_progress_never_goes_back() -> None:
+    """Whatever loading reports: several stages that each begin anew, and a stage with no total."""
+    seen: list[int] = []
+    meter = module._Meter(lambda _, done, total: seen.append(done), 300)
+    report = meter.share(200)
+    for done, total in ((0, 0), (50, 100), (10, 100), (100, 100), (1, 10)):
+        report("x", done, total)
+    meter.advance(100)
+    assert seen == [0, 100, 100, 200, 200, 300]
+
+
+def test_an_interrupt_is_heard_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads that hash stop too."""
     mine = threading.current_thread()
 
@@ -536,10 +568,20 @@ def test_an_interrupt_is_heard_at_once(model: Path) -> None:
         if threading.current_thread() is mine:
             raise KeyboardInterrupt
 
+    meters: list[module._Meter] = []
+
+    class Kept(module._Meter):
+        def __init__(self, progress: Progress, total: int):
+            super().__init__(progress, total)
+            meters.append(self)
+
+    monkeypatch.setattr(module, "_Meter", Kept)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         verify(model, progress=interrupted)
     assert threading.active_count() == before
+    with pytest.raises(CancelledError):  # what the next block that is read comes upon
+        module._digests(model / WEIGHTS, {"md5"}, meters[0])
 
 
 @pytest.mark.parametrize(

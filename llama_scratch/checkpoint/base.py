@@ -67,7 +67,9 @@ class Checkpoint:
 def name_of(path: Path) -> str:
     """What the model at a path is called: its directory's name, or its file's without the type of the weights."""
     if path.suffix.lower() == ".gguf":
-        return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
+        # "SmolLM2-135M-Instruct.Q4_1-00001-of-00003" → "SmolLM2-135M-Instruct"
+        ending = r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?$"
+        return re.sub(ending, "", path.stem, count=1, flags=re.IGNORECASE)
     path = path.resolve()
     directory = path.parent if path.name == "original" else path
     if directory.parent.name == "snapshots":  # of the hub's cache: models--OWNER--REPO/snapshots/COMMIT

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from llama_scratch.checkpoint.checklist import MAX_CHECKLIST, parse_checklist
 from llama_scratch.checkpoint.fetch import (
     Patience,
     RefusedError,
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
 CHECKPOINTS = "~/.llama/checkpoints"
 ASK_FOR_A_LINK = "https://www.llama.com/llama-downloads/"
 
-_MAX_CHECKLIST, _MAX_PARAMS, _MAX_TOKENIZER = 1 << 16, 1 << 20, 1 << 24  # bytes
+_MAX_PARAMS, _MAX_TOKENIZER = 1 << 20, 1 << 24  # bytes
 _MAX_SHARDS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
-_SUM = re.compile(r"([0-9a-fA-F]{32})\s+\*?(\S.*)")
 _SHARD = re.compile(r"consolidated\.\d\d\.pth")
 
 
@@ -74,16 +74,9 @@ def folder_of_checkpoints() -> Path:
         raise LlamaScratchError(f"{CHECKPOINTS} cannot be found without a home folder; set HOME to it.") from None
 
 
-def parse_checklist(data: bytes) -> dict[str, str]:
-    """checklist.chk → {name: MD5}. Source: the format of md5sum; names may begin with "./".
-
-    Raises `CheckpointError` where it is none, or names no weights or too many.
-    """
-    lines = [line.strip() for line in data[: _MAX_CHECKLIST + 1].decode("utf-8", "replace").splitlines()]
-    matches = [_SUM.fullmatch(line) for line in lines if line]
-    if len(data) > _MAX_CHECKLIST or not all(matches):
-        raise CheckpointError("checklist.chk is not a list of MD5 checksums and names; fetch it again.")
-    sums = {match[2].removeprefix("./"): match[1].lower() for match in matches if match}
+def _checksums(checklist: bytes) -> dict[str, str]:
+    """{file: MD5}. Raises `CheckpointError` where it names no weights or too many."""
+    sums = parse_checklist(checklist)
     shards = sorted(name for name in sums if _SHARD.fullmatch(name))
     if not 1 <= len(shards) <= _MAX_SHARDS or shards != [f"consolidated.{i:02d}.pth" for i in range(len(shards))]:
         raise CheckpointError(
@@ -93,7 +86,14 @@ def parse_checklist(data: bytes) -> dict[str, str]:
 
 
 def _descriptor(name: str) -> str:
-    """Meta's name of a model, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B."""
+    """Meta's name of a model, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B.
+
+    The one model that is quantised unless its name says otherwise is 405B: Llama3.1-405B:bf16-mp8 → …-405B-MP8, as its
+    folder is called.
+    """
+    name = re.sub(r":bf16-mp(\d+)$", r"-MP\1", name)
+    if re.fullmatch(r"Llama-?3\.1-405B(-Instruct)?", name):
+        raise UsageError(f"'{name}' is quantised to fp8, which cannot be run here; name {name}:bf16-mp8 instead.")
     if ":" in name:
         raise UsageError(
             f"'{printable(name)}' is a quantised release, which cannot be run here; name the model without what "
@@ -133,7 +133,7 @@ def _is_loopback(host: str) -> bool:
 
 def _is_whole(folder: Path, progress: Progress) -> bool:
     try:
-        sums = parse_checklist((folder / "checklist.chk").read_bytes())
+        sums = _checksums((folder / "checklist.chk").read_bytes())
     except (OSError, CheckpointError):
         return False
     wanted = ["params.json", "tokenizer.model", *(name for name in sums if _SHARD.fullmatch(name))]
@@ -149,7 +149,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
     """Bring into `work` what `target` lacks."""
     session = open_session(link)
     folder, checklist = _folder(name, link, session, patience)
-    sums = parse_checklist(checklist)
+    sums = _checksums(checklist)
     (work / "checklist.chk").write_bytes(checklist)
 
     def url(file: str) -> str:
@@ -189,12 +189,12 @@ def _folder(name: str, link: str, session: requests.Session, patience: Patience)
     with _explaining(name):
         try:
             url = link.replace("*", f"{first}/checklist.chk", 1)
-            return first, read_small(session, url, "checklist.chk", _MAX_CHECKLIST, patience)
+            return first, read_small(session, url, "checklist.chk", MAX_CHECKLIST, patience)
         except RefusedError:
             if first == name:
                 raise
         url = link.replace("*", f"{name}/checklist.chk", 1)
-        return name, read_small(session, url, "checklist.chk", _MAX_CHECKLIST, patience)
+        return name, read_small(session, url, "checklist.chk", MAX_CHECKLIST, patience)
 
 
 def _small(session: requests.Session, url: str, file: str, most: int, patience: Patience, md5: str | None) -> bytes:

@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.lazy import Weight
 
+# GGUF's names of weights, and of those of a layer, → Meta's.
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
     "output_norm.weight": "norm.weight",
@@ -45,13 +46,11 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
-
-
 # Divisors of the rotary embedding's frequencies, which Llama 3.1 and later ones come with.
 _ROPE_FREQS = "rope_freqs.weight"
 _ORDINARY = 1  # of the types of tokens
 # model-00002-of-00003.gguf
-_NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)
 
 
 def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -69,9 +68,10 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         chat = _chat(metadata, own_tokenizer)
     except CheckpointError as error:
         raise CheckpointError(f"{headers[0].path}: {error}") from error
-    shapes = {_meta_name(tensor.name): tensor.shape for header in headers for tensor in header.tensors}
+    shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors}
     shapes.pop(_ROPE_FREQS, None)
-    check_shapes(shapes, args, headers[0].path)
+    names = weight_names(args)
+    check_shapes(shapes, args, headers[0].path, names)
     licence = metadata.get("general.license")
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
@@ -80,7 +80,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         path=headers[0].path,
         args=args,
         tokenizer=own_tokenizer,
-        load=lambda progress: tie(_weights(headers, progress)),
+        load=lambda progress: tie(_weights(headers, names, progress)),
         inspect=lambda _: _stored(headers),
         chat=chat,
         files=tuple(header.path for header in headers),
@@ -92,23 +92,25 @@ def _read_headers(path: Path) -> list[Header]:
     """The header of a file, and of those that belong to it where llama.cpp's gguf-split made several of one."""
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
-    if count in (0, 1):
+    if type(count) is int and count in (0, 1):
         return [header]
     match = _NUMBERED.fullmatch(path.name)
-    if not match or int(match[3]) != count:
+    if type(count) is not int or not match or int(match[4]) != count or not 1 <= int(match[2]) <= count:
         raise CheckpointError(
             f"{path} is one of {printable(count)} files of a split model, expected a name such as "
             "model-00001-of-00003.gguf; give the files the names that they came with."
         )
     headers = []
     for number in range(1, count + 1):
-        file = path.with_name(f"{match[1]}{number:05}-of-{match[3]}.gguf")
+        file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
             raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {FETCH_AGAIN}")
-        headers.append(read_header(file))
+        headers.append(header if file == path else read_header(file))
         split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
         if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
-            raise CheckpointError(f"{file} belongs to another model than {path.name}; {FETCH_AGAIN}")
+            raise CheckpointError(
+                f"{file} is no part of the model of the files beside it, or another part; {FETCH_AGAIN}"
+            )
     names = Counter(tensor.name for header in headers for tensor in header.tensors)
     if twice := next((name for name, times in names.items() if times > 1), None):
         raise CheckpointError(f"{path}: the tensor '{printable(twice)}' is in two of the files; {FETCH_AGAIN}")
@@ -128,7 +130,10 @@ def _model_args(headers: Sequence[Header]) -> ModelArgs:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
+    # As in llama.cpp, where a factor without a type is a linear one's.
+    factors = [metadata.get(field, 1) for field in ("llama.rope.scaling.factor", "llama.rope.scale_linear")]
+    plain = all(factor in (0, 1) for factor in factors)
+    scaling = metadata.get("llama.rope.scaling.type", "none" if plain else "linear")
     if scaling != "none" or metadata.get("llama.expert_count"):
         raise CheckpointError("it has scaled RoPE or experts, expected a plain Llama; use another file.")
     tensors = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
@@ -176,19 +181,21 @@ def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -
 
 
 def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[float]:
-    """What each pair's frequency is divided by: head_dim/2 numbers of at least 1."""
+    """What each pair's frequency is divided by: head_dim/2 positive numbers."""
+    from gguf import GGMLQuantizationType as Type
+
     size = args.head_dim // 2
-    if tensor.shape != (size,) or tensor.size != 4 * size:
+    if tensor.shape != (size,) or tensor.type != Type.F32:
         raise CheckpointError(
-            f"{_ROPE_FREQS} has the shape {tensor.shape} in {tensor.size} bytes, expected {size} float32; {FETCH_AGAIN}"
+            f"{_ROPE_FREQS} has the shape {tensor.shape} in {Type(tensor.type).name}, expected ({size},) in F32; "
+            + FETCH_AGAIN
         )
     with header.path.open("rb") as file:
         file.seek(tensor.start)
         divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
-    if not all(0 < divisor < 1e6 for divisor in divisors):
-        raise CheckpointError(
-            f"{_ROPE_FREQS} holds {min(divisors)} to {max(divisors)}, expected divisors from 1; {FETCH_AGAIN}"
-        )
+    # From far below the 1 of a pair that is left alone to far above any factor.
+    if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors of about 1 to 100; {FETCH_AGAIN}")
     return divisors
 
 
@@ -261,7 +268,7 @@ def _stored(headers: Sequence[Header]) -> Stored:
     )
 
 
-def _weights(headers: Sequence[Header], progress: Progress) -> dict[str, Weight]:
+def _weights(headers: Sequence[Header], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
     """All weights under Meta's names. q and k need no permutation: llama's GGUF holds Meta's layout."""
     import numpy as np
 
@@ -273,7 +280,7 @@ def _weights(headers: Sequence[Header], progress: Progress) -> dict[str, Weight]
             data = np.memmap(header.path, dtype=np.uint8, mode="c")
         for tensor in header.tensors:
             if tensor.name != _ROPE_FREQS:
-                weights[_meta_name(tensor.name)] = _weight(header.path, tensor, data)
+                weights[names[tensor.name]] = _weight(header.path, tensor, data)
             progress("reading", len(weights), total)
     return weights
 
@@ -292,7 +299,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
     plain = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
     if type in plain:
         return torch.from_numpy(raw).view(plain[type]).view(tensor.shape)
-    blocks = raw.reshape(*tensor.shape[:-1], -1)  # (out, bytes of a row)
+    blocks = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # (out, bytes of a row)
 
     def dequantise(start: int, stop: int) -> torch.Tensor:
         with np.errstate(all="ignore"):
@@ -308,12 +315,14 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
             f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another file."
         ) from error
     if len(tensor.shape) == 1:
-        return dequantise(0, len(blocks))
+        return dequantise(0, 1)[0]
     return Quantised((tensor.shape[0], tensor.shape[1]), tensor.size, dequantise)
 
 
-def _meta_name(name: str) -> str:
-    """blk.3.attn_q.weight → layers.3.attention.wq.weight; a name that is not known stays what it is."""
-    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)) and match[2] in _LAYER_NAMES:
-        return f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
-    return _NAMES.get(name, name)
+def weight_names(args: ModelArgs) -> dict[str, str]:
+    """The file's name of each weight → Meta's: blk.3.attn_q.weight → layers.3.attention.wq.weight"""
+    names = dict(_NAMES)
+    for layer in range(args.n_layers):
+        for name, metas in _LAYER_NAMES.items():
+            names[f"blk.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return names

@@ -128,8 +128,8 @@ def _read_header(path: Path, cursor: _Cursor) -> Header:
         dims, type_, offset = cursor.scalars("Q", n_dims), cursor.scalar("I"), cursor.scalar("Q")
         table.append((name, tuple(reversed(dims)), type_, offset))
     alignment = Fields(metadata).integer("general.alignment", default=32)
-    if alignment & (alignment - 1):
-        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two; {FETCH_AGAIN}")
+    if alignment % 8 or alignment & (alignment - 1):
+        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two from 8 on; {FETCH_AGAIN}")
     data_start = _aligned(cursor.position, alignment)
     tensors = [_place(entry, data_start, len(cursor.data)) for entry in table]
     if len({tensor.name for tensor in tensors}) != len(tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
 PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
+FP8_SCALES = "fp8_scales_0.pt"
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
 _MAX_PARAMS = 1 << 20
@@ -48,11 +50,15 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
 
     Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
     """
-    required = [PARAMS, WEIGHTS] if tokenizer else [PARAMS, TOKENIZER, WEIGHTS]
-    for file in required:
+    for file in [PARAMS] if tokenizer else [PARAMS, TOKENIZER]:
         if not (directory / file).is_file():
             raise ModelNotFoundError(_missing(directory, file))
     shards = _shards(directory)
+    if (directory / FP8_SCALES).exists():
+        raise CheckpointError(
+            f"{directory} holds {FP8_SCALES}, so it is Meta's quantised release in fp8, expected bf16 weights; "
+            "use the release with bf16 in its name."
+        )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
     args = ModelArgs.from_params_json(_read_params(directory / PARAMS), str(directory / PARAMS))
     name = name_of(directory)
@@ -72,8 +78,10 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
 
 def _shards(directory: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
-    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth")}
-    names = [f"consolidated.{number:02}.pth" for number in range(len(found))]
+    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
+    if not found:
+        raise ModelNotFoundError(_missing(directory, WEIGHTS))
+    names = [_shard(number) for number in range(len(found))]
     if missing := [name for name in names if name not in found]:
         raise ModelNotFoundError(
             f"There is no {missing[0]} in {directory}, which holds {max(found)}; fetch the missing shard."
@@ -81,16 +89,44 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def _shard(number: int) -> str:
+    return f"consolidated.{number:02}.pth"
+
+
 def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[str, Weight]:
-    parts = []
-    for shard in shards:
+    parts: list[dict[str, Tensor]] = []
+    for number, shard in enumerate(shards):
+
+        def report(stage: str, done: int, total: int, before: int = number) -> None:
+            progress(stage, before * total + done, len(shards) * total)  # shards are equally long
+
         with reading(shard):
-            weights = load_pth(shard, progress)
+            weights = load_pth(shard, report)
         parts.append({name: weight for name, weight in weights.items() if name not in _IGNORED})
+        if not number:  # before the others are read
+            _check_number(shards, parts[0], args)
     if len(parts) == 1:
         check_shapes({name: tuple(weight.shape) for name, weight in parts[0].items()}, args, shards[0])
         return tie(parts[0])
     return _joined(shards, parts, args)
+
+
+def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: ModelArgs) -> None:
+    """Compare how many shards there are with the number that the first one's share of layer 0's attention tells."""
+    wq, wo = (part.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wo"))
+    rows = args.dim if wq is None or wq.dim() != 2 else len(wq)
+    if wq is None or wo is None or wq.shape != (rows, args.dim) or wo.shape != (args.dim, rows):
+        return  # of another model, as `check_shapes` says
+    if rows * len(shards) < args.dim:
+        raise ModelNotFoundError(
+            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {WEIGHTS} holds {rows} of {args.dim} rows "
+            "of wq; fetch the missing shards."
+        )
+    if rows * len(shards) > args.dim:
+        raise CheckpointError(
+            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {WEIGHTS} holds {rows} of {args.dim} "
+            "rows of wq; remove what is of another model."
+        )
 
 
 def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: ModelArgs) -> dict[str, Weight]:
@@ -100,32 +136,54 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
     """
     from llama_scratch.lazy import Joined
 
-    first = parts[0]
-    for shard, part in zip(shards, parts, strict=True):
-        if OUTPUT in part and part[OUTPUT].data_ptr() == part[EMBEDDING].data_ptr():
+    for part in parts:
+        if {EMBEDDING, OUTPUT} <= part.keys() and _is_one(part[OUTPUT], part[EMBEDDING]):
             del part[OUTPUT]
-        described = [{name: (weight.shape, weight.dtype) for name, weight in p.items()} for p in (part, first)]
-        norms = (name for name, weight in first.items() if weight.dim() == 1)
-        if described[0] != described[1] or not all(part[name].equal(first[name]) for name in norms):
+    _check_alike(shards, parts)
+    first = parts[0]
+    axes = {name: axis for name, weight in first.items() if (axis := _axis(name, weight, len(parts), args)) is not None}
+    shapes = {name: tuple(weight.shape) for name, weight in first.items()}
+    for name, axis in axes.items():
+        shapes[name] = tuple(n * (len(parts) if i == axis else 1) for i, n in enumerate(shapes[name]))
+    check_shapes(shapes, args, shards[0].with_name(f"{shards[0].name} to {shards[-1].name}"))
+    weights: dict[str, Weight] = dict(first)
+    for name, axis in axes.items():
+        weights[name] = Joined([part[name] for part in parts], axis)
+    return tie(weights)
+
+
+def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Shards of one model have equal names, shapes, types and norms, and no two of them hold the same part."""
+    first = {name: (weight.shape, weight.dtype) for name, weight in parts[0].items()}
+    for shard, part in zip(shards, parts, strict=True):
+        same = {name: (weight.shape, weight.dtype) for name, weight in part.items()} == first
+        if not same or not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
             raise CheckpointError(
                 f"{shard} does not hold the same parts of a model as {shards[0].name}, so it is of another one; "
                 + FETCH_AGAIN
             )
-    axes = {name: _axis(name, weight, len(parts), args) for name, weight in first.items()}
-    shapes = {name: tuple(weight.shape) for name, weight in first.items()}
-    for name, axis in axes.items():
-        if axis is not None:
-            shapes[name] = tuple(n * (len(parts) if i == axis else 1) for i, n in enumerate(shapes[name]))
-    check_shapes(shapes, args, shards[0].with_name(f"{shards[0].name} to {shards[-1].name}"))
-    weights: dict[str, Weight] = dict(first)
-    for name, axis in axes.items():
-        if axis is not None:
-            weights[name] = Joined([part[name] for part in parts], axis)
-    return tie(weights)
+    for (one, part), (other, copy) in combinations(zip(shards, parts, strict=True), 2):
+        if all(_equal(part[name], weight) for name, weight in copy.items()):
+            raise CheckpointError(
+                f"{other} holds the same weights as {one.name}, expected another part of the model; {FETCH_AGAIN}"
+            )
+
+
+def _is_one(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, so that NaN is equal to itself: it is for `verify` to find."""
+    import torch
+
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
     """The axis along which the shards' parts of a weight lie side by side; None: each holds all of it."""
+    if piece.dim() != 2:
+        return None
     if _BY_ROWS.fullmatch(name):
         return 0
     if _BY_COLUMNS.fullmatch(name):

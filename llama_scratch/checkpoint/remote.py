@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.checkpoint.download import parse_checklist
+from llama_scratch.checkpoint.checklist import parse_checklist
 from llama_scratch.checkpoint.fetch import digest, only_one, require_room, write_whole, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
 from llama_scratch.progress import Progress

@@ -14,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Checkpoint, is_tied, name_of, reading
+from llama_scratch.checkpoint.checklist import CHECKLIST, MAX_CHECKLIST, parse_checklist
 from llama_scratch.checkpoint.pull import OPEN_MODELS
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import (
@@ -34,11 +35,6 @@ from llama_scratch.progress import Progress, silent
 if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
-CHECKLIST = "checklist.chk"
-# Several times that of the largest model; a line has some 60.
-_MAX_CHECKLIST = 1 << 16
-# As md5sum writes it: the digest, a space, a space or *, the name.
-_CHECKLIST_LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
 # Bytes that are hashed, and numbers that are looked at, at a time.
 _READ, _BLOCK = 1 << 20, 1 << 20
 # Tensors with values that are none are named up to so many.
@@ -287,33 +283,10 @@ def _missing(name: str, why: str) -> Finding:
 
 
 def _read_checklist(file: Path) -> dict[str, str]:
-    """Name → MD5 of `checklist.chk`. Raises `CheckpointError` for anything but what md5sum writes.
-
-    A name may begin with ./, and must not leave the directory.
-    """
-    if not os.path.isfile(file) or file.stat().st_size > _MAX_CHECKLIST:
-        raise CheckpointError(f"{CHECKLIST} is not a file of at most {_MAX_CHECKLIST:,} bytes; {FETCH_AGAIN}")
-    entries: dict[str, str] = {}
-    for number, line in enumerate(os.fsdecode(file.read_bytes()).splitlines(), start=1):
-        if not line.strip():
-            continue
-        if not (match := _CHECKLIST_LINE.fullmatch(line.rstrip())):
-            raise CheckpointError(
-                f"Line {number} of {CHECKLIST} is '{printable(line)}', "
-                f"expected an MD5, two spaces and a file's name; {FETCH_AGAIN}"
-            )
-        digest, name = match[1].lower(), match[2].removeprefix("./")
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or not place.parts or not name.isprintable():
-            raise CheckpointError(
-                f"Line {number} of {CHECKLIST} names '{printable(name)}', "
-                f"expected a file of this directory; {FETCH_AGAIN}"
-            )
-        if entries.setdefault(name, digest) != digest:
-            raise CheckpointError(f"{CHECKLIST} has two MD5s of '{printable(name)}', expected one; {FETCH_AGAIN}")
-    if not entries:
-        raise CheckpointError(f"{CHECKLIST} names no file, expected those of the model; {FETCH_AGAIN}")
-    return entries
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{CHECKLIST} is not a file, expected a list of MD5s; {FETCH_AGAIN}")
+    with file.open("rb") as stream:
+        return parse_checklist(stream.read(MAX_CHECKLIST + 1))
 
 
 def _without_checksum(files: tuple[Path, ...], expected: _Expected, found: list[Finding]) -> list[Finding]:
@@ -420,9 +393,21 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
         meter.advance(weight.nbytes * (stop - start) // rows)
     if first is None:
         return None
+    files = _holders(weight, checkpoint) or files
     counted = " and ".join(f"{n:,} {kind}" for n, kind in ((nans, "NaN"), (infinite, "infinite")) if n)
     sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}, expected none; {FETCH_AGAIN}"
     return Finding(name, "values", "wrong", sentence, files)
+
+
+def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Of the shards that each hold a piece of a weight those whose piece has a value that is no number."""
+    import torch
+
+    from llama_scratch.lazy import Joined
+
+    pieces = weight.pieces if isinstance(weight, Joined) else []
+    found = zip(checkpoint.files, pieces, strict=False)
+    return tuple(file.name for file, piece in found if not all(end.isfinite() for end in torch.aminmax(piece)))
 
 
 def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied
-from llama_scratch.checkpoint.gguf import _LAYER_NAMES, _NAMES
+from llama_scratch.checkpoint.gguf import weight_names
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, printable
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
 _ROPE_FREQS = "rope_freqs.weight"
-_TOP_NAMES = {meta: name for name, meta in _NAMES.items()}
-_PARTS = {meta: name for name, meta in _LAYER_NAMES.items()}
 
 
 def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
@@ -47,6 +45,7 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
         _add_shape(writer, checkpoint)
         writer.add_file_type(types[weights[EMBEDDING].dtype][1])
         _add_tokenizer(writer, checkpoint)
+        theirs = {metas: name for name, metas in weight_names(checkpoint.args).items()} | {_ROPE_FREQS: _ROPE_FREQS}
         kept: dict[str, Weight] = {}
         if (divisors := _rope_divisors(checkpoint.args)) is not None:
             kept[_ROPE_FREQS] = divisors
@@ -54,7 +53,7 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
         for name, weight in kept.items():
             dtype = _stored_type(weight)
             size = weight.numel() * dtype.itemsize
-            writer.add_tensor_info(_gguf_name(name), weight.shape, dtype, size, raw_dtype=types[dtype][0])
+            writer.add_tensor_info(theirs[name], weight.shape, dtype, size, raw_dtype=types[dtype][0])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -71,14 +70,6 @@ def _stored_type(weight: Weight) -> Any:
     import torch
 
     return torch.float32 if len(weight.shape) == 1 else weight.dtype
-
-
-def _gguf_name(name: str) -> str:
-    """layers.3.attention.wq.weight → blk.3.attn_q.weight"""
-    if name in _TOP_NAMES or name == _ROPE_FREQS:
-        return _TOP_NAMES.get(name, name)
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"blk.{layer}.{_PARTS[part]}.weight"
 
 
 def _rope_divisors(args: ModelArgs) -> Tensor | None:
