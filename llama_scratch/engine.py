@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -171,8 +172,8 @@ class Engine:
         length = cache.length + tokens.shape[1]
         text = f"A text of {length:,} tokens"
         growth = cache.growth(length)
-        if growth and self._device.type != "cuda":  # which has a memory of its own
-            require_memory({"KV cache": growth}, text)
+        if growth:
+            require_room({"KV cache": growth}, text, self._device)
         # What looks at a changed network sees what the changes left.
         with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
@@ -219,9 +220,22 @@ class Engine:
                 "shorten it, or raise --context where the model allows it."
             )
         vocab_size = self.model.args.vocab_size
-        for id in (min(ids), max(ids)):  # this runs for each new token, over all that came before it
+        # This runs for each new token, over all that came before it: at the speed of C.
+        try:
+            least, most, _ = min(ids), max(ids), operator.index(sum(ids))  # one that is not whole makes the sum none
+        except TypeError:
+            raise UsageError(
+                f"A token id is no whole number; ids of this model go from 0 to {vocab_size - 1}."
+            ) from None
+        for id in (least, most):
             if not 0 <= id < vocab_size:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
+
+
+def require_room(needed: dict[str, int], what: str, device: torch.device) -> None:
+    """`require_memory`, but on a GPU, which has a memory of its own and says by itself when that is full."""
+    if device.type != "cuda":
+        require_memory(needed, what)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

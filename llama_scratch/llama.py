@@ -4,14 +4,15 @@ line is a thin caller of it."""
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from llama_scratch.chat import ChatFormat, Message
 from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
-from llama_scratch.engine import Engine
+from llama_scratch.engine import Engine, require_room
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
-from llama_scratch.memory import memory_errors, require_memory
+from llama_scratch.memory import memory_errors
 from llama_scratch.model import Transformer
 from llama_scratch.precision import build, check_name, choose, differentiable, find_device, memory_needed
 from llama_scratch.progress import Progress, silent
@@ -103,8 +104,10 @@ class Llama:
     ) -> Llama:
         """Load a model.
 
-        source: a Meta directory, a .gguf file, or the name of a model that `llama-scratch pull` fetched;
-            None looks in the usual places (see `find_model`).
+        source: a directory of Meta's or Hugging Face's files, or a .gguf file; the name of a model that
+            `llama-scratch pull` fetched: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as
+            "Llama3.2-1B"; or a directory at gs:// or az://, whose files are brought here. None looks in the usual
+            places (see `find_model`).
         precision: "fp32", "bf16", "fp16", "int8", or "auto", the fastest that is true on this machine; see
             `precision`. fp16 and int8 become fast with `prepare`.
         device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
@@ -136,8 +139,7 @@ class Llama:
             tokens = room if context is not None else min(room, 4096)
             stored = embedding.dtype if isinstance(embedding, Tensor) else None
             needed = memory_needed(args, precision, stored, tokens, target, tied=is_tied(weights))
-            if target.type != "cuda":  # which has a memory of its own
-                require_memory(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens")
+            require_room(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens", target)
             model, packing = build(weights, args, precision, target, checkpoint.files)
         info = ModelInfo(
             name=checkpoint.name,
@@ -228,10 +230,13 @@ class Llama:
         """The ids that the model sees for a prompt.
 
         special: read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
+        Raises `UsageError` for what is neither a text nor whole numbers.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, special=special)
-        return [int(id) for id in prompt]
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise UsageError(f"The prompt is {printable(repr(prompt))}, expected a text or a sequence of token ids.")
+        return [id if type(id) is int else self._id(id) for id in prompt]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, in the format that the model was trained for, up to where its answer begins.
@@ -253,7 +258,14 @@ class Llama:
 
     def token(self, id: int) -> Token:
         """A token of the vocabulary. Raises `UsageError` where there is none of that id."""
-        return Token(id, self.tokenizer.token_text(id))
+        return Token(id := self._id(id), self.tokenizer.token_text(id))
+
+    def _id(self, id: object) -> int:
+        if (number := whole_number(id)) is None:
+            raise UsageError(
+                f"{printable(repr(id))} is not a token id of this model; ids go from 0 to {self.args.vocab_size - 1}."
+            )
+        return number
 
     def candidates(self, logits: Tensor, top: int) -> tuple[Candidate, ...]:
         """The `top` most probable tokens by their logits, (vocab_size,): best first, softmax in float64."""
@@ -399,6 +411,14 @@ def _one_after_the_other(first: Tap | None, second: Tap | None) -> Tap:
         return value
 
     return both
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of any type (NumPy's and torch's too) as Python's; None for anything else, True and False too."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

@@ -63,27 +63,39 @@ def tapped(model: Transformer, taps: Mapping[str, Tap]) -> Iterator[None]:
 
     Raises `UsageError` for a place that there is not.
     """
-    with ExitStack() as stack:
-        if taps:
-            here = _Here()
+    if not taps:
+        yield
+        return
+    here = _Here()
+    attentions = [cast(TransformerBlock, layer).attention for layer in model.layers]
+    attends = [attention.attend for attention in attentions]
+    try:
+        with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(here.begin, with_kwargs=True).remove)
             for place, tap in taps.items():
                 stack.callback(_attach(model, place, partial(here.call, tap)))
-        yield
+            yield
+    finally:
+        # First of all: Ctrl-C can fall between hanging a tap up and noting how to take it down, and what is left behind
+        # then does nothing.
+        here.over = True
+        for attention, attend in zip(attentions, attends, strict=True):
+            attention.attend = attend
 
 
 class _Here:
-    """Where the network is in its text."""
+    """Where the network is in its text. over: the taps are no longer called."""
 
     def __init__(self) -> None:
         self._start = 0
+        self.over = False
 
     def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self._start = 0 if cache is None else cache.length
 
     def call(self, tap: Tap, value: Tensor) -> Tensor | None:
-        return tap(value, self._start)
+        return None if self.over else tap(value, self._start)
 
 
 _Call = Callable[[Tensor], Tensor | None]

@@ -29,6 +29,10 @@ KEYS = {
 }
 
 
+# What a prompt writes when it begins to read keys: it asks for marked pastes.
+_READS_KEYS = b"\x1b[?2004h"
+
+
 class _Screen(pyte.Screen):
     """A screen that answers when the program asks where the cursor is."""
 
@@ -133,8 +137,21 @@ class Terminal:
         for key in keys:
             self._child.send(KEYS.get(key, key))
 
+    def command(self, line: str, said: str) -> None:
+        """Type a line, and wait for what is said to it and for the prompt behind that, which reads keys."""
+        seen = self.seen(said)
+        self.type(line, "enter")
+        self.wait_for_more(said, seen)
+        end = time.monotonic() + self.timeout
+        while self._output.rfind(_READS_KEYS) < self._output.rfind(said.encode()):
+            if time.monotonic() > end or not self.read():
+                raise AssertionError(f"no prompt came behind {said!r}; the screen shows:\n{self.text}")
+
     def paste(self, text: str) -> None:
-        """Paste a text in one piece, as terminals mark it."""
+        """Paste a text in one piece, as terminals mark it.
+
+        While no prompt reads keys a terminal takes lines, and cuts them at 4,096 bytes: see `command`.
+        """
         self._child.send(f"\x1b[200~{text}\x1b[201~")
 
     def resize(self, columns: int, rows: int) -> None:

@@ -124,8 +124,8 @@ def test_a_changed_networks_attention_is_seen_changed(tiny: Llama) -> None:
         (3, None, "There is no layer 3, expected one from 0 to 2."),
         (3, 0, "There is no layer 3"),
         (1, 4, "There is no head 4 in a layer, expected one from 0 to 3."),
-        (-1, None, "'L-1' is not the name of a part"),
-        (1, -1, "'L1.H-1' is not the name of a part"),
+        (-1, None, "There is no layer -1, expected one from 0 to 2."),
+        (1, -1, "There is no head -1 in a layer, expected one from 0 to 3."),
     ],
 )
 def test_a_layer_or_head_that_there_is_not_is_refused(tiny: Llama, layer: int, index: int | None, message: str) -> None:

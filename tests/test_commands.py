@@ -85,7 +85,7 @@ def test_force_takes_the_token_as_it_is_shown_quoted_or_by_its_id(session: Sessi
 
 @pytest.mark.parametrize(
     ("token", "said"),
-    [("␣Paris␣is", "is 2 tokens"), ("#99999", "not a token id"), ("xylophonic", "expected one"), ('""', "0 tokens")],
+    [("␣Paris␣is", "is 2 tokens"), ("#99999", "not a token id"), ("xylophonic", "expected one"), ('""', "empty text")],
 )
 def test_force_refuses_what_is_not_one_token(session: Session, token: str, said: str) -> None:
     run(session, "The capital of France is")
@@ -125,6 +125,13 @@ def test_generate_draws_as_the_settings_say(session: Session, llama: Llama) -> N
     assert drawn["ids"] != greedy["ids"]
     run(session, "/greedy")
     assert run(session, "/generate 8") == greedy
+
+
+def test_a_new_conversation_has_no_view_to_draw_yet(session: Session) -> None:
+    run(session, "The capital of France is", "/tokens")
+    assert session.page is not None
+    run(session, "/system Be brief.")
+    assert session.page is None
 
 
 def test_clear_forgets_the_text(session: Session) -> None:

@@ -17,7 +17,7 @@ from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attribution
 from llama_scratch.microscope.effect import effect
-from llama_scratch.microscope.interventions import ablate, changed, mean_ablate
+from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate
 from llama_scratch.microscope.parts import Part
 from llama_scratch.model import Attention
 from llama_scratch.progress import Progress
@@ -153,6 +153,19 @@ def test_the_same_once_more_takes_the_place_of_the_first(session: Session) -> No
     assert session.labels == ["-L0", "-L1.H2"]
     run(session, "/steer 1 2 ab | ac", "/steer 1 2 ab | ac")
     assert session.labels == ["-L0", "-L1.H2", "+2·(b−c)@L1"]
+
+
+def test_directions_with_the_same_name_add_up(session: Session) -> None:
+    """They are named after the words at which their texts part, which other texts may have too."""
+    lines = ["/steer 1 2 ab | ac", "/steer 1 2 ab d | ac e", "/steer 1 2 ab f | ac g"]
+    names = ["+2·(b−c)@L1", "+2·(b−c)@L1#2", "+2·(b−c)@L1#3"]
+    run(session, PROMPT, *lines)
+    assert session.labels == names
+    assert len({intervention.meaning for intervention in session.interventions}) == 3
+    run(session, lines[1])
+    assert session.labels == [names[0], names[2], names[1]]
+    run(session, f"/restore {names[1]}")
+    assert session.labels == [names[0], names[2]]
 
 
 @pytest.mark.parametrize("name", ["L1", "L1.attn", "L1.ffn", "L1.H3", "L1.N9", "1.3"])
@@ -499,7 +512,9 @@ def test_without_a_text_there_is_nothing_to_look_at(session: Session, line: str)
         ("/why ab vs two words", "tokens ("),
         ("/why #99999", "99999 is not a token id"),
         ("/why #41 vs #41", "Both tokens are ')', expected two that differ."),
-        ('/why ""', "0 tokens"),
+        ('/why ""', "'\"\"' is an empty text, expected one token, by its text or as #7042."),
+        ('/why a vs ""', "'\"\"' is an empty text"),
+        ("/why Paris vs", "'Paris vs' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."),
         ("/why \x1b[31m", "expected one"),
         ("/ablate L3", "There is no layer 3, expected one from 0 to 2."),
         ("/ablate L1.H4", "There is no head 4 in a layer, expected one from 0 to 3."),
@@ -510,6 +525,9 @@ def test_without_a_text_there_is_nothing_to_look_at(session: Session, line: str)
         ("/ablate \x1b[31m", "is not the name of a part"),
         ("/patch", "No text was given for /patch"),
         ("/patch ab", "tokens, expected the same number"),
+        ('/patch ""', "No text was given for /patch, expected another one"),
+        ('/patch L1@0 ""', "No text was given for /patch L1@0, expected the one that it is taken from."),
+        ("/patch L1@\x1b[31m", "No text was given for /patch L1@\\x1b[31m"),
         (f"/patch {PROMPT}", "Both texts are answered with"),
         ("/patch L1@0", "No text was given for /patch L1@0"),
         ("/patch L3@0 ab", "There is no layer 3"),
@@ -518,24 +536,26 @@ def test_without_a_text_there_is_nothing_to_look_at(session: Session, line: str)
         (f"/patch L1@99 {SAME_LENGTH}", "There is no position '99' in this text, expected 'all' or one from -"),
         (f"/patch L1@-99 {SAME_LENGTH}", "There is no position '-99' in this text"),
         (f"/patch L1@99999999999999 {SAME_LENGTH}", "There is no position '99999999999999' in this text"),
-        (f"/patch L1@x {SAME_LENGTH}", "There is no position 'x' in this text"),
+        (f"/patch L1@x {SAME_LENGTH}", "; a text that begins like L5@3 stands in double quotes."),
+        ("/patch L1@99 a", "There is no position '99' in this text, expected one from -"),
         (f"/patch L1@ {SAME_LENGTH}", "There is no position '' in this text"),
-        ("/patch L1@5 a", "There is no position '5' in the other text"),
+        ("/patch L1@5 a", "There is no position '5' in the other text, expected one from -"),
         ("/patch L1@all a", "tokens, expected the same number for 'all'."),
         ("/steer", "needs an argument"),
         ("/steer 1", "'' was given for the scale, expected a number."),
-        ("/steer 1 2", "expected two texts with a | between them."),
-        ("/steer 1 2 ab", "expected two texts with a | between them."),
-        ("/steer 1 2 ab | ac | ad", "expected two texts with a | between them."),
-        ("/steer 1 2 | ac", "expected two texts with a | between them."),
+        ("/steer 1 2", "expected two texts with a | between them; one that has a | in it stands in double quotes."),
+        ("/steer 1 2 ab", "expected two texts with a | between them"),
+        ("/steer 1 2 ab | ac | ad", "expected two texts with a | between them"),
+        ("/steer 1 2 | ac", "expected two texts with a | between them"),
         ("/steer x 2 ab | ac", "'x' was given for a layer, expected a whole number"),
         ("/steer -1 2 ab | ac", "'-1' was given for a layer"),
         ("/steer 3 2 ab | ac", "There is no layer 3, expected one from 0 to 2."),
         ("/steer 1 two ab | ac", "'two' was given for the scale, expected a number."),
-        ("/steer 1 nan ab | ac", "'nan' was given for the scale, expected a finite number."),
+        ("/steer 1 nan ab | ac", "The scale is nan, expected a finite number."),
         ("/steer 1 inf ab | ac", "expected a finite number."),
         ("/steer 1 1e999 ab | ac", "expected a finite number."),
         ("/steer 1 1e39 ab | ac", "too long for numbers, expected a smaller one."),
+        ("/steer 1 1e21 ab | ac", "too long for numbers, expected a smaller one."),
         ("/restore", "Nothing is changed"),
         ("/restore -L1", "Nothing is changed"),
     ],
@@ -549,15 +569,13 @@ def test_what_cannot_be_meant_is_a_sentence(session: Session, line: str, said: s
 
 def test_too_much_of_a_direction_is_refused_and_not_put_on(session: Session) -> None:
     """The network is not said to be damaged; without a text it is said of the first one, and can be taken off."""
-    lines = [f"/steer 1 {2e37 + n * 1e36:g} ab | ac" for n in range(9)]
-    run(session, *lines)
-    sentence = refused(session, PROMPT)
-    assert "take them off, or choose a smaller scale." in sentence
-    run(session, "/restore", PROMPT, *lines[:3])
+    huge = Intervention("huge", "Much.", {"layers.1.resid_post": lambda value, _start: value * float("inf")})
+    session.intervene([huge])
+    assert "take them off, or choose a smaller scale." in refused(session, PROMPT)
+    run(session, "/restore", PROMPT, "/ablate L1")
     with pytest.raises(UsageError, match="take them off, or choose a smaller scale"):
-        run(session, *lines[3:])
-    assert 3 <= len(session.labels) < 9
-    assert sentence == refused(session, lines[len(session.labels)])
+        session.intervene([*session.interventions, huge])
+    assert session.labels == ["-L1"]
     run(session, PROMPT)
 
 
@@ -625,6 +643,26 @@ def test_an_interruption_of_the_effect_leaves_what_was_on(session: Session, monk
     before = state(session)
     with pytest.raises(KeyboardInterrupt):
         respond(session, "/ablate L1")
+    assert state(session) == before
+
+
+def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends in "Cancelled" is not on, even where nothing was left but to show it."""
+    run(session, PROMPT, "/ablate L0.H1")
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    before = state(session)
+    monkeypatch.setattr("llama_scratch.render.pages.patching.effect", interrupted)
+    for line in ("/ablate L1 mean", "/ablate L1", f"/patch L1@2 {SAME_LENGTH}", "/steer 1 2 ab | ac"):
+        with pytest.raises(KeyboardInterrupt):
+            respond(session, line)
+        assert state(session) == before
+    monkeypatch.setattr(session, "interactive", True)
+    monkeypatch.setattr(session, "show_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        respond(session, "/restore")
     assert state(session) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -303,16 +304,31 @@ def test_steering_back_is_a_minus(llama: Llama) -> None:
     assert apart(logits_of(changed(llama, [there, back])), logits_of(llama)) <= 1e-5
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1e39, 3.4e38])
+@pytest.mark.parametrize("scale", [-1e39, 3.4e38, 1e21])
 def test_a_direction_that_is_too_long_for_numbers_is_refused(llama: Llama, scale: float) -> None:
+    """Of the last one each number is finite, but not its square, which the next norm takes."""
     with pytest.raises(UsageError, match="too long for numbers, expected a smaller one"):
         steer(llama, 1, scale, OTHER, IDS)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 10**400], ids=str)
+def test_a_scale_that_is_no_number_is_refused(llama: Llama, scale: float) -> None:
+    with pytest.raises(UsageError, match=r"^The scale is .*, expected a finite number.$"):
+        steer(llama, 1, scale, OTHER, IDS)
+
+
+def test_an_intervention_is_the_same_as_itself_alone(llama: Llama) -> None:
+    """It compares and hashes, whatever tensors its taps hold."""
+    first, second = (steer(llama, 1, 1.0, OTHER, IDS) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
+    assert [second, first].index(first) == 1
+
+
 def test_a_network_that_is_changed_beyond_all_numbers_is_not_called_damaged(llama: Llama) -> None:
     """Its weights are whole; without the intervention they would be named."""
-    huge = steer(llama, 1, 2e37, OTHER, IDS)
-    network = changed(llama, [huge] * 20)
+    network = llama.intervened({"layers.1.resid_post": lambda value, _start: value * math.inf})
     for run in (lambda: network.predict(IDS), lambda: network.logits(IDS), lambda: logits_of(network)):
         with pytest.raises(UsageError) as raised:
             run()
@@ -321,10 +337,16 @@ def test_a_network_that_is_changed_beyond_all_numbers_is_not_called_damaged(llam
         assert ". " not in str(raised.value)
 
 
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_there_is_not_is_refused(llama: Llama, layer: int) -> None:
-    with pytest.raises(UsageError, match="with a layer from 0 to 2"):
+@pytest.mark.parametrize("layer", [-1, 3, 0.5, True, "1"])
+def test_a_layer_that_there_is_not_is_refused(llama: Llama, layer: Any) -> None:
+    with pytest.raises(UsageError, match=f"^There is no layer {layer!r}, expected one from 0 to 2.$"):
         steer(llama, layer, 1.0, OTHER, IDS)
+
+
+@pytest.mark.parametrize("top", [0, -3])
+def test_an_effect_on_no_token_is_refused(llama: Llama, top: int) -> None:
+    with pytest.raises(UsageError, match=f"^{top} candidates were asked for, expected at least 1.$"):
+        effect(llama, llama, IDS, [], top)
 
 
 # --- Several, pieces, and the cache -----------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +102,48 @@ def test_ids_that_are_none_or_unknown_are_refused(llama: Llama, prompt: list[int
     for call in (llama.predict, llama.logits, llama.generate):
         with pytest.raises(UsageError):
             call(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[1.0], [60, 61.5, 62], ["60"], [True], [60, None], [[60]], torch.tensor([60.5]), 60, 1.5, None, b"ab"],
+    ids=str,
+)
+def test_what_is_no_text_and_no_ids_is_a_sentence(llama: Llama, prompt: Any) -> None:
+    calls: list[Callable[[Any], object]]
+    calls = [
+        llama.predict,
+        llama.logits,
+        llama.generate,
+        lambda ids: llama.complete(ids, 3),
+        llama.inspect,
+        llama.encode,
+    ]
+    for call in calls:
+        with pytest.raises(UsageError) as raised:
+            call(prompt)
+        message = str(raised.value)
+        assert ". " not in message.removesuffix(".")
+        assert "is not a token id of this model; ids go from 0 to 555." in message or (
+            message.startswith("The prompt is ") and message.endswith("expected a text or a sequence of token ids.")
+        )
+
+
+@pytest.mark.parametrize("ids", [[1.0], [60, 61.5, 62], ["60"], [60, "61"], [60, None]], ids=str)
+def test_the_engine_takes_whole_numbers_alone(llama: Llama, ids: Any) -> None:
+    for call in (llama.engine.next_logits, llama.engine.all_logits, lambda ids: llama.engine.run([ids], {})):
+        with pytest.raises(UsageError, match=r"A token id is no whole number; ids of this model go from 0 to 555."):
+            call(ids)
+
+
+def test_ids_of_any_whole_type_are_taken(llama: Llama) -> None:
+    for prompt in ((60, 61), torch.tensor([60, 61]), np.array([60, 61]), range(60, 62)):
+        assert llama.encode(cast(Any, prompt)) == [60, 61]
+        assert {type(id) for id in llama.encode(cast(Any, prompt))} == {int}
+    assert llama.token(cast(Any, np.int64(60))).id == 60
+    for wrong in (60.0, True, "60"):
+        with pytest.raises(UsageError, match=r"is not a token id of this model; ids go from 0 to 555\.$"):
+            llama.token(cast(Any, wrong))
 
 
 def test_the_empty_text_is_the_beginning_of_text_alone(llama: Llama) -> None:

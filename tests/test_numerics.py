@@ -188,6 +188,20 @@ def test_the_command(tiny: Llama) -> None:
     assert set(completions(session, "/numerics ")) == {f"/numerics {name}" for name in VARIANTS}
 
 
+def test_changes_that_are_on_are_not_in_it_and_that_is_said(tiny: Llama) -> None:
+    session = started(tiny)
+    session.predict(IDS)
+    intact = run(session, "/numerics rope")
+    run_command(session, "/ablate L0.H0 L1")
+    changed = run(session, "/numerics rope")
+    assert "without" not in intact
+    assert changed == intact | {"without": ["-L0.H0", "-L1"]}
+    reply = run_command(session, "/numerics rope")[1]
+    assert reply is not None
+    assert reply.view is not None
+    assert "Each network is as it was loaded, without -L0.H0, -L1." in shown(reply.view, 80)
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_the_page_fits_its_terminal(found: Numerics, width: int) -> None:
     text = shown(page_terminal.view(pages.page(found)), width)

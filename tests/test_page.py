@@ -126,6 +126,17 @@ def test_a_table_has_bars_to_both_sides_and_counts_what_it_leaves_out() -> None:
     assert "█" in right
 
 
+def test_a_column_of_nothing_but_bars_gives_way_on_a_narrow_terminal() -> None:
+    rows = tuple((Cell("a word or two"), Cell("0.50"), Cell("", bar=share)) for share in (0.1, 0.9))
+    table = Table(("token", ">share", ""), rows)
+    assert "█" in shown(table, width=40)
+    narrow = shown(table, width=26)
+    assert "█" not in narrow
+    assert narrow.count("a word or two") == 2
+    named = shown(replace(table, columns=("token", ">share", "bar")), width=26)
+    assert "bar" in named  # a column with a name stays
+
+
 def test_bars_grow_in_eighths() -> None:
     def bar(share: float) -> str:
         return shown(Table(("a",), ((Cell("", bar=share),),)), width=43).splitlines()[2].strip()
@@ -204,6 +215,18 @@ def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
     assert "\u202e" not in text
 
 
+def test_plain_lines_say_what_they_leave_out() -> None:
+    """All columns are there where no command shows the others; small maps are pooled, and say so."""
+    (_, row) = plain(replace(with_texts(30), rows=("r0",), values=(30 * (0.5,),), texts=(30 * ("x",),), first=0))
+    assert row.count("0.5") == 30
+    assert plain(replace(with_texts(30, more="/lens {}"), first=0))[-1] == (
+        "positions 0 to 7 of 30; /lens 8 shows later ones"
+    )
+    small, large = ramp(4, 4), ramp(20, 20)
+    assert plain(Gallery("Maps", (large, large)))[-1] == "Of 20 × 20 values the strongest of each 4 × 2 or so is shown."
+    assert "strongest" not in " ".join(plain(Gallery("Maps", (small,))))
+
+
 def test_plain_lines_leave_out_what_a_table_says_better() -> None:
     piece = Cell(" Paris", token=True, hover="3 bits")
     assert plain(Running((piece,), spoken=False), Table(("token", ""), ((piece, Cell("-", said="gone")),))) == [
@@ -221,6 +244,7 @@ def test_pooling_keeps_the_strongest_of_each_block() -> None:
     assert small.values == ((-3, 2), (1, 0))
     assert small.rows == ("r0", "r2")
     assert "4 × 4 values the strongest of each 2 × 2" in pooling(heatmap, small)
+    assert "4 × 4 values the strongest of each 2 × 1" in pooling(heatmap, pooled(heatmap, 3, 4))
     assert pooled(heatmap, 4, 9) is heatmap
     assert pooling(heatmap, heatmap) == ""
 

@@ -15,6 +15,7 @@ from llama_scratch.progress import Progress
 from llama_scratch.render.page import Page, Paragraph
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
 from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
 
@@ -70,14 +71,34 @@ def test_without_a_view_the_answer_is_drawn(session: Session) -> None:
     assert f"id {prediction.next.id}, log-probability" in page
 
 
+def test_after_another_answer_that_one_is_drawn(session: Session, tiny_dir: Path, tmp_path: Path) -> None:
+    """Whatever brought it: the view of the text before is not what was shown last any more."""
+    respond(session, "the")
+    respond(session, f"/save {tmp_path / 'session.jsonl'}")
+    for line in (
+        "the nation", "/undo", "/force #60", "", "/precision bf16", "/ablate L0.H0 mean", "/undo", "/ablate L0.H0",
+        "/restore", f"/load {tmp_path / 'session.jsonl'}", f"/model {tiny_dir}",
+    ):  # fmt: skip
+        respond(session, "/tokens")
+        assert session.page is not None
+        assert session.page.title == "Tokens"
+        respond(session, line)
+        assert (session.page and session.page.title) == ("Before and after" if "/ablate" in line else None), line
+        session.moments = session.moments * 2
+    respond(session, "/tokens")
+    respond(session, "/clear")
+    with pytest.raises(LlamaScratchError, match="nothing to draw yet"):
+        run_command(session, "/picture a.html")
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("a.txt", "'a.txt' was given for /picture, expected a name in .png, .html"),
+        ("a.txt", "'a.txt' was given for /picture, expected a name that ends in .png or .html."),
         ("a", "'a' was given"),
         ("there.html", "is there already, so it stays"),
         ("link.png", "is there already, so it stays"),
-        ("/nowhere/a.png", "cannot be written"),
+        ("there.html/a.png", "cannot be written"),
         ("~nobody-at-all/a.png", "cannot be resolved"),
     ],
 )

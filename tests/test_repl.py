@@ -130,16 +130,14 @@ def test_ctrl_c_cancels_what_is_running(smollm2_path: Path, state: dict[str, str
 
 
 def test_ctrl_c_during_a_long_prompt_leaves_the_session_answering(session: Terminal) -> None:
-    session.type("/live off", "enter")  # else it may be read before Enter
-    session.settle()
+    session.command("/live off", "is off")  # else it may be read before Enter
     session.paste("word " * 6000 + "end")
     session.settle()
     session.type("enter")
     session.wait_for("Reading")
     session.interrupt()
     session.wait_for("Cancelled.")
-    session.type("/live on", "enter")
-    session.settle()
+    session.command("/live on", "is on")
     assert "␣Paris" in ask(session, "The capital of France is")
     assert candidates(session.text)[-5][0] == "␣Paris"
 

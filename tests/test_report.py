@@ -64,7 +64,7 @@ def test_a_changed_network_is_examined_as_it_is(session: Session, tmp_path: Path
     assert "With -L0.H0" in report(session, tmp_path / "page.html")
 
 
-@pytest.mark.parametrize("name", ["page.txt", "page", "nowhere/page.html", ""])
+@pytest.mark.parametrize("name", ["page.txt", "page.png", "page", "nowhere/page.html", ""])
 def test_a_file_that_cannot_be_written_is_a_sentence(session: Session, tmp_path: Path, name: str) -> None:
     session.predict("The capital")
     with pytest.raises(LlamaScratchError) as caught:

@@ -168,7 +168,7 @@ def test_the_command(tiny: Llama, argument: str, expected: tuple[int, int, int])
         ("-1", "was given for /rope"),
         ("131072", "There is no position 131072, expected one from 0 to 131071"),
         ("3.0", "There is no layer 3, expected one from 0 to 2"),
-        ("0.4", "There is no head 4, expected one from 0 to 3"),
+        ("0.4", "There is no head 4 in a layer, expected one from 0 to 3"),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(tiny: Llama, argument: str, said: str) -> None:

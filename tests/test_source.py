@@ -13,7 +13,9 @@ from llama_scratch import config, engine, model
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import source as module
-from llama_scratch.microscope.source import CONCEPTS, Source, names, source
+from llama_scratch.microscope.source import CONCEPTS, Source, concepts, names, source
+from llama_scratch.render.page import Table
+from llama_scratch.render.pages import source as pages
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
 from llama_scratch.repl.session import Session
 from tests.test_imports import loaded_after
@@ -51,6 +53,10 @@ def names_of(found: Source) -> list[str]:
         ("model.py", ["model.py"]),
         ("checkpoint.meta", ["checkpoint/meta.py"]),
         ("checkpoint/meta.py", ["checkpoint/meta.py"]),
+        ("llama_scratch/model.py", ["model.py"]),
+        ("model.py:1", ["model.py"]),  # outside of all parts
+        (f"model.py:{model.KVCache.update.__code__.co_firstlineno + 1}", ["model.KVCache.update"]),
+        (f"llama_scratch/model.py:{model.KVCache.__init__.__code__.co_firstlineno}", ["model.KVCache.__init__"]),
         ("/surprisal", ["microscope.surprisal.surprisal"]),
         ("choices", ["microscope.choices.choices"]),
         ("/generate", ["repl.commands.text._generate"]),
@@ -115,6 +121,16 @@ def test_a_file_is_shown_whole() -> None:
     assert found.text + "\n" == Path(model.__file__).read_text(encoding="utf-8")
 
 
+def test_each_place_that_a_view_prints_is_taken() -> None:
+    """As the list of concepts prints it, and as the heading above the lines does."""
+    listed = pages.contents(concepts()).parts[0]
+    assert isinstance(listed, Table)
+    places = {row[0].text: row[2].text for row in listed.rows}
+    for concept, (passage, *_) in concepts().items():
+        for place in (places[concept], f"{passage.path}:{passage.first_line}"):
+            assert source(place).passages == (passage,)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -129,6 +145,11 @@ def test_a_file_is_shown_whole() -> None:
         ("", "Nothing here is called ''"),
         (".", "Nothing here is called '.'"),
         ("../setup", "Nothing here is called"),
+        ("model.py:0", "model.py has no line 0, expected one from 1 to "),
+        ("model.py:99999", "model.py has no line 99999, expected one from 1 to "),
+        ("nothing.py:5", "Nothing here is called 'nothing.py:5'"),
+        ("model.py:x", "Nothing here is called 'model.py:x'"),
+        ("loading.py:-1", "Nothing here is called"),
     ],
 )
 def test_what_is_not_there_or_not_one(name: str, sentence: str) -> None:

@@ -567,6 +567,9 @@ def test_a_pipe_walks_with_one_command_a_stop(session: Session, walked: Walk) ->
     assert run(session, "/step")["stop"] == walked.out(walked.to(1) + 5)
     printed = run(session, "/step print x[0, -1, :4]")
     assert printed["rows"] == [list(value_of(walked.stops[printed["stop"]], "x").first)]
+    for empty in ("x[0:0]", "x[0, 0:0]", "x[..., 0:0]"):
+        with pytest.raises(UsageError, match=r"expected an index within it, found \[.*0:0\].$"):
+            run(session, f"/step print {empty}")
     ended = run(session, "/step end")
     assert ended["ended"]
     assert run(session, "/step next")["stop"] == walked.next(0)

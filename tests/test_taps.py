@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from llama_scratch import engine as engine_module
+from llama_scratch import taps as taps_module
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.model import Attention, TransformerBlock, attend
@@ -278,6 +282,41 @@ def test_nothing_is_left_when_a_run_raises(
         run(llama, {"layers.0.attention.k": lambda value, _start: value, place: tap})
     assert is_untapped(llama)
     assert torch.equal(run(llama, {}), logits)
+
+
+def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, logits: Tensor) -> None:
+    """Python hears Ctrl-C when a function of its own begins and when one of C's comes back: at each of these in turn,
+    while taps are hung up, called and taken down."""
+    changed = ("attention.probs", "attention.v", "resid_post")
+    taps: dict[str, Tap] = {f"layers.1.{place}": lambda value, _start: value * 0 for place in changed}
+    files = {taps_module.__file__, contextlib.__file__}
+    heard, at = 0, 0
+
+    def hear(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal heard
+        heard += frame.f_code.co_filename in files and event in ("call", "c_return")
+        if heard == at:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    while True:
+        heard, at = 0, at + 1
+        sys.setprofile(hear)
+        try:
+            run(llama, taps)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.setprofile(before)
+        assert torch.equal(run(llama, {}), logits), at
+        assert all(block(llama, layer).attention.attend is attend for layer in range(3)), at
+        for module in modules_with_hooks(llama):  # which do nothing any more
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+    assert at > 50
 
 
 @pytest.mark.parametrize(

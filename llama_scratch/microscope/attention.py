@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_scratch.engine import Engine
-from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Token
@@ -135,7 +134,8 @@ def attention_map(
     as `Llama.predict` does.
     """
     args, T = llama.args, len(ids)
-    _ = Part.named(f"L{layer}" if head is None else f"L{layer}.H{head}", args)
+    layer = numbered("layer", layer, args.n_layers)
+    head = None if head is None else numbered("head", head, args.n_heads, " in a layer")
     heads = slice(None) if head is None else slice(head, head + 1)
     found = torch.zeros(len(range(args.n_heads)[heads]), T, T)
 
@@ -155,8 +155,7 @@ def head(
     """
     begin = max(0, len(ids) - WINDOW) if first is None else first
     probs = attention_map(llama, ids, layer, head, progress)  # (T, T)
-    if not 0 <= begin < len(ids):
-        raise UsageError(f"There is no position {begin} in this text, expected one from 0 to {len(ids) - 1}.")
+    begin = numbered("position", begin, len(ids), " in this text")
     best = probs[-1].topk(min(_LINKS, len(ids)))
     return Head(
         next(scores for scores in head_scores(llama, progress) if (scores.layer, scores.head) == (layer, head)),
@@ -174,9 +173,7 @@ def heads(llama: Llama, ids: Sequence[int], layer: int | None = None, progress: 
     Raises `UsageError` for a layer that there is not, and as `Llama.predict` does.
     """
     args, T = llama.args, len(ids)
-    if layer is not None:
-        _ = Part.named(f"L{layer}", args)
-    layers = range(args.n_layers) if layer is None else [layer]
+    layers = range(args.n_layers) if layer is None else [numbered("layer", layer, args.n_layers)]
     step = max(1, math.ceil(T / _SMALL))
     P = math.ceil(T / step)
     small = {layer: torch.zeros(args.n_heads, P, P) for layer in layers}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Token
@@ -114,8 +114,7 @@ def cached_layer(llama: Llama, ids: Sequence[int], layer: int, progress: Progres
     The length of a key is that before its rotation, which turns and does not stretch. Raises `UsageError` for a layer
     that there is not, and as `cache` does.
     """
-    if not 0 <= layer < llama.args.n_layers:
-        raise UsageError(f"There is no layer {layer}, expected one from 0 to {llama.args.n_layers - 1}.")
+    layer = numbered("layer", layer, llama.args.n_layers)
     llama.engine.next_logits(ids, progress)
     keys, values = (tuple(map(tuple, _norms(x).tolist())) for x in llama.engine.cached(layer))
     queries = llama.args.n_heads // llama.args.n_kv_heads

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.distributions import kl_bits
 from llama_scratch.microscope.shown import Shown
@@ -63,6 +64,8 @@ def effect(
     progress: Progress = silent,
 ) -> Effect:
     """What is said after a text by a model, and by the same one with interventions. Raises as `Llama.predict` does."""
+    if top < 1:
+        raise UsageError(f"{top} candidates were asked for, expected at least 1.")
     logprobs = [llama.engine.next_logits(ids, progress).values.double().log_softmax(-1) for llama in (before, after)]
     best = {id: None for p in logprobs for id in p.topk(min(top, p.numel())).indices.tolist()}
     tokens = [

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import cast
 
 from torch import Tensor
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.llama import Llama, Prompt
+from llama_scratch.llama import Llama, Prompt, whole_number
 from llama_scratch.microscope import attention as maps
 from llama_scratch.microscope import attribution, interventions, stream, tracing
 from llama_scratch.microscope import effect as effects
 from llama_scratch.microscope import lens as lenses
 from llama_scratch.microscope import neurons as neuron_views
 from llama_scratch.microscope.interventions import Intervention
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import Part, numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.results import Prediction, Token
 
@@ -116,11 +117,11 @@ class Inspection(Shown):
         here → those there, from 0.
         """
         if not isinstance(positions, Mapping):
-            positions = {at: at for at in ([positions] if isinstance(positions, int) else positions)}
-        if wrong := [here for here in positions if not 0 <= here < len(self.ids)]:
-            raise UsageError(f"There is no position {wrong[0]} here, expected one from 0 to {len(self.ids) - 1}.")
+            several = isinstance(positions, Iterable) and whole_number(positions) is None
+            positions = {at: at for at in (cast(Iterable[int], positions) if several else [cast(int, positions)])}
+        pairs = {numbered("position", here, len(self.ids), " here"): there for here, there in positions.items()}
         named = Part.named(part, self._llama.args)
-        return self._with(interventions.patch(self._intact, named, self._intact.encode(other), positions))
+        return self._with(interventions.patch(self._intact, named, self._intact.encode(other), pairs))
 
     def steer(self, layer: int, scale: float, toward: Prompt, away: Prompt) -> Inspection:
         """With a direction added behind a layer: `scale` times what `toward` has there more than `away`."""
@@ -136,8 +137,8 @@ class Inspection(Shown):
         return Inspection(self._intact, self.ids, [*self.interventions, *more])
 
     def _id(self, token: int | str) -> int:
-        if isinstance(token, int):
-            return token
+        if not isinstance(token, str):
+            return self._llama.token(token).id
         ids = self._llama.tokenizer.encode(token, special=True)
         if len(ids) != 1:
             raise UsageError(

@@ -5,6 +5,7 @@ Each is an `Intervention`: taps, and the name by which it is known. `Llama.inter
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.llama import Llama
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import Part, numbered
 from llama_scratch.microscope.stream import activations
 from llama_scratch.progress import Progress, silent
 from llama_scratch.taps import Tap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # taps hold tensors, which do not compare as a whole
 class Intervention:
     """A change to the network. label: short, as it stands in the prompt: -L5.H3. meaning: a sentence."""
 
@@ -86,8 +87,10 @@ def patch(
     llama.engine.check(ids)
     if not positions:
         raise UsageError("No position was given, expected at least one.")
-    if wrong := [there for there in positions.values() if not 0 <= there < len(ids)]:
-        raise UsageError(f"There is no position {wrong[0]} in the other text, expected one from 0 to {len(ids) - 1}.")
+    positions = {
+        numbered("position", here, llama.context): numbered("position", there, len(ids), " in the other text")
+        for here, there in positions.items()
+    }
     (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
     own = part.of(found)
 
@@ -118,12 +121,15 @@ def steer(
     """Add a direction to the residual stream behind a layer, at every token: `scale` times the difference between what
     stands there at the last token of two texts.
 
+    Raises `UsageError` for a layer that there is not or a scale that is too large, and as `Llama.predict` does.
     Source: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2023, arXiv:2312.06681.
     """
-    place = f"layers.{layer}.resid_post"
+    place = f"layers.{numbered('layer', layer, llama.args.n_layers)}.resid_post"
+    if not abs(scale) <= sys.float_info.max:
+        raise UsageError(f"The scale is {printable(scale)}, expected a finite number.")
     ends = [activations(llama, ids, [place], progress)[0][-1] for ids in (toward, away)]  # (dim,) each
     direction = scale * (ends[0] - ends[1])  # (dim,)
-    if not torch.isfinite(direction).all():
+    if not torch.isfinite(direction.norm()):  # whose square a layer takes
         raise UsageError(f"A scale of {scale:g} makes the direction too long for numbers, expected a smaller one.")
     apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
     words = [printable(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]

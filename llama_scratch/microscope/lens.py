@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
@@ -112,9 +113,7 @@ def growing(
     llama.engine.check(ids)
     if count < 1:
         raise UsageError(f"{count} positions were asked for, expected at least 1.")
-    begin = max(0, len(ids) - count) if first is None else first
-    if not 0 <= begin < len(ids):
-        raise UsageError(f"There is no position {begin} in this text, expected one from 0 to {len(ids) - 1}.")
+    begin = numbered("position", max(0, len(ids) - count) if first is None else first, len(ids), " in this text")
     end = min(begin + count, len(ids))
     stream = _stream(llama, ids[:end], begin, progress)  # what comes later has no say in what stood before
     last = Layer(len(stream) - 2, guesses(llama, stream.pop(), None))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import Transformer, TransformerBlock
 from llama_scratch.progress import Progress, silent
@@ -93,8 +94,7 @@ def neurons(llama: Llama, ids: Sequence[int], layer: int, count: int = 10, progr
     Source: Geva et al. 2022, arXiv:2203.14680.
     """
     model, args = llama.engine.model, llama.args
-    if not 0 <= layer < args.n_layers:
-        raise UsageError(f"There is no layer {layer}, expected one from 0 to {args.n_layers - 1}.")
+    layer = numbered("layer", layer, args.n_layers)
     if count < 1:
         raise UsageError(f"{count} neurons were asked for, expected at least 1.")
     places = (

@@ -10,8 +10,18 @@ from torch import Tensor
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError, printable
+from llama_scratch.llama import whole_number
 
 _NAME = re.compile(r"[lL]?(\d{1,6})(?:\.(?:(attn|attention)|(ffn|mlp|feed_forward)|[hH]?(\d{1,6})|[nN](\d{1,6})))?")
+
+
+def numbered(what: str, value: object, count: int, where: str = "") -> int:
+    """A number of a layer, head or position. Raises `UsageError` for what is not one from 0 to `count` - 1."""
+    number = whole_number(value)
+    if number is None or not 0 <= number < count:
+        name = printable(repr(value) if number is None else number)
+        raise UsageError(f"There is no {what} {name}{where}, expected one from 0 to {count - 1}.")
+    return number
 
 
 @dataclass(frozen=True, order=True)
@@ -28,7 +38,7 @@ class Part:
     @classmethod
     def named(cls, name: str, args: ModelArgs) -> Self:
         """The part of a name. Raises `UsageError` for one that this network does not have."""
-        if (match := _NAME.fullmatch(name.strip())) is None:
+        if (match := _NAME.fullmatch(name.strip()) if isinstance(name, str) else None) is None:
             raise UsageError(
                 f"'{printable(name)}' is not the name of a part, expected a layer such as L5, or of it L5.attn, "
                 "L5.ffn, the head L5.H3 or the neuron L5.N120."
@@ -43,11 +53,7 @@ class Part:
             kind, index, count = "head", head, args.n_heads
         elif neuron:
             kind, index, count = "neuron", neuron, args.ffn_dim
-        if int(layer) >= args.n_layers:
-            raise UsageError(f"There is no layer {int(layer)}, expected one from 0 to {args.n_layers - 1}.")
-        if int(index) >= count:
-            raise UsageError(f"There is no {kind} {int(index)} in a layer, expected one from 0 to {count - 1}.")
-        return cls(int(layer), kind, int(index))
+        return cls(numbered("layer", int(layer), args.n_layers), kind, numbered(kind, int(index), count, " in a layer"))
 
     @property
     def name(self) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llama_scratch.config import SCALED_CONTEXT, ModelArgs
-from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
 from llama_scratch.progress import Progress, silent
@@ -157,14 +157,8 @@ def rope(
     """
     llama.engine.check(ids)
     args, last = llama.args, len(ids) - 1
-    position = last if position is None else position
-    for what, value, count in (
-        ("position", position, max(llama.context, SCALED_CONTEXT)),
-        ("layer", layer, args.n_layers),
-        ("head", head, args.n_heads),
-    ):
-        if not 0 <= value < count:
-            raise UsageError(f"There is no {what} {value}, expected one from 0 to {count - 1}.")
+    position = numbered("position", last if position is None else position, max(llama.context, SCALED_CONTEXT))
+    layer, head = numbered("layer", layer, args.n_layers), numbered("head", head, args.n_heads, " in a layer")
     q, keys = _query_and_keys(llama, ids, layer, head, progress)  # (1, head_dim), (T, head_dim)
     freqs = rope_frequencies(args)  # (head_dim/2,)
     unturned = _turn(q, freqs, torch.tensor([-last]))  # a turn back is a turn by the negative angle

@@ -81,11 +81,14 @@ class Source:
 
 
 def source(name: str) -> Source:
-    """The source of a concept, a function, class, method, command ("/lens" or "lens") or module.
+    """The source of a concept, a function, class, method, command ("/lens" or "lens") or module, or of the innermost of
+    these at a line, "model.py:305".
 
     Raises `UsageError` where nothing has that name, or more than one thing.
     """
-    wanted = name.removeprefix(f"{_PACKAGE.name}.").removesuffix("()")
+    wanted = re.sub(rf"^{_PACKAGE.name}[./]", "", name).removesuffix("()")
+    if place := re.fullmatch(r"(.+\.py):([0-9]{1,6})", wanted):
+        return Source(name, (_at(_only(place[1], name), int(place[2])),))
     concept = CONCEPTS.get(re.sub(r"[- ]", "_", wanted.lower()))
     command = _index().commands.get(wanted.removeprefix("/"))
     if concept:
@@ -235,6 +238,14 @@ def _only(wanted: str, name: str) -> Passage:
     first = sorted((passage.name for passage in found), key=lambda other: not other.startswith("model."))
     listed = ", ".join(first[:6]) + (", …" if len(found) > 6 else "")
     raise UsageError(f"'{printable(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
+
+
+def _at(file: Passage, line: int) -> Passage:
+    """The smallest passage of a file that has this line: the file itself where no part of it does."""
+    if not 1 <= line <= file.last_line:
+        raise UsageError(f"{file.name} has no line {line}, expected one from 1 to {file.last_line}.")
+    around = [p for p in _index().passages.values() if p.path == file.path and p.first_line <= line <= p.last_line]
+    return min(around, key=lambda passage: passage.last_line - passage.first_line)
 
 
 def _unknown(name: str) -> UsageError:

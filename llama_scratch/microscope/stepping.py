@@ -23,6 +23,7 @@ from torch import Tensor
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.llama import Llama
 from llama_scratch.memory import memory_errors
+from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.source import lines
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
@@ -158,8 +159,7 @@ class Walk:
 
     def to(self, layer: int) -> int:
         """The first stop of a layer. Raises `UsageError` where there is no such layer."""
-        if not 0 <= layer < self.n_layers:
-            raise UsageError(f"There is no layer {layer}, expected one from 0 to {self.n_layers - 1}.")
+        layer = numbered("layer", layer, self.n_layers)
         return next(at for at, stop in enumerate(self.stops) if stop.layer == layer)
 
     def _first(self, at: int, depth: int) -> int:
@@ -297,6 +297,8 @@ def _looked(name: str, value: Any, index: Index) -> Look:
         while isinstance(value, tuple) and rest:
             value, rest = value[rest[0]], rest[1:]  # type: ignore[index]  # '...' raises TypeError
         part = value[rest] if rest else value
+        if rest and isinstance(part, Tensor) and not part.numel():
+            raise IndexError
     except (IndexError, TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{name} is {_plain(value)} here, expected an index within it, found {asked}.") from None
     if not isinstance(part, Tensor):

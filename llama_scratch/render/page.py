@@ -241,10 +241,9 @@ def _blocks(length: int, most: int) -> list[range]:
 def pooling(whole: Heatmap, shown: Heatmap) -> str:
     """A sentence that says what `pooled` did; "" where it did nothing."""
     high, wide = (
-        round(len(a) / len(b)) if len(a) > len(b) else 1
-        for a, b in ((whole.rows, shown.rows), (whole.columns, shown.columns))
+        math.ceil(len(a) / len(b)) if b else 1 for a, b in ((whole.rows, shown.rows), (whole.columns, shown.columns))
     )
     if len(whole.rows) == len(shown.rows) and len(whole.columns) == len(shown.columns):
         return ""
     size = f"{len(whole.rows):,} × {len(whole.columns):,}"
-    return f"Of {size} values the strongest of each {max(1, high)} × {max(1, wide)} or so is shown."
+    return f"Of {size} values the strongest of each {high} × {wide} or so is shown."

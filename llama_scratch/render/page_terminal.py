@@ -6,6 +6,7 @@ Shades have shapes, so that nothing is said by colour alone: positive ones are b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, zip_longest
 
 from rich.cells import cell_len, set_cell_size
@@ -45,6 +46,8 @@ _LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
 # Rows of a map; what has texts in its fields is not to lose them.
 _HIGH, _HIGH_WITH_TEXTS = 48, 128
 _TILE = (10, 5)
+# Cells of a column of bars, and of the gap in front of it.
+_LEAST_BAR = 8
 # Columns that plain lines have of a map that a command shows in parts.
 _PLAIN_COLUMNS = 8
 
@@ -77,7 +80,7 @@ def _shown(part: Part) -> RenderableType:
         case Running():
             return _running(part)
         case Table():
-            return _tree(part) if part.levels else _table(part)
+            return _tree(part) if part.levels else _Rows(part)
         case Heatmap():
             return _Map(part)
         case Gallery():
@@ -115,6 +118,21 @@ def _code(part: Code) -> RenderableType:
 
 
 # --- Tables -----------------------------------------------------------------------------------
+
+
+class _Rows:
+    """A table; where the terminal is too narrow for them, without columns that have nothing but bars."""
+
+    def __init__(self, table: Table):
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = range(len(self.table.columns))
+        told = [i for i in columns if self.table.columns[i] or any(row[i].text for row in self.table.rows)]
+        rows = tuple(tuple(row[i] for i in told) for row in self.table.rows)
+        bare = replace(self.table, columns=tuple(self.table.columns[i] for i in told), rows=rows)
+        room = options.max_width - Measurement.get(console, options, _table(bare)).maximum
+        yield _table(bare if len(told) < len(columns) and room < _LEAST_BAR else self.table)
 
 
 def _table(part: Table) -> RenderableType:
@@ -405,8 +423,10 @@ def _lines(part: Part) -> Iterator[str]:
             yield from _map_lines(part)
         case Gallery():
             yield written(part.title)
-            for heatmap in part.maps:
-                yield from _map_lines(pooled(heatmap, _TILE[1], _TILE[0]))
+            small = [pooled(heatmap, _TILE[1], _TILE[0]) for heatmap in part.maps]
+            for heatmap in small:
+                yield from _map_lines(heatmap)
+            yield from list(filter(None, map(pooling, part.maps, small)))[:1]  # one says it of all
         case Code():
             yield f"{written(part.path)}, line {part.first}:"
             for n, line in enumerate(part.text.splitlines(), start=1):
@@ -433,7 +453,7 @@ def _quoted(text: str) -> str:
 
 def _map_lines(heatmap: Heatmap) -> Iterator[str]:
     """A line for each row: columns with their values."""
-    partly = bool(heatmap.more) or heatmap.first is not None
+    partly = bool(heatmap.more)
     first, end = _window(heatmap, _PLAIN_COLUMNS) if partly else (0, len(heatmap.columns))
     shown = pooled(heatmap, _HIGH_WITH_TEXTS if heatmap.texts else _HIGH, len(heatmap.columns) if partly else _HIGH)
     yield f"{written(heatmap.title)}:"

@@ -190,6 +190,7 @@ class Session:
         if now:
             offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
             self.moments = [*self.moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
+            self.page = None
             if self.interactive and offered:
                 self._explain(prediction, 0)
 
@@ -208,8 +209,18 @@ class Session:
             moment = Moment(prediction, (prediction.next.id,) if now.offered else (), on)
             moments = [*moments[1 - _MOMENTS :], moment]
         # Only now, so that Ctrl-C leaves everything as it was.
-        self.interventions, self._changed, self.moments = on, changed, moments
+        self.interventions, self._changed, self.moments, self.page = on, changed, moments, None
         return effect
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Ctrl-C in here takes back what was done to the text and to the network."""
+        before = self.interventions, self._changed, self.moments, self.page
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interventions, self._changed, self.moments, self.page = before
+            raise
 
     @property
     def labels(self) -> list[str]:
@@ -267,7 +278,7 @@ class Session:
             )
         # One assignment, so that Ctrl-C never leaves the offer of one text behind another.
         moment = Moment(prediction, (prediction.next.id,), self.interventions)
-        self.moments = [*self.moments[1 - _MOMENTS :], moment]
+        self.moments, self.page = [*self.moments[1 - _MOMENTS :], moment], None  # the answer is what was shown last
         return prediction
 
     def offer(self, ids: Sequence[int]) -> None:
@@ -286,6 +297,7 @@ class Session:
         if moment.interventions != self.interventions:
             changed = _changed(self.intact, moment.interventions)
         self.interventions, self._changed, self.moments = moment.interventions, changed, self.moments[:-1]
+        self.page = None
         return moment
 
     # --- Answers on the screen ---
@@ -293,7 +305,6 @@ class Session:
     def ask(self, prompt: Prompt, added: int = 0) -> dict[str, Any]:
         """Answer a text and show the answer; the last `added` of its tokens are new. Returns its object."""
         prediction = self.predict(prompt)
-        self.page = None  # the answer is what was shown last
         if self.interactive:
             self._explain(prediction, added)
         changes = self.changes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Paragraph, Part, Table
@@ -14,8 +15,11 @@ if TYPE_CHECKING:  # they bring torch
 _SOURCE = ("numerics", "precision")
 
 
-def page(numerics: Numerics) -> Page:
-    """The answers, then the distances; what did not fit into memory says so."""
+def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
+    """The answers, then the distances; what did not fit into memory says so.
+
+    without: the labels of changes to the network that are on elsewhere.
+    """
     there = [(row.name, row.distance) for row in numerics.rows if row.distance]
     answers = tuple(
         _answer(name, answer, numerics.reference)
@@ -39,6 +43,7 @@ def page(numerics: Numerics) -> Page:
             f"KL divergence from fp32 in bits, {_compared(numerics)}",
         ),
         *(Paragraph(f"{row.name}: {row.error}", "yellow") for row in numerics.rows if not row.distance),
+        *([Paragraph(f"Each network is as it was loaded, without {', '.join(without)}.")] if without else []),
         Paragraph(
             "0 bits: the same answers. max: the largest divergence, and the token after which it is. "
             "changed: after so many tokens another one is the most probable."

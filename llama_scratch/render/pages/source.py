@@ -21,7 +21,7 @@ def page(found: Source) -> Page:
 def contents(concepts: Mapping[str, tuple[Passage, ...]]) -> Page:
     """The concepts and their places."""
     rows = tuple(
-        (Cell(concept, "bold"), Cell(passage.name), Cell(f"{passage.path.rpartition('/')[2]}:{passage.first_line}"))
+        (Cell(concept, "bold"), Cell(passage.name), Cell(f"{passage.path.partition('/')[2]}:{passage.first_line}"))
         for concept, passages in concepts.items()
         for passage in passages[:1]
     )

@@ -111,4 +111,5 @@ def _numerics(session: Session, argument: str) -> Reply:
 
     with session.progress() as progress:
         found = numerics(llama, ids, open, argument.split() or VARIANTS, progress)
-    return paged(session, found.as_json(), pages.page(found))
+    without = {"without": session.labels} if session.labels else {}
+    return paged(session, found.as_json() | without, pages.page(found, session.labels))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError, printable
@@ -26,10 +26,11 @@ def _put(session: Session, more: Sequence[Intervention]) -> Reply:
     One that has the label of an earlier one takes its place, so that /restore knows which is meant.
     """
     new = {intervention.label: intervention for intervention in more}
-    effect = session.intervene([*(old for old in session.interventions if old.label not in new), *new.values()])
-    if effect is None:
-        return note(" ".join(intervention.meaning for intervention in new.values()), interventions=session.labels)
-    return paged(session, effect.as_json(), patching.effect(effect))
+    with session.whole():
+        effect = session.intervene([*(old for old in session.interventions if old.label not in new), *new.values()])
+        if effect is None:
+            return note(" ".join(intervention.meaning for intervention in new.values()), interventions=session.labels)
+        return paged(session, effect.as_json(), patching.effect(effect))
 
 
 def _listed(session: Session) -> Reply:
@@ -81,10 +82,10 @@ def _patch(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.tracing import trace
 
     if matched := _AT.fullmatch(argument):
-        return _patch_one(session, matched[1], matched[2], matched[3] or "")
-    if not argument:
+        return _patch_one(session, matched[1], matched[2], unquoted(matched[3] or ""))
+    if not (text := unquoted(argument)):
         raise UsageError("No text was given for /patch, expected another one: /patch The capital of Italy is.")
-    llama, ids, other = session.llama, session.ids, session.encode(unquoted(argument))
+    llama, ids, other = session.llama, session.ids, session.encode(text)
     with session.progress() as progress:
         found = trace(llama, ids, other, progress)
     return paged(session, found.as_json(), patching.trace(found))
@@ -94,31 +95,33 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
     from llama_scratch.microscope.interventions import patch
     from llama_scratch.microscope.parts import Part
 
-    llama, ids = session.intact, session.ids
-    part = Part.named(name, llama.args)
     if not text:
-        raise UsageError(f"No text was given for /patch {name}@{position}, expected the one that it is taken from.")
-    other = session.encode(unquoted(text))
+        where = printable(f"{name}@{position}")
+        raise UsageError(f"No text was given for /patch {where}, expected the one that it is taken from.")
+    llama, ids, other = session.intact, session.ids, session.encode(text)
+    part = Part.named(name, llama.args)
     if position == "all":
         if len(other) != len(ids):
             raise UsageError(f"The texts have {len(ids)} and {len(other)} tokens, expected the same number for 'all'.")
         positions = {i: i for i in range(len(ids))}
     else:
-        here = _position(position, len(ids), "this text")
+        every = "'all' or " if len(ids) == len(other) else ""
+        here = _position(position, len(ids), "this text", every)
         # From the end where it is counted from there: the texts may differ in length.
-        there = _position(position, len(other), "the other text")
+        there = _position(position, len(other), "the other text", every)
         positions = {here: there}
     with session.progress() as progress:
         found = patch(llama, part, other, positions, progress)
     return _put(session, [found])
 
 
-def _position(name: str, length: int, what: str) -> int:
+def _position(name: str, length: int, what: str, every: str) -> int:
     """A position counted from the beginning, or with a minus from the end."""
     position = int(name) if re.fullmatch(r"-?\d{1,9}", name) else length
     if not -length <= position < length:
         raise UsageError(
-            f"There is no position '{printable(name)}' in {what}, expected 'all' or one from {-length} to {length - 1}."
+            f"There is no position '{printable(name)}' in {what}, expected {every}one from {-length} to {length - 1}; "
+            "a text that begins like L5@3 stands in double quotes."
         )
     return position % length
 
@@ -128,23 +131,25 @@ def _steer(session: Session, argument: str) -> Reply:
     """Add a direction: what A has there more than B, SCALE times.
 
     It is added behind the layer, to every token. The difference is taken at the last token of each text. /steer 12
-    2 I love it | I hate it; it stays until /restore.
+    2 I love it | I hate it; it stays until /restore. A text in double quotes is read as JSON.
     """
     from llama_scratch.microscope.interventions import steer
 
     layer, _, rest = argument.partition(" ")
     scale, _, texts = rest.strip().partition(" ")
     llama = session.intact
-    which = whole_number(layer.lstrip("lL"), "a layer", least=0)
-    if which >= llama.args.n_layers:
-        raise UsageError(f"There is no layer {which}, expected one from 0 to {llama.args.n_layers - 1}.")
-    factor = number(scale, "the scale")
-    if not math.isfinite(factor):
-        raise UsageError(f"'{printable(scale)}' was given for the scale, expected a finite number.")
+    which, factor = whole_number(layer.lstrip("lL"), "a layer", least=0), number(scale, "the scale")
     toward, away = map(session.encode, two_texts(texts, "/steer"))
     with session.progress() as progress:
         found = steer(llama, which, factor, toward, away, progress)
-    return _put(session, [found])
+    return _put(session, [_named(session, found)])
+
+
+def _named(session: Session, new: Intervention) -> Intervention:
+    """A direction under a name that no other one has: directions add up, so that one does not take another's place."""
+    on = {intervention.label: intervention.meaning for intervention in session.interventions}
+    names = (new.label, *(f"{new.label}#{n}" for n in range(2, len(on) + 2)))
+    return replace(new, label=next(name for name in names if on.get(name, new.meaning) == new.meaning))
 
 
 def _labels(session: Session, _begun: str) -> Iterable[str]:
@@ -164,9 +169,10 @@ def _restore(session: Session, argument: str) -> Reply:
     left = [found for found in session.interventions if argument and found.label != argument]
     if len(left) == len(session.interventions):
         raise UsageError(f"'{printable(argument)}' is not on, expected one of {', '.join(session.labels)}.")
-    session.intervene(left)
-    if session.interactive and session.now:
-        session.show_answer(session.now.prediction)
+    with session.whole():
+        session.intervene(left)
+        if session.interactive and session.now:
+            session.show_answer(session.now.prediction)
     return note(
         "The network is as it was loaded." if not left else f"Still on: {', '.join(session.labels)}.",
         interventions=session.labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
@@ -21,21 +21,23 @@ def _picture(session: Session, argument: str) -> Reply:
     FILE.html needs no network and shows values under the pointer; FILE.png is drawn by matplotlib.
     """
     path = record.user_path(argument)
-    draw = drawer(path, argument, "/picture")
+    draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
     record.write_whole(path, draw(page))
     return note(f"Drew '{page.headline}' to {printable(path, 200)}.", path=str(path), title=page.title)
 
 
-def drawer(path: Path, argument: str, command: str) -> Callable[[Page], bytes]:
-    """What draws a page for a file of this name. Raises where the name says nothing, or is taken."""
-    draw = _DRAWERS.get(path.suffix.lower())
-    if draw is None:
-        raise UsageError(f"'{printable(argument)}' was given for {command}, expected a name in {', '.join(_DRAWERS)}.")
+def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> Callable[[Page], bytes]:
+    """What draws a page for a file of this name. Raises where it has none of these endings, or is taken."""
+    ending = path.suffix.lower()
+    if ending not in endings:
+        raise UsageError(
+            f"'{printable(argument)}' was given for {command}, expected a name that ends in {' or '.join(endings)}."
+        )
     if os.path.lexists(path):
         raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
-    return draw
+    return _DRAWERS[ending]
 
 
 def _last(session: Session) -> Page | None:

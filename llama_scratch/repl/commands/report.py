@@ -27,7 +27,7 @@ def _report(session: Session, argument: str) -> Reply:
     needs no network, and shows values under the pointer.
     """
     path = record.user_path(argument)
-    draw = drawer(path, argument, "/report")
+    draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
     record.write_whole(path, draw(page))
     session.page = page

@@ -54,6 +54,8 @@ def one_token(session: Session, argument: str) -> Token:
                 return candidate
     text = unquoted(argument).replace(terminal.SPACE, " ")
     ids = llama.tokenizer.encode(text, special=True)
+    if not ids:
+        raise UsageError(f"'{printable(argument)}' is an empty text, expected one token, by its text or as #7042.")
     if len(ids) != 1:
         parts = " ".join(terminal.visible(llama.token(id).text).plain for id in ids[:8])
         raise UsageError(

@@ -105,7 +105,10 @@ def two_texts(argument: str, command: str) -> list[str]:
     """Two texts with a bar between them. Raises `UsageError` where there are more, or fewer."""
     texts = [unquoted(part) for part in parts(argument)]
     if len(texts) != 2 or not all(texts):
-        raise UsageError(f"'{printable(argument)}' was given for {command}, expected two texts with a | between them.")
+        raise UsageError(
+            f"'{printable(argument)}' was given for {command}, expected two texts with a | between them; "
+            "one that has a | in it stands in double quotes."
+        )
     return texts
 
 

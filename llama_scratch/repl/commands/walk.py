@@ -170,8 +170,8 @@ def _names(_session: Session, _begun: str) -> Iterable[str]:
 def _source(session: Session, argument: str) -> Reply:
     """The source of any part: /source rope.
 
-    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens.
-    Without a name it lists the concepts.
+    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens;
+    or what stands at a line: /source model.py:305. Without a name it lists the concepts.
     """
     from llama_scratch.microscope.source import concepts, source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.render.pages import why as pages
 from llama_scratch.render.terminal import SPACE
 from llama_scratch.repl.commands.registry import Reply, command, paged
@@ -22,8 +23,14 @@ def _why(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.attribution import why
 
     llama, ids = session.llama, session.ids
-    first, _, second = f" {argument}".partition(" vs ")
-    answer, versus = (_token(session, part) if part else None for part in (first.strip(), second.strip()))
+    first, versus_given, second = (part.strip() for part in f" {argument} ".partition(" vs "))
+    if versus_given and not second:
+        if first:
+            raise UsageError(
+                f"'{printable(argument)}' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."
+            )
+        first = argument  # the token itself
+    answer, versus = (_token(session, part) if part else None for part in (first, second))
     with session.progress() as progress:
         found = why(llama, ids, answer, versus, progress)
     return paged(session, found.as_json(), pages.page(found))
