@@ -589,24 +589,20 @@ def test_kill_9_at_some_moments(server: Server) -> None:
         "import sys; from llama_scratch.checkpoint.download import pull_meta; "
         "pull_meta(sys.argv[1], sys.argv[2], lambda *_: None)"
     )
-    sent = 0
+    for shard, until in ((0, 1 << 16), (0, 1 << 18), (1, 1 << 17)):  # killed in the middle of this one
+        held = threading.Event()
 
-    def hold(until: int) -> Callable[[int], None]:
-        def count(_: int) -> None:
-            nonlocal sent
-            sent += 1 << 16
-            if sent >= until:
+        def hold(place: int, until: int = until, held: threading.Event = held) -> None:
+            if place >= until:
+                held.set()
                 server.gone.wait(20)
 
-        return count
-
-    for until in (1 << 16, 500_000, 800_000):
-        for shard in (0, 1):
-            weights(server, shard).sent = hold(until)
+        weights(server, 0).sent = hold if shard == 0 else lambda place: None
+        weights(server, 1).sent = hold
         process = subprocess.Popen([sys.executable, "-c", script, NAME, link(server)], env=dict(os.environ))
         try:
-            wait_for(lambda until=until: sent >= until)  # type: ignore[misc]
-            if until > 500_000:  # a moment later, so that it is in the middle of writing what came
+            wait_for(held.is_set)
+            if shard == 1:  # a moment later, so that it is in the middle of writing what came
                 wait_for(lambda: any("consolidated.01.pth.part" in name for name in here()))
         finally:
             process.send_signal(signal.SIGKILL)
