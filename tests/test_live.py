@@ -197,10 +197,8 @@ def test_enter_does_not_wait_for_a_long_paste_to_be_read(session: Terminal) -> N
     session.paste("word " * 2000 + "end")
     session.type("enter")
     begin = time.monotonic()
-    session.wait_for("entropy")
-    session.settle()
+    session.wait_for("· 2001 tokens, ")
     assert time.monotonic() - begin < 20
-    assert "2,001 tokens" in session.text or "2001 tokens" in session.text
 
 
 def test_a_paste_of_10000_characters_is_read_live_and_can_be_left(session: Terminal) -> None:
