@@ -1,7 +1,7 @@
 # Each target sets up all that it needs. Another Python: make PYTHON=python3.12 run
 PYTHON ?= python3
 
-.PHONY: run test images benchmark quality formats clean
+.PHONY: run test images benchmark quality formats lock audit minimums clean
 
 run:  ## start the session with the open model
 	@$(PYTHON) tools/install.py .venv
@@ -34,5 +34,27 @@ formats: .venv-benchmark  ## measure every form of a model's files: loading, and
 	@CMAKE_ARGS="-DGGML_NATIVE=ON" $(PYTHON) tools/install.py .venv-benchmark benchmark
 	@.venv-benchmark/bin/llama-scratch --quiet pull smollm2
 
+lock: .venv-tools  ## choose the newest versions for tests again; writes tools/lock.txt
+	echo torch | .venv-tools/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url \
+		--python-version 3.11 --extra plot --extra hub --extra test --excludes - \
+		--custom-compile-command "make lock" --output-file tools/lock.txt pyproject.toml
+
+audit: .venv-tools  ## look up the locked packages, and torch, among the known vulnerabilities
+	.venv-tools/bin/pip-audit --strict --disable-pip --requirement tools/lock.txt
+	grep -o 'torch>=[0-9.]*' pyproject.toml | sed 's/>=/==/' | \
+		.venv-tools/bin/pip-audit --strict --no-deps --disable-pip --requirement /dev/stdin
+
+minimums: .venv-tools  ## the tests with the oldest versions that pyproject.toml allows
+	.venv-tools/bin/uv pip compile --quiet --resolution lowest-direct --no-emit-index-url --python-version 3.11 \
+		--extra plot --extra hub --extra test --output-file .venv-tools/minimums.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-minimums
+	.venv-minimums/bin/pip install --quiet --requirement .venv-tools/minimums.txt
+	.venv-minimums/bin/pip install --quiet --no-deps --editable .
+	OMP_NUM_THREADS=1 .venv-minimums/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+
+.venv-tools:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install --quiet uv pip-audit
+
 clean:  ## remove the environments and what the tests fetched
-	rm -rf .venv .venv-test .venv-benchmark .cache
+	rm -rf .venv .venv-test .venv-benchmark .venv-tools .venv-minimums .cache

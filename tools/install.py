@@ -5,6 +5,9 @@
 On Linux without an NVIDIA GPU it refuses to install torch's CUDA build, which is several gigabytes; where
 pip's configuration offers a CPU build, that one is taken. TORCH_INDEX in the environment names an index to
 take torch from (https://pytorch.org/get-started/locally/ lists them).
+
+An environment for tests gets the versions of lock.txt, each file with the checksum that it had when they were
+chosen. torch is not among them: which build it is depends on the machine.
 """
 
 import json
@@ -15,6 +18,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = Path(__file__).with_name("lock.txt")
 
 
 def main():
@@ -24,11 +28,13 @@ def main():
         )
     folder, extras = Path(sys.argv[1]).absolute(), sorted(sys.argv[2:])
     stamp = folder / "installed.json"
-    wanted = json.dumps([sys.version, extras, str(ROOT), (ROOT / "pyproject.toml").read_text()])
+    wanted = json.dumps([sys.version, extras, str(ROOT), (ROOT / "pyproject.toml").read_text(), LOCK.read_text()])
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     print(f"Installing into {folder} (once; torch is about 200 MB)", flush=True)
     python = make_environment(folder)
+    if "test" in extras:
+        run_pip(python, "install", "--require-hashes", "--no-deps", "--requirement", str(LOCK))
     install_torch(python)
     run_pip(python, "install", "--editable", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT))
     stamp.write_text(wanted)
