@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from getpass import getpass
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
+from llama_scratch import guard
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -299,6 +300,7 @@ def main(
         Console(highlight=False, **colors), Console(stderr=True, quiet=quiet, highlight=False, **colors), json, asking
     )
     ctx.obj = State(screen)
+    guard.install()
     if ctx.invoked_subcommand is not None:
         return
 
@@ -739,5 +741,6 @@ def _set_encodings() -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"llama-scratch: {sentence}", file=sys.stderr)
+    with suppress(OSError):  # the exit code says it, too
+        print(f"llama-scratch: {sentence}", file=sys.stderr)
     return code

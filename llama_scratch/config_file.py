@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from platformdirs import user_config_path
 from typer.core import TyperGroup, TyperOption
 
 from llama_scratch.errors import UsageError, printable
+from llama_scratch.folders import user_folder
 
 
 def default_path() -> Path:
-    """Where the file is looked for when nothing names another."""
-    return user_config_path("llama-scratch", appauthor=False) / "config.toml"
+    """Where the file is looked for when nothing names another. Raises FileNotFoundError where there is no home."""
+    return user_folder("config") / "config.toml"
 
 
 def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
@@ -35,10 +35,11 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
     path: None for the usual place, where there may be no file. Raises `UsageError`, with the file's name, where
     one that was named is missing, one is not TOML, or it holds a key or a value that no option has.
     """
-    file = default_path() if path is None else Path(os.path.expanduser(path))
+    file = Path(os.path.expanduser(path or ""))
     try:
+        file = default_path() if path is None else file
         found = tomllib.loads(file.read_bytes().decode())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if path is None:
             return {}
         raise UsageError(

@@ -1,8 +1,9 @@
 """Quantised weights, kept between runs in the user's cache folder, and mapped when they are there.
 
 A file holds the pieces of one model's weights in the order in which they are packed: 8-bit values, then one
-float32 scale a row, behind a table with each piece's checksum. It is named after what it was made from and on,
-becomes visible when it is whole, and is left alone by no one's fault: what does not fit is made again.
+float32 scale a row, behind a table with each piece's checksum. It is named after what it was made from and on, and
+becomes visible when it is whole; until then it is a .part file, at which one program at a time is. What does not fit,
+or could have been written by somebody else, is not read but made again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
+
+from llama_scratch.folders import is_ours, user_folder
+from llama_scratch.unfinished import NO_LINK, lock, remove_left
 
 _FORMAT = 2
 # All kept files together; the least recently used go first.
@@ -36,17 +40,18 @@ class KeptPieces:
         self._shapes = list(shapes)
         sizes = [rows * columns + 4 * rows for rows, columns in self._shapes]
         self._starts = np.cumsum([4 * len(sizes), *sizes]).tolist()
-        self._folder = user_cache_path("llama-scratch", appauthor=False) / "int8"
-        self._path = self._folder / _key(files, self._shapes)
+        self._path: Path | None = None  # where nothing can be kept
+        with contextlib.suppress(FileNotFoundError):  # no home
+            self._path = user_folder("cache") / "int8" / _key(files, self._shapes)
         self._lock = threading.Lock()
-        self._writing: Path | None = None
+        self._writing: BinaryIO | None = None
         self._checksums = np.zeros(len(sizes), dtype="<u4")
         self._missing = len(sizes)
         self._data = self._map()
 
     def get(self, i: int) -> tuple[Tensor, Tensor] | None:
         """Values (out, in) int8 and scales (out,) float32 of a piece, or None where it was not kept whole."""
-        if self._data is None:
+        if self._data is None or self._path is None:
             return None
         piece = self._data[self._starts[i] : self._starts[i + 1]]
         if zlib.crc32(piece.data) != self._data[: 4 * len(self._shapes)].view("<u4")[i]:
@@ -58,50 +63,78 @@ class KeptPieces:
         return values, torch.from_numpy(piece[rows * columns :].view("<f4"))
 
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
-        """Keep a piece; the last one makes the file visible. Where it cannot be kept nothing happens."""
+        """Keep a piece; the last one makes the file visible. Where one cannot be kept, none is."""
         if self._data is not None:
             return
         piece = [np.ascontiguousarray(values.numpy()).data, scales.numpy().astype("<f4").data]
-        with contextlib.suppress(OSError), self._lock:
-            if (file := self._writing) is None:
-                file = self._writing = self._begin()
-            with file.open("r+b") as out:
-                out.seek(self._starts[i])
-                out.writelines(piece)
-            self._checksums[i] = zlib.crc32(piece[1], zlib.crc32(piece[0]))
-            self._missing -= 1
-            if not self._missing:
-                self._finish(file)
+        with self._lock:
+            if self._path is None:
+                return
+            try:
+                self._put(self._path, i, piece)
+            except OSError:
+                self._give_up(self._path)
+
+    def _put(self, path: Path, i: int, piece: Sequence[memoryview]) -> None:
+        if (file := self._writing) is None:
+            file = self._writing = _begin(path, self._starts[-1])
+        file.seek(self._starts[i])
+        file.writelines(piece)
+        file.flush()
+        self._checksums[i] = zlib.crc32(piece[1], zlib.crc32(piece[0]))
+        self._missing -= 1
+        if not self._missing:
+            file.seek(0)
+            file.write(self._checksums.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            _part(path).replace(path)
+            file.close()
+
+    def _give_up(self, path: Path) -> None:
+        """Nothing more is kept, and what was begun is gone."""
+        self._path = None
+        if self._writing is not None:
+            with contextlib.suppress(OSError):
+                _part(path).unlink()
+            with contextlib.suppress(OSError):
+                self._writing.close()
 
     def _map(self) -> np.memmap[tuple[int], np.dtype[np.uint8]] | None:
+        if self._path is None:
+            return None
         try:
-            status = self._path.lstat()
-            own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-            if not (stat.S_ISREG(status.st_mode) and own and status.st_size == self._starts[-1]):
-                return None
-            os.utime(self._path)  # used just now
-            # Copy on write, because torch wants memory that can be written; nothing ever is.
-            return np.memmap(self._path, dtype=np.uint8, mode="c")
+            with open(os.open(self._path, os.O_RDONLY | NO_LINK), "rb") as file:
+                status = os.fstat(file.fileno())
+                whole = stat.S_ISREG(status.st_mode) and status.st_size == self._starts[-1]
+                if not (whole and is_ours(status) and is_ours(self._path.parent.stat())):
+                    return None
+                os.utime(file.fileno())  # used just now
+                # Copy on write, because torch wants memory that can be written; nothing ever is.
+                return np.memmap(file, dtype=np.uint8, mode="c")
         except (OSError, ValueError):
             return None
 
-    def _begin(self) -> Path:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _make_room(self._folder, self._starts[-1])
-        file = self._path.with_suffix(f".{os.getpid()}.part")
-        with file.open("xb") as out:
-            out.truncate(self._starts[-1])
-        return file
 
-    def _finish(self, file: Path) -> None:
-        with file.open("r+b") as out:
-            out.write(self._checksums.tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        try:
-            file.replace(self._path)
-        except OSError:
-            file.unlink()
+def _part(path: Path) -> Path:
+    return path.with_suffix(".part")
+
+
+def _begin(path: Path, size: int) -> BinaryIO:
+    """The file's beginning, locked. Raises OSError where there can be none, as another program is at it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not is_ours(path.parent.stat()):
+        raise PermissionError
+    _make_room(path.parent, size)
+    file = open(os.open(_part(path), os.O_RDWR | os.O_CREAT | NO_LINK, 0o600), "r+b")  # noqa: SIM115 - kept open
+    try:
+        if not lock(file.fileno(), _part(path)):
+            raise BlockingIOError
+        file.truncate(size)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _key(files: Sequence[Path], shapes: Sequence[tuple[int, int]]) -> str:
@@ -118,23 +151,17 @@ def _key(files: Sequence[Path], shapes: Sequence[tuple[int, int]]) -> str:
 
 def _make_room(folder: Path, size: int) -> None:
     """Remove what an ended program left unfinished, and what was used longest ago where `size` more is too much."""
+    remove_left(folder, "*.part")
     files = []
     for path in folder.iterdir():
-        status = path.lstat()
-        if path.suffix == ".part" and not _runs(path):
-            path.unlink()
-        elif stat.S_ISREG(status.st_mode):
-            files.append((status.st_mtime_ns, status.st_size, path))
+        with contextlib.suppress(FileNotFoundError):  # another program makes room too
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                files.append((status.st_mtime_ns, status.st_size, path))
     total = sum(file_size for _, file_size, _ in files) + size
     for _, file_size, path in sorted(files):
         if total <= _MOST:
             return
-        path.unlink()
-        total -= file_size
-
-
-def _runs(part: Path) -> bool:
-    import psutil
-
-    pid = part.suffixes[0].removeprefix(".")
-    return pid.isdecimal() and psutil.pid_exists(int(pid))
+        if path.suffix != ".part":
+            path.unlink(missing_ok=True)
+            total -= file_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -158,6 +159,12 @@ class Terminal:
         """Give the window another size."""
         self.screen.resize(rows, columns)
         self._child.setwinsize(rows, columns)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed and gives it out by lines, as a shell expects it."""
+        modes: int = termios.tcgetattr(self._child.child_fd)[3]
+        return modes & termios.ECHO > 0 and modes & termios.ICANON > 0
 
     def interrupt(self) -> None:
         """What a terminal does for Ctrl-C while a program computes."""

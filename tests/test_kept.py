@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from llama_scratch import kept
 from llama_scratch.kept import KeptPieces
 from llama_scratch.linear import quantise
 from llama_scratch.llama import Llama
+from llama_scratch.unfinished import locked
 from tests.checkpoints import write_meta
 
 SHAPES = [(5, 8), (3, 7), (1, 1)]
@@ -246,24 +248,53 @@ def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, mo
 # --- The folder -------------------------------------------------------------------------------
 
 
-def ended_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_what_an_ended_program_left_is_removed(source: Path, folder: Path) -> None:
-    """And what a running one is writing is not, nor what is no process's."""
-    folder.mkdir(parents=True)
-    left = folder / f"{'a' * 32}.{ended_process()}.part"
-    nobodys = folder / f"{'a' * 32}.part"
-    running = folder / f"{'b' * 32}.{os.getppid()}.part"
-    for part in (left, nobodys, running):
+    """And what a running one is writing is not: it holds a lock."""
+    folder.mkdir(parents=True, mode=0o700)
+    left, running = (folder / f"{letter * 32}.part" for letter in "ab")
+    for part in (left, running):
         part.write_bytes(b"part")
-    keep(source)
+    with locked(running) as ours:
+        assert ours
+        keep(source)
     assert not left.exists()
-    assert not nobodys.exists()
     assert running.exists()
+
+
+def test_one_program_at_a_time_keeps_a_model(source: Path, folder: Path) -> None:
+    """The other's pieces go nowhere, and neither waits."""
+    first, second = KeptPieces([source], SHAPES), KeptPieces([source], SHAPES)
+    first.put(0, *made()[0])
+    second.put(0, *made(seed=1)[0])
+    assert len(files(folder)) == 1
+    first.put(1, *made()[1])
+    second.put(1, *made(seed=1)[1])
+    second.put(2, *made(seed=1)[2])
+    assert KeptPieces([source], SHAPES).get(0) is None
+    first.put(2, *made()[2])
+    back = KeptPieces([source], SHAPES)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_what_others_can_write_is_not_read(source: Path, folder: Path, which: str, mode: int) -> None:
+    keep(source)
+    (file,) = files(folder)
+    path = file if which == "file" else folder
+    assert KeptPieces([source], SHAPES).get(0) is not None
+    path.chmod(path.stat().st_mode | mode)
+    assert KeptPieces([source], SHAPES).get(0) is None
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> None:
+    keep(source)
+    (file,) = files(folder)
+    file.unlink()
+    os.mkfifo(file)
+    assert KeptPieces([source], SHAPES).get(0) is None
+    keep(source)
+    assert same(KeptPieces([source], SHAPES).get(0), made()[0])
 
 
 @pytest.mark.parametrize("most", [4 * SIZE, 3 * SIZE, 2 * SIZE, SIZE])
@@ -276,7 +307,9 @@ def test_the_least_recently_used_go_first(
     names = []
     for source in sources:
         source.write_bytes(b"weights")
-        names.append(KeptPieces([source], SHAPES)._path)
+        path = KeptPieces([source], SHAPES)._path
+        assert path is not None
+        names.append(path)
     for age, source in enumerate(sources[:3]):  # a is the oldest of three
         monkeypatch.setattr(kept, "_MOST", 1 << 30)
         keep(source)
@@ -311,19 +344,19 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
             folder.parent.chmod(0o700)
 
 
-def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A piece that was not written is missing, so the file never becomes visible."""
+def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
+    """A piece that was not written is missing, so the file never becomes visible, and what was begun is gone."""
     keeping = KeptPieces([source], SHAPES)
     keeping.put(0, *made()[0])
-    with monkeypatch.context() as patch:
-
-        def full(*_: object, **__: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        patch.setattr(Path, "open", full)
+    assert len(files(folder)) == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (STARTS[1], limits[1]))
         keeping.put(1, *made()[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     keeping.put(2, *made()[2])
-    assert all(file.suffix == ".part" for file in files(folder))
+    assert not files(folder)
     assert KeptPieces([source], SHAPES).get(0) is None
 
 
@@ -331,18 +364,17 @@ KEEPER = """
 import sys, time
 from pathlib import Path
 from llama_scratch.kept import KeptPieces
-from tests.test_kept import SHAPES, made, same
+from tests.test_kept import SHAPES, made
 source, ready, go = map(Path, sys.argv[1:])
 keeping, pieces = KeptPieces([source], SHAPES), made()
 ready.touch()
 while not go.exists(): time.sleep(0.001)
 for i, piece in enumerate(pieces): keeping.put(i, *piece)
-assert all(same(KeptPieces([source], SHAPES).get(i), piece) for i, piece in enumerate(pieces))
 """
 
 
 def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Path) -> None:
-    """Each writes a file of its own, one replaces the other, and what stays is whole."""
+    """One at a time keeps them, and what stays is whole."""
     ready, go = [tmp_path / f"ready{i}" for i in range(2)], tmp_path / "go"
     root = Path(__file__).parent.parent
     programs = [

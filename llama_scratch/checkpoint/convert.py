@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint
 from llama_scratch.checkpoint.tokenizer_parts import template_of
+from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.checkpoint.write_gguf import write_gguf
 from llama_scratch.checkpoint.write_huggingface import write_huggingface
 from llama_scratch.checkpoint.write_meta import write_meta
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
+from llama_scratch.guard import Mapped
 from llama_scratch.progress import Progress, silent
+from llama_scratch.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
@@ -66,16 +68,20 @@ def convert(
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
     weights = _with_own_norms(checkpoint, checkpoint.load(progress))
     _require_space(checkpoint.name, weights, destination.parent)
-    with _writing(destination), tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as folder:
+    with (
+        _writing(destination, checkpoint.mapped),
+        unfinished_folder(destination.parent, ".llama-scratch-converting-") as folder,
+    ):
         # Meta's form knows by its name what a model was trained for, so it has the right one from the beginning.
-        written = Path(folder) / destination.name
+        written = folder / destination.name
         FORMS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
+        sums = write_checksums(written)
         notes = [*_dequantised(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
         size = sum(map(_flushed, [written] if written.is_file() else sorted(written.iterdir())))
-        if destination.is_dir():
-            destination.rmdir()  # empty, as was checked
-        written.rename(destination)
+        checkpoint.mapped.check()
+        with _beside(sums, destination) if written.is_file() else nullcontext():
+            written.rename(destination)  # also over an empty directory
     return Converted(destination, to, size, tuple(notes))
 
 
@@ -124,15 +130,28 @@ def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> No
 
 
 @contextmanager
-def _writing(destination: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a sentence."""
+def _writing(destination: Path, source: Mapped) -> Iterator[None]:
+    """Turn the system's refusal to write into a sentence; it also refuses to write from a file that was cut short."""
     try:
         yield
     except OSError as error:
+        source.check()
         raise LlamaScratchError(
             f"{printable(destination, 200)} cannot be written ({printable(error.strerror or error, 100)}); "
             "make room there or name another place."
         ) from error
+
+
+@contextmanager
+def _beside(sums: Path, destination: Path) -> Iterator[None]:
+    """The checksum lies beside a file before the file is there, so that no other one's is found with it."""
+    place = destination.with_name(sums.name)
+    try:
+        sums.replace(place)
+        yield
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
 
 
 def _copy_legal(source: Path, written: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -70,10 +71,16 @@ class Repository:
 
 
 def cache() -> Path:
-    """The hub's cache, which other programs share. Source: huggingface_hub's environment variables."""
+    """The hub's cache, which other programs share. Raises FileNotFoundError where there is no home.
+
+    Source: huggingface_hub's environment variables.
+    """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(os.path.expanduser(place))).absolute()
+    path = os.path.expandvars(os.path.expanduser(place))
+    if path.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "no home folder, set HOME or HF_HOME")
+    return Path(path).absolute()
 
 
 def _model_in(snapshot: Path) -> Path | None:

@@ -8,15 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_data_path
-
-from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.folders import user_folder
 from llama_scratch.progress import Progress
+from llama_scratch.unfinished import unfinished_folder
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,13 @@ class OpenModel:
 
     @property
     def path(self) -> Path:
-        """Where it lies once it was fetched."""
-        return user_data_path("llama-scratch", appauthor=False) / "models" / self.name / Path(self.member).name
+        """Where it lies once it was fetched. Raises `ModelNotFoundError` where there is no home."""
+        try:
+            return user_folder("data") / "models" / self.name / Path(self.member).name
+        except FileNotFoundError as error:
+            raise ModelNotFoundError(
+                f"The model {self.name} has no place to lie in ({error.strerror}); do so, or name another model."
+            ) from error
 
 
 OPEN_MODELS = {
@@ -74,9 +78,8 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
             return model, False
         model.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=model.path.parent) as folder:
-            _install(model, _download(model, Path(folder)), progress)
-        _sweep(model.path.parent)
+        with unfinished_folder(model.path.parent, ".fetching-") as folder:
+            _install(model, _download(model, folder), progress)
     except OSError as error:
         raise LlamaScratchError(
             f"{model.name} cannot be written to {model.path.parent} ({error.strerror}); "
@@ -135,11 +138,3 @@ def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:
             digest.update(block)
             progress("checking", file.tell(), size)
     return digest.hexdigest() == sha256
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what interrupted fetches left behind, once no other can still be at work on it."""
-    now = folder.stat().st_mtime
-    for leftover in folder.glob(".fetching-*"):
-        if now - leftover.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from llama_scratch.checkpoint.checklist import parse_checklist
 from llama_scratch.checkpoint.fetch import digest, only_one, require_room, write_whole, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
+from llama_scratch.folders import is_ours, user_folder
 from llama_scratch.progress import Progress
+from llama_scratch.unfinished import remove_left
 
 if TYPE_CHECKING:
     from blobfile import Context, Stat
@@ -45,7 +47,6 @@ def local_copy(address: str, progress: Progress) -> Path:
     `ModelNotFoundError`, `CheckpointError`, and `LlamaScratchError` where store, credentials or disk refuse.
     """
     import blobfile
-    from platformdirs import user_cache_path
 
     # blobfile's own default tries for ever and prints to stdout.
     store = blobfile.create_context(retry_limit=_RETRIES, log_callback=lambda message: None)
@@ -58,16 +59,20 @@ def local_copy(address: str, progress: Progress) -> Path:
         version = repr([(name, stat.size, stat.mtime, stat.md5, stat.version) for name, stat in weights.items()])
         name = _plain(base.rsplit("/", 1)[-1] if last == "original" else last)
         kind = f"{name}-{_hash(address)}-"
-        folder = user_cache_path("llama-scratch", appauthor=False) / "remote" / f"{kind}{_hash(version)}"
+        folder = user_folder("cache") / "remote" / f"{kind}{_hash(version)}"
         target = folder if single else folder / name / ("original" if last == "original" else "")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_ours(folder.stat()):
+            raise LlamaScratchError(
+                f"{printable(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
+            )
         with only_one(folder, printable(address, 200)), writing(folder):
             target.mkdir(parents=True, exist_ok=True)
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
             _copy_weights(store, base if single else address, target, weights, sums, progress)
-        for old in folder.parent.glob(f"{kind}*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+            remove_left(folder.parent, f"{kind}*")  # other versions, which nobody copies any more; this one is locked
     return target / last if single else target
 
 
@@ -128,6 +133,8 @@ def _copy_weights(
                 while block := source.read(_BLOCK):
                     file.write(block)
                     progress("fetching", before + file.tell(), total)
+                file.flush()
+                os.fsync(file.fileno())
             _check(part, stat, sums.get(name) or stat.md5, f"{base}/{name}", progress)
             part.replace(target / name)
         before += stat.size

@@ -59,10 +59,21 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
         writer.write_ti_data_to_file()
         for done, weight in enumerate(kept.values(), start=1):
             tensor = as_tensor(weight, _stored_type(weight)).contiguous()
-            writer.write_tensor_data(tensor.view(torch.uint8).numpy())
+            writer.write_tensor_data(_plain(tensor.view(torch.uint8).numpy()))
             progress("writing", done, len(kept))
     finally:
         writer.close()
+
+
+def _plain(data: Any) -> Any:
+    """An array that writes itself plainly: numpy's `tofile` makes a TypeError of an interrupt that falls into it."""
+    import numpy as np
+
+    class Plain(np.ndarray[Any, Any]):
+        def tofile(self, file: Any, *_: Any) -> None:
+            file.write(self.data)
+
+    return data.view(Plain)
 
 
 def _stored_type(weight: Weight) -> Any:

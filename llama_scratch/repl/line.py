@@ -45,6 +45,7 @@ class Line:
         self._greet = greet
         self._greeted = False
         self._choice = 0  # which candidate stands behind the cursor
+        self._ended = False
         self.live = Live(session, self._from_live)
         plain = session.settings.plain
         self._editor: PromptSession[str] = PromptSession(
@@ -73,9 +74,20 @@ class Line:
             handle_sigint=False,  # see `Interrupts`
         )
 
+    def end(self) -> None:
+        """End the prompt, or the next one where there is none; from any thread, and where a signal is handled."""
+        self._ended = True
+        self._soon(self._exit)
+
+    def _exit(self) -> None:
+        if not self._editor.app.is_done:
+            self._editor.app.exit(exception=EOFError)
+
     # --- The model beside the person ---
 
     def _begin(self) -> None:
+        if self._ended:
+            self._exit()
         self._editor.app.create_background_task(self._watch())
 
     async def _watch(self) -> None:
@@ -121,9 +133,13 @@ class Line:
 
     def _from_live(self) -> None:
         """There is a new reading; called from its thread."""
+        self._soon(self._offer)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """Call it from the prompt's own loop, if there is one."""
         if (loop := self._editor.app.loop) is not None:
             try:
-                loop.call_soon_threadsafe(self._offer)
+                loop.call_soon_threadsafe(call)
             except RuntimeError:  # the prompt has just ended, and its loop with it
                 return
 

@@ -37,7 +37,8 @@ class _Loop:
             self._greet()
             draft, self._draft = self._draft, ""
             try:
-                line = self._line.read(draft)
+                with self._interrupts.ending(self._line.end):
+                    line = self._line.read(draft)
             except KeyboardInterrupt:
                 session.console.print(Text(" Ctrl-D or /quit leaves.", style="dim"))
                 continue

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import stat
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from llama_scratch.errors import LlamaScratchError, UsageError, printable
 from llama_scratch.progress import Progress
 from llama_scratch.repl.session import Session, Settings, Turn
 from llama_scratch.tokenizer import replace_surrogates
+from llama_scratch.unfinished import unfinished_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -199,23 +199,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises `LlamaScratchError` where it cannot be written.
     """
-    part = None
     try:
         path = path.resolve()  # what a link points to is written, not the link
-        descriptor, part = tempfile.mkstemp(prefix=".llama-scratch-", dir=path.parent)
-        with open(descriptor, "wb") as file:
+        with unfinished_file(path.parent, ".llama-scratch-writing-") as (file, part):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            os.replace(part, path)
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; links that lead in a circle
         reason = getattr(error, "strerror", None) or error
         raise LlamaScratchError(
             f"{printable(path, 200)} cannot be written ({reason}); choose a folder that is there for you to write to."
         ) from error
-    finally:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)  # gone already where all went well
 
 
 # --- Reading ----------------------------------------------------------------------------------

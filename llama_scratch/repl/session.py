@@ -181,18 +181,22 @@ class Session:
             except BaseException:
                 new.close()
                 raise
-        self.loading = Loading.ended_with(new)
-        self.interventions, self._changed = interventions, answering
-        old.close()
-        self.moments = self.moments if source is None else []
-        if source is not None:
-            self.chat = None  # and its own format of one
+        moments = self.moments if source is None else []
         if now:
             offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
-            self.moments = [*self.moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
-            self.page = None
-            if self.interactive and offered:
-                self._explain(prediction, 0)
+            moments = [*moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
+        # One call, so that Ctrl-C never leaves a part of one model's session and a part of another's.
+        vars(self).update(
+            loading=Loading.ended_with(new),
+            interventions=interventions,
+            _changed=answering,
+            moments=moments,
+            chat=self.chat if source is None else None,  # another model has its own format of one
+            page=None if now else self.page,
+        )
+        old.close()
+        if now and self.interactive and offered:
+            self._explain(prediction, 0)
 
     def intervene(self, interventions: Sequence[Intervention]) -> Effect | None:
         """Let these changes to the network be on from now on, and no others; the text is answered with them.
@@ -299,6 +303,11 @@ class Session:
         self.interventions, self._changed, self.moments = moment.interventions, changed, self.moments[:-1]
         self.page = None
         return moment
+
+    def resume(self, moments: list[Moment], **state: Any) -> None:
+        """Go on from these texts, with the network as it was loaded; state: further fields, by their names."""
+        # One call, so that Ctrl-C never leaves a part of one session and a part of another.
+        vars(self).update(state, moments=moments, page=None, interventions=(), _changed=None)
 
     # --- Answers on the screen ---
 

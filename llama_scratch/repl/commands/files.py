@@ -18,7 +18,7 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.repl import record
 from llama_scratch.repl.chat import Chat
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
-from llama_scratch.repl.session import Origin, Session
+from llama_scratch.repl.session import Moment, Origin, Session
 from llama_scratch.results import ModelInfo, as_json
 from llama_scratch.tokenizer import replace_surrogates
 
@@ -72,17 +72,20 @@ def _load(session: Session, argument: str) -> Reply:
     if chat:
         chat.recall(_asked(recorded), llama.tokenizer)
     if ids:
-        with session.progress() as progress:
-            llama.predict(ids, top=settings.top, progress=progress)  # which may refuse them, while all is as it was
-    session.settings, session.first_settings = settings, header.settings
-    session.first_system, session.chat, session.first_model = header.system, chat, _origin(header)
-    session.turns, session.moments = list(recorded.turns), []
+        with session.progress() as progress:  # which may refuse them, or be cancelled, while all is as it was
+            answer = llama.predict(ids, top=settings.top, progress=progress)
     changed = session.labels or _changed_at_the_end(recorded)
-    session.intervene(())  # which computes nothing where there is no text
-    if ids:
-        answer = session.predict(ids)
-        if session.interactive:
-            session.show_answer(answer, added=len(ids))
+    session.resume(
+        [Moment(answer, (answer.next.id,))] if answer else [],
+        settings=settings,
+        chat=chat,
+        turns=list(recorded.turns),
+        first_settings=header.settings,
+        first_system=header.system,
+        first_model=_origin(header),
+    )
+    if answer and session.interactive:
+        session.show_answer(answer, added=len(ids))
     turns = len(recorded.turns)
     sentence = f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {printable(path, 200)}."
     if not same:
@@ -181,12 +184,9 @@ def _history(session: Session, argument: str) -> Reply:
 
 def _kept() -> list[str]:
     """The lines of the history file, the oldest first; none where there is no such file to read."""
-    from prompt_toolkit.history import FileHistory
+    from llama_scratch.repl.history import FileHistory, history_path
 
-    from llama_scratch.repl.history import history_path
-
-    path: Path = history_path()
     try:
-        return list(FileHistory(str(path)).load_history_strings())[::-1]
+        return list(FileHistory(history_path()).load_history_strings())[::-1]
     except OSError:
         return []
