@@ -15,6 +15,7 @@ from torch import Tensor
 from llama_scratch.background import Background
 from llama_scratch.cuda import DecodeGraph
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ContextLengthError, UsageError
+from llama_scratch.guard import Mapped
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
@@ -44,6 +45,7 @@ class Engine:
 
     packing: puts the weights into their fast form, when it is started or after `PATIENCE` answers.
     taps: hang in the network whenever this engine runs it, see `taps`; so what it caches is of the network with them.
+    files: those that the weights are mapped from; where one has changed there is no answer, but `CheckpointError`.
 
     An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
     done, and `_ids[:length]` always names what the cache holds.
@@ -55,8 +57,10 @@ class Engine:
         context: int,
         packing: Background | None = None,
         taps: Mapping[str, Tap] = MappingProxyType({}),
+        files: Mapped | None = None,
     ):
         self.model = model
+        self.files = files or Mapped([])
         self.context = context
         self.packing = packing or Background("packing", [])
         self.taps = taps
@@ -83,7 +87,7 @@ class Engine:
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
-            values = self._finite(self._forward(last)[0, -1])
+            values = self._finite(self._forward(last)[0, -1], [ids])
         return Logits(values, reused, self.packing.begun)
 
     @contextmanager
@@ -93,12 +97,14 @@ class Engine:
         Without `prepare` it never depends on how fast something was: some answers come from the file's
         weights, and the next one waits for packing. Packing in the background gives the first answer way.
         """
+        self.files.check()
         self._answers += 1
         if self._answers > PATIENCE and not self.packing.started:
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
         with self.packing.held() if self._answers == 1 else nullcontext():
             yield
+        self.files.check()
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of `ids`, (T, vocab_size) float32."""
@@ -119,7 +125,7 @@ class Engine:
                 self._forward(chunk)
             for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
-                yield self._finite(self._forward(chunk, all_positions=True)[0])
+                yield self._finite(self._forward(chunk, all_positions=True)[0], [ids])
 
     def run(
         self,
@@ -147,7 +153,7 @@ class Engine:
                 piece = [ids[start : start + size] for ids in rows]
                 found = self._through(piece, cache, taps, all_positions=all_positions)
                 logits = [*logits, found] if all_positions else [found]
-        return self._finite(torch.cat(logits, dim=1), taps)
+        return self._finite(torch.cat(logits, dim=1), rows, taps)
 
     def _start(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
@@ -178,16 +184,22 @@ class Engine:
         with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
 
-    def _finite(self, logits: Tensor, taps: Mapping[str, Tap] = MappingProxyType({})) -> Tensor:
+    def _finite(
+        self, logits: Tensor, rows: Sequence[Sequence[int]], taps: Mapping[str, Tap] = MappingProxyType({})
+    ) -> Tensor:
         if math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
             return logits
+        self._cache.rewind(0)  # within a piece they reach the tokens in front of them too: 0 times such a value is one
         if self.taps or taps:
+            for ids in rows:  # taps that only look are not at fault: without any it raises what is below
+                Engine(self.model, self.context, self.packing, files=self.files).next_logits(ids)
             raise UsageError(
                 "With its interventions the network computes values that are not numbers, expected smaller changes; "
                 "take them off, or choose a smaller scale."
             )
         raise CheckpointError(
-            f"The network computed values that are not numbers, so its weights are damaged; {FETCH_AGAIN}"
+            f"The network computed values that are not numbers, so its weights are damaged ({self.files}); "
+            + FETCH_AGAIN
         )
 
     @property

@@ -24,6 +24,7 @@ from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine, require_room
 from llama_scratch.errors import UsageError, printable
+from llama_scratch.guard import Mapped
 from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors
@@ -77,6 +78,7 @@ class Llama:
         load_s: float = 0.0,
         packing: Background | None = None,
         weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
+        files: Mapped | None = None,
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
@@ -84,7 +86,7 @@ class Llama:
         self.path = path
         self.chat = chat
         self.context = context
-        self.engine = Engine(model, context, packing)
+        self.engine = Engine(model, context, packing, files=files)
         self.load_s = load_s
         self._weights = weights
         self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
@@ -159,6 +161,7 @@ class Llama:
             load_s=load_s,
             packing=packing,
             weights=checkpoint.load,
+            files=checkpoint.mapped,
         )
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
@@ -192,7 +195,8 @@ class Llama:
         """
         changed = copy(self)
         both = {place: _one_after_the_other(self.engine.taps.get(place), taps.get(place)) for place in taps}
-        changed.engine = Engine(self.engine.model, self.context, self.engine.packing, {**self.engine.taps, **both})
+        engine = self.engine
+        changed.engine = Engine(engine.model, self.context, engine.packing, {**engine.taps, **both}, engine.files)
         return changed
 
     def inspect(self, prompt: Prompt) -> Inspection:

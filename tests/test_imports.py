@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"results", "chat"},
     {"linear", "background", "kept"},
-    {"progress", "memory", "sandbox", "lazy"},
+    {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard"},
     {"errors"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

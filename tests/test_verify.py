@@ -278,7 +278,7 @@ def test_wrong_shapes(model: Path) -> None:
     found = verify(model)
     assert "has the shape (64, 256)" in one_wrong(found, WEIGHTS, "structure")
     assert found.fetch_again == []
-    assert found.verdict == "Damaged: 1 of 6 checks failed."
+    assert found.verdict.startswith("Damaged: 1 of 6 checks failed; its files are as they were written")
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,11 @@ def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> N
     path = convert(model, tmp_path / f"Bad{name}", form).path
     found = verify(path)
     assert one_wrong(found, "layers.1.attention.wk.weight", "values").startswith("1 NaN among its 32,768 values")
+    assert found.fetch_again == []
+    assert found.verdict.endswith("; its files are as they were written, so choose another model.")
     file = path if path.is_file() else path / "model.safetensors"
-    assert found.fetch_again == [file.name]
+    (path.with_name("BadTiny.gguf.md5") if path.is_file() else path / "checklist.chk").unlink()
+    assert verify(path).fetch_again == [file.name]
     os.truncate(file, 3_000_000)
     found = verify(path)
     one_wrong(found, file.name, "structure")
@@ -373,7 +376,7 @@ def test_an_index_that_names_a_missing_file(model: Path, tmp_path: Path, llama_s
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     result = llama_scratch("verify", str(directory))
     assert result.code == 4
-    assert "fetch model-00002-of-00002.safetensors again" in result.out
+    assert "fetch model.safetensors, model-00002-of-00002.safetensors again" in result.out
 
 
 def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.chat import ChatFormat
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, printable
+from llama_scratch.guard import Mapped
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+# What says which shapes the weights of a file have, by the file's ending.
+_DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Checkpoint:
 
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
     weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
-    conversations, None for a base model. licence: as the files state it.
+    conversations, None for a base model. licence: as the files state it. mapped: the files, as they were when this was
+    made.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Checkpoint:
     chat: ChatFormat | None = None
     files: tuple[Path, ...] = ()
     licence: str | None = None
+    mapped: Mapped = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:
@@ -62,6 +67,7 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens and the model's embedding "
                 f"{self.args.vocab_size}, expected the same number; use the tokenizer that came with the model."
             )
+        object.__setattr__(self, "mapped", Mapped(self.files))
 
 
 def name_of(path: Path) -> str:
@@ -97,12 +103,13 @@ def check_shapes(
     names: the file's name of each weight → Meta's, where they differ. Raises `CheckpointError` that names the file and
     the first weight that is wrong.
     """
+    by = _DESCRIBED_BY.get(path.suffix, "its header")
     metas = args.weight_shapes()
     names = names or dict(zip(metas, metas, strict=True))
     shapes = {name: metas[meta] for name, meta in names.items()}
     if missing := [name for name in shapes if name not in found and names[name] != OUTPUT]:
         raise CheckpointError(
-            f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by its params; fetch the model again."
+            f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by {by}; fetch the model again."
         )
     if unknown := [name for name in found if name not in shapes]:
         raise CheckpointError(
@@ -112,7 +119,7 @@ def check_shapes(
     for name, shape in found.items():
         if shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: {name} has the shape {shape}, expected {shapes[name]} by its params; "
+                f"{path}: {name} has the shape {shape}, expected {shapes[name]} by {by}; "
                 "check that weights and params belong to the same model."
             )
 

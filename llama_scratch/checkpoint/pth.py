@@ -88,7 +88,8 @@ def _code(path: Path, name: str) -> CheckpointError:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}")
+    reason = str(error).partition(". ")[0].removesuffix(".")  # its first sentence
+    return CheckpointError(f"{path} cannot be read as tensors ({printable(reason, 100)}); {FETCH_AGAIN}")
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:

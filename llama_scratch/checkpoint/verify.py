@@ -1,7 +1,9 @@
 """Whether a model is whole: the checksums of its files, and what its weights hold.
 
-A checksum comes from what lies beside the weights, which is Meta's `checklist.chk`, or from the names that Hugging
-Face's cache gives its files, which are their checksums. Of a few published files it is known here.
+A checksum comes from what lies beside the weights, which is `checklist.chk` in a directory of any form, as Meta's have
+it, and NAME.gguf.md5 beside a GGUF file; or from the names that Hugging Face's cache gives its files, which are their
+checksums. Of a few published files it is known here. Where there is none, a bit that flipped in a weight is a weight
+like any other. None of them is secret: they show damage, and not who changed a file and its checksum.
 """
 
 from __future__ import annotations
@@ -52,8 +54,10 @@ _LLAMA_3_2_1B_SHA256 = {
 }
 _LLAMA_3_TOKENIZER_SIZE = 2_183_982
 _LLAMA_3_TOKENIZER_MD5 = {"08292403f8b173e7524d7fba7bbbd2d3": "that of Llama 3's tokenizer"}
+# Those of a directory's files that a model is read from.
+_OWN = re.compile(r".*\.(?:pth|safetensors|gguf)|params\.json|tokenizer\.(?:model|json)|config\.json")
 # A file's name in a sentence about it.
-_FILE_NAME = re.compile(r"[\w.+-]+\.(?:pth|safetensors|gguf|json|model|chk)\b(?!/)")
+_FILE_NAME = re.compile(r"[\w.+-]+\.(?:pth|safetensors|gguf|json|model|chk|md5)\b(?!/)")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Verification:
         names = self.fetch_again[:_MOST_NAMED]
         others = len(self.fetch_again) - len(names)
         advice = f"; fetch {', '.join(names)}{f' and {others} more' * (others > 0)} again" if names else ""
+        if not names and any(finding.fetch for finding in self.findings if finding.result == "wrong"):
+            advice = "; its files are as they were written, so choose another model"
         return f"Damaged: {self.wrong} of {len(self.findings)} checks failed{advice}."
 
     def as_json(self) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def verify(
     folder = folder or path
     files = checkpoint.files if checkpoint else (path,) * path.is_file()
     expected, found = _expected(path, folder, files, args)
-    found += _without_checksum(files, expected, found)
+    found += _without_checksum(files, expected, found, _sums_of(path, folder))
 
     weights = sum(_size(file) for file in files) * (checkpoint is not None)
     meter = _Meter(progress, sum(map(_size, expected)) + 2 * weights)  # hashed, loaded and looked through
@@ -151,7 +157,7 @@ def verify(
             meter.stopped = True
             pool.shutdown(cancel_futures=True)
     if checkpoint and args:
-        findings += _facts(checkpoint, args)
+        findings += _facts(checkpoint, args) + _unchanged(checkpoint)
     name, format = (checkpoint.name, checkpoint.format) if checkpoint else (name_of(path), None)
     return Verification(printable(name), format, path, (*found, *findings))
 
@@ -232,11 +238,11 @@ def _expected(
 ) -> tuple[_Expected, list[Finding]]:
     """The checksums that are known of a model's files, and what is wrong before one byte of them was read."""
     expected: _Expected = defaultdict(list)
-    findings: list[Finding] = []
+    sums = _sums_of(path, folder)
+    listed, findings = _listed(sums)
+    for name, digest in listed.items():
+        expected[folder / name].append(_Sum("md5", {digest: f"the one in {printable(sums.name)}"}))
     if path.is_dir():
-        listed, findings = _listed(folder)
-        for name, digest in listed.items():
-            expected[folder / name].append(_Sum("md5", {digest: f"the one in {CHECKLIST}"}))
         if args and args.n_parameters(tied=True) == _LLAMA_3_2_1B and files[0].name == "consolidated.00.pth":
             expected[files[0]].append(_Sum("sha256", _LLAMA_3_2_1B_SHA256, binding=False))
         if _size(folder / "tokenizer.model") == _LLAMA_3_TOKENIZER_SIZE:
@@ -259,21 +265,41 @@ def _expected(
     return expected, findings
 
 
-def _listed(folder: Path) -> tuple[dict[str, str], list[Finding]]:
-    """Of the files that `checklist.chk` names those that are there, with their MD5; and what it shows to be wrong."""
-    if not os.path.lexists(folder / CHECKLIST):
+def _sums_of(path: Path, folder: Path) -> Path:
+    """Where the MD5s of a model's files lie."""
+    return folder / CHECKLIST if path.is_dir() else path.with_name(f"{path.name}.md5")
+
+
+def write_checksums(path: Path) -> Path:
+    """Leave the MD5 of each file beside a model, as `md5sum` does and `verify` reads it; returns where."""
+    sums, lines = _sums_of(path, path), []
+    files = sorted(file for file in path.iterdir() if file.is_file() and file != sums) if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, _md5).hexdigest()}  {file.name}\n")
+    sums.write_text("".join(lines), encoding="utf-8")
+    return sums
+
+
+def _md5() -> Any:
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _listed(sums: Path) -> tuple[dict[str, str], list[Finding]]:
+    """Of the files that a list names those that are there, with their MD5; and what it shows to be wrong."""
+    if not os.path.lexists(sums):
         return {}, []
+    folder, listing = sums.parent, printable(sums.name)
     try:
-        with reading(folder / CHECKLIST):
-            entries = _read_checklist(folder / CHECKLIST)
+        with reading(sums):
+            entries = _read_checklist(sums)
     except LlamaScratchError as error:
-        return {}, [Finding(CHECKLIST, "structure", "wrong", str(error), (CHECKLIST,))]
+        return {}, [Finding(listing, "structure", "wrong", str(error), (listing,))]
     there = {name: digest for name, digest in entries.items() if os.path.isfile(folder / name)}
-    findings = [_missing(name, f"{CHECKLIST} names it") for name in entries if name not in there]
-    own = {"params.json", "tokenizer.model", *(file.name for file in folder.glob("*.pth"))}
-    for name in sorted(own - entries.keys()):
-        if os.path.isfile(folder / name):
-            findings.append(Finding(printable(name), "checksum", "note", f"{CHECKLIST} does not list it."))
+    findings = [_missing(name, f"{listing} names it") for name in entries if name not in there]
+    own = {file.name for file in folder.iterdir() if _OWN.fullmatch(file.name) and file.is_file()}
+    for name in sorted((own if sums.name == CHECKLIST else {sums.stem}) - entries.keys()):
+        findings.append(Finding(printable(name), "checksum", "note", f"{listing} does not list it."))
     return there, findings
 
 
@@ -284,16 +310,22 @@ def _missing(name: str, why: str) -> Finding:
 
 def _read_checklist(file: Path) -> dict[str, str]:
     if not file.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{CHECKLIST} is not a file, expected a list of MD5s; {FETCH_AGAIN}")
+        raise CheckpointError(f"{printable(file.name)} is not a file, expected a list of MD5s; {FETCH_AGAIN}")
     with file.open("rb") as stream:
-        return parse_checklist(stream.read(MAX_CHECKLIST + 1))
+        data = stream.read(MAX_CHECKLIST + 1)
+    try:
+        return parse_checklist(data)
+    except CheckpointError as error:  # which speaks of the list by Meta's name of it
+        raise CheckpointError(str(error).replace(CHECKLIST, printable(file.name))) from error
 
 
-def _without_checksum(files: tuple[Path, ...], expected: _Expected, found: list[Finding]) -> list[Finding]:
+def _without_checksum(files: tuple[Path, ...], expected: _Expected, found: list[Finding], sums: Path) -> list[Finding]:
     """A note for each file with weights of which no checksum is known."""
     noted = {finding.part for finding in found}
+    advice = f"'md5sum {'*' if sums.name == CHECKLIST else sums.stem} > {sums.name}' beside it keeps one from now on"
+    sentence = f"bytes have no checksum to be compared with; {printable(advice, 200)}."
     return [
-        Finding(name, "checksum", "note", f"Its {_size(file):,} bytes have no checksum to be compared with.")
+        Finding(name, "checksum", "note", f"Its {_size(file):,} {sentence}")
         for file in files
         if file not in expected and (name := printable(file.name)) not in noted
     ]
@@ -341,6 +373,15 @@ def _compare(name: str, size: int, digest: str, known: _Sum) -> Finding:
 
 
 # --- Weights ----------------------------------------------------------------------------------
+
+
+def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
+    """Nothing, unless a file changed while it was checked."""
+    try:
+        checkpoint.mapped.check()
+    except CheckpointError as error:
+        return [_broken(error, checkpoint.path.name)]
+    return []
 
 
 def _check_weights(
@@ -395,7 +436,7 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
         return None
     files = _holders(weight, checkpoint) or files
     counted = " and ".join(f"{n:,} {kind}" for n, kind in ((nans, "NaN"), (infinite, "infinite")) if n)
-    sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}, expected none; {FETCH_AGAIN}"
+    sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}, expected none."
     return Finding(name, "values", "wrong", sentence, files)
 
 
