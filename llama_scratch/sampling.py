@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high or value == math.inf:  # whole numbers may be beyond the range of a float
-        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
         raise UsageError(f"{name} is {printable(value)}, expected a number {limits}.")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_scratch.engine import Engine
+from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.shown import Shown
@@ -217,12 +218,18 @@ def head_scores(llama: Llama, progress: Progress = silent) -> tuple[Scores, ...]
 def repeated(llama: Llama) -> list[int]:
     """Random ordinary tokens, all different, and the same ones again; in front the beginning-of-text token, if any.
 
-    50 of them, or fewer where the context has no room; always the same ones for the same vocabulary.
+    50 of them, or fewer where the context has no room; always the same ones for the same vocabulary. Raises
+    `UsageError` where there is none, or no room for one.
     """
     special = set(llama.tokenizer.special_tokens.values())
     ordinary = torch.tensor([id for id in range(llama.args.vocab_size) if id not in special])
     begin = _begin(llama)
-    n = max(1, min(_REPEATED, (llama.context - len(begin)) // 2))
+    n = min(_REPEATED, (llama.context - len(begin)) // 2)
+    if not n or not len(ordinary):
+        raise UsageError(
+            f"What kind a head is shows on a random token that comes twice, found a context of {llama.context} and "
+            f"{len(ordinary)} ordinary tokens, expected room for one; raise --context where that is what it lacks."
+        )
     half = ordinary[torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(_SEED))[:n]].tolist()
     return [*begin, *half, *half]
 

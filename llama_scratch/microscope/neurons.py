@@ -167,7 +167,7 @@ def _last(found: dict[str, Tensor], place: str) -> Tap:
 
 
 def _most(llama: Llama, push: Tensor, count: int, *, largest: bool) -> tuple[Pushed, ...]:
-    most = push.topk(count, largest=largest)
+    most = push.topk(min(count, push.numel()), largest=largest)
     return tuple(
         Pushed(id, llama.token(id).text, logit)
         for id, logit in zip(most.indices.tolist(), most.values.tolist(), strict=True)

@@ -564,7 +564,8 @@ def _statistics(value: Tensor) -> dict[str, Any]:
 
 def _numbers(row: Tensor) -> tuple[Number, ...]:
     if row.is_complex():
-        return tuple(zip(row.abs().tolist(), row.angle().tolist(), strict=True))
+        pairs = zip(row.abs().tolist(), row.angle().tolist(), strict=True)
+        return tuple(pair if math.isfinite(pair[0]) else None for pair in pairs)
     return tuple(number if math.isfinite(number) else None for number in row.float().tolist())
 
 

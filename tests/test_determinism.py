@@ -1,0 +1,64 @@
+"""The same prompt, seed, precision and threads give the same bytes from a cold start; a short run of the long one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_scratch.linear import packs
+from tests.trust import determinism
+from tests.trust.record import read
+from tests.trust.soak import small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_model(tmp_path_factory.mktemp("determinism") / "Tiny-Llama")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_pipe_and_library_give_the_same_bytes_before_packing_and_after(model: str) -> None:
+    """int8, fifteen prompts with continuations drawn by a seed: two processes, and two fresh starts in this one."""
+    options = ("--json", "--generate", "8", *determinism.OPTIONS)
+    first, second = (determinism.pipe(model, "int8", *options) for _ in range(2))
+    here, again = (determinism.library(model, "int8") for _ in range(2))
+    assert first == second
+    assert here == again
+    assert here[0][0] == first[0]  # and the library's numbers are the pipe's, to the last digit
+    by = [json.loads(line)["model"]["precision"] for line in first]
+    assert by[0] == ("fp32" if packs() else "int8")  # what answered is said
+    assert by[-1] == "int8"
+
+
+def test_text_in_a_pipe_is_the_same(model: str) -> None:
+    first, second = (determinism.pipe(model, "fp16", "--top", "5") for _ in range(2))
+    assert first == second
+    assert len(first) == 5 * len(determinism.LINES)
+
+
+def test_session_shows_the_same(model: str, tmp_path: Path) -> None:
+    first, second = (determinism.session(model, "int8", tmp_path / str(n)) for n in range(2))
+    assert first == second
+    assert "entropy" in first
+
+
+def test_after_prefix_reuse_logits_agree_with_a_cold_run(model: str) -> None:
+    assert determinism.after_reuse(model) <= 1e-5
+
+
+def test_record_of_the_long_run() -> None:
+    found = read("determinism")
+    assert found["processes"] >= 20
+    assert set(found["different_outputs"].values()) == {1}
+    assert found["after_prefix_reuse"] <= 1e-5

@@ -1,0 +1,136 @@
+"""The same prompt, seed, precision and threads give the same bytes: in a pipe, in a session and in the library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from llama_scratch.checkpoint.pull import pull
+from llama_scratch.engine import Engine
+from llama_scratch.llama import Llama
+from llama_scratch.progress import silent
+from llama_scratch.results import as_json
+from llama_scratch.sampling import Sampling
+from tests.terminal import PROGRAM, Terminal
+from tests.trust.record import write
+
+PROMPTS = ("The capital of France is", "Once upon a time", "def f(x):", "1 + 1 =", "caf\u00e9 \U0001f389")
+SAMPLING = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7)
+OPTIONS = ("--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "7")
+# More answers than come from the file's own weights: the last ones are from packed weights.
+LINES = PROMPTS * 2
+
+
+def pipe(model: str, precision: str, *options: str, threads: int = 1) -> list[str]:
+    """What a process of the command line answers to `LINES`, each line without what is a time."""
+    ran = subprocess.run(
+        [*PROGRAM, "--model-dir", model, "--precision", precision, "--threads", str(threads), "--quiet", *options],
+        input="\n".join(LINES) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    lines = ran.stdout.splitlines()
+    return [json.dumps(without_times(json.loads(line))) for line in lines] if "--json" in options else lines
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer's object, of the timing only the tokens."""
+    tokens = {name: value for name, value in answer["timing"].items() if not name.endswith("_s")}
+    return answer | {"timing": tokens}
+
+
+def library(model: str, precision: str) -> tuple[list[str], list[str]]:
+    """What the library answers to `LINES` after a fresh start, and what the bytes of its logits hash to."""
+    llama = Llama.load(model, precision=precision)
+    answers, hashes = [], []
+    for line in LINES:
+        prediction = llama.predict(line)
+        generated = llama.complete([token.id for token in prediction.tokens], 8, SAMPLING)
+        answers.append(json.dumps(without_times(as_json(prediction, generated))))
+        hashes.append(hashlib.sha256(llama.logits(line).numpy().tobytes()).hexdigest())
+    llama.close()
+    return answers, hashes
+
+
+def session(model: str, precision: str, folder: Path) -> str:
+    """What a session on a terminal shows for two prompts and a continuation, once its weights are packed; no times."""
+    options = ("--model-dir", model, "--precision", precision, "--threads", "1", "--no-live", *OPTIONS)
+    with Terminal(*options, rows=60, env={"XDG_STATE_HOME": str(folder)}) as terminal:
+        terminal.wait_for("lists the commands")
+        terminal.settle(0.5)
+        while "Packing" in terminal.text:
+            terminal.read()
+        for line in PROMPTS[:2]:
+            terminal.command(line, "entropy")
+        terminal.command("/generate 12", "…")
+        terminal.settle(0.5)
+        return re.sub(r"[\d,]+ ms", "", terminal.text)
+
+
+def after_reuse(model: str, precision: str = "fp32") -> float:
+    """The largest relative L2 distance of logits from a cold run's, after every way to share a beginning."""
+    llama = Llama.load(model, precision=precision)
+    llama.prepare()
+    texts = [llama.encode(text) for text in PROMPTS]
+    texts += [[*a, *b] for a, b in pairwise(texts)]
+
+    def cold(ids: Sequence[int]) -> torch.Tensor:
+        return Engine(llama.engine.model, llama.context, llama.engine.packing).next_logits(ids).values
+
+    worst = 0.0
+    for ids in texts:
+        for length in range(1, len(ids) + 1):  # token by token; then back, and a part at once
+            found, fresh = llama.engine.next_logits(ids[:length]).values, cold(ids[:length])
+            worst = max(worst, float((found - fresh).norm() / fresh.norm()))
+        for length in (1, len(ids) // 2 or 1, len(ids)):
+            found, fresh = llama.engine.next_logits(ids[:length]).values, cold(ids[:length])
+            worst = max(worst, float((found - fresh).norm() / fresh.norm()))
+    return worst
+
+
+def main(processes: int = 20) -> int:
+    """int8, which packs its weights, in so many processes, the rest in a quarter of them, on SmolLM2; keep how many
+    different outputs came of each."""
+    started = time.monotonic()
+    model = str(pull("smollm2", silent)[0].path)
+    outputs: dict[str, int] = {}
+    torch.set_num_threads(1)
+    for precision in ("fp32", "fp16", "int8"):
+        runs = processes if precision == "int8" else processes // 4
+        for name, options in (
+            ("text", ("--top", "5")),
+            ("json", ("--json", "--generate", "8", *OPTIONS)),
+        ):
+            found = {"\n".join(pipe(model, precision, *options)) for _ in range(runs)}
+            outputs[f"{precision}, pipe, {name}"] = len(found)
+            print(f"{precision}, pipe, {name}: {len(found)}", file=sys.stderr)
+        found = {"\n".join(chain(*library(model, precision))) for _ in range(max(3, processes // 4))}
+        outputs[f"{precision}, library"] = len(found)
+        print(f"{precision}, library: {len(found)}", file=sys.stderr)
+    with TemporaryDirectory() as folder:
+        found = {session(model, "int8", Path(folder)) for _ in range(max(3, processes // 4))}
+    outputs["int8, session"] = len(found)
+    one, two = (pipe(model, "fp32", "--json", threads=threads) for threads in (1, 2))
+    reused = after_reuse(model)
+    figures = {
+        "processes": processes,
+        "different_outputs": outputs,
+        "after_prefix_reuse": reused,
+        "other_threads_differ": one != two,
+        "seconds": round(time.monotonic() - started),
+    }
+    write("determinism", figures)
+    print(json.dumps(figures, indent=2))
+    return 0 if set(outputs.values()) == {1} and reused <= 1e-5 else 1
