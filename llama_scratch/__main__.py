@@ -30,6 +30,9 @@ def main() -> None:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = 130
+    except MemoryError:  # before the command line itself was read
+        os.write(2, b"llama-scratch: The limit of memory is too low to start the program; raise it (ulimit -v).\n")
+        code = 5
     except SystemExit as error:
         code = int(error.code or 0)
     if _told:  # whatever a library has made of it

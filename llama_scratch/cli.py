@@ -24,10 +24,12 @@ from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
     ModelNotFoundError,
+    OutOfMemoryError,
     UsageError,
     printable,
     unexpected,
 )
+from llama_scratch.memory import is_memory_error, refusal
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -716,10 +718,14 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except MemoryError:
-        return _fail("This machine's memory is not enough; choose a smaller model or precision.", 5)
+        return _fail(refusal(), OutOfMemoryError.exit_code)
     except OSError as error:
+        if is_memory_error(error):
+            return _fail(refusal(), OutOfMemoryError.exit_code)
         return _fail(f"The system refused to read or write ({error}); check the disk and the output.", 1)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
+        if is_memory_error(error):  # a library that could not be read, an allocation outside a model
+            return _fail(refusal(), OutOfMemoryError.exit_code)
         return _fail(unexpected(error), 1)
 
 

@@ -3,19 +3,98 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from llama_scratch.errors import OutOfMemoryError
 
+# Version 1 of control groups writes the largest number of whole pages where there is no limit.
+_UNLIMITED = 1 << 62
+_NO_MEMORY = re.compile(
+    "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """free: bytes that this program can still take. limit: the limit that says so, "" where it is the machine."""
+
+    free: int
+    limit: str = ""
+
+    def __str__(self) -> str:
+        """The end of a sentence: what is free, and what to do."""
+        under, act = (f" under {self.limit}", "raise it") if self.limit else ("", "close other programs")
+        return f"{self.free / 1e9:.1f} GB are free{under}; {act}, or choose a smaller model, context or precision."
+
 
 def available() -> int:
-    """Bytes of this machine's memory that a program can still take."""
+    """Bytes of memory that this program can still take."""
+    return room().free
+
+
+def room() -> Room:
+    """What this program can still take: the least that the machine and the limits set on the program leave it."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([Room(int(psutil.virtual_memory().available)), *_resource_limits(), *_cgroups()], key=lambda r: r.free)
+
+
+def _resource_limits() -> Iterator[Room]:
+    """What `ulimit -v` and `ulimit -d` leave; mapped weights count in the first, and are in it once they are mapped."""
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    taken = dict(re.findall(r"^(VmSize|VmData):\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE))
+    for name, kind, field in (
+        ("RLIMIT_AS", resource.RLIMIT_AS, "VmSize"),
+        ("RLIMIT_DATA", resource.RLIMIT_DATA, "VmData"),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY and field in taken:
+            yield Room(max(0, limit - 1024 * int(taken[field])), f"a limit of {limit / 1e9:.1f} GB ({name})")
+
+
+def _cgroups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Room]:
+    """What each control group leaves that this program is in, with all above it.
+
+    Pages of files that were not used lately are given up before the limit strikes, so they count as free.
+    """
+    for line in _read(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        limits: tuple[str, ...]
+        if controllers == "":
+            base, limits, usage, cache = root, ("memory.max", "memory.high"), "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limits = root / "memory", ("memory.limit_in_bytes",)
+            usage, cache = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(base):
+                break
+            used = _read(folder / usage).strip()
+            given_up = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            for name in limits:
+                limit = _read(folder / name).strip()
+                if limit.isdecimal() and used.isdecimal() and int(limit) < _UNLIMITED:
+                    taken = int(used) - (int(given_up[1]) if given_up else 0)
+                    yield Room(max(0, int(limit) - taken), f"a limit of {int(limit) / 1e9:.1f} GB ({name})")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # another system, or a file that only other versions have
+        return ""
 
 
 def resident() -> int:
@@ -32,13 +111,24 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
     """
     parts = needed if isinstance(needed, dict) else {}
     total = sum(parts.values()) if isinstance(needed, dict) else needed
-    free = available()
-    if total > free:
+    left = room()
+    if total > left.free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         raise OutOfMemoryError(
-            f"{what} needs {total / 1e9:.1f} GB of memory{f' ({listed})' if listed else ''} and {free / 1e9:.1f} GB "
-            "are free; close other programs, or choose a smaller model, context or precision."
+            f"{what} needs {total / 1e9:.1f} GB of memory{f' ({listed})' if listed else ''} and {left}"
         )
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory ran out: as Python says it, torch, the loader of a library, or the system for a map or thread."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError | OSError | ImportError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def refusal() -> str:
+    """The sentence where memory ran out before it was known how much is needed."""
+    return f"This program needs more memory than there is: {room()}"
 
 
 @contextmanager
@@ -46,8 +136,8 @@ def memory_errors(what: str) -> Iterator[None]:
     """Turn an allocation that failed, on the CPU or a GPU, into an `OutOfMemoryError` about `what`."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if is_memory_error(error):
             raise OutOfMemoryError(
                 f"{what} does not fit into this machine's memory; choose a smaller model, context or precision."
             ) from error
