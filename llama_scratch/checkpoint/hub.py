@@ -136,11 +136,13 @@ def _info(repository: Repository) -> ModelInfo:
 
     try:
         info = HfApi().model_info(repository.id, revision=repository.revision, files_metadata=True)
-        if _COMMIT.fullmatch(info.sha or ""):
+        files: list[Any] = info.siblings or []
+        named = all(isinstance(file.rfilename, str) and isinstance(file.size, int | None) for file in files)
+        if _COMMIT.fullmatch(info.sha or "") and named and hasattr(info.card_data or {}, "get"):
             return info
     except HfHubHTTPError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError):  # what came was not what the hub sends
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # what came was not what the hub sends
         pass
     raise LlamaScratchError(f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT.")
 
