@@ -533,7 +533,7 @@ def test_texts_without_anything_in_common(tiny: Llama) -> None:
 
 def test_a_diff_that_does_not_fit_is_refused(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is computed."""
-    monkeypatch.setattr(memory, "available", lambda: 4 * tiny.args.vocab_size * 3 - 1)
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(4 * tiny.args.vocab_size * 3 - 1))
     with counted(tiny) as runs, pytest.raises(OutOfMemoryError, match="Comparing texts of 3 and 4 tokens") as raised:
         diff(tiny, [1, 2, 3], [9, 1, 2, 3])
     assert runs == []

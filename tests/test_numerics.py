@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from llama_scratch import memory
 from llama_scratch.config import RopeScaling
 from llama_scratch.errors import OutOfMemoryError, UsageError
 from llama_scratch.llama import Llama
@@ -162,7 +163,7 @@ def test_logits_in_pieces_are_compared_with_their_own(
 def test_too_little_memory_for_the_reference_is_said_before_the_work(
     tiny: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_scratch.memory.available", lambda: 1000)
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(1000))
     with pytest.raises(OutOfMemoryError, match="Comparing 40 positions needs") as raised:
         numerics(tiny, IDS, opened(tiny))
     assert_sentence(raised.value)
