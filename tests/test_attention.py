@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_scratch import attention
 from llama_scratch.attention import attend_in_blocks
+from llama_scratch.linear import product
 from llama_scratch.model import attend, causal_mask
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_attention_in_blocks_is_attention(
     monkeypatch: pytest.MonkeyPatch, T: int, S: int, heads: tuple[int, int]
 ) -> None:
     """Whole and half blocks, with and without tokens before them, and below the limits."""
-    monkeypatch.setattr(attention, "_LONG", 64)
+    monkeypatch.setattr(attention, "LONG", 64)
     q, k, v = inputs(T, S, *heads)
     out = attend_in_blocks(q, k, v, causal_mask(T, S, CPU))
     expected = in_float64(q, k, v)
@@ -55,6 +56,23 @@ def test_a_long_context_goes_in_blocks_and_keys_may_be_a_part_of_the_cache(monke
     monkeypatch.setattr(attention, "attend", None)
     out = attend_in_blocks(q, k, v, causal_mask(70, 1100, CPU))
     assert torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_growing_context_comes_with_few_numbers_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneDNN keeps code for each; 4,096 tokens that came by 512 once had 96. What lies between is masked."""
+    found = set()
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        found.add(max(weight.shape))
+        return product(x, weight)
+
+    monkeypatch.setattr(attention, "product", counted)
+    q, k, v = inputs(512, 4096, 2, 1)
+    for end in range(1024, 4097, 512):
+        out = attend_in_blocks(q, k[:, :, :end], v[:, :, :end], None)
+        expected = in_float64(q, k[:, :, :end], v[:, :, :end])
+        assert float((out.double() - expected).norm() / expected.norm()) <= 1e-5
+    assert len(found) <= 30
 
 
 def test_several_sequences_go_the_usual_way() -> None:
