@@ -18,14 +18,14 @@ class Background:
     """Jobs of some tenths of a second each, run on a few threads between `start` and `close`.
 
     The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
-    program does. `then` is called when all is done. `started`: whether it was begun.
+    program does. `after` is called after each job. `started`: whether it was begun.
     """
 
-    def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, then: Callable[[], None] | None = None):
+    def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, after: Callable[[], None] | None = None):
         self.stage = stage
         self.error: BaseException | None = None
         self._jobs = deque(jobs)
-        self._then = then
+        self._after = after
         self._total = sum(size for _, size in jobs)
         self._done = 0
         # Only the threads take it: an interrupt of the main thread could leave it taken.
@@ -96,14 +96,14 @@ class Background:
             function, size = job
             try:
                 function()
+                if self._after:
+                    self._after()
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
                 self.error = self.error or error
                 self._jobs.clear()
                 break
             with self._lock:
                 self._done += size
-        if self._then and self.done:
-            self._then()
         with self._lock:
             self._running -= 1
 

@@ -29,7 +29,7 @@ from llama_scratch.errors import (
     printable,
     unexpected,
 )
-from llama_scratch.memory import is_memory_error, refusal
+from llama_scratch.memory import is_memory_error, refusal, require_start
 from llama_scratch.render.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -303,6 +303,8 @@ def main(
     )
     ctx.obj = State(screen)
     guard.install()
+    if ctx.invoked_subcommand != "pull":
+        require_start()
     if ctx.invoked_subcommand is not None:
         return
 

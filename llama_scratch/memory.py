@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from llama_scratch.errors import OutOfMemoryError
 
 # Version 1 of control groups writes the largest number of whole pages where there is no limit.
 _UNLIMITED = 1 << 62
+# What torch, numpy and their threads take when they are imported, besides their libraries.
+_START = 300_000_000
 _NO_MEMORY = re.compile(
     "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
     re.IGNORECASE,
@@ -119,6 +122,26 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
         )
 
 
+def require_start() -> None:
+    """Raise `OutOfMemoryError` where a limit leaves too little for torch to be imported.
+
+    Where memory ends within that, the loader, OpenBLAS or C++ may end the program, each with words of its own.
+    """
+    if "torch" in sys.modules:
+        return
+    for left in _resource_limits():
+        needed = _START + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
+        if needed > left.free:
+            raise OutOfMemoryError(f"Starting torch needs {needed / 1e9:.1f} GB of memory and {left}")
+
+
+def _size_of_torch() -> int:
+    """Bytes of its libraries, which are mapped as a whole."""
+    spec = importlib.util.find_spec("torch")
+    folders = spec.submodule_search_locations if spec else None
+    return sum(file.stat().st_size for folder in folders or [] for file in Path(folder, "lib").glob("*.so*"))
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Whether memory ran out: as Python says it, torch, the loader of a library, or the system for a map or thread."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
@@ -138,10 +161,17 @@ def memory_errors(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if is_memory_error(error):
-            raise OutOfMemoryError(
-                f"{what} does not fit into this machine's memory; choose a smaller model, context or precision."
-            ) from error
+            raise does_not_fit(what, error) from error
         raise
+
+
+def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
+    """The refusal after an allocation failed: how much was asked for, where the error says it, and what is free."""
+    found = re.search(r"(\d+) bytes", str(error))
+    asked = f"{int(found[1]) / 1e9:.1f} GB more were asked for and " if found else ""
+    # A GPU's memory is another one.
+    left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{room()}"
+    return OutOfMemoryError(f"{what} does not fit into this machine's memory; {left}")
 
 
 def give_back() -> None:

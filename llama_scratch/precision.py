@@ -23,9 +23,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.attention import attend_in_blocks
+from llama_scratch.attention import KEPT, LONG, attend_in_blocks
 from llama_scratch.background import Background
-from llama_scratch.checkpoint import EMBEDDING, is_tied
+from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces
@@ -102,23 +102,54 @@ def memory_needed(
     stored: the type of the file's weights, which are mapped; None where they are `Lazy`. context: tokens in the cache.
     """
     packed = _is_packed(precision, device)
-    linear = args.n_parameters(tied=False) - args.vocab_size * args.dim
     bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[precision]
+    activation = 2 if precision == "bf16" else 4
+    cache = context * args.kv_bytes_per_token(activation)
+    # int8 holds both limbs of what is multiplied, and their products.
+    wide, narrow = (8, 12) if precision == "int8" else (4, 8)
+    activations = CHUNK * (wide * args.ffn_dim + narrow * args.dim) * activation + 16 * args.vocab_size
+    # The mask, which fused attention turns into numbers.
+    activations += CHUNK * context * (2 if packed else 3 + activation)
+    packing = 0
     if packed:
-        weights = linear * bytes_each
-        if stored is None and not _stay_lazy(args, precision, device):
-            weights += 4 * args.n_parameters(tied=tied)
+        weights = bytes_each * _packed_weights(args, precision, device)
+        turned = stored is None and not _stay_lazy(args, precision, device)  # to float32, and then given back
+        if turned:
+            weights = max(4 * args.n_parameters(tied=tied), weights + 4 * args.vocab_size * args.dim)
+        if device.type == "cpu" and packs():
+            activations += KEPT * max(0, context - LONG)
+        piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim))
+        if precision == "int8":
+            packing = 2 * piece * torch.get_num_threads()  # the integers that are packed from
+        elif stored != torch.float32 and not turned:
+            packing = 4 * piece * torch.get_num_threads()  # as float32
+            activations += _BLOCKS  # of the first answers
     else:
         copied = stored != DTYPES[precision] or device.type != "cpu"
         weights = args.n_parameters(tied=tied) * bytes_each * copied
-    activation = 2 if precision == "bf16" else 4
     return {
         "weights": weights,
-        # A piece as float32 and as its packed form, on each thread.
-        "packing": torch.get_num_threads() * _PIECE * (4 + bytes_each) * packed,
-        "KV cache": context * args.kv_bytes_per_token(activation),
-        "activations": CHUNK * (4 * args.ffn_dim + 8 * args.dim) * activation + 16 * args.vocab_size,
+        "packing": max(0, packing - cache),  # it is over long before a cache of its size is full
+        "KV cache": cache,
+        "activations": activations,
     }
+
+
+# Bytes of the blocks of weights that are float32 at a time, with what oneDNN makes of them.
+_BLOCKS = 6 << 22
+# fbgemm's packed weights have whole blocks of so many columns.
+_COLUMNS = {"fp16": 512, "int8": 256}
+
+
+def _packed_weights(args: ModelArgs, precision: str, device: torch.device) -> int:
+    """Weights that the packed linear layers hold, those that only fill blocks among them."""
+    block = _COLUMNS[precision] if device.type == "cpu" and packs() else 1
+    total = 0
+    for name, (out, *columns) in args.weight_shapes().items():
+        if columns and name != EMBEDDING:
+            groups = _OUTPUT_GROUPS if precision == "int8" and name == OUTPUT else 1
+            total += out * groups * block * -(-columns[0] // (groups * block))
+    return total
 
 
 def activation_bytes(model: Transformer) -> int:
@@ -237,7 +268,7 @@ def _store(model: Transformer, weights: Mapping[str, Weight], precision: str, fi
             cast(TransformerBlock, block).attention.attend = attend_in_blocks
     pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
     jobs = [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
-    return Background("packing", jobs, torch.get_num_threads(), then=give_back)
+    return Background("packing", jobs, torch.get_num_threads(), after=give_back)
 
 
 @dataclass(frozen=True)
@@ -286,7 +317,10 @@ def _exchange(model: Transformer, names: Sequence[str], weights: Mapping[str, We
 
 def _pack_half(_i: int, slot: _Slot) -> None:
     weight = slot.weight()
-    if weight.abs().amax() <= torch.finfo(torch.float16).max:  # else it stays as it is; what is no number does too
+    low, high = weight.aminmax()  # which copies nothing
+    if (
+        torch.maximum(-low, high) <= torch.finfo(torch.float16).max
+    ):  # else it stays as it is; what is no number does too
         slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 

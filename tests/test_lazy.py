@@ -162,6 +162,6 @@ print(found, most - before)
     token, found = result.stdout.split()
     assert token == "Paris"
     needed = memory_needed(open_checkpoint(smollm2_path).args, "int8", None, 512, CPU, tied=True)
-    assert needed["weights"] < 136_000_000
+    assert needed["weights"] < 184_000_000  # 135 MB, and what fills blocks of 256 columns
     tables = 50_000_000  # of the vocabulary, which every precision has
     assert int(found) < 1.05 * sum(needed.values()) + tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_scratch.checkpoint.base import reading
+from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.memory import Room, _cgroups, is_memory_error, room
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
@@ -71,6 +74,13 @@ def test_want_of_memory_is_recognised_whoever_says_it() -> None:
     assert is_memory_error(RuntimeError("can't start new thread"))
     assert not is_memory_error(OSError(28, "No space left on device"))
     assert not is_memory_error(ImportError("No module named 'torch'"))
+
+
+def test_a_model_file_that_cannot_be_mapped_is_want_of_memory(tmp_path: Path) -> None:
+    """And no file that is missing or may not be read."""
+    said = r"model\.gguf does not fit into this machine's memory; .* GB are free"
+    with pytest.raises(OutOfMemoryError, match=said), reading(tmp_path / "model.gguf"):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
 def test_a_limit_in_which_torch_cannot_be_read_is_a_sentence(tiny_dir: Path) -> None:

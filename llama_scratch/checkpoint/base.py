@@ -13,6 +13,7 @@ from llama_scratch.chat import ChatFormat
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, printable
 from llama_scratch.guard import Mapped
+from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -89,6 +90,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_memory_error(error):
+            raise does_not_fit(printable(path, 200), error) from error
         name = error.filename or path
         raise LlamaScratchError(
             f"{printable(name, 200)} cannot be read: {error.strerror or error}; check that it is there for you to read."
