@@ -1,0 +1,264 @@
+"""What memory is taken, beside what was predicted; that prompts leave none behind; what limits below the need do; and
+what the checks on the way of each token cost."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+import timeit
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tests.checkpoints import write_meta
+from tests.trust.record import RESULTS, read, write
+
+_SAMPLE = 0.002  # seconds between two looks at a process
+
+
+def anonymous(process: int | str = "self") -> int:
+    """Bytes that a process holds beyond pages of files (Linux)."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+# --- The peak ---------------------------------------------------------------------------------
+
+
+def peak(path: Path, precision: str, context: int, order: str = "prepared") -> dict[str, Any]:
+    """Load a model in a process of its own, pack its weights and fill its context.
+
+    Returns the bytes that were predicted, by what for, and the most that were taken from there on.
+    order: "prepared": the weights are packed before the long text comes; "meanwhile": while it is read.
+    """
+    command = [sys.executable, "-m", "tests.trust.memory", "--one", str(path), precision, str(context), order]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        most = 0
+        while child.poll() is None:
+            try:
+                most = max(most, anonymous(child.pid))
+            except OSError:  # it ended just now
+                break
+            time.sleep(_SAMPLE)
+        assert child.stdout
+        found: dict[str, Any] = json.loads(child.stdout.read())
+    taken = most - found.pop("before")
+    predicted = sum(found["predicted"].values())
+    return found | {"measured": taken, "predicted_to_measured": round(predicted / taken, 3)}
+
+
+def _one(path: str, precision: str, context: int, order: str) -> dict[str, Any]:
+    import torch
+
+    from llama_scratch import engine
+    from llama_scratch import llama as library
+
+    before, predicted = 0, {}
+
+    def noted(needed: dict[str, int], what: str, device: torch.device) -> None:
+        nonlocal before, predicted
+        before, predicted = anonymous(), needed
+        engine.require_room(needed, what, device)
+
+    vars(library)["require_room"] = noted
+    torch.ones(512, 512) @ torch.ones(512, 512)  # its threads are there
+    llama = library.Llama.load(path, precision=precision, context=context)
+    llama.predict("The")
+    llama.prepare(wait=order == "prepared")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(llama.args.vocab_size, (context - 4,), generator=generator).tolist()
+    list(llama.generate(ids, 4))
+    llama.prepare()
+    return {"before": before, "predicted": predicted, "now": anonymous() - before, "threads": torch.get_num_threads()}
+
+
+# --- Growth -----------------------------------------------------------------------------------
+
+_CONTEXT = 256
+
+
+def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
+    """Ask so many prompts of mixed lengths here, each answered and continued, some with logits of every token.
+
+    Returns the bytes held after each tenth of them; the first half is the warm-up, in which all lengths are met.
+    """
+    from llama_scratch import Llama
+    from llama_scratch.memory import give_back
+
+    llama = Llama.load(path, precision=precision, context=_CONTEXT)
+    llama.prepare()
+    drawn = random.Random(0)
+    llama.predict([1] * _CONTEXT)  # the cache is as large as it gets
+    held = []
+    for number in range(1, prompts + 1):
+        length = int(2 ** drawn.uniform(0, 3 if number % 20 else 6))  # most are short
+        ids = [drawn.randrange(llama.args.vocab_size) for _ in range(length)]
+        text = llama.predict(llama.tokenizer.decode(ids)[: _CONTEXT // 2] or "x").prompt
+        list(llama.generate(text, 2, temperature=0.8, seed=number))
+        if number % 20 == 10:
+            llama.logits(ids[:16])
+        if number % (prompts // 10) == 0:
+            gc.collect()
+            give_back()
+            held.append(anonymous())
+    llama.close()
+    return {"prompts": prompts, "held": held, "grew": held[-1] - held[4]}
+
+
+# --- Limits -----------------------------------------------------------------------------------
+
+
+def limited(kind: str, limit: int, *arguments: str) -> tuple[int, str]:
+    """The exit code of the command line, and what it says, under a limit: RLIMIT_AS or RLIMIT_DATA."""
+    code = (
+        f"import resource; resource.setrlimit(resource.{kind}, ({limit}, {limit})); "
+        "from llama_scratch.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
+    return found.returncode, found.stderr
+
+
+def limits(path: Path, kind: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """The exit codes under limits of so many MiB, with the sentences that have no numbers or are not one line."""
+    codes: dict[int, list[int]] = {}
+    findings = []
+    for size in sizes:
+        code, said = limited(kind, size << 20, "--model-dir", str(path), "--prompt", "x", "--no-input")
+        codes.setdefault(code, []).append(size)
+        if code not in (0, 5) or (code == 5 and (said.count("\n") != 1 or f"GB ({kind})" not in said)):
+            findings.append({"MiB": size, "code": code, "said": said[-500:]})
+    ranges = {str(code): f"{min(found)} to {max(found)} MiB, {len(found)} limits" for code, found in codes.items()}
+    return {"exit_codes": ranges, "findings": findings}
+
+
+# --- Cost -------------------------------------------------------------------------------------
+
+
+def cost(path: Path, precision: str) -> dict[str, Any]:
+    """Microseconds of the checks that guard a start and a token, beside a start's and a token's; in a fresh process."""
+    command = [sys.executable, "-m", "tests.trust.memory", "--cost", str(path), precision]
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return found
+
+
+def _cost(path: str, precision: str) -> dict[str, Any]:
+    begun = time.perf_counter()
+    from llama_scratch import guard, memory
+
+    before = time.perf_counter()
+    memory.require_start()
+    guard.install()
+    checks = time.perf_counter() - before
+    from llama_scratch import Llama
+
+    llama = Llama.load(path, precision=precision)
+    llama.predict("The capital of France is")
+    start = time.perf_counter() - begun
+    checks += _each(lambda: guard.Mapped(path for path, _ in llama.engine.files._files.values()), 100)
+    checks += _each(memory.room, 100)
+    llama.prepare()
+    ids = llama.encode("The capital of France is")
+    times = []
+    for _ in range(40):
+        before = time.perf_counter()
+        logits = llama.engine.next_logits(ids).values
+        times.append(time.perf_counter() - before)
+        ids.append(int(logits.argmax()))
+    token = median(times)
+    files = 2 * _each(llama.engine.files.check, 1000)
+    finite = _each(lambda: llama.engine._finite(logits, [ids]), 1000)
+    return {
+        "token_us": round(1e6 * token, 1),
+        "files_us": round(1e6 * files, 1),
+        "finite_us": round(1e6 * finite, 1),
+        "share_of_token": round((files + finite) / token, 5),
+        "start_us": round(1e6 * start),
+        "start_checks_us": round(1e6 * checks),
+        "share_of_start": round(checks / start, 5),
+    }
+
+
+def _each(function: Callable[[], object], times: int) -> float:
+    """Seconds that a call takes."""
+    return min(timeit.repeat(function, number=times, repeat=3)) / times
+
+
+# --- All of it --------------------------------------------------------------------------------
+
+PARTS = ("peak", "growth", "limits", "cost")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, with SmolLM2 and a random model of Llama 3.2 1B's shape (prompts: a small one), and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--directory", type=Path, default=Path(".cache/trust"), help="where the 1B model is kept")
+    parser.add_argument("--prompts", type=int, default=10_000)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.one:
+        path, precision, context, order = given.one
+        print(json.dumps(_one(path, precision, int(context), order)))
+        return 0
+    if given.cost:
+        print(json.dumps(_cost(*given.cost)))
+        return 0
+    from benchmarks.files import once
+    from benchmarks.make_checkpoint import make_checkpoint
+    from llama_scratch.checkpoint.pull import pull
+    from llama_scratch.progress import silent
+
+    small = pull("smollm2", silent)[0].path
+    figures: dict[str, Any] = {}
+    parts = given.part or PARTS
+    if "peak" in parts or "cost" in parts:
+        given.directory.mkdir(parents=True, exist_ok=True)
+        models = {"SmolLM2": small, "1B": once(given.directory / "1B", make_checkpoint)}
+    if "peak" in parts:
+        figures["peak"] = [
+            {"model": name, "precision": precision, "order": order, "context": context}
+            | peak(models[name], precision, context, order)
+            for name, context in (("SmolLM2", 2048), ("1B", 1024))
+            for precision in ("fp32", "bf16", "fp16", "int8")
+            for order in (("prepared", "meanwhile") if precision in ("fp16", "int8") else ("prepared",))
+        ]
+    if "growth" in parts:
+        with TemporaryDirectory() as folder:
+            tiny = write_meta(Path(folder) / "Tiny-Llama")
+            figures["growth"] = {name: growth(tiny, name, given.prompts) for name in ("fp32", "fp16", "int8")}
+    if "limits" in parts:
+        kinds = {"RLIMIT_AS": range(50, 3100, 50), "RLIMIT_DATA": range(50, 2100, 50)}
+        figures["limits"] = {kind: limits(small, kind, sizes) for kind, sizes in kinds.items()}
+    if "cost" in parts:
+        figures["cost"] = {name: cost(path, "fp16") for name, path in models.items()}
+    if (RESULTS / "memory.json").exists():
+        figures = read("memory") | figures
+    write("memory", figures)
+    print(json.dumps(figures, indent=2))
+    return 0 if len(figures) == len(PARTS) and sound(figures) else 1
+
+
+def sound(figures: dict[str, Any]) -> bool:
+    """Whether what was measured is within its bounds: 10 % of a need of 300 MB and more, 20 bytes a prompt, 1 % of the
+    time, and a sentence with numbers under each limit."""
+    peaks = [row["predicted_to_measured"] for row in figures["peak"] if row["measured"] > 3e8]
+    return (
+        all(0.9 <= found <= 1.1 for found in peaks)
+        and all(found["grew"] < 10 * found["prompts"] for found in figures["growth"].values())
+        and not any(found["findings"] for found in figures["limits"].values())
+        and all(max(found["share_of_token"], found["share_of_start"]) < 0.01 for found in figures["cost"].values())
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
