@@ -158,7 +158,10 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         or pickles[0].file_size > _MAX_PICKLE
     ):
         raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
-    plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
+    plain = all(
+        r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 and r.compress_size == r.file_size
+        for r in records
+    )
     if not plain or sum(record.file_size for record in records) > size:
         raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
     return records

@@ -11,6 +11,7 @@ and a deadline, so that a crash and a hang are findings like any other; what was
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import io
 import json
@@ -64,6 +65,7 @@ SECONDS = 1.0  # of the CPU's time that a reader may take
 ROOM = 64 << 20  # bytes that a reader may take beyond what the process has, whatever the file's size
 PEAK_FLOOR, PEAK_PER_BYTE = 4 << 20, 64  # and what its own objects may, looked at in one input of so many:
 SAMPLE = 101
+RENEWED = 50_000  # inputs that a process reads: tracemalloc leaves some kilobytes behind each time, which add up
 STALLED = 30.0  # seconds without a new input after which code outside of Python hangs
 
 PARAMS = tiny_params(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim_multiplier=1.0)
@@ -826,6 +828,7 @@ def _work(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step:
     """Read the inputs, and tell the figures; `at` says which one is read."""
     target, figures, start = TARGETS[name], Figures(), time.monotonic()
     root = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    faulthandler.enable()  # where it was when the process ends, on the error output
     warnings.simplefilter("ignore")  # of zipfile and of torch, about what is broken on purpose
     with tempfile.TemporaryDirectory(dir=root) as folder:
         path = Path(folder) / target.file
@@ -861,7 +864,8 @@ def run(name: str, count: int, seed: int = 0, job: int = 0, jobs: int = 1) -> Fi
     while first < count:
         at = mmap.mmap(-1, 8)
         hear, tell = fork.Pipe(duplex=False)
-        worker = fork.Process(target=_work, args=(name, seeds, seed, first, count, jobs, at, tell))
+        stop = min(count, first + RENEWED * jobs)
+        worker = fork.Process(target=_work, args=(name, seeds, seed, first, stop, jobs, at, tell))
         worker.start()
         tell.close()
         last, since = first, time.monotonic()
@@ -881,7 +885,10 @@ def run(name: str, count: int, seed: int = 0, job: int = 0, jobs: int = 1) -> Fi
         worker.join()
         if figures is not None:
             whole.add(figures)
-            break
+            if len(whole.findings) >= 20:
+                break
+            first += RENEWED * jobs
+            continue
         last = struct.unpack("<q", at[:8])[0]
         found = found or f"it ends the process with {worker.exitcode}"
         (_, data), *_ = inputs(name, seeds, seed, last, last + 1, 1)
