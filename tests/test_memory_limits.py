@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_scratch.checkpoint.base import reading
+from llama_scratch.checkpoint.pth import load_pth
 from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.memory import Room, _cgroups, is_memory_error, room
+from llama_scratch.progress import silent
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
 
@@ -94,3 +97,14 @@ def test_a_limit_in_which_torch_cannot_be_read_is_a_sentence(tiny_dir: Path) -> 
     assert (found.returncode, found.stdout) == (5, "")
     assert "under a limit of 0.2 GB (RLIMIT_AS); raise it" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_a_file_that_a_limit_keeps_from_being_mapped_is_not_called_damaged(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 2471675547 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", no_room)
+    with pytest.raises(OutOfMemoryError, match=r"2\.5 GB more were asked for"):
+        load_pth(tiny_dir / "consolidated.00.pth", silent)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds for a hostile file
+        if is_memory_error(error):
+            raise does_not_fit(printable(path, 200), error) from error
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise _code(path, match[1]) from error
         raise _unreadable(path, error) from error
