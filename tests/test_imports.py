@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"results", "chat"},
     {"linear", "background", "kept"},
+    {"kernels"},
     {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard"},
     {"errors"},
 ]

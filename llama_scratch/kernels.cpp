@@ -1,0 +1,535 @@
+// Products with weights of eight and of four bits, and the step of one layer around them.
+//
+// One token reads every weight once, so its speed is the memory's speed divided by the bytes of a weight. Fewer bits
+// make it faster as long as the arithmetic keeps up with the memory, and stay true as long as each number is rounded
+// beside numbers of its own size:
+//
+//     a BLOCK is 32 or 64 neighbours in a row:   w ≈ s·q     s: one float16 for all, q: whole numbers of 8 or 4 bits
+//     activations are cut in the same places:    x ≈ t·r     t: one float32, r: whole numbers from −127 to 127
+//
+//     Σ w·x  =  Σ over blocks  s·t · Σ q·r            the inner sum is one of whole numbers, so it is exact
+//
+// Llama's activations have a few outliers, hundreds of times larger than the rest. With one t for a whole row they
+// would leave nothing of the others; here an outlier costs its own neighbours. (llama.cpp's Q8_0 and Q4_0 are built like
+// this with blocks of 32; fbgemm has one scale a row.) Blocks of 8 bits are of 32, for there the scales are what is lost
+// least; those of 4 bits are of 64, see quantise.py.
+//
+// Weights lie in PANELS of 16 rows, so that a vector register holds one number of each row and no sum ever runs across
+// a register: lane i of it is output i. A group of 4 inputs stands together, because one instruction multiplies 4 pairs
+// of bytes and adds them up:
+//
+//     8 bits   values (out/16, in/4, 16, 4) int8      panel, group of inputs, row of the panel, input of the group
+//     4 bits   values (out/16, in/8, 16, 4) uint8     low halves: one group of 4 inputs, high halves: the next group;
+//                                                     they hold q + 8, from 0 to 15
+//     both     scales (out/16, in/block, 16) float16
+//
+// A panel's bytes follow each other in the order in which they are read. Every function here computes a row of
+// activations in the same order, and so to the same bit, whatever rows go with it and on however many threads.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if !defined(LLAMA_SCRATCH_ALONE)
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace llama_scratch {
+
+constexpr int block_of(int bits) { return bits == 8 ? 32 : 64; }
+constexpr int PANEL = 16;
+constexpr int GROUP = 4;
+
+// --- Vectors of one number for each row of a panel --------------------------------------------
+//
+// The compiler makes of these what the machine has: one register of AVX-512, two of AVX2, four of NEON.
+
+using Floats = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Bytes = int8_t __attribute__((vector_size(64)));  // PANEL rows × GROUP inputs
+using Sixteen = int8_t __attribute__((vector_size(16)));
+using Unsigned = uint8_t __attribute__((vector_size(64)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
+inline Floats all(float x) { return Floats{} + x; }
+
+// --- What each machine does by itself ---------------------------------------------------------
+//
+// dot(sum, q, r): to each row's sum, add q0·r0 + q1·r1 + q2·r2 + q3·r3 of its 4 bytes q and the group r.
+// It is exact: no product exceeds 127², no sum of a block 64·127² < 2²⁴.
+// dot4 is the same where the q are from 0 to 15.
+
+#if defined(LLAMA_SCRATCH_PLAIN)
+#undef __AVX2__
+#undef __AVX512VNNI__
+#undef __ARM_FEATURE_DOTPROD
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr const char* MACHINE = "AVX-512 VNNI";
+constexpr int TOKENS = 8, PANELS = 2;  // of a tile: 16 sums, in half of the registers
+
+// The instruction wants its first bytes unsigned: q + 128. The sums of r, times 128, come off again at the end.
+constexpr int OFFSET = 128;
+inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
+  Bytes raised = q ^ (int8_t)-128;
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)raised, _mm512_set1_epi32(load<int32_t>(r)));
+}
+inline Ints dot4(Ints sum, Bytes q, const int8_t* r) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)q, _mm512_set1_epi32(load<int32_t>(r)));
+}
+#elif defined(__AVX2__)
+constexpr const char* MACHINE = "AVX2";
+constexpr int TOKENS = 4, PANELS = 1;
+
+// maddubs multiplies unsigned with signed bytes and adds pairs in 16 bits: |r| and q with r's sign, 2·127² < 2¹⁵.
+constexpr int OFFSET = 0;
+inline __m256i dot_half(__m256i sum, __m256i q, __m256i r) {
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(r), _mm256_sign_epi8(q, r));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline __m256i dot4_half(__m256i sum, __m256i q, __m256i r) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(q, r), _mm256_set1_epi16(1)));
+}
+template <__m256i (*half)(__m256i, __m256i, __m256i)>
+inline Ints both(Ints sum, Bytes q, const int8_t* r) {
+  __m256i s[2], b[2], four = _mm256_set1_epi32(load<int32_t>(r));
+  std::memcpy(s, &sum, 64), std::memcpy(b, &q, 64);
+  s[0] = half(s[0], b[0], four), s[1] = half(s[1], b[1], four);
+  return load<Ints>(s);
+}
+inline Ints dot(Ints sum, Bytes q, const int8_t* r) { return both<dot_half>(sum, q, r); }
+inline Ints dot4(Ints sum, Bytes q, const int8_t* r) { return both<dot4_half>(sum, q, r); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr const char* MACHINE = "NEON dot product";
+constexpr int TOKENS = 4, PANELS = 1;
+constexpr int OFFSET = 0;
+inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
+  int32x4_t s[4];
+  int8x16_t b[4], four = vreinterpretq_s8_s32(vdupq_n_s32(load<int32_t>(r)));
+  std::memcpy(s, &sum, 64), std::memcpy(b, &q, 64);
+  for (int i = 0; i < 4; i++) s[i] = vdotq_s32(s[i], b[i], four);
+  return load<Ints>(s);
+}
+inline Ints dot4(Ints sum, Bytes q, const int8_t* r) { return dot(sum, q, r); }
+#else
+constexpr const char* MACHINE = "any machine";
+constexpr int TOKENS = 1, PANELS = 1;
+constexpr int OFFSET = 0;
+inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
+  for (int row = 0; row < PANEL; row++)
+    for (int i = 0; i < GROUP; i++) sum[row] += q[GROUP * row + i] * r[i];
+  return sum;
+}
+inline Ints dot4(Ints sum, Bytes q, const int8_t* r) { return dot(sum, q, r); }
+#endif
+
+// 16 float16 as float32.
+#if defined(__AVX512F__) && !defined(LLAMA_SCRATCH_PLAIN)
+inline Floats halves(const uint16_t* h) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)h)); }
+#elif defined(__F16C__) && !defined(LLAMA_SCRATCH_PLAIN)
+inline Floats halves(const uint16_t* h) {
+  __m256 f[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)h)),
+                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(h + 8)))};
+  return load<Floats>(f);
+}
+#else
+inline Floats halves(const uint16_t* h) {
+  Floats f;
+  for (int i = 0; i < PANEL; i++) {  // exponent and mantissa move into their places, 2^112 sets the exponent right
+    uint32_t magnitude = (uint32_t)(h[i] & 0x7fff) << 13, sign = (uint32_t)(h[i] & 0x8000) << 16;
+    float value = load<float>(&magnitude) * 0x1p112f;
+    if ((h[i] & 0x7c00) == 0x7c00) value *= INFINITY;
+    uint32_t bits = load<uint32_t>(&value) | sign;
+    f[i] = load<float>(&bits);
+  }
+  return f;
+}
+#endif
+
+// --- Threads ----------------------------------------------------------------------------------
+
+#if defined(LLAMA_SCRATCH_ALONE)  // without torch: under sanitizers, see tests/
+template <class F>
+void parallel(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i++) f(i);
+}
+#else
+template <class F>
+void parallel(int64_t n, const F& f) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(i);
+  });
+}
+#endif
+
+// --- Activations ------------------------------------------------------------------------------
+
+struct Weight {
+  const int8_t* values;
+  const uint16_t* scales;
+  int64_t out, in;
+  int bits;
+
+  int64_t panels() const { return out / PANEL; }
+};
+
+// Rows of activations in blocks: x ≈ scale·value. sums: those of a block's values.
+struct Rows {
+  int64_t T, in;
+  int block;
+  int64_t blocks = in / block;
+  std::vector<int8_t> values = std::vector<int8_t>(T * in);
+  std::vector<float> scales = std::vector<float>(T * blocks);
+  std::vector<int32_t> sums = std::vector<int32_t>(T * blocks);
+
+  Rows(int64_t T, const Weight& w) : T(T), in(w.in), block(block_of(w.bits)) {}
+
+  // x: (in,). Rounds to the nearest, halves to the even one.
+  void quantise(int64_t t, const float* x) {
+    int8_t* value = &values[t * in];
+    for (int64_t b = t * blocks; b < (t + 1) * blocks; b++, x += block, value += block) {
+      Floats v[block_of(4) / PANEL], largest = {};
+      for (int i = 0; i < block / PANEL; i++) {
+        v[i] = load<Floats>(x + PANEL * i);
+        Floats size = v[i] < 0 ? -v[i] : v[i];
+        largest = size <= largest ? largest : size;  // takes what is no number
+      }
+      float amax = 0;
+      for (int i = 0; i < PANEL; i++) amax = largest[i] <= amax ? amax : largest[i];
+      bool finite = amax <= FLT_MAX;
+      float inverse = finite && amax > FLT_MIN * 127 ? 127 / amax : 0;
+      constexpr float SHIFT = 0x1.8p23f;  // behind it there is no room for a fraction
+      Ints sum = {};
+      for (int i = 0; i < block / PANEL; i++) {
+        Ints q = finite ? __builtin_convertvector(v[i] * inverse + SHIFT - SHIFT, Ints) : Ints{};
+        store(value + PANEL * i, __builtin_convertvector(q, Sixteen));
+        sum += q;
+      }
+      sums[b] = 0;
+      for (int i = 0; i < PANEL; i++) sums[b] += sum[i];
+      scales[b] = finite ? amax / 127 : NAN;  // what is no number stays visible
+    }
+  }
+};
+
+// --- Products ---------------------------------------------------------------------------------
+
+// TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
+// y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
+template <int BITS, int PAN, int TOK>
+void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, int64_t stride, bool add) {
+  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
+  const int8_t* q = w.values + panel * rows.blocks * BYTES;
+  const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
+  Floats total[PAN][TOK] = {};
+  for (int64_t b = 0; b < rows.blocks; b++) {
+    const int8_t* r = &rows.values[t * rows.in + b * BLOCK];
+    Ints sum[PAN][TOK];
+    for (int k = 0; k < TOK; k++)
+      for (int p = 0; p < PAN; p++)
+        sum[p][k] = Ints{} - (BITS == 8 ? OFFSET : 8) * rows.sums[(t + k) * rows.blocks + b];
+#pragma GCC unroll 16
+    for (int group = 0; group < BLOCK / GROUP; group += 8 / BITS) {
+      for (int p = 0; p < PAN; p++) {
+        const int8_t* from = q + (p * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
+        if constexpr (BITS == 8) {
+          Bytes eight = load<Bytes>(from);
+          for (int k = 0; k < TOK; k++) sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
+        } else {
+          Unsigned fours = load<Unsigned>(from);
+          Bytes low = (Bytes)(fours & 15), high = (Bytes)(fours >> 4);
+          for (int k = 0; k < TOK; k++) {
+            sum[p][k] = dot4(sum[p][k], low, r + k * rows.in + group * GROUP);
+            sum[p][k] = dot4(sum[p][k], high, r + k * rows.in + (group + 1) * GROUP);
+          }
+        }
+      }
+    }
+    for (int p = 0; p < PAN; p++) {
+      Floats scale = halves(s + (p * rows.blocks + b) * PANEL);
+      for (int k = 0; k < TOK; k++) total[p][k] += floats(sum[p][k]) * (scale * rows.scales[(t + k) * rows.blocks + b]);
+    }
+  }
+  for (int p = 0; p < PAN; p++)
+    for (int k = 0; k < TOK; k++) {
+      float* to = y + k * stride + p * PANEL;
+      store(to, add ? load<Floats>(to) + total[p][k] : total[p][k]);
+    }
+}
+
+template <int BITS, int PAN, int TOK = TOKENS>
+void panels_times_rows(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, bool add) {
+  for (; t + TOK <= rows.T; t += TOK) tile<BITS, PAN, TOK>(w, panel, rows, t, y + t * w.out + panel * PANEL, w.out, add);
+  if constexpr (TOK > 1) panels_times_rows<BITS, PAN, TOK / 2>(w, panel, rows, t, y, add);
+}
+
+template <int BITS>
+void product(const Weight& w, const Rows& rows, float* y, bool add) {
+  constexpr int PAN = PANELS;
+  parallel((w.panels() + PAN - 1) / PAN, [&](int64_t i) {
+    if (PAN * (i + 1) <= w.panels()) panels_times_rows<BITS, PAN>(w, PAN * i, rows, 0, y, add);
+    else for (int64_t panel = PAN * i; panel < w.panels(); panel++) panels_times_rows<BITS, 1>(w, panel, rows, 0, y, add);
+  });
+}
+
+// y (T, out) = or += x·Wᵀ.
+inline void product(const Weight& w, const Rows& rows, float* y, bool add = false) {
+  w.bits == 8 ? product<8>(w, rows, y, add) : product<4>(w, rows, y, add);
+}
+
+// --- One layer, for a few tokens --------------------------------------------------------------
+//
+// The same steps as `TransformerBlock` in model.py, which is where to read them. A small model's decode is not bound by
+// the memory but by the calls of some thirty operators a layer, so here they are one.
+
+// e^x to about a unit in the last place. Source: Cephes, expf.
+inline Floats exp(Floats x) {
+  x = x < -87.0f ? all(-87) : x;
+  x = x > 88.0f ? all(88) : x;
+  Floats n = x * 1.44269504f + 0x1.8p23f - 0x1.8p23f;  // e^x = 2^n · e^r
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+  p = p * r * r + r + 1.0f;
+  return (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+}
+inline float sum(Floats v) {
+  for (int half = PANEL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+
+// x: (dim,) float32, the same as RMSNorm in model.py.
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
+  Floats squares = {};
+  for (int64_t i = 0; i < dim; i += PANEL) {
+    Floats v = load<Floats>(x + i);
+    squares += v * v;
+  }
+  float inverse_rms = 1 / std::sqrt(sum(squares) / dim + eps);
+  for (int64_t i = 0; i < dim; i += PANEL) store(y + i, load<Floats>(x + i) * inverse_rms * load<Floats>(weight + i));
+}
+
+// Turn the pairs of a head's vector by the angles whose cosine and sine stand in turn in freqs_cis, (head_dim,).
+inline void rotate(float* x, const float* freqs_cis, int64_t head_dim) {
+  for (int64_t i = 0; i < head_dim; i += 2) {
+    float a = x[i], b = x[i + 1], cos = freqs_cis[i], sin = freqs_cis[i + 1];
+    x[i] = a * cos - b * sin;
+    x[i + 1] = a * sin + b * cos;
+  }
+}
+
+// The shape of a network, and its cache of one layer: keys and values (n_kv_heads, capacity, head_dim).
+struct Shape {
+  int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim;
+  float eps;
+};
+struct Cache {
+  float *keys, *values;
+  int64_t capacity;
+};
+
+// Positions whose attention is computed together, the same ones whatever tokens come at once.
+constexpr int64_t SPAN = 256;
+
+// What a group of query heads takes of a span: out (group, head_dim) is Σ e^(score − most)·value, total Σ e^(score − most).
+struct Part {
+  std::vector<float> out, most, total;
+};
+
+// q: (group, head_dim), already divided by √head_dim; k, v: (count, head_dim). HEAD: head_dim in vectors.
+template <int HEAD>
+void attend_span(const float* q, const float* k, const float* v, int64_t group, int64_t count, Part& part) {
+  constexpr int64_t head_dim = HEAD * PANEL;
+  part.out.assign(group * head_dim, 0), part.most.assign(group, -INFINITY), part.total.assign(group, 0);
+  alignas(64) float scores[SPAN];
+  for (int64_t g = 0; g < group; g++) {
+    Floats query[HEAD], out[HEAD] = {}, most = all(-INFINITY), total = {};
+    for (int h = 0; h < HEAD; h++) query[h] = load<Floats>(q + g * head_dim + PANEL * h);
+    for (int64_t i = 0; i < SPAN; i++) {
+      if (i >= count) {
+        if (i % PANEL == 0) break;
+        scores[i] = -INFINITY;
+        continue;
+      }
+      Floats products = {};
+      for (int h = 0; h < HEAD; h++) products += query[h] * load<Floats>(k + i * head_dim + PANEL * h);
+      scores[i] = sum(products);
+    }
+    for (int64_t i = 0; i < count; i += PANEL) {
+      Floats s = load<Floats>(scores + i);
+      most = s > most ? s : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < PANEL; i++) top = most[i] > top ? most[i] : top;
+    for (int64_t i = 0; i < count; i += PANEL) {
+      Floats s = load<Floats>(scores + i), e = exp(s - top);
+      e = s == -INFINITY ? all(0) : e;
+      store(scores + i, e);
+      total += e;
+    }
+    for (int64_t i = 0; i < count; i++)
+      for (int h = 0; h < HEAD; h++) out[h] += scores[i] * load<Floats>(v + i * head_dim + PANEL * h);
+    for (int h = 0; h < HEAD; h++) store(&part.out[g * head_dim + PANEL * h], out[h]);
+    part.most[g] = top, part.total[g] = sum(total);
+  }
+}
+
+// Attention of T tokens behind `start` others: q (T, n_heads, head_dim) → out, the same shape.
+template <int HEAD>
+void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T, int64_t start, float* out) {
+  constexpr int64_t head_dim = HEAD * PANEL;
+  int64_t group = shape.n_heads / shape.n_kv_heads, spans = (start + T + SPAN - 1) / SPAN;
+  std::vector<Part> parts(T * shape.n_kv_heads * spans);
+  parallel(parts.size(), [&](int64_t i) {
+    int64_t span = i % spans, head = i / spans % shape.n_kv_heads, t = i / spans / shape.n_kv_heads;
+    int64_t first = span * SPAN, count = std::min(SPAN, start + t + 1 - first), at = (head * cache.capacity + first) * head_dim;
+    if (count > 0)
+      attend_span<HEAD>(q + t * q_stride + head * group * head_dim, cache.keys + at, cache.values + at, group, count, parts[i]);
+  });
+  // e^(score − most) of each span, brought to the largest score of all.
+  for (int64_t i = 0; i < T * shape.n_kv_heads; i++)
+    for (int64_t g = 0; g < group; g++) {
+      float top = -INFINITY, total = 0;
+      const Part* part = &parts[i * spans];
+      int64_t count = (start + i / shape.n_kv_heads) / SPAN + 1;
+      for (int64_t s = 0; s < count; s++) top = std::max(top, part[s].most[g]);
+      Floats mixed[HEAD] = {};
+      for (int64_t s = 0; s < count; s++) {
+        float share = std::exp(part[s].most[g] - top);
+        total += share * part[s].total[g];
+        for (int h = 0; h < HEAD; h++) mixed[h] += share * load<Floats>(&part[s].out[g * head_dim + PANEL * h]);
+      }
+      for (int h = 0; h < HEAD; h++) store(out + (i * group + g) * head_dim + PANEL * h, mixed[h] / total);
+    }
+}
+
+struct Layer {
+  const float *attention_norm, *ffn_norm;
+  Weight wqkv, wo, w13, w2;  // wq, wk and wv below each other, w1 and w3 too
+  Cache cache;
+};
+
+// Add a layer's attention and feed-forward to the residual stream x (T, dim), and its keys and values to the cache.
+// freqs_cis: (T, head_dim), cosine and sine in turn.
+inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis, int64_t T, int64_t start, float* x) {
+  int64_t dim = shape.dim, head_dim = shape.head_dim, q_dim = shape.n_heads * head_dim, kv_dim = shape.n_kv_heads * head_dim;
+  std::vector<float> normed(T * dim), qkv(T * layer.wqkv.out), mixed(T * q_dim), gates(T * layer.w13.out);
+  Rows narrow(T, layer.wqkv), heads(T, layer.wo), wide(T, layer.w2);
+
+  parallel(T, [&](int64_t t) {
+    rms_norm(x + t * dim, layer.attention_norm, shape.eps, dim, &normed[t * dim]);
+    narrow.quantise(t, &normed[t * dim]);
+  });
+  product(layer.wqkv, narrow, qkv.data());
+  float scale = 1 / std::sqrt((float)head_dim);
+  parallel(T, [&](int64_t t) {
+    float *q = &qkv[t * layer.wqkv.out], *k = q + q_dim, *v = k + kv_dim;
+    for (float* head = q; head < v; head += head_dim) rotate(head, freqs_cis + t * head_dim, head_dim);
+    for (int64_t i = 0; i < q_dim; i++) q[i] *= scale;
+    for (int64_t head = 0; head < shape.n_kv_heads; head++) {
+      int64_t at = (head * layer.cache.capacity + start + t) * head_dim;
+      std::memcpy(layer.cache.keys + at, k + head * head_dim, head_dim * sizeof(float));
+      std::memcpy(layer.cache.values + at, v + head * head_dim, head_dim * sizeof(float));
+    }
+  });
+  auto attention = head_dim == 128 ? attend<8> : head_dim == 64 ? attend<4> : head_dim == 32 ? attend<2> : attend<1>;
+  attention(shape, layer.cache, qkv.data(), layer.wqkv.out, T, start, mixed.data());
+  parallel(T, [&](int64_t t) { heads.quantise(t, &mixed[t * q_dim]); });
+  product(layer.wo, heads, x, true);
+
+  parallel(T, [&](int64_t t) {
+    rms_norm(x + t * dim, layer.ffn_norm, shape.eps, dim, &normed[t * dim]);
+    narrow.quantise(t, &normed[t * dim]);
+  });
+  product(layer.w13, narrow, gates.data());
+  parallel(T, [&](int64_t t) {
+    float *gate = &gates[t * layer.w13.out], *value = gate + shape.ffn_dim;
+    for (int64_t i = 0; i < shape.ffn_dim; i += PANEL) {
+      Floats g = load<Floats>(gate + i);
+      store(gate + i, g / (1 + exp(-g)) * load<Floats>(value + i));
+    }
+    wide.quantise(t, gate);
+  });
+  product(layer.w2, wide, x, true);
+}
+
+}  // namespace llama_scratch
+
+// --- What torch calls -------------------------------------------------------------------------
+
+#if !defined(LLAMA_SCRATCH_ALONE)
+namespace {
+
+using at::Tensor;
+using namespace llama_scratch;
+
+// values: (panels, in/4, 16, 4) int8 or (panels, in/8, 16, 4) uint8; scales: (panels, in/block, 16) float16.
+Weight weight(const Tensor& values, const Tensor& scales) {
+  int bits = values.scalar_type() == at::kChar ? 8 : 4;
+  TORCH_CHECK(values.dim() == 4 && values.is_contiguous() && scales.is_contiguous() && scales.scalar_type() == at::kHalf &&
+                  values.size(0) == scales.size(0) && values.size(1) * GROUP * 8 / bits == scales.size(1) * block_of(bits),
+              "a weight of shapes ", values.sizes(), " and ", scales.sizes(), " is no panels of blocks");
+  return {(const int8_t*)values.const_data_ptr(), (const uint16_t*)scales.const_data_ptr(), values.size(0) * PANEL,
+          scales.size(1) * block_of(bits), bits};
+}
+
+// x (T, in) float32 → (T, panels·16) float32.
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& scales) {
+  Weight w = weight(values, scales);
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.in && x.is_contiguous() && x.scalar_type() == at::kFloat, "x of shape ", x.sizes(),
+              " does not fit a weight of ", w.in, " inputs");
+  Rows rows(x.size(0), w);
+  const float* from = x.const_data_ptr<float>();
+  parallel(rows.T, [&](int64_t t) { rows.quantise(t, from + t * w.in); });
+  Tensor y = at::empty({rows.T, w.out}, x.options());
+  product(w, rows, y.data_ptr<float>());
+  return y;
+}
+
+// The layers of a network, one after the other, for the tokens x (T, dim), which the residual stream then is.
+// weights: ten a layer, in the order of `Layer`. cache: keys and values of each layer, (n_kv_heads, capacity, head_dim).
+void layers(Tensor x, at::TensorList weights, const Tensor& freqs_cis, at::TensorList cache, int64_t start, int64_t n_heads,
+            double eps) {
+  int64_t T = x.size(0), count = weights.size() / 10;
+  const Tensor& keys = cache[0];
+  Shape shape{x.size(1), n_heads, keys.size(0), keys.size(2), weights[8].size(1) * (weights[8].scalar_type() == at::kChar ? 4 : 8), (float)eps};
+  for (int64_t i = 0; i < count; i++) {
+    const Tensor* w = &weights[10 * i];
+    Layer l{w[0].const_data_ptr<float>(), w[1].const_data_ptr<float>(), weight(w[2], w[3]), weight(w[4], w[5]),
+            weight(w[6], w[7]), weight(w[8], w[9]), {cache[2 * i].data_ptr<float>(), cache[2 * i + 1].data_ptr<float>(), keys.size(1)}};
+    layer(shape, l, freqs_cis.const_data_ptr<float>(), T, start, x.data_ptr<float>());
+  }
+}
+
+const char* machine() { return MACHINE; }
+
+}  // namespace
+
+TORCH_LIBRARY(llama_scratch, m) {
+  m.def("linear(Tensor x, Tensor values, Tensor scales) -> Tensor", &linear);
+  m.def("layers(Tensor(a!) x, Tensor[] weights, Tensor freqs_cis, Tensor[] cache, int start, int n_heads, float eps) -> ()", &layers);
+  m.def("machine() -> str", [] { return std::string(machine()); });
+}
+#endif

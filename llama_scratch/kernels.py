@@ -1,0 +1,296 @@
+"""`kernels.cpp`, compiled once with the machine's own C++ compiler and from then on loaded from the user's cache.
+
+Nothing is compiled or loaded before it is asked for, and nothing depends on it: without a compiler torch's own
+operators do the work. A library is named after what it was made from and for (the source, torch, the CPU, the flags)
+and after its own checksum, because loading a damaged one could end the program. Which compiler made it is not asked:
+each gives the same bits, and a library outlives its compiler.
+
+    kernels-<key>-<sha256>.so    whole, ours, and written by nobody else
+    kernels-<key>.part/          where one program at a time compiles; the others wait for what it makes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llama_scratch.errors import printable
+from llama_scratch.folders import is_ours, user_folder
+from llama_scratch.unfinished import NO_LINK, locked, remove_left
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+_MOST = 4  # libraries that are kept; those used longest ago go first
+_SECONDS = 300  # after which a compiler, or another program's, is not waited for
+_GAIN = "; with one (Debian: apt-get install g++) int8 and int4 would be faster"
+
+_loading = threading.Lock()  # never held while something is compiled
+_loaded = False
+_failure = ""  # why there are none, once it was tried
+
+
+class _FailedError(Exception):
+    """Nothing could be compiled; the reason is a clause."""
+
+
+# --- What others call -------------------------------------------------------------------------
+
+
+def ready() -> bool:
+    """Whether `torch.ops.llama_scratch` is there."""
+    return _loaded and _wanted()
+
+
+def load() -> bool:
+    """Load what was kept, or built when the package was; False where there is nothing. Compiles nothing."""
+    return _wanted() and (_loaded or any(map(_load, _libraries())))
+
+
+def build() -> bool:
+    """Load what was kept, and where there is nothing compile it: some seconds on one core, at the lowest priority.
+
+    False where it cannot be, which is not tried again. Of several programs one compiles. The compiler is ended when the
+    program ends, and what a killed program left is removed by the next.
+    """
+    global _failure
+    if load() or not _wanted() or _failure:
+        return ready()
+    try:
+        try:
+            made = _build_kept(user_folder("cache") / "kernels")
+        except OSError:  # no home, or it cannot be written to
+            with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
+                made = _load(compile_into(Path(folder)))
+        if not made:
+            raise _FailedError("what was compiled could not be loaded")
+    except (_FailedError, OSError) as failure:
+        _failure = str(failure)
+    return ready()
+
+
+def compiler() -> str | None:
+    """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++."""
+    return _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))[0]
+
+
+def state() -> str:
+    """What there is, or why there is nothing, as a clause. Loads and compiles nothing."""
+    if not _wanted():
+        return "switched off by LLAMA_SCRATCH_KERNELS=0"
+    if _loaded:
+        return f"compiled for {torch.ops.llama_scratch.machine()}"
+    if any(map(_is_whole, _libraries())):
+        return "compiled; the first answer in int8 or int4 loads them"
+    found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+    if _failure or not found:
+        return f"none, because {_failure or why + _GAIN}"
+    return "not compiled yet; the first answer in int8 or int4 starts it"
+
+
+def compile_into(folder: Path) -> Path:
+    """A new library in an existing folder, under its own name once it is whole. Raises `_FailedError` and OSError."""
+    path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
+    try:
+        _run([*_command(), "-o", str(path)], folder)
+        path.chmod(0o600)
+        data = path.read_bytes()
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return path.replace(folder / f"{_key()}-{hashlib.sha256(data).hexdigest()}.so")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# --- Libraries that are there -----------------------------------------------------------------
+
+
+def _wanted() -> bool:
+    return os.environ.get("LLAMA_SCRATCH_KERNELS") != "0"
+
+
+def _libraries() -> Iterator[Path]:
+    """Those that were made for this machine: beside the source, and kept ones."""
+    with contextlib.suppress(OSError):  # no home, or no source
+        yield from SOURCE.parent.glob(f"{_key()}-*.so")
+        yield from (user_folder("cache") / "kernels").glob(f"{_key()}-*.so")
+
+
+def _load(path: Path) -> bool:
+    """Load a library that is whole; one that is not, or does not fit in spite of its name, is removed."""
+    global _loaded
+    with _loading:
+        # A second one of the same operators would end the program.
+        if _loaded or hasattr(torch.ops.llama_scratch, "linear"):
+            _loaded = True
+        elif _is_whole(path):
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used just now
+            with contextlib.suppress(OSError, RuntimeError):
+                torch.ops.load_library(path)
+                _loaded = True
+        if not _loaded and path.parent != SOURCE.parent:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return _loaded
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether nobody else could have written it, and its bytes are those that its name tells."""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
+        status = os.fstat(file.fileno())
+        # What lies beside the source is as good as that.
+        ours = path.parent == SOURCE.parent or (is_ours(status) and is_ours(path.parent.stat()))
+        return ours and stat.S_ISREG(status.st_mode) and path.stem.endswith(hashlib.sha256(file.read()).hexdigest())
+    return False
+
+
+@functools.cache
+def _key() -> str:
+    """The beginning of a library's name: what it is made from, and for."""
+    made = SOURCE.read_bytes(), torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI, _cpu(), _flags()
+    return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
+
+
+def _cpu() -> list[str]:
+    """What kind of CPU this is, and what it can do."""
+    if sys.platform == "darwin":
+        return [subprocess.run(["sysctl", "-n", "machdep.cpu"], capture_output=True, text=True).stdout]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    return [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
+    remove_left(folder, "*.part")
+    used = []
+    for path in folder.glob("*.so"):
+        with contextlib.suppress(OSError):  # another program makes room too
+            used.append((path.lstat().st_mtime_ns, path))
+    for _, path in sorted(used, reverse=True)[_MOST - 1 :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# --- Compiling --------------------------------------------------------------------------------
+
+
+def _build_kept(folder: Path) -> bool:
+    """Compile into the cache, or wait for the program that does, and load. Raises OSError where nothing can be kept."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not is_ours(folder.stat()):
+        raise PermissionError
+    _make_room(folder)
+    part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
+    while time.monotonic() < until and _program_runs():
+        part.mkdir(0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another program has just ended it
+            if alone:
+                try:
+                    if load():  # which that one made
+                        return True
+                    made = compile_into(part)
+                    return _load(made.replace(folder / made.name))
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+        time.sleep(0.05)
+    raise _FailedError("another program did not end compiling them")
+
+
+def _program_runs() -> bool:
+    return threading.main_thread().is_alive()
+
+
+@functools.cache
+def _find(named: str, path: str) -> tuple[str | None, str]:
+    """A compiler's command, or why there is none. named, path: $CXX and $PATH."""
+    if os.name == "nt":
+        return None, "they are not made for Windows"
+    why = "no C++ compiler was found"
+    for name in filter(str.strip, [named, "c++", "g++", "clang++"]):
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            # The oldest that say yes are GCC 10 and Clang 10.
+            check = [*shlex.split(name), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
+            if not subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode:
+                return name, ""
+            why = f"{printable(name)} knows no C++20"
+    return None, why
+
+
+def _flags() -> list[str]:
+    """How to compile. No contraction: a·b + c is rounded twice on every machine."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    flags = ["-std=c++20", "-O3", native, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    if sys.platform == "darwin":
+        return [*flags, "-undefined", "dynamic_lookup", "-Xpreprocessor", "-fopenmp"]
+    return [*flags, "-fopenmp"] if "backend: OpenMP" in torch.__config__.parallel_info() else flags
+
+
+def _command() -> list[str]:
+    """The whole command but for where the library goes."""
+    found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+    if not found:
+        raise _FailedError(why + _GAIN)
+    try:
+        from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+    except ImportError as error:
+        raise _FailedError(f"torch's tools for extensions are not whole ({printable(str(error))})") from None
+    quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
+    includes = [f"-I{path}" for path in include_paths()]
+    libraries = [f"-L{TORCH_LIB_PATH}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    return [*quietly, *shlex.split(found), *_flags(), *includes, str(SOURCE), *libraries]
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """Run a compiler, its own files in `folder`; it ends with the program, in the middle of what it does."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | {"TMPDIR": str(folder), "LC_ALL": "C"},
+            process_group=0,  # Ctrl-C is meant for an answer, not for this
+        )
+    except OSError as error:
+        raise _FailedError(f"the C++ compiler could not be started ({printable(str(error))})") from None
+    until = time.monotonic() + _SECONDS
+    try:
+        while True:
+            try:
+                _, said = process.communicate(timeout=0.1)
+                break
+            except subprocess.TimeoutExpired:
+                if not _program_runs() or time.monotonic() > until:
+                    raise _FailedError("the compiler took too long") from None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+        raise _FailedError(f"the C++ compiler failed ({printable((lines or ['it was killed'])[0], 200)})")
