@@ -103,6 +103,7 @@ constexpr const char* MACHINE = "AVX2";
 constexpr int TOKENS = 4, PANELS = 1;
 
 // maddubs multiplies unsigned with signed bytes and adds pairs in 16 bits: |r| and q with r's sign, 2·127² < 2¹⁵.
+// There is no +128, so a q of −128 would keep its sign: weights are from −127 to 127.
 constexpr int OFFSET = 0;
 inline __m256i dot_half(__m256i sum, __m256i q, __m256i r) {
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(r), _mm256_sign_epi8(q, r));
@@ -209,14 +210,16 @@ struct Rows {
   void quantise(int64_t t, const float* x) {
     int8_t* value = &values[t * in];
     for (int64_t b = t * blocks; b < (t + 1) * blocks; b++, x += block, value += block) {
-      Floats v[block_of(4) / PANEL], largest = {};
+      Floats v[block_of(4) / PANEL];
+      Ints largest = {};  // as bits without their sign, where what is no number is the largest of all
       for (int i = 0; i < block / PANEL; i++) {
         v[i] = load<Floats>(x + PANEL * i);
-        Floats size = v[i] < 0 ? -v[i] : v[i];
-        largest = size <= largest ? largest : size;  // takes what is no number
+        Ints size = (Ints)v[i] & 0x7fffffff;
+        largest = size > largest ? size : largest;
       }
-      float amax = 0;
-      for (int i = 0; i < PANEL; i++) amax = largest[i] <= amax ? amax : largest[i];
+      int32_t most = 0;
+      for (int i = 0; i < PANEL; i++) most = std::max<int32_t>(most, largest[i]);
+      float amax = load<float>(&most);
       bool finite = amax <= FLT_MAX;
       float inverse = finite && amax > FLT_MIN * 127 ? 127 / amax : 0;
       constexpr float SHIFT = 0x1.8p23f;  // behind it there is no room for a fraction
@@ -286,6 +289,8 @@ void panels_times_rows(const Weight& w, int64_t panel, const Rows& rows, int64_t
 
 template <int BITS>
 void product(const Weight& w, const Rows& rows, float* y, bool add) {
+  if (rows.T == 1)  // bound by the memory, which is read fastest in one piece
+    return parallel(w.panels(), [&](int64_t panel) { tile<BITS, 1, 1>(w, panel, rows, 0, y + panel * PANEL, w.out, add); });
   constexpr int PAN = PANELS;
   parallel((w.panels() + PAN - 1) / PAN, [&](int64_t i) {
     if (PAN * (i + 1) <= w.panels()) panels_times_rows<BITS, PAN>(w, PAN * i, rows, 0, y, add);
@@ -488,8 +493,10 @@ using namespace llama_scratch;
 // values: (panels, in/4, 16, 4) int8 or (panels, in/8, 16, 4) uint8; scales: (panels, in/block, 16) float16.
 Weight weight(const Tensor& values, const Tensor& scales) {
   int bits = values.scalar_type() == at::kChar ? 8 : 4;
-  TORCH_CHECK(values.dim() == 4 && values.is_contiguous() && scales.is_contiguous() && scales.scalar_type() == at::kHalf &&
-                  values.size(0) == scales.size(0) && values.size(1) * GROUP * 8 / bits == scales.size(1) * block_of(bits),
+  TORCH_CHECK(values.dim() == 4 && values.size(2) == PANEL && values.size(3) == GROUP && values.is_contiguous() &&
+                  (bits == 8 || values.scalar_type() == at::kByte) && scales.dim() == 3 && scales.size(2) == PANEL &&
+                  scales.is_contiguous() && scales.scalar_type() == at::kHalf && values.size(0) == scales.size(0) &&
+                  values.size(1) * GROUP * 8 / bits == scales.size(1) * block_of(bits),
               "a weight of shapes ", values.sizes(), " and ", scales.sizes(), " is no panels of blocks");
   return {(const int8_t*)values.const_data_ptr(), (const uint16_t*)scales.const_data_ptr(), values.size(0) * PANEL,
           scales.size(1) * block_of(bits), bits};
@@ -512,14 +519,26 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& scales) {
 // weights: ten a layer, in the order of `Layer`. cache: keys and values of each layer, (n_kv_heads, capacity, head_dim).
 void layers(Tensor x, at::TensorList weights, const Tensor& freqs_cis, at::TensorList cache, int64_t start, int64_t n_heads,
             double eps) {
-  int64_t T = x.size(0), count = weights.size() / 10;
-  const Tensor& keys = cache[0];
-  Shape shape{x.size(1), n_heads, keys.size(0), keys.size(2), weights[8].size(1) * (weights[8].scalar_type() == at::kChar ? 4 : 8), (float)eps};
+  int64_t T = x.size(0), dim = x.size(1), count = weights.size() / 10;
+  TORCH_CHECK(count && weights.size() == 10 * count && cache.size() == 2 * count && cache[0].dim() == 3, "ten weights and two caches a layer");
+  int64_t n_kv_heads = cache[0].size(0), capacity = cache[0].size(1), head_dim = cache[0].size(2), q_dim = n_heads * head_dim;
+  auto fits = [](const Tensor& t, at::IntArrayRef sizes) {
+    return t.sizes() == sizes && t.is_contiguous() && t.scalar_type() == at::kFloat;
+  };
+  TORCH_CHECK(fits(x, {T, dim}) && fits(freqs_cis, {T, head_dim}) && n_heads % n_kv_heads == 0 && start >= 0 && start + T <= capacity &&
+                  (head_dim == 16 || head_dim == 32 || head_dim == 64 || head_dim == 128),
+              "x, freqs_cis and the cache do not fit together");
   for (int64_t i = 0; i < count; i++) {
-    const Tensor* w = &weights[10 * i];
-    Layer l{w[0].const_data_ptr<float>(), w[1].const_data_ptr<float>(), weight(w[2], w[3]), weight(w[4], w[5]),
-            weight(w[6], w[7]), weight(w[8], w[9]), {cache[2 * i].data_ptr<float>(), cache[2 * i + 1].data_ptr<float>(), keys.size(1)}};
-    layer(shape, l, freqs_cis.const_data_ptr<float>(), T, start, x.data_ptr<float>());
+    const Tensor *w = &weights[10 * i], *held = &cache[2 * i];
+    Weight wqkv = weight(w[2], w[3]), wo = weight(w[4], w[5]), w13 = weight(w[6], w[7]), w2 = weight(w[8], w[9]);
+    TORCH_CHECK(fits(w[0], {dim}) && fits(w[1], {dim}) && fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()) &&
+                    wqkv.in == dim && wqkv.out == q_dim + 2 * n_kv_heads * head_dim && wo.in == q_dim && wo.out == dim &&
+                    w13.in == dim && w13.bits == wqkv.bits && w13.out == 2 * w2.in && w2.out == dim,
+                "the weights of layer ", i, " do not fit together");
+    layer(Shape{dim, n_heads, n_kv_heads, head_dim, w2.in, (float)eps},
+          Layer{w[0].const_data_ptr<float>(), w[1].const_data_ptr<float>(), wqkv, wo, w13, w2,
+                Cache{held[0].data_ptr<float>(), held[1].data_ptr<float>(), capacity}},
+          freqs_cis.const_data_ptr<float>(), T, start, x.data_ptr<float>());
   }
 }
 
