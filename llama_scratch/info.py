@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_scratch import kernels
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
 from llama_scratch.checkpoint.base import Stored
 from llama_scratch.checkpoint.vocabulary import PATTERNS
@@ -77,6 +78,7 @@ def describe(
         "context": args.max_seq_len,
         "chat": checkpoint.chat is not None,
         "memory": _memory(checkpoint, args, stored, target),
+        "kernels": kernels.state(),
         "tokenizer": {
             "kind": "byte-level BPE",
             "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),

@@ -160,7 +160,7 @@ inline Floats halves(const uint16_t* h) {
   for (int i = 0; i < PANEL; i++) {  // exponent and mantissa move into their places, 2^112 sets the exponent right
     uint32_t magnitude = (uint32_t)(h[i] & 0x7fff) << 13, sign = (uint32_t)(h[i] & 0x8000) << 16;
     float value = load<float>(&magnitude) * 0x1p112f;
-    if ((h[i] & 0x7c00) == 0x7c00) value *= INFINITY;
+    if (value >= 0x1p16f) value = h[i] & 0x3ff ? NAN : INFINITY;
     uint32_t bits = load<uint32_t>(&value) | sign;
     f[i] = load<float>(&bits);
   }
@@ -238,6 +238,9 @@ struct Rows {
 
 // --- Products ---------------------------------------------------------------------------------
 
+// A weight that serves one row alone is asked for so many bytes ahead, and not kept: it is read once a token.
+constexpr int AHEAD = 8192;
+
 // TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
 // y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
 template <int BITS, int PAN, int TOK>
@@ -257,9 +260,11 @@ void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y,
       for (int p = 0; p < PAN; p++) {
         const int8_t* from = q + (p * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
         if constexpr (BITS == 8) {
+          if constexpr (TOK == 1) __builtin_prefetch(from + AHEAD, 0, 0);
           Bytes eight = load<Bytes>(from);
           for (int k = 0; k < TOK; k++) sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
         } else {
+          if constexpr (TOK == 1) __builtin_prefetch(from + AHEAD, 0, 0);
           Unsigned fours = load<Unsigned>(from);
           Bytes low = (Bytes)(fours & 15), high = (Bytes)(fours >> 4);
           for (int k = 0; k < TOK; k++) {

@@ -109,6 +109,8 @@ def compile_into(folder: Path) -> Path:
     path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
     try:
         _run([*_command(), "-o", str(path)], folder)
+        if not path.exists():
+            raise _FailedError("the C++ compiler wrote no library")
         path.chmod(0o600)
         data = path.read_bytes()
         with path.open("rb+") as file:
@@ -233,7 +235,7 @@ def _find(named: str, path: str) -> tuple[str | None, str]:
             check = [*shlex.split(name), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
             if not subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode:
                 return name, ""
-            why = f"{printable(name)} knows no C++20"
+            why = f"{printable(name, 200)} knows no C++20"
     return None, why
 
 

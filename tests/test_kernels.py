@@ -1,0 +1,499 @@
+"""The kernels: equal to an exact reference to the last bit on every machine, and the layer that of model.py."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_scratch import kernels
+from llama_scratch.config import ModelArgs
+from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rotations
+
+ALONE = Path(__file__).parent / "kernels_alone.cpp"
+BLOCK = {8: 32, 4: 64}
+SMALLEST = torch.finfo(torch.float32).tiny
+pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+
+
+# --- References -------------------------------------------------------------------------------
+
+
+def quantised(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Activations (T, in) as whole numbers (T, blocks, block) and scales (T, blocks), all in float32."""
+    blocks = x.view(len(x), x.shape[1] // block, block)
+    most = blocks.abs().amax(-1)
+    finite = most.isfinite()
+    inverse = torch.where(finite & (most > 127 * SMALLEST), 127 / most, 0)
+    values = torch.where(finite[..., None], (blocks * inverse[..., None]).round(), 0)
+    return values, torch.where(finite, most / 127, torch.nan)
+
+
+def product(x: Tensor, q: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """x·Wᵀ in the order that is promised: the sum of a block is exact, and blocks are added one after the other.
+
+    q: (out, in), whole numbers; scales: (out, blocks) float16.
+    """
+    values, steps = quantised(x, BLOCK[bits])
+    q = q.double().view(len(q), -1, BLOCK[bits])
+    total = torch.zeros(len(x), len(q))
+    for b in range(q.shape[1]):
+        exact = (values[:, b].double() @ q[:, b].T).float()
+        total = total + exact * (scales[:, b].float() * steps[:, b, None])
+    return total
+
+
+def packed(q: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Panels of 16 rows, as kernels.cpp describes them."""
+    out, columns = q.shape
+    if bits == 8:
+        panels = q.to(torch.int8).view(out // 16, 16, columns // 4, 4)
+    else:
+        pairs = (q + 8).to(torch.uint8).view(out // 16, 16, columns // 8, 2, 4)
+        panels = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
+    return panels.transpose(1, 2).contiguous(), scales.view(out // 16, 16, -1).transpose(1, 2).contiguous()
+
+
+def weight(out: int, columns: int, bits: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random whole numbers (out, in), and scales (out, blocks) of both signs."""
+    least, most = (-127, 128) if bits == 8 else (-8, 8)
+    q = torch.randint(least, most, (out, columns), generator=generator)
+    scales = torch.randn(out, columns // BLOCK[bits], generator=generator) / 100
+    return q, scales.half()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the bit; of what is no number there is one kind."""
+    odd = a.isnan()
+    return torch.equal(odd, b.isnan()) and torch.equal(a[~odd].view(torch.int32), b[~odd].view(torch.int32))
+
+
+# --- Without torch, for each set of instructions ----------------------------------------------
+
+
+def compile_alone(folder: Path, name: str, *flags: str) -> Path:
+    found = kernels.compiler()
+    assert found
+    path = folder / name
+    usual = ["-std=c++20", "-O2", "-ffp-contract=off", "-w", "-Wno-psabi", *flags, str(ALONE), "-o", str(path)]
+    subprocess.run([*shlex.split(found), *usual], check=True, timeout=120)
+    return path
+
+
+NATIVE = next(flag for flag in kernels._flags() if flag.endswith("=native"))
+MACHINES = {"native": [NATIVE], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
+if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    MACHINES["avx2"] = ["-march=x86-64-v3"]
+
+
+class Alone:
+    """The functions of kernels_alone.cpp, with tensors."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        self._library.machine_name.restype = ctypes.c_char_p
+        self.machine: str = self._library.machine_name().decode()
+
+    def _call(self, name: str, *arguments: Tensor | int) -> None:
+        pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
+        getattr(self._library, name)(*pointers)
+
+    def quantise(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        T, columns = x.shape
+        values = torch.empty(T, columns, dtype=torch.int8)
+        scales = torch.empty(T, columns // BLOCK[bits])
+        sums = torch.empty(scales.shape, dtype=torch.int32)
+        self._call("quantise_rows", x, T, columns, bits, values, scales, sums)
+        return values, scales, sums
+
+    def product(self, x: Tensor, q: Tensor, scales: Tensor, bits: int, onto: Tensor | None = None) -> Tensor:
+        panels, panel_scales = packed(q, scales, bits)
+        y = torch.empty(len(x), len(q)) if onto is None else onto.clone()
+        self._call("product_of", x, len(x), panels, panel_scales, *q.shape, bits, y, int(onto is not None))
+        return y
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Alone]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: Alone(compile_alone(folder, f"{name}.so", "-shared", "-fPIC", *MACHINES[name])) for name in MACHINES}
+
+
+@pytest.fixture(params=MACHINES)
+def alone(machines: dict[str, Alone], request: pytest.FixtureRequest) -> Alone:
+    return machines[request.param]
+
+
+def test_each_set_of_instructions_is_meant(machines: dict[str, Alone]) -> None:
+    """The flags above lead to different code."""
+    assert machines["plain"].machine == "any machine"
+    assert machines["native"].machine != "any machine" or platform.machine() not in ("x86_64", "aarch64")
+    assert "avx2" not in machines or machines["avx2"].machine == "AVX2"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("panels", [1, 2, 3, 5])
+def test_products_are_equal_to_the_last_bit(alone: Alone, bits: int, panels: int) -> None:
+    """For each number of rows from none to seventeen, and inputs of one block to five."""
+    generator = torch.Generator().manual_seed(panels)
+    for T, blocks in ((T, (1, 2, 3, 5)[T % 4]) for T in range(18)):
+        columns = blocks * BLOCK[bits]
+        q, scales = weight(16 * panels, columns, bits, generator)
+        x = torch.randn(T, columns, generator=generator) * torch.rand(T, columns, generator=generator).pow(4) * 50
+        assert same(alone.product(x, q, scales, bits), product(x, q, scales, bits)), (T, blocks)
+
+
+def rows_of(kind: str, T: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    usual = torch.randn(T, columns, generator=generator)
+    sign = usual.sign()
+    # Every 127th is a whole number of steps and a half: the even neighbour is taken.
+    halves = torch.arange(T * columns).view(T, columns).remainder(127) + 0.5
+    halves[:, ::32] = 127
+    mixed = usual.clone()
+    for t, (place, number) in enumerate([(3, torch.nan), (31, torch.inf), (0, -torch.inf), (33, torch.nan)]):
+        mixed[t : t + 1, place] = number
+    return {
+        "all the largest": torch.full((T, columns), 127.0),
+        "all the smallest": torch.full((T, columns), -127.0),
+        "both": 127 * sign,
+        "halves": halves * sign,
+        "zeros": torch.zeros(T, columns),
+        "a block of zeros": usual * (torch.arange(columns) >= 64),
+        "subnormal": usual * 1e-41,
+        "around the smallest": usual * SMALLEST * 127,
+        "huge": (usual * 1e38).clamp(-3e38, 3e38),
+        "the largest there is": sign * torch.finfo(torch.float32).max,
+        "an outlier": usual + 1e4 * (torch.arange(columns) == 5),
+        "no numbers": mixed,
+    }[kind]
+
+
+KINDS = ["all the largest", "all the smallest", "both", "halves", "zeros", "a block of zeros", "subnormal"]
+KINDS += ["around the smallest", "huge", "the largest there is", "an outlier", "no numbers"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_every_kind(alone: Alone, kind: str, bits: int) -> None:
+    """Their blocks are the reference's; what is no number makes its block no number, and nothing else."""
+    x = rows_of(kind, 5, 192)
+    values, scales, sums = alone.quantise(x, bits)
+    expected, steps = quantised(x, BLOCK[bits])
+    assert torch.equal(values.view(expected.shape).float(), expected)
+    assert same(scales, steps)
+    assert torch.equal(sums, expected.sum(-1).int())
+    assert int(values.min()) >= -127
+    q, weight_scales = weight(48, 192, bits, torch.Generator().manual_seed(1))
+    y = alone.product(x, q, weight_scales, bits)
+    assert same(y, product(x, q, weight_scales, bits))
+    if kind == "no numbers":
+        assert y.isnan().all(1).tolist() == [True, True, True, True, False]
+    elif kind not in ("huge", "the largest there is"):  # whose products may be larger than a float32 can be
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("number", ["least", "most", "zero", "in turn"])
+@pytest.mark.parametrize("kind", ["all the largest", "all the smallest", "both"])
+def test_weights_at_the_ends(alone: Alone, bits: int, number: str, kind: str) -> None:
+    """Sums as large as they can be: −127 and 127, nibbles 0 and 15."""
+    least, most = (-127, 127) if bits == 8 else (-8, 7)
+    turns = torch.tensor([least, most]).repeat(32, 96)
+    q = {"least": turns * 0 + least, "most": turns * 0 + most, "zero": turns * 0, "in turn": turns}[number]
+    scales = torch.ones(32, 192 // BLOCK[bits]).half()
+    x = rows_of(kind, 9, 192)
+    assert same(alone.product(x, q, scales, bits), product(x, q, scales, bits))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_of_every_kind(alone: Alone, bits: int) -> None:
+    """All 65,536 float16: subnormal, negative, zeros, infinite ones and those that are no numbers."""
+    scales = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 1)
+    q = torch.randint(-7, 8, (65536, BLOCK[bits]), generator=torch.Generator().manual_seed(0))
+    x = rows_of("both", 1, BLOCK[bits]) / 3
+    assert same(alone.product(x, q, scales, bits), product(x, q, scales, bits))
+
+
+def test_minus_128_is_no_weight_in_eight_bits(alone: Alone) -> None:
+    """Where bytes have to change their sign there is no +128, so that weights end at −127."""
+    q, scales = torch.full((16, 32), -128), torch.ones(16, 1).half()
+    for x in (torch.full((1, 32), 127.0), torch.full((1, 32), -127.0)):
+        exact = same(alone.product(x, q, scales, 8), product(x, q, scales, 8))
+        assert exact or (alone.machine == "AVX2" and x[0, 0] < 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_on_top_of_what_is_there(alone: Alone, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, scales = weight(48, 128, bits, generator)
+    x, onto = torch.randn(7, 128, generator=generator), torch.randn(7, 48, generator=generator)
+    assert same(alone.product(x, q, scales, bits, onto), onto + product(x, q, scales, bits))
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
+    """Addresses and undefined behaviour, over random and extreme products and layers."""
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS", "-O1"]
+    try:
+        program = compile_alone(tmp_path, "program", *sanitizers, *MACHINES[name])
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no sanitizers")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "clean\n", "")
+
+
+# --- As torch calls them ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The operators, compiled once; afterwards as if they had not been."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        before = kernels._loaded
+        assert kernels.build(), kernels._failure
+        assert kernels.ready()
+        assert kernels.state() == f"compiled for {torch.ops.llama_scratch.machine()}"
+        yield torch.ops.llama_scratch
+        kernels._loaded = before
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.usefixtures("_threads")
+def test_a_row_depends_on_no_other_and_on_no_number_of_threads(ops: Any, bits: int) -> None:
+    """The reference, to the bit, however many rows and threads."""
+    generator = torch.Generator().manual_seed(0)
+    q, scales = weight(16 * 7, 192, bits, generator)
+    x = torch.randn(17, 192, generator=generator)
+    panels, expected = packed(q, scales, bits), product(x, q, scales, bits)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for T in range(18):
+            assert same(ops.linear(x[17 - T :], *panels), expected[17 - T :]), (threads, T)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_what_does_not_fit_is_an_error(ops: Any, T: int) -> None:
+    """And nothing is read or written beyond an end."""
+    panels, scales = packed(*weight(32, 128, 8, torch.Generator().manual_seed(0)), 8)
+    x = torch.randn(T, 128)
+    wrong: list[tuple[Tensor, ...]] = [
+        (x[:, :64], panels, scales),
+        (x.double(), panels, scales),
+        (torch.randn(T, 256)[:, ::2], panels, scales),
+        (x[0], panels, scales),
+        (x, panels[:1], scales),
+        (x, panels, scales[:, :2].contiguous()),
+        (x, panels, scales.float()),
+        (x, panels.transpose(2, 3), scales),
+        (x, panels.view(2, 32, 4, 16), scales),
+        (x, panels.half(), scales),
+        (x, panels, scales.view(-1)),
+    ]
+    for arguments in wrong:
+        with pytest.raises(RuntimeError, match=r"does not fit|no panels"):
+            ops.linear(*arguments)
+
+
+class Rounding(nn.Module):
+    """x·Wᵀ in float64, with activations as the kernels see them."""
+
+    def __init__(self, weight: Tensor, bits: int):
+        super().__init__()
+        self._weight, self._bits = weight.double(), bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        values, scales = quantised(rows, BLOCK[self._bits])
+        rounded = (values.double() * scales[..., None].double()).view(rows.shape)
+        return F.linear(rounded, self._weight).float().view(*x.shape[:-1], -1)
+
+
+class Case:
+    """A layer with random weights, as a block of model.py and as the kernels want it, behind `start` tokens."""
+
+    def __init__(self, bits: int, head_dim: int, group: int, start: int, T: int, layers: int = 1):
+        generator = torch.Generator().manual_seed(start + T)
+        n_kv_heads, ffn_dim = max(1, 64 // head_dim // group), 192
+        dim = n_kv_heads * group * head_dim
+        if dim % 64:
+            n_kv_heads, dim = 2 * n_kv_heads, 2 * dim
+        self.args = ModelArgs(dim, layers, n_kv_heads * group, n_kv_heads, 32, ffn_dim, 1e-5, 1e4, None, 2048)
+        self.bits, self.start, self.T = bits, start, T
+        self.x = torch.randn(T, dim, generator=generator)
+        kv_dim = n_kv_heads * head_dim
+        self.blocks, self.weights = [], []
+        for _ in range(layers):
+            block = TransformerBlock(self.args)
+            outs = {"wqkv": dim + 2 * kv_dim, "wo": dim, "w13": 2 * ffn_dim, "w2": dim}
+            stored: dict[str, Tensor] = {}
+            norms = [torch.rand(dim, generator=generator) + 0.5 for _ in range(2)]
+            self.weights += norms
+            for name, out in outs.items():
+                q, scales = weight(out, ffn_dim if name == "w2" else dim, bits, generator)
+                scales = (scales.float() * (0.2 if bits == 8 else 3)).half()
+                stored[name] = q * scales.float().repeat_interleave(BLOCK[bits], 1)
+                self.weights += packed(q, scales, bits)
+            block.attention_norm.weight.data, block.ffn_norm.weight.data = norms
+            wq, wk, wv = (Rounding(w, bits) for w in torch.split(stored["wqkv"], [dim, kv_dim, kv_dim]))
+            w1, w3 = (Rounding(w, bits) for w in stored["w13"].chunk(2))
+            for part, modules in (
+                (block.attention, {"wq": wq, "wk": wk, "wv": wv, "wo": Rounding(stored["wo"], bits)}),
+                (block.feed_forward, {"w1": w1, "w3": w3, "w2": Rounding(stored["w2"], bits)}),
+            ):
+                for name, module in modules.items():
+                    delattr(part, name)
+                    setattr(part, name, module)
+            self.blocks.append(block)
+        shape = (n_kv_heads, start, head_dim)
+        self.past = [torch.randn(shape, generator=generator) for _ in range(2 * layers)]
+        self.freqs_cis = rotations(rope_frequencies(self.args), torch.arange(start, start + T))
+
+    def cache(self) -> list[Tensor]:
+        """The kernels' cache, just as long as it has to be."""
+        n_kv_heads, head_dim = self.args.n_kv_heads, self.args.head_dim
+        held = [torch.full((n_kv_heads, self.start + self.T, head_dim), torch.nan) for _ in self.past]
+        for new, old in zip(held, self.past, strict=True):
+            new[:, : self.start] = old
+        return held
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "x": self.x.clone(),
+            "weights": self.weights,
+            "freqs_cis": torch.view_as_real(self.freqs_cis).flatten(-2).contiguous(),
+            "cache": self.cache(),
+            "start": self.start,
+            "n_heads": self.args.n_heads,
+            "eps": self.args.norm_eps,
+        }
+
+    @torch.inference_mode()
+    def expected(self) -> tuple[Tensor, list[Tensor]]:
+        """The residual stream, and each layer's keys and values."""
+        cache, x, held = KVCache(self.args), self.x[None], []
+        if self.start:
+            for layer in range(len(self.blocks)):
+                cache.update(layer, self.past[2 * layer][None], self.past[2 * layer + 1][None])
+            cache.advance(self.start)
+        mask = cache.mask(self.T, x.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self.freqs_cis, mask, cache, layer)
+            nothing = torch.empty(1, self.args.n_kv_heads, 0, self.args.head_dim)
+            cache.length += self.T
+            held += [part[0] for part in cache.update(layer, nothing, nothing)]
+            cache.length -= self.T
+        return x[0], held
+
+
+def called(ops: Any, case: Case, **changes: Any) -> tuple[Tensor, list[Tensor]]:
+    arguments = case.arguments() | changes
+    ops.layers(*arguments.values())
+    return arguments["x"], arguments["cache"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("head_dim", "group"), [(16, 4), (32, 2), (64, 3), (64, 1), (128, 2)])
+@pytest.mark.parametrize(("start", "T"), [(0, 1), (0, 5), (254, 4), (255, 1), (256, 2), (600, 3)])
+def test_a_layer_is_that_of_the_network(ops: Any, bits: int, head_dim: int, group: int, start: int, T: int) -> None:
+    """Within a ten-thousandth of its largest number, with the same rounded activations; the cache too.
+
+    In one token at most a rounding may fall to the other side, as the two add up in different orders.
+    """
+    case = Case(bits, head_dim, group, start, T)
+    x, cache = called(ops, case)
+    expected, held = case.expected()
+    assert (expected - case.x).abs().max() > 0.1
+    error = (x - expected).abs().amax(-1) / expected.abs().max()
+    assert (error > 1e-4).sum() <= 1, error
+    assert error.max() < 1e-2
+    for mine, theirs in zip(cache, held, strict=True):
+        assert torch.equal(mine[:, :start], theirs[:, :start])
+        assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("start", [0, 253, 600])
+@pytest.mark.usefixtures("_threads")
+def test_layers_are_the_same_to_the_bit_in_any_pieces(ops: Any, bits: int, start: int) -> None:
+    """Five tokens at once or in turn, two layers at once or in turn, on any number of threads."""
+    case = Case(bits, 32, 2, start, 5, layers=2)
+    x, cache = called(ops, case)
+    assert x.isfinite().all()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        again, held = called(ops, case)
+        assert same(x, again)
+        assert all(map(same, cache, held))
+    together = case.arguments()
+    single = case.x.clone()
+    for t in range(5):
+        row, freqs_cis = single[t : t + 1], together["freqs_cis"][t : t + 1]
+        arguments = together | {"x": row, "freqs_cis": freqs_cis, "start": start + t}
+        for layer in range(2):
+            arguments["weights"] = case.weights[10 * layer : 10 * (layer + 1)]
+            arguments["cache"] = together["cache"][2 * layer : 2 * (layer + 1)]
+            ops.layers(*arguments.values())
+    assert same(single, x)
+    assert all(map(same, together["cache"], cache))
+
+
+def test_a_layer_that_does_not_fit_is_an_error(ops: Any) -> None:
+    """And writes nothing beyond the cache's end."""
+    case = Case(8, 32, 2, 10, 2)
+    usual = case.arguments()
+    swapped = [*case.weights[:2], *case.weights[4:6], *case.weights[2:4], *case.weights[6:]]
+    wrong: list[dict[str, Any]] = [
+        {"start": 11},
+        {"start": -1},
+        {"weights": case.weights[:9]},
+        {"weights": []},
+        {"weights": swapped},
+        {"weights": [case.weights[0].double(), *case.weights[1:]]},
+        {"cache": usual["cache"][:1]},
+        {"cache": [usual["cache"][0], usual["cache"][1][:, :-1].contiguous()]},
+        {"cache": [part.transpose(0, 1) for part in usual["cache"]]},
+        {"cache": [part.double() for part in usual["cache"]]},
+        {"freqs_cis": usual["freqs_cis"][:1]},
+        {"x": usual["x"].double()},
+        {"x": usual["x"].repeat(1, 2)[:, ::2]},
+        {"n_heads": 4},
+        {"n_heads": 1},
+    ]
+    for change in wrong:
+        with pytest.raises(RuntimeError, match=r"fit together|ten weights"):
+            called(ops, case, **change)
+
+
+def test_activations_that_are_no_numbers_stay_visible(ops: Any) -> None:
+    """In their own token, through a whole layer; the others are as they would have been."""
+    case = Case(8, 32, 2, 0, 3)
+    x, _ = called(ops, case)
+    bad = case.x.clone()
+    bad[2, 7] = torch.nan
+    got, _ = called(ops, case, x=bad)
+    assert got[2].isnan().all()
+    assert same(got[:2], x[:2])
