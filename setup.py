@@ -1,0 +1,31 @@
+"""With LLAMA_SCRATCH_BUILD_KERNELS=1 a wheel holds compiled kernels, for the torch and the kind of CPU that are here.
+
+LLAMA_SCRATCH_BUILD_KERNELS=1 pip install --no-build-isolation .
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithKernels(build_py):
+    def run(self) -> None:
+        super().run()
+        sys.path.insert(0, str(Path(__file__).parent))
+        from llama_scratch.kernels import compile_into
+
+        compile_into(Path(self.build_lib, "llama_scratch"))
+
+
+class ForThisMachine(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if os.environ.get("LLAMA_SCRATCH_BUILD_KERNELS") == "1":
+    setup(cmdclass={"build_py": BuildWithKernels}, distclass=ForThisMachine)
+else:
+    setup()
