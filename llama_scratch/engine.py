@@ -20,6 +20,7 @@ from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
+from llama_scratch.step import Step
 from llama_scratch.taps import Tap, tapped
 
 # So many answers from the file's own weights take about as long as packing them.
@@ -70,6 +71,7 @@ class Engine:
         self._device = model.tok_embeddings.weight.device
         # A graph replays what was recorded, without taps.
         self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" and not taps else None
+        self._step = Step(model, self._cache) if self._device.type == "cpu" and not taps else None
 
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Logits of the token after `ids`. Computes only what does not share a prefix with the cache.
@@ -180,6 +182,9 @@ class Engine:
         growth = cache.growth(length)
         if growth:
             require_room({"KV cache": growth}, text, self._device)
+        if self._step and cache is self._cache and not taps and self.packing.done and self._step.fits(tokens.shape[1]):
+            with memory_errors(text):
+                return self._step(tokens, all_positions=all_positions)
         # What looks at a changed network sees what the changes left.
         with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
             return self.model(tokens, cache, all_positions=all_positions).cpu()

@@ -1,7 +1,7 @@
 """Quantised weights, kept between runs in the user's cache folder, and mapped when they are there.
 
-A file holds the pieces of one model's weights in the order in which they are packed: 8-bit values, then one
-float32 scale a row, behind a table with each piece's checksum. It is named after what it was made from and on, and
+A file holds the pieces of one model's weights in the order in which they are packed: values, then scales, behind a
+table with each piece's checksum. It is named after what it was made from and on, and
 becomes visible when it is whole; until then it is a .part file, at which one program at a time is. What does not fit,
 or could have been written by somebody else, is not read but made again.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import stat
 import threading
 import zlib
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,24 +27,31 @@ from torch import Tensor
 from llama_scratch.folders import is_ours, user_folder
 from llama_scratch.unfinished import NO_LINK, lock, remove_left
 
-_FORMAT = 2
+_FORMAT = 3
 # All kept files together; the least recently used go first.
 _MOST = 16 << 30
+
+
+# Values and scales begin at whole lines of the CPU's cache: vectors that lie across two are read at half the speed.
+_LINE = 64
+
+Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]
+"""Shape and type of a piece's values and of its scales."""
 
 
 class KeptPieces:
     """Pieces of quantised weights: read where they were kept, and kept as they are made where they were not.
 
-    files: those that the weights come from. shapes: (out, in) of each piece.
+    files: those that the weights come from. layouts: of each piece. made: what else decides what they hold.
     """
 
-    def __init__(self, files: Sequence[Path], shapes: Sequence[tuple[int, int]]):
-        self._shapes = list(shapes)
-        sizes = [rows * columns + 4 * rows for rows, columns in self._shapes]
-        self._starts = np.cumsum([4 * len(sizes), *sizes]).tolist()
+    def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], made: str = ""):
+        self._layouts = list(layouts)
+        sizes = [sum(_lines(_nbytes(*part)) for part in layout) for layout in self._layouts]
+        self._starts = np.cumsum([_lines(4 * len(sizes)), *sizes]).tolist()
         self._path: Path | None = None  # where nothing can be kept
         with contextlib.suppress(FileNotFoundError):  # no home
-            self._path = user_folder("cache") / "int8" / _key(files, self._shapes)
+            self._path = user_folder("cache") / "int8" / _key(files, self._layouts, made)
         self._lock = threading.Lock()
         self._writing: BinaryIO | None = None
         self._checksums = np.zeros(len(sizes), dtype="<u4")
@@ -50,23 +59,27 @@ class KeptPieces:
         self._data = self._map()
 
     def get(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Values (out, in) int8 and scales (out,) float32 of a piece, or None where it was not kept whole."""
+        """Values and scales of a piece, or None where it was not kept whole."""
         if self._data is None or self._path is None:
             return None
         piece = self._data[self._starts[i] : self._starts[i + 1]]
-        if zlib.crc32(piece.data) != self._data[: 4 * len(self._shapes)].view("<u4")[i]:
+        if zlib.crc32(piece.data) != self._data[: 4 * len(self._layouts)].view("<u4")[i]:
             with contextlib.suppress(OSError):
                 self._path.unlink()  # so that the next run keeps a whole one
             return None
-        rows, columns = self._shapes[i]
-        values = torch.from_numpy(piece[: rows * columns].view(np.int8)).view(rows, columns)
-        return values, torch.from_numpy(piece[rows * columns :].view("<f4"))
+        (values, values_type), (scales, scales_type) = self._layouts[i]
+        data, start = torch.from_numpy(piece), _lines(_nbytes(values, values_type))
+        return (
+            data[: _nbytes(values, values_type)].view(values_type).view(values),
+            data[start : start + _nbytes(scales, scales_type)].view(scales_type).view(scales),
+        )
 
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
         """Keep a piece; the last one makes the file visible. Where one cannot be kept, none is."""
         if self._data is not None:
             return
-        piece = [np.ascontiguousarray(values.numpy()).data, scales.numpy().astype("<f4").data]
+        parts = [part.contiguous().view(torch.uint8).flatten().numpy().data for part in (values, scales)]
+        piece = [data for part in parts for data in (part, bytes(_lines(part.nbytes) - part.nbytes))]
         with self._lock:
             if self._path is None:
                 return
@@ -75,13 +88,13 @@ class KeptPieces:
             except OSError:
                 self._give_up(self._path)
 
-    def _put(self, path: Path, i: int, piece: Sequence[memoryview]) -> None:
+    def _put(self, path: Path, i: int, piece: Sequence[memoryview | bytes]) -> None:
         if (file := self._writing) is None:
             file = self._writing = _begin(path, self._starts[-1])
         file.seek(self._starts[i])
         file.writelines(piece)
         file.flush()
-        self._checksums[i] = zlib.crc32(piece[1], zlib.crc32(piece[0]))
+        self._checksums[i] = reduce(lambda crc, part: zlib.crc32(part, crc), piece, 0)
         self._missing -= 1
         if not self._missing:
             file.seek(0)
@@ -137,14 +150,23 @@ def _begin(path: Path, size: int) -> BinaryIO:
     return file
 
 
-def _key(files: Sequence[Path], shapes: Sequence[tuple[int, int]]) -> str:
+def _lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _key(files: Sequence[Path], layouts: Sequence[Layout], what: str) -> str:
     """A name for what the pieces were made from: the files as they are now; and on: torch and the CPU."""
     made = (
         _FORMAT,
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
-        shapes,
+        layouts,
+        what,
     )
     return hashlib.sha256(repr(made).encode()).hexdigest()[:32]
 

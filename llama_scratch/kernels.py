@@ -63,6 +63,11 @@ def load() -> bool:
     return _wanted() and (_loaded or any(map(_load, _libraries())))
 
 
+def possible() -> bool:
+    """Whether there are kernels, or `build` may make some."""
+    return load() or (_wanted() and not _failure and compiler() is not None)
+
+
 def build() -> bool:
     """Load what was kept, and where there is nothing compile it: some seconds on one core, at the lowest priority.
 

@@ -7,6 +7,7 @@ weight. Each form is a function x → x·Wᵀ, (…, in) → (…, out), that kn
                once and as true as fp32, but slow
     Half       2 bytes: float16 weights, float32 activations (fbgemm, x86)
     Int8       1 byte and a scale a row; activations in two steps of 7 bits (fbgemm, x86)
+    Panels     8 or 4 bits and a scale a block, activations of 8 bits in blocks too (kernels.cpp)
 
 `Projection` puts them in the place of an `nn.Linear`.
 """
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight
+from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 
 # torch speaks of leaving this to another package; the range that is installed has it.
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -143,6 +146,79 @@ class Int8:
     def _product(self, x: Tensor) -> Tensor:
         """Round x, whole numbers from −64 to 63, and multiply: (M, in) → (M, out) float32."""
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 64, self._packed)
+
+
+# Rows of a panel, and inputs that stand together in it, see kernels.cpp.
+_ROWS, _GROUP = 16, 4
+
+
+class Panels:
+    """Blocks of 8 or 4 bits, multiplied as kernels.cpp says; where there are no kernels, as float32.
+
+    values, scales: from `to_panels`. shape: (out, in) of the weight, without what only fills a panel or a block.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, shape: tuple[int, int]):
+        self.values = values
+        self.scales = scales
+        self.shape = shape
+        self.nbytes = values.nbytes + scales.nbytes
+        bits = 8 if values.dtype == torch.int8 else 4
+        self.whole = panel_shapes(shape, bits)[0][0] * _ROWS == shape[0] and shape[1] % BLOCK[bits] == 0
+        self._filling = -shape[1] % BLOCK[bits]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self._filling))  # (M, in)
+        if kernels.ready() and x.device.type == "cpu" and x.dtype == torch.float32:
+            out = torch.ops.llama_scratch.linear(rows, self.values, self.scales)
+        else:
+            step = max(1, _BLOCK // rows.shape[1] // _ROWS)
+            pieces = zip(self.values.split(step), self.scales.split(step), strict=True)
+            out = torch.cat([product(rows, from_panels(*piece).to(x.dtype)) for piece in pieces], dim=-1)
+        return out[:, : self.shape[0]].unflatten(0, x.shape[:-1])
+
+
+def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a weight's values and scales in panels, see kernels.cpp; rows and blocks are filled up."""
+    panels, blocks = -(-shape[0] // _ROWS), -(-shape[1] // BLOCK[bits])
+    return (panels, blocks * BLOCK[bits] * bits // (8 * _GROUP), _ROWS, _GROUP), (panels, blocks, _ROWS)
+
+
+def to_panels(weights: Sequence[Weight], bits: int) -> tuple[Tensor, Tensor]:
+    """Quantise weights, (out, in) each and below each other, into the order in which the kernels read them."""
+    found = [quantise_blocks(_Filled(weight, bits), bits) for weight in weights]
+    return panels_of(torch.cat([numbers for numbers, _ in found]), torch.cat([scales for _, scales in found]))
+
+
+def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (out, in) and scales (out, in/block), as `quantise_blocks` makes them, in panels."""
+    missing = -len(numbers) % _ROWS
+    numbers, scales = F.pad(numbers, (0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
+    groups = numbers.view(-1, _ROWS, numbers.shape[1] // _GROUP, _GROUP).transpose(1, 2)
+    if numbers.dtype == torch.uint8:
+        groups = groups[:, 0::2] | groups[:, 1::2] << 4
+    return groups.contiguous(), scales.view(-1, _ROWS, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def from_panels(values: Tensor, scales: Tensor) -> Tensor:
+    """The weights that panels stand for, (panels · 16, in) float32."""
+    if values.dtype == torch.uint8:
+        values = torch.stack([values & 15, values >> 4], dim=2).flatten(1, 2)
+    return dequantise(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))
+
+
+class _Filled(Lazy):
+    """A weight with columns of zeros behind it, so that its rows are a whole number of blocks."""
+
+    def __init__(self, weight: Weight, bits: int):
+        self._missing = -weight.shape[1] % BLOCK[bits]
+        super().__init__((len(weight), weight.shape[1] + self._missing), weight.dtype, weight.nbytes)
+        self._weight = weight
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        weight = self._weight
+        rows = weight.rows(start, stop) if isinstance(weight, Lazy) else weight[start:stop]
+        return F.pad(rows, (0, self._missing)) if self._missing else rows
 
 
 def _limbs(x: Tensor) -> tuple[list[Tensor], Tensor]:

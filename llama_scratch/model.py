@@ -137,12 +137,17 @@ class KVCache:
         Returns all of the layer's, cached and new: (B, n_kv_heads, S, head_dim).
         """
         end = self.length + k.shape[2]  # S
-        held = self._layers[layer]
-        if held is None or held[0].shape[2] < end:
-            held = self._layers[layer] = self._grown(held, end, k)
+        held = self.reserve(layer, end, k)
         for store, new in zip(held, (k, v), strict=True):
             store[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    def reserve(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's memory, (B, n_kv_heads, capacity, head_dim), with room for `end` tokens; `like`: some keys."""
+        held = self._layers[layer]
+        if held is None or held[0].shape[2] < end:
+            held = self._layers[layer] = self._grown(held, end, like)
+        return held
 
     @property
     def capacity(self) -> int:

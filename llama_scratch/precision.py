@@ -5,9 +5,13 @@
 | fp32 | float32           | float32               | the reference                                                  |
 | bf16 | bfloat16          | bfloat16              | what Meta's own code computes                                  |
 | fp16 | float16           | float32 (a GPU: fp16) | logits within 1e-3 of fp32, as fast as a CPU reads its memory  |
-| int8 | 8 bits, symmetric | 13 bits (a GPU: bf16) | half the bytes; no further from fp32 than llama.cpp's Q8_0     |
+| int8 | 8 bits in blocks  | 8 bits in blocks      | half the bytes; no further from fp32 than llama.cpp's Q8_0     |
+| int4 | 4 bits in blocks  | 8 bits in blocks      | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantise  |
 
-fp16 and int8 are packed into the order that this CPU multiplies fastest, which takes seconds. Until that is
+The products of int8 and int4 are our own, see kernels.cpp. Where those cannot be compiled, int8 is a scale a row and 13
+bits of activations (a GPU: bf16), and int4 is multiplied in float32, which is slow.
+
+fp16, int8 and int4 are packed into the order that this CPU multiplies fastest, which takes seconds. Until that is
 done, the weights in the file answer, multiplied in float32: the first answers are those of fp32, and say so.
 """
 
@@ -23,12 +27,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llama_scratch import kernels
 from llama_scratch.attention import KEPT, LONG, attend_in_blocks
-from llama_scratch.background import Background
+from llama_scratch.background import Background, Job
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
-from llama_scratch.kept import KeptPieces
+from llama_scratch.kept import KeptPieces, Layout
 from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.linear import (
     Blocks,
@@ -38,12 +43,15 @@ from llama_scratch.linear import (
     Form,
     Half,
     Int8,
+    Panels,
     Projection,
     Shared,
     SharedProjection,
     Stack,
     packs,
+    panel_shapes,
     quantise,
+    to_panels,
 )
 from llama_scratch.memory import give_back
 from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
@@ -52,7 +60,9 @@ from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
 # mask stays small.
 CHUNK = 512
 
-NAMES = ("fp32", "bf16", "fp16", "int8")
+NAMES = ("fp32", "bf16", "fp16", "int8", "int4")
+# Bits of a weight where it is quantised.
+BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,7 +112,7 @@ def memory_needed(
     stored: the type of the file's weights, which are mapped; None where they are `Lazy`. context: tokens in the cache.
     """
     packed = _is_packed(precision, device)
-    bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[precision]
+    bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 1}[precision]
     activation = 2 if precision == "bf16" else 4
     cache = context * args.kv_bytes_per_token(activation)
     # int8 holds both limbs of what is multiplied, and their products.
@@ -143,7 +153,7 @@ _COLUMNS = {"fp16": 512, "int8": 256}
 
 def _packed_weights(args: ModelArgs, precision: str, device: torch.device) -> int:
     """Weights that the packed linear layers hold, those that only fill blocks among them."""
-    block = _COLUMNS[precision] if device.type == "cpu" and packs() else 1
+    block = _COLUMNS.get(precision, 1) if device.type == "cpu" and packs() else 1
     total = 0
     for name, (out, *columns) in args.weight_shapes().items():
         if columns and name != EMBEDDING:
@@ -216,15 +226,22 @@ def _activations(device: torch.device) -> torch.dtype:
 
 def _is_packed(precision: str, device: torch.device) -> bool:
     """Whether the linear layers are exchanged; else they are torch's own."""
-    return precision == "int8" or (precision == "fp16" and device.type == "cpu")
+    return precision in BITS or (precision == "fp16" and device.type == "cpu")
+
+
+def _in_panels(precision: str, device: torch.device) -> bool:
+    """Whether weights are quantised in blocks, for the kernels."""
+    if precision == "int8":
+        return device.type == "cpu" and kernels.possible()
+    return precision == "int4"
 
 
 def _stay_lazy(args: ModelArgs, precision: str, device: torch.device) -> bool:
     """Whether weights that are no tensors yet stay so until they are packed.
 
-    A small model becomes float32 at once, because the first answers are faster then, unless int8 is to save memory.
+    A small model becomes float32 at once, because the first answers are faster then, unless it is to save memory.
     """
-    return device.type == "cpu" and (precision == "int8" or args.n_parameters(tied=False) > _SMALL)
+    return device.type == "cpu" and (precision in BITS or args.n_parameters(tied=False) > _SMALL)
 
 
 _SMALL = 1 << 28  # weights: 1 GB of float32
@@ -248,6 +265,7 @@ _LAYER_GROUPS = (
     ("feed_forward.w2",),
 )
 _FUSED = 1 << 23  # weights; more of them take longer to read than a call costs
+_LAYER = 1 << 40  # in panels a layer's are always whole, see `step`
 # Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
 _PIECE = 1 << 24
 # A third of what 8-bit weights cost in truth comes from the output projection: there each quarter of a row has a scale.
@@ -257,17 +275,26 @@ _OUTPUT_GROUPS = 4
 def _store(model: Transformer, weights: Mapping[str, Weight], precision: str, files: Sequence[Path]) -> Background:
     """Exchange the linear layers: at once they multiply the weights as they are, and the `Background` packs those."""
     device = weights[EMBEDDING].device
+    panels = _in_panels(precision, device)
     slots: list[_Slot] = []
     for i in range(len(model.layers)):
         for group in _LAYER_GROUPS:
-            slots += _exchange(model, [f"layers.{i}.{name}" for name in group], weights)
-    slots += _exchange(model, ["output"], weights, groups=_OUTPUT_GROUPS if precision == "int8" else 1)
+            names = [f"layers.{i}.{name}" for name in group]
+            slots += _exchange(model, names, weights, most=_LAYER if panels else _FUSED)
+    slots += _exchange(model, ["output"], weights, groups=_OUTPUT_GROUPS if precision == "int8" and not panels else 1)
     model.tok_embeddings = Embedding(weights[EMBEDDING], _activations(device))
     if device.type == "cpu" and packs():
         for block in model.layers:
             cast(TransformerBlock, block).attention.attend = attend_in_blocks
-    pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
-    jobs = [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
+    pack: Callable[[int, _Slot], None]
+    jobs: list[Job] = []
+    if panels:
+        pack = _Blocks(files, slots, BITS[precision]).pack
+        if not kernels.load():
+            jobs.append((_build, _PIECE))
+    else:
+        pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
+    jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
     return Background("packing", jobs, torch.get_num_threads(), after=give_back)
 
 
@@ -285,6 +312,11 @@ class _Slot:
         return sum(weight.numel() for weight in self.weights)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of all together."""
+        return sum(map(len, self.weights)), self.weights[0].shape[1]
+
+    @property
     def columns(self) -> list[slice]:
         """The groups, one next to the other."""
         edges = torch.arange(self.weights[0].shape[1]).tensor_split(self.groups)
@@ -298,9 +330,21 @@ class _Slot:
         self.stack.forms[self.index] = form
 
 
-def _exchange(model: Transformer, names: Sequence[str], weights: Mapping[str, Weight], groups: int = 1) -> list[_Slot]:
+def _build() -> None:
+    kernels.build()
+
+
+def _exchange(
+    model: Transformer,
+    names: Sequence[str],
+    weights: Mapping[str, Weight],
+    *,
+    groups: int = 1,
+    most: int = 0,
+) -> list[_Slot]:
+    """Put projections in the place of linear layers. most: weights up to which several become one product."""
     found = [weights[f"{name}.weight"] for name in names]
-    if len(found) > 1 and sum(weight.numel() for weight in found) <= _FUSED:
+    if len(found) > 1 and sum(weight.numel() for weight in found) <= most:
         stack = Stack([Blocks(found)])
         shared = Shared(stack, [len(weight) for weight in found])
         for part, name in enumerate(names):
@@ -308,7 +352,7 @@ def _exchange(model: Transformer, names: Sequence[str], weights: Mapping[str, We
         return [_Slot(stack, 0, found)]
     slots = []
     for name, weight in zip(names, found, strict=True):
-        pieces = weight.split(max(1, _PIECE // weight.shape[1]))
+        pieces = [weight] if weight.numel() <= most else weight.split(max(1, _PIECE // weight.shape[1]))
         stack = Stack([Blocks([piece]) for piece in pieces])
         model.set_submodule(name, Projection(stack))
         slots += [_Slot(stack, i, [piece], groups) for i, piece in enumerate(pieces)]
@@ -324,15 +368,35 @@ def _pack_half(_i: int, slot: _Slot) -> None:
         slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 
+class _Blocks:
+    """Fills slots with weights in panels, kept ones where there are."""
+
+    def __init__(self, files: Sequence[Path], slots: Sequence[_Slot], bits: int):
+        self._bits = bits
+        types = torch.int8 if bits == 8 else torch.uint8, torch.float16
+        layouts = [tuple(zip(panel_shapes(slot.shape, bits), types, strict=True)) for slot in slots]
+        self._kept = KeptPieces(files, cast(list[Layout], layouts))
+
+    def pack(self, i: int, slot: _Slot) -> None:
+        piece = self._kept.get(i)
+        if piece is None:
+            piece = to_panels(slot.weights, self._bits)
+            self._kept.put(i, *piece)
+        device = slot.weights[0].device
+        slot.fill(Panels(*(part.to(device) for part in piece), slot.shape))
+
+
 class _Quantiser:
     """Fills slots with 8-bit weights, kept ones where there are."""
 
     def __init__(self, files: Sequence[Path], slots: Sequence[_Slot]):
-        shapes = [
-            (sum(map(len, slot.weights)), columns.stop - columns.start) for slot in slots for columns in slot.columns
+        layouts: list[Layout] = [
+            (((slot.shape[0], columns.stop - columns.start), torch.int8), ((slot.shape[0],), torch.float32))
+            for slot in slots
+            for columns in slot.columns
         ]
         self._first = list(accumulate((len(slot.columns) for slot in slots), initial=0))  # part of each slot
-        self._kept = KeptPieces(files, shapes)
+        self._kept = KeptPieces(files, layouts)
 
     def pack(self, i: int, slot: _Slot) -> None:
         if slot.weights[0].device.type != "cpu":

@@ -16,6 +16,8 @@ os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
     del os.environ[name]
+# A compiler's seconds in each home are too many; tests of the kernels turn them on.
+os.environ["LLAMA_SCRATCH_KERNELS"] = "0"
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from llama_scratch import kept
-from llama_scratch.kept import KeptPieces
+from llama_scratch.kept import KeptPieces, Layout
 from llama_scratch.linear import quantise
 from llama_scratch.llama import Llama
 from llama_scratch.unfinished import locked
 from tests.checkpoints import write_meta
 
 SHAPES = [(5, 8), (3, 7), (1, 1)]
+LAYOUTS: list[Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
 TABLE = 4 * len(SHAPES)
-# Where each piece begins; values come first, then the scales.
-STARTS = [TABLE, TABLE + 5 * 8 + 4 * 5, TABLE + 5 * 8 + 4 * 5 + 3 * 7 + 4 * 3]
-SIZE = STARTS[2] + 1 + 4
+# Where each piece begins, at a line of the cache; values come first, then the scales.
+STARTS = [64, 192, 320]
+SIZE = 448
 PROMPT = [1, 2, 3, 4]
 
 
@@ -51,7 +52,7 @@ def made(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 def keep(source: Path, pieces: list[tuple[Tensor, Tensor]] | None = None) -> None:
     """Put all pieces, the last one first, as threads might."""
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     for i, piece in reversed(list(enumerate(pieces or made()))):
         keeping.put(i, *piece)
 
@@ -69,11 +70,11 @@ def files(folder: Path) -> list[Path]:
 
 def test_what_was_kept_is_what_comes_back(source: Path, folder: Path) -> None:
     """To the bit and in the same types, from one file of the size that its pieces have."""
-    assert [KeptPieces([source], SHAPES).get(i) for i in range(3)] == [None] * 3
+    assert [KeptPieces([source], LAYOUTS).get(i) for i in range(3)] == [None] * 3
     keep(source)
     (file,) = files(folder)
     assert file.stat().st_size == SIZE
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     for i, piece in enumerate(made()):
         back = keeping.get(i)
         assert same(back, piece)
@@ -86,11 +87,11 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
     keep(source)
     (file,) = files(folder)
     before = file.read_bytes()
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     assert isinstance(keeping._data, np.memmap)
     back = keeping.get(0)
     assert back is not None
-    assert back[0].data_ptr() == keeping._data.ctypes.data + TABLE
+    assert back[0].data_ptr() == keeping._data.ctypes.data + STARTS[0]
     back[0].zero_()  # a copy of the page, not the file
     keeping.put(0, *made(seed=1)[0])
     assert file.read_bytes() == before
@@ -98,16 +99,16 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
 
 def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> None:
     """An interruption leaves a .part file, which nothing reads."""
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     for i, piece in enumerate(made()[:2]):
         keeping.put(i, *piece)
     (part,) = files(folder)
     assert part.suffix == ".part"
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
     keeping.put(2, *made()[2])
     (file,) = files(folder)
     assert file.suffix == ""
-    assert same(KeptPieces([source], SHAPES).get(2), made()[2])
+    assert same(KeptPieces([source], LAYOUTS).get(2), made()[2])
 
 
 def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
@@ -116,7 +117,7 @@ def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("byte", range(SIZE))
+@pytest.mark.parametrize("byte", [*range(TABLE), *range(STARTS[0], SIZE)])
 def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: int) -> None:
     """In the table, in the values and in the scales: this piece is made again, the others serve as they are."""
     keep(source)
@@ -125,12 +126,12 @@ def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: in
     data[byte] ^= 1
     file.write_bytes(data)
     damaged = byte // 4 if byte < TABLE else sum(byte >= start for start in STARTS) - 1
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     for i, piece in enumerate(made()):
         assert keeping.get(i) is None if i == damaged else same(keeping.get(i), piece)
     assert not files(folder)  # the next run keeps a whole one
     keep(source)
-    assert same(KeptPieces([source], SHAPES).get(damaged), made()[damaged])
+    assert same(KeptPieces([source], LAYOUTS).get(damaged), made()[damaged])
 
 
 def cut(file: Path) -> None:
@@ -164,9 +165,9 @@ def test_what_is_no_whole_file_is_replaced(source: Path, folder: Path, spoil: Ca
     keep(source)
     (file,) = files(folder)
     spoil(file)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
     keep(source, made(seed=1))
-    assert same(KeptPieces([source], SHAPES).get(0), made(seed=1)[0])
+    assert same(KeptPieces([source], LAYOUTS).get(0), made(seed=1)[0])
     assert file.is_file()
     assert not file.is_symlink()
 
@@ -178,7 +179,7 @@ def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> N
     file.unlink()
     file.mkdir()
     for _ in range(2):
-        assert KeptPieces([source], SHAPES).get(0) is None
+        assert KeptPieces([source], LAYOUTS).get(0) is None
         keep(source)
     assert file.is_dir()
 
@@ -186,9 +187,9 @@ def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> N
 def test_a_file_of_someone_else_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their cache may be right, but it is not ours to trust."""
     keep(source)
-    assert KeptPieces([source], SHAPES).get(0) is not None
+    assert KeptPieces([source], LAYOUTS).get(0) is not None
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
 
 
 # --- What a file is named after ---------------------------------------------------------------
@@ -224,16 +225,16 @@ def test_pieces_of_something_else_are_not_used(
     """Of an older file, or made with another torch or on another CPU."""
     keep(source)
     change(source, monkeypatch)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
 
 
 def test_pieces_of_other_shapes_or_of_another_file_are_not_used(source: Path, tmp_path: Path) -> None:
     """Even where as many bytes are expected."""
     keep(source)
-    assert KeptPieces([source], [(5, 8), (3, 7), (1, 1)]).get(0) is not None
-    assert KeptPieces([source], [(3, 7), (5, 8), (1, 1)]).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is not None
+    assert KeptPieces([source], [LAYOUTS[i] for i in (1, 0, 2)]).get(0) is None
     other = source.rename(tmp_path / "other")
-    assert KeptPieces([other], SHAPES).get(0) is None
+    assert KeptPieces([other], LAYOUTS).get(0) is None
 
 
 def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +243,7 @@ def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(source)
     for path in (Path("weights"), Path("link")):
-        assert KeptPieces([path], SHAPES).get(0) is not None
+        assert KeptPieces([path], LAYOUTS).get(0) is not None
 
 
 # --- The folder -------------------------------------------------------------------------------
@@ -263,16 +264,16 @@ def test_what_an_ended_program_left_is_removed(source: Path, folder: Path) -> No
 
 def test_one_program_at_a_time_keeps_a_model(source: Path, folder: Path) -> None:
     """The other's pieces go nowhere, and neither waits."""
-    first, second = KeptPieces([source], SHAPES), KeptPieces([source], SHAPES)
+    first, second = KeptPieces([source], LAYOUTS), KeptPieces([source], LAYOUTS)
     first.put(0, *made()[0])
     second.put(0, *made(seed=1)[0])
     assert len(files(folder)) == 1
     first.put(1, *made()[1])
     second.put(1, *made(seed=1)[1])
     second.put(2, *made(seed=1)[2])
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
     first.put(2, *made()[2])
-    back = KeptPieces([source], SHAPES)
+    back = KeptPieces([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
 
 
@@ -282,9 +283,9 @@ def test_what_others_can_write_is_not_read(source: Path, folder: Path, which: st
     keep(source)
     (file,) = files(folder)
     path = file if which == "file" else folder
-    assert KeptPieces([source], SHAPES).get(0) is not None
+    assert KeptPieces([source], LAYOUTS).get(0) is not None
     path.chmod(path.stat().st_mode | mode)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> None:
@@ -292,9 +293,9 @@ def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> No
     (file,) = files(folder)
     file.unlink()
     os.mkfifo(file)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
     keep(source)
-    assert same(KeptPieces([source], SHAPES).get(0), made()[0])
+    assert same(KeptPieces([source], LAYOUTS).get(0), made()[0])
 
 
 @pytest.mark.parametrize("most", [4 * SIZE, 3 * SIZE, 2 * SIZE, SIZE])
@@ -307,14 +308,14 @@ def test_the_least_recently_used_go_first(
     names = []
     for source in sources:
         source.write_bytes(b"weights")
-        path = KeptPieces([source], SHAPES)._path
+        path = KeptPieces([source], LAYOUTS)._path
         assert path is not None
         names.append(path)
     for age, source in enumerate(sources[:3]):  # a is the oldest of three
         monkeypatch.setattr(kept, "_MOST", 1 << 30)
         keep(source)
         os.utime(names[age], (1000 + age, 1000 + age))
-    assert KeptPieces([sources[0]], SHAPES).get(0) is not None  # and now the newest
+    assert KeptPieces([sources[0]], LAYOUTS).get(0) is not None  # and now the newest
     monkeypatch.setattr(kept, "_MOST", most)
     keep(sources[3])
     fit = most // SIZE
@@ -338,7 +339,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
         folder.parent.chmod(0o500)
     try:
         keep(source)
-        assert KeptPieces([source], SHAPES).get(0) is None
+        assert KeptPieces([source], LAYOUTS).get(0) is None
     finally:
         if how == "read-only":
             folder.parent.chmod(0o700)
@@ -346,7 +347,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
 
 def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
     """A piece that was not written is missing, so the file never becomes visible, and what was begun is gone."""
-    keeping = KeptPieces([source], SHAPES)
+    keeping = KeptPieces([source], LAYOUTS)
     keeping.put(0, *made()[0])
     assert len(files(folder)) == 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -357,16 +358,16 @@ def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     keeping.put(2, *made()[2])
     assert not files(folder)
-    assert KeptPieces([source], SHAPES).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
 
 
 KEEPER = """
 import sys, time
 from pathlib import Path
-from llama_scratch.kept import KeptPieces
-from tests.test_kept import SHAPES, made
+from llama_scratch.kept import KeptPieces, Layout
+from tests.test_kept import LAYOUTS, made
 source, ready, go = map(Path, sys.argv[1:])
-keeping, pieces = KeptPieces([source], SHAPES), made()
+keeping, pieces = KeptPieces([source], LAYOUTS), made()
 ready.touch()
 while not go.exists(): time.sleep(0.001)
 for i, piece in enumerate(pieces): keeping.put(i, *piece)
@@ -385,14 +386,14 @@ def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Pa
     go.touch()
     assert [program.wait(30) for program in programs] == [0, 0]
     assert len(files(folder)) == 1
-    assert same(KeptPieces([source], SHAPES).get(1), made()[1])
+    assert same(KeptPieces([source], LAYOUTS).get(1), made()[1])
 
 
 def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
     """As packing does: a piece each, in any order."""
-    shapes = [(4, 16)] * 40
+    layouts: list[Layout] = [(((4, 16), torch.int8), ((4,), torch.float32))] * 40
     pieces = [quantise([torch.randn(4, 16, generator=torch.Generator().manual_seed(i))])[0] for i in range(40)]
-    keeping = KeptPieces([source], shapes)
+    keeping = KeptPieces([source], layouts)
     together = threading.Barrier(4)
 
     def run(first: int) -> None:
@@ -406,17 +407,17 @@ def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(files(folder)) == 1
-    again = KeptPieces([source], shapes)
+    again = KeptPieces([source], layouts)
     assert all(same(again.get(i), piece) for i, piece in enumerate(pieces))
 
 
 def test_two_of_one_program_leave_a_whole_file_at_least(source: Path, folder: Path) -> None:
     """One of them writes, and the other's pieces are not mixed with its."""
-    first, second = KeptPieces([source], SHAPES), KeptPieces([source], SHAPES)
+    first, second = KeptPieces([source], LAYOUTS), KeptPieces([source], LAYOUTS)
     for i in range(3):
         first.put(i, *made()[i])
         second.put(i, *made(seed=1)[i])
-    back = KeptPieces([source], SHAPES)
+    back = KeptPieces([source], LAYOUTS)
     kept_pieces = [back.get(i) for i in range(3)]
     assert any(
         all(same(piece, expected) for piece, expected in zip(kept_pieces, made(seed), strict=True)) for seed in (0, 1)

@@ -438,7 +438,7 @@ def test_auto_is_the_fastest_whose_answers_are_the_references(
     assert [choose("auto", stored, device) for stored in FILES] == expected
 
 
-@pytest.mark.parametrize("name", ["fp8", "", "FP16", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "", "FP16", "int2"])
 def test_another_name_is_a_usage_error(name: str) -> None:
     """With those that there are."""
     check_name("auto")

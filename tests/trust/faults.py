@@ -61,6 +61,7 @@ PUBLISHED = {
 }
 CHECKLIST = "".join(f"{hashlib.md5(data).hexdigest()}  ./{name}\n" for name, data in PUBLISHED.items()).encode()
 SHAPES = [(32, 128)] * 12
+LAYOUTS: list[kept.Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
 
 
 class NotWholeError(Exception):
@@ -238,13 +239,13 @@ class Cache(Stage):
         return torch.full(SHAPES[i], (model + i) % 100, dtype=torch.int8), torch.full((rows,), float(model))
 
     def pack(self, model: int) -> None:
-        keeping = KeptPieces([self.source(model)], SHAPES)
+        keeping = KeptPieces([self.source(model)], LAYOUTS)
         for i in range(len(SHAPES)):
             if keeping.get(i) is None:
                 keeping.put(i, *self.piece(model, i))
 
     def work(self) -> int:
-        kept._MOST = 10 * sum(rows * columns + 4 * rows + 4 for rows, columns in SHAPES)
+        kept._MOST = 10 * (64 + sum(rows * columns + 4 * rows for rows, columns in SHAPES))
         for i in itertools.count(self.done):
             self.pack(i % self.models)
             self.done = i + 1
@@ -253,7 +254,7 @@ class Cache(Stage):
     def check(self) -> int:
         whole = 0
         for model in range(self.models):
-            keeping = KeptPieces([self.source(model)], SHAPES)
+            keeping = KeptPieces([self.source(model)], LAYOUTS)
             if keeping._path is None or not keeping._path.exists():
                 continue
             for i in range(len(SHAPES)):
