@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from llama_scratch import guard
+from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -88,8 +89,8 @@ class ModelOptions:
         _model_option(
             "--precision",
             "NAME",
-            "auto (the fastest that is true here), fp32, bf16, fp16, int8.",
-            lambda: ["auto", "fp32", "bf16", "fp16", "int8"],
+            f"auto (the fastest that is true here), {', '.join(PRECISIONS)}.",
+            lambda: ["auto", *PRECISIONS],
         ),
     ] = None
     device: Annotated[

@@ -10,6 +10,9 @@ from typing import Any
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UsageError, printable
 
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+"""What a network can be run in, see `precision`, which brings torch."""
+
 # The context that Llama 3 was trained with before 3.1 stretched it, and the one after.
 ORIGINAL_CONTEXT = 8192
 SCALED_CONTEXT = 131_072

@@ -143,7 +143,7 @@ def test_bash_completes(bin_folder: Path, tmp_path: Path) -> None:
         bash.wait_for("ready\n")
         bash.type("llama-scratch --pre\t")
         bash.wait_for("--precision")
-        bash.type("int\t")
+        bash.type("int8\t")
         bash.wait_for("--precision int8")
         bash.type("--model-dir my-\t")
         bash.wait_for("--model-dir my-model/")

@@ -408,7 +408,7 @@ FILES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("stored", FILES, ids=str)
-@pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("asked", precision_module.NAMES)
 def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype) -> None:
     """Everywhere."""
     check_name(asked)
@@ -444,9 +444,8 @@ def test_another_name_is_a_usage_error(name: str) -> None:
     check_name("auto")
     with pytest.raises(UsageError) as caught:
         check_name(name)
-    assert (
-        str(caught.value) == f"The precision is {name!r}, expected one of auto, fp32, bf16, fp16, int8 (--precision)."
-    )
+    expected = "expected one of auto, fp32, bf16, fp16, int8, int4 (--precision)."
+    assert str(caught.value) == f"The precision is {name!r}, {expected}"
 
 
 # --- Gradients --------------------------------------------------------------------------------

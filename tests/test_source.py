@@ -57,6 +57,10 @@ def names_of(found: Source) -> list[str]:
         ("model.py:1", ["model.py"]),  # outside of all parts
         (f"model.py:{model.KVCache.update.__code__.co_firstlineno + 1}", ["model.KVCache.update"]),
         (f"llama_scratch/model.py:{model.KVCache.__init__.__code__.co_firstlineno}", ["model.KVCache.__init__"]),
+        ("kernels.cpp", ["kernels.cpp"]),
+        ("kernels.cpp.products", ["kernels.cpp.products"]),
+        ("kernels.py", ["kernels.py"]),
+        ("kernels.build", ["kernels.build"]),
         ("/surprisal", ["microscope.surprisal.surprisal"]),
         ("choices", ["microscope.choices.choices"]),
         ("/generate", ["repl.commands.text._generate"]),
@@ -121,6 +125,16 @@ def test_a_file_is_shown_whole() -> None:
     assert found.text + "\n" == Path(model.__file__).read_text(encoding="utf-8")
 
 
+def test_a_section_of_cpp_goes_to_the_next_heading() -> None:
+    """With its heading; the last one to the end of the file, and between two lines the section is found."""
+    found = source("kernels.cpp.products").passages[0]
+    text = (ROOT / "llama_scratch" / "kernels.cpp").read_text(encoding="utf-8")
+    assert found.text.startswith("// --- Products ---")
+    assert text.partition(found.text)[2].startswith("\n\n// --- ")
+    assert source(f"kernels.cpp:{found.last_line}").passages == (found,)
+    assert found.path == "llama_scratch/kernels.cpp"
+
+
 def test_each_place_that_a_view_prints_is_taken() -> None:
     """As the list of concepts prints it, and as the heading above the lines does."""
     listed = pages.contents(concepts()).parts[0]
@@ -180,7 +194,7 @@ def test_the_command_and_its_completion(session: Session) -> None:
 
 @pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("line", ["/source", "/source KVCache.update", "/source rope"])
+@pytest.mark.parametrize("line", ["/source", "/source KVCache.update", "/source rope", "/source int8"])
 def test_it_fits_the_screen(session: Session, width: int, plain: bool, line: str) -> None:
     """With the place of each passage."""
     session.settings.plain = plain

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import OutOfMemoryError, UsageError, printable
 from llama_scratch.llama import Llama
@@ -18,13 +18,14 @@ from llama_scratch.memory import require_memory
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
 from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import Transformer, rope_frequencies
-from llama_scratch.precision import NAMES
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
 
 REFERENCE = "fp32"
 ROPE = "rope"
-VARIANTS = (*(name for name in NAMES if name != REFERENCE), ROPE)
+VARIANTS = (*PRECISIONS[1:], ROPE)
+USUAL = tuple(name for name in VARIANTS if name != "int4")
+"""Those that take seconds: int4 is calibrated for minutes when it is made for the first time."""
 # Positions that are compared: their logits are 131 MB for a vocabulary of 128,256.
 _POSITIONS = 256
 
@@ -95,10 +96,10 @@ def numerics(
     llama: Llama,
     ids: Sequence[int],
     open: Open,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = USUAL,
     progress: Progress = silent,
 ) -> Numerics:
-    """What each of `VARIANTS` makes of a text: the precisions, and "rope", fp32 with another RoPE factor.
+    """What some of `VARIANTS` make of a text: the precisions, and "rope", fp32 with another RoPE factor.
 
     The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. Every network runs without
     taps, and others than the session's own are opened one at a time and closed again. Of a long text the last

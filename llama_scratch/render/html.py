@@ -234,7 +234,7 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
 
 
 def _code(part: Code) -> dict[str, Any]:
-    syntax = Syntax("", "python", theme="ansi_dark")
+    syntax = Syntax("", part.language, theme="ansi_dark")
     text = syntax.highlight("\n".join(map(written, part.text.splitlines())))
     console = Console(file=io.StringIO())
     lines = [

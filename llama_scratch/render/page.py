@@ -160,6 +160,11 @@ class Code:
     first: int
     marked: tuple[int, ...] = ()
 
+    @property
+    def language(self) -> str:
+        """For the colours."""
+        return "cpp" if self.path.endswith(".cpp") else "python"
+
 
 Part = Paragraph | Running | Table | Heatmap | Gallery | Code
 

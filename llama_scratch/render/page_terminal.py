@@ -106,7 +106,7 @@ def _running(part: Running) -> Text:
 def _code(part: Code) -> RenderableType:
     code = Syntax(
         "\n".join(map(written, part.text.splitlines())),
-        "python",
+        part.language,
         theme="ansi_dark",
         background_color="default",
         line_numbers=True,

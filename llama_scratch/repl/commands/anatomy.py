@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.repl.commands.registry import Reply, command, paged, whole_number
 from llama_scratch.repl.session import Session
@@ -91,17 +92,17 @@ def _layer(argument: str, name: str) -> int:
 
 def _variants(_session: Session, begun: str) -> Iterable[str]:
     given = begun.split(" ")[:-1]
-    return [" ".join([*given, name]) for name in ("bf16", "fp16", "int8", "rope") if name not in given]
+    return [" ".join([*given, name]) for name in (*PRECISIONS[1:], "rope") if name not in given]
 
 
 @command("numerics", "[PRECISION …]", complete=_variants)
 def _numerics(session: Session, argument: str) -> Reply:
     """How far each precision is from fp32 on this text.
 
-    By default bf16, fp16 and int8, and "rope", which is fp32 with the other RoPE factor. Each network is loaded anew,
-    one at a time, without what /ablate, /patch and /steer changed.
+    By default bf16, fp16 and int8, and "rope", which is fp32 with the other RoPE factor; int4 where it is named. Each
+    network is loaded anew, one at a time, without what /ablate, /patch and /steer changed.
     """
-    from llama_scratch.microscope.numerics import VARIANTS, numerics
+    from llama_scratch.microscope.numerics import USUAL, numerics
     from llama_scratch.render.pages import numerics as pages
 
     llama, ids = session.llama, session.ids
@@ -110,6 +111,6 @@ def _numerics(session: Session, argument: str) -> Reply:
         return session.open(str(llama.path), precision, progress)
 
     with session.progress() as progress:
-        found = numerics(llama, ids, open, argument.split() or VARIANTS, progress)
+        found = numerics(llama, ids, open, argument.split() or USUAL, progress)
     without = {"without": session.labels} if session.labels else {}
     return paged(session, found.as_json() | without, pages.page(found, session.labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
 from llama_scratch.render import terminal
 from llama_scratch.repl.commands.registry import Reply, command, note
@@ -85,9 +86,9 @@ def _model(session: Session, argument: str) -> Reply:
     return _said(session)
 
 
-@command("precision", "[NAME]", complete=lambda _session, _begun: ["fp32", "bf16", "fp16", "int8", "auto"])
+@command("precision", "[NAME]", complete=lambda _session, _begun: [*PRECISIONS, "auto"])
 def _precision(session: Session, argument: str) -> Reply:
-    """Go on in fp32, bf16, fp16 or int8, and answer the text so."""
+    """Go on in fp32, bf16, fp16, int8 or int4, and answer the text so."""
     if argument:
         session.switch(None, argument)
     return _said(session)

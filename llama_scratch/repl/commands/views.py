@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.render.pages import texts as pages
 from llama_scratch.repl.commands.registry import Reply, command, paged
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto")
 _TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?: +|\Z))?(\.\.|[0-9]{1,4}(?:\.[0-9]{1,4})*)?")
 # A JSON string, or anything else up to a bar.
 _PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
@@ -152,7 +152,7 @@ def _choices(session: Session, argument: str) -> Reply:
 def _models(_session: Session, _begun: str) -> Iterable[str]:
     from llama_scratch.checkpoint.pull import OPEN_MODELS
 
-    return [*PRECISIONS, *OPEN_MODELS]
+    return [*PRECISIONS, "auto", *OPEN_MODELS]
 
 
 @command("compare", "MODEL", complete=_models)
@@ -165,7 +165,8 @@ def _compare(session: Session, argument: str) -> Reply:
 
     llama, ids = session.llama, session.ids
     with session.progress() as progress:
-        source, precision = (str(llama.path), argument) if argument in PRECISIONS else (argument, llama.info.precision)
+        same = argument in (*PRECISIONS, "auto")
+        source, precision = (str(llama.path), argument) if same else (argument, llama.info.precision)
         other = session.open(source, precision, progress)
         try:
             for each in (llama, other):  # so that the precision that is named is the one that answers
