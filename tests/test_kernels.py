@@ -165,7 +165,7 @@ def rows_of(kind: str, T: int, columns: int) -> Tensor:
     halves = torch.arange(T * columns).view(T, columns).remainder(127) + 0.5
     halves[:, ::32] = 127
     mixed = usual.clone()
-    for t, (place, number) in enumerate([(3, torch.nan), (31, torch.inf), (0, -torch.inf), (33, torch.nan)]):
+    for t, (place, number) in enumerate([(3, torch.nan), (31, torch.inf), (0, -torch.inf), (9, torch.nan)]):
         mixed[t : t + 1, place] = number
     return {
         "all the largest": torch.full((T, columns), 127.0),
@@ -175,7 +175,7 @@ def rows_of(kind: str, T: int, columns: int) -> Tensor:
         "zeros": torch.zeros(T, columns),
         "a block of zeros": usual * (torch.arange(columns) >= 64),
         "subnormal": usual * 1e-41,
-        "around the smallest": usual * SMALLEST * 127,
+        "around the smallest": usual * SMALLEST * 127 * torch.logspace(-2, 1, T)[:, None],
         "huge": (usual * 1e38).clamp(-3e38, 3e38),
         "the largest there is": sign * torch.finfo(torch.float32).max,
         "an outlier": usual + 1e4 * (torch.arange(columns) == 5),

@@ -169,6 +169,7 @@ def link(library: Path) -> None:
 def pipe(library: Path) -> None:
     library.unlink()
     os.mkfifo(library)
+    os.open(library, os.O_RDWR | os.O_NONBLOCK)  # somebody might write into it
 
 
 @pytest.mark.parametrize("spoil", [flip, cut, open_to_all, link, pipe])
