@@ -62,6 +62,10 @@ def _model_option(name: str, metavar: str, help: str, values: Callable[[], list[
     return _option(name, metavar=metavar, help=help, rich_help_panel=panel, autocompletion=values)
 
 
+def _precisions() -> list[str]:
+    return ["auto", *PRECISIONS]
+
+
 def _models() -> list[str]:
     from llama_scratch.checkpoint.pull import OPEN_MODELS
 
@@ -90,7 +94,7 @@ class ModelOptions:
             "--precision",
             "NAME",
             f"auto (the fastest that is true here), {', '.join(PRECISIONS)}.",
-            lambda: ["auto", *PRECISIONS],
+            _precisions,
         ),
     ] = None
     device: Annotated[
