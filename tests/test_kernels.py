@@ -472,6 +472,7 @@ def test_a_layer_that_does_not_fit_is_an_error(ops: Any) -> None:
         {"weights": case.weights[:9]},
         {"weights": []},
         {"weights": swapped},
+        {"weights": [*case.weights[:6], *Case(4, 32, 2, 10, 2).weights[6:8], *case.weights[8:]]},
         {"weights": [case.weights[0].double(), *case.weights[1:]]},
         {"cache": usual["cache"][:1]},
         {"cache": [usual["cache"][0], usual["cache"][1][:, :-1].contiguous()]},
