@@ -111,6 +111,9 @@ class ModelOptions:
     rope_factor: Annotated[
         float | None, _model_option("--rope-factor", "N", "RoPE scaling in place of the model's.")
     ] = None
+    calibration: Annotated[
+        str | None, _model_option("--calibration", "FILE", "Text of the kind that int4 is to be best at.")
+    ] = None
 
     def over(self, other: ModelOptions) -> ModelOptions:
         """These options, and the other's where these were not given; the two ways to name a model are one option."""
@@ -648,6 +651,7 @@ def _load_now(options: ModelOptions, progress: Progress) -> Llama:
         precision=options.precision or "auto",
         device=options.device or "auto",
         rope_factor=options.rope_factor,
+        calibration=options.calibration,
         tokenizer=options.tokenizer,
         context=options.context,
         threads=options.threads,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight
-from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
+from llama_scratch.quantise import BLOCK, Curvature, dequantise, quantise_blocks
 
 # torch speaks of leaving this to another package; the range that is installed has it.
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -184,9 +184,12 @@ def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tu
     return (panels, blocks * BLOCK[bits] * bits // (8 * _GROUP), _ROWS, _GROUP), (panels, blocks, _ROWS)
 
 
-def to_panels(weights: Sequence[Weight], bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise weights, (out, in) each and below each other, into the order in which the kernels read them."""
-    found = [quantise_blocks(_Filled(weight, bits), bits) for weight in weights]
+def to_panels(weights: Sequence[Weight], bits: int, curvature: Curvature | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise weights, (out, in) each and below each other, into the order in which the kernels read them.
+
+    curvature: of inputs that are filled up to whole blocks. Raises as `quantise_blocks` does.
+    """
+    found = [quantise_blocks(_Filled(weight, bits), bits, curvature) for weight in weights]
     return panels_of(torch.cat([numbers for numbers, _ in found]), torch.cat([scales for _, scales in found]))
 
 

@@ -3,9 +3,11 @@ line is a thin caller of it."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llama_scratch import calibration as calibrating
 from llama_scratch.background import Background
 from llama_scratch.chat import ChatFormat, Message
 from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine, require_room
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import ModelNotFoundError, UsageError, printable
 from llama_scratch.guard import Mapped
 from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors
 from llama_scratch.model import Transformer
-from llama_scratch.precision import build, check_name, choose, differentiable, find_device, memory_needed
+from llama_scratch.precision import Examples, build, check_name, choose, differentiable, find_device, memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import (
     ENDS_IN_A_WORD,
@@ -44,6 +47,7 @@ from llama_scratch.results import (
     Token,
 )
 from llama_scratch.sampling import GREEDY, Sampling, sample
+from llama_scratch.speculation import Drafts
 from llama_scratch.taps import Tap
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
@@ -63,8 +67,11 @@ class Llama:
     args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters. path: its directory
     or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
     what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
-    for, None for a base model.
+    for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `speculation`;
+    what comes out is the same.
     """
+
+    speculate = True
 
     def __init__(
         self,
@@ -102,6 +109,7 @@ class Llama:
         tokenizer: str | os.PathLike[str] | None = None,
         context: int | None = None,
         threads: int | None = None,
+        calibration: str | os.PathLike[str] | None = None,
         progress: Progress = silent,
     ) -> Llama:
         """Load a model.
@@ -110,13 +118,14 @@ class Llama:
             `llama-scratch pull` fetched: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as
             "Llama3.2-1B"; or a directory at gs:// or az://, whose files are brought here. None looks in the usual
             places (see `find_model`).
-        precision: "fp32", "bf16", "fp16", "int8", or "auto", the fastest that is true on this machine; see
-            `precision`. fp16 and int8 become fast with `prepare`.
+        precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the fastest that is true on this machine; see
+            `precision`. fp16, int8 and int4 become fast with `prepare`.
         device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
         rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
         tokenizer: a tokenizer.model elsewhere.
         context: the most tokens, at most and by default what the model was trained for.
         threads: CPU threads; by default torch's choice.
+        calibration: a file of text, of the kind that int4 is to be best at; by default see `calibration`.
         progress: called with a stage, how much is done and how much there is.
 
         Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
@@ -128,6 +137,7 @@ class Llama:
         room = _context(context, args)
         target = find_device(device)
         check_name(precision)  # before the long part
+        examples = _examples(checkpoint.tokenizer, calibration)
         if threads is not None:
             most = _THREADS_A_CORE * (os.cpu_count() or 1)
             if not 1 <= threads <= most:
@@ -142,7 +152,7 @@ class Llama:
             stored = embedding.dtype if isinstance(embedding, Tensor) else None
             needed = memory_needed(args, precision, stored, tokens, target, tied=is_tied(weights))
             require_room(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens", target)
-            model, packing = build(weights, args, precision, target, checkpoint.files)
+            model, packing = build(weights, args, precision, target, checkpoint.files, examples)
         info = ModelInfo(
             name=checkpoint.name,
             format=checkpoint.format,
@@ -341,14 +351,28 @@ class Llama:
         generator = sampling.generator()
         stream = self.tokenizer.stream()
         end = min(len(ids) + max_new_tokens, self.context)
+        drafts = Drafts()
         while len(ids) < end:
-            logits = self.engine.next_logits(ids).values
-            id = sample(logits, sampling, generator)
-            if id in self.tokenizer.stop_ids:
-                return
-            ids = [*ids, id]
-            logprob = float(logits[id] - logits.logsumexp(-1))
-            yield Step(id, stream.push(id, final=len(ids) == end), logprob)
+            room = min(self.engine.room(ids), end - len(ids) - 1) if self.speculate else 0
+            draft = drafts.propose(ids, room) if room else []
+            start = time.perf_counter()
+            rows = self.engine.verify(ids, draft) if draft else self.engine.next_logits(ids).values[None]
+            seconds = time.perf_counter() - start
+            before = len(ids) + 1
+            for logits, guess in zip(rows, [*draft, None], strict=False):
+                id = sample(logits, sampling, generator)
+                stop = id in self.tokenizer.stop_ids
+                if stop or id != guess:
+                    self.engine.trim(ids)
+                if stop:
+                    return
+                ids = [*ids, id]
+                logprob = float(logits[id] - logits.logsumexp(-1))
+                yield Step(id, stream.push(id, final=len(ids) == end), logprob)
+                if id != guess:
+                    break
+            if room:  # else it read the prompt, or waited for the weights
+                drafts.book(len(draft), len(ids) - before, seconds)
 
     def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
         """The whole continuation at once, with the reason for its end."""
@@ -423,6 +447,24 @@ def whole_number(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> Examples:
+    """What int4 is calibrated with, and a name for it. Raises `ModelNotFoundError` and `UsageError`."""
+    if path is None:
+        name = f"its own words and Python {platform.python_version()}'s"
+        return Examples(name, lambda model: calibrating.examples(model, tokenizer))
+    try:
+        text = Path(path).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{printable(os.fspath(path))} cannot be read ({(error.strerror or 'why is not known').lower()}), "
+            "expected a file of text (--calibration)."
+        ) from error
+    except ValueError:
+        raise UsageError(f"{printable(os.fspath(path))} is not UTF-8, expected text (--calibration).") from None
+    windows = calibrating.windows(tokenizer, text)
+    return Examples(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

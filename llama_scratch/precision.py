@@ -17,21 +17,24 @@ done, the weights in the file answer, multiplied in float32: the first answers a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.attention import KEPT, LONG, attend_in_blocks
 from llama_scratch.background import Background, Job
+from llama_scratch.calibration import hessians
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces, Layout
 from llama_scratch.lazy import Weight, as_tensor
@@ -55,12 +58,13 @@ from llama_scratch.linear import (
 )
 from llama_scratch.memory import give_back
 from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
+from llama_scratch.quantise import BLOCK, Curvature
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
 # mask stays small.
 CHUNK = 512
 
-NAMES = ("fp32", "bf16", "fp16", "int8", "int4")
+NAMES = PRECISIONS
 # Bits of a weight where it is quantised.
 BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,12 +175,18 @@ def activation_bytes(model: Transformer) -> int:
 
 
 def build(
-    weights: Mapping[str, Weight], args: ModelArgs, precision: str, device: torch.device, files: Sequence[Path]
+    weights: Mapping[str, Weight],
+    args: ModelArgs,
+    precision: str,
+    device: torch.device,
+    files: Sequence[Path],
+    examples: Examples | None = None,
 ) -> tuple[Transformer, Background]:
     """The network with the file's weights in it, and what is still to be done for their speed.
 
     Built without memory and filled with the file's own tensors, so that there is never a second copy.
-    files: where the weights are from, by which quantised ones are kept for the next time.
+    files: where the weights are from, by which quantised ones are kept for the next time. examples: what 4 bits are
+    calibrated with; without any, their scales are searched for.
     """
     packed = _is_packed(precision, device)
     if not packed:
@@ -187,7 +197,7 @@ def build(
         model = Transformer(args)
     if device.type != "cpu":
         weights = _each(weights, lambda weight: as_tensor(weight).to(device))
-    packing = _store(model, weights, precision, files) if packed else Background("packing", [])
+    packing = _store(model, weights, precision, files, examples) if packed else Background("packing", [])
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
     if not packed and is_tied(weights):
         model.output.weight = model.tok_embeddings.weight
@@ -272,7 +282,13 @@ _PIECE = 1 << 24
 _OUTPUT_GROUPS = 4
 
 
-def _store(model: Transformer, weights: Mapping[str, Weight], precision: str, files: Sequence[Path]) -> Background:
+def _store(
+    model: Transformer,
+    weights: Mapping[str, Weight],
+    precision: str,
+    files: Sequence[Path],
+    examples: Examples | None,
+) -> Background:
     """Exchange the linear layers: at once they multiply the weights as they are, and the `Background` packs those."""
     device = weights[EMBEDDING].device
     panels = _in_panels(precision, device)
@@ -289,7 +305,8 @@ def _store(model: Transformer, weights: Mapping[str, Weight], precision: str, fi
     pack: Callable[[int, _Slot], None]
     jobs: list[Job] = []
     if panels:
-        pack = _Blocks(files, slots, BITS[precision]).pack
+        pieces = _calibrated(weights, model.args, slots, examples, files) if precision == "int4" and examples else None
+        pack = _Blocks(files, slots, BITS[precision], pieces, examples.name if pieces and examples else "").pack
         if not kernels.load():
             jobs.append((_build, _PIECE))
     else:
@@ -368,22 +385,76 @@ def _pack_half(_i: int, slot: _Slot) -> None:
         slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 
-class _Blocks:
-    """Fills slots with weights in panels, kept ones where there are."""
+@dataclass(frozen=True)
+class Examples:
+    """Text that 4-bit weights are calibrated with. name: of it. windows: makes it tokens, for the network given."""
 
-    def __init__(self, files: Sequence[Path], slots: Sequence[_Slot], bits: int):
+    name: str
+    windows: Callable[[Transformer], Sequence[Tensor]]
+
+
+class _Blocks:
+    """Fills slots with weights in panels, kept ones where there are.
+
+    pieces: makes those of all slots one after the other; without it each is made by itself.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], slots: Sequence[_Slot], bits: int, pieces: Iterator[_Piece] | None, made: str
+    ):
         self._bits = bits
         types = torch.int8 if bits == 8 else torch.uint8, torch.float16
         layouts = [tuple(zip(panel_shapes(slot.shape, bits), types, strict=True)) for slot in slots]
-        self._kept = KeptPieces(files, cast(list[Layout], layouts))
+        self._kept = KeptPieces(files, cast(list[Layout], layouts), made)
+        self._pieces = pieces
+        self._made: dict[int, _Piece] = {}
+        self._next = 0
+        self._lock = threading.Lock()
 
     def pack(self, i: int, slot: _Slot) -> None:
         piece = self._kept.get(i)
         if piece is None:
-            piece = to_panels(slot.weights, self._bits)
+            piece = self._in_turn(i) if self._pieces else _searched(slot, self._bits)
+            if piece is None:
+                return  # it stays as it is
             self._kept.put(i, *piece)
         device = slot.weights[0].device
         slot.fill(Panels(*(part.to(device) for part in piece), slot.shape))
+
+    def _in_turn(self, i: int) -> _Piece:
+        with self._lock:
+            while i not in self._made:
+                self._made[self._next] = next(self._pieces)
+                self._next += 1
+            return self._made.pop(i)
+
+
+_Piece = tuple[Tensor, Tensor] | None
+"""Values and scales in panels; None of weights that are not finite."""
+
+
+def _searched(slot: _Slot, bits: int, curvature: Curvature | None = None) -> _Piece:
+    try:
+        return to_panels(slot.weights, bits, curvature)
+    except ValueError:
+        return None
+
+
+def _calibrated(
+    weights: Mapping[str, Weight], args: ModelArgs, slots: Sequence[_Slot], examples: Examples, files: Sequence[Path]
+) -> Iterator[_Piece]:
+    """The 4-bit pieces of all slots, in their order, which is that in which a token comes by.
+
+    Another network reads the examples, for this one is in use: that of int8, which is fast and near enough.
+    """
+    model, packing = build(weights, args, "int8", torch.device("cpu"), files)
+    packing.wait()
+    waiting = iter(slots)
+    for names, products in hessians(model, examples.windows(model)):
+        missing = -len(products) % BLOCK[4]
+        curvature = Curvature(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
+        for slot in waiting if names == ["output"] else islice(waiting, 1):
+            yield _searched(slot, 4, curvature)
 
 
 class _Quantiser:
