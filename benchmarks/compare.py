@@ -70,6 +70,7 @@ class Entry:
 ENTRIES = (
     Entry("ours fp16", "ours", "fp16", CHECKPOINT, long=True),
     Entry("ours int8", "ours", "int8", CHECKPOINT, long=True),
+    Entry("ours int4", "ours", "int4", CHECKPOINT, long=True),
     Entry(REFERENCE, "llama.cpp", "BF16", "1B-BF16.gguf", groups=(1, 2), long=True),
     Entry("llama.cpp BF16 flash", "llama.cpp", "BF16", "1B-BF16.gguf", flash=True, long=True),
     Entry("llama.cpp Q8_0", "llama.cpp", "Q8_0", "1B-Q8_0.gguf"),
@@ -84,7 +85,9 @@ ENTRIES = (
     Entry("transformers fp32", "transformers", "fp32", "hf", groups=(2,)),
     Entry("SmolLM2 ours fp16", "ours", "fp16", "smollm2", groups=(3,), model="SmolLM2"),
     Entry("SmolLM2 ours int8", "ours", "int8", "smollm2", groups=(3,), model="SmolLM2"),
+    Entry("SmolLM2 ours int4", "ours", "int4", "smollm2", groups=(3,), model="SmolLM2"),
     Entry("SmolLM2 llama.cpp Q8_0", "llama.cpp", "Q8_0", "SmolLM2-135M-Instruct-Q8_0.gguf", (3,), "SmolLM2"),
+    Entry("SmolLM2 llama.cpp Q4_0", "llama.cpp", "Q4_0", "SmolLM2-135M-Instruct-Q4_0.gguf", (3,), "SmolLM2"),
 )
 
 

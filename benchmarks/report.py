@@ -104,6 +104,7 @@ class Figures:
 
 BF16 = ("llama.cpp BF16", "llama.cpp BF16 flash")
 Q8_0 = ("llama.cpp Q8_0", "llama.cpp Q8_0 flash")
+Q4_0, Q4_K_M = ("llama.cpp Q4_0",), ("llama.cpp Q4_K_M",)
 
 
 def speed_bounds(results: dict[str, Any]) -> list[Bound]:
@@ -118,7 +119,7 @@ def speed_bounds(results: dict[str, Any]) -> list[Bound]:
             text = f"{found:.{digits}f} ×"
             bounds.append(Bound(what, f"≥ {least:g} × {than}", text, found >= least, aim))
 
-    fp16, int8 = ["ours fp16"], ["ours int8"]
+    fp16, int8, int4 = ["ours fp16"], ["ours int8"], ["ours int4"]
     for case, size in results["cases"].items():
         if size["model"] != "1B":
             continue
@@ -132,20 +133,27 @@ def speed_bounds(results: dict[str, Any]) -> list[Bound]:
             at_least(1, "decode, fp16", "llama.cpp BF16", figures.ratio("decode", case, fp16, BF16))
             at_least(0.92, "decode, fp16", "bandwidth ÷ weight bytes", figures.share(case, fp16[0]))
             at_least(1.35, "decode, int8", "our fp16", figures.ratio("decode", case, int8, fp16))
-            at_least(1, "decode, int8", "llama.cpp Q8_0", figures.ratio("decode", case, int8, Q8_0), aim=True)
+            at_least(1.15, "decode, int8", "llama.cpp Q8_0", figures.ratio("decode", case, int8, Q8_0))
+            at_least(0.92, "decode, int8", "bandwidth ÷ weight bytes", figures.share(case, int8[0]))
+            at_least(1.4, "decode, int4", "llama.cpp Q4_K_M", figures.ratio("decode", case, int4, Q4_K_M))
+            at_least(0.9, "decode, int4", "bandwidth ÷ weight bytes", figures.share(case, int4[0]))
         else:
             found = figures.ratio("prefill", case, fp16, (*BF16, *Q8_0))
             at_least(1, f"prefill of {context}, fp16", "llama.cpp's better of BF16 and Q8_0", found)
             at_least(1.15, f"prefill of {context}, fp16", "the same", found, aim=True)
+            for name, own in (("int8", int8), ("int4", int4)):
+                found = figures.ratio("prefill", case, own, (*BF16, *Q8_0, *Q4_0, *Q4_K_M))
+                at_least(1.3, f"prefill of {context}, {name}", "llama.cpp's best of BF16, Q8_0, Q4_0, Q4_K_M", found)
+                at_least(1.6, f"prefill of {context}, {name}", "the same", found, aim=True)
     small = [name for name, engine in results["engines"].items() if engine["model"] == "SmolLM2"]
     ours = [name for name in small if "ours" in name]
     found = figures.ratio("decode", "SmolLM2", ours, set(small) - set(ours))
-    at_least(0.5, "SmolLM2 decode, best precision", "llama.cpp Q8_0", found)
+    at_least(1, "SmolLM2 decode, best precision", "llama.cpp's best of Q8_0 and Q4_0", found)
     if edits := results["edits"]:
         ratio = median(edit["edited_s"] / edit["whole_s"] for edit in edits)
         what = f"prompt of {edits[0]['tokens']:,} tokens, last one changed"
         bounds.append(Bound(what, "≤ 1/50 of the whole's time", f"1/{1 / ratio:.0f}", ratio <= 1 / 50))
-    for name in (*fp16, *int8):
+    for name in (*fp16, *int8, *int4):
         if (engine := results["engines"].get(name)) and engine["anonymous_bytes"]:
             most = 1.15 * engine["weight_bytes"] + 0.4 * GB
             found_bytes = engine["anonymous_bytes"]
