@@ -175,7 +175,7 @@ class Panels:
             step = max(1, _BLOCK // rows.shape[1] // _ROWS)
             pieces = zip(self.values.split(step), self.scales.split(step), strict=True)
             out = torch.cat([product(rows, from_panels(*piece).to(x.dtype)) for piece in pieces], dim=-1)
-        return out[:, : self.shape[0]].unflatten(0, x.shape[:-1])
+        return out[:, : self.shape[0]].reshape(*x.shape[:-1], self.shape[0])
 
 
 def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
