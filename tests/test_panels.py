@@ -1,0 +1,390 @@
+"""int8 and int4 in panels: products, packing, the step of all layers, what is kept, and what damage does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_scratch import engine as engine_module
+from llama_scratch import kernels
+from llama_scratch import precision as precision_module
+from llama_scratch.background import Background
+from llama_scratch.config import ModelArgs
+from llama_scratch.engine import Engine
+from llama_scratch.errors import CheckpointError
+from llama_scratch.linear import Blocks, Int8, Panels, from_panels, packs, panel_shapes, panels_of, to_panels
+from llama_scratch.llama import Llama
+from llama_scratch.model import KVCache, Transformer
+from llama_scratch.precision import BITS, build
+from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
+from llama_scratch.step import FEW, LONG
+from tests.checkpoints import tiny_args, write_meta
+from tests.test_precision import CPU, forms, reference, relative, run, source, stored
+
+__all__ = ["source"]
+
+pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
+BOUNDS = {"int8": 0.04, "int4": 0.4}
+"""Relative distance of the logits from fp32's, in a random network."""
+PRECISIONS = pytest.mark.parametrize("precision", BITS)
+# No whole panel, no whole block; and some of each.
+SHAPES = pytest.mark.parametrize("shape", [(16, 64), (5, 64), (37, 33), (48, 200), (1, 1)])
+
+
+@pytest.fixture(scope="module")
+def _built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernels, compiled once where no other test did it; afterwards as if they had not been."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        before = kernels._loaded
+        kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")
+        assert kernels.build(), kernels._failure
+        yield
+        kernels._loaded = before
+
+
+@pytest.fixture(autouse=True)
+def _wanted(_built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
+
+
+def panels(weight: Tensor, bits: int) -> Panels:
+    return Panels(*to_panels([weight], bits), (len(weight), weight.shape[1]))
+
+
+def held(form: Panels) -> Tensor:
+    """The weights that panels stand for, without what fills them up."""
+    return from_panels(form.values, form.scales)[: form.shape[0], : form.shape[1]]
+
+
+# --- Products ---------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("bits", BLOCK)
+def test_panels_hold_what_was_quantised(shape: tuple[int, int], bits: int) -> None:
+    """There and back, whatever fills them up; and as many bytes as were foretold."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    form = panels(weight, bits)
+    filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK[bits]))
+    numbers, scales = quantise_blocks(filled, bits)
+    assert torch.equal(held(form), dequantise(numbers, scales)[:, : shape[1]])
+    assert (form.values.shape, form.scales.shape) == panel_shapes(shape, bits)
+    assert not from_panels(form.values, form.scales)[shape[0] :].any()
+    assert form.nbytes == form.values.nbytes + form.scales.nbytes
+    assert form.whole == (shape[0] % 16 == 0 and shape[1] % BLOCK[bits] == 0)
+    assert all(torch.equal(a, b) for a, b in zip(panels_of(numbers, scales), (form.values, form.scales), strict=True))
+
+
+@SHAPES
+@pytest.mark.parametrize("bits", BLOCK)
+@pytest.mark.parametrize("rows", [0, 1, 3, 17])
+def test_products_are_off_by_no_more_than_activations_are_rounded(
+    shape: tuple[int, int], bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each activation by half a step of its block, and so an output by Σ |ŵ| · half a step; without kernels by none."""
+    generator = torch.Generator().manual_seed(rows)
+    form = panels(torch.randn(shape, generator=generator), bits)
+    x = torch.randn(rows, shape[1], generator=generator) * torch.rand(shape[1], generator=generator).pow(6) * 30
+    exact = x.double() @ held(form).double().T
+    blocks = [slice(start, start + BLOCK[bits]) for start in range(0, shape[1], BLOCK[bits])]
+    most = sum((x[:, b].abs().amax(1, keepdim=True) / 254) @ held(form)[:, b].abs().sum(1)[None] for b in blocks)
+    assert ((form(x) - exact).abs() <= 1.001 * most + 1e-5 * exact.abs() + 1e-9).all()
+    without_kernels(monkeypatch)
+    assert torch.allclose(form(x).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_leading_dimensions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = panels(torch.randn(20, 40), 8)
+    x = torch.randn(2, 3, 40)
+    for _ in range(2):
+        assert form(x).shape == (2, 3, 20)
+        assert torch.allclose(form(x)[1, 2], form(x[1, 2]), atol=1e-5)
+        without_kernels(monkeypatch)
+
+
+# --- A whole network --------------------------------------------------------------------------
+
+
+def built(
+    source: Path, precision: str, args: ModelArgs | None = None, weights: dict[str, Tensor] | None = None
+) -> tuple[Transformer, Background, dict[str, Tensor]]:
+    """A network and its packing, done; and the weights of its file."""
+    args = args or tiny_args()
+    weights = weights or stored(args)
+    model, packing = build(weights, args, precision, CPU, [source])
+    packing.wait()
+    return model, packing, weights
+
+
+@PRECISIONS
+def test_the_network_keeps_its_promise(source: Path, precision: str) -> None:
+    model, _, weights = built(source, precision)
+    assert {type(form) for form in forms(model)} == {Panels}
+    assert 1e-4 < relative(run(model), reference(weights)) <= BOUNDS[precision]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("tied", [True, False])
+def test_shapes_that_fill_no_block_and_no_panel(source: Path, precision: str, *, tied: bool) -> None:
+    """Heads of 10 and a vocabulary of 555: the readable network runs, for the step needs whole panels."""
+    args = tiny_args(dim=40, n_heads=4, n_kv_heads=2, vocab_size=555, multiple_of=6)
+    model, packing, weights = built(source, precision, args, stored(args, tied=tied))
+    ids = torch.arange(40)[None]
+    plain = Transformer(args)
+    plain.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    assert relative(run(model, ids), run(plain, ids)) <= 2 * BOUNDS[precision]
+    engine = Engine(model, 100, packing)
+    assert engine._step is not None
+    assert not engine._step.fits(1)
+    assert torch.allclose(engine.all_logits(ids[0].tolist()), run(model, ids), atol=1e-5)
+
+
+@PRECISIONS
+def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
+    """With the same panels. What differs is how floats are added up, and so which way activations happen to be rounded:
+    less than the precision's own error in one layer, and as much after some."""
+    model, packing, _ = built(source, precision, tiny_args(n_layers=1))
+    ids = torch.randint(556, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    engine = Engine(model, 300, packing)
+    assert engine._step is not None
+    assert engine._step.fits(len(ids))
+    stepped = engine.all_logits(ids)
+    read = run(model, torch.tensor([ids]))
+    assert 0 < relative(stepped, read) <= BOUNDS["int8"] / 4
+    # What it leaves in the cache is what the network would have left.
+    cache = KVCache(model.args, len(ids))
+    with torch.inference_mode():
+        model(torch.tensor([ids]), cache)
+    for layer, both in enumerate(cache._layers):
+        assert both is not None
+        for ours, theirs in zip(engine.cached(layer), both, strict=True):
+            assert relative(ours, theirs[0, :, : len(ids)]) <= 1e-3
+
+
+def cut(engine: Engine, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Logits of all tokens, read in pieces of so many."""
+    found, start = [], 0
+    for length in lengths:
+        found += list(engine.logits_from(ids[: start + length], start))
+        start += length
+    assert start == len(ids)
+    return torch.cat(found)
+
+
+@PRECISIONS
+def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
+    source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one go, token by token, in uneven pieces, and after going back: up to `LONG` tokens."""
+    monkeypatch.setattr(engine_module, "CHUNK", 100)
+    monkeypatch.setattr(engine_module, "_POSITIONS", 100)
+    model, packing, _ = built(source, precision)
+    ids = torch.randint(556, (140,), generator=torch.Generator().manual_seed(2)).tolist()
+    once = Engine(model, 300, packing).all_logits(ids)
+    assert torch.equal(cut(Engine(model, 300, packing), ids, [1] * len(ids)), once)
+    assert torch.equal(cut(Engine(model, 300, packing), ids, [3, 1, 90, 2, 17, 27]), once)
+    engine = Engine(model, 300, packing)
+    other = [*ids[:50], *reversed(ids[50:])]
+    engine.all_logits(other)
+    assert torch.equal(engine.next_logits(ids[:70]).values, once[69])  # behind the first 50
+    assert engine.next_logits(ids).reused_tokens == 70
+    assert torch.equal(engine.next_logits(ids).values, once[-1])
+    assert torch.equal(engine.next_logits(ids[:20]).values, once[19])
+
+
+def test_the_step_ends_where_texts_are_long(source: Path) -> None:
+    """And goes on with a few tokens at a time."""
+    model, packing, _ = built(source, "int8")
+    engine = Engine(model, 2 * LONG, packing)
+    assert engine._step is not None
+    assert engine._step.fits(LONG)
+    assert not engine._step.fits(LONG + 1)
+    ids = torch.randint(556, (LONG + 40,), generator=torch.Generator().manual_seed(3)).tolist()
+    engine.next_logits(ids[:LONG])
+    assert engine._step.fits(FEW)
+    assert not engine._step.fits(FEW + 1)
+    once = Engine(model, 2 * LONG, packing).next_logits(ids).values
+    assert relative(engine.next_logits(ids).values, once) <= BOUNDS["int8"]
+
+
+def test_taps_see_the_readable_network(tiny_dir: Path) -> None:
+    """A tap that changes nothing leaves the answer, to rounding; so does the microscope."""
+    llama = Llama.load(tiny_dir, precision="int8", device="cpu")
+    llama.prepare()
+    plain = llama.logits("the nation")
+    seen: list[Tensor] = []
+
+    def look(value: Tensor, *_: object) -> Tensor:
+        seen.append(value)
+        return value
+
+    tapped = llama.intervened({"layers.1.resid_post": look})
+    assert relative(tapped.logits("the nation"), plain) <= BOUNDS["int8"]
+    assert seen
+    assert tapped.engine._step is None
+
+
+# --- What is kept -----------------------------------------------------------------------------
+
+
+def kept() -> list[Path]:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch"
+    return [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "kernels"]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each weight that is quantised."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return to_panels(*arguments)
+
+    monkeypatch.setattr(precision_module, "to_panels", counted)
+    return calls
+
+
+@PRECISIONS
+def test_the_second_start_packs_nothing(source: Path, precision: str, made: list[int]) -> None:
+    """From the same file, which lies there mapped; another precision has one of its own."""
+    first = run(built(source, precision)[0])
+    (file,) = kept()
+    assert len(made) == 13  # four groups of projections in each of three layers, and the output
+    model, *_ = built(source, precision)
+    assert len(made) == 13
+    assert torch.equal(run(model), first)
+    size = sum(form.nbytes for form in forms(model) if isinstance(form, Panels)) / 13
+    assert file.stat().st_size >= 13 * size / 2  # shared projections count more than once
+    built(source, "int4" if precision == "int8" else "int8")
+    assert len(kept()) == 2
+
+
+@PRECISIONS
+def test_a_damaged_file_is_made_again(source: Path, precision: str, made: list[int]) -> None:
+    """Its whole pieces are taken, the others made; the next start keeps a whole one."""
+    first = run(built(source, precision)[0])
+    (file,) = kept()
+    whole = file.read_bytes()
+    for spoiled in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-70] + b"x" * 70, whole[:-1], b""):
+        file.write_bytes(spoiled)
+        made.clear()
+        assert torch.equal(run(built(source, precision)[0]), first)
+        assert made
+        assert torch.equal(run(built(source, precision)[0]), first)
+        assert file.read_bytes() == whole
+
+
+def test_each_kind_of_int8_is_kept_by_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels in panels, without them as rows; neither is read as the other."""
+    in_panels = run(built(source, "int8")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        without_kernels(patch)
+        model, *_ = built(source, "int8")
+        assert Panels not in {type(form) for form in forms(model)}
+        rows = run(model)
+    assert len(kept()) == 2
+    assert relative(rows, in_panels) <= BOUNDS["int8"]
+    assert torch.equal(run(built(source, "int8")[0]), in_panels)
+
+
+# --- What goes wrong --------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["norm", "layers.1.feed_forward.w2", "layers.0.attention.wk", "output"])
+def test_damaged_weights_are_an_error(source: Path, precision: str, value: float, name: str) -> None:
+    """Before and after packing, and at the next start."""
+    weights = stored(tiny_args(), tied=False)
+    weights[f"{name}.weight"].view(-1)[7] = value
+    for _ in range(2):
+        model, packing = build(weights, tiny_args(), precision, CPU, [source])
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
+                Engine(model, 100, packing).next_logits([0, 1, 2])
+            packing.wait()
+
+
+@PRECISIONS
+def test_weights_beyond_a_scale_stay_what_they_are(source: Path, precision: str) -> None:
+    """What float16's scales cannot hold is multiplied as the file has it; all else is in panels."""
+    args = tiny_args(n_layers=1)
+    weights = stored(args, torch.float32, tied=False)
+    weights["layers.0.feed_forward.w2.weight"][3, 5] = 1e8
+    model, *_ = built(source, precision, args, weights)
+    assert [type(form) for form in forms(model)].count(Blocks) == 1
+    assert torch.isfinite(run(model)).all()
+
+
+@PRECISIONS
+def test_answers_come_where_nothing_can_be_compiled(
+    source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that is there and fails: the panels are multiplied in float32, and closer to it."""
+    monkeypatch.setattr(kernels, "_loaded", False)
+    monkeypatch.setattr(kernels, "load", lambda: False)
+    monkeypatch.setattr(kernels, "build", lambda: False)
+    assert kernels.possible()
+    model, packing, weights = built(source, precision)
+    assert {type(form) for form in forms(model)} == {Panels}
+    assert relative(run(model), reference(weights)) <= BOUNDS[precision]
+    ids = list(range(30))
+    assert torch.allclose(Engine(model, 100, packing).all_logits(ids), run(model, torch.tensor([ids])), atol=1e-4)
+
+
+def test_without_a_compiler_int8_is_fbgemm_s(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "possible", lambda: False)
+    found = {type(form) for form in forms(built(source, "int8")[0])}
+    assert Panels not in found
+    assert (Int8 in found) == packs()
+
+
+@PRECISIONS
+def test_an_interrupt_while_it_packs_leaves_what_is_packed(source: Path, precision: str) -> None:
+    """The session goes on, the rest is packed at the next asking, and no half of a file is kept."""
+    args = tiny_args()
+    weights = stored(args)
+    model, packing = build(weights, args, precision, CPU, [source])
+
+    def interrupt(_stage: str, done: int, _total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        packing.wait(interrupt)
+    assert relative(run(model), reference(weights)) <= BOUNDS[precision]
+    packing.wait()
+    expected = run(model)
+    assert torch.equal(run(built(source, precision)[0]), expected)
+
+
+@PRECISIONS
+def test_a_whole_model(tmp_path: Path, precision: str) -> None:
+    """From its files to a text, and again from what was kept, to the bit."""
+    path = write_meta(tmp_path / "Tiny")
+    text = tmp_path / "text.txt"
+    text.write_text("The nation that has its own heart and hands. " * 200)
+    exact = Llama.load(path, precision="fp32", device="cpu").logits("the nation")
+    answers = []
+    for _ in range(2):
+        llama = Llama.load(path, precision=precision, device="cpu", calibration=text)
+        llama.prepare()
+        assert llama.predict("the nation").model.precision == precision
+        answers.append(llama.logits("the nation"))
+        assert relative(answers[-1], exact) <= 2 * BOUNDS[precision]  # its attention is sharper
+        assert len(list(llama.generate("the nation", 8))) == 8
+        llama.close()
+    assert torch.equal(*answers)
