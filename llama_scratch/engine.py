@@ -20,7 +20,7 @@ from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
-from llama_scratch.step import Step
+from llama_scratch.step import FEW, Step
 from llama_scratch.taps import Tap, tapped
 
 # So many answers from the file's own weights take about as long as packing them.
@@ -128,6 +128,35 @@ class Engine:
             for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 yield self._finite(self._forward(chunk, all_positions=True)[0], [ids])
+
+    def room(self, ids: Sequence[int]) -> int:
+        """How many tokens `verify` takes behind `ids`: none where bits could differ, or where the cache lacks more."""
+        before = len(ids) - 1
+        if self._step is None or not self.packing.done or not self._step.fits(FEW):
+            return 0
+        if self._cache.length != before or _common_prefix(self._ids, ids) < before:
+            return 0
+        # The cache does not grow for what may be thrown away.
+        return max(0, min(FEW, self._cache.capacity - before) - 1)
+
+    def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
+        """Logits after `ids` and after each token of a draft behind it, in one pass: (1 + len(draft), vocab_size).
+
+        To the bit those of `next_logits` for each of these texts in turn, and so is what the cache holds then, as long
+        as `room` allows the draft: see `Step`. Only the first row where a draft leads to what is no number.
+        """
+        self.check(both := [*ids, *draft])
+        self._start(both, len(ids) - 1)
+        with self._weights():
+            rows = self._forward(both[len(ids) - 1 :], all_positions=True)[0]
+        if math.isfinite(rows.sum()):
+            return rows
+        return self.next_logits(ids).values[None]
+
+    def trim(self, ids: Sequence[int]) -> None:
+        """Forget what the cache holds behind `ids`."""
+        if self._cache.length > len(ids) == _common_prefix(self._ids, ids):
+            self._start(ids, len(ids))
 
     def run(
         self,

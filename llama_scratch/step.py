@@ -65,6 +65,9 @@ class Step:
                 if panels is None or self._model.args.head_dim not in _HEADS:
                     return []
                 found += [panels.values, panels.scales]
+        output = self._model.output
+        if not (isinstance(output, Projection) and all(isinstance(form, Panels) for form in output.stack.forms)):
+            return []
         return found
 
 

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"bench", "microscope"},
     {"llama"},
     {"info"},
-    {"engine", "sampling"},
+    {"engine", "sampling", "speculation"},
     {"precision", "cuda", "taps", "step"},
     {"checkpoint", "attention", "calibration"},
     {"tokenizer"},
