@@ -36,10 +36,12 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import typer
 from safetensors.torch import save
+from torch import Tensor
 
 from llama_scratch.chat import Message, TemplateFormat
 from llama_scratch.checkpoint import gguf, huggingface, safetensors_header
@@ -51,7 +53,8 @@ from llama_scratch.checkpoint.tokenizer_json import read_tokenizer
 from llama_scratch.cli import app
 from llama_scratch.config import ModelArgs
 from llama_scratch.config_file import read_config
-from llama_scratch.errors import LlamaScratchError
+from llama_scratch.errors import CheckpointError, LlamaScratchError
+from llama_scratch.kept import KeptPieces
 from llama_scratch.progress import silent
 from llama_scratch.repl import record as session_file
 from llama_scratch.repl.history import FileHistory
@@ -691,6 +694,44 @@ def _hub_seeds(_: Path) -> list[bytes]:
     return [json.dumps({"id": "owner/name", "sha": "0" * 40, "siblings": files, "cardData": card}).encode()]
 
 
+def _kept_pieces(folder: Path) -> KeptPieces:
+    """Those of an int8 model and an int4 one, kept below a folder."""
+    types = torch.int8, torch.uint8
+    layouts = [((((2, 8, 16, 4), kind), ((2, 1, 16), torch.float16))) for kind in types for _ in range(2)]
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}):
+        return KeptPieces([], layouts)
+
+
+@cache
+def _piece(i: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    values = torch.randint(0, 127, (2, 8, 16, 4), generator=generator)
+    return values.to(torch.int8 if i < 2 else torch.uint8), torch.rand(2, 1, 16, generator=generator).half()
+
+
+def _kept_seeds(folder: Path) -> list[bytes]:
+    pieces = _kept_pieces(folder)
+    for i in range(4):
+        pieces.put(i, *_piece(i))
+    (file,) = folder.rglob("int8/*")
+    return [file.read_bytes()]
+
+
+def _read_kept(path: Path) -> None:
+    """Each piece is that which was kept, or none."""
+    place = _kept_pieces(path.parent)._path
+    assert place is not None
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.replace(place)
+    pieces = _kept_pieces(path.parent)
+    found = [pieces.get(i) for i in range(4)]
+    for i, piece in enumerate(found):
+        if piece is not None and not all(map(torch.equal, piece, _piece(i))):
+            raise ValueError(f"piece {i} is not the one that was kept")
+    if None in found:
+        raise CheckpointError("It is made again.")
+
+
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' and not loop.first %}"
     "{{ '<|start|>' + message.content | trim + '<|eot_id|>' }}{% else %}{{ message['content'] }}{% endif %}"
@@ -737,6 +778,7 @@ TARGETS = {
     "configuration": Target(
         lambda _: [_TOML], change_lines, lambda path: (read_config(str(path), _context()), None)[1], "config.toml"
     ),
+    "kept": Target(_kept_seeds, change_bytes, _read_kept, "kept"),
     "hub": Target(_hub_seeds, change_json, _read_hub, "answer.json"),
     "text": Target(lambda _: [b""], change_text, _read_text, "text"),
 }
