@@ -20,14 +20,13 @@ from llama_scratch.microscope.diff import Diff, Pair
 from llama_scratch.microscope.surprisal import Scored, Surprisal
 from llama_scratch.microscope.tokens import Piece, Tokens
 from llama_scratch.microscope.tree import Branch, Tree
-from llama_scratch.precision import NAMES
 from llama_scratch.progress import Progress
 from llama_scratch.render import page_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import texts
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, run_command
-from llama_scratch.repl.commands.views import PRECISIONS, parts
+from llama_scratch.repl.commands.views import parts
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.results import Candidate, ModelInfo, Token
@@ -217,11 +216,6 @@ def test_compare_with_another_model(session: Session, tiny_dir: Path, monkeypatc
     assert facts["second"]["model"]["name"] == tiny_dir.name
     assert facts["kl_bits"] is None
     assert [llama.info.name for llama in closed] == [tiny_dir.name]
-
-
-def test_the_precisions_are_those_that_there_are() -> None:
-    """The list stands in the commands too, because the other one comes with torch."""
-    assert (*NAMES, "auto") == PRECISIONS
 
 
 # --- What they refuse -------------------------------------------------------------------------
