@@ -148,6 +148,8 @@ class Int8:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 64, self._packed)
 
 
+# Weights that are put into panels at a time: what is made of them on the way is as much again, some times over.
+PACKED = 1 << 22
 # Rows of a panel, and inputs that stand together in it, see kernels.cpp.
 _ROWS, _GROUP = 16, 4
 
@@ -189,8 +191,15 @@ def to_panels(weights: Sequence[Weight], bits: int, curvature: Curvature | None 
 
     curvature: of inputs that are filled up to whole blocks. Raises as `quantise_blocks` does.
     """
-    found = [quantise_blocks(_Filled(weight, bits), bits, curvature) for weight in weights]
-    return panels_of(torch.cat([numbers for numbers, _ in found]), torch.cat([scales for _, scales in found]))
+    filled = _Filled(weights, bits)
+    numbers, steps = panel_shapes(filled.shape, bits)
+    values = torch.empty(numbers, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.empty(steps, dtype=torch.float16)
+    panels = max(1, PACKED // filled.shape[1] // _ROWS)
+    for i, part in enumerate(filled.split(panels * _ROWS)):
+        found = slice(i * panels, (i + 1) * panels)
+        values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
+    return values, scales
 
 
 def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,17 +220,23 @@ def from_panels(values: Tensor, scales: Tensor) -> Tensor:
 
 
 class _Filled(Lazy):
-    """A weight with columns of zeros behind it, so that its rows are a whole number of blocks."""
+    """Weights below each other, with columns of zeros behind, so that their rows are a whole number of blocks."""
 
-    def __init__(self, weight: Weight, bits: int):
-        self._missing = -weight.shape[1] % BLOCK[bits]
-        super().__init__((len(weight), weight.shape[1] + self._missing), weight.dtype, weight.nbytes)
-        self._weight = weight
+    def __init__(self, weights: Sequence[Weight], bits: int):
+        out, width = sum(map(len, weights)), weights[0].shape[1]
+        self._missing = -width % BLOCK[bits]
+        super().__init__((out, width + self._missing), torch.float32, sum(weight.nbytes for weight in weights))
+        self._weights = list(weights)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        weight = self._weight
-        rows = weight.rows(start, stop) if isinstance(weight, Lazy) else weight[start:stop]
-        return F.pad(rows, (0, self._missing)) if self._missing else rows
+        parts, first = [], 0
+        for weight in self._weights:
+            begin, end = max(start - first, 0), min(stop - first, len(weight))
+            if begin < end:
+                part = weight.rows(begin, end) if isinstance(weight, Lazy) else weight[begin:end]
+                parts.append(part.to(self.dtype))
+            first += len(weight)
+        return F.pad(torch.cat(parts), (0, self._missing)) if self._missing or len(parts) > 1 else parts[0]
 
 
 def _limbs(x: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -39,6 +40,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces, Layout
 from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.linear import (
+    PACKED,
     Blocks,
     Columns,
     Differentiable,
@@ -119,21 +121,26 @@ def memory_needed(
     bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 1}[precision]
     activation = 2 if precision == "bf16" else 4
     cache = context * args.kv_bytes_per_token(activation)
-    # int8 holds both limbs of what is multiplied, and their products.
-    wide, narrow = (8, 12) if precision == "int8" else (4, 8)
+    panels = _in_panels(precision, device)
+    # Without kernels int8 holds both limbs of what is multiplied, and their products.
+    wide, narrow = (8, 12) if precision == "int8" and not panels else (4, 8)
     activations = CHUNK * (wide * args.ffn_dim + narrow * args.dim) * activation + 16 * args.vocab_size
     # The mask, which fused attention turns into numbers.
     activations += CHUNK * context * (2 if packed else 3 + activation)
     packing = 0
     if packed:
-        weights = bytes_each * _packed_weights(args, precision, device)
+        weights = (
+            _bytes_in_panels(args, BITS[precision]) if panels else bytes_each * _packed_weights(args, precision, device)
+        )
         turned = stored is None and not _stay_lazy(args, precision, device)  # to float32, and then given back
         if turned:
             weights = max(4 * args.n_parameters(tied=tied), weights + 4 * args.vocab_size * args.dim)
         if device.type == "cpu" and packs():
             activations += KEPT * max(0, context - LONG)
         piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim))
-        if precision == "int8":
+        if panels:
+            packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
+        elif precision == "int8":
             packing = 2 * piece * torch.get_num_threads()  # the integers that are packed from
         elif stored != torch.float32 and not turned:
             packing = 4 * piece * torch.get_num_threads()  # as float32
@@ -151,6 +158,8 @@ def memory_needed(
 
 # Bytes of the blocks of weights that are float32 at a time, with what oneDNN makes of them.
 _BLOCKS = 6 << 22
+# Bytes for each weight that is on its way into panels.
+_ON_THE_WAY = 10
 # fbgemm's packed weights have whole blocks of so many columns.
 _COLUMNS = {"fp16": 512, "int8": 256}
 
@@ -164,6 +173,12 @@ def _packed_weights(args: ModelArgs, precision: str, device: torch.device) -> in
             groups = _OUTPUT_GROUPS if precision == "int8" and name == OUTPUT else 1
             total += out * groups * block * -(-columns[0] // (groups * block))
     return total
+
+
+def _bytes_in_panels(args: ModelArgs, bits: int) -> int:
+    matrices = [shape for name, shape in args.weight_shapes().items() if len(shape) == 2 and name != EMBEDDING]
+    parts = [part for out, width in matrices for part in zip(panel_shapes((out, width), bits), (1, 2), strict=True)]
+    return sum(size * prod(shape) for shape, size in parts)
 
 
 def activation_bytes(model: Transformer) -> int:
@@ -414,17 +429,17 @@ class _Blocks:
     def pack(self, i: int, slot: _Slot) -> None:
         piece = self._kept.get(i)
         if piece is None:
-            piece = self._in_turn(i) if self._pieces else _searched(slot, self._bits)
+            piece = _searched(slot, self._bits) if self._pieces is None else self._in_turn(i, self._pieces)
             if piece is None:
                 return  # it stays as it is
             self._kept.put(i, *piece)
         device = slot.weights[0].device
-        slot.fill(Panels(*(part.to(device) for part in piece), slot.shape))
+        slot.fill(Panels(piece[0].to(device), piece[1].to(device), slot.shape))
 
-    def _in_turn(self, i: int) -> _Piece:
+    def _in_turn(self, i: int, pieces: Iterator[_Piece]) -> _Piece:
         with self._lock:
             while i not in self._made:
-                self._made[self._next] = next(self._pieces)
+                self._made[self._next] = next(pieces)
                 self._next += 1
             return self._made.pop(i)
 
