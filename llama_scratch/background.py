@@ -14,8 +14,22 @@ Job = tuple[Callable[[], None], int]
 """A function, and its share of the work."""
 
 
+_within = threading.local()
+
+
+class EndedError(Exception):
+    """Ends a job that nobody waits for any more."""
+
+
+def go_on(stage: str = "", done: int = 0, total: int = 1) -> None:
+    """Called by a job that takes long: it says how far it is, and raises `EndedError` where it is to end."""
+    background: Background | None = getattr(_within, "background", None)
+    if background is not None:
+        background.go_on(stage, done, total)
+
+
 class Background:
-    """Jobs of some tenths of a second each, run on a few threads between `start` and `close`.
+    """Jobs of some tenths of a second each, or such as call `go_on`, on a few threads between `start` and `close`.
 
     The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
     program does. `after` is called after each job. `started`: whether it was begun.
@@ -32,6 +46,7 @@ class Background:
         self._lock = threading.Lock()
         self._held = False
         self._running = 0
+        self._told: tuple[str, int, int] | None = None
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
         self.started = False
@@ -63,7 +78,14 @@ class Background:
     @property
     def progress(self) -> tuple[str, int, int]:
         """What is being done, how much of it is done and how much there is."""
-        return self.stage, self._done, self._total
+        return self._told or (self.stage, self._done, self._total)
+
+    def go_on(self, stage: str, done: int, total: int) -> None:
+        """See the function; `stage`: "" where there is nothing to say."""
+        if self._closed or not _program_runs():
+            raise EndedError
+        if stage:
+            self._told = stage, done, total
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -92,6 +114,7 @@ class Background:
                 thread.join()
 
     def _run(self) -> None:
+        _within.background = self
         while job := self._next():
             function, size = job
             try:

@@ -48,12 +48,12 @@ def hessians(
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
     for layer, block in enumerate(model.layers):
-        progress("calibrating", layer, len(model.layers))
         sums = [_Products() for _ in _GROUPS]
         readers = [block.get_submodule(names[0]) for names in _GROUPS]
         hooks = [reader.register_forward_pre_hook(found) for reader, found in zip(readers, sums, strict=True)]
         try:
             for i, x in enumerate(streams):
+                progress("calibrating", layer * len(streams) + i, len(model.layers) * len(streams))
                 streams[i] = _through(cast(TransformerBlock, block), x, model, layer)
         finally:
             for hook in hooks:
@@ -63,7 +63,7 @@ def hessians(
     output = _Products()
     for x in streams:
         output(model.output, (model.norm(x),))
-    progress("calibrating", len(model.layers), len(model.layers))
+    progress("calibrating", 1, 1)
     yield ["output"], output.total / tokens
 
 

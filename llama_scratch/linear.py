@@ -186,10 +186,16 @@ def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tu
     return (panels, blocks * BLOCK[bits] * bits // (8 * _GROUP), _ROWS, _GROUP), (panels, blocks, _ROWS)
 
 
-def to_panels(weights: Sequence[Weight], bits: int, curvature: Curvature | None = None) -> tuple[Tensor, Tensor]:
+def to_panels(
+    weights: Sequence[Weight],
+    bits: int,
+    curvature: Curvature | None = None,
+    before_each: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
     """Quantise weights, (out, in) each and below each other, into the order in which the kernels read them.
 
-    curvature: of inputs that are filled up to whole blocks. Raises as `quantise_blocks` does.
+    curvature: of inputs that are filled up to whole blocks. before_each: called before some rows are taken; what it
+    raises ends the work. Raises as `quantise_blocks` does.
     """
     filled = _Filled(weights, bits)
     numbers, steps = panel_shapes(filled.shape, bits)
@@ -197,6 +203,7 @@ def to_panels(weights: Sequence[Weight], bits: int, curvature: Curvature | None 
     scales = torch.empty(steps, dtype=torch.float16)
     panels = max(1, PACKED // filled.shape[1] // _ROWS)
     for i, part in enumerate(filled.split(panels * _ROWS)):
+        before_each()
         found = slice(i * panels, (i + 1) * panels)
         values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
     return values, scales

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_scratch import calibration as calibrating
-from llama_scratch.background import Background
+from llama_scratch.background import Background, go_on
 from llama_scratch.chat import ChatFormat, Message
 from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
@@ -453,7 +453,7 @@ def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> Exam
     """What int4 is calibrated with, and a name for it. Raises `ModelNotFoundError` and `UsageError`."""
     if path is None:
         name = f"its own words and Python {platform.python_version()}'s"
-        return Examples(name, lambda model: calibrating.examples(model, tokenizer))
+        return Examples(name, lambda model: calibrating.examples(model, tokenizer, progress=go_on))
     try:
         text = Path(path).expanduser().read_text("utf-8")
     except OSError as error:

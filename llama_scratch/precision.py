@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.attention import KEPT, LONG, attend_in_blocks
-from llama_scratch.background import Background, Job
+from llama_scratch.background import Background, Job, go_on
 from llama_scratch.calibration import hessians
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.config import PRECISIONS, ModelArgs
@@ -450,7 +450,7 @@ _Piece = tuple[Tensor, Tensor] | None
 
 def _searched(slot: _Slot, bits: int, curvature: Curvature | None = None) -> _Piece:
     try:
-        return to_panels(slot.weights, bits, curvature)
+        return to_panels(slot.weights, bits, curvature, go_on)
     except ValueError:
         return None
 
@@ -465,7 +465,7 @@ def _calibrated(
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
     packing.wait()
     waiting = iter(slots)
-    for names, products in hessians(model, examples.windows(model)):
+    for names, products in hessians(model, examples.windows(model), go_on):
         missing = -len(products) % BLOCK[4]
         curvature = Curvature(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
         for slot in waiting if names == ["output"] else islice(waiting, 1):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama_scratch.background import Background, Job
+from llama_scratch.background import Background, Job, go_on
 
 SOON = 10.0  # seconds after which what should have happened will not
 
@@ -260,3 +260,24 @@ def test_the_program_ends_without_the_jobs_that_are_left(end: str, code: int) ->
     assert time.monotonic() - start < 7
     assert result.returncode == code
     assert result.stderr == b""
+
+
+def test_a_long_job_ends_when_it_is_closed() -> None:
+    """At the next time that it says how far it is, which others see until then; and outside of one nothing happens."""
+    go_on("calibrating", 1, 2)
+    said = threading.Event()
+
+    def long() -> None:
+        while True:
+            go_on("calibrating", 3, 7)
+            said.set()
+            time.sleep(0.001)
+
+    background = Background("packing", [(long, 1), (long, 1)], 2)
+    assert background.progress == ("packing", 0, 2)
+    background.start()
+    assert said.wait(SOON)
+    assert background.progress == ("calibrating", 3, 7)
+    background.close()
+    assert not background.running
+    assert not background.done
