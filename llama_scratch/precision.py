@@ -159,7 +159,7 @@ def memory_needed(
 # Bytes of the blocks of weights that are float32 at a time, with what oneDNN makes of them.
 _BLOCKS = 6 << 22
 # Bytes for each weight that is on its way into panels.
-_ON_THE_WAY = 10
+_ON_THE_WAY = 4
 # fbgemm's packed weights have whole blocks of so many columns.
 _COLUMNS = {"fp16": 512, "int8": 256}
 
@@ -463,7 +463,10 @@ def _calibrated(
     Another network reads the examples, for this one is in use: that of int8, which is fast and near enough.
     """
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
-    packing.wait()
+    try:
+        packing.wait(lambda *_: go_on())
+    finally:
+        packing.close()
     waiting = iter(slots)
     for names, products in hessians(model, examples.windows(model), go_on):
         missing = -len(products) % BLOCK[4]

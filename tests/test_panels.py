@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llama_scratch.precision import BITS, build
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 from llama_scratch.step import FEW, LONG
 from tests.checkpoints import tiny_args, write_meta
+from tests.test_background import until
 from tests.test_precision import CPU, forms, reference, relative, run, source, stored
 
 __all__ = ["source"]
@@ -388,3 +390,15 @@ def test_a_whole_model(tmp_path: Path, precision: str) -> None:
         assert len(list(llama.generate("the nation", 8))) == 8
         llama.close()
     assert torch.equal(*answers)
+
+
+def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:
+    """Whatever it is at; it says what that is."""
+    llama = Llama.load(tiny_dir, precision="int4", device="cpu")
+    llama.prepare(wait=False)
+    until(lambda: llama.preparing is not None and llama.preparing[0] in ("imagining", "calibrating"))
+    start = time.monotonic()
+    llama.close()
+    assert time.monotonic() - start < 5
+    assert not llama.engine.packing.done
+    assert len(kept()) <= 1  # that of int8, which reads the examples
