@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 # The longest and the shortest run of tokens that is looked up.
 _LONGEST, _SHORTEST = 4, 2
-# So many guesses in a row must have been right before one is computed ahead; a wrong one halves what they count.
-_STREAK = 2
+# So many guesses in a row must have been right before one is computed ahead; a wrong one leaves a third of them.
+_STREAK, _LEFT = 2, 3
 # What may be lost, in passes for a single token: at first, and as a share of what the text took; and what is kept of
 # the gains, so that a text that no longer repeats itself does not use them all up.
 _START, _SHARE, _KEPT = 0.5, 0.01, 4.0
@@ -78,12 +78,15 @@ class Drafts:
 
     def _push(self, id: int) -> None:
         """The text goes on with this token."""
-        right = self._source is not None and self._ids[self._source] == id
-        self._streak = self._streak + 1 if right else self._streak // 2
+        source = self._source
+        right = source is not None and self._ids[source] == id
+        self._streak = self._streak + 1 if right else self._streak // _LEFT
         self._ids.append(id)
         end = len(self._ids)
         runs = [tuple(self._ids[end - n :]) for n in range(min(_LONGEST, end), _SHORTEST - 1, -1)]
-        self._source = next((self._behind[run] for run in runs if run in self._behind), None)
+        # A token that never came like this may stand in the place of another: what followed that one is the guess.
+        beside = None if source is None else source + 1
+        self._source = next((self._behind[run] for run in runs if run in self._behind), beside)
         for run in runs:
             self._behind[run] = end
 
