@@ -22,7 +22,7 @@ from llama_scratch.errors import CheckpointError
 from llama_scratch.linear import Blocks, Int8, Panels, from_panels, packs, panel_shapes, panels_of, to_panels
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import BITS, build
+from llama_scratch.precision import BITS, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 from llama_scratch.step import FEW, LONG
 from tests.checkpoints import tiny_args, write_meta
@@ -402,3 +402,17 @@ def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:
     assert time.monotonic() - start < 5
     assert not llama.engine.packing.done
     assert len(kept()) <= 1  # that of int8, which reads the examples
+
+
+@PRECISIONS
+@pytest.mark.parametrize("sizes", [{}, {"dim": 40, "multiple_of": 6, "vocab_size": 555}])
+def test_the_weights_that_are_predicted_are_those_that_lie_in_panels(
+    source: Path, precision: str, sizes: dict[str, int]
+) -> None:
+    """Those that fill a panel are counted for each weight, and taken for those that stand together."""
+    args = tiny_args(**sizes)
+    model, *_ = built(source, precision, args)
+    stacks = {id(form): form for form in forms(model) if isinstance(form, Panels)}.values()
+    taken = sum(form.nbytes for form in stacks)
+    predicted = memory_needed(args, precision, torch.bfloat16, 512, CPU, tied=True)["weights"]
+    assert predicted == taken if not sizes else taken <= predicted <= 1.1 * taken
