@@ -62,3 +62,5 @@ def test_record_of_the_long_run() -> None:
     assert found["processes"] >= 20
     assert set(found["different_outputs"].values()) == {1}
     assert found["after_prefix_reuse"] <= 1e-5
+    assert found["kernels"]
+    assert found["after_prefix_reuse_int8"] == 0

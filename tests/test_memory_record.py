@@ -14,11 +14,11 @@ from tests.trust.record import read
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "kernels"), [("fp32", False), ("fp16", False), ("int8", False), ("int8", True)])
+def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
     """With packing and a context that is filled; 110 M weights, so that the program's own changes weigh little."""
     shape = TINY_PARAMS | {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 512}
-    found = memory.peak(write_meta(tmp_path / "Llama", params=shape), precision, 1024)
+    found = memory.peak(write_meta(tmp_path / "Llama", params=shape), precision, 1024, kernels=kernels)
     assert 0.9 <= found["predicted_to_measured"] <= 1.1, found
 
 
