@@ -24,6 +24,7 @@ benchmark: .venv-benchmark  ## measure us and the peers in one run; writes bench
 
 quality: .venv-benchmark  ## measure how far each precision is from fp32, ours and llama.cpp's
 	.venv-benchmark/bin/python -m benchmarks.quality
+	.venv-benchmark/bin/python -m benchmarks.quality --rotate
 
 formats: .venv-benchmark  ## measure every form of a model's files: loading, and llama.cpp's tokens and logits
 	.venv-benchmark/bin/python -m benchmarks.loading

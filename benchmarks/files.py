@@ -75,12 +75,16 @@ def make_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     write_gguf.write_gguf(checkpoint, matrices_in(checkpoint, dtype), target, silent)
 
 
-def quantize_gguf(source: Path, target: Path, kind: str) -> None:
-    """llama.cpp's own quantizer, from a GGUF file; `kind` is one of its names, such as Q8_0 or Q4_K_M."""
+def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) -> None:
+    """llama.cpp's own quantizer, from a GGUF file; `kind` is one of its names, such as Q8_0 or Q4_K_M.
+
+    pure: without its exceptions, such as an output of more bits, but where rows do not fit into a type's blocks.
+    """
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.pure = pure
     params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quiet_llama_cpp()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):

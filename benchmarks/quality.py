@@ -1,13 +1,16 @@
 """How far each precision's answers are from float32's, ours and llama.cpp's, on the same weights and the same text.
 
-    make quality        (python -m benchmarks.quality)
+    make quality        (python -m benchmarks.quality, and once more with --rotate)
 
 The weights are SmolLM2's, dequantised to float32. The text is the language reference that comes with Python
 (`pydoc_data.topics`), in windows of 1,024 tokens, each read from an empty context. After every token the
 reference is our fp32; what counts is the Kullback-Leibler divergence of the answer from the reference's, in
-nats, and how often both have the same most probable token.
+nats, how often both have the same most probable token, and the perplexity of the token that follows.
 
-Writes benchmarks/quality.json and the section in benchmarks/results.md.
+--rotate: the same network with other weights, see `rotate`. SmolLM2's own lie on a grid of four bits, on which a format
+of four bits may be lucky; these lie on none.
+
+Writes benchmarks/quality.json, or quality_rotated.json, and the section in benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -16,28 +19,46 @@ import argparse
 import gc
 import importlib.util
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.engines import quiet_llama_cpp
 from benchmarks.files import make_gguf, once, quantize_gguf
-from benchmarks.report import FOLDER, quality_bounds, versions, write_report
+from benchmarks.report import FOLDER, quality_bounds, rotated_bounds, versions, write_report
+from benchmarks.rotate import make_rotated
 from llama_scratch import Llama
+from llama_scratch.calibration import hessians
+from llama_scratch.checkpoint import EMBEDDING, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
+from llama_scratch.lazy import as_tensor
+from llama_scratch.linear import Projection
+from llama_scratch.progress import silent
 
-PRECISIONS = ("fp16", "bf16", "int8")
-PEERS = ("F32", "BF16", "Q8_0")
+# Of the weights as they are, and of rotated ones.
+_PRECISIONS = ("fp16", "bf16", "int8"), ("int8", "int4")
+_PEERS = ("F32", "BF16", "Q8_0"), ("Q8_0", "Q4_0", "Q4_1")
+_TOKENS = 20_480, 51_200
 # Rows that are compared at once: in float64 a row of SmolLM2's logits takes 0.4 MB.
 ROWS = 128
 
 Logits = Callable[[Sequence[int]], Tensor]
 """Ids → the logits after each of them, (T, vocab_size) float32."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What answers, and what it reads for it. bits: of a weight of its linear layers, scales and all, on average."""
+
+    logits: Logits
+    bits: float
 
 
 @dataclass
@@ -47,15 +68,21 @@ class Distance:
     tokens: int = 0
     kl: float = 0.0
     same_top: int = 0
+    followed: int = 0
+    surprise: float = 0.0
 
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        """Compare two (T, vocab_size) tensors of logits."""
+    def add(self, reference: Tensor, other: Tensor, ids: Sequence[int] = ()) -> None:
+        """Compare two (T, vocab_size) tensors of logits. ids: the T tokens that they come after."""
+        following = torch.tensor(ids[1:], dtype=torch.long)
         for start in range(0, len(reference), ROWS):
             p, q = reference[start : start + ROWS], other[start : start + ROWS]
             p_log, q_log = p.double().log_softmax(-1), q.double().log_softmax(-1)
             self.kl += float((p_log.exp() * (p_log - q_log)).sum())
             self.same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
+            next_ids = following[start : start + ROWS, None]
+            self.surprise -= float(q_log[: len(next_ids)].gather(-1, next_ids).sum())
         self.tokens += len(reference)
+        self.followed += len(following)
 
     @property
     def mean_kl(self) -> float:
@@ -66,6 +93,11 @@ class Distance:
     def same_top_share(self) -> float:
         """Share of tokens after which both have the same most probable one."""
         return self.same_top / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean surprise at the token that follows, in nats."""
+        return math.exp(self.surprise / self.followed)
 
 
 def text() -> str:
@@ -87,20 +119,20 @@ def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[i
     for number, ids in enumerate(texts, start=1):
         expected = reference(ids)
         for name, logits in others.items():
-            distances[name].add(expected, logits(ids))
+            distances[name].add(expected, logits(ids), ids)
         print(f"{number}/{len(texts)} windows", end="\r", flush=True)
     print()
     return distances
 
 
-def our_logits(model: Path, precision: str) -> Logits:
+def ours(model: Path, precision: str) -> Engine:
     """One of our precisions, its weights in their final form."""
     llama = Llama.load(model, precision=precision)
     llama.prepare()
-    return llama.logits
+    return Engine(llama.logits, 8 * llama.weight_bytes / llama.args.linear_parameters())
 
 
-def llama_cpp_logits(path: Path, context: int) -> Logits:
+def peer(path: Path, context: int) -> Engine:
     """llama.cpp on a GGUF file; it gets ids, so that tokenizers play no part."""
     import llama_cpp
 
@@ -114,7 +146,10 @@ def llama_cpp_logits(path: Path, context: int) -> Logits:
         llama.eval(ids)
         return torch.from_numpy(llama.scores[: len(ids)])
 
-    return logits
+    checkpoint = open_checkpoint(path)
+    weights = checkpoint.load(silent)
+    read = sum(weight.nbytes for name, weight in weights.items() if len(weight.shape) == 2 and name != EMBEDDING)
+    return Engine(logits, 8 * read / checkpoint.args.linear_parameters())
 
 
 def measure(
@@ -123,14 +158,11 @@ def measure(
     """What quality.json holds."""
     llama = Llama.load(model, precision="fp32")
     texts = windows(llama.encode(text()), size, tokens)
-    others = {f"ours {precision}": our_logits(model, precision) for precision in precisions}
-    if peers:
-        f32 = once(directory / f"{llama.info.name}-F32.gguf", lambda path: make_gguf(model, path, torch.float32))
-        for kind in peers:
-            path = f32 if kind == "F32" else directory / f"{llama.info.name}-{kind}.gguf"
-            once(path, lambda target, kind=kind: quantize_gguf(f32, target, kind))  # type: ignore[misc]
-            others[f"llama.cpp {kind}"] = llama_cpp_logits(path, size)
+    engines = {f"ours {precision}": ours(model, precision) for precision in precisions}
+    for kind in peers:
+        engines[f"llama.cpp {kind}"] = peer(quantized(model, directory, kind), size)
     gc.collect()
+    others = {"ours fp32": llama.logits} | {name: engine.logits for name, engine in engines.items()}
     distances = compare(llama.logits, others, texts)
     return {
         "model": llama.info.name,
@@ -138,41 +170,115 @@ def measure(
         "tokens": sum(map(len, texts)),
         "window": size,
         "versions": versions(),
+        "perplexity": distances.pop("ours fp32").perplexity,
         "distances": {
-            name: {"mean_kl": distance.mean_kl, "same_top": distance.same_top_share}
+            name: {
+                "mean_kl": distance.mean_kl,
+                "same_top": distance.same_top_share,
+                "perplexity": distance.perplexity,
+                "bits": engines[name].bits,
+            }
             for name, distance in distances.items()
         },
     }
+
+
+def quantized(model: Path, directory: Path, kind: str, *, pure: bool = False) -> Path:
+    """llama.cpp's file of a model in one of its types, written once. pure: all matrices that can be are of it."""
+    name = open_checkpoint(model).name
+    f32 = once(directory / f"{name}-F32.gguf", lambda path: make_gguf(model, path, torch.float32))
+    if kind == "F32":
+        return f32
+    target = directory / f"{name}-{'only-' * pure}{kind}.gguf"
+    return once(target, lambda path: quantize_gguf(f32, path, kind, pure=pure))
+
+
+# --- Weight by weight -------------------------------------------------------------------------
+
+# Types whose blocks are 256 long: of SmolLM2's rows of 576 and 1,536 weights only the latter can be in them.
+K_TYPES = ("Q4_K_S", "Q6_K")
+
+
+def w2_errors(
+    model: Path, directory: Path, precisions: Sequence[str], peers: Sequence[str], texts: list[Sequence[int]]
+) -> dict[str, dict[str, float]]:
+    """How far each form of the w2 matrices is from float32's, on average over the layers.
+
+    weight: ‖W − Ŵ‖² / ‖W‖². output: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², X the inputs that w2 has on these texts. bits: of a weight.
+    """
+    names = [f"layers.{i}.feed_forward.w2" for i in range(open_checkpoint(model).args.n_layers)]
+    llama = Llama.load(model, precision="fp32")
+    inputs = hessians(llama.engine.model, [torch.tensor([ids]) for ids in texts])
+    seen = {name: products for (name, *_), products in inputs if name in names}
+    exact = _w2(llama, names)
+    found = {}
+    for precision in precisions:
+        coded = Llama.load(model, precision=precision)
+        coded.prepare()
+        modules = [cast(Projection, coded.engine.model.get_submodule(name)) for name in names]
+        found[f"ours {precision}"] = sum(module.stack.nbytes for module in modules), _w2(coded, names)
+    for kind in peers:
+        weights = open_checkpoint(quantized(model, directory, kind, pure=True)).load(silent)
+        held = {name: weights[f"{name}.weight"] for name in names}
+        size = sum(weight.nbytes for weight in held.values())
+        found[f"llama.cpp {kind}"] = size, {name: as_tensor(weight) for name, weight in held.items()}
+    return {
+        engine: {
+            "bits": 8 * size / sum(weight.numel() for weight in exact.values()),
+            "weight": fmean(_share(exact[name], weights[name], torch.eye(len(seen[name]))) for name in names),
+            "output": fmean(_share(exact[name], weights[name], seen[name]) for name in names),
+        }
+        for engine, (size, weights) in found.items()
+    }
+
+
+def _w2(llama: Llama, names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights that layers multiply with, however they hold them: what they make of unit vectors."""
+    units = torch.eye(llama.args.ffn_dim)
+    return {name: llama.engine.model.get_submodule(name)(units).T for name in names}
+
+
+def _share(exact: Tensor, coded: Tensor, H: Tensor) -> float:
+    """E[((w − ŵ)·x)²] ÷ E[(w·x)²] over all rows w, with H = E[x xᵀ]."""
+    e = exact - coded
+    return float(((e @ H) * e).sum() / ((exact @ H) * exact).sum())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write, and say which bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a model's name or path (smollm2)")
-    parser.add_argument("--tokens", type=int, default=20_480, help="tokens of text (20,480)")
-    parser.add_argument("--window", type=int, default=1024, help="tokens that are read from an empty context (1,024)")
-    parser.add_argument("--precisions", nargs="*", default=PRECISIONS, help="ours (fp16 bf16 int8)")
-    parser.add_argument("--peers", nargs="*", default=PEERS, help="llama.cpp's (F32 BF16 Q8_0)")
-    parser.add_argument("--directory", type=Path, default=Path(".cache/benchmark"), help="where models are written")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where quality.json and results.md are written")
-    options = parser.parse_args(arguments)
-    if options.peers and importlib.util.find_spec("llama_cpp") is None:
-        print("llama.cpp is left out, because llama-cpp-python is not installed; 'make quality' installs it.")
-        options.peers = []
-    quality = measure(
-        find_model(options.model),
-        options.directory,
-        options.precisions,
-        options.peers,
-        size=options.window,
-        tokens=options.tokens,
+    parser.add_argument(
+        "--rotate", action="store_true", help="turn the residual stream, so that weights lie on no grid"
     )
+    parser.add_argument("--tokens", type=int, help="tokens of text (20,480; with --rotate 51,200)")
+    parser.add_argument("--window", type=int, default=1024, help="tokens that are read from an empty context (1,024)")
+    parser.add_argument("--precisions", nargs="*", help="ours (fp16 bf16 int8; with --rotate int8 int4)")
+    parser.add_argument("--peers", nargs="*", help="llama.cpp's (F32 BF16 Q8_0; with --rotate Q8_0 Q4_0 Q4_1)")
+    parser.add_argument("--directory", type=Path, default=Path(".cache/benchmark"), help="where models are written")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="where the .json and results.md are written")
+    options = parser.parse_args(arguments)
+    precisions = options.precisions if options.precisions is not None else _PRECISIONS[options.rotate]
+    peers = options.peers if options.peers is not None else _PEERS[options.rotate]
+    if peers and importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is left out, because llama-cpp-python is not installed; 'make quality' installs it.")
+        peers = []
+    model = find_model(options.model)
+    if options.rotate:
+        name = open_checkpoint(model).name
+        model = once(options.directory / f"{name}-rotated.gguf", lambda target: make_rotated(model, target))
+    size, tokens = options.window, options.tokens or _TOKENS[options.rotate]
+    quality = measure(model, options.directory, precisions, peers, size=size, tokens=tokens)
+    if options.rotate:
+        texts = windows(Llama.load(model, precision="fp32").encode(text()), size, 4 * size)
+        quality["w2"] = w2_errors(model, options.directory, precisions, [*peers, *K_TYPES] if peers else [], texts)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    file = "quality_rotated.json" if options.rotate else "quality.json"
+    (options.output / file).write_text(json.dumps(quality, indent=1) + "\n")
     write_report(options.output)
     for name, distance in quality["distances"].items():
         print(f"{name}: mean KL {distance['mean_kl']:.2e} nats, same top-1 {distance['same_top']:.2%}")
-    for bound in quality_bounds(quality):
+    for bound in rotated_bounds(quality) if options.rotate else quality_bounds(quality):
         print(bound)
 
 

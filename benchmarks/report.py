@@ -179,6 +179,21 @@ def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
     return bounds
 
 
+def rotated_bounds(quality: dict[str, Any]) -> list[Bound]:
+    """The bounds on how true int8 and int4 are, on weights that no format has the grid of."""
+    distances = quality["distances"]
+    bounds = []
+    for ours, theirs, share in (("int8", "Q8_0", 1.0), ("int4", "Q4_0", 0.8)):
+        if (own := distances.get(f"ours {ours}")) and (peer := distances.get(f"llama.cpp {theirs}")):
+            kl, most = own["mean_kl"], share * peer["mean_kl"]
+            expected = f"≤ {most:.2e}, {share:g} × llama.cpp {theirs}'s"
+            bounds.append(Bound(f"{ours}, mean KL to fp32", expected, f"{kl:.2e}", kl <= most))
+            bits, most = own["bits"], peer["bits"]
+            expected = f"≤ {most:.2f}, llama.cpp {theirs}'s"
+            bounds.append(Bound(f"{ours}, bits a weight", expected, f"{bits:.2f}", bits <= most))
+    return bounds
+
+
 # --- Text -------------------------------------------------------------------------------------
 
 
@@ -190,17 +205,22 @@ def render(
     microscope: dict[str, Any] | None = None,
     formats: dict[str, Any] | None = None,
     loading: dict[str, Any] | None = None,
+    rotated: dict[str, Any] | None = None,
+    speculation: dict[str, Any] | None = None,
 ) -> str:
     """The whole of results.md; a part that was not measured is left out."""
     parts = [
         "# Measured",
         "Made by `make benchmark`, `make quality`, `make formats`, `python -m benchmarks.startup`, "
-        "`python -m benchmarks.keystrokes` and `python -m benchmarks.microscope`; not edited by hand.",
+        "`python -m benchmarks.keystrokes`, `python -m benchmarks.microscope` and `python -m benchmarks.speculation`; "
+        "not edited by hand.",
     ]
     if results:
         parts += _speed(results)
     if quality:
         parts += _quality(quality)
+    if rotated:
+        parts += _rotated(rotated)
     if startup:
         parts += _startup(startup)
     if keystrokes:
@@ -211,6 +231,8 @@ def render(
         parts += _loading(loading)
     if formats:
         parts += _formats(formats)
+    if speculation:
+        parts += _speculation(speculation)
     return "\n\n".join(parts) + "\n"
 
 
@@ -323,20 +345,47 @@ def _left_out(results: dict[str, Any]) -> list[str]:
 
 
 def _quality(quality: dict[str, Any]) -> list[str]:
-    rows = [
-        [name, f"{distance['mean_kl']:.2e}", _percent(distance["same_top"], 2)]
-        for name, distance in quality["distances"].items()
-    ]
     return [
         "## Quality",
         f"How far the answers are from our fp32's: {quality['model']}'s dequantised weights, {quality['tokens']:,} "
         f"tokens of {quality['text']} in windows of {quality['window']:,}; after each token the Kullback-Leibler "
-        "divergence from fp32 and whether the most probable token is the same.",
+        "divergence from fp32, whether the most probable token is the same, and the perplexity of the next one, where "
+        "it was measured. Bits are those of a weight of the linear layers, the output among them, with all scales.",
         f"- Versions: {_versions(quality['versions'])}",
-        _table(["engine", "mean KL (nats)", "same top-1"], rows),
+        _distances(quality),
         "### Bounds of quality",
         _bounds(quality_bounds(quality)),
     ]
+
+
+def _rotated(quality: dict[str, Any]) -> list[str]:
+    rows = [
+        [engine, f"{error['bits']:.2f}", f"{error['weight']:.2e}", f"{error['output']:.2e}"]
+        for engine, error in quality["w2"].items()
+    ]
+    return [
+        "## Quality off the grid",
+        "The same for a network whose residual stream is turned by a random rotation, which is folded into the "
+        "weights and changes no answer: SmolLM2's file holds four bits a weight, and rotated weights lie on no "
+        f"format's grid. {quality['tokens']:,} tokens. llama.cpp keeps the output in 8 bits; int4 has it in 4.",
+        _distances(quality),
+        "Rows of 576 weights do not fit into the blocks of 256 that llama.cpp's K types have, but those of w2 do. Its "
+        "matrices alone, all in one type: ‖W − Ŵ‖² / ‖W‖², and ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² with the inputs X that it has "
+        "on the text, on average over the layers.",
+        _table(["engine", "bits a weight", "error of the weight", "error of the output"], rows),
+        "### Bounds of quality off the grid",
+        _bounds(rotated_bounds(quality)),
+    ]
+
+
+def _distances(quality: dict[str, Any]) -> str:
+    """Bits and perplexity too, in records that have them."""
+    whole = "perplexity" in quality
+    rows = [["ours fp32", "0", _percent(1, 2), "32.00", f"{quality['perplexity']:.3f}"]] if whole else []
+    for name, of in quality["distances"].items():
+        more = [f"{of['bits']:.2f}", f"{of['perplexity']:.3f}"] if whole else []
+        rows.append([name, f"{of['mean_kl']:.2e}", _percent(of["same_top"], 2), *more])
+    return _table(["engine", "mean KL (nats)", "same top-1", *(["bits a weight", "perplexity"] if whole else [])], rows)
 
 
 def startup_bounds(startup: dict[str, Any]) -> list[Bound]:
@@ -490,6 +539,54 @@ def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 
 
+# What texts of a kind must reach, in times of plain decoding.
+_DRAFTS = {"repeats": ("text that repeats itself", 1.5), "does not": ("text that does not", 0.98)}
+_GREEDY = 10_000
+
+
+def speculation_bounds(speculation: dict[str, Any]) -> list[Bound]:
+    """The bounds on what guesses from the text itself gain and cost, and that they change nothing."""
+    bounds = []
+    for precision, kinds in speculation["precisions"].items():
+        for kind, (name, least) in _DRAFTS.items():
+            ratio = kinds[kind]["ratio"]
+            bounds.append(Bound(f"{precision}, {name}", f"≥ {least} × plain", f"{ratio:.2f}", ratio >= least))
+        compared, differ = kinds["many"]["compared"], sum(found["differ"] for found in kinds.values())
+        met = compared >= _GREEDY and not differ
+        expected, shown = f"0 of ≥ {_GREEDY:,} differ", f"{differ} of {compared:,}"
+        bounds.append(Bound(f"{precision}, tokens of many openings, greedy", expected, shown, met))
+    return bounds
+
+
+def _speculation(speculation: dict[str, Any]) -> list[str]:
+    names = {kind: name for kind, (name, _) in _DRAFTS.items()} | {"many": "many openings, greedy"}
+    head = ["texts", "number", "plain", "with guesses", "ratio", "tokens compared", "differ"]
+    rows = [
+        [
+            f"{precision}, {names[kind]}",
+            f"{found['texts']}",
+            f"{found['plain']:,.0f}",
+            f"{found['drafts']:,.0f}",
+            f"{found['ratio']:.2f}",
+            f"{found['compared']:,}",
+            f"{found['differ']}",
+        ]
+        for precision, kinds in speculation["precisions"].items()
+        for kind, found in kinds.items()
+    ]
+    return [
+        "## Guesses from the text itself",
+        f"{speculation['model']}, up to {speculation['tokens']} tokens behind each text, generated with guesses that "
+        f"are computed ahead and without, in turns, {speculation['rounds']} rounds (one of the many openings), "
+        f"{speculation['threads']} threads: medians of tokens a second, and of the ratios within a turn. What does not "
+        "repeat itself is drawn at a temperature of 1. Tokens differ where an id or a bit of its log probability does.",
+        f"- Versions: {_versions(speculation['versions'])}",
+        _table(head, rows),
+        "### Bounds of guesses",
+        _bounds(speculation_bounds(speculation)),
+    ]
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
     lines = [head, ["---", *(align for _ in head[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -502,7 +599,17 @@ def write_report(folder: Path) -> None:
 
 def recorded(folder: Path) -> list[dict[str, Any] | None]:
     """What was measured and kept in a folder: results, quality, startup, keystrokes, microscope,
-    formats and loading; None for what was not."""
-    names = ("results", "quality", "startup", "keystrokes", "microscope", "formats", "loading")
+    formats, loading, the quality of rotated weights and speculation; None for what was not."""
+    names = (
+        "results",
+        "quality",
+        "startup",
+        "keystrokes",
+        "microscope",
+        "formats",
+        "loading",
+        "quality_rotated",
+        "speculation",
+    )
     paths = (folder / f"{name}.json" for name in names)
     return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import compare, files, loading, microscope, quality, report
+from benchmarks import compare, files, loading, microscope, quality, report, rotate
 from llama_scratch import Llama
 from llama_scratch.checkpoint import is_tied, open_checkpoint
-from llama_scratch.lazy import as_tensor
+from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.progress import silent
+from tests.checkpoints import write_meta
 
 # --- The whole path ---------------------------------------------------------------------------
 
 
 def test_compare_at_a_tiny_size(tmp_path: Path) -> None:
     """Models are made, engines run in their processes and take turns, the table is written."""
-    compare.main(["--tiny", "--engines", "ours", "--directory", str(tmp_path), "--output", str(tmp_path / "out")])
+    names = ["ours fp", "ours bf16", "ours int8"]  # int4 would be calibrated first
+    compare.main(["--tiny", "--engines", *names, "--directory", str(tmp_path), "--output", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"ours fp16", "ours int8", "ours bf16", "ours fp32"} == set(results["engines"])
     assert results["engines"]["ours fp32"]["distance"] == 0
@@ -60,6 +64,22 @@ def test_quality_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     assert "| ours int8 |" in (tmp_path / "results.md").read_text()
 
 
+def test_quality_of_rotated_weights_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
+    """int8 and int4 on the same network with other weights, with their bits; and w2 by itself."""
+    sizes = ["--tokens", "64", "--window", "32", "--peers"]
+    folders = ["--output", str(tmp_path), "--directory", str(tmp_path)]
+    quality.main(["--model", str(tiny_dir), "--rotate", *sizes, *folders])
+    found = json.loads((tmp_path / "quality_rotated.json").read_text())
+    assert found["model"] == f"{tiny_dir.name}-rotated"
+    int8, int4 = found["distances"]["ours int8"], found["distances"]["ours int4"]
+    assert 0 < int8["mean_kl"] < int4["mean_kl"]
+    assert int4["bits"] < int8["bits"]
+    assert found["perplexity"] == pytest.approx(int8["perplexity"], rel=0.1)
+    assert 0 < found["w2"]["ours int8"]["weight"] < found["w2"]["ours int4"]["weight"] < 0.05
+    assert "| ours int4 |" in (tmp_path / "results.md").read_text()
+    assert not (tmp_path / "quality.json").exists()
+
+
 def test_the_microscope_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     """Every row is there, in the file and in the table."""
     sizes = ["--runs", "1", "--tokens", "4", "--record", "--output", str(tmp_path)]
@@ -83,6 +103,24 @@ def test_bounds_of_the_microscope() -> None:
     assert [bound.met for bound in bounds] == [False, True, False, True]
 
 
+def test_bounds_of_guesses() -> None:
+    """One that misses each, and the table."""
+    found = {"texts": 1, "plain": 1.0, "drafts": 1.0, "compared": 9999, "differ": 0}
+    kinds = {"repeats": found | {"ratio": 1.49}, "does not": found | {"ratio": 0.98}, "many": found | {"ratio": 1.0}}
+    better = kinds | {"many": found | {"ratio": 1.0, "compared": 10_000}}
+    worse = better | {"repeats": found | {"ratio": 1.5, "differ": 1}}
+    kept: dict[str, Any] = {
+        "precisions": {"int8": kinds, "int4": better, "other": worse},
+        "versions": {},
+        "model": "SmolLM2",
+    }
+    kept |= {"tokens": 192, "rounds": 3, "threads": 2}
+    bounds = report.speculation_bounds(kept)
+    assert [bound.met for bound in bounds] == [False, True, False, False, True, True, True, True, False]
+    text = report.render(None, None, speculation=kept)
+    assert "| int8, many openings, greedy | 1 | 1 | 1 | 1.00 | 9,999 | 0 |" in text
+
+
 def test_the_recorded_report_is_the_rendering_of_the_recorded_numbers() -> None:
     """results.md is made from the files beside it, and not edited."""
     assert (report.FOLDER / "results.md").read_text() == report.render(*report.recorded(report.FOLDER))
@@ -102,6 +140,54 @@ def test_distance_of_known_distributions() -> None:
     assert distance.tokens == 800
     assert distance.same_top_share == 0.75
     assert distance.mean_kl == pytest.approx(0.25 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)))
+
+
+def test_perplexity() -> None:
+    """Of a token that follows with probability 1/4 and one with 3/4: e to the mean of their surprises."""
+    uneven = torch.tensor([[0.25, 0.75]]).log().repeat(3, 1)
+    distance = quality.Distance()
+    distance.add(uneven, uneven, [0, 0, 1])
+    assert distance.perplexity == pytest.approx((1 / 4 * 3 / 4) ** -0.5)
+    long = quality.Distance()
+    ids = [0, 1] * quality.ROWS
+    long.add(uneven[:1].repeat(len(ids), 1), uneven[:1].repeat(len(ids), 1), ids)
+    assert long.perplexity == pytest.approx(
+        math.exp(-(math.log(0.25) * (quality.ROWS - 1) + math.log(0.75) * quality.ROWS) / (len(ids) - 1))
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotated_weights_are_the_same_network(tmp_path: Path, tied: bool) -> None:
+    """Every answer stays to rounding, and no weight does; norms are ones."""
+    source = Llama.load(write_meta(tmp_path / "source", tied=tied), precision="fp32")
+    rotate.make_rotated(tmp_path / "source", tmp_path / "rotated.gguf")
+    turned = Llama.load(tmp_path / "rotated.gguf", precision="fp32")
+    ids = list(range(100, 150))
+    expected, found = source.logits(ids), turned.logits(ids)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    before, after = source.engine.model.state_dict(), turned.engine.model.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert float((weight - before[name]).norm() / before[name].norm()) > 0.5, name
+
+
+def test_a_rotation_that_changes_answers_is_no_rotation(
+    tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured would be another network."""
+    whole = rotate.rotated
+
+    def wrong(weights: Mapping[str, Weight], layers: int) -> dict[str, Tensor]:
+        turned = whole(weights, layers)
+        turned["layers.0.attention.wo.weight"] *= 1.01
+        return turned
+
+    monkeypatch.setattr(rotate, "rotated", wrong)
+    with pytest.raises(SystemExit, match="are off by"):
+        rotate.make_rotated(tiny_dir, tmp_path / "rotated.gguf")
 
 
 def test_windows() -> None:
@@ -264,6 +350,7 @@ def test_bounds_are_met_or_not(results: dict[str, Any]) -> None:
         "decode, fp16: ≥ 1 × llama.cpp BF16": "met",
         "decode, fp16: ≥ 0.92 × bandwidth ÷ weight bytes": "**not met**",
         "decode, int8: ≥ 1.35 × our fp16": "**not met**",
+        "decode, int8: ≥ 0.92 × bandwidth ÷ weight bytes": "**not met**",
         "prompt of 1,000 tokens, last one changed: ≤ 1/50 of the whole's time": "met",
         "resident beyond mapped files, fp16: ≤ 2.58 GB": "met",
         "resident beyond mapped files, int8: ≤ 1.55 GB": "**not met**",
@@ -279,6 +366,20 @@ def test_bounds_of_quality() -> None:
     }
     verdicts = [bound.met for bound in report.quality_bounds({"distances": distances})]
     assert verdicts == [False, True, True, False]
+
+
+def test_bounds_of_rotated_quality() -> None:
+    """int8 is held against Q8_0 and int4 against Q4_0, both by distance and by size."""
+    distances = {
+        "ours int8": {"mean_kl": 3e-3, "bits": 8.5},
+        "ours int4": {"mean_kl": 0.41, "bits": 4.25},
+        "llama.cpp Q8_0": {"mean_kl": 3.5e-3, "bits": 8.5},
+        "llama.cpp Q4_0": {"mean_kl": 0.5, "bits": 4.2},
+    }
+    verdicts = [bound.met for bound in report.rotated_bounds({"distances": distances})]
+    assert verdicts == [True, True, False, False]
+    distances["ours int4"] = {"mean_kl": 0.39, "bits": 4.1}
+    assert all(bound.met for bound in report.rotated_bounds({"distances": distances}))
 
 
 def test_the_report_is_markdown(results: dict[str, Any]) -> None:

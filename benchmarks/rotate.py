@@ -1,0 +1,64 @@
+"""The same network with its residual stream turned by a random rotation: other weights, the same answers.
+
+SmolLM2's file holds its weights in four bits, so that a format with the same steps would find each of them on a step
+of its own and look better than it is. A rotation R, folded into the weights, takes them off every grid:
+
+    x → x R        all that writes into the stream writes turned: the embedding E → E R, wo and w2 → Rᵀ W
+    W → W R        all that reads from it turns back: wq, wk, wv, w1, w3, output
+
+A norm divides by a length, which R leaves as it is; its weights do not commute with R and go into the readers first.
+Source: Ashkboos et al. 2024, arXiv:2401.15024 (SliceGPT), arXiv:2404.00456 (QuaRot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_scratch import Llama
+from llama_scratch.checkpoint import EMBEDDING, open_checkpoint, write_gguf
+from llama_scratch.checkpoint.base import OUTPUT
+from llama_scratch.lazy import Weight, as_tensor
+from llama_scratch.progress import silent
+
+# Each norm of a block, with those that read what it gives.
+_READERS = {
+    "attention_norm": ("attention.wq", "attention.wk", "attention.wv"),
+    "ffn_norm": ("feed_forward.w1", "feed_forward.w3"),
+}
+_WRITERS = ("attention.wo", "feed_forward.w2")
+_TOLERANCE = 1e-4
+_PROBE = "The language reference says what a name is bound to, and where.\n" * 8
+
+
+def rotated(weights: Mapping[str, Weight], layers: int, seed: int = 0) -> dict[str, Tensor]:
+    """The weights of the rotated network, float32; computed in float64. A tied output becomes one of its own."""
+    old = {name: as_tensor(weight).double() for name, weight in weights.items()}
+    dim = old[EMBEDDING].shape[1]
+    chance = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=chance, dtype=torch.float64)).Q  # R
+    new = {EMBEDDING: old[EMBEDDING] @ rotation, OUTPUT: old[OUTPUT] * old["norm.weight"] @ rotation}
+    norms = ["norm.weight"]
+    for block in (f"layers.{i}" for i in range(layers)):
+        for norm, readers in _READERS.items():
+            norms.append(f"{block}.{norm}.weight")
+            for name in (f"{block}.{reader}.weight" for reader in readers):
+                new[name] = old[name] * old[norms[-1]] @ rotation
+        for name in (f"{block}.{writer}.weight" for writer in _WRITERS):
+            new[name] = rotation.T @ old[name]
+    return {name: new.get(name, torch.ones(dim)).float().contiguous() for name in (*new, *norms)}
+
+
+def make_rotated(source: Path, target: Path) -> None:
+    """A GGUF file of the rotated network in float32. Raises `SystemExit` where its answers are not the source's."""
+    checkpoint = open_checkpoint(source)
+    weights = rotated(checkpoint.load(silent), checkpoint.args.n_layers)
+    write_gguf.write_gguf(checkpoint, weights, target, silent)
+    ids = Llama.load(source, precision="fp32").encode(_PROBE)
+    expected, found = (Llama.load(path, precision="fp32").logits(ids) for path in (source, target))
+    error = float((found - expected).norm() / expected.norm())
+    if not error < _TOLERANCE:
+        raise SystemExit(f"The rotated network's logits are off by {error:.1e}, expected less than {_TOLERANCE:.0e}.")

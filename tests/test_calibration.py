@@ -1,0 +1,135 @@
+"""The inputs of every linear layer, against those that hooks of a test's own see; the examples they come from."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama_scratch import Llama, calibration
+from llama_scratch.calibration import documentation, examples, hessians, imagine, windows
+from llama_scratch.errors import UsageError
+
+TALE = """Once upon a time there was a miller who had three sons. When he died, the eldest got the mill, the second the
+donkey, and the youngest nothing but the cat. "What shall I do with a cat?" he said. "I can have a pair of gloves made
+of its fur, and then I have nothing left." The cat, which had understood every word, said: "You need not kill me. Have a
+pair of boots made for me, so that I can go out and be seen among people, and you will soon be helped." The man was
+surprised that a cat could speak, but as the shoemaker was just going by, he called him in and had the boots made. When
+they were ready, the cat put them on, took a sack, filled the bottom of it with corn, and walked out of the door on two
+legs, like a man. In those days there was a king in the country who was very fond of partridges."""
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_dir: Path) -> Llama:
+    return Llama.load(tiny_dir, precision="fp32")
+
+
+def some_windows(llama: Llama) -> list[Tensor]:
+    """One alone and two beside each other, of other lengths."""
+    ids = torch.randint(llama.args.vocab_size, (80,), generator=torch.Generator().manual_seed(0))
+    return [ids[:20].view(1, 20), ids[20:].view(2, 30)]
+
+
+def test_hessians(llama: Llama) -> None:
+    """E[x xᵀ] of every linear layer, of all windows together, and each layer once; the network is left as it was."""
+    model, some = llama.engine.model, some_windows(llama)
+    seen: dict[str, list[Tensor]] = {}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].flatten(0, 1)))
+        for name, module in linear.items()
+    ]
+    for window in some:
+        model(window, all_positions=True)
+    for hook in hooks:
+        hook.remove()
+    found = {name: (products, names) for names, products in hessians(model, some) for name in names}
+    assert found.keys() == linear.keys()
+    for name, (products, names) in found.items():
+        x = torch.cat(seen[name]).double()
+        expected = x.T @ x / 80
+        assert float((products - expected).norm() / expected.norm()) < 1e-5, name
+        assert products is found[names[0]][0]
+    assert found["layers.1.attention.wk"][0] is found["layers.1.attention.wq"][0]
+    assert found["layers.1.feed_forward.w3"][0] is found["layers.1.feed_forward.w1"][0]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_are_gone_after_an_interrupt(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends it."""
+    model = llama.engine.model
+
+    def interrupted(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "_through", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(hessians(model, some_windows(llama)))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_the_model_says(llama: Llama) -> None:
+    """Drawn by its own probabilities, behind a start and a random token each; the same every time."""
+    said = imagine(llama.engine.model, 3, [7, 9])
+    assert said.shape == (3, 256)
+    assert said[:, :2].tolist() == [[7, 9]] * 3
+    assert len(set(said[:, 2].tolist())) == 3
+    assert torch.equal(said, imagine(llama.engine.model, 3, [7, 9]))
+    # A model that is sure of everything says what is most probable, each time by all that came before.
+    model = Llama.load(llama.path, precision="fp32").engine.model
+    model.output.weight = nn.Parameter(model.output.weight * 1e6, requires_grad=False)
+    sure = imagine(model, 2)
+    following = model(sure, all_positions=True).argmax(-1)
+    assert torch.equal(following[:, :-1], sure[:, 1:])
+
+
+def test_documentation() -> None:
+    """Prose of the standard library, as much as was asked for, the same each time; not what benchmarks measure with."""
+    from pydoc_data.topics import topics
+
+    text = documentation(100_000)
+    assert len(text) == 100_000
+    assert text == documentation(200_000)[:100_000]
+    assert documentation(0) == ""
+    assert text.count(" the ") > 500
+    paragraphs = {part for topic in topics.values() for part in topic.split("\n\n") if len(part) > 100}
+    assert sum(part in text for part in paragraphs) == 0
+
+
+def test_documentation_without_the_librarys_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where there are no files, and files that are no Python are passed over."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert documentation(1000) == ""
+    (tmp_path / "a.py").write_text('"""' + "words " * 100 + '"""')
+    (tmp_path / "b.py").write_text("def (")
+    (tmp_path / "c.py").write_bytes(b"\0\xff")
+    (tmp_path / "d.py").write_text('"""short"""')
+    assert documentation(1000) == "words " * 100
+
+
+def test_examples(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them read and half said; the beginning of a text stands before each."""
+    bos = llama.tokenizer.bos_id
+    assert bos is not None
+    read, *rest = found = examples(llama.engine.model, llama.tokenizer, tokens=2048)
+    assert [window.shape for window in found] == [(1, 1024), (4, 256)]
+    assert all(bool((window[:, 0] == bos).all()) for window in found)
+    text = llama.tokenizer.decode(read[0, 1:].tolist())
+    assert documentation(10_000).startswith(text[:500])
+    assert torch.equal(rest[0], imagine(llama.engine.model, 4, [bos]))
+    monkeypatch.setattr(calibration, "documentation", lambda _: "")
+    assert [window.shape for window in examples(llama.engine.model, llama.tokenizer, tokens=1000)] == [(4, 256)]
+
+
+def test_windows_of_a_text(llama: Llama) -> None:
+    """Whole ones, no more than asked for; a text with less than one is refused."""
+    ids = llama.tokenizer.encode(text := documentation(50_000))
+    found = windows(llama.tokenizer, text, tokens=2048)
+    assert [window.shape for window in found] == [(1, 1024), (1, 1024)]
+    assert found[0][0, 1:].tolist() + found[1][0, 1:].tolist() == ids[: 2 * 1023]
+    assert len(windows(llama.tokenizer, text, tokens=10**9)) == len(ids) // 1023
+    with pytest.raises(UsageError, match=r"shorter than 1,024 tokens"):
+        windows(llama.tokenizer, "Too short.")
