@@ -140,7 +140,7 @@ def memory_needed(
         piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim))
         if panels:
             packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
-            activations += _BLOCKS * (stored is None)  # of the first answers
+            activations += 2 * _BLOCKS * (stored is None)  # of the first answers
         elif precision == "int8":
             packing = 2 * piece * torch.get_num_threads()  # the integers that are packed from
         elif stored != torch.float32 and not turned:
