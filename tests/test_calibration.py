@@ -13,14 +13,6 @@ from llama_scratch import Llama, calibration
 from llama_scratch.calibration import documentation, examples, hessians, imagine, windows
 from llama_scratch.errors import UsageError
 
-TALE = """Once upon a time there was a miller who had three sons. When he died, the eldest got the mill, the second the
-donkey, and the youngest nothing but the cat. "What shall I do with a cat?" he said. "I can have a pair of gloves made
-of its fur, and then I have nothing left." The cat, which had understood every word, said: "You need not kill me. Have a
-pair of boots made for me, so that I can go out and be seen among people, and you will soon be helped." The man was
-surprised that a cat could speak, but as the shoemaker was just going by, he called him in and had the boots made. When
-they were ready, the cat put them on, took a sack, filled the bottom of it with corn, and walked out of the door on two
-legs, like a man. In those days there was a king in the country who was very fond of partridges."""
-
 
 @pytest.fixture(scope="module")
 def llama(tiny_dir: Path) -> Llama:
