@@ -259,13 +259,11 @@ def _command() -> list[str]:
     found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
     if not found:
         raise _FailedError(why + _GAIN)
-    try:
-        from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
-    except ImportError as error:
-        raise _FailedError(f"torch's tools for extensions are not whole ({printable(str(error))})") from None
+    # Where `torch.utils.cpp_extension` has them; to import that would import setuptools, which some programs cannot.
+    home = Path(torch.__file__).parent
     quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
-    includes = [f"-I{path}" for path in include_paths()]
-    libraries = [f"-L{TORCH_LIB_PATH}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    includes = [f"-I{home / path}" for path in ("include", "include/torch/csrc/api/include")]
+    libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     return [*quietly, *shlex.split(found), *_flags(), *includes, str(SOURCE), *libraries]
 
 

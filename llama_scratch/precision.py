@@ -151,7 +151,8 @@ def memory_needed(
         weights = args.n_parameters(tied=tied) * bytes_each * copied
     return {
         "weights": weights,
-        "packing": max(0, packing - cache),  # it is over long before a cache of its size is full
+        # It is over long before a cache of its size is full; what fbgemm packs int8 from is given back late.
+        "packing": packing if precision == "int8" and not panels else max(0, packing - cache),
         "KV cache": cache,
         "activations": activations,
     }

@@ -34,7 +34,7 @@ _PATH = "llama_scratch/model.py"
 _FILE = Transformer.forward.__code__.co_filename
 # What a function returns stands among its values under this name.
 RETURNED = "return"
-_FILLING = ("KVCache.update", "KVCache._grown")
+_FILLING = ("KVCache.update", "KVCache.reserve", "KVCache._grown")
 # Numbers of a value that are kept, and numbers of a row and rows that `look` shows.
 _FIRST = 4
 _COLUMNS, _ROWS = 4, 16
