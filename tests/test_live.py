@@ -43,16 +43,16 @@ def typed(terminal: Terminal, text: str, following: str) -> str:
     """Type a text and return the screen once the bottom line shows the token that follows it."""
     terminal.type(text)
     bottom(terminal, following)
-    terminal.settle()
     return terminal.text
 
 
 def bottom(terminal: Terminal, token: str) -> None:
-    """Wait until the bottom line shows a token, and that it is for the line as it stands: in bold."""
+    """Wait until the bottom line shows a token for the line as it stands, in bold, and the screen is painted whole."""
     end = time.monotonic() + terminal.timeout
     while terminal.lines[-1].split()[:1] != [token] or not terminal.screen.buffer[39][1].bold:
         if time.monotonic() > end or not terminal.read():
             raise AssertionError(f"{token} did not come; the screen shows:\n{terminal.text}")
+    terminal.settle()
 
 
 def line(terminal: Terminal) -> str:
