@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from llama_scratch.progress import Progress, silent
 
-Job = tuple[Callable[[], None], int]
+Job = tuple[Callable[[], object], int]
 """A function, and its share of the work."""
 
 

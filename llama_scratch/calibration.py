@@ -27,13 +27,13 @@ from llama_scratch.tokenizer import Tokenizer
 TOKENS = 16_384
 """Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
 
-# Layers of a block that read the same vectors.
-_GROUPS = (
+GROUPS = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("attention.wo",),
     ("feed_forward.w1", "feed_forward.w3"),
     ("feed_forward.w2",),
 )
+"""Linear layers of a block that read the same vectors, in the order in which a token comes by."""
 
 
 def hessians(
@@ -48,8 +48,8 @@ def hessians(
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
     for layer, block in enumerate(model.layers):
-        sums = [_Products() for _ in _GROUPS]
-        readers = [block.get_submodule(names[0]) for names in _GROUPS]
+        sums = [_Products() for _ in GROUPS]
+        readers = [block.get_submodule(names[0]) for names in GROUPS]
         hooks = [reader.register_forward_pre_hook(found) for reader, found in zip(readers, sums, strict=True)]
         try:
             for i, x in enumerate(streams):
@@ -58,7 +58,7 @@ def hessians(
         finally:
             for hook in hooks:
                 hook.remove()
-        for names in _GROUPS:
+        for names in GROUPS:
             yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).total / tokens
     output = _Products()
     for x in streams:

@@ -11,8 +11,8 @@ from llama_scratch import kernels
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
 from llama_scratch.checkpoint.base import Stored
 from llama_scratch.checkpoint.vocabulary import PATTERNS
-from llama_scratch.config import ModelArgs
-from llama_scratch.precision import NAMES, check_name, choose, find_device, memory_needed
+from llama_scratch.config import PRECISIONS, ModelArgs
+from llama_scratch.precision import check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: tor
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
     dtype = None if _is_lazy(checkpoint, stored) else stored.dtype
-    needed = {name: memory_needed(args, name, dtype, context, device, tied=stored.tied) for name in NAMES}
+    needed = {name: memory_needed(args, name, dtype, context, device, tied=stored.tied) for name in PRECISIONS}
     return {
         "context": context,
         "device": device.type,

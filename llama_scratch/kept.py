@@ -1,9 +1,9 @@
 """Quantised weights, kept between runs in the user's cache folder, and mapped when they are there.
 
 A file holds the pieces of one model's weights in the order in which they are packed: values, then scales, behind a
-table with each piece's checksum. It is named after what it was made from and on, and
-becomes visible when it is whole; until then it is a .part file, at which one program at a time is. What does not fit,
-or could have been written by somebody else, is not read but made again.
+table with each piece's checksum. It is named after what it was made from and on, and becomes visible when it is whole;
+until then it is a .part file, at which one program at a time is. What does not fit, or could have been written by
+somebody else, is not read but made again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from llama_scratch.unfinished import NO_LINK, lock, remove_left
 _FORMAT = 3
 # All kept files together; the least recently used go first.
 _MOST = 16 << 30
-
-
 # Values and scales begin at whole lines of the CPU's cache: vectors that lie across two are read at half the speed.
 _LINE = 64
 

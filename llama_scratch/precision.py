@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from llama_scratch import kernels
 from llama_scratch.attention import KEPT, LONG, attend_in_blocks
 from llama_scratch.background import Background, Job, go_on
-from llama_scratch.calibration import hessians
+from llama_scratch.calibration import GROUPS, hessians
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.errors import UsageError
@@ -66,7 +66,6 @@ from llama_scratch.quantise import BLOCK, Curvature
 # mask stays small.
 CHUNK = 512
 
-NAMES = PRECISIONS
 # Bits of a weight where it is quantised.
 BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,8 +73,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_name(precision: str) -> None:
     """Raise `UsageError` for a `--precision` that there is not."""
-    if precision not in ("auto", *NAMES):
-        raise UsageError(f"The precision is {precision!r}, expected one of auto, {', '.join(NAMES)} (--precision).")
+    if precision not in ("auto", *PRECISIONS):
+        raise UsageError(
+            f"The precision is {precision!r}, expected one of auto, {', '.join(PRECISIONS)} (--precision)."
+        )
 
 
 def choose(precision: str, stored: torch.dtype, device: torch.device | None = None) -> str:
@@ -284,14 +285,8 @@ def _each(weights: Mapping[str, Weight], turn: Callable[[Weight], Tensor]) -> di
     return {name: turned[id(weight)] for name, weight in weights.items()}
 
 
-# Projections that read the same vector stand together: small ones become one product.
-_LAYER_GROUPS = (
-    ("attention.wq", "attention.wk", "attention.wv"),
-    ("attention.wo",),
-    ("feed_forward.w1", "feed_forward.w3"),
-    ("feed_forward.w2",),
-)
-_FUSED = 1 << 23  # weights; more of them take longer to read than a call costs
+# Projections that read the same vector stand together: small ones become one product of at most so many weights.
+_FUSED = 1 << 23  # more of them take longer to read than a call costs
 _LAYER = 1 << 40  # in panels a layer's are always whole, see `step`
 # Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
 _PIECE = 1 << 24
@@ -311,7 +306,7 @@ def _store(
     panels = _in_panels(precision, device)
     slots: list[_Slot] = []
     for i in range(len(model.layers)):
-        for group in _LAYER_GROUPS:
+        for group in GROUPS:
             names = [f"layers.{i}.{name}" for name in group]
             slots += _exchange(model, names, weights, most=_LAYER if panels else _FUSED)
     slots += _exchange(model, ["output"], weights, groups=_OUTPUT_GROUPS if precision == "int8" and not panels else 1)
@@ -325,7 +320,7 @@ def _store(
         pieces = _calibrated(weights, model.args, slots, examples, files) if precision == "int4" and examples else None
         pack = _Blocks(files, slots, BITS[precision], pieces, examples.name if pieces and examples else "").pack
         if not kernels.load():
-            jobs.append((_build, _PIECE))
+            jobs.append((kernels.build, _PIECE))
     else:
         pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
     jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
@@ -364,10 +359,6 @@ class _Slot:
         self.stack.forms[self.index] = form
 
 
-def _build() -> None:
-    kernels.build()
-
-
 def _exchange(
     model: Transformer,
     names: Sequence[str],
@@ -396,9 +387,8 @@ def _exchange(
 def _pack_half(_i: int, slot: _Slot) -> None:
     weight = slot.weight()
     low, high = weight.aminmax()  # which copies nothing
-    if (
-        torch.maximum(-low, high) <= torch.finfo(torch.float16).max
-    ):  # else it stays as it is; what is no number does too
+    # Else it stays as it is; what is no number does too.
+    if torch.maximum(-low, high) <= torch.finfo(torch.float16).max:
         slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 

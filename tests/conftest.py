@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+
+
+@pytest.fixture(scope="module")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernels, compiled once where no other test did it; afterwards as if they had not been."""
+    import torch
+
+    from llama_scratch import kernels
+
+    if kernels.compiler() is None:
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        before = kernels._loaded
+        kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")
+        assert kernels.build(), kernels._failure
+        yield
+        kernels._loaded = before
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_scratch import precision
 from llama_scratch.checkpoint.pull import OPEN_MODELS
+from llama_scratch.config import PRECISIONS
 from tests.terminal import PROGRAM, Terminal
 from tests.test_imports import loaded_after
 
@@ -48,7 +48,7 @@ def completed(shell: str, line: str) -> list[str]:
     ("line", "expected"),
     [
         ("llama-scratch --pre", ["--precision"]),
-        ("llama-scratch --precision ", ["auto", *precision.NAMES]),
+        ("llama-scratch --precision ", ["auto", *PRECISIONS]),
         ("llama-scratch --precision fp", ["fp32", "fp16"]),
         ("llama-scratch --model ", list(OPEN_MODELS)),
         ("llama-scratch pull ", list(OPEN_MODELS)),

@@ -17,8 +17,9 @@ import torch
 from llama_scratch import info
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Stored
+from llama_scratch.config import PRECISIONS
 from llama_scratch.info import describe
-from llama_scratch.precision import NAMES, memory_needed
+from llama_scratch.precision import memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.render.terminal import as_text, model_facts, rows, size
 from tests.checkpoints import tiny_args, write_meta
@@ -80,7 +81,7 @@ def test_memory_is_what_loading_asks_for(facts: dict[str, Any]) -> None:
     """For each precision the same sum, with the smaller of 4,096 tokens and the context."""
     memory = facts["memory"]
     assert (memory["context"], memory["device"]) == (4096, "cpu")
-    assert list(memory["needed"]) == list(NAMES)
+    assert list(memory["needed"]) == list(PRECISIONS)
     for name, parts in memory["needed"].items():
         own = memory_needed(tiny_args(), name, torch.bfloat16, 4096, torch.device("cpu"), tied=True)
         assert parts == {**own, "total": sum(own.values())}

@@ -261,17 +261,11 @@ def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The operators, compiled once; afterwards as if they had not been."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        before = kernels._loaded
-        assert kernels.build(), kernels._failure
-        assert kernels.ready()
-        assert kernels.state() == f"compiled for {torch.ops.llama_scratch.machine()}"
-        yield torch.ops.llama_scratch
-        kernels._loaded = before
+def ops(built_kernels: None) -> Any:
+    """The operators."""
+    assert kernels.ready()
+    assert kernels.state() == f"compiled for {torch.ops.llama_scratch.machine()}"
+    return torch.ops.llama_scratch
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,8 @@ PRECISIONS = pytest.mark.parametrize("precision", BITS)
 SHAPES = pytest.mark.parametrize("shape", [(16, 64), (5, 64), (37, 33), (48, 200), (1, 1)])
 
 
-@pytest.fixture(scope="module")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled once where no other test did it; afterwards as if they had not been."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        before = kernels._loaded
-        kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")
-        assert kernels.build(), kernels._failure
-        yield
-        kernels._loaded = before
-
-
 @pytest.fixture(autouse=True)
-def _wanted(_built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _wanted(built_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama_scratch import precision as precision_module
 from llama_scratch.background import Background
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, UsageError
 from llama_scratch.lazy import as_tensor
@@ -408,7 +408,7 @@ FILES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("stored", FILES, ids=str)
-@pytest.mark.parametrize("asked", precision_module.NAMES)
+@pytest.mark.parametrize("asked", PRECISIONS)
 def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype) -> None:
     """Everywhere."""
     check_name(asked)

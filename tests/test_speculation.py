@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
-from llama_scratch import kernels, speculation
 from llama_scratch import llama as llama_module
+from llama_scratch import speculation
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
@@ -115,24 +116,9 @@ def test_the_last_norm_takes_each_row_by_itself() -> None:
 # --- With the kernels -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled once where no other test did it; afterwards as if they had not been."""
-    if kernels.compiler() is None:
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        before = kernels._loaded
-        kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")
-        assert kernels.build(), kernels._failure
-        yield
-        kernels._loaded = before
-
-
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def loaded(
-    _built: None, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    built_kernels: None, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Llama:
     """A small random network in panels."""
     with pytest.MonkeyPatch.context() as patch:
@@ -222,9 +208,9 @@ def test_an_end_amid_a_draft(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Drafts, "book", lambda *_: None)
     packed.engine.trim([])
     packed.speculate = True
-    steps = packed.continuation(CYCLE, 30, GREEDY)
+    steps = cast(Generator[Step, None, None], packed.continuation(CYCLE, 30, GREEDY))
     came = [next(steps) for _ in range(6)]
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert came == plain[:6]
     assert list(packed.continuation([*CYCLE, *(step.id for step in came)], 24, GREEDY)) == plain[6:]
     stop = plain[9].id
