@@ -238,7 +238,7 @@ struct Rows {
 
 // --- Products ---------------------------------------------------------------------------------
 
-// A weight that serves one row alone is asked for so many bytes ahead, and not kept: it is read once a token.
+// Weights are asked for so many bytes ahead, and the cache need not keep them: a pass reads them once.
 constexpr int AHEAD = 8192;
 
 // TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
@@ -259,12 +259,11 @@ void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y,
     for (int group = 0; group < BLOCK / GROUP; group += 8 / BITS) {
       for (int p = 0; p < PAN; p++) {
         const int8_t* from = q + (p * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
+        __builtin_prefetch(from + AHEAD, 0, 0);
         if constexpr (BITS == 8) {
-          if constexpr (TOK == 1) __builtin_prefetch(from + AHEAD, 0, 0);
           Bytes eight = load<Bytes>(from);
           for (int k = 0; k < TOK; k++) sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
         } else {
-          if constexpr (TOK == 1) __builtin_prefetch(from + AHEAD, 0, 0);
           Unsigned fours = load<Unsigned>(from);
           Bytes low = (Bytes)(fours & 15), high = (Bytes)(fours >> 4);
           for (int k = 0; k < TOK; k++) {
@@ -289,7 +288,8 @@ void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y,
 template <int BITS, int PAN, int TOK = TOKENS>
 void panels_times_rows(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, bool add) {
   for (; t + TOK <= rows.T; t += TOK) tile<BITS, PAN, TOK>(w, panel, rows, t, y + t * w.out + panel * PANEL, w.out, add);
-  if constexpr (TOK > 1) panels_times_rows<BITS, PAN, TOK / 2>(w, panel, rows, t, y, add);
+  if constexpr (TOK > 1)
+    if (t < rows.T) panels_times_rows<BITS, PAN, TOK - 1>(w, panel, rows, t, y, add);
 }
 
 template <int BITS>
