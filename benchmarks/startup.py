@@ -11,20 +11,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
 from benchmarks.report import FOLDER, versions, write_report
+from llama_scratch import kernels
 from llama_scratch.checkpoint.base import name_of
 from llama_scratch.checkpoint.find import find_model
 from tests.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"
 TYPING_INTERVAL = 0.05  # seconds between keystrokes, as a fast typist's
+COMPILE = """
+import time
+from llama_scratch import kernels
+start = time.perf_counter()
+if not kernels.build():
+    raise SystemExit(kernels.state())
+print(time.perf_counter() - start)
+"""
 LOADED = "lists the commands"  # of the banner
 
 
@@ -33,6 +45,32 @@ def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def answer(options: list[str]) -> float:
+    """From the program's start to the answer of one prompt."""
+    return first_line(*PROGRAM, *options, "--no-input", "--prompt", "The capital of France is")
+
+
+def compiling() -> float:
+    """How long it takes until a user who keeps nothing yet has kernels."""
+    made = subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True, text=True)
+    return float(made.stdout)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """An empty cache for the programs that start meanwhile."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["XDG_CACHE_HOME"]
+            else:
+                os.environ["XDG_CACHE_HOME"] = before
 
 
 def process(*command: str) -> float:
@@ -97,6 +135,9 @@ ROWS = {
     "echo": "keystroke → echo while loading",
     "slowest echo": "the slowest of them",
     "answer": "start → answer of --prompt",
+    "int8": "the same in int8, all that is kept there",
+    "first int8": "the same, nothing kept: kernels and weights are yet to be made",
+    "compile": "compiling the kernels",
 }
 
 
@@ -106,11 +147,17 @@ def measure(options: list[str], runs: int) -> dict[str, float]:
     for _ in range(runs + 1):
         found["python"].append(process(sys.executable, "-c", "pass"))
         found["torch"].append(process(sys.executable, "-c", "import os, torch; os._exit(0)"))
-        found["answer"].append(first_line(*PROGRAM, *options, "--no-input", "--prompt", "The capital of France is"))
+        found["answer"].append(answer(options))
+        if kernels.compiler():
+            found["int8"].append(answer([*options, "--precision", "int8"]))
+            with nothing_kept():
+                found["first int8"].append(answer([*options, "--precision", "int8"]))
+            with nothing_kept():
+                found["compile"].append(compiling())
         for row, value in session(options).items():
             found[row].append(value)
     # The first run warms the cache.
-    return {row: median(values[1:]) for row, values in found.items()}
+    return {row: median(values[1:]) for row, values in found.items() if values}
 
 
 def record(model_dir: str | None, runs: int, medians: dict[str, float]) -> None:

@@ -59,12 +59,16 @@ def hessians(
             for hook in hooks:
                 hook.remove()
         for names in GROUPS:
-            yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).total / tokens
+            yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).mean(tokens)
     output = _Products()
     for x in streams:
         output(model.output, (model.norm(x),))
     progress("calibrating", 1, 1)
-    yield ["output"], output.total / tokens
+    yield ["output"], output.mean(tokens)
+
+
+# Rows of such a matrix that are made at a time; what is left of them is what is above their columns.
+_ROWS = 1024
 
 
 def _through(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
@@ -76,13 +80,20 @@ def _through(block: TransformerBlock, x: Tensor, model: Transformer, layer: int)
 class _Products:
     """A hook that adds up the products x xᵀ of all that a module is given."""
 
-    total: Tensor
+    def __init__(self) -> None:
+        self._upper = torch.empty(0, 0)  # with what lies right of the diagonal, and some of the rest
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
-        if not hasattr(self, "total"):
-            self.total = x.new_zeros(x.shape[1], x.shape[1])
-        self.total.addmm_(x.T, x)
+        if not len(self._upper):
+            self._upper = x.new_zeros(x.shape[1], x.shape[1])
+        for rows in range(0, x.shape[1], _ROWS):
+            self._upper[rows : rows + _ROWS, rows:].addmm_(x[:, rows : rows + _ROWS].T, x[:, rows:])
+
+    def mean(self, tokens: int) -> Tensor:
+        """Their mean, (in, in)."""
+        upper = self._upper.triu_().div_(tokens)
+        return upper + upper.triu(1).T
 
 
 # --- Examples ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight
-from llama_scratch.quantise import BLOCK, Curvature, dequantise, quantise_blocks
+from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks
 
 # torch speaks of leaving this to another package; the range that is installed has it.
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -201,7 +201,7 @@ def to_panels(
     numbers, steps = panel_shapes(filled.shape, bits)
     values = torch.empty(numbers, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(steps, dtype=torch.float16)
-    panels = max(1, PACKED // filled.shape[1] // _ROWS)
+    panels = max(1, (CALIBRATED if curvature else PACKED) // filled.shape[1] // _ROWS)
     for i, part in enumerate(filled.split(panels * _ROWS)):
         before_each()
         found = slice(i * panels, (i + 1) * panels)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from llama_scratch import kernels
 from llama_scratch.attention import KEPT, LONG, attend_in_blocks
 from llama_scratch.background import Background, Job, go_on
-from llama_scratch.calibration import GROUPS, hessians
+from llama_scratch.calibration import GROUPS, TOKENS, hessians
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.errors import UsageError
@@ -58,9 +58,9 @@ from llama_scratch.linear import (
     quantise,
     to_panels,
 )
-from llama_scratch.memory import give_back
+from llama_scratch.memory import give_back, require_memory
 from llama_scratch.model import RMSNorm, Transformer, TransformerBlock
-from llama_scratch.quantise import BLOCK, Curvature
+from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
 # mask stays small.
@@ -159,10 +159,26 @@ def memory_needed(
     }
 
 
+def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[str, int]:
+    """Bytes that `_calibrated` takes beside the network that answers, by what they are for."""
+    embedding = weights[EMBEDDING]
+    stored = embedding.dtype if isinstance(embedding, Tensor) else None
+    reading = memory_needed(args, "int8", stored, 0, torch.device("cpu"), tied=is_tied(weights))
+    widest = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
+    return {
+        "the int8 network that reads examples": reading["weights"] + reading["activations"],
+        "examples": 4 * TOKENS * args.dim,
+        "products of their inputs": _CURVATURE * widest**2,
+        "weights on the way": _ON_THE_WAY_CALIBRATED * CALIBRATED,
+    }
+
+
 # Bytes of the blocks of weights that are float32 at a time, with what oneDNN makes of them.
 _BLOCKS = 6 << 22
 # Bytes for each weight that is on its way into panels.
 _ON_THE_WAY = 4
+# The same where they are calibrated; and for each product of two inputs, while the curvature is made of it.
+_ON_THE_WAY_CALIBRATED, _CURVATURE = 24, 28
 # fbgemm's packed weights have whole blocks of so many columns.
 _COLUMNS = {"fp16": 512, "int8": 256}
 
@@ -454,6 +470,7 @@ def _calibrated(
 
     Another network reads the examples, for this one is in use: that of int8, which is fast and near enough.
     """
+    require_memory(_calibration_needed(weights, args), "Calibrating int4")
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
     try:
         packing.wait(lambda *_: go_on())
@@ -461,8 +478,9 @@ def _calibrated(
         packing.close()
     waiting = iter(slots)
     for names, products in hessians(model, examples.windows(model), go_on):
-        missing = -len(products) % BLOCK[4]
-        curvature = Curvature(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
+        if missing := -len(products) % BLOCK[4]:
+            products = F.pad(products, (0, missing, 0, missing))
+        curvature = Curvature(products) if products.isfinite().all() else None
         for slot in waiting if names == ["output"] else islice(waiting, 1):
             yield _searched(slot, 4, curvature)
 

@@ -43,8 +43,9 @@ _STEPS = {
 _LARGEST = torch.finfo(torch.float16).max
 _UNSEEN = 1e-3  # of the mean diagonal: what an input counts that was always zero
 _SWEEPS = 2  # of the descent; more gain less than a hundredth
-# Weights that are worked on at a time: what a CPU's cache holds, and for products with H as many as make them fast.
-_SEARCHED, _CALIBRATED = 1 << 19, 1 << 22
+_SEARCHED = 1 << 19  # weights that are worked on at a time: what a CPU's cache holds
+CALIBRATED = 1 << 24
+"""Weights that are calibrated at a time: many rows, for there is much to be done before it is the next input's turn."""
 
 
 class Curvature:
@@ -57,11 +58,13 @@ class Curvature:
     """
 
     def __init__(self, products: Tensor, damping: float = 0.5):
-        damped = products.double() / products.diagonal().mean().double().clamp_min(1e-30)
+        damped = products.double()
+        damped /= products.diagonal().mean().clamp_min(1e-30)
         damped.diagonal().mul_(1 + damping).add_(_UNSEEN)
         self.matrix = damped.float()  # H
         # R, upper triangular, with R Rᵀ = H. Cholesky's factor is a lower one: of H turned over, it is R turned over.
-        self.factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
+        damped = damped.flip(0, 1)
+        self.factor = torch.linalg.cholesky(damped).float().flip(0, 1)
 
 
 def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = None) -> tuple[Tensor, Tensor]:
@@ -77,14 +80,14 @@ def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = Non
     numbers = torch.empty(out, width // block, block, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(out, width // block, dtype=torch.float16)
     start = 0
-    for part in weight.split(max(1, (_CALIBRATED if curvature else _SEARCHED) // width)):
+    for part in weight.split(max(1, (CALIBRATED if curvature else _SEARCHED) // width)):
         rows = part.to(torch.float32)  # (rows, in)
         if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
             raise ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
         blocks = rows.view(len(rows), -1, block)
         if curvature is None:
             found = _search(blocks, bits)
-            rounded = _round(blocks, found[..., None], bits)
+            rounded = _round(blocks, _inverse(found)[..., None], bits)
         else:
             rounded, found = _descend(blocks, *_gptq(blocks, curvature, bits), curvature, bits)
         numbers[start : start + len(rows)] = rounded if bits == 8 else rounded.add_(8)
@@ -102,9 +105,14 @@ def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
 # --- Search -----------------------------------------------------------------------------------
 
 
-def _round(x: Tensor, scale: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """The nearest numbers of steps of size `scale`; a scale of zero makes zeros. out: where to, if there is a place."""
-    return torch.mul(x, torch.where(scale == 0, 0, 1 / scale), out=out).round_().clamp_(*_GRID[bits])
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale; of a scale of zero zero, so that all weights become that."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _round(x: Tensor, inverse: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """The nearest numbers of steps of a size, of which `inverse` is. out: where to, if there is a place."""
+    return torch.mul(x, inverse, out=out).round_().clamp_(*_GRID[bits])
 
 
 def _as_scale(x: Tensor) -> Tensor:
@@ -122,10 +130,10 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
         if steps is not None:
             scale = largest / steps
         else:  # at last the one that fits the numbers n of the best so far: Σ c² n w / Σ c² n²
-            numbers = _round(blocks, best[..., None], bits, out=space).mul_(cost)
+            numbers = _round(blocks, _inverse(best)[..., None], bits, out=space).mul_(cost)
             scale = (numbers * blocks * cost).sum(-1) / numbers.square().sum(-1)  # of zeros NaN, which is never less
         scale = _as_scale(scale)
-        numbers = _round(blocks, scale[..., None], bits, out=space)
+        numbers = _round(blocks, _inverse(scale)[..., None], bits, out=space)
         missed = torch.addcmul(blocks, numbers, scale[..., None], value=-1, out=space).mul_(cost)
         found = torch.linalg.vector_norm(missed, dim=-1)
         best = torch.where(found < error, scale, best)
@@ -157,9 +165,9 @@ def _gptq(blocks: Tensor, curvature: Curvature, bits: int) -> tuple[Tensor, Tens
         scales[:, b] = scale = _search(ideal, bits, own.diagonal())
         # Turned, (block, rows): the places are gone through one by one, and each lies in one piece.
         made, weights = made.T.contiguous(), blocks[:, b].T.contiguous()
-        taken, error = torch.empty_like(made), torch.empty_like(made)
-        for j in range(block):
-            taken[j] = _round(weights[j] + made[j] / own[j, j], scale, bits)
+        taken, error, inverse = torch.empty_like(made), torch.empty_like(made), _inverse(scale)
+        for j, own_j in enumerate(own.diagonal().tolist()):
+            taken[j] = _round(weights[j] + made[j] / own_j, inverse, bits)
             error[j] = weights[j] - taken[j] * scale
             made[j + 1 :].addr_(own[j, j + 1 :], error[j])
         numbers[:, b], errors[:, start:end] = taken.T, error.T
@@ -173,19 +181,19 @@ def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, curvature: Curvatu
     n its numbers, at s + g·n / n H nᵀ. No move is one upwards, but for what a float16 cannot hold of a scale.
     """
     H, block = curvature.matrix, blocks.shape[-1]
-    slopes = (blocks - numbers * scales[..., None]).flatten(1) @ H  # g
+    errors = blocks - numbers * scales[..., None]  # e
     for b in list(range(blocks.shape[1])) * _SWEEPS:
-        start, end = b * block, (b + 1) * block
-        own, taken, scale, slope = H[start:end, start:end], numbers[:, b], scales[:, b], slopes[:, start:end]
-        before = taken * scale[:, None]
+        inputs = slice(b * block, (b + 1) * block)
+        own, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
+        slope = errors.flatten(1) @ H[inputs].T  # g, for H is symmetric
         bend = ((taken @ own) * taken).sum(1)  # n H nᵀ
-        scale = _as_scale(scale + (slope * taken).sum(1) / bend.clamp_min(1e-30))
-        slope = slope + (before - taken * scale[:, None]) @ own
-        slope, taken = slope.T.contiguous(), taken.T.contiguous()  # (block, rows), as above
-        for j in range(block):
-            moved = _round(taken[j] * scale + slope[j] / own[j, j], scale, bits)
-            slope.addr_(own[j], (taken[j] - moved) * scale)
+        better = _as_scale(scale + (slope * taken).sum(1) / bend.clamp_min(1e-30))
+        slope -= (taken * (better - scale)[:, None]) @ own
+        slope, taken, inverse = slope.T.contiguous(), taken.T.contiguous(), _inverse(better)  # (block, rows), as above
+        for j, own_j in enumerate(own.diagonal().tolist()):
+            moved = _round(taken[j] * better + slope[j] / own_j, inverse, bits)
+            slope.addr_(own[j], (taken[j] - moved) * better)
             taken[j] = moved
-        numbers[:, b], scales[:, b] = taken.T, scale
-        slopes += (before - numbers[:, b] * scale[:, None]) @ H[start:end]
+        numbers[:, b], scales[:, b] = taken.T, better
+        errors[:, b] = blocks[:, b] - taken.T * better[:, None]
     return numbers, scales
