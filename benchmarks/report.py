@@ -399,6 +399,11 @@ def startup_bounds(startup: dict[str, Any]) -> list[Bound]:
     if startup["model"] == "Llama3.2-1B":
         found = f"import torch + {over:.2f} s"
         bounds.append(Bound("process start → answer of --prompt, 1B", "≤ import torch + 1.5 s", found, over <= 1.5))
+    if compiling := seconds.get("compile"):
+        bounds.append(Bound("compiling the kernels, once", "≤ 30 s", f"{compiling:.1f} s", compiling <= 30))
+        kept, first = seconds["int8"], seconds["first int8"]
+        waits = first - kept
+        bounds.append(Bound("an answer in int8 waits for them", "≤ 0.3 s", f"{waits:.2f} s", waits <= 0.3))
     return bounds
 
 

@@ -49,7 +49,7 @@ class KeptPieces:
         self._starts = np.cumsum([_lines(4 * len(sizes)), *sizes]).tolist()
         self._path: Path | None = None  # where nothing can be kept
         with contextlib.suppress(FileNotFoundError):  # no home
-            self._path = user_folder("cache") / "int8" / _key(files, self._layouts, made)
+            self._path = user_folder("cache") / "weights" / _key(files, self._layouts, made)
         self._lock = threading.Lock()
         self._writing: BinaryIO | None = None
         self._checksums = np.zeros(len(sizes), dtype="<u4")

@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where files are kept; it does not exist before the first is."""
-    return Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch" / "int8"
+    return Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch" / "weights"
 
 
 def made(seed: int = 0) -> list[tuple[Tensor, Tensor]]:

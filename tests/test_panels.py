@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from llama_scratch import engine as engine_module
-from llama_scratch import kernels
+from llama_scratch import kernels, memory
+from llama_scratch import llama as llama_module
 from llama_scratch import precision as precision_module
 from llama_scratch.background import Background
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
-from llama_scratch.errors import CheckpointError
+from llama_scratch.errors import CheckpointError, OutOfMemoryError
 from llama_scratch.linear import Blocks, Int8, Panels, from_panels, packs, panel_shapes, panels_of, to_panels
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
@@ -377,6 +379,38 @@ def test_a_whole_model(tmp_path: Path, precision: str) -> None:
         assert len(list(llama.generate("the nation", 8))) == 8
         llama.close()
     assert torch.equal(*answers)
+
+
+def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To fp32, on another text of the same kind."""
+    path = write_meta(tmp_path / "Tiny")
+    drawn = random.Random(0)
+    words = ["the", "nation", "that", "has", "its", "own", "heart", "and", "hands"]
+    text, other = (" ".join(drawn.choices(words, k=count)) for count in (9000, 60))
+    (file := tmp_path / "text.txt").write_text(text)
+    exact = Llama.load(path, precision="fp32", device="cpu").logits(other)
+    distances = []
+    for examples in (lambda *_: None, llama_module._examples):
+        monkeypatch.setattr(llama_module, "_examples", examples)
+        llama = Llama.load(path, precision="int4", device="cpu", calibration=file)
+        llama.prepare()
+        distances.append(relative(llama.logits(other), exact))
+        llama.close()
+    assert distances[1] < 0.8 * distances[0], distances
+
+
+def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence, at the next answer too; the model itself fits."""
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(500_000_000))
+    monkeypatch.setattr(precision_module, "_CURVATURE", 1 << 16)
+    llama = Llama.load(tiny_dir, precision="int4", device="cpu")
+    said = (
+        r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of their inputs .*\) and 0\.5 GB are free; [^.]*\.$"
+    )
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError, match=said):
+            llama.prepare()
+    llama.close()
 
 
 def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:

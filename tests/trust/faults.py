@@ -228,7 +228,7 @@ class Cache(Stage):
 
     @property
     def folder(self) -> Path:
-        return self.home / "cache/llama-scratch/int8"
+        return self.home / "cache/llama-scratch/weights"
 
     def source(self, model: int) -> Path:
         return self.home / f"weights{model}"

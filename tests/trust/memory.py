@@ -19,10 +19,13 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.checkpoints import write_meta
 from tests.trust.record import RESULTS, read, write
+
+if TYPE_CHECKING:
+    import torch
 
 _SAMPLE = 0.002  # seconds between two looks at a process
 
@@ -40,12 +43,13 @@ def peak(path: Path, precision: str, context: int, order: str = "prepared", *, k
     """Load a model in a process of its own, pack its weights and fill its context.
 
     Returns the bytes that were predicted, by what for, and the most that were taken from there on.
-    order: "prepared": the weights are packed before the long text comes; "meanwhile": while it is read.
+    order: "prepared": the weights are packed before the long text comes; "meanwhile": while it is read; "calibrated":
+    nothing is read, and what is predicted is what the calibration takes.
     kernels: with ours. Weights that were kept would be mapped, so none are there.
     """
     command = [sys.executable, "-m", "tests.trust.memory", "--one", str(path), precision, str(context), order]
     home = Path(_cache().name)
-    shutil.rmtree(home / "llama-scratch" / "int8", ignore_errors=True)
+    shutil.rmtree(home / "llama-scratch" / "weights", ignore_errors=True)
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "LLAMA_SCRATCH_KERNELS": "1" if kernels else "0"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         most = 0
@@ -75,6 +79,8 @@ def _one(path: str, precision: str, context: int, order: str) -> dict[str, Any]:
     from llama_scratch import llama as library
 
     before, predicted = 0, {}
+    if order == "calibrated":
+        return _calibrated(path, precision)
 
     def noted(needed: dict[str, int], what: str, device: torch.device) -> None:
         nonlocal before, predicted
@@ -93,6 +99,28 @@ def _one(path: str, precision: str, context: int, order: str) -> dict[str, Any]:
     list(llama.generate(ids, 4))
     llama.prepare()
     return {"before": before, "predicted": predicted, "now": anonymous() - before, "threads": torch.get_num_threads()}
+
+
+def _calibrated(path: str, precision: str) -> dict[str, Any]:
+    from llama_scratch import engine
+    from llama_scratch import llama as library
+    from llama_scratch import precision as storing
+    from llama_scratch.memory import require_memory
+
+    before, predicted = 0, {}
+
+    def loading(needed: dict[str, int], what: str, device: torch.device) -> None:
+        nonlocal before
+        before, predicted["weights"] = anonymous(), needed["weights"]
+        engine.require_room(needed, what, device)
+
+    def calibrating(needed: dict[str, int], what: str) -> None:
+        predicted.update(needed)
+        require_memory(needed, what)
+
+    vars(library)["require_room"], vars(storing)["require_memory"] = loading, calibrating
+    library.Llama.load(path, precision=precision).prepare()
+    return {"before": before, "predicted": predicted, "now": anonymous() - before}
 
 
 # --- Growth -----------------------------------------------------------------------------------
@@ -210,7 +238,7 @@ def _each(function: Callable[[], object], times: int) -> float:
 # --- All of it --------------------------------------------------------------------------------
 
 RUNS = (("fp32", False), ("bf16", False), ("fp16", False), ("int8", False), ("int8", True), ("int4", True))
-PARTS = ("peak", "growth", "limits", "cost")
+PARTS = ("peak", "calibration", "growth", "limits", "cost")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     small = pull("smollm2", silent)[0].path
     figures: dict[str, Any] = {}
     parts = given.part or PARTS
-    if "peak" in parts or "cost" in parts:
+    if {"peak", "calibration", "cost"} & {*parts}:
         given.directory.mkdir(parents=True, exist_ok=True)
         models = {"SmolLM2": small, "1B": once(given.directory / "1B", make_checkpoint)}
     if "peak" in parts:
@@ -247,6 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name, context in (("SmolLM2", 2048), ("1B", 1024))
             for precision, kernels in RUNS
             for order in (("prepared",) if precision in ("fp32", "bf16") else ("prepared", "meanwhile"))
+        ]
+    if "calibration" in parts:
+        figures["calibration"] = [
+            {"model": name} | peak(path, "int4", 0, "calibrated", kernels=True) for name, path in models.items()
         ]
     if "growth" in parts:
         with TemporaryDirectory() as folder:
@@ -267,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
 def sound(figures: dict[str, Any]) -> bool:
     """Whether what was measured is within its bounds: 10 % of a need of 300 MB and more, 20 bytes a prompt, 1 % of the
     time, and a sentence with numbers under each limit."""
-    peaks = [row["predicted_to_measured"] for row in figures["peak"] if row["measured"] > 3e8]
+    peaks = [row["predicted_to_measured"] for row in figures["peak"] + figures["calibration"] if row["measured"] > 3e8]
     return (
         all(0.9 <= found <= 1.1 for found in peaks)
         and all(found["grew"] < 10 * found["prompts"] for found in figures["growth"].values())
