@@ -168,8 +168,8 @@ def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[
     return {
         "the int8 network that reads examples": reading["weights"] + reading["activations"],
         "examples": 4 * TOKENS * args.dim,
-        "products of their inputs": _CURVATURE * widest**2,
-        "weights on the way": _ON_THE_WAY_CALIBRATED * CALIBRATED,
+        # First the curvature is made, then weights are quantised by it.
+        "products of inputs": max(_MAKING * widest**2, 8 * widest**2 + _CALIBRATING * CALIBRATED),
     }
 
 
@@ -177,8 +177,8 @@ def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[
 _BLOCKS = 6 << 22
 # Bytes for each weight that is on its way into panels.
 _ON_THE_WAY = 4
-# The same where they are calibrated; and for each product of two inputs, while the curvature is made of it.
-_ON_THE_WAY_CALIBRATED, _CURVATURE = 24, 28
+# For each product of two inputs while the curvature is made of them, and for each weight that is calibrated.
+_MAKING, _CALIBRATING = 24, 16
 # fbgemm's packed weights have whole blocks of so many columns.
 _COLUMNS = {"fp16": 512, "int8": 256}
 

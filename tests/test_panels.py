@@ -402,10 +402,10 @@ def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sentence, at the next answer too; the model itself fits."""
     monkeypatch.setattr(memory, "room", lambda: memory.Room(500_000_000))
-    monkeypatch.setattr(precision_module, "_CURVATURE", 1 << 16)
+    monkeypatch.setattr(precision_module, "_MAKING", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
     said = (
-        r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of their inputs .*\) and 0\.5 GB are free; [^.]*\.$"
+        r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs\) and 0\.5 GB are free; [^.]*\.$"
     )
     for _ in range(2):
         with pytest.raises(OutOfMemoryError, match=said):
