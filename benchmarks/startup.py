@@ -135,8 +135,8 @@ ROWS = {
     "echo": "keystroke → echo while loading",
     "slowest echo": "the slowest of them",
     "answer": "start → answer of --prompt",
-    "int8": "the same in int8, all that is kept there",
-    "first int8": "the same, nothing kept: kernels and weights are yet to be made",
+    "int8": "the same in int8",
+    "first int8": "the same, kernels not made yet",
     "compile": "compiling the kernels",
 }
 
