@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from llama_scratch.errors import LlamaScratchError
 from llama_scratch.progress import Progress, silent
 
 Job = tuple[Callable[[], object], int]
@@ -121,7 +122,11 @@ class Background:
                 function()
                 if self._after:
                     self._after()
+            except EndedError:
+                break
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                if isinstance(error, LlamaScratchError):
+                    error.with_traceback(None)  # which holds what the refusal interrupted
                 self.error = self.error or error
                 self._jobs.clear()
                 break

@@ -98,6 +98,7 @@ class _Products:
 
 # --- Examples ---------------------------------------------------------------------------------
 
+_CHARACTERS = 32  # of a token, at most: what lies behind so many is not looked at
 _WINDOW = 1024  # tokens that are read from an empty context
 _IMAGINED = 256  # tokens that a model says in one go
 
@@ -109,7 +110,7 @@ def examples(
 
     Always the same for the same model and Python.
     """
-    read = _cut(tokenizer, documentation(6 * tokens // 2), tokens // 2)
+    read = _cut(tokenizer, documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
     said = imagine(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
     return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
@@ -117,7 +118,7 @@ def examples(
 
 def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:
     """Windows for `hessians` from the beginning of a text, (1, T) int64. Raises `UsageError` where it has not one."""
-    if not (found := _cut(tokenizer, text, tokens)):
+    if not (found := _cut(tokenizer, text[: _CHARACTERS * tokens], tokens)):
         raise UsageError(f"The text for calibration is shorter than {_WINDOW:,} tokens, expected some pages.")
     return found
 

@@ -97,11 +97,12 @@ class Engine:
         """Have the weights that the next answer comes from.
 
         Without `prepare` it never depends on how fast something was: some answers come from the file's
-        weights, and the next one waits for packing. Packing in the background gives the first answer way.
+        weights, and the next one waits for packing. Packing in the background gives the first answer way; where it
+        failed, that is what each answer says.
         """
         self.files.check()
         self._answers += 1
-        if self._answers > PATIENCE and not self.packing.started:
+        if self.packing.error or (self._answers > PATIENCE and not self.packing.started):
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
         with self.packing.held() if self._answers == 1 else nullcontext():

@@ -9,6 +9,7 @@ somebody else, is not read but made again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -72,6 +73,11 @@ class KeptPieces:
             data[start : start + _nbytes(scales, scales_type)].view(scales_type).view(scales),
         )
 
+    def check(self) -> None:
+        """Where one piece is damaged, take none: for those that are made one after the other."""
+        if self._data is not None and any(self.get(i) is None for i in range(len(self._layouts))):
+            self._data = None
+
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
         """Keep a piece; the last one makes the file visible. Where one cannot be kept, none is."""
         if self._data is not None:
@@ -133,6 +139,8 @@ def _part(path: Path) -> Path:
 
 def _begin(path: Path, size: int) -> BinaryIO:
     """The file's beginning, locked. Raises OSError where there can be none, as another program is at it."""
+    if size > _MOST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(path.parent.stat()):
         raise PermissionError

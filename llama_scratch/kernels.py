@@ -6,6 +6,7 @@ and after its own checksum, because loading a damaged one could end the program.
 each gives the same bits, and a library outlives its compiler.
 
     kernels-<key>-<sha256>.so    whole, ours, and written by nobody else
+    kernels-<key>.failed         why there is none
     kernels-<key>.part/          where one program at a time compiles; the others wait for what it makes
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from llama_scratch.background import go_on
 from llama_scratch.errors import printable
 from llama_scratch.folders import is_ours, user_folder
 from llama_scratch.unfinished import NO_LINK, locked, remove_left
@@ -38,6 +40,7 @@ from llama_scratch.unfinished import NO_LINK, locked, remove_left
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 _MOST = 4  # libraries that are kept; those used longest ago go first
+_AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
 _SECONDS = 300  # after which a compiler, or another program's, is not waited for
 _GAIN = "; with one (Debian: apt-get install g++) int8 and int4 would be faster"
 
@@ -65,17 +68,17 @@ def load() -> bool:
 
 def possible() -> bool:
     """Whether there are kernels, or `build` may make some."""
-    return load() or (_wanted() and not _failure and compiler() is not None)
+    return load() or (_wanted() and not _failed() and compiler() is not None)
 
 
 def build() -> bool:
     """Load what was kept, and where there is nothing compile it: some seconds on one core, at the lowest priority.
 
-    False where it cannot be, which is not tried again. Of several programs one compiles. The compiler is ended when the
-    program ends, and what a killed program left is removed by the next.
+    False where it cannot be, which is not tried again for a day. Of several programs one compiles. The compiler ends
+    with the program, or with the job that calls this; what a killed program left is removed by the next.
     """
     global _failure
-    if load() or not _wanted() or _failure:
+    if load() or not _wanted() or _failed():
         return ready()
     try:
         try:
@@ -87,6 +90,9 @@ def build() -> bool:
             raise _FailedError("what was compiled could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
+        if (command := compiler()) and _program_runs():
+            with contextlib.suppress(OSError):
+                _reason().write_text(f"{command}\n{_failure}", "utf-8")
     return ready()
 
 
@@ -104,8 +110,8 @@ def state() -> str:
     if any(map(_is_whole, _libraries())):
         return "compiled; the first answer in int8 or int4 loads them"
     found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
-    if _failure or not found:
-        return f"none, because {_failure or why + _GAIN}"
+    if (failure := _failed()) or not found:
+        return f"none, because {failure or why + _GAIN}"
     return "not compiled yet; the first answer in int8 or int4 starts it"
 
 
@@ -123,6 +129,20 @@ def compile_into(folder: Path) -> Path:
         return path.replace(folder / f"{_key()}-{hashlib.sha256(data).hexdigest()}.so")
     finally:
         path.unlink(missing_ok=True)
+
+
+def _failed() -> str:
+    """Why this compiler can make none, as this program or another found within a day; "" where that was not tried."""
+    with contextlib.suppress(OSError, ValueError):
+        if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
+            command, _, failure = _reason().read_text("utf-8").partition("\n")
+            return printable(failure, 300) if command == compiler() else ""
+    return _failure
+
+
+def _reason() -> Path:
+    """Where the reason is kept. Raises OSError where there is no home."""
+    return user_folder("cache") / "kernels" / f"{_key()}.failed"
 
 
 # --- Libraries that are there -----------------------------------------------------------------
@@ -210,6 +230,7 @@ def _build_kept(folder: Path) -> bool:
     _make_room(folder)
     part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
     while time.monotonic() < until and _program_runs():
+        go_on()
         part.mkdir(0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another program has just ended it
             if alone:
@@ -285,6 +306,7 @@ def _run(command: list[str], folder: Path) -> None:
     until = time.monotonic() + _SECONDS
     try:
         while True:
+            go_on()
             try:
                 _, said = process.communicate(timeout=0.1)
                 break

@@ -170,7 +170,9 @@ class Panels:
         self._filling = -shape[1] % BLOCK[bits]
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self._filling))  # (M, in)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # (M, in)
+        if self._filling:
+            rows = F.pad(rows, (0, self._filling))
         if kernels.ready() and x.device.type == "cpu" and x.dtype == torch.float32:
             out = torch.ops.llama_scratch.linear(rows, self.values, self.scales)
         else:

@@ -137,7 +137,7 @@ class Llama:
         room = _context(context, args)
         target = find_device(device)
         check_name(precision)  # before the long part
-        examples = _examples(checkpoint.tokenizer, calibration)
+        examples = _examples(checkpoint.tokenizer, calibration) if precision == "int4" else None
         if threads is not None:
             most = _THREADS_A_CORE * (os.cpu_count() or 1)
             if not 1 <= threads <= most:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, islice
 from math import prod
 from pathlib import Path
@@ -333,10 +333,13 @@ def _store(
     pack: Callable[[int, _Slot], None]
     jobs: list[Job] = []
     if panels:
-        pieces = _calibrated(weights, model.args, slots, examples, files) if precision == "int4" and examples else None
-        pack = _Blocks(files, slots, BITS[precision], pieces, examples.name if pieces and examples else "").pack
+        made, pieces = "", None
+        if precision == "int4" and examples and device.type == "cpu":
+            made = f"{examples.name}, {model.args}"
+            pieces = _calibrated(weights, model.args, slots, examples, files)
+        pack = _Blocks(files, slots, BITS[precision], pieces, made).pack
         if not kernels.load():
-            jobs.append((kernels.build, _PIECE))
+            jobs.append((kernels.build, 0))  # no weight is packed by that
     else:
         pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
     jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
@@ -433,8 +436,12 @@ class _Blocks:
         self._made: dict[int, _Piece] = {}
         self._next = 0
         self._lock = threading.Lock()
+        self._check = cache(self._kept.check)  # once
 
     def pack(self, i: int, slot: _Slot) -> None:
+        if self._pieces is not None:
+            with self._lock:
+                self._check()
         piece = self._kept.get(i)
         if piece is None:
             piece = _searched(slot, self._bits) if self._pieces is None else self._in_turn(i, self._pieces)

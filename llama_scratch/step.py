@@ -44,7 +44,9 @@ class Step:
         end = cache.length + T
         x = model.tok_embeddings(tokens[0])  # (T, dim), a copy
         like = x.new_empty(1, args.n_kv_heads, 0, args.head_dim)
-        held = [store[0] for i in range(args.n_layers) for store in cache.reserve(i, end, like)]
+        # An interrupted text may have made room in the first layers only; none has more than the first.
+        room = max(end, cache.capacity)
+        held = [store[0] for i in range(args.n_layers) for store in cache.reserve(i, room, like)]
         if len(self._freqs) < end:
             turned = rotations(model.freqs, torch.arange(cache.capacity))
             self._freqs = torch.view_as_real(turned).flatten(1)  # (capacity, head_dim): cosine and sine in turn

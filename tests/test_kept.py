@@ -323,6 +323,16 @@ def test_the_least_recently_used_go_first(
     assert {name for name in names if name.exists()} == set(by_use[:fit])
 
 
+def test_what_is_too_large_is_not_kept(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes no other's place."""
+    (other := tmp_path / "other").write_bytes(b"weights")
+    keep(other)
+    monkeypatch.setattr(kept, "_MOST", SIZE - 1)
+    keep(source)
+    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert KeptPieces([other], LAYOUTS).get(0) is not None
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions are other ones on Windows")
 @pytest.mark.parametrize("how", ["a file", "below a file", "read-only"])
 def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path, how: str) -> None:

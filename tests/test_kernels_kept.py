@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from llama_scratch import kernels
+from llama_scratch.background import Background
 from llama_scratch.unfinished import locked
+from tests.test_background import until
 
 
 @pytest.fixture(autouse=True)
@@ -137,13 +139,36 @@ def test_the_next_compiler_is_taken_for_one_that_is_not_there(monkeypatch: pytes
     ],
 )
 def test_a_compiler_that_fails_is_asked_once(folder: Path, use: Callable[..., Path], work: str, said: str) -> None:
-    """Its error is in the sentence, and nothing of it is left."""
+    """Also by the next programs of a day. Its error is in the sentence, and nothing else of it is left."""
     log = use(work)
-    assert not kernels.build()
-    assert not kernels.build()
+    assert kernels.possible()
+    for _ in range(2):
+        assert not kernels.build()
+        assert not kernels.build()
+        assert not kernels.possible()
+        assert said in kernels.state()
+        assert kernels.state().isprintable()
+        again()
     assert calls(log) == 1
-    assert said in kernels.state()
-    assert kernels.state().isprintable()
+    (reason,) = folder.iterdir()
+    os.utime(reason, (0, time.time() - 25 * 3600))
+    assert kernels.possible()
+    assert not kernels.build()
+    assert calls(log) == 2
+    again()
+    use("sleep 0.01")  # another compiler
+    assert kernels.build()
+
+
+def test_a_job_that_is_ended_ends_the_compiler(folder: Path, use: Callable[..., Path]) -> None:
+    log = use("sleep 60")
+    background = Background("packing", [(kernels.build, 0), (lambda: None, 1)])
+    background.start()
+    until(lambda: calls(log) == 1)
+    start = time.monotonic()
+    background.close()
+    assert time.monotonic() - start < 5
+    assert background.error is None
     assert not list(folder.iterdir())
 
 

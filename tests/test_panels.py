@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import BITS, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
-from llama_scratch.step import FEW, LONG
+from llama_scratch.step import FEW, LONG, Step
 from tests.checkpoints import tiny_args, write_meta
 from tests.test_background import until
 from tests.test_precision import CPU, forms, reference, relative, run, source, stored
@@ -195,6 +196,26 @@ def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
     assert torch.equal(engine.next_logits(ids[:20]).values, once[19])
 
 
+def test_room_that_an_interrupted_text_left(source: Path) -> None:
+    """In the first layers more than in the others, or only there: the next text finds all that it needs."""
+    model, packing, _ = built(source, "int8")
+    ids = list(range(40))
+    expected = Engine(model, 2000, packing).next_logits(ids).values
+    for before in (0, 3, 300):
+        engine = Engine(model, 2000, packing)
+        if before:
+            engine.next_logits(list(range(before)))
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch, model.layers[1].register_forward_hook(interrupt):
+            patch.setattr(Step, "fits", lambda *_: False)  # as before the weights are packed
+            with pytest.raises(KeyboardInterrupt):
+                engine.next_logits([5] * 600)
+        assert torch.equal(engine.next_logits(ids).values, expected)
+
+
 def test_the_step_ends_where_texts_are_long(source: Path) -> None:
     """And goes on with a few tokens at a time."""
     model, packing, _ = built(source, "int8")
@@ -278,6 +299,41 @@ def test_a_damaged_file_is_made_again(source: Path, precision: str, made: list[i
         assert file.read_bytes() == whole
 
 
+def test_a_damaged_calibrated_file_is_made_again_as_a_whole(tmp_path: Path, made: list[int]) -> None:
+    """At once, for a piece alone cannot be calibrated, and kept by the same start."""
+    path = write_meta(tmp_path / "Tiny")
+    (text := tmp_path / "text.txt").write_text("The nation that has its own heart and hands. " * 200)
+
+    def answer() -> Tensor:
+        llama = Llama.load(path, precision="int4", device="cpu", calibration=text)
+        llama.prepare()
+        try:
+            return llama.logits("the nation")
+        finally:
+            llama.close()
+
+    first = answer()
+    file = max(kept(), key=lambda path: path.stat().st_mtime_ns)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-70] + b"x" * 70)
+    made.clear()
+    assert torch.equal(answer(), first)
+    assert len(made) == 13
+    assert file.read_bytes() == whole
+    assert torch.equal(answer(), first)
+    assert len(made) == 13
+
+
+def test_what_is_calibrated_with_another_network_is_another_file(tmp_path: Path) -> None:
+    path = write_meta(tmp_path / "Tiny")
+    (text := tmp_path / "text.txt").write_text("The nation that has its own heart and hands. " * 200)
+    for factor in (8, 32):
+        llama = Llama.load(path, precision="int4", device="cpu", calibration=text, rope_factor=factor)
+        llama.prepare()
+        llama.close()
+    assert len(kept()) == 3  # that of int8, which reads the examples, is of the weights alone
+
+
 def test_each_kind_of_int8_is_kept_by_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels in panels, without them as rows; neither is read as the other."""
     in_panels = run(built(source, "int8")[0])
@@ -334,6 +390,30 @@ def test_answers_come_where_nothing_can_be_compiled(
     assert relative(run(model), reference(weights)) <= BOUNDS[precision]
     ids = list(range(30))
     assert torch.allclose(Engine(model, 100, packing).all_logits(ids), run(model, torch.tensor([ids])), atol=1e-4)
+
+
+@PRECISIONS
+def test_kernels_alone_make_no_answer_a_packed_one(
+    source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compiled before the first weight is packed, and calibration takes minutes."""
+    packed, go = threading.Event(), threading.Event()
+
+    def waits(*arguments: Any) -> tuple[Tensor, Tensor]:
+        packed.set()
+        assert go.wait(20)
+        return to_panels(*arguments)
+
+    monkeypatch.setattr(kernels, "load", lambda: False)
+    monkeypatch.setattr(kernels, "build", lambda: True)
+    monkeypatch.setattr(precision_module, "to_panels", waits)
+    _, packing = build(stored(tiny_args()), tiny_args(), precision, CPU, [source])
+    packing.start()
+    assert packed.wait(20)
+    assert not packing.begun
+    go.set()
+    packing.wait()
+    assert packing.begun
 
 
 def test_without_a_compiler_int8_is_fbgemm_s(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,12 +484,12 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
     monkeypatch.setattr(memory, "room", lambda: memory.Room(500_000_000))
     monkeypatch.setattr(precision_module, "_MAKING", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
-    said = (
-        r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
-    )
-    for _ in range(2):
+    said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
+    llama.prepare(wait=False)
+    until(lambda: llama.engine.packing.error is not None)
+    for ask in (llama.prepare, lambda: llama.predict("the nation")):
         with pytest.raises(OutOfMemoryError, match=said):
-            llama.prepare()
+            ask()
     llama.close()
 
 
