@@ -33,7 +33,7 @@ class Background:
     """Jobs of some tenths of a second each, or such as call `go_on`, on a few threads between `start` and `close`.
 
     The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
-    program does. `after` is called after each job. `started`: whether it was begun.
+    program does. `after` is called after each job. `started`: whether it was begun. `told`: whether `wait` raised.
     """
 
     def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, after: Callable[[], None] | None = None):
@@ -51,6 +51,7 @@ class Background:
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
         self.started = False
+        self.told = False
 
     def start(self) -> None:
         """Begin, if that was not done yet; comes back at once."""
@@ -104,6 +105,7 @@ class Background:
             progress(*self.progress)
             time.sleep(0.02)  # which holds no lock that an interrupt could leave held
         if self.error:
+            self.told = True
             raise self.error
 
     def close(self) -> None:

@@ -98,11 +98,12 @@ class Engine:
 
         Without `prepare` it never depends on how fast something was: some answers come from the file's
         weights, and the next one waits for packing. Packing in the background gives the first answer way; where it
-        failed, that is what each answer says.
+        failed, the next answer says so, and those after it come from the file's weights.
         """
         self.files.check()
         self._answers += 1
-        if self.packing.error or (self._answers > PATIENCE and not self.packing.started):
+        failed = self.packing.error is not None and not self.packing.told
+        if failed or (self._answers > PATIENCE and not self.packing.started):
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
         with self.packing.held() if self._answers == 1 else nullcontext():

@@ -33,9 +33,10 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"config"},
     {"results", "chat"},
-    {"linear", "background", "kept"},
+    {"linear", "kept"},
     {"quantise"},
     {"kernels"},
+    {"background"},
     {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard"},
     {"errors"},
 ]

@@ -487,9 +487,10 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
     said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
     llama.prepare(wait=False)
     until(lambda: llama.engine.packing.error is not None)
-    for ask in (llama.prepare, lambda: llama.predict("the nation")):
+    for ask in (lambda: llama.predict("the nation"), llama.prepare):
         with pytest.raises(OutOfMemoryError, match=said):
             ask()
+    assert llama.predict("the nation").model.precision == "fp32"  # what there is answers
     llama.close()
 
 

@@ -713,7 +713,7 @@ def _kept_seeds(folder: Path) -> list[bytes]:
     pieces = _kept_pieces(folder)
     for i in range(4):
         pieces.put(i, *_piece(i))
-    (file,) = folder.rglob("int8/*")
+    (file,) = folder.rglob("weights/*")
     return [file.read_bytes()]
 
 
