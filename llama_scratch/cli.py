@@ -365,8 +365,7 @@ def main(
     try:
         code = answer_all(session, prompts, form, commands=commands, log=screen.log)
     except BrokenPipeError:
-        # The reader went away, which is its right; what Python would still flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()  # the reader went away, which is its right
         code = 0
     raise typer.Exit(code)
 
@@ -718,9 +717,15 @@ def run(arguments: list[str]) -> int:
     _open_streams()
     _set_encodings()
     try:
-        return app(args=arguments, prog_name=NAME, standalone_mode=False) or 0
-    except typer.Exit as error:
-        return error.exit_code
+        try:
+            code = app(args=arguments, prog_name=NAME, standalone_mode=False) or 0
+        except typer.Exit as error:
+            code = error.exit_code
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader went away, which is its right
+            _write_no_more()
+        return code
     except typer.TyperException as error:
         found = error.format_message().rstrip(".")
         return _fail(f"{found}; 'llama-scratch --help' lists the options.", error.exit_code)
@@ -733,11 +738,17 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if is_memory_error(error):
             return _fail(refusal(), OutOfMemoryError.exit_code)
+        _write_no_more()
         return _fail(f"The system refused to read or write ({error}); check the disk and the output.", 1)
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         if is_memory_error(error):  # a library that could not be read, an allocation outside a model
             return _fail(refusal(), OutOfMemoryError.exit_code)
         return _fail(unexpected(error), 1)
+
+
+def _write_no_more() -> None:
+    """What Python would still flush at exit goes nowhere, else it would fail there again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_streams() -> None:

@@ -353,10 +353,13 @@ def test_a_stream_that_is_closed_is_an_empty_one(tiny: tuple[str, str], closed: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_at_standard_output_is_a_sentence(tiny: tuple[str, str]) -> None:
-    command = shlex.join([sys.executable, "-m", "llama_scratch", *tiny, "--prompt", "the"])
-    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, check=False)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("asked", ["--prompt the", "--version", "--help"])
+def test_a_full_disk_at_standard_output_is_a_sentence(tiny: tuple[str, str], asked: str, unbuffered: str) -> None:
+    command = shlex.join([sys.executable, "-m", "llama_scratch", *tiny, *asked.split()])
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, check=False, env=environment)
     assert full.returncode == 1
-    assert b"No space left" in full.stderr
+    assert full.stderr.count(b"No space left") == 1
     assert b"unexpected" not in full.stderr
     assert b"Traceback" not in full.stderr
