@@ -188,14 +188,10 @@ def rotated_bounds(quality: dict[str, Any]) -> list[Bound]:
             kl, most = own["mean_kl"], share * peer["mean_kl"]
             expected = f"≤ {most:.2e}, {share:g} × llama.cpp {theirs}'s"
             bounds.append(Bound(f"{ours}, mean KL to fp32", expected, f"{kl:.2e}", kl <= most))
-            bits, most = own["bits"], peer["bits"] + _FILLED
-            expected = f"≤ {most:.2f}, llama.cpp {theirs}'s"
-            bounds.append(Bound(f"{ours}, bits a weight", expected, f"{bits:.2f}", bits <= most))
+            bits, most = own["bits"], peer["bits"]
+            expected = f"≤ {most:.4f}, llama.cpp {theirs}'s"
+            bounds.append(Bound(f"{ours}, bits a weight", expected, f"{bits:.4f}", bits <= most))
     return bounds
-
-
-# Bits that the rows may cost which only fill up panels, some of ten thousand.
-_FILLED = 0.001
 
 
 # --- Text -------------------------------------------------------------------------------------

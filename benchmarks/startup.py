@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 from benchmarks.report import FOLDER, versions, write_report
 from llama_scratch import kernels
@@ -61,16 +62,8 @@ def compiling() -> float:
 @contextmanager
 def nothing_kept() -> Iterator[None]:
     """An empty cache for the programs that start meanwhile."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["XDG_CACHE_HOME"]
-            else:
-                os.environ["XDG_CACHE_HOME"] = before
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        yield
 
 
 def process(*command: str) -> float:

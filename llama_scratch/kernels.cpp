@@ -536,7 +536,7 @@ void layers(Tensor x, at::TensorList weights, const Tensor& freqs_cis, at::Tenso
   for (int64_t i = 0; i < count; i++) {
     const Tensor *w = &weights[10 * i], *held = &cache[2 * i];
     Weight wqkv = weight(w[2], w[3]), wo = weight(w[4], w[5]), w13 = weight(w[6], w[7]), w2 = weight(w[8], w[9]);
-    TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()), "the cache of layer ", i, " is of another size");
+    TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()), "the caches of layers 0 and ", i, " do not fit together");
     TORCH_CHECK(fits(w[0], {dim}) && fits(w[1], {dim}) &&
                     wqkv.in == dim && wqkv.out == q_dim + 2 * n_kv_heads * head_dim && wo.in == q_dim && wo.out == dim &&
                     w13.in == dim && w13.bits == wqkv.bits && w13.out == 2 * w2.in && w2.out == dim,

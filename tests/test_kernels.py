@@ -479,7 +479,7 @@ def test_a_layer_that_does_not_fit_is_an_error(ops: Any) -> None:
         {"n_heads": 1},
     ]
     for change in wrong:
-        with pytest.raises(RuntimeError, match=r"fit together|ten weights|of another size"):
+        with pytest.raises(RuntimeError, match=r"fit together|ten weights"):
             called(ops, case, **change)
 
 

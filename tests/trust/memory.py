@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     small = pull("smollm2", silent)[0].path
     figures: dict[str, Any] = {}
     parts = given.part or PARTS
-    if {"peak", "cost"} & {*parts}:
+    if "peak" in parts or "cost" in parts:
         given.directory.mkdir(parents=True, exist_ok=True)
         models = {"SmolLM2": small, "1B": once(given.directory / "1B", make_checkpoint)}
     if "peak" in parts:
