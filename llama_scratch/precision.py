@@ -17,12 +17,13 @@ done, the weights in the file answer, multiplied in float32: the first answers a
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, islice
-from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -179,25 +180,34 @@ _BLOCKS = 6 << 22
 _ON_THE_WAY = 4
 # For each product of two inputs while the curvature is made of them, and for each weight that is calibrated.
 _MAKING, _CALIBRATING = 24, 16
-# fbgemm's packed weights have whole blocks of so many columns.
-_COLUMNS = {"fp16": 512, "int8": 256}
+def _fbgemm_block(precision: str) -> int:
+    """Columns per block of fbgemm's packed weights, whose last block is padded; 1 without fbgemm.
+
+    Source: `PackingTraits` (int8, KCB) and `PackedGemmMatrixB` (fp16) in fbgemm. int8 blocks follow the instruction
+    set, which torch and fbgemm detect alike; FBGEMM_ENABLE_INSTRUCTIONS limits fbgemm alone.
+    """
+    if not packs():
+        return 1
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = capability == "AVX512" and os.environ.get("FBGEMM_ENABLE_INSTRUCTIONS", "AVX512").startswith("AVX512")
+    return 256 if precision == "int8" and wide else 512
 
 
 def _packed_weights(args: ModelArgs, precision: str, device: torch.device) -> int:
-    """Weights that the packed linear layers hold, those that only fill blocks among them."""
-    block = _COLUMNS.get(precision, 1) if device.type == "cpu" and packs() else 1
+    """Number of weights that the packed linear layers hold, padding included."""
+    block = _fbgemm_block(precision) if device.type == "cpu" else 1
     total = 0
     for name, (out, *columns) in args.weight_shapes().items():
         if columns and name != EMBEDDING:
-            groups = _OUTPUT_GROUPS if precision == "int8" and name == OUTPUT else 1
-            total += out * groups * block * -(-columns[0] // (groups * block))
+            groups = _output_groups(columns[0]) if precision == "int8" and name == OUTPUT else 1
+            total += out * groups * block * math.ceil(columns[0] / (groups * block))
     return total
 
 
 def _bytes_in_panels(args: ModelArgs, bits: int) -> int:
     matrices = [shape for name, shape in args.weight_shapes().items() if len(shape) == 2 and name != EMBEDDING]
     parts = [part for out, width in matrices for part in zip(panel_shapes((out, width), bits), (1, 2), strict=True)]
-    return sum(size * prod(shape) for shape, size in parts)
+    return sum(size * math.prod(shape) for shape, size in parts)
 
 
 def activation_bytes(model: Transformer) -> int:
@@ -306,8 +316,13 @@ _FUSED = 1 << 23  # more of them take longer to read than a call costs
 _LAYER = 1 << 40  # in panels a layer's are always whole, see `step`
 # Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
 _PIECE = 1 << 24
-# A third of what 8-bit weights cost in truth comes from the output projection: there each quarter of a row has a scale.
+# A third of the error of 8-bit weights comes from the output projection: up to 4 groups of its columns have scales.
 _OUTPUT_GROUPS = 4
+
+
+def _output_groups(width: int) -> int:
+    """Column groups of an output projection of `width` columns: at most one per block, since groups are padded."""
+    return min(_OUTPUT_GROUPS, math.ceil(width / _fbgemm_block("int8")))
 
 
 def _store(
@@ -325,7 +340,8 @@ def _store(
         for group in GROUPS:
             names = [f"layers.{i}.{name}" for name in group]
             slots += _exchange(model, names, weights, most=_LAYER if panels else _FUSED)
-    slots += _exchange(model, ["output"], weights, groups=_OUTPUT_GROUPS if precision == "int8" and not panels else 1)
+    groups = _output_groups(model.args.dim) if precision == "int8" and not panels else 1
+    slots += _exchange(model, ["output"], weights, groups=groups)
     model.tok_embeddings = Embedding(weights[EMBEDDING], _activations(device))
     if device.type == "cpu" and packs():
         for block in model.layers:

@@ -16,7 +16,7 @@ from llama_scratch.errors import CheckpointError
 from llama_scratch.lazy import Joined, Lazy, Quantised, Weight, as_tensor
 from llama_scratch.linear import Blocks, Embedding
 from llama_scratch.model import KVCache
-from llama_scratch.precision import build, memory_needed
+from llama_scratch.precision import _fbgemm_block, _output_groups, build, memory_needed
 from tests.checkpoints import random_weights, tiny_args
 
 CPU = torch.device("cpu")
@@ -162,6 +162,21 @@ print(found, most - before)
     token, found = result.stdout.split()
     assert token == "Paris"
     needed = memory_needed(open_checkpoint(smollm2_path).args, "int8", None, 512, CPU, tied=True)
-    assert needed["weights"] < 184_000_000  # 135 MB, and what fills blocks of 256 columns
+    # 135 MB, and the padding of fbgemm's blocks: 256 columns with AVX-512, 512 with AVX2.
+    assert needed["weights"] < (184_000_000 if _fbgemm_block("int8") == 256 else 219_000_000)
     tables = 50_000_000  # of the vocabulary, which every precision has
-    assert int(found) < 1.05 * sum(needed.values()) + tables
+    assert int(found) < min(1.05 * sum(needed.values()) + tables, 345_000_000)
+
+
+def test_fbgemm_blocks_follow_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 blocks are twice as wide without AVX-512; an output projection gets no group that is mostly padding."""
+    monkeypatch.delenv("FBGEMM_ENABLE_INSTRUCTIONS", raising=False)
+    for capability, block, groups in (("AVX512", 256, 3), ("AVX2", 512, 2), ("DEFAULT", 1, 4)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr("llama_scratch.precision.packs", lambda capability=capability: capability != "DEFAULT")
+        assert (_fbgemm_block("int8"), _fbgemm_block("fp16")) == (block, 1 if capability == "DEFAULT" else 512)
+        assert [_output_groups(width) for width in (576, 2048)] == [groups, 4]
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("llama_scratch.precision.packs", lambda: True)
+    monkeypatch.setenv("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2")
+    assert _fbgemm_block("int8") == 512

@@ -14,11 +14,10 @@ from torch import Tensor
 from llama_scratch.cli import run
 from llama_scratch.engine import Engine
 from llama_scratch.errors import OutOfMemoryError
-from llama_scratch.linear import packs
 from llama_scratch.llama import Llama
 from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import memory_needed
+from llama_scratch.precision import _fbgemm_block, _output_groups, memory_needed
 from tests.checkpoints import random_weights, tiny_args
 
 CPU = torch.device("cpu")
@@ -158,10 +157,10 @@ def test_the_weights_that_are_predicted_are_those_that_are_copied(tied: bool) ->
     assert weights("bf16", torch.float32) == 2 * args.n_parameters(tied=tied)
     matrices = {name: weight.shape for name, weight in random_weights(args).items() if weight.dim() == 2}
     del matrices["tok_embeddings.weight"]
-    half, byte = (512, 256) if packs() else (1, 1)  # fbgemm packs whole blocks of so many columns
+    half, byte = (_fbgemm_block(name) for name in ("fp16", "int8"))  # columns of a block, which fbgemm pads
     assert weights("fp16") == 2 * sum(rows * (columns + -columns % half) for rows, columns in matrices.values())
-    rows, columns = matrices.pop("output.weight")  # in quarters
-    output = rows * (columns + -columns % (4 * byte))
+    rows, columns = matrices.pop("output.weight")  # in groups of columns
+    output = rows * (columns + -columns % (_output_groups(columns) * byte))
     assert weights("int8") == output + sum(rows * (columns + -columns % byte) for rows, columns in matrices.values())
 
 

@@ -133,8 +133,11 @@ def test_pieces_and_groups_change_no_answer(source: Path, monkeypatch: pytest.Mo
 
 @needs_fbgemm
 @pytest.mark.parametrize(("precision", "expected"), [("fp16", {Half}), ("int8", {Int8, Columns})])
-def test_packing_exchanges_every_layer(source: Path, precision: str, expected: set[type]) -> None:
-    """None goes on multiplying what the file holds, and one token reads 2 bytes a weight, or 1."""
+def test_packing_exchanges_every_layer(
+    source: Path, monkeypatch: pytest.MonkeyPatch, precision: str, expected: set[type]
+) -> None:
+    """No layer still multiplies the file's weights; one token reads 2 bytes per weight, or 1."""
+    monkeypatch.setattr(precision_module, "_fbgemm_block", lambda _: 16)  # four blocks of columns in the tiny output
     weights = stored(tiny_args())
     model, packing = build(weights, tiny_args(), precision, CPU, [source])
     assert {type(held) for held in forms(model)} == {Blocks}
@@ -144,7 +147,7 @@ def test_packing_exchanges_every_layer(source: Path, precision: str, expected: s
     packing.wait()
     assert {type(held) for held in forms(model)} == expected
     rows = sum(len(weight) for name, weight in weights.items() if weight.ndim == 2 and "tok_" not in name)
-    rows += 3 * len(weights["output.weight"])  # a scale for each quarter
+    rows += 3 * len(weights["output.weight"])  # a scale per row for each of four groups of columns
     assert weight_bytes(model) == (2 * linear if precision == "fp16" else linear + 4 * rows)
 
 
