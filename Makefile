@@ -1,7 +1,7 @@
 # Each target sets up all that it needs. Another Python: make PYTHON=python3.12 run
 PYTHON ?= python3
 
-.PHONY: run test images benchmark quality formats lock audit minimums clean
+.PHONY: run test instruction-sets images benchmark quality formats lock audit minimums clean
 
 run:  ## start the session with the open model
 	@$(PYTHON) tools/install.py .venv
@@ -13,7 +13,15 @@ test:  ## style, types and tests
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy --strict
-	OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+PYTEST = OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+ONLY_AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+instruction-sets:  ## the tests as a CPU without AVX-512 runs them; then the kernels in plain C++
+	@$(PYTHON) tools/install.py .venv-test plot test
+	$(ONLY_AVX2) LLAMA_SCRATCH_KERNELS=avx2 $(PYTEST)
+	LLAMA_SCRATCH_KERNELS=plain $(PYTEST) tests/test_kernels.py tests/test_panels.py tests/test_speculation.py
 
 images:  ## make the README's pictures from real runs
 	@$(PYTHON) tools/install.py .venv-test plot test

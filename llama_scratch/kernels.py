@@ -44,6 +44,9 @@ _AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
 _SECONDS = 300  # after which a compiler, or another program's, is not waited for
 _GAIN = "; with one (Debian: apt-get install g++) int8 and int4 would be faster"
 
+# $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
+INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
+
 _loading = threading.Lock()  # never held while something is compiled
 _loaded = False
 _failure = ""  # why there are none, once it was tried
@@ -149,7 +152,12 @@ def _reason() -> Path:
 
 
 def _wanted() -> bool:
-    return os.environ.get("LLAMA_SCRATCH_KERNELS") != "0"
+    return _setting() != "0"
+
+
+def _setting() -> str:
+    """$LLAMA_SCRATCH_KERNELS: "0" switches the kernels off, a name of `INSTRUCTION_SETS` limits them."""
+    return os.environ.get("LLAMA_SCRATCH_KERNELS", "")
 
 
 def _libraries() -> Iterator[Path]:
@@ -188,10 +196,14 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
-@functools.cache
 def _key() -> str:
-    """The beginning of a library's name: what it is made from, and for."""
-    made = SOURCE.read_bytes(), torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI, _cpu(), _flags()
+    """The beginning of a library's name: a hash of the source, torch, the CPU and the flags."""
+    return _key_of(*_flags())
+
+
+@functools.cache
+def _key_of(*flags: str) -> str:
+    made = SOURCE.read_bytes(), torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI, _cpu(), list(flags)
     return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
 
 
@@ -268,7 +280,8 @@ def _find(named: str, path: str) -> tuple[str | None, str]:
 def _flags() -> list[str]:
     """How to compile. No contraction: a·b + c is rounded twice on every machine."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = ["-std=c++20", "-O3", native, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
+    instructions = INSTRUCTION_SETS.get(_setting(), [native])
+    flags = ["-std=c++20", "-O3", *instructions, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     if sys.platform == "darwin":
         return [*flags, "-undefined", "dynamic_lookup", "-Xpreprocessor", "-fopenmp"]

@@ -180,6 +180,8 @@ _BLOCKS = 6 << 22
 _ON_THE_WAY = 4
 # For each product of two inputs while the curvature is made of them, and for each weight that is calibrated.
 _MAKING, _CALIBRATING = 24, 16
+
+
 def _fbgemm_block(precision: str) -> int:
     """Columns per block of fbgemm's packed weights, whose last block is padded; 1 without fbgemm.
 

@@ -15,6 +15,8 @@ from tests.checkpoints import write_meta
 CACHE = Path(__file__).parent.parent / ".cache"
 os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The instruction set that tests compile the kernels for, see `make instruction-sets`.
+KERNELS = os.environ.get("LLAMA_SCRATCH_KERNELS", "native")
 for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
     del os.environ[name]
 # A compiler's seconds in each home are too many; tests of the kernels turn them on.
@@ -41,7 +43,7 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+        patch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         before = kernels._loaded
         kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")

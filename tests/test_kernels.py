@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llama_scratch import kernels
 from llama_scratch.config import ModelArgs
 from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rotations
+from tests.conftest import KERNELS
 
 ALONE = Path(__file__).parent / "kernels_alone.cpp"
 BLOCK = {8: 32, 4: 64}
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compi
 
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
 
 
 # --- References -------------------------------------------------------------------------------
@@ -143,6 +144,18 @@ def test_each_set_of_instructions_is_meant(machines: dict[str, Alone]) -> None:
     assert machines["plain"].machine == "any machine"
     assert machines["native"].machine != "any machine" or platform.machine() not in ("x86_64", "aarch64")
     assert "avx2" not in machines or machines["avx2"].machine == "AVX2"
+
+
+def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLAMA_SCRATCH_KERNELS names it; each has flags of its own, and so a library of its own."""
+    keys = set()
+    for name in ("avx2", "plain", "native", ""):
+        monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", name)
+        flags = kernels.INSTRUCTION_SETS.get(name, [NATIVE])
+        assert set(flags) <= set(kernels._flags())
+        assert (NATIVE in kernels._flags()) == (name in ("native", ""))
+        keys.add(kernels._key())
+    assert len(keys) == 3
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -264,7 +277,9 @@ def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
 def ops(built_kernels: None) -> Any:
     """The operators."""
     assert kernels.ready()
-    assert kernels.state() == f"compiled for {torch.ops.llama_scratch.machine()}"
+    machine = torch.ops.llama_scratch.machine()
+    assert kernels.state() == f"compiled for {machine}"
+    assert machine == {"avx2": "AVX2", "plain": "any machine"}.get(KERNELS, machine)
     return torch.ops.llama_scratch
 
 

@@ -287,12 +287,12 @@ def test_what_was_made_from_or_for_something_else_is_not_taken(
             patch.setattr(torch, "__version__", "2.99.0")
         else:
             patch.setattr(kernels, {"CPU": "_cpu", "flags": "_flags"}[change], lambda: ["other"])
-        kernels._key.cache_clear()
+        kernels._key_of.cache_clear()
         again()
         assert not kernels.load()
         assert kernels.build()
         assert calls(log) == 2
-    kernels._key.cache_clear()
+    kernels._key_of.cache_clear()
     again()
     assert kernels.load()
 

@@ -28,6 +28,7 @@ from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import BITS, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 from llama_scratch.step import FEW, LONG, Step
+from tests.conftest import KERNELS
 from tests.checkpoints import tiny_args, write_meta
 from tests.test_background import until
 from tests.test_precision import CPU, forms, reference, relative, run, source, stored
@@ -44,7 +45,7 @@ SHAPES = pytest.mark.parametrize("shape", [(16, 64), (5, 64), (37, 33), (48, 200
 
 @pytest.fixture(autouse=True)
 def _wanted(built_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
 
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
 from llama_scratch.speculation import Drafts
 from llama_scratch.step import FEW
+from tests.conftest import KERNELS
 
 CYCLE = [5, 6, 7, 8, 9, 10]
 SAMPLED = Sampling(temperature=0.02, top_k=5, seed=3)
@@ -122,7 +123,7 @@ def loaded(
 ) -> Llama:
     """A small random network in panels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+        patch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         llama = Llama.load(tiny_dir, precision=request.param, device="cpu", context=400)
         llama.prepare()
@@ -132,7 +133,7 @@ def loaded(
 @pytest.fixture
 def packed(loaded: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     """The same, with the kernels at hand; no token ends a text."""
-    monkeypatch.delenv("LLAMA_SCRATCH_KERNELS", raising=False)
+    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
     monkeypatch.setattr(loaded.tokenizer, "stop_ids", frozenset())
     return loaded
 
