@@ -1,19 +1,23 @@
 # Each target sets up all that it needs. Another Python: make PYTHON=python3.12 run
 PYTHON ?= python3
 
-.PHONY: run test instruction-sets images benchmark quality formats lock audit minimums clean
+.PHONY: run test slow instruction-sets images benchmark quality formats lock audit minimums clean
 
 run:  ## start the session with the open model
 	@$(PYTHON) tools/install.py .venv
 	@.venv/bin/llama-scratch --quiet pull smollm2
 	@.venv/bin/llama-scratch --model smollm2
 
-test:  ## style, types and tests
+test:  ## style, types and tests, but for the slow ones
 	@$(PYTHON) tools/install.py .venv-test plot test
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy --strict
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
+
+slow:  ## the tests that compare at length: real text against other programs, benchmarks, memory, sanitizers
+	@$(PYTHON) tools/install.py .venv-test plot test
+	$(PYTEST) -m slow
 
 PYTEST = OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 ONLY_AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2

@@ -35,16 +35,18 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled once where no other test did it; afterwards as if they had not been."""
+    """The kernels, compiled once per run: parallel workers wait for the first one. Unloaded again afterwards."""
     import torch
 
     from llama_scratch import kernels
 
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
+    run = tmp_path_factory.getbasetemp()
+    cache = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache / "kernels"))
         before = kernels._loaded
         kernels._loaded = hasattr(torch.ops.llama_scratch, "linear")
         assert kernels.build(), kernels._failure

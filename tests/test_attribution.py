@@ -127,6 +127,7 @@ def test_each_contribution_is_that_of_its_part(fp32: Llama, stored: dict[str, Te
     assert found["L2.ffn"] == pytest.approx(float(direction @ ffn), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paris", "london"])
 def test_real_weights_attribute_as_transformers_activations_say(
     request: pytest.FixtureRequest, huggingfaces: Any, name: str

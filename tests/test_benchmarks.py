@@ -25,6 +25,7 @@ from tests.checkpoints import write_meta
 # --- The whole path ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_at_a_tiny_size(tmp_path: Path) -> None:
     """Models are made, engines run in their processes and take turns, the table is written."""
     names = ["ours fp", "ours bf16", "ours int8"]  # int4 would be calibrated first
@@ -42,6 +43,7 @@ def test_compare_at_a_tiny_size(tmp_path: Path) -> None:
     assert "| decode, int8 | ≥ 1.35 × our fp16 |" in table
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_load_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are measured, and the report says why."""
     entries = (
@@ -54,6 +56,7 @@ def test_an_engine_that_does_not_load_is_left_out(tmp_path: Path, monkeypatch: p
     assert "- ours fp3: The precision is 'fp3'" in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_quality_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     """All our precisions against fp32; what is no worse than rounding is met."""
     sizes = ["--tokens", "64", "--window", "32", "--peers"]
@@ -64,6 +67,7 @@ def test_quality_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     assert "| ours int8 |" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_quality_of_rotated_weights_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     """int8 and int4 on the same network with other weights, with their bits; and w2 by itself."""
     sizes = ["--tokens", "64", "--window", "32", "--peers"]
@@ -80,6 +84,7 @@ def test_quality_of_rotated_weights_at_a_tiny_size(tmp_path: Path, tiny_dir: Pat
     assert not (tmp_path / "quality.json").exists()
 
 
+@pytest.mark.slow
 def test_the_microscope_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
     """Every row is there, in the file and in the table."""
     sizes = ["--runs", "1", "--tokens", "4", "--record", "--output", str(tmp_path)]
@@ -204,6 +209,7 @@ def test_the_text_is_long_enough() -> None:
 # --- The peers' files -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gguf_in_one_type(tmp_path: Path, smollm2_path: Path, dtype: torch.dtype) -> None:
     """SmolLM2's matrices in another type, each rounded once."""
@@ -227,6 +233,7 @@ def test_shards_are_the_same_model(tmp_path: Path, tiny_dir: Path, count: int) -
     assert all(torch.equal(as_tensor(whole[name]), as_tensor(joined[name])) for name in whole)
 
 
+@pytest.mark.slow
 def test_loading_at_a_tiny_size(tmp_path: Path) -> None:
     """Every form, and the table."""
     out = ["--directory", str(tmp_path), "--output", str(tmp_path)]

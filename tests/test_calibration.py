@@ -102,6 +102,7 @@ def test_documentation_without_the_librarys_source(tmp_path: Path, monkeypatch: 
     assert documentation(1000) == "words " * 100
 
 
+@pytest.mark.slow
 def test_examples(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of them read and half said; the beginning of a text stands before each."""
     bos = llama.tokenizer.bos_id

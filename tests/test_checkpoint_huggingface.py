@@ -856,6 +856,7 @@ def same_ids(pairs: dict[str, Pair], text: str) -> None:
         assert ours.encode(text, bos=True) == encode(text), name
 
 
+@pytest.mark.slow
 def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
     """Plain Unicode and where tokenizers part company, but for the names of special tokens; each text counts once."""
     seen: set[str] = set()

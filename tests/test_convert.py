@@ -351,6 +351,7 @@ def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_the_open_model_in_all_forms(smollm2: tuple[convert.Converted, ...], smollm2_path: Path) -> None:
     """Quantised → float32, said so, and from there on lossless; tokens as `tokenizers` and as before."""
     from tokenizers import Tokenizer as TheirTokenizer

@@ -42,6 +42,7 @@ def figures() -> dict[str, Any]:
 # --- The long runs, short ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_told_to_end_at_any_moment(figures: dict[str, Any]) -> None:
     """All that is written is the old version or the new one, whole, and nothing is left."""
     found = figures["signals"]

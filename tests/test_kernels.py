@@ -258,6 +258,7 @@ def test_a_product_on_top_of_what_is_there(alone: Alone, bits: int) -> None:
     assert same(alone.product(x, q, scales, bits, onto), onto + product(x, q, scales, bits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
     """Addresses and undefined behaviour, over random and extreme products and layers."""

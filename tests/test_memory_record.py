@@ -14,6 +14,7 @@ from tests.trust.record import read
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kernels"), [("fp32", False), ("fp16", False), ("int8", False), ("int8", True)])
 def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
     """With packing and a context that is filled; 110 M weights, so that the program's own changes weigh little."""

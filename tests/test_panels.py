@@ -28,8 +28,8 @@ from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import BITS, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 from llama_scratch.step import FEW, LONG, Step
-from tests.conftest import KERNELS
 from tests.checkpoints import tiny_args, write_meta
+from tests.conftest import KERNELS
 from tests.test_background import until
 from tests.test_precision import CPU, forms, reference, relative, run, source, stored
 

@@ -120,6 +120,7 @@ def test_the_texts_are_long_enough_to_matter(llama: Llama) -> None:
     assert sum(len(llama.encode(text)) for text in TEXTS.values()) >= 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_real_text_gets_the_logits_of_transformers(llama: Llama, huggingfaces: Any, text: str) -> None:
     """On the same dequantised weights, fed our ids."""
@@ -187,6 +188,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+@pytest.mark.slow
 def test_packed_weights_keep_their_promise_on_real_text(llama: Llama, packed: Llama) -> None:
     """fp16: logits within 1e-3 of fp32's. int8: a distribution that is hardly another, in spite of real outliers."""
     ours, theirs = packed.logits(TEXTS["facts"]), llama.logits(TEXTS["facts"])

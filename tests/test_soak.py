@@ -84,6 +84,7 @@ def cancelled(soak: Soak) -> Iterator[tuple[str, list[Line]]]:
     yield "system", [prompt("of"), ("system", "/system hey", soak.setting(chat=Talk("hey"), texts=()))]
 
 
+@pytest.mark.slow
 def test_cancelled_anywhere_a_session_is_as_it_was_or_as_it_shall_be(soak: Callable[..., Soak]) -> None:
     found = soak(interactive=True, generate=2)
     found.step(("prompt", "the nation", found.says("the nation")))
