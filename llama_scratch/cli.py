@@ -354,6 +354,7 @@ def main(
         keeps_turns=commands,
         debug=debug,
     )
+    session.explained.update(session.llama.warnings)  # `_load` printed them
     if conversation:
         begin(session, conversation.system)
         session.first_system = conversation.system
@@ -607,7 +608,10 @@ def _load(options: ModelOptions, screen: Screen) -> Llama:
     """The model that the options mean; the open one is fetched where it is meant and missing."""
     _fetch_missing(options, screen)
     with progress_bar(screen.log, "Starting torch") as progress:
-        return _load_now(options, progress)
+        llama = _load_now(options, progress)
+    for sentence in llama.warnings:
+        screen.log.print(f"{NAME}: {sentence}", style="yellow", soft_wrap=True, markup=False)
+    return llama
 
 
 def _loading(options: ModelOptions, screen: Screen) -> Loading:

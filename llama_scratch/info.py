@@ -79,6 +79,7 @@ def describe(
         "chat": checkpoint.chat is not None,
         "memory": _memory(checkpoint, args, stored, target),
         "kernels": kernels.state(),
+        "warnings": list(checkpoint.warnings),
         "tokenizer": {
             "kind": "byte-level BPE",
             "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),

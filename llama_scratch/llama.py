@@ -68,7 +68,7 @@ class Llama:
     or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
     what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
     for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `speculation`;
-    what comes out is the same.
+    what comes out is the same. warnings: messages about the model's files, which each prediction repeats.
     """
 
     speculate = True
@@ -86,6 +86,7 @@ class Llama:
         packing: Background | None = None,
         weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
         files: Mapped | None = None,
+        warnings: tuple[str, ...] = (),
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
@@ -95,6 +96,7 @@ class Llama:
         self.context = context
         self.engine = Engine(model, context, packing, files=files)
         self.load_s = load_s
+        self.warnings = warnings
         self._weights = weights
         self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
 
@@ -172,6 +174,7 @@ class Llama:
             packing=packing,
             weights=checkpoint.load,
             files=checkpoint.mapped,
+            warnings=checkpoint.warnings,
         )
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
@@ -390,6 +393,7 @@ class Llama:
         )
 
     def _warnings(self, prompt: Prompt, ids: list[int], next: Token, special: bool) -> Iterator[Caution]:
+        yield from (Caution(sentence, sentence) for sentence in self.warnings)
         if isinstance(prompt, str):
             yield from self.tokenizer.warnings(prompt, special=special)
             if prompt.endswith(" "):

@@ -83,7 +83,7 @@ class Prediction:
     tokens: what the model saw, the beginning-of-text token included.
     top: the most probable tokens, best first; `next` is the first of them.
     entropy_bits: how open the question is; 0 where one token has all the probability.
-    warnings: sentences for a person about this prompt.
+    warnings: messages for the user about this prompt, and about the model's files.
     """
 
     prompt: str

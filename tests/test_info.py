@@ -179,7 +179,7 @@ def test_what_is_there_for_programs_stays(llama_scratch: Runner, smollm2_path: P
     old = {"name", "format", "path", "bytes", "stored", "precision", "parameters", "tied_output", "shape", "rope"}
     old |= {"context", "tokenizer"}
     assert old <= facts.keys()
-    assert set(facts) - old == {"files", "licence", "parts", "chat", "memory", "kernels"}
+    assert set(facts) - old == {"files", "licence", "parts", "chat", "memory", "kernels", "warnings"}
     assert {"tokens", "special", "bos", "stops"} <= facts["tokenizer"].keys()
     assert {"theta", "scaling"} <= facts["rope"].keys()
     assert facts["licence"] == "apache-2.0"

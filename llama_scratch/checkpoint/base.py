@@ -46,8 +46,8 @@ class Checkpoint:
 
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
     weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
-    conversations, None for a base model. licence: as the files state it. mapped: the files, as they were when this was
-    made.
+    conversations, None for a base model. licence: as the files state it. warnings: messages about the files, if they
+    contradict each other or leave something to a guess. mapped: the files, as they were when this was made.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Checkpoint:
     chat: ChatFormat | None = None
     files: tuple[Path, ...] = ()
     licence: str | None = None
+    warnings: tuple[str, ...] = ()
     mapped: Mapped = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ def convert(
         FORMS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
         sums = write_checksums(written)
-        notes = [*_dequantised(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
+        notes = [*checkpoint.warnings, *_dequantised(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
         size = sum(map(_flushed, [written] if written.is_file() else sorted(written.iterdir())))
         checkpoint.mapped.check()
         with _beside(sums, destination) if written.is_file() else nullcontext():

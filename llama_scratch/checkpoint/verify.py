@@ -461,6 +461,7 @@ def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
     return [
         Finding("tokenizer", "structure", "ok", tokens),
         Finding("RoPE", "factor", "note" if changed else "ok", f"{rope}."),
+        *(Finding(checkpoint.path.name, "structure", "note", sentence) for sentence in checkpoint.warnings),
     ]
 
 

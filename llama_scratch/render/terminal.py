@@ -231,6 +231,7 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
         "chat": "it has a format for conversations" if facts["chat"] else "no format, as of a base model",
         "memory": f"{needed}, with {memory['context']:,} tokens on {memory['device']}, besides the mapped weights",
         "kernels": facts["kernels"],
+        **({"warnings": " ".join(facts["warnings"])} if facts["warnings"] else {}),
     }
 
 

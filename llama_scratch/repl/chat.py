@@ -87,7 +87,9 @@ class Chat:
         self.questions.append(question)
         if session.interactive:
             for sentence in before.warnings:
-                session.show(terminal.warning(sentence))
+                if sentence not in session.explained:  # about the model, and shown before
+                    session.show(terminal.warning(sentence))
+            session.explained.update(llama.warnings)
         changes = session.changes()  # of the answer's first token
         answer = session.generate(session.settings.generate or ANSWER)
         if answer.ids:

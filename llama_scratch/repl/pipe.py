@@ -92,7 +92,10 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
             _write(terminal.as_text(reply.view))
     elif form.kind == "lines" and "next" in output:
         for sentence in output["warnings"]:
+            if sentence in session.explained:  # about the model, and printed before
+                continue
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
+        session.explained.update(session.llama.warnings)
         if "generated" in output:
             _write(output["generated"]["text"])
         else:
