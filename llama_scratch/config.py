@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UsageError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError, printable
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 """What a network can be run in, see `precision`, which brings torch."""
@@ -38,8 +38,12 @@ class RopeScaling:
 class ModelArgs:
     """Everything that is needed to build the network; field names are Meta's.
 
-    `ffn_dim` is the width of the feed-forward layer, `max_seq_len` the longest context, in tokens. `rope_divisors`:
-    what each pair's frequency is divided by, head_dim/2 numbers, in place of `rope_scaling`'s rule.
+    Attributes:
+        ffn_dim: Width of the feed-forward layer.
+        max_seq_len: The longest context, in tokens.
+        rope_scaling: None if the rotary embedding is not scaled. A factor of 1 becomes None.
+        rope_divisors: One divisor per pair's frequency, head_dim/2 numbers, instead of `rope_scaling`.
+        head_dim: Width of one attention head. 0 becomes dim / n_heads, as in most models.
     """
 
     dim: int
@@ -53,24 +57,26 @@ class ModelArgs:
     rope_scaling: RopeScaling | None
     max_seq_len: int
     rope_divisors: tuple[float, ...] | None = None
+    head_dim: int = 0
 
     def __post_init__(self) -> None:
+        if self.rope_scaling and self.rope_scaling.factor == 1:
+            object.__setattr__(self, "rope_scaling", None)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        if self.dim % (2 * self.n_heads):
-            raise CheckpointError(
-                f"dim {self.dim} does not divide into {self.n_heads} heads of an even size (n_heads)."
-            )
+        if not self.head_dim:
+            if self.dim % (2 * self.n_heads):
+                raise CheckpointError(
+                    f"dim {self.dim} does not divide into {self.n_heads} heads of an even size (n_heads)."
+                )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim < 0 or self.head_dim % 2:  # the rotary embedding turns pairs
+            raise CheckpointError(f"head_dim is {self.head_dim}, expected an even number.")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
                 f"{self.n_heads} query heads (n_heads) do not divide among {self.n_kv_heads} (n_kv_heads)."
             )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
 
     def with_rope_factor(self, factor: float | None) -> ModelArgs:
         """The same shape with another RoPE factor; 1 turns the scaling off, None changes nothing."""
@@ -133,17 +139,21 @@ class ModelArgs:
                 f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {FETCH_AGAIN}"
             )
         if "quantization_args" in params:
-            raise CheckpointError(
+            raise UnsupportedError(
                 f"{path} is of Meta's quantised release {_release(params)}, expected bf16 weights; "
                 "use the release without that in its name."
             )
         try:
             return cls._from_params(Fields(params))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
 
     @classmethod
     def _from_params(cls, fields: Fields) -> ModelArgs:
+        if other := next((field for field in _OTHER_NETWORKS if fields.values.get(field)), None):
+            raise UnsupportedError(f"{other} belongs to another network than Llama 3's; use a Llama 3 text model.")
         dim = fields.integer("dim")
         n_heads = fields.integer("n_heads")
         scaling = None
@@ -168,9 +178,22 @@ class ModelArgs:
             norm_eps=fields.number("norm_eps"),
             rope_theta=fields.number("rope_theta"),
             rope_scaling=scaling,
-            # Not Meta's: what `convert` writes where the rule does not give it.
+            # Not Meta's: `convert` writes these two if the rules do not give them.
             max_seq_len=fields.integer("context_length", default=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT),
+            head_dim=fields.integer("head_dim", default=0),
         )
+
+
+# Fields of Meta's params.json that change the network: Llama 4's, and those of the vision models.
+_OTHER_NETWORKS = (
+    "moe_args",
+    "use_qk_norm",
+    "nope_layer_interval",
+    "attention_chunk_size",
+    "vision_args",
+    "vision_chunk_size",
+    "vision_num_cross_attention_layers",
+)
 
 
 def _release(params: Mapping[str, Any]) -> str:
@@ -219,7 +242,11 @@ class Fields:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *, most: int = _LARGEST) -> int:
-        value = self._get(name, default)
+        """A whole number, which some programs write as a float (8192.0)."""
+        if (value := self._get(name, default)) is default:
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise CheckpointError(f"the field {name} is {printable(value)}, expected a whole number from 1 to {most}.")
         return value

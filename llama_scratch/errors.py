@@ -51,6 +51,10 @@ class CheckpointError(LlamaScratchError):
     exit_code = 4
 
 
+class UnsupportedError(CheckpointError):
+    """A model file that is not damaged, but of a kind that this package does not run; says what to use instead."""
+
+
 class OutOfMemoryError(LlamaScratchError):
     """The model or its cache does not fit into this machine's memory."""
 

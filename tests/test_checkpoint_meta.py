@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -31,10 +32,12 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import (
+    FETCH_AGAIN,
     CheckpointError,
     LlamaScratchError,
     ModelNotFoundError,
     OutOfMemoryError,
+    UnsupportedError,
     UsageError,
 )
 from llama_scratch.lazy import Weight, as_tensor
@@ -54,7 +57,8 @@ PREFIX = "consolidated.00"
 def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: object) -> str:
     """Check an error: its class, its exit code, and one short printable line that holds every part of `says`."""
     message = str(error)
-    assert type(error) is kind, message
+    assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
+    assert not (isinstance(error, UnsupportedError) and FETCH_AGAIN in message), message
     assert error.exit_code == EXIT_CODES.get(kind, 1)
     assert message.isprintable(), message
     assert message.endswith("."), message
@@ -746,10 +750,14 @@ ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "sparse": lambda t: t.float().to_sparse(),
     "sparse rows": lambda t: t.float().to_sparse_csr(),
-    "transposed": lambda t: t.t(),
+    "meta": lambda t: t.to("meta"),
+}
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.t().contiguous().t(),
     "expanded": lambda t: t[:1].expand_as(t),
     "strided": lambda t: torch.cat([t, t], 1)[:, ::2],
-    "meta": lambda t: t.to("meta"),
+    "columns of a wider one": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : -t.shape[1]],
+    "rows of a longer one": lambda t: torch.cat([t, t, t])[len(t) : -len(t)],
 }
 
 
@@ -763,6 +771,82 @@ def test_tensors_that_are_not_plain(small_dir: Path, kind: str) -> None:
     message = refused(small_dir, CheckpointError, small_dir / WEIGHTS)
     # Where what makes such a tensor is refused before there is one, that is named instead.
     assert name in message or "torch._utils" in message or kind in ("quantised", "float8")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_weight_that_is_a_view(small_dir: Path, view: str) -> None:
+    """torch.save keeps strides and offsets: the numbers are the same, in rows one after the other."""
+    weights = load(small_dir)
+    for name in ("layers.0.attention.wq.weight", "layers.0.feed_forward.w2.weight", "tok_embeddings.weight"):
+        weights[name] = VIEWS[view](weights[name])
+    weights["layers.0.ffn_norm.weight"] = weights["layers.0.ffn_norm.weight"].repeat_interleave(2)[::2]
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    read = open_checkpoint(save(small_dir, weights)).load(silent)
+    assert same(read, weights)
+    assert all(isinstance(weight, Tensor) and weight.is_contiguous() for weight in read.values())
+    assert is_tied(read)
+
+
+def test_another_view_of_the_embedding_is_not_tied(tmp_path: Path) -> None:
+    """It begins at the same byte and has the same shape, and its numbers are in another order."""
+    directory = write_meta(tmp_path / "m", params=SMALL | {"vocab_size": 556, "dim": 556 * 2, "n_heads": 2})
+    weights = load(directory)
+    store = weights["tok_embeddings.weight"].clone().reshape(-1)
+    weights["tok_embeddings.weight"] = store.as_strided((556, 1112), (1112, 1))
+    weights["output.weight"] = store.as_strided((556, 1112), (1, 556))
+    read = open_checkpoint(save(directory, weights)).load(silent)
+    assert not is_tied(read)
+    assert same(read, weights)
+
+
+def test_a_view_that_is_much_larger_than_its_file(small_dir: Path) -> None:
+    """A number that claims to be terabytes: its shape is compared before a copy is made."""
+    weights = load(small_dir) | {"norm.weight": torch.ones(1, dtype=torch.bfloat16).expand(10**13)}
+    with little_memory():
+        refused(save(small_dir, weights), CheckpointError, "norm.weight has the shape")
+
+
+@pytest.mark.parametrize("n", [None, 6])
+def test_a_file_without_checksums(small_dir: Path, n: int | None) -> None:
+    """torch.serialization.set_crc32_options(False) writes 0 for each; a single 0 is damage."""
+    weights, path = load(small_dir), small_dir / WEIGHTS
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(small_dir, weights)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    if n is None:
+        assert same(load(small_dir), weights)
+        return
+    save(small_dir, weights)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        place = data.index(f"data/{n}".encode(), archive.start_dir) - len(PREFIX) - 1 - 46
+    data[place + 16 : place + 20] = bytes(4)
+    path.unlink()
+    path.write_bytes(data)
+    refused(small_dir, CheckpointError, f"data/{n}", "checksum", "again")
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["is_contiguous", "untyped_storage", "detach", "data_ptr", "shape", "stride", "__class__", "grad", "data"],
+)
+def test_an_attribute_that_shadows_a_method(small_dir: Path, attribute: str) -> None:
+    """A pickle can attach anything to a parameter: it is ignored, or the file is rejected."""
+    weights = load(small_dir)
+    parameter = torch.nn.Parameter(weights["norm.weight"], requires_grad=False)
+    parameter.odd = "odd"  # type: ignore[attr-defined]
+    save(small_dir, weights | {"norm.weight": parameter})
+    path = small_dir / WEIGHTS
+    with zipfile.ZipFile(path) as archive:
+        description = archive.read(f"{PREFIX}/data.pkl")
+    name = struct.pack("<cI", b"X", len(attribute)) + attribute.encode()
+    repack(path, {"data.pkl": description.replace(b"X\x03\x00\x00\x00odd", name, 1)})
+    try:
+        assert same(load(small_dir), weights)
+    except CheckpointError as error:
+        is_sentence(error, CheckpointError, path)
 
 
 @pytest.mark.parametrize("name", SMALL_ARGS.weight_shapes())
@@ -876,7 +960,7 @@ NUMBERS = ["norm_eps", "rope_theta", "ffn_dim_multiplier"]
 OPTIONAL = {"ffn_dim_multiplier", "use_scaled_rope"}
 BAD_NUMBERS: list[Any] = [0, -1, 10**12, 10**30, float("nan"), float("inf"), "32", "3\n2", True, [32], {"a": 1}]
 BAD_VALUES: list[tuple[str, Any]] = [
-    *((field, value) for field in INTEGERS for value in [*BAD_NUMBERS, 1.5, 32.0]),
+    *((field, value) for field in INTEGERS for value in [*BAD_NUMBERS, 1.5]),
     *((field, value) for field in NUMBERS for value in BAD_NUMBERS),
     *(("use_scaled_rope", value) for value in (0, 1, "true", 1.0, [True])),
 ]

@@ -357,8 +357,7 @@ def test_a_weight_that_was_cut_along_the_other_axis(tmp_path: Path, name: str, n
     axis = axis_of(name, 0)
     for part, piece in zip(shards, weights[name].chunk(n, 0 if axis is None else 1 - axis), strict=True):
         part[name] = piece.clone()
-    message = refused(write(tmp_path / "m", shards), CheckpointError, shard(0))
-    assert (f"{shard(1)} does not hold the same" if axis is None else f"{name} has the shape") in message
+    refused(write(tmp_path / "m", shards), CheckpointError, shard(0), f"{name} has the shape")
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (560,), (70, 128, 1), (0, 128)])

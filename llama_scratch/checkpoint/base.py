@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.chat import ChatFormat
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, UnsupportedError, printable
 from llama_scratch.guard import Mapped
 from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
@@ -19,6 +19,7 @@ from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from llama_scratch.lazy import Weight
 
@@ -104,18 +105,37 @@ def check_shapes(
 ) -> None:
     """Compare names and shapes of a file's weights with what `args` says; only the output may be missing.
 
-    names: the file's name of each weight → Meta's, where they differ. Raises `CheckpointError` that names the file and
-    the first weight that is wrong.
+    Args:
+        found: Name in the file → shape.
+        args: The expected shape of the network.
+        path: The file that errors name.
+        names: Name in the file → Meta's name, if they differ.
+
+    Raises:
+        UnsupportedError: If the linear layers have biases.
+        CheckpointError: If any other weight is missing, unknown or of another shape; names the first one.
     """
     by = _DESCRIBED_BY.get(path.suffix, "its header")
     metas = args.weight_shapes()
     names = names or dict(zip(metas, metas, strict=True))
     shapes = {name: metas[meta] for name, meta in names.items()}
-    if missing := [name for name in shapes if name not in found and names[name] != OUTPUT]:
+    missing = [name for name in shapes if name not in found and names[name] != OUTPUT]
+    unknown = [name for name in found if name not in shapes]
+    if missing and not unknown:
         raise CheckpointError(
             f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by {by}; fetch the model again."
         )
-    if unknown := [name for name in found if name not in shapes]:
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {_some(missing)} and holds {_some(unknown)}, expected {len(shapes)} weights by {by}; "
+            "check that weights and params belong to the same model."
+        )
+    if unknown and all(name.endswith(".bias") for name in unknown):
+        raise UnsupportedError(
+            f"{path} holds {_some(unknown)}, but linear layers with a bias are not supported; "
+            "use a model without biases."
+        )
+    if unknown:
         raise CheckpointError(
             f"{path} holds {_some(unknown)}, expected no weight of that name in a Llama of this shape; "
             "check that weights and params belong to the same model."
@@ -129,14 +149,19 @@ def check_shapes(
 
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Let the output be the embedding itself where it is missing or shares the embedding's storage."""
+    """Let the output be the embedding itself if it is missing or the same view of the embedding's storage."""
     from llama_scratch.lazy import Lazy
 
     embedding = weights[EMBEDDING]
     output = weights.get(OUTPUT, embedding)
     if isinstance(output, Lazy) or isinstance(embedding, Lazy):
         return {**weights, OUTPUT: output}
-    return {**weights, OUTPUT: embedding if output.data_ptr() == embedding.data_ptr() else output}
+    return {**weights, OUTPUT: embedding if same_view(output, embedding) else output}
+
+
+def same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers of one storage, in the same order."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def is_tied(weights: Mapping[str, Weight]) -> bool:

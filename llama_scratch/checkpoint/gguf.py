@@ -10,17 +10,17 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.chat import ChatFormat, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
-from llama_scratch.checkpoint.gguf_header import Header, TensorInfo, read_header
+from llama_scratch.checkpoint.gguf_header import MAX_ELEMENTS, Header, TensorInfo, read_header
 from llama_scratch.checkpoint.vocabulary import PATTERNS, STOPS, check_merges, ranks_of
 from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -66,6 +66,8 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         args = _model_args(headers)
         own_tokenizer = replacement or _tokenizer(metadata)
         chat = _chat(metadata, own_tokenizer)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{headers[0].path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{headers[0].path}: {error}") from error
     shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors}
@@ -85,6 +87,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         chat=chat,
         files=tuple(header.path for header in headers),
         licence=printable(licence) if isinstance(licence, str) and licence else None,
+        warnings=tuple(_contradictions(metadata, args)),
     )
 
 
@@ -100,12 +103,13 @@ def _read_headers(path: Path) -> list[Header]:
             f"{path} is one of {printable(count)} files of a split model, expected a name such as "
             "model-00001-of-00003.gguf; give the files the names that they came with."
         )
-    headers = []
+    headers: list[Header] = []
     for number in range(1, count + 1):
         file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
             raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {FETCH_AGAIN}")
-        headers.append(header if file == path else read_header(file))
+        left = MAX_ELEMENTS - sum(other.elements for other in headers)
+        headers.append(header if file == path else read_header(file, left))
         split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
         if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
             raise CheckpointError(
@@ -124,19 +128,57 @@ def _read_headers(path: Path) -> list[Header]:
 # --- What the header says ---------------------------------------------------------------------
 
 
-def _model_args(headers: Sequence[Header]) -> ModelArgs:
-    metadata = headers[0].metadata
-    fields = Fields(metadata)
+class _LayerFields(Fields):
+    """Metadata in which a field may have one value per layer, as long as all layers have the same."""
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = super()._get(name, default)
+        if not isinstance(value, list) or name == "llama.block_count":
+            return value
+        if len(value) != (n_layers := self.integer("llama.block_count")):
+            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {FETCH_AGAIN}")
+        if any(other != value[0] for other in value):
+            raise UnsupportedError(f"{name} differs between layers; use a model whose layers all have one shape.")
+        return value[0]
+
+
+def _check_supported(metadata: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` if the metadata asks for more than a plain Llama computes."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise CheckpointError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
-    # As in llama.cpp, where a factor without a type is a linear one's.
-    factors = [metadata.get(field, 1) for field in ("llama.rope.scaling.factor", "llama.rope.scale_linear")]
-    plain = all(factor in (0, 1) for factor in factors)
-    scaling = metadata.get("llama.rope.scaling.type", "none" if plain else "linear")
-    if scaling != "none" or metadata.get("llama.expert_count"):
-        raise CheckpointError("it has scaled RoPE or experts, expected a plain Llama; use another file.")
+        raise UnsupportedError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
+    # As in llama.cpp: the type is linear if there is none, and a factor of 0 is 1.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
+    plain = kind == "none" or (kind in ("linear", "yarn") and all(factor in (0, 1) for factor in factors))
+    if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
+        raise UnsupportedError(
+            f"it has scaled RoPE of the type '{printable(kind)}' (factor {printable(factors[0])}), expected Llama "
+            "3.1's or none; use a model without it, or run this one in llama.cpp."
+        )
+    if experts := metadata.get("llama.expert_count"):
+        raise UnsupportedError(f"it has {printable(experts)} experts, expected a plain Llama; use another model.")
+    if metadata.get("llama.attention.causal", True) is not True:
+        raise UnsupportedError("its tokens look at later ones too (llama.attention.causal); use a generating model.")
+
+
+def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
+    """Warn about metadata that the tensors contradict; the tensors are believed."""
+    stated = metadata.get("llama.vocab_size", args.vocab_size)
+    if stated != args.vocab_size:
+        yield (
+            f"llama.vocab_size is {printable(stated)}, but the embedding has {args.vocab_size} rows; "
+            "the embedding's number is used."
+        )
+
+
+def _model_args(headers: Sequence[Header]) -> ModelArgs:
+    metadata = headers[0].metadata
+    _check_supported(metadata)
+    fields = _LayerFields(metadata)
     tensors = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
+    if not tensors:
+        raise UnsupportedError("the file has a tokenizer and no weights; use the file of the whole model.")
     n_heads = fields.integer("llama.attention.head_count")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {FETCH_AGAIN}")
@@ -151,10 +193,14 @@ def _model_args(headers: Sequence[Header]) -> ModelArgs:
         rope_theta=fields.number("llama.rope.freq_base", default=10_000.0),
         rope_scaling=None,
         max_seq_len=fields.integer("llama.context_length"),
+        head_dim=fields.integer("llama.attention.key_length", default=0),
     )
-    for field in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        if fields.integer(field, default=args.head_dim) != args.head_dim:
-            raise CheckpointError(f"{field} is not dim / n_heads = {args.head_dim}; use another file.")
+    for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (size := fields.integer(field, default=args.head_dim)) != args.head_dim:
+            raise UnsupportedError(
+                f"{field} is {size} and the keys of a head have {args.head_dim} numbers, expected as many; "
+                "use another model."
+            )
     if _ROPE_FREQS in tensors:
         original = fields.integer("llama.rope.scaling.original_context_length", default=ORIGINAL_CONTEXT)
         return _scaled(args, _rope_divisors(*tensors[_ROPE_FREQS], args), original)
@@ -311,8 +357,9 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
     try:
         dequantise(0, 1)
     except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another file."
+        raise UnsupportedError(
+            f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another quantization "
+            "of the model, such as Q8_0 or Q4_K_M."
         ) from error
     if len(tensor.shape) == 1:
         return dequantise(0, 1)[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.config import Fields
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, printable
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,47 @@ class Header:
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
 
+    @property
+    def elements(self) -> int:
+        """Number of elements of all arrays in the metadata."""
+        return sum(len(value) for value in self.metadata.values() if isinstance(value, list))
+
 
 # GGUF's type number of a metadata value → struct's letter; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-# Several times the largest vocabulary or list of merges.
-_MAX_ARRAY = 1 << 19
+_STRING_SIZE = struct.Struct("<Q")
+# Elements of all arrays together: several times Llama 3's vocabulary, types of tokens and merges (536,659).
+MAX_ELEMENTS = 1 << 21
+# A Llama's file has some 40 keys, and the largest one 1,138 tensors.
+_MAX_KEYS, _MAX_TENSORS = 1 << 12, 1 << 14
+# Types that ggml removed → their names, and the type that replaces them: llama.cpp rearranges it when it loads.
+# Source: `enum ggml_type` in ggml.h.
+_REMOVED = {
+    4: ("Q4_2", "Q4_0"),
+    5: ("Q4_3", "Q4_1"),
+    31: ("Q4_0_4_4", "Q4_0"),
+    32: ("Q4_0_4_8", "Q4_0"),
+    33: ("Q4_0_8_8", "Q4_0"),
+    36: ("IQ4_NL_4_4", "IQ4_NL"),
+    37: ("IQ4_NL_4_8", "IQ4_NL"),
+    38: ("IQ4_NL_8_8", "IQ4_NL"),
+}
+# Numbers that ggml may give to types still to come; a larger one is damage.
+_FUTURE_TYPES = 256
 
 
 class _Cursor:
-    """Reads values one after the other and never beyond the end."""
+    """Reads values one after the other and never beyond the end.
 
-    def __init__(self, data: mmap.mmap):
+    Args:
+        data: The file.
+        max_elements: Elements that all arrays together may have.
+    """
+
+    def __init__(self, data: mmap.mmap, max_elements: int):
         self.data = data
         self.position = 0
+        self._elements_left = max_elements
 
     def take(self, size: int) -> int:
         """Step over `size` bytes and return where they start."""
@@ -80,11 +108,27 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("I"), self.scalar("Q")
-        if count > _MAX_ARRAY:
-            raise CheckpointError(f"an array of {count:,} elements, expected at most {_MAX_ARRAY:,}; {FETCH_AGAIN}")
-        if kind == 8:
-            return [self.string() for _ in range(count)]
-        return list(self.scalars(self._letter(kind), count))
+        if count > self._elements_left:
+            raise CheckpointError(
+                f"an array of {count:,} elements, expected at most {MAX_ELEMENTS:,} in all arrays; {FETCH_AGAIN}"
+            )
+        self._elements_left -= count
+        return self._strings(count) if kind == 8 else list(self.scalars(self._letter(kind), count))
+
+    def _strings(self, count: int) -> list[str]:
+        """The same as `string`, but several times faster: a vocabulary and its merges have some 400,000."""
+        data, position, end = self.data, self.position, len(self.data)
+        size_at = _STRING_SIZE.unpack_from
+        strings = []
+        for _ in range(count):
+            start = position + 8
+            if start > end or (stop := start + size_at(data, position)[0]) > end:
+                self.position = position
+                self.string()  # raises
+            strings.append(data[start:stop].decode("utf-8", errors="replace"))
+            position = stop
+        self.position = position
+        return strings
 
     def _letter(self, kind: int) -> str:
         if kind not in _SCALARS:
@@ -94,24 +138,38 @@ class _Cursor:
         return _SCALARS[kind]
 
 
-def read_header(path: Path) -> Header:
-    """Metadata and tensor table of a GGUF file, version 2 or 3. Raises `CheckpointError` for any other file."""
+def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
+    """Read metadata and tensor table of a GGUF file, version 2 or 3.
+
+    Args:
+        path: The file.
+        max_elements: Elements that all arrays of the metadata together may have.
+
+    Raises:
+        UnsupportedError: For a file of another byte order, version or type of tensor.
+        CheckpointError: For a file that is damaged or not GGUF.
+    """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
             raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file; {FETCH_AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _read_header(path, _Cursor(data))
+                return _read_header(path, _Cursor(data, max_elements))
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{path}: {error}") from error
             except CheckpointError as error:
                 raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
 
 
 def _read_header(path: Path, cursor: _Cursor) -> Header:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
-    if magic != b"GGUF" or version not in (2, 3):
-        raise CheckpointError(
-            f"it begins with {magic!r} and version {version}, expected GGUF version 2 or 3; {FETCH_AGAIN}"
-        )
+    if magic != b"GGUF":
+        raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {FETCH_AGAIN}")
+    if version not in (2, 3):
+        raise _unsupported_version(version)
+    for count, most, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
+        if count > most:
+            raise CheckpointError(f"{count:,} {name}, expected at most {most:,}; {FETCH_AGAIN}")
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
         key = cursor.string()
@@ -148,6 +206,39 @@ def _read_header(path: Path, cursor: _Cursor) -> Header:
     return Header(path, metadata, tensors)
 
 
+def _unsupported_version(version: int) -> CheckpointError:
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if swapped in (1, 2, 3):
+        return UnsupportedError(
+            f"version {version} is {swapped} in big-endian byte order, expected a little-endian file; convert it with "
+            "'gguf-convert-endian FILE little' of the gguf package, or use a little-endian file."
+        )
+    if version == 1:
+        return UnsupportedError(
+            "it is GGUF version 1, expected version 2 or 3; convert the model again, as llama.cpp does not read it either."
+        )
+    if 3 < version < 32:  # a later one
+        return UnsupportedError(f"it is GGUF version {version}, expected version 2 or 3; use a file of version 3.")
+    return CheckpointError(f"it has the version {version}, expected GGUF version 2 or 3; {FETCH_AGAIN}")
+
+
+def _unsupported_type(name: str, type_: int) -> CheckpointError:
+    name = printable(name)
+    if type_ in _REMOVED:
+        old, new = _REMOVED[type_]
+        return UnsupportedError(
+            f"the tensor '{name}' is in {old} (type {type_}), which ggml removed; use a {new} file of the model."
+        )
+    if type_ < _FUTURE_TYPES:
+        from importlib.metadata import version
+
+        return UnsupportedError(
+            f"the tensor '{name}' has the type {type_}, which the installed gguf package ({version('gguf')}) does not "
+            "know; use another quantization of the model, such as Q8_0 or Q4_K_M, or update the package."
+        )
+    return CheckpointError(f"the tensor '{name}' has the unknown type {type_}; {FETCH_AGAIN}")
+
+
 def _aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
@@ -159,7 +250,7 @@ def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_s
     try:
         block, block_size = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
     except (ValueError, KeyError):
-        raise CheckpointError(f"the tensor '{printable(name)}' has the unknown type {type_}; {FETCH_AGAIN}") from None
+        raise _unsupported_type(name, type_) from None
     count = math.prod(shape)
     size = count // block * block_size
     start = data_start + offset

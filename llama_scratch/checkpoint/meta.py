@@ -19,12 +19,14 @@ from llama_scratch.checkpoint.base import (
     is_tied,
     name_of,
     reading,
+    same_view,
     tie,
 )
 from llama_scratch.checkpoint.licence import read_licence
 from llama_scratch.checkpoint.pth import load_pth
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError
+from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
@@ -107,24 +109,38 @@ def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[s
             _check_number(shards, parts[0], args)
     if len(parts) == 1:
         check_shapes({name: tuple(weight.shape) for name, weight in parts[0].items()}, args, shards[0])
-        return tie(parts[0])
+        return tie(_contiguous(parts[0]))
     return _joined(shards, parts, args)
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what is stored as a transposed or strided view, into rows one after the other; all else stays mapped."""
+    views = {name: weight for name, weight in weights.items() if not weight.is_contiguous()}
+    if not views:
+        return dict(weights)
+    require_memory(sum(view.nbytes for view in views.values()), "The copy of weights that are stored as views")
+    output, embedding = views.get(OUTPUT), views.get(EMBEDDING)
+    copies = {name: view.contiguous() for name, view in views.items()}
+    if output is not None and embedding is not None and same_view(output, embedding):
+        copies[OUTPUT] = copies[EMBEDDING]
+    return {**weights, **copies}
 
 
 def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: ModelArgs) -> None:
     """Compare how many shards there are with the number that the first one's share of layer 0's attention tells."""
     wq, wo = (part.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wo"))
-    rows = args.dim if wq is None or wq.dim() != 2 else len(wq)
+    q_dim = args.n_heads * args.head_dim
+    rows = q_dim if wq is None or wq.dim() != 2 else len(wq)
     if wq is None or wo is None or wq.shape != (rows, args.dim) or wo.shape != (args.dim, rows):
         return  # of another model, as `check_shapes` says
-    if rows * len(shards) < args.dim:
+    if rows * len(shards) < q_dim:
         raise ModelNotFoundError(
-            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {WEIGHTS} holds {rows} of {args.dim} rows "
+            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {WEIGHTS} holds {rows} of {q_dim} rows "
             "of wq; fetch the missing shards."
         )
-    if rows * len(shards) > args.dim:
+    if rows * len(shards) > q_dim:
         raise CheckpointError(
-            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {WEIGHTS} holds {rows} of {args.dim} "
+            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {WEIGHTS} holds {rows} of {q_dim} "
             "rows of wq; remove what is of another model."
         )
 
@@ -137,7 +153,7 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
     from llama_scratch.lazy import Joined
 
     for part in parts:
-        if {EMBEDDING, OUTPUT} <= part.keys() and _is_one(part[OUTPUT], part[EMBEDDING]):
+        if {EMBEDDING, OUTPUT} <= part.keys() and same_view(part[OUTPUT], part[EMBEDDING]):
             del part[OUTPUT]
     _check_alike(shards, parts)
     first = parts[0]
@@ -146,31 +162,38 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
     for name, axis in axes.items():
         shapes[name] = tuple(n * (len(parts) if i == axis else 1) for i, n in enumerate(shapes[name]))
     check_shapes(shapes, args, shards[0].with_name(f"{shards[0].name} to {shards[-1].name}"))
-    weights: dict[str, Weight] = dict(first)
+    parts = [_contiguous(part) for part in parts]
+    _check_contents(shards, parts)
+    weights: dict[str, Weight] = dict(parts[0])
     for name, axis in axes.items():
         weights[name] = Joined([part[name] for part in parts], axis)
     return tie(weights)
 
 
 def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Shards of one model have equal names, shapes, types and norms, and no two of them hold the same part."""
+    """Shards of one model have equal names, shapes and types."""
     first = {name: (weight.shape, weight.dtype) for name, weight in parts[0].items()}
     for shard, part in zip(shards, parts, strict=True):
-        same = {name: (weight.shape, weight.dtype) for name, weight in part.items()} == first
-        if not same or not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
-            raise CheckpointError(
-                f"{shard} does not hold the same parts of a model as {shards[0].name}, so it is of another one; "
-                + FETCH_AGAIN
-            )
+        if {name: (weight.shape, weight.dtype) for name, weight in part.items()} != first:
+            raise _of_another_model(shard, shards[0])
+
+
+def _of_another_model(shard: Path, first: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{shard} does not hold the same parts of a model as {first.name}, so it is of another one; {FETCH_AGAIN}"
+    )
+
+
+def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Shards of one model have equal norms, and no two of them hold the same part."""
+    for shard, part in zip(shards, parts, strict=True):
+        if not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
+            raise _of_another_model(shard, shards[0])
     for (one, part), (other, copy) in combinations(zip(shards, parts, strict=True), 2):
         if all(_equal(part[name], weight) for name, weight in copy.items()):
             raise CheckpointError(
                 f"{other} holds the same weights as {one.name}, expected another part of the model; {FETCH_AGAIN}"
             )
-
-
-def _is_one(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickletools
 import re
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, UnsupportedError, printable
 from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 # The description of a checkpoint's tensors takes some hundred bytes a tensor.
 _MAX_PICKLE = 1 << 20
 _MAX_TUPLES = 1 << 16  # some five a tensor
+_MAX_OPCODES = 1 << 17  # some 40 a tensor
+# The largest Llama has 1,138 tensors, and the table of contents some 100 bytes for each.
+_MAX_RECORDS, _MAX_TABLE = 1 << 12, 1 << 20
+# What torch.save began its files with before version 1.6.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
 _CALLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
@@ -36,48 +42,67 @@ _CALLED = re.compile(
 def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     """Map the tensors of a zip-format `torch.save` file: nothing is copied and none of its code is run.
 
-    Every byte is compared with the file's own checksums first, because the mapping skips them; that also
-    brings the file into the page cache.
+    Every byte is compared with the file's own checksums first, if it has any, because the mapping skips them; that
+    also brings the file into the page cache. The tensors may be views of any strides.
     """
     records = _check_archive(path)
     _check_checksums(path, records, progress)
-    _check_description(path)
+    _check_description(path, records)
     import torch
 
     try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights = _plain_tensors(path, loaded)
+        _check_sizes(path, weights.values(), records)
+        return weights
+    except LlamaScratchError:
+        raise
     except Exception as error:  # torch raises many kinds for a hostile file
         if is_memory_error(error):
             raise does_not_fit(printable(path, 200), error) from error
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise _code(path, match[1]) from error
         raise _unreadable(path, error) from error
-    if not isinstance(weights, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(weights).__name__}, expected a dictionary of tensors; {FETCH_AGAIN}"
+
+
+def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+    """The tensors of a dictionary, without what a file can attach to them: an attribute may shadow a method."""
+    import torch
+
+    if not isinstance(loaded, dict):
+        raise UnsupportedError(
+            f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors; {_SAVE_ALONE}"
         )
-    weights = dict(dict.items(weights))  # a plain one, whatever a subclass claims of itself
-    for name, tensor in weights.items():
-        _check_tensor(path, name, tensor)
-    _check_sizes(path, weights.values(), records)
+    weights = {}
+    for name, tensor in dict.items(loaded):  # whatever a subclass claims of itself
+        if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UnsupportedError(
+                f"{path} holds a {type(tensor).__name__} under '{printable(name)}', expected tensors under names; "
+                + _SAVE_ALONE
+            )
+        weights[name] = torch.Tensor.detach(tensor)
+        _check_tensor(path, name, weights[name])
     return weights
 
 
-def _check_description(path: Path) -> None:
+_SAVE_ALONE = "save the state dict alone with torch.save."
+
+
+def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
     """Walk through the pickle without running it: it may call what makes tensors, and nest no deeper than they do.
 
     torch's own check comes afterwards; but before it refuses, a few bytes can ask for gigabytes, and
     tuples nested a hundred thousand deep overflow the stack of Python itself.
     """
     with zipfile.ZipFile(path) as archive:
-        data = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+        data = next(archive.read(record) for record in records if record.filename.endswith("/data.pkl"))
     tuples = 0
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
                 raise _code(path, str(argument).replace(" ", "."))
             tuples += "TUPLE" in opcode.name
-            if tuples > _MAX_TUPLES:
+            if tuples > _MAX_TUPLES or count > _MAX_OPCODES:
                 raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
     except (ValueError, IndexError) as error:  # opcodes that are none
         raise _unreadable(path, error) from error
@@ -115,21 +140,33 @@ def _raise_unless_damage(error: Exception) -> None:
         raise error
 
 
-def _check_tensor(path: Path, name: object, tensor: object) -> None:
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     import torch
 
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(
-            f"{path} holds a {type(tensor).__name__} under '{printable(name)}', "
-            f"expected tensors under names; {FETCH_AGAIN}"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise UnsupportedError(
+            f"{path}: '{printable(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense one with "
+            "data; save the model again from dense weights."
         )
-    kinds = (torch.bfloat16, torch.float16, torch.float32)
-    whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
-    if tensor.dtype not in kinds or not whole:
-        raise CheckpointError(
-            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, "
-            "expected bfloat16, float16 or float32 in one piece; quantised checkpoints are not supported."
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UnsupportedError(
+            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32; "
+            "use the unquantised model, or a GGUF file of it."
         )
+
+
+class _WithShortTable(io.BufferedReader):
+    """A file that does not give out more bytes at once than a model's table of contents has."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = _MAX_TABLE + 1
+        data = super().read(most if size is None or size < 0 else min(size, most))
+        if len(data) == most:
+            raise CheckpointError(
+                f"{printable(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, expected that of a "
+                f"model; {FETCH_AGAIN}"
+            )
+        return data
 
 
 def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
@@ -139,10 +176,15 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         start = file.read(64)
     if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
         raise CheckpointError(f"{path} is a web page, expected weights, so the download was refused; {FETCH_AGAIN}")
+    if start.startswith(_LEGACY):
+        raise UnsupportedError(
+            f"{path} is in the format of torch before 1.6, expected a zip-format torch.save file; "
+            "load it with torch.load and save it again with torch.save."
+        )
     if not start.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {FETCH_AGAIN}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _WithShortTable(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except _DAMAGE as error:
         _raise_unless_damage(error)
@@ -150,9 +192,15 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
             f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
             f"so it was cut short or damaged; {FETCH_AGAIN}"
         ) from error
+    if len(records) > _MAX_RECORDS:
+        raise CheckpointError(
+            f"{path} holds {len(records):,} records, expected at most {_MAX_RECORDS:,}; {FETCH_AGAIN}"
+        )
     names = [record.filename for record in records]
     folder = names[0].partition("/")[0] if names else ""
     known = re.compile(re.escape(folder) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
+    if f"{folder}/constants.pkl" in names:
+        raise UnsupportedError(f"{path} is a TorchScript program, expected weights alone; {_SAVE_ALONE}")
     pickles = [record for record in records if record.filename.endswith("data.pkl")]
     if (
         not all(map(known.fullmatch, names))
@@ -166,7 +214,13 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         for r in records
     )
     if not plain or sum(record.file_size for record in records) > size:
-        raise CheckpointError(f"{path} holds compressed records, expected the plain ones of torch.save; {FETCH_AGAIN}")
+        raise UnsupportedError(
+            f"{path} holds compressed records, expected the plain ones of torch.save; unpack the archive, "
+            "or load the file with torch.load and save it again."
+        )
+    if not any(record.CRC for record in records):  # saved with torch.serialization.set_crc32_options(False)
+        for record in records:
+            record.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
     return records
 
 
