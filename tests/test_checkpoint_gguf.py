@@ -9,7 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +27,17 @@ from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.checkpoint.gguf_header import read_header
 from llama_scratch.checkpoint.vocabulary import bytes_to_unicode
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, OutOfMemoryError
+from llama_scratch.errors import (
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
 from llama_scratch.lazy import as_tensor
 from llama_scratch.model import Transformer
 from llama_scratch.progress import silent
+from tests.checkpoints import random_weights
 from tests.test_checkpoint_meta import is_sentence, same
 
 ARGS = ModelArgs(
@@ -443,21 +450,24 @@ def test_another_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None
     refused(path, says, "again")
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, 2**32 - 1, 0x02000000, 0x03000000])
+@pytest.mark.parametrize("version", [0, 1, 4, 32, 2**32 - 1])
 def test_another_version(tmp_path: Path, file: File, version: int) -> None:
-    """Version 1 counts differently; 0x03000000 is version 3 on a big-endian machine."""
+    """Version 1 counts differently, and another may come; a number that no version will have is damage."""
     file.version = version
-    refused(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3")
+    kind = UnsupportedError if version in (1, 4) else CheckpointError
+    message = refused(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", kind=kind)
+    assert ("not a whole" in message) == (kind is CheckpointError)
 
 
 def test_a_big_endian_file(tmp_path: Path) -> None:
-    """As the gguf package's own writer writes it."""
+    """As the gguf package's own writer writes it; named, and how to convert it."""
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(tmp_path / "a.gguf", "version")
+    message = refused(tmp_path / "a.gguf", "version", "big-endian", "gguf-convert-endian", kind=UnsupportedError)
+    assert "not a whole" not in message
 
 
 def test_no_file_by_that_name(tmp_path: Path) -> None:
@@ -673,10 +683,32 @@ def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
     refused(file.write(tmp_path / "a.gguf"), "twice")
 
 
-@pytest.mark.parametrize("kind", [4, 5, 36, 99, 2**32 - 1])
-def test_an_unknown_type_of_tensor(tmp_path: Path, file: File, kind: int) -> None:
-    """Types that were removed from the format, and such as never were."""
-    refused(file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf"), "blk.0.attn_q.weight", kind)
+@pytest.mark.parametrize(
+    ("kind", "name", "instead"),
+    [
+        (4, "Q4_2", "Q4_0"),
+        (5, "Q4_3", "Q4_1"),
+        (31, "Q4_0_4_4", "Q4_0"),
+        (32, "Q4_0_4_8", "Q4_0"),
+        (33, "Q4_0_8_8", "Q4_0"),
+        (36, "IQ4_NL_4_4", "IQ4_NL"),
+        (37, "IQ4_NL_4_8", "IQ4_NL"),
+        (38, "IQ4_NL_8_8", "IQ4_NL"),
+        (99, "type 99,", "Q8_0"),
+    ],
+)
+def test_a_type_that_was_removed_or_is_to_come(tmp_path: Path, file: File, kind: int, name: str, instead: str) -> None:
+    """The type is named, and one to use instead; the file is whole."""
+    path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
+    message = refused(path, "blk.0.attn_q.weight", kind, name, f" {instead}", kind=UnsupportedError)
+    assert "not a whole" not in message
+
+
+@pytest.mark.parametrize("kind", [256, 2**31, 2**32 - 1])
+def test_a_type_that_cannot_be(tmp_path: Path, file: File, kind: int) -> None:
+    """Damage."""
+    path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
+    refused(path, "blk.0.attn_q.weight", kind, "again")
 
 
 @pytest.mark.parametrize("kind", [13, 100, 2**32 - 1])
@@ -815,10 +847,13 @@ def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("llama.rope.scaling.type", string("linear"), "scaled RoPE"),
+        ("llama.rope.scaling.factor", struct.pack("<If", 6, 2.0), "scaled RoPE"),
+        ("llama.rope.scaling.attn_factor", struct.pack("<If", 6, 1.1), "scaled RoPE"),
+        ("llama.attention.causal", struct.pack("<IB", 7, 0), "llama.attention.causal"),
         ("llama.expert_count", uint(8), "experts"),
         ("llama.rope.dimension_count", uint(16), "llama.rope.dimension_count"),
-        ("llama.attention.key_length", uint(64), "llama.attention.key_length"),
+        ("llama.attention.key_length", uint(64), "blk.0.attn_q"),
+        ("llama.attention.key_length", uint(33), "head_dim is 33"),
         ("llama.attention.value_length", uint(64), "llama.attention.value_length"),
         ("llama.attention.head_count", uint(3), "3 heads"),
         ("llama.attention.head_count_kv", uint(2), "blk.0.attn_k"),
@@ -833,6 +868,121 @@ def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: 
 def test_a_shape_that_is_not_a_plain_llamas(tmp_path: Path, file: File, key: str, value: bytes, says: str) -> None:
     """What this network does not compute, and numbers that contradict the tensors."""
     refused(file.set(key, value).write(tmp_path / "a.gguf"), says)
+
+
+@pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+def test_a_number_for_each_layer(tmp_path: Path, file: File, name: str) -> None:
+    """An array of equal numbers is one number, as in llama.cpp; layers of different shapes are not supported."""
+    key = f"llama.{name}"
+    number = read_header(file.write(tmp_path / "one.gguf")).metadata[key]
+    path = file.set(key, ints([number] * ARGS.n_layers)).write(tmp_path / "a.gguf")
+    assert open_checkpoint(path).args == open_checkpoint(tmp_path / "one.gguf").args
+    refused(file.set(key, ints([number, number + 1])).write(tmp_path / "b.gguf"), key, "layers", kind=UnsupportedError)
+    refused(file.set(key, ints([number] * 3)).write(tmp_path / "c.gguf"), key, "3 values", "2 layers", "again")
+    refused(file.set(key, ints([])).write(tmp_path / "d.gguf"), key, "0 values", "again")
+
+
+def test_numbers_that_are_whole_floats(tmp_path: Path, file: File) -> None:
+    """Written as float32 by some programs."""
+    expected = open_checkpoint(file.write(tmp_path / "one.gguf")).args
+    for name in ("block_count", "embedding_length", "attention.head_count", "context_length", "feed_forward_length"):
+        number = read_header(tmp_path / "one.gguf").metadata[f"llama.{name}"]
+        file.set(f"llama.{name}", struct.pack("<If", 6, number))
+    assert open_checkpoint(file.write(tmp_path / "a.gguf")).args == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attention.key_length": 32, "attention.value_length": 64}, "llama.attention.value_length"),
+        ({"rope.dimension_count": 16}, "llama.rope.dimension_count"),
+        ({"expert_count": 8, "expert_used_count": 2}, "8 experts"),
+    ],
+)
+def test_heads_and_layers_of_other_networks(tmp_path: Path, file: File, fields: dict[str, int], says: str) -> None:
+    """Named as not supported, and not as damage."""
+    for name, number in fields.items():
+        file.set(f"llama.{name}", uint(number))
+    refused(file.write(tmp_path / "a.gguf"), says, kind=UnsupportedError)
+
+
+def test_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
+    """`key_length` need not be embedding_length / heads: the weights and the shape are those that were written."""
+    args = replace(ARGS, head_dim=16)
+    weights = random_weights(args)
+    file = whole_file()
+    file.tensors, file.data = [], b""
+    for name, meta in NAMES.items():
+        array = weights[meta].numpy()
+        file.tensors.append((name, tuple(reversed(array.shape)), 0, len(file.data)))
+        file.data += array.tobytes()
+    file.set("llama.attention.key_length", uint(args.head_dim))
+    file.set("llama.rope.dimension_count", uint(args.head_dim))
+    read = open_checkpoint(file.write(tmp_path / "a.gguf"))
+    assert read.args.head_dim == args.head_dim
+    assert same(read.load(silent), weights)
+
+
+def test_a_file_without_weights(tmp_path: Path, file: File) -> None:
+    """llama.cpp has such files of vocabularies alone: whole, and not a model."""
+    file.tensors, file.data = [], b""
+    refused(file.write(tmp_path / "a.gguf"), "no weights", kind=UnsupportedError)
+
+
+def test_a_vocabulary_size_that_the_embedding_contradicts(tmp_path: Path, file: File) -> None:
+    """The tensors are believed, with a warning."""
+    rows = open_checkpoint(file.write(tmp_path / "one.gguf")).args.vocab_size
+    for stated, warnings in ((rows, 0), (rows + 1, 1)):
+        checkpoint = open_checkpoint(file.set("llama.vocab_size", uint(stated)).write(tmp_path / "a.gguf"))
+        assert checkpoint.args.vocab_size == rows
+        assert len(checkpoint.warnings) == warnings
+
+
+def hostile(n_tensors: int = 0, n_metadata: int = 0, body: bytes = b"") -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, n_tensors, n_metadata) + body
+
+
+MANY = 1 << 19
+SLOW: dict[str, Callable[[], bytes]] = {
+    "arrays of empty strings": lambda: hostile(
+        n_metadata=20,
+        body=b"".join(text(f"k{n}") + struct.pack("<IIQ", 9, 8, MANY) + bytes(8 * MANY) for n in range(20)),
+    ),
+    "arrays of bytes": lambda: hostile(
+        n_metadata=100, body=b"".join(text(f"k{n}") + struct.pack("<IIQ", 9, 0, MANY) + bytes(MANY) for n in range(100))
+    ),
+    "tensors": lambda: hostile(
+        n_tensors=10**6, body=b"".join(text(f"{n}") + struct.pack("<IQIQ", 1, 8, 0, 0) for n in range(10**6))
+    ),
+    "keys": lambda: hostile(n_metadata=10**6, body=b"".join(text(f"{n}") + uint(n) for n in range(10**6))),
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_a_header_that_keeps_a_reader_busy(tmp_path: Path, case: str) -> None:
+    """As many of each as the file really holds: rejected within 2 s of CPU time, far above any model."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(SLOW[case]())
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert time.process_time() - start < 2
+    is_sentence(caught.value, CheckpointError, path, "at most")
+
+
+def test_the_vocabulary_of_a_large_model(tmp_path: Path) -> None:
+    """128,256 tokens, their types and 280,147 merges are within the bounds."""
+    file = File()
+    file.metadata = [
+        ("tokens", struct.pack("<IIQ", 9, 8, 128_256) + text("ab") * 128_256),
+        ("merges", struct.pack("<IIQ", 9, 8, 280_147) + text("a b") * 280_147),
+        ("types", struct.pack("<IIQ", 9, 5, 128_256) + bytes(4 * 128_256)),
+    ]
+    start = time.process_time()
+    header = read_header(file.write(tmp_path / "a.gguf"))
+    assert time.process_time() - start < 1
+    assert header.elements == 536_659
+    assert header.metadata["merges"] == ["a b"] * 280_147
 
 
 def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> None:

@@ -26,11 +26,13 @@ from torch import Tensor
 from llama_scratch import Llama
 from llama_scratch.chat import Message, TemplateFormat
 from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
+from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.huggingface import in_pairs, open_huggingface
 from llama_scratch.checkpoint.licence import read_licence
+from llama_scratch.checkpoint.verify import verify
 from llama_scratch.checkpoint.vocabulary import PATTERNS, bytes_to_unicode, merges_of
 from llama_scratch.config import ModelArgs, RopeScaling
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UnsupportedError
 from llama_scratch.lazy import as_tensor
 from llama_scratch.model import Transformer
 from llama_scratch.progress import silent
@@ -301,20 +303,170 @@ def rewritten(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> P
     return directory
 
 
-def test_tied_by_the_config_whatever_the_file_holds(directory: Path) -> None:
-    """A file can carry an output that nobody uses."""
-    checkpoint = open_huggingface(change(directory, "config.json", tie_word_embeddings=True))
-    weights = checkpoint.load(silent)
-    assert is_tied(weights)
-    assert checkpoint.inspect(silent).tied
-    assert not is_tied(open_huggingface(change(directory, "config.json", tie_word_embeddings=False)).load(silent))
+def another_output(weights: dict[str, Tensor]) -> None:
+    """Leave the output as it is, which is not the embedding."""
 
 
-def test_an_output_that_was_left_out_is_the_embedding(directory: Path) -> None:
-    """Never a random one."""
+def another_last_value(weights: dict[str, Tensor]) -> None:
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"][-1, -1] += 1
+
+
+def another_type(weights: dict[str, Tensor]) -> None:
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("edit", [another_output, another_last_value, another_type])
+def test_weights_are_believed_over_a_flag_that_ties_them(directory: Path, edit: Callable[..., object]) -> None:
+    """The output in the file is used, as in transformers, with a warning."""
+    checkpoint = open_huggingface(rewritten(change(directory, "config.json", tie_word_embeddings=True), edit))
+    assert not is_tied(checkpoint.load(silent))
+    assert not checkpoint.inspect(silent).tied
+    assert ["tie_word_embeddings" in sentence for sentence in checkpoint.warnings] == [True]
+    if edit is not another_type:
+        assert distance(logits(checkpoint), theirs(directory)) < 1e-5
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_an_equal_output_is_tied(directory: Path, value: float) -> None:
+    """Byte by byte, so that NaN is equal to itself. Without the flag it stays an output of its own."""
+
+    def equal(weights: dict[str, Tensor]) -> None:
+        weights["model.embed_tokens.weight"][3, 5] = value
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    for flag in (True, False):
+        checkpoint = open_huggingface(rewritten(change(directory, "config.json", tie_word_embeddings=flag), equal))
+        assert is_tied(checkpoint.load(silent)) is flag is checkpoint.inspect(silent).tied
+        assert checkpoint.warnings == ()
+
+
+def test_nan_in_an_output_that_a_flag_ties(directory: Path, tmp_path: Path) -> None:
+    """`verify` finds it, and `convert` keeps the output."""
+    change(directory, "config.json", tie_word_embeddings=True)
+    rewritten(directory, lambda weights: weights["lm_head.weight"][3, 5].fill_(float("nan")))
+    found = verify(directory)
+    assert [finding.part for finding in found.findings if finding.result == "wrong"] == ["output.weight"]
+    convert(directory, tmp_path / "a.gguf", "gguf")
+    output = as_tensor(open_checkpoint(tmp_path / "a.gguf").load(silent)["output.weight"])
+    assert output[3, 5].isnan()
+    assert int(output.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_an_output_that_was_left_out_is_the_embedding(directory: Path, flag: bool | None) -> None:
+    """Never a random one; with a warning if the config does not tie it."""
+    change(directory, "config.json", tie_word_embeddings=flag)
     checkpoint = open_huggingface(rewritten(directory, lambda weights: weights.pop("lm_head.weight")))
     assert is_tied(checkpoint.load(silent))
     assert checkpoint.inspect(silent).tied
+    assert len(checkpoint.warnings) == (flag is not True)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "head_dim"), [(64, 4, 2, 32), (64, 4, 2, 8), (96, 2, 1, 64), (40, 3, 1, 16)]
+)
+def test_heads_of_a_width_of_their_own(tmp_path: Path, dim: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    """`head_dim` need not be hidden_size / heads, nor the heads divide hidden_size."""
+    shape = {"hidden_size": dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    if dim % heads:  # transformers does not read its own model then
+        directory = save(random_model(**shape | {"hidden_size": dim - dim % heads}), tmp_path / "Small")
+        rewritten(directory, lambda weights: weights.update(widened(weights, dim - dim % heads, dim)))
+        change(directory, "config.json", hidden_size=dim)
+        checkpoint = open_huggingface(directory)
+        assert checkpoint.args.head_dim == head_dim
+        assert logits(checkpoint).isfinite().all()
+        return
+    directory = save(random_model(**shape), tmp_path / "Small")
+    checkpoint = open_huggingface(directory)
+    assert checkpoint.args.head_dim == head_dim
+    assert distance(logits(checkpoint), theirs(directory)) < 1e-5
+
+
+def widened(weights: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """The same weights with zeros for more numbers in the residual stream."""
+    wider = {}
+    for name, weight in weights.items():
+        sizes = [new - size if size == old else 0 for size in weight.shape]
+        wider[name] = torch.nn.functional.pad(weight, [n for size in reversed(sizes) for n in (0, size)])
+    return wider
+
+
+def test_numbers_that_are_whole_floats(directory: Path, whole: Path) -> None:
+    """Some programs write 64.0 for 64."""
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    fields += ("vocab_size", "intermediate_size", "max_position_embeddings")
+    config = json.loads((directory / "config.json").read_text())
+    change(directory, "config.json", **{field: float(config[field]) for field in fields})
+    assert open_huggingface(directory).args == open_huggingface(whole).args
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 1.0},
+        {"rope_type": "linear", "factor": 1},
+        {"rope_type": "dynamic", "factor": 1.0},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512, "attention_factor": 1.0},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512},
+        LLAMA3_SCALING | {"rope_type": "llama3", "factor": 1.0},
+    ],
+)
+def test_a_scaling_by_a_factor_of_1(directory: Path, scaling: dict[str, Any]) -> None:
+    """It scales nothing, in transformers too."""
+    change(directory, "config.json", rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
+    checkpoint = open_huggingface(directory)
+    assert checkpoint.args.rope_scaling is None
+    assert distance(logits(checkpoint), theirs(directory)) < 1e-5
+    assert checkpoint.warnings == ()
+
+
+PARAMETERS = {"rope_type": "llama3", "rope_theta": 10000.0} | LLAMA3_SCALING
+
+
+@pytest.mark.parametrize(
+    ("fields", "says", "theta", "original"),
+    [
+        ({"rope_parameters": PARAMETERS, "rope_theta": 500000.0}, "rope_theta", 10000.0, 64),
+        ({"rope_parameters": PARAMETERS, "rope_theta": 10000}, "", 10000.0, 64),
+        ({"rope_parameters": PARAMETERS, "rope_scaling": PARAMETERS}, "", 10000.0, 64),
+        ({"rope_parameters": PARAMETERS, "rope_scaling": PARAMETERS | {"factor": 4}}, "rope_scaling", 10000.0, 64),
+        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": PARAMETERS}, "rope_scaling", 10000.0, 64),
+        ({"rope_parameters": PARAMETERS, "original_max_position_embeddings": 128}, "original_max", 10000.0, 128),
+    ],
+)
+def test_a_rope_that_contradicts_itself(
+    directory: Path, fields: dict[str, Any], says: str, theta: float, original: int
+) -> None:
+    """transformers' choice, with a warning; what is said twice in two spellings is no contradiction."""
+    change(directory, "config.json", **fields)
+    checkpoint = open_huggingface(directory)
+    assert checkpoint.args.rope_theta == theta
+    assert checkpoint.args.rope_scaling is not None
+    assert checkpoint.args.rope_scaling.original_context == original
+    assert [says in sentence for sentence in checkpoint.warnings] == [True] * bool(says)
+    assert distance(logits(checkpoint), theirs(directory)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"])
+def test_biases_that_the_config_does_not_speak_of(directory: Path, name: str) -> None:
+    """Not dropped: rejected, and not as damage."""
+    rewritten(directory, lambda weights: weights.update({name: torch.ones(64)}))
+    refused(directory, name, "bias", kind=UnsupportedError)
+
+
+def test_a_header_of_very_many_tensors(directory: Path) -> None:
+    """Rejected soon, in a file and in an index."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{n}": entry for n in range(60_000)}, separators=(",", ":")).encode()
+    (directory / WEIGHTS).unlink()
+    (directory / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+    start = time.process_time()
+    refused(directory, "60,000 tensors")
+    (directory / WEIGHTS).rename(directory / "a.safetensors")
+    write(directory, INDEX, {"weight_map": {f"{n}": "a.safetensors" for n in range(60_000)}})
+    refused(directory, "60,000 tensors")
+    assert time.process_time() - start < 2
 
 
 def test_the_rotation_table_of_older_files_is_ignored(directory: Path) -> None:
@@ -432,7 +584,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "offsets back to front": (entry(data_offsets=[16384, 0]), f"'{Q}' has -16,384 bytes"),
     "another name": (
         lambda header: header.update({"lm_head.bias": header.pop("lm_head.weight")}),
-        "holds 'lm_head.bias', expected no",
+        "holds 'lm_head.bias', but linear layers with a bias",
     ),
     "Meta's name": (
         lambda header: header.update({"output.weight": header.pop("lm_head.weight")}),
@@ -517,6 +669,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another width": ({"intermediate_size": 128}, "has the shape"),
     "another vocabulary": ({"vocab_size": 300}, "has the shape (267, 64), expected (300, 64)"),
+    "wider heads": ({"head_dim": 32}, "has the shape (32, 64), expected (64, 64)"),
     "more layers": ({"num_hidden_layers": 3}, "lacks 'model.layers.2.input_layernorm.weight' and 8 more weights"),
     "fewer layers": ({"num_hidden_layers": 1}, "holds 'model.layers.1."),
     "wider": ({"hidden_size": 128}, "has the shape"),
@@ -527,7 +680,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_weights_of_another_shape_are_refused(directory: Path, case: str) -> None:
     """The config of one model with the weights of another."""
     fields, says = WRONG[case]
-    refused(change(directory, "config.json", **fields | {"head_dim": None}), WEIGHTS, says)
+    refused(change(directory, "config.json", **{"head_dim": None} | fields), WEIGHTS, says)
 
 
 def edited_index(shards: Path, edit: Callable[[dict[str, str]], object]) -> Path:
@@ -670,8 +823,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "low_freq_factor below",
     ),
     "a part of the head": ({"partial_rotary_factor": 0.5}, "(partial_rotary_factor), expected all of it"),
-    "heads of their own width": ({"head_dim": 32}, "head_dim is 32, expected hidden_size / num_attention_heads = 16"),
-    "heads that do not fit": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not divide into 5 heads"),
+    "heads of an odd width": ({"head_dim": 33}, "head_dim is 33, expected an even number"),
+    "heads that do not fit": (
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
+        "does not divide into 5 heads",
+    ),
     "no width": ({"hidden_size": None}, "the field hidden_size is missing"),
     "layers as text": ({"num_hidden_layers": "2"}, "the field num_hidden_layers is 2, expected a whole number"),
     "absurd layers": ({"num_hidden_layers": 10**9}, "the field num_hidden_layers is 1000000000"),

@@ -46,7 +46,7 @@ from llama_scratch.precision import choose, memory_needed
 from llama_scratch.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
 
-EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, OutOfMemoryError: 5}
+EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, UnsupportedError: 4, OutOfMemoryError: 5}
 WEIGHTS, TOKENIZER, PARAMS = "consolidated.00.pth", "tokenizer.model", "params.json"
 # Small enough that a damaged copy loads in milliseconds.
 SMALL = tiny_params(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, multiple_of=16)

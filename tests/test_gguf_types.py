@@ -167,7 +167,7 @@ def test_no_other_type_is_taken_for_one_of_these(tmp_path: Path, kind: Quant) ->
     try:
         theirs = gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(256, -1), kind)
     except NotImplementedError:
-        refused(path, f"blk.0.ffn_down.weight is in {kind.name}", "another file")
+        refused(path, f"blk.0.ffn_down.weight is in {kind.name}", "another quantization")
     else:
         ours = as_tensor(open_checkpoint(path).load(silent)["layers.0.feed_forward.w2.weight"])
         assert np.array_equal(ours.numpy(), theirs)

@@ -20,7 +20,7 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.vocabulary import bytes_to_unicode
 from llama_scratch.config import RopeScaling
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UnsupportedError
 from llama_scratch.lazy import as_tensor
 from llama_scratch.progress import silent
 from llama_scratch.tokenizer import Tokenizer
@@ -481,7 +481,6 @@ FLOAT = {value: struct.pack("<If", 6, value) for value in (0.0, 1.0, 4.0, 0.25, 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scaling.type": string("linear")},
         {"scaling.type": string("linear"), "scaling.factor": FLOAT[4.0]},
         {"scaling.type": string("yarn"), "scaling.factor": FLOAT[4.0]},
         {"scaling.type": string("longrope")},
@@ -500,7 +499,7 @@ def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
     file = whole_file()
     for field, value in fields.items():
         file.set(f"llama.rope.{field}", value)
-    refused(file.write(tmp_path / "a.gguf"), "scaled RoPE")
+    refused(file.write(tmp_path / "a.gguf"), "scaled RoPE", kind=UnsupportedError)
 
 
 @pytest.mark.parametrize(
@@ -508,6 +507,10 @@ def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
     [
         {},
         {"scaling.type": string("none")},
+        {"scaling.type": string("none"), "scaling.factor": FLOAT[4.0]},
+        {"scaling.type": string("linear")},
+        {"scaling.type": string("linear"), "scaling.factor": FLOAT[1.0]},
+        {"scaling.type": string("yarn"), "scaling.factor": FLOAT[1.0], "scaling.attn_factor": FLOAT[1.0]},
         {"scaling.factor": FLOAT[1.0]},
         {"scaling.factor": FLOAT[0.0]},
         {"scale_linear": FLOAT[1.0]},
@@ -522,7 +525,7 @@ def test_what_scales_nothing(tmp_path: Path, fields: dict[str, bytes]) -> None:
     assert rope(file.write(tmp_path / "a.gguf")) == (RopeScaling(8.0), None)
 
 
-@pytest.mark.parametrize("value", [uint(0), BOOL, string("8192"), FLOAT[1.0], struct.pack("<Ii", 5, -1)])
+@pytest.mark.parametrize("value", [uint(0), BOOL, string("8192"), FLOAT[0.25], struct.pack("<Ii", 5, -1)])
 def test_an_original_context_that_cannot_be(tmp_path: Path, value: bytes) -> None:
     """Only looked at where there are divisors."""
     refused(scaled(converters(8)).set(KEY, value).write(tmp_path / "a.gguf"), KEY)

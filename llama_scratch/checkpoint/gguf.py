@@ -128,12 +128,16 @@ def _read_headers(path: Path) -> list[Header]:
 # --- What the header says ---------------------------------------------------------------------
 
 
+# Fields that llama.cpp reads as one value or as one per layer.
+_PER_LAYER = {"llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length"}
+
+
 class _LayerFields(Fields):
-    """Metadata in which a field may have one value per layer, as long as all layers have the same."""
+    """Metadata in which some fields may have one value per layer, as long as all layers have the same."""
 
     def _get(self, name: str, default: Any) -> Any:
         value = super()._get(name, default)
-        if not isinstance(value, list) or name == "llama.block_count":
+        if not isinstance(value, list) or name not in _PER_LAYER:
             return value
         if len(value) != (n_layers := self.integer("llama.block_count")):
             raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {FETCH_AGAIN}")

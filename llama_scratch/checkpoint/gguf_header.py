@@ -215,7 +215,7 @@ def _unsupported_version(version: int) -> CheckpointError:
         )
     if version == 1:
         return UnsupportedError(
-            "it is GGUF version 1, expected version 2 or 3; convert the model again, as llama.cpp does not read it either."
+            "it is GGUF version 1, expected version 2 or 3; convert the original model again with llama.cpp."
         )
     if 3 < version < 32:  # a later one
         return UnsupportedError(f"it is GGUF version {version}, expected version 2 or 3; use a file of version 3.")

@@ -6,7 +6,7 @@ Source: `LlamaConfig` and `LlamaForCausalLM` in transformers, whose files these 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from llama_scratch.checkpoint.licence import read_licence
 from llama_scratch.checkpoint.safetensors_header import Entry, find_weights
 from llama_scratch.checkpoint.tokenizer_json import named_token, read_tokenizer
 from llama_scratch.config import Fields, ModelArgs, RopeScaling
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
@@ -41,6 +41,9 @@ _LAYER_NAMES = {
     "mlp.up_proj": "feed_forward.w3",
 }
 _MAX_TEMPLATE = 1 << 20
+_ORIGINAL = "original_max_position_embeddings"
+# RoPE scalings that leave all frequencies alone if their factor is 1.
+_PLAIN_AT_1 = ("linear", "dynamic", "yarn", "llama3")
 
 
 def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -52,9 +55,11 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
         if not (directory / CONFIG).is_file():
             raise ModelNotFoundError(f"There is no {CONFIG} in {directory}; name the directory that holds the model.")
         config = read_object(directory / CONFIG)
-        args, tied = _model_args(config, directory / CONFIG)
+        args, says_tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
         check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, weight_names(args))
+        output = entries.get(_OUTPUT)
+        tied = output is None or (says_tied and output.holds_the_same_as(entries[_EMBEDDING]))
         settings = read_object(directory / "tokenizer_config.json")
         own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(directory, config, settings, args)
         files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
@@ -69,6 +74,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
             chat=_chat(directory, settings, own_tokenizer),
             files=files,
             licence=read_licence(directory),
+            warnings=(*_contradictory_ropes(config, args), *_contradictory_output(says_tied, tied, output, path)),
         )
 
 
@@ -78,7 +84,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
 def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
     """The shape, and whether the output is the embedding. What transformers leaves out has its defaults."""
     if (found := unsupported(config)) is not None:
-        raise CheckpointError(f"{path} says {found}; use another model.")
+        raise UnsupportedError(f"{path} says {found}; use another model.")
     fields = Fields(config)
     try:
         n_heads = fields.integer("num_attention_heads")
@@ -95,12 +101,11 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
             rope_theta=theta,
             rope_scaling=scaling,
             max_seq_len=context,
+            head_dim=fields.integer("head_dim", default=0),
         )
-        if fields.integer("head_dim", default=args.head_dim) != args.head_dim:
-            raise CheckpointError(
-                f"head_dim is {config['head_dim']}, expected hidden_size / num_attention_heads = {args.head_dim}."
-            )
         return args, fields.boolean("tie_word_embeddings", default=False)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
 
@@ -125,7 +130,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
 
 
 def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling | None]:
-    """theta and the scaling, which stand in `rope_scaling`, or since transformers 5 both in `rope_parameters`."""
+    """theta and the scaling, from `rope_scaling`, or since transformers 5 both from `rope_parameters`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"the field rope_scaling is {printable(rope)}, expected an object.")
@@ -133,19 +138,61 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
     theta = fields.number("rope_theta", default=Fields(config).number("rope_theta", default=10_000.0))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
-        raise CheckpointError("only a part of each head is turned (partial_rotary_factor), expected all of it.")
+        raise UnsupportedError(
+            "only a part of each head is turned (partial_rotary_factor), expected all of it; use another model."
+        )
     if kind == "default":
         return theta, None
+    one = fields.number("factor", default=None) == 1 and rope.get("attention_factor") in (None, 1)
+    if one and kind in _PLAIN_AT_1:
+        return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"the RoPE scaling is '{printable(kind)}', expected 'llama3' or none.")
+        raise UnsupportedError(
+            f"the RoPE scaling is '{printable(kind)}', expected 'llama3' or none; use a model with that, "
+            "or run this one in transformers."
+        )
     factor, low, high = (fields.number(field) for field in ("factor", "low_freq_factor", "high_freq_factor"))
     if factor < 1 or low >= high:
         raise CheckpointError(
             f"the RoPE scaling has the factor {factor:g} between {low:g} and {high:g}, "
             "expected one of at least 1, and low_freq_factor below high_freq_factor."
         )
-    original = fields.integer("original_max_position_embeddings", default=context)
+    original = Fields(rope | _outer_original(config)).integer(_ORIGINAL, default=context)
     return theta, RopeScaling(factor, low, high, original)
+
+
+def _outer_original(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The original context if it is beside `rope_scaling`; transformers prefers it to the one within."""
+    return {} if config.get(_ORIGINAL) is None else {_ORIGINAL: config[_ORIGINAL]}
+
+
+def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
+    """Warn about fields of the rotary embedding that contradict each other; transformers' choice is taken."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    if scaling and parameters:
+        try:
+            other = _rope({**config, "rope_scaling": None}, args.max_seq_len)
+        except CheckpointError:
+            other = None
+        if other != (args.rope_theta, args.rope_scaling):
+            yield f"rope_scaling and rope_parameters in {CONFIG} contradict each other; rope_scaling is used."
+    rope = scaling or parameters or {}
+    for field, used in (("rope_theta", rope), (_ORIGINAL, config)):
+        values = [fields[field] for fields in (rope, config) if fields.get(field) is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            one, other_one = map(printable, values)
+            yield f"{CONFIG} has {field} {one} and {other_one}; {printable(used[field])} is used."
+
+
+def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, path: Path) -> Iterator[str]:
+    """Warn if `tie_word_embeddings` is not what the weights are; the weights are believed."""
+    if output is None and not says_tied:
+        yield f"{path.name} has no {_OUTPUT}, though {CONFIG} does not tie it to the embedding; the embedding is used."
+    if output is not None and says_tied and not tied:
+        yield (
+            f"{CONFIG} says that {_OUTPUT} is the embedding (tie_word_embeddings), but {path.name} holds another one; "
+            "the file's is used."
+        )
 
 
 # --- Tokenizer and conversations --------------------------------------------------------------

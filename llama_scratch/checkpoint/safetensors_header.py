@@ -14,26 +14,42 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint.json_file import parse_object, read_object
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's name of a type → torch's, and its bytes.
 TYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 # A header takes some 120 bytes a tensor, and the largest Llama has 1,138.
 _MAX_HEADER = 1 << 22
+_MAX_TENSORS = 1 << 14
 _MAX_DIM = 1 << 40
+# Bytes that are compared at a time.
+_BLOCK = 1 << 20
 # Older files carry the rotation table, which is computed here.
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its shape, torch's name of its type, its bytes, and the file in which it lies."""
+    """One tensor: its shape, torch's name of its type, its bytes, its file, and the place of its first byte there."""
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     file: Path
+    start: int
+
+    def holds_the_same_as(self, other: Entry) -> bool:
+        """Whether two tensors are equal byte by byte; NaN too. Reads no further than to the first difference."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        with self.file.open("rb") as own, other.file.open("rb") as its:
+            own.seek(self.start)
+            its.seek(other.start)
+            left = self.nbytes
+            while left and own.read(size := min(left, _BLOCK)) == its.read(size):
+                left -= size
+        return left == 0
 
 
 def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
@@ -47,7 +63,7 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
     if index.is_file():
         return index, _read_index(index)
     if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{directory} holds its weights as pytorch_model.bin alone, expected {WEIGHTS}; "
             "save the model again with transformers, which writes that."
         )
@@ -74,6 +90,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
                 f"{path}: '{printable(min(twice))}' is in {other} and in {file}, expected it once; {FETCH_AGAIN}"
             )
         entries |= found
+        _check_count(path, len(entries))
     wanted = {name: file for name, file in places.items() if not _IGNORED.fullmatch(name)}
     for name, file in wanted.items():
         if name not in entries or entries[name].file.name != file:
@@ -100,14 +117,23 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         header = parse_object(file.read(length), path)
     header.pop("__metadata__", None)
+    _check_count(path, len(header))
     try:
-        return _check_places(path, header, size - 8 - length)
+        return _check_places(path, header, 8 + length, size)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_places(path: Path, header: dict[str, Any], size: int) -> dict[str, Entry]:
-    """The tensors must lie one behind the other and fill the file; `size` is what it has behind the header."""
+def _check_count(path: Path, count: int) -> None:
+    if count > _MAX_TENSORS:
+        raise CheckpointError(f"{path} names {count:,} tensors, expected at most {_MAX_TENSORS:,}; {FETCH_AGAIN}")
+
+
+def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, Entry]:
+    """The tensors must follow each other without a gap and fill the file to its end."""
+    size = file_size - data_start
     entries = {name: _place(name, value) for name, value in header.items()}
     end = 0
     for name, (_, _, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
@@ -119,7 +145,7 @@ def _check_places(path: Path, header: dict[str, Any], size: int) -> dict[str, En
     if end != size:
         raise CheckpointError(f"{size:,} bytes of data, expected {end:,} by its header; {FETCH_AGAIN}")
     return {
-        name: Entry(shape, dtype, stop - start, path)
+        name: Entry(shape, dtype, stop - start, path, data_start + start)
         for name, (shape, dtype, start, stop) in entries.items()
         if not _IGNORED.fullmatch(name)
     }
@@ -130,7 +156,7 @@ def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
     value = value if isinstance(value, dict) else {}
     kind, shape, place = (value.get(field) for field in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and kind not in TYPES:
-        raise CheckpointError(
+        raise UnsupportedError(
             f"'{printable(name)}' is stored as {printable(kind)}, expected {', '.join(TYPES)}; "
             "use the unquantised model, or a GGUF file of it."
         )
