@@ -15,7 +15,7 @@ be read and replaced is `taps`' to say.
 Notation
     B    sequences of equal length        n_heads      query heads
     T    new tokens in this call          n_kv_heads   key/value heads, each shared by a group
-    S    tokens in all: cached + new      head_dim     width of one head: dim / n_heads
+    S    tokens in all: cached + new      head_dim     width of one head, often dim / n_heads
     dim  width of the residual stream     ffn_dim      width inside the feed-forward layer
 """
 

@@ -126,7 +126,8 @@ def memory_needed(
     panels = _in_panels(precision, device)
     # Without kernels int8 holds both limbs of what is multiplied, and their products.
     wide, narrow = (8, 12) if precision == "int8" and not panels else (4, 8)
-    activations = CHUNK * (wide * args.ffn_dim + narrow * args.dim) * activation + 16 * args.vocab_size
+    width = max(args.dim, args.n_heads * args.head_dim)  # of the residual stream, or of all heads' queries
+    activations = CHUNK * (wide * args.ffn_dim + narrow * width) * activation + 16 * args.vocab_size
     # The mask, which fused attention turns into numbers.
     activations += CHUNK * context * (2 if packed else 3 + activation)
     packing = 0
@@ -139,7 +140,7 @@ def memory_needed(
             weights = max(4 * args.n_parameters(tied=tied), weights + 4 * args.vocab_size * args.dim)
         if device.type == "cpu" and packs():
             activations += KEPT * max(0, context - LONG)
-        piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim))
+        piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim, width))
         if panels:
             packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
             activations += 2 * _BLOCKS * (stored is None)  # of the first answers

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.config import ModelArgs, RopeScaling, ffn_dim
-from llama_scratch.errors import CheckpointError, UsageError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError
 from tests.checkpoints import TINY_PARAMS, tiny_args
 
 # dim, n_layers, n_heads, ffn_dim_multiplier, multiple_of, use_scaled_rope → FFN width, factor, parameters, tied
@@ -53,6 +53,29 @@ def test_published_models_have_their_published_shape(name: str) -> None:
     assert args.rope_scaling == (None if factor is None else RopeScaling(factor, 1, 4, 8192))
     assert args.max_seq_len == (8192 if factor is None else 131_072)
     assert args.head_dim == (64 if args.dim == 2048 else 128)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"moe_args": {"num_experts": 16}},
+        {"use_qk_norm": True},
+        {"vision_chunk_size": 560},
+        {"quantization_args": {"scheme": "int4"}},
+    ],
+)
+def test_other_networks_are_named_and_not_called_damaged(field: dict[str, Any]) -> None:
+    """Llama 4, vision models and quantized releases."""
+    with pytest.raises(UnsupportedError) as caught:
+        tiny_args(**field)
+    assert FETCH_AGAIN not in str(caught.value)
+
+
+def test_a_scaling_by_a_factor_of_1_is_none() -> None:
+    """One shape, however it is said."""
+    args = dataclasses.replace(tiny_args(), rope_scaling=RopeScaling(1.0))
+    assert args.rope_scaling is None
+    assert args == tiny_args().with_rope_factor(1)
 
 
 @pytest.mark.parametrize(("dim", "factor"), [(256, 32), (3072, 32), (3136, 8), (4096, 8)])

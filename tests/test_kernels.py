@@ -345,30 +345,33 @@ class Rounding(nn.Module):
 class Case:
     """A layer with random weights, as a block of model.py and as the kernels want it, behind `start` tokens."""
 
-    def __init__(self, bits: int, head_dim: int, group: int, start: int, T: int, layers: int = 1):
+    def __init__(self, bits: int, head_dim: int, group: int, start: int, T: int, layers: int = 1, width: int = 0):
         generator = torch.Generator().manual_seed(start + T)
         n_kv_heads, ffn_dim = max(1, 64 // head_dim // group), 192
         dim = n_kv_heads * group * head_dim
         if dim % 64:
             n_kv_heads, dim = 2 * n_kv_heads, 2 * dim
-        self.args = ModelArgs(dim, layers, n_kv_heads * group, n_kv_heads, 32, ffn_dim, 1e-5, 1e4, None, 2048)
+        q_dim, dim = dim, width or dim
+        heads = n_kv_heads * group
+        self.args = ModelArgs(dim, layers, heads, n_kv_heads, 32, ffn_dim, 1e-5, 1e4, None, 2048, head_dim=head_dim)
         self.bits, self.start, self.T = bits, start, T
         self.x = torch.randn(T, dim, generator=generator)
         kv_dim = n_kv_heads * head_dim
         self.blocks, self.weights = [], []
         for _ in range(layers):
             block = TransformerBlock(self.args)
-            outs = {"wqkv": dim + 2 * kv_dim, "wo": dim, "w13": 2 * ffn_dim, "w2": dim}
+            outs = {"wqkv": q_dim + 2 * kv_dim, "wo": dim, "w13": 2 * ffn_dim, "w2": dim}
+            ins = {"wqkv": dim, "wo": q_dim, "w13": dim, "w2": ffn_dim}
             stored: dict[str, Tensor] = {}
             norms = [torch.rand(dim, generator=generator) + 0.5 for _ in range(2)]
             self.weights += norms
             for name, out in outs.items():
-                q, scales = weight(out, ffn_dim if name == "w2" else dim, bits, generator)
+                q, scales = weight(out, ins[name], bits, generator)
                 scales = (scales.float() * (0.2 if bits == 8 else 3)).half()
                 stored[name] = q * scales.float().repeat_interleave(BLOCK[bits], 1)
                 self.weights += packed(q, scales, bits)
             block.attention_norm.weight.data, block.ffn_norm.weight.data = norms
-            wq, wk, wv = (Rounding(w, bits) for w in torch.split(stored["wqkv"], [dim, kv_dim, kv_dim]))
+            wq, wk, wv = (Rounding(w, bits) for w in torch.split(stored["wqkv"], [q_dim, kv_dim, kv_dim]))
             w1, w3 = (Rounding(w, bits) for w in stored["w13"].chunk(2))
             for part, modules in (
                 (block.attention, {"wq": wq, "wk": wk, "wv": wv, "wo": Rounding(stored["wo"], bits)}),
@@ -433,7 +436,20 @@ def test_a_layer_is_that_of_the_network(ops: Any, bits: int, head_dim: int, grou
 
     In one token at most a rounding may fall to the other side, as the two add up in different orders.
     """
-    case = Case(bits, head_dim, group, start, T)
+    compared(Case(bits, head_dim, group, start, T), ops)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 128), (32, 192), (128, 64)])
+def test_heads_together_wider_or_narrower_than_the_residual_stream(
+    ops: Any, bits: int, head_dim: int, width: int
+) -> None:
+    compared(Case(bits, head_dim, 3, 20, 2, width=width), ops)
+
+
+def compared(case: Case, ops: Any) -> None:
+    """Run a layer in the kernels and in the network, and compare."""
+    start = case.start
     x, cache = called(ops, case)
     expected, held = case.expected()
     assert (expected - case.x).abs().max() > 0.1

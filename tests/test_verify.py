@@ -27,6 +27,7 @@ from llama_scratch.progress import Progress
 from llama_scratch.render.terminal import as_text
 from llama_scratch.render.verify import verify_table
 from tests.checkpoints import write_meta
+from tests.test_checkpoint_gguf import whole_file
 from tests.test_cli import Runner, llama_scratch, one_sentence
 
 __all__ = ["llama_scratch"]  # a fixture
@@ -602,3 +603,13 @@ def test_memory_that_is_not_enough_is_no_damage(
     changed = replace(open_checkpoint(model), load=load)
     monkeypatch.setattr(module, "open_checkpoint", lambda *_: changed)
     assert llama_scratch("verify", str(model)).code == code
+
+
+def test_a_whole_file_that_is_not_supported_is_not_called_damaged(tmp_path: Path) -> None:
+    """Nothing is to be fetched again."""
+    path = whole_file().change("blk.0.attn_q.weight", kind=31).write(tmp_path / "a.gguf")
+    found = verify(path)
+    assert found.wrong == 1
+    assert found.fetch_again == []
+    assert found.verdict.startswith("Not supported")
+    assert "Q4_0_4_4" in found.as_json()["findings"][-1]["sentence"]

@@ -227,7 +227,7 @@ def _unsupported_type(name: str, type_: int) -> CheckpointError:
     if type_ in _REMOVED:
         old, new = _REMOVED[type_]
         return UnsupportedError(
-            f"the tensor '{name}' is in {old} (type {type_}), which ggml removed; use a {new} file of the model."
+            f"the tensor '{name}' is in {old} (type {type_}), which ggml removed; use a file in {new}."
         )
     if type_ < _FUTURE_TYPES:
         from importlib.metadata import version

@@ -29,6 +29,7 @@ from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
     OutOfMemoryError,
+    UnsupportedError,
     UsageError,
     printable,
 )
@@ -65,7 +66,7 @@ class Finding:
     """What one check found.
 
     part: the file or the part of the model. check: "MD5", "SHA-256", "Git's SHA-1", "presence", "checksum",
-    "structure", "values", "tied" or "factor". sentence: what was found. fetch: files to fetch again.
+    "structure", "support", "values", "tied" or "factor". sentence: what was found. fetch: files to fetch again.
     """
 
     part: str
@@ -103,6 +104,8 @@ class Verification:
         if not self.wrong:
             found = "nothing is wrong" + (f", {notes} worth a note" if notes else "")
             return f"Whole: of {len(self.findings)} checks {found}."
+        if all(finding.check == "support" for finding in self.findings if finding.result == "wrong"):
+            return f"Not supported: {self.wrong} of {len(self.findings)} checks failed, none of them for damage."
         names = self.fetch_again[:_MOST_NAMED]
         others = len(self.fetch_again) - len(names)
         advice = f"; fetch {', '.join(names)}{f' and {others} more' * (others > 0)} again" if names else ""
@@ -181,6 +184,8 @@ def _broken(error: LlamaScratchError, file: str) -> Finding:
         raise error
     named = _FILE_NAME.search(str(error))
     part = named[0] if named else printable(file)
+    if isinstance(error, UnsupportedError):
+        return Finding(part, "support", "wrong", str(error))
     return Finding(part, "structure", "wrong", str(error), (part,))
 
 

@@ -108,6 +108,9 @@ def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_rope_dimension_count(args.head_dim)
+    if args.head_dim * args.n_heads != args.dim:
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
     writer.add_vocab_size(args.vocab_size)
     if args.rope_scaling:
         writer.add_rope_scaling_orig_ctx_len(args.rope_scaling.original_context)

@@ -56,6 +56,8 @@ def _params(checkpoint: Checkpoint) -> str:
         "rope_theta": args.rope_theta,
         "vocab_size": args.vocab_size,
     }
+    if args.head_dim * args.n_heads != args.dim:
+        params["head_dim"] = args.head_dim
     if args.rope_scaling:
         params |= {"use_scaled_rope": True, "rope_scaling_factor": args.rope_scaling.factor}
     if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):

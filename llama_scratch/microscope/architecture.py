@@ -63,7 +63,7 @@ class Architecture:
     def as_json(self) -> dict[str, Any]:
         """As /arch prints it."""
         return {
-            "shape": asdict(self.args) | {"head_dim": self.args.head_dim},
+            "shape": asdict(self.args),
             "length": self.length,
             "tied_output": self.tied,
             "parts": [asdict(part) for part in self.parts],
