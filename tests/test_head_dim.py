@@ -6,6 +6,7 @@ Real ones are Llama-3.1-Nemotron-Nano-4B (32 heads of 128 in 3,072) and Minitron
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError
+from llama_scratch.errors import CheckpointError, ModelNotFoundError
+from llama_scratch.lazy import as_tensor
 from llama_scratch.microscope.rope import rope
 from llama_scratch.precision import memory_needed
+from llama_scratch.progress import silent
+from tests import test_meta_shards as shards
 from tests.checkpoints import tiny_args, tiny_params, write_meta
 from tests.reference import forward
 from tests.test_checkpoint_meta import same
@@ -80,7 +84,7 @@ def test_every_form_holds_it(models: dict[str, Path], name: str, tmp_path: Path)
         )
         assert verify(at).wrong == 0
     assert read.args == source.args
-    assert same(read.load(lambda *_: None), source.load(lambda *_: None))
+    assert same(read.load(silent), source.load(silent))
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["head_dim"] == source.args.head_dim
 
@@ -137,3 +141,15 @@ def test_a_shape_is_said_and_compared() -> None:
     ] == (64, 48)
     with pytest.raises(CheckpointError, match="head_dim"):
         tiny_args(head_dim=63)
+
+
+def test_shards(models: dict[str, Path], tmp_path: Path) -> None:
+    """Each holds a part of the heads; the rows of wq tell how many shards there are."""
+    weights = torch.load(models["wide"] / "consolidated.00.pth")
+    directory = shards.write(tmp_path / "m", shards.split(weights, 2), params=WIDE)
+    shutil.copy(models["wide"] / "tokenizer.model", directory)
+    read = open_checkpoint(directory).load(silent)
+    assert all(torch.equal(as_tensor(read[name]), weight) for name, weight in weights.items())
+    (directory / shards.shard(1)).unlink()
+    with pytest.raises(ModelNotFoundError, match="fetch the missing shards"):
+        open_checkpoint(directory).load(silent)
