@@ -154,10 +154,11 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
     # As in llama.cpp: the type is linear if there is none, and a factor of 0 is 1.
     kind = metadata.get("llama.rope.scaling.type", "linear")
     factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
-    plain = kind == "none" or (kind in ("linear", "yarn") and all(factor in (0, 1) for factor in factors))
+    factor = next((factor for factor in factors if factor not in (0, 1)), 1)
+    plain = kind == "none" or (kind in ("linear", "yarn") and factor == 1)
     if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
         raise UnsupportedError(
-            f"it has scaled RoPE of the type '{printable(kind)}' (factor {printable(factors[0])}), expected Llama "
+            f"it has scaled RoPE of the type '{printable(kind)}' (factor {printable(factor)}), expected Llama "
             "3.1's or none; use a model without it, or run this one in llama.cpp."
         )
     if experts := metadata.get("llama.expert_count"):

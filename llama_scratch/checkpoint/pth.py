@@ -151,7 +151,7 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UnsupportedError(
             f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32; "
-            "use the unquantised model, or a GGUF file of it."
+            "use the model in one of these types, or a GGUF file of it."
         )
 
 
