@@ -363,39 +363,25 @@ def test_an_output_that_was_left_out_is_the_embedding(directory: Path, flag: boo
     assert len(checkpoint.warnings) == (flag is not True)
 
 
-@pytest.mark.parametrize(
-    ("dim", "heads", "kv_heads", "head_dim"), [(64, 4, 2, 32), (64, 4, 2, 8), (96, 2, 1, 64), (40, 3, 1, 16)]
-)
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "head_dim"), [(64, 4, 2, 32), (64, 4, 2, 8), (96, 2, 1, 64)])
 def test_heads_of_a_width_of_their_own(tmp_path: Path, dim: int, heads: int, kv_heads: int, head_dim: int) -> None:
-    """`head_dim` need not be hidden_size / heads, nor the heads divide hidden_size."""
-    shape = {"hidden_size": dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    if dim % heads:  # transformers does not read its own model then
-        directory = save(random_model(**shape | {"hidden_size": dim - dim % heads}), tmp_path / "Small")
-        rewritten(directory, lambda weights: weights.update(widened(weights, dim - dim % heads, dim)))
-        change(directory, "config.json", hidden_size=dim)
-        checkpoint = open_huggingface(directory)
-        assert checkpoint.args.head_dim == head_dim
-        assert logits(checkpoint).isfinite().all()
-        return
+    """`head_dim` need not be hidden_size / heads."""
+    shape: dict[str, Any] = {
+        "hidden_size": dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
     directory = save(random_model(**shape), tmp_path / "Small")
     checkpoint = open_huggingface(directory)
     assert checkpoint.args.head_dim == head_dim
     assert distance(logits(checkpoint), theirs(directory)) < 1e-5
 
 
-def widened(weights: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
-    """The same weights with zeros for more numbers in the residual stream."""
-    wider = {}
-    for name, weight in weights.items():
-        sizes = [new - size if size == old else 0 for size in weight.shape]
-        wider[name] = torch.nn.functional.pad(weight, [n for size in reversed(sizes) for n in (0, size)])
-    return wider
-
-
 def test_numbers_that_are_whole_floats(directory: Path, whole: Path) -> None:
     """Some programs write 64.0 for 64."""
-    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    fields += ("vocab_size", "intermediate_size", "max_position_embeddings")
+    fields = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    fields += ["vocab_size", "intermediate_size", "max_position_embeddings"]
     config = json.loads((directory / "config.json").read_text())
     change(directory, "config.json", **{field: float(config[field]) for field in fields})
     assert open_huggingface(directory).args == open_huggingface(whole).args
