@@ -50,7 +50,7 @@ _STRING_SIZE = struct.Struct("<Q")
 # Elements of all arrays together: several times Llama 3's vocabulary, types of tokens and merges (536,659).
 MAX_ELEMENTS = 1 << 21
 # A Llama's file has some 40 keys, and the largest one 1,138 tensors.
-_MAX_KEYS, _MAX_TENSORS = 1 << 12, 1 << 14
+_MAX_KEYS, _MAX_TENSORS = 1 << 12, 1 << 12
 # Types that ggml removed → their names, and the type that replaces them: llama.cpp rearranges it when it loads.
 # Source: `enum ggml_type` in ggml.h.
 _REMOVED = {

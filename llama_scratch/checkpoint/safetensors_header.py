@@ -21,7 +21,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 # A header takes some 120 bytes a tensor, and the largest Llama has 1,138.
 _MAX_HEADER = 1 << 22
-_MAX_TENSORS = 1 << 14
+_MAX_TENSORS = 1 << 12
 _MAX_DIM = 1 << 40
 # Bytes that are compared at a time.
 _BLOCK = 1 << 20
