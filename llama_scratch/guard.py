@@ -8,10 +8,11 @@ word and leaves the terminal as it was being drawn.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llama_scratch.errors import CheckpointError, printable
 
 _EXPECTED = "expected it to stay as it was; load the model again."
 _UNKNOWN = f"A file could not be read on while it was in use (it became shorter, or its disk failed), {_EXPECTED}"
+# Bytes that are hashed between two reports of progress.
+_BLOCK = 4 << 20
 # Pastes unmarked, the cursor shown, no colour, a line of its own.
 _RESTORE = b"\x1b[?2004l\x1b[?25h\x1b[0m\n"
 
@@ -28,6 +31,7 @@ class Mapped:
 
     def __init__(self, paths: Iterable[Path]):
         self._files: dict[int, tuple[Path, os.stat_result]] = {}  # by descriptor
+        self._digests: dict[str | None, str] = {}
         weakref.finalize(self, _close, self._files)
         for path in paths:
             descriptor = os.open(path, os.O_RDONLY)
@@ -46,6 +50,39 @@ class Mapped:
                 if now.st_size != before.st_size:
                     how = f"it has {now.st_size:,} bytes and had {before.st_size:,}"
                 raise CheckpointError(f"{printable(path, 200)} changed while it was in use ({how}), {_EXPECTED}")
+
+    @property
+    def names(self) -> list[str]:
+        """The files' names, in alphabetical order."""
+        return sorted(path.name for path, _ in self._files.values())
+
+    def sha256(self, progress: Callable[[str, int, int], None], name: str | None = None) -> str:
+        """Return the SHA-256 of the files' bytes in hexadecimal, as `cat FILES | sha256sum` prints it.
+
+        It is computed once, from the files as they were opened. A file that has replaced one of them since, under the
+        same name, does not count.
+
+        Args:
+            progress: Called with "checking", the bytes read so far and all bytes.
+            name: Hash only the file of this name. By default all of them, in the order of `names`.
+
+        Raises:
+            CheckpointError: If a file was written to before its digest was computed.
+        """
+        if name not in self._digests:
+            self.check()
+            files = sorted((path.name, file, status.st_size) for file, (path, status) in self._files.items())
+            files = [entry for entry in files if name in (None, entry[0])]
+            total, done, digest = sum(size for *_, size in files), 0, hashlib.sha256()
+            for _, file, _ in files:
+                offset = 0
+                while block := os.pread(file, _BLOCK, offset):
+                    digest.update(block)
+                    offset, done = offset + len(block), done + len(block)
+                    progress("checking", done, total)
+            self.check()
+            self._digests[name] = digest.hexdigest()
+        return self._digests[name]
 
 
 _MAPPED: weakref.WeakSet[Mapped] = weakref.WeakSet()

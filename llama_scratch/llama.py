@@ -69,6 +69,8 @@ class Llama:
     what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
     for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `speculation`;
     what comes out is the same. warnings: messages about the model's files, which each prediction repeats.
+    what comes out is the same. options: the arguments of `load` that change the model and that nothing above tells,
+    as they were given.
     """
 
     speculate = True
@@ -87,6 +89,7 @@ class Llama:
         weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
         files: Mapped | None = None,
         warnings: tuple[str, ...] = (),
+        options: Mapping[str, Any] | None = None,
     ):
         self.args: ModelArgs = model.args
         self.tokenizer = tokenizer
@@ -97,6 +100,7 @@ class Llama:
         self.engine = Engine(model, context, packing, files=files)
         self.load_s = load_s
         self.warnings = warnings
+        self.options: Mapping[str, Any] = options or {}
         self._weights = weights
         self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
 
@@ -175,7 +179,17 @@ class Llama:
             weights=checkpoint.load,
             files=checkpoint.mapped,
             warnings=checkpoint.warnings,
+            options={
+                "tokenizer": tokenizer,
+                "rope_factor": rope_factor,
+                "context": context,
+                "calibration": calibration,
+            },
         )
+
+    def fingerprint(self, progress: Progress = silent) -> str:
+        """Return the SHA-256 of the weight files that this model was loaded from, see `Checkpoint.fingerprint`."""
+        return self.engine.files.sha256(progress)
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
         """Put the weights into the form that this machine multiplies fastest, and come back when that is done.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,6 +122,14 @@ class Tokenizer:
         names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_N_LLAMA3_SPECIAL - len(names))]
         special = {name: len(ranks) + i for i, name in enumerate(names)}
         return cls(ranks, special, LLAMA3_PATTERN, bos="<|begin_of_text|>", stops=_LLAMA3_STOPS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the rules by which text becomes ids, in hexadecimal: equal for one tokenizer in any format."""
+        ranks, special = (
+            sorted(tokens.items(), key=lambda entry: entry[1]) for tokens in (self.ranks, self.special_tokens)
+        )
+        return hashlib.sha256(repr((ranks, special, self.pattern, self.bos_id)).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Text → ids, in time linear in its length.

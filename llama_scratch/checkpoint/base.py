@@ -72,6 +72,13 @@ class Checkpoint:
             )
         object.__setattr__(self, "mapped", Mapped(self.files))
 
+    def fingerprint(self, progress: Progress) -> str:
+        """Return the SHA-256 of all weight files, one after the other in the order of their names.
+
+        For a model in one file it is that file's own checksum. See `Mapped.sha256`.
+        """
+        return self.mapped.sha256(progress)
+
 
 def name_of(path: Path) -> str:
     """What the model at a path is called: its directory's name, or its file's without the type of the weights."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.parts import Part, numbered
+from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.microscope.stream import activations
 from llama_scratch.progress import Progress, silent
 from llama_scratch.taps import Tap
@@ -24,11 +25,17 @@ from llama_scratch.taps import Tap
 
 @dataclass(frozen=True, eq=False)  # taps hold tensors, which do not compare as a whole
 class Intervention:
-    """A change to the network. label: short, as it stands in the prompt: -L5.H3. meaning: a sentence."""
+    """A change to the network.
+
+    label: Short, as the prompt shows it: -L5.H3.
+    meaning: A sentence for the user.
+    recipe: How to make it again with `remake`; None if it was made by hand.
+    """
 
     label: str
     meaning: str
     taps: Mapping[str, Tap]
+    recipe: Recipe | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As the commands print it."""
@@ -42,13 +49,35 @@ def changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama:
     return llama
 
 
+def remake(llama: Llama, recipe: Recipe, progress: Progress = silent) -> Intervention:
+    """Make an intervention from its recipe.
+
+    Args:
+        llama: The model without interventions.
+        recipe: It may come from a file; every value is checked.
+        progress: Called while the activations are computed.
+
+    Raises:
+        UsageError: If this network does not have that part, position or token.
+    """
+    if recipe.kind == "steer":
+        return steer(llama, recipe.layer, recipe.scale, recipe.ids, recipe.away, progress)
+    part = Part.named(recipe.part, llama.args)
+    if recipe.kind == "patch":
+        return patch(llama, part, recipe.ids, dict(recipe.positions), progress)
+    if recipe.kind == "mean_ablate":
+        return mean_ablate(llama, part, recipe.ids, progress)
+    return ablate(llama, part)
+
+
 # --- Ablation ---------------------------------------------------------------------------------
 
 
 def ablate(llama: Llama, part: Part) -> Intervention:
     """Zero ablation: what a part writes into the residual stream is 0."""
     del llama  # as the other ones have it
-    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", _set(part, dict.fromkeys(part.places, 0.0)))
+    taps = _set(part, dict.fromkeys(part.places, 0.0))
+    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", taps, Recipe("ablate", part.name))
 
 
 def mean_ablate(llama: Llama, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
@@ -60,7 +89,8 @@ def mean_ablate(llama: Llama, part: Part, ids: Sequence[int], progress: Progress
     values = zip(part.places, activations(llama, ids, part.places, progress), strict=True)
     means = {place: part.of(value).mean(0) for place, value in values}
     tokens = f"{len(ids):,} token{'s' if len(ids) != 1 else ''}"
-    return Intervention(f"~{part.name}", f"{part.name} writes its mean over {tokens}.", _set(part, means))
+    recipe = Recipe("mean_ablate", part.name, ids=tuple(ids))
+    return Intervention(f"~{part.name}", f"{part.name} writes its mean over {tokens}.", _set(part, means), recipe)
 
 
 def _set(part: Part, values: Mapping[str, Tensor | float]) -> dict[str, Tap]:
@@ -103,7 +133,8 @@ def patch(
 
     where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))
     name = f"{part.name}@{where}"
-    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap})
+    recipe = Recipe("patch", part.name, ids=tuple(ids), positions=tuple(positions.items()))
+    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap}, recipe)
 
 
 def _end(llama: Llama, ids: Sequence[int]) -> str:
@@ -139,4 +170,5 @@ def steer(
         f"Behind layer {layer} each token gets {scale:g} times the difference of the two texts, "
         f"a vector of length {float(direction.norm()):.3g}.",
         {place: lambda value, _start: value + direction.to(value)},
+        Recipe("steer", layer=int(layer), scale=float(scale), ids=tuple(toward), away=tuple(away)),
     )

@@ -94,4 +94,5 @@ class _Loop:
         try:
             begin(self._session, system)
         except LlamaScratchError as error:
+            self._session.first_system = None  # so that a replay takes prompts too
             self._session.console.print(terminal.error(str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,15 @@ from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.pipe import respond
-from llama_scratch.repl.record import Header, Model, Record, ids_of, versions, weights_sha256, whole_numbers
+from llama_scratch.repl.record import (
+    Header,
+    Record,
+    ids_of,
+    shape_differences,
+    versions,
+    weights_sha256,
+    whole_numbers,
+)
 from llama_scratch.repl.session import Session, Turn
 
 if TYPE_CHECKING:
@@ -27,8 +36,9 @@ if TYPE_CHECKING:
 # Numbers are equal within this, absolute or relative: answers in one precision differ by rounding alone, those in
 # two by what the precisions promise.
 TOLERANCE, BETWEEN_PRECISIONS = 1e-3, 2e-2
-# Not compared: how long things took; sentences for people; and the model, which is compared once for the session.
-_IGNORED = {"timing", "warnings", "model", "path", "precision", "device"}
+# Not compared: how long things took and which tokens were cached, which depends on what was typed meanwhile; sentences
+# for people; and the model, which is compared once for the session.
+_IGNORED = {"timing", "warnings", "model", "path", "precision", "device", "reused_tokens", "new_tokens"}
 # What is generated; without a seed it is drawn anew each time.
 _GENERATED = {"generated", "text", "ids", "logprobs", "finish_reason"}
 
@@ -92,7 +102,7 @@ def run_again(
         keeps_turns=False,
         chat=None if header.system is None else Chat(header.system),
     )
-    differences = _model_differences(header.model, session)
+    differences = _model_differences(header, session)
     compared = drawn = 0
     if between := header.precision != llama.info.precision:
         llama.prepare()  # it was asked for, so it answers from the beginning
@@ -129,6 +139,10 @@ def _circumstances(header: Header, llama: Llama) -> list[str]:
     old = {"precision": header.precision, "device": header.device, "llama-scratch": header.llama_scratch}
     new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
     old, new = old | header.versions, new | versions()
+    if header.details.tokenizer is not None:
+        old["tokenizer"], new["tokenizer"] = header.details.tokenizer, llama.tokenizer.fingerprint
+    for name, before, now in shape_differences(header.details, llama):
+        old[name], new[name] = before, now
     return [
         f"Recorded with {what} {_shown(old.get(what))}, run again with {_shown(now)}."
         for what, now in new.items()
@@ -136,14 +150,14 @@ def _circumstances(header: Header, llama: Llama) -> list[str]:
     ]
 
 
-def _model_differences(model: Model, session: Session) -> list[Difference]:
+def _model_differences(header: Header, session: Session) -> list[Difference]:
     """Whether the session has the model of the recording."""
-    llama = session.llama
+    llama, model = session.llama, header.model
     old: dict[str, Any] = {"parameters": model.parameters}
     new: dict[str, Any] = {"parameters": llama.info.parameters}
     if llama.path is not None:
         with session.progress() as progress:
-            new["weights"] = weights_sha256(llama.path, progress)
+            new["weights"] = weights_sha256(header.details, llama, progress)
         old["weights"] = model.sha256
     return [Difference(0, "", f"the model's {what}", a, b) for what, a, b in compare(old, new, 0)]
 
@@ -158,14 +172,32 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     if is_command(turn.input):
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
-            if command.name == "load":  # which takes interventions off
-                session.intervene(())
-            if ids:  # the text that came of it, which the next lines go on from
+            if command.name == "load":
+                _go_on(session, turn.output, ids)
+            elif ids:  # the text that came of it, which the next lines go on from
                 session.predict(ids)
             return None
     new = respond(session, turn.input)[0]
     _keep_conversation(session, ids, turn.output.get("generated"))
     return new
+
+
+def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
+    """Do what is left of a /load: the lines before it were those of the loaded session.
+
+    Version 0.1.0 took the interventions off then, and its answer names none.
+    """
+    path = output.get("model_path")
+    if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
+        session.switch(path, session.llama.info.precision)
+    labels = output.get("interventions")
+    kept = [one for one in session.interventions if isinstance(labels, list) and one.label in labels]
+    if len(kept) < len(session.interventions):
+        session.intervene(kept)
+    if session.now and session.ids == ids:
+        session.answer_again()
+    elif ids:
+        session.predict(ids)
 
 
 def _keep_conversation(session: Session, question: list[int] | None, generated: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -70,9 +70,33 @@ class Moment:
     interventions: tuple[Intervention, ...] = ()
 
     @property
+    def prompt(self) -> str:
+        """The text as it was typed, or the decoded tokens."""
+        return self.prediction.prompt
+
+    @property
+    def top(self) -> int:
+        """The number of candidates in the answer."""
+        return len(self.prediction.top)
+
+    @property
     def ids(self) -> list[int]:
         """The text's tokens, the beginning-of-text token included."""
         return [token.id for token in self.prediction.tokens]
+
+
+@dataclass(frozen=True)
+class Past:
+    """A text of a loaded session that /undo can go back to. It is answered only then, with `top` candidates.
+
+    offered: As in `Moment`; None for the predicted token.
+    """
+
+    ids: list[int]
+    prompt: str
+    top: int
+    offered: tuple[int, ...] | None
+    interventions: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,18 +109,40 @@ class Turn:
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that a session began with. rope_factor: 1 where RoPE is not scaled."""
+    """The model that a session began with. It stays known after another model has taken its place.
+
+    rope_factor: The factor in use, 1 if RoPE is not scaled.
+    options: See `Llama.options`.
+    files, shape, tokenizer: See `record.Model`.
+    sha256: Computes the digest of the weight files, which stay open for it.
+    """
 
     info: ModelInfo
     path: Path | None
     context: int
     rope_factor: float
+    options: Mapping[str, Any]
+    files: int | None
+    shape: dict[str, Any] | None
+    tokenizer: Callable[[], str | None]
+    sha256: Callable[[Progress], str]
 
     @classmethod
     def of(cls, llama: Llama) -> Self:
-        """What there is to say of a model that is there."""
-        scaling = llama.args.rope_scaling
-        return cls(llama.info, llama.path, llama.context, scaling.factor if scaling else 1.0)
+        """Describe a loaded model."""
+        scaling, tokenizer = llama.args.rope_scaling, llama.tokenizer
+        files = llama.engine.files
+        return cls(
+            info=llama.info,
+            path=llama.path,
+            context=llama.context,
+            rope_factor=scaling.factor if scaling else 1.0,
+            options=llama.options,
+            files=len(files.names),
+            shape=asdict(llama.args),
+            tokenizer=lambda: tokenizer.fingerprint,
+            sha256=files.sha256,
+        )
 
 
 @dataclass
@@ -107,7 +153,8 @@ class Session:
     open: loads another model, by its path or name and its precision, with the session's other options.
     interactive: whether a person watches, so that what comes bit by bit is shown bit by bit.
     debug: an error that nothing foresaw ends the session with its traceback.
-    moments: each text that was answered, the newest last; `now` is that one.
+    moments: each text that was answered, the newest last; `now` is that one. past: the texts before those, of a
+    session that was loaded.
     turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
     screen, for /export. page: the view that was shown last, for /picture; None for the answer.
     chat: the conversation that each line goes on with; None where each line is a prompt.
@@ -125,6 +172,7 @@ class Session:
     debug: bool = False
     ended: bool = False
     moments: list[Moment] = field(default_factory=list)
+    past: list[Past] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     shown: list[RenderableType] = field(default_factory=list)
     page: Page | None = None
@@ -181,7 +229,7 @@ class Session:
             except BaseException:
                 new.close()
                 raise
-        moments = self.moments if source is None else []
+        moments, past = (self.moments, self.past) if source is None else ([], [])
         if now:
             offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
             moments = [*moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
@@ -191,6 +239,7 @@ class Session:
             interventions=interventions,
             _changed=answering,
             moments=moments,
+            past=past,
             chat=self.chat if source is None else None,  # another model has its own format of one
             page=None if now else self.page,
         )
@@ -250,6 +299,21 @@ class Session:
         return self.moments[-1] if self.moments else None
 
     @property
+    def texts(self) -> list[Moment | Past]:
+        """All texts that are remembered, the newest last."""
+        return [*self.past, *self.moments]
+
+    @property
+    def before(self) -> Moment | Past | None:
+        """The text that /undo goes back to; None if there is none."""
+        texts = self.texts
+        return texts[-2] if len(texts) > 1 else None
+
+    def forget(self) -> None:
+        """Begin without a text."""
+        vars(self).update(moments=[], past=[], page=None)
+
+    @property
     def ids(self) -> list[int]:
         """The text so far. Raises `UsageError` where there is none."""
         if self.now is None:
@@ -293,21 +357,63 @@ class Session:
     def undo(self) -> Moment:
         """Go back to the text before, and to the network that answered it; returns its moment.
 
-        Raises `UsageError` where there is none.
+        Raises `UsageError` if there is none.
         """
-        if len(self.moments) < 2:
+        if (before := self.before) is None:
             raise UsageError("There is nothing to undo, expected an earlier text.")
-        moment, changed = self.moments[-2], self._changed
-        if moment.interventions != self.interventions:
-            changed = _changed(self.intact, moment.interventions)
-        self.interventions, self._changed, self.moments = moment.interventions, changed, self.moments[:-1]
-        self.page = None
-        return moment
+        changed = self._changed
+        if before.interventions != self.interventions:
+            changed = _changed(self.intact, before.interventions)
+        moments, past = self.moments[:-1], self.past
+        if isinstance(before, Past):
+            moments, past = [self._answered(before, changed)], self.past[:-1]
+        # One call, so that Ctrl-C never leaves one text with the network of another.
+        vars(self).update(moments=moments, past=past, interventions=before.interventions, _changed=changed, page=None)
+        return moments[-1]
 
-    def resume(self, moments: list[Moment], **state: Any) -> None:
-        """Go on from these texts, with the network as it was loaded; state: further fields, by their names."""
+    def _answered(self, past: Past, changed: Llama | None) -> Moment:
+        """Answer a text of a loaded session by the network that answered it then, or by the one given."""
+        llama = changed or self.intact
+        with self.progress() as progress:
+            prediction = llama.predict(self._typed(past), top=past.top, progress=progress)
+        offered = (prediction.next.id,) if past.offered is None else past.offered
+        return Moment(prediction, offered, past.interventions)
+
+    def _typed(self, past: Past) -> Prompt:
+        """The text as it was typed, for the same warnings, if it still has the same tokens; else its tokens."""
+        return past.prompt if self.intact.encode(past.prompt) == past.ids else past.ids
+
+    def answer_again(self) -> None:
+        """Answer the newest text again, with as many candidates as the settings say now."""
+        if now := self.now:
+            past = Past(now.ids, now.prompt, self.settings.top, now.offered, now.interventions)
+            self.moments = [*self.moments[:-1], self._answered(past, self._changed)]
+
+    def resume(self, texts: Sequence[Past], interventions: Sequence[Intervention], **state: Any) -> Prediction | None:
+        """Replace this session's state by that of another one, or leave all as it is if that fails.
+
+        Args:
+            texts: The other session's texts, the newest last. That one is answered at once.
+            interventions: The changes to the network that are on from now on.
+            state: Further fields by their names.
+
+        Returns:
+            The answer to the newest text, None if there is none.
+        """
+        on = tuple(interventions)
+        changed = _changed(self.intact, on)
+        moments = [self._answered(text, changed) for text in texts[-1:]]
         # One call, so that Ctrl-C never leaves a part of one session and a part of another.
-        vars(self).update(state, moments=moments, page=None, interventions=(), _changed=None)
+        vars(self).update(
+            state,
+            moments=moments,
+            past=list(texts[:-1]),
+            page=None,
+            walk=None,
+            interventions=on,
+            _changed=changed,
+        )
+        return moments[-1].prediction if moments else None
 
     # --- Answers on the screen ---
 

@@ -32,7 +32,7 @@ def _system(session: Session, argument: str) -> Reply:
     """
     if argument:
         begin(session, "" if argument == "off" else argument)
-        session.moments, session.page = [], None
+        session.forget()
     return _said(session)
 
 

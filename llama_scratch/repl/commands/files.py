@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.text import Text
@@ -18,9 +19,14 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.repl import record
 from llama_scratch.repl.chat import Chat
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
-from llama_scratch.repl.session import Moment, Origin, Session
-from llama_scratch.results import ModelInfo, as_json
+from llama_scratch.repl.session import Past, Session
+from llama_scratch.results import as_json
 from llama_scratch.tokenizer import replace_surrogates
+
+if TYPE_CHECKING:
+    from llama_scratch.llama import Llama
+    from llama_scratch.microscope.interventions import Intervention
+    from llama_scratch.progress import Progress
 
 
 def paths(_session: Session, begun: str) -> Iterator[str]:
@@ -56,47 +62,107 @@ def _save(session: Session, argument: str) -> Reply:
 def _load(session: Session, argument: str) -> Reply:
     """Go on from the end of a saved session.
 
-    Its text, its settings and its lines take the place of the ones here. Changes to the network are no part of
-    that end: those that are on, here or there, are off afterwards.
+    Its text, its settings, its chat, the changes to its network and its lines take the place of the ones here. The
+    model stays the one that is loaded here; if it is another one, the text is read anew, without chat and changes.
     """
     path = record.user_path(argument)
     recorded = record.load(path)
     header, llama = recorded.header, session.intact
+    end, more = header.end, header.end.more
+    # How this session was started holds for what is shown, unless a command changed it there.
+    started = session.first_settings
+    live = end.settings.live if end.settings.live != header.settings.live else started.live
+    settings = replace(end.settings, plain=session.settings.plain, live=live)
     with session.progress() as progress:
-        same = llama.path is None or header.end.model == record.weights_sha256(llama.path, progress)
-    settings = replace(header.end.settings, plain=session.settings.plain, live=session.settings.live)
-    answer = None
-    # Another model has other tokens.
-    ids = header.end.ids if same else session.encode(header.end.text) if header.end.text else []
-    chat = None if header.end.system is None or not same else Chat(header.end.system)
-    if chat:
-        chat.recall(_asked(recorded), llama.tokenizer)
-    if ids:
-        with session.progress() as progress:  # which may refuse them, or be cancelled, while all is as it was
-            answer = llama.predict(ids, top=settings.top, progress=progress)
-    changed = session.labels or _changed_at_the_end(recorded)
-    session.resume(
-        [Moment(answer, (answer.next.id,))] if answer else [],
+        same = llama.path is None or record.same_model(header, llama, progress)
+        if same and more:
+            changes = _remade(more.changes, llama, progress)
+            texts, on = _texts(path, end, more, changes), _chosen(path, changes, more.on)
+        else:
+            # Another model has other tokens.
+            ids = end.ids if same else llama.encode(end.text, special=settings.special) if end.text else []
+            texts, on = [Past(ids, end.text, settings.top, None)] if ids else [], ()
+    for id in {id for text in texts for id in (*text.ids, *(text.offered or ()))}:
+        llama.token(id)  # raises for one that this model does not have
+    chat = None
+    if same and end.system is not None and llama.chat is not None:
+        chat = Chat(end.system, list(more.questions) if more else [])
+        if not more:
+            chat.recall(_asked(recorded), llama.tokenizer)
+    off = (
+        ["Changes to the network are off."] if (session.labels and not on) or (not more and _changed(recorded)) else []
+    )
+    answer = session.resume(
+        texts,
+        on,
         settings=settings,
         chat=chat,
         turns=list(recorded.turns),
-        first_settings=header.settings,
+        first_settings=replace(header.settings, plain=started.plain, live=started.live),
         first_system=header.system,
-        first_model=_origin(header),
+        first_model=record.origin(header, llama if same and end.model == header.model.sha256 else None),
     )
     if answer and session.interactive:
-        session.show_answer(answer, added=len(ids))
+        session.show_answer(answer, added=len(answer.tokens))
     turns = len(recorded.turns)
-    sentence = f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {printable(path, 200)}."
-    if not same:
-        sentence += (
-            f"\n They are answers of another model, {printable(header.model.name)}; "
-            f"from here on {llama.info.name} answers."
+    lines = [f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {printable(path, 200)}."]
+    lines += _model_notes(header, llama, same=same)
+    if end.system is not None and chat is None:
+        lines.append(
+            f"Chat is off: {'its text is in the format of that model' if not same else 'this is a base model'}."
         )
-    if changed:
-        sentence += "\n Changes to the network are off."
-    facts = {"path": str(path), "turns": turns, "same_model": same}
-    return note(sentence, **facts, **(as_json(answer) if answer else {}))
+    facts = {"path": str(path), "turns": turns, "same_model": same, "interventions": session.labels}
+    if not same:
+        facts["model_path"] = str(llama.path and llama.path.absolute())
+    if off:
+        lines.append("Changes to the network are off.")
+    return note("\n ".join(lines), **facts, **(as_json(answer) if answer else {}))
+
+
+def _remade(changes: Sequence[record.Change], llama: Llama, progress: Progress) -> list[Intervention]:
+    """The interventions of a saved session, made again with this model."""
+    from llama_scratch.microscope.interventions import remake
+
+    return [replace(remake(llama, change.recipe, progress), label=printable(change.label)) for change in changes]
+
+
+def _texts(path: Path, end: record.State, more: record.Saved, changes: Sequence[Intervention]) -> list[Past]:
+    """The texts of a saved session, the newest last: as what `end` has, with as many candidates as its settings say."""
+    texts = [
+        Past(
+            text.ids,
+            text.prompt,
+            max(1, text.top),
+            None if text.offered is None else tuple(text.offered),
+            _chosen(path, changes, text.changes),
+        )
+        for text in more.texts
+    ]
+    if not (texts and end.ids):
+        return []
+    return [*texts[:-1], replace(texts[-1], ids=end.ids, top=end.settings.top)]
+
+
+def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int]) -> tuple[Intervention, ...]:
+    if not all(0 <= number < len(changes) for number in numbers):
+        raise LlamaScratchError(
+            f"{printable(path, 200)}, line 1: end: more: there is no change {printable(numbers)}, "
+            "expected a session that /save wrote."
+        )
+    return tuple(changes[number] for number in numbers)
+
+
+def _model_notes(header: record.Header, llama: Llama, *, same: bool) -> Iterator[str]:
+    """Sentences on how the model here differs from the one that the saved session ended with."""
+    model, details = header.at_end
+    if not same:
+        yield f"They are answers of another model, {printable(model.name)}; from here on {llama.info.name} answers."
+        return
+    if (precision := details.precision) and precision != llama.info.precision:
+        shown = printable(precision)
+        yield f"They ended in {shown}; from here on {llama.info.precision} answers. /precision {shown} changes that."
+    for name, old, new in record.shape_differences(details, llama):
+        yield f"They were answered with {name} {old}, here it is {new}, so that answers differ."
 
 
 def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
@@ -107,15 +173,9 @@ def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
     return [(unescaped(turn.input), ids) for turn in lines if (ids := record.ids_of(turn.output))]
 
 
-def _changed_at_the_end(recorded: record.Record) -> bool:
-    """Whether interventions were on."""
+def _changed(recorded: record.Record) -> bool:
+    """Whether interventions were on at the end."""
     return any([turn.output["interventions"] for turn in recorded.turns if "interventions" in turn.output][-1:])
-
-
-def _origin(header: record.Header) -> Origin:
-    model = header.model
-    info = ModelInfo(model.name, model.format, header.precision, header.device, model.parameters)
-    return Origin(info, Path(model.path), header.context, header.rope_factor)
 
 
 # --- Exports ----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def _help(_session: Session, argument: str) -> Reply:
 @command("clear")
 def _clear(session: Session, _: str) -> Reply:
     """Forget the text and empty the screen."""
-    session.moments, session.page = [], None
+    session.forget()
     session.shown = []
     if session.interactive:
         session.console.clear()

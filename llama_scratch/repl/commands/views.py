@@ -48,7 +48,7 @@ def _surprisal(session: Session, argument: str) -> Reply:
 
 
 def _trees(session: Session, _begun: str) -> Iterable[str]:
-    return ["3x3", "2x6", "10x2", *([".."] if len(session.moments) > 1 else [])]
+    return ["3x3", "2x6", "10x2", *([".."] if session.before else [])]
 
 
 @command("tree", "[WIDTHxDEPTH] [PATH | ..]", complete=_trees)
@@ -87,9 +87,9 @@ def _place(session: Session, where: str | None, progress: Progress) -> list[int]
     if where is None:
         return session.ids
     if where == "..":
-        if len(session.moments) < 2:
+        if session.before is None:
             raise UsageError("There is no way back, expected an earlier text; /tree shows the tree from here.")
-        return session.moments[-2].ids
+        return session.before.ids
     return walk(session.llama, session.ids, [int(rank) for rank in where.split(".")], progress)
 
 
