@@ -638,12 +638,31 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
 
 
 def _opener(options: ModelOptions) -> Callable[[str, str, Progress], Llama]:
-    """Loads another model, or the same in another precision, with the other options as they are."""
+    """Return a function that loads another model, or the same one in another precision, with the other options.
+
+    A tokenizer and a RoPE factor belong to the model that they were given for.
+    """
 
     def open(source: str, precision: str, progress: Progress) -> Llama:
-        return _load_now(replace(options, model=None, model_dir=source, precision=precision), progress)
+        other = replace(options, model=None, model_dir=source, precision=precision)
+        if not _is_model_of(options, source):
+            other = replace(other, tokenizer=None, rope_factor=None)
+        return _load_now(other, progress)
 
     return open
+
+
+def _is_model_of(options: ModelOptions, source: str) -> bool:
+    """Whether a path or a name means the model that the options name."""
+    from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.checkpoint.remote import remote_address
+
+    if remote_address(options.source or "") or remote_address(source):
+        return options.source == source or not remote_address(source)
+    try:
+        return find_model(source).resolve() == find_model(options.source).resolve()
+    except (LlamaScratchError, OSError, RuntimeError):  # which loading it explains
+        return False
 
 
 def _load_now(options: ModelOptions, progress: Progress) -> Llama:

@@ -178,7 +178,8 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
                 session.predict(ids)
             return None
     new = respond(session, turn.input)[0]
-    _keep_conversation(session, ids, turn.output.get("generated"))
+    if turn.input and not is_command(turn.input):  # else what was generated is only offered
+        _keep_conversation(session, ids, turn.output.get("generated"))
     return new
 
 

@@ -174,8 +174,12 @@ def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
 
 
 def _changed(recorded: record.Record) -> bool:
-    """Whether interventions were on at the end."""
-    return any([turn.output["interventions"] for turn in recorded.turns if "interventions" in turn.output][-1:])
+    """Whether interventions were on at the end. Version 0.1.0 took them off at a /load, whose answer names none."""
+    on = False
+    for output in (turn.output for turn in recorded.turns):
+        if "interventions" in output or output.get("command") == "load":
+            on = bool(output.get("interventions"))
+    return on
 
 
 # --- Exports ----------------------------------------------------------------------------------

@@ -25,8 +25,16 @@ def _info(session: Session, _: str) -> Reply:
         raise UsageError("This model did not come from a file, expected one that was loaded from a path.")
     scaling = llama.args.rope_scaling
     factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # as it runs now
+    tokenizer = llama.options.get("tokenizer")
     with session.progress() as progress:
-        facts = describe(llama.path, None, factor, progress, precision=llama.info.precision, device=llama.info.device)
+        facts = describe(
+            llama.path,
+            None if tokenizer is None else str(tokenizer),
+            factor,
+            progress,
+            precision=llama.info.precision,
+            device=llama.info.device,
+        )
     return Reply(facts, terminal.rows(terminal.model_facts(facts)))
 
 
