@@ -586,8 +586,14 @@ def replay(
     from llama_scratch.repl import record
 
     recorded = record.load(record.user_path(file))
-    # What was recorded goes over the environment and the file, which are about other sessions.
-    chosen = _given(ctx, ["COMMANDLINE"]).over(ModelOptions(**recorded.header.options).over(options))
+    # The recording takes precedence over the environment and the configuration file, which are about other sessions.
+    # That an option was not given is a part of it, but version 0.1.0 did not record all of them.
+    flags, then = _given(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)
+    if recorded.header.asked is None:
+        then = then.over(options)
+    if flags.source is not None:  # which has its own tokenizer
+        then = replace(then, tokenizer=None)
+    chosen = flags.over(then)
     llama = _load(chosen, screen)
     from llama_scratch.repl.replay import run_again
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from llama_scratch.repl.replay import Report, run_again
 from llama_scratch.repl.session import Moment, Origin, Past, Session, Settings
 from llama_scratch.sampling import Sampling
 from tests.checkpoints import tokenizer_file, write_meta
+from tests.test_cli import Runner, llama_scratch  # noqa: F401 - a fixture
 from tests.test_record import edited
 
 # Properties of `Session` that a file brings back.
@@ -96,7 +98,8 @@ CHAT_LINES = ["/system Be brief.", "/generate 1", "a city?", "//and \U0001f389",
 
 
 def load(path: Path, **options: Any) -> Llama:
-    return Llama.load(path, **{"precision": "fp32", "device": "cpu", "context": 1024} | options)
+    chosen: dict[str, Any] = {"precision": "fp32", "device": "cpu", "context": 1024} | options
+    return Llama.load(path, **chosen)
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +363,52 @@ def test_a_context_that_nobody_asked_for_is_not_asked_for_by_a_replay(directory:
     respond(session_of(load(directory, context=None), "the"), f"/save {path}")
     options = record.load(path).header.options
     assert (options["context"], options["rope_factor"]) == (None, None)
+
+
+def test_options_that_were_not_given_are_not_taken_from_the_environment(
+    llama_scratch: Runner,  # noqa: F811
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    respond(session_of(load(directory, context=None), "the nation"), f"/save {path}")
+    monkeypatch.setenv("LLAMA_SCRATCH_CONTEXT", "2")
+    monkeypatch.setenv("LLAMA_SCRATCH_ROPE_FACTOR", "8")
+    monkeypatch.setenv("LLAMA_SCRATCH_TOKENIZER", "/nowhere")
+    result = llama_scratch("replay", str(path))
+    assert (result.code, "no difference" in result.out) == (0, True), result.out + result.err
+    # A model that is named has its own tokenizer.
+    edited(path, change_of("asked", "tokenizer", to="/nowhere"))
+    assert llama_scratch("replay", str(path), "--model-dir", str(directory)).code == 0
+
+
+def test_another_model_has_its_own_tokenizer_and_rope(
+    llama_scratch: Runner,  # noqa: F811
+    directory: Path,
+    other: Llama,
+    tmp_path: Path,
+) -> None:
+    """--tokenizer and --rope-factor are about the model that they were given for, in another precision too."""
+    copy = tmp_path / "Copy"
+    shutil.copytree(directory, copy)
+    (copy / "tokenizer.model").rename(tmp_path / "own.model")
+    lines = [
+        "the",
+        "/info",
+        "/precision bf16",
+        f"/model {other.path}",
+        "/info",
+        "/precision bf16",
+        f"/model {copy}",
+        "/info",
+    ]
+    options = ["--model-dir", str(copy), "--tokenizer", str(tmp_path / "own.model"), "--rope-factor", "8", "--json"]
+    result = llama_scratch(*options, "--commands", "--no-input", stdin="\n".join(lines).encode())
+    assert result.code == 0, result.err
+    found = [json.loads(line) for line in result.out.splitlines()]
+    infos = [answer for answer in found if answer.get("command") == "info"]
+    assert [answer["rope"]["scaling"]["factor"] for answer in infos] == [8, 32, 8]
 
 
 def test_load_says_how_the_model_is_run_otherwise(llama: Llama, directory: Path, tmp_path: Path) -> None:
