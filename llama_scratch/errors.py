@@ -40,13 +40,13 @@ class ContextLengthError(UsageError):
 
 
 class ModelNotFoundError(LlamaScratchError):
-    """A model, or one of its files, is not where it was looked for."""
+    """A model, one of its files or a saved session is not where it was looked for."""
 
     exit_code = 3
 
 
 class CheckpointError(LlamaScratchError):
-    """A model file that is corrupt, or of a kind that is not supported."""
+    """A file of a model or a saved session that is corrupt, or of a kind that is not supported."""
 
     exit_code = 4
 

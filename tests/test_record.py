@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -338,6 +339,67 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
         record.load(path)
     is_sentence(error.value)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(("kind", "code"), [("none", 3), ("none/none", 3), ("a folder", 4), ("text", 4), ("cut", 4)])
+def test_a_missing_session_and_a_damaged_one_have_their_exit_codes(
+    tiny: Llama, tmp_path: Path, kind: str, code: int
+) -> None:
+    """1 is for a replay that found a difference."""
+    path = tmp_path / kind
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("Dear diary\n")
+    elif kind == "cut":
+        path.write_bytes(saved(session_of(tiny, "the"), path).read_bytes()[:-2])
+    with pytest.raises(LlamaScratchError) as error:
+        record.load(path)
+    assert error.value.exit_code == code
+
+
+def test_what_is_wrong_with_the_disk_is_told_from_what_is_wrong_with_the_folder(
+    tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(number: int) -> str:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(LlamaScratchError) as error:
+            saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
+        return is_sentence(error.value)
+
+    assert "make room" in failing(errno.ENOSPC)
+    assert "make room" in failing(errno.EDQUOT)
+    assert "choose a folder" in failing(errno.EROFS)
+
+
+@pytest.mark.parametrize("command", ["save", "load", "export", "picture", "report"])
+def test_a_name_that_ends_in_a_slash_is_a_folder(tiny: Llama, tmp_path: Path, command: str) -> None:
+    with pytest.raises(UsageError, match="names a folder"):
+        respond(session_of(tiny, "the"), f"/{command} {tmp_path}/new.html/")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [
+        ('"my file"', "my file"),
+        ('"two\\nlines"', "two\nlines"),
+        ("my file", "my file"),
+        ('"open', '"open'),
+        ('" a"', " a"),
+    ],
+)
+def test_a_path_in_double_quotes_is_json(
+    tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, name: str
+) -> None:
+    """As texts are in other commands; people quote what has spaces."""
+    monkeypatch.chdir(tmp_path)
+    session = session_of(tiny, "the", f"/save {argument}")
+    assert os.listdir() == [name]
+    respond(session, f"/load {argument}")
 
 
 # --- Replay -----------------------------------------------------------------------------------

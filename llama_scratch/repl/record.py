@@ -7,6 +7,7 @@ anyone, so every line is checked before it is used; what is written appears unde
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import reading
-from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
 from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.progress import Progress
 from llama_scratch.repl.chat import Question
@@ -406,40 +407,48 @@ def write_whole(path: Path, data: bytes) -> None:
             os.replace(part, path)
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; links that lead in a circle
         reason = getattr(error, "strerror", None) or error
-        raise LlamaScratchError(
-            f"{printable(path, 200)} cannot be written ({reason}); choose a folder that is there for you to write to."
-        ) from error
+        advice = "choose a folder that is there for you to write to."
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            advice = "make room on that disk, or choose a folder on another one."
+        raise LlamaScratchError(f"{printable(path, 200)} cannot be written ({reason}); {advice}") from error
 
 
 # --- Reading ----------------------------------------------------------------------------------
 
 
 def load(path: Path) -> Record:
-    """Read and check a session file. Raises `LlamaScratchError`, with the line, where it is not one."""
+    """Read and check a session file.
+
+    Raises:
+        ModelNotFoundError: If there is no such file.
+        CheckpointError: If it is not a session or was cut. The message names the line.
+    """
     shown = printable(path, 200)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise LlamaScratchError(f"{shown} is not a file, {_EXPECTED}; name one.")
+            raise CheckpointError(f"{shown} is not a file, {_EXPECTED}; name one.")
         if status.st_size > MOST:
-            raise LlamaScratchError(f"{shown} has {status.st_size:,} bytes, expected at most {MOST:,} of a session.")
+            raise CheckpointError(f"{shown} has {status.st_size:,} bytes, expected at most {MOST:,} of a session.")
         lines = path.read_bytes().split(b"\n")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
-        raise LlamaScratchError(f"{shown} cannot be read ({reason}); name a session that /save wrote.") from error
+        missing = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
+        kind = ModelNotFoundError if missing else CheckpointError
+        raise kind(f"{shown} cannot be read ({reason}); name a session that /save wrote.") from error
     header = _header(path, lines[0])
     if lines[-1]:
-        raise LlamaScratchError(f"{shown} breaks off in line {len(lines)}, {_EXPECTED}, whole.")
+        raise CheckpointError(f"{shown} breaks off in line {len(lines)}, {_EXPECTED}, whole.")
     turns = [_checked(path, n, Turn, line) for n, line in enumerate(lines[1:-1], start=2)]
     if header.turns is not None and len(turns) < header.turns:
-        raise LlamaScratchError(f"{shown} breaks off after {len(turns)} of {header.turns} turns, {_EXPECTED}, whole.")
+        raise CheckpointError(f"{shown} breaks off after {len(turns)} of {header.turns} turns, {_EXPECTED}, whole.")
     return Record(header, turns)
 
 
 def _header(path: Path, line: bytes) -> Header:
     header: Header = _checked(path, 1, Header, line)
     if header.format != FORMAT:
-        raise LlamaScratchError(
+        raise CheckpointError(
             f"{printable(path, 200)} is a session of format {header.format}, expected {FORMAT}; "
             f"read it with llama-scratch {printable(header.llama_scratch)}."
         )
@@ -458,7 +467,7 @@ def _checked(path: Path, number: int, kind: Any, line: bytes) -> Any:
         problem = printable(where + first["msg"], 200)
     except UsageError as error:  # a sampling option out of its range
         problem = printable(str(error).removesuffix("."), 200)
-    raise LlamaScratchError(f"{printable(path, 200)}, line {number}: {problem}; {_EXPECTED}.")
+    raise CheckpointError(f"{printable(path, 200)}, line {number}: {problem}; {_EXPECTED}.")
 
 
 @cache

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.text import Text
 
-from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
 from llama_scratch.render import terminal
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl import record
 from llama_scratch.repl.chat import Chat
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
+from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Past, Session
 from llama_scratch.results import as_json
 from llama_scratch.tokenizer import replace_surrogates
@@ -42,13 +43,24 @@ def paths(_session: Session, begun: str) -> Iterator[str]:
             yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
 
 
+def file_path(argument: str) -> Path:
+    """The file that an argument names: as it is written, or in double quotes as JSON.
+
+    Raises `UsageError` if it names a folder, or a home that there is not.
+    """
+    name = unquoted(argument)
+    if name.endswith("/"):
+        raise UsageError(f"'{printable(name)}' names a folder, expected a file; put its name behind the slash.")
+    return record.user_path(name)
+
+
 @command("save", "FILE", complete=paths, replayed=False)
 def _save(session: Session, argument: str) -> Reply:
     """Save what was typed and answered, with the model's checksum.
 
     'llama-scratch replay FILE' runs it again and reports every difference; /load FILE goes on from its end.
     """
-    path = record.user_path(argument)
+    path = file_path(argument)
     recorded = record.record(session)
     record.save(recorded, path)
     turns = len(recorded.turns)
@@ -65,7 +77,7 @@ def _load(session: Session, argument: str) -> Reply:
     Its text, its settings, its chat, the changes to its network and its lines take the place of the ones here. The
     model stays the one that is loaded here; if it is another one, the text is read anew, without chat and changes.
     """
-    path = record.user_path(argument)
+    path = file_path(argument)
     recorded = record.load(path)
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
@@ -145,7 +157,7 @@ def _texts(path: Path, end: record.State, more: record.Saved, changes: Sequence[
 
 def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int]) -> tuple[Intervention, ...]:
     if not all(0 <= number < len(changes) for number in numbers):
-        raise LlamaScratchError(
+        raise CheckpointError(
             f"{printable(path, 200)}, line 1: end: more: there is no change {printable(numbers)}, "
             "expected a session that /save wrote."
         )
@@ -191,7 +203,7 @@ def _export(session: Session, argument: str) -> Reply:
 
     FILE.html, .svg or .md; FILE.json has the lines and their answers.
     """
-    path = record.user_path(argument)
+    path = file_path(argument)
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
         raise UsageError(f"'{printable(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
 from llama_scratch.render.page import Page
 from llama_scratch.repl import record
-from llama_scratch.repl.commands.files import paths
+from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
 
@@ -20,7 +20,7 @@ def _picture(session: Session, argument: str) -> Reply:
 
     FILE.html needs no network and shows values under the pointer; FILE.png is drawn by matplotlib.
     """
-    path = record.user_path(argument)
+    path = file_path(argument)
     draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")

@@ -13,7 +13,7 @@ from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import texts as text_pages
 from llama_scratch.render.pages import why as why_pages
 from llama_scratch.repl import record
-from llama_scratch.repl.commands.files import paths
+from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
@@ -26,7 +26,7 @@ def _report(session: Session, argument: str) -> Reply:
     The answer, surprisal, the logit lens, why that token, the heads with their maps, the strongest neurons. The page
     needs no network, and shows values under the pointer.
     """
-    path = record.user_path(argument)
+    path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
     record.write_whole(path, draw(page))
