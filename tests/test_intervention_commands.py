@@ -669,8 +669,9 @@ def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypa
 # --- Files ------------------------------------------------------------------------------------
 
 
-def test_load_takes_interventions_off(session: Session, tiny: Llama, tmp_path: Path) -> None:
-    """Those of here, and those that were on where the other session ended: its end does not hold them."""
+def test_load_takes_the_interventions_off_that_the_loaded_session_does_not_have(
+    session: Session, tiny: Llama, tmp_path: Path
+) -> None:
     plain = run(session, PROMPT)
     path = tmp_path / "plain.jsonl"
     run(session, f"/save {path}", "/ablate L1", SAME_LENGTH)
@@ -683,20 +684,21 @@ def test_load_takes_interventions_off(session: Session, tiny: Llama, tmp_path: P
     assert session.moments[-1].interventions == ()
 
 
-def test_a_session_that_was_saved_with_interventions_on_is_loaded_without(
+def test_a_session_that_was_saved_with_interventions_on_is_loaded_with_them(
     session: Session, tiny: Llama, tmp_path: Path
 ) -> None:
     path = tmp_path / "changed.jsonl"
-    run(session, PROMPT, "/ablate L1", SAME_LENGTH, f"/save {path}")
+    changed = run(session, PROMPT, "/ablate L1", SAME_LENGTH)
+    run(session, f"/save {path}")
     fresh = started(tiny)
     output, reply = respond(fresh, f"/load {path}")
     assert reply is not None
-    assert "Changes to the network are off." in shown(reply.view)
-    assert fresh.labels == []
-    assert output["next"]["id"] == tiny.predict(SAME_LENGTH).next.id
+    assert "are off" not in shown(reply.view)
+    assert fresh.labels == output["interventions"] == ["-L1"]
+    assert output["next"]["logprob"] == pytest.approx(changed["next"]["logprob"], abs=1e-4)
     off = tmp_path / "off.jsonl"
     run(session, "/restore", f"/save {off}")
-    reply = respond(fresh, f"/load {off}")[1]
+    reply = respond(started(tiny), f"/load {off}")[1]
     assert reply is not None
     assert "are off" not in shown(reply.view)
 
@@ -740,7 +742,7 @@ def test_moments_stay_within_their_limit(session: Session, monkeypatch: pytest.M
 
 
 def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
-    """The interventions that were on where the loaded one ended are off behind it, there as here."""
+    """The interventions that were on at the end of the loaded one are on after it, there as here."""
     from llama_scratch.repl import record
     from llama_scratch.repl.replay import run_again
 
