@@ -100,8 +100,13 @@ class Chat:
 
 
 def begin(session: Session, system: str = "") -> Chat:
-    """Start a conversation in a session. Raises `UsageError` where its model, or the model's format, takes none."""
+    """Start a conversation in a session. Raises as `checked` does."""
+    session.chat = chat = checked(session, system)
+    return chat
+
+
+def checked(session: Session, system: str) -> Chat:
+    """A new conversation. Raises `UsageError` if the session's model, or the model's format, takes none."""
     chat = Chat(system)
     chat.question(session, "Hello")  # does not change anything
-    session.chat = chat
     return chat

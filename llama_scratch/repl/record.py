@@ -231,7 +231,6 @@ def record(session: Session) -> Record:
         ),
         versions=versions(),
         details=_details(first),
-        turns=len(session.turns),
         asked=Options(
             tokenizer=_absolute(first.options.get("tokenizer")),
             rope_factor=first.options.get("rope_factor"),
@@ -386,7 +385,8 @@ def save(recorded: Record, path: Path) -> None:
             raise LlamaScratchError(
                 f"{printable(path, 200)} is there and is no session file, so it stays as it is; choose another name."
             ) from error
-    lines = [dataclasses.asdict(recorded.header), *map(vars, recorded.turns)]
+    header = replace(recorded.header, turns=len(recorded.turns))
+    lines = [dataclasses.asdict(header), *map(vars, recorded.turns)]
     data = "".join(replace_surrogates(json.dumps(line, ensure_ascii=False)) + "\n" for line in lines).encode()
     if len(data) > MOST:
         raise LlamaScratchError(f"The session takes {len(data):,} bytes, expected at most {MOST:,}; begin a new one.")

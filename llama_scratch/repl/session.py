@@ -309,9 +309,9 @@ class Session:
         texts = self.texts
         return texts[-2] if len(texts) > 1 else None
 
-    def forget(self) -> None:
-        """Begin without a text."""
-        vars(self).update(moments=[], past=[], page=None)
+    def forget(self, **state: Any) -> None:
+        """Begin without a text. state: further fields by their names, set in the same step."""
+        vars(self).update(state, moments=[], past=[], page=None)
 
     @property
     def ids(self) -> list[int]:

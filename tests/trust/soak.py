@@ -33,7 +33,7 @@ from llama_scratch.checkpoint.pull import pull
 from llama_scratch.engine import Engine
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
-from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
+from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, remake, steer
 from llama_scratch.microscope.parts import Part
 from llama_scratch.progress import Progress, silent
 from llama_scratch.repl import record
@@ -85,13 +85,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Said:
-    """A text, what Enter adds to it, and how its answer was made."""
+    """A text, what Enter adds to it, and how its answer was made. past: it was loaded and is not answered yet."""
 
     ids: tuple[int, ...]
     offered: tuple[int, ...]
     top: int
     precision: str
     on: tuple[Change, ...]
+    past: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Talk:
 
 @dataclass(frozen=True)
 class State:
-    """What a session must be. questions: lines that were answered by a continuation, with the ids before it."""
+    """What a session must be."""
 
     source: str
     precision: str
@@ -116,7 +117,6 @@ class State:
     texts: tuple[Said, ...] = ()
     on: tuple[Change, ...] = ()
     chat: Talk | None = None
-    questions: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def now(self) -> Said:
@@ -293,16 +293,14 @@ class Soak:
 
     # --- What each command does ---
 
-    def asks(self, ids: Callable[[State], Sequence[int]], line: str = "") -> After:
-        """A text that is answered and, with --generate, continued. line: what was typed, if it is no command."""
+    def asks(self, ids: Callable[[State], Sequence[int]]) -> After:
+        """A text that is answered and, with --generate, continued."""
 
         def after(state: State, output: dict[str, Any]) -> list[State]:
             asked = tuple(ids(state))
             states = [self.answered(state, asked)]
             if state.generate:
                 states.append(self._went_on(states[-1], state.generate, output.get("generated")))
-                if line:
-                    states[-1] = replace(states[-1], questions=(*state.questions, (line, asked)))
             return states
 
         return after
@@ -322,7 +320,7 @@ class Soak:
 
         def after(state: State, output: dict[str, Any]) -> list[State]:
             if state.chat is None:
-                return self.asks(lambda state: self.tokens(state, text), line)(state, output)
+                return self.asks(lambda state: self.tokens(state, text))(state, output)
             before = self.known(state, state.chat, state.texts[-1].ids if state.texts else ())
             messages = (*before, Message("user", text))
             ids = tuple(self.reference.llama(state).encode_chat(messages))
@@ -339,7 +337,6 @@ class Soak:
             if generated["finish_reason"] == "stop":
                 now = replace(states[-1].now, offered=())
                 states.append(replace(states[-1], texts=(*states[-1].texts[:-1], now)))
-            states[-1] = replace(states[-1], questions=(*state.questions, (line, ids)))
             return states
 
         text = line.removeprefix("/") if line.startswith("//") else line
@@ -404,7 +401,10 @@ class Soak:
         """/undo."""
         if len(state.texts) < 2:
             raise RefusedError
-        return [replace(state, texts=state.texts[:-1], on=state.texts[-2].on)]
+        before = state.texts[-2]
+        if before.past:  # it is answered now
+            before = replace(before, precision=state.precision, past=False)
+        return [replace(state, texts=(*state.texts[:-2], before), on=before.on)]
 
     def switched(self, source: str | None, precision: str | None) -> After:
         """Another model or precision."""
@@ -425,20 +425,31 @@ class Soak:
 
         def after(state: State, _: dict[str, Any]) -> list[State]:
             then, text = self.saved[path]
-            same = then.source == state.source
-            ids: Sequence[int] = then.now.ids if then.texts else ()
-            if not same:
-                ids = self.tokens(state, text) if text else ()
-            chat = Talk(then.chat.system) if then.chat and same else None
-            if chat:
-                for line, asked in then.questions:
-                    messages = (*self.known(state, chat, asked), Message("user", line.removeprefix("//") or line))
-                    chat = replace(chat, asked=(*chat.asked, (messages, asked)))
-            new = replace(then, source=state.source, precision=state.precision, live=state.live, on=(), texts=())
-            new = replace(new, chat=chat)
-            return [self.answered(new, ids) if ids else new]
+            new = replace(then, source=state.source, precision=state.precision)
+            if then.source != state.source:
+                new = replace(new, on=(), texts=(), chat=None)
+                ids = self.tokens(new, text) if text else ()
+                return [self.answered(new, ids) if ids else new]
+            again: dict[int, Change] = {}  # made with this precision's network, each once
+
+            def on(changes: Sequence[Change]) -> tuple[Change, ...]:
+                for change in changes:
+                    if id(change) not in again:
+                        again[id(change)] = self._remade(new, change)
+                return tuple(again[id(change)] for change in changes)
+
+            texts = [replace(said, on=on(said.on), past=True) for said in then.texts]
+            for now in texts[-1:]:
+                texts[-1] = replace(now, top=new.top, precision=new.precision, on=on(then.on), past=False)
+            return [replace(new, texts=tuple(texts), on=on(then.on))]
 
         return after
+
+    def _remade(self, state: State, change: Change) -> Change:
+        assert change.made.recipe
+        _ = self.reference.engine(state)
+        made = remake(self.reference.llama(state), change.made.recipe)
+        return replace(change, made=replace(made, label=change.label))
 
     def generates(self, count: int) -> After:
         """/generate."""
@@ -723,12 +734,12 @@ class Soak:
             "precision": (llama.info.precision, state.precision),
             "interventions": (session.labels, [change.label for change in state.on]),
             "chat": (session.chat and session.chat.system, state.chat and state.chat.system),
-            "texts": (len(session.moments), len(state.texts)),
+            "texts": (len(session.texts), len(state.texts)),
         }
         last = len(state.texts) if self.kinds.total() % 100 == 0 else 2
-        for n, (moment, said) in enumerate(zip(session.moments[-last:], state.texts[-last:], strict=False)):
+        for n, (moment, said) in enumerate(zip(session.texts[-last:], state.texts[-last:], strict=False)):
             checks[f"text {n}"] = tuple(moment.ids), said.ids
-            checks[f"offer {n}"] = tuple(moment.offered), said.offered
+            checks[f"offer {n}"] = tuple(moment.offered or ()), said.offered
             on = [intervention.label for intervention in moment.interventions]
             checks[f"interventions {n}"] = on, [change.label for change in said.on]
         for what, (found, expected) in checks.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_scratch.render import terminal
-from llama_scratch.repl.chat import begin
+from llama_scratch.repl.chat import begin, checked
 from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
 from llama_scratch.repl.session import Session
 
@@ -31,8 +31,7 @@ def _system(session: Session, argument: str) -> Reply:
     off: with that of the model's format, if it has one.
     """
     if argument:
-        begin(session, "" if argument == "off" else argument)
-        session.forget()
+        session.forget(chat=checked(session, "" if argument == "off" else argument))
     return _said(session)
 
 
