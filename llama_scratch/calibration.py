@@ -10,6 +10,8 @@ Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, a
 from __future__ import annotations
 
 import ast
+import codecs
+import os
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -19,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.errors import UsageError
+from llama_scratch.errors import ModelNotFoundError, UsageError, printable
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, causal_mask, rotations
 from llama_scratch.progress import Progress, silent
+from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
 from llama_scratch.tokenizer import Tokenizer
 
 TOKENS = 16_384
@@ -114,6 +117,34 @@ def examples(
     missing = tokens - sum(window.numel() for window in read)
     said = imagine(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
     return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read the text to calibrate with; of a long file only the beginning that is used.
+
+    Raises:
+        ModelNotFoundError: If the file cannot be read.
+        UsageError: If it is not a file of UTF-8 text.
+    """
+    name, limit = printable(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
+    try:
+        start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ModelNotFoundError(
+            f"{name} cannot be read ({reason}), expected a file of text (--calibration)."
+        ) from error
+    reject_pointer(start, name, UsageError)
+    try:
+        # A file that goes on can have been cut within a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            without_mark(start, name, UsageError), final=len(start) < limit
+        )
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8, expected text (--calibration); save it as UTF-8.") from None
+    if "\0" in text:
+        raise UsageError(f"{name} holds zero bytes, expected text (--calibration); name another file.")
+    return text[: _CHARACTERS * TOKENS].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:

@@ -11,7 +11,7 @@ def printable(value: object, limit: int = 60) -> str:
     """A value from a file as text for a sentence: short, on one line, and nothing in it that a terminal obeys."""
     try:
         text = str(value)
-    except RecursionError:
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         text = type(value).__name__
     if not text.isprintable():
         text = repr(text)[1:-1]

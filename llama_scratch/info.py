@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch import kernels
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
-from llama_scratch.checkpoint.base import Stored
+from llama_scratch.checkpoint.base import Stored, reading
 from llama_scratch.checkpoint.vocabulary import PATTERNS
 from llama_scratch.config import PRECISIONS, ModelArgs
 from llama_scratch.precision import check_name, choose, find_device, memory_needed
@@ -42,7 +42,8 @@ def describe(
     stored = checkpoint.inspect(progress)
     scaling = None if args.rope_scaling is None else asdict(args.rope_scaling)
     files = checkpoint.files or (checkpoint.path,)
-    sizes = [file.stat().st_size for file in files]
+    with reading(checkpoint.path):
+        sizes = [file.stat().st_size for file in files]
     target = find_device(device)
     special = checkpoint.tokenizer.special_tokens
     names = {id: text for text, id in special.items()}

@@ -26,7 +26,7 @@ from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine, require_room
-from llama_scratch.errors import ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import UsageError, printable
 from llama_scratch.guard import Mapped
 from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
@@ -472,15 +472,7 @@ def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> Exam
     if path is None:
         name = f"its own words and Python {platform.python_version()}'s"
         return Examples(name, lambda model: calibrating.examples(model, tokenizer, progress=go_on))
-    try:
-        text = Path(path).expanduser().read_text("utf-8")
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"{printable(os.fspath(path))} cannot be read ({(error.strerror or 'why is not known').lower()}), "
-            "expected a file of text (--calibration)."
-        ) from error
-    except ValueError:
-        raise UsageError(f"{printable(os.fspath(path))} is not UTF-8, expected text (--calibration).") from None
+    text = calibrating.read_text(path)
     windows = calibrating.windows(tokenizer, text)
     return Examples(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
 

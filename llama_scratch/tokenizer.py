@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import tiktoken
 
@@ -23,6 +22,7 @@ from llama_scratch.errors import (
     printable,
 )
 from llama_scratch.results import Caution
+from llama_scratch.system.small_files import read_bytes, reject_stand_in, without_mark
 
 # How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
 LLAMA3_PATTERN = (
@@ -46,6 +46,8 @@ _LLAMA3_SPECIAL = (
 )
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _N_LLAMA3_SPECIAL = 256
+# Of a tokenizer.model: several times Llama 4's, which has 3.6 MB.
+_MAX_BYTES = 1 << 24
 
 # Longer stretches overflow tiktoken's regex engine, and longer runs of one kind (white space, or
 # anything else) take it quadratic time. The same limits as in Meta's `Tokenizer.encode`.
@@ -230,25 +232,39 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _read(path: str) -> bytes:
+    name = printable(path, 200)
     try:
-        with _opened(path) as file:
-            return file.read()
-    except FileNotFoundError as error:
+        data = _read_remote(path) if "://" in path else read_bytes(path, _MAX_BYTES)
+    except LlamaScratchError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelNotFoundError(
-            f"There is no tokenizer at {path}; it belongs beside the weights, or name it with --tokenizer."
+            f"There is no tokenizer at {name}; it belongs beside the weights, or name it with --tokenizer."
         ) from error
     except IsADirectoryError as error:
-        raise ModelNotFoundError(f"{path} is a directory, expected Meta's tokenizer.model itself.") from error
+        if (inside := Path(path) / "tokenizer.model").is_file():
+            return _read(str(inside))
+        raise ModelNotFoundError(f"{name} is a directory, expected Meta's tokenizer.model itself.") from error
     except Exception as error:  # blobfile and the clouds' clients raise their own kinds
-        raise LlamaScratchError(f"{path} cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or printable(error, 200) or type(error).__name__
+        raise LlamaScratchError(f"{name} cannot be read: {reason}; check that it is there for you to read.") from error
+    if data.lstrip().startswith(b"{"):
+        raise CheckpointError(
+            f"{name} is JSON, such as Hugging Face's tokenizer.json, expected Meta's tokenizer.model; "
+            "name that, or the directory of Hugging Face's files as the model."
+        )
+    return without_mark(data, name)
 
 
-def _opened(path: str) -> BinaryIO:
-    if "://" not in path:
-        return Path(path).open("rb")
+def _read_remote(path: str) -> bytes:
     import blobfile
 
-    return blobfile.BlobFile(path, "rb")
+    with blobfile.BlobFile(path, "rb") as file:
+        data: bytes = file.read(_MAX_BYTES + 1)
+    reject_stand_in(data, path)
+    if len(data) > _MAX_BYTES:
+        raise CheckpointError(f"{path} is longer than {_MAX_BYTES:,} bytes, expected far less; {FETCH_AGAIN}")
+    return data
 
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_scratch import Llama, calibration
-from llama_scratch.calibration import documentation, examples, hessians, imagine, windows
-from llama_scratch.errors import UsageError
+from llama_scratch.calibration import documentation, examples, hessians, imagine, read_text, windows
+from llama_scratch.errors import ModelNotFoundError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,50 @@ def test_windows_of_a_text(llama: Llama) -> None:
     assert len(windows(llama.tokenizer, text, tokens=10**9)) == len(ids) // 1023
     with pytest.raises(UsageError, match=r"shorter than 1,024 tokens"):
         windows(llama.tokenizer, "Too short.")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("a\né".encode(), "a\né"),
+        (b"\xef\xbb\xbfa", "a"),
+        (b"a\r\nb\rc", "a\nb\nc"),
+        (b"<html>", "<html>"),
+        ("é".encode() * 2_000_000, "é" * (32 * 16_384)),
+        (b"a" + "é".encode() * 2_000_000, "a" + "é" * (32 * 16_384 - 1)),
+    ],
+    ids=["plain", "mark", "line ends", "a page", "long", "cut within a character"],
+)
+def test_a_file_to_calibrate_with(tmp_path: Path, content: bytes, text: str) -> None:
+    """Its text without a byte order mark; of a long one the beginning, which is all that is used."""
+    (tmp_path / "text").write_bytes(content)
+    assert read_text(tmp_path / "text") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a".encode("utf-16"), "UTF-16"),
+        (b"caf\xe9", "UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
+        (b"ab" + bytes(9), "zero bytes"),
+    ],
+)
+def test_a_file_that_is_not_text(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(UsageError, match=says):
+        read_text(tmp_path / "text")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_what_cannot_be_calibrated_with(tmp_path: Path) -> None:
+    """A pipe is not waited for, a device and a sparse file of 20 GB take no memory."""
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(20 << 30)
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "sparse"):
+        with pytest.raises(UsageError, match=path.name):
+            read_text(path)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ModelNotFoundError, match=path.name):
+            read_text(path)

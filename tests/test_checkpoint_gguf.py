@@ -439,7 +439,7 @@ def test_progress_counts_tensors(tmp_path: Path, file: File) -> None:
         (b"GGUF", "24 bytes"),
         (b"GGUF" + bytes(19), "24 bytes"),
         (bytes(100), "expected GGUF"),
-        (b"<!DOCTYPE html><html><body>Access denied</body></html>", "expected GGUF"),
+        (b"<!DOCTYPE html><html><body>Access denied</body></html>", "web page"),
         (b"PK\x03\x04" + bytes(100), "expected GGUF"),
     ],
 )
@@ -476,9 +476,9 @@ def test_no_file_by_that_name(tmp_path: Path) -> None:
 
 
 def test_another_ending(tmp_path: Path, file: File) -> None:
-    """A file is taken for GGUF by its name's ending, whatever its case."""
+    """A file is taken for GGUF by its name's ending, whatever its case, and by its first bytes."""
     assert open_checkpoint(file.write(tmp_path / "A.GGUF")).args == ARGS
-    refused(file.write(tmp_path / "a.bin"), ".gguf")
+    assert open_checkpoint(file.write(tmp_path / "a.bin")).args == ARGS
 
 
 def test_a_file_that_the_system_does_not_give_out(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:

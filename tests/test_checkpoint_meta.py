@@ -354,9 +354,10 @@ def test_a_missing_directory(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", ModelNotFoundError, tmp_path / "nowhere", "llama-scratch pull smollm2")
 
 
-def test_a_file_in_place_of_a_directory(good_dir: Path) -> None:
-    """The weights alone are not a model."""
-    refused(good_dir / WEIGHTS, CheckpointError, good_dir / WEIGHTS, "expected a directory")
+@pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
+def test_a_file_in_place_of_a_directory(good_dir: Path, file: str) -> None:
+    """One of a model's files means the model."""
+    assert open_checkpoint(good_dir / file).files == open_checkpoint(good_dir).files
 
 
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
@@ -405,16 +406,15 @@ def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
 def test_a_file_that_the_system_does_not_give_out(small_dir: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permissions and failing disks end in a sentence that names the file."""
-    original = Path.open
+    original = os.open
     path = small_dir / file
 
-    def opened(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self == path:
-            raise PermissionError(13, "Permission denied", str(self))
-        return original(self, *args, **kwargs)
+    def opened(name: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(name) == path:
+            raise PermissionError(13, "Permission denied", str(name))
+        return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr("blobfile.BlobFile", lambda name, mode, **_: opened(Path(name), mode))
+    monkeypatch.setattr(os, "open", opened)
     refused(small_dir, LlamaScratchError, path)
 
 
@@ -948,8 +948,9 @@ def test_a_description_that_was_tampered_with(
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"dim: 32", "not JSON"),
-        (b"<html></html>", "not JSON"),
-        (b"\xff\xfe\x00", "not text"),
+        (b"<html></html>", "web page"),
+        (b"\xff\xfe\x00", "UTF-16"),
+        (b"\xe9", "not UTF-8"),
         (b"[" * 100_000, "not JSON"),
         (b'{"dim": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[1]", "list"),

@@ -16,6 +16,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.progress import Progress, silent
 from llama_scratch.repl.commands import COMMANDS, completions
 from llama_scratch.repl.commands.session import GROUPS
+from llama_scratch.repl.commands.text import _edited
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
@@ -398,3 +399,29 @@ def test_settings_that_nothing_can_be_answered_with_are_refused() -> None:
     for top, generate in ((0, 0), (1, -1)):
         with pytest.raises(UsageError):
             Settings(top, generate, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xef\xbb\xbfthe nation\n", "the nation"),
+        (b"the\r\nnation\r\n", "the\r\nnation"),
+        (b"<html>\n", "<html>"),
+        (b"caf\xe9", "caf\ufffd"),
+    ],
+)
+def test_an_edited_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, text: str) -> None:
+    """What an editor left, without a byte order mark and its last line end."""
+    (tmp_path / "text").write_bytes(content)
+    monkeypatch.setenv("VISUAL", f"cp {tmp_path / 'text'}")
+    assert _edited("before") == text
+
+
+def test_an_edited_text_that_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_bytes("the nation".encode("utf-16"))
+    monkeypatch.setenv("VISUAL", f"cp {tmp_path / 'text'}")
+    with pytest.raises(LlamaScratchError, match="UTF-16"):
+        _edited("before")
+    (tmp_path / "text").write_bytes(b"a" * ((1 << 24) + 1))
+    with pytest.raises(LlamaScratchError, match="bytes"):
+        _edited("before")

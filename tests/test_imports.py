@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
     {"quantise"},
     {"kernels"},
     {"background"},
-    {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard"},
+    {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard", "system"},
     {"errors"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -22,7 +22,7 @@ from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.checkpoint.pth import load_pth
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs, RopeScaling
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import CheckpointError, ModelNotFoundError
 from llama_scratch.lazy import Joined, as_tensor
 from llama_scratch.linear import packs
 from llama_scratch.progress import silent
@@ -418,7 +418,7 @@ def test_a_damaged_shard_is_named(four: Path, number: int, damage: Callable[[Pat
 def test_a_shard_that_vanishes(four: Path) -> None:
     checkpoint = open_checkpoint(four)
     (four / shard(3)).unlink()
-    with pytest.raises(LlamaScratchError, match=r"consolidated\.03\.pth cannot be read"):
+    with pytest.raises(ModelNotFoundError, match=r"consolidated\.03\.pth cannot be read"):
         checkpoint.load(silent)
 
 

@@ -522,6 +522,17 @@ def test_what_stands_beside_drawn_text_is_compared(tiny: Llama, tmp_path: Path) 
     assert [difference.what for difference in replayed(path, tiny).differences] == ["next.id"]
 
 
+def test_a_byte_order_mark_before_a_session(tiny: Llama, tmp_path: Path) -> None:
+    """An editor put it there; the session is the same."""
+    path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
+    before = record.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert record.load(path) == before
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").encode("utf-16"))
+    with pytest.raises(LlamaScratchError, match="UTF-16"):
+        record.load(path)
+
+
 def test_lines_go_on_from_the_text_that_an_editor_gave(tiny: Llama, tmp_path: Path) -> None:
     path = saved(session_of(tiny, "in", "the nation", ""), tmp_path / "a.jsonl")
     found = replayed(edited(path, lambda lines: lines[2].update(input="/edit")), tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.chat import ChatFormat
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, UnsupportedError, printable
+from llama_scratch.errors import (
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    UnsupportedError,
+    printable,
+)
 from llama_scratch.guard import Mapped
 from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
@@ -24,6 +31,8 @@ if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+# No file can have such a path: there is none, a folder in it is a file, it is too long, its links form a circle.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # What says which shapes the weights of a file have, by the file's ending.
 _DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": "config.json"}
 
@@ -95,15 +104,27 @@ def name_of(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to give out a file into a sentence that names it."""
+    """Turn an error of the operating system into a message that names the file.
+
+    Args:
+        path: The file that is named if the error names none.
+
+    Raises:
+        ModelNotFoundError: If the file does not exist, also if it was removed after it had been found.
+        OutOfMemoryError: If it cannot be mapped.
+        LlamaScratchError: If it cannot be read for another reason.
+    """
     try:
         yield
     except OSError as error:
         if is_memory_error(error):
             raise does_not_fit(printable(path, 200), error) from error
-        name = error.filename or path
-        raise LlamaScratchError(
-            f"{printable(name, 200)} cannot be read: {error.strerror or error}; check that it is there for you to read."
+        name = printable(error.filename or path, 200)
+        # safetensors raises FileNotFoundError without a number.
+        absent = error.errno in _ABSENT or isinstance(error, FileNotFoundError)
+        kind = ModelNotFoundError if absent else LlamaScratchError
+        raise kind(
+            f"{name} cannot be read: {error.strerror or error}; check that it is there for you to read."
         ) from error
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import PurePosixPath
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.system.small_files import without_mark
 
 CHECKLIST = "checklist.chk"
 # Bytes, several times those of the largest model; a line has some 60.
@@ -21,7 +22,7 @@ def parse_checklist(data: bytes) -> dict[str, str]:
     if len(data) > MAX_CHECKLIST:
         raise CheckpointError(f"{CHECKLIST} is too long, expected at most {MAX_CHECKLIST:,} bytes; {FETCH_AGAIN}")
     sums: dict[str, str] = {}
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(without_mark(data, CHECKLIST).decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip():
             continue
         if not (match := _LINE.fullmatch(line.strip())):

@@ -27,6 +27,7 @@ from llama_scratch.checkpoint.fetch import (
 )
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import read_bytes
 
 if TYPE_CHECKING:
     import requests
@@ -133,7 +134,7 @@ def _is_loopback(host: str) -> bool:
 
 def _is_whole(folder: Path, progress: Progress) -> bool:
     try:
-        sums = _checksums((folder / "checklist.chk").read_bytes())
+        sums = _checksums(read_bytes(folder / "checklist.chk", MAX_CHECKLIST))
     except (OSError, CheckpointError):
         return False
     wanted = ["params.json", "tokenizer.model", *(name for name in sums if _SHARD.fullmatch(name))]

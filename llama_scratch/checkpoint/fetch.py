@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import is_web_page
 
 if TYPE_CHECKING:
     import requests
@@ -137,7 +138,7 @@ def read_small(session: requests.Session, url: str, name: str, most: int, patien
                             f"What the server sends as {name} is longer than {most:,} bytes, expected far less; "
                             "check the link."
                         )
-                if _is_page(data):
+                if is_web_page(data):
                     raise RefusedError(name, 200)
                 return data
         except _TryAgainError as error:
@@ -171,7 +172,7 @@ def _go_on(
         chunks = _chunks(response)
         first = next(chunks, b"")
         if fresh:
-            if _is_page(first):  # before what is here is given up for it
+            if is_web_page(first):  # before what is here is given up for it
                 raise RefusedError(name, 200)
             _drop(part)
             _tag(part).write_text(_version(response))
@@ -248,10 +249,6 @@ def _version(response: requests.Response) -> str:
     etag = response.headers.get("ETag", "")
     version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
     return version if version.isprintable() and len(version) < 200 else ""
-
-
-def _is_page(start: bytes) -> bool:
-    return re.match(rb"\s*<(!doctype|html|\?xml)", start[:200], re.IGNORECASE) is not None
 
 
 def _size(path: Path) -> int:

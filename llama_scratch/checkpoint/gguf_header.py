@@ -17,6 +17,7 @@ from typing import Any
 
 from llama_scratch.config import Fields
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, printable
+from llama_scratch.system.small_files import read_start
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
         UnsupportedError: For a file of another byte order, version or type of tensor.
         CheckpointError: For a file that is damaged or not GGUF.
     """
+    read_start(path)  # a git-lfs pointer or a web page is named for what it is
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
             raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file; {FETCH_AGAIN}")

@@ -20,6 +20,7 @@ from llama_scratch.config import Fields, ModelArgs, RopeScaling
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import read_bytes, without_mark
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
     with reading(directory):
         if not (directory / CONFIG).is_file():
             raise ModelNotFoundError(f"There is no {CONFIG} in {directory}; name the directory that holds the model.")
-        config = read_object(directory / CONFIG)
+        config = read_object(directory / CONFIG, required=True)
         args, says_tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
         check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, weight_names(args))
@@ -121,6 +122,8 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         return f"that the weights are quantised (quantization_config, {printable(method)}), expected bf16, fp16 or fp32"
+    if config.get("quantization") is not None:
+        return "that MLX quantized the weights (quantization), expected bf16, fp16 or fp32"
     if config.get("hidden_act") not in (None, "silu", "swish"):  # two names of one function
         return f"hidden_act '{printable(config['hidden_act'])}', expected silu"
     for field in ("attention_bias", "mlp_bias"):
@@ -227,11 +230,8 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
     file = directory / "chat_template.jinja"
     template: Any
     if file.is_file():
-        if file.stat().st_size > _MAX_TEMPLATE:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size:,} bytes, expected at most {_MAX_TEMPLATE:,}; {FETCH_AGAIN}"
-            )
-        template = file.read_bytes().decode("utf-8", errors="replace")
+        data = without_mark(read_bytes(file, _MAX_TEMPLATE), printable(file, 200))
+        template = data.decode("utf-8", errors="replace")
     else:
         template = settings.get("chat_template")
         if template is None:

@@ -1,4 +1,4 @@
-"""JSON files of a model directory: read whole where their size is sensible, with each key but once."""
+"""JSON files of a model directory: of a bounded size, with each key once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.system.small_files import read_bytes, without_mark
 
 
-def read_object(path: Path, most: int = 1 << 20) -> dict[str, Any]:
-    """The JSON object that a file of at most `most` bytes holds; none where there is no such file.
+def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
+    """Read a JSON object from a file.
 
-    Raises `CheckpointError` for anything else.
+    Args:
+        path: The file.
+        most: Maximum size in bytes.
+        required: Whether the file must exist; otherwise a missing one reads as an empty object.
+
+    Raises:
+        FileNotFoundError: If a required file does not exist.
+        CheckpointError: If the file holds anything else.
     """
-    if not path.is_file():
+    try:
+        data = read_bytes(path, most)
+    except FileNotFoundError:
+        if required:
+            raise
         return {}
-    if (size := path.stat().st_size) > most:
-        raise CheckpointError(f"{path} has {size:,} bytes, expected at most {most:,}; {FETCH_AGAIN}")
-    return parse_object(path.read_bytes(), path)
+    return parse_object(without_mark(data, printable(path, 200)), path)
 
 
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llama_scratch.errors import printable
+from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.system.small_files import read_start, without_mark
 
 _MAX = 1 << 16
 
@@ -37,11 +38,9 @@ def _stated(directory: Path) -> str | None:
 
 
 def _text(path: Path) -> str:
-    """The beginning of a file; nothing where it cannot be read."""
+    """The beginning of a file as text; empty if it cannot be read."""
     try:
-        if not path.is_file():
-            return ""
-        with path.open("rb") as file:
-            return file.read(_MAX).decode("utf-8", errors="replace").replace("\r\n", "\n")
-    except OSError:
+        start = without_mark(read_start(path, _MAX), path.name)
+    except (OSError, CheckpointError):
         return ""
+    return start.decode("utf-8", errors="replace").replace("\r\n", "\n")

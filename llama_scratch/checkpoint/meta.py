@@ -28,6 +28,7 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import read_text
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
             "use the release with bf16 in its name."
         )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
-    args = ModelArgs.from_params_json(_read_params(directory / PARAMS), str(directory / PARAMS))
+    args = ModelArgs.from_params_json(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
     name = name_of(directory)
     return Checkpoint(
         name=name,
@@ -224,19 +225,8 @@ def _stored(weights: Mapping[str, Weight]) -> Stored:
     )
 
 
-def _read_params(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_PARAMS:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected a few hundred; {FETCH_AGAIN}")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not text, expected JSON; {FETCH_AGAIN}") from error
-
-
 def _missing(directory: Path, file: str) -> str:
     advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {WEIGHTS}."
-    if (directory / "original" / file).is_file():
-        advice = f"use --model-dir {directory / 'original'}."
-    elif file == TOKENIZER:
+    if file == TOKENIZER:
         advice = "copy it there from the model's download, or name it with --tokenizer."
     return f"There is no {file} in {directory}; {advice}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, UnsupportedError, printable
 from llama_scratch.memory import does_not_fit, is_memory_error
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import read_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,10 +173,7 @@ class _WithShortTable(io.BufferedReader):
 def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
     """The records of an archive, once its table of contents is one that `torch.save` wrote."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(64)
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        raise CheckpointError(f"{path} is a web page, expected weights, so the download was refused; {FETCH_AGAIN}")
+    start = read_start(path)
     if start.startswith(_LEGACY):
         raise UnsupportedError(
             f"{path} is in the format of torch before 1.6, expected a zip-format torch.save file; "

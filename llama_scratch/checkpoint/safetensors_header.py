@@ -15,6 +15,7 @@ from typing import Any
 
 from llama_scratch.checkpoint.json_file import parse_object, read_object
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
+from llama_scratch.system.small_files import read_start
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's name of a type → torch's, and its bytes.
@@ -71,7 +72,7 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
 
 
 def _read_index(path: Path) -> dict[str, Entry]:
-    places = read_object(path, _MAX_HEADER).get("weight_map")
+    places = read_object(path, _MAX_HEADER, required=True).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path} has no weight_map, expected each tensor's file in it; {FETCH_AGAIN}")
     for file in places.values():
@@ -105,12 +106,11 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file, the rotation table of older ones left out. Raises `CheckpointError`."""
+    read_start(path)  # a git-lfs pointer or a web page is named for what it is
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError(f"{path} is a git-lfs pointer, expected the weights; run 'git lfs pull' beside it.")
         if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
             raise CheckpointError(
                 f"{path} begins with {start!r} and has {size:,} bytes, expected a safetensors header; {FETCH_AGAIN}"

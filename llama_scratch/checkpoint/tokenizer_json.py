@@ -53,7 +53,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[i
     vocab_size: rows of the embedding; ids that no token has get names of their own, `[PAD128300]`, as llama.cpp's
     converter gives them. Raises `CheckpointError`.
     """
-    parts = read_object(path, _MAX_BYTES)
+    parts = read_object(path, _MAX_BYTES, required=True)
     try:
         return _tokenizer(parts, config, stop_ids, vocab_size)
     except CheckpointError as error:

@@ -16,12 +16,15 @@ from pathlib import Path
 
 from prompt_toolkit.history import History, InMemoryHistory
 
+from llama_scratch.errors import LlamaScratchError
 from llama_scratch.folders import user_folder
 from llama_scratch.render import terminal
 from llama_scratch.repl.session import Session
+from llama_scratch.system.small_files import read_bytes
 from llama_scratch.tokenizer import replace_surrogates
 from llama_scratch.unfinished import NO_WAIT
 
+_MAX_BYTES = 1 << 26
 # A time, as prompt_toolkit writes it, and a line with "+" for each line of the entry.
 _ENTRY = re.compile(rb"^# \S+ \S+?(?: (\d+))?\n((?:\+.*\n)+)", re.MULTILINE)
 
@@ -63,8 +66,8 @@ class FileHistory(History):
     def load_history_strings(self) -> Iterable[str]:
         """The newest first."""
         try:
-            data = self._path.read_bytes()
-        except OSError:
+            data = read_bytes(self._path, _MAX_BYTES, any_content=True)
+        except (OSError, LlamaScratchError):
             return
         for size, lines in reversed(_ENTRY.findall(data)):
             if not size or int(size) == len(lines):

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import platform
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +25,7 @@ from llama_scratch.progress import Progress
 from llama_scratch.repl.chat import Question
 from llama_scratch.repl.session import Moment, Origin, Past, Session, Settings, Turn
 from llama_scratch.results import ModelInfo
+from llama_scratch.system.small_files import read_bytes, without_mark
 from llama_scratch.tokenizer import replace_surrogates
 from llama_scratch.unfinished import unfinished_file
 
@@ -425,17 +425,13 @@ def load(path: Path) -> Record:
     """
     shown = printable(path, 200)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{shown} is not a file, {_EXPECTED}; name one.")
-        if status.st_size > MOST:
-            raise CheckpointError(f"{shown} has {status.st_size:,} bytes, expected at most {MOST:,} of a session.")
-        lines = path.read_bytes().split(b"\n")
+        data = read_bytes(path, MOST, error=CheckpointError)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         missing = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         kind = ModelNotFoundError if missing else CheckpointError
         raise kind(f"{shown} cannot be read ({reason}); name a session that /save wrote.") from error
+    lines = without_mark(data, shown, CheckpointError).split(b"\n")
     header = _header(path, lines[0])
     if lines[-1]:
         raise CheckpointError(f"{shown} breaks off in line {len(lines)}, {_EXPECTED}, whole.")

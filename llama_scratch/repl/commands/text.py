@@ -18,6 +18,10 @@ from llama_scratch.render import terminal
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token, as_json, generated_json
+from llama_scratch.system.small_files import read_bytes, without_line_end, without_mark
+
+# Bytes of an edited text, more than any context holds.
+_MAX_TEXT = 1 << 24
 
 
 @command("generate", "[N]", complete=lambda _session, _begun: ["20", "50", "100", "200"])
@@ -120,7 +124,8 @@ def _edited(text: str) -> str:
         if code:
             raise LlamaScratchError(f"The editor ended with {code}, so the text stays as it was.")
         try:
-            after = path.read_text(encoding="utf-8", errors="replace")
+            data = read_bytes(path, _MAX_TEXT, error=LlamaScratchError, any_content=True)
         except OSError as error:
             raise LlamaScratchError("The editor left no file behind, so the text stays as it was.") from error
-        return after.removesuffix("\n")  # editors end the last line, which is no part of the text
+        after = without_mark(data, "The edited text", LlamaScratchError).decode("utf-8", errors="replace")
+        return without_line_end(after)  # editors end the last line, which does not belong to the text
