@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import pwd
+import re
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -419,3 +421,16 @@ def test_the_real_model_in_another_wheel(smollm2_path: Path, tmp_path: Path, mon
     assert pull("smollm2", silent) == (model(), True)
     assert find_model() == model().path != smollm2_path
     assert open_checkpoint(find_model()).name == "SmolLM2-135M-Instruct"
+
+
+def test_a_folder_of_models_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another user, after `sudo -u` with the old HOME: a message that names the file."""
+    path = OPEN_MODELS["smollm2"].path
+
+    def stat(self: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    for look in (find_model, missing_open_model):
+        with pytest.raises(LlamaScratchError, match=re.escape(str(path))):
+            look("smollm2")

@@ -287,8 +287,9 @@ def test_wrong_shapes(model: Path) -> None:
     [
         (b"", "names no file"),
         (b"\n\n", "names no file"),
-        (b"<html>expired</html>", "Line 1 of checklist.chk is '<html>"),
-        (b"\xff\xfe\x00\x1b[2J", "Line 1"),
+        (b"<html>expired</html>", "web page"),
+        (b"\xff\xfe\x00\x1b[2J", "UTF-16"),
+        (b"\xff\x1b[2J", "Line 1"),
         (b"0" * 31 + b"  params.json", "Line 1"),
         (b"0" * 64 + b"  params.json", "Line 1"),
         (

@@ -1,45 +1,37 @@
-"""A model directory or file → a validated shape, its tokenizer and its weights. One module a format."""
+"""Files of a model on disk → a validated shape, its tokenizer and its weights. One module per format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied, reading
-from llama_scratch.errors import CheckpointError, ModelNotFoundError, printable
+from llama_scratch.checkpoint.recognize import recognize
 
 __all__ = ["EMBEDDING", "OUTPUT", "Checkpoint", "is_tied", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Open a Meta or Hugging Face directory or a .gguf file; reads all but the weights and imports no torch.
+    """Open a model: read everything except the weights, without importing torch.
 
-    tokenizer: a tokenizer.model elsewhere. Raises `ModelNotFoundError` and `CheckpointError`.
+    Args:
+        path: Whatever `recognize` finds a model by: a directory, a .gguf file, or one of a model's files.
+        tokenizer: A tokenizer.model elsewhere.
+
+    Raises:
+        ModelNotFoundError: If there is no model, or one of its files is missing.
+        CheckpointError: If a file is damaged, or the model is of a kind that is not supported.
     """
+    format, path = recognize(path)
     # Each format's module is imported where it is needed, so that starting up reads only one.
     with reading(path):
-        if path.is_dir():
-            return _open_directory(path, tokenizer)
-        if path.is_file():
-            if path.suffix.lower() != ".gguf":
-                raise CheckpointError(f"{path} is a file, expected a directory with Meta's files or a .gguf file.")
+        if format == "gguf":
             from llama_scratch.checkpoint.gguf import open_gguf
 
             return open_gguf(path, tokenizer)
-    raise ModelNotFoundError(
-        f"There is no model at {printable(path, 200)}; name an existing directory, "
-        "or run 'llama-scratch pull smollm2' for an open one."
-    )
-
-
-def _open_directory(path: Path, tokenizer: str | None) -> Checkpoint:
-    """What lies at the top decides; Hugging Face's repositories of Meta's models hold Meta's own files in original/."""
-    from llama_scratch.checkpoint.meta import PARAMS, open_meta
-
-    if not (path / PARAMS).exists():
-        if (path / "config.json").exists():
+        if format == "huggingface":
             from llama_scratch.checkpoint.huggingface import open_huggingface
 
             return open_huggingface(path, tokenizer)
-        if (path / "original" / PARAMS).exists():
-            path = path / "original"
-    return open_meta(path, tokenizer)
+        from llama_scratch.checkpoint.meta import open_meta
+
+        return open_meta(path, tokenizer)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint
+from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.checkpoint.write_gguf import write_gguf
@@ -64,6 +65,7 @@ def convert(
     """
     if to not in FORMS:
         raise UsageError(f"'{printable(to)}' is no form of a model, expected one of: {', '.join(FORMS)} (--to).")
+    source = recognize(source).path
     destination = _place(source, destination, to)
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
     weights = _with_own_norms(checkpoint, checkpoint.load(progress))
@@ -157,7 +159,8 @@ def _beside(sums: Path, destination: Path) -> Iterator[None]:
 def _copy_legal(source: Path, written: Path) -> None:
     """The licence and what belongs to it, from a directory into a directory."""
     if source.is_dir() and written.is_dir():
-        for file in [file for name in _LEGAL for file in source.glob(name) if file.is_file()]:
+        folders = [source.parent, source] if source.name == "original" else [source]
+        for file in [file for folder in folders for name in _LEGAL for file in folder.glob(name) if file.is_file()]:
             shutil.copyfile(file, written / file.name)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llama_scratch.checkpoint.base import reading
 from llama_scratch.checkpoint.download import CHECKPOINTS
 from llama_scratch.checkpoint.hub import Repository
-from llama_scratch.checkpoint.pull import OPEN_MODELS
+from llama_scratch.checkpoint.pull import OPEN_MODELS, OpenModel
 from llama_scratch.checkpoint.remote import local_copy, remote_address
 from llama_scratch.errors import ModelNotFoundError, UsageError, printable
 from llama_scratch.progress import Progress, silent
@@ -18,7 +19,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 def find_model(source: str | os.PathLike[str] | None = None, progress: Progress = silent) -> Path:
-    """The path of a model: a directory of Meta's or Hugging Face's files, or a .gguf file.
+    """The path that names a model; `recognize` finds which model is there.
 
     source: a path; a name that `llama-scratch pull` takes (smollm2, Meta's Llama3.2-1B, or OWNER/REPO[@REVISION],
     for which an existing path goes first); or a remote directory (gs://, az://), whose files are brought here. None:
@@ -30,7 +31,7 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
     if address := remote_address(name):
         return local_copy(address, progress)
     if open_model := OPEN_MODELS.get(name):
-        if not open_model.path.is_file():
+        if not _is_fetched(open_model):
             raise _not_here(f"The model {name}", name)
         return open_model.path
     try:
@@ -63,6 +64,12 @@ def _meant(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     return source
 
 
+def _is_fetched(model: OpenModel) -> bool:
+    """Whether an open model is on this machine. Raises `LlamaScratchError` if its folder cannot be read."""
+    with reading(model.path):
+        return model.path.is_file()
+
+
 def _is_there(place: str) -> bool:
     try:
         return Path(place).expanduser().is_dir()
@@ -73,4 +80,4 @@ def _is_there(place: str) -> bool:
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
     """The name of the open model that `find_model(source)` would refuse because it was not fetched yet."""
     model = OPEN_MODELS.get(os.fspath(_meant(source)))
-    return model.name if model and not model.path.is_file() else None
+    return model.name if model and not _is_fetched(model) else None

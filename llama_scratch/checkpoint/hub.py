@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.fetch import Patience, RefusedError, digest, fetch, only_one, open_session, writing
 from llama_scratch.checkpoint.json_file import read_object
+from llama_scratch.checkpoint.recognize import complete_model, gguf_files
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
 from llama_scratch.progress import Progress
+from llama_scratch.system.small_files import read_text
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -63,10 +65,9 @@ class Repository:
         try:
             commit = self.revision
             if not _COMMIT.fullmatch(commit):
-                with (self.folder / "refs" / self.revision).open(encoding="utf-8") as file:
-                    commit = file.read(100).strip()
+                commit = read_text(self.folder / "refs" / self.revision, 100).strip()
             return _model_in(self.folder / "snapshots" / commit) if _COMMIT.fullmatch(commit) else None
-        except (OSError, ValueError):
+        except (OSError, CheckpointError):
             return None
 
 
@@ -84,9 +85,10 @@ def cache() -> Path:
 
 
 def _model_in(snapshot: Path) -> Path | None:
-    if (snapshot / "config.json").is_file() and any(_WEIGHTS.fullmatch(path.name) for path in snapshot.iterdir()):
-        return snapshot
-    return snapshot / "original" if any((snapshot / "original").glob("consolidated.*.pth")) else None
+    """The model of a revision; of several .gguf files the directory, for the message that lists them."""
+    if found := complete_model(snapshot):
+        return found.path
+    return snapshot if gguf_files(snapshot) else None
 
 
 def pull_hub(
@@ -226,7 +228,7 @@ def _check_architecture(repository: Repository, path: Path) -> None:
     """Before gigabytes are fetched; what else there is to check is checked when the model is opened."""
     from llama_scratch.checkpoint.huggingface import unsupported
 
-    if (found := unsupported(read_object(path))) is not None:
+    if (found := unsupported(read_object(path, required=True))) is not None:
         raise CheckpointError(
             f"The config.json of {repository.name} says {found}; choose another model, nothing else of this one was "
             "fetched."

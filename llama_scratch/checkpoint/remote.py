@@ -90,14 +90,29 @@ def _hash(text: str) -> str:
 
 
 def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
-    """The files of a model and how each is stored; of a directory with `original/` alone, those in there."""
+    """List the files of a model and how each is stored.
+
+    Args:
+        store: The cloud's bucket.
+        address: A .gguf file, or a directory with a model's files, with those in its original/, or with one .gguf file.
+
+    Returns:
+        The address of the model, and its files.
+    """
     if address.endswith(".gguf"):
         return address, {address.rsplit("/", 1)[-1]: store.stat(address)}
     entries = {entry.name: entry for entry in islice(store.scandir(address), _MAX_NAMES)}
     names = [name for name in entries if _SMALL.fullmatch(name) or _WEIGHTS.fullmatch(name)]
-    if not {"params.json", "config.json"} & set(names):
+    if not any(map(_WEIGHTS.fullmatch, names)):
         if "original" in (name.rstrip("/") for name in entries):
             return _listed(store, f"{address}/original")
+        if len(files := sorted(name for name in entries if name.endswith(".gguf"))) == 1:
+            return _listed(store, f"{address}/{files[0]}")
+        if files:
+            raise ModelNotFoundError(
+                f"{printable(address, 200)} holds {len(files)} models; name one of them: {printable(files, 200)}."
+            )
+    if not {"params.json", "config.json"} & set(names):
         raise ModelNotFoundError(
             f"There is no params.json or config.json in {printable(address, 200)}; name the directory that holds a "
             "model's files, or a .gguf file."

@@ -23,6 +23,7 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Checkpoint, is_tied, name_of, reading
 from llama_scratch.checkpoint.checklist import CHECKLIST, MAX_CHECKLIST, parse_checklist
 from llama_scratch.checkpoint.pull import OPEN_MODELS
+from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import (
     FETCH_AGAIN,
@@ -34,6 +35,7 @@ from llama_scratch.errors import (
     printable,
 )
 from llama_scratch.progress import Progress, silent
+from llama_scratch.system.small_files import read_bytes
 
 if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
@@ -135,15 +137,18 @@ def verify(
     tokenizer and rope_factor: as `Llama.load` takes them. What is wrong with the model is found and not raised. Raises
     `ModelNotFoundError` where there is none, `UsageError` as `open_checkpoint` does, `OutOfMemoryError`.
     """
-    folder, checkpoint, args, findings = _folder(path), None, None, []
+    model, checkpoint, args, findings = None, None, None, []
     try:
+        model = recognize(path)
+        path = model.path
         checkpoint = open_checkpoint(path, tokenizer)
         args = checkpoint.args.with_rope_factor(rope_factor)
     except LlamaScratchError as error:
-        if folder is None:
+        # A file that is not a model, and a directory without a list of files or a shape, have nothing to verify.
+        if not (_describes_model(path) if os.path.isdir(path) else model):
             raise
         findings.append(_broken(error, path.name))
-    folder = folder or path
+    folder = path.parent if path.is_file() else path
     files = checkpoint.files if checkpoint else (path,) * path.is_file()
     expected, found = _expected(path, folder, files, args)
     found += _without_checksum(files, expected, found, _sums_of(path, folder))
@@ -165,13 +170,9 @@ def verify(
     return Verification(printable(name), format, path, (*found, *findings))
 
 
-def _folder(path: Path) -> Path | None:
-    """The directory with a model's files; None where nothing of a model is there."""
-    if path.is_file():
-        return path.parent
-    marks = (CHECKLIST, "params.json", "config.json")
-    folders = (path, path / "original")
-    return next((folder for folder in folders for mark in marks if os.path.lexists(folder / mark)), None)
+def _describes_model(directory: Path) -> bool:
+    """Whether a directory has a file that says what else belongs there."""
+    return any(os.path.lexists(directory / mark) for mark in (CHECKLIST, "params.json", "config.json"))
 
 
 def _size(file: Path) -> int:
@@ -314,10 +315,7 @@ def _missing(name: str, why: str) -> Finding:
 
 
 def _read_checklist(file: Path) -> dict[str, str]:
-    if not file.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{printable(file.name)} is not a file, expected a list of MD5s; {FETCH_AGAIN}")
-    with file.open("rb") as stream:
-        data = stream.read(MAX_CHECKLIST + 1)
+    data = read_bytes(file, MAX_CHECKLIST)
     try:
         return parse_checklist(data)
     except CheckpointError as error:  # which speaks of the list by Meta's name of it
