@@ -22,6 +22,10 @@ from typer.core import TyperGroup, TyperOption
 
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.folders import user_folder
+from llama_scratch.system.small_files import read_text
+
+# tomllib takes time quadratic in the parts of a dotted key, which is always within one line. These keep it below 1 s.
+_MAX_BYTES, _MAX_DOTS = 1 << 16, 256
 
 
 def default_path() -> Path:
@@ -30,27 +34,36 @@ def default_path() -> Path:
 
 
 def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
-    """The file's values as the `default_map` of the program whose context it is: by parameter, and by subcommand.
+    """Read the file's values as the `default_map` of a program: by parameter, and by subcommand.
 
-    path: None for the usual place, where there may be no file. Raises `UsageError`, with the file's name, where
-    one that was named is missing, one is not TOML, or it holds a key or a value that no option has.
+    Args:
+        path: The file. None: the usual place, where a file that is missing or cannot be read counts as empty.
+        ctx: The context of the program.
+
+    Raises:
+        UsageError: If a file that was named cannot be read, or if any file is not TOML or holds a key or a value that
+            no option has.
     """
     file = Path(os.path.expanduser(path or ""))
     try:
         file = default_path() if path is None else file
-        found = tomllib.loads(file.read_bytes().decode())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if path is None:
-            return {}
-        raise UsageError(
-            f"There is no configuration file at {printable(file, 200)}; write one there, "
-            "or name another with --config or $LLAMA_SCRATCH_CONFIG."
-        ) from error
+        text = read_text(file, _MAX_BYTES, error=UsageError)
     except OSError as error:
+        if path is None:  # such as that of another user, after `sudo -u` with the old HOME
+            return {}
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UsageError(
+                f"There is no configuration file at {printable(file, 200)}; write one there, "
+                "or name another with --config or $LLAMA_SCRATCH_CONFIG."
+            ) from error
         raise UsageError(
             f"The configuration file {printable(file, 200)} cannot be read ({error.strerror or error}); "
             "check that it is a file that is there for you to read."
         ) from error
+    try:
+        if any(line.count(".") > _MAX_DOTS for line in text.split("\n")):
+            raise ValueError(f"a line with more than {_MAX_DOTS} dots")
+        found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"The configuration file {printable(file, 200)} is not TOML ({printable(error, 200)}); "
@@ -101,6 +114,8 @@ def _checked(
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean {near[0]}?" if near else "expected a long option without its dashes."
             raise UsageError(f"{printable(file, 200)}: there is no option '{printable(key)}'{where}; {advice}")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:  # which no option takes, nor TOML
+            raise _wrong(file, key, "a number of over 64 bits", "a smaller one")
         if isinstance(value, bool) != option.is_flag:  # which would be taken for 0 and 1, or the other way round
             raise _wrong(file, key, value, "true or false" if option.is_flag else f"what --{key} takes")
         try:
@@ -114,5 +129,8 @@ def _checked(
 
 
 def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # a number of thousands of digits in it
+        shown = "a number of over 64 bits"
     return UsageError(f"{printable(file, 200)}: {key} is {printable(shown)}, expected {expected}; correct it there.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,7 +178,7 @@ def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) ->
         ("top = ", "is not TOML"),
         ("top = 1\ntop = 2", "is not TOML"),
         ("a = " + "[" * 10_000, "is not TOML"),
-        ("\ud800", "is not TOML"),
+        ("\ud800", "is not UTF-8"),
     ],
 )
 def test_a_wrong_file_is_one_sentence_with_its_name(
@@ -200,6 +203,95 @@ def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_pat
         assert result.code == 2
         assert expected in one_sentence(result)
         assert str(path) in result.err
+
+
+def test_a_byte_order_mark_and_dos_line_ends(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+    config.write_bytes(b"\xef\xbb\xbftop = 3\r\nquiet = true\r\n")
+    assert candidates(llama_scratch) == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16(llama_scratch: Runner, config: Path, encoding: str) -> None:  # noqa: F811
+    config.write_bytes("top = 3\n".encode(encoding))
+    result = llama_scratch(stdin=b"x\n")
+    assert result.code == 2
+    assert "UTF-16" in one_sentence(result)
+
+
+SLOW = {
+    "a dotted key": "a." * 30_000 + "a = 1",
+    "a dotted key in quotes": '"a" . ' * 10_000 + "a = 1",
+    "a table": "[" + "a." * 30_000 + "a]",
+    "an inline table": "x = {" + "a." * 30_000 + "a = 1}",
+    "many keys of many parts": "\n".join(f"a{i}." + "b." * 253 + "c = 1" for i in range(125)),
+    "many tables": "\n".join(f"[a{i}.b.c.d]" for i in range(4000)),
+    "deep arrays": "top = " + "[" * 60_000,
+    "deep tables": "top = " + "{a=" * 20_000,
+    "quotes": '"\\' * 30_000,
+    "large": "# " + "x" * 70_000,
+    "a long number": "top = " + "9" * 60_000,
+    "a long number in base 16": "top = 0x" + "F" * 60_000,
+    "a long number for a fraction": "temperature = 0x" + "F" * 60_000,
+    "a long number in an array": "top = [0x" + "F" * 60_000 + "]",
+    "more than 64 bits": f"context = {1 << 63}",
+}
+
+
+@pytest.mark.parametrize("text", SLOW.values(), ids=SLOW)
+def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path, text: str) -> None:  # noqa: F811
+    """A dotted key of 30,000 parts took 40 s."""
+    config.write_text(text)
+    start = time.process_time()
+    result = llama_scratch(stdin=b"x\n")
+    assert time.process_time() - start < 2
+    assert result.code == 2
+    assert str(config) in one_sentence(result)
+
+
+def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+    """Ordinary prompts have fewer in a line."""
+    config.write_text('prompt = """' + "A line. It goes on. " * 100 + '\n..."""')
+    config.write_text(config.read_text().replace(" It", "\nIt"))
+    assert json.loads(llama_scratch("--json").out)["prompt"].startswith("A line.")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_named_file_that_is_not_one(llama_scratch: Runner, tmp_path: Path) -> None:  # noqa: F811
+    """A pipe is not waited for, and a device not read."""
+    os.mkfifo(tmp_path / "pipe")
+    for file in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+        result = llama_scratch("--config", file, stdin=b"x\n")
+        assert result.code == 2
+        assert file in one_sentence(result)
+
+
+def test_the_null_device_is_an_empty_file(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+    config.write_text("top = 3")
+    assert candidates(llama_scratch, "--config", "/dev/null") == 5
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_nobody_named_and_that_cannot_be_read_is_absent(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    model: str,
+    error: OSError,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with the HOME of another user; a file that was named is an error still."""
+    config.write_text("top = 3")
+    original = os.open
+
+    def opened(path: str | Path, *args: Any, **kwargs: Any) -> int:
+        if Path(path) == config:
+            raise error
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opened)
+    assert candidates(llama_scratch) == 5
+    result = llama_scratch("--config", str(config), stdin=b"x\n")
+    assert result.code == 2
+    assert str(error.strerror) in one_sentence(result)
 
 
 def test_a_wrong_environment_is_one_sentence(
