@@ -359,7 +359,7 @@ def main(
         begin(session, conversation.system)
         session.first_system = conversation.system
     if prompt == "-":
-        prompt = stdin_text().removesuffix("\n")
+        prompt = stdin_text()
     if prompt == "":
         raise UsageError("The prompt is empty, expected some text (--prompt).")
     prompts = stdin_lines() if prompt is None else [prompt]
@@ -624,6 +624,7 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
     """The same, to be loaded while the person types; what is wrong with its path is said now."""
     from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.checkpoint.recognize import recognize
     from llama_scratch.checkpoint.remote import remote_address
     from llama_scratch.repl.loading import Loading
 
@@ -636,10 +637,8 @@ def _loading(options: ModelOptions, screen: Screen) -> Loading:
     if address := remote_address(options.source or ""):  # brought here while the person types
         return Loading(address.rsplit("/", 1)[-1], load)
     path = find_model(options.source)
-    if not path.exists():
-        from llama_scratch.checkpoint import open_checkpoint
-
-        open_checkpoint(path, options.tokenizer)  # says what was expected there
+    if not os.path.exists(path):
+        recognize(path)  # says what was expected there
     return Loading(name_of(path), load)
 
 
@@ -726,7 +725,7 @@ def _pull_meta(name: str, link: str, screen: Screen) -> None:
     from llama_scratch.checkpoint.download import pull_meta
 
     if link == "-":
-        link = getpass("Link: ") if screen.interactive else sys.stdin.readline(_MAX_LINK)
+        link = getpass("Link: ") if screen.interactive else sys.stdin.readline(_MAX_LINK).removeprefix("\ufeff")
     terms = f"{name}: licence: Meta's, which the link was mailed for accepting."
     screen.log.print(terms, soft_wrap=True, markup=False)
     with progress_bar(screen.log, "Asking") as progress:
@@ -757,7 +756,9 @@ def run(arguments: list[str]) -> int:
         return code
     except typer.TyperException as error:
         found = error.format_message().rstrip(".")
-        return _fail(f"{found}; 'llama-scratch --help' lists the options.", error.exit_code)
+        context: typer.Context | None = getattr(error, "ctx", None)
+        command = context.command_path if context else NAME
+        return _fail(f"{found}; '{command} --help' lists the options.", error.exit_code)
     except LlamaScratchError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

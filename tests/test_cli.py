@@ -80,6 +80,85 @@ def test_each_line_of_a_pipe_is_a_prompt_and_empty_ones_are_skipped(
     assert result.code == 0
 
 
+@pytest.mark.parametrize("stdin", [b"\xef\xbb\xbfthe\nin\n", b"the\r\nin\r\n", b"\xef\xbb\xbf\nthe\nin"])
+def test_a_byte_order_mark_and_line_ends_are_not_text(
+    llama_scratch: Runner, tiny: tuple[str, str], stdin: bytes
+) -> None:
+    result = llama_scratch(*tiny, "--json", stdin=stdin)
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["the", "in"]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "prompt"),
+    [
+        (b"\xef\xbb\xbfthe\n", "the"),
+        (b"the\r\n", "the"),
+        (b"the\r\n\r\n", "the\r\n"),
+        (b"the\n\n", "the\n"),
+        (b"the\r", "the\r"),
+        (b"the\xef\xbb\xbf", "the\ufeff"),
+    ],
+)
+def test_all_of_stdin_without_one_line_end(
+    llama_scratch: Runner, tiny: tuple[str, str], stdin: bytes, prompt: str
+) -> None:
+    assert json.loads(llama_scratch(*tiny, "--json", "--prompt", "-", stdin=stdin).out)["prompt"] == prompt
+
+
+def test_a_command_after_a_byte_order_mark(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
+    result = llama_scratch(*tiny, "--json", "--commands", stdin=b"\xef\xbb\xbf/top 2\nthe\n")
+    assert json.loads(result.out.splitlines()[0])["command"] == "top"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompt", "-")])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(
+    llama_scratch: Runner, tiny: tuple[str, str], arguments: tuple[str, ...], encoding: str
+) -> None:
+    result = llama_scratch(*tiny, *arguments, stdin="the nation\n".encode(encoding))
+    assert result.code == 2
+    assert "UTF-16" in one_sentence(result)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompt", "-")])
+def test_an_endless_prompt_is_rejected(
+    llama_scratch: Runner, tiny: tuple[str, str], arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One from /dev/zero, as it were."""
+    monkeypatch.setattr("llama_scratch.repl.pipe._MAX_PROMPT", 1000)
+    result = llama_scratch(*tiny, *arguments, stdin=bytes(1001))
+    assert result.code == 2
+    assert "1,000 bytes" in one_sentence(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (("convert", "--model-dir", "x"), "llama-scratch convert"),
+        (("convert", "a", "b", "--to", "hf", "--precision", "int8"), "llama-scratch convert"),
+        (("pull", "--tokenizer", "x", "smollm2"), "llama-scratch pull"),
+        (("info", "--top", "3"), "llama-scratch info"),
+        (("--bogus",), "llama-scratch"),
+    ],
+)
+def test_an_unknown_option_names_the_help_that_lists_the_known_ones(
+    llama_scratch: Runner, arguments: tuple[str, ...], command: str
+) -> None:
+    """That of the command, because the main one lists options that the command does not take."""
+    result = llama_scratch(*arguments)
+    assert result.code == 2
+    assert f"'{command} --help'" in one_sentence(result)
+
+
+def test_no_message_names_an_option_that_its_command_lacks(llama_scratch: Runner, tmp_path: Path) -> None:
+    """A directory with Meta's files in original/ was told to use --model-dir by convert, which has no such option."""
+    write_meta(tmp_path / "model" / "original")
+    (tmp_path / "model" / "original" / "consolidated.00.pth").unlink()
+    result = llama_scratch("convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "hf")
+    assert result.code == 3
+    assert "--model-dir" not in one_sentence(result)
+
+
 def test_top_lists_that_many_lines_only_where_it_was_asked_for(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
     assert len(llama_scratch(*tiny, "--prompt", "the").out.splitlines()) == 1
     assert len(llama_scratch(*tiny, "--prompt", "the", "--top", "5").out.splitlines()) == 5

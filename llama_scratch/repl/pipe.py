@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 
-from llama_scratch.errors import LlamaScratchError, unexpected
+from llama_scratch.errors import LlamaScratchError, UsageError, unexpected
 from llama_scratch.render import lines, terminal
 from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
+from llama_scratch.system.small_files import without_line_end, without_mark
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,39 @@ class Format:
     all_candidates: bool = False
 
 
+# Bytes of a prompt: the longest context holds no more, whatever the text.
+_MAX_PROMPT = 1 << 24
+_STDIN = "Standard input"
+
+
 def stdin_text() -> str:
-    """All of standard input. Bytes that are not UTF-8 arrive as lone surrogates, which the tokenizer reports."""
-    return sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+    """All of standard input without its last line end.
+
+    Bytes that are not UTF-8 become lone surrogates, which the tokenizer reports.
+
+    Raises:
+        UsageError: If it is UTF-16, or longer than any context.
+    """
+    return without_line_end(_text(without_mark(_read(sys.stdin.buffer.read), _STDIN, UsageError)))
 
 
 def stdin_lines() -> Iterator[str]:
-    """Standard input line by line, as it comes, without line ends."""
-    for line in sys.stdin.buffer:
-        yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
+    """Standard input line by line, as it arrives, without line ends; otherwise as `stdin_text`."""
+    line = without_mark(_read(sys.stdin.buffer.readline), _STDIN, UsageError)
+    while line:
+        yield _text(line).rstrip("\r\n")
+        line = _read(sys.stdin.buffer.readline)
+
+
+def _read(read: Callable[[int], bytes]) -> bytes:
+    data = read(_MAX_PROMPT + 1)
+    if len(data) > _MAX_PROMPT:
+        raise UsageError(f"A prompt on standard input is longer than {_MAX_PROMPT:,} bytes; shorten it.")
+    return data
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="surrogateescape")
 
 
 def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
