@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from llama_scratch.errors import CheckpointError, UsageError, printable
+from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError, printable
 
 if TYPE_CHECKING:
-    from llama_scratch.sandbox import Template
+    from llama_scratch.system.template_process import TemplateProcess
 
 # Several times the longest template that models come with.
 _MAX_TEMPLATE = 1 << 17
+# Characters of a conversation, as many as the template may write (`sandbox.MAX_SIZE`).
+_MAX_CONVERSATION = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,16 @@ class ChatFormat(Protocol):
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """A conversation up to where the assistant's next answer begins.
 
-        Only what the format itself adds is ever special; what stands in a message is plain text.
-        Raises `UsageError` where the format does not take these messages, and `CheckpointError` where it is broken.
+        Only the format's own text is ever special; a message is plain text.
+
+        Raises:
+            UsageError: If the format does not accept these messages.
+            ContextLengthError: If they are longer than any context.
+            CheckpointError: If the format is broken.
         """
+
+    def close(self) -> None:
+        """End the process that the format runs in, if it has one. The next `parts` starts it again."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class Llama3Format:
             parts += [*_header(message.role), Part(message.content), Part("<|eot_id|>", special=True)]
         return parts + _header("assistant")
 
+    def close(self) -> None:
+        """See `ChatFormat.close`: there is no process."""
+
 
 def _header(role: str) -> list[Part]:
     return [
@@ -67,12 +78,15 @@ def _header(role: str) -> list[Part]:
 
 @dataclass(frozen=True)
 class TemplateFormat:
-    """A format as GGUF and Hugging Face files carry it: a template in the language Jinja.
+    """A format that a model's files carry: a template in the language Jinja.
 
-    source: the template. bos, eos: the texts that it writes for the beginning and the end of a text.
-    special: the names of all special tokens of the vocabulary.
+    The template is untrusted code. It runs in a process of its own, see `sandbox`, and is not read before it is used.
 
-    The template is a stranger's code: it runs in a sandbox, see `sandbox`, and is not looked at before it is used.
+    Args:
+        source: The template.
+        bos: The text that it writes for the beginning of a text.
+        eos: The text that it writes for the end of a text.
+        special: The names of the vocabulary's special tokens.
     """
 
     source: str
@@ -82,56 +96,51 @@ class TemplateFormat:
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """See `ChatFormat.parts`."""
-        typed = "".join(message.content for message in messages)
-        # While the template runs, a character that nobody typed stands for each name of a special token in a
-        # message; so the names that are found afterwards are the template's own.
-        free = (char for char in map(chr, range(0xF0000, 0x110000)) if char not in typed)
-        stand_ins = {name: next(free) for name in set(self._names.findall(typed))}
-        names = {ord(char): name for name, char in stand_ins.items()}
-        shown = [
-            {"role": message.role, "content": self._names.sub(lambda match: stand_ins[match[0]], message.content)}
-            for message in messages
-        ]
-        pieces = self._names.split(self._render(shown))  # plain, special, plain, …
-        return [Part(piece.translate(names), special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
-
-    @cached_property
-    def _names(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) is found nowhere
-
-    @cached_property
-    def _template(self) -> Template:
-        from llama_scratch.sandbox import Template  # Jinja, which only conversations need
-
-        if len(self.source) > _MAX_TEMPLATE:
-            raise CheckpointError(f"{len(self.source):,} characters, expected at most {_MAX_TEMPLATE:,}")
-        return Template(self.source)
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        from llama_scratch.sandbox import RefusalError
-
-        try:
-            # The variables that transformers gives.
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=self.bos,
-                eos_token=self.eos,
+        if (size := sum(len(message.content) for message in messages)) > _MAX_CONVERSATION:
+            raise ContextLengthError(
+                f"The conversation has {size:,} characters; at most {_MAX_CONVERSATION:,} fit into the chat template. "
+                "Shorten it."
             )
+        pieces = self._render([{"role": message.role, "content": message.content} for message in messages])
+        return [Part(piece, special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+
+    def close(self) -> None:
+        """See `ChatFormat.close`."""
+        self._process.close()
+
+    @cached_property
+    def _process(self) -> TemplateProcess:
+        from llama_scratch.system.template_process import TemplateProcess  # only conversations need it
+
+        return TemplateProcess()
+
+    def _render(self, messages: list[dict[str, str]]) -> list[str]:
+        """The conversation's text: plain text and the template's own special tokens in turn."""
+        from llama_scratch.system.template_process import RefusalError, TemplateError
+
+        # The variables that transformers gives.
+        variables = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+        }
+        try:
+            if len(self.source) > _MAX_TEMPLATE:
+                raise TemplateError(f"it has {len(self.source):,} characters, the limit is {_MAX_TEMPLATE:,}")
+            return self._process.render(self.source, list(self.special), messages, variables)
         except RefusalError as error:
             raise UsageError(
-                f"The model's chat template refuses this conversation ({_said(error)}), "
-                "expected messages that it takes; leave out the system prompt, or begin anew."
+                f"The model's chat template refuses this conversation ({_said(error)}). "
+                "Leave out the system prompt, or begin anew."
             ) from error
-        except Exception as error:  # a stranger's code raises what it likes
+        except TemplateError as error:
             raise CheckpointError(
-                f"The model's chat template fails ({_said(error)}), expected one that makes a prompt of messages; "
-                "use another file of this model, or use it without chat."
+                f"The model's chat template fails ({_said(error)}). "
+                "Use another file of this model, or use it without chat."
             ) from error
 
 
 def _said(error: Exception) -> str:
-    return printable(error, 100).rstrip(".") or type(error).__name__
+    return printable(error, 100).rstrip(".")

@@ -26,7 +26,7 @@ from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine, require_room
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import ContextLengthError, UsageError, printable
 from llama_scratch.guard import Mapped
 from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
@@ -54,6 +54,8 @@ from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 if TYPE_CHECKING:
     from llama_scratch.microscope.inspection import Inspection
 
+# Texts of up to so many characters are tokenized to the end, in half a second at most, whatever the context.
+_COUNTED = 1_000_000
 # More of them only stand in each other's way.
 _THREADS_A_CORE = 8
 
@@ -254,17 +256,30 @@ class Llama:
         return self._differentiable[0]
 
     def close(self) -> None:
-        """End what goes on behind the answers; without this it ends with the program."""
+        """End the background jobs and the chat template's process. Without this they end with the program."""
         self.engine.packing.close()
+        if self.chat is not None:
+            self.chat.close()
 
     def encode(self, prompt: Prompt, *, special: bool = False) -> list[int]:
         """The ids that the model sees for a prompt.
 
-        special: read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
-        Raises `UsageError` for what is neither a text nor whole numbers.
+        A text that is far too long for the context is rejected before all of it is tokenized.
+
+        Args:
+            prompt: A text, or token ids.
+            special: Read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
+
+        Raises:
+            UsageError: If the prompt is neither a text nor whole numbers.
+            ContextLengthError: If a long text has more tokens than the context.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True, special=special)
+            limit = _token_limit(self, len(prompt))
+            ids = self.tokenizer.encode(prompt, bos=True, special=special, limit=limit)
+            if limit is not None and len(ids) > limit:
+                raise _too_long(self, len(prompt))
+            return ids
         if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
             raise UsageError(f"The prompt is {printable(repr(prompt))}, expected a text or a sequence of token ids.")
         return [id if type(id) is int else self._id(id) for id in prompt]
@@ -272,18 +287,29 @@ class Llama:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, in the format that the model was trained for, up to where its answer begins.
 
-        What stands in a message is plain text, `<|eot_id|>` and the like too. Raises `UsageError` for a base model and
-        for messages that the format does not take, `CheckpointError` where the file's own format is broken.
+        A message is plain text, `<|eot_id|>` and the like in it too.
+
+        Raises:
+            UsageError: If this is a base model, or its format does not accept the messages.
+            ContextLengthError: If a long conversation has more tokens than the context.
+            CheckpointError: If the file's own format is broken.
         """
         if self.chat is None:
             raise UsageError(
                 f"{printable(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
                 "expected one that was; choose an Instruct model, such as --model smollm2."
             )
+        _token_limit(self, sum(len(message.content) for message in messages))
+        parts = self.chat.parts(messages)
+        size = sum(len(part.text) for part in parts)
+        limit = _token_limit(self, size)
         bos = self.tokenizer.bos_id
         ids: list[int] = []
-        for part in self.chat.parts(messages):
-            ids += self.tokenizer.encode(part.text, special=part.special)
+        for part in parts:
+            id = self.tokenizer.special_tokens.get(part.text) if part.special else None
+            ids += [id] if id is not None else self.tokenizer.encode(part.text, special=part.special, limit=limit)
+            if limit is not None and len(ids) > limit:
+                raise _too_long(self, size)
         # Some templates write the beginning of the text and some leave it to the tokenizer.
         return [*([] if bos is None else [bos]), *dropwhile(lambda id: id == bos, ids)]
 
@@ -445,6 +471,25 @@ class Llama:
         except UnicodeDecodeError:  # a part of a character
             return False
         return self.tokenizer.encode(prompt + text, bos=True, special=special)[: len(ids)] != ids
+
+
+def _token_limit(llama: Llama, size: int) -> int | None:
+    """The number of tokens after which a text of `size` characters need not be tokenized further; None for a short one.
+
+    Raises `ContextLengthError` if so many characters cannot fit into the context.
+    """
+    if size <= _COUNTED:
+        return None
+    if size > llama.context * llama.tokenizer.max_token_bytes:  # no token has more characters than bytes
+        raise _too_long(llama, size)
+    return llama.context
+
+
+def _too_long(llama: Llama, size: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"The text has {size:,} characters, which are more than the {llama.context:,} tokens of the context. "
+        "Shorten it, or raise --context if the model allows it."
+    )
 
 
 def _one_after_the_other(first: Tap | None, second: Tap | None) -> Tap:

@@ -1,148 +1,224 @@
-"""Where the chat template of a model file runs: a stranger's code, in Jinja's sandbox, bounded in time and size.
+"""Turns conversations into pieces of text with the chat template of a model file, which is untrusted code.
 
-The sandbox keeps it from Python's insides and from changing what it is given. Jinja has no endless loops, but a
-few nested ones, a macro that calls itself twice or a text that is doubled forty times come to the same. So time is
-looked at in each turn of a loop, each call and each filter, and the size of what an operator, a filter, a call or a
-block makes is bounded, as are all whole numbers. What is not covered: one operation that makes something huge of
-parts within these bounds, as `replace` of every letter by a million others can; that ends as memory does.
+Runs in a process of its own, which `system/template_process.py` starts, supervises and ends. There are two walls:
+
+1. Jinja's sandbox keeps a template from Python's internals and from changing its input.
+2. The process has limits of memory and time. It cannot open a file or a connection, or start a process.
+
+No list of forbidden operations bounds what a template costs: a few nested loops, one comparison of two nested lists
+or one wide number format are enough. So nothing is counted in here. All work whose cost a file decides is done in
+this process, and a process that goes beyond its limits is ended.
+
+Requests come from standard input and answers go to standard output, one JSON object per line. This module imports
+nothing but Jinja and the standard library, so the process starts in some 60 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
-from collections.abc import Iterable, Iterator
+import os
+import re
+import signal
+import sys
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import nodes, pass_context
+from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
-# Several times what the longest context holds, in characters.
+# Characters of an answer, several times what the longest context holds; and special tokens in it.
 MAX_SIZE = 4_000_000
-MAX_SECONDS = 2.0
+MAX_SPECIAL = 100_000
+# Bytes of memory that the process may write to. Its code and libraries take some 10 MB besides.
+MAX_MEMORY = 128 << 20
+# Exit code of a process that needs more.
+OUT_OF_MEMORY = 3
+READY = b"ready\n"
 
 
 class RefusalError(Exception):
-    """What a template says, with `raise_exception`, of messages that it does not take."""
+    """Raised by a template, through `raise_exception`, for messages that it does not accept."""
 
 
 class TooMuchError(Exception):
-    """The template goes beyond a bound."""
+    """The answer exceeds a limit."""
 
 
-class Template:
-    """A chat template, compiled. Raises what Jinja raises where it is none."""
+# --- The process ------------------------------------------------------------------------------
 
-    def __init__(self, source: str):
-        self._sandbox = _Sandbox()
-        tree = _Watch().visit(self._sandbox.parse(source))
-        self._template = self._sandbox.from_string(tree)
 
-    def render(self, **variables: Any) -> str:
-        """Its text. Raises `RefusalError`, `TooMuchError`, or whatever the template's code runs into."""
-        self._sandbox.begin()
-        pieces, length = [], 0
-        for piece in self._template.generate(**variables):
-            length += len(piece)
-            self._sandbox.bounded(length)
-            pieces.append(piece)
-        return "".join(pieces)
+def main() -> None:
+    """Answer requests until standard input ends."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    _warm_up()
+    limit_process()
+    answers.write(READY)
+    answers.flush()
+    try:
+        for line in requests:
+            request = json.loads(line.decode("utf-8", "surrogatepass"))
+            # If the supervisor is gone, the system ends this process in time.
+            _alarm(request.pop("seconds"))
+            answer = answer_to(**request)
+            _alarm(0)
+            answers.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            answers.flush()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+
+
+def _warm_up() -> None:
+    """Let Python and Jinja read all modules that they import on first use: no file can be opened later."""
+    sandbox = _Sandbox()
+    context = sandbox.from_string("").new_context()
+    for call, names in ((sandbox.call_filter, sandbox.filters), (sandbox.call_test, sandbox.tests)):
+        for name in names:
+            with contextlib.suppress(Exception):
+                call(name, "", context=context)
+    with contextlib.suppress(ZeroDivisionError):
+        sandbox.from_string("{{ strftime_now('%x') }}{{ 1 / 0 }}").render()
+
+
+def limit_process() -> None:
+    """Limit what this process can do from now on."""
+    try:
+        import resource
+    except ImportError:  # Windows: time is limited by the supervisor alone
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limits = {"DATA": MAX_MEMORY, "STACK": 8 << 20, "NOFILE": 3, "NPROC": 0, "FSIZE": 0, "CORE": 0}
+    for name, limit in limits.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not on every system
+            number = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(number)[1]
+            lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(number, (lower, lower))
+
+
+def _alarm(seconds: float) -> None:
+    """Let the system end this process after some time, even in the middle of one operation."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def answer_to(
+    source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
+) -> dict[str, Any]:
+    """The answer to a request: its pieces, or why there are none.
+
+    Args:
+        source: The template.
+        special: The names of the vocabulary's special tokens.
+        messages: The conversation, each message with its role and content.
+        variables: Further variables of the template.
+
+    Returns:
+        {"pieces": [plain, special, plain, …]}, {"refused": reason} or {"failed": reason}.
+    """
+    try:
+        return {"pieces": pieces(source, tuple(special), messages, variables)}
+    except RefusalError as error:
+        return {"refused": _said(error)}
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a template's code raises anything
+        return {"failed": _said(error)}
+
+
+def _said(error: Exception) -> str:
+    return str(error)[:1000] or type(error).__name__
+
+
+# --- Templates --------------------------------------------------------------------------------
+
+
+def pieces(
+    source: str, special: tuple[str, ...], messages: list[dict[str, str]], variables: dict[str, Any]
+) -> list[str]:
+    """Render a conversation, and cut it at the special tokens that the template itself has written.
+
+    While the template runs, each name of a special token in a message is replaced by a character that no message
+    contains. So the names that are found afterwards are the template's own.
+
+    Args:
+        source: The template.
+        special: The names of the vocabulary's special tokens.
+        messages: The conversation, each message with its role and content.
+        variables: Further variables of the template.
+
+    Returns:
+        Plain text and names of special tokens in turn, beginning and ending with plain text.
+
+    Raises:
+        RefusalError: If the template does not accept the messages.
+        TooMuchError: If the result is too long.
+        Exception: Whatever else the template's code raises.
+    """
+    names = _names(special)
+    typed = "".join(message["content"] for message in messages)
+    unused = (char for char in map(chr, range(0xF0000, 0x110000)) if char not in typed)
+    stand_ins = {name: next(unused) for name in set(names.findall(typed))}
+    shown = [
+        message | {"content": names.sub(lambda match: stand_ins[match[0]], message["content"])} for message in messages
+    ]
+    text = _template(source).render(messages=shown, **variables)
+    if len(text) > MAX_SIZE:
+        raise TooMuchError(f"it writes more than {MAX_SIZE:,} characters")
+    found = names.split(text, maxsplit=MAX_SPECIAL)
+    if len(found) > 2 * MAX_SPECIAL:
+        raise TooMuchError(f"it writes {MAX_SPECIAL:,} special tokens or more")
+    typed_again = {ord(char): name for name, char in stand_ins.items()}
+    found = [piece.translate(typed_again) for piece in found]
+    if sum(map(len, found)) > MAX_SIZE:
+        raise TooMuchError(f"it writes more than {MAX_SIZE:,} characters")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _names(special: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
+
+
+@lru_cache(maxsize=4)
+def _template(source: str) -> Template:
+    return _Sandbox().from_string(source)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with what transformers gives to chat templates, and with bounds.
+    """Jinja's sandbox with the extensions, filters and functions that transformers gives to chat templates.
 
     Source: `_cached_compile_jinja_template` in transformers, utils/chat_template_utils.py.
     """
 
-    intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
-
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
         self.filters["tojson"] = _tojson
-        self.filters["_bounded"] = pass_context(lambda _, value: self.bounded(value))
-        self.filters["_watched"] = pass_context(lambda _, values: self.watched(values))
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
-        self._end = 0.0
-
-    def begin(self) -> None:
-        """The time runs from now on."""
-        self._end = time.thread_time() + MAX_SECONDS  # not the clock's: a busy machine is not the template's fault
-
-    def bounded(self, value: Any) -> Any:
-        """A value, unless it is too large or time is up."""
-        if time.thread_time() > self._end:
-            raise TooMuchError(f"it does not end within {MAX_SECONDS:g} seconds")
-        return _sized(value)
-
-    def watched(self, values: Iterable[Any]) -> Iterator[Any]:
-        """What a loop goes over."""
-        for value in values:
-            self.bounded(None)
-            yield value
-
-    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call within the template: of a macro, a method or `loop`."""
-        return self.bounded(super().call(context, function, *args, **kwargs))
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator that can make more than it was given; repetitions are refused before they are made."""
-        if operator == "**" or (operator == "*" and _size(left) * _size(right) > MAX_SIZE):
-            raise TooMuchError(f"it takes '{operator}' too far")
-        return self.bounded(super().call_binop(context, operator, left, right))
-
-
-class _Watch(NodeTransformer):
-    """Leads loops, filters, `~` and blocks that are kept through the sandbox's bounds."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = _through("_watched", node.iter)
-        return node
-
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        return _through("_bounded", self.generic_visit(node))
-
-    visit_Concat = visit_Filter
-
-    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
-        self.generic_visit(node)
-        if node.filter is None:
-            node.filter = _through("_bounded", None)
-        return node
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        _sized(node.value)
-        return node
-
-
-def _through(filter: str, node: Any) -> nodes.Filter:
-    return nodes.Filter(node, filter, [], [], None, None, lineno=getattr(node, "lineno", 1))
 
 
 class _Generation(Extension):
-    """`{% generation %}` says to trainers what the assistant wrote; here its content is all that counts."""
+    """`{% generation %}` marks the assistant's text for training; here only its content matters."""
 
     tags = {"generation"}  # noqa: RUF012 - as in Jinja
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands between the tags."""
+        """The content between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Namespace(Namespace):
-    """A namespace without the names that Python gives a meaning to."""
+    """A namespace without the names that have a meaning in Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
         for name in dict(*args[1:], **kwargs):
@@ -156,20 +232,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if str(name).startswith("_"):
-        raise SecurityError(f"it keeps something under the name {name}")
-
-
-def _size(value: Any) -> int:
-    """Elements of a text or a list, the amount of a whole number, 1 for all else."""
-    if isinstance(value, int):
-        return abs(value)
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
-
-
-def _sized(value: Any) -> Any:
-    if _size(value) > MAX_SIZE:
-        raise TooMuchError(f"it makes something larger than {MAX_SIZE:,}")
-    return value
+        raise SecurityError(f"it keeps a value under the name {name}")
 
 
 def _raise_exception(message: object) -> None:
@@ -183,5 +246,5 @@ def _strftime_now(format: str) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own would escape for HTML."""
+    """Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

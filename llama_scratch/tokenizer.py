@@ -86,6 +86,7 @@ class Tokenizer:
         self._bytes = {id: token for token, id in ranks.items()}
         self._bytes |= {id: text.encode() for text, id in self.special_tokens.items()}
         self.n_vocab = max(self._bytes) + 1
+        self.max_token_bytes = max(map(len, self._bytes.values()))
         # tiktoken panics on a byte that has no token: give each its own id beyond the vocabulary,
         # where no merge reaches it, and turn those ids into the unknown token afterwards.
         self._missing = frozenset(_missing_bytes(ranks))
@@ -133,12 +134,19 @@ class Tokenizer:
         )
         return hashlib.sha256(repr((ranks, special, self.pattern, self.bos_id)).encode()).hexdigest()
 
-    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False, special: bool = False, limit: int | None = None) -> list[int]:
         """Text → ids, in time linear in its length.
 
-        bos: put the beginning-of-text token in front, where the model has one.
-        special: read `<|eot_id|>` and the like as the special tokens; otherwise they are plain text.
         Lone surrogates become U+FFFD and bytes that the vocabulary lacks the unknown token; see `warnings`.
+
+        Args:
+            text: Any text.
+            bos: Begin with the beginning-of-text token, if the model has one.
+            special: Read `<|eot_id|>` and the like as the special tokens; otherwise they are plain text.
+            limit: The rest of the text may be left out once there are more ids than this.
+
+        Returns:
+            The ids: all of them, or more than `limit`.
 
         >>> tokenizer.encode("Hello", bos=True)  # doctest: +SKIP
         [128000, 9906]
@@ -147,6 +155,8 @@ class Tokenizer:
         allowed = set(self.special_tokens) if special else set()
         for piece in _pieces(replace_surrogates(text)):
             ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+            if limit is not None and len(ids) > limit:
+                break
         if self.unknown is None:
             return ids
         unknown_id = self.special_tokens[self.unknown]

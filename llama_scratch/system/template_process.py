@@ -1,0 +1,201 @@
+"""The process that runs an untrusted chat template: started once, reused, and ended if it exceeds its limits.
+
+The program in it is `sandbox.py`. It is a fresh Python rather than a fork, so threads and open files of this
+process do not reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_scratch.errors import LlamaScratchError
+from llama_scratch.system.processes import end_group
+
+# Seconds that a template may take, compiled and rendered. Real ones take milliseconds.
+MAX_SECONDS = 1.0
+# Seconds until the process must be ready, on a busy machine with a slow disk.
+START_SECONDS = 30.0
+# Bytes of an answer's line: `sandbox.MAX_SIZE` characters, each of which JSON may write as \u0000.
+MAX_ANSWER = 32 << 20
+
+_PACKAGES = Path(__file__).parents[2]  # the folder that contains this package
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.sandbox import main; main()"
+# A Python that was installed in an unusual place may not start without some of these.
+_ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
+_OUT_OF_MEMORY = 3  # `sandbox.OUT_OF_MEMORY`
+
+
+class RefusalError(Exception):
+    """A template does not accept the messages; the reason is its own."""
+
+
+class TemplateError(Exception):
+    """A template is broken or exceeds a limit; the reason is a clause."""
+
+
+class TemplateProcess:
+    """Runs templates in one process, which starts with the first and ends with this object.
+
+    Threads may share it. If a request is interrupted the process is ended, and the next request starts another.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def render(
+        self, source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
+    ) -> list[str]:
+        """Render a conversation, and cut it at the special tokens that the template has written.
+
+        Args:
+            source: The template.
+            special: The names of the vocabulary's special tokens.
+            messages: The conversation, each message with its role and content.
+            variables: Further variables of the template.
+
+        Returns:
+            Plain text and names of special tokens in turn, beginning and ending with plain text.
+
+        Raises:
+            RefusalError: If the template does not accept the messages.
+            TemplateError: If the template fails or exceeds a limit.
+            LlamaScratchError: If the process cannot be started.
+        """
+        if os.getpid() != self._owner:  # after a fork: the process belongs to the parent
+            TemplateProcess.__init__(self)
+        request = {
+            "source": source,
+            "special": special,
+            "messages": messages,
+            "variables": variables,
+            "seconds": MAX_SECONDS,
+        }
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        with self._lock:
+            try:
+                answer = self._answer(line)
+            except BaseException:
+                self._end()
+                raise
+        match answer:
+            case {"pieces": [*pieces]} if all(isinstance(piece, str) for piece in pieces):
+                return pieces
+            case {"refused": str(reason)}:
+                raise RefusalError(reason)
+            case {"failed": str(reason)}:
+                raise TemplateError(reason)
+        raise TemplateError("its answer is not one")
+
+    def close(self) -> None:
+        """End the process. Another request starts it again."""
+        with self._lock:
+            self._end()
+
+    def _answer(self, request: bytes) -> Any:
+        process = self._started()
+        with _deadline(process, MAX_SECONDS) as late:
+            answer = _ask(process, request)
+        if late.is_set() or not answer.endswith(b"\n"):
+            self._end()
+        if not answer.endswith(b"\n"):
+            raise TemplateError(_reason(process.returncode, late=late.is_set(), answered=len(answer)))
+        try:
+            return json.loads(answer.decode("utf-8", "surrogatepass"))
+        except (ValueError, RecursionError):  # a template that broke out could write anything
+            return None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """The process, ready for a request."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._end()
+        paths = [*map(os.path.abspath, sys.path), str(_PACKAGES)]
+        try:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, *paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                cwd=os.path.abspath(os.sep),
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
+            )
+        except OSError as error:
+            raise LlamaScratchError(
+                f"The process for the model's chat template cannot be started ({error.strerror}). Try again, or use "
+                "the model without chat."
+            ) from error
+        self._finalizer = weakref.finalize(self, _end, process, self._owner)
+        with _deadline(process, START_SECONDS):
+            ready = _ask(process, b"")
+        if ready != b"ready\n":
+            raise LlamaScratchError(
+                "The process for the model's chat template does not start. Check that this Python can import jinja2, "
+                "or use the model without chat."
+            )
+        return process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process = None
+            self._finalizer()
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() == owner:
+        end_group(process)
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not written yet has no reader
+            pipe.close()  # type: ignore[union-attr]
+
+
+def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Write a request, if it is not empty, and read a line; less if the process ends, or if it writes too much."""
+    assert process.stdin
+    assert process.stdout
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(request)
+        process.stdin.flush()
+    return process.stdout.readline(MAX_ANSWER)
+
+
+@contextlib.contextmanager
+def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    """End a process that takes too long, on any system. Yields an event that is set if that happened."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        end_group(process)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _reason(code: int, *, late: bool, answered: int) -> str:
+    """Why a process gave no answer, as a clause."""
+    if answered:
+        return "it writes too much"
+    if late or (hasattr(signal, "SIGALRM") and code == -signal.SIGALRM):
+        return f"it does not end within {MAX_SECONDS:g} s"
+    if code == _OUT_OF_MEMORY:
+        return "it needs too much memory"
+    return f"it ended its process with {code}"
