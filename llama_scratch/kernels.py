@@ -20,7 +20,6 @@ import platform
 import secrets
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -35,6 +34,7 @@ import torch
 from llama_scratch.background import go_on
 from llama_scratch.errors import printable
 from llama_scratch.folders import is_ours, user_folder
+from llama_scratch.system.processes import end_group
 from llama_scratch.unfinished import NO_LINK, locked, remove_left
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -42,6 +42,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 _MOST = 4  # libraries that are kept; those used longest ago go first
 _AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
 _SECONDS = 300  # after which a compiler, or another program's, is not waited for
+_CHECK_SECONDS = 10  # for a compiler to say whether it knows C++20
+_NONE = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
 _GAIN = "; with one (Debian: apt-get install g++) int8 and int4 would be faster"
 
 # $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
@@ -70,8 +72,8 @@ def load() -> bool:
 
 
 def possible() -> bool:
-    """Whether there are kernels, or `build` may make some."""
-    return load() or (_wanted() and not _failed() and compiler() is not None)
+    """Whether there are kernels, or `build` may make some. Starts no compiler."""
+    return load() or (_wanted() and not _failed() and bool(_candidates()))
 
 
 def build() -> bool:
@@ -93,28 +95,32 @@ def build() -> bool:
             raise _FailedError("what was compiled could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
-        if (command := compiler()) and _program_runs():
+        if _candidates() and _program_runs():
             with contextlib.suppress(OSError):
-                _reason().write_text(f"{command}\n{_failure}", "utf-8")
+                _reason().write_text(f"{shlex.join(_candidates())}\n{_failure}", "utf-8")
     return ready()
 
 
 def compiler() -> str | None:
-    """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++."""
-    return _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))[0]
+    """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++.
+
+    Starts each of them until one says yes, for at most `_CHECK_SECONDS`.
+    """
+    with contextlib.suppress(_FailedError):
+        return _find(_candidates())
+    return None
 
 
 def state() -> str:
-    """What there is, or why there is nothing, as a clause. Loads and compiles nothing."""
+    """What there is, or why there is nothing, as a clause. Loads and compiles nothing, and starts no compiler."""
     if not _wanted():
         return "switched off by LLAMA_SCRATCH_KERNELS=0"
     if _loaded:
         return f"compiled for {torch.ops.llama_scratch.machine()}"
     if any(map(_is_whole, _libraries())):
         return "compiled; the first answer in int8 or int4 loads them"
-    found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
-    if (failure := _failed()) or not found:
-        return f"none, because {failure or why + _GAIN}"
+    if failure := _failed() or ("" if _candidates() else _NONE + _GAIN):
+        return f"none, because {failure}"
     return "not compiled yet; the first answer in int8 or int4 starts it"
 
 
@@ -122,7 +128,10 @@ def compile_into(folder: Path) -> Path:
     """A new library in an existing folder, under its own name once it is whole. Raises `_FailedError` and OSError."""
     path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
     try:
-        _run([*_command(), "-o", str(path)], folder)
+        code, said = _run([*_command(), "-o", str(path)], _SECONDS, folder)
+        if code:
+            lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+            raise _FailedError(f"the C++ compiler failed ({printable((lines or ['it was killed'])[0], 200)})")
         if not path.exists():
             raise _FailedError("the C++ compiler wrote no library")
         path.chmod(0o600)
@@ -135,11 +144,11 @@ def compile_into(folder: Path) -> Path:
 
 
 def _failed() -> str:
-    """Why this compiler can make none, as this program or another found within a day; "" where that was not tried."""
+    """Why these compilers can make none, as this program or another found within a day; "" if none was tried."""
     with contextlib.suppress(OSError, ValueError):
         if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
-            command, _, failure = _reason().read_text("utf-8").partition("\n")
-            return printable(failure, 300) if command == compiler() else ""
+            commands, _, failure = _reason().read_text("utf-8").partition("\n")
+            return printable(failure, 300) if commands == shlex.join(_candidates()) else ""
     return _failure
 
 
@@ -210,7 +219,8 @@ def _key_of(*flags: str) -> str:
 def _cpu() -> list[str]:
     """What kind of CPU this is, and what it can do."""
     if sys.platform == "darwin":
-        return [subprocess.run(["sysctl", "-n", "machdep.cpu"], capture_output=True, text=True).stdout]
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu"]
+        return [subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -261,20 +271,41 @@ def _program_runs() -> bool:
     return threading.main_thread().is_alive()
 
 
-@functools.cache
-def _find(named: str, path: str) -> tuple[str | None, str]:
-    """A compiler's command, or why there is none. named, path: $CXX and $PATH."""
+def _candidates() -> list[str]:
+    """The commands of C++ compilers that are on this machine, the best first. Starts none of them."""
     if os.name == "nt":
-        return None, "they are not made for Windows"
-    why = "no C++ compiler was found"
-    for name in filter(str.strip, [named, "c++", "g++", "clang++"]):
-        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-            # The oldest that say yes are GCC 10 and Clang 10.
-            check = [*shlex.split(name), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
-            if not subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode:
-                return name, ""
-            why = f"{printable(name, 200)} knows no C++20"
-    return None, why
+        return []
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return [name for name in names if _program(name)]
+
+
+def _program(command: str) -> str | None:
+    """The file of a command's program, None if there is none."""
+    with contextlib.suppress(ValueError):  # quotes that do not match
+        words = shlex.split(command)
+        return shutil.which(words[0]) if words else None
+    return None
+
+
+@functools.cache
+def _knows_cpp20(command: str, path: str) -> str:
+    """Why a compiler cannot be used, "" if it can. path: $PATH, which decides what the command is."""
+    # The oldest that say yes are GCC 10 and Clang 10.
+    check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        code, _ = _run(check, _CHECK_SECONDS)
+    except _FailedError as failure:
+        return f"{printable(command, 200)} does not work ({failure})"
+    return f"{printable(command, 200)} knows no C++20" if code else ""
+
+
+def _find(commands: list[str]) -> str:
+    """The first compiler that knows C++20. Raises `_FailedError`, with the reason of the last."""
+    why = _NONE
+    for command in commands:
+        if not (why := _knows_cpp20(command, os.environ.get("PATH", ""))):
+            return command
+    raise _FailedError(why + _GAIN)
 
 
 def _flags() -> list[str]:
@@ -290,19 +321,29 @@ def _flags() -> list[str]:
 
 def _command() -> list[str]:
     """The whole command but for where the library goes."""
-    found, why = _find(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
-    if not found:
-        raise _FailedError(why + _GAIN)
+    command = _find(_candidates())
     # Where `torch.utils.cpp_extension` has them; to import that would import setuptools, which some programs cannot.
     home = Path(torch.__file__).parent
     quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
     includes = [f"-I{home / path}" for path in ("include", "include/torch/csrc/api/include")]
     libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    return [*quietly, *shlex.split(found), *_flags(), *includes, str(SOURCE), *libraries]
+    return [*quietly, *shlex.split(command), *_flags(), *includes, str(SOURCE), *libraries]
 
 
-def _run(command: list[str], folder: Path) -> None:
-    """Run a compiler, its own files in `folder`; it ends with the program, in the middle of what it does."""
+def _run(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int, str]:
+    """Run a compiler. It ends with all that it started, at the latest when the job or the program ends.
+
+    Args:
+        command: The program and its arguments.
+        seconds: The time after which it is ended.
+        folder: A folder for its temporary files.
+
+    Returns:
+        Its exit code and what it wrote to stderr.
+
+    Raises:
+        _FailedError: If it cannot be started or takes too long.
+    """
     try:
         process = subprocess.Popen(
             command,
@@ -311,26 +352,22 @@ def _run(command: list[str], folder: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=os.environ | {"TMPDIR": str(folder), "LC_ALL": "C"},
+            env=os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {}),
             process_group=0,  # Ctrl-C is meant for an answer, not for this
         )
     except OSError as error:
         raise _FailedError(f"the C++ compiler could not be started ({printable(str(error))})") from None
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + seconds
     try:
         while True:
             go_on()
             try:
                 _, said = process.communicate(timeout=0.1)
-                break
+                return process.returncode, said
             except subprocess.TimeoutExpired:
-                if not _program_runs() or time.monotonic() > until:
-                    raise _FailedError("the compiler took too long") from None
+                if process.poll() is not None:
+                    end_group(process)  # what it left running has stderr open
+                elif not _program_runs() or time.monotonic() > until:
+                    raise _FailedError("the C++ compiler took too long") from None
     finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
-        lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
-        raise _FailedError(f"the C++ compiler failed ({printable((lines or ['it was killed'])[0], 200)})")
+        end_group(process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,12 +113,60 @@ def test_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_compiler_that_is_too_old(folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once, also by the next programs of a day."""
     log = use(knows=1)
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(kernels, "_candidates", lambda: [os.environ["CXX"]])
     assert kernels.compiler() is None
-    assert f"{os.environ['CXX'].split('/')[-1]} knows no C++20" in kernels.state()
     assert not kernels.build()
+    again()
+    assert not kernels.possible()
+    assert f"{os.environ['CXX'].split('/')[-1]} knows no C++20" in kernels.state()
     assert calls(log) == 0
+
+
+HANGS = """#!/bin/sh
+echo $$ >> "{log}"
+sleep 60 &
+echo $! >> "{log}"
+{then}
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at processes")
+@pytest.mark.parametrize("then", ["wait", "exit 1"])
+def test_a_compiler_that_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """Nothing but the job behind the answers waits for it, once in a day, and it leaves no process."""
+    log, command = tmp_path / "log", tmp_path / "hanging c++"
+    command.write_text(HANGS.format(log=log, then=then))
+    command.chmod(0o755)
+    monkeypatch.setenv("CXX", shlex.quote(str(command)))
+    monkeypatch.setattr(kernels, "_candidates", lambda: [os.environ["CXX"]])
+    monkeypatch.setattr(kernels, "_CHECK_SECONDS", 0.3)
+    start = time.monotonic()
+    assert kernels.possible()
+    assert kernels.state().startswith("not compiled yet")
+    assert not log.exists()
+    assert not kernels.build()
+    again()
+    assert not kernels.possible()
+    assert not kernels.build()
+    assert ("took too long" if then == "wait" else "knows no C++20") in kernels.state()
+    assert time.monotonic() - start < 5
+    shell, child = map(int, log.read_text().split())  # one run of it
+    until(lambda: not is_running(shell) and not is_running(child))
+
+
+def test_a_compiler_that_hangs_makes_way_for_the_next(
+    folder: Path, use: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = use()
+    monkeypatch.setattr(kernels, "_CHECK_SECONDS", 0.3)
+    hanging = tmp_path / "sleeps"
+    hanging.write_text("#!/bin/sh\nsleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(kernels, "_candidates", lambda: [str(hanging), os.environ["CXX"]])
+    assert kernels.build()
+    assert calls(log) == 1
 
 
 @pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
