@@ -43,7 +43,7 @@ import typer
 from safetensors.torch import save
 from torch import Tensor
 
-from llama_scratch.chat import Message, TemplateFormat
+from llama_scratch.chat import ChatFormat, Message, TemplateFormat
 from llama_scratch.checkpoint import gguf, huggingface, safetensors_header
 from llama_scratch.checkpoint.checklist import parse_checklist
 from llama_scratch.checkpoint.convert import convert
@@ -58,6 +58,7 @@ from llama_scratch.kept import KeptPieces
 from llama_scratch.progress import silent
 from llama_scratch.repl import record as session_file
 from llama_scratch.repl.history import FileHistory
+from llama_scratch.system.template_process import TemplateProcess
 from llama_scratch.tokenizer import Tokenizer
 from tests.checkpoints import tiny_params, tokenizer_file, write_meta
 from tests.trust import record
@@ -73,6 +74,9 @@ STALLED = 30.0  # seconds without a new input after which code outside of Python
 
 PARAMS = tiny_params(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim_multiplier=1.0)
 MESSAGES = [Message("system", "Be <|eot_id|> brief."), Message("user", "Hello"), Message("assistant", "Hi")]
+
+
+_TEMPLATES = TemplateProcess()
 
 
 class HangError(BaseException):
@@ -599,7 +603,7 @@ def _read_gguf(path: Path) -> None:
     checkpoint = gguf.open_gguf(path)
     checkpoint.load(silent)
     if checkpoint.chat is not None:
-        checkpoint.chat.parts(MESSAGES)
+        _render(checkpoint.chat)
     checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("the 12 é🙂", special=True))
 
 
@@ -627,7 +631,12 @@ def _read_tokenizer_json(path: Path) -> None:
 
 def _read_template(path: Path) -> None:
     source = path.read_bytes().decode("utf-8", errors="replace")
-    TemplateFormat(source, "<s>", "</s>", ("<|eot_id|>",)).parts(MESSAGES)
+    _render(TemplateFormat(source, "<s>", "</s>", ("<|eot_id|>",)))
+
+
+def _render(chat: ChatFormat) -> None:
+    vars(chat)["_process"] = _TEMPLATES  # instead of one for each format
+    chat.parts(MESSAGES)
 
 
 def _read_tokenizer_model(path: Path) -> None:
