@@ -261,13 +261,14 @@ class Llama:
         if self.chat is not None:
             self.chat.close()
 
-    def encode(self, prompt: Prompt, *, special: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, *, bos: bool = True, special: bool = False) -> list[int]:
         """The ids that the model sees for a prompt.
 
         A text that is far too long for the context is rejected before all of it is tokenized.
 
         Args:
             prompt: A text, or token ids.
+            bos: Begin a text with the beginning-of-text token, if the model has one.
             special: Read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
 
         Raises:
@@ -276,7 +277,7 @@ class Llama:
         """
         if isinstance(prompt, str):
             limit = _token_limit(self, len(prompt))
-            ids = self.tokenizer.encode(prompt, bos=True, special=special, limit=limit)
+            ids = self.tokenizer.encode(prompt, bos=bos, special=special, limit=limit)
             if limit is not None and len(ids) > limit:
                 raise _too_long(self, len(prompt))
             return ids

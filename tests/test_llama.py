@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from llama_scratch import ContextLengthError, Llama, LlamaScratchError, ModelNotFoundError, Token, UsageError
 from llama_scratch.engine import PATIENCE
 from llama_scratch.errors import OutOfMemoryError
+from llama_scratch.microscope.choices import choices
 from tests.checkpoints import write_meta
 
 
@@ -288,3 +290,37 @@ def test_int8_generates_the_same_every_time_once_it_is_packed(tiny_dir: Path) ->
         llama.prepare()
         texts += [llama.complete("the nation", 12).ids for _ in range(2)]
     assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize("text", ["x " * 1_500_000, " " * 100_000_000], ids=["many tokens", "many characters"])
+def test_a_text_that_is_far_too_long_is_not_tokenized_to_the_end(
+    llama: Llama, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes from, and whatever the context is."""
+    monkeypatch.setattr(llama, "context", 131_072)
+    looks: list[Callable[[str], object]] = [
+        llama.encode,
+        llama.predict,
+        llama.logits,
+        lambda text: next(llama.generate(text)),
+        llama.inspect,
+        lambda text: choices(llama, [5], [text]),
+        lambda text: llama.inspect("the").attribution(text),
+    ]
+    for look in looks:
+        start = time.process_time()
+        with pytest.raises(ContextLengthError, match=f"{len(text):,} characters"):
+            look(text)
+        assert time.process_time() - start < 1
+
+
+def test_a_long_text_is_tokenized_to_the_end_if_it_fits(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a shorter one in any case: the error then says how many tokens it has."""
+    text = "x " * 10_000
+    monkeypatch.setattr(llama, "context", 10)
+    assert len(llama.encode(text)) == 20_001
+    monkeypatch.setattr("llama_scratch.llama._COUNTED", 1_000)
+    with pytest.raises(ContextLengthError):
+        llama.encode(text)
+    monkeypatch.setattr(llama, "context", 20_001)
+    assert len(llama.encode(text)) == 20_001

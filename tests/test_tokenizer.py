@@ -455,3 +455,14 @@ def test_smollm2_stops_where_a_text_or_a_turn_ends(smollm2: Tokenizer) -> None:
     assert smollm2.stop_ids == {smollm2.special_tokens[name] for name in ("<|endoftext|>", "<|im_end|>")}
     assert smollm2.encode("<|im_end|>", special=True) == [2]
     assert 2 not in smollm2.encode("<|im_end|>")
+
+
+def test_a_limit_ends_tokenizing_early(llama3: Tokenizer) -> None:
+    """But not before there are more ids than it says."""
+    text = "a b " * 300_000
+    ids = llama3.encode(text)
+    assert llama3.encode(text, limit=len(ids)) == ids
+    few = llama3.encode(text, limit=1_000)
+    assert 1_000 < len(few) < len(ids)
+    assert few[:1_000] == ids[:1_000]
+    assert llama3.max_token_bytes == 128

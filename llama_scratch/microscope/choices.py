@@ -92,7 +92,7 @@ def choices(llama: Llama, ids: Sequence[int], texts: Sequence[str], progress: Pr
 
 
 def _scored(llama: Llama, ids: list[int], text: str, progress: Progress) -> tuple[Candidate, ...]:
-    new = llama.tokenizer.encode(text)
+    new = llama.encode(text, bos=False)
     if not new:
         raise UsageError("A choice is empty, expected some text in each of them.")
     # What comes after the last token is not asked for.

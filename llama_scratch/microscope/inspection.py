@@ -139,7 +139,7 @@ class Inspection(Shown):
     def _id(self, token: int | str) -> int:
         if not isinstance(token, str):
             return self._llama.token(token).id
-        ids = self._llama.tokenizer.encode(token, special=True)
+        ids = self._llama.encode(token, bos=False, special=True)
         if len(ids) != 1:
             raise UsageError(
                 f"'{printable(token)}' is {len(ids)} tokens, expected one; words bring their own space: ' Paris'."

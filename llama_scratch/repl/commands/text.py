@@ -57,7 +57,7 @@ def one_token(session: Session, argument: str) -> Token:
             if terminal.visible(candidate.text).plain == argument:
                 return candidate
     text = unquoted(argument).replace(terminal.SPACE, " ")
-    ids = llama.tokenizer.encode(text, special=True)
+    ids = llama.encode(text, bos=False, special=True)
     if not ids:
         raise UsageError(f"'{printable(argument)}' is an empty text, expected one token, by its text or as #7042.")
     if len(ids) != 1:

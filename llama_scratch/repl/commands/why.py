@@ -39,7 +39,7 @@ def _why(session: Session, argument: str) -> Reply:
 def _token(session: Session, name: str) -> int:
     """The token that is meant: with a space in front where that is one token."""
     if name[0] not in f'#"{SPACE}' and not (session.now and name in candidates(session, "")):
-        ids = session.llama.tokenizer.encode(f" {name}")
+        ids = session.llama.encode(f" {name}", bos=False)
         if len(ids) == 1:
             return ids[0]
     return one_token(session, name).id
