@@ -493,6 +493,7 @@ print(format._process._process.pid, flush=True)
 try:
     format.parts([Message("user", "Hi")])
 except KeyboardInterrupt:
+    assert format._process.render("the next", [], [], {{}}) == ["the next"]
     sys.exit(130)
 """
     running = program(code)
