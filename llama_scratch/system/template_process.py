@@ -124,7 +124,7 @@ class TemplateProcess:
         paths = [*map(os.path.abspath, sys.path), str(_PACKAGES)]
         try:
             process = self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, *paths],
+                [sys.executable or "", "-I", "-S", "-X", "utf8", "-c", _PROGRAM, *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
