@@ -465,7 +465,7 @@ class Llama:
 
     def _cut_differently(self, prompt: str, ids: list[int], next: Token, special: bool) -> bool:
         """Whether the prompt with the predicted text behind it would have become other tokens than `ids`."""
-        if next.id in self.tokenizer.special_tokens.values():
+        if next.id in self.tokenizer.untypeable:
             return False
         try:
             text = self.tokenizer.token_bytes(next.id).decode()

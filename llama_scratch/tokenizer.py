@@ -7,8 +7,10 @@ import binascii
 import codecs
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import islice, pairwise
 from pathlib import Path
 
 import tiktoken
@@ -54,17 +56,32 @@ _MAX_BYTES = 1 << 24
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
+# Characters of all names together. Compiling the expression that finds them takes 3 µs per character.
+_MAX_NAMES = 1 << 18
 
 
 class Tokenizer:
-    """A tiktoken encoding with its special tokens.
+    """A tiktoken encoding with the tokens that are added to it under names.
 
-    ranks: bytes of each ordinary token → its id, which is also the order in which pairs are merged.
-    special_tokens: text of each special token → its id.
-    pattern: the regular expression that cuts text into the pieces within which pairs are merged.
-    bos: the special token that a prompt starts with, None for models that were trained without.
-    stops: special tokens that end a text.
-    unknown: the special token that stands for bytes that the vocabulary lacks, if it lacks any.
+    A named token is found in text as a whole, before the text is cut into pieces: an added token always, a special
+    token only if the caller allows it, an unused token never.
+
+    Args:
+        ranks: Bytes of each ordinary token → its id, which is also the order in which pairs are merged.
+        special_tokens: Name of each special token → its id.
+        pattern: The regular expression that cuts text into the pieces within which pairs are merged.
+        added_tokens: Name of each added token that is not special, such as `<think>`, → its id. A token that is also
+            ordinary has the same id in both.
+        unused_tokens: Names for ids that no text has, such as the padding rows of an embedding.
+        bos: The token that a prompt starts with, None for models that were trained without one.
+        stops: Tokens that end a text.
+        unknown: The token for bytes that the vocabulary lacks, if it lacks any.
+        pad: The token that fills up the shorter texts of a batch. Only converting a model uses it.
+        flagged: Added tokens that the model's files call special. Plain text makes them anyway, so they are not
+            gated. Only converting a model uses it.
+
+    Raises:
+        CheckpointError: If a name is empty, not Unicode text, or long beyond reason, or a byte has no token.
     """
 
     def __init__(
@@ -73,18 +90,28 @@ class Tokenizer:
         special_tokens: Mapping[str, int],
         pattern: str,
         *,
+        added_tokens: Mapping[str, int] | None = None,
+        unused_tokens: Mapping[str, int] | None = None,
         bos: str | None = None,
         stops: Iterable[str] = (),
         unknown: str | None = None,
+        pad: str | None = None,
+        flagged: Collection[str] = (),
     ):
         self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
+        self.added_tokens = dict(added_tokens or {})
+        self.unused_tokens = dict(unused_tokens or {})
         self.pattern = pattern
         self.unknown = unknown
-        self.bos_id = None if bos is None else self.special_tokens[bos]
-        self.stop_ids = frozenset(self.special_tokens[stop] for stop in stops)
-        self._bytes = {id: token for token, id in ranks.items()}
-        self._bytes |= {id: text.encode() for text, id in self.special_tokens.items()}
+        self.pad = pad
+        self.flagged = frozenset(flagged)
+        self.names = self.unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
+        self.bos_id = None if bos is None else self.names[bos]
+        self.stop_ids = frozenset(self.names[stop] for stop in stops)
+        _check_names(self.names)
+        self._bytes = {id: text.encode() for text, id in self.names.items()}
+        self._bytes |= {id: token for token, id in ranks.items()}
         self.n_vocab = max(self._bytes) + 1
         self.max_token_bytes = max(map(len, self._bytes.values()))
         # tiktoken panics on a byte that has no token: give each its own id beyond the vocabulary,
@@ -94,15 +121,12 @@ class Tokenizer:
             raise CheckpointError(
                 f"the vocabulary has no token for the byte {min(self._missing):#04x} and no unknown token."
             )
-        try:
-            self._encoding = tiktoken.Encoding(
-                name="llama-scratch",
-                pat_str=pattern,
-                mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
-                special_tokens=self.special_tokens,
-            )
-        except ValueError as error:  # special tokens too long to be looked for
-            raise CheckpointError(f"the vocabulary cannot be used ({printable(error)}); {FETCH_AGAIN}") from error
+        self._encoding = tiktoken.Encoding(
+            name="llama-scratch",
+            pat_str=pattern,
+            mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
+            special_tokens={},  # `encode` finds them itself: tiktoken takes no order of those that begin alike
+        )
 
     @classmethod
     def from_meta(cls, path: str) -> Tokenizer:
@@ -129,18 +153,20 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of the rules by which text becomes ids, in hexadecimal: equal for one tokenizer in any format."""
-        ranks, special = (
-            sorted(tokens.items(), key=lambda entry: entry[1]) for tokens in (self.ranks, self.special_tokens)
+        ranks, special, added = (
+            sorted(tokens.items(), key=lambda entry: entry[1])
+            for tokens in (self.ranks, self.special_tokens, self.added_tokens)
         )
-        return hashlib.sha256(repr((ranks, special, self.pattern, self.bos_id)).encode()).hexdigest()
+        rules = (ranks, special, self.pattern, self.bos_id, *([added] if added else []))
+        return hashlib.sha256(repr(rules).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False, limit: int | None = None) -> list[int]:
-        """Text → ids, in time linear in its length.
+        """Convert text to ids, in time linear in its length.
 
         Lone surrogates become U+FFFD and bytes that the vocabulary lacks the unknown token; see `warnings`.
 
         Args:
-            text: Any text.
+            text: Any text. Added tokens that are not special are found in it by their names.
             bos: Begin with the beginning-of-text token, if the model has one.
             special: Read `<|eot_id|>` and the like as the special tokens; otherwise they are plain text.
             limit: The rest of the text may be left out once there are more ids than this.
@@ -152,15 +178,50 @@ class Tokenizer:
         [128000, 9906]
         """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        allowed = set(self.special_tokens) if special else set()
-        for piece in _pieces(replace_surrogates(text)):
-            ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
-            if limit is not None and len(ids) > limit:
-                break
+        most = None if limit is None else max(0, limit + 1 - len(ids))
+        ids += islice(self._ids(replace_surrogates(text), special), most)
         if self.unknown is None:
             return ids
-        unknown_id = self.special_tokens[self.unknown]
+        unknown_id = self.names[self.unknown]
         return [id if id < self.n_vocab else unknown_id for id in ids]
+
+    def _ids(self, text: str, special: bool) -> Iterator[int]:
+        cuts = _cuts(text)
+        start = 0
+        for name in self._named(text, special, cuts):
+            yield from self._ordinary(text, start, name.start(), cuts)
+            yield self.names[name[0]]
+            start = name.end()
+        yield from self._ordinary(text, start, len(text), cuts)
+
+    def _named(self, text: str, special: bool, cuts: list[int]) -> Iterator[re.Match[str]]:
+        """The named tokens in a text. As in Meta's tokenizer, a special one is not found across a cut."""
+        names, start = self._special_names if special else self._added_names, 0
+        while names and (name := names.search(text, start)):
+            start = name.end()
+            if name[0] in self.special_tokens and bisect_right(cuts, name.start()) != bisect_left(cuts, start):
+                start = name.start() + 1
+                continue
+            yield name
+
+    def _ordinary(self, text: str, start: int, stop: int, cuts: list[int]) -> Iterator[int]:
+        """The ids of a part of a text without named tokens."""
+        inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
+        for begin, end in pairwise([start, *inside, stop]):
+            yield from self._encoding.encode_ordinary(text[begin:end])
+
+    @cached_property
+    def _added_names(self) -> re.Pattern[str] | None:
+        return any_of(self.added_tokens)
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str] | None:
+        return any_of([*self.added_tokens, *self.special_tokens])
+
+    @cached_property
+    def untypeable(self) -> frozenset[int]:
+        """Ids that plain text never has: those of special and of unused tokens."""
+        return frozenset({*self.special_tokens.values(), *self.unused_tokens.values()} - set(self.ranks.values()))
 
     def warnings(self, text: str, *, special: bool = False) -> list[Caution]:
         """What `encode` does with a text that a person may not expect: one sentence each."""
@@ -229,16 +290,33 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut text where Meta's tokenizer does: every 400,000 characters, and within runs of over 25,000."""
+def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """An expression that finds the first of some names in a text, of those that begin there the longest."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _check_names(names: Mapping[str, int]) -> None:
+    for name, id in names.items():
+        if not name or replace_surrogates(name) != name:
+            raise CheckpointError(f"the name of the token {id}, '{printable(name)}', is not a text; {FETCH_AGAIN}")
+    if (total := sum(map(len, names))) > _MAX_NAMES:
+        raise CheckpointError(
+            f"the names of its {len(names):,} special and added tokens have {total:,} characters, expected at most "
+            f"{_MAX_NAMES:,}; use another file."
+        )
+
+
+def _cuts(text: str) -> list[int]:
+    """Where Meta's tokenizer cuts text: every 400,000 characters, and within runs of over 25,000."""
+    if len(text) <= _MAX_RUN:
+        return []
+    cuts = []
     for start in range(0, len(text), _MAX_CHARS):
-        block = text[start : start + _MAX_CHARS]
-        cut = 0
-        for run in _RUN.finditer(block):
-            for i in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield block[cut:i]
-                cut = i
-        yield block[cut:]
+        cuts.append(start)
+        for run in _RUN.finditer(text, start, start + _MAX_CHARS):
+            cuts += range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)
+    return cuts
 
 
 def _read(path: str) -> bytes:

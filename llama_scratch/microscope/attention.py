@@ -221,8 +221,7 @@ def repeated(llama: Llama) -> list[int]:
     50 of them, or fewer where the context has no room; always the same ones for the same vocabulary. Raises
     `UsageError` where there is none, or no room for one.
     """
-    special = set(llama.tokenizer.special_tokens.values())
-    ordinary = torch.tensor([id for id in range(llama.args.vocab_size) if id not in special])
+    ordinary = torch.tensor(sorted(llama.tokenizer.ranks.values()))
     begin = _begin(llama)
     n = min(_REPEATED, (llama.context - len(begin)) // 2)
     if not n or not len(ordinary):

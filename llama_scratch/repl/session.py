@@ -538,8 +538,7 @@ class Session:
     def typeable(self, ids: Sequence[int]) -> str:
         """Tokens as text that can stand in a prompt: nothing of special ones, nor of parts of characters."""
         tokenizer = self.llama.tokenizer
-        special = set(tokenizer.special_tokens.values())
-        text = tokenizer.decode(id for id in ids if id not in special)
+        text = tokenizer.decode(id for id in ids if id not in tokenizer.untypeable)
         return "" if "\ufffd" in text else text
 
     def offer_next(self) -> None:
