@@ -46,7 +46,6 @@ def describe(
         sizes = [file.stat().st_size for file in files]
     target = find_device(device)
     special = checkpoint.tokenizer.special_tokens
-    names = {id: text for text, id in special.items()}
     bos = checkpoint.tokenizer.bos_id
     return {
         "name": checkpoint.name,
@@ -86,8 +85,8 @@ def describe(
             "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),
             "tokens": checkpoint.tokenizer.n_vocab,
             "special": len(special),
-            "bos": None if bos is None else names[bos],
-            "stops": sorted(names[id] for id in checkpoint.tokenizer.stop_ids),
+            "bos": None if bos is None else checkpoint.tokenizer.token_text(bos),
+            "stops": sorted(map(checkpoint.tokenizer.token_text, checkpoint.tokenizer.stop_ids)),
         },
     }
 

@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
@@ -76,9 +76,6 @@ class Tokenizer:
         bos: The token that a prompt starts with, None for models that were trained without one.
         stops: Tokens that end a text.
         unknown: The token for bytes that the vocabulary lacks, if it lacks any.
-        pad: The token that fills up the shorter texts of a batch. Only converting a model uses it.
-        flagged: Added tokens that the model's files call special. Plain text makes them anyway, so they are not
-            gated. Only converting a model uses it.
 
     Raises:
         CheckpointError: If a name is empty, not Unicode text, or long beyond reason, or a byte has no token.
@@ -95,8 +92,6 @@ class Tokenizer:
         bos: str | None = None,
         stops: Iterable[str] = (),
         unknown: str | None = None,
-        pad: str | None = None,
-        flagged: Collection[str] = (),
     ):
         self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
@@ -104,8 +99,6 @@ class Tokenizer:
         self.unused_tokens = dict(unused_tokens or {})
         self.pattern = pattern
         self.unknown = unknown
-        self.pad = pad
-        self.flagged = frozenset(flagged)
         self.names = self.unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
         self.bos_id = None if bos is None else self.names[bos]
         self.stop_ids = frozenset(self.names[stop] for stop in stops)

@@ -803,9 +803,7 @@ REQUIRED = [
     "llama.attention.head_count",
     "llama.attention.layer_norm_rms_epsilon",
     "tokenizer.ggml.model",
-    "tokenizer.ggml.pre",
     "tokenizer.ggml.tokens",
-    "tokenizer.ggml.token_type",
     "tokenizer.ggml.merges",
 ]
 BAD_VALUES = {
@@ -1044,7 +1042,14 @@ TEXTS, TYPES = vocabulary()
         ({"tokens": strings(TEXTS[:-1]), "token_type": ints(TYPES[:-1])}, "271"),
         ({"tokens": strings([*TEXTS, "<|more|>"]), "token_type": ints([*TYPES, 3])}, "273"),
         ({"tokens": strings([]), "token_type": ints([])}, ""),
-        ({"unknown_token_id": None, "token_type": ints([3, *TYPES[1:]])}, "no unknown token"),
+        (
+            {
+                "unknown_token_id": None,
+                "tokens": strings(["<|gone|>", *TEXTS[1:]]),
+                "token_type": ints([3, *TYPES[1:]]),
+            },
+            "no unknown token",
+        ),
         ({"merges": strings([MERGES[1], MERGES[0], *MERGES[2:]])}, "order"),
         ({"merges": strings([*MERGES, MERGES[0]])}, "order"),
         ({"merges": strings([*MERGES, "x y"])}, "'x y'"),

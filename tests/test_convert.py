@@ -358,7 +358,9 @@ def test_the_open_model_in_all_forms(smollm2: tuple[convert.Converted, ...], smo
 
     there, back = smollm2
     first, *others = [open_checkpoint(path) for path in (smollm2_path, there.path, back.path)]
-    assert ["float32" in note for note in there.notes] == [True]
+    quantised, metadata = there.notes
+    assert "float32" in quantised
+    assert "general.languages" in metadata
     assert back.notes == ()
     theirs = TheirTokenizer.from_file(str(there.path / "tokenizer.json"))
     for other in others:

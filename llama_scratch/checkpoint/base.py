@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.chat import ChatFormat
+from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import (
     CheckpointError,
@@ -57,7 +58,8 @@ class Checkpoint:
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
     weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
     conversations, None for a base model. licence: as the files state it. warnings: messages about the files, if they
-    contradict each other or leave something to a guess. mapped: the files, as they were when this was made.
+    contradict each other or leave something to a guess. extras: facts that only converting needs. mapped: the files,
+    as they were when this was made.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     licence: str | None = None
     warnings: tuple[str, ...] = ()
+    extras: Extras = field(default_factory=Extras)
     mapped: Mapped = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

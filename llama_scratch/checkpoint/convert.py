@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint
+from llama_scratch.checkpoint.extras import Extras
+from llama_scratch.checkpoint.gguf import SAMPLING
 from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import write_checksums
@@ -38,6 +40,16 @@ FORMS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf":
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What a tokenizer and the metadata take at most, in bytes.
 _SMALL_FILES = 50_000_000
+# Keys of GGUF's metadata that say nothing which another form does not say in its own way.
+_OWN_METADATA = {
+    *("general.architecture", "general.type", "general.name", "general.license", "general.alignment"),
+    *("general.file_type", "general.quantization_version", "general.size_label", "general.basename"),
+    *("general.finetune", "tokenizer.chat_template"),
+}
+# Fields of generation_config.json that do not say how to sample.
+_NOT_SAMPLING = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+# Names that a note lists.
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -221,11 +233,16 @@ def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
     if after.args.max_seq_len != before.args.max_seq_len:
         yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it reads as {after.args.max_seq_len:,}."
-    if new.special_tokens != old.special_tokens:
+    if new.added_tokens != old.added_tokens:
+        raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
+    if new.names != old.names:
         yield "Special tokens that nothing uses have other names in this form."
+    elif new.special_tokens != old.special_tokens:
+        yield "Special tokens are found in a text in another way in this form."
     if new.stop_ids != old.stop_ids:
         ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
         yield f"The tokens that end a text are not kept: {ids[0]} read as {ids[1]}."
+    yield from _lost_extras(before.extras, after.extras, {new.bos_id, *new.stop_ids, new.names.get(new.unknown or "")})
     if before.licence and not after.licence:
         yield f"The licence, {printable(before.licence)}, is not written in this form; keep it with the model."
     templates = template_of(before.chat), template_of(after.chat)
@@ -236,6 +253,35 @@ def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
             yield "The directory's name makes a chat model of a base model; Meta's form knows them by 'Instruct'."
         else:
             yield "The chat template is not kept: Meta's own chat format takes its place."
+
+
+def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -> Iterator[str]:
+    """Describe facts that only other programs use, and the form has no place for.
+
+    Args:
+        before: The facts.
+        after: The facts that the result has.
+        known: Ids whose role the result's tokenizer knows.
+    """
+    roles = [role for role, id in before.roles.items() if after.roles.get(role) != id and id not in known]
+    if roles:
+        yield f"The tokens for {_listed(roles)} are not named in this form."
+    if before.flagged - after.flagged:
+        yield "Tokens that are special and ordinary at once are not called special in this form."
+    settings = [name for name, value in before.generation.items() if after.generation.get(name) != value]
+    if settings := [name for name in settings if name not in _NOT_SAMPLING]:
+        yield f"The sampling defaults are not kept in this form: {_listed(settings)}."
+    metadata = [key for key, value in before.metadata.items() if key not in _OWN_METADATA and value not in ("", [])]
+    if metadata := [key for key in metadata if key not in after.metadata and key not in SAMPLING.values()]:
+        yield f"Metadata of the GGUF file is not kept in this form: {_listed(metadata)}."
+    templates = before.settings.get("chat_template")
+    if isinstance(templates, list) and after.settings.get("chat_template") != templates:
+        yield "Of several chat templates the default one alone is kept in this form."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(map(printable, names[:_MAX_NAMED])) + more
 
 
 def _same_network(a: ModelArgs, b: ModelArgs) -> bool:

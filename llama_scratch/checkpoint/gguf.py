@@ -17,12 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.chat import ChatFormat, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.gguf_header import MAX_ELEMENTS, Header, TensorInfo, read_header
-from llama_scratch.checkpoint.vocabulary import PATTERNS, STOPS, check_merges, ranks_of
+from llama_scratch.checkpoint.vocabulary import (
+    BEGIN_WITH_BOS,
+    CONTROL,
+    PATTERNS,
+    PRE_TOKENIZERS,
+    STOPS,
+    check_merges,
+    guess_pre_tokenizer,
+    is_hidden_control,
+    is_reachable,
+    ranks_of,
+)
 from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.progress import Progress
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +60,20 @@ _LAYER_NAMES = {
 }
 # Divisors of the rotary embedding's frequencies, which Llama 3.1 and later ones come with.
 _ROPE_FREQS = "rope_freqs.weight"
-_ORDINARY = 1  # of the types of tokens
+# Types of tokens.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_MERGES = "tokenizer.ggml.merges"
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
+# generation_config.json's fields, and GGUF's keys for them.
+SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+# Tokens that a warning names.
+_MAX_NAMED = 3
 # model-00002-of-00003.gguf
 _NUMBERED = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)
 
@@ -64,7 +89,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     replacement = Tokenizer.from_meta(tokenizer) if tokenizer else None
     try:
         args = _model_args(headers)
-        own_tokenizer = replacement or _tokenizer(metadata)
+        own_tokenizer, extras, warnings = (replacement, Extras(), ()) if replacement else _tokenizer(metadata)
         chat = _chat(metadata, own_tokenizer)
     except UnsupportedError as error:
         raise UnsupportedError(f"{headers[0].path}: {error}") from error
@@ -75,6 +100,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     names = weight_names(args)
     check_shapes(shapes, args, headers[0].path, names)
     licence = metadata.get("general.license")
+    kept = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
         name=name_of(path),
@@ -87,7 +113,8 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         chat=chat,
         files=tuple(header.path for header in headers),
         licence=printable(licence) if isinstance(licence, str) and licence else None,
-        warnings=tuple(_contradictions(metadata, args)),
+        warnings=(*warnings, *_contradictions(metadata, args)),
+        extras=replace(extras, metadata=kept, generation=_sampling(kept)),
     )
 
 
@@ -250,36 +277,89 @@ def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[
     return divisors
 
 
-def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or not isinstance(pre, str) or pre not in PATTERNS:
+def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, ...]]:
+    """The tokenizer, what only converting needs of it, and warnings."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
         raise CheckpointError(
             f"the tokenizer is '{printable(kind)}' with the pattern '{printable(pre)}', expected 'gpt2' with "
             f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
         )
-    texts, types = _list(metadata, "tokenizer.ggml.tokens", str), _list(metadata, "tokenizer.ggml.token_type", int)
+    texts, warnings = _list(metadata, "tokenizer.ggml.tokens", str), []
+    types = [_NORMAL] * len(texts)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(texts) != len(types):
         raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {FETCH_AGAIN}")
-    ordinary = [type_ == _ORDINARY for type_ in types]
-    ranks = ranks_of((id, text) for id, text in enumerate(texts) if ordinary[id])
-    special = {text: id for id, text in enumerate(texts) if not ordinary[id]}
-    if len(ranks) + len(special) != len(texts) or "" in special:
-        raise CheckpointError(f"a special token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
-    merges = [merge.partition(" ") for merge in _list(metadata, "tokenizer.ggml.merges", str)]
-    check_merges(((left, right) for left, _, right in merges), ranks)
+    if len(set(texts)) != len(texts) or "" in texts:
+        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
+    roles = _roles(metadata, len(texts))
+    pairs = [(left, right) for left, _, right in (m.partition(" ") for m in _list(metadata, _MERGES, str))]
+    made = {left + right for left, right in pairs}
+    retyped = [
+        id
+        for id, (text, type_) in enumerate(zip(texts, types, strict=True))
+        if type_ == _NORMAL
+        and (is_hidden_control(text, made) or (id in roles.values() and not is_reachable(text, made)))
+    ]
+    if retyped:
+        shown = ", ".join(f"'{printable(texts[id])}'" for id in retyped[:_MAX_NAMED])
+        more = f" and {len(retyped) - _MAX_NAMED} more" if len(retyped) > _MAX_NAMED else ""
+        warnings.append(
+            f"The file gives control tokens the type of ordinary ones, or no type ({shown}{more}). "
+            "They are read as special tokens."
+        )
+    hidden, kinds = set(retyped), list(map(kind_of, texts, types))
+    special = {text: id for id, text in enumerate(texts) if id in hidden or kinds[id] == "special"}
+    added = {text: id for id, text in enumerate(texts) if kinds[id] == "added"}
+    named = {**special, **added}
+    ordinary = {
+        text: id
+        for id, text in enumerate(texts)
+        if is_reachable(text, made) or (kinds[id] == "ordinary" and text not in named)
+    }
+    unused = {text: id for id, text in enumerate(texts) if text not in named and text not in ordinary}
+    ranks = ranks_of((id, text) for text, id in ordinary.items())
+    check_merges(pairs, ordinary)
 
-    bos, unknown, *ends = (_named(metadata, special, field) for field in ("bos", "unknown", "eos", "eot", "eom"))
-    # As in llama.cpp, where a file does not say.
-    if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") is not True:
+    def make(pattern: str, bos: str | None = None) -> Tokenizer:
+        ends = {roles.get(role) for role in ("eos", "eot", "eom")}
+        unknown = next((text for text, id in named.items() if id == roles.get("unknown")), None)
+        stops = {text for text, id in named.items() if text in STOPS or id in ends}
+        return Tokenizer(
+            ranks, special, pattern, added_tokens=added, unused_tokens=unused, bos=bos, stops=stops, unknown=unknown
+        )
+
+    if pre == "default":
+        guess = guess_pre_tokenizer(special, make)
+        if guess is None:
+            raise CheckpointError(
+                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits none that is known; "
+                "name a tokenizer.model with --tokenizer, or use another file."
+            )
+        pre = guess
+        warnings.append(
+            f"The file does not name its pre-tokenizer (tokenizer.ggml.pre). By its vocabulary it is '{pre}'. "
+            "Use a newer file of this model if its answers are poor."
+        )
+    bos = next((text for text, id in named.items() if id == roles.get("bos")), None)
+    if metadata.get("tokenizer.ggml.add_bos_token", pre in BEGIN_WITH_BOS) is not True:  # as in llama.cpp
         bos = None
-    stops = {text for text in special if text in STOPS or text in ends}
-    return Tokenizer(ranks, special, PATTERNS[pre], bos=bos, stops=stops, unknown=unknown)
+    tokenizer = make(PATTERNS[PRE_TOKENIZERS[pre]], bos)
+    return tokenizer, Extras(roles=roles, token_types=tuple(types)), tuple(warnings)
 
 
-def _named(metadata: dict[str, Any], special: dict[str, int], field: str) -> str | None:
-    """The special token that the file has in a part, such as "eos"."""
-    id = metadata.get(f"tokenizer.ggml.{field}_token_id")
-    return next((text for text, special_id in special.items() if special_id == id), None)
+def kind_of(text: str, type_: int) -> str:
+    """How a token is found in a text. As in llama.cpp, a token with the name of an end of text is special."""
+    if type_ == _USER_DEFINED:
+        return "special" if text in CONTROL else "added"
+    return {_NORMAL: "ordinary", _UNKNOWN: "special", _CONTROL: "special"}.get(type_, "unused")
+
+
+def _roles(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
+    """The tokens that the file names for a role: eos, padding, fim_pre and so on."""
+    fields = ((match[1], id) for key, id in metadata.items() if (match := _TOKEN_ID.fullmatch(key)))
+    return {role: id for role, id in fields if type(id) is int and 0 <= id < n_tokens}
 
 
 def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
@@ -291,9 +371,22 @@ def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
         raise CheckpointError(
             f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; {FETCH_AGAIN}"
         )
-    special = tokenizer.special_tokens
-    bos, eos = (_named(metadata, special, field) or "" for field in ("bos", "eos"))
-    return TemplateFormat(template, bos, eos, tuple(special))
+    roles = _roles(metadata, tokenizer.n_vocab)
+    names = {id: text for text, id in tokenizer.names.items()}
+    bos, eos = (names.get(roles.get(role, -1), "") for role in ("bos", "eos"))
+    return TemplateFormat(replace_surrogates(template), bos, eos, tuple(tokenizer.special_tokens))
+
+
+def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's sampling defaults, under the names of generation_config.json."""
+    given = {field: general.get(key) for field, key in SAMPLING.items()}
+    # 0.6 is held as the float32 next to it.
+    found = {
+        field: float(f"{value:.7g}") if isinstance(value, float) else value
+        for field, value in given.items()
+        if type(value) in (int, float)
+    }
+    return {"do_sample": True, **found} if found else {}
 
 
 def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.chat import ChatFormat, TemplateFormat
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.json_file import read_object
 from llama_scratch.checkpoint.licence import read_licence
 from llama_scratch.checkpoint.safetensors_header import Entry, find_weights
-from llama_scratch.checkpoint.tokenizer_json import named_token, read_tokenizer
+from llama_scratch.checkpoint.tokenizer_json import ReadTokenizer, named_token, read_tokenizer
 from llama_scratch.config import Fields, ModelArgs, RopeScaling
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.system.small_files import read_bytes, without_mark
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,8 @@ _MAX_TEMPLATE = 1 << 20
 _ORIGINAL = "original_max_position_embeddings"
 # RoPE scalings that leave all frequencies alone if their factor is 1.
 _PLAIN_AT_1 = ("linear", "dynamic", "yarn", "llama3")
+# Fields of config.json that name a token, and GGUF's words for the roles.
+_ID_ROLES = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -61,21 +65,36 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
         check_shapes({name: entry.shape for name, entry in entries.items()}, args, path, weight_names(args))
         output = entries.get(_OUTPUT)
         tied = output is None or (says_tied and output.holds_the_same_as(entries[_EMBEDDING]))
-        settings = read_object(directory / "tokenizer_config.json")
-        own_tokenizer = Tokenizer.from_meta(tokenizer) if tokenizer else _tokenizer(directory, config, settings, args)
+        settings = _settings(directory)
+        generation = read_object(directory / "generation_config.json")
+        if tokenizer:
+            read = ReadTokenizer(Tokenizer.from_meta(tokenizer), {}, frozenset(), ())
+        else:
+            read = _tokenizer(directory, config, generation, settings, args)
         files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
         return Checkpoint(
             name=name_of(directory),
             format="huggingface",
             path=files[0],
             args=args,
-            tokenizer=own_tokenizer,
+            tokenizer=read.tokenizer,
             load=lambda progress: _load(entries, args, tied, progress),
             inspect=lambda _: _stored(entries, tied),
-            chat=_chat(directory, settings, own_tokenizer),
+            chat=_chat(directory, settings, read.tokenizer),
             files=files,
             licence=read_licence(directory),
-            warnings=(*_contradictory_ropes(config, args), *_contradictory_output(says_tied, tied, output, path)),
+            warnings=(
+                *read.warnings,
+                *_contradictory_ropes(config, args),
+                *_contradictory_output(says_tied, tied, output, path),
+            ),
+            extras=Extras(
+                roles=read.roles,
+                flagged=read.flagged,
+                generation=generation,
+                settings=settings,
+                ids={name: config[name] for name in _ID_ROLES if name in config},
+            ),
         )
 
 
@@ -201,14 +220,25 @@ def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, pat
 # --- Tokenizer and conversations --------------------------------------------------------------
 
 
-def _tokenizer(directory: Path, config: dict[str, Any], settings: dict[str, Any], args: ModelArgs) -> Tokenizer:
+def _settings(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json. Older directories name their special tokens in special_tokens_map.json alone."""
+    named = read_object(directory / "special_tokens_map.json")
+    settings = read_object(directory / "tokenizer_config.json")
+    return {**named, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def _tokenizer(
+    directory: Path, config: dict[str, Any], generation: dict[str, Any], settings: dict[str, Any], args: ModelArgs
+) -> ReadTokenizer:
     path, metas = directory / "tokenizer.json", directory / "tokenizer.model"
     if path.is_file():
-        generation = read_object(directory / "generation_config.json")
         stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
-        return read_tokenizer(path, settings, stops, args.vocab_size)
+        read = read_tokenizer(path, settings, stops, args.vocab_size)
+        given = {role: config.get(name) for name, role in _ID_ROLES.items()}
+        by_id = {role: id for role, id in given.items() if type(id) is int and 0 <= id < args.vocab_size}
+        return replace(read, roles={**by_id, **read.roles})
     if metas.is_file():
-        return Tokenizer.from_meta(str(metas))
+        return ReadTokenizer(Tokenizer.from_meta(str(metas)), {}, frozenset(), ())
     raise ModelNotFoundError(
         f"There is no tokenizer.json in {directory}; copy it there from where the model came from, "
         "or name a tokenizer.model with --tokenizer."
@@ -243,7 +273,10 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
         return None
     if not isinstance(template, str):
         raise CheckpointError(f"{directory}: chat_template is {printable(template)}, expected text; {FETCH_AGAIN}")
-    bos, eos = (named_token(settings, field) or "" for field in ("bos_token", "eos_token"))
+    template, bos, eos = (
+        replace_surrogates(text or "")
+        for text in (template, named_token(settings, "bos_token"), named_token(settings, "eos_token"))
+    )
     return TemplateFormat(template, bos, eos, tuple(tokenizer.special_tokens))
 
 

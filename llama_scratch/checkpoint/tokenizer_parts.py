@@ -25,47 +25,66 @@ LLAMA3_TEMPLATE = (
 class TokenizerParts:
     """A tokenizer as Hugging Face and GGUF files hold it.
 
-    texts: id → text, ordinary tokens in GPT-2's alphabet. special: ids of special tokens. pattern: its name among
-    `PATTERNS`, or None. merges: the best first. bos, eos: names of special tokens; prompts begin with the first one
-    where `adds_bos` says so. template: of a chat.
+    Args:
+        texts: Id → text, for ordinary tokens in GPT-2's alphabet. Without names that fill up the embedding.
+        special: Ids of special tokens.
+        added: Ids of added tokens that are not special.
+        pattern: Its name among `PATTERNS`, or None.
+        merges: The best first.
+        roles: As in `Extras`, with bos and eos if there are any.
+        adds_bos: Whether a prompt begins with bos.
+        template: The chat template.
     """
 
     texts: dict[int, str]
     special: frozenset[int]
+    added: frozenset[int]
     pattern: str | None
     merges: list[str]
-    bos: str | None
+    roles: dict[str, int]
     adds_bos: bool
-    eos: str | None
     template: str | None
+
+    def text_of(self, role: str) -> str | None:
+        """The text of the token that has a role."""
+        return self.texts.get(self.roles.get(role, -1))
 
 
 def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
-    """Raises `CheckpointError` where a special token's name is also the visible form of an ordinary one."""
+    """Describe a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: If the name of an added token is also the visible form of another token.
+    """
     tokenizer, chat = checkpoint.tokenizer, checkpoint.chat
     visible = bytes_to_unicode()
     texts = {id: "".join(map(visible.__getitem__, token)) for token, id in tokenizer.ranks.items()}
-    ordinary = set(texts.values())
-    if both := next((name for name in tokenizer.special_tokens if name in ordinary), None):
+    ids = {text: id for id, text in texts.items()}
+    names = {id: name for name, id in tokenizer.names.items() if name != f"[PAD{id}]" or id in tokenizer.stop_ids}
+    if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
         raise CheckpointError(
             f"{printable(checkpoint.name)} has the token '{printable(both)}' twice, as text and as a special token, "
             "expected a vocabulary in which it is one of them; only --to meta could hold it."
         )
-    names = {id: name for name, id in tokenizer.special_tokens.items()}
-    bos = None if tokenizer.bos_id is None else names[tokenizer.bos_id]
-    eos = names[min(tokenizer.stop_ids)] if tokenizer.stop_ids else None
+    roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}
+    roles |= {"unknown": tokenizer.names[tokenizer.unknown]} if tokenizer.unknown else {}
+    roles |= {"bos": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
     if isinstance(chat, Llama3Format):
-        eos = "<|eot_id|>"
+        roles["eos"] = tokenizer.names["<|eot_id|>"]
     elif isinstance(chat, TemplateFormat):
-        bos, eos = bos or chat.bos or None, chat.eos or eos
+        roles |= {role: tokenizer.names[t] for role, t in (("eos", chat.eos),) if t in tokenizer.names}
+        roles = {role: tokenizer.names[t] for role, t in (("bos", chat.bos),) if t in tokenizer.names} | roles
+    if "eos" not in roles and tokenizer.stop_ids:
+        roles["eos"] = min(tokenizer.stop_ids)
+    added = frozenset(tokenizer.added_tokens.values())
     return TokenizerParts(
         texts=dict(sorted((texts | names).items())),
-        special=frozenset(names),
+        special=frozenset(tokenizer.special_tokens.values()),
+        added=added,
         pattern=next((name for name, pattern in PATTERNS.items() if pattern == tokenizer.pattern), None),
         merges=[f"{left} {right}" for left, right in merges_of(tokenizer.ranks)],
-        bos=bos,
+        roles=roles,
         adds_bos=tokenizer.bos_id is not None,
-        eos=eos,
         template=template_of(chat),
     )
 

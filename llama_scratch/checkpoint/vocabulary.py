@@ -8,18 +8,47 @@ first, which is known by its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
-from llama_scratch.tokenizer import LLAMA3_PATTERN
+from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 
 # GPT-2's own, and the same behind a step that makes each digit a piece of its own, in one expression.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 # By the names that llama.cpp gave them.
 PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "smollm": SMOLLM_PATTERN, "gpt-2": GPT2_PATTERN}
+# llama.cpp's other names for these three. Without jina-v1-en, jina-v2-code and roberta-bpe, which put a separator
+# after each text. Source: `llama_vocab::impl::load` in ggml-org/llama.cpp, src/llama-vocab.cpp.
+PRE_TOKENIZERS = {
+    **{name: name for name in PATTERNS},
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), "llama-bpe"),
+    **dict.fromkeys(("lfm2", "jina-v5-nano", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), "llama-bpe"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), "smollm"),
+    **dict.fromkeys(("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0"), "gpt-2"),
+    **dict.fromkeys(("mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion"), "gpt-2"),
+    "granite-docling": "gpt-2",
+}
+# Those with which a prompt begins with BOS unless the file says otherwise.
+BEGIN_WITH_BOS = {
+    *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+}
 # Special tokens that end a text in the models that have them, beside those that a file names.
 STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
+# Names that llama.cpp takes for control tokens, whatever type the file gives them.
+CONTROL = STOPS | {
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "</s>",
+    "<EOT>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+}
+_CONTROL_LOOKING = re.compile(r"<.*\w.*>|\[.*\w.*\]", re.DOTALL)
+_LLAMA3_BEGIN = "<|begin_of_text|>"
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -31,6 +60,9 @@ def bytes_to_unicode() -> dict[int, str]:
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+_VISIBLE = frozenset(bytes_to_unicode().values())
 
 
 def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
@@ -50,24 +82,70 @@ def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
     return ranks
 
 
-def check_merges(merges: Iterable[tuple[str, str]], ranks: Mapping[bytes, int]) -> None:
-    """tiktoken merges by the rank of the result: right only where the merges stand in the order of the ranks.
+def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) -> None:
+    """Check that merging by rank, as tiktoken does, is merging in the order of a list of merges.
 
-    A token may have one merge or several. Raises `CheckpointError` where it has none, or one out of order.
+    Args:
+        merges: Pairs of tokens as visible characters, the best first.
+        vocab: Ordinary tokens as visible characters → rank. A token may have one merge or several.
+
+    Raises:
+        CheckpointError: If a token has no merge, or a merge is repeated or out of order.
     """
-    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     previous, made = -1, 0
+    seen: set[str] = set()  # left parts of the merges that make one token
     for left, right in merges:
-        parts = [bytes(byte_of.get(char, 0) for char in part) for part in (left, right)]
-        rank = ranks.get(parts[0] + parts[1], -1)
-        if rank < previous or not all(part in ranks for part in parts):
+        rank = vocab.get(left + right, -1)
+        if rank != previous:
+            seen.clear()
+            made += 1
+        if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
             merge = printable(f"{left} {right}".strip())
             raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
-        made += rank > previous
+        seen.add(left)
         previous = rank
-    merged = sum(len(token) > 1 for token in ranks)
+    merged = len(vocab) - sum(char in vocab for char in bytes_to_unicode().values())
     if made != merged:
         raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {FETCH_AGAIN}")
+
+
+def is_reachable(text: str, made: Collection[str]) -> bool:
+    """Whether plain text can become a token: a single byte, or one of the tokens that merges make."""
+    return text in made or text in _VISIBLE
+
+
+def is_hidden_control(text: str, made: Collection[str]) -> bool:
+    """Whether a token that is listed as an ordinary one is a control token by its form: `<|eot_id|>`, `</s>`, `[INST]`.
+
+    Plain text cannot become it, so no model saw it as text.
+    """
+    return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, made)
+
+
+def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]) -> str | None:
+    """Find the pre-tokenizer of a vocabulary whose file does not name it.
+
+    Llama 3 is known by its special tokens. Otherwise it is the narrowest pattern that leaves every token in one
+    piece, because a vocabulary that was trained behind a pattern has no token across its cuts.
+
+    Args:
+        names: The names of special tokens.
+        make: Makes the tokenizer with a pattern.
+
+    Returns:
+        One of the names of `PATTERNS`, or None if no pattern is possible.
+    """
+    if _LLAMA3_BEGIN in names:
+        return "llama-bpe"
+    for name in ("smollm", "gpt-2", "llama-bpe"):
+        tokenizer = make(PATTERNS[name])
+        if all(
+            tokenizer.encode(text) == [id]
+            for token, id in tokenizer.ranks.items()
+            if "\ufffd" not in (text := token.decode(errors="replace"))
+        ):
+            return name
+    return None
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:

@@ -6,18 +6,18 @@ Source: convert_hf_to_gguf.py in ggml-org/llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied
-from llama_scratch.checkpoint.gguf import weight_names
+from llama_scratch.checkpoint.gguf import SAMPLING, kind_of, weight_names
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, printable
 from llama_scratch.progress import Progress
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llama_scratch.lazy import Weight
 
 _ROPE_FREQS = "rope_freqs.weight"
+# What the file says of itself, whatever it was made from.
+_OURS = {"general.alignment", "general.file_type", "general.quantization_version", "tokenizer.chat_template"}
 
 
 def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
@@ -45,6 +47,7 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
         _add_shape(writer, checkpoint)
         writer.add_file_type(types[weights[EMBEDDING].dtype][1])
         _add_tokenizer(writer, checkpoint)
+        _add_metadata(writer, checkpoint)
         theirs = {metas: name for name, metas in weight_names(checkpoint.args).items()} | {_ROPE_FREQS: _ROPE_FREQS}
         kept: dict[str, Weight] = {}
         if (divisors := _rope_divisors(checkpoint.args)) is not None:
@@ -97,8 +100,9 @@ def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
     args = checkpoint.args
     writer.add_type(GGUFType.MODEL)
-    writer.add_name(checkpoint.name)
-    writer.add_license(checkpoint.licence or "")
+    name = checkpoint.extras.metadata.get("general.name")
+    writer.add_name(replace_surrogates(name if isinstance(name, str) and name else checkpoint.name))
+    writer.add_license(replace_surrogates(checkpoint.licence or ""))
     writer.add_block_count(args.n_layers)
     writer.add_context_length(args.max_seq_len)
     writer.add_embedding_length(args.dim)
@@ -117,8 +121,6 @@ def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    from gguf import TokenType
-
     tokenizer, parts = checkpoint.tokenizer, tokenizer_parts(checkpoint)
     if parts.pattern is None:
         raise CheckpointError(
@@ -129,29 +131,67 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(parts.pattern)
     # Ids without a token get a name that no text has.
-    writer.add_token_list([parts.texts.get(id, f"[PAD{id}]") for id in ids])
-    writer.add_token_types(
-        [
-            TokenType.CONTROL if id in parts.special else TokenType.NORMAL if id in parts.texts else TokenType.UNUSED
-            for id in ids
-        ]
-    )
+    texts = [parts.texts.get(id, f"[PAD{id}]") for id in ids]
+    writer.add_token_list(texts)
+    writer.add_token_types(_token_types(checkpoint, parts, texts))
     writer.add_token_merges(parts.merges)
-    for add, name in _named_tokens(writer, parts, tokenizer):
-        if name in tokenizer.special_tokens:
-            add(tokenizer.special_tokens[name])
+    for role, id in _roles(parts, tokenizer).items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", id)
     writer.add_add_bos_token(parts.adds_bos)
     writer.add_chat_template(parts.template or "")
 
 
-def _named_tokens(writer: GGUFWriter, parts: TokenizerParts, tokenizer: Tokenizer) -> list[tuple[Any, str]]:
-    """What tells the file of a special token, and its name."""
-    stops = [parts.texts[id] for id in sorted(tokenizer.stop_ids)]
-    return [
-        (writer.add_bos_token_id, parts.bos or ""),
-        (writer.add_eos_token_id, parts.eos or ""),
-        (writer.add_unk_token_id, tokenizer.unknown or ""),
-        # The ends of a turn and of a message: a file names up to three stops.
-        (writer.add_eot_token_id, next((name for name in ("<|eot_id|>", "<|im_end|>") if name in stops), "")),
-        (writer.add_eom_token_id, "<|eom_id|>" if "<|eom_id|>" in stops else ""),
+def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[str]) -> list[int]:
+    """The type of each token: the one that a GGUF file gave it, if that says the same."""
+    from gguf import TokenType
+
+    by_kind = {
+        "special": TokenType.CONTROL,
+        "added": TokenType.USER_DEFINED,
+        "ordinary": TokenType.NORMAL,
+        "unused": TokenType.UNUSED,
+    }
+    ordinary = set(checkpoint.tokenizer.ranks.values())
+    kinds = [
+        "special"
+        if id in parts.special
+        else "added"
+        if id in parts.added
+        else "ordinary"
+        if id in ordinary
+        else "unused"
+        for id in range(len(texts))
     ]
+    given = checkpoint.extras.token_types or [0] * len(texts)
+    return [
+        type_ if kind == kind_of(text, type_) else by_kind[kind]
+        for text, type_, kind in zip(texts, given, kinds, strict=True)
+    ]
+
+
+def _roles(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens that the file names for a role, among them up to three stops: eos, the end of a turn, of a message."""
+    stops = {parts.texts[id]: id for id in sorted(tokenizer.stop_ids)}
+    ends = {"eom": stops.get("<|eom_id|>"), "eot": stops.get("<|eot_id|>", stops.get("<|im_end|>"))}
+    return {**{role: id for role, id in ends.items() if id is not None}, **parts.roles}
+
+
+def _add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Sampling defaults, and what a GGUF file said of the model."""
+    generation, metadata = checkpoint.extras.generation, dict(checkpoint.extras.metadata)
+    if generation.get("do_sample") is True:
+        metadata |= {key: generation[field] for field, key in SAMPLING.items() if field in generation}
+    written = writer.kv_data[0].keys() | _OURS
+    for key, value in metadata.items():
+        if key in written:
+            continue
+        if isinstance(value, str):
+            writer.add_string(key, replace_surrogates(value))
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            (writer.add_uint32 if 0 <= value < 1 << 32 else writer.add_int64)(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            writer.add_array(key, [replace_surrogates(item) for item in value])

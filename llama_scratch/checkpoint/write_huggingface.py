@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied
 from llama_scratch.checkpoint.huggingface import weight_names
+from llama_scratch.checkpoint.tokenizer_json import ROLES, named_token
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
+from llama_scratch.checkpoint.vocabulary import is_hidden_control
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, printable
 from llama_scratch.progress import Progress
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 # Bytes of weights in one file, as the published models have them.
 SHARD = 5_000_000_000
+# Fields of tokenizer_config.json that stay as they were.
+_KEPT_SETTINGS = {
+    *("clean_up_tokenization_spaces", "model_input_names", "model_max_length", "padding_side", "truncation_side")
+}
 
 
 def write_huggingface(
@@ -33,15 +39,17 @@ def write_huggingface(
 ) -> None:
     """Write a model into a new directory. Raises `CheckpointError` for one that this form has no place for."""
     parts = tokenizer_parts(checkpoint)
+    ids = _ids(parts, checkpoint.tokenizer)
     files = {
-        "config.json": _config(checkpoint, weights),
-        "generation_config.json": _ids(checkpoint.tokenizer),
-        "tokenizer.json": _tokenizer(parts, checkpoint.tokenizer),
+        "config.json": {**_config(checkpoint, weights), **ids, **checkpoint.extras.ids},
+        "generation_config.json": {**ids, **checkpoint.extras.generation},
+        "tokenizer.json": _tokenizer(parts, checkpoint),
         "tokenizer_config.json": _tokenizer_config(parts, checkpoint),
     }
     directory.mkdir()
     for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = replace_surrogates(json.dumps(content, indent=2, ensure_ascii=False))
+        (directory / name).write_text(text + "\n", encoding="utf-8")
     if checkpoint.licence:
         (directory / "README.md").write_text(f"---\nlicense: {json.dumps(checkpoint.licence)}\n---\n", encoding="utf-8")
     _write_weights(weights, checkpoint.args, directory, progress)
@@ -88,43 +96,58 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
         "torch_dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
         "use_cache": True,
         "vocab_size": args.vocab_size,
-        **_ids(checkpoint.tokenizer),
     }
 
 
-def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Where texts begin and end."""
+def _ids(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Where texts begin and end, and what fills them up."""
     stops = sorted(tokenizer.stop_ids)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id if parts.adds_bos else parts.roles.get("bos")}
+    ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
+    return ids | ({"pad_token_id": parts.roles["padding"]} if "padding" in parts.roles else {})
 
 
 # --- Tokenizer --------------------------------------------------------------------------------
 
 
 def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
+    settings, names = checkpoint.extras.settings, checkpoint.tokenizer.names
+    templates = settings.get("chat_template")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": parts.bos,
-        "eos_token": parts.eos,
-        "unk_token": checkpoint.tokenizer.unknown,
-        "chat_template": parts.template,
+        "chat_template": templates if isinstance(templates, list) else parts.template,
         "clean_up_tokenization_spaces": False,
         "model_max_length": checkpoint.args.max_seq_len,
+        **{name: value for name, value in settings.items() if name in _KEPT_SETTINGS},
+        **{field: parts.text_of(role) for field, role in ROLES.items()},
     }
+    more = settings.get("additional_special_tokens")
+    if isinstance(more, list):
+        config["additional_special_tokens"] = [token for token in more if named_token({"": token}, "") in names]
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _tokenizer(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
     """tokenizer.json as the package tokenizers reads it."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer = checkpoint.tokenizer
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    # Of the unused ones those whose names would read as ordinary tokens.
+    unused = {
+        id for name, id in tokenizer.unused_tokens.items() if id in parts.texts and not is_hidden_control(name, ())
+    }
+    special = parts.special | checkpoint.extras.flagged | unused
+    bos = parts.text_of("bos")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": parts.texts[id], **flags} for id in sorted(parts.special)],
+        "added_tokens": [
+            {"id": id, "content": parts.texts[id], **flags, "special": id in special}
+            for id in sorted(special | parts.added)
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _pre_tokenizers(parts.pattern, tokenizer.pattern)},
-        "post_processor": _bos_in_front(parts.bos, tokenizer.bos_id) if parts.adds_bos else _byte_level(regex=True),
+        "post_processor": _bos_in_front(bos, tokenizer.bos_id) if parts.adds_bos else _byte_level(regex=True),
         "decoder": _byte_level(regex=True),
         "model": {
             "type": "BPE",

@@ -97,7 +97,8 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     if (
         read is None
         or (own.ranks, own.pattern, own.bos_id) != (read.ranks, read.pattern, read.bos_id)
-        or not _same_layout(own.special_tokens, read.special_tokens)
+        or own.added_tokens
+        or not _same_layout(own.names, read.names)
     ):
         raise CheckpointError(
             f"{printable(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
