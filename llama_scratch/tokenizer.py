@@ -58,6 +58,8 @@ _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
 # Characters of all names together. Compiling the expression that finds them takes 3 µs per character.
 _MAX_NAMES = 1 << 18
+# Lines of a tokenizer.model: Llama 4's has 200,000.
+_MAX_RANKS = 1 << 18
 
 
 class Tokenizer:
@@ -351,7 +353,10 @@ def _read_remote(path: str) -> bytes:
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     """`base64 rank` a line → bytes → rank; ranks count up from 0, and all 256 single bytes are there."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
+    lines = data.splitlines()
+    if len(lines) > _MAX_RANKS:
+        raise CheckpointError(f"{path} has {len(lines):,} lines, expected at most {_MAX_RANKS:,}; {FETCH_AGAIN}")
+    for number, line in enumerate(lines, start=1):
         try:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)

@@ -25,6 +25,7 @@ from llama_scratch.checkpoint.vocabulary import (
     PATTERNS,
     PRE_TOKENIZERS,
     STOPS,
+    check_counts,
     check_merges,
     guess_pre_tokenizer,
     is_hidden_control,
@@ -294,7 +295,9 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     if len(set(texts)) != len(texts) or "" in texts:
         raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
     roles = _roles(metadata, len(texts))
-    pairs = [(left, right) for left, _, right in (m.partition(" ") for m in _list(metadata, _MERGES, str))]
+    merges = _list(metadata, _MERGES, str)
+    check_counts(texts, merges)
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     made = {left + right for left, right in pairs}
     retyped = [
         id

@@ -93,7 +93,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
                 flagged=read.flagged,
                 generation=generation,
                 settings=settings,
-                ids={name: config[name] for name in _ID_ROLES if name in config},
+                ids={name: config[name] for name in _ID_ROLES if config.get(name) is not None},
             ),
         )
 
@@ -235,7 +235,13 @@ def _tokenizer(
         stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
         read = read_tokenizer(path, settings, stops, args.vocab_size)
         given = {role: config.get(name) for name, role in _ID_ROLES.items()}
-        by_id = {role: id for role, id in given.items() if type(id) is int and 0 <= id < args.vocab_size}
+        # Configurations that nobody completed begin texts with token 1 and end them with token 2.
+        named = set(read.tokenizer.names.values())
+        by_id = {
+            role: id
+            for role, id in given.items()
+            if type(id) is int and (id in named or (role == "padding" and 0 <= id < args.vocab_size))
+        }
         return replace(read, roles={**by_id, **read.roles})
     if metas.is_file():
         return ReadTokenizer(Tokenizer.from_meta(str(metas)), {}, frozenset(), ())

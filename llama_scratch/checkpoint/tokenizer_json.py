@@ -12,13 +12,21 @@ Source: the `tokenizers` package, whose JSON it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint.json_file import read_object
-from llama_scratch.checkpoint.vocabulary import PATTERNS, STOPS, check_merges, is_hidden_control, is_reachable, ranks_of
+from llama_scratch.checkpoint.vocabulary import (
+    PATTERNS,
+    STOPS,
+    check_counts,
+    check_merges,
+    is_hidden_control,
+    is_reachable,
+    ranks_of,
+)
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.tokenizer import Tokenizer
 
@@ -108,11 +116,20 @@ def _tokenizer(
     _check_kind(parts, model)
     pattern = _pattern(parts.get("pre_tokenizer"))
     vocab = _field(model, "vocab", dict)
+    listed = _field(model, "merges", list)
+    check_counts(vocab, listed)
+    for tokens in (vocab, parts.get("added_tokens")):
+        if isinstance(tokens, Sized) and len(tokens) > vocab_size + _MAX_UNUSED:
+            raise CheckpointError(
+                f"it has {len(tokens):,} tokens and the model's embedding {vocab_size:,} rows, expected about as many; "
+                "use the tokenizer that came with the model."
+            )
     _check_ids(list(vocab.values()))
-    merges = [_merge(merge) for merge in _field(model, "merges", list)]
+    merges = list(map(_merge, listed))
     made = {left + right for left, right in merges}
     added = _added_tokens(parts, vocab)
-    flags = {text: flag for text, (_, flag) in added.items()} | _flags_elsewhere(config, added, vocab)
+    special_elsewhere = _named_elsewhere(config, added, vocab)
+    flags = {text: flag or text in special_elsewhere for text, (_, flag) in added.items()}
     names = {text: id for text, (id, _) in added.items()}
     # Tokens of the vocabulary that text never has: no merge makes them, and every pattern cuts their names.
     unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, made)}
@@ -160,40 +177,43 @@ def _tokenizer(
     )
 
 
-def _flags_elsewhere(
-    config: Mapping[str, Any], added: dict[str, tuple[int, bool]], vocab: Mapping[str, Any]
-) -> dict[str, bool]:
-    """Read tokenizer_config.json's own list of added tokens, as transformers does.
+def _named_elsewhere(
+    config: Mapping[str, Any], added: dict[str, tuple[int, bool]], vocab: Mapping[str, int]
+) -> set[str]:
+    """Read tokenizer_config.json's own list of added tokens, and its names for roles, as transformers does.
 
-    It names further tokens, which are put into `added`, and calls further ones special. So does each field for a role.
+    Args:
+        config: The file.
+        added: The tokens of tokenizer.json. Those that it does not have are added to it.
+        vocab: The vocabulary of tokenizer.json.
 
     Returns:
-        Whether each token of the list or with a role is special.
+        The texts that are special by this file.
     """
     listed = config.get("added_tokens_decoder")
-    flags = {}
+    special = set()
     taken = {id for id, _ in added.values()} | set(vocab.values())
     for key, token in listed.items() if isinstance(listed, dict) else []:
-        text = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(text, str) or not key.isdecimal() or len(key) > 8:
+        text = named_token({"": token}, "") if isinstance(token, dict) else None
+        if text is None or not key.isdecimal() or len(key) > 8:
             continue
         id = vocab.get(text, int(key))
         if text not in added and (text in vocab or id not in taken):
             _check_found_by_its_text(text, token)
-            added[text] = (id, token.get("special") is True)
+            added[text] = (id, False)
             taken.add(id)
         if token.get("special") is True:
-            flags[text] = True
+            special.add(text)
     named = [config.get(field) for field in ROLES]
     for field in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(field)
         named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
     for text in [named_token({"": token}, "") for token in named]:
-        if text is not None:
-            flags[text] = True
+        if text:
+            special.add(text)
             if text in vocab:
                 added.setdefault(text, (vocab[text], True))
-    return {text: flag for text, flag in flags.items() if text in added}
+    return special
 
 
 def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ first, which is known by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
@@ -34,6 +34,8 @@ PRE_TOKENIZERS = {
 BEGIN_WITH_BOS = {
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 }
+# Twice as many as the largest vocabularies have.
+MAX_TOKENS = 1 << 19
 # Special tokens that end a text in the models that have them, beside those that a file names.
 STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 # Names that llama.cpp takes for control tokens, whatever type the file gives them.
@@ -63,16 +65,35 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 _VISIBLE = frozenset(bytes_to_unicode().values())
+# Visible characters → bytes as Latin-1. The Latin-1 characters that are not visible become one that is not Latin-1.
+_TO_LATIN_1 = dict.fromkeys(range(256), 0x3000) | {ord(char): byte for byte, char in bytes_to_unicode().items()}
+
+
+def check_counts(tokens: Collection[str], merges: Sized) -> None:
+    """Reject lists of tokens and merges of impossible lengths before looking at each.
+
+    Args:
+        tokens: All tokens.
+        merges: All merges. A token of n bytes can be made of two others in n - 1 ways.
+
+    Raises:
+        CheckpointError: If one of the lists is too long.
+    """
+    if len(tokens) > MAX_TOKENS:
+        raise CheckpointError(f"it has {len(tokens):,} tokens, expected at most {MAX_TOKENS:,}; use another file.")
+    if len(merges) > sum(map(len, tokens)):
+        raise CheckpointError(
+            f"it has {len(merges):,} merges, so that some are repeated or make no token; {FETCH_AGAIN}"
+        )
 
 
 def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
     """Ordinary tokens as visible characters, each with its id → bytes → rank. Raises `CheckpointError`."""
-    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     ranks: dict[bytes, int] = {}
     for id, text in texts:
         try:
-            token = bytes(map(byte_of.__getitem__, text))
-        except KeyError:
+            token = text.translate(_TO_LATIN_1).encode("latin-1")
+        except UnicodeEncodeError:
             raise CheckpointError(
                 f"the token {id}, '{printable(text)}', is not in GPT-2's byte alphabet; {FETCH_AGAIN}"
             ) from None
@@ -92,6 +113,7 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
     Raises:
         CheckpointError: If a token has no merge, or a merge is repeated or out of order.
     """
+    merged = len(vocab) - sum(char in vocab for char in _VISIBLE)
     previous, made = -1, 0
     seen: set[str] = set()  # left parts of the merges that make one token
     for left, right in merges:
@@ -104,7 +126,6 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
             raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
         seen.add(left)
         previous = rank
-    merged = len(vocab) - sum(char in vocab for char in bytes_to_unicode().values())
     if made != merged:
         raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {FETCH_AGAIN}")
 

@@ -145,7 +145,7 @@ def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[
     """The type of each token: the one that a GGUF file gave it, if that says the same."""
     from gguf import TokenType
 
-    by_kind = {
+    by_kind: dict[str, int] = {
         "special": TokenType.CONTROL,
         "added": TokenType.USER_DEFINED,
         "ordinary": TokenType.NORMAL,
@@ -162,11 +162,11 @@ def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[
         else "unused"
         for id in range(len(texts))
     ]
-    given = checkpoint.extras.token_types or [0] * len(texts)
-    return [
-        type_ if kind == kind_of(text, type_) else by_kind[kind]
-        for text, type_, kind in zip(texts, given, kinds, strict=True)
-    ]
+    types = [by_kind[kind] for kind in kinds]
+    for id, given in enumerate(checkpoint.extras.token_types):
+        if kind_of(texts[id], given) == kinds[id]:
+            types[id] = given
+    return types
 
 
 def _roles(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, int]:

@@ -119,7 +119,8 @@ def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str
         "clean_up_tokenization_spaces": False,
         "model_max_length": checkpoint.args.max_seq_len,
         **{name: value for name, value in settings.items() if name in _KEPT_SETTINGS},
-        **{field: parts.text_of(role) for field, role in ROLES.items()},
+        # An ordinary token that is named here would become an added one.
+        **{field: text for field, role in ROLES.items() if (text := parts.text_of(role)) in names},
     }
     more = settings.get("additional_special_tokens")
     if isinstance(more, list):
