@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
@@ -78,6 +78,10 @@ class Tokenizer:
         bos: The token that a prompt starts with, None for models that were trained without one.
         stops: Tokens that end a text.
         unknown: The token for bytes that the vocabulary lacks, if it lacks any.
+        merges: The pairs of tokens that are merged, in order, as visible characters. None if any two tokens are
+            merged that are a third, which is the same for a vocabulary that was trained.
+        unmergeable: Tokens that these merges do not make of their own bytes.
+        whole_pieces: Whether such a token stands for a piece that is it.
 
     Raises:
         CheckpointError: If a name is empty, not Unicode text, or long beyond reason, or a byte has no token.
@@ -94,6 +98,9 @@ class Tokenizer:
         bos: str | None = None,
         stops: Iterable[str] = (),
         unknown: str | None = None,
+        merges: Sequence[tuple[str, str]] | None = None,
+        unmergeable: Iterable[bytes] = (),
+        whole_pieces: bool = True,
     ):
         self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
@@ -101,6 +108,10 @@ class Tokenizer:
         self.unused_tokens = dict(unused_tokens or {})
         self.pattern = pattern
         self.unknown = unknown
+        self.merges = None if merges is None else list(merges)
+        self.whole_pieces = whole_pieces
+        hidden = {token: self.ranks[token] for token in unmergeable}
+        self._pieces = hidden if whole_pieces else {}
         self.names = self.unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
         self.bos_id = None if bos is None else self.names[bos]
         self.stop_ids = frozenset(self.names[stop] for stop in stops)
@@ -119,7 +130,10 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             name="llama-scratch",
             pat_str=pattern,
-            mergeable_ranks={**ranks, **{bytes([byte]): self.n_vocab + byte for byte in self._missing}},
+            mergeable_ranks={
+                **{token: id for token, id in ranks.items() if token not in hidden},
+                **{bytes([byte]): self.n_vocab + byte for byte in self._missing},
+            },
             special_tokens={},  # `encode` finds them itself: tiktoken takes no order of those that begin alike
         )
 
@@ -203,7 +217,21 @@ class Tokenizer:
         """The ids of a part of a text without named tokens."""
         inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
         for begin, end in pairwise([start, *inside, stop]):
-            yield from self._encoding.encode_ordinary(text[begin:end])
+            if self._pieces:
+                yield from self._by_piece(text[begin:end])
+            else:
+                yield from self._encoding.encode_ordinary(text[begin:end])
+
+    def _by_piece(self, text: str) -> Iterator[int]:
+        """The ids of a text where some pieces are tokens that tiktoken must not make of others."""
+        import regex  # type: ignore[import-untyped]  # tiktoken's own choice for its expressions
+
+        for piece in regex.findall(self.pattern, text):
+            token = piece.encode()
+            if (id := self._pieces.get(token)) is not None:
+                yield id
+            else:
+                yield from self._encoding._encode_single_piece(token)
 
     @cached_property
     def _added_names(self) -> re.Pattern[str] | None:

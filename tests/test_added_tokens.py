@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llama_scratch.chat import Message
 from llama_scratch.checkpoint import convert, open_checkpoint
 from llama_scratch.checkpoint.gguf import open_gguf
 from llama_scratch.checkpoint.huggingface import open_huggingface
-from llama_scratch.checkpoint.vocabulary import BEGIN_WITH_BOS, PATTERNS, PRE_TOKENIZERS
+from llama_scratch.checkpoint.vocabulary import BEGIN_WITH_BOS, PATTERNS, PRE_TOKENIZERS, bytes_to_unicode
 from llama_scratch.errors import CheckpointError
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 from tests.test_checkpoint_gguf import MERGES, File, ints, string, strings, uint, vocabulary
@@ -23,6 +24,7 @@ from tests.test_checkpoint_gguf import file as gguf_file
 from tests.test_checkpoint_huggingface import (
     BYTE_LEVEL,
     N_VOCAB,
+    PRE,
     edited,
     random_model,
     save,
@@ -147,8 +149,8 @@ def test_unused_names_are_never_found(llama3_like: Tokenizer) -> None:
 @pytest.mark.parametrize("kind", ["special_tokens", "added_tokens", "unused_tokens"])
 def test_names_that_are_no_names(name: str, kind: str) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
+    arguments: dict[str, Any] = {"special_tokens": {}, "pattern": LLAMA3_PATTERN, kind: {name: 256}}
     with pytest.raises(CheckpointError):
-        arguments: dict[str, Any] = {"special_tokens": {}, "pattern": LLAMA3_PATTERN, kind: {name: 256}}
         Tokenizer(ranks, **arguments)
 
 
@@ -525,3 +527,50 @@ def test_a_form_that_cannot_hold_it_says_so(
     write(hf, "generation_config.json", SAMPLING)
     notes = " ".join(convert.convert(hf, tmp_path / "again", "meta").notes)
     assert "temperature" in notes
+
+
+# --- Merges -----------------------------------------------------------------------------------
+
+
+def random_merges(chance: random.Random) -> tuple[list[str], list[list[str]]]:
+    """A vocabulary that nothing trained: many of its tokens are made by no merge of their own bytes."""
+    texts, known = list(bytes_to_unicode().values()), list("abcĠ")
+    pairs: list[list[str]] = []
+    for _ in range(chance.randint(3, 40)):
+        left, right = chance.choice(known), chance.choice(known)
+        if left + right in texts or len(left + right) > 9:
+            continue
+        texts.append(left + right)
+        known.append(left + right)
+        splits = [[(left + right)[:i], (left + right)[i:]] for i in range(1, len(left + right))]
+        others = [pair for pair in splits if pair != [left, right] and set(pair) <= set(texts)]
+        pairs += [[left, right], *(others if chance.random() < 0.3 else [])]
+    return texts, pairs
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_merges_that_nothing_trained(tmp_path: Path, whole: bool) -> None:
+    """Ids are those of the `tokenizers` package, before and after converting, whatever `ignore_merges` says."""
+    base = save(random_model(vocab_size=300), tmp_path / "Untrained")
+    chance, hidden = random.Random(f"merges {whole}"), 0
+    for number in range(25):
+        texts, pairs = random_merges(chance)
+
+        def edit(values: dict[str, Any], texts: list[str] = texts, pairs: list[list[str]] = pairs) -> None:
+            model = values["model"]
+            model.update(vocab={text: id for id, text in enumerate(texts)}, merges=pairs, ignore_merges=whole)
+            values.update(added_tokens=[], pre_tokenizer=PRE["llama-bpe"])
+
+        edited(base, edit)
+        write(base, "tokenizer_config.json", {})
+        tokenizer, theirs = opened_as_it_is(base), witness(base / "tokenizer.json")
+        hidden += tokenizer.merges is not None
+        drawn = ["".join(chance.choices("abc ", k=chance.randint(1, 14))) for _ in range(40)]
+        for text in drawn:
+            assert tokenizer.encode(text) == theirs(text)
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        if number == 0:
+            for to, name in (("hf", "hf"), ("gguf", "a.gguf")):
+                other = open_checkpoint(convert.convert(base, tmp_path / name, to).path).tokenizer
+                assert [other.encode(text) for text in drawn] == [tokenizer.encode(text) for text in drawn]
+    assert hidden > 10

@@ -29,6 +29,7 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
 from llama_scratch.guard import Mapped
 from llama_scratch.progress import Progress, silent
+from llama_scratch.tokenizer import Tokenizer
 from llama_scratch.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
@@ -224,17 +225,10 @@ def _dequantised(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Itera
 def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     """What the form could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
     name, old, new = printable(before.name), before.tokenizer, after.tokenizer
-    if not _same_network(before.args, after.args) or (old.ranks, old.pattern, old.bos_id, old.unknown) != (
-        new.ranks,
-        new.pattern,
-        new.bos_id,
-        new.unknown,
-    ):
+    if not _same_network(before.args, after.args) or _cut(old) != _cut(new):
         raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
     if after.args.max_seq_len != before.args.max_seq_len:
         yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it reads as {after.args.max_seq_len:,}."
-    if new.added_tokens != old.added_tokens:
-        raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
     if new.names != old.names:
         yield "Special tokens that nothing uses have other names in this form."
     elif new.special_tokens != old.special_tokens:
@@ -253,6 +247,14 @@ def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
             yield "The directory's name makes a chat model of a base model; Meta's form knows them by 'Instruct'."
         else:
             yield "The chat template is not kept: Meta's own chat format takes its place."
+
+
+def _cut(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """All that decides which ids a plain text has."""
+    return (
+        *(tokenizer.ranks, tokenizer.pattern, tokenizer.merges, tokenizer.whole_pieces),
+        *(tokenizer.added_tokens, tokenizer.bos_id, tokenizer.unknown),
+    )
 
 
 def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from llama_scratch.checkpoint.vocabulary import (
     is_hidden_control,
     is_reachable,
     ranks_of,
+    unmergeable,
 )
 from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
@@ -325,12 +326,23 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     ranks = ranks_of((id, text) for text, id in ordinary.items())
     check_merges(pairs, ordinary)
 
-    def make(pattern: str, bos: str | None = None) -> Tokenizer:
+    def make(pattern: str, bos: str | None = None, *, whole: bool = True) -> Tokenizer:
+        hidden = unmergeable(pairs, ordinary, whole=whole)
         ends = {roles.get(role) for role in ("eos", "eot", "eom")}
         unknown = next((text for text, id in named.items() if id == roles.get("unknown")), None)
         stops = {text for text, id in named.items() if text in STOPS or id in ends}
         return Tokenizer(
-            ranks, special, pattern, added_tokens=added, unused_tokens=unused, bos=bos, stops=stops, unknown=unknown
+            ranks,
+            special,
+            pattern,
+            added_tokens=added,
+            unused_tokens=unused,
+            bos=bos,
+            stops=stops,
+            unknown=unknown,
+            merges=pairs if hidden else None,
+            unmergeable=ranks_of((ordinary[text], text) for text in hidden),
+            whole_pieces=whole or not hidden,
         )
 
     if pre == "default":
@@ -348,7 +360,7 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     bos = next((text for text, id in named.items() if id == roles.get("bos")), None)
     if metadata.get("tokenizer.ggml.add_bos_token", pre in BEGIN_WITH_BOS) is not True:  # as in llama.cpp
         bos = None
-    tokenizer = make(PATTERNS[PRE_TOKENIZERS[pre]], bos)
+    tokenizer = make(PATTERNS[PRE_TOKENIZERS[pre]], bos, whole=pre in BEGIN_WITH_BOS)
     return tokenizer, Extras(roles=roles, token_types=tuple(types)), tuple(warnings)
 
 

@@ -4,9 +4,9 @@ That file describes a chain: a normaliser, a pre-tokenizer that cuts text into p
 them, and a post-processor that puts special tokens around. Byte-level BPE behind one of the known patterns is what
 tiktoken does; anything else is refused in a sentence that says what it is.
 
-What `ignore_merges` says needs no rule here. Where it is true, a piece that is a token becomes that token at once,
-as in tiktoken, which Llama 3's vocabulary needs for 588 of its tokens; where it is false the merges of a
-vocabulary that was trained make each of its tokens anyway.
+`ignore_merges` says that a piece that is a token becomes that token at once, as in tiktoken. Llama 3's vocabulary
+needs it for 588 of its tokens. The merges of a vocabulary that was trained in one go make each of its tokens anyway;
+of others `unmergeable` finds the tokens that they do not make.
 Source: the `tokenizers` package, whose JSON it is.
 """
 
@@ -26,6 +26,7 @@ from llama_scratch.checkpoint.vocabulary import (
     is_hidden_control,
     is_reachable,
     ranks_of,
+    unmergeable,
 )
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.tokenizer import Tokenizer
@@ -140,6 +141,8 @@ def _tokenizer(
     _check_ids(ids)
     ranks = ranks_of((id, text) for text, id in ordinary.items())
     check_merges(merges, ordinary)
+    whole = model.get("ignore_merges") is True
+    hidden = unmergeable(merges, ordinary, whole=whole)
 
     beyond = {text: id for text, id in names.items() if id >= vocab_size and text not in both}
     names = {text: id for text, id in names.items() if text not in beyond}
@@ -166,6 +169,9 @@ def _tokenizer(
             bos=bos,
             stops={text for text, id in names.items() if text in STOPS or text == eos or id in stop_ids},
             unknown=unknown if isinstance(unknown, str) and unknown in names else None,
+            merges=merges if hidden else None,
+            unmergeable=ranks_of((ordinary[text], text) for text in hidden),
+            whole_pieces=whole or not hidden,
         ),
         {
             role: id

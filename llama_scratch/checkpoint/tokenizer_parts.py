@@ -82,7 +82,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
         special=frozenset(tokenizer.special_tokens.values()),
         added=added,
         pattern=next((name for name, pattern in PATTERNS.items() if pattern == tokenizer.pattern), None),
-        merges=[f"{left} {right}" for left, right in merges_of(tokenizer.ranks)],
+        merges=[f"{left} {right}" for left, right in tokenizer.merges or merges_of(tokenizer.ranks)],
         roles=roles,
         adds_bos=tokenizer.bos_id is not None,
         template=template_of(chat),

@@ -8,8 +8,10 @@ first, which is known by its name.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from itertools import pairwise
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
@@ -30,12 +32,22 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion"), "gpt-2"),
     "granite-docling": "gpt-2",
 }
-# Those with which a prompt begins with BOS unless the file says otherwise.
+# Those with which a prompt begins with BOS unless the file says otherwise. With them alone, a piece that is a token
+# becomes that token whether or not merges make it.
 BEGIN_WITH_BOS = {
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 }
 # Twice as many as the largest vocabularies have.
-MAX_TOKENS = 1 << 19
+MAX_TOKENS, MAX_LENGTH = 1 << 19, 1 << 22
+# Steps that `_merged` may take for one vocabulary.
+_MAX_STEPS = 1 << 22
+_NEVER = 1 << 62
+# SHA-256 of lists of merges that `unmergeable` found nothing in: of Llama 3 (as whole pieces) and SmolLM2. It saves
+# their many users a tenth of a second or more.
+_MADE_BY_THEIR_MERGES = {
+    "0cd100e0ab7dbd83c3b668a7cfb2aed1f63f2aec66dae6ec4b63de2c552bb82d": True,
+    "aea6ed50becdb3beed814d2fde2dea2e655d1039addf269d74a4708ce2ed4d63": False,
+}
 # Special tokens that end a text in the models that have them, beside those that a file names.
 STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 # Names that llama.cpp takes for control tokens, whatever type the file gives them.
@@ -81,7 +93,9 @@ def check_counts(tokens: Collection[str], merges: Sized) -> None:
     """
     if len(tokens) > MAX_TOKENS:
         raise CheckpointError(f"it has {len(tokens):,} tokens, expected at most {MAX_TOKENS:,}; use another file.")
-    if len(merges) > sum(map(len, tokens)):
+    if (length := sum(map(len, tokens))) > MAX_LENGTH:
+        raise CheckpointError(f"its tokens have {length:,} bytes, expected at most {MAX_LENGTH:,}; use another file.")
+    if len(merges) > length:
         raise CheckpointError(
             f"it has {len(merges):,} merges, so that some are repeated or make no token; {FETCH_AGAIN}"
         )
@@ -128,6 +142,86 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
         previous = rank
     if made != merged:
         raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {FETCH_AGAIN}")
+
+
+def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:
+    """Find the tokens that the merges of a list do not make of their own bytes.
+
+    tiktoken makes a token of any two that are it, a list of merges only of those that it names. If the merges make
+    each token of its own bytes, both are the same for every text: what two neighbors can become depends only on the
+    bytes that they cover, and those end in the token by a merge of the list.
+
+    Args:
+        merges: As for `check_merges`, which has passed.
+        vocab: As for `check_merges`.
+        whole: Whether a piece that is a token becomes that token at once, so that the tokens which no pair of
+            others can make do not matter. Those of Llama 3 are the only ones that its list does not make.
+
+    Raises:
+        CheckpointError: If the vocabulary is built so that finding out takes too long.
+    """
+    digest = hashlib.sha256("\n".join(map(" ".join, merges)).encode(errors="surrogatepass")).hexdigest()
+    if _MADE_BY_THEIR_MERGES.get(digest) in (False, whole) or (whole and len(merges) == _count_splits(vocab)):
+        return set()
+    ranks = {pair: vocab[pair[0] + pair[1]] for pair in merges}
+    order = dict.fromkeys(_VISIBLE, -1)  # of the tokens that are made for certain, and the merge that makes each
+    made: dict[str, tuple[str, str]] = {}
+    for pair, rank in ranks.items():
+        if (token := pair[0] + pair[1]) not in made and _comes_to(pair, rank, ranks, order, made):
+            made[token], order[token] = pair, rank
+    left = [token for token in vocab if token not in order]
+    if sum(len(token) ** 2 for token in left) > _MAX_STEPS:
+        raise CheckpointError("its merges make too few of its tokens; use another file.")
+    return {token for token in left if _merged(token, ranks) != [token]}
+
+
+def _count_splits(vocab: Mapping[str, int]) -> int:
+    """How many pairs of tokens are a third one."""
+    count = 0
+    for token in vocab:
+        for i in range(1, len(token)):
+            if token[:i] in vocab and token[i:] in vocab:
+                count += 1
+    return count
+
+
+def _comes_to(
+    pair: tuple[str, str],
+    rank: int,
+    ranks: Mapping[tuple[str, str], int],
+    order: Mapping[str, int],
+    made: Mapping[str, tuple[str, str]],
+) -> bool:
+    """Whether two tokens come to be neighbors before anything joins them: their merges undone, the latest first.
+
+    Source: `is_valid_token_pair` in github/rust-gems, crates/bpe.
+    """
+    left, right = pair
+    if left not in order or right not in order:
+        return False
+    while True:
+        if order[left] > order[right]:
+            rank, left = order[left], made[left][1]
+            if ranks.get((left, right), rank) < rank:
+                return False
+        elif order[right] >= 0:
+            rank, right = order[right], made[right][0]
+            if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges the first one comes first
+                return False
+        else:
+            return True
+
+
+def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Merge the bytes of a token, the pair of the lowest rank first."""
+    parts = list(token)
+    while len(parts) > 1:
+        found = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
+        if (best := min(found)) == _NEVER:
+            break
+        i = found.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def is_reachable(text: str, made: Collection[str]) -> bool:

@@ -129,7 +129,14 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         )
     ids = range(tokenizer.n_vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(parts.pattern)
+    # Only with "llama-bpe" a piece that is a token becomes that token whatever the merges make of it.
+    pre = "smaug-bpe" if parts.pattern == "llama-bpe" and not tokenizer.whole_pieces else parts.pattern
+    if tokenizer.merges and tokenizer.whole_pieces and pre != "llama-bpe":
+        raise CheckpointError(
+            f"{printable(checkpoint.name)} has tokens that no merge makes, which GGUF does not hold with the "
+            f"pattern '{pre}'; --to hf holds them."
+        )
+    writer.add_tokenizer_pre(pre)
     # Ids without a token get a name that no text has.
     texts = [parts.texts.get(id, f"[PAD{id}]") for id in ids]
     writer.add_token_list(texts)

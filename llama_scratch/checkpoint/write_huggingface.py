@@ -158,7 +158,7 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # as in tiktoken, a piece that is a token is that token
+            "ignore_merges": tokenizer.whole_pieces,  # as in tiktoken, a piece that is a token is that token
             "vocab": {text: id for id, text in parts.texts.items()},
             "merges": parts.merges,
         },

@@ -98,6 +98,7 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
         read is None
         or (own.ranks, own.pattern, own.bos_id) != (read.ranks, read.pattern, read.bos_id)
         or own.added_tokens
+        or own.merges
         or not _same_layout(own.names, read.names)
     ):
         raise CheckpointError(
