@@ -989,7 +989,7 @@ def pairs(smollm2_path: Path, meta_tokenizer_path: Path, tmp_path_factory: pytes
         path = folder / f"{name}.json"
         built.save(str(path), pretty=False)
         encode = witness(path)
-        made[name] = (read_tokenizer(path, {}, (), size).tokenizer, encode)
+        made[name] = (read_tokenizer(path, {}, (), size), encode)
     return made
 
 

@@ -17,7 +17,7 @@ from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.json_file import read_object
 from llama_scratch.checkpoint.licence import read_licence
 from llama_scratch.checkpoint.safetensors_header import Entry, find_weights
-from llama_scratch.checkpoint.tokenizer_json import ReadTokenizer, named_token, read_tokenizer
+from llama_scratch.checkpoint.tokenizer_json import ReadTokenizer, named_token, read_tokenizer_json
 from llama_scratch.config import Fields, ModelArgs, RopeScaling
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
 from llama_scratch.memory import require_memory
@@ -233,7 +233,7 @@ def _tokenizer(
     path, metas = directory / "tokenizer.json", directory / "tokenizer.model"
     if path.is_file():
         stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
-        read = read_tokenizer(path, settings, stops, args.vocab_size)
+        read = read_tokenizer_json(path, settings, stops, args.vocab_size)
         given = {role: config.get(name) for name, role in _ID_ROLES.items()}
         # Configurations that nobody completed begin texts with token 1 and end them with token 2.
         named = set(read.tokenizer.names.values())

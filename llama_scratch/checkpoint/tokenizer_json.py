@@ -82,7 +82,14 @@ class ReadTokenizer:
     warnings: tuple[str, ...]
 
 
-def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> ReadTokenizer:
+def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> Tokenizer:
+    """Read the tokenizer alone. See `read_tokenizer_json`."""
+    return read_tokenizer_json(path, config, stop_ids, vocab_size).tokenizer
+
+
+def read_tokenizer_json(
+    path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int
+) -> ReadTokenizer:
     """Read tokenizer.json.
 
     Args:

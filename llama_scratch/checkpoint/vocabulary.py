@@ -1,9 +1,9 @@
 """Byte-level BPE as GGUF and Hugging Face files write it ↔ tiktoken's table of ranks.
 
-Those files hold each token's bytes as visible characters and a list of merges, the best first; tiktoken holds one
-number a token, its rank, and merges the pair that makes the token of the lowest rank. Both cut a text alike where
-the merges stand in the order of what they make, which is checked; and where the same pattern cuts it into pieces
-first, which is known by its name.
+Those files hold each token's bytes as visible characters and a list of merges, the best first. tiktoken holds one
+number per token, its rank, and joins the two tokens that are the token of the lowest rank. Both give the same ids if
+the merges are in the order of the tokens that they make (`check_merges`), if the list makes every token of its own
+bytes (`unmergeable`), and if the same pattern cuts the text into pieces first, which is known by its name.
 """
 
 from __future__ import annotations
