@@ -166,7 +166,8 @@ class Tokenizer:
             sorted(tokens.items(), key=lambda entry: entry[1])
             for tokens in (self.ranks, self.special_tokens, self.added_tokens)
         )
-        rules = (ranks, special, self.pattern, self.bos_id, *([added] if added else []))
+        merges = [] if self.merges is None else [self.merges, self.whole_pieces]
+        rules = (ranks, special, self.pattern, self.bos_id, *([added] if added else []), *merges)
         return hashlib.sha256(repr(rules).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False, limit: int | None = None) -> list[int]:
