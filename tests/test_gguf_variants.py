@@ -302,9 +302,9 @@ def test_a_later_file_that_changes_after_opening(tmp_path: Path) -> None:
         checkpoint.load(silent)
     is_sentence(caught.value, CheckpointError, paths[2], "shorter")
     paths[2].unlink()
-    with pytest.raises(LlamaScratchError) as missing:
+    with pytest.raises(ModelNotFoundError) as missing:
         checkpoint.load(silent)
-    is_sentence(missing.value, LlamaScratchError, paths[2])
+    is_sentence(missing.value, ModelNotFoundError, paths[2])
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.attention.wq.weight", "tok_embeddings.weight"])
