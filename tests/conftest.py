@@ -16,7 +16,7 @@ CACHE = Path(__file__).parent.parent / ".cache"
 os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The instruction set that tests compile the kernels for, see `make instruction-sets`.
-KERNELS = os.environ.get("LLAMA_SCRATCH_KERNELS", "native")
+KERNELS = os.environ.get("TEST_KERNELS", "native")
 for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
     del os.environ[name]
 # A compiler's seconds in each home are too many; tests of the kernels turn them on.
