@@ -1,21 +1,24 @@
 """The program with a model that comes when a test wants it: `python -m tests.slow_llama GATE [OPTIONS]`.
 
 Loading goes on until there is a file GATE, and then ends well, or with the error that the file names. It
-needs no torch, and its stage says whether something else has imported that.
+needs no torch, and its stage says whether something else has imported that. A continuation's tokens are the lines of
+the file GATE.tokens, JSON strings, each as soon as it is there; `null` ends the continuation.
 """
 
 from __future__ import annotations
 
 import builtins
+import json
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from llama_scratch import errors
 from llama_scratch.progress import Progress, silent
-from llama_scratch.results import Candidate, ModelInfo, Prediction, Timing, Token
+from llama_scratch.results import Candidate, ModelInfo, Prediction, Step, Timing, Token
 
 GATE = Path(sys.argv[1])
 TOKENS = {0: "What", 1: " comes"}
@@ -29,7 +32,9 @@ class SlowLlama:
     preparing = None
     path = None
     args = SimpleNamespace(rope_scaling=None)
-    tokenizer = SimpleNamespace(bos_id=None, decode=lambda ids: "".join(TOKENS[id] for id in ids))
+    tokenizer = SimpleNamespace(
+        bos_id=None, special_tokens={}, decode=lambda ids: "".join(TOKENS.get(id, "") for id in ids)
+    )
 
     @classmethod
     def load(cls, source: str, *, progress: Progress, **_: object) -> SlowLlama:
@@ -46,7 +51,24 @@ class SlowLlama:
 
     def predict(self, prompt: str, top: int = 5, *, special: bool = False, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)
-        return Prediction(prompt, (Token(0, TOKENS[0]),), best, (best,), 1.0, (), self.info, Timing())
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        TOKENS[len(TOKENS)] = text
+        token = Token(len(TOKENS) - 1, text)
+        return Prediction(text, (token,), best, (best,), 1.0, (), self.info, Timing())
+
+    def continuation(self, *_: object) -> Iterator[Step]:
+        with Path(f"{GATE}.tokens").open() as file:
+            line = ""
+            while True:
+                line += file.readline()
+                if not line.endswith("\n"):
+                    time.sleep(0.005)
+                    continue
+                if (text := json.loads(line)) is None:
+                    return
+                line = ""
+                TOKENS[len(TOKENS)] = text
+                yield Step(len(TOKENS) - 1, text, -0.5)
 
 
 def wait_for_gate() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
 import pexpect
 import pyte
 
+ROOT = Path(__file__).parent.parent
 PROGRAM = (sys.executable, "-m", "llama_scratch")
 KEYS = {
     "enter": "\r",
@@ -27,6 +31,7 @@ KEYS = {
     "ctrl-d": "\x04",
     "ctrl-r": "\x12",
     "ctrl-t": "\x14",
+    "ctrl-z": "\x1a",
 }
 
 
@@ -149,10 +154,7 @@ class Terminal:
                 raise AssertionError(f"no prompt came behind {said!r}; the screen shows:\n{self.text}")
 
     def paste(self, text: str) -> None:
-        """Paste a text in one piece, as terminals mark it.
-
-        While no prompt reads keys a terminal takes lines, and cuts them at 4,096 bytes: see `command`.
-        """
+        """Paste a text in one piece, as terminals mark it."""
         self._child.send(f"\x1b[200~{text}\x1b[201~")
 
     def resize(self, columns: int, rows: int) -> None:
@@ -166,9 +168,18 @@ class Terminal:
         modes: int = termios.tcgetattr(self._child.child_fd)[3]
         return modes & termios.ECHO > 0 and modes & termios.ICANON > 0
 
+    @property
+    def marks_pastes(self) -> bool:
+        """Whether the program has asked the terminal to mark pastes."""
+        return 2004 << 5 in self.screen.mode  # private modes are shifted
+
     def interrupt(self) -> None:
         """What a terminal does for Ctrl-C while a program computes."""
         self._child.sendintr()
+
+    def signal(self, number: int) -> None:
+        """Send the program a signal."""
+        self._child.kill(number)
 
     def kill(self) -> None:
         """End the program at once, as `kill -9` does."""
@@ -184,3 +195,31 @@ class Terminal:
         if self._child.exitstatus is not None:
             return self._child.exitstatus
         return 128 + (self._child.signalstatus or 0)
+
+
+class Slow(Terminal):
+    """A session whose model comes with `let` and whose continuations come with `stream`: see tests/slow_llama.py."""
+
+    def __init__(self, folder: Path, *arguments: str, columns: int = 80, shell: bool = False) -> None:
+        """shell: start it from an interactive shell, which has job control."""
+        model = folder / "Slow-Llama"
+        model.mkdir()
+        self._gate = folder / "gate"
+        self._tokens = folder / "gate.tokens"
+        self._tokens.touch()
+        command = [sys.executable, "-m", "tests.slow_llama", str(self._gate), "--model-dir", str(model), *arguments]
+        program = ["/bin/sh", "-i"] if shell else command
+        super().__init__(program=tuple(program), env={"PYTHONPATH": str(ROOT), "PS1": "$ ", "ENV": ""}, columns=columns)
+        if shell:
+            self.wait_for("$")
+            self.type(shlex.join(command), "enter")
+
+    def let(self, error: str = "") -> None:
+        """Let the loading end, with an error of this name."""
+        (self._gate.parent / "new").write_text(error)
+        (self._gate.parent / "new").rename(self._gate)
+
+    def stream(self, *tokens: str | None) -> None:
+        """Let the continuation go on with these tokens; None ends it."""
+        with self._tokens.open("a") as file:
+            file.writelines(json.dumps(token) + "\n" for token in tokens)

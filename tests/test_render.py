@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import unicodedata
 
+import pyte
 import pytest
 from rich.console import Console, RenderableType
+from wcwidth import iter_graphemes
 
 from llama_scratch.render import lines, terminal
 from llama_scratch.results import Candidate, Caution, Generated, ModelInfo, Prediction, Timing, Token, as_json
@@ -118,14 +121,89 @@ def test_json_has_the_fields_of_the_contract() -> None:
     assert "generated" not in as_json(prediction(" Paris"))
 
 
+def squeezed(line: str) -> str:
+    """Without the cells that a screen has behind wide characters."""
+    return unicodedata.normalize("NFC", line).replace(" ", "")
+
+
+def streamed(text: str, width: int, cut: int, begin: str = " …") -> list[str]:
+    """The lines of a terminal to which a text came in pieces; they are those that are exported too."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    wrapped = terminal.Wrapped(width, begin, indent=" ")
+    console.print(begin, end="")
+    for i in range(0, len(text), cut):
+        written = wrapped.push(text[i : i + cut], final=i + cut >= len(text))
+        if written:
+            console.print(*written, sep="", end="", soft_wrap=True)
+    screen = pyte.Screen(width, 20)
+    pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
+    shown = [line.rstrip() for line in screen.display]
+    expected = wrapped.text.rstrip().split("\n")
+    assert list(map(squeezed, shown[: len(expected)])) == list(map(squeezed, expected))
+    assert not any(shown[len(expected) :])
+    return expected
+
+
 @pytest.mark.parametrize("cut", [1, 2, 5, 1000])
-def test_running_text_wraps_between_words_however_it_comes(cut: int) -> None:
-    text = "Paris is famous for its landmarks,\nsuch as the Eiffel Tower and 日本語 words"
-    wrapped = terminal.Wrapped(20, column=3)
-    pieces = [wrapped.push(text[i : i + cut]) for i in range(0, len(text), cut)]
-    lines = ("".join(pieces) + wrapped.push("", final=True)).split("\n")
-    assert lines == ["Paris is famous", "for its landmarks,", "such as the Eiffel", "Tower and 日本語", "words"]
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (
+            " Paris is famous for its landmarks,\nsuch as the Eiffel Tower and 日本語 words",
+            [" … Paris is famous", " for its landmarks,", " such as the Eiffel", " Tower and 日本語", " words"],
+        ),
+        (" exactly nine teen and more", [" … exactly nine teen", " and more"]),
+        # No 。 or ） or ー begins a line, and no “ or （ ends one.
+        ("你好，世界。这是一个没有空格的“长”句子", [" …你好，世界。这是一", " 个没有空格的“长”句", " 子"]),
+        ("あいうえおかきく（けこ）さしすせそたデーター", [" …あいうえおかきく", " （けこ）さしすせそ", " たデーター"]),
+        (" to http://a.b/c?d=e&f=g", [" … to", " http://a.b/c?d=e&f=", " g"]),
+        ("x" * 40, [" …" + "x" * 18, " " + "x" * 19, " xxx"]),
+        (" a\N{NO-BREAK SPACE}bcdefghijklmnopq rst", [" …", " a\N{NO-BREAK SPACE}bcdefghijklmnopq", " rst"]),
+        ("\na\tb", [" …", " a      b"]),
+        (" 🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉", [" … 🎉🎉🎉🎉🎉🎉🎉🎉", " 🎉🎉"]),
+    ],
+)
+def test_running_text_wraps_however_it_comes(text: str, lines: list[str], cut: int) -> None:
+    assert streamed(text, 20, cut) == lines
 
 
-def test_a_word_that_is_wider_than_the_terminal_is_given_out_whole() -> None:
-    assert terminal.Wrapped(10).push("a " + "x" * 30, final=True) == "a\n" + "x" * 30
+@pytest.mark.parametrize(
+    "text", ["语言模型", "日本語です", "สวัสดี", "🎉🦙👍", "https://a.b/c", "aGVsbG8gd29ybGQ", "a b"]
+)
+def test_no_more_than_one_character_is_held_back(text: str) -> None:
+    wrapped = terminal.Wrapped(80)
+    for count, char in enumerate(text, start=1):
+        wrapped.push(char)
+        held = text[len(wrapped.text) : count]
+        assert wrapped.text + held == text[:count]
+        assert len(list(iter_graphemes(held))) <= 1
+        assert held == "" or not held.isascii()
+
+
+def test_a_character_of_several_code_points_is_written_in_one_piece() -> None:
+    family, flag, accent = "👩\u200d👩\u200d👧", "🇩🇪", "e\u0301"
+    wrapped = terminal.Wrapped(80)
+    pieces = [written for char in f"{family}{flag}" for written in wrapped.push(char)]
+    pieces += wrapped.push("", final=True)
+    assert [str(piece) for piece in pieces] == [family, flag]
+    wrapped = terminal.Wrapped(20, " …", indent=" ")
+    for char in accent * 20:
+        wrapped.push(char)
+    wrapped.push("", final=True)
+    assert wrapped.text == f" …{accent * 18}\n {accent * 2}"
+
+
+def test_a_window_that_becomes_narrower_begins_a_line() -> None:
+    wrapped = terminal.Wrapped(80, indent=" ")
+    wrapped.push("some words of a line")
+    assert not wrapped.resize(40)
+    assert wrapped.resize(10)
+    wrapped.push(" that goes on")
+    assert wrapped.text == "some words of a line\n  that\n goes on"
+
+
+def test_a_window_of_no_width_ends() -> None:
+    wrapped = terminal.Wrapped(1, indent=" ")
+    wrapped.push("日本", final=True)
+    assert wrapped.text == "日\n 本"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.padding import Padding
 from rich.panel import Panel
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
+from wcwidth import iter_graphemes
+from wcwidth import width as cells
 
 from llama_scratch.errors import printable
 from llama_scratch.render.lines import json_line
@@ -53,28 +55,94 @@ def readable(text: str) -> str:
 
 
 class Wrapped:
-    """Running text that comes bit by bit, wrapped between words: a word is given out once it is complete.
+    """Running text that comes piece by piece, wrapped on the terminal while it is written.
 
-    width: cells of a line. column: where the first line begins.
+    A character is written as soon as it is complete. If its word turns out to be too long for the line, the word
+    is erased there and written again on the next line.
+
+    Args:
+        width: Cells per line.
+        begin: Text that is on the first line already.
+        indent: Text at the beginning of each further line.
     """
 
-    def __init__(self, width: int, column: int = 0):
+    def __init__(self, width: int, begin: str = "", indent: str = ""):
         self._width = width
-        self._column = column
-        self._held = ""  # white space and the word behind it, to which more may come
+        self._indent = indent
+        self._done = ""  # the lines before this one
+        self._start(begin)
+        self._incomplete = ""
 
-    def push(self, text: str, *, final: bool = False) -> str:
-        """What can be printed by now; `final` gives out the last word too."""
-        *complete, self._held = re.findall(r"\s*\S+|\s+", self._held + text) or [""]
-        if final:
-            complete, self._held = [*complete, self._held], ""
-        return "".join(map(self._placed, complete))
+    @property
+    def text(self) -> str:
+        """All lines as they are on the screen."""
+        return self._done + "".join(self._line)
 
-    def _placed(self, word: str) -> str:
-        if "\n" not in word and self._column + cell_len(word) > self._width and word.strip():
-            word = "\n" + word.lstrip()
-        self._column = (0 if "\n" in word else self._column) + cell_len(word.rpartition("\n")[2])
-        return word
+    def push(self, text: str, *, final: bool = False) -> list[Text | Control]:
+        """Take the next piece of the text; `final` if it is the last. Returns what to print, without line ends."""
+        characters = list(iter_graphemes(self._incomplete + text))
+        # More may belong to the last character, such as a skin tone. A mark on a letter takes no cell, so that can come
+        # later.
+        self._incomplete = "" if final or not characters or characters[-1].isascii() else characters.pop()
+        return [written for character in characters for written in self._add(character)]
+
+    def resize(self, width: int) -> list[Text | Control]:
+        """Go on in another width. Returns what to print for that."""
+        self._width = width
+        return self._break() if self._column > width else []
+
+    def _start(self, text: str) -> None:
+        self._line = list(iter_graphemes(text))
+        self._column = cells(text)
+        self._fixed = len(self._line)  # characters that stay on this line
+
+    def _add(self, character: str) -> list[Text | Control]:
+        if character == "\n":
+            return self._break()
+        if character == "\t":
+            character = " " * (8 - self._column % 8)
+        fits = self._column + cells(character) <= self._width or len(self._line) == self._fixed
+        if not fits and not character.isspace():
+            return self._wrap(character)
+        self._line.append(character)
+        self._column += cells(character)
+        return [Text(character)] if fits else []  # white space over the edge is not seen
+
+    def _wrap(self, character: str) -> list[Text | Control]:
+        """Begin the next line with a character, and with the part of its word that is on this line."""
+        line = [*self._line, character]
+        at = next((i for i in range(len(line) - 1, self._fixed, -1) if _may_break(line[i - 1], line[i])), len(line) - 1)
+        word = line[at:]
+        if cells(self._indent) + sum(map(cells, word)) > self._width:  # it has to be cut anyway
+            word = [character]
+        erase: list[Text | Control] = []
+        if len(word) > 1:
+            del self._line[1 - len(word) :]
+            erase = [Control.move_to_column(sum(map(cells, self._line))), _ERASE_TO_END]
+        return [*erase, *self._break(), *(written for each in word for written in self._add(each))]
+
+    def _break(self) -> list[Text | Control]:
+        self._done += "".join(self._line).rstrip() + "\n"
+        self._start(self._indent)
+        return [Text("\n" + self._indent)]
+
+
+_ERASE_TO_END = Control((ControlType.ERASE_IN_LINE, 0))
+
+
+def _may_break(before: str, after: str) -> bool:
+    """Whether a line can end between two characters: after a space and beside East Asian characters and emoji.
+
+    Closing punctuation, hyphens and marks such as ー do not begin a line there, and opening brackets do not end one.
+    """
+    if after.isspace() or before in "\N{NO-BREAK SPACE}\N{FIGURE SPACE}\N{NARROW NO-BREAK SPACE}":
+        return False
+    if before.isspace():
+        return True
+    if not any(unicodedata.east_asian_width(character[0]) in "WFH" for character in (before, after)):
+        return False
+    opening, closing = ("Ps", "Pi", "Sc"), ("Pe", "Pf", "Po", "Pd", "Lm")
+    return unicodedata.category(before[0]) not in opening and unicodedata.category(after[0]) not in closing
 
 
 def percent(probability: float) -> str:

@@ -54,6 +54,8 @@ class Interrupts:
         def leave(number: int, frame: FrameType | None) -> None:
             told.append(number)
             if len(told) == 1:
+                # In the background, setting the terminal's modes would stop the program. Now that just fails.
+                signal.signal(signal.SIGTTOU, lambda *_: None)
                 end()
             else:
                 handlers[number](number, frame)

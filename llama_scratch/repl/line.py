@@ -18,6 +18,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.layout.utils import explode_text_fragments
 from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.renderer import CPR_Support
 from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
 
@@ -25,6 +26,7 @@ from llama_scratch.render import terminal
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, is_command, unescaped
 from llama_scratch.repl.history import open_history
+from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.live import Live, Reading
 from llama_scratch.repl.session import Session
 
@@ -40,8 +42,9 @@ class Line:
     greet: prints what stands above the first prompt, once the model is there.
     """
 
-    def __init__(self, session: Session, greet: Callable[[], None]):
+    def __init__(self, session: Session, keyboard: Keyboard, greet: Callable[[], None]):
         self._session = session
+        self._keyboard = keyboard
         self._greet = greet
         self._greeted = False
         self._choice = 0  # which candidate stands behind the cursor
@@ -49,6 +52,7 @@ class Line:
         self.live = Live(session, self._from_live)
         plain = session.settings.plain
         self._editor: PromptSession[str] = PromptSession(
+            input=keyboard.input,
             history=open_history(session),
             key_bindings=self._keys(),
             multiline=True,  # so that a paste of several lines stays in one piece; Enter still sends
@@ -56,6 +60,7 @@ class Line:
             enable_history_search=True,
             completer=_Commands(session),
             complete_while_typing=False,
+            enable_suspend=True,
             input_processors=[_Surprise(self._reading)],
             bottom_toolbar=None if plain else self._toolbar,
             style=_STYLE,
@@ -75,8 +80,10 @@ class Line:
         )
 
     def end(self) -> None:
-        """End the prompt, or the next one where there is none; from any thread, and where a signal is handled."""
-        self._ended = True
+        """End the prompt, or the next one if none is read; from any thread, and in a signal's handler."""
+        self._ended = self._keyboard.ended = True
+        if not self._keyboard.in_foreground():  # the answer would come to the shell
+            self._editor.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
         self._soon(self._exit)
 
     def _exit(self) -> None:

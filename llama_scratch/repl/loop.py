@@ -8,6 +8,7 @@ from llama_scratch.errors import LlamaScratchError, unexpected
 from llama_scratch.render import terminal
 from llama_scratch.repl.chat import begin
 from llama_scratch.repl.interrupts import Interrupts
+from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.line import Line
 from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session
@@ -24,14 +25,19 @@ class _Loop:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._interrupts = Interrupts()
-        self._line = Line(session, self._greet)
+        self._keyboard = session.keyboard = Keyboard(session.console)
+        self._line = Line(session, self._keyboard, self._greet)
         self._greeted = False
         self._draft = ""  # what the next line begins with
 
     def run(self) -> None:
+        with self._keyboard.session():
+            self._run()
+
+    def _run(self) -> None:
         session = self._session
         if session.console.is_dumb_terminal:  # where nothing can be printed above what is being typed
-            with self._interrupts.armed():
+            with self._keyboard.collecting(), self._interrupts.armed():
                 session.loading.wait()
         while not session.ended:
             self._greet()
@@ -46,7 +52,7 @@ class _Loop:
                 return
             self._begin()
             try:
-                with self._interrupts.armed():
+                with self._keyboard.collecting(), self._interrupts.armed():
                     self._take(line)
             except KeyboardInterrupt:
                 session.show(Text("\n Cancelled.", style="dim"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
     from llama_scratch.render.page import Page
     from llama_scratch.repl.chat import Chat
+    from llama_scratch.repl.keyboard import Keyboard
     from llama_scratch.results import ModelInfo, Prediction, Step
 
 
+# What `Console.print` does not add to a text.
+_AS_IT_IS: dict[str, Any] = {"sep": "", "end": "", "soft_wrap": True}
 # Texts that /undo can go back to.
 _MOMENTS = 1000
 
@@ -160,6 +164,7 @@ class Session:
     chat: the conversation that each line goes on with; None where each line is a prompt.
     interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
     walk: where /step is.
+    keyboard: of the terminal on which the lines are typed; None if they come from a pipe.
     first_model, first_settings, first_system: what the session began with, for /save too.
     """
 
@@ -181,6 +186,7 @@ class Session:
     first_model: Origin | None = None
     interventions: tuple[Intervention, ...] = ()
     walk: Any | None = None
+    keyboard: Keyboard | None = None
 
     def __post_init__(self) -> None:
         self._changed: Llama | None = None
@@ -473,14 +479,17 @@ class Session:
         """Show a continuation as it comes; Ctrl-C ends it and keeps what came."""
         steps: list[Step] = []
         begin = Text(" " if self.chat else " …", style="dim")
-        words = terminal.Wrapped(self.console.width, column=len(begin))
-        came: list[str] = []
+        # A screen reader would read a word twice that is erased, and a dumb terminal cannot erase it.
+        wraps = not (self.settings.plain or self.console.is_dumb_terminal)
+        words = terminal.Wrapped(self.console.width if wraps else sys.maxsize, begin.plain, indent=" ")
 
         def write(text: str, *, final: bool = False) -> None:
-            came.append(words.push(terminal.readable(text), final=final))
-            self.console.print(came[-1], end="", soft_wrap=True, markup=False, highlight=False)
+            written = words.resize(self.console.width) if wraps else []
+            written += words.push(terminal.readable(text), final=final)
+            if written:
+                self.console.print(*written, **_AS_IT_IS)
 
-        self.console.print(begin, end="")
+        self.console.print(begin, **_AS_IT_IS)
         reason = "length"
         start = time.perf_counter()
         try:
@@ -493,7 +502,7 @@ class Session:
             reason = "interrupted"
         write("", final=True)
         self.console.print(Text("  stopped" if reason == "interrupted" else "", style="dim") + "\n")
-        self.shown.append(Text.assemble(begin, "".join(came)))
+        self.shown.append(Text.assemble(begin, words.text.removeprefix(begin.plain)))
         new = tuple(step.id for step in steps)
         return Generated(
             text=self.llama.tokenizer.decode(new),

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,12 +92,13 @@ def _undo(session: Session, _: str) -> Reply:
 @command("edit", replayed=False)
 def _edit(session: Session, _: str) -> Reply | None:
     """Edit the text in $EDITOR and answer it."""
-    if not (session.interactive and sys.stdin.isatty()):
+    if session.keyboard is None:
         raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
     if session.chat:
         raise UsageError("/edit opens the text, expected no chat, whose text has its format in it; /chat off ends it.")
     before = session.text_of(session.ids) if session.now else ""
-    after = _edited(before)
+    with session.keyboard.given_away():
+        after = _edited(before)
     if not after or after == before:
         return note("Nothing was changed.")
     return Reply(session.ask(after))

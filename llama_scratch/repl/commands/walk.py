@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
     from llama_scratch.microscope.stepping import Walk
+    from llama_scratch.repl.keyboard import Keyboard
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
@@ -58,8 +59,8 @@ def _step(session: Session, argument: str) -> Reply:
 
     On a terminal /step alone takes single keys: Enter or n, i, o, b, t 5, p q, and ? lists them.
     """
-    if not argument and session.interactive:
-        return _with_keys(session)
+    if not argument and session.keyboard:
+        return _with_keys(session, session.keyboard)
     return _take(session, argument)
 
 
@@ -108,7 +109,7 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
 
 
-def _with_keys(session: Session) -> Reply:
+def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
     """Walk with single keys until q, Ctrl-C or Ctrl-D; the walk stays where it is then."""
     # Imported here, because a pipe has no use for it.
     from prompt_toolkit import PromptSession
@@ -132,8 +133,10 @@ def _with_keys(session: Session) -> Reply:
 
     plain = session.settings.plain
     editor: PromptSession[str] = PromptSession(
+        input=keyboard.input,
         key_bindings=keys,
         erase_when_done=True,
+        enable_suspend=True,
         color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
     )
     hint = FormattedText([("ansibrightblack", "Enter next, i into, o out, ? all")])
@@ -141,7 +144,8 @@ def _with_keys(session: Session) -> Reply:
     session.show(reply.view or "")
     while True:
         try:
-            line = editor.prompt("step> ", placeholder=hint).strip()
+            with keyboard.released():
+                line = editor.prompt("step> ", placeholder=hint).strip()
         except (KeyboardInterrupt, EOFError):
             break
         if line in ("q", "end"):
