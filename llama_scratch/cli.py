@@ -307,7 +307,10 @@ def main(
     colors: dict[str, Any] = {"no_color": True} if no_color or plain else {}
     asking = not no_input and sys.stdin.isatty() and sys.stderr.isatty()
     screen = Screen(
-        Console(highlight=False, **colors), Console(stderr=True, quiet=quiet, highlight=False, **colors), json, asking
+        Console(highlight=False, emoji=False, **colors),
+        Console(stderr=True, quiet=quiet, highlight=False, emoji=False, **colors),
+        json,
+        asking,
     )
     ctx.obj = State(screen)
     guard.install()
@@ -328,7 +331,7 @@ def main(
 
     settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain, live, special)
     conversation = Chat(system or "") if chat or system is not None else None
-    form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines", top is not None)
+    form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines")
     if prompt is None and sys.stdin.isatty() and form.kind == "terminal":
         from llama_scratch.repl import loop
 
@@ -351,6 +354,7 @@ def main(
         settings,
         _opener(options),
         interactive=shown,
+        lists_candidates=top is not None,
         keeps_turns=commands,
         debug=debug,
     )
@@ -358,6 +362,9 @@ def main(
     if conversation:
         begin(session, conversation.system)
         session.first_system = conversation.system
+    if prompt in (None, "-") and sys.stdin.isatty():
+        what = "the prompt" if prompt else "prompts, one per line,"
+        screen.log.print(f"Reading {what} from the terminal. Ctrl-D ends.", soft_wrap=True)
     if prompt == "-":
         prompt = stdin_text()
     if prompt == "":

@@ -250,14 +250,23 @@ def _indented(sentence: str, style: str) -> RenderableType:
     return Padding(Text(sentence, style=style), (0, 0, 0, 1))
 
 
-def banner(model: ModelInfo, context: int) -> RenderableType:
-    """What stands above the first prompt."""
+def banner(model: ModelInfo, context: int, *, live: bool = True, chat: bool = False) -> RenderableType:
+    """The lines above the first prompt.
+
+    Args:
+        model: The model that answers.
+        context: Maximum number of tokens in a sequence.
+        live: Whether a token is suggested while the user types.
+        chat: Whether a line is a message of a conversation.
+    """
+    first = "Type a prompt to see the next token; [bold]Enter[/] answers."
+    if live:
+        first = "Type a prompt to see the next token; [bold]Tab[/] takes the suggested one, [bold]Enter[/] answers."
+    if chat:
+        first = "Type a message; [bold]Enter[/] sends it."
     return Group(
         Text.assemble((f"{model.name}", "bold"), (f"  {describe(model)}, context {context:,} tokens", "dim")),
-        Text.from_markup(
-            "Type a prompt to see the next token; [bold]Tab[/] takes the grey one, [bold]Enter[/] answers.\n"
-            "[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves.\n"
-        ),
+        Text.from_markup(f"{first}\n[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves.\n"),
     )
 
 
@@ -345,9 +354,9 @@ def as_text(view: RenderableType, width: int = 100) -> str:
     """A view as lines without colours; a text as it is."""
     if isinstance(view, Text):
         return view.plain
-    console = Console(no_color=True, color_system=None, highlight=False, width=width, force_jupyter=False)
+    console = Console(no_color=True, color_system=None, highlight=False, width=width, emoji=False, force_jupyter=False)
     with console.capture() as captured:
-        console.print(view)
+        console.print(view, markup=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

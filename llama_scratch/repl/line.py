@@ -24,7 +24,7 @@ from rich.cells import cell_len, set_cell_size
 
 from llama_scratch.render import terminal
 from llama_scratch.render.surprise import surprise_style
-from llama_scratch.repl.commands import completions, is_command, unescaped
+from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.live import Live, Reading
@@ -126,17 +126,11 @@ class Line:
             self.live.want(None)
             longer = next((c for c in completions(self._session, line) if len(c) > len(line)), line)
             buffer.suggestion = Suggestion(longer[len(line) :])
-        elif line and self._is_live:
+        elif line and self._session.is_live:
             self.live.want(unescaped(line))
             self._offer()
         else:
             self.live.want(None)
-
-    @property
-    def _is_live(self) -> bool:
-        """A message of a chat is no text that the model would go on with, and a screen reader would never be silent."""
-        session = self._session
-        return session.settings.live and not session.settings.plain and session.chat is None
 
     def _from_live(self) -> None:
         """There is a new reading; called from its thread."""
@@ -165,7 +159,7 @@ class Line:
 
     def _toolbar(self) -> FormattedText:
         reading = self._reading()
-        if reading is None or not self._is_live:
+        if reading is None or not self._session.is_live:
             return FormattedText()
         current = reading.line == unescaped(self._editor.default_buffer.text)
         candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
@@ -217,7 +211,7 @@ class Line:
         @keys.add("right", filter=typing & empty)
         def _(event: KeyPressEvent) -> None:
             if self._session.now and self._session.chat is None:
-                event.current_buffer.insert_text(self._session.continued_text)
+                event.current_buffer.insert_text(escaped(self._session.continued_text))
 
         @keys.add("s-tab", filter=typing & ~command & ~menu)
         def _(event: KeyPressEvent) -> None:
@@ -244,7 +238,7 @@ class _Commands(Completer):
         line = document.text_before_cursor
         if is_command(line):
             for found in completions(self._session, line):
-                shown = found[found.find(" ") + 1 :]
+                shown = found.split(maxsplit=1)[-1]
                 yield Completion(found, start_position=-len(line), display=shown)
 
 

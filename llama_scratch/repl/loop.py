@@ -90,15 +90,19 @@ class _Loop:
         if self._session.loading.ended and not self._greeted:
             llama = self._session.llama
             self._greeted = True
-            self._session.console.print(terminal.banner(llama.info, llama.context))
-            if (chat := self._session.chat) is not None:
-                self._begin_chat(chat.system)
+            problem = self._begin_chat()
+            live, chat = self._session.is_live, self._session.chat is not None
+            self._session.console.print(terminal.banner(llama.info, llama.context, live=live, chat=chat))
+            if problem:
+                self._session.console.print(terminal.error(problem))
 
-    def _begin_chat(self, system: str) -> None:
-        """Look whether the model takes a conversation; where it does not, say so and take prompts."""
-        self._session.chat = None
+    def _begin_chat(self) -> str:
+        """Check that the model takes a conversation if one was asked for. If not, return why, and take prompts."""
+        chat, self._session.chat = self._session.chat, None
         try:
-            begin(self._session, system)
+            if chat:
+                begin(self._session, chat.system)
         except LlamaScratchError as error:
             self._session.first_system = None  # so that a replay takes prompts too
-            self._session.console.print(terminal.error(str(error)))
+            return str(error)
+        return ""

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, unexpected
 from llama_scratch.render import lines, terminal
-from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
+from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
 from llama_scratch.system.small_files import without_line_end, without_mark
 
 
 @dataclass(frozen=True)
 class Format:
-    """How answers are written. `all_candidates`: a line for each, not only for the first."""
+    """How answers are written."""
 
     kind: Literal["json", "lines", "terminal"]
-    all_candidates: bool = False
 
 
 # Bytes of a prompt: the longest context holds no more, whatever the text.
@@ -72,7 +72,9 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
             continue
         try:
             # Without commands a slash is a character like any other.
-            output, reply = respond(session, prompt if commands else f"/{prompt}" if prompt[0] == "/" else prompt)
+            line = prompt if commands else escaped(prompt)
+            session.typed(line)
+            output, reply = respond(session, line)
             _show(session, output, reply, form, log)
         except LlamaScratchError as error:
             print(f"llama-scratch: {error}", file=sys.stderr)
@@ -109,12 +111,12 @@ def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
 def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: Format, log: Console) -> None:
     """What a line was answered, on standard output; what holds no data goes where notes go."""
     if form.kind == "json":
-        _write(lines.json_line(output))
+        _write(session, lines.json_line(output))
     elif reply and reply.view is not None:
         if form.kind == "terminal" or reply.note:
-            session.console.print(reply.view)
+            session.show(reply.view)
         else:
-            _write(terminal.as_text(reply.view))
+            _write(session, terminal.as_text(reply.view))
     elif form.kind == "lines" and "next" in output:
         for sentence in output["warnings"]:
             if sentence in session.explained:  # about the model, and printed before
@@ -122,11 +124,13 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
         session.explained.update(session.llama.warnings)
         if "generated" in output:
-            _write(output["generated"]["text"])
+            _write(session, output["generated"]["text"])
         else:
-            for line in lines.answer_lines(session.moments[-1].prediction, all_candidates=form.all_candidates):
-                _write(line)
+            prediction = session.moments[-1].prediction
+            for line in lines.answer_lines(prediction, all_candidates=session.lists_candidates):
+                _write(session, line)
 
 
-def _write(line: str) -> None:
+def _write(session: Session, line: str) -> None:
     print(line, flush=True)
+    session.record(Text(line))

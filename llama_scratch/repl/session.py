@@ -156,11 +156,12 @@ class Session:
     loading: the model, there already or on its way.
     open: loads another model, by its path or name and its precision, with the session's other options.
     interactive: whether a person watches, so that what comes bit by bit is shown bit by bit.
+    lists_candidates: whether a number of candidates was asked for, so that a pipe gets a line for each.
     debug: an error that nothing foresaw ends the session with its traceback.
     moments: each text that was answered, the newest last; `now` is that one. past: the texts before those, of a
     session that was loaded.
-    turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what stands on the
-    screen, for /export. page: the view that was shown last, for /picture; None for the answer.
+    turns: what was typed and what it was answered, for /save, where `keeps_turns`. shown: what was typed and
+    printed, for /export. page: the view that was shown last, for /picture; None for the answer.
     chat: the conversation that each line goes on with; None where each line is a prompt.
     interventions: changes to the network that stay on; `llama` is the model with them, `intact` the one without.
     walk: where /step is.
@@ -173,6 +174,7 @@ class Session:
     settings: Settings
     open: Callable[[str, str, Progress], Llama]
     interactive: bool = False
+    lists_candidates: bool = False
     keeps_turns: bool = True
     debug: bool = False
     ended: bool = False
@@ -205,6 +207,22 @@ class Session:
             return self.loading.wait()
         with progress_bar(self.console) as progress:
             return self.loading.wait(progress)
+
+    @property
+    def not_live(self) -> str:
+        """Where the session is that has no live prediction; "" if it can have one."""
+        if self.keyboard is None:
+            return "in a pipe"
+        if self.console.is_dumb_terminal:
+            return "on a terminal that cannot show it"
+        if self.settings.plain:  # a screen reader would never be silent
+            return "with --plain"
+        return "in a chat" if self.chat else ""  # a message is not a text that the model would continue
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the model predicts while a line is typed."""
+        return self.settings.live and not self.not_live
 
     @property
     def stage(self) -> tuple[str, int, int] | None:
@@ -323,7 +341,7 @@ class Session:
     def ids(self) -> list[int]:
         """The text so far. Raises `UsageError` where there is none."""
         if self.now is None:
-            raise UsageError("There is no text yet, expected a prompt first; type one, or give it behind the command.")
+            raise UsageError("There is no text yet; give a prompt first.")
         return self.now.ids
 
     @property
@@ -336,7 +354,9 @@ class Session:
         return self.llama.encode(text, special=self.settings.special)
 
     def meant(self, argument: str) -> list[int]:
-        """The ids of the text behind a command, or without one those of the text so far."""
+        """The ids of the text after a command, or without one those of the text so far."""
+        if not argument and self.now is None:
+            raise UsageError("There is no text yet; give a prompt first, or give the text after the command.")
         return self.encode(argument) if argument else self.ids
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -502,7 +522,7 @@ class Session:
             reason = "interrupted"
         write("", final=True)
         self.console.print(Text("  stopped" if reason == "interrupted" else "", style="dim") + "\n")
-        self.shown.append(Text.assemble(begin, words.text.removeprefix(begin.plain)))
+        self.record(Text.assemble(begin, words.text.removeprefix(begin.plain)))
         new = tuple(step.id for step in steps)
         return Generated(
             text=self.llama.tokenizer.decode(new),
@@ -513,8 +533,13 @@ class Session:
         )
 
     def typed(self, line: str) -> None:
-        """Let a line that stands on the screen be exported with it."""
-        self.shown.append(Text.assemble((self.loading.name, "bold cyan"), "> ", terminal.readable(line)))
+        """Let /export write a line that was typed."""
+        self.record(Text.assemble((self.loading.name, "bold cyan"), "> ", terminal.readable(line)))
+
+    def record(self, view: RenderableType) -> None:
+        """Let /export write something that was printed. Without commands there is no /export."""
+        if self.keeps_turns:
+            self.shown.append(view)
 
     def keep(self, turn: Turn) -> None:
         """Remember a line and its answer."""
@@ -525,7 +550,7 @@ class Session:
 
     def show(self, view: RenderableType) -> None:
         """Print something that belongs to the session's screen."""
-        self.shown.append(view)
+        self.record(view)
         self.console.print(view, markup=False, highlight=False)
 
     @contextmanager

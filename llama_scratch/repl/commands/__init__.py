@@ -17,6 +17,14 @@ from llama_scratch.repl.commands import (  # noqa: F401
     walk,
     why,
 )
-from llama_scratch.repl.commands.registry import COMMANDS, Reply, completions, is_command, run_command, unescaped
+from llama_scratch.repl.commands.registry import (
+    COMMANDS,
+    Reply,
+    completions,
+    escaped,
+    is_command,
+    run_command,
+    unescaped,
+)
 
-__all__ = ["COMMANDS", "Reply", "completions", "is_command", "run_command", "unescaped"]
+__all__ = ["COMMANDS", "Reply", "completions", "escaped", "is_command", "run_command", "unescaped"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.repl.commands.registry import Reply, command, paged, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
-_ROPE = re.compile(r"(?:([0-9]{1,7})(?: +|\Z))?(?:[lL]?([0-9]{1,4})\.[hH]?([0-9]{1,4}))?")
+_ROPE = re.compile(r"(?:([0-9]{1,7})(?:\s+|\Z))?(?:[lL]?([0-9]{1,4})\.[hH]?([0-9]{1,4}))?")
 _LAYER = re.compile(r"[lL]?([0-9]{1,4})")
 
 
@@ -76,7 +76,7 @@ def _neurons(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.neurons import neurons
     from llama_scratch.render.pages import neurons as pages
 
-    layer, _, count = argument.partition(" ")
+    layer, count = first_word(argument)
     number = whole_number(count, "COUNT") if count else 10
     with session.progress() as progress:
         found = neurons(session.llama, session.ids, _layer(layer, "neurons"), number, progress)

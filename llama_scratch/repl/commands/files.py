@@ -207,8 +207,8 @@ def _export(session: Session, argument: str) -> Reply:
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
         raise UsageError(f"'{printable(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
-    if not (session.turns if path.suffix.lower() == ".json" else session.shown):
-        raise UsageError("There is nothing to export yet, expected a prompt or a command before it.")
+    if not session.turns:
+        raise UsageError("There is nothing to export yet; give a prompt or a command first.")
     if os.path.lexists(path):
         raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
     record.write_whole(path, replace_surrogates(write(session)).encode())
@@ -218,7 +218,7 @@ def _export(session: Session, argument: str) -> Reply:
 def _drawn(session: Session) -> Console:
     """The session's screen, drawn once more to be exported."""
     width = session.console.width
-    console = Console(record=True, file=io.StringIO(), width=width)
+    console = Console(record=True, file=io.StringIO(), width=width, emoji=False)
     for view in session.shown:
         console.print(view, markup=False, highlight=False)
     return console
@@ -253,7 +253,7 @@ def _history(session: Session, argument: str) -> Reply:
     On a terminal those of earlier sessions too.
     """
     count = whole_number(argument, "/history") if argument else 20
-    typed = _kept() if session.interactive else []
+    typed = _kept() if session.keyboard else []
     typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]
     return Reply({"history": typed}, Group(*(Text(" " + terminal.readable(line)) for line in typed)))
 

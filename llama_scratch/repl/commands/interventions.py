@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.render.pages import patching
-from llama_scratch.repl.commands.registry import Reply, command, note, number, paged, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, first_word, note, number, paged, whole_number
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.commands.views import two_texts
 from llama_scratch.repl.session import Session
@@ -17,7 +17,7 @@ from llama_scratch.repl.session import Session
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
 
-_AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?: +(.*))?", re.DOTALL)
+_AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)
 
 
 def _put(session: Session, more: Sequence[Intervention]) -> Reply:
@@ -135,8 +135,8 @@ def _steer(session: Session, argument: str) -> Reply:
     """
     from llama_scratch.microscope.interventions import steer
 
-    layer, _, rest = argument.partition(" ")
-    scale, _, texts = rest.strip().partition(" ")
+    layer, rest = first_word(argument)
+    scale, texts = first_word(rest)
     llama = session.intact
     which, factor = whole_number(layer.lstrip("lL"), "a layer", least=0), number(scale, "the scale")
     toward, away = map(session.encode, two_texts(texts, "/steer"))

@@ -17,12 +17,12 @@ from llama_scratch.render.page import Page
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.progress import displayed
-from llama_scratch.repl.commands.registry import Reply, command, paged, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
-_LENS = re.compile(r"(ranks)?(?: *\b([0-9]{1,9}))?")
+_LENS = re.compile(r"(ranks)?(?:\s*\b([0-9]{1,9}))?")
 # Rows of a screen that a page which grows leaves to its title, its labels and what stands around them. What is taller
 # than the screen cannot be taken off it.
 _AROUND = 13
@@ -105,14 +105,14 @@ def _attention(session: Session, argument: str) -> Reply:
         reply = paged(session, found.as_json(), attention_pages.heads(found))
         session.page = attention_pages.heads(found, whole=True)  # a picture has room for all of them
         return reply
-    name, _, where = argument.partition(" ")
+    name, where = first_word(argument)
     part = Part.named(name, llama.args)
     if part.kind not in ("layer", "head") or (where and part.kind == "layer"):
         raise UsageError(
             f"'{printable(argument)}' was given for /attention, expected a layer such as L5, or a head such as L5.H3 "
             "and, if need be, a position."
         )
-    position = whole_number(where.strip(), "the position", least=0) if where else None
+    position = whole_number(where, "the position", least=0) if where else None
     with session.progress() as progress:
         if part.kind == "layer":
             found = heads(llama, ids, part.layer, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -103,10 +104,20 @@ def unescaped(line: str) -> str:
     return line[1:] if line.startswith("//") else line
 
 
+def escaped(text: str) -> str:
+    """A text as the line to type for it: a slash in front becomes two. The opposite of `unescaped`."""
+    return f"/{text}" if text.startswith("/") else text
+
+
 def split(line: str) -> tuple[str, str]:
-    """A command's line → its name and the text behind it."""
-    name, _, argument = line[1:].strip().partition(" ")
-    return name, argument.strip()
+    """A command's line → its name and the text after it."""
+    return first_word(line[1:])
+
+
+def first_word(text: str) -> tuple[str, str]:
+    """A text → its first word and the rest. Any white space separates them, a tab or a line break too."""
+    word, rest = [*text.split(maxsplit=1), "", ""][:2]
+    return word, rest.strip()
 
 
 def run_command(session: Session, line: str) -> tuple[Command, Reply | None]:
@@ -133,13 +144,14 @@ def unknown_command(name: str) -> UsageError:
 
 def completions(session: Session, line: str) -> list[str]:
     """What may stand in place of the last part of a command's line: whole lines, the one that was begun first."""
-    name, separator, argument = line[1:].partition(" ")
-    if not separator:
-        return [f"/{other}" for other in COMMANDS if other.startswith(name)]
+    begun = re.fullmatch(r"/(\S*)(\s+)(.*)", line, re.DOTALL)
+    if begun is None:
+        return [f"/{name}" for name in COMMANDS if name.startswith(line[1:])]
+    name, space, argument = begun.groups()
     found = COMMANDS.get(name)
     if found is None:
         return []
-    return [f"/{name} {value}" for value in found.complete(session, argument) if value.startswith(argument)]
+    return [f"/{name}{space}{value}" for value in found.complete(session, argument) if value.startswith(argument)]
 
 
 def whole_number(argument: str, what: str, least: int = 1) -> int:

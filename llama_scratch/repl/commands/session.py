@@ -8,8 +8,8 @@ from llama_scratch.repl.session import Session
 
 KEYS = {
     "Enter": "Answer the prompt; on an empty line accept what is offered.",
-    "Tab, →": "Take the grey token; on an empty line, bring the text back.",
-    "Shift-Tab": "Offer the next candidate in its place.",
+    "Tab, →": "Take the suggested token; on an empty line, bring the text back.",
+    "Shift-Tab": "Suggest the next candidate in its place.",
     "Alt-Enter": "A line break within the prompt.",
     "Up, Down": "Earlier prompts. Ctrl-R searches them.",
     "Ctrl-T": "On an empty line: how surprising each token of the text was.",
@@ -34,16 +34,31 @@ GROUPS = {
 
 
 @command("help", "[COMMAND]", complete=lambda _session, _begun: list(COMMANDS))
-def _help(_session: Session, argument: str) -> Reply:
+def _help(session: Session, argument: str) -> Reply:
     """List the commands and the keys, or explain one command."""
     if not argument:
         names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
         groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
-        return Reply({"commands": names, "keys": KEYS}, terminal.groups(groups | {"Keys": KEYS}), note=True)
+        keys = _keys(session)
+        return Reply({"commands": names, "keys": keys}, terminal.groups(groups | {"Keys": keys}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:
         raise unknown_command(name)
     return Reply({"usage": found.usage, "help": found.help}, terminal.explained(found.usage, found.help), note=True)
+
+
+def _keys(session: Session) -> dict[str, str]:
+    """The keys, and what they do in the session's mode."""
+    if session.keyboard is None:  # lines come from a pipe
+        return {"//…": KEYS["//…"]}
+    keys = dict(KEYS)
+    if not session.is_live:
+        keys["Tab, →"] = "On an empty line, bring the text back."
+        keys["Shift-Tab"] = "On an empty line, offer the next candidate."
+    if session.chat:
+        del keys["Tab, →"]
+        keys["Enter"] = "Send the message; on an empty line accept what is offered."
+    return keys
 
 
 @command("clear")

@@ -14,7 +14,9 @@ def _top(session: Session, argument: str) -> Reply:
     """Show N candidates with each answer."""
     if argument:
         session.settings.top = whole_number(argument, "/top")
-    return note(f"Each answer shows {session.settings.top} candidates.", top=session.settings.top)
+        session.lists_candidates = True
+    answer = "Each answer outside the chat" if session.chat else "Each answer"
+    return note(f"{answer} shows {session.settings.top} candidates.", top=session.settings.top)
 
 
 def _sampling(session: Session, **changes: Any) -> Reply:
@@ -83,12 +85,15 @@ def _live(session: Session, argument: str) -> Reply:
 
     The tokens of the line are coloured by how much they surprise the model: green what it expected (under 1 bit),
     magenta what surprised it (4 bits), bold red what surprised it much (8 bits). The bottom line has the best next
-    token, which also stands in grey behind the cursor.
+    token, which is suggested after the cursor too. Not in a chat and not with --plain.
     """
     if argument:
         session.settings.live = on_or_off(argument, "/live")
     state = "on" if session.settings.live else "off"
-    return note(f"Live prediction is {state}.", live=session.settings.live)
+    sentence = f"Live prediction is {state}."
+    if session.not_live:
+        sentence = f"There is no live prediction {session.not_live}. Elsewhere it is {state}."
+    return note(sentence, live=session.settings.live)
 
 
 @command("special", "[on | off]", _on_off)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
-_TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?: +|\Z))?(\.\.|[0-9]{1,4}(?:\.[0-9]{1,4})*)?")
+_TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?:\s+|\Z))?(\.\.|[0-9]{1,4}(?:\.[0-9]{1,4})*)?")
 # A JSON string, or anything else up to a bar.
 _PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
 

@@ -11,7 +11,7 @@ from llama_scratch.render import terminal
 from llama_scratch.render.pages import architecture as architecture_pages
 from llama_scratch.render.pages import source as source_pages
 from llama_scratch.render.pages import stepping as stepping_pages
-from llama_scratch.repl.commands.registry import Reply, command, note, paged, whole_number
+from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def _take(session: Session, argument: str) -> Reply:
     """Do one action and show where that leads."""
     from llama_scratch.microscope import stepping
 
-    word, _, rest = argument.partition(" ")
-    word, rest = _ACTIONS.get(word, word), rest.strip()
+    word, rest = first_word(argument)
+    word = _ACTIONS.get(word, word)
     if word not in ("", *_ACTIONS.values()):
         raise UsageError(f"'{printable(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
     if word == "end":

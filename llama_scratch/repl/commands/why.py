@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from llama_scratch.errors import UsageError, printable
 from llama_scratch.render.pages import why as pages
 from llama_scratch.render.terminal import SPACE
@@ -23,8 +25,9 @@ def _why(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.attribution import why
 
     llama, ids = session.llama, session.ids
-    first, versus_given, second = (part.strip() for part in f" {argument} ".partition(" vs "))
-    if versus_given and not second:
+    first, *seconds = (part.strip() for part in re.split(r"\svs\s", f" {argument} ", maxsplit=1))
+    second = seconds[0] if seconds else ""
+    if seconds and not second:
         if first:
             raise UsageError(
                 f"'{printable(argument)}' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."
