@@ -145,8 +145,8 @@ def _table(part: Table) -> RenderableType:
             grid.add_column(Text(written(name.removeprefix(">"))), overflow="fold", ratio=1 if bars else None)
     columns = zip(*part.rows, strict=True) if part.rows else ()
     shown = [
-        _bars(column, right=name.startswith(">")) if bars else [_text(cell) for cell in column]
-        for name, column, bars in zip(part.columns, columns, barred, strict=False)
+        _bars(column) if bars else [_text(cell) for cell in column]
+        for column, bars in zip(columns, barred, strict=False)
     ]
     limit = part.scroll or len(part.rows)
     for row in list(zip(*shown, strict=True))[:limit]:
@@ -168,12 +168,13 @@ def _tree(part: Table) -> RenderableType:
     return nodes[0]
 
 
-def _bars(column: Sequence[Cell], *, right: bool) -> list[RenderableType]:
+def _bars(column: Sequence[Cell]) -> list[RenderableType]:
+    """A column's bars after their numbers, which are aligned."""
     texts = [_text(cell) for cell in column]
     width = max(text.cell_len for text in texts)
     both = any((cell.bar or 0) < 0 for cell in column)
     for text in texts:
-        text.align("right" if right else "left", width)
+        text.align("right", width)
     return [_Barred(text, cell.bar, both) for text, cell in zip(texts, column, strict=True)]
 
 

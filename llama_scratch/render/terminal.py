@@ -183,7 +183,7 @@ def answer(prediction: Prediction) -> RenderableType:
         # Indented by the frame's width, so that the tokens stand below each other.
         token = Text.assemble("  ", visible(candidate.text), "  ")
         table.add_row(token, Text(percent(candidate.probability)), Bar(candidate.probability))
-    parts: list[RenderableType] = [Padding(table, (0, 0, 1, 1)), Text(" " + took(prediction), style="dim")]
+    parts: list[RenderableType] = [Padding(table, (0, 0, 1, 1)), note(took(prediction))]
     return Group(*parts, *(warning(sentence) for sentence in prediction.warnings), Text())
 
 
@@ -223,6 +223,11 @@ def warning(sentence: str) -> RenderableType:
     return _indented(sentence, "yellow")
 
 
+def note(sentence: str) -> RenderableType:
+    """A sentence about an answer, or about the thing that was done."""
+    return _indented(sentence, "dim")
+
+
 def effect(with_it: Candidate, without: Candidate) -> RenderableType:
     """What difference it makes that a prompt ends as the warning says: the answers with and without its last token."""
     parts = [
@@ -247,7 +252,7 @@ def error(sentence: str) -> RenderableType:
 
 
 def _indented(sentence: str, style: str) -> RenderableType:
-    return Padding(Text(sentence, style=style), (0, 0, 0, 1))
+    return Padding(Text(sentence, style=style), (0, 0, 0, 1), expand=False)
 
 
 def banner(model: ModelInfo, context: int, *, live: bool = True, chat: bool = False) -> RenderableType:

@@ -33,7 +33,7 @@ def page(cache: Cache, timing: Timing | None = None) -> Page:
                 f"{_bytes(cache.held_bytes)} for this text. {_bytes(cache.taken_bytes)} are taken, because the memory "
                 "grows in doubling steps."
             ),
-            Table(("", "mean ‖K‖", "mean ‖V‖"), rows, "Mean length of a key and of a value"),
+            Table(("", ">mean ‖K‖", ">mean ‖V‖"), rows, "Mean length of a key and of a value"),
             Paragraph("/kv LAYER shows them head by head and token by token.", "dim"),
         ),
         _SOURCE,

@@ -71,7 +71,7 @@ def _query(rope: Rope) -> tuple[Running, Table]:
             Cell(f"{pair.pair}", "dim"),
             Cell(_dial(pair.before)),
             Cell(_dial(pair.after)),
-            Cell(f"{pair.length:.3g}", bar=pair.length / most),
+            Cell(f"{pair.length:.2f}", bar=pair.length / most),
         )
         for pair in longest
     )
@@ -80,7 +80,7 @@ def _query(rope: Rope) -> tuple[Running, Table]:
         Cell(rope.token.text, "cyan", token=True),
         Cell(f", turned to position {rope.position:,}: its length {rope.length:.4g} stays, as that of each pair."),
     )
-    return Running(heading), Table((">j", ">before", ">after", "length"), rows, "Its longest pairs", scroll=_SHOWN)
+    return Running(heading), Table((">j", ">before", ">after", ">length"), rows, "Its longest pairs", scroll=_SHOWN)
 
 
 def _keys(rope: Rope) -> tuple[Table, Paragraph]:
@@ -98,7 +98,7 @@ def _keys(rope: Rope) -> tuple[Table, Paragraph]:
     if rope.n_keys > len(rope.matches):
         note = f"The {len(rope.matches)} nearest of {rope.n_keys:,} keys. {note}"
     title = "The query at its own place meets the keys"
-    return Table((">back", "key", ">unturned", "product"), rows, title, scroll=_SHOWN), Paragraph(note, "dim")
+    return Table((">back", "key", ">unturned", ">product"), rows, title, scroll=_SHOWN), Paragraph(note, "dim")
 
 
 def _dial(angle: float) -> str:

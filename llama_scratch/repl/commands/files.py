@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.text import Text
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
@@ -66,7 +67,7 @@ def _save(session: Session, argument: str) -> Reply:
     turns = len(recorded.turns)
     sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {printable(path, 200)}."
     if not recorded.header.repeatable:
-        sentence += "\n Text was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
+        sentence += "\nText was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
     return note(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
 
 
@@ -128,7 +129,7 @@ def _load(session: Session, argument: str) -> Reply:
         facts["model_path"] = str(llama.path and llama.path.absolute())
     if off:
         lines.append("Changes to the network are off.")
-    return note("\n ".join(lines), **facts, **(as_json(answer) if answer else {}))
+    return note("\n".join(lines), **facts, **(as_json(answer) if answer else {}))
 
 
 def _remade(changes: Sequence[record.Change], llama: Llama, progress: Progress) -> list[Intervention]:
@@ -255,7 +256,10 @@ def _history(session: Session, argument: str) -> Reply:
     count = whole_number(argument, "/history") if argument else 20
     typed = _kept() if session.keyboard else []
     typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]
-    return Reply({"history": typed}, Group(*(Text(" " + terminal.readable(line)) for line in typed)))
+    return Reply(
+        {"history": typed},
+        Group(*(Padding(Text(terminal.readable(line)), (0, 0, 0, 1), expand=False) for line in typed)),
+    )
 
 
 def _kept() -> list[str]:

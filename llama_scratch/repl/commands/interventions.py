@@ -37,7 +37,7 @@ def _listed(session: Session) -> Reply:
     """What is on."""
     on = session.interventions
     sentence = (
-        "\n ".join(f"{i.label}  {i.meaning}" for i in on) or "Nothing is changed: the network is as it was loaded."
+        "\n".join(f"{i.label}  {i.meaning}" for i in on) or "Nothing is changed: the network is as it was loaded."
     )
     return note(sentence, interventions=[intervention.as_json() for intervention in on])
 

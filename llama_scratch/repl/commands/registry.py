@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.render import page_terminal
+from llama_scratch.render import page_terminal, terminal
 from llama_scratch.render.page import Page
 from llama_scratch.repl.session import Session
 
@@ -36,7 +35,7 @@ class Reply:
 
 def note(sentence: str, **facts: Any) -> Reply:
     """A reply that says what was done."""
-    return Reply(facts, Text(" " + sentence, style="dim"), note=True)
+    return Reply(facts, terminal.note(sentence), note=True)
 
 
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
