@@ -200,8 +200,8 @@ class Terminal:
 class Slow(Terminal):
     """A session whose model comes with `let` and whose continuations come with `stream`: see tests/slow_llama.py."""
 
-    def __init__(self, folder: Path, *arguments: str, columns: int = 80, shell: bool = False) -> None:
-        """shell: start it from an interactive shell, which has job control."""
+    def __init__(self, folder: Path, *arguments: str, columns: int = 80, shell: bool = False, after: str = "") -> None:
+        """shell: start it from an interactive shell, which has job control. after: the end of the shell's line."""
         model = folder / "Slow-Llama"
         model.mkdir()
         self._gate = folder / "gate"
@@ -212,7 +212,7 @@ class Slow(Terminal):
         super().__init__(program=tuple(program), env={"PYTHONPATH": str(ROOT), "PS1": "$ ", "ENV": ""}, columns=columns)
         if shell:
             self.wait_for("$")
-            self.type(shlex.join(command), "enter")
+            self.type(f"{shlex.join(command)} {after}", "enter")
 
     def let(self, error: str = "") -> None:
         """Let the loading end, with an error of this name."""

@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -14,11 +14,15 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.progress import Progress, silent
-from llama_scratch.repl.commands import COMMANDS, completions
+from llama_scratch.render import terminal
+from llama_scratch.repl.chat import Chat
+from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
+from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.commands.session import GROUPS
 from llama_scratch.repl.commands.text import _edited
+from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
+from llama_scratch.repl.pipe import Format, answer_all, respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
 
@@ -425,3 +429,86 @@ def test_an_edited_text_that_is_not_one(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "text").write_bytes(b"a" * ((1 << 24) + 1))
     with pytest.raises(LlamaScratchError, match="bytes"):
         _edited("before")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "argument"),
+    [
+        ("/top\t3", "top", "3"),
+        ("/tokens\nthe\n end", "tokens", "the\n end"),
+        ("/tokens\N{IDEOGRAPHIC SPACE}the", "tokens", "the"),
+        (" /top".strip(), "top", ""),
+        ("/ top  3 ", "top", "3"),
+    ],
+)
+def test_any_white_space_separates_a_command_from_its_argument(line: str, name: str, argument: str) -> None:
+    assert split(line) == (name, argument)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/tree 2x2\t1",
+        "/neurons 0\t3",
+        "/steer 3\t2\nthe | end",
+        "/patch L0@0\tThe capital of Spain is",
+        "/lens ranks\t0",
+    ],
+)
+def test_any_white_space_separates_the_parts_of_an_argument(session: Session, line: str) -> None:
+    respond(session, "The capital of France is")
+    respond(session, line)
+
+
+def test_a_commands_argument_is_completed_after_any_white_space(session: Session) -> None:
+    assert completions(session, "/live\to") == ["/live\ton", "/live\toff"]
+
+
+@pytest.mark.parametrize("text", ["/usr/bin/env", "//x", "/", "the / end", "", " /x"])
+def test_a_text_that_returns_to_the_line_is_escaped(text: str) -> None:
+    assert unescaped(escaped(text)) == text
+    assert not is_command(escaped(text))
+
+
+def said(session: Session, line: str) -> str:
+    """The words that a command shows."""
+    _, reply = respond(session, line)
+    assert reply
+    assert reply.view is not None
+    return terminal.as_text(reply.view)
+
+
+def test_live_is_not_said_to_be_on_where_it_is_not(session: Session) -> None:
+    assert "no live prediction in a pipe" in said(session, "/live on")
+    session.keyboard = cast(Keyboard, object())
+    assert said(session, "/live on") == " Live prediction is on."
+    assert session.is_live
+    session.settings.plain = True
+    assert "no live prediction with --plain" in said(session, "/live")
+    session.settings.plain = False
+    session.chat = Chat()
+    assert "no live prediction in a chat" in said(session, "/live")
+    assert "outside the chat" in said(session, "/top")
+    assert "bring the text back" not in said(session, "/help")
+    session.chat = None
+    said(session, "/live off")
+    assert not session.is_live
+    assert "suggested token" not in said(session, "/help")
+    session.keyboard = None
+    assert "Alt-Enter" not in said(session, "/help")
+
+
+def test_a_pipe_exports_the_lines_that_were_answered(session: Session, tmp_path: Path) -> None:
+    lines = ["The capital of France is", "/top 2", "The capital of France is", f"/export {tmp_path}/x.md"]
+    log = Console(file=io.StringIO())
+    assert answer_all(session, lines, Format("lines"), commands=True, log=log) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert text.count("> The capital of France is") == 2
+    assert text.count('" Paris"') == 2
+    assert text.count('" the"') == 1  # /top 2 asked for it
+
+
+def test_a_pipe_without_commands_keeps_nothing_for_an_export(session: Session) -> None:
+    session.keeps_turns = False
+    answer_all(session, ["the"], Format("lines"), commands=False, log=Console(file=io.StringIO()))
+    assert session.shown == []

@@ -206,3 +206,26 @@ def test_a_prompt_that_is_continued_in_the_background_stops_again(job: Slow, tmp
     until(job, lambda: not job.echoes)
     job.type("here", "enter")
     job.wait_for(f"{PROMPT}here")
+
+
+# --- Text that comes back, and a terminal without a screen ------------------------------------
+
+
+def test_a_text_that_begins_with_a_slash_comes_back_as_it_is_typed(tmp_path: Path) -> None:
+    with Slow(tmp_path, "--no-live") as slow:
+        slow.let()
+        slow.wait_for("lists the commands")
+        slow.command("//usr/bin/env", "entropy")
+        slow.type("tab")
+        slow.wait_for(f"{PROMPT}//usr/bin/env comes")
+        slow.type("enter")
+        slow.wait_for_more("entropy", slow.seen("entropy"))
+        assert "no command" not in slow.text
+
+
+@pytest.mark.parametrize(("option", "said"), [("", "prompts, one per line"), ("--prompt -", "the prompt")])
+def test_a_terminal_whose_output_is_a_pipe_is_told_to_type(tmp_path: Path, option: str, said: str) -> None:
+    with Slow(tmp_path, *option.split(), shell=True, after="2>&1 | cat") as slow:
+        slow.let()
+        slow.wait_for(f"Reading {said}")
+        slow.wait_for("Ctrl-D ends")

@@ -337,3 +337,9 @@ def test_a_picture_without_matplotlib_is_a_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"not installed; install it with pip install \"llama-scratch\[plot\]\""):
         png(EVERYTHING)
+
+
+def test_numbers_before_bars_are_aligned() -> None:
+    rows = tuple((Cell(f"{value:.2f}", bar=value / 100),) for value in (2, 100, -1.5))
+    text = shown(Table(("length",), rows), width=40)
+    assert len({line.index(".") for line in text.splitlines() if "." in line}) == 1

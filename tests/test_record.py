@@ -713,7 +713,7 @@ def test_where_nothing_is_exported(
     assert os.listdir(tmp_path) == ["there.html"]
 
 
-def test_a_pipe_has_no_screen_to_export(tiny: Llama, tmp_path: Path) -> None:
+def test_a_session_without_a_screen_exports_json_alone(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the")
     with pytest.raises(UsageError, match="nothing to export"):
         respond(session, f"/export {tmp_path / 'a.html'}")

@@ -207,3 +207,22 @@ def test_a_window_of_no_width_ends() -> None:
     wrapped = terminal.Wrapped(1, indent=" ")
     wrapped.push("日本", final=True)
     assert wrapped.text == "日\n 本"
+
+
+@pytest.mark.parametrize("view", [terminal.note("word " * 30), terminal.answer(prediction(" Paris"))])
+def test_lines_that_wrap_keep_their_indentation(view: RenderableType) -> None:
+    text = shown(view, 30)
+    assert all(line.startswith(" ") for line in text.splitlines() if line)
+
+
+def test_the_banner_speaks_of_the_keys_that_there_are() -> None:
+    assert "Tab" in shown(terminal.banner(MODEL, 64))
+    assert "Tab" not in shown(terminal.banner(MODEL, 64, live=False))
+    chat = shown(terminal.banner(MODEL, 64, live=False, chat=True))
+    assert "message" in chat
+    assert "prompt" not in chat
+    assert "grey" not in shown(terminal.banner(MODEL, 64))
+
+
+def test_a_view_as_text_keeps_what_looks_like_markup() -> None:
+    assert terminal.as_text("a [b]c[/b] :smile:") == "a [b]c[/b] :smile:"

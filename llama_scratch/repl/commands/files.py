@@ -208,7 +208,7 @@ def _export(session: Session, argument: str) -> Reply:
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
         raise UsageError(f"'{printable(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
-    if not session.turns:
+    if not session.turns or not (session.shown or path.suffix.lower() == ".json"):
         raise UsageError("There is nothing to export yet; give a prompt or a command first.")
     if os.path.lexists(path):
         raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
