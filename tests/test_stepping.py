@@ -8,9 +8,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.microscope import stepping
 from llama_scratch.microscope.stepping import RETURNED, Look, Stop, Value, Walk, look, parsed, walk
 from llama_scratch.repl.commands import completions, run_command
+from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
 from tests.test_view_commands import run, shown, started
 
@@ -629,8 +631,8 @@ def test_completion_knows_what_is_alive(session: Session) -> None:
 
 def typed(session: Session, keys: str) -> dict[str, Any]:
     """What /step answers a person who types these keys."""
-    session.interactive = True
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        session.keyboard = cast(Keyboard, SimpleNamespace(input=pipe, released=nullcontext))
         pipe.send_text(keys)
         reply = run_command(session, "/step")[1]
     assert reply is not None
