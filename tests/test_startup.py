@@ -117,7 +117,7 @@ def test_a_loading_that_fails_ends_the_session_with_its_code(slow: Slow, error: 
     assert shown.count("The model fell over.") == 1
     assert shown.count("llama-scratch: ") == 1
     assert slow.seen("Traceback") == 0
-    assert not slow.marks_pastes  # what the prompt switched on is off again
+    assert slow.seen("\x1b[?2004h") == slow.seen("\x1b[?2004l")  # what the prompt switched on is off again
 
 
 @pytest.mark.parametrize("keys", [["ctrl-d"], ["/quit", "enter"]])

@@ -55,6 +55,7 @@ class Keyboard:
         self._original: list[Any] | None = None
         self._stop = -1, -1  # a pipe that ends the collecting thread
         self._thread: Thread | None = None
+        self._marked = False
         self.ended = False  # whether a prompt is to end instead of waiting for the foreground
 
     @contextmanager
@@ -78,11 +79,13 @@ class Keyboard:
     def collecting(self) -> Iterator[None]:
         """Keep the keys that are typed in here for the next prompt. Ctrl-C and Ctrl-Z stay signals."""
         self._take()
+        self._mark(True)
         self._start()
         try:
             yield
         finally:
             self._end()
+            self._mark(False)
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -106,6 +109,7 @@ class Keyboard:
         finally:
             signal.signal(signal.SIGTSTP, handler)
             self._take()
+            self._mark(True)
             self._start()
 
     # --- The thread that reads ---
@@ -140,23 +144,23 @@ class Keyboard:
     # --- The terminal's modes ---
 
     def _take(self) -> None:
-        """Have keys come one by one and without echo, as they were pressed, and pastes marked."""
+        """Have keys come one by one and without echo, as they were pressed."""
         if (modes := self._modes()) is not None:
             modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
             modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
             modes[3] |= termios.NOFLSH  # Ctrl-C cancels the answer, not the keys
             modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
             self._set(modes)
-            self._write(_MARK_PASTES)
 
     def _give_back(self) -> None:
         if self._original is not None and self.in_foreground():
             self._set(self._original)
-            self._write(_MARK_NOTHING + _SHOW_CURSOR)  # a progress bar hides it
+            self._mark(False)
+            self._write(_SHOW_CURSOR)  # a progress bar hides it
 
     def _suspend(self, number: int, _frame: FrameType | None) -> None:
         """Stop the program, with the terminal as it was before the session, and go on once it continues."""
-        modes = self._modes()
+        modes, marked = self._modes(), self._marked
         self._give_back()
         signal.signal(number, signal.SIG_DFL)
         try:
@@ -170,6 +174,7 @@ class Keyboard:
             self._take()
             if modes is not None and self.in_foreground():
                 self._set(modes)
+            self._mark(marked)
 
     def _modes(self) -> list[Any] | None:
         """The terminal's modes; None in the background, where setting them would stop the program."""
@@ -181,6 +186,12 @@ class Keyboard:
     def _set(self, modes: list[Any]) -> None:
         with suppress(termios.error, OSError):  # the terminal is gone
             termios.tcsetattr(self.input.fileno(), termios.TCSANOW, modes)
+
+    def _mark(self, on: bool) -> None:
+        """Have the terminal mark pastes, or no longer."""
+        if on != self._marked and self.in_foreground():
+            self._marked = on
+            self._write(_MARK_PASTES if on else _MARK_NOTHING)
 
     def _write(self, codes: bytes) -> None:
         if self._screen is not None:
