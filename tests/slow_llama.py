@@ -11,10 +11,11 @@ import builtins
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 from llama_scratch import errors
 from llama_scratch.progress import Progress, silent
@@ -24,14 +25,24 @@ GATE = Path(sys.argv[1])
 TOKENS = {0: "What", 1: " comes"}
 
 
+@dataclass
+class Args:
+    """What the session uses of a `ModelArgs`."""
+
+    rope_scaling: None = None
+
+
 class SlowLlama:
     """What the session uses of a `Llama`; it answers " comes" to everything."""
 
     info = ModelInfo("Slow-Llama", "none", "fp32", "cpu", 1_000_000)
     context = 64
     preparing = None
+    warnings = ()
+    engine = SimpleNamespace(files=SimpleNamespace(names=(), sha256=lambda progress: "0" * 64))
     path = None
-    args = SimpleNamespace(rope_scaling=None)
+    options: Mapping[str, object] = MappingProxyType({})
+    args = Args()
     tokenizer = SimpleNamespace(
         bos_id=None, special_tokens={}, decode=lambda ids: "".join(TOKENS.get(id, "") for id in ids)
     )

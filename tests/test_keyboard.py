@@ -54,12 +54,12 @@ def test_keys_during_an_answer_are_not_echoed_and_come_to_the_next_prompt(slow: 
 
 
 def test_enter_during_an_answer_sends_the_line_after_it(slow: Slow) -> None:
-    slow.type("/help undo", "enter", "/help top", "enter", "draft")
+    slow.type("/help top", "enter", "/help seed", "enter", "draft")
     slow.stream(" two", None)
     slow.wait_for("> draft")
     assert " … one two\n" in slow.text
-    assert slow.text.index("> /help undo") < slow.text.index("nothing is computed again")
-    assert slow.text.index("nothing is computed again") < slow.text.index("> /help top")
+    assert slow.text.index("> /help top") < slow.text.index("Show N candidates")
+    assert slow.text.index("Show N candidates") < slow.text.index("> /help seed")
 
 
 def test_a_paste_of_several_lines_during_an_answer_stays_in_one_piece(slow: Slow) -> None:

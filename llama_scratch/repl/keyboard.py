@@ -132,12 +132,13 @@ class Keyboard:
             # In the background the keys belong to another program.
             watched = [keyboard] if self.in_foreground() else []
             ready = select.select([*watched, stop], [], [], _ESCAPE_S)[0]
-            if stop in ready and not (self.input.pasting and select.select(watched, [], [], _PASTE_S)[0]):
-                return
-            if ready:
+            if keyboard in ready:
                 # Not a late answer to an earlier prompt's question where the cursor is.
                 keys = [key for key in self.input.read_keys() if key.key != Keys.CPRResponse]
                 store_typeahead(self.input, keys)
+            elif stop in ready:
+                if not (self.input.pasting and select.select(watched, [], [], _PASTE_S)[0]):
+                    return
             else:
                 self.input.flush_keys()  # Escape, which would change the meaning of the next key
 
