@@ -44,7 +44,9 @@ class SlowLlama:
     options: Mapping[str, object] = MappingProxyType({})
     args = Args()
     tokenizer = SimpleNamespace(
-        bos_id=None, special_tokens={}, decode=lambda ids: "".join(TOKENS.get(id, "") for id in ids)
+        bos_id=None,
+        untypeable=frozenset(),
+        decode=lambda ids: "".join(TOKENS.get(id, "") for id in ids),
     )
 
     @classmethod
