@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError, printable
 
@@ -244,7 +244,7 @@ class Fields:
     def integer(self, name: str, default: Any = _REQUIRED, *, most: int = _LARGEST) -> int:
         """A whole number, which some programs write as a float (8192.0)."""
         if (value := self._get(name, default)) is default:
-            return value  # type: ignore[no-any-return]
+            return cast(int, value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:

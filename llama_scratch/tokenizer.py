@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
@@ -188,19 +188,22 @@ class Tokenizer:
         [128000, 9906]
         """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        most = None if limit is None else max(0, limit + 1 - len(ids))
-        ids += islice(self._ids(replace_surrogates(text), special), most)
+        for part in self._parts(replace_surrogates(text), special):
+            ids += part
+            if limit is not None and len(ids) > limit:
+                break
         if self.unknown is None:
             return ids
         unknown_id = self.names[self.unknown]
         return [id if id < self.n_vocab else unknown_id for id in ids]
 
-    def _ids(self, text: str, special: bool) -> Iterator[int]:
+    def _parts(self, text: str, special: bool) -> Iterator[list[int]]:
+        """The ids of a text, part by part."""
         cuts = _cuts(text)
         start = 0
         for name in self._named(text, special, cuts):
             yield from self._ordinary(text, start, name.start(), cuts)
-            yield self.names[name[0]]
+            yield [self.names[name[0]]]
             start = name.end()
         yield from self._ordinary(text, start, len(text), cuts)
 
@@ -214,14 +217,14 @@ class Tokenizer:
                 continue
             yield name
 
-    def _ordinary(self, text: str, start: int, stop: int, cuts: list[int]) -> Iterator[int]:
-        """The ids of a part of a text without named tokens."""
+    def _ordinary(self, text: str, start: int, stop: int, cuts: list[int]) -> Iterator[list[int]]:
+        """The ids of a stretch of a text without named tokens, cut by cut."""
         inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
         for begin, end in pairwise([start, *inside, stop]):
             if self._pieces:
-                yield from self._by_piece(text[begin:end])
+                yield list(self._by_piece(text[begin:end]))
             else:
-                yield from self._encoding.encode_ordinary(text[begin:end])
+                yield self._encoding.encode_ordinary(text[begin:end])
 
     def _by_piece(self, text: str) -> Iterator[int]:
         """The ids of a text where some pieces are tokens that tiktoken must not make of others."""
