@@ -69,6 +69,7 @@ def theirs(huggingfaces: Any, ids: list[int]) -> Tensor:
 # --- Maps -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_heads_map_is_that_of_transformers(llama: Llama, huggingfaces: Any) -> None:
     ids = llama.encode(smollm2.TEXTS["prose"])[:64]
     expected = theirs(huggingfaces, ids)

@@ -172,6 +172,7 @@ def test_real_weights_attribute_as_transformers_activations_say(
     assert abs(found.remainder) <= 1e-3
 
 
+@pytest.mark.slow
 def test_real_claims_are_what_transformers_says_without_the_part(
     llama: Llama, paris: Why, london: Why, huggingfaces: Any
 ) -> None:

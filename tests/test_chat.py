@@ -617,8 +617,8 @@ def test_opening_a_model_starts_no_process_and_chat_imports_no_jinja(smollm2_pat
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Llama:
-    return Llama.load(smollm2_path, precision="fp32", device="cpu")
+def smollm2(smollm2_fp32_path: Path) -> Llama:
+    return Llama.load(smollm2_fp32_path, precision="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")

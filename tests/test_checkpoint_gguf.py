@@ -253,6 +253,7 @@ def test_smollm2s_header_is_what_the_gguf_package_reads(smollm2_path: Path) -> N
     ]
 
 
+@pytest.mark.slow
 def test_smollm2s_weights_are_what_the_gguf_package_dequantises(smollm2_path: Path) -> None:
     """Each of the 272 tensors, to the last bit, under the name that the network gives it."""
     weights = open_checkpoint(smollm2_path).load(silent)

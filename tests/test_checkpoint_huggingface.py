@@ -1014,6 +1014,7 @@ def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
     assert len(seen) >= 10_000
 
 
+@pytest.mark.slow
 def test_a_corpus_of_code_and_many_scripts_has_its_ids(pairs: dict[str, Pair]) -> None:
     """Line by line, as a whole, with the line ends of Windows, and with what SmolLM2 cannot write."""
     assert len(CORPUS) > 2000

@@ -28,8 +28,8 @@ from llama_scratch.sampling import GREEDY
 
 
 @pytest.fixture(scope="module")
-def llama(smollm2_path: Path) -> Llama:
-    return Llama.load(smollm2_path, precision="fp32")
+def llama(smollm2_fp32_path: Path) -> Llama:
+    return Llama.load(smollm2_fp32_path, precision="fp32")
 
 
 @pytest.fixture

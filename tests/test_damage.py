@@ -29,6 +29,7 @@ WEIGHTS = "consolidated.00.pth"
 # --- On the disk ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", damage.FORMS)
 def test_every_damage_is_refused_or_found_or_changes_nothing(tmp_path: Path, form: str) -> None:
     """The recorded run, short: no finding, and each kind of outcome that there must be."""
@@ -254,6 +255,7 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
         assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["llama_scratch.precision:_pack_half", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
 )
@@ -274,6 +276,7 @@ def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> N
         assert SENTENCE in " ".join(terminal.text.split())
 
 
+@pytest.mark.slow
 def test_a_library_has_no_handler() -> None:
     """SIGBUS is the host's; and with faulthandler the trace of a fault is what was asked for."""
     code = (

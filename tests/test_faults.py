@@ -51,17 +51,20 @@ def test_told_to_end_at_any_moment(figures: dict[str, Any]) -> None:
     assert found["ended_by_it"] > 12
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(figures: dict[str, Any]) -> None:
     """The same, but for what the next run removes or goes on from."""
     assert figures["kill"]["ended_by_it"] > 12
 
 
+@pytest.mark.slow
 def test_full_disks_and_homes_that_are_none(figures: dict[str, Any]) -> None:
     """A sentence where something is needed, and the answer where nothing is."""
     assert figures["full_disk"]["refused_in_a_sentence"] > 0
     assert figures["no_home"] == {"homes": 7, "runs": 28}
 
 
+@pytest.mark.slow
 def test_several_programs_at_once(figures: dict[str, Any]) -> None:
     """Three of each kind lose nothing of each other's."""
     assert figures["together"]["history_entries"] == 36
@@ -70,6 +73,7 @@ def test_several_programs_at_once(figures: dict[str, Any]) -> None:
 # --- The way out ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("when", ["loading", "typing", "computing"])
 def test_a_session_that_is_told_to_end_gives_the_terminal_back(

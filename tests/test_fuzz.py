@@ -39,6 +39,7 @@ def figures() -> Any:
     return fuzz("print(json.dumps({name: dataclasses.asdict(fuzz.run(name, 300)) for name in fuzz.TARGETS}))")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_broken_inputs_are_taken_or_refused_in_a_sentence(figures: Any, name: str) -> None:
     """In time, in bounds of memory, and without an end of the process."""
@@ -56,6 +57,7 @@ def test_what_was_found_stays_mended(case: Path) -> None:
         assert problem(target, case.read_bytes(), Path(folder) / target.file, Figures()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "found"),
     [

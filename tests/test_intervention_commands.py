@@ -43,8 +43,8 @@ def tiny(tiny_dir: Path) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Llama:
-    return Llama.load(smollm2_path, precision="fp32", device="cpu")
+def smollm2(smollm2_fp32_path: Path) -> Llama:
+    return Llama.load(smollm2_fp32_path, precision="fp32", device="cpu")
 
 
 @pytest.fixture

@@ -291,6 +291,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.usefixtures("_threads")
 def test_a_row_depends_on_no_other_and_on_no_number_of_threads(ops: Any, bits: int) -> None:

@@ -45,6 +45,7 @@ def session(tiny: Llama) -> Session:
 # --- The numbers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_layer_says_what_transformers_streams_say(llama: Llama, huggingfaces: Any) -> None:
     """Its hidden states through its norm and its head: guesses and ranks equal, probabilities within 1e-4.
 

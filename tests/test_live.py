@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SMOLLM2_FP32
 from tests.terminal import Terminal
 
 PROMPT = "SmolLM2-135M-Instruct> "
 # Of the bottom line alone.
 BELOW = "· entropy"
+# Mapped float32: neither turned from 4 bits nor packed at each start.
+MODEL = ("--model-dir", str(SMOLLM2_FP32), "--precision", "fp32")
 
 
 @pytest.fixture(scope="module")
-def shared(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+def shared(smollm2_fp32_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     with start(tmp_path_factory.mktemp("state")) as terminal:
         yield terminal
 
@@ -30,12 +33,10 @@ def session(shared: Terminal) -> Terminal:
 
 
 def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
-    """A session whose model is there and whose weights are packed."""
-    terminal = Terminal("--model", "smollm2", *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
+    """A session whose model is loaded."""
+    terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
     terminal.wait_for("lists the commands")
     terminal.settle(0.5)
-    while "Packing" in terminal.text:
-        terminal.read()
     return terminal
 
 
@@ -167,7 +168,7 @@ def test_live_off_and_no_live_show_nothing(session: Terminal, tmp_path: Path) ->
         assert BELOW not in other.text
 
 
-def test_plain_output_has_no_live_prediction(smollm2_path: Path, tmp_path: Path) -> None:
+def test_plain_output_has_no_live_prediction(smollm2_fp32_path: Path, tmp_path: Path) -> None:
     with start(tmp_path, "--plain") as session:
         session.type("The capital of France is")
         session.settle(1)
@@ -213,7 +214,7 @@ def test_a_paste_of_10000_characters_is_read_live_and_can_be_left(session: Termi
 
 
 @pytest.mark.parametrize("columns", [40, 60])
-def test_the_bottom_line_fits_a_narrow_terminal(smollm2_path: Path, tmp_path: Path, columns: int) -> None:
+def test_the_bottom_line_fits_a_narrow_terminal(smollm2_fp32_path: Path, tmp_path: Path, columns: int) -> None:
     with start(tmp_path, columns=columns) as session:
         session.type("The capital of France is")
         bottom(session, "␣Paris")

@@ -133,6 +133,7 @@ def test_tokens_have_their_bytes(llama: Llama) -> None:
 # --- Surprisal --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", smollm2.TEXTS.values(), ids=smollm2.TEXTS)
 def test_surprisal_is_that_of_one_pass_of_transformers(llama: Llama, huggingfaces: Any, text: str) -> None:
     ids = llama.encode(text)

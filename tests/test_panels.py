@@ -300,6 +300,7 @@ def test_a_damaged_file_is_made_again(source: Path, precision: str, made: list[i
         assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_damaged_calibrated_file_is_made_again_as_a_whole(tmp_path: Path, made: list[int]) -> None:
     """At once, for a piece alone cannot be calibrated, and kept by the same start."""
     path = write_meta(tmp_path / "Tiny")
@@ -325,6 +326,7 @@ def test_a_damaged_calibrated_file_is_made_again_as_a_whole(tmp_path: Path, made
     assert len(made) == 13
 
 
+@pytest.mark.slow
 def test_what_is_calibrated_with_another_network_is_another_file(tmp_path: Path) -> None:
     path = write_meta(tmp_path / "Tiny")
     (text := tmp_path / "text.txt").write_text("The nation that has its own heart and hands. " * 200)
@@ -462,6 +464,7 @@ def test_a_whole_model(tmp_path: Path, precision: str) -> None:
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To fp32, on another text of the same kind."""
     path = write_meta(tmp_path / "Tiny")

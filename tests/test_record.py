@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -22,6 +22,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.progress import Progress
 from llama_scratch.repl import record
 from llama_scratch.repl.commands import completions
+from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.replay import Report, compare, run_again
@@ -738,6 +739,7 @@ def test_history_of_a_terminal_is_that_of_earlier_sessions_too(tiny: Llama) -> N
     from llama_scratch.repl.history import open_history
 
     session = session_of(tiny, interactive=True)
+    session.keyboard = cast(Keyboard, object())
     assert respond(session, "/history")[0]["history"] == []  # there is no file yet
     kept = open_history(session)
     for line in ("older", "two\nlines", "newer"):
@@ -764,6 +766,7 @@ def test_file_names_are_completed(tiny: Llama, tmp_path: Path, monkeypatch: pyte
 # --- The command line -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_save_and_replay_by_the_open_model(
     llama_scratch: Runner,  # noqa: F811
     smollm2_path: Path,
@@ -785,6 +788,7 @@ def test_save_and_replay_by_the_open_model(
     assert (difference["turn"], difference["what"], difference["old"]) == (4, "next.probability", 0.5)
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_from_the_recorded_answer(
     llama_scratch: Runner,  # noqa: F811
     smollm2_path: Path,

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SMOLLM2_FP32
 from tests.terminal import Terminal
 
 # What stands under every answer, plain ones too ("Entropy").
 ANSWERED = "ntropy "
+# Mapped float32: neither turned from 4 bits nor packed at each start.
+MODEL = ("--model-dir", str(SMOLLM2_FP32), "--precision", "fp32")
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def state(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def shared(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+def shared(smollm2_fp32_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     with start({"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}) as terminal:
         yield terminal
 
@@ -39,7 +42,7 @@ def session(shared: Terminal) -> Terminal:
 
 def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal:
     """A session whose model is there."""
-    terminal = Terminal("--model", "smollm2", *arguments, env=state, columns=columns)
+    terminal = Terminal(*MODEL, *arguments, env=state, columns=columns)
     terminal.wait_for("lists the commands")
     terminal.wait_for("\n\n")  # the line below the banner
     terminal.wait_for(">")
@@ -101,6 +104,7 @@ def test_ctrl_c_clears_the_line_and_never_ends_the_program(session: Terminal) ->
     assert "␣Paris" in ask(session, "The capital of France is")
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
     """While an answer is computed, printed, or the prompt comes back: the session goes on and is right."""
     moments = random.Random(0)
@@ -116,7 +120,7 @@ def test_ctrl_c_at_any_moment_never_ends_the_program(session: Terminal) -> None:
     assert session.seen("Traceback") == 0, session.written_from("Traceback")
 
 
-def test_ctrl_c_cancels_what_is_running(smollm2_path: Path, state: dict[str, str]) -> None:
+def test_ctrl_c_cancels_what_is_running(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
     with start(state, "--generate", "2000") as session:
         session.type("Once upon a time", "enter")
         session.wait_for("…, the")
@@ -142,7 +146,7 @@ def test_ctrl_c_during_a_long_prompt_leaves_the_session_answering(session: Termi
     assert candidates(session.text)[-5][0] == "␣Paris"
 
 
-def test_ctrl_d_and_quit_end_it(smollm2_path: Path, state: dict[str, str]) -> None:
+def test_ctrl_d_and_quit_end_it(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
     for keys in (["ctrl-d"], ["/quit", "enter"]):
         with start(state) as session:
             session.type(*keys)
@@ -150,7 +154,7 @@ def test_ctrl_d_and_quit_end_it(smollm2_path: Path, state: dict[str, str]) -> No
 
 
 def test_the_history_is_kept_between_sessions_and_for_oneself(
-    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+    smollm2_fp32_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:
     with start(state) as session:
         ask(session, "The capital of France is")
@@ -183,7 +187,7 @@ def test_ctrl_r_searches_the_history_and_enter_asks_again(session: Terminal) -> 
 
 
 def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
-    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+    smollm2_fp32_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "llama-scratch").write_text("a file where the folder should be")
     with start(state) as session:
@@ -216,7 +220,7 @@ def test_help_lists_the_commands_and_a_mistyped_one_names_the_nearest(session: T
 
 
 def test_a_prompt_beyond_the_context_is_a_sentence_and_the_session_goes_on(
-    smollm2_path: Path, state: dict[str, str]
+    smollm2_fp32_path: Path, state: dict[str, str]
 ) -> None:
     with start(state, "--context", "6") as session:
         session.type("one two three four five six seven eight", "enter")
@@ -230,7 +234,7 @@ def test_a_prompt_beyond_the_context_is_a_sentence_and_the_session_goes_on(
 
 
 @pytest.mark.parametrize("columns", [40, 80, 132])
-def test_nothing_is_wider_than_the_terminal(smollm2_path: Path, state: dict[str, str], columns: int) -> None:
+def test_nothing_is_wider_than_the_terminal(smollm2_fp32_path: Path, state: dict[str, str], columns: int) -> None:
     """A line that wrapped where it should not have would show a bar on a line of its own."""
     with start(state, columns=columns) as session:
         text = ask(session, "The capital of France is")
@@ -239,7 +243,7 @@ def test_nothing_is_wider_than_the_terminal(smollm2_path: Path, state: dict[str,
     assert not any(line.strip().startswith("█") for line in text.splitlines())
 
 
-def test_plain_has_no_bars_and_no_colours(smollm2_path: Path, state: dict[str, str]) -> None:
+def test_plain_has_no_bars_and_no_colours(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
     with start(state, "--plain") as session:
         text = ask(session, "The capital of France is")
         assert 'Next token: " Paris", 77.' in text
@@ -248,7 +252,7 @@ def test_plain_has_no_bars_and_no_colours(smollm2_path: Path, state: dict[str, s
         assert {(cell.fg, cell.bg) for cell in cells} == {("default", "default")}
 
 
-def test_a_dumb_terminal_works(smollm2_path: Path, state: dict[str, str]) -> None:
+def test_a_dumb_terminal_works(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
     with start(state | {"TERM": "dumb"}) as session:
         assert "␣Paris" in ask(session, "The capital of France is")
         session.type("ctrl-d")
@@ -266,7 +270,7 @@ def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
 
 
 def test_a_terminal_to_type_on_and_a_file_to_print_to(
-    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+    smollm2_fp32_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:
     """Standard output decides: typed lines are prompts, and the file gets a line for each."""
     out = tmp_path / "out"
@@ -279,7 +283,7 @@ def test_a_terminal_to_type_on_and_a_file_to_print_to(
 
 
 def test_a_session_that_is_killed_in_the_middle_of_a_turn_loses_no_line(
-    smollm2_path: Path, state: dict[str, str], tmp_path: Path
+    smollm2_fp32_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:
     with start(state) as session:
         ask(session, "The capital of France is")
@@ -294,6 +298,7 @@ def test_a_session_that_is_killed_in_the_middle_of_a_turn_loses_no_line(
         session.wait_for("/generate 2000")
 
 
+@pytest.mark.slow
 def test_a_window_that_is_resized_while_text_streams(session: Terminal) -> None:
     ask(session, "Once upon a time")
     session.type("/generate 120", "enter")

@@ -53,6 +53,8 @@ KEPT = {
     "open": "the options of this command line",
     "console": "this terminal",
     "interactive": "this terminal",
+    "keyboard": "this terminal",
+    "lists_candidates": "this command line (--top)",
     "keeps_turns": "this command line (--commands)",
     "debug": "this command line",
     "ended": "/quit ends this session",

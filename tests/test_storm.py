@@ -31,6 +31,7 @@ def answers_right(session: Terminal) -> None:
     assert candidates(ask(session, "The capital of France is"))[-5][0] == "␣Paris"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_at_any_moment_of_what_takes_long(smollm2_path: Path, tmp_path: Path, stage: str) -> None:
     """15 times each: it is cancelled or done, the line comes back, and nothing is left half done."""
@@ -54,6 +55,7 @@ def test_ctrl_c_at_any_moment_of_what_takes_long(smollm2_path: Path, tmp_path: P
         assert session.seen("Traceback") == 0, session.written_from("Traceback")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_live_prediction_runs(smollm2_path: Path, tmp_path: Path) -> None:
     moments = random.Random(0)
     with start(tmp_path) as session:
@@ -66,6 +68,7 @@ def test_ctrl_c_while_live_prediction_runs(smollm2_path: Path, tmp_path: Path) -
         assert session.seen("Traceback") == 0, session.written_from("Traceback")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_keeps_the_line(tmp_path: Path) -> None:
     """15 times: Enter waits for the model, Ctrl-C gives the line back, and in the end Enter answers it."""
     gate = tmp_path / "gate"

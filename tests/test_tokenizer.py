@@ -404,6 +404,7 @@ def huggingfaces(smollm2_path: Path) -> Encode:
     return encode
 
 
+@pytest.mark.slow
 @many
 @given(text=texts.filter(lambda text: LACKING.isdisjoint(text.encode())))
 @example(text="a  1")

@@ -15,8 +15,8 @@ ITALY = "The capital of Italy is"
 
 
 @pytest.fixture(scope="module")
-def seen(smollm2_path: Path) -> Inspection:
-    return Llama.load(smollm2_path, precision="fp32", device="cpu").inspect("The capital of France is")
+def seen(smollm2_fp32_path: Path) -> Inspection:
+    return Llama.load(smollm2_fp32_path, precision="fp32", device="cpu").inspect("The capital of France is")
 
 
 def shares(inspection: Inspection) -> dict[str, float]:

@@ -36,8 +36,8 @@ PROMPT = "The opposite of hot is"
 
 
 @pytest.fixture(scope="module")
-def llama(smollm2_path: Path) -> Llama:
-    return Llama.load(smollm2_path, precision="fp32", device="cpu")
+def llama(smollm2_fp32_path: Path) -> Llama:
+    return Llama.load(smollm2_fp32_path, precision="fp32", device="cpu")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -184,10 +184,11 @@ class Sessions(Stage):
         settings = Settings(5, 0, Sampling())
         model = session_file.Model("Tiny", "meta", "/nowhere", "0" * 64, 1)
         state = session_file.State(settings, None, "0" * 64, [1, 2], "text")
+        turns = [Turn(f"{i}", {"text": "x" * 200}) for _ in range(1 + 100 * (i % 5))]
         header = session_file.Header(
             "0.1.0", session_file.FORMAT, model, "fp32", "cpu", 1, 128, 1.0, settings, None, True, state, {}
         )
-        return session_file.Record(header, [Turn(f"{i}", {"text": "x" * 200}) for _ in range(1 + 100 * (i % 5))])
+        return session_file.Record(replace(header, turns=len(turns)), turns)
 
     def work(self) -> int:
         for i in itertools.count(self.done):
