@@ -14,6 +14,8 @@ from tests.trust import determinism
 from tests.trust.record import read
 from tests.trust.soak import small_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

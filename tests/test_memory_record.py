@@ -23,6 +23,7 @@ def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernel
     assert 0.9 <= found["predicted_to_measured"] <= 1.1, found
 
 
+@pytest.mark.slow
 def test_prompts_leave_nothing_behind(tiny_dir: Path) -> None:
     """A leak of a KB a prompt is 600 KB here."""
     found = memory.growth(tiny_dir, "fp16", 1200)

@@ -18,6 +18,7 @@ def test_it_holds_the_cells_of_its_script_and_an_answer_to_each() -> None:
     assert all(cell.outputs for cell in kept.cells if cell.cell_type == "code")
 
 
+@pytest.mark.slow
 def test_it_runs(smollm2_path: Path) -> None:
     """Each cell gives an answer again, with a page where a result draws itself; those of text are the ones kept."""
     made = run(notebook())
