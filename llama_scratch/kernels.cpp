@@ -99,28 +99,9 @@ inline Ints dot4(Ints sum, Bytes q, const int8_t* r) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)q, _mm512_set1_epi32(load<int32_t>(r)));
 }
 #elif defined(__AVX2__)
+#define LLAMA_SCRATCH_AVX2  // has a tile of its own, which names registers
 constexpr const char* MACHINE = "AVX2";
 constexpr int TOKENS = 4, PANELS = 1;
-
-// maddubs multiplies unsigned with signed bytes and adds pairs in 16 bits: |r| and q with r's sign, 2·127² < 2¹⁵.
-// There is no +128, so a q of −128 would keep its sign: weights are from −127 to 127.
-constexpr int OFFSET = 0;
-inline __m256i dot_half(__m256i sum, __m256i q, __m256i r) {
-  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(r), _mm256_sign_epi8(q, r));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-inline __m256i dot4_half(__m256i sum, __m256i q, __m256i r) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(q, r), _mm256_set1_epi16(1)));
-}
-template <__m256i (*half)(__m256i, __m256i, __m256i)>
-inline Ints both(Ints sum, Bytes q, const int8_t* r) {
-  __m256i s[2], b[2], four = _mm256_set1_epi32(load<int32_t>(r));
-  std::memcpy(s, &sum, 64), std::memcpy(b, &q, 64);
-  s[0] = half(s[0], b[0], four), s[1] = half(s[1], b[1], four);
-  return load<Ints>(s);
-}
-inline Ints dot(Ints sum, Bytes q, const int8_t* r) { return both<dot_half>(sum, q, r); }
-inline Ints dot4(Ints sum, Bytes q, const int8_t* r) { return both<dot4_half>(sum, q, r); }
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr const char* MACHINE = "NEON dot product";
 constexpr int TOKENS = 4, PANELS = 1;
@@ -243,6 +224,91 @@ constexpr int AHEAD = 8192;
 
 // TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
 // y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
+#if defined(LLAMA_SCRATCH_AVX2)
+// AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So this tile names its
+// registers: [0] holds rows 0 to 7 of the panel, [1] rows 8 to 15.
+
+inline __m256i register_at(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+
+// Add the exact sums Σ q·r of one block to `sum`. q: the block's bytes; r: its activations, `stride` bytes per row.
+// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits: |q| by r with the sign of q, ≤ 2·128·127 < 2¹⁵.
+template <int TOK>
+inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride, __m256i (&sum)[TOK][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+  for (int group = 0; group < block_of(8) / GROUP; group++, q += PANEL * GROUP, r += GROUP) {
+    __builtin_prefetch(q + AHEAD, 0, 0);
+    __m256i w[] = {register_at(q), register_at(q + 32)}, size[] = {_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])};
+#pragma GCC unroll 4
+    for (int k = 0; k < TOK; k++) {
+      __m256i four = _mm256_set1_epi32(load<int32_t>(r + k * stride));
+      for (int h = 0; h < 2; h++) {
+        __m256i pairs = _mm256_maddubs_epi16(size[h], _mm256_sign_epi8(four, w[h]));
+        sum[k][h] = _mm256_add_epi32(sum[k][h], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+}
+
+// The same for q from 0 to 15. Eight results of maddubs fit into 16 bits: 8·2·15·127 = 30,480 < 2¹⁵.
+template <int TOK>
+inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride, __m256i (&sum)[TOK][2]) {
+  const __m256i ones = _mm256_set1_epi16(1), fifteen = _mm256_set1_epi8(15);
+  for (int half = 0; half < 2; half++) {
+    __m256i pairs[TOK][2] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++, q += PANEL * GROUP, r += 2 * GROUP) {
+      __builtin_prefetch(q + AHEAD, 0, 0);
+      __m256i w[] = {register_at(q), register_at(q + 32)}, low[2], high[2];
+      for (int h = 0; h < 2; h++) {
+        low[h] = _mm256_and_si256(w[h], fifteen);
+        high[h] = _mm256_and_si256(_mm256_srli_epi16(w[h], 4), fifteen);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < TOK; k++) {
+        __m256i first = _mm256_set1_epi32(load<int32_t>(r + k * stride));
+        for (int h = 0; h < 2; h++) pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(low[h], first));
+        __m256i second = _mm256_set1_epi32(load<int32_t>(r + k * stride + GROUP));
+        for (int h = 0; h < 2; h++) pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(high[h], second));
+      }
+    }
+    for (int k = 0; k < TOK; k++)
+      for (int h = 0; h < 2; h++) sum[k][h] = _mm256_add_epi32(sum[k][h], _mm256_madd_epi16(pairs[k][h], ones));
+  }
+}
+
+template <int BITS, int PAN, int TOK>
+void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, int64_t stride, bool add) {
+  static_assert(PAN == 1);
+  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
+  const int8_t* q = w.values + panel * rows.blocks * BYTES;
+  const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
+  __m256 total[TOK][2] = {};
+  for (int64_t b = 0; b < rows.blocks; b++, q += BYTES, s += PANEL) {
+    const int8_t* r = &rows.values[t * rows.in + b * BLOCK];
+    __m256i sum[TOK][2] = {};
+    if constexpr (BITS == 8) {
+      block_of_8_bits<TOK>(q, r, rows.in, sum);
+    } else {  // nibbles hold q + 8
+      for (int k = 0; k < TOK; k++) sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
+      block_of_4_bits<TOK>(q, r, rows.in, sum);
+    }
+    Floats scale = halves(s);
+    __m256 scales[2];
+    std::memcpy(scales, &scale, sizeof scale);
+    for (int k = 0; k < TOK; k++) {
+      __m256 step = _mm256_set1_ps(rows.scales[(t + k) * rows.blocks + b]);
+      for (int h = 0; h < 2; h++)
+        total[k][h] = _mm256_add_ps(total[k][h], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[k][h]), _mm256_mul_ps(scales[h], step)));
+    }
+  }
+  for (int k = 0; k < TOK; k++)
+    for (int h = 0; h < 2; h++) {
+      float* to = y + k * stride + 8 * h;
+      _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), total[k][h]) : total[k][h]);
+    }
+}
+#else
 template <int BITS, int PAN, int TOK>
 void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, int64_t stride, bool add) {
   constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
@@ -284,6 +350,7 @@ void tile(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y,
       store(to, add ? load<Floats>(to) + total[p][k] : total[p][k]);
     }
 }
+#endif
 
 template <int BITS, int PAN, int TOK = TOKENS>
 void panels_times_rows(const Weight& w, int64_t panel, const Rows& rows, int64_t t, float* y, bool add) {
