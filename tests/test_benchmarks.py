@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import compare, files, loading, microscope, quality, report, rotate
-from llama_scratch import Llama
+from benchmarks import kernels as kernel_speed
+from llama_scratch import Llama, kernels
 from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.lazy import Weight, as_tensor
 from llama_scratch.progress import silent
@@ -231,6 +232,21 @@ def test_shards_are_the_same_model(tmp_path: Path, tiny_dir: Path, count: int) -
     whole, joined = open_checkpoint(tiny_dir).load(silent), open_checkpoint(tmp_path / "shards").load(silent)
     assert whole.keys() == joined.keys()
     assert all(torch.equal(as_tensor(whole[name]), as_tensor(joined[name])) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_kernels_at_a_tiny_size(tmp_path: Path, bits: int) -> None:
+    """Each instruction set is another program with the same result."""
+    if kernels.compiler() is None:
+        pytest.skip("no C++ compiler")
+    native_flags = [flag for flag in kernels._flags() if flag.endswith("=native")]
+    sets = {"native": native_flags, "plain": kernels.INSTRUCTION_SETS["plain"]}
+    products = [kernel_speed.Product(tmp_path, name, flags) for name, flags in sets.items()]
+    native, plain = kernel_speed.measure(products, kernel_speed.Case(bits, 3, 32, 128, 2), rounds=1)
+    assert products[1].name == "any machine" != products[0].name
+    assert torch.equal(native[1], plain[1])
+    assert native[1].abs().sum() > 0
 
 
 @pytest.mark.slow
