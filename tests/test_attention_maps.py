@@ -155,6 +155,7 @@ def test_a_text_that_cannot_be_run_is_refused(tiny_dir: Path) -> None:
 # --- Kinds of heads ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_transformers_attention(llama: Llama, huggingfaces: Any) -> None:
     """The four means, summed position by position."""
     ids = repeated(llama)

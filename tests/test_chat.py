@@ -800,6 +800,7 @@ def test_a_base_model_takes_no_conversation(tiny_dir: Path, line: str) -> None:
     assert session.chat is None
 
 
+@pytest.mark.slow
 def test_each_line_of_a_pipe_is_a_message(llama_scratch: Runner, smollm2_path: Path) -> None:  # noqa: F811
     """With --chat; the second is seen with the first."""
     model = ("--model-dir", str(smollm2_path), "--precision", "fp32", "--generate", "40")
@@ -816,6 +817,7 @@ def test_each_line_of_a_pipe_is_a_message(llama_scratch: Runner, smollm2_path: P
     assert lines.out == first["generated"]["text"] + "\n"
 
 
+@pytest.mark.slow
 def test_chat_begins_in_a_pipe(llama_scratch: Runner, smollm2_path: Path) -> None:  # noqa: F811
     """With --commands, by /chat; /undo is a command of it."""
     stdin = f"/chat\n{FRANCE}\n/chat off\nThe capital of France is\n".encode()

@@ -359,6 +359,7 @@ def test_switching_that_is_interrupted_changes_nothing(session: Session, monkeyp
     assert closed[0] is not session.llama
 
 
+@pytest.mark.slow
 def test_a_loaded_chat_takes_only_its_messages_as_such(session: Session, llama: Llama, tmp_path: Path) -> None:
     run(session, "/chat", "//bin is what?", "/generate 2", f"/save {tmp_path / 'chat.jsonl'}")
     other = new_session(llama)

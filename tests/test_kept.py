@@ -384,6 +384,7 @@ for i, piece in enumerate(pieces): keeping.put(i, *piece)
 """
 
 
+@pytest.mark.slow
 def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Path) -> None:
     """One at a time keeps them, and what stays is whole."""
     ready, go = [tmp_path / f"ready{i}" for i in range(2)], tmp_path / "go"

@@ -195,6 +195,7 @@ def test_tab_completes_a_command_and_its_argument(session: Terminal) -> None:
     assert line(session).startswith(f"{PROMPT}/live off")
 
 
+@pytest.mark.slow
 def test_enter_does_not_wait_for_a_long_paste_to_be_read(session: Terminal) -> None:
     """10,000 characters are pasted and sent at once: what the live thread did of it is used, the rest done once."""
     session.paste("word " * 2000 + "end")
@@ -204,6 +205,7 @@ def test_enter_does_not_wait_for_a_long_paste_to_be_read(session: Terminal) -> N
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.slow
 def test_a_paste_of_10000_characters_is_read_live_and_can_be_left(session: Terminal) -> None:
     session.paste("word " * 2000 + "end")
     session.settle(1)
@@ -224,6 +226,7 @@ def test_the_bottom_line_fits_a_narrow_terminal(smollm2_fp32_path: Path, tmp_pat
         assert not session.lines[-2]  # it did not wrap
 
 
+@pytest.mark.slow
 def test_resizing_while_a_line_is_typed_keeps_it(session: Terminal) -> None:
     typed(session, "The capital of France is", "␣Paris")
     try:

@@ -292,6 +292,7 @@ def test_int8_generates_the_same_every_time_once_it_is_packed(tiny_dir: Path) ->
     assert len(set(texts)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["x " * 1_500_000, " " * 100_000_000], ids=["many tokens", "many characters"])
 def test_a_text_that_is_far_too_long_is_not_tokenized_to_the_end(
     llama: Llama, text: str, monkeypatch: pytest.MonkeyPatch

@@ -212,6 +212,7 @@ def assert_same_scores(found: Surprisal, expected: Surprisal) -> None:
     assert found.next[0].logprob == pytest.approx(expected.next[0].logprob, abs=2e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits)
 def test_a_scorer_says_after_any_edits_what_a_fresh_one_says(tiny: Llama, witness: Llama, steps: Any) -> None:
@@ -329,6 +330,7 @@ def leaves(branches: Sequence[Branch], path: tuple[Branch, ...] = ()) -> Iterato
         yield from leaves(branch.children, here) if branch.children else [here]
 
 
+@pytest.mark.slow
 def test_a_tree_s_paths_have_the_probabilities_of_one_pass(llama: Llama, huggingfaces: Any) -> None:
     """Each of them, summed up by transformers; and they multiply."""
     ids = llama.encode(PROMPT)
@@ -563,6 +565,7 @@ def test_a_model_does_not_differ_from_itself(llama: Llama) -> None:
     assert_json(found)
 
 
+@pytest.mark.slow
 def test_two_precisions_are_as_far_apart_as_their_logits(llama: Llama, smollm2_path: Path) -> None:
     """Each candidate has the probability that each gives it, and the answers name their precision."""
     other = Llama.load(smollm2_path, precision="int8", device="cpu")

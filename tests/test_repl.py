@@ -233,6 +233,7 @@ def test_a_prompt_beyond_the_context_is_a_sentence_and_the_session_goes_on(
         session.wait_for("The prompt has 7 tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [40, 80, 132])
 def test_nothing_is_wider_than_the_terminal(smollm2_fp32_path: Path, state: dict[str, str], columns: int) -> None:
     """A line that wrapped where it should not have would show a bar on a line of its own."""
@@ -282,6 +283,7 @@ def test_a_terminal_to_type_on_and_a_file_to_print_to(
     assert out.read_text() == '" Paris"\t0.7725\t7042\n'
 
 
+@pytest.mark.slow
 def test_a_session_that_is_killed_in_the_middle_of_a_turn_loses_no_line(
     smollm2_fp32_path: Path, state: dict[str, str], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def keys(llama: Llama) -> list[torch.Tensor]:
     return [part.clone() for layer in range(llama.args.n_layers) for part in llama.engine.cached(layer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
     packed: Llama, sampling: Sampling, monkeypatch: pytest.MonkeyPatch

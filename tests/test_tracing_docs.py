@@ -24,6 +24,7 @@ def shares(inspection: Inspection) -> dict[str, float]:
     return {candidate.text: 100 * candidate.probability for candidate in inspection.prediction.top}
 
 
+@pytest.mark.slow
 def test_the_fact_stands_at_the_country_and_from_layer_24_on_at_the_last_token(seen: Inspection) -> None:
     found = seen.trace(ITALY)
     assert (found.first_answer.text, found.second_answer.text) == (" Paris", " Rome")

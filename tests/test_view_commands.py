@@ -199,6 +199,7 @@ def test_bars_part_texts_but_not_within_quotes(argument: str, expected: list[str
     assert list(parts(argument)) == expected
 
 
+@pytest.mark.slow
 def test_compare_with_another_precision(session: Session) -> None:
     """Both answer in the precision that is named, and the session's model stays what it is."""
     facts = run(session, "/compare int8")
