@@ -27,6 +27,7 @@ from llama_scratch.errors import (
     ModelNotFoundError,
     OutOfMemoryError,
     UsageError,
+    escape_controls,
     printable,
     unexpected,
 )
@@ -807,5 +808,5 @@ def _set_encodings() -> None:
 
 def _fail(sentence: str, code: int) -> int:
     with suppress(OSError):  # the exit code says it, too
-        print(f"llama-scratch: {sentence}", file=sys.stderr)
+        print(f"llama-scratch: {escape_controls(sentence)}", file=sys.stderr)
     return code

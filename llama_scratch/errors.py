@@ -18,6 +18,11 @@ def printable(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def escape_controls(message: str) -> str:
+    """A message with escapes for the characters that a terminal would obey, such as those in a file's name."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+
+
 def unexpected(error: BaseException) -> str:
     """The sentence for an error that nothing foresaw."""
     return f"Something unexpected went wrong ({printable(repr(error), 200)}); with --debug it shows where."

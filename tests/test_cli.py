@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import pytest
 
 from llama_scratch.cli import run
+from llama_scratch.errors import escape_controls
 from llama_scratch.linear import packs
 from tests.checkpoints import write_meta
 from tests.terminal import PROGRAM
@@ -442,3 +443,21 @@ def test_a_full_disk_at_standard_output_is_a_sentence(tiny: tuple[str, str], ask
     assert full.stderr.count(b"No space left") == 1
     assert b"unexpected" not in full.stderr
     assert b"Traceback" not in full.stderr
+
+
+@pytest.mark.parametrize("option", ["--model-dir", "--config", "--tokenizer"])
+def test_a_terminal_obeys_no_path_in_a_message(
+    llama_scratch: Runner, tiny_dir: Path, tmp_path: Path, option: str
+) -> None:
+    """A file's name can hold escape codes; the message shows them."""
+    path = tmp_path / "a\x1b[31mb\r"
+    path.write_text("no model, no options and no tokens")
+    arguments = [] if option == "--model-dir" else ["--model-dir", str(tiny_dir)]
+    result = llama_scratch(*arguments, option, str(path), "--prompt", "x")
+    assert result.code
+    assert "\x1b" not in result.err
+    assert "\\x1b[31mb" in result.err
+
+
+def test_a_message_keeps_its_letters() -> None:
+    assert escape_controls("née 東京 ␣\n\t") == "née 東京 ␣\n\\t"

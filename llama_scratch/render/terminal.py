@@ -16,7 +16,7 @@ from rich.text import Text
 from wcwidth import iter_graphemes
 from wcwidth import width as cells
 
-from llama_scratch.errors import printable
+from llama_scratch.errors import escape_controls, printable
 from llama_scratch.render.lines import json_line
 from llama_scratch.results import Candidate, ModelInfo, Prediction
 
@@ -248,7 +248,7 @@ def before_and_after(effect: Effect) -> RenderableType:
 
 def error(sentence: str) -> RenderableType:
     """A sentence that says what went wrong."""
-    return _indented(sentence, "red")
+    return _indented(escape_controls(sentence), "red")
 
 
 def _indented(sentence: str, style: str) -> RenderableType:
