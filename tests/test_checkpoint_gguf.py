@@ -220,10 +220,10 @@ def file() -> File:
 def little_time_and_memory(seconds: float = 1.0, mebibytes: float = 16.0) -> Iterator[None]:
     """What is inside must end soon and hold little at any moment."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()  # which other programs on the machine do not change
     try:
         yield
-        assert time.perf_counter() - start < seconds
+        assert time.process_time() - start < seconds
         assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
     finally:
         tracemalloc.stop()
@@ -562,13 +562,13 @@ def test_no_changed_byte_of_the_header_changes_a_weight_unnoticed(tmp_path: Path
         damaged[place] ^= mask
         path.unlink()
         path.write_bytes(damaged)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             if not same(open_checkpoint(path).load(silent), original):
                 unnoticed.append(place)
         except LlamaScratchError as error:
             is_sentence(error, CheckpointError, path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
     assert unnoticed == []
 
 
@@ -583,7 +583,7 @@ def test_a_header_with_several_changes(tmp_path_factory: pytest.TempPathFactory,
         damaged[place : place + length] = data.draw(st.binary(min_size=0, max_size=8))
     path = tmp_path_factory.mktemp("changed") / "a.gguf"
     path.write_bytes(damaged)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         checkpoint = open_checkpoint(path)
         weights = checkpoint.load(silent)
@@ -591,7 +591,7 @@ def test_a_header_with_several_changes(tmp_path_factory: pytest.TempPathFactory,
         is_sentence(error, CheckpointError, path)
     else:
         assert {name: tuple(w.shape) for name, w in weights.items()} == checkpoint.args.weight_shapes()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 HUGE = [2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]

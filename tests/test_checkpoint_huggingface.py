@@ -449,8 +449,10 @@ def test_a_header_of_very_many_tensors(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
     start = time.process_time()
     refused(directory, "60,000 tensors")
+    assert time.process_time() - start < 2
     (directory / WEIGHTS).rename(directory / "a.safetensors")
     write(directory, INDEX, {"weight_map": {f"{n}": "a.safetensors" for n in range(60_000)}})
+    start = time.process_time()
     refused(directory, "60,000 tensors")
     assert time.process_time() - start < 2
 

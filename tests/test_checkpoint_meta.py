@@ -665,10 +665,10 @@ def pickled(directory: Path, description: bytes) -> Path:
 def test_a_description_meant_to_harm(small_dir: Path, description: bytes) -> None:
     """Whatever the opcodes build, it ends in a short sentence, soon, and without room for what they ask for."""
     pickled(small_dir, description)
-    start = time.perf_counter()
+    start = time.process_time()
     with little_memory():
         refused(small_dir, CheckpointError, small_dir / WEIGHTS)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @contextmanager
@@ -698,9 +698,9 @@ def test_an_archive_of_many_records(small_dir: Path) -> None:
     """Checking takes time by the record: the archive's table of contents is not read anew for each."""
     records = [("a/data.pkl", b"\x80\x02}."), ("a/version", b"3\n")]
     write_zip(small_dir / WEIGHTS, records + [(f"a/data/{i}", b"ab") for i in range(2000)])
-    start = time.perf_counter()
+    start = time.process_time()
     refused(small_dir, CheckpointError, small_dir / WEIGHTS)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("count", [5_000, 60_000])
