@@ -979,7 +979,7 @@ def test_the_vocabulary_of_a_large_model(tmp_path: Path) -> None:
     ]
     start = time.process_time()
     header = read_header(file.write(tmp_path / "a.gguf"))
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 2
     assert header.elements == 536_659
     assert header.metadata["merges"] == ["a b"] * 280_147
 

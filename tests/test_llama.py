@@ -312,7 +312,7 @@ def test_a_text_that_is_far_too_long_is_not_tokenized_to_the_end(
         start = time.process_time()
         with pytest.raises(ContextLengthError, match=f"{len(text):,} characters"):
             look(text)
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 2
 
 
 def test_a_long_text_is_tokenized_to_the_end_if_it_fits(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
