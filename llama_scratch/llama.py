@@ -70,9 +70,8 @@ class Llama:
     or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
     what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
     for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `speculation`;
-    what comes out is the same. warnings: messages about the model's files, which each prediction repeats.
-    what comes out is the same. options: the arguments of `load` that change the model and that nothing above tells,
-    as they were given.
+    what comes out is the same. warnings: messages about the model's files, which each prediction repeats. options:
+    the arguments of `load` that change the model and that nothing above tells, as they were given.
     """
 
     speculate = True

@@ -156,9 +156,9 @@ class TemplateProcess:
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() == owner:
         end_group(process)
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):  # what was not written yet has no reader
-            pipe.close()  # type: ignore[union-attr]
+            pipe.close()
 
 
 def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
