@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.progress import Progress, silent
@@ -33,7 +32,7 @@ class Background:
     """Jobs of some tenths of a second each, or such as call `go_on`, on a few threads between `start` and `close`.
 
     The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
-    program does. `after` is called after each job. `started`: whether it was begun. `told`: whether `wait` raised.
+    program does. `after` is called after each job. `started`: whether it was begun.
     """
 
     def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, after: Callable[[], None] | None = None):
@@ -45,13 +44,11 @@ class Background:
         self._done = 0
         # Only the threads take it: an interrupt of the main thread could leave it taken.
         self._lock = threading.Lock()
-        self._held = False
         self._running = 0
         self._told: tuple[str, int, int] | None = None
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
         self.started = False
-        self.told = False
 
     def start(self) -> None:
         """Begin, if that was not done yet; comes back at once."""
@@ -63,13 +60,8 @@ class Background:
             thread.start()
 
     @property
-    def begun(self) -> bool:
-        """Whether a job was done, or there is none."""
-        return self._done > 0 or self.done
-
-    @property
     def done(self) -> bool:
-        """Whether all jobs were done."""
+        """Whether all jobs were done, but for those of size 0."""
         return self._done == self._total
 
     @property
@@ -89,15 +81,6 @@ class Background:
         if stage:
             self._told = stage, done, total
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """No job begins in here: the machine is wanted for something else."""
-        try:
-            self._held = True
-            yield
-        finally:
-            self._held = False
-
     def wait(self, progress: Progress = silent) -> None:
         """Start if need be and come back when all is done; raises the error of a job that failed."""
         self.start()
@@ -105,7 +88,6 @@ class Background:
             progress(*self.progress)
             time.sleep(0.02)  # which holds no lock that an interrupt could leave held
         if self.error:
-            self.told = True
             raise self.error
 
     def close(self) -> None:
@@ -138,8 +120,6 @@ class Background:
             self._running -= 1
 
     def _next(self) -> Job | None:
-        while self._held and not self._closed and _program_runs():
-            time.sleep(0.01)
         # At the program's end Python waits for its threads, so they must not go on to the last job.
         try:
             return self._jobs.popleft() if _program_runs() else None

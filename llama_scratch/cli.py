@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from llama_scratch import guard
-from llama_scratch.config import PRECISIONS
+from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -67,6 +67,10 @@ def _precisions() -> list[str]:
     return ["auto", *PRECISIONS]
 
 
+def _activations() -> list[str]:
+    return ["auto", *ACTIVATIONS]
+
+
 def _models() -> list[str]:
     from llama_scratch.checkpoint.pull import OPEN_MODELS
 
@@ -94,9 +98,13 @@ class ModelOptions:
         _model_option(
             "--precision",
             "NAME",
-            f"auto (the fastest that is true here), {', '.join(PRECISIONS)}.",
+            f"auto (the file's own type), {', '.join(PRECISIONS)}.",
             _precisions,
         ),
+    ] = None
+    activations: Annotated[
+        str | None,
+        _model_option("--activations", "NAME", f"Between the layers: auto, {', '.join(ACTIVATIONS)}.", _activations),
     ] = None
     device: Annotated[
         str | None,
@@ -684,6 +692,7 @@ def _load_now(options: ModelOptions, progress: Progress) -> Llama:
     return Llama.load(
         options.source,
         precision=options.precision or "auto",
+        activations=options.activations or "auto",
         device=options.device or "auto",
         rope_factor=options.rope_factor,
         calibration=options.calibration,

@@ -11,7 +11,9 @@ from typing import Any, cast
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError, printable
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-"""What a network can be run in, see `precision`, which brings torch."""
+"""How weights can be stored, see `precision`, which brings torch."""
+ACTIVATIONS = ("fp32", "bf16")
+"""What can go from layer to layer."""
 
 # The context that Llama 3 was trained with before 3.1 stretched it, and the one after.
 ORIGINAL_CONTEXT = 8192

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,31 +20,27 @@ from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import CHUNK
 from llama_scratch.progress import Progress, silent
-from llama_scratch.step import FEW, Step
+from llama_scratch.step import Step
 from llama_scratch.taps import Tap, tapped
 
-# So many answers from the file's own weights take about as long as packing them.
-PATIENCE = 8
+# Tokens that a draft has at most: more of them are rarely right.
+_DRAFTED = 15
 # Positions whose logits are there at a time: 66 MB of them for a vocabulary of 128,256.
 _POSITIONS = 128
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What the network says after the last token: (vocab_size,) float32; and how much of the prompt was cached.
-
-    packed: whether packed weights took part; else it comes from those of the file, in float32.
-    """
+    """What the network says after the last token: (vocab_size,) float32; and how much of the prompt was cached."""
 
     values: Tensor
     reused_tokens: int
-    packed: bool
 
 
 class Engine:
     """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
 
-    packing: puts the weights into their fast form, when it is started or after `PATIENCE` answers.
+    packing: puts weights of few bits into their form, before the first answer.
     taps: hang in the network whenever this engine runs it, see `taps`; so what it caches is of the network with them.
     files: those that the weights are mapped from; where one has changed there is no answer, but `CheckpointError`.
 
@@ -65,7 +61,6 @@ class Engine:
         self.context = context
         self.packing = packing or Background("packing", [])
         self.taps = taps
-        self._answers = 0
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
@@ -85,29 +80,21 @@ class Engine:
         reused = min(_common_prefix(self._ids, ids), self._cache.length, len(ids) - 1)
         self._start(ids, reused)
         *first, last = self._chunks(ids, reused, CHUNK)
-        with self._weights(progress):
+        with self.weights(progress):
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
             values = self._finite(self._forward(last)[0, -1], [ids])
-        return Logits(values, reused, self.packing.begun)
+        return Logits(values, reused)
 
     @contextmanager
-    def _weights(self, progress: Progress = silent) -> Iterator[None]:
-        """Have the weights that the next answer comes from.
-
-        Without `prepare` it never depends on how fast something was: some answers come from the file's
-        weights, and the next one waits for packing. Packing in the background gives the first answer way; where it
-        failed, the next answer says so, and those after it come from the file's weights.
-        """
+    def weights(self, progress: Progress = silent) -> Iterator[None]:
+        """Have the weights that the next answer comes from: in few bits it waits until they are packed."""
         self.files.check()
-        self._answers += 1
-        failed = self.packing.error is not None and not self.packing.told
-        if failed or (self._answers > PATIENCE and not self.packing.started):
+        if not self.packing.done:
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
-        with self.packing.held() if self._answers == 1 else nullcontext():
-            yield
+        yield
         self.files.check()
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
@@ -123,7 +110,7 @@ class Engine:
         self.check(ids)
         reused = min(_common_prefix(self._ids, ids), self._cache.length, start)
         self._start(ids, reused)
-        with self._weights(progress):
+        with self.weights(progress):
             for chunk in self._chunks(ids[:start], reused, CHUNK):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward(chunk)
@@ -134,12 +121,12 @@ class Engine:
     def room(self, ids: Sequence[int]) -> int:
         """How many tokens `verify` takes behind `ids`: none where bits could differ, or where the cache lacks more."""
         before = len(ids) - 1
-        if self._step is None or not self.packing.done or not self._step.fits(FEW):
+        if self._step is None or not self.packing.done or not self._step.fits():
             return 0
         if self._cache.length != before or _common_prefix(self._ids, ids) < before:
             return 0
         # The cache does not grow for what may be thrown away.
-        return max(0, min(FEW, self._cache.capacity - before) - 1)
+        return max(0, min(_DRAFTED, self._cache.capacity - before - 1))
 
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
         """Logits after `ids` and after each token of a draft behind it, in one pass: (1 + len(draft), vocab_size).
@@ -149,7 +136,7 @@ class Engine:
         """
         self.check(both := [*ids, *draft])
         self._start(both, len(ids) - 1)
-        with self._weights():
+        with self.weights():
             rows = self._forward(both[len(ids) - 1 :], all_positions=True)[0]
         if math.isfinite(rows.sum()):
             return rows
@@ -180,7 +167,7 @@ class Engine:
         cache = KVCache(self.model.args, len(rows[0]))
         size = max(1, CHUNK // len(rows))
         logits: list[Tensor] = []
-        with self._weights(progress):
+        with self.weights(progress):
             for start in range(0, len(rows[0]), size):
                 progress("reading", start, len(rows[0]))
                 piece = [ids[start : start + size] for ids in rows]
@@ -213,7 +200,7 @@ class Engine:
         growth = cache.growth(length)
         if growth:
             require_room({"KV cache": growth}, text, self._device)
-        if self._step and cache is self._cache and not taps and self.packing.done and self._step.fits(tokens.shape[1]):
+        if self._step and cache is self._cache and not taps and self.packing.done and self._step.fits():
             with memory_errors(text):
                 return self._step(tokens, all_positions=all_positions)
         # What looks at a changed network sees what the changes left.

@@ -55,7 +55,7 @@ def describe(
         "files": [{"name": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)],
         "licence": checkpoint.licence,
         "stored": stored.types,
-        "precision": choose(precision, stored.dtype, target),
+        "precision": choose(precision, _dtype(checkpoint, stored), target),
         "parameters": args.n_parameters(tied=stored.tied),
         "parts": _parts(args, tied=stored.tied),
         "tied_output": stored.tied,
@@ -105,7 +105,7 @@ def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
 def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device) -> dict[str, Any]:
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
-    dtype = None if _is_lazy(checkpoint, stored) else stored.dtype
+    dtype = _dtype(checkpoint, stored)
     needed = {name: memory_needed(args, name, dtype, context, device, tied=stored.tied) for name in PRECISIONS}
     return {
         "context": context,
@@ -114,8 +114,7 @@ def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: tor
     }
 
 
-def _is_lazy(checkpoint: Checkpoint, stored: Stored) -> bool:
-    """Whether the matrices are no tensors when they were loaded: GGUF's quantised blocks, and Meta's shards."""
-    if checkpoint.format == "gguf":
-        return not stored.types.keys() <= {"F32", "F16", "BF16"}
-    return checkpoint.format == "meta" and len(checkpoint.files) > 1
+def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
+    """The type of the matrices; None where some are GGUF's quantised blocks."""
+    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= {"F32", "F16", "BF16"}
+    return None if blocks else stored.dtype

@@ -44,7 +44,7 @@ _AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
 _SECONDS = 300  # after which a compiler, or another program's, is not waited for
 _CHECK_SECONDS = 10  # for a compiler to say whether it knows C++20
 _NONE = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
-_GAIN = "; with one (Debian: apt-get install g++) int8 and int4 would be faster"
+_GAIN = "; with one (Debian: apt-get install g++) answers would be faster"
 
 # $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
 INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
@@ -118,10 +118,10 @@ def state() -> str:
     if _loaded:
         return f"compiled for {torch.ops.llama_scratch.machine()}"
     if any(map(_is_whole, _libraries())):
-        return "compiled; the first answer in int8 or int4 loads them"
+        return "compiled; the first answer loads them"
     if failure := _failed() or ("" if _candidates() else _NONE + _GAIN):
         return f"none, because {failure}"
-    return "not compiled yet; the first answer in int8 or int4 starts it"
+    return "not compiled yet; a session does so while you type"
 
 
 def compile_into(folder: Path) -> Path:

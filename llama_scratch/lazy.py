@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -72,11 +73,14 @@ class _Rows(Lazy):
 class Quantised(Lazy):
     """Rows of blocks in one of GGUF's formats.
 
-    dequantise: turns the raw bytes of rows `start` to `stop` into float32, (stop − start, in).
+    blocks: their bytes, (out, bytes of a row) uint8. format: its name, such as "Q4_1". dequantise: turns the rows
+    `start` to `stop` into float32, (stop − start, in).
     """
 
-    def __init__(self, shape: tuple[int, int], nbytes: int, dequantise: Callable[[int, int], Tensor]):
-        super().__init__(shape, torch.float32, nbytes)
+    def __init__(self, shape: tuple[int, int], blocks: Tensor, format: str, dequantise: Callable[[int, int], Tensor]):
+        super().__init__(shape, torch.float32, blocks.nbytes)
+        self.blocks = blocks
+        self.format = format
         self._dequantise = dequantise
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -92,10 +96,10 @@ class Joined(Lazy):
         shape = (sum(sizes), columns) if axis == 0 else (rows, sum(sizes))
         super().__init__(shape, pieces[0].dtype, sum(piece.nbytes for piece in pieces))
         self.pieces = list(pieces)
-        self._axis = axis
+        self.axis = axis
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if self._axis == 1:
+        if self.axis == 1:
             return torch.cat([piece[start:stop] for piece in self.pieces], dim=1)
         parts, first = [], 0
         for piece in self.pieces:
@@ -106,6 +110,20 @@ class Joined(Lazy):
 
 
 Weight = Tensor | Lazy
+
+# What the kernels multiply as a file holds it, see cpp/rows.h.
+_FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+
+
+def stored(weight: Weight) -> list[tuple[Tensor, str]]:
+    """The tensors below each other in which a weight lies, with their types; none where no kernel knows them."""
+    if isinstance(weight, Quantised):
+        return [(weight.blocks, weight.format)] if weight.format in _FORMATS else []
+    pieces = weight.pieces if isinstance(weight, Joined) and weight.axis == 0 else [weight]
+    if all(isinstance(piece, Tensor) and piece.dtype in _FLOATS and piece.is_contiguous() for piece in pieces):
+        return [(piece, _FLOATS[piece.dtype]) for piece in cast(list[Tensor], pieces)]
+    return []
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:

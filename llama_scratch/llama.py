@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from llama_scratch import calibration as calibrating
 from llama_scratch.background import Background, go_on
 from llama_scratch.chat import ChatFormat, Message
-from llama_scratch.checkpoint import EMBEDDING, is_tied, open_checkpoint
+from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine, require_room
@@ -32,7 +31,17 @@ from llama_scratch.lazy import Weight
 from llama_scratch.linear import weight_bytes
 from llama_scratch.memory import memory_errors
 from llama_scratch.model import Transformer
-from llama_scratch.precision import Examples, build, check_name, choose, differentiable, find_device, memory_needed
+from llama_scratch.precision import (
+    Examples,
+    activation_type,
+    build,
+    check_name,
+    choose,
+    differentiable,
+    file_type,
+    find_device,
+    memory_needed,
+)
 from llama_scratch.progress import Progress, silent
 from llama_scratch.results import (
     ENDS_IN_A_WORD,
@@ -111,6 +120,7 @@ class Llama:
         source: str | os.PathLike[str] | None = None,
         *,
         precision: str = "auto",
+        activations: str = "auto",
         device: str = "auto",
         rope_factor: float | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
@@ -125,8 +135,9 @@ class Llama:
             `llama-scratch pull` fetched: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as
             "Llama3.2-1B"; or a directory at gs:// or az://, whose files are brought here. None looks in the usual
             places (see `find_model`).
-        precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the fastest that is true on this machine; see
-            `precision`. fp16, int8 and int4 become fast with `prepare`.
+        precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `precision`.
+        activations: what goes from layer to layer: "fp32", "bf16", as Meta's own code rounds it, or "auto", float32 on
+            a CPU.
         device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
         rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
         tokenizer: a tokenizer.model elsewhere.
@@ -144,6 +155,7 @@ class Llama:
         room = _context(context, args)
         target = find_device(device)
         check_name(precision)  # before the long part
+        activation_type(activations, precision, target)
         examples = _examples(checkpoint.tokenizer, calibration) if precision == "int4" else None
         if threads is not None:
             most = _THREADS_A_CORE * (os.cpu_count() or 1)
@@ -152,20 +164,19 @@ class Llama:
             torch.set_num_threads(threads)
         with memory_errors(checkpoint.name):
             weights = checkpoint.load(progress)
-            embedding = weights[EMBEDDING]
-            precision = choose(precision, embedding.dtype, target)
+            precision = choose(precision, stored := file_type(weights), target)
             # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
             tokens = room if context is not None else min(room, 4096)
-            stored = embedding.dtype if isinstance(embedding, Tensor) else None
-            needed = memory_needed(args, precision, stored, tokens, target, tied=is_tied(weights))
+            tied = is_tied(weights)
+            needed = memory_needed(args, precision, stored, tokens, target, tied=tied, activations=activations)
             require_room(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens", target)
-            model, packing = build(weights, args, precision, target, checkpoint.files, examples)
+            model, packing = build(weights, args, precision, target, checkpoint.files, examples, activations)
         info = ModelInfo(
             name=checkpoint.name,
             format=checkpoint.format,
             precision=precision,
             device=target.type,
-            parameters=args.n_parameters(tied=is_tied(weights)),
+            parameters=args.n_parameters(tied=tied),
         )
         load_s = time.perf_counter() - start
         return cls(
@@ -185,6 +196,7 @@ class Llama:
                 "rope_factor": rope_factor,
                 "context": context,
                 "calibration": calibration,
+                "activations": None if activations == "auto" else activations,
             },
         )
 
@@ -193,11 +205,10 @@ class Llama:
         return self.engine.files.sha256(progress)
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
-        """Put the weights into the form that this machine multiplies fastest, and come back when that is done.
+        """Pack weights of few bits and compile the kernels, where that was never done, and come back when it is.
 
-        Without this the first answers come from the weights as they are in the file, in float32, and one of
-        the next ones waits. wait: False to come back at once, and have answers from both until it is done.
-        Raises `OutOfMemoryError`.
+        Without this the first answer in int8 or int4 waits for the packing, and nothing is compiled for the others.
+        wait: False to come back at once. Raises `OutOfMemoryError`.
         """
         if wait:
             with memory_errors(self.info.name):
@@ -245,7 +256,7 @@ class Llama:
         """
         if not self._differentiable:
             model = self.engine.model
-            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:
+            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:  # as it was made
                 self._differentiable.append(model)
             elif self._weights is None:
                 raise UsageError("The weights of this model lie in no file, expected a model that `Llama.load` loaded.")
@@ -356,7 +367,7 @@ class Llama:
             top=candidates,
             entropy_bits=entropy_bits(logits.values),
             warnings=tuple(self._warnings(prompt, ids, candidates[0], special)),
-            model=self.info if logits.packed else replace(self.info, precision="fp32"),
+            model=self.info,
             timing=Timing(self.load_s, len(ids), logits.reused_tokens, prefill_s),
         )
 

@@ -1,29 +1,26 @@
 """How weights are stored and multiplied, and which way is best where.
 
-| name | weights           | activations           | promise                                                        |
-| ---- | ----------------- | --------------------- | -------------------------------------------------------------- |
-| fp32 | float32           | float32               | the reference                                                  |
-| bf16 | bfloat16          | bfloat16              | what Meta's own code computes                                  |
-| fp16 | float16           | float32 (a GPU: fp16) | logits within 1e-3 of fp32, as fast as a CPU reads its memory  |
-| int8 | 8 bits in blocks  | 8 bits in blocks      | half the bytes; no further from fp32 than llama.cpp's Q8_0     |
-| int4 | 4 bits in blocks  | 8 bits in blocks      | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantise  |
+| name | weights                                       | promise                                                      |
+| ---- | --------------------------------------------- | ------------------------------------------------------------ |
+| fp32 | float32                                       | the reference                                                |
+| bf16 | bfloat16, read where the file is mapped       | equal to fp32 of the same file within 1e-5                   |
+| fp16 | float16, mapped if the file holds it          | logits within 1e-3 of fp32                                   |
+| int8 | 8 bits, a scale per 32; activations alike     | half the bytes; no further from fp32 than llama.cpp's Q8_0   |
+| int4 | 4 bits, a scale per 64; activations in 8 bits | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantise |
 
-The products of int8 and int4 are our own, see kernels.cpp. Where those cannot be compiled, int8 is a scale a row and 13
-bits of activations (a GPU: bf16), and int4 is multiplied in float32, which is slow.
+Between the layers activations are float32 on a CPU, and of the weights' type on a GPU. A GGUF file's quantised blocks
+are read as they lie in the file in fp16 too, which loses nothing.
 
-fp16, int8 and int4 are packed into the order that this CPU multiplies fastest, which takes seconds. Until that is
-done, the weights in the file answer, multiplied in float32: the first answers are those of fp32, and say so.
+32 and 16 bits answer as soon as the file is mapped. int8 and int4 are put into panels first, once: they are kept.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import cast
 
@@ -32,31 +29,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch import kernels
-from llama_scratch.attention import KEPT, LONG, attend_in_blocks
+from llama_scratch.attention import attend_by_kernels
 from llama_scratch.background import Background, Job, go_on
 from llama_scratch.calibration import GROUPS, TOKENS, hessians
 from llama_scratch.checkpoint import EMBEDDING, OUTPUT, is_tied
-from llama_scratch.config import PRECISIONS, ModelArgs
+from llama_scratch.config import ACTIVATIONS, PRECISIONS, ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.kept import KeptPieces, Layout
-from llama_scratch.lazy import Weight, as_tensor
+from llama_scratch.lazy import Quantised, Weight, as_tensor, stored
 from llama_scratch.linear import (
     PACKED,
-    Blocks,
-    Columns,
     Differentiable,
     Embedding,
-    Form,
-    Half,
-    Int8,
     Panels,
     Projection,
+    Rows,
     Shared,
     SharedProjection,
-    Stack,
-    packs,
     panel_shapes,
-    quantise,
     to_panels,
 )
 from llama_scratch.memory import give_back, require_memory
@@ -70,6 +60,7 @@ CHUNK = 512
 # Bits of a weight where it is quantised.
 BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_name(precision: str) -> None:
@@ -80,18 +71,38 @@ def check_name(precision: str) -> None:
         )
 
 
-def choose(precision: str, stored: torch.dtype, device: torch.device | None = None) -> str:
-    """The precision to run in: the one named, or for "auto" the fastest whose answers are the reference's to rounding.
+def choose(precision: str, stored: torch.dtype | None, device: torch.device | None = None) -> str:
+    """The precision to run in: the one named, or for "auto" the file's own type, see `file_type`.
 
-    An x86 CPU reads float16 weights at its memory's speed and multiplies them in float32: fp16. Elsewhere it
-    is the file's own type where the device computes in it, and fp32 where it does not.
+    GGUF's blocks run in fp16. device: by default the CPU, which multiplies all types.
     """
     if precision != "auto":
         return precision
-    device = device or torch.device("cpu")
-    if device.type == "cpu" and packs():
+    if stored is None:
         return "fp16"
-    return "bf16" if stored == torch.bfloat16 and _computes_bf16(device) else "fp32"
+    computes = device is None or stored != torch.bfloat16 or _computes_bf16(device)
+    return _NAMES.get(stored, "fp32") if computes else "fp32"
+
+
+def file_type(weights: Mapping[str, Weight]) -> torch.dtype | None:
+    """The type of a file's weights; None where some are quantised blocks."""
+    return None if any(isinstance(weight, Quantised) for weight in weights.values()) else weights[EMBEDDING].dtype
+
+
+def activation_type(activations: str, precision: str, device: torch.device) -> torch.dtype:
+    """What goes from layer to layer: what is named, or for "auto" float32 on a CPU, and the weights' type on a GPU.
+
+    Raises `UsageError` for a name that there is not.
+    """
+    if activations not in ("auto", *ACTIVATIONS):
+        raise UsageError(
+            f"The activations are {activations!r}, expected one of auto, {', '.join(ACTIVATIONS)} (--activations)."
+        )
+    if activations != "auto":
+        return DTYPES[activations]
+    if device.type == "cpu":
+        return torch.float32
+    return DTYPES.get(precision, torch.bfloat16 if _computes_bf16(device) else torch.float32)
 
 
 def find_device(device: str) -> torch.device:
@@ -113,59 +124,57 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def memory_needed(
-    args: ModelArgs, precision: str, stored: torch.dtype | None, context: int, device: torch.device, *, tied: bool
+    args: ModelArgs,
+    precision: str,
+    stored: torch.dtype | None,
+    context: int,
+    device: torch.device,
+    *,
+    tied: bool,
+    activations: str = "auto",
 ) -> dict[str, int]:
     """Bytes that a network takes besides the file's own weights, by what they are for.
 
-    stored: the type of the file's weights, which are mapped; None where they are `Lazy`. context: tokens in the cache.
+    stored: the `file_type`. context: tokens in the cache. activations: see `activation_type`.
     """
-    packed = _is_packed(precision, device)
-    bytes_each = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 1}[precision]
-    activation = 2 if precision == "bf16" else 4
-    cache = context * args.kv_bytes_per_token(activation)
-    panels = _in_panels(precision, device)
-    # Without kernels int8 holds both limbs of what is multiplied, and their products.
-    wide, narrow = (8, 12) if precision == "int8" and not panels else (4, 8)
-    width = max(args.dim, args.n_heads * args.head_dim)  # of the residual stream, or of all heads' queries
-    activations = CHUNK * (wide * args.ffn_dim + narrow * width) * activation + 16 * args.vocab_size
-    # The mask, which fused attention turns into numbers.
-    activations += CHUNK * context * (2 if packed else 3 + activation)
+    number = activation_type(activations, precision, device).itemsize
+    fast = device.type == "cpu" and kernels.load()
     packing = 0
-    if packed:
-        weights = (
-            _bytes_in_panels(args, BITS[precision]) if panels else bytes_each * _packed_weights(args, precision, device)
-        )
-        turned = stored is None and not _stay_lazy(args, precision, device)  # to float32, and then given back
-        if turned:
-            weights = max(4 * args.n_parameters(tied=tied), weights + 4 * args.vocab_size * args.dim)
-        if device.type == "cpu" and packs():
-            activations += KEPT * max(0, context - LONG)
-        piece = min(_PIECE, args.dim * max(args.vocab_size, args.ffn_dim, width))
-        if panels:
-            packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
-            activations += 2 * _BLOCKS * (stored is None)  # of the first answers
-        elif precision == "int8":
-            packing = 2 * piece * torch.get_num_threads()  # the integers that are packed from
-        elif stored != torch.float32 and not turned:
-            packing = 4 * piece * torch.get_num_threads()  # as float32
-            activations += _BLOCKS  # of the first answers
+    if bits := BITS.get(precision):
+        weights = _bytes_in_panels(args, bits)
+        packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
+    elif precision == "fp16" and stored is None and _stay_lazy(args):
+        weights = 0
     else:
         copied = stored != DTYPES[precision] or device.type != "cpu"
-        weights = args.n_parameters(tied=tied) * bytes_each * copied
+        weights = args.n_parameters(tied=tied) * DTYPES[precision].itemsize * copied
+    cache = context * args.kv_bytes_per_token(number)
+    heads = args.n_heads * args.head_dim
+    if fast and number == 4:  # see `Space` in cpp/layer.h, and what a long context's scores take is little
+        numbers = CHUNK * (4 * args.dim + 2 * heads + 2 * args.n_kv_heads * args.head_dim + 3 * args.ffn_dim)
+        mask = 0
+    else:
+        numbers = CHUNK * (4 * args.ffn_dim + 8 * max(args.dim, heads))
+        mask = CHUNK * context * (3 + number) + 4 * _BLOCKS * (stored != torch.float32)
     return {
         "weights": weights,
-        # It is over long before a cache of its size is full; what fbgemm packs int8 from is given back late.
-        "packing": packing if precision == "int8" and not panels else max(0, packing - cache),
+        "packing": max(0, packing - cache),  # it is over long before a cache of its size is full
         "KV cache": cache,
-        "activations": activations,
+        "activations": numbers * 4 + 16 * args.vocab_size + mask,
     }
+
+
+# Numbers of the blocks of weights that torch's operators turn into float32 at a time, with what oneDNN makes of them.
+_BLOCKS = 6 << 20
+# Bytes for each weight that is on its way into panels.
+_ON_THE_WAY = 4
+# For each product of two inputs while the curvature is made of them, and for each weight that is calibrated.
+_MAKING, _CALIBRATING = 24, 16
 
 
 def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[str, int]:
     """Bytes that `_calibrated` takes beside the network that answers, by what they are for."""
-    embedding = weights[EMBEDDING]
-    stored = embedding.dtype if isinstance(embedding, Tensor) else None
-    reading = memory_needed(args, "int8", stored, 0, torch.device("cpu"), tied=is_tied(weights))
+    reading = memory_needed(args, "int8", file_type(weights), 0, torch.device("cpu"), tied=is_tied(weights))
     widest = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
     return {
         "the int8 network that reads examples": reading["weights"] + reading["activations"],
@@ -173,38 +182,6 @@ def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[
         # First the curvature is made, then weights are quantised by it.
         "products of inputs": max(_MAKING * widest**2, 8 * widest**2 + _CALIBRATING * CALIBRATED),
     }
-
-
-# Bytes of the blocks of weights that are float32 at a time, with what oneDNN makes of them.
-_BLOCKS = 6 << 22
-# Bytes for each weight that is on its way into panels.
-_ON_THE_WAY = 4
-# For each product of two inputs while the curvature is made of them, and for each weight that is calibrated.
-_MAKING, _CALIBRATING = 24, 16
-
-
-def _fbgemm_block(precision: str) -> int:
-    """Columns per block of fbgemm's packed weights, whose last block is padded; 1 without fbgemm.
-
-    Source: `PackingTraits` (int8, KCB) and `PackedGemmMatrixB` (fp16) in fbgemm. int8 blocks follow the instruction
-    set, which torch and fbgemm detect alike; FBGEMM_ENABLE_INSTRUCTIONS limits fbgemm alone.
-    """
-    if not packs():
-        return 1
-    capability = torch.backends.cpu.get_cpu_capability()
-    wide = capability == "AVX512" and os.environ.get("FBGEMM_ENABLE_INSTRUCTIONS", "AVX512").startswith("AVX512")
-    return 256 if precision == "int8" and wide else 512
-
-
-def _packed_weights(args: ModelArgs, precision: str, device: torch.device) -> int:
-    """Number of weights that the packed linear layers hold, padding included."""
-    block = _fbgemm_block(precision) if device.type == "cpu" else 1
-    total = 0
-    for name, (out, *columns) in args.weight_shapes().items():
-        if columns and name != EMBEDDING:
-            groups = _output_groups(columns[0]) if precision == "int8" and name == OUTPUT else 1
-            total += out * groups * block * math.ceil(columns[0] / (groups * block))
-    return total
 
 
 def _bytes_in_panels(args: ModelArgs, bits: int) -> int:
@@ -228,151 +205,104 @@ def build(
     device: torch.device,
     files: Sequence[Path],
     examples: Examples | None = None,
+    activations: str = "auto",
 ) -> tuple[Transformer, Background]:
-    """The network with the file's weights in it, and what is still to be done for their speed.
+    """The network with the file's weights in it, and what is still to be done before it answers, or answers fast.
 
     Built without memory and filled with the file's own tensors, so that there is never a second copy.
     files: where the weights are from, by which quantised ones are kept for the next time. examples: what 4 bits are
-    calibrated with; without any, their scales are searched for.
+    calibrated with; without any, their scales are searched for. activations: see `activation_type`.
     """
-    packed = _is_packed(precision, device)
-    if not packed:
-        weights = _as_tensors(weights, DTYPES[precision])
-    elif not _stay_lazy(args, precision, device):
-        weights = _as_tensors(weights)
+    dtype = activation_type(activations, precision, device)
+    kernels.load()
+    weights = _each(weights, lambda weight: _stored(weight, args, precision, device))
     with torch.device("meta"):
         model = Transformer(args)
-    if device.type != "cpu":
-        weights = _each(weights, lambda weight: as_tensor(weight).to(device))
-    packing = _store(model, weights, precision, files, examples) if packed else Background("packing", [])
+    slots: list[_Slot] = []
+    if device.type == "cpu" or precision in BITS or dtype != DTYPES[precision]:
+        slots = _exchange(model, weights)
+        model.tok_embeddings = Embedding(weights[EMBEDDING], dtype)
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    if not packed and is_tied(weights):
+    if not slots and is_tied(weights):
         model.output.weight = model.tok_embeddings.weight
-    if packed:
-        _convert_norms(model, _activations(device))
+    _convert_norms(model, dtype)
     model.eval().requires_grad_(False)
     model.freqs = model.freqs.to(device)
-    return model, packing
+    jobs: list[Job] = []
+    if device.type == "cpu":
+        for block in model.layers:
+            cast(TransformerBlock, block).attention.attend = attend_by_kernels
+        if not kernels.ready() and kernels.possible():
+            jobs.append((kernels.build, 0))  # answers do not wait for it
+    if precision in BITS:
+        made, pieces = "", None
+        if precision == "int4" and examples and device.type == "cpu":
+            made = f"{examples.name}, {args}"
+            pieces = _calibrated(weights, args, slots, examples, files)
+        pack = _Blocks(files, slots, BITS[precision], pieces, made).pack
+        jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
+    return model, Background("packing", jobs, after=give_back)
 
 
-def differentiable(weights: Mapping[str, Weight], args: ModelArgs) -> Transformer:
-    """The network with the file's own weights, multiplied in float32, through which gradients go."""
-    tensors = _as_tensors(weights)
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.eval().requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, Differentiable(tensors[f"{name}.weight"]))
-    _convert_norms(model, torch.float32)
-    model.tok_embeddings = Embedding(tensors[EMBEDDING], torch.float32)
-    return model
+def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.device) -> Weight:
+    """A weight in the type of a precision: the file's own where it is of that type already. Norms stay as they are."""
+    if precision in BITS or len(weight.shape) == 1:
+        return weight if device.type == "cpu" else as_tensor(weight).to(device)
+    dtype = DTYPES[precision]
+    if device.type == "cpu" and stored(weight) and (weight.dtype == dtype or _stays(weight, args, precision)):
+        return weight
+    turned = weight.to(dtype)
+    # What is too large for float16 stays as it is.
+    return (turned if dtype != torch.float16 or turned.aminmax().max.isfinite() else as_tensor(weight)).to(device)
 
 
-def _convert_norms(model: Transformer, dtype: torch.dtype) -> None:
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.to(dtype)
+def _stays(weight: Weight, args: ModelArgs, precision: str) -> bool:
+    return isinstance(weight, Quantised) and precision == "fp16" and _stay_lazy(args)
 
 
-def _activations(device: torch.device) -> torch.dtype:
-    """What goes from layer to layer where the linear layers are exchanged."""
-    return torch.bfloat16 if device.type != "cpu" and _computes_bf16(device) else torch.float32
+def _stay_lazy(args: ModelArgs) -> bool:
+    """Whether GGUF's quantised blocks stay as they are. Without kernels those of a small model would be slow."""
+    return kernels.load() or args.n_parameters(tied=False) > _SMALL
 
 
-def _is_packed(precision: str, device: torch.device) -> bool:
-    """Whether the linear layers are exchanged; else they are torch's own."""
-    return precision in BITS or (precision == "fp16" and device.type == "cpu")
+_SMALL = 1 << 28  # weights: half a GB of float16
 
 
-def _in_panels(precision: str, device: torch.device) -> bool:
-    """Whether weights are quantised in blocks, for the kernels."""
-    if precision == "int8":
-        return device.type == "cpu" and kernels.possible()
-    return precision == "int4"
+def _as_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """All as tensors; those that are so already stay the same, and a tied pair one."""
+    return cast(dict[str, Tensor], _each(weights, as_tensor))
 
 
-def _stay_lazy(args: ModelArgs, precision: str, device: torch.device) -> bool:
-    """Whether weights that are no tensors yet stay so until they are packed.
-
-    A small model becomes float32 at once, because the first answers are faster then, unless it is to save memory.
-    """
-    return device.type == "cpu" and (precision in BITS or args.n_parameters(tied=False) > _SMALL)
-
-
-_SMALL = 1 << 28  # weights: 1 GB of float32
-
-
-def _as_tensors(weights: Mapping[str, Weight], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All as tensors, of `dtype` where one is given; those that are so already stay the same, and a tied pair one."""
-    return _each(weights, lambda weight: as_tensor(weight, dtype))
-
-
-def _each(weights: Mapping[str, Weight], turn: Callable[[Weight], Tensor]) -> dict[str, Tensor]:
+def _each(weights: Mapping[str, Weight], turn: Callable[[Weight], Weight]) -> dict[str, Weight]:
     turned = {id(weight): turn(weight) for weight in {id(weight): weight for weight in weights.values()}.values()}
     return {name: turned[id(weight)] for name, weight in weights.items()}
 
 
-# Projections that read the same vector stand together: small ones become one product of at most so many weights.
-_FUSED = 1 << 23  # more of them take longer to read than a call costs
-_LAYER = 1 << 40  # in panels a layer's are always whole, see `step`
-# Weights that are packed by one job: some tenths of a second, and what more than one thread can share.
-_PIECE = 1 << 24
-# A third of the error of 8-bit weights comes from the output projection: up to 4 groups of its columns have scales.
-_OUTPUT_GROUPS = 4
+def _exchange(model: Transformer, weights: Mapping[str, Weight]) -> list[_Slot]:
+    """Put projections in the place of the linear layers, in the order in which a token comes by.
 
-
-def _output_groups(width: int) -> int:
-    """Column groups of an output projection of `width` columns: at most one per block, since groups are padded."""
-    return min(_OUTPUT_GROUPS, math.ceil(width / _fbgemm_block("int8")))
-
-
-def _store(
-    model: Transformer,
-    weights: Mapping[str, Weight],
-    precision: str,
-    files: Sequence[Path],
-    examples: Examples | None,
-) -> Background:
-    """Exchange the linear layers: at once they multiply the weights as they are, and the `Background` packs those."""
-    device = weights[EMBEDDING].device
-    panels = _in_panels(precision, device)
-    slots: list[_Slot] = []
+    Those that read the same vector become one product.
+    """
+    slots = []
     for i in range(len(model.layers)):
         for group in GROUPS:
             names = [f"layers.{i}.{name}" for name in group]
-            slots += _exchange(model, names, weights, most=_LAYER if panels else _FUSED)
-    groups = _output_groups(model.args.dim) if precision == "int8" and not panels else 1
-    slots += _exchange(model, ["output"], weights, groups=groups)
-    model.tok_embeddings = Embedding(weights[EMBEDDING], _activations(device))
-    if device.type == "cpu" and packs():
-        for block in model.layers:
-            cast(TransformerBlock, block).attention.attend = attend_in_blocks
-    pack: Callable[[int, _Slot], None]
-    jobs: list[Job] = []
-    if panels:
-        made, pieces = "", None
-        if precision == "int4" and examples and device.type == "cpu":
-            made = f"{examples.name}, {model.args}"
-            pieces = _calibrated(weights, model.args, slots, examples, files)
-        pack = _Blocks(files, slots, BITS[precision], pieces, made).pack
-        if not kernels.load():
-            jobs.append((kernels.build, 0))  # no weight is packed by that
-    else:
-        pack = _pack_half if precision == "fp16" else _Quantiser(files, slots).pack
-    jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
-    return Background("packing", jobs, torch.get_num_threads(), after=give_back)
+            found = [weights[f"{name}.weight"] for name in names]
+            shared = Shared(Rows(found), [len(weight) for weight in found])
+            for part, name in enumerate(names):
+                model.set_submodule(name, SharedProjection(shared, part))
+            slots.append(_Slot(shared, found))
+    projection = Projection(Rows([weights[OUTPUT]]))
+    model.set_submodule("output", projection)
+    return [*slots, _Slot(projection, [weights[OUTPUT]])]
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """A place for a form: that of `weights` below each other, (out, in) in all, in `groups` groups of columns."""
+    """A place for a form: that of `weights` below each other, (out, in) in all."""
 
-    stack: Stack
-    index: int
+    place: Shared | Projection
     weights: Sequence[Weight]
-    groups: int = 1
 
     @property
     def size(self) -> int:
@@ -382,52 +312,6 @@ class _Slot:
     def shape(self) -> tuple[int, int]:
         """Of all together."""
         return sum(map(len, self.weights)), self.weights[0].shape[1]
-
-    @property
-    def columns(self) -> list[slice]:
-        """The groups, one next to the other."""
-        edges = torch.arange(self.weights[0].shape[1]).tensor_split(self.groups)
-        return [slice(int(edge[0]), int(edge[-1]) + 1) for edge in edges]
-
-    def weight(self) -> Tensor:
-        tensors = [as_tensor(weight) for weight in self.weights]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    def fill(self, form: Form) -> None:
-        self.stack.forms[self.index] = form
-
-
-def _exchange(
-    model: Transformer,
-    names: Sequence[str],
-    weights: Mapping[str, Weight],
-    *,
-    groups: int = 1,
-    most: int = 0,
-) -> list[_Slot]:
-    """Put projections in the place of linear layers. most: weights up to which several become one product."""
-    found = [weights[f"{name}.weight"] for name in names]
-    if len(found) > 1 and sum(weight.numel() for weight in found) <= most:
-        stack = Stack([Blocks(found)])
-        shared = Shared(stack, [len(weight) for weight in found])
-        for part, name in enumerate(names):
-            model.set_submodule(name, SharedProjection(shared, part))
-        return [_Slot(stack, 0, found)]
-    slots = []
-    for name, weight in zip(names, found, strict=True):
-        pieces = [weight] if weight.numel() <= most else weight.split(max(1, _PIECE // weight.shape[1]))
-        stack = Stack([Blocks([piece]) for piece in pieces])
-        model.set_submodule(name, Projection(stack))
-        slots += [_Slot(stack, i, [piece], groups) for i, piece in enumerate(pieces)]
-    return slots
-
-
-def _pack_half(_i: int, slot: _Slot) -> None:
-    weight = slot.weight()
-    low, high = weight.aminmax()  # which copies nothing
-    # Else it stays as it is; what is no number does too.
-    if torch.maximum(-low, high) <= torch.finfo(torch.float16).max:
-        slot.fill(Half(weight) if packs() else Blocks([weight.half()]))
 
 
 @dataclass(frozen=True)
@@ -468,7 +352,7 @@ class _Blocks:
                 return  # it stays as it is
             self._kept.put(i, *piece)
         device = slot.weights[0].device
-        slot.fill(Panels(piece[0].to(device), piece[1].to(device), slot.shape))
+        slot.place.form = Panels(piece[0].to(device), piece[1].to(device), slot.shape)
 
     def _in_turn(self, i: int, pieces: Iterator[_Piece]) -> _Piece:
         with self._lock:
@@ -503,38 +387,32 @@ def _calibrated(
     finally:
         packing.close()
     waiting = iter(slots)
-    for names, products in hessians(model, examples.windows(model), go_on):
+    for _, products in hessians(model, examples.windows(model), go_on):
         if missing := -len(products) % BLOCK[4]:
             products = F.pad(products, (0, missing, 0, missing))
         curvature = Curvature(products) if products.isfinite().all() else None
-        for slot in waiting if names == ["output"] else islice(waiting, 1):
-            yield _searched(slot, 4, curvature)
+        yield _searched(next(waiting), 4, curvature)
 
 
-class _Quantiser:
-    """Fills slots with 8-bit weights, kept ones where there are."""
-
-    def __init__(self, files: Sequence[Path], slots: Sequence[_Slot]):
-        layouts: list[Layout] = [
-            (((slot.shape[0], columns.stop - columns.start), torch.int8), ((slot.shape[0],), torch.float32))
-            for slot in slots
-            for columns in slot.columns
-        ]
-        self._first = list(accumulate((len(slot.columns) for slot in slots), initial=0))  # part of each slot
-        self._kept = KeptPieces(files, layouts)
-
-    def pack(self, i: int, slot: _Slot) -> None:
-        if slot.weights[0].device.type != "cpu":
-            slot.fill(_side_by_side([Blocks([piece[0]], [piece[1]]) for piece in quantise(slot.weights, slot.columns)]))
-            return
-        parts = range(self._first[i], self._first[i] + len(slot.columns))
-        found = [piece for piece in map(self._kept.get, parts) if piece is not None]
-        if len(found) < len(parts):
-            found = quantise(slot.weights, slot.columns)
-            for part, (values, scales) in zip(parts, found, strict=True):
-                self._kept.put(part, values, scales)
-        slot.fill(_side_by_side([Int8(*piece) if packs() else Blocks(piece[:1], piece[1:]) for piece in found]))
+# --- With gradients ---------------------------------------------------------------------------
 
 
-def _side_by_side(forms: Sequence[Form]) -> Form:
-    return forms[0] if len(forms) == 1 else Columns(forms)
+def differentiable(weights: Mapping[str, Weight], args: ModelArgs) -> Transformer:
+    """The network with the file's own weights, multiplied in float32, through which gradients go."""
+    tensors = _as_tensors(weights)
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Differentiable(tensors[f"{name}.weight"]))
+    _convert_norms(model, torch.float32)
+    model.tok_embeddings = Embedding(tensors[EMBEDDING], torch.float32)
+    return model
+
+
+def _convert_norms(model: Transformer, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.to(dtype)

@@ -1,4 +1,4 @@
-"""The layers for a few tokens as one call, see kernels.cpp: the readable network's steps without its operators' calls.
+"""The layers as one call, see cpp/layer.h: the readable network's steps without its operators' calls.
 
 A small model's token is not bound by reading weights but by asking for some thousand operators, one by one. And as
 each row is computed by itself there, several tokens at once come out to the bit as if they had come one by one.
@@ -12,31 +12,33 @@ import torch
 from torch import Tensor
 
 from llama_scratch import kernels
-from llama_scratch.linear import Panels, Projection, SharedProjection
+from llama_scratch.linear import Panels, form_of
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, rotations
 
-# Attention is computed here one row at a time; for more rows than a few in a longer text the network's own is faster.
-LONG, FEW = 1024, 16
-# Sizes of heads that the kernels know.
-_HEADS = (16, 32, 64, 128)
+# Of such numbers the kernels want a multiple in each dimension.
+_GRAIN = 16
 
 
 class Step:
-    """Runs a network for a few tokens behind what `cache` holds, once its weights lie in panels."""
+    """Runs a network for some tokens behind what `cache` holds, where the kernels know the form of all its weights."""
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
         self._cache = cache
-        self._weights: list[Tensor] | None = None
+        self._norms: list[Tensor] | None = None
+        self._weights: list[Tensor] = []
+        self._types: list[str] = []
+        self._parts: list[int] = []
         self._freqs = torch.empty(0, 0)
 
-    def fits(self, count: int) -> bool:
-        """Whether `count` further tokens can be run so."""
-        if (count > FEW and self._cache.length + count > LONG) or not kernels.ready():
+    def fits(self) -> bool:
+        """Whether tokens can be run so."""
+        if not kernels.ready():
             return False
-        if self._weights is None:
-            self._weights = self._collected()
-        return bool(self._weights)
+        if self._norms is None:
+            self._norms = []
+            self._collect()
+        return bool(self._norms)
 
     def __call__(self, tokens: Tensor, *, all_positions: bool) -> Tensor:
         """As the network's own call, for one text: (1, T) → (1, T or 1, vocab_size)."""
@@ -51,35 +53,27 @@ class Step:
             turned = rotations(model.freqs, torch.arange(cache.capacity))
             self._freqs = torch.view_as_real(turned).flatten(1)  # (capacity, head_dim): cosine and sine in turn
         freqs = self._freqs[cache.length : end]
-        torch.ops.llama_scratch.layers(x, self._weights, freqs, held, cache.length, args.n_heads, args.norm_eps)
+        weights = self._weights, self._types, self._parts
+        torch.ops.llama_scratch.layers(x, self._norms, *weights, freqs, held, cache.length, args.n_heads, args.norm_eps)
         cache.advance(T)
         return model.output(model.norm(x if all_positions else x[-1:]))[None]
 
-    def _collected(self) -> list[Tensor]:
-        """Norms and panels of all layers, in the order of `Layer`; none where some weight does not lie in panels."""
-        found: list[Tensor] = []
+    def _collect(self) -> None:
+        """Norms and weights of all layers, in the order of `Layer`; no norms where the kernels do not know all."""
+        args = self._model.args
+        if args.dim % _GRAIN or args.head_dim % _GRAIN or args.ffn_dim % _GRAIN:
+            return
+        norms: list[Tensor] = []
         for module in self._model.layers:
             block = cast(TransformerBlock, module)
+            norms += [block.attention_norm.weight, block.ffn_norm.weight]
             attention, feed_forward = block.attention, block.feed_forward
-            found += [block.attention_norm.weight, block.ffn_norm.weight]
-            for projection in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
-                panels = _panels(projection)
-                if panels is None or self._model.args.head_dim not in _HEADS:
-                    return []
-                found += [panels.values, panels.scales]
-        output = self._model.output
-        if not (isinstance(output, Projection) and all(isinstance(form, Panels) for form in output.stack.forms)):
-            return []
-        return found
-
-
-def _panels(projection: object) -> Panels | None:
-    """The one form of a projection where it is in panels that nothing fills up."""
-    if isinstance(projection, SharedProjection):
-        stack = projection.shared.stack
-    elif isinstance(projection, Projection):
-        stack = projection.stack
-    else:
-        return None
-    form = stack.forms[0]
-    return form if len(stack.forms) == 1 and isinstance(form, Panels) and form.whole else None
+            for first in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
+                form = form_of(first)
+                if form is None or not form.stored or (isinstance(form, Panels) and not form.whole):
+                    return
+                self._weights += [tensor for tensors, _ in form.stored for tensor in tensors]
+                self._types += [name for _, name in form.stored]
+                self._parts.append(len(form.stored))
+        if norms[0].dtype == torch.float32:
+            self._norms = norms

@@ -476,7 +476,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
         ) from error
     if len(tensor.shape) == 1:
         return dequantise(0, 1)[0]
-    return Quantised((tensor.shape[0], tensor.shape[1]), tensor.size, dequantise)
+    return Quantised((tensor.shape[0], tensor.shape[1]), torch.from_numpy(blocks), type.name, dequantise)
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -97,9 +97,8 @@ def compare(llama: Llama, other: Llama, ids: Sequence[int], top: int = 5, progre
 def _side(llama: Llama, ids: Sequence[int], top: int, progress: Progress) -> tuple[Side, Tensor]:
     """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
-    model = llama.info if logits.packed else replace(llama.info, precision="fp32")
     tokens = tuple(map(llama.token, ids))
-    side = Side(model, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
+    side = Side(llama.info, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
     return side, logits.values.double().log_softmax(-1)
 
 

@@ -129,11 +129,10 @@ class Walk:
     n_layers: int
     stops: tuple[Stop, ...]
     _llama: ref[Llama]
-    _packed: bool
 
     def fits(self, llama: Llama, ids: Sequence[int]) -> bool:
         """Whether this model would walk the same way through this text still."""
-        return self._llama() is llama and tuple(ids) == self.ids and self._packed == llama.engine.packing.done
+        return self._llama() is llama and tuple(ids) == self.ids
 
     def into(self, at: int, count: int = 1) -> int:
         """The stop that came next, `count` times. Raises `UsageError` behind the last one, as the others do."""
@@ -187,9 +186,8 @@ def walk(llama: Llama, ids: Sequence[int], progress: Progress = silent) -> Walk:
             progress("stepping", stop.layer, n_layers)
         stops.append(stop)
 
-    packed = llama.engine.packing.done
     begin = _run(llama, ids, seen, progress)
-    return Walk(tuple(ids), begin, n_layers, tuple(stops), ref(llama), packed)
+    return Walk(tuple(ids), begin, n_layers, tuple(stops), ref(llama))
 
 
 # --- Looking at a value -----------------------------------------------------------------------
@@ -517,7 +515,7 @@ def _run(llama: Llama, ids: Sequence[int], seen: Callable[[_Done], None], progre
     with (
         torch.inference_mode(),
         memory_errors(f"A text of {len(ids):,} tokens"),
-        engine.packing.held(),
+        engine.weights(progress),
         tapped(model, engine.taps),
     ):
         for start in range(0, begin, CHUNK):

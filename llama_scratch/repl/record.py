@@ -135,6 +135,7 @@ class Options:
     rope_factor: float | None
     context: int | None
     calibration: str | None
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ def record(session: Session) -> Record:
             rope_factor=first.options.get("rope_factor"),
             context=first.options.get("context"),
             calibration=_absolute(first.options.get("calibration")),
+            activations=first.options.get("activations"),
         ),
     )
     return Record(header, session.turns)

@@ -104,11 +104,8 @@ def run_again(
     )
     differences = _model_differences(header, session)
     compared = drawn = 0
-    if between := header.precision != llama.info.precision:
-        llama.prepare()  # it was asked for, so it answers from the beginning
+    between = header.precision != llama.info.precision
     for number, turn in enumerate(recorded.turns, start=1):
-        if _precision(turn.output) == session.llama.info.precision:
-            session.llama.prepare()  # the recording had its weights packed by then
         try:
             new = _repeat(session, turn)
         except Exception as error:  # noqa: BLE001 - one line's trouble is a difference, whatever it is
