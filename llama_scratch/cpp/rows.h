@@ -315,7 +315,7 @@ void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x,
 
 // Up to so many rows of x are few: 16 bits are soon turned into float32, GGUF's blocks are not.
 template <class W>
-constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 2;
+constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 8;
 
 template <class W>
 void rows_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
