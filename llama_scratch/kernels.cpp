@@ -554,6 +554,8 @@ inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis
 
 }  // namespace llama_scratch
 
+#include "cpp/search.h"
+
 // --- What torch calls -------------------------------------------------------------------------
 
 #if !defined(LLAMA_SCRATCH_ALONE)
@@ -615,6 +617,19 @@ void layers(Tensor x, at::TensorList weights, const Tensor& freqs_cis, at::Tenso
   }
 }
 
+// Rows (out, in) float32 → values and scales in panels; false if a weight is NaN or too large. See cpp/search.h.
+std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, at::ArrayRef<double> steps, int64_t bits) {
+  TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kFloat &&
+                  rows.size(1) % block_of(bits) == 0,
+              "rows of shape ", rows.sizes(), " do not fit blocks of ", bits, " bits");
+  int64_t out = rows.size(0), in = rows.size(1), panels = (out + PANEL - 1) / PANEL;
+  Tensor values = at::empty({panels, in * bits / (8 * GROUP), PANEL, GROUP}, rows.options().dtype(bits == 8 ? at::kChar : at::kByte));
+  Tensor scales = at::empty({panels, in / block_of(bits), PANEL}, rows.options().dtype(at::kHalf));
+  bool fits = search::quantize(rows.const_data_ptr<float>(), out, in, bits, std::vector<float>(steps.begin(), steps.end()).data(),
+                               steps.size(), (uint8_t*)values.mutable_data_ptr(), (uint16_t*)scales.mutable_data_ptr());
+  return {values, scales, fits};
+}
+
 const char* machine() { return MACHINE; }
 
 }  // namespace
@@ -622,6 +637,7 @@ const char* machine() { return MACHINE; }
 TORCH_LIBRARY(llama_scratch, m) {
   m.def("linear(Tensor x, Tensor values, Tensor scales) -> Tensor", &linear);
   m.def("layers(Tensor(a!) x, Tensor[] weights, Tensor freqs_cis, Tensor[] cache, int start, int n_heads, float eps) -> ()", &layers);
+  m.def("quantize(Tensor rows, float[] steps, int bits) -> (Tensor values, Tensor scales, bool fits)", &quantize);
   m.def("machine() -> str", [] { return std::string(machine()); });
 }
 #endif
