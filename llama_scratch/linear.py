@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight
-from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks
+from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks, quantize_panels
 
 # torch speaks of leaving this to another package; the range that is installed has it.
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -207,7 +207,10 @@ def to_panels(
     for i, part in enumerate(filled.split(panels * _ROWS)):
         before_each()
         found = slice(i * panels, (i + 1) * panels)
-        values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
+        if curvature is None and kernels.ready() and weights[0].device.type == "cpu":
+            values[found], scales[found] = quantize_panels(part, bits)
+        else:
+            values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
     return values, scales
 
 
