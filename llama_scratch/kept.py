@@ -84,11 +84,6 @@ class KeptPieces:
             data[start : start + _nbytes(scales, scales_type)].view(scales_type).view(scales),
         )
 
-    def check(self) -> None:
-        """Take no piece if one is missing or damaged: for pieces that are made one after the other."""
-        if any(self.get(i) is None for i in range(len(self._layouts))):
-            self._data = None
-
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
         """Keep a piece; the last one makes the file visible. If one cannot be kept, no other is."""
         parts = [part.contiguous().view(torch.uint8).flatten().numpy().data for part in (values, scales)]
