@@ -38,6 +38,11 @@ void layer_of(float* x, int64_t T, const float** norms, const int8_t** values, c
   layer(Shape{dim, n_heads, n_kv_heads, head_dim, ffn_dim, 1e-5f},
         Layer{norms[0], norms[1], w[0], w[1], w[2], w[3], Cache{keys, cached_values, capacity}}, freqs_cis, T, start, x);
 }
+
+bool search_of(const float* rows, int64_t out, int64_t in, int64_t bits, const float* steps, int64_t n_steps, uint8_t* values,
+               uint16_t* scales) {
+  return search::quantize(rows, out, in, bits, steps, n_steps, values, scales);
+}
 }
 
 // --- Under the sanitizers: each buffer as long as it has to be, and no longer -----------------
@@ -90,6 +95,15 @@ int main() {
     const float* norms[] = {attention_norm.data(), ffn_norm.data()};
     layer_of(x.data(), T, norms, values, scales, bits, freqs_cis.data(), keys.data(), cached.data(), capacity, start, dim, n_heads,
              n_kv_heads, head_dim, ffn_dim);
+  }
+  for (int i = 0; i < 100; i++) {
+    int bits = any(0, 1) ? 8 : 4;
+    int64_t out = any(0, 40), in = block_of(bits) * any(1, 3), panels = (out + PANEL - 1) / PANEL, n_steps = any(0, 33);
+    std::vector<float> rows = numbers(out * in, any(0, 3) == 0), steps(n_steps);
+    for (float& step : steps) step = any(500, 900) / (any(0, 1) ? 100.0f : -100.0f);
+    std::vector<uint8_t> values(panels * PANEL * in * bits / 8);
+    std::vector<uint16_t> scales(panels * PANEL * in / block_of(bits));
+    search_of(rows.data(), out, in, bits, steps.data(), n_steps, values.data(), scales.data());
   }
   std::puts("clean");
 }
