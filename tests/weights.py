@@ -26,7 +26,7 @@ def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
     """A weight (out, in) whose rows sum to about 1; not to be written to."""
     if form in FLOATS:
         generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randn(out, columns, generator=generator) / columns**0.5
+        numbers: Tensor = torch.randn(out, columns, generator=generator) / columns**0.5
         return numbers.to(FLOATS[form])
     data = gguf_reference.random_blocks(form, out, columns, seed=str(seed))
     return quantised(form, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out, -1))
