@@ -40,7 +40,7 @@ struct Taken {
 
   // Add what query m takes of one more span.
   void add(int64_t m, float span_most, float span_total, const float* span_out) {
-    if (span_most == -INFINITY) return;  // it sees nothing of it
+    if (span_total == 0) return;  // it sees nothing of it; a sum that is NaN stays visible
     float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher), now = std::exp(span_most - higher);
     for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++) out[d] = before * out[d] + now * span_out[d - m * head_dim];
     total[m] = before * total[m] + now * span_total;
