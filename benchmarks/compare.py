@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import torch
 
 from benchmarks.engines import Setup
 from benchmarks.files import make_ctranslate2, make_gguf, make_huggingface, once, quantize_gguf
+from benchmarks.machine import machine
 from benchmarks.make_checkpoint import LLAMA_3_2_1B, make_checkpoint
 from benchmarks.report import FOLDER, speed_bounds, versions, write_report
 from llama_scratch.bench import BANDWIDTH_BYTES, random_ids, read_bandwidth
@@ -330,44 +330,6 @@ class Run:
             if truth is not None and name in self._logits:
                 values = torch.tensor(self._logits[name]).double()
                 engine["distance"] = float((values - truth).norm() / truth.norm())
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What this machine is."""
-    return {
-        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
-        "features": [flag for flag in FEATURES if flag in (_cpu_field("flags") or _cpu_field("Features")).split()],
-        "cores": psutil.cpu_count(logical=False),
-        "threads": threads,
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-    }
-
-
-# Those that decide how fast a weight can be multiplied.
-FEATURES = (
-    *(
-        "f16c",
-        "fma",
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_bf16",
-        "amx_int8",
-    ),
-    *("asimddp", "asimdhp", "i8mm", "bf16", "sve"),
-)
-
-
-def _cpu_field(name: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def selected(names: Sequence[str]) -> list[Entry]:

@@ -207,16 +207,19 @@ def render(
     loading: dict[str, Any] | None = None,
     rotated: dict[str, Any] | None = None,
     speculation: dict[str, Any] | None = None,
+    kernels: dict[str, Any] | None = None,
 ) -> str:
-    """The whole of results.md; a part that was not measured is left out."""
+    """Render results.md. Parts that were not measured are left out."""
     parts = [
         "# Measured",
         "Made by `make benchmark`, `make quality`, `make formats`, `python -m benchmarks.startup`, "
-        "`python -m benchmarks.keystrokes`, `python -m benchmarks.microscope` and `python -m benchmarks.speculation`; "
-        "not edited by hand.",
+        "`python -m benchmarks.kernels`, `python -m benchmarks.keystrokes`, `python -m benchmarks.microscope` and "
+        "`python -m benchmarks.speculation`; not edited by hand.",
     ]
     if results:
         parts += _speed(results)
+    if kernels:
+        parts += _kernels(kernels)
     if quality:
         parts += _quality(quality)
     if rotated:
@@ -236,6 +239,24 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
+def _captioned(recorded: dict[str, Any], table: str) -> str:
+    """A table below the line that names the CPU it holds for."""
+    return f"{_caption(recorded)}\n\n{table}"
+
+
+def _caption(recorded: dict[str, Any]) -> str:
+    """The CPU of a recorded file, its features, and the instruction sets of our kernels."""
+    machine = recorded.get("machine")
+    if not machine:
+        return "CPU: not recorded."
+    features = ", ".join(machine["features"]) or "features unknown"
+    text = f"CPU: {machine['cpu']} ({features})."
+    if "kernels" in machine:
+        text += f" Our kernels: {machine['kernels'] or 'none'}"
+        text += "."
+    return text
+
+
 def _speed(results: dict[str, Any]) -> list[str]:
     figures, machine = Figures(results), results["machine"]
     bandwidth = sorted(sample["bandwidth"] for sample in results["samples"])
@@ -253,18 +274,17 @@ def _speed(results: dict[str, Any]) -> list[str]:
         "“Distance” is the relative L2 distance of the logits after a short prompt from our fp32's.",
         f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GB:.0f} GB, "
         f"{machine['system']}\n"
-        f"- CPU features: {', '.join(machine['features']) or 'unknown'}\n"
         f"- Read bandwidth (`torch.dot`): median {median(bandwidth) / GB:.1f} GB/s, "
         f"{bandwidth[0] / GB:.1f} to {bandwidth[-1] / GB:.1f}\n"
         f"- Versions: {_versions(results['versions'])}\n"
         f"- While one engine ran, the others together used at most "
         f"{_percent(max(sample['others_cpu'] for sample in results['samples']), 1)} of one core",
-        _speed_table(figures),
-        _memory_table(results),
+        _captioned(results, _speed_table(figures)),
+        _captioned(results, _memory_table(results)),
         *_small_table(figures),
         *_left_out(results),
         "### Bounds",
-        _bounds(speed_bounds(results)),
+        _captioned(results, _bounds(speed_bounds(results))),
     ]
 
 
@@ -335,7 +355,39 @@ def _small_table(figures: Figures) -> list[str]:
     if not rows:
         return []
     table = _table(["engine", "decode", "of the limit", "weights a token"], rows)
-    return ["SmolLM2-135M, where each call's overhead decides:", table]
+    return ["SmolLM2-135M, where each call's overhead decides:", _captioned(figures.results, table)]
+
+
+def kernel_figures(case: dict[str, Any]) -> dict[str, str]:
+    """Instruction set → how fast it multiplies: bytes of weights for one row, operations for several rows."""
+    if case["rows"] == 1:
+        return {name: f"{case['weight_bytes'] / seconds / GB:.1f} GB/s" for name, seconds in case["seconds"].items()}
+    operations = 2 * case["rows"] * case["out"] * case["in"]
+    return {name: f"{operations / seconds / GB:,.0f} GOP/s" for name, seconds in case["seconds"].items()}
+
+
+def kernel_case(case: dict[str, Any]) -> str:
+    """The product of a case in words."""
+    return f"{case['kind']}, {case['rows']} {'row' if case['rows'] == 1 else 'rows'}"
+
+
+def _kernels(kernels: dict[str, Any]) -> list[str]:
+    cases = kernels["cases"]
+    sets = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
+    rows = []
+    for case in cases:
+        figures = kernel_figures(case)
+        shape = f"{case['out']:,} × {case['in']:,}"
+        rows.append([kernel_case(case), shape, *(figures.get(name, "–") for name in sets)])
+    return [
+        "## Kernels",
+        "One thread multiplies rows of activations and random weights. Figures are medians of "
+        f"{kernels['rounds']} rounds in which the instruction sets take turns. Memory limits a single row, so its "
+        "figure is bytes of weights per second; “any machine” is plain C++. "
+        + ("All sets give the same bits." if kernels["same_bits"] else "**The sets give different bits.**"),
+        f"- Versions: {_versions(kernels['versions'])}",
+        _captioned(kernels, _table(["product", "weight", *sets], rows)),
+    ]
 
 
 def _left_out(results: dict[str, Any]) -> list[str]:
@@ -352,9 +404,9 @@ def _quality(quality: dict[str, Any]) -> list[str]:
         "divergence from fp32, whether the most probable token is the same, and the perplexity of the next one. Bits "
         "are those of a weight of the linear layers, the output among them, with all scales.",
         f"- Versions: {_versions(quality['versions'])}",
-        _distances(quality),
+        _captioned(quality, _distances(quality)),
         "### Bounds of quality",
-        _bounds(quality_bounds(quality)),
+        _captioned(quality, _bounds(quality_bounds(quality))),
     ]
 
 
@@ -368,13 +420,13 @@ def _rotated(quality: dict[str, Any]) -> list[str]:
         "The same for a network whose residual stream is turned by a random rotation, which is folded into the "
         "weights and changes no answer: SmolLM2's file holds four bits a weight, and rotated weights lie on no "
         f"format's grid. {quality['tokens']:,} tokens. llama.cpp keeps the output in 8 bits; int4 has it in 4.",
-        _distances(quality),
+        _captioned(quality, _distances(quality)),
         "Rows of 576 weights do not fit into the blocks of 256 that llama.cpp's K types have, but those of w2 do. Its "
         "matrices alone, all in one type: ‖W − Ŵ‖² / ‖W‖², and ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² with the inputs X that it has "
         "on the text, on average over the layers.",
-        _table(["engine", "bits a weight", "error of the weight", "error of the output"], rows),
+        _captioned(quality, _table(["engine", "bits a weight", "error of the weight", "error of the output"], rows)),
         "### Bounds of quality off the grid",
-        _bounds(rotated_bounds(quality)),
+        _captioned(quality, _bounds(rotated_bounds(quality))),
     ]
 
 
@@ -412,9 +464,9 @@ def _startup(startup: dict[str, Any]) -> list[str]:
         f"{startup['model']}, medians of {startup['runs']} runs with the disk's cache warm; the terminal is a "
         "pseudo-terminal of 200 columns.",
         f"- Versions: {_versions(startup['versions'])}",
-        _table(["what", "time"], rows),
+        _captioned(startup, _table(["what", "time"], rows)),
         "### Bounds of the start",
-        _bounds(startup_bounds(startup)),
+        _captioned(startup, _bounds(startup_bounds(startup))),
     ]
 
 
@@ -443,9 +495,9 @@ def _keystrokes(keystrokes: dict[str, Any]) -> list[str]:
         f"{keystrokes['model']}, a key each {1000 * keystrokes['interval_s']:.0f} ms on a pseudo-terminal of 200 "
         "columns: from the key to the cursor's move.",
         f"- Versions: {_versions(keystrokes['versions'])}",
-        _table(["when", "keys", "median", "95th percentile", "longest"], rows),
+        _captioned(keystrokes, _table(["when", "keys", "median", "95th percentile", "longest"], rows)),
         "### Bounds of typing",
-        _bounds(keystroke_bounds(keystrokes)),
+        _captioned(keystrokes, _bounds(keystroke_bounds(keystrokes))),
     ]
 
 
@@ -478,9 +530,9 @@ def _microscope(microscope: dict[str, Any]) -> list[str]:
         f"Medians of {microscope['runs']} runs, each with another text, and of {microscope['tokens']} tokens that both "
         f"networks decode in turns; {microscope['threads']} threads, weights packed.",
         f"- Versions: {_versions(microscope['versions'])}",
-        _table(["what", *(f"{model['name']}, {model['precision']}" for model in models)], rows),
+        _captioned(microscope, _table(["what", *(f"{model['name']}, {model['precision']}" for model in models)], rows)),
         "### Bounds of the microscope",
-        _bounds(microscope_bounds(microscope)),
+        _captioned(microscope, _bounds(microscope_bounds(microscope))),
     ]
 
 
@@ -490,6 +542,7 @@ def _loading(loading: dict[str, Any]) -> list[str]:
         times = [f"{row[f'{moment}_s']:.1f} s" for moment in ("loaded", "answered", "prepared")]
         sizes = [row["bytes"], row["answered_private"], row["prepared_private"], row["private"], row["mapped"]]
         rows.append([f"{row['form']}, {row['precision']}", *times, *(f"{size / GB:.2f} GB" for size in sizes)])
+    head = ["form", "loaded", "first answer", "last form", "file", "private", "at most", "at the end", "mapped"]
     return [
         "## Loading",
         f"One model of Llama 3.2 1B's shape in every form; medians of {loading['rounds']} rounds in which all take "
@@ -497,9 +550,7 @@ def _loading(loading: dict[str, Any]) -> list[str]:
         "“Private” memory is the process's own: the most until the first answer, the most until the weights are in "
         "their last form, and what stays. “Mapped” are pages of files, which the system takes back when it needs to.",
         f"- Versions: {_versions(loading['versions'])}",
-        _table(
-            ["form", "loaded", "first answer", "last form", "file", "private", "at most", "at the end", "mapped"], rows
-        ),
+        _captioned(loading, _table(head, rows)),
     ]
 
 
@@ -525,9 +576,12 @@ def _formats(formats: dict[str, Any]) -> list[str]:
         "blocks stand for in fp32; llama.cpp rounds activations to 8 bits for quantised matrices, and to the weights' "
         "type for the others, which is the difference.",
         f"- Versions: {_versions(formats['versions'])}",
-        _table(["file", "matrices", "positions", "same top token", "mean KL", "distance of the logits"], types),
+        _captioned(
+            formats,
+            _table(["file", "matrices", "positions", "same top token", "mean KL", "distance of the logits"], types),
+        ),
         "Texts that hypothesis draws, and a corpus of code and many scripts: how many have other token ids.",
-        _table(["vocabulary", "texts", "other ids", "other ids in the corpus"], tokens),
+        _captioned(formats, _table(["vocabulary", "texts", "other ids", "other ids in the corpus"], tokens)),
     ]
 
 
@@ -584,9 +638,9 @@ def _speculation(speculation: dict[str, Any]) -> list[str]:
         f"{speculation['threads']} threads: medians of tokens a second, and of the ratios within a turn. What does not "
         "repeat itself is drawn at a temperature of 1. Tokens differ where an id or a bit of its log probability does.",
         f"- Versions: {_versions(speculation['versions'])}",
-        _table(head, rows),
+        _captioned(speculation, _table(head, rows)),
         "### Bounds of guesses",
-        _bounds(speculation_bounds(speculation)),
+        _captioned(speculation, _bounds(speculation_bounds(speculation))),
     ]
 
 
@@ -601,8 +655,7 @@ def write_report(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> list[dict[str, Any] | None]:
-    """What was measured and kept in a folder: results, quality, startup, keystrokes, microscope,
-    formats, loading, the quality of rotated weights and speculation; None for what was not."""
+    """Read the recorded files of a folder in the order of `render`'s parameters, None for a missing file."""
     names = (
         "results",
         "quality",
@@ -613,6 +666,7 @@ def recorded(folder: Path) -> list[dict[str, Any] | None]:
         "loading",
         "quality_rotated",
         "speculation",
+        "kernels",
     )
     paths = (folder / f"{name}.json" for name in names)
     return [json.loads(path.read_text()) if path.is_file() else None for path in paths]

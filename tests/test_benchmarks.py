@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import compare, files, loading, microscope, quality, report, rotate
 from benchmarks import kernels as kernel_speed
+from benchmarks.machine import ONLY_AVX2
 from llama_scratch import Llama, kernels
 from llama_scratch.checkpoint import is_tied, open_checkpoint
 from llama_scratch.lazy import Weight, as_tensor
@@ -235,18 +237,24 @@ def test_shards_are_the_same_model(tmp_path: Path, tiny_dir: Path, count: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_kernels_at_a_tiny_size(tmp_path: Path, bits: int) -> None:
-    """Each instruction set is another program with the same result."""
+def test_the_kernels_at_a_tiny_size(tmp_path: Path) -> None:
+    """Each instruction set is another program with the same result; the table has all of them."""
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
-    native_flags = [flag for flag in kernels._flags() if flag.endswith("=native")]
-    sets = {"native": native_flags, "plain": kernels.INSTRUCTION_SETS["plain"]}
-    products = [kernel_speed.Product(tmp_path, name, flags) for name, flags in sets.items()]
-    native, plain = kernel_speed.measure(products, kernel_speed.Case(bits, 3, 32, 128, 2), rounds=1)
-    assert products[1].name == "any machine" != products[0].name
-    assert torch.equal(native[1], plain[1])
-    assert native[1].abs().sum() > 0
+    cases = [kernel_speed.Case(kind, rows, 32, 128, 2) for kind in kernel_speed.BITS for rows in (1, 3)]
+    recorded = kernel_speed.measure_all(cases, tmp_path, rounds=1)
+    assert recorded["same_bits"]
+    sets = list(recorded["cases"][0]["seconds"])
+    assert "any machine" in sets
+    assert all(seconds > 0 for case in recorded["cases"] for seconds in case["seconds"].values())
+    assert recorded["cases"][0]["weight_bytes"] == 32 * 128 + 2 * 32 * 128 // 32
+    text = report.render(None, None, kernels=recorded)
+    assert f"| product | weight | {' | '.join(sets)} |" in text
+    assert "| int8, 3 rows | 32 × 128 |" in text
+    flags = [flag for flag in kernels._flags() if flag.endswith("=native")]
+    product = kernel_speed.Product(tmp_path, "native", flags)
+    *_, [y] = kernel_speed.measure([product], cases[1], rounds=1)
+    assert y.abs().sum() > 0
 
 
 @pytest.mark.slow
@@ -413,3 +421,17 @@ def test_the_report_is_markdown(results: dict[str, Any]) -> None:
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_each_recorded_table_has_a_caption() -> None:
+    """The recorded report has no table without the line that names the CPU."""
+    blocks = (report.FOLDER / "results.md").read_text().split("\n\n")
+    assert all(before.startswith("CPU: ") for before, block in pairwise(blocks) if block[0] == "|")
+
+
+def test_the_limits_to_avx2_are_those_of_the_tests() -> None:
+    """`make instruction-sets` and the benchmark limit the same libraries."""
+    makefile = (report.FOLDER.parent / "Makefile").read_text()
+    line = next(line for line in makefile.splitlines() if line.startswith("ONLY_AVX2 = "))
+    limits = dict(word.split("=") for word in line.removeprefix("ONLY_AVX2 = ").split())
+    assert limits | {"LLAMA_SCRATCH_KERNELS": "avx2"} == ONLY_AVX2
