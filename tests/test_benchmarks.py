@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, files, loading, microscope, quality, report, rotate
+from benchmarks import compare, files, llama_bench, loading, microscope, quality, report, rotate
 from benchmarks import kernels as kernel_speed
+from benchmarks.llama_bench import LlamaBench, LlamaBenchError, check_program
 from benchmarks.machine import ONLY_AVX2
 from llama_scratch import Llama, kernels
 from llama_scratch.checkpoint import is_tied, open_checkpoint
@@ -435,3 +437,85 @@ def test_the_limits_to_avx2_are_those_of_the_tests() -> None:
     line = next(line for line in makefile.splitlines() if line.startswith("ONLY_AVX2 = "))
     limits = dict(word.split("=") for word in line.removeprefix("ONLY_AVX2 = ").split())
     assert limits | {"LLAMA_SCRATCH_KERNELS": "avx2"} == ONLY_AVX2
+
+
+# --- ik_llama.cpp -----------------------------------------------------------------------------
+
+_STAND_IN = """#!{python}
+import json, sys
+with open({log!r}, "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + chr(10))
+{body}
+"""
+_FIGURES = """
+value = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("[")
+print("===== Repacked 113 tensors")
+print("  {")
+print('    "build_commit": "abc1234", "build_number": 7, "n_prompt": %s,' % value["-p"])
+print('    "avg_ns": 250000000, "samples_ns": [ 250000000 ]')
+print("  }")
+print("]")
+"""
+
+
+def stand_in(folder: Path, body: str) -> Path:
+    """A program in place of llama-bench, which appends its arguments to calls.log."""
+    program = folder / "llama-bench"
+    program.write_text(_STAND_IN.format(python=sys.executable, log=str(folder / "calls.log"), body=body))
+    program.chmod(0o755)
+    return program
+
+
+def test_llama_bench_is_asked_for_repacked_weights(tmp_path: Path) -> None:
+    """A prompt or a decode, one repetition, and the time that it reports."""
+    bench = LlamaBench(stand_in(tmp_path, _FIGURES), tmp_path / "m.gguf", threads=2)
+    assert bench.version() == "abc1234 (7)"
+    assert bench.seconds(prompt=128, new=0) == 0.25
+    assert bench.seconds(prompt=0, new=16) == 0.25
+    usual = ["-m", str(tmp_path / "m.gguf"), "-t", "2", "-rtr", "1"]
+    calls = [json.loads(line) for line in (tmp_path / "calls.log").read_text().splitlines()]
+    sizes = (("1", "0"), ("128", "0"), ("0", "16"))
+    assert calls == [[*usual, "-p", prompt, "-n", new, "-r", "1", "-o", "json"] for prompt, new in sizes]
+
+
+FAILURES = {
+    "fails": ("sys.exit('llama_bench: error: failed to load model')", "exit code 1: llama_bench: error: failed to"),
+    "says nothing": ("sys.exit(3)", "exit code 3: it wrote no message"),
+    "prints no JSON": ("print('usage: {-m} [x]')", "printed no figures in JSON. Build the target llama-bench"),
+    "prints other JSON": ("print('{\"avg_ns\": 0}')", "printed no figures in JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_llama_bench_that_does_not_work_is_a_message(tmp_path: Path, kind: str) -> None:
+    """The message says what happened."""
+    body, message = FAILURES[kind]
+    bench = LlamaBench(stand_in(tmp_path, body), tmp_path / "m.gguf", threads=2)
+    with pytest.raises(LlamaBenchError) as caught:
+        bench.version()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_llama_bench_that_hangs_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_bench, "PATIENCE_S", 0.2)
+    bench = LlamaBench(stand_in(tmp_path, "import time; time.sleep(60)"), tmp_path / "m.gguf", threads=2)
+    with pytest.raises(LlamaBenchError, match="took more than"):
+        bench.version()
+
+
+@pytest.mark.parametrize("name", ["missing", "a folder", "a text"])
+def test_a_path_that_is_not_a_program(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a text").write_text("text")
+    with pytest.raises(LlamaBenchError, match="is not a program"):
+        check_program(tmp_path / name)
+
+
+def test_a_file_that_is_no_executable_format(tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    program.write_bytes(b"\x00\x01")
+    program.chmod(0o755)
+    with pytest.raises(LlamaBenchError, match="could not be started"):
+        LlamaBench(program, tmp_path / "m.gguf", threads=1).version()
