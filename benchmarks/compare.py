@@ -67,7 +67,8 @@ class Entry:
         kind: The program that runs it, a key of `PACKAGE_OF`.
         variant: The precision, or the type of the weights.
         file: The model's file in the folder of models.
-        groups: The groups that it belongs to. Engines of one group are loaded at the same time.
+        groups: The groups that it belongs to. Engines of one group are loaded at the same time. A group is only
+            measured for the engines whose first group it is; the others are there to be compared with.
         model: The model that it runs.
         flash: Whether flash attention is on.
         long: Whether the long case is measured too.
@@ -85,23 +86,26 @@ class Entry:
     avx2: bool = False
 
 
+# The groups of the peers of 8 and 4 bits. Panels for AVX2 are files of their own, which need memory too.
+PEERS = (1, 4)
+
 ENTRIES = (
     Entry("ours bf16", "ours", "bf16", CHECKPOINT, long=True),
     Entry("ours int8", "ours", "int8", CHECKPOINT, long=True),
     Entry("ours int4", "ours", "int4", CHECKPOINT, long=True),
-    Entry(REFERENCE, "llama.cpp", "BF16", "1B-BF16.gguf", groups=(1, 2), long=True),
-    Entry("llama.cpp BF16 flash", "llama.cpp", "BF16", "1B-BF16.gguf", flash=True, long=True),
-    Entry("llama.cpp F16", "llama.cpp", "F16", "1B-F16.gguf"),
-    Entry("llama.cpp Q8_0", "llama.cpp", "Q8_0", "1B-Q8_0.gguf"),
-    Entry("llama.cpp Q8_0 flash", "llama.cpp", "Q8_0", "1B-Q8_0.gguf", flash=True, long=True),
-    Entry("llama.cpp Q4_0", "llama.cpp", "Q4_0", "1B-Q4_0.gguf"),
-    Entry("llama.cpp Q4_K_M", "llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf"),
-    Entry("ik_llama.cpp Q8_0", "ik_llama.cpp", "Q8_0", "1B-Q8_0.gguf"),
-    Entry("ik_llama.cpp Q4_K_M", "ik_llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf"),
-    Entry("CTranslate2 int8", "ctranslate2", "int8", "ctranslate2-int8"),
     Entry(f"ours bf16{AVX2}", "ours", "bf16", CHECKPOINT, long=True, avx2=True),
-    Entry(f"ours int8{AVX2}", "ours", "int8", CHECKPOINT, avx2=True),
-    Entry(f"ours int4{AVX2}", "ours", "int4", CHECKPOINT, avx2=True),
+    Entry(f"ours int8{AVX2}", "ours", "int8", CHECKPOINT, groups=(4,), avx2=True),
+    Entry(f"ours int4{AVX2}", "ours", "int4", CHECKPOINT, groups=(4,), avx2=True),
+    Entry(REFERENCE, "llama.cpp", "BF16", "1B-BF16.gguf", groups=(1, 2, 4), long=True),
+    Entry("llama.cpp BF16 flash", "llama.cpp", "BF16", "1B-BF16.gguf", PEERS, flash=True, long=True),
+    Entry("llama.cpp F16", "llama.cpp", "F16", "1B-F16.gguf"),
+    Entry("llama.cpp Q8_0", "llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS),
+    Entry("llama.cpp Q8_0 flash", "llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS, flash=True, long=True),
+    Entry("llama.cpp Q4_0", "llama.cpp", "Q4_0", "1B-Q4_0.gguf", PEERS),
+    Entry("llama.cpp Q4_K_M", "llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEERS),
+    Entry("ik_llama.cpp Q8_0", "ik_llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS),
+    Entry("ik_llama.cpp Q4_K_M", "ik_llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEERS),
+    Entry("CTranslate2 int8", "ctranslate2", "int8", "ctranslate2-int8", groups=(2,)),
     # The engines that need most memory run beside the reference alone.
     Entry("ours fp16", "ours", "fp16", CHECKPOINT, groups=(2,)),
     Entry(TRUTH, "ours", "fp32", CHECKPOINT, groups=(2,)),
@@ -322,7 +326,7 @@ class Run:
                 for name, case in self.cases.items():
                     for worker in order:
                         entry = worker.entry
-                        # The reference is in several groups; only the first one needs its long case.
+                        # The long case is measured in one group.
                         long = entry.long and group == entry.groups[0] and round < long_rounds
                         if entry.model == case["model"] and (long or not case["long"]):
                             print(f"Group {group}, round {round + 1} of {rounds}: {name}, {entry.name}", flush=True)
@@ -368,7 +372,7 @@ class Run:
             self.left_out[entry.name] = str(error)
             print(f"{entry.name} is left out: {error}")
             return None
-        # The reference stands in several groups: its first loading counts.
+        # Some engines are in several groups: their first loading counts.
         self.engines.setdefault(entry.name, {"model": entry.model, **worker.ready})
         if entry.model == "1B" and isinstance(worker, Worker):
             self._logits[entry.name] = worker.ask("logits", self._ids(32, seed=1))["logits"]
@@ -462,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif theirs:
         entries = [entry for entry in entries if entry not in theirs]
         run.left_out["ik_llama.cpp"] = "not measured, because --ik did not name its llama-bench"
-    for group in sorted({group for entry in entries for group in entry.groups}):
+    for group in sorted({entry.groups[0] for entry in entries}):
         run.measure_group(group, [entry for entry in entries if group in entry.groups], rounds, long_rounds)
     if not run.samples:
         raise SystemExit(f"No engine could be measured: {run.left_out or 'none is called so'}; see --help.")
@@ -481,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rounds": rounds,
         "long_rounds": long_rounds,
         "cases": cases,
-        "engines": run.engines,
+        "engines": {entry.name: run.engines[entry.name] for entry in entries if entry.name in run.engines},
         "samples": run.samples,
         "edits": run.edits,
         "left_out": run.left_out,

@@ -330,8 +330,9 @@ def _caption(recorded: dict[str, Any]) -> str:
     text = f"CPU: {machine['cpu']} ({features})."
     if "kernels" in machine:
         text += f" Our kernels: {machine['kernels'] or 'none'}"
-        limited = {engine["kernels"] for name, engine in recorded.get("engines", {}).items() if name.endswith(AVX2)}
-        text += "".join(f"; in rows marked{AVX2}: {kernels or 'none'}" for kernels in sorted(limited)) + "."
+        engines = recorded.get("engines", {}).items()
+        limited = {engine["kernels"] for name, engine in engines if name.endswith(AVX2) and engine["kernels"]}
+        text += "".join(f"; in rows marked{AVX2}: {kernels}" for kernels in sorted(limited)) + "."
     return text
 
 

@@ -386,7 +386,8 @@ def results() -> dict[str, Any]:
 def on_avx512(results: dict[str, Any]) -> dict[str, Any]:
     """The same run on a CPU with AVX-512, our int8 measured with AVX2 too."""
     machine = results["machine"] | {"features": ["avx2", "avx512f"], "kernels": "AVX-512 VNNI"}
-    engines = results["engines"] | {"ours int8 (AVX2)": engine(1e9, 1e9) | {"kernels": "AVX2"}}
+    avx2 = {"ours bf16 (AVX2)": engine(2e9, 1e9), "ours int8 (AVX2)": engine(1e9, 1e9) | {"kernels": "AVX2"}}
+    engines = results["engines"] | avx2
     again = [
         sample | {"engine": "ours int8 (AVX2)"} for sample in results["samples"] if sample["engine"] == "ours int8"
     ]
@@ -525,6 +526,23 @@ def test_each_recorded_table_has_a_caption() -> None:
     """The recorded report has no table without the line that names the CPU."""
     blocks = (report.FOLDER / "results.md").read_text().split("\n\n")
     assert all(before.startswith("CPU: ") for before, block in pairwise(blocks) if block[0] == "|")
+
+
+@pytest.mark.parametrize("suffix", ["", report.AVX2])
+@pytest.mark.parametrize(
+    ("precision", "peers"),
+    [
+        ("bf16", (*report.BF16, *report.F16, *report.Q8_0)),
+        ("int8", (*report.BF16, *report.Q8_0, *report.Q4_0, *report.Q4_K_M, *report.IK_Q8_0)),
+        ("int4", (*report.BF16, *report.Q8_0, *report.Q4_0, *report.Q4_K_M, *report.IK_Q4_K_M)),
+    ],
+)
+def test_engines_take_turns_with_their_peers(precision: str, peers: tuple[str, ...], suffix: str) -> None:
+    """Ratios are taken within a round, so both sides must be loaded in the same group."""
+    entries = {entry.name: entry for entry in compare.ENTRIES}
+    ours = entries[f"ours {precision}{suffix}"]
+    assert ours.avx2 == bool(suffix)
+    assert all(ours.groups[0] in entries[peer].groups for peer in peers)
 
 
 def test_the_limits_to_avx2_are_those_of_the_tests() -> None:
