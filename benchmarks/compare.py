@@ -310,7 +310,7 @@ class Run:
         self.directory = directory
         self.threads = threads
         self.llama_bench = llama_bench
-        self.llama_bench_version = ""
+        self.llama_bench_commit = ""
         self.engines: dict[str, dict[str, Any]] = {}
         self.samples: list[dict[str, Any]] = []
         self.edits: list[dict[str, Any]] = []
@@ -344,7 +344,7 @@ class Run:
         """Measure one token with llama-bench, to end before the long measurements if it does not work."""
         if self.llama_bench and find_spec(PACKAGE_OF[entry.kind]):
             path = model_file(self.directory, entry, self.plan)
-            self.llama_bench_version = LlamaBench(self.llama_bench, path, self.threads).version()
+            self.llama_bench_commit = LlamaBench(self.llama_bench, path, self.threads).version()
 
     def _start(self, entry: Entry) -> AnyWorker | None:
         if find_spec(PACKAGE_OF[entry.kind]) is None:
@@ -441,6 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, built for this machine (not measured)"
     )
+    parser.add_argument("--ik-commit", metavar="COMMIT", help="its commit (the one that it reports)")
     parser.add_argument("--tiny", action="store_true", help="a network of two layers, in seconds: does it all work?")
     options = parser.parse_args(arguments)
     plan = TINY if options.tiny else FULL
@@ -472,6 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"No engine could be measured: {run.left_out or 'none is called so'}; see --help.")
     run.distances()
     checkpoint = open_checkpoint(directory / CHECKPOINT).args
+    ik_commit = run.llama_bench_commit and (options.ik_commit or run.llama_bench_commit)
     results = {
         "model": {
             "name": "Llama 3.2 1B's shape" if plan is FULL else "A tiny network",
@@ -480,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "dim": checkpoint.dim,
         },
         "machine": machine(options.threads),
-        "versions": versions() | ({"ik_llama.cpp": version} if (version := run.llama_bench_version) else {}),
+        "versions": versions() | ({"ik_llama.cpp": ik_commit} if ik_commit else {}),
         "reference": REFERENCE,
         "rounds": rounds,
         "long_rounds": long_rounds,

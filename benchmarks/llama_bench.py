@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+# Of a measurement; the last one counts. With 1, a new process also maps its buffers within the time.
+REPETITIONS = 1
 PATIENCE_S = 900  # for one measurement, with the loading
 _HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --ik."
 
@@ -43,16 +45,15 @@ class LlamaBench:
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
 
     def version(self) -> str:
-        """Measure one token, and return the commit that the program was built from."""
-        figures = self._run(prompt=1, new=0)
-        return f"{figures.get('build_commit', 'unknown')} ({figures.get('build_number', 'unknown')})"
+        """Measure one token, and return the commit of the program, "unknown" if it was built outside of git."""
+        return str(self._run(prompt=1, new=0).get("build_commit", "unknown"))
 
     def seconds(self, *, prompt: int, new: int) -> float:
         """Time a prompt of `prompt` tokens, or `new` tokens one by one from an empty cache. The other is 0."""
-        return float(self._run(prompt=prompt, new=new)["avg_ns"]) / 1e9
+        return float(self._run(prompt=prompt, new=new)["samples_ns"][-1]) / 1e9
 
     def _run(self, *, prompt: int, new: int) -> dict[str, Any]:
-        command = [*self._command, "-p", str(prompt), "-n", str(new), "-r", "1", "-o", "json"]
+        command = [*self._command, "-p", str(prompt), "-n", str(new), "-r", str(REPETITIONS), "-o", "json"]
         name = self._command[0]
         try:
             done = subprocess.run(
@@ -86,6 +87,7 @@ def _figures(output: str) -> dict[str, Any] | None:
             figures, _ = json.JSONDecoder().raw_decode(output, start.end() - 1)
         except json.JSONDecodeError:
             continue
-        if isinstance(figures.get("avg_ns"), int) and figures["avg_ns"] > 0:
+        samples = figures.get("samples_ns")
+        if isinstance(samples, list) and samples and all(isinstance(ns, int) and ns > 0 for ns in samples):
             return dict(figures)
     return None
