@@ -31,8 +31,8 @@ images:  ## make the README's pictures from real runs
 	@$(PYTHON) tools/install.py .venv-test plot test
 	.venv-test/bin/python -m docs.make_images
 
-benchmark: .venv-benchmark  ## measure us and the peers in one run; writes benchmarks/results.md
-	.venv-benchmark/bin/python -m benchmarks.compare
+benchmark: .venv-benchmark  ## measure us and the peers in one run, with IK=PATH ik_llama.cpp too; writes benchmarks/results.md
+	.venv-benchmark/bin/python -m benchmarks.compare $(if $(IK),--ik $(IK))
 
 quality: .venv-benchmark  ## measure how far each precision is from fp32, ours and llama.cpp's
 	.venv-benchmark/bin/python -m benchmarks.quality

@@ -30,10 +30,15 @@ class Setup(TypedDict):
 
 
 class Engine(Protocol):
-    """An engine with its model loaded. `weight_bytes`: what one decoded token reads of the weights."""
+    """An engine with its model loaded.
+
+    weight_bytes: Bytes of weights that one decoded token reads. prepare_s: Seconds of preparation after loading.
+    kernels: The instruction set of our kernels, "" if the engine does not use them.
+    """
 
     weight_bytes: int
     prepare_s: float
+    kernels: str
 
     def run(self, ids: Sequence[int], new: int) -> tuple[float, float]:
         """Seconds for reading all but the last `new` of `ids` from an empty cache, and for the others one by one."""
@@ -46,7 +51,9 @@ class Ours:
     """This project, in one precision; waits until the weights are in their fast form."""
 
     def __init__(self, setup: Setup):
-        from llama_scratch import Llama, bench
+        import torch
+
+        from llama_scratch import Llama, bench, kernels
 
         self._bench = bench
         self._llama = Llama.load(
@@ -56,6 +63,7 @@ class Ours:
         self._llama.prepare()
         self.prepare_s = time.perf_counter() - start
         self.weight_bytes = self._llama.weight_bytes
+        self.kernels = str(torch.ops.llama_scratch.machine()) if kernels.ready() else ""
 
     def run(self, ids: Sequence[int], new: int) -> tuple[float, float]:
         return self._bench.timed(self._llama, list(ids), new)
@@ -69,6 +77,7 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python, with a batch of 512 and a 16-bit cache, its defaults."""
 
     prepare_s = 0.0
+    kernels = ""
 
     def __init__(self, setup: Setup):
         import llama_cpp
@@ -137,6 +146,7 @@ class CTranslate2:
     """CTranslate2's generator. It picks the new tokens itself, and calls back after each."""
 
     prepare_s = 0.0
+    kernels = ""
 
     def __init__(self, setup: Setup):
         import ctranslate2
@@ -177,6 +187,7 @@ class Transformers:
     """Hugging Face's `LlamaForCausalLM`, eager, with its default attention and cache."""
 
     prepare_s = 0.0
+    kernels = ""
 
     def __init__(self, setup: Setup):
         import torch
@@ -262,8 +273,13 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the parent leaves this engine out and says why
         replies.write(json.dumps({"error": str(error) or type(error).__name__}) + "\n")
         return
-    ready = {"load_s": load_s, "prepare_s": engine.prepare_s, "weight_bytes": engine.weight_bytes, **resident()}
-    replies.write(json.dumps(ready) + "\n")
+    ready = {
+        "load_s": load_s,
+        "prepare_s": engine.prepare_s,
+        "weight_bytes": engine.weight_bytes,
+        "kernels": engine.kernels,
+    }
+    replies.write(json.dumps(ready | resident()) + "\n")
     for line in sys.stdin:
         replies.write(json.dumps(answer(engine, json.loads(line))) + "\n")
 

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 
 from benchmarks.engines import quiet_llama_cpp
 from benchmarks.files import make_gguf, quantize_gguf
+from benchmarks.machine import machine
 from benchmarks.make_checkpoint import meta_tokenizer
 from benchmarks.quality import Distance, text
 from benchmarks.report import FOLDER, versions, write_report
@@ -165,6 +166,7 @@ def main() -> None:
         folder = Path(name)
         found = {
             "versions": versions(),
+            "machine": machine(),
             "convert": converted(folder),
             "types": quantised(folder),
             "tokens": tokens(folder),

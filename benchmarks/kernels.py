@@ -1,15 +1,17 @@
 """Measure the products of `kernels.cpp` by themselves, for each instruction set that this CPU can run.
 
-    python -m benchmarks.kernels [--rounds 5]
+    python -m benchmarks.kernels [--rounds 5] [--record]
 
-One thread multiplies random weights, of which one row of activations reads more than the caches hold. The instruction
-sets take turns; each figure is the median of the rounds. Exit code 1 if two sets do not give the same bits.
+One thread multiplies random weights; for one row of activations, more weights than the caches hold. The instruction
+sets take turns, and each figure is the median of the rounds. Exit code 1 if two sets do not give the same bits.
+--record keeps the figures in benchmarks/kernels.json and renders benchmarks/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import shlex
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.compare import machine
+from benchmarks.machine import machine
+from benchmarks.report import FOLDER, kernel_case, kernel_figures, versions, write_report
 from llama_scratch import kernels
 from llama_scratch.linear import panel_shapes
 
@@ -32,17 +36,35 @@ SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
 
 @dataclass(frozen=True)
 class Case:
-    """A product: `rows` rows of activations times weights (out, in), of which there are `copies` in turn."""
+    """A product of activations and weights.
 
-    bits: int
+    Args:
+        kind: How the weights are stored, a key of `BITS`.
+        rows: Number of rows of activations.
+        out: Number of rows of the weight.
+        inputs: Number of columns of the weight.
+        copies: Number of weights, which are multiplied in turn.
+    """
+
+    kind: str
     rows: int
     out: int
     inputs: int
     copies: int
 
 
+BITS = {"int8": 8, "int4": 4}
 # The shapes of w1 and wq of Llama 3.2 1B.
-CASES = [Case(bits, *shape) for bits in (8, 4) for shape in ((1, 8192, 2048, 16), (128, 2048, 2048, 1))]
+CASES = [Case(kind, *shape) for kind in BITS for shape in ((1, 8192, 2048, 16), (128, 2048, 2048, 1))]
+
+
+def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Draw the tensors that store one weight: the values and the scales of its panels."""
+    values, scales = panel_shapes((case.out, case.inputs), BITS[case.kind])
+    return (
+        torch.randint(-127, 128, values, dtype=torch.int8, generator=generator),
+        torch.rand(scales, generator=generator).half() / 100,
+    )
 
 
 class Product:
@@ -59,62 +81,85 @@ class Product:
         self._library.machine_name.restype = ctypes.c_char_p
         self.name: str = self._library.machine_name().decode()
 
-    def __call__(self, case: Case, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-        """x (rows, in) times a weight in panels → (rows, out)."""
+    def __call__(self, case: Case, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+        """Multiply x (rows, in) and a weight (out, in) → (rows, out)."""
         y = torch.empty(case.rows, case.out)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, values, scales, y)]
-        sizes = [ctypes.c_int64(size) for size in (case.rows, case.out, case.inputs, case.bits)]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *weight, y)]
+        sizes = [ctypes.c_int64(size) for size in (case.rows, case.out, case.inputs, BITS[case.kind])]
         self._library.product_of(
             pointers[0], sizes[0], pointers[1], pointers[2], sizes[1], sizes[2], sizes[3], pointers[3], False
         )
         return y
 
 
-def measure(products: Sequence[Product], case: Case, rounds: int) -> list[tuple[float, Tensor]]:
-    """Seconds per product, and its result, for each instruction set."""
+def measure(products: Sequence[Product], case: Case, rounds: int) -> tuple[int, list[float], list[Tensor]]:
+    """Measure one case with each instruction set.
+
+    Returns:
+        Bytes of one weight, the seconds per product and the result of each set.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.rows, case.inputs, generator=generator)
-    numbers, steps = panel_shapes((case.out, case.inputs), case.bits)
-    weights = []
-    for _ in range(case.copies):
-        values = torch.randint(-127, 128, numbers, dtype=torch.int8, generator=generator)
-        weights.append((values, torch.rand(steps, generator=generator).half() / 100))
-    seconds: list[list[float]] = [[] for _ in products]
+    weights = [random_weight(case, generator) for _ in range(case.copies)]
+    samples: list[list[float]] = [[] for _ in products]
     for _ in range(rounds):
-        for product, taken in zip(products, seconds, strict=True):
+        for product, seconds in zip(products, samples, strict=True):
             start = time.perf_counter()
-            for values, scales in weights:
-                product(case, x, values, scales)
-            taken.append((time.perf_counter() - start) / case.copies)
-    return [(median(taken), product(case, x, *weights[0])) for product, taken in zip(products, seconds, strict=True)]
+            for weight in weights:
+                product(case, x, weight)
+            seconds.append((time.perf_counter() - start) / case.copies)
+    weight_bytes = sum(tensor.nbytes for tensor in weights[0])
+    return (
+        weight_bytes,
+        [median(seconds) for seconds in samples],
+        [product(case, x, weights[0]) for product in products],
+    )
 
 
-def main() -> int:
-    """Measure, and print a line per case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, Any]:
+    """Compile the kernels into `folder` for each instruction set, and return the content of kernels.json."""
     here = machine(threads=1)
     sets = {"native": [flag for flag in kernels._flags() if flag.endswith("=native")], **kernels.INSTRUCTION_SETS}
     if "avx2" not in here["features"]:
         del sets["avx2"]
-    same = True
+    products: dict[str, Product] = {}
+    for name, flags in sets.items():
+        product = Product(folder, name, flags)
+        products.setdefault(product.name, product)  # on a CPU with AVX2 alone, native is AVX2 too
+    measured, same = [], True
+    for case in cases:
+        weight_bytes, seconds, results = measure(list(products.values()), case, rounds)
+        same = same and all(torch.equal(y.view(torch.int32), results[0].view(torch.int32)) for y in results)
+        measured.append(
+            {
+                "kind": case.kind,
+                "rows": case.rows,
+                "out": case.out,
+                "in": case.inputs,
+                "weight_bytes": weight_bytes,
+                "seconds": dict(zip(products, seconds, strict=True)),
+            }
+        )
+    return {"machine": here, "versions": versions(), "rounds": rounds, "cases": measured, "same_bits": same}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record, and print a line per case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help="write kernels.json and results.md")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="the folder of kernels.json and results.md")
+    options = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
-        products = [Product(Path(folder), name, flags) for name, flags in sets.items()]
-        print(f"{here['cpu']} ({', '.join(here['features'])}), one thread")
-        for case in CASES:
-            figures = []
-            results = measure(products, case, rounds)
-            for product, (seconds, y) in zip(products, results, strict=True):
-                values, scales = panel_shapes((case.out, case.inputs), case.bits)
-                read = torch.Size(values).numel() + 2 * torch.Size(scales).numel()
-                one = f"{read / seconds / 1e9:.1f} GB/s"
-                many = f"{2 * case.rows * case.out * case.inputs / seconds / 1e9:.0f} GOP/s"
-                figures.append(f"{product.name} {one if case.rows == 1 else many}")
-                same = same and torch.equal(y.view(torch.int32), results[0][1].view(torch.int32))
-            print(f"int{case.bits}, {case.rows} {'row' if case.rows == 1 else 'rows'}: {'; '.join(figures)}")
-    print("The same bits." if same else "Different bits.")
-    return 0 if same else 1
+        recorded = measure_all(CASES, Path(folder), options.rounds)
+    if options.record:
+        (options.output / "kernels.json").write_text(json.dumps(recorded, indent=1) + "\n")
+        write_report(options.output)
+    print(f"{recorded['machine']['cpu']} ({', '.join(recorded['machine']['features'])}), one thread")
+    for case in recorded["cases"]:
+        print(f"{kernel_case(case)}: {'; '.join(f'{name} {figure}' for name, figure in kernel_figures(case).items())}")
+    print("The same bits." if recorded["same_bits"] else "Different bits.")
+    return 0 if recorded["same_bits"] else 1
 
 
 if __name__ == "__main__":

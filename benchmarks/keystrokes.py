@@ -14,6 +14,7 @@ import json
 import time
 from statistics import quantiles
 
+from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
 from benchmarks.startup import LOADED, until
 from tests.terminal import Terminal
@@ -82,7 +83,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.model, max(1, arguments.sessions))
     if arguments.record:
-        kept = {"model": arguments.model, "interval_s": INTERVAL_S, "phases": found, "versions": versions()}
+        kept = {
+            "model": arguments.model,
+            "interval_s": INTERVAL_S,
+            "phases": found,
+            "versions": versions(),
+            "machine": machine(),
+        }
         (FOLDER / "keystrokes.json").write_text(json.dumps(kept, indent=1) + "\n")
         write_report(FOLDER)
     print(json.dumps(found))

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.compare import CHECKPOINT, FULL, TINY
 from benchmarks.files import make_gguf, make_huggingface, make_shards, once, quantize_gguf
+from benchmarks.machine import machine
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.report import FOLDER, versions, write_report
 
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "rows": in_turns(models, given.precisions, given.rounds),
         "versions": versions(),
+        "machine": machine(),
     }
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "loading.json").write_text(json.dumps(kept, indent=1) + "\n")

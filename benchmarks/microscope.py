@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.quality import text, windows
 from benchmarks.report import FOLDER, versions, write_report
 from benchmarks.startup import seconds
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": ROWS,
         "models": models,
         "versions": versions(),
+        "machine": machine(),
     }
     if given.record:
         (given.output / "microscope.json").write_text(json.dumps(kept, indent=1) + "\n")

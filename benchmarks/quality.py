@@ -32,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.engines import quiet_llama_cpp
 from benchmarks.files import make_gguf, once, quantize_gguf
+from benchmarks.machine import machine
 from benchmarks.report import FOLDER, quality_bounds, rotated_bounds, versions, write_report
 from benchmarks.rotate import make_rotated
 from llama_scratch import Llama
@@ -170,6 +171,7 @@ def measure(
         "tokens": sum(map(len, texts)),
         "window": size,
         "versions": versions(),
+        "machine": machine(),
         "perplexity": distances.pop("ours fp32").perplexity,
         "distances": {
             name: {

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions
 from llama_scratch.llama import Llama
 from llama_scratch.results import Step
@@ -146,10 +147,13 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "precisions": found,
         "versions": versions(),
+        "machine": machine(),
     }
     if arguments.record:
         path = FOLDER / "speculation.json"
-        before = json.loads(path.read_text())["precisions"] if path.is_file() else {}
+        recorded = json.loads(path.read_text()) if path.is_file() else {}
+        same_cpu = recorded.get("machine", {}).get("features") == kept["machine"]["features"]
+        before = recorded["precisions"] if same_cpu else {}
         kept["precisions"] = before | {precision: before.get(precision, {}) | found[precision] for precision in found}
         path.write_text(json.dumps(kept, indent=1) + "\n")
     return int(any(kind["differ"] for kinds in found.values() for kind in kinds.values()))

@@ -22,6 +22,7 @@ from functools import partial
 from statistics import median
 from unittest.mock import patch
 
+from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
 from llama_scratch import kernels
 from llama_scratch.checkpoint.base import name_of
@@ -156,7 +157,14 @@ def measure(options: list[str], runs: int) -> dict[str, float]:
 def record(model_dir: str | None, runs: int, medians: dict[str, float]) -> None:
     """Keep the medians for the report."""
     model = name_of(find_model(model_dir))
-    kept = {"model": model, "runs": runs, "rows": ROWS, "seconds": medians, "versions": versions()}
+    kept = {
+        "model": model,
+        "runs": runs,
+        "rows": ROWS,
+        "seconds": medians,
+        "versions": versions(),
+        "machine": machine(),
+    }
     (FOLDER / "startup.json").write_text(json.dumps(kept, indent=1) + "\n")
     write_report(FOLDER)
 

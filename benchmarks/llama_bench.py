@@ -1,0 +1,93 @@
+"""Measure ik_llama.cpp by running its `llama-bench`, one process per measurement.
+
+The program loads the model each time, and its figures leave the loading out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+# Of a measurement; the last one counts. With 1, a new process also maps its buffers within the time.
+REPETITIONS = 1
+PATIENCE_S = 900  # for one measurement, with the loading
+_HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --ik."
+
+
+class LlamaBenchError(Exception):
+    """llama-bench gave no figure. The message says what happened and what to do."""
+
+
+def check_program(program: Path) -> None:
+    """Raise `LlamaBenchError` if a path is not an executable file."""
+    if not program.is_file() or shutil.which(program.absolute()) is None:
+        raise LlamaBenchError(f"{program} is not a program. {_HINT}")
+
+
+class LlamaBench:
+    """ik_llama.cpp's `llama-bench` on one GGUF file.
+
+    Weights are repacked when they are loaded (`-rtr 1`). Everything else is the program's default.
+
+    Args:
+        program: The path of llama-bench.
+        model: The GGUF file.
+        threads: Number of threads.
+    """
+
+    def __init__(self, program: Path, model: Path, threads: int):
+        self._command = [str(program.absolute()), "-m", str(model), "-t", str(threads), "-rtr", "1"]
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+    def version(self) -> str:
+        """Measure one token, and return the commit of the program, "unknown" if it was built outside of git."""
+        return str(self._run(prompt=1, new=0).get("build_commit", "unknown"))
+
+    def seconds(self, *, prompt: int, new: int) -> float:
+        """Time a prompt of `prompt` tokens, or `new` tokens one by one from an empty cache. The other is 0."""
+        return float(self._run(prompt=prompt, new=new)["samples_ns"][-1]) / 1e9
+
+    def _run(self, *, prompt: int, new: int) -> dict[str, Any]:
+        command = [*self._command, "-p", str(prompt), "-n", str(new), "-r", str(REPETITIONS), "-o", "json"]
+        name = self._command[0]
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PATIENCE_S,
+                env=self._environment,
+                check=False,
+            )
+        except OSError as error:
+            raise LlamaBenchError(f"{name} could not be started: {error.strerror}. {_HINT}") from None
+        except subprocess.TimeoutExpired:
+            raise LlamaBenchError(f"{name} took more than {PATIENCE_S} s. Run it by hand to see why.") from None
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote no message"]
+            said = next((line for line in lines if "error" in line), lines[-1]).strip()[:300]
+            raise LlamaBenchError(f"{name} failed with exit code {done.returncode}: {said}. {_HINT}")
+        figures = _figures(done.stdout)
+        if figures is None:
+            raise LlamaBenchError(f"{name} printed no figures in JSON. {_HINT}")
+        return figures
+
+
+def _figures(output: str) -> dict[str, Any] | None:
+    """Read the one object of llama-bench's JSON; loading prints other lines around and inside the list."""
+    for start in re.finditer(r"^\s*\{", output, re.MULTILINE):
+        try:
+            figures, _ = json.JSONDecoder().raw_decode(output, start.end() - 1)
+        except json.JSONDecodeError:
+            continue
+        samples = figures.get("samples_ns")
+        if isinstance(samples, list) and samples and all(isinstance(ns, int) and ns > 0 for ns in samples):
+            return dict(figures)
+    return None

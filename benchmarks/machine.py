@@ -1,0 +1,71 @@
+"""The machine that figures hold for: its CPU, the CPU's features, and the instruction set of our kernels."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llama_scratch import kernels
+
+# The features that decide how fast a weight can be multiplied.
+FEATURES = (
+    *("f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_int8"),
+    *("asimddp", "asimdhp", "i8mm", "bf16", "sve"),
+)
+# Limits our kernels and torch's libraries to AVX2, as `make instruction-sets` does.
+ONLY_AVX2 = {
+    "LLAMA_SCRATCH_KERNELS": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """Describe this machine for a recorded file. Compiles our kernels if they are not in the cache yet.
+
+    Args:
+        threads: The number of threads of the measurement. Default: torch's.
+
+    Returns:
+        The CPU, its features, and the instruction set of our kernels, "" if there are none.
+    """
+    return {
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "features": features(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": threads or torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "kernels": kernel_instructions(),
+    }
+
+
+def features() -> list[str]:
+    """The members of `FEATURES` that this CPU has."""
+    flags = (_cpu_field("flags") or _cpu_field("Features")).split()
+    return [feature for feature in FEATURES if feature in flags]
+
+
+def kernel_instructions() -> str:
+    """The instruction set that our kernels are compiled for, "" if this process has no kernels."""
+    return str(torch.ops.llama_scratch.machine()) if kernels.build() else ""
+
+
+def has_more_than_avx2(features: list[str]) -> bool:
+    """Whether our kernels may use more than AVX2, so that AVX2 is a second instruction set to measure."""
+    return "avx2" in features and "avx512f" in features
+
+
+def _cpu_field(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
