@@ -3,7 +3,8 @@
     python -m benchmarks.kernels [--rounds 5] [--record]
 
 One thread multiplies random weights; for one row of activations, more weights than the caches hold. The instruction
-sets take turns, and each figure is the median of the rounds. Exit code 1 if two sets do not give the same bits.
+sets take turns, and each figure is the median of the rounds. Exit code 1 if two sets do not give the same bits in int8
+and int4, whose sums are of whole numbers.
 --record keeps the figures in benchmarks/kernels.json and renders benchmarks/results.md.
 """
 
@@ -24,12 +25,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.report import FOLDER, kernel_case, kernel_figures, versions, write_report
 from llama_scratch import kernels
 from llama_scratch.linear import panel_shapes
+from llama_scratch.precision import DTYPES
 
 SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
 
@@ -39,7 +42,7 @@ class Case:
     """A product of activations and weights.
 
     Args:
-        kind: How the weights are stored, a key of `BITS`.
+        kind: How the weights are stored, one of `KINDS`.
         rows: Number of rows of activations.
         out: Number of rows of the weight.
         inputs: Number of columns of the weight.
@@ -53,18 +56,27 @@ class Case:
     copies: int
 
 
-BITS = {"int8": 8, "int4": 4}
+# In the order of `Type` in cpp/rows.h.
+TYPES = ["int8", "int4", "fp32", "fp16", "bf16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+KINDS = ["bf16", "fp16", "fp32", "int8", "int4", "Q8_0", "Q4_1", "Q4_K"]
+PANELS = {"int8": 8, "int4": 4}
 # The shapes of w1 and wq of Llama 3.2 1B.
-CASES = [Case(kind, *shape) for kind in BITS for shape in ((1, 8192, 2048, 16), (128, 2048, 2048, 1))]
+CASES = [Case(kind, *shape) for kind in KINDS for shape in ((1, 8192, 2048, 16), (128, 2048, 2048, 1))]
 
 
 def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Draw the tensors that store one weight: the values and the scales of its panels."""
-    values, scales = panel_shapes((case.out, case.inputs), BITS[case.kind])
-    return (
-        torch.randint(-127, 128, values, dtype=torch.int8, generator=generator),
-        torch.rand(scales, generator=generator).half() / 100,
-    )
+    """Draw the tensors that store one weight: its rows, or the values and the scales of its panels."""
+    if bits := PANELS.get(case.kind):
+        values, scales = panel_shapes((case.out, case.inputs), bits)
+        return (
+            torch.randint(-127, 128, values, dtype=torch.int8, generator=generator),
+            torch.rand(scales, generator=generator).half() / 100,
+        )
+    if case.kind in DTYPES:
+        return (torch.randn(case.out, case.inputs, generator=generator).to(DTYPES[case.kind]),)
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[case.kind]]
+    shape = case.out, case.inputs // columns * size
+    return (torch.randint(0, 100, shape, dtype=torch.uint8, generator=generator),)  # as float16 none is NaN
 
 
 class Product:
@@ -84,11 +96,10 @@ class Product:
     def __call__(self, case: Case, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
         """Multiply x (rows, in) and a weight (out, in) → (rows, out)."""
         y = torch.empty(case.rows, case.out)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *weight, y)]
-        sizes = [ctypes.c_int64(size) for size in (case.rows, case.out, case.inputs, BITS[case.kind])]
-        self._library.product_of(
-            pointers[0], sizes[0], pointers[1], pointers[2], sizes[1], sizes[2], sizes[3], pointers[3], False
-        )
+        rows, out, inputs, kind = map(ctypes.c_int64, (case.rows, case.out, case.inputs, TYPES.index(case.kind)))
+        data, scales = ctypes.c_void_p(weight[0].data_ptr()), ctypes.c_void_p(weight[-1].data_ptr())
+        x_data, y_data = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
+        self._library.product_of(x_data, rows, data, scales, kind, out, inputs, y_data, False)
         return y
 
 
@@ -129,7 +140,8 @@ def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, A
     measured, same = [], True
     for case in cases:
         weight_bytes, seconds, results = measure(list(products.values()), case, rounds)
-        same = same and all(torch.equal(y.view(torch.int32), results[0].view(torch.int32)) for y in results)
+        if case.kind in PANELS:
+            same = same and all(torch.equal(y.view(torch.int32), results[0].view(torch.int32)) for y in results)
         measured.append(
             {
                 "kind": case.kind,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # Of a measurement; the last one counts. With 1, a new process also maps its buffers within the time.
-REPETITIONS = 1
+REPETITIONS = 2
 PATIENCE_S = 900  # for one measurement, with the loading
 _HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --ik."
 

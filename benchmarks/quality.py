@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from llama_scratch.calibration import hessians
 from llama_scratch.checkpoint import EMBEDDING, open_checkpoint
 from llama_scratch.checkpoint.find import find_model
 from llama_scratch.lazy import as_tensor
-from llama_scratch.linear import Projection
+from llama_scratch.linear import form_of
 from llama_scratch.progress import silent
 
 # Of the weights as they are, and of rotated ones.
@@ -217,8 +217,8 @@ def w2_errors(
     for precision in precisions:
         coded = Llama.load(model, precision=precision)
         coded.prepare()
-        modules = [cast(Projection, coded.engine.model.get_submodule(name)) for name in names]
-        found[f"ours {precision}"] = sum(module.stack.nbytes for module in modules), _w2(coded, names)
+        forms = filter(None, (form_of(coded.engine.model.get_submodule(name)) for name in names))
+        found[f"ours {precision}"] = sum(form.nbytes for form in forms), _w2(coded, names)
     for kind in peers:
         weights = open_checkpoint(quantized(model, directory, kind, pure=True)).load(silent)
         held = {name: weights[f"{name}.weight"] for name in names}

@@ -13,9 +13,7 @@ operators; on a GPU in the type of x.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -70,39 +68,14 @@ class Rows:
         rows = x.reshape(-1, x.shape[-1]).to(_type_of(x))  # (M, in)
         # A GPU has no use for small blocks, and each costs it a launch.
         step = max(1, _BLOCK // x.shape[-1]) if x.device.type == "cpu" else max(map(len, self.weights))
-        blocks = (block for weight in self.weights for block in _split(weight, step, rows.dtype))
-        out = torch.cat([product(rows, block) for block in _turned(blocks, rows.dtype)], dim=-1)  # (M, out)
+        blocks = (block for weight in self.weights for block in weight.split(step))
+        out = torch.cat([product(rows, block.to(rows.dtype)) for block in blocks], dim=-1)  # (M, out)
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
 
 def _type_of(x: Tensor) -> torch.dtype:
     """What products of x are computed in."""
     return torch.float32 if x.device.type == "cpu" else x.dtype
-
-
-def _split(weight: Weight, rows: int, dtype: torch.dtype) -> Sequence[Weight]:
-    if isinstance(weight, Lazy):
-        return weight.split(rows)
-    return [weight] if weight.dtype == dtype else weight.split(rows)
-
-
-def _turned(blocks: Iterator[Weight], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The blocks as tensors of `dtype`. What is not one yet takes longer than its product: threads work ahead."""
-    ahead: deque[Future[Tensor]] = deque()
-    for block in blocks:
-        if isinstance(block, Tensor):
-            yield from (ahead.popleft().result() for _ in range(len(ahead)))
-            yield block.to(dtype)
-        else:
-            ahead.append(_threads().submit(block.to, dtype))
-            if len(ahead) > 2 * torch.get_num_threads():
-                yield ahead.popleft().result()
-    yield from (ahead.popleft().result() for _ in range(len(ahead)))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "dequantising")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

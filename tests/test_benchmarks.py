@@ -590,7 +590,7 @@ def test_llama_bench_is_asked_for_repacked_weights(tmp_path: Path) -> None:
     usual = ["-m", str(tmp_path / "m.gguf"), "-t", "2", "-rtr", "1"]
     calls = [json.loads(line) for line in (tmp_path / "calls.log").read_text().splitlines()]
     sizes = (("1", "0"), ("128", "0"), ("0", "16"))
-    assert calls == [[*usual, "-p", prompt, "-n", new, "-r", "1", "-o", "json"] for prompt, new in sizes]
+    assert calls == [[*usual, "-p", prompt, "-n", new, "-r", "2", "-o", "json"] for prompt, new in sizes]
 
 
 FAILURES = {
