@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight, stored
-from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks
+from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks, quantize_panels
 
 # Weights that are turned into float32 at a time: 4 MB, so that the product finds most of them in the CPU's cache.
 _BLOCK = 1 << 20
@@ -36,7 +36,7 @@ Stored = tuple[tuple[Tensor, ...], str]
 
 
 class Form(Protocol):
-    """x → x·Wᵀ. nbytes: what it reads for one row of x. stored: weights below each other; none if no kernel knows it."""
+    """x → x·Wᵀ. nbytes: what it reads for one row of x. stored: weights below each other; none where no kernel is."""
 
     nbytes: int
     stored: list[Stored]
@@ -181,7 +181,10 @@ def to_panels(
     for i, part in enumerate(filled.split(panels * _ROWS)):
         before_each()
         found = slice(i * panels, (i + 1) * panels)
-        values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
+        if curvature is None and kernels.ready() and weights[0].device.type == "cpu":
+            values[found], scales[found] = quantize_panels(part, bits)
+        else:
+            values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
     return values, scales
 
 

@@ -36,6 +36,11 @@ void attention_of(const float* q, int64_t T, float* keys, float* values, int64_t
                   int64_t n_kv_heads, int64_t head_dim, float* out) {
   attend(Shape{0, n_heads, n_kv_heads, head_dim}, Cache{keys, values, capacity}, q, n_heads * head_dim, T, start, out);
 }
+
+bool search_of(const float* rows, int64_t out, int64_t in, int64_t bits, const float* steps, int64_t n_steps, uint8_t* values,
+               uint16_t* scales) {
+  return search::quantize(rows, out, in, bits, steps, n_steps, values, scales);
+}
 }
 
 // --- Under the sanitizers: each buffer as long as it has to be, and no longer -----------------
@@ -130,6 +135,15 @@ int main() {
           Layer{attention_norm.data(), ffn_norm.data(), wqkv.matrix, wo.matrix, w13.matrix, w2.matrix,
                 Cache{keys.data(), values.data(), capacity}},
           freqs_cis.data(), T, start, x.data(), space);
+  }
+  for (int i = 0; i < 100; i++) {
+    int bits = any(0, 1) ? 8 : 4;
+    int64_t out = any(0, 40), in = block_of(bits) * any(1, 3), panels = (out + PANEL - 1) / PANEL, n_steps = any(0, 33);
+    std::vector<float> rows = numbers(out * in, any(0, 3) == 0), steps(n_steps);
+    for (float& step : steps) step = any(500, 900) / (any(0, 1) ? 100.0f : -100.0f);
+    std::vector<uint8_t> values(panels * PANEL * in * bits / 8);
+    std::vector<uint16_t> scales(panels * PANEL * in / block_of(bits));
+    search_of(rows.data(), out, in, bits, steps.data(), n_steps, values.data(), scales.data());
   }
   std::puts("clean");
 }
