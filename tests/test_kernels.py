@@ -548,16 +548,16 @@ def test_what_does_not_fit_is_an_error(ops: Any, T: int) -> None:
 def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From rows of any type, of several weights, on any number of threads; not on top of a curvature."""
     rows = weights_of("normal", bits)
-    for weights in ([rows], [rows.bfloat16()], [rows[:5], rows[5:]], [rows[:, :200]], [rows[:3, :7].half()]):
+    for held in ([rows], [rows.bfloat16()], [rows[:5], rows[5:]], [rows[:, :200]], [rows[:3, :7].half()]):
         with monkeypatch.context() as patch:
             patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
-            expected = to_panels(weights, bits)
+            expected = to_panels(held, bits)
         with monkeypatch.context() as patch:
             patch.setattr("llama_scratch.linear.quantise_blocks", None)
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                found.append(to_panels(weights, bits))
+                found.append(to_panels(held, bits))
         for values, scales in found:
             assert torch.equal(values, found[0][0])
             assert torch.equal(scales, found[0][1])
