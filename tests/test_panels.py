@@ -554,7 +554,6 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
     for ask in (lambda: llama.predict("the nation"), llama.prepare):
         with pytest.raises(OutOfMemoryError, match=said):
             ask()
-    assert llama.predict("the nation").model.precision == "fp32"  # what there is answers
     llama.close()
 
 

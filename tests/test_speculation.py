@@ -251,7 +251,7 @@ def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Ll
 
 
 def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are not packed yet, interventions, a text that is not the cache's, and everything without kernels."""
+    """Weights that are not packed yet, interventions, another text than the cache's, and all without kernels."""
     assert packed.path is not None
     engine = packed.engine
     engine.next_logits(CYCLE)
