@@ -20,7 +20,6 @@ from torch import Tensor
 
 from llama_scratch import kept
 from llama_scratch.kept import KeptPieces, Layout
-from llama_scratch.linear import quantise
 from llama_scratch.llama import Llama
 from llama_scratch.unfinished import locked
 from tests.checkpoints import write_meta
@@ -48,9 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch" / "weights"
 
 
+def random_piece(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Values and scales."""
+    values = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    return values, torch.randn(shape[0], generator=generator)
+
+
 def made(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [quantise([torch.randn(shape, generator=generator)])[0] for shape in SHAPES]
+    return [random_piece(shape, generator) for shape in SHAPES]
 
 
 def keep(source: Path, pieces: list[tuple[Tensor, Tensor]] | None = None) -> None:
@@ -667,7 +672,7 @@ def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Pa
 def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
     """As packing does: a piece each, in any order."""
     layouts: list[Layout] = [(((4, 16), torch.int8), ((4,), torch.float32))] * 40
-    pieces = [quantise([torch.randn(4, 16, generator=torch.Generator().manual_seed(i))])[0] for i in range(40)]
+    pieces = [random_piece((4, 16), torch.Generator().manual_seed(i)) for i in range(40)]
     keeping = KeptPieces([source], layouts)
     together = threading.Barrier(4)
 
@@ -722,10 +727,10 @@ def test_the_second_run_quantises_nothing(model_dir: Path, folder: Path, monkeyp
     (file,) = files(folder)
     before = file.read_bytes()
 
-    def never(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def never(*_: object) -> tuple[Tensor, Tensor]:
         raise AssertionError("quantised again")
 
-    monkeypatch.setattr("llama_scratch.precision.quantise", never)
+    monkeypatch.setattr("llama_scratch.precision.to_panels", never)
     assert torch.equal(answer(model_dir), first)
     assert file.read_bytes() == before
 

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError
-from llama_scratch.lazy import Joined, Lazy, Quantised, Weight, as_tensor
-from llama_scratch.linear import Blocks, Embedding
+from llama_scratch.lazy import Joined, Lazy, Quantised, Weight, as_tensor, stored
+from llama_scratch.linear import Embedding, Rows
 from llama_scratch.model import KVCache
-from llama_scratch.precision import _fbgemm_block, _output_groups, build, memory_needed
+from llama_scratch.precision import build, memory_needed
+from tests import weights
 from tests.checkpoints import random_weights, tiny_args
+from tests.test_linear import way
+
+__all__ = ["way"]
 
 CPU = torch.device("cpu")
 
 
 def lazy(weight: Tensor) -> Lazy:
     """The weight as it would be in blocks."""
-    return Quantised((weight.shape[0], weight.shape[1]), weight.numel(), lambda start, stop: weight[start:stop].clone())
+    shape = weight.shape[0], weight.shape[1]
+    blocks = torch.empty(shape, dtype=torch.uint8)  # a byte for each
+    return Quantised(shape, blocks, "a test", lambda start, stop: weight[start:stop].clone())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -69,18 +76,18 @@ def test_a_large_weight_is_turned_in_blocks() -> None:
         asked.append(stop - start)
         return weight[start:stop]
 
-    found = Quantised((40, 1 << 17), 0, rows).to(torch.float16)
+    found = Quantised((40, 1 << 17), torch.empty(0, dtype=torch.uint8), "a test", rows).to(torch.float16)
     assert found.dtype == torch.float16
     assert torch.equal(found, weight.half())
     assert set(asked) == {8}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_blocks_multiply_what_is_lazy(rows: int) -> None:
+def test_rows_multiply_what_is_lazy(rows: int) -> None:
     """Mixed with tensors, in the order in which they stand, and with more blocks than threads."""
     weights = [torch.randn(5, 1 << 19), torch.randn(3, 1 << 19), torch.randn(40, 1 << 19)]
     x = torch.randn(rows, 1 << 19)
-    form = Blocks([lazy(weights[0]), weights[1].bfloat16(), lazy(weights[2])])
+    form = Rows([lazy(weights[0]), weights[1].bfloat16(), lazy(weights[2])])
     expected = torch.cat([weights[0], weights[1].bfloat16().float(), weights[2]]).double()
     torch.testing.assert_close(form(x).double(), x.double() @ expected.T, rtol=1e-4, atol=0.05)
 
@@ -92,42 +99,84 @@ def test_an_error_while_rows_are_made_is_raised_where_they_are_multiplied() -> N
         raise CheckpointError("damaged.")
 
     with pytest.raises(CheckpointError, match="damaged"):
-        Blocks([Quantised((4, 4), 16, rows)])(torch.randn(1, 4))
+        Rows([Quantised((4, 4), torch.empty(4, 4, dtype=torch.uint8), "a test", rows)])(torch.randn(1, 4))
 
 
-def test_an_embedding_of_what_is_lazy() -> None:
+@pytest.mark.parametrize("form", ["Q8_0", "Q6_K", "a test"])
+def test_an_embedding_of_what_is_lazy(way: str, form: str) -> None:
     """Rows in the order of the tokens, one that comes twice too."""
-    weight = torch.randn(20, 4)
+    weight = lazy(torch.randn(20, 256)) if form == "a test" else weights.weight(form, 20, 256)
     tokens = torch.tensor([[7, 0, 7, 19]])
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(Embedding(lazy(weight), dtype)(tokens), weight[tokens].to(dtype))
+        assert torch.equal(Embedding(weight, dtype)(tokens), as_tensor(weight)[tokens].to(dtype))
+
+
+def test_the_weights_that_the_kernels_take() -> None:
+    """Contiguous tensors of 32 and 16 bits, those that stand below each other, and blocks of known formats."""
+    plain = torch.randn(6, 4)
+    for name, dtype in weights.FLOATS.items():
+        tensor = plain.to(dtype)
+        assert names(stored(tensor)) == [(tensor.data_ptr(), name)]
+        assert names(stored(Joined([tensor[:2], tensor[2:]], 0))) == [
+            (tensor.data_ptr(), name),
+            (tensor[2:].data_ptr(), name),
+        ]
+        assert stored(Joined([tensor[:, :2], tensor[:, 2:]], 1)) == []
+        assert stored(Joined([tensor[:, :2].contiguous(), tensor[:, 2:].contiguous()], 1)) == []
+        assert stored(Joined([tensor[:2], tensor.T[:, :4].T[:, :4]], 0)) != []
+        assert stored(Joined([tensor[:4], tensor[:4].T], 0)) == []
+        assert stored(tensor.T) == stored(tensor[:, :2]) == []
+    for dtype in (torch.float64, torch.int8, torch.uint8):
+        assert stored(plain.to(dtype)) == []
+    blocks = torch.zeros(6, 72, dtype=torch.uint8)
+    for form in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"):
+        weight = Quantised((6, 64), blocks, form, lambda *_: plain)
+        assert names(stored(weight)) == [(blocks.data_ptr(), form)]
+        assert stored(weight.split(3)[0]) == []
+    for form in ("Q2_K", "Q3_K", "IQ4_NL", "q8_0", "int8", ""):
+        assert stored(Quantised((6, 64), blocks, form, lambda *_: plain)) == []
+
+
+def names(parts: Sequence[tuple[Tensor, str]]) -> list[tuple[int, str]]:
+    return [(tensor.data_ptr(), name) for tensor, name in parts]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 @pytest.mark.parametrize("small", [True, False])
 def test_a_network_of_them_answers_as_one_of_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, small: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, precision: str, small: bool
 ) -> None:
-    """Before and after packing, tied as it was, and kept lazy where that saves memory."""
+    """Before and after packing, tied as it was, and kept lazy where that saves memory, or where the kernels take it."""
     if not small:
         monkeypatch.setattr("llama_scratch.precision._SMALL", 0)
     (tmp_path / "weights").write_bytes(b"")
-    tensors = random_weights(tiny_args())
-    turned = {name: lazy(weight) if weight.dim() == 2 else weight for name, weight in tensors.items()}
+    turned: dict[str, Weight] = {}
+    for name, weight in random_weights(tiny_args(), tied=False).items():
+        turned[name] = weight
+        if weight.dim() == 2:
+            blocks = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            turned[name] = weights.quantised("Q8_0", torch.from_numpy(blocks))
     turned["output.weight"] = turned["tok_embeddings.weight"]
+    tensors = {name: as_tensor(weight) for name, weight in turned.items()}
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
     tokens = torch.arange(12)[None]
+    some = precision in ("fp32", "fp16") and (way == "kernels" or not small)
 
-    def logits(weights: Mapping[str, Weight], pack: bool) -> Tensor:
+    def logits(weights: Mapping[str, Weight], precision: str, pack: bool) -> tuple[Tensor, bool]:
         model, packing = build(weights, tiny_args(), precision, CPU, [tmp_path / "weights"])
-        lazily = isinstance(getattr(model.tok_embeddings, "weight", None), Lazy)
-        assert lazily == (weights is turned and (precision == "int8" or (precision == "fp16" and not small)))
         if pack:
             packing.wait()
         found: Tensor = model(tokens, KVCache(tiny_args(), 16))
-        return found
+        return found, isinstance(getattr(model.tok_embeddings, "weight", None), Lazy)
 
     for pack in (False, True):
-        torch.testing.assert_close(logits(turned, pack), logits(tensors, pack), rtol=1e-5, atol=1e-5)
+        found, lazily = logits(turned, precision, pack)
+        assert lazily or not (some or precision == "int8")
+        assert not (lazily and precision == "bf16")
+        # Blocks that stay lose nothing.
+        expected, never = logits(tensors, "fp32" if lazily and precision == "fp16" else precision, pack)
+        assert not never
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -162,21 +211,6 @@ print(found, most - before)
     token, found = result.stdout.split()
     assert token == "Paris"
     needed = memory_needed(open_checkpoint(smollm2_path).args, "int8", None, 512, CPU, tied=True)
-    # 135 MB, and the padding of fbgemm's blocks: 256 columns with AVX-512, 512 with AVX2.
-    assert needed["weights"] < (184_000_000 if _fbgemm_block("int8") == 256 else 219_000_000)
+    assert needed["weights"] < 143_500_000  # 135 million weights, a scale of 2 bytes for 32 of them
     tables = 50_000_000  # of the vocabulary, which every precision has
     assert int(found) < min(1.05 * sum(needed.values()) + tables, 345_000_000)
-
-
-def test_fbgemm_blocks_follow_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8 blocks are twice as wide without AVX-512; an output projection gets no group that is mostly padding."""
-    monkeypatch.delenv("FBGEMM_ENABLE_INSTRUCTIONS", raising=False)
-    for capability, block, groups in (("AVX512", 256, 3), ("AVX2", 512, 2), ("DEFAULT", 1, 4)):
-        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
-        monkeypatch.setattr("llama_scratch.precision.packs", lambda capability=capability: capability != "DEFAULT")
-        assert (_fbgemm_block("int8"), _fbgemm_block("fp16")) == (block, 1 if capability == "DEFAULT" else 512)
-        assert [_output_groups(width) for width in (576, 2048)] == [groups, 4]
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("llama_scratch.precision.packs", lambda: True)
-    monkeypatch.setenv("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2")
-    assert _fbgemm_block("int8") == 512

@@ -25,12 +25,12 @@ from llama_scratch.background import Background
 from llama_scratch.config import ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, OutOfMemoryError
-from llama_scratch.linear import Blocks, Int8, Panels, from_panels, packs, panel_shapes, panels_of, to_panels
+from llama_scratch.linear import Panels, Rows, from_panels, panel_shapes, panels_of, to_panels
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import BITS, Examples, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
-from llama_scratch.step import FEW, LONG, Step
+from llama_scratch.step import Step
 from tests.checkpoints import tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.test_background import until
@@ -143,7 +143,7 @@ def test_shapes_that_fill_no_block_and_no_panel(source: Path, precision: str, *,
     assert relative(run(model, ids), run(plain, ids)) <= 2 * BOUNDS[precision]
     engine = Engine(model, 100, packing)
     assert engine._step is not None
-    assert not engine._step.fits(1)
+    assert not engine._step.fits()
     assert torch.allclose(engine.all_logits(ids[0].tolist()), run(model, ids), atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
     ids = torch.randint(556, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     engine = Engine(model, 300, packing)
     assert engine._step is not None
-    assert engine._step.fits(len(ids))
+    assert engine._step.fits()
     stepped = engine.all_logits(ids)
     read = run(model, torch.tensor([ids]))
     assert 0 < relative(stepped, read) <= BOUNDS["int8"] / 4
@@ -179,11 +179,11 @@ def cut(engine: Engine, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.cat(found)
 
 
-@PRECISIONS
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", *BITS])
 def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
     source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one go, token by token, in uneven pieces, and after going back: up to `LONG` tokens."""
+    """In one go, token by token, in uneven pieces, and after going back."""
     monkeypatch.setattr(engine_module, "CHUNK", 100)
     monkeypatch.setattr(engine_module, "_POSITIONS", 100)
     model, packing, _ = built(source, precision)
@@ -218,21 +218,6 @@ def test_room_that_an_interrupted_text_left(source: Path) -> None:
             with pytest.raises(KeyboardInterrupt):
                 engine.next_logits([5] * 600)
         assert torch.equal(engine.next_logits(ids).values, expected)
-
-
-def test_the_step_ends_where_texts_are_long(source: Path) -> None:
-    """And goes on with a few tokens at a time."""
-    model, packing, _ = built(source, "int8")
-    engine = Engine(model, 2 * LONG, packing)
-    assert engine._step is not None
-    assert engine._step.fits(LONG)
-    assert not engine._step.fits(LONG + 1)
-    ids = torch.randint(556, (LONG + 40,), generator=torch.Generator().manual_seed(3)).tolist()
-    engine.next_logits(ids[:LONG])
-    assert engine._step.fits(FEW)
-    assert not engine._step.fits(FEW + 1)
-    once = Engine(model, 2 * LONG, packing).next_logits(ids).values
-    assert relative(engine.next_logits(ids).values, once) <= BOUNDS["int8"]
 
 
 def test_taps_see_the_readable_network(tiny_dir: Path) -> None:
@@ -439,17 +424,21 @@ def test_what_is_calibrated_with_another_network_is_another_file(tmp_path: Path)
     assert len(kept()) == 3  # that of int8, which reads the examples, is of the weights alone
 
 
-def test_each_kind_of_int8_is_kept_by_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With kernels in panels, without them as rows; neither is read as the other."""
-    in_panels = run(built(source, "int8")[0])
+@PRECISIONS
+def test_without_kernels_the_kept_panels_are_multiplied(
+    source: Path, precision: str, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's operators, and again by the kernels."""
+    in_panels = run(built(source, precision)[0])
     with pytest.MonkeyPatch.context() as patch:
         without_kernels(patch)
-        model, *_ = built(source, "int8")
-        assert Panels not in {type(form) for form in forms(model)}
+        model, *_ = built(source, precision)
+        assert {type(form) for form in forms(model)} == {Panels}
         rows = run(model)
-    assert len(kept()) == 2
-    assert relative(rows, in_panels) <= BOUNDS["int8"]
-    assert torch.equal(run(built(source, "int8")[0]), in_panels)
+    assert 0 < relative(rows, in_panels) <= BOUNDS["int8"]
+    assert torch.equal(run(built(source, precision)[0]), in_panels)
+    assert len(kept()) == 1
+    assert len(made) == 13
 
 
 # --- What goes wrong --------------------------------------------------------------------------
@@ -477,7 +466,7 @@ def test_weights_beyond_a_scale_stay_what_they_are(source: Path, precision: str)
     weights = stored(args, torch.float32, tied=False)
     weights["layers.0.feed_forward.w2.weight"][3, 5] = 1e8
     model, *_ = built(source, precision, args, weights)
-    assert [type(form) for form in forms(model)].count(Blocks) == 1
+    assert [type(form) for form in forms(model)].count(Rows) == 1
     assert torch.isfinite(run(model)).all()
 
 
@@ -495,37 +484,6 @@ def test_answers_come_where_nothing_can_be_compiled(
     assert relative(run(model), reference(weights)) <= BOUNDS[precision]
     ids = list(range(30))
     assert torch.allclose(Engine(model, 100, packing).all_logits(ids), run(model, torch.tensor([ids])), atol=1e-4)
-
-
-@PRECISIONS
-def test_kernels_alone_make_no_answer_a_packed_one(
-    source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are compiled before the first weight is packed, and calibration takes minutes."""
-    packed, go = threading.Event(), threading.Event()
-
-    def waits(*arguments: Any) -> tuple[Tensor, Tensor]:
-        packed.set()
-        assert go.wait(20)
-        return to_panels(*arguments)
-
-    monkeypatch.setattr(kernels, "load", lambda: False)
-    monkeypatch.setattr(kernels, "build", lambda: True)
-    monkeypatch.setattr(precision_module, "to_panels", waits)
-    _, packing = build(stored(tiny_args()), tiny_args(), precision, CPU, [source])
-    packing.start()
-    assert packed.wait(20)
-    assert not packing.begun
-    go.set()
-    packing.wait()
-    assert packing.begun
-
-
-def test_without_a_compiler_int8_is_fbgemm_s(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "possible", lambda: False)
-    found = {type(form) for form in forms(built(source, "int8")[0])}
-    assert Panels not in found
-    assert (Int8 in found) == packs()
 
 
 @PRECISIONS
@@ -596,7 +554,6 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
     for ask in (lambda: llama.predict("the nation"), llama.prepare):
         with pytest.raises(OutOfMemoryError, match=said):
             ask()
-    assert llama.predict("the nation").model.precision == "fp32"  # what there is answers
     llama.close()
 
 

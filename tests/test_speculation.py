@@ -11,14 +11,14 @@ import torch
 
 from llama_scratch import llama as llama_module
 from llama_scratch import speculation
-from llama_scratch.engine import Engine
+from llama_scratch.background import Background
+from llama_scratch.engine import _DRAFTED, Engine
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
 from llama_scratch.model import RMSNorm
 from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
 from llama_scratch.speculation import Drafts
-from llama_scratch.step import FEW
 from tests.conftest import KERNELS
 
 CYCLE = [5, 6, 7, 8, 9, 10]
@@ -64,13 +64,13 @@ def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
     text, at, lengths = CYCLE * 100, 18, []
     drafts = fed(text[:12], text[12:18])
     for _ in range(8):
-        draft = drafts.propose(text[:at], FEW - 1)
+        draft = drafts.propose(text[:at], _DRAFTED)
         assert draft == text[at : at + len(draft)]
         lengths.append(len(draft))
         at += len(draft) + 1
         drafts.book(len(draft), len(draft), 1.1)
     assert lengths == sorted(lengths)
-    assert lengths[-1] == FEW - 1
+    assert lengths[-1] == _DRAFTED
     assert len(drafts.propose(text[:at], 4)) == 4
     assert drafts.propose(text[:at], 0) == []
 
@@ -92,7 +92,7 @@ def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
     text = CYCLE * 340
     drafts, singles, lost = fed(text[:12], text[12:18]), 0, 0
     for at in range(18, 2018):
-        draft = drafts.propose(text[:at], FEW - 1)  # guesses are right, so that it always would
+        draft = drafts.propose(text[:at], _DRAFTED)  # guesses are right, so that it always would
         drafts.book(len(draft), 0, 1.0 + len(draft))
         singles += not draft
         lost += len(draft)
@@ -109,19 +109,19 @@ def test_the_last_norm_takes_each_row_by_itself() -> None:
     """To the bit, in each number of rows, for widths that are no whole number of vectors too."""
     torch.manual_seed(0)
     for dim in (16, 33, 256, 300, 576, 2048, 4096):
-        norm, x = RMSNorm(dim, 1e-5), torch.randn(FEW, dim) * torch.rand(FEW, 1) * 20
-        alone = torch.cat([norm(x[t : t + 1]) for t in range(FEW)])
-        assert all(torch.equal(norm(x[:rows]), alone[:rows]) for rows in range(1, FEW + 1))
+        norm, x = RMSNorm(dim, 1e-5), torch.randn(16, dim) * torch.rand(16, 1) * 20
+        alone = torch.cat([norm(x[t : t + 1]) for t in range(16)])
+        assert all(torch.equal(norm(x[:rows]), alone[:rows]) for rows in range(1, 17))
 
 
 # --- With the kernels -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int8", "int4", "bf16", "fp16"])
 def loaded(
     built_kernels: None, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Llama:
-    """A small random network in panels."""
+    """A small random network in panels, or as its file holds it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -172,8 +172,8 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
 
     def propose(drafts: Drafts, ids: Sequence[int], room: int) -> list[int]:
         turn = next(turns)
-        draft = truth[len(ids) :][: min(room, 1 + turn % (FEW - 1))]
-        if turn // (FEW - 1) % 2:
+        draft = truth[len(ids) :][: min(room, 1 + turn % _DRAFTED)]
+        if turn // _DRAFTED % 2:
             draft[-1] = 1 + draft[-1] % 200
         return draft
 
@@ -185,7 +185,7 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
     assert all(torch.equal(a, b) for a, b in zip(keys(packed), held, strict=True))
     assert set(single[1:]) == {1}
     assert len(widths) < len(single) / 2
-    assert max(widths[1:]) == FEW
+    assert max(widths[1:]) == 1 + _DRAFTED
 
 
 def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,26 +243,28 @@ def test_a_draft_of_damaged_weights_spoils_no_other_token(packed: Llama) -> None
 
 def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Llama) -> None:
     engine = Engine(packed.engine.model, 400, packed.engine.packing)  # one that has taken no memory yet
-    for length, room in ((1, FEW - 1), (250, 6), (256, 0), (257, FEW - 1), (395, 5), (400, 0)):
+    for length, room in ((1, _DRAFTED), (250, 6), (256, 0), (257, _DRAFTED), (395, 5), (400, 0)):
         ids = (CYCLE * 70)[:length]
         engine.next_logits(ids)
         engine.trim(ids[:-1])
         assert engine.room(ids) == room
 
 
-def test_off_where_bits_could_differ(packed: Llama) -> None:
-    """Other forms of weights, weights that are not packed yet, interventions, a text that is not the cache's."""
+def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are not packed yet, interventions, another text than the cache's, and all without kernels."""
     assert packed.path is not None
     engine = packed.engine
     engine.next_logits(CYCLE)
-    assert engine.room([*CYCLE, 1]) == FEW - 1
+    assert engine.room([*CYCLE, 1]) == _DRAFTED
     assert engine.room([*CYCLE, 1, 2]) == engine.room([6, *CYCLE[1:], 1]) == engine.room(CYCLE) == 0
     changed = packed.intervened({"layers.0.resid_post": lambda value, start: None})
     changed.engine.next_logits(CYCLE)
     assert changed.engine.room([*CYCLE, 1]) == 0
-    for precision in ("fp32", "bf16", "fp16", packed.info.precision):
+    for precision in ("fp32", "bf16", "fp16", "int8"):
         other = Llama.load(packed.path, precision=precision, device="cpu")
-        if precision != packed.info.precision:  # else it is not packed
-            other.prepare()
         other.engine.next_logits(CYCLE)
+        assert other.engine.room([*CYCLE, 1]) == _DRAFTED
+        other.engine.packing = Background("packing", [(lambda: None, 1)])
         assert other.engine.room([*CYCLE, 1]) == 0
+    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", "0")
+    assert engine.room([*CYCLE, 1]) == 0

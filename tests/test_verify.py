@@ -243,7 +243,8 @@ def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, mon
     def checked(checkpoint: Checkpoint) -> Checkpoint:
         def load(progress: Progress) -> dict[str, Weight]:
             name = "layers.0.feed_forward.w1.weight"
-            return {**checkpoint.load(progress), name: Quantised((1024, 256), 1024, dequantise)}
+            blocks = torch.empty(1024, 1, dtype=torch.uint8)
+            return {**checkpoint.load(progress), name: Quantised((1024, 256), blocks, "a test", dequantise)}
 
         return replace(checkpoint, load=load)
 

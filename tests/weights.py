@@ -15,6 +15,9 @@ from tests import gguf_reference
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = (*FLOATS, *gguf_reference.KINDS)
+# The largest number of a block, in steps of its scale.
+_LARGEST = {"Q8_0": 128, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31}
+_LARGEST |= {"Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32}
 
 
 def columns_per_block(form: str) -> int:
@@ -28,7 +31,8 @@ def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
         generator = torch.Generator().manual_seed(seed)
         numbers: Tensor = torch.randn(out, columns, generator=generator) / columns**0.5
         return numbers.to(FLOATS[form])
-    data = gguf_reference.random_blocks(form, out, columns, seed=str(seed))
+    spread = 3 / (_LARGEST[form] * columns**0.5)
+    data = gguf_reference.random_blocks(form, out, columns, seed=str(seed), spread=spread)
     return quantised(form, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out, -1))
 
 
