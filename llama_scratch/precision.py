@@ -252,8 +252,9 @@ def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.devic
     if device.type == "cpu" and stored(weight) and (weight.dtype == dtype or _stays(weight, args, precision)):
         return weight
     turned = weight.to(dtype)
-    # What is too large for float16 stays as it is.
-    return (turned if dtype != torch.float16 or turned.aminmax().max.isfinite() else as_tensor(weight)).to(device)
+    # Weights that are too large for float16, on either side of 0, stay as they are.
+    fits = dtype != torch.float16 or all(bound.isfinite() for bound in turned.aminmax())
+    return (turned if fits else as_tensor(weight)).to(device)
 
 
 def _stays(weight: Weight, args: ModelArgs, precision: str) -> bool:
