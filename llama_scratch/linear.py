@@ -36,7 +36,10 @@ Stored = tuple[tuple[Tensor, ...], str]
 
 
 class Form(Protocol):
-    """x → x·Wᵀ. nbytes: what it reads for one row of x. stored: weights below each other; none if no kernel knows it."""
+    """x → x·Wᵀ.
+
+    nbytes: what it reads for one row of x. stored: weights below each other; none if no kernel knows it.
+    """
 
     nbytes: int
     stored: list[Stored]
