@@ -175,9 +175,7 @@ def test_the_weights_that_are_predicted_are_those_that_are_made(
     norms = sum(weight.numel() for weight in weights.values() if weight.ndim == 1)
     made = own_bytes(model, weights)
     assert made <= predicted <= made + 4 * norms
-    assert (predicted == 0) is (
-        precision == {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(stored)[6:]]
-    )
+    assert (predicted == 0) is (DTYPES.get(precision) == stored)
 
 
 @pytest.mark.parametrize(("activations", "size"), [("auto", 4), ("fp32", 4), ("bf16", 2)])
