@@ -20,7 +20,7 @@ slow:  ## the tests that compare at length: real text against other programs, be
 	$(PYTEST) -m slow
 
 PYTEST = OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --maxprocesses 4 --dist loadfile
-ONLY_AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ONLY_AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 instruction-sets:  ## the tests as a CPU without AVX-512 runs them; then the kernels in plain C++
 	@$(PYTHON) tools/install.py .venv-test plot test

@@ -688,6 +688,7 @@ def _is_model_of(options: ModelOptions, source: str) -> bool:
 
 
 def _load_now(options: ModelOptions, progress: Progress) -> Llama:
+    _check_meanwhile(options.source)
     from llama_scratch.llama import Llama
 
     return Llama.load(
@@ -702,6 +703,17 @@ def _load_now(options: ModelOptions, progress: Progress) -> Llama:
         threads=options.threads,
         progress=progress,
     )
+
+
+def _check_meanwhile(source: str | None) -> None:
+    """Have weights compared with their checksums while torch is imported, which takes as long on another core."""
+    from llama_scratch.checkpoint.find import find_model
+    from llama_scratch.checkpoint.meta import check_ahead
+    from llama_scratch.checkpoint.remote import remote_address
+
+    if "torch" not in sys.modules and not remote_address(source or ""):
+        with suppress(LlamaScratchError, OSError, RuntimeError):  # which loading it explains
+            check_ahead(find_model(source))
 
 
 def _fetch_missing(options: ModelOptions, screen: Screen) -> None:

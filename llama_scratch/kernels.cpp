@@ -3,12 +3,14 @@
 //     cpp/vectors.h    a register of this machine, and threads
 //     cpp/rows.h       weights of 32 and 16 bits, and GGUF's blocks, multiplied as their file holds them
 //     cpp/panels.h     weights of 8 and 4 bits, put into the order that the CPU multiplies fastest
+//     cpp/search.h     how panels are made: weights in 8 or 4 bits, and the best scales for them
 //     cpp/attention.h  softmax(q kᵀ) v
 //     cpp/layer.h      one layer of a network
 //
 // The same in Python, slower: `Rows` and `Panels` in linear.py, and model.py.
 
 #include "cpp/layer.h"
+#include "cpp/search.h"
 
 #if !defined(LLAMA_SCRATCH_ALONE)
 #include <ATen/ops/empty.h>
@@ -150,6 +152,18 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights, std::vec
   }
 }
 
+// Rows (out, in) float32 → values and scales in panels; false if a weight is NaN or too large. See cpp/search.h.
+std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, ::at::ArrayRef<double> steps, int64_t bits) {
+  TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 && fits(rows, rows.sizes()) && rows.size(1) % block_of(bits) == 0,
+              "rows of shape ", rows.sizes(), " do not fit blocks of ", bits, " bits");
+  int64_t out = rows.size(0), in = rows.size(1), panels = (out + PANEL - 1) / PANEL;
+  Tensor values = ::at::empty({panels, in * bits / (8 * GROUP), PANEL, GROUP}, rows.options().dtype(bits == 8 ? ::at::kChar : ::at::kByte));
+  Tensor scales = ::at::empty({panels, in / block_of(bits), PANEL}, rows.options().dtype(::at::kHalf));
+  bool all_fit = search::quantize(rows.const_data_ptr<float>(), out, in, bits, std::vector<float>(steps.begin(), steps.end()).data(),
+                                  steps.size(), (uint8_t*)values.mutable_data_ptr(), (uint16_t*)scales.mutable_data_ptr());
+  return {values, scales, all_fit};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(llama_scratch, m) {
@@ -160,6 +174,7 @@ TORCH_LIBRARY(llama_scratch, m) {
       "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, str[] types, int[] parts, Tensor freqs_cis, Tensor[] cache, int start, "
       "int n_heads, float eps) -> ()",
       &layers);
+  m.def("quantize(Tensor rows, float[] steps, int bits) -> (Tensor values, Tensor scales, bool fits)", &quantize);
   m.def("machine() -> str", [] { return std::string(MACHINE); });
 }
 #endif

@@ -212,7 +212,14 @@ def _key() -> str:
 
 @functools.cache
 def _key_of(*flags: str) -> str:
-    made = SOURCE.read_bytes(), torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI, _cpu(), list(flags)
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("cpp/*.h"))]
+    made = (
+        [path.read_bytes() for path in sources],
+        torch.__version__,
+        torch._C._GLIBCXX_USE_CXX11_ABI,
+        _cpu(),
+        list(flags),
+    )
     return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llama_scratch import kernels
 from llama_scratch.lazy import Lazy, Weight, stored
-from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks
+from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks, quantize_panels
 
 # Weights that are turned into float32 at a time: 4 MB, so that the product finds most of them in the CPU's cache.
 _BLOCK = 1 << 20
@@ -36,10 +36,7 @@ Stored = tuple[tuple[Tensor, ...], str]
 
 
 class Form(Protocol):
-    """x → x·Wᵀ.
-
-    nbytes: what it reads for one row of x. stored: weights below each other; none if no kernel knows it.
-    """
+    """x → x·Wᵀ. nbytes: what it reads for one row of x. stored: weights below each other; none where no kernel is."""
 
     nbytes: int
     stored: list[Stored]
@@ -52,7 +49,7 @@ def kernels_product(x: Tensor, weights: Sequence[Stored]) -> Tensor:
     tensors = [tensor for parts, _ in weights for tensor in parts]
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     out = torch.ops.llama_scratch.linear(rows, tensors, [name for _, name in weights])
-    return cast(Tensor, out).to(x.dtype).view(*x.shape[:-1], -1)
+    return cast(Tensor, out).to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
 
 # --- Rows -------------------------------------------------------------------------------------
@@ -75,7 +72,7 @@ class Rows:
         step = max(1, _BLOCK // x.shape[-1]) if x.device.type == "cpu" else max(map(len, self.weights))
         blocks = (block for weight in self.weights for block in _split(weight, step, rows.dtype))
         out = torch.cat([product(rows, block) for block in _turned(blocks, rows.dtype)], dim=-1)  # (M, out)
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
 
 def _type_of(x: Tensor) -> torch.dtype:
@@ -156,7 +153,7 @@ class Panels:
             step = max(1, _BLOCK // rows.shape[1] // _ROWS)
             pieces = zip(self.values.split(step), self.scales.split(step), strict=True)
             out = torch.cat([product(rows, from_panels(*piece).to(rows.dtype)) for piece in pieces], dim=-1).to(x.dtype)
-        return out.view(*x.shape[:-1], -1)[..., : self.shape[0]]
+        return out.view(*x.shape[:-1], out.shape[-1])[..., : self.shape[0]]
 
 
 def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -184,7 +181,10 @@ def to_panels(
     for i, part in enumerate(filled.split(panels * _ROWS)):
         before_each()
         found = slice(i * panels, (i + 1) * panels)
-        values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
+        if curvature is None and kernels.ready() and weights[0].device.type == "cpu":
+            values[found], scales[found] = quantize_panels(part, bits)
+        else:
+            values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
     return values, scales
 
 

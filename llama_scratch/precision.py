@@ -20,7 +20,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -173,7 +173,7 @@ _MAKING, _CALIBRATING = 24, 16
 
 
 def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[str, int]:
-    """Bytes that `_calibrated` takes beside the network that answers, by what they are for."""
+    """Bytes that `_curvatures` takes beside the network that answers, by what they are for."""
     reading = memory_needed(args, "int8", file_type(weights), 0, torch.device("cpu"), tied=is_tied(weights))
     widest = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
     return {
@@ -235,11 +235,11 @@ def build(
         if not kernels.ready() and kernels.possible():
             jobs.append((kernels.build, 0))  # answers do not wait for it
     if precision in BITS:
-        made, pieces = "", None
+        made, curvatures = "", None
         if precision == "int4" and examples and device.type == "cpu":
             made = f"{examples.name}, {args}"
-            pieces = _calibrated(weights, args, slots, examples, files)
-        pack = _Blocks(files, slots, BITS[precision], pieces, made).pack
+            curvatures = _curvatures(weights, args, slots, examples, files)
+        pack = _Blocks(files, slots, BITS[precision], curvatures, made).pack
         jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
     return model, Background("packing", jobs, after=give_back)
 
@@ -326,45 +326,47 @@ class Examples:
 class _Blocks:
     """Fills slots with weights in panels, kept ones where there are.
 
-    pieces: makes those of all slots one after the other; without it each is made by itself.
+    curvatures: of all slots, one after the other, for calibration; without them each piece is made by itself.
     """
 
     def __init__(
-        self, files: Sequence[Path], slots: Sequence[_Slot], bits: int, pieces: Iterator[_Piece] | None, made: str
+        self,
+        files: Sequence[Path],
+        slots: Sequence[_Slot],
+        bits: int,
+        curvatures: Iterator[_ToCalibrate] | None,
+        made: str,
     ):
         self._bits = bits
         types = torch.int8 if bits == 8 else torch.uint8, torch.float16
         layouts = [tuple(zip(panel_shapes(slot.shape, bits), types, strict=True)) for slot in slots]
         self._kept = KeptPieces(files, cast(list[Layout], layouts), made)
-        self._pieces = pieces
+        self._curvatures = curvatures
         self._made: dict[int, _Piece] = {}
-        self._next = 0
         self._lock = threading.Lock()
-        self._check = cache(self._kept.check)  # once
 
     def pack(self, i: int, slot: _Slot) -> None:
-        if self._pieces is not None:
-            with self._lock:
-                self._check()
         piece = self._kept.get(i)
         if piece is None:
-            piece = _searched(slot, self._bits) if self._pieces is None else self._in_turn(i, self._pieces)
+            piece = _searched(slot, self._bits) if self._curvatures is None else self._in_turn(i, self._curvatures)
             if piece is None:
                 return  # it stays as it is
             self._kept.put(i, *piece)
         device = slot.weights[0].device
         slot.place.form = Panels(piece[0].to(device), piece[1].to(device), slot.shape)
 
-    def _in_turn(self, i: int, pieces: Iterator[_Piece]) -> _Piece:
+    def _in_turn(self, i: int, curvatures: Iterator[_ToCalibrate]) -> _Piece:
         with self._lock:
             while i not in self._made:
-                self._made[self._next] = next(pieces)
-                self._next += 1
+                j, slot, curvature = next(curvatures)  # its forward passes run even if the piece is kept
+                self._made[j] = self._kept.get(j) or _searched(slot, self._bits, curvature())
             return self._made.pop(i)
 
 
 _Piece = tuple[Tensor, Tensor] | None
 """Values and scales in panels; None of weights that are not finite."""
+_ToCalibrate = tuple[int, _Slot, Callable[[], Curvature | None]]
+"""A slot's index, the slot, and what makes its curvature."""
 
 
 def _searched(slot: _Slot, bits: int, curvature: Curvature | None = None) -> _Piece:
@@ -374,10 +376,10 @@ def _searched(slot: _Slot, bits: int, curvature: Curvature | None = None) -> _Pi
         return None
 
 
-def _calibrated(
+def _curvatures(
     weights: Mapping[str, Weight], args: ModelArgs, slots: Sequence[_Slot], examples: Examples, files: Sequence[Path]
-) -> Iterator[_Piece]:
-    """The 4-bit pieces of all slots, in their order, which is that in which a token comes by.
+) -> Iterator[_ToCalibrate]:
+    """All slots with functions that make their curvatures, in the order in which a token comes by.
 
     Another network reads the examples, for this one is in use: that of int8, which is fast and near enough.
     """
@@ -387,12 +389,14 @@ def _calibrated(
         packing.wait(lambda *_: go_on())
     finally:
         packing.close()
-    waiting = iter(slots)
-    for _, products in hessians(model, examples.windows(model), go_on):
-        if missing := -len(products) % BLOCK[4]:
-            products = F.pad(products, (0, missing, 0, missing))
-        curvature = Curvature(products) if products.isfinite().all() else None
-        yield _searched(next(waiting), 4, curvature)
+    found = hessians(model, examples.windows(model), go_on)
+    for i, (slot, (_, products)) in enumerate(zip(slots, found, strict=True)):
+        yield i, slot, partial(_curvature, products)
+
+
+def _curvature(products: Tensor) -> Curvature | None:
+    missing = -len(products) % BLOCK[4]
+    return Curvature(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
 
 
 # --- With gradients ---------------------------------------------------------------------------

@@ -25,6 +25,8 @@ Behdin et al. 2023, arXiv:2309.01885 (descent); `make_qx_quants` in ggml-org/lla
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -75,15 +77,14 @@ def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = Non
     finite or too large for a scale in float16.
     """
     (out, width), block, largest = weight.shape, BLOCK[bits], _LARGEST * _GRID[bits][1]
-    if width % block:
-        raise ValueError(f"rows of {width} weights, expected a multiple of {block}")
+    _check_width(width, bits)
     numbers = torch.empty(out, width // block, block, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(out, width // block, dtype=torch.float16)
     start = 0
     for part in weight.split(max(1, (CALIBRATED if curvature else _SEARCHED) // width)):
         rows = part.to(torch.float32)  # (rows, in)
         if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
-            raise ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
+            raise _too_large(bits)
         blocks = rows.view(len(rows), -1, block)
         if curvature is None:
             found = _search(blocks, bits)
@@ -94,6 +95,39 @@ def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = Non
         scales[start : start + len(rows)] = found
         start += len(rows)
     return numbers.flatten(1), scales
+
+
+def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize a weight on the CPU by the search of `quantise_blocks`, but in C++ and straight into panels.
+
+    Needs the kernels. The whole weight is float32 at once.
+
+    Args:
+        weight: The weight, (out, in).
+        bits: 8 or 4.
+
+    Returns:
+        Values and scales in the layout that kernels.cpp describes, filled up with zeros to whole panels.
+
+    Raises:
+        ValueError: As for `quantise_blocks`.
+    """
+    _check_width(weight.shape[1], bits)
+    rows = weight.to(torch.float32).contiguous()
+    values, scales, fits = torch.ops.llama_scratch.quantize(rows, _STEPS[bits], bits)
+    if not fits:
+        raise _too_large(bits)
+    return cast(Tensor, values), cast(Tensor, scales)
+
+
+def _check_width(width: int, bits: int) -> None:
+    if width % BLOCK[bits]:
+        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK[bits]}")
+
+
+def _too_large(bits: int) -> ValueError:
+    largest = _LARGEST * _GRID[bits][1]
+    return ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
 
 
 def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
@@ -121,7 +155,10 @@ def _as_scale(x: Tensor) -> Tensor:
 
 
 def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
-    """Scales with the least Σ(c · (w − ŵ))², (…, block) → (…). cost: c, what errors count in each place, (block,)."""
+    """Scales with the least Σ(c · (w − ŵ))², (…, block) → (…). cost: c, what errors count in each place, (block,).
+
+    Without a cost the kernels do the same faster, see cpp/search.h.
+    """
     most, least = blocks.amax(-1), blocks.amin(-1)
     largest = torch.where(most > -least, most, -least if bits == 8 else least)
     best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)

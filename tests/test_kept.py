@@ -1,12 +1,15 @@
-"""Quantised weights that are kept between runs: used where they are whole, made again without a word where not."""
+"""Quantized weights that are kept between runs: used if they are whole, else made again without a message."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from tests.checkpoints import write_meta
 
 SHAPES = [(5, 8), (3, 7), (1, 1)]
 LAYOUTS: list[Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
-TABLE = 4 * len(SHAPES)
+TABLE = 8 * len(SHAPES)
 # Where each piece begins, at a line of the cache; values come first, then the scales.
 STARTS = [64, 192, 320]
 SIZE = 448
@@ -88,9 +91,9 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
     (file,) = files(folder)
     before = file.read_bytes()
     keeping = KeptPieces([source], LAYOUTS)
-    assert isinstance(keeping._data, np.memmap)
     back = keeping.get(0)
     assert back is not None
+    assert isinstance(keeping._data, np.memmap)
     assert back[0].data_ptr() == keeping._data.ctypes.data + STARTS[0]
     back[0].zero_()  # a copy of the page, not the file
     keeping.put(0, *made(seed=1)[0])
@@ -98,7 +101,7 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
 
 
 def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> None:
-    """An interruption leaves a .part file, which nothing reads."""
+    """Before that it is a .part file, which no other process reads while it is written."""
     keeping = KeptPieces([source], LAYOUTS)
     for i, piece in enumerate(made()[:2]):
         keeping.put(i, *piece)
@@ -119,19 +122,22 @@ def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("byte", [*range(TABLE), *range(STARTS[0], SIZE)])
 def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: int) -> None:
-    """In the table, in the values and in the scales: this piece is made again, the others serve as they are."""
+    """In the table, in the values and in the scales: this piece is made again, the others are used as they are."""
     keep(source)
     (file,) = files(folder)
-    data = bytearray(file.read_bytes())
+    whole = file.read_bytes()
+    data = bytearray(whole)
     data[byte] ^= 1
     file.write_bytes(data)
-    damaged = byte // 4 if byte < TABLE else sum(byte >= start for start in STARTS) - 1
+    damaged = byte // 8 if byte < TABLE else sum(byte >= start for start in STARTS) - 1
     keeping = KeptPieces([source], LAYOUTS)
     for i, piece in enumerate(made()):
         assert keeping.get(i) is None if i == damaged else same(keeping.get(i), piece)
-    assert not files(folder)  # the next run keeps a whole one
-    keep(source)
-    assert same(KeptPieces([source], LAYOUTS).get(damaged), made()[damaged])
+    assert files(folder) == [file.with_suffix(".part")]
+    for i, piece in enumerate(made()):
+        keeping.put(i, *(piece if i == damaged else made(seed=1)[i]))
+    assert files(folder) == [file]
+    assert file.read_bytes() == whole
 
 
 def cut(file: Path) -> None:
@@ -249,17 +255,35 @@ def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, mo
 # --- The folder -------------------------------------------------------------------------------
 
 
-def test_what_an_ended_program_left_is_removed(source: Path, folder: Path) -> None:
-    """And what a running one is writing is not: it holds a lock."""
+@pytest.mark.parametrize("age", [6, 8])
+def test_a_stale_part_file_is_removed(source: Path, folder: Path, age: int) -> None:
+    """After a week, and not while a process writes it: it holds a lock."""
     folder.mkdir(parents=True, mode=0o700)
     left, running = (folder / f"{letter * 32}.part" for letter in "ab")
     for part in (left, running):
         part.write_bytes(b"part")
+        os.utime(part, (time.time() - age * 86400,) * 2)
+    with locked(running) as ours:
+        assert ours
+        keep(source)
+    assert left.exists() == (age < 7)
+    assert running.exists()
+
+
+def test_part_files_make_room_too(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest go first, but not one that a process writes."""
+    folder.mkdir(parents=True, mode=0o700)
+    running, left, newer = (folder / f"{letter * 32}.part" for letter in "abc")
+    for age, part in enumerate((newer, left, running)):
+        part.write_bytes(bytes(SIZE))
+        os.utime(part, (time.time() - age,) * 2)
+    monkeypatch.setattr(kept, "_MOST", 3 * SIZE)
     with locked(running) as ours:
         assert ours
         keep(source)
     assert not left.exists()
     assert running.exists()
+    assert newer.exists()
 
 
 def test_one_program_at_a_time_keeps_a_model(source: Path, folder: Path) -> None:
@@ -369,6 +393,246 @@ def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
     keeping.put(2, *made()[2])
     assert not files(folder)
     assert KeptPieces([source], LAYOUTS).get(0) is None
+
+
+# --- Interruptions ----------------------------------------------------------------------------
+
+
+def begin(source: Path, *indices: int) -> KeptPieces:
+    """Keep some pieces, and end as if killed: what was written is left, and the lock is free."""
+    keeping = KeptPieces([source], LAYOUTS)
+    for i in indices:
+        keeping.put(i, *made()[i])
+    assert keeping._writing is not None
+    keeping._writing.close()
+    return keeping
+
+
+@pytest.mark.parametrize("finished", [[0], [2], [0, 1], [2, 0]])
+def test_finished_pieces_outlive_their_process(source: Path, folder: Path, finished: list[int]) -> None:
+    """The next one takes them, makes the others, and keeps the same file as an uninterrupted one."""
+    begin(source, *finished)
+    (part,) = files(folder)
+    assert part.suffix == ".part"
+    keeping = KeptPieces([source], LAYOUTS)
+    for i, piece in enumerate(made()):
+        assert same(keeping.get(i), piece) if i in finished else keeping.get(i) is None
+    for i, piece in enumerate(made()):
+        keeping.put(i, *(made(seed=1)[i] if i in finished else piece))
+    (file,) = files(folder)
+    assert file.suffix == ""
+    interrupted = file.read_bytes()
+    file.unlink()
+    keep(source)
+    assert file.read_bytes() == interrupted
+
+
+def test_interrupted_again_and_again(source: Path, folder: Path) -> None:
+    """Each process finishes one piece."""
+    for i in range(3):
+        keeping = KeptPieces([source], LAYOUTS)
+        assert [keeping.get(j) is not None for j in range(3)] == [j < i for j in range(3)]
+        if i < 2:
+            begin_again(keeping, i)
+        else:
+            keeping.put(i, *made()[i])
+    back = KeptPieces([source], LAYOUTS)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
+
+
+def begin_again(keeping: KeptPieces, i: int) -> None:
+    keeping.put(i, *made()[i])
+    assert keeping._writing is not None
+    keeping._writing.close()
+
+
+def test_a_piece_without_an_entry_is_not_finished(source: Path, folder: Path) -> None:
+    """The process ended between the piece and its entry. A checksum of 0 is an entry, too."""
+    begin(source, 0, 1)
+    (part,) = files(folder)
+    data = bytearray(part.read_bytes())
+    data[8:16] = bytes(8)
+    part.write_bytes(data)
+    keeping = KeptPieces([source], LAYOUTS)
+    assert same(keeping.get(0), made()[0])
+    assert keeping.get(1) is None
+    assert int.from_bytes(data[:8], "little") >> 32 == 1
+
+
+def test_a_checksum_of_zero_is_an_entry(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zlib.crc32", lambda *_: 0)
+    begin(source, 0, 1)
+    keeping = KeptPieces([source], LAYOUTS)
+    assert [keeping.get(i) is not None for i in range(3)] == [True, True, False]
+
+
+def test_ended_before_it_became_visible(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pieces are finished: the next process makes the file visible."""
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptPieces, "_complete", lambda *_: None)
+        begin(source, 0, 1, 2)
+    keeping = KeptPieces([source], LAYOUTS)
+    assert all(same(keeping.get(i), piece) for i, piece in enumerate(made()))
+    (file,) = files(folder)
+    assert file.suffix == ""
+
+
+@pytest.mark.parametrize("byte", [*range(TABLE), *range(STARTS[0], SIZE, 7)])
+def test_damage_in_a_part_file_is_noticed(source: Path, folder: Path, byte: int) -> None:
+    """Only the damaged piece is made again, and the file becomes whole."""
+    begin(source, 0, 2)
+    (part,) = files(folder)
+    data = bytearray(part.read_bytes())
+    data[byte] ^= 1
+    part.write_bytes(data)
+    damaged = {1, byte // 8 if byte < TABLE else sum(byte >= start for start in STARTS) - 1}
+    keeping = KeptPieces([source], LAYOUTS)
+    for i, piece in enumerate(made()):
+        assert keeping.get(i) is None if i in damaged else same(keeping.get(i), piece)
+    for i in damaged:
+        keeping.put(i, *made()[i])
+    back = KeptPieces([source], LAYOUTS)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
+
+
+def others_write(part: Path) -> None:
+    part.chmod(0o620)
+
+
+def part_pipe(part: Path) -> None:
+    part.unlink()
+    os.mkfifo(part)
+
+
+def part_folder(part: Path) -> None:
+    part.unlink()
+    part.mkdir()
+    (part / "x").touch()
+
+
+@pytest.mark.parametrize("spoil", [cut, lengthen, empty, others_write, part_pipe, part_folder])
+def test_a_part_file_that_cannot_be_continued_is_replaced(
+    source: Path, folder: Path, spoil: Callable[[Path], None]
+) -> None:
+    """Of another size, or one that others could have written, or not a file."""
+    begin(source, 0, 2)
+    (part,) = files(folder)
+    spoil(part)
+    assert KeptPieces([source], LAYOUTS).get(0) is None
+    keep(source, made(seed=1))
+    (file,) = files(folder)
+    back = KeptPieces([source], LAYOUTS)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made(seed=1)))
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("spoil", [link, dangling])
+def test_a_link_is_not_followed(source: Path, folder: Path, spoil: Callable[[Path], None]) -> None:
+    """Nothing is read from its target or written to it; nothing is kept while it is there."""
+    begin(source, 0, 2)
+    (part,) = files(folder)
+    spoil(part)
+    target = folder.parent / "elsewhere"
+    before = target.read_bytes() if target.exists() else None
+    assert KeptPieces([source], LAYOUTS).get(0) is None
+    keep(source, made(seed=1))
+    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert (target.read_bytes() if target.exists() else None) == before
+
+
+def test_a_part_file_of_someone_else_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(source, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert KeptPieces([source], LAYOUTS).get(0) is not None
+
+
+def test_a_disk_that_fills_up_ends_a_continued_file(source: Path, folder: Path) -> None:
+    """What was taken from it stays valid."""
+    begin(source, 0)
+    keeping = KeptPieces([source], LAYOUTS)
+    back = keeping.get(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (STARTS[1], limits[1]))
+        keeping.put(1, *made()[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not files(folder)
+    assert same(back, made()[0])
+    assert same(keeping.get(0), made()[0])
+    assert keeping.get(1) is None
+
+
+def test_a_part_file_that_is_written_is_left_alone(source: Path, folder: Path) -> None:
+    """A second process reads nothing from it and keeps nothing, in whatever order the two go on."""
+    begin(source, 0)
+    first = KeptPieces([source], LAYOUTS)
+    assert first.get(0) is not None
+    second = KeptPieces([source], LAYOUTS)
+    assert second.get(0) is None
+    first.put(1, *made()[1])
+    for i, piece in enumerate(made(seed=1)):
+        second.put(i, *piece)
+    first.put(2, *made()[2])
+    back = KeptPieces([source], LAYOUTS)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
+
+
+def test_two_that_find_the_same_damage(source: Path, folder: Path) -> None:
+    """One of them mends the file, the other makes the piece for itself."""
+    keep(source)
+    (file,) = files(folder)
+    whole = file.read_bytes()
+    both = [KeptPieces([source], LAYOUTS) for _ in range(2)]
+    assert all(keeping.get(0) is not None for keeping in both)
+    file.write_bytes(whole[: STARTS[1]] + b"x" + whole[STARTS[1] + 1 :])
+    assert [keeping.get(1) for keeping in both] == [None, None]
+    for keeping in both:
+        keeping.put(1, *made()[1])
+        assert same(keeping.get(2), made()[2])
+    assert files(folder) == [file]
+    assert file.read_bytes() == whole
+
+
+def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks another process may still write the .part file, or read a damaged one."""
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    begin(source, 0, 2)
+    assert KeptPieces([source], LAYOUTS).get(0) is None
+    keep(source, made(seed=1))
+    back = KeptPieces([source], LAYOUTS)
+    assert all(same(back.get(i), piece) for i, piece in enumerate(made(seed=1)))
+    (file,) = files(folder)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert KeptPieces([source], LAYOUTS).get(2) is None
+    assert not files(folder)  # the next run keeps a whole one
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llama_scratch.kept import KeptPieces
+from tests.test_kept import LAYOUTS, made
+keeping = KeptPieces([Path(sys.argv[1])], LAYOUTS)
+for i in (2, 0): keeping.put(i, *made()[i])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_its_finished_pieces(source: Path, folder: Path) -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source)], cwd=root)
+    assert done.returncode == -signal.SIGKILL
+    keeping = KeptPieces([source], LAYOUTS)
+    assert same(keeping.get(0), made()[0])
+    assert keeping.get(1) is None
+    assert same(keeping.get(2), made()[2])
 
 
 KEEPER = """

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch import kernels
+from llama_scratch import quantise as quantise_module
 from llama_scratch.config import ModelArgs
+from llama_scratch.linear import from_panels, panel_shapes, panels_of, to_panels
 from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rotations
+from llama_scratch.quantise import quantise_blocks, quantize_panels
 from tests.conftest import KERNELS
 
 ALONE = Path(__file__).parent / "kernels_alone.cpp"
@@ -109,9 +112,9 @@ class Alone:
         self._library.machine_name.restype = ctypes.c_char_p
         self.machine: str = self._library.machine_name().decode()
 
-    def _call(self, name: str, *arguments: Tensor | int) -> None:
+    def _call(self, name: str, *arguments: Tensor | int) -> Any:
         pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
-        getattr(self._library, name)(*pointers)
+        return getattr(self._library, name)(*pointers)
 
     def quantise(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         T, columns = x.shape
@@ -126,6 +129,16 @@ class Alone:
         y = torch.empty(len(x), len(q)) if onto is None else onto.clone()
         self._call("product_of", x, len(x), panels, panel_scales, *q.shape, bits, y, int(onto is not None))
         return y
+
+    def search(self, rows: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+        """Values and scales in panels; None if a weight is NaN or too large."""
+        (out, columns), steps = rows.shape, torch.tensor(quantise_module._STEPS[bits])
+        shapes = panel_shapes((out, columns), bits)
+        values = torch.empty(shapes[0], dtype=torch.int8 if bits == 8 else torch.uint8)
+        scales = torch.empty(shapes[1], dtype=torch.float16)
+        self._library.search_of.restype = ctypes.c_bool
+        arguments = (rows, out, columns, bits, steps, len(steps), values, scales)
+        return (values, scales) if self._call("search_of", *arguments) else None
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +283,97 @@ def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "clean\n", "")
 
 
+# --- Search -----------------------------------------------------------------------------------
+
+
+def weights_of(kind: str, bits: int) -> Tensor:
+    """Weights (40, 256): two whole panels and half of one."""
+    usual = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    largest = 65504 * (127 if bits == 8 else 7)
+    return {
+        "normal": usual,
+        "heavy-tailed": usual**3,
+        "zeros": usual * 0,
+        "a block of zeros": usual * (torch.arange(256) >= 64),
+        "subnormal scales": usual * 1e-6,
+        "scales that round to zero": usual * 1e-8,
+        "squares that are zero": usual * 1e-30,
+        "constant": usual[:, :1].repeat(1, 256),
+        "two values": usual[:, :1] * usual.sign(),
+        "an outlier per block": usual + 500 * (torch.arange(256) % 32 == 5),
+        "one sign": usual.abs(),
+        "the largest": (usual / usual.abs().max() * largest),
+    }[kind]
+
+
+WEIGHTS = ["normal", "heavy-tailed", "zeros", "a block of zeros", "subnormal scales", "scales that round to zero"]
+WEIGHTS += ["squares that are zero", "constant", "two values", "an outlier per block", "one sign", "the largest"]
+
+
+def squared_error(rows: Tensor, values: Tensor, scales: Tensor) -> float:
+    return float((rows - from_panels(values, scales)[: len(rows)]).double().square().sum())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_search_is_that_of_python(alone: Alone, kind: str, bits: int) -> None:
+    """The total error is equal within a millionth, and 99.9 % of numbers and scales are equal.
+
+    The sums of a block are added up in another order, which decides between scales that are equally good.
+    """
+    rows = weights_of(kind, bits)
+    found = alone.search(rows, bits)
+    assert found is not None
+    expected = panels_of(*quantise_blocks(rows, bits))
+    error, expected_error = squared_error(rows, *found), squared_error(rows, *expected)
+    assert error == pytest.approx(expected_error, rel=1e-6, abs=0)
+    for part, expected_part in zip(found, expected, strict=True):
+        assert float((part == expected_part).double().mean()) >= 0.999
+    assert not from_panels(*found)[len(rows) :].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_set_of_instructions_finds_the_same_bits(machines: dict[str, Alone], bits: int) -> None:
+    """Rows are added up alike on each machine, so a kept file does not depend on it."""
+    for kind in WEIGHTS:
+        found = [machine.search(weights_of(kind, bits), bits) for machine in machines.values()]
+        for other in found[1:]:
+            assert found[0] is not None
+            assert other is not None
+            assert torch.equal(found[0][0], other[0]), kind
+            assert torch.equal(found[0][1].view(torch.int16), other[1].view(torch.int16)), kind
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("place", [(0, 0), (17, 101), (39, 255)])
+def test_the_search_rejects_nan_and_too_large_weights(alone: Alone, bits: int, place: tuple[int, int]) -> None:
+    """Wherever they are; the largest that fits is taken."""
+    largest = 65504.0 * (127 if bits == 8 else 7)
+    for value, fits in [(largest, True), (largest * (1 + 1e-6), False), (torch.inf, False), (torch.nan, False)]:
+        for sign in (1, -1):
+            rows = weights_of("normal", bits)
+            rows[place] = sign * value
+            assert (alone.search(rows, bits) is not None) == fits, (sign, value)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float16_scales_are_rounded_to_the_nearest(alone: Alone, bits: int) -> None:
+    """As torch rounds them, in blocks of one weight: all float16, halfway between two, and close to halfway."""
+    block, step = BLOCK[bits], 127 if bits == 8 else 7
+    halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
+    between = (halves[1:] + halves[:-1]) / 2  # exact in float32
+    sizes = torch.cat([halves, between, between * (1 - 2**-20), between * (1 + 2**-20)])
+    rows = torch.zeros(len(sizes), block)
+    rows[:, 3] = sizes * step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantise_module, "_STEPS", {bits: [float(step)]})
+        found = alone.search(rows, bits)
+        assert found is not None
+        expected = panels_of(*quantise_blocks(rows, bits))
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
 # --- As torch calls them ----------------------------------------------------------------------
 
 
@@ -326,6 +430,49 @@ def test_what_does_not_fit_is_an_error(ops: Any, T: int) -> None:
     for arguments in wrong:
         with pytest.raises(RuntimeError, match=r"does not fit|no panels"):
             ops.linear(*arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.usefixtures("_threads")
+def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From rows of any type, of several weights, on any number of threads; not on top of a curvature."""
+    rows = weights_of("normal", bits)
+    for weights in ([rows], [rows.bfloat16()], [rows[:5], rows[5:]], [rows[:, :200]], [rows[:3, :7].half()]):
+        with monkeypatch.context() as patch:
+            patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
+            expected = to_panels(weights, bits)
+        with monkeypatch.context() as patch:
+            patch.setattr("llama_scratch.linear.quantise_blocks", None)
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(to_panels(weights, bits))
+        for values, scales in found:
+            assert torch.equal(values, found[0][0])
+            assert torch.equal(scales, found[0][1])
+            assert float((values == expected[0]).double().mean()) >= 0.999
+            assert float((scales == expected[1]).double().mean()) >= 0.999
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_kernels_raise_what_python_raises(ops: Any, bits: int) -> None:
+    """The same message, for the same weights."""
+    for value in (torch.nan, torch.inf, -torch.inf, 1e7):
+        rows = weights_of("normal", bits)
+        rows[37, 101] = value
+        messages = []
+        for quantize in (quantise_blocks, quantize_panels):
+            with pytest.raises(ValueError, match="not finite") as raised:
+                quantize(rows, bits)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    with pytest.raises(ValueError, match="expected a multiple of"):
+        quantize_panels(torch.randn(2, 33), bits)
+    for wrong in (torch.randn(4, 33), torch.randn(4, 64).double(), torch.randn(64), torch.randn(64, 4).T):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            ops.quantize(wrong, [127.0], bits)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        ops.quantize(torch.randn(4, 64), [127.0], 5)
 
 
 class Rounding(nn.Module):

@@ -321,17 +321,20 @@ def test_a_library_that_cannot_be_loaded_is_made_again(
     assert kernels.state() == "none, because what was compiled could not be loaded"
 
 
-@pytest.mark.parametrize("change", ["source", "torch", "CPU", "flags"])
+@pytest.mark.parametrize("change", ["source", "header", "torch", "CPU", "flags"])
 def test_what_was_made_from_or_for_something_else_is_not_taken(
     folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
     log = use()
     assert kernels.build()
     with monkeypatch.context() as patch:
-        if change == "source":
-            other = tmp_path / "kernels.cpp"
-            other.write_text(kernels.SOURCE.read_text() + "\n")
-            patch.setattr(kernels, "SOURCE", other)
+        if change in ("source", "header"):
+            (tmp_path / "cpp").mkdir()
+            names = {"source": "kernels.cpp", "header": "cpp/search.h"}
+            for name in names.values():
+                text = (kernels.SOURCE.parent / name).read_text()
+                (tmp_path / name).write_text(text + "\n" * (name == names[change]))
+            patch.setattr(kernels, "SOURCE", tmp_path / "kernels.cpp")
         elif change == "torch":
             patch.setattr(torch, "__version__", "2.99.0")
         else:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from llama_scratch.errors import CheckpointError, OutOfMemoryError
 from llama_scratch.linear import Blocks, Int8, Panels, from_panels, packs, panel_shapes, panels_of, to_panels
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import BITS, build, memory_needed
+from llama_scratch.precision import BITS, Examples, build, memory_needed
 from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
 from llama_scratch.step import FEW, LONG, Step
 from tests.checkpoints import tiny_args, write_meta
@@ -300,30 +303,129 @@ def test_a_damaged_file_is_made_again(source: Path, precision: str, made: list[i
         assert file.read_bytes() == whole
 
 
+TEXT = "The nation that has its own heart and hands. " * 200
+
+
+def calibrated(path: Path) -> Tensor:
+    """Logits of the calibrated model in a folder, all packed."""
+    (text := path.parent / "text.txt").write_text(TEXT)
+    llama = Llama.load(path, precision="int4", device="cpu", calibration=text)
+    llama.prepare()
+    try:
+        return llama.logits("the nation")
+    finally:
+        llama.close()
+
+
+def kept_last() -> Path:
+    """The file of the calibrated weights; that of int8, which reads the examples, is older."""
+    return max(kept(), key=lambda path: path.stat().st_mtime_ns)
+
+
 @pytest.mark.slow
-def test_a_damaged_calibrated_file_is_made_again_as_a_whole(tmp_path: Path, made: list[int]) -> None:
-    """At once, for a piece alone cannot be calibrated, and kept by the same start."""
+def test_of_a_damaged_calibrated_file_one_piece_is_made_again(tmp_path: Path, made: list[int]) -> None:
+    """The forward passes run again, but the other pieces are taken; the same start keeps a whole file."""
     path = write_meta(tmp_path / "Tiny")
-    (text := tmp_path / "text.txt").write_text("The nation that has its own heart and hands. " * 200)
-
-    def answer() -> Tensor:
-        llama = Llama.load(path, precision="int4", device="cpu", calibration=text)
-        llama.prepare()
-        try:
-            return llama.logits("the nation")
-        finally:
-            llama.close()
-
-    first = answer()
-    file = max(kept(), key=lambda path: path.stat().st_mtime_ns)
+    first = calibrated(path)
+    file = kept_last()
     whole = file.read_bytes()
-    file.write_bytes(whole[:-70] + b"x" * 70)
+    for place in (-70, len(whole) // 2):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place:][1:])
+        made.clear()
+        assert torch.equal(calibrated(path), first)
+        assert len(made) == 1
+        assert file.read_bytes() == whole
+    assert torch.equal(calibrated(path), first)
+    assert len(made) == 1
+
+
+CALIBRATING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from llama_scratch import kernels, precision
+from tests.test_panels import calibrated
+path, finished, library, os.environ["LLAMA_SCRATCH_KERNELS"] = sys.argv[1:]
+put, pieces = precision.KeptPieces.put, []
+def counted(self, i, values, scales):
+    put(self, i, values, scales)
+    if values.dtype == torch.uint8:
+        pieces.append(i)
+    if len(pieces) == int(finished):
+        os.kill(os.getpid(), signal.SIGKILL)
+precision.KeptPieces.put = counted
+torch.ops.load_library(library)
+kernels._loaded = True
+calibrated(Path(path))
+"""
+
+
+@pytest.mark.parametrize(
+    "finished", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)]
+)
+def test_a_killed_calibration_is_continued(
+    tmp_path: Path, finished: int, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the missing pieces are made, and file and answers are those of an uninterrupted one, to the bit."""
+    path, root = write_meta(tmp_path / "Tiny"), Path(__file__).parent.parent
+    library = next(path for path in torch.ops.loaded_libraries if Path(path).name.startswith("kernels-"))
+    arguments = [str(path), str(finished), library, KERNELS]
+    done = subprocess.run([sys.executable, "-c", CALIBRATING, *arguments], cwd=root)
+    assert done.returncode == -signal.SIGKILL
+    (part,) = (file for file in kept() if file.suffix == ".part")
+    answer = calibrated(path)
+    assert len(made) == 13 - finished
+    assert not part.exists()
+    interrupted = kept_last().read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert torch.equal(calibrated(path), answer)
+    assert kept_last().read_bytes() == interrupted
+
+
+@pytest.mark.slow
+def test_two_calibrations_at_once(tmp_path: Path, made: list[int]) -> None:
+    """The second makes all pieces for itself, and the first keeps its own."""
+    path = write_meta(tmp_path / "Tiny")
+    expected: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: expected.append(calibrated(path))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(*expected)
     made.clear()
-    assert torch.equal(answer(), first)
-    assert len(made) == 13
-    assert file.read_bytes() == whole
-    assert torch.equal(answer(), first)
-    assert len(made) == 13
+    assert torch.equal(calibrated(path), expected[0])
+    assert not made
+
+
+def test_a_failed_piece_is_not_taken_for_another(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that goes on after an error in another one uses and keeps no piece in the wrong place."""
+    args, weights = tiny_args(), stored(tiny_args())
+    calls: list[int] = []
+
+    def fails(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == 16:  # 13 of int8, which reads the examples, and two of int4
+            time.sleep(0.5)  # until the other thread waits for its turn
+            raise MemoryError
+        return to_panels(*arguments)
+
+    threads = torch.get_num_threads()
+    examples = Examples("some", lambda _: [torch.arange(40)[None]])
+    with monkeypatch.context() as patch:
+        patch.setattr(precision_module, "to_panels", fails)
+        torch.set_num_threads(2)
+        model, packing = build(weights, args, "int4", CPU, [source], examples)
+        torch.set_num_threads(threads)
+        packing.start()
+        until(lambda: not packing.running)
+        assert isinstance(packing.error, MemoryError)
+        assert relative(run(model), reference(weights)) <= BOUNDS["int4"]
+    again, packing = build(weights, args, "int4", CPU, [source], examples)
+    packing.wait()
+    alone, packing = build(weights, args, "int4", CPU, [], examples)
+    packing.wait()
+    assert torch.equal(run(again), run(alone))
 
 
 @pytest.mark.slow

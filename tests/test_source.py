@@ -58,7 +58,10 @@ def names_of(found: Source) -> list[str]:
         (f"model.py:{model.KVCache.update.__code__.co_firstlineno + 1}", ["model.KVCache.update"]),
         (f"llama_scratch/model.py:{model.KVCache.__init__.__code__.co_firstlineno}", ["model.KVCache.__init__"]),
         ("kernels.cpp", ["kernels.cpp"]),
-        ("kernels.cpp.products", ["kernels.cpp.products"]),
+        ("kernels.cpp.operators", ["kernels.cpp.operators"]),
+        ("cpp/rows.h", ["cpp/rows.h"]),
+        ("cpp/layer.h.the_layer", ["cpp/layer.h.the_layer"]),
+        ("llama_scratch/cpp/layer.h:1", ["cpp/layer.h"]),
         ("kernels.py", ["kernels.py"]),
         ("kernels.build", ["kernels.build"]),
         ("/surprisal", ["microscope.surprisal.surprisal"]),
@@ -127,12 +130,12 @@ def test_a_file_is_shown_whole() -> None:
 
 def test_a_section_of_cpp_goes_to_the_next_heading() -> None:
     """With its heading; the last one to the end of the file, and between two lines the section is found."""
-    found = source("kernels.cpp.products").passages[0]
-    text = (ROOT / "llama_scratch" / "kernels.cpp").read_text(encoding="utf-8")
-    assert found.text.startswith("// --- Products ---")
+    found = source("cpp/panels.h.activations").passages[0]
+    text = (ROOT / "llama_scratch" / "cpp" / "panels.h").read_text(encoding="utf-8")
+    assert found.text.startswith("// --- Activations ---")
     assert text.partition(found.text)[2].startswith("\n\n// --- ")
-    assert source(f"kernels.cpp:{found.last_line}").passages == (found,)
-    assert found.path == "llama_scratch/kernels.cpp"
+    assert source(f"cpp/panels.h:{found.last_line}").passages == (found,)
+    assert found.path == "llama_scratch/cpp/panels.h"
 
 
 def test_each_place_that_a_view_prints_is_taken() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,9 @@ from llama_scratch.checkpoint.base import (
     tie,
 )
 from llama_scratch.checkpoint.licence import read_licence
-from llama_scratch.checkpoint.pth import load_pth
+from llama_scratch.checkpoint.pth import begin_checks, load_pth
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.memory import require_memory
 from llama_scratch.progress import Progress
 from llama_scratch.system.small_files import read_text
@@ -77,6 +78,12 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         files=tuple(shards),
         licence=read_licence(directory),
     )
+
+
+def check_ahead(directory: Path) -> None:
+    """Begin to compare the weights with their checksums, if Meta's files are there; see `begin_checks`."""
+    with contextlib.suppress(LlamaScratchError, OSError):
+        begin_checks(_shards(directory))
 
 
 def _shards(directory: Path) -> list[Path]:

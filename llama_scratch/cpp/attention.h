@@ -40,7 +40,7 @@ struct Taken {
 
   // Add what query m takes of one more span.
   void add(int64_t m, float span_most, float span_total, const float* span_out) {
-    if (span_most == -INFINITY) return;  // it sees nothing of it
+    if (span_total == 0) return;  // it sees nothing of it; a sum that is NaN stays visible
     float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher), now = std::exp(span_most - higher);
     for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++) out[d] = before * out[d] + now * span_out[d - m * head_dim];
     total[m] = before * total[m] + now * span_total;
@@ -102,8 +102,8 @@ void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t fir
   int64_t head_dim = shape.head_dim, group = shape.group(), at = (head * cache.capacity + first) * head_dim;
   int64_t count = std::min(SPAN, position + (M - 1) / group + 1 - first);
   float *scores = score_buffer.take(M * SPAN), *mixed = mixed_buffer.take(M * head_dim);
-  product_in_cache<F32, TALL, false>((const uint8_t*)(cache.keys + at), head_dim * sizeof(float), count, queries, head_dim, M, head_dim,
-                                     scores, SPAN, false);
+  product_in_cache<F32, TALL>((const uint8_t*)(cache.keys + at), head_dim * sizeof(float), count, queries, head_dim, M, head_dim, scores,
+                              SPAN, 1, false);
   std::vector<std::pair<float, float>> most_and_total(M);
   for (int64_t m = 0; m < M; m++)
     most_and_total[m] = soften(scores + m * SPAN, std::min(count, position + m / group + 1 - first), count);

@@ -203,16 +203,16 @@ inline Vector last(const uint8_t* row, int64_t k, int64_t count) {
 }
 
 // R rows of w times T rows of x, over `count` columns. w, x: where their first columns are; strides in bytes and numbers.
-// y[t][r] = the sum, or + it. AHEAD: the memory is asked for the next R rows.
-template <class W, int R, int T, bool AHEAD = false>
-void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* y, int64_t y_stride, bool add) {
+// The sum of row r and row t goes to y[t · y_stride + r · y_step], or is added there.
+template <class W, int R, int T>
+void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* y, int64_t y_stride, int64_t y_step,
+          bool add) {
   constexpr int N = W::STEP / LANES;
   Vector sum[(R * T + 3) / 4 * 4] = {};
   int64_t k = 0;
   for (; k + W::STEP <= count; k += W::STEP) {
     Vector v[R][N];
     for (int r = 0; r < R; r++) {
-      if constexpr (AHEAD) __builtin_prefetch(w + (R + r) * w_stride + k / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, 0, 0);
       W::load(w + r * w_stride, k, v[r]);
       for (int i = 0; i < N; i++) keep(v[r][i]);
     }
@@ -233,30 +233,30 @@ void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, 
     float four[4];
     sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], four);
     for (int j = 0; j < 4 && i + j < R * T; j++) {
-      float& to = y[(i + j) % T * y_stride + (i + j) / T];
+      float& to = y[(i + j) % T * y_stride + (i + j) / T * y_step];
       to = add ? to + four[j] : four[j];
     }
   }
 }
 
 // T rows of x times all `rows` of w, R at a time.
-template <class W, int R, int T, bool AHEAD>
+template <class W, int R, int T>
 void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t count, float* y,
-           int64_t y_stride, bool add) {
+           int64_t y_stride, int64_t y_step, bool add) {
   int64_t r = 0;
-  for (; r + R <= rows; r += R) tile<W, R, T, AHEAD>(w + r * w_stride, w_stride, x, x_stride, count, y + r, y_stride, add);
-  for (; r < rows; r++) tile<W, 1, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r, y_stride, add);
+  for (; r + R <= rows; r += R) tile<W, R, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step, add);
+  for (; r < rows; r++) tile<W, 1, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step, add);
 }
 
-// y[t][r] = or += Σ x[t][k]·w[r][k] over `count` columns, for `rows` rows of w that fit into the cache. R: of a tile.
-template <class W, int R, bool AHEAD>
+// The same for any number of rows of x. R: rows of a tile. What `rows` take fits into the cache.
+template <class W, int R>
 void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t T, int64_t count,
-                      float* y, int64_t y_stride, bool add) {
+                      float* y, int64_t y_stride, int64_t y_step, bool add) {
   for (; T >= 4; T -= 4, x += 4 * x_stride, y += 4 * y_stride)
-    tiles<W, R, 4, AHEAD>(w, w_stride, rows, x, x_stride, count, y, y_stride, add);
-  if (T == 3) tiles<W, R, 3, AHEAD>(w, w_stride, rows, x, x_stride, count, y, y_stride, add);
-  if (T == 2) tiles<W, 4, 2, AHEAD>(w, w_stride, rows, x, x_stride, count, y, y_stride, add);
-  if (T == 1) tiles<W, 4, 1, AHEAD>(w, w_stride, rows, x, x_stride, count, y, y_stride, add);
+    tiles<W, R, 4>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
+  if (T == 3) tiles<W, R, 3>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
+  if (T == 2) tiles<W, 4, 2>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
+  if (T == 1) tiles<W, 4, 1>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
 }
 
 // Rows of a tile whose sums, with those of four rows of x, fill the registers: with weights as float32, and on their way.
@@ -285,14 +285,18 @@ struct Rows {
 };
 
 // y (T, out) of `y_stride` numbers a row = or += x·Wᵀ, for rows `begin` to `end` of the matrix. With few rows of x the
-// weights are turned into float32 wherever they come by;
+// weights are turned into float32 wherever they come by. Four rows at a time hide how long a sum takes; they are far from
+// each other, because the memory foresees what is read in one go, and not what jumps from page to page.
 template <class W>
 void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
-  int64_t stride = w.in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK;
-  for (int64_t r = begin; r < end; r += 4)
+  int64_t stride = w.in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, quarter = (end - begin) / 4;
+  auto rows = [&](int64_t first, int64_t count, int64_t step) {
     for (int64_t k = 0; k < w.in; k += COLUMNS)
-      product_in_cache<W, LOW, true>(w.data + r * stride + k / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, stride, std::min<int64_t>(4, end - r),
-                                     x + k, w.in, T, std::min(COLUMNS, w.in - k), y + r, y_stride, add || k);
+      product_in_cache<W, LOW>(w.data + first * stride + k / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, step * stride, count, x + k, w.in, T,
+                               std::min(COLUMNS, w.in - k), y + first, y_stride, step, add || k);
+  };
+  for (int64_t r = begin; r < begin + quarter; r++) rows(r, 4, quarter);
+  for (int64_t r = begin + 4 * quarter; r < end; r++) rows(r, 1, 0);
 }
 
 // with many, once. A span of all rows of x meets all rows of the matrix before it is the next one's turn.
@@ -304,14 +308,14 @@ void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x,
     for (int64_t r = begin; r < end; r += BLOCK) {
       int64_t count = std::min(COLUMNS, w.in - k), rows = std::min(BLOCK, end - r);
       for (int64_t i = 0; i < rows; i++) unpack<W>(w.data + (r + i) * stride, k, count, block + i * COLUMNS);
-      product_in_cache<F32, TALL, false>((const uint8_t*)block, COLUMNS * sizeof(float), rows, x + k, w.in, T, count, y + r, y_stride,
-                                         add || k);
+      product_in_cache<F32, TALL>((const uint8_t*)block, COLUMNS * sizeof(float), rows, x + k, w.in, T, count, y + r, y_stride, 1,
+                                  add || k);
     }
 }
 
 // Up to so many rows of x are few: 16 bits are soon turned into float32, GGUF's blocks are not.
 template <class W>
-constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 2;
+constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 8;
 
 template <class W>
 void rows_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {

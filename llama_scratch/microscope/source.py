@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "sampling": ("sampling.sample",),
     "tokenizer": ("tokenizer.Tokenizer",),
     "prefill": ("engine.Engine.next_logits",),
-    "fp16": ("linear.Half",),
-    "int8": ("linear.Panels", "quantise.quantise_blocks", "kernels.cpp.products", "linear.Int8"),
-    "int4": ("linear.Panels", "quantise.quantise_blocks", "kernels.cpp.products"),
+    "fp16": ("linear.Rows", "cpp/rows.h.products"),
+    "int8": ("linear.Panels", "quantise.quantise_blocks", "cpp/panels.h.products"),
+    "int4": ("linear.Panels", "quantise.quantise_blocks", "cpp/panels.h.products"),
     "kernels": ("kernels.cpp",),
     "surprisal": ("microscope.surprisal.Scorer",),
     "step": ("microscope.stepping.walk",),
@@ -84,12 +85,12 @@ class Source:
 
 def source(name: str) -> Source:
     """The source of a concept, a function, class, method, command ("/lens" or "lens") or module, or of the innermost of
-    these at a line, "model.py:305". C++ is found by its files and their sections: "kernels.cpp.products".
+    these at a line, "model.py:305". C++ is found by its files and their sections: "cpp/panels.h.products".
 
     Raises `UsageError` where nothing has that name, or more than one thing.
     """
     wanted = re.sub(rf"^{_PACKAGE.name}[./]", "", name).removesuffix("()")
-    if place := re.fullmatch(r"(.+\.(?:py|cpp)):([0-9]{1,6})", wanted):
+    if place := re.fullmatch(r"(.+\.(?:py|cpp|h)):([0-9]{1,6})", wanted):
         return Source(name, (_at(_index().passages.get(place[1]) or _only(place[1], name), int(place[2])),))
     concept = CONCEPTS.get(re.sub(r"[- ]", "_", wanted.lower()))
     command = _index().commands.get(wanted.removeprefix("/"))
@@ -148,20 +149,20 @@ def _index() -> _Index:
             passages[name] = Passage(name, path, _first_line(node, text), node.end_lineno or node.lineno)
             if isinstance(node, ast.FunctionDef) and (command := _command(node)):
                 functions[command] = (name, node)
-    for file in _PACKAGE.glob("*.cpp"):
+    for file in sorted([*_PACKAGE.rglob("*.cpp"), *_PACKAGE.rglob("*.h")]):
         passages |= {passage.name: passage for passage in _sections(file)}
     return _Index(passages, {command: _computing(*found, passages) for command, found in functions.items()})
 
 
 def _sections(file: Path) -> Iterator[Passage]:
-    """A file that is not Python: whole, and from each heading to the next, by the heading's first word."""
-    path = file.relative_to(_PACKAGE.parent).as_posix()
+    """A file that is not Python: whole, and from each heading to the next, as "cpp/layer.h.the_layer"."""
+    path, name = (file.relative_to(folder).as_posix() for folder in (_PACKAGE.parent, _PACKAGE))
     text = lines(path)
-    yield Passage(file.name, path, 1, len(text))
-    headings = [(n, line.split()[2]) for n, line in enumerate(text, 1) if line.startswith("// --- ")]
-    for (first, word), (end, _) in zip(headings, [*headings[1:], (len(text) + 1, "")], strict=True):
+    yield Passage(name, path, 1, len(text))
+    headings = [(n, line.split()[2:-1]) for n, line in enumerate(text, 1) if line.startswith("// --- ")]
+    for (first, words), (end, _) in pairwise([*headings, (len(text) + 1, [])]):
         last = max(n for n in range(first, end) if text[n - 1].strip())
-        yield Passage(f"{file.name}.{word.strip(',').lower()}", path, first, last)
+        yield Passage(f"{name}.{'_'.join(words).lower()}", path, first, last)
 
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
@@ -228,7 +229,7 @@ def _matches(name: str) -> list[Passage]:
     Where nothing has it, the size of letters does not count, and then a file may have it, with or without its ending.
     """
     passages = _index().passages
-    parts = [other for other in passages if not other.endswith((".py", ".cpp"))]
+    parts = [other for other in passages if not other.endswith((".py", ".cpp", ".h"))]
     file = name.removesuffix(".py").replace(".", "/")
     ends = (
         [other for other in parts if f".{other}".endswith(f".{name}")]

@@ -1,0 +1,44 @@
+"""Random weights in each form that a file may hold and the kernels multiply as it is."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Quant
+from torch import Tensor
+
+from llama_scratch.lazy import Quantised, Weight
+from tests import gguf_reference
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMS = (*FLOATS, *gguf_reference.KINDS)
+
+
+def columns_per_block(form: str) -> int:
+    return 1 if form in FLOATS else gguf_reference.KINDS[form].weights
+
+
+@cache
+def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
+    """A weight (out, in) whose rows sum to about 1; not to be written to."""
+    if form in FLOATS:
+        generator = torch.Generator().manual_seed(seed)
+        numbers: Tensor = torch.randn(out, columns, generator=generator) / columns**0.5
+        return numbers.to(FLOATS[form])
+    data = gguf_reference.random_blocks(form, out, columns, seed=str(seed))
+    return quantised(form, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out, -1))
+
+
+def quantised(form: str, blocks: Tensor) -> Quantised:
+    """Blocks (out, bytes of a row) as a weight, which gguf dequantises."""
+    size, n_bytes = gguf.GGML_QUANT_SIZES[Quant[form]]
+
+    def dequantise(start: int, stop: int) -> Tensor:
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(blocks[start:stop].numpy(), Quant[form])
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+    return Quantised((len(blocks), blocks.shape[1] // n_bytes * size), blocks, form, dequantise)
