@@ -12,6 +12,7 @@ from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpo
 from llama_scratch.checkpoint.base import Stored, reading
 from llama_scratch.checkpoint.vocabulary import PATTERNS
 from llama_scratch.config import PRECISIONS, ModelArgs
+from llama_scratch.lazy import FORMATS
 from llama_scratch.precision import activation_type, check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokens in the cache when the memory is stated, where the model has room for so many.
 _CONTEXT = 4096
+_PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
 
 
 def describe(
@@ -110,8 +112,9 @@ def _memory(
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
     dtype = _dtype(checkpoint, stored)
+    known = dtype is not None or stored.types.keys() <= FORMATS | _PLAIN
     needed = {
-        name: memory_needed(args, name, dtype, context, device, tied=stored.tied, activations=activations)
+        name: memory_needed(args, name, dtype, context, device, tied=stored.tied, activations=activations, known=known)
         for name in PRECISIONS
     }
     return {
@@ -123,5 +126,5 @@ def _memory(
 
 def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
     """The type of the matrices; None where some are GGUF's quantised blocks."""
-    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= {"F32", "F16", "BF16"}
+    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

@@ -134,13 +134,30 @@ def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, pr
 
 
 def test_auto_of_quantised_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which reads them as they lie, except those of a small model without kernels."""
+    """Which reads them as they lie, as fp32 does, except those of a small model without kernels."""
     for small in (True, False):
         monkeypatch.setattr("llama_scratch.precision._SMALL", 1 << 28 if small else 0)
         facts = describe(smollm2_path, None, None, silent, device="cpu")
         assert facts["precision"] == "fp16"
-        assert facts["memory"]["needed"]["fp16"]["weights"] == 2 * facts["parameters"] * small
+        needed = facts["memory"]["needed"]
+        assert needed["fp16"]["weights"] == 2 * facts["parameters"] * small
+        assert needed["fp32"]["weights"] == 4 * facts["parameters"] * small
+        assert needed["bf16"]["weights"] == 2 * facts["parameters"]
     assert Llama.load(smollm2_path, device="cpu").info.precision == "fp16"
+
+
+@pytest.mark.parametrize(("kind", "known"), [("Q8_0", True), ("Q2_K", False)])
+def test_blocks_that_no_kernel_knows_are_converted(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
+) -> None:
+    """And so counted, also where others would be read as they lie."""
+    monkeypatch.setattr("llama_scratch.precision._SMALL", 0)
+    stored = Stored({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
+    checkpoint = replace(open_checkpoint(smollm2_path), inspect=lambda _: stored)
+    monkeypatch.setattr(info, "open_checkpoint", lambda *_: checkpoint)
+    needed = describe(smollm2_path, None, None, silent, device="cpu")["memory"]["needed"]
+    for precision, width in (("fp16", 2), ("fp32", 4)):
+        assert needed[precision]["weights"] == (0 if known else width * checkpoint.args.n_parameters(tied=True))
 
 
 def test_activations_are_checked_and_counted(tiny_dir: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from llama_scratch import precision as precision_module
 from llama_scratch.config import ACTIVATIONS, PRECISIONS, ModelArgs
 from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, UsageError
-from llama_scratch.lazy import Quantised, as_tensor
+from llama_scratch.lazy import Quantised, Weight, as_tensor
 from llama_scratch.linear import (
     Differentiable,
     Form,
@@ -29,7 +30,7 @@ from llama_scratch.linear import (
 from llama_scratch.llama import Llama
 from llama_scratch.memory import give_back
 from llama_scratch.model import Transformer
-from llama_scratch.precision import activation_type, build, check_name, choose, differentiable, file_type
+from llama_scratch.precision import activation_type, all_known, build, check_name, choose, differentiable, file_type
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.trust.memory import anonymous
@@ -292,17 +293,20 @@ def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> N
 # --- GGUF's blocks ----------------------------------------------------------------------------
 
 
-def test_quantised_blocks_are_read_as_they_lie(smollm2_path: Path, kernels: bool) -> None:
-    """In auto, which is fp16: a token reads the file's bytes, and the answers are those of fp32. Without kernels a
-    small model's would be slow, so they are converted."""
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_quantised_blocks_are_read_as_they_lie(
+    smollm2_path: Path, smollm2_fp32_path: Path, kernels: bool, precision: str
+) -> None:
+    """A token reads the file's bytes, and the answers are those of the same weights in a file of float32.
+
+    Without kernels a small model's would be slow, so they are converted: auto is fp16.
+    """
     ids = [1, 504, 3575, 282, 4649, 314]
-    other = Llama.load(smollm2_path, precision="fp32", device="cpu", context=64)
-    expected = other.logits(ids)
-    del other
+    expected = Llama.load(smollm2_fp32_path, precision="fp32", device="cpu", context=64).logits(ids)
     give_back()
     before = anonymous()
-    llama = Llama.load(smollm2_path, device="cpu", context=64)
-    assert llama.info.precision == "fp16"
+    llama = Llama.load(smollm2_path, precision=precision, device="cpu", context=64)
+    assert llama.info.precision == ("fp16" if precision == "auto" else "fp32")
     assert llama.engine.packing.done
     found = llama.logits(ids)
     used = [weight for form in rows(llama.engine.model) for weight in form.weights]
@@ -313,9 +317,43 @@ def test_quantised_blocks_are_read_as_they_lie(smollm2_path: Path, kernels: bool
         assert anonymous() - before < matrices  # half of float16
         assert relative(found, expected) <= 1e-5
     else:
-        assert {weight.dtype for weight in used} == {torch.float16}
-        assert llama.weight_bytes == 2 * matrices
-        assert relative(found, expected) <= 1e-3
+        dtype = TYPES[llama.info.precision]
+        assert {weight.dtype for weight in used} == {dtype}
+        assert llama.weight_bytes == dtype.itemsize * matrices
+        assert relative(found, expected) <= (1e-3 if precision == "auto" else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_blocks_that_no_kernel_knows_are_converted(source: Path, kernels: bool, precision: str) -> None:
+    """One matrix in Q2_K beside others in Q8_0, which stay what they are if there are kernels."""
+    args = tiny_args(n_layers=1)
+    weights: dict[str, Weight] = dict(stored(args, torch.float32))
+    plain = as_tensors(weights)
+    for name, format in (("wo", "Q2_K"), ("wq", "Q8_0")):
+        whole = plain[f"layers.0.attention.{name}.weight"] = torch.randn(256, 256).clamp(-1, 1).mul(127).round() / 2048
+        blocks = q8_0(whole) if format == "Q8_0" else torch.zeros(256, 84, dtype=torch.uint8)
+        turn = partial(lambda whole, start, stop: whole[start:stop], whole)
+        weights[f"layers.0.attention.{name}.weight"] = Quantised((256, 256), blocks, format, turn)
+    assert file_type(weights) is None
+    assert not all_known(weights)
+    model, _ = build(weights, args, precision, CPU, [source])
+    wo, wq = (form_of(model.layers[0].get_submodule(f"attention.{name}")) for name in ("wo", "wq"))
+    assert isinstance(wo, Rows)
+    assert isinstance(wq, Rows)
+    assert wo.weights[0].dtype == TYPES[precision]
+    assert isinstance(wq.weights[0], Quantised) is kernels
+    assert relative(run(model), reference(plain, args)) <= (1e-5 if precision == "fp32" else 1e-3)
+
+
+def as_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    return {name: as_tensor(weight) for name, weight in weights.items()}
+
+
+def q8_0(weight: Tensor) -> Tensor:
+    """Numbers of a 2,048th, as blocks of a scale and 32 of them."""
+    numbers = (weight * 2048).round().to(torch.int8).view(len(weight), -1, 32)
+    scales = torch.full((*numbers.shape[:2], 1), 1 / 2048, dtype=torch.float16).view(torch.int8)
+    return torch.cat([scales, numbers], dim=-1).flatten(1).view(torch.uint8)
 
 
 # --- Weights that float16 has no number for ---------------------------------------------------
