@@ -311,3 +311,34 @@ def test_a_window_that_is_resized_while_text_streams(session: Terminal) -> None:
     session.wait_for("⏎")
     session.type("/clear", "enter")
     assert candidates(ask(session, "The capital of France is"))[-5][0] == "␣Paris"
+
+
+SLOWLY = """
+import time
+from llama_scratch import precision
+pack = precision.to_panels
+def slowly(*arguments):
+    time.sleep(0.25)
+    return pack(*arguments)
+precision.to_panels = slowly
+from llama_scratch.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_an_answer_waits_for_packed_weights_leaves_the_session_answering(
+    tiny_dir: Path, state: dict[str, str]
+) -> None:
+    """Packing goes on behind the prompt, and the next line has its answer."""
+    options = ("--model-dir", str(tiny_dir), "--precision", "int8", "--no-live")
+    with Terminal(*options, program=(sys.executable, "-c", SLOWLY), env=state) as session:
+        session.wait_for("lists the commands")
+        session.type("the nation", "enter")
+        session.wait_for("Packing ━")
+        session.interrupt()
+        session.wait_for("Cancelled.")
+        session.command("in the end", "entropy")
+        assert "int8" in session.text
+        assert session.seen("Traceback") == 0
+        session.type("ctrl-d")
+        assert session.wait() == 0
