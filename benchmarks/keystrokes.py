@@ -44,13 +44,13 @@ def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[fl
 
 
 def session(model: str) -> dict[str, list[float]]:
-    """The lags of one session: while it loads, and with live prediction once the weights are packed."""
+    """The lags of one session: while it loads, and with live prediction."""
     with Terminal("--model", model, columns=200) as terminal:
         until(terminal, lambda text: "> " in text)
         loading = type_text(terminal, 4 * TEXTS[0], stop=LOADED)
         terminal.wait_for(LOADED)
         terminal.type("ctrl-c")
-        terminal.settle(3)  # the weights are packed meanwhile
+        terminal.settle(3)  # what it prepares in the background has ended
         live = []
         for text in TEXTS:
             live += type_text(terminal, text)

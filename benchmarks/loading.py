@@ -52,7 +52,7 @@ def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Pat
 
 
 def measured(path: Path, precision: str) -> dict[str, float]:
-    """Load it here: seconds until it is loaded, has answered and has the weights in their last form, and bytes.
+    """Load it here: seconds until it is loaded, has answered and `prepare` has come back, and bytes.
 
     private: the most memory of the process's own so far, at each of these moments. mapped: pages of files at the end.
     """

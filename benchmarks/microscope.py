@@ -3,7 +3,7 @@
     python -m benchmarks.microscope [--model-dir DIR …] [--runs 5] [--tokens 64] [--json] [--record]
 
 For each model, by default smollm2: the medians over the runs of /lens on a text of 64 tokens and of /why on one of 16,
-each run with another text and packed weights; then of one token's decode, in a network that was never tapped and in
+each run with another text; then of one token's decode, in a network that was never tapped and in
 the one that was looked into until now, in turns. --record keeps the figures in benchmarks/microscope.json and renders
 benchmarks/results.md.
 """
@@ -37,7 +37,7 @@ ROWS = {
 
 
 def opened(source: str) -> Llama:
-    """A model with its weights packed."""
+    """A model that is prepared."""
     llama = Llama.load(source, device="cpu")
     llama.prepare()
     return llama

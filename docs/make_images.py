@@ -127,7 +127,7 @@ def induction() -> Image.Image:
 def _start(*options: str, rows: int = 48) -> Terminal:
     terminal = Terminal("--model", "smollm2", *options, columns=84, rows=rows)
     terminal.wait_for("lists the commands")  # the banner stands above the first prompt
-    terminal.settle(3)  # the weights are packed meanwhile
+    terminal.settle(3)  # what it prepares in the background has ended
     return terminal
 
 

@@ -450,6 +450,7 @@ def info(
             progress,
             precision=options.precision or "auto",
             device=options.device or "auto",
+            activations=options.activations or "auto",
         )
     if json or state.screen.json:
         from llama_scratch.render.lines import json_line

@@ -89,11 +89,13 @@ class Engine:
 
     @contextmanager
     def weights(self, progress: Progress = silent) -> Iterator[None]:
-        """Have the weights that the next answer comes from: in few bits it waits until they are packed."""
+        """Make sure the weights are ready for the next answer: in few bits, wait until they are packed."""
         self.files.check()
         if not self.packing.done:
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
+            if not self.packing.done:
+                raise UsageError("The model was closed before its weights were packed; load it again.")
         yield
         self.files.check()
 

@@ -12,7 +12,8 @@ from llama_scratch.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpo
 from llama_scratch.checkpoint.base import Stored, reading
 from llama_scratch.checkpoint.vocabulary import PATTERNS
 from llama_scratch.config import PRECISIONS, ModelArgs
-from llama_scratch.precision import check_name, choose, find_device, memory_needed
+from llama_scratch.lazy import FORMATS
+from llama_scratch.precision import activation_type, check_name, choose, find_device, memory_needed
 from llama_scratch.progress import Progress
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokens in the cache when the memory is stated, where the model has room for so many.
 _CONTEXT = 4096
+_PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
 
 
 def describe(
@@ -30,13 +32,16 @@ def describe(
     *,
     precision: str = "auto",
     device: str = "auto",
+    activations: str = "auto",
 ) -> dict[str, Any]:
     """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own.
 
-    precision and device: what it would run in. Sizes are in bytes; None stands for what the files do not state.
+    precision, device and activations: what it would run in. Sizes are in bytes; None: the files do not state it.
     `memory` is what a network takes besides the files themselves, which are mapped. Raises as `open_checkpoint` does.
     """
     check_name(precision)
+    target = find_device(device)
+    activation_type(activations, precision, target)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
     stored = checkpoint.inspect(progress)
@@ -44,7 +49,6 @@ def describe(
     files = checkpoint.files or (checkpoint.path,)
     with reading(checkpoint.path):
         sizes = [file.stat().st_size for file in files]
-    target = find_device(device)
     special = checkpoint.tokenizer.special_tokens
     bos = checkpoint.tokenizer.bos_id
     return {
@@ -77,7 +81,7 @@ def describe(
         },
         "context": args.max_seq_len,
         "chat": checkpoint.chat is not None,
-        "memory": _memory(checkpoint, args, stored, target),
+        "memory": _memory(checkpoint, args, stored, target, activations),
         "kernels": kernels.state(),
         "warnings": list(checkpoint.warnings),
         "tokenizer": {
@@ -102,11 +106,17 @@ def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
     return {part: {"parameters": count, "share": count / total} for part, count in counts.items()}
 
 
-def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device) -> dict[str, Any]:
+def _memory(
+    checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device, activations: str
+) -> dict[str, Any]:
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
     dtype = _dtype(checkpoint, stored)
-    needed = {name: memory_needed(args, name, dtype, context, device, tied=stored.tied) for name in PRECISIONS}
+    known = dtype is not None or stored.types.keys() <= FORMATS | _PLAIN
+    needed = {
+        name: memory_needed(args, name, dtype, context, device, tied=stored.tied, activations=activations, known=known)
+        for name in PRECISIONS
+    }
     return {
         "context": context,
         "device": device.type,
@@ -116,5 +126,5 @@ def _memory(checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: tor
 
 def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
     """The type of the matrices; None where some are GGUF's quantised blocks."""
-    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= {"F32", "F16", "BF16"}
+    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

@@ -113,13 +113,13 @@ Weight = Tensor | Lazy
 
 # What the kernels multiply as a file holds it, see cpp/rows.h.
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 
 def stored(weight: Weight) -> list[tuple[Tensor, str]]:
     """The tensors below each other in which a weight lies, with their types; none where no kernel knows them."""
     if isinstance(weight, Quantised):
-        return [(weight.blocks, weight.format)] if weight.format in _FORMATS else []
+        return [(weight.blocks, weight.format)] if weight.format in FORMATS else []
     pieces = weight.pieces if isinstance(weight, Joined) and weight.axis == 0 else [weight]
     if all(isinstance(piece, Tensor) and piece.dtype in _FLOATS and piece.is_contiguous() for piece in pieces):
         return [(piece, _FLOATS[piece.dtype]) for piece in cast(list[Tensor], pieces)]

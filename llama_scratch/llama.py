@@ -34,6 +34,7 @@ from llama_scratch.model import Transformer
 from llama_scratch.precision import (
     Examples,
     activation_type,
+    all_known,
     build,
     check_name,
     choose,
@@ -168,7 +169,16 @@ class Llama:
             # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
             tokens = room if context is not None else min(room, 4096)
             tied = is_tied(weights)
-            needed = memory_needed(args, precision, stored, tokens, target, tied=tied, activations=activations)
+            needed = memory_needed(
+                args,
+                precision,
+                stored,
+                tokens,
+                target,
+                tied=tied,
+                activations=activations,
+                known=all_known(weights),
+            )
             require_room(needed, f"{checkpoint.name} in {precision} with a context of {tokens:,} tokens", target)
             model, packing = build(weights, args, precision, target, checkpoint.files, examples, activations)
         info = ModelInfo(

@@ -57,6 +57,8 @@ from llama_scratch.quantise import BLOCK, CALIBRATED, Curvature
 # mask stays small.
 CHUNK = 512
 
+# Precisions in which GGUF's quantised blocks are read as they lie in the file: neither loses anything of them.
+_READ_BLOCKS = ("fp32", "fp16")
 # Bits of a weight where it is quantised.
 BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,6 +89,11 @@ def choose(precision: str, stored: torch.dtype | None, device: torch.device | No
 def file_type(weights: Mapping[str, Weight]) -> torch.dtype | None:
     """The type of a file's weights; None where some are quantised blocks."""
     return None if any(isinstance(weight, Quantised) for weight in weights.values()) else weights[EMBEDDING].dtype
+
+
+def all_known(weights: Mapping[str, Weight]) -> bool:
+    """Whether the kernels know the formats of all quantised blocks."""
+    return all(bool(stored(weight)) for weight in weights.values() if isinstance(weight, Quantised))
 
 
 def activation_type(activations: str, precision: str, device: torch.device) -> torch.dtype:
@@ -132,10 +139,12 @@ def memory_needed(
     *,
     tied: bool,
     activations: str = "auto",
+    known: bool = True,
 ) -> dict[str, int]:
     """Bytes that a network takes besides the file's own weights, by what they are for.
 
-    stored: the `file_type`. context: tokens in the cache. activations: see `activation_type`.
+    stored: the `file_type`. context: tokens in the cache. activations: see `activation_type`. known: whether the
+    kernels know all formats of the file's quantised blocks, see `all_known`. If not, all weights count as converted.
     """
     number = activation_type(activations, precision, device).itemsize
     fast = device.type == "cpu" and kernels.load()
@@ -143,7 +152,7 @@ def memory_needed(
     if bits := BITS.get(precision):
         weights = _bytes_in_panels(args, bits)
         packing = _ON_THE_WAY * PACKED * torch.get_num_threads()
-    elif precision == "fp16" and stored is None and _stay_lazy(args):
+    elif precision in _READ_BLOCKS and stored is None and known and _stay_lazy(args):
         weights = 0
     else:
         copied = stored != DTYPES[precision] or device.type != "cpu"
@@ -249,15 +258,14 @@ def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.devic
     if precision in BITS or len(weight.shape) == 1:
         return weight if device.type == "cpu" else as_tensor(weight).to(device)
     dtype = DTYPES[precision]
-    if device.type == "cpu" and stored(weight) and (weight.dtype == dtype or _stays(weight, args, precision)):
-        return weight
+    if device.type == "cpu" and stored(weight):
+        blocks = isinstance(weight, Quantised)
+        if (precision in _READ_BLOCKS and _stay_lazy(args)) if blocks else weight.dtype == dtype:
+            return weight
     turned = weight.to(dtype)
-    # What is too large for float16 stays as it is.
-    return (turned if dtype != torch.float16 or turned.aminmax().max.isfinite() else as_tensor(weight)).to(device)
-
-
-def _stays(weight: Weight, args: ModelArgs, precision: str) -> bool:
-    return isinstance(weight, Quantised) and precision == "fp16" and _stay_lazy(args)
+    # Weights that are too large for float16, on either side of 0, stay as they are.
+    fits = dtype != torch.float16 or all(bound.isfinite() for bound in turned.aminmax())
+    return (turned if fits else as_tensor(weight)).to(device)
 
 
 def _stay_lazy(args: ModelArgs) -> bool:

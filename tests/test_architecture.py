@@ -13,7 +13,7 @@ from llama_scratch import bench
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.architecture import Architecture, Part, _parts, architecture
-from llama_scratch.model import KVCache
+from llama_scratch.model import KVCache, Transformer
 from llama_scratch.render.pages import architecture as pages
 from llama_scratch.render.pages.architecture import short
 from llama_scratch.repl.commands import run_command
@@ -34,6 +34,12 @@ def session(llama: Llama) -> Session:
     return started(llama)
 
 
+def plain(llama: Llama, device: str = "meta") -> Transformer:
+    """The network of that shape with torch's own layers."""
+    with torch.device(device):
+        return Transformer(llama.args)
+
+
 def named(found: Architecture, name: str) -> Part:
     return next(part for part in found.parts if part.name == name)
 
@@ -44,13 +50,13 @@ def test_parts_are_those_of_the_module(llama: Llama) -> None:
     for part in found.parts:
         if part.shape is not None:
             path = f"layers.2.{part.name}" if part.layered else part.name
-            weight = llama.engine.model.get_submodule(path).weight
+            weight = plain(llama).get_submodule(path).weight
             assert isinstance(weight, torch.Tensor)
             assert weight.shape == part.shape
             assert part.count == (3 if part.layered else 1)
     assert found.tied
     assert named(found, "output").parameters == 0
-    total = sum(weight.numel() for weight in llama.engine.model.parameters())  # a shared one once
+    total = sum(weight.numel() for name, weight in plain(llama).named_parameters() if name != "output.weight")  # tied
     assert found.parameters == total == llama.args.n_parameters(tied=True) == llama.info.parameters
 
 
@@ -58,14 +64,14 @@ def test_an_output_of_its_own_counts(tmp_path: Path) -> None:
     other = Llama.load(write_meta(tmp_path / "untied", tied=False), precision="fp32", device="cpu")
     found = architecture(other, 1)
     assert not found.tied
-    assert found.parameters == sum(weight.numel() for weight in other.engine.model.parameters())
+    assert found.parameters == sum(weight.numel() for weight in plain(other).parameters())
     assert named(found, "output").parameters == other.args.vocab_size * other.args.dim
 
 
 @pytest.mark.parametrize("length", [1, 7, 40])
 def test_flops_are_those_that_torch_counts(llama: Llama, length: int) -> None:
     """Of one token behind the others, linear layers and attention each."""
-    model = llama.engine.model
+    model = plain(llama, "cpu")
     cache = KVCache(llama.args, length)
     ids = torch.arange(length)[None]
     # torch counts no fused attention on a CPU; what has a tap on its probabilities computes it in two products.

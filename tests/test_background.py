@@ -1,4 +1,4 @@
-"""Jobs behind the answers: in order, held back while asked, over soon when closed, and never in the program's way."""
+"""Jobs behind the answers: in order, over soon when closed, and never in the program's way."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_nothing_runs_before_the_start() -> None:
     """Making it costs nothing."""
     done: list[int] = []
     background = Background("packing", [(lambda: done.append(1), 1)])
-    assert not background.begun
+    assert not background.started
     assert not background.done
     assert not done
     background.wait()
     assert done == [1]
-    assert background.begun
+    assert background.started
     assert background.done
 
 
@@ -77,10 +77,10 @@ def test_starting_twice_runs_the_jobs_once() -> None:
 
 
 def test_where_there_is_no_job_all_is_done_at_once() -> None:
-    """Torch's own layers need no packing."""
+    """Weights that are read where the file is mapped need no packing."""
     background = Background("packing", [])
-    assert background.begun
     assert background.done
+    assert not background.running
     assert background.progress == ("packing", 0, 0)
     background.wait()
     background.close()
@@ -96,8 +96,25 @@ def test_progress_is_counted_in_the_sizes_of_the_jobs() -> None:
         assert background.progress[1] < done
         step.release()
         until(lambda done=done: background.progress == ("packing", done, 12))  # type: ignore[misc]
-        assert background.begun
         assert background.done is (done == 12)
+
+
+def test_jobs_of_no_size_are_run_and_not_counted() -> None:
+    """A compiler's: all weights are as they should be before it ends."""
+    release = threading.Event()
+    background = Background("packing", [(lambda: release.wait(SOON), 0), (lambda: None, 3)])
+    small = Background("packing", [(lambda: release.wait(SOON), 0)])
+    assert not background.done
+    assert small.done
+    for jobs in (background, small):
+        jobs.start()
+    assert small.running
+    assert small.done
+    release.set()
+    for jobs in (background, small):
+        jobs.wait()
+        assert jobs.done
+        assert not jobs.running
 
 
 def test_waiting_reports_the_progress() -> None:
@@ -107,51 +124,6 @@ def test_waiting_reports_the_progress() -> None:
     assert told
     assert told == sorted(told)
     assert {(stage, total) for stage, _, total in told} == {("packing", 10)}
-
-
-def test_no_job_begins_while_it_is_held() -> None:
-    """The one that runs goes on."""
-    begun, go_on = threading.Semaphore(0), threading.Event()
-    done: list[int] = []
-
-    def first() -> None:
-        begun.release()
-        go_on.wait(SOON)
-        done.append(1)
-
-    background = Background("packing", [(first, 1), (lambda: done.append(2), 1)])
-    background.start()
-    begun.acquire()
-    with background.held():
-        go_on.set()
-        until(lambda: done == [1])
-        time.sleep(0.05)
-        assert done == [1]
-        assert not background.done
-    background.wait()
-    assert done == [1, 2]
-
-
-def test_held_before_the_start_holds_too() -> None:
-    """The first answer has the machine to itself, whoever starts the packing meanwhile."""
-    done: list[int] = []
-    background = Background("packing", [(lambda: done.append(1), 1)])
-    with background.held():
-        background.start()
-        time.sleep(0.05)
-        assert not done
-    background.wait()
-    assert done == [1]
-
-
-def test_an_interruption_gives_free_what_was_held() -> None:
-    """Else nothing would ever be packed."""
-    done: list[int] = []
-    background = Background("packing", [(lambda: done.append(1), 1)])
-    with pytest.raises(KeyboardInterrupt), background.held():
-        raise KeyboardInterrupt
-    background.wait()
-    assert done == [1]
 
 
 def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
@@ -169,12 +141,11 @@ def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
 
 
 def test_a_job_that_failed_is_not_done() -> None:
-    """Else answers that the file's weights gave would be named after packed ones."""
+    """Else an answer would come from weights of another form than it says."""
     background = Background("packing", [(raising(MemoryError()), 1)])
     with pytest.raises(MemoryError):
         background.wait()
     background.close()
-    assert not background.begun
     assert not background.done
 
 
@@ -228,17 +199,6 @@ def test_closing_before_the_start_runs_nothing() -> None:
     assert not done
 
 
-def test_closing_ends_what_is_held() -> None:
-    """From another thread, as when the window is closed during the first answer."""
-    background = Background("packing", [(lambda: None, 1)] * 5)
-    with background.held():
-        background.start()
-        closing = threading.Thread(target=background.close)
-        closing.start()
-        closing.join(SOON)
-        assert not closing.is_alive()
-
-
 PROGRAM = """
 import time
 from llama_scratch.background import Background
@@ -248,11 +208,7 @@ background.start()
 """
 
 
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [("", 0), ("raise SystemExit(3)", 3), ("held = background.held(); held.__enter__()", 0)],
-    ids=["end", "exit", "held"],
-)
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3)], ids=["end", "exit"])
 def test_the_program_ends_without_the_jobs_that_are_left(end: str, code: int) -> None:
     """Fifteen seconds of them; Python waits for the threads, and they end after the one that runs."""
     start = time.monotonic()

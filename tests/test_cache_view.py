@@ -57,15 +57,15 @@ def test_a_layer_head_by_head(tiny: Llama) -> None:
     json.dumps(found.as_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
-def test_bytes(tiny_dir: Path, precision: str, size: int) -> None:
+@pytest.mark.parametrize(("activations", "size"), [("fp32", 4), ("bf16", 2)])
+def test_bytes(tiny_dir: Path, activations: str, size: int) -> None:
     """3 layers × 2 × 2 heads × 64 numbers a token; memory for 256 tokens is taken at once."""
-    found = cache(Llama.load(tiny_dir, precision=precision, device="cpu"), IDS)
+    found = cache(Llama.load(tiny_dir, activations=activations, device="cpu"), IDS)
     assert found.bytes_per_token == 3 * 2 * 2 * 64 * size
     assert found.held_bytes == 10 * found.bytes_per_token
     assert found.taken_bytes == 256 * found.bytes_per_token
     assert (found.heads, found.head_dim) == (2, 64)
-    assert found.dtype == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert found.dtype == {"fp32": "float32", "bf16": "bfloat16"}[activations]
 
 
 def test_an_engine_that_has_read_nothing_holds_nothing(tiny: Llama) -> None:

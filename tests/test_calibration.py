@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama_scratch import Llama, calibration
 from llama_scratch.calibration import documentation, examples, hessians, imagine, read_text, windows
 from llama_scratch.errors import ModelNotFoundError, UsageError
+from llama_scratch.lazy import as_tensor
+from llama_scratch.linear import Projection, Rows, form_of
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,8 @@ def test_hessians(llama: Llama) -> None:
     """E[x xᵀ] of every linear layer, of all windows together, and each layer once; the network is left as it was."""
     model, some = llama.engine.model, some_windows(llama)
     seen: dict[str, list[Tensor]] = {}
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in model.named_modules() if form_of(module)}
+    assert len(linear) == 3 * 7 + 1
     hooks = [
         module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].flatten(0, 1)))
         for name, module in linear.items()
@@ -73,7 +76,10 @@ def test_what_the_model_says(llama: Llama) -> None:
     assert torch.equal(said, imagine(llama.engine.model, 3, [7, 9]))
     # A model that is sure of everything says what is most probable, each time by all that came before.
     model = Llama.load(llama.path, precision="fp32").engine.model
-    model.output.weight = nn.Parameter(model.output.weight * 1e6, requires_grad=False)
+    form = form_of(model.output)
+    assert isinstance(form, Rows)
+    weight = as_tensor(form.weights[0])
+    model.output = Projection(Rows([weight * 1e6]))  # type: ignore[assignment]
     sure = imagine(model, 2)
     following = model(sure, all_positions=True).argmax(-1)
     assert torch.equal(following[:, :-1], sure[:, 1:])

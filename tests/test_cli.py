@@ -15,7 +15,6 @@ import pytest
 
 from llama_scratch.cli import run
 from llama_scratch.errors import escape_controls
-from llama_scratch.linear import packs
 from tests.checkpoints import write_meta
 from tests.terminal import PROGRAM
 
@@ -256,20 +255,45 @@ def test_info_names_shape_parameters_and_rope_factor(llama_scratch: Runner, tiny
     assert facts["shape"]["head_dim"] == 64
     assert facts["rope"]["scaling"]["factor"] == 32
     assert facts["stored"] == {"bfloat16": 30}
-    assert facts["precision"] == ("fp16" if packs() else "bf16")  # what auto means here
+    assert facts["precision"] == "bf16"  # what auto means here
     text = llama_scratch("info", str(tiny_dir)).out
     assert "scaled by a factor of 32" in text
     assert f"runs in {facts['precision']}" in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
-def test_the_first_answer_names_the_precision_that_gave_it(
+def test_the_first_answer_comes_from_the_precision_that_was_asked_for(
     llama_scratch: Runner, tiny: tuple[str, str], precision: str
 ) -> None:
-    """Packed ones come behind it, so it is the file's weights in fp32; later ones name what was asked for."""
+    """In 8 bits it waits until the weights are packed."""
     result = llama_scratch(*tiny, "--precision", precision, "--json", stdin=b"the\n")
-    assert json.loads(result.out)["model"]["precision"] == (precision if precision in ("fp32", "bf16") else "fp32")
+    assert json.loads(result.out)["model"]["precision"] == precision
     assert result.err == ""
+
+
+def test_activations_are_an_option(
+    llama_scratch: Runner, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the environment, too, and above that on the command line; a wrong name is a usage error wherever it stands."""
+
+    def entropy(*arguments: str) -> float:
+        result = llama_scratch(*tiny, *arguments, "--json", "--prompt", "the nation")
+        assert result.code == 0, result.err
+        found: float = json.loads(result.out)["entropy_bits"]
+        return found
+
+    exact, rounded = entropy(), entropy("--activations", "bf16")
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.1)
+    assert entropy("--activations", "fp32") == entropy("--activations", "auto") == exact
+    monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "bf16")
+    assert entropy() == rounded
+    assert entropy("--activations", "fp32") == exact
+    monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "fp8")
+    for arguments in ((*tiny, "--prompt", "x"), ("info", *tiny), ("info", *tiny, "--activations", "int8")):
+        result = llama_scratch(*arguments)
+        assert result.code == 2
+        assert one_sentence(result).endswith(", expected one of auto, fp32, bf16 (--activations).\n")
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -321,6 +345,7 @@ def test_version_and_help(llama_scratch: Runner) -> None:
         (["--min-p", "-0.1"], "min-p is -0.1"),
         (["--seed", "-1"], "seed is -1"),
         (["--precision", "int3"], "'int3'"),
+        (["--activations", "fp16"], "'fp16', expected one of auto, fp32, bf16 (--activations)"),
         (["--device", "abacus"], "'abacus'"),
         (["--threads", "0"], "0 threads"),
         (["--context", "0"], "context of 0"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_scratch.checkpoint.pull import OPEN_MODELS
-from llama_scratch.config import PRECISIONS
+from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from tests.terminal import PROGRAM, Terminal
 from tests.test_imports import loaded_after
 
@@ -50,6 +50,7 @@ def completed(shell: str, line: str) -> list[str]:
         ("llama-scratch --pre", ["--precision"]),
         ("llama-scratch --precision ", ["auto", *PRECISIONS]),
         ("llama-scratch --precision fp", ["fp32", "fp16"]),
+        ("llama-scratch --activations ", ["auto", *ACTIVATIONS]),
         ("llama-scratch --model ", list(OPEN_MODELS)),
         ("llama-scratch pull ", list(OPEN_MODELS)),
         ("llama-scratch --device c", ["cpu", "cuda"]),

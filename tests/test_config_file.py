@@ -98,6 +98,27 @@ def test_live_and_special_reach_the_session(
     assert (seen[0].live, seen[0].special) == (live, True)
 
 
+def test_the_file_names_the_activations(
+    llama_scratch: Runner,  # noqa: F811
+    config: Path,
+    tiny_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Below the environment and the command line."""
+    needed = {}
+    for written, environment, given in (("bf16", None, ()), ("bf16", "fp32", ()), ("bf16", "fp32", ("bf16",))):
+        config.write_text(f'model-dir = "{tiny_dir}"\nactivations = "{written}"')
+        if environment:
+            monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", environment)
+        options = [option for name in given for option in ("--activations", name)]
+        facts = json.loads(llama_scratch("info", "--json", *options).out)
+        needed[given or environment] = facts["memory"]["needed"]["fp32"]["KV cache"]
+    assert needed["fp32"] == 2 * needed[None] == 2 * needed["bf16",]
+    monkeypatch.delenv("LLAMA_SCRATCH_ACTIVATIONS")
+    config.write_text(f'model-dir = "{tiny_dir}"\nactivations = "fp8"')
+    assert llama_scratch(stdin=b"the\n").code == 2
+
+
 def test_a_subcommand_has_a_table(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:  # noqa: F811
     config.write_text(f'[info]\njson = true\nmodel-dir = "{tiny_dir}"')
     assert json.loads(llama_scratch("info").out)["name"] == tiny_dir.name

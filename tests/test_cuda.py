@@ -178,11 +178,13 @@ def test_a_replayed_graph_says_what_the_network_says(on_gpu: Transformer) -> Non
 
 
 @needs_cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
-def test_every_precision_generates_on_a_gpu(tiny_dir: Path, precision: str) -> None:
+@pytest.mark.parametrize("activations", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
+def test_every_precision_generates_on_a_gpu(tiny_dir: Path, precision: str, activations: str) -> None:
     """As the CPU does in fp32, by the first token's probability."""
-    llama = Llama.load(tiny_dir, precision=precision, device="cuda")
+    llama = Llama.load(tiny_dir, precision=precision, activations=activations, device="cuda")
     expected = Llama.load(tiny_dir, precision="fp32", device="cpu").predict("the nation").next
+    assert llama.info.precision == ("bf16" if precision == "auto" else precision)
     llama.prepare()
     assert len(llama.complete("the nation", 20).ids) == 20
     assert llama.predict("the nation").next.logprob == pytest.approx(expected.logprob, abs=0.2)

@@ -257,11 +257,11 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["llama_scratch.precision:_pack_half", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
+    "place", ["llama_scratch.precision:to_panels", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
 )
 def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> None:
     """While it packs at the prompt, while it loads, and while text streams."""
-    precision = {"build": "fp32", "sample": "bf16", "_pack_half": "fp16"}[place.partition(":")[2]]
+    precision = {"build": "fp32", "sample": "bf16", "to_panels": "int8"}[place.partition(":")[2]]
     program = (sys.executable, "-m", "tests.shrinking", str(model / WEIGHTS), place)
     options = ("--model-dir", str(model), "--precision", precision, "--no-live", "--generate", "20")
     with Terminal(*options, program=program, env={"PYTHONPATH": str(ROOT)}) as terminal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llama_scratch import engine as engine_module
 from llama_scratch.background import Background
-from llama_scratch.engine import PATIENCE, Engine
-from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError
+from llama_scratch.engine import Engine
+from llama_scratch.errors import CheckpointError, ContextLengthError, OutOfMemoryError, UsageError
 from llama_scratch.model import KVCache, Transformer
 from tests.checkpoints import random_weights, tiny_args
 
@@ -257,97 +257,119 @@ def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float)
             ask([0, 1, 2])
 
 
-# --- Packing behind the answers ---------------------------------------------------------------
+# --- Waiting for packed weights ---------------------------------------------------------------
 
 
-@pytest.fixture
-def packing() -> Background:
-    """Two jobs that do nothing."""
-    return Background("packing", [(lambda: None, 1)] * 2)
+def packing(*jobs: Callable[[], object]) -> Background:
+    """So many jobs of the same size."""
+    return Background("packing", [(job, 1) for job in jobs])
 
 
-@pytest.mark.parametrize("ask", ["next_logits", "all_logits"])
-def test_some_answers_come_from_the_files_weights_and_the_next_waits_for_packed_ones(
-    network: Transformer, packing: Background, ask: str
+ASKS: list[Callable[[Engine], object]] = [
+    lambda engine: engine.next_logits(ids(5)),
+    lambda engine: engine.all_logits(ids(5)),
+    lambda engine: engine.run([ids(5)], {}),
+]
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=["next_logits", "all_logits", "run"])
+def test_the_first_answer_waits_until_the_weights_are_packed(
+    network: Transformer, ask: Callable[[Engine], object]
 ) -> None:
-    """By their number alone and not by the clock, so that the same questions get the same answers."""
-    engine = Engine(network, CONTEXT, packing)
-    for i in range(PATIENCE):
-        getattr(engine, ask)(ids(5 + i))
-        assert not packing.begun
-        assert not any(thread.is_alive() for thread in packing._threads)
-    told: list[tuple[str, int, int]] = []
-    assert engine.next_logits(ids(5), progress=lambda *report: told.append(report)).packed
-    assert packing.done
-    assert {(stage, total) for stage, _, total in told} <= {("packing", 2)}
+    """Whatever is asked: no layer runs before the last job has ended."""
+    done: list[str] = []
 
-
-def test_answers_say_whether_packed_weights_gave_them(network: Transformer, packing: Background) -> None:
-    """From the first packed piece on."""
-    engine = Engine(network, CONTEXT, packing)
-    assert not engine.next_logits(ids(5)).packed
-    packing.wait()
-    assert engine.next_logits(ids(6)).packed
-
-
-def test_an_engine_without_packing_is_always_packed(engine: Engine) -> None:
-    """Its weights have the one form that they will have."""
-    assert engine.next_logits(ids(5)).packed
-
-
-def test_an_engine_that_was_prepared_answers_from_packed_weights_at_once(
-    network: Transformer, packing: Background
-) -> None:
-    """As `Llama.prepare` does it."""
-    packing.wait()
-    assert Engine(network, CONTEXT, packing).next_logits(ids(5)).packed
-
-
-def test_the_first_answer_has_the_machine_to_itself(network: Transformer) -> None:
-    """Packing that was started before it waits, and goes on behind it."""
-    begun, go_on = threading.Event(), threading.Event()
-    during: list[int] = []
-    done: list[int] = []
-
-    def first() -> None:
-        begun.set()
-        go_on.wait(10)
-
-    packing = Background("packing", [(first, 1), *[(lambda: done.append(1), 1)] * 3])
-    engine = Engine(network, CONTEXT, packing)
-    packing.start()
-    begun.wait(10)
-
-    def look(*_: object) -> None:
-        go_on.set()
+    def job() -> None:
         time.sleep(0.02)
-        during.append(len(done))
+        done.append("job")
 
-    with network.layers[0].register_forward_hook(look):
-        engine.next_logits(ids(5))
-    assert during == [0]
-    packing.wait()
-    assert len(done) == 3
+    jobs = packing(job, job, job)
+    engine = Engine(network, CONTEXT, jobs)
+    assert not jobs.started
+    with network.layers[0].register_forward_hook(lambda *_: done.append("layer")):
+        ask(engine)
+        ask(engine)
+    assert done[:4] == ["job", "job", "job", "layer"]
+    assert jobs.done
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_an_interrupted_first_answer_holds_nothing_back(
-    network: Transformer, packing: Background, started: bool
-) -> None:
-    """Packing goes on afterwards."""
-    engine = Engine(network, CONTEXT, packing)
-    if started:
-        packing.start()
+def test_an_answer_that_waits_says_how_far_the_packing_is(network: Transformer) -> None:
+    """With the numbers of the jobs; the next answer has nothing to wait for."""
+    engine = Engine(network, CONTEXT, packing(*[lambda: time.sleep(0.05)] * 3))
+    told: list[tuple[str, int, int]] = []
+    engine.next_logits(ids(5), progress=lambda *report: told.append(report))
+    assert told == sorted(told)
+    assert {(stage, total) for stage, _, total in told} == {("packing", 3)}
+    assert {done for _, done, _ in told} >= {0, 1, 2}
+    told.clear()
+    engine.next_logits(ids(6), progress=lambda *report: told.append(report))
+    assert not told
+
+
+def test_what_is_no_part_of_the_weights_is_not_waited_for(network: Transformer) -> None:
+    """Jobs of size 0: the compiler, which only makes answers faster."""
+    release = threading.Event()
+    jobs = Background("packing", [(lambda: release.wait(10), 0)])
+    engine = Engine(network, CONTEXT, jobs)
+    engine.next_logits(ids(5))
+    assert not jobs.started
+    jobs.start()
+    assert jobs.running
+    assert_answers(engine, ids(5), 4)
+    release.set()
+    jobs.wait()
+
+
+def test_an_interrupted_wait_holds_nothing_back(network: Transformer) -> None:
+    """Packing goes on afterwards, and the next answer waits for what is left of it."""
+    release = threading.Event()
+    done: list[int] = []
+    engine = Engine(network, CONTEXT, packing(lambda: release.wait(10), lambda: done.append(1)))
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with network.layers[1].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
-        engine.next_logits(ids(5))
-    assert packing._held == 0
-    packing.wait()
-    assert packing.done
-    assert engine.next_logits(ids(5)).packed
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.next_logits(ids(5), interrupt)
+        assert not done
+    release.set()
+    assert_answers(engine, ids(5), 0)
+    assert done == [1]
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=["next_logits", "all_logits", "run"])
+@pytest.mark.parametrize(
+    ("error", "expected", "says"),
+    [
+        (MemoryError(), OutOfMemoryError, "Packing the weights does not fit"),
+        (CheckpointError("The file changed."), CheckpointError, "The file changed"),
+    ],
+)
+def test_an_error_of_the_packing_is_that_of_each_answer(
+    network: Transformer, ask: Callable[[Engine], object], error: Exception, expected: type[Exception], says: str
+) -> None:
+    """Never an answer from half of the weights."""
+
+    def fail() -> None:
+        raise error
+
+    engine = Engine(network, CONTEXT, packing(lambda: None, fail, lambda: None))
+    for _ in range(3):
+        with pytest.raises(expected, match=says):
+            ask(engine)
+
+
+def test_packing_that_was_closed_is_an_error_and_not_other_weights_answer(network: Transformer) -> None:
+    """What was packed before that answers on."""
+    closed, whole = packing(lambda: None), packing(lambda: None)
+    whole.wait()
+    for jobs in (closed, whole):
+        jobs.close()
+    for _ in range(2):
+        with pytest.raises(UsageError, match="closed before its weights were packed"):
+            Engine(network, CONTEXT, closed).next_logits(ids(5))
+    assert_answers(Engine(network, CONTEXT, whole), ids(5), 0)
 
 
 def test_reuse_goes_through_all_that_was_asked(engine: Engine) -> None:

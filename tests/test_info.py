@@ -17,8 +17,11 @@ import torch
 from llama_scratch import info
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Stored
+from llama_scratch.checkpoint.convert import convert
 from llama_scratch.config import PRECISIONS
+from llama_scratch.errors import UsageError
 from llama_scratch.info import describe
+from llama_scratch.llama import Llama
 from llama_scratch.precision import memory_needed
 from llama_scratch.progress import Progress, silent
 from llama_scratch.render.terminal import as_text, model_facts, rows, size
@@ -98,20 +101,74 @@ def test_a_context_below_that_is_the_models(tiny_dir: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("format", "files", "types", "lazy"),
+    ("format", "files", "types", "blocks"),
     [
         ("meta", 1, ["bfloat16"], False),
-        ("meta", 8, ["bfloat16"], True),
+        ("meta", 8, ["bfloat16"], False),
         ("huggingface", 8, ["bfloat16"], False),
         ("gguf", 1, ["F32", "BF16"], False),
         ("gguf", 1, ["F32", "Q8_0"], True),
     ],
 )
-def test_weights_that_are_no_tensors_yet_take_memory_of_their_own(
-    format: str, files: int, types: list[str], lazy: bool
-) -> None:
+def test_quantised_blocks_are_of_no_type(format: str, files: int, types: list[str], blocks: bool) -> None:
+    """Shards are: they are multiplied where they are mapped."""
     checkpoint: Any = SimpleNamespace(format=format, files=("x",) * files)
-    assert info._is_lazy(checkpoint, Stored(dict.fromkeys(types, 1), True, torch.float32)) is lazy
+    found = info._dtype(checkpoint, Stored(dict.fromkeys(types, 1), True, torch.bfloat16))
+    assert found is (None if blocks else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")]
+)
+def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
+    """In each format; what is of the file's type takes no memory of its own."""
+    meta = write_meta(tmp_path / "Meta", dtype=dtype)
+    formats = {"meta": meta, "huggingface": tmp_path / "HF", "gguf": tmp_path / "model.gguf"}
+    convert(meta, formats["huggingface"], "hf")
+    convert(meta, formats["gguf"], "gguf")
+    for name, path in formats.items():
+        facts = describe(path, None, None, silent, device="cpu")
+        assert (facts["format"], facts["precision"]) == (name, precision)
+        assert Llama.load(path, device="cpu").info.precision == precision
+        assert [kind for kind, parts in facts["memory"]["needed"].items() if not parts["weights"]] == [precision]
+
+
+def test_auto_of_quantised_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which reads them as they lie, as fp32 does, except those of a small model without kernels."""
+    for small in (True, False):
+        monkeypatch.setattr("llama_scratch.precision._SMALL", 1 << 28 if small else 0)
+        facts = describe(smollm2_path, None, None, silent, device="cpu")
+        assert facts["precision"] == "fp16"
+        needed = facts["memory"]["needed"]
+        assert needed["fp16"]["weights"] == 2 * facts["parameters"] * small
+        assert needed["fp32"]["weights"] == 4 * facts["parameters"] * small
+        assert needed["bf16"]["weights"] == 2 * facts["parameters"]
+    assert Llama.load(smollm2_path, device="cpu").info.precision == "fp16"
+
+
+@pytest.mark.parametrize(("kind", "known"), [("Q8_0", True), ("Q2_K", False)])
+def test_blocks_that_no_kernel_knows_are_converted(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
+) -> None:
+    """And so counted, also where others would be read as they lie."""
+    monkeypatch.setattr("llama_scratch.precision._SMALL", 0)
+    stored = Stored({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
+    checkpoint = replace(open_checkpoint(smollm2_path), inspect=lambda _: stored)
+    monkeypatch.setattr(info, "open_checkpoint", lambda *_: checkpoint)
+    needed = describe(smollm2_path, None, None, silent, device="cpu")["memory"]["needed"]
+    for precision, width in (("fp16", 2), ("fp32", 4)):
+        assert needed[precision]["weights"] == (0 if known else width * checkpoint.args.n_parameters(tied=True))
+
+
+def test_activations_are_checked_and_counted(tiny_dir: Path) -> None:
+    """In bfloat16 the cache takes half."""
+    auto, rounded = (
+        describe(tiny_dir, None, None, silent, device="cpu", activations=name)["memory"]["needed"]["bf16"]["KV cache"]
+        for name in ("auto", "bf16")
+    )
+    assert auto == 2 * rounded
+    with pytest.raises(UsageError, match=r"expected one of auto, fp32, bf16 \(--activations\)\.$"):
+        describe(tiny_dir, None, None, silent, activations="fp8")
 
 
 def test_the_tokenizer_and_the_chat_format(tiny_dir: Path, facts: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.terminal import Terminal
 PROMPT = "SmolLM2-135M-Instruct> "
 # Of the bottom line alone.
 BELOW = "· entropy"
-# Mapped float32, so that no start turns 4 bits into it; packed, for long prompts are read faster then.
+# Mapped float32, so that no start turns 4 bits into it.
 MODEL = ("--model-dir", str(SMOLLM2_FP32))
 
 
@@ -33,12 +33,10 @@ def session(shared: Terminal) -> Terminal:
 
 
 def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
-    """A session whose model is loaded and whose weights are packed."""
+    """A session whose model is loaded."""
     terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
     terminal.wait_for("lists the commands")
     terminal.settle(0.5)
-    while "Packing" in terminal.text:
-        terminal.read()
     return terminal
 
 

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "kernels"), [("fp32", False), ("fp16", False), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize(("precision", "kernels"), memory.RUNS)
 def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
-    """With packing and a context that is filled; 110 M weights, so that the program's own changes weigh little.
+    """With a context that is filled; 110 M weights, so that the program's own changes weigh little.
 
     Freed memory goes back to the system late if other programs take the CPU, so a higher peak is measured again.
     """
@@ -33,7 +33,7 @@ def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernel
 @pytest.mark.slow
 def test_prompts_leave_nothing_behind(tiny_dir: Path) -> None:
     """A leak of a KB a prompt is 600 KB here."""
-    found = memory.growth(tiny_dir, "fp16", 1200)
+    found = memory.growth(tiny_dir, "bf16", 1200)
     assert found["grew"] < 300_000, found
 
 

@@ -88,9 +88,8 @@ def test_the_contribution_of_all_is_that_of_the_feed_forward(
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_packed_weights_find_the_same_neurons(tiny_dir: Path, found: Neurons) -> None:
+def test_weights_of_16_bits_find_the_same_neurons(tiny_dir: Path, found: Neurons) -> None:
     half = Llama.load(tiny_dir, precision="fp16", device="cpu")
-    half.prepare()
     again = neurons(half, IDS, LAYER)
     assert [neuron.index for neuron in again.neurons] == [neuron.index for neuron in found.neurons]
     assert again.neurons[0].contribution == pytest.approx(found.neurons[0].contribution, abs=1e-3)

@@ -58,7 +58,6 @@ def test_distances_are_those_of_whole_logits(tiny: Llama, found: Numerics, name:
     """Of each network, loaded and run on its own."""
     factor = 8.0 if name == "RoPE 8" else None
     other = Llama.load(tiny.path, precision="fp32" if factor else name, device="cpu", rope_factor=factor)
-    other.prepare()
     expected, logits = tiny.logits(IDS), other.logits(IDS)
     kl = plain_kl(expected, logits)
     row = next(row.distance for row in found.rows if row.name == name)
@@ -69,7 +68,7 @@ def test_distances_are_those_of_whole_logits(tiny: Llama, found: Numerics, name:
     assert row.changed == int((expected.argmax(-1) != logits.argmax(-1)).sum())
     assert row.answer.id == int(logits[-1].argmax())
     assert row.answer.probability == pytest.approx(float(logits[-1].softmax(-1).max()), rel=1e-4)
-    assert row.mean_kl_bits > 0
+    assert (row.mean_kl_bits > 0) is (name != "bf16")  # which loses nothing of this file
 
 
 def test_all_is_there_in_its_order(tiny: Llama, found: Numerics) -> None:

@@ -340,6 +340,7 @@ def test_a_replay_runs_the_model_with_the_options_that_it_had(
         rope_factor=8.0,
         context=100,
         precision="bf16",
+        activations="bf16",
         threads=1,
     )
     torch.set_num_threads(threads)
@@ -353,6 +354,7 @@ def test_a_replay_runs_the_model_with_the_options_that_it_had(
         "rope_factor": 8.0,
         "context": 100,
         "precision": "bf16",
+        "activations": "bf16",
         "device": "cpu",
         "threads": torch.get_num_threads(),
     }
@@ -364,7 +366,26 @@ def test_a_context_that_nobody_asked_for_is_not_asked_for_by_a_replay(directory:
     path = tmp_path / "a.jsonl"
     respond(session_of(load(directory, context=None), "the"), f"/save {path}")
     options = record.load(path).header.options
-    assert (options["context"], options["rope_factor"]) == (None, None)
+    assert (options["context"], options["rope_factor"], options["activations"]) == (None, None, None)
+
+
+def test_a_replay_rounds_activations_as_the_session_did(
+    llama_scratch: Runner,  # noqa: F811
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the environment says; a file of an older version says nothing of them."""
+    path = tmp_path / "a.jsonl"
+    respond(session_of(load(directory, precision="bf16", activations="bf16"), "the nation"), f"/save {path}")
+    monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "fp32")
+    result = llama_scratch("replay", str(path))
+    assert (result.code, "no difference" in result.out) == (0, True), result.out + result.err
+    assert llama_scratch("replay", "--activations", "fp32", str(path)).code == 1
+    edited(path, lambda lines: lines[0]["asked"].pop("activations"))
+    assert record.load(path).header.options["activations"] is None
+    assert llama_scratch("replay", str(path)).code == 1
+    assert llama_scratch("replay", "--activations", "bf16", str(path)).code == 0
 
 
 def test_options_that_were_not_given_are_not_taken_from_the_environment(
@@ -378,6 +399,7 @@ def test_options_that_were_not_given_are_not_taken_from_the_environment(
     monkeypatch.setenv("LLAMA_SCRATCH_CONTEXT", "2")
     monkeypatch.setenv("LLAMA_SCRATCH_ROPE_FACTOR", "8")
     monkeypatch.setenv("LLAMA_SCRATCH_TOKENIZER", "/nowhere")
+    monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "bf16")
     result = llama_scratch("replay", str(path))
     assert (result.code, "no difference" in result.out) == (0, True), result.out + result.err
     # A model that is named has its own tokenizer.

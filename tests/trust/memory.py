@@ -21,6 +21,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from llama_scratch.config import PRECISIONS
 from tests.checkpoints import write_meta
 from tests.trust.record import RESULTS, read, write
 
@@ -39,18 +40,27 @@ def anonymous(process: int | str = "self") -> int:
 # --- The peak ---------------------------------------------------------------------------------
 
 
-def peak(path: Path, precision: str, context: int, order: str = "prepared", *, kernels: bool = False) -> dict[str, Any]:
-    """Load a model in a process of its own, pack its weights and fill its context.
+def peak(
+    path: Path, precision: str, context: int, *, kernels: bool = False, calibrated: bool = False
+) -> dict[str, Any]:
+    """Load a model in a process of its own, pack its weights if it has to, and fill its context.
 
-    Returns the bytes that were predicted, by what for, and the most that were taken from there on.
-    order: "prepared": the weights are packed before the long text comes; "meanwhile": while it is read; "calibrated":
-    nothing is read, and what is predicted is what the calibration takes.
-    kernels: with ours. Weights that were kept would be mapped, so none are there.
+    Args:
+        path: The model.
+        precision: As for `Llama.load`.
+        context: The number of tokens that are read.
+        kernels: With ours, compiled before.
+        calibrated: Nothing is read, and what is predicted is what the calibration takes.
+
+    Returns:
+        The bytes that were predicted, by what for, and the most that were taken from there on. Weights that were kept
+        would be mapped, so none are there.
     """
-    command = [sys.executable, "-m", "tests.trust.memory", "--one", str(path), precision, str(context), order]
-    home = Path(_cache().name)
+    command = [sys.executable, "-m", "tests.trust.memory", "--one", str(path), precision, str(context)]
+    home = _cache(kernels)
     shutil.rmtree(home / "llama-scratch" / "weights", ignore_errors=True)
-    environment = os.environ | {"XDG_CACHE_HOME": str(home), "LLAMA_SCRATCH_KERNELS": "1" if kernels else "0"}
+    environment = os.environ | _switch(home, kernels)
+    command += ["calibrated"] if calibrated else ["read"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         most = 0
         while child.poll() is None:
@@ -66,20 +76,32 @@ def peak(path: Path, precision: str, context: int, order: str = "prepared", *, k
     return found | {"measured": taken, "predicted_to_measured": round(predicted / taken, 3)}
 
 
+_homes: list[TemporaryDirectory[str]] = []  # until this program ends
+
+
 @cache
-def _cache() -> TemporaryDirectory[str]:
-    """Where the kernels are compiled once."""
-    return TemporaryDirectory()
+def _cache(kernels: bool) -> Path:
+    """A folder in which weights are kept, with the compiled kernels."""
+    _homes.append(TemporaryDirectory())
+    home = Path(_homes[-1].name)
+    if kernels:
+        build = "from llama_scratch import kernels; assert kernels.build(), kernels.state()"
+        subprocess.run([sys.executable, "-c", build], env=os.environ | _switch(home, kernels), check=True)
+    return home
 
 
-def _one(path: str, precision: str, context: int, order: str) -> dict[str, Any]:
+def _switch(home: Path, kernels: bool) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(home), "LLAMA_SCRATCH_KERNELS": "" if kernels else "0"}
+
+
+def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[str, Any]:
     import torch
 
     from llama_scratch import engine
     from llama_scratch import llama as library
 
     before, predicted = 0, {}
-    if order == "calibrated":
+    if calibrated:
         return _calibrated(path, precision)
 
     def noted(needed: dict[str, int], what: str, device: torch.device) -> None:
@@ -92,12 +114,10 @@ def _one(path: str, precision: str, context: int, order: str) -> dict[str, Any]:
     vars(library)["_examples"] = lambda *_: None
     torch.ones(512, 512) @ torch.ones(512, 512)  # its threads are there
     llama = library.Llama.load(path, precision=precision, context=context)
-    llama.predict("The")
-    llama.prepare(wait=order == "prepared")
+    llama.predict("The")  # which waits for packed weights
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(llama.args.vocab_size, (context - 4,), generator=generator).tolist()
     list(llama.generate(ids, 4))
-    llama.prepare()
     return {"before": before, "predicted": predicted, "now": anonymous() - before, "threads": torch.get_num_threads()}
 
 
@@ -237,7 +257,7 @@ def _each(function: Callable[[], object], times: int) -> float:
 
 # --- All of it --------------------------------------------------------------------------------
 
-RUNS = (("fp32", False), ("bf16", False), ("fp16", False), ("int8", False), ("int8", True), ("int4", True))
+RUNS = [*((precision, kernels) for precision in PRECISIONS[:4] for kernels in (False, True)), ("int4", True)]
 PARTS = ("peak", "calibration", "growth", "limits", "cost")
 
 
@@ -251,8 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.one:
-        path, precision, context, order = given.one
-        print(json.dumps(_one(path, precision, int(context), order)))
+        path, precision, context, what = given.one
+        print(json.dumps(_one(path, precision, int(context), calibrated=what == "calibrated")))
         return 0
     if given.cost:
         print(json.dumps(_cost(*given.cost)))
@@ -270,26 +290,25 @@ def main(arguments: list[str] | None = None) -> int:
         models = {"SmolLM2": small, "1B": once(given.directory / "1B", make_checkpoint)}
     if "peak" in parts:
         figures["peak"] = [
-            {"model": name, "precision": precision, "kernels": kernels, "order": order, "context": context}
-            | peak(models[name], precision, context, order, kernels=kernels)
+            {"model": name, "precision": precision, "kernels": kernels, "context": context}
+            | peak(models[name], precision, context, kernels=kernels)
             for name, context in (("SmolLM2", 2048), ("1B", 1024))
             for precision, kernels in RUNS
-            for order in (("prepared",) if precision in ("fp32", "bf16") else ("prepared", "meanwhile"))
         ]
     if "calibration" in parts:
         figures["calibration"] = [
             # The 1B shape takes ten minutes more.
-            {"model": "SmolLM2"} | peak(small, "int4", 0, "calibrated", kernels=True)
+            {"model": "SmolLM2"} | peak(small, "int4", 0, kernels=True, calibrated=True)
         ]
     if "growth" in parts:
         with TemporaryDirectory() as folder:
             tiny = write_meta(Path(folder) / "Tiny-Llama")
-            figures["growth"] = {name: growth(tiny, name, given.prompts) for name in ("fp32", "fp16", "int8")}
+            figures["growth"] = {name: growth(tiny, name, given.prompts) for name in ("fp32", "bf16", "int8")}
     if "limits" in parts:
         kinds = {"RLIMIT_AS": range(50, 3100, 50), "RLIMIT_DATA": range(50, 2100, 50)}
         figures["limits"] = {kind: limits(small, kind, sizes) for kind, sizes in kinds.items()}
     if "cost" in parts:
-        figures["cost"] = {name: cost(path, "fp16") for name, path in models.items()}
+        figures["cost"] = {name: cost(path, "auto") for name, path in models.items()}
     if (RESULTS / "memory.json").exists():
         figures = read("memory") | figures
     write("memory", figures)

@@ -34,6 +34,7 @@ def _info(session: Session, _: str) -> Reply:
             progress,
             precision=llama.info.precision,
             device=llama.info.device,
+            activations=llama.options.get("activations") or "auto",
         )
     return Reply(facts, terminal.rows(terminal.model_facts(facts)))
 
