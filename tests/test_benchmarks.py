@@ -249,7 +249,8 @@ def test_the_kernels_at_a_tiny_size(tmp_path: Path) -> None:
     """Each instruction set is another program with the same result; the table has all of them."""
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
-    cases = [kernel_speed.Case(kind, rows, 32, 128, 2) for kind in kernel_speed.BITS for rows in (1, 3)]
+    kinds = ("int8", "int4", "bf16", "Q4_1")
+    cases = [kernel_speed.Case(kind, rows, 32, 128, 2) for kind in kinds for rows in (1, 3)]
     recorded = kernel_speed.measure_all(cases, tmp_path, rounds=1)
     assert recorded["same_bits"]
     sets = list(recorded["cases"][0]["seconds"])
