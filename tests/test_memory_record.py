@@ -31,6 +31,7 @@ def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernel
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("built_kernels")
 def test_prompts_leave_nothing_behind(tiny_dir: Path) -> None:
     """A leak of a KB a prompt is 600 KB here."""
     found = memory.growth(tiny_dir, "bf16", 1200)

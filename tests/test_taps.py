@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from llama_scratch import engine as engine_module
 from llama_scratch import taps as taps_module
+from llama_scratch.attention import attend_by_kernels
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.model import Attention, TransformerBlock, attend
+from llama_scratch.model import Attention, TransformerBlock
 from llama_scratch.taps import Tap, places, tapped
 
 IDS = list(range(60, 72))
@@ -71,7 +72,11 @@ def block(llama: Llama, layer: int) -> TransformerBlock:
 
 def is_untapped(llama: Llama) -> bool:
     attentions = [module for module in llama.engine.model.modules() if isinstance(module, Attention)]
-    return not modules_with_hooks(llama) and len(attentions) == 3 and all(each.attend is attend for each in attentions)
+    return (
+        not modules_with_hooks(llama)
+        and len(attentions) == 3
+        and all(each.attend is attend_by_kernels for each in attentions)
+    )
 
 
 def test_places_are_in_the_order_in_which_a_token_comes_by(llama: Llama) -> None:
@@ -312,7 +317,7 @@ def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, lo
         finally:
             sys.setprofile(before)
         assert torch.equal(run(llama, {}), logits), at
-        assert all(block(llama, layer).attention.attend is attend for layer in range(3)), at
+        assert all(block(llama, layer).attention.attend is attend_by_kernels for layer in range(3)), at
         for module in modules_with_hooks(llama):  # which do nothing any more
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
