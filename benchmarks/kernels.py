@@ -99,7 +99,7 @@ class Product:
         rows, out, inputs, kind = map(ctypes.c_int64, (case.rows, case.out, case.inputs, TYPES.index(case.kind)))
         data, scales = ctypes.c_void_p(weight[0].data_ptr()), ctypes.c_void_p(weight[-1].data_ptr())
         x_data, y_data = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
-        self._library.product_of(x_data, rows, data, scales, kind, out, inputs, y_data, False)
+        self._library.product_of(x_data, rows, data, scales, kind, out, inputs, y_data, ctypes.c_int64(0))
         return y
 
 

@@ -134,7 +134,7 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights, std::vec
                   dim % PANEL == 0 && head_dim % PANEL == 0,
               "x, freqs_cis and the cache do not fit together");
   Reader reader{weights, types};
-  Space space;
+  static thread_local Space space;  // kept: to take it anew for each text costs more than its use
   for (int64_t i = 0; i < count; i++) {
     const Tensor *norm = &norms[2 * i], *held = &cache[2 * i];
     TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()), "the caches of layers 0 and ", i, " do not fit together");

@@ -167,7 +167,8 @@ def memory_needed(
         mask = CHUNK * context * (3 + number) + 4 * _BLOCKS * (stored != torch.float32)
     return {
         "weights": weights,
-        "packing": max(0, packing - cache),  # it is over long before a cache of its size is full
+        # It is over long before a cache of its size is full; but what the kernels' search took is given back late.
+        "packing": packing if fast else max(0, packing - cache),
         "KV cache": cache,
         "activations": numbers * 4 + 16 * args.vocab_size + mask,
     }

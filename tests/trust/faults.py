@@ -266,11 +266,14 @@ class Cache(Stage):
         return whole
 
     def left(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.suffix] if self.folder.exists() else []
+        """Stale parts; other ones wait for the next run of their own model."""
+        parts = [path for path in self.folder.iterdir() if path.suffix] if self.folder.exists() else []
+        return [path for path in parts if time.time() - path.stat().st_mtime > kept._STALE]
 
     def next(self) -> None:
         self.pack(self.done % self.models)
         (self.folder / "x.part").write_bytes(b"left")
+        os.utime(self.folder / "x.part", (0, 0))
         self.source(self.models).touch()
         self.pack(self.models)
         self.done += 1
