@@ -64,7 +64,7 @@ def test_what_was_found_stays_mended(case: Path) -> None:
         ("raise ValueError('planted')", "ValueError: planted"),
         ("raise fuzz.LlamaScratchError('two\\nlines.')", "in no sentence"),
         ("while True: pass", "longer than 1 s"),
-        ("bytearray(1 << 30)", "more than 64 MB"),
+        ("bytearray(1 << 30)", "more than 128 MB"),
         ("x = bytearray(30 << 20)", "objects take 31,"),
         ("__import__('os').abort()", "ends the process with -6"),
         ("time.sleep(99)", "hangs for more than 6 s outside of Python"),

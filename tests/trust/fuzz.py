@@ -66,7 +66,7 @@ from tests.trust import record
 CASES = Path(__file__).parent / "cases"
 COUNT = 1_000_000
 SECONDS = 1.0  # of the CPU's time that a reader may take
-ROOM = 64 << 20  # bytes that a reader may take beyond what the process has, whatever the file's size
+ROOM = 128 << 20  # bytes that a reader may take beyond what the process has, whatever the file's size
 PEAK_FLOOR, PEAK_PER_BYTE = 4 << 20, 64  # and what its own objects may, looked at in one input of so many:
 SAMPLE = 101
 RENEWED = 50_000  # inputs that a process reads: tracemalloc leaves some kilobytes behind each time, which add up
