@@ -102,7 +102,7 @@ Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
     int64_t id = ids.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(0 <= id && id < w.out, "there is no row ", id, " of ", w.out);
     with_format(w.type, [&]<class W>() {
-      unpack<W>((const uint8_t*)w.data + id * (w.in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK), 0, w.in, y.data_ptr<float>() + i * w.in);
+      unpack<W>((const uint8_t*)w.data + id * bytes_of<W>(w.in), 0, w.in, y.data_ptr<float>() + i * w.in);
     });
   }
   return y;

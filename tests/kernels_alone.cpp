@@ -28,7 +28,7 @@ void product_of(const float* x, int64_t T, const void* data, const uint16_t* sca
 
 void rows_of(const uint8_t* data, int64_t type, int64_t out, int64_t in, float* y) {
   with_format(Type(type), [&]<class W>() {
-    for (int64_t i = 0; i < out; i++) unpack<W>(data + i * (in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK), 0, in, y + i * in);
+    for (int64_t i = 0; i < out; i++) unpack<W>(data + i * bytes_of<W>(in), 0, in, y + i * in);
   });
 }
 
@@ -73,7 +73,7 @@ struct Stored {
 
   Stored(Type type, int64_t out, int64_t in, bool hard) {
     int64_t bytes = type == Type::INT8 ? out * in : out * in / 2;
-    with_format(type, [&]<class W>() { bytes = out * (in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK); });
+    with_format(type, [&]<class W>() { bytes = out * bytes_of<W>(in); });
     data.resize(bytes);
     for (auto& v : data) v = any(0, 255);
     if (in_panels(type)) scales.resize(out * in / block_of(type));

@@ -8,8 +8,8 @@
 // then the lanes are added, and the spans one after the other. So a sum never depends on how many other rows there are,
 // and one token gives the same bits alone as in a prompt. What differs is only who turns the weights into float32:
 //
-//     one or two rows of x     each weight on its way from the memory, in a register: bound by the memory
-//     more                     BLOCK rows of a span go into the cache as float32, and all rows of x meet them there
+//     FEW rows of x     each weight on its way from the memory, in a register: bound by the memory
+//     more              BLOCK rows of a span go into the cache as float32, and all rows of x meet them there
 
 #pragma once
 
@@ -70,46 +70,23 @@ struct Q8_0 {
     for (int i = 0; i < PARTS; i++) v[i] = floats(q[i]) * scale;
   }
 };
-struct Q4_0 {
-  static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 18;
+// Blocks of 32 weights of four bits, or of five: a scale, an offset or else the middle of the numbers, the fifth bits.
+template <bool OFFSET, bool FIVE>
+struct BlockOf32 {
+  static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 18 + 2 * OFFSET + 4 * FIVE;
   static void load(const uint8_t* row, int64_t k, Vector* v) {
-    const uint8_t* block = row + k / 32 * BYTES_A_BLOCK;
+    const uint8_t *block = row + k / 32 * BYTES_A_BLOCK, *bits = block + 2 + 2 * OFFSET;
     Whole q[PARTS];
-    nibbles(block + 2, q);
+    nibbles(bits + 4 * FIVE, q);
+    if constexpr (FIVE) fifth(llama_scratch::load<uint32_t>(bits), q);
     float scale = half_at(block);
-    scaled(q, scale, -8 * scale, v);
+    scaled(q, scale, OFFSET ? half_at(block + 2) : (FIVE ? -16 : -8) * scale, v);
   }
 };
-struct Q4_1 {
-  static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 20;
-  static void load(const uint8_t* row, int64_t k, Vector* v) {
-    const uint8_t* block = row + k / 32 * BYTES_A_BLOCK;
-    Whole q[PARTS];
-    nibbles(block + 4, q);
-    scaled(q, half_at(block), half_at(block + 2), v);
-  }
-};
-struct Q5_0 {
-  static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 22;
-  static void load(const uint8_t* row, int64_t k, Vector* v) {
-    const uint8_t* block = row + k / 32 * BYTES_A_BLOCK;
-    Whole q[PARTS];
-    nibbles(block + 6, q);
-    fifth(llama_scratch::load<uint32_t>(block + 2), q);
-    float scale = half_at(block);
-    scaled(q, scale, -16 * scale, v);
-  }
-};
-struct Q5_1 {
-  static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 24;
-  static void load(const uint8_t* row, int64_t k, Vector* v) {
-    const uint8_t* block = row + k / 32 * BYTES_A_BLOCK;
-    Whole q[PARTS];
-    nibbles(block + 8, q);
-    fifth(llama_scratch::load<uint32_t>(block + 4), q);
-    scaled(q, half_at(block), half_at(block + 2), v);
-  }
-};
+using Q4_0 = BlockOf32<false, false>;
+using Q4_1 = BlockOf32<true, false>;
+using Q5_0 = BlockOf32<false, true>;
+using Q5_1 = BlockOf32<true, true>;
 
 // Blocks of 256: eight times 32 weights with a scale and an offset of 6 bits each, in units of two float16.
 struct ScaleAndOffset {
@@ -188,6 +165,12 @@ void with_format(Type type, const F& f) {
     case Type::Q6_K: return f.template operator()<Q6_K>();
     case Type::INT8: case Type::INT4: return;  // see panels.h
   }
+}
+
+// What so many columns of a row take in the file; they are whole blocks.
+template <class W>
+constexpr int64_t bytes_of(int64_t columns) {
+  return columns / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK;
 }
 
 // --- Products ---------------------------------------------------------------------------------
@@ -289,10 +272,10 @@ struct Rows {
 // each other, because the memory foresees what is read in one go, and not what jumps from page to page.
 template <class W>
 void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
-  int64_t stride = w.in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, quarter = (end - begin) / 4;
+  int64_t stride = bytes_of<W>(w.in), quarter = (end - begin) / 4;
   auto rows = [&](int64_t first, int64_t count, int64_t step) {
     for (int64_t k = 0; k < w.in; k += COLUMNS)
-      product_in_cache<W, LOW>(w.data + first * stride + k / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK, step * stride, count, x + k, w.in, T,
+      product_in_cache<W, LOW>(w.data + first * stride + bytes_of<W>(k), step * stride, count, x + k, w.in, T,
                                std::min(COLUMNS, w.in - k), y + first, y_stride, step, add || k);
   };
   for (int64_t r = begin; r < begin + quarter; r++) rows(r, 4, quarter);
@@ -303,7 +286,7 @@ void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x,
 template <class W>
 void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
   alignas(64) static thread_local float block[BLOCK * COLUMNS];
-  int64_t stride = w.in / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK;
+  int64_t stride = bytes_of<W>(w.in);
   for (int64_t k = 0; k < w.in; k += COLUMNS)
     for (int64_t r = begin; r < end; r += BLOCK) {
       int64_t count = std::min(COLUMNS, w.in - k), rows = std::min(BLOCK, end - r);
