@@ -162,10 +162,8 @@ struct Rounded {
 
 // --- Products ---------------------------------------------------------------------------------
 
-// Weights are asked for so many bytes ahead, and the cache need not keep them: a pass reads them once.
-constexpr int AHEAD = 8192;
-
 // TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
+// apart: from one of these panels to the next, in panels.
 // y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
 #if defined(LLAMA_SCRATCH_AVX2)
 // AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So this tile names its
@@ -180,7 +178,7 @@ inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride, __
   const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
   for (int group = 0; group < block_of(8) / GROUP; group++, q += PANEL * GROUP, r += GROUP) {
-    __builtin_prefetch(q + AHEAD, 0, 0);
+    prefetch(q);
     __m256i w[] = {register_at(q), register_at(q + 32)}, size[] = {_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])};
 #pragma GCC unroll 4
     for (int k = 0; k < TOK; k++) {
@@ -201,7 +199,7 @@ inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride, __
     __m256i pairs[TOK][2] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++, q += PANEL * GROUP, r += 2 * GROUP) {
-      __builtin_prefetch(q + AHEAD, 0, 0);
+      prefetch(q);
       __m256i w[] = {register_at(q), register_at(q + 32)}, low[2], high[2];
       for (int h = 0; h < 2; h++) {
         low[h] = _mm256_and_si256(w[h], fifteen);
@@ -221,39 +219,44 @@ inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride, __
 }
 
 template <int BITS, int PAN, int TOK>
-void panel_tile(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
-  static_assert(PAN == 1);
+void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
   constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
-  __m256 total[TOK][2] = {};
-  for (int64_t b = 0; b < rows.blocks; b++, q += BYTES, s += PANEL) {
+  __m256 total[PAN][TOK][2] = {};
+  for (int64_t b = 0; b < rows.blocks; b++) {
     const int8_t* r = &rows.values[t * rows.in + b * BLOCK];
-    __m256i sum[TOK][2] = {};
-    if constexpr (BITS == 8) {
-      block_of_8_bits<TOK>(q, r, rows.in, sum);
-    } else {  // nibbles hold q + 8
-      for (int k = 0; k < TOK; k++) sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
-      block_of_4_bits<TOK>(q, r, rows.in, sum);
-    }
-    Floats scale = sixteen_halves(s);
-    __m256 scales[2];
-    std::memcpy(scales, &scale, sizeof scale);
-    for (int k = 0; k < TOK; k++) {
-      __m256 step = _mm256_set1_ps(rows.scales[(t + k) * rows.blocks + b]);
-      for (int h = 0; h < 2; h++)
-        total[k][h] = _mm256_add_ps(total[k][h], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[k][h]), _mm256_mul_ps(scales[h], step)));
+    for (int p = 0; p < PAN; p++) {
+      int64_t at = p * apart * rows.blocks + b;
+      __m256i sum[TOK][2] = {};
+      if constexpr (BITS == 8) {
+        block_of_8_bits<TOK>(q + at * BYTES, r, rows.in, sum);
+      } else {  // nibbles hold q + 8
+        for (int k = 0; k < TOK; k++) sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
+        block_of_4_bits<TOK>(q + at * BYTES, r, rows.in, sum);
+      }
+      Floats scale = sixteen_halves(s + at * PANEL);
+      __m256 scales[2];
+      std::memcpy(scales, &scale, sizeof scale);
+      for (int k = 0; k < TOK; k++) {
+        __m256 step = _mm256_set1_ps(rows.scales[(t + k) * rows.blocks + b]);
+        for (int h = 0; h < 2; h++) {
+          __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[k][h]), _mm256_mul_ps(scales[h], step));
+          total[p][k][h] = _mm256_add_ps(total[p][k][h], product);
+        }
+      }
     }
   }
-  for (int k = 0; k < TOK; k++)
-    for (int h = 0; h < 2; h++) {
-      float* to = y + k * stride + 8 * h;
-      _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), total[k][h]) : total[k][h]);
-    }
+  for (int p = 0; p < PAN; p++)
+    for (int k = 0; k < TOK; k++)
+      for (int h = 0; h < 2; h++) {
+        float* to = y + k * stride + p * apart * PANEL + 8 * h;
+        _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), total[p][k][h]) : total[p][k][h]);
+      }
 }
 #else
 template <int BITS, int PAN, int TOK>
-void panel_tile(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
+void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
   constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
@@ -267,8 +270,8 @@ void panel_tile(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, 
 #pragma GCC unroll 16
     for (int group = 0; group < BLOCK / GROUP; group += 8 / BITS) {
       for (int p = 0; p < PAN; p++) {
-        const int8_t* from = q + (p * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
-        __builtin_prefetch(from + AHEAD, 0, 0);
+        const int8_t* from = q + (p * apart * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
+        prefetch(from);
         if constexpr (BITS == 8) {
           Bytes eight = load<Bytes>(from);
           for (int k = 0; k < TOK; k++) sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
@@ -283,13 +286,13 @@ void panel_tile(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, 
       }
     }
     for (int p = 0; p < PAN; p++) {
-      Floats scale = sixteen_halves(s + (p * rows.blocks + b) * PANEL);
+      Floats scale = sixteen_halves(s + (p * apart * rows.blocks + b) * PANEL);
       for (int k = 0; k < TOK; k++) total[p][k] += as_floats(sum[p][k]) * (scale * rows.scales[(t + k) * rows.blocks + b]);
     }
   }
   for (int p = 0; p < PAN; p++)
     for (int k = 0; k < TOK; k++) {
-      float* to = y + k * stride + p * PANEL;
+      float* to = y + k * stride + p * apart * PANEL;
       store(to, add ? load<Floats>(to) + total[p][k] : total[p][k]);
     }
 }
@@ -297,15 +300,20 @@ void panel_tile(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, 
 
 template <int BITS, int PAN, int TOK = TOKENS>
 void panels_times_rows(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, float* y, bool add) {
-  for (; t + TOK <= rows.T; t += TOK) panel_tile<BITS, PAN, TOK>(w, panel, rows, t, y + t * w.out + panel * PANEL, w.out, add);
+  for (; t + TOK <= rows.T; t += TOK) panel_tile<BITS, PAN, TOK>(w, panel, 1, rows, t, y + t * w.out + panel * PANEL, w.out, add);
   if constexpr (TOK > 1)
     if (t < rows.T) panels_times_rows<BITS, PAN, TOK - 1>(w, panel, rows, t, y, add);
 }
 
 template <int BITS>
 void panels_product(const Panels& w, const Rounded& rows, float* y, bool add) {
-  if (rows.T == 1)  // bound by the memory, which is read fastest in one piece
-    return parallel(w.panels(), [&](int64_t panel) { panel_tile<BITS, 1, 1>(w, panel, rows, 0, y + panel * PANEL, w.out, add); });
+  if (rows.T == 1)
+    return parallel_pieces(w.panels(), [&](int64_t begin, int64_t end) {
+      int64_t apart = (end - begin) / STREAMS, panel = begin;
+      for (; panel < begin + apart; panel++) panel_tile<BITS, STREAMS, 1>(w, panel, apart, rows, 0, y + panel * PANEL, w.out, add);
+      for (panel = begin + STREAMS * apart; panel < end; panel++)
+        panel_tile<BITS, 1, 1>(w, panel, 1, rows, 0, y + panel * PANEL, w.out, add);
+    });
   constexpr int PAN = PANELS;
   parallel((w.panels() + PAN - 1) / PAN, [&](int64_t i) {
     if (PAN * (i + 1) <= w.panels()) panels_times_rows<BITS, PAN>(w, PAN * i, rows, 0, y, add);

@@ -196,6 +196,7 @@ void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, 
   for (; k + W::STEP <= count; k += W::STEP) {
     Vector v[R][N];
     for (int r = 0; r < R; r++) {
+      if constexpr (T == 1) prefetch(w + r * w_stride + bytes_of<W>(k));
       W::load(w + r * w_stride, k, v[r]);
       for (int i = 0; i < N; i++) keep(v[r][i]);
     }
@@ -268,18 +269,17 @@ struct Rows {
 };
 
 // y (T, out) of `y_stride` numbers a row = or += x·Wᵀ, for rows `begin` to `end` of the matrix. With few rows of x the
-// weights are turned into float32 wherever they come by. Four rows at a time hide how long a sum takes; they are far from
-// each other, because the memory foresees what is read in one go, and not what jumps from page to page.
+// weights are turned into float32 wherever they come by. STREAMS rows at a time also hide the latency of a sum.
 template <class W>
 void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
-  int64_t stride = bytes_of<W>(w.in), quarter = (end - begin) / 4;
+  int64_t stride = bytes_of<W>(w.in), apart = (end - begin) / STREAMS;
   auto rows = [&](int64_t first, int64_t count, int64_t step) {
     for (int64_t k = 0; k < w.in; k += COLUMNS)
       product_in_cache<W, LOW>(w.data + first * stride + bytes_of<W>(k), step * stride, count, x + k, w.in, T,
                                std::min(COLUMNS, w.in - k), y + first, y_stride, step, add || k);
   };
-  for (int64_t r = begin; r < begin + quarter; r++) rows(r, 4, quarter);
-  for (int64_t r = begin + 4 * quarter; r < end; r++) rows(r, 1, 0);
+  for (int64_t r = begin; r < begin + apart; r++) rows(r, STREAMS, apart);
+  for (int64_t r = begin + STREAMS * apart; r < end; r++) rows(r, 1, 0);
 }
 
 // with many, once. A span of all rows of x meets all rows of the matrix before it is the next one's turn.
