@@ -10,8 +10,7 @@ or does not load is left out, and the report says why.
 On a CPU with AVX-512 our precisions are measured a second time, in processes that may only use AVX2.
 --ik adds ik_llama.cpp: its llama-bench runs once per round and case.
 
-Writes benchmarks/results.json (each single measurement) and benchmarks/results.md. With --cases, the cases that are not
-measured keep the samples of the run before, if that was on the same CPU with the same versions.
+Writes benchmarks/results.json (each single measurement) and benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -429,21 +428,6 @@ def selected(names: Sequence[str]) -> list[Entry]:
     return [entry for entry in entries if not names or any(entry.name.startswith(name) for name in names)]
 
 
-def keep_other_cases(results: dict[str, Any], before: dict[str, Any]) -> None:
-    """Add to the results of some cases the samples of the others, from a run before on the same CPU."""
-    if any(results[key] != before[key] for key in ("model", "versions")) or any(
-        results["machine"][key] != before["machine"][key] for key in ("cpu", "features", "threads")
-    ):
-        return
-    measured = results["cases"]
-    results["cases"] = before["cases"] | measured
-    results["engines"] = before["engines"] | results["engines"]
-    results["samples"] = [sample for sample in before["samples"] if sample["case"] not in measured] + results["samples"]
-    results["edits"] = results["edits"] or before["edits"]
-    results["rounds"], results["long_rounds"] = before["rounds"], before["long_rounds"]
-    results["left_out"] = before["left_out"] | results["left_out"]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the models, measure, write, and say which bounds are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -509,10 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "left_out": run.left_out,
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    recorded = options.output / "results.json"
-    if options.cases and recorded.exists():
-        keep_other_cases(results, json.loads(recorded.read_text()))
-    recorded.write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(options.output)
     for bound in speed_bounds(results):
         print(bound)

@@ -350,6 +350,7 @@ def _speed(results: dict[str, Any]) -> list[str]:
         "The limit of decode is the read bandwidth ÷ the bytes of weights that a token needs. "
         f"Rows marked{AVX2} are ours with AVX2 alone, on a CPU that has more. ik_llama.cpp repacks its weights when it "
         "loads them; its llama-bench is a new process for each figure, and decodes from an empty cache. "
+        "int4 is calibrated with a short text here, so its preparation takes minutes less than usual. "
         "“Resident” is the memory that is the process's own once it has loaded and answered once, “mapped” its pages "
         "of files, which the system takes back when it needs to. “Load” begins with the import of the library. "
         "“Distance” is the relative L2 distance of the logits after a short prompt from our fp32's.",

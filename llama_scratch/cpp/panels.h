@@ -163,7 +163,7 @@ struct Rounded {
 // --- Products ---------------------------------------------------------------------------------
 
 // TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
-// apart: from one of these panels to the next, in panels.
+// apart: distance between these panels, in panels.
 // y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
 #if defined(LLAMA_SCRATCH_AVX2)
 // AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So this tile names its
@@ -307,11 +307,12 @@ void panels_times_rows(const Panels& w, int64_t panel, const Rounded& rows, int6
 
 template <int BITS>
 void panels_product(const Panels& w, const Rounded& rows, float* y, bool add) {
-  if (rows.T == 1)
+  if (rows.T == 1)  // memory-bound
     return parallel_pieces(w.panels(), [&](int64_t begin, int64_t end) {
-      int64_t apart = (end - begin) / STREAMS, panel = begin;
-      for (; panel < begin + apart; panel++) panel_tile<BITS, STREAMS, 1>(w, panel, apart, rows, 0, y + panel * PANEL, w.out, add);
-      for (panel = begin + STREAMS * apart; panel < end; panel++)
+      int64_t apart = (end - begin) / STREAMS;
+      for (int64_t panel = begin; panel < begin + apart; panel++)
+        panel_tile<BITS, STREAMS, 1>(w, panel, apart, rows, 0, y + panel * PANEL, w.out, add);
+      for (int64_t panel = begin + STREAMS * apart; panel < end; panel++)
         panel_tile<BITS, 1, 1>(w, panel, 1, rows, 0, y + panel * PANEL, w.out, add);
     });
   constexpr int PAN = PANELS;

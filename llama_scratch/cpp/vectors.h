@@ -165,13 +165,13 @@ inline Vector exp(Vector x) {
 
 // --- Memory and threads -----------------------------------------------------------------------
 
-// Ask for the cache line AHEAD bytes later in a stream of weights. Into all levels of the cache: a hint that bypasses them
-// (locality 0) halves the bandwidth of Intel's CPUs.
+// Prefetch the cache line AHEAD bytes later in a stream of weights, into all levels of the cache: the hint that bypasses
+// them (locality 0) halved the bandwidth of an Intel CPU.
 constexpr int AHEAD = 2048;
 inline void prefetch(const void* from) { __builtin_prefetch((const uint8_t*)from + AHEAD); }
 
-// A product with one row reads so many streams of weights at a time, far apart from each other: the hardware prefetcher
-// stops at the end of each page, and other streams fill the time until it has found the next one.
+// A product with one row reads this many streams of weights at a time, far apart from each other: the hardware prefetcher
+// stops at the end of a page, and the other streams use the time until it follows the next page.
 constexpr int64_t STREAMS = 4;
 
 // Room for numbers that are written before they are read. It stays for the next use, and grows.
