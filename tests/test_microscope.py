@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -297,6 +297,10 @@ def test_each_character_gets_the_bits_of_its_tokens(tiny_tokens: Llama, text: st
 
 
 @given(ids=st.lists(st.integers(0, 310), min_size=1))
+@example(ids=[237, 160])  # the beginning of a surrogate
+@example(ids=[237, 160, 65])
+@example(ids=[237, 160, 176, 128])
+@example(ids=[237, 160, 226, 130])
 def test_characters_are_those_of_the_decoded_text(tiny_tokens: Llama, ids: list[int]) -> None:
     """Whatever the bytes: a broken character is one U+FFFD, or as many as the decoder makes of it."""
     assert len(per_character(tiny_tokens, scored(ids, tiny_tokens))) == len(

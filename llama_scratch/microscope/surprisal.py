@@ -161,13 +161,23 @@ def _characters(llama: Llama, scored: Iterable[Scored]) -> Iterator[list[Scored]
             held.append(token)
             waiting = len(utf8.getstate()[0])
             done, held = held[: len(held) - waiting], held[len(held) - waiting :]
-            if found == 2:  # a character that was broken off by the next one
-                yield _each_once(done[:-1])
-                done = done[-1:]
-            if found:
-                yield _each_once(done)
-    if held:
-        yield _each_once(held)
+            yield from _split(done, found)
+    yield from _split(held, len(utf8.decode(b"", final=True)))
+
+
+def _split(tokens: list[Scored], count: int) -> Iterator[list[Scored]]:
+    """Divide the tokens of consecutive bytes among the `count` characters that the bytes decode to.
+
+    Broken bytes are one U+FFFD together, or one each if they begin a surrogate, such as ED A0.
+    """
+    if count == len(tokens):
+        yield from ([token] for token in tokens)
+        return
+    if count == 2:  # a character that the next one broke off
+        yield _each_once(tokens[:-1])
+        tokens = tokens[-1:]
+    if count:
+        yield _each_once(tokens)
 
 
 def _each_once(tokens: list[Scored]) -> list[Scored]:
