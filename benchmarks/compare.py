@@ -39,10 +39,10 @@ from benchmarks.llama_bench import LlamaBench, LlamaBenchError, check_program
 from benchmarks.machine import ONLY_AVX2, features, has_more_than_avx2, machine
 from benchmarks.make_checkpoint import LLAMA_3_2_1B, make_checkpoint
 from benchmarks.report import AVX2, FOLDER, speed_bounds, versions, write_report
-from llama_scratch.bench import BANDWIDTH_BYTES, random_ids, read_bandwidth
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.find import find_model
+from llama_scratch.download.locate import find_model
 from llama_scratch.errors import ModelNotFoundError
+from llama_scratch.inference.speed import BANDWIDTH_BYTES, random_ids, read_bandwidth
 
 REFERENCE = "llama.cpp BF16"
 TRUTH = "ours fp32"

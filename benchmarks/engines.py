@@ -53,7 +53,9 @@ class Ours:
     def __init__(self, setup: Setup):
         import torch
 
-        from llama_scratch import Llama, bench, kernels
+        from llama_scratch import Llama
+        from llama_scratch.inference import speed as bench
+        from llama_scratch.precision import kernels
 
         self._bench = bench
         self._llama = Llama.load(
@@ -138,7 +140,7 @@ _log_callbacks: list[Any] = []
 
 def matrix_bytes(path: Path) -> int:
     """Bytes of a GGUF file's matrices that one decoded token reads: an embedding only where it is the output too."""
-    from llama_scratch.checkpoint.gguf_header import read_header
+    from llama_scratch.checkpoint.gguf.header import read_header
 
     sizes = {tensor.name: tensor.size for tensor in read_header(path).tensors if len(tensor.shape) == 2}
     if "output.weight" in sizes:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines import quiet_llama_cpp
-from llama_scratch.checkpoint import Checkpoint, open_checkpoint, write_gguf, write_huggingface
-from llama_scratch.lazy import Weight, as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.gguf import writer
+from llama_scratch.checkpoint.huggingface import writer as write_huggingface
+from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.system.progress import silent
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
@@ -72,7 +74,7 @@ def make_shards(source: Path, target: Path, count: int) -> None:
 def make_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     """A model as a GGUF file of bfloat16 or float32 matrices."""
     checkpoint = open_checkpoint(source)
-    write_gguf.write_gguf(checkpoint, matrices_in(checkpoint, dtype), target, silent)
+    writer.write_gguf(checkpoint, matrices_in(checkpoint, dtype), target, silent)
 
 
 def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) -> None:

@@ -32,8 +32,8 @@ from benchmarks.report import FOLDER, versions, write_report
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.find import find_model
-from llama_scratch.progress import silent
+from llama_scratch.download.locate import find_model
+from llama_scratch.system.progress import silent
 from tests.checkpoints import tiny_params, write_meta
 from tests.texts import CORPUS, drawn
 

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from llama_scratch import kernels
+from llama_scratch.precision import kernels
 
 # The features that decide how fast a weight can be multiplied.
 FEATURES = (

@@ -36,12 +36,13 @@ from benchmarks.machine import machine
 from benchmarks.report import FOLDER, quality_bounds, rotated_bounds, versions, write_report
 from benchmarks.rotate import make_rotated
 from llama_scratch import Llama
-from llama_scratch.calibration import hessians
-from llama_scratch.checkpoint import EMBEDDING, open_checkpoint
-from llama_scratch.checkpoint.find import find_model
-from llama_scratch.lazy import as_tensor
-from llama_scratch.linear import form_of
-from llama_scratch.progress import silent
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.config import EMBEDDING
+from llama_scratch.download.locate import find_model
+from llama_scratch.precision.calibration import hessians
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.precision.linear import form_of
+from llama_scratch.system.progress import silent
 
 # Of the weights as they are, and of rotated ones.
 _PRECISIONS = ("fp16", "bf16", "int8"), ("int8", "int4")

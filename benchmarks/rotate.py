@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from llama_scratch import Llama
-from llama_scratch.checkpoint import EMBEDDING, open_checkpoint, write_gguf
-from llama_scratch.checkpoint.base import OUTPUT
-from llama_scratch.lazy import Weight, as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.gguf import writer as write_gguf
+from llama_scratch.config import EMBEDDING, OUTPUT
+from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.system.progress import silent
 
 # Each norm of a block, with those that read what it gives.
 _READERS = {

@@ -24,16 +24,16 @@ from unittest.mock import patch
 
 from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
-from llama_scratch import kernels
 from llama_scratch.checkpoint.base import name_of
-from llama_scratch.checkpoint.find import find_model
+from llama_scratch.download.locate import find_model
+from llama_scratch.precision import kernels
 from tests.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"
 TYPING_INTERVAL = 0.05  # seconds between keystrokes, as a fast typist's
 COMPILE = """
 import time
-from llama_scratch import kernels
+from llama_scratch.precision import kernels
 start = time.perf_counter()
 if not kernels.build():
     raise SystemExit(kernels.state())

@@ -25,10 +25,11 @@ from pyte.screens import Char, Screen
 from benchmarks.make_checkpoint import LLAMA_3_2_1B
 from llama_scratch.config import ModelArgs
 from llama_scratch.llama import Llama
-from llama_scratch.microscope import attention, tracing
+from llama_scratch.microscope import attention
+from llama_scratch.microscope import patching as tracing
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import patching
-from llama_scratch.render.png import png
+from llama_scratch.render.to_png import png
 from tests.terminal import Terminal
 
 FOLDER = Path(__file__).parent.parent / "OutputImages"

@@ -67,7 +67,7 @@ film.steer(20, 1.0, toward="It was terrible", away="It was wonderful")""",
     """## The numbers themselves
 
 Tensors, for whatever else there is to ask: the residual stream, attention probabilities, and any place that
-`llama_scratch.taps` names.""",
+`llama_scratch.hooks` names.""",
     (
         """neurons = seen.activations("layers.5.feed_forward.neurons")
 seen.residual[5].shape, seen.attention[5, 3].shape, neurons.shape""",

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_scratch.chat import Message
+    from llama_scratch.chat_format import Message
     from llama_scratch.errors import (
         CheckpointError,
         ContextLengthError,
@@ -52,7 +52,7 @@ __version__: str
 
 _HOMES = {
     "Llama": "llama",
-    "Message": "chat",
+    "Message": "chat_format",
     "Sampling": "sampling",
     "Tokenizer": "tokenizer",
     **dict.fromkeys(("Candidate", "Generated", "ModelInfo", "Prediction", "Step", "Timing", "Token"), "results"),

@@ -15,6 +15,9 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 ACTIVATIONS = ("fp32", "bf16")
 """What can go from layer to layer."""
 
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+"""The two weights that many models share, by Meta's names."""
+
 # The context that Llama 3 was trained with before 3.1 stretched it, and the one after.
 ORIGINAL_CONTEXT = 8192
 SCALED_CONTEXT = 131_072
@@ -266,3 +269,8 @@ class Fields:
         if not isinstance(value, bool):
             raise CheckpointError(f"the field {name} is {printable(value)}, expected true or false.")
         return value
+
+
+def is_tied(weights: Mapping[str, object]) -> bool:
+    """Whether the output projection is the embedding itself."""
+    return weights[OUTPUT] is weights[EMBEDDING]

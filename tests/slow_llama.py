@@ -18,8 +18,8 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
 
 from llama_scratch import errors
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, ModelInfo, Prediction, Step, Timing, Token
+from llama_scratch.system.progress import Progress, silent
 
 GATE = Path(sys.argv[1])
 TOKENS = {0: "What", 1: " comes"}

@@ -12,11 +12,11 @@ import gguf
 import pytest
 
 from llama_scratch import Llama
-from llama_scratch.chat import Message
+from llama_scratch.chat_format import Message
 from llama_scratch.checkpoint import convert, open_checkpoint
-from llama_scratch.checkpoint.gguf import open_gguf
-from llama_scratch.checkpoint.huggingface import open_huggingface
-from llama_scratch.checkpoint.vocabulary import BEGIN_WITH_BOS, PATTERNS, PRE_TOKENIZERS, bytes_to_unicode
+from llama_scratch.checkpoint.byte_level_bpe import BEGIN_WITH_BOS, PATTERNS, PRE_TOKENIZERS, bytes_to_unicode
+from llama_scratch.checkpoint.gguf.reader import open_gguf
+from llama_scratch.checkpoint.huggingface.reader import open_huggingface
 from llama_scratch.errors import CheckpointError
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 from tests.test_checkpoint_gguf import MERGES, File, ints, string, strings, uint, vocabulary
@@ -374,8 +374,8 @@ def test_a_missing_pre_tokenizer(
 
 def open_tokenizer(path: Path) -> tuple[Tokenizer, tuple[str, ...]]:
     """A file's tokenizer and the warnings about it, whatever the size of its embedding."""
-    from llama_scratch.checkpoint.gguf import _tokenizer
-    from llama_scratch.checkpoint.gguf_header import read_header
+    from llama_scratch.checkpoint.gguf.header import read_header
+    from llama_scratch.checkpoint.gguf.reader import _tokenizer
 
     tokenizer, _, warnings = _tokenizer(read_header(path).metadata)
     return tokenizer, warnings
@@ -383,7 +383,7 @@ def open_tokenizer(path: Path) -> tuple[Tokenizer, tuple[str, ...]]:
 
 def test_the_vocabularies_of_models_tell_their_patterns(smollm2_path: Path, meta_tokenizer_path: Path) -> None:
     """Of Llama 3 and SmolLM2, also without the names of their special tokens."""
-    from llama_scratch.checkpoint.vocabulary import guess_pre_tokenizer
+    from llama_scratch.checkpoint.byte_level_bpe import guess_pre_tokenizer
 
     for tokenizer, expected in (
         (Tokenizer.from_meta(str(meta_tokenizer_path)), "llama-bpe"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_scratch import bench
 from llama_scratch.errors import UsageError
+from llama_scratch.hooks import tapped
+from llama_scratch.inference import speed
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.architecture import Architecture, Part, _parts, architecture
 from llama_scratch.model import KVCache, Transformer
@@ -18,7 +19,6 @@ from llama_scratch.render.pages import architecture as pages
 from llama_scratch.render.pages.architecture import short
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.session import Session
-from llama_scratch.taps import tapped
 from tests.checkpoints import tiny_args, write_meta
 from tests.test_view_commands import run, shown, started
 
@@ -82,7 +82,7 @@ def test_flops_are_those_that_torch_counts(llama: Llama, length: int) -> None:
         with FlopCounterMode(display=False) as counter:
             model(ids[:, -1:], cache)
     found = architecture(llama, length)
-    assert counter.get_total_flops() == found.flops == bench.decode_flops(llama.args, length - 1)
+    assert counter.get_total_flops() == found.flops == speed.decode_flops(llama.args, length - 1)
     counts = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     assert counts["aten.bmm"] == named(found, "attention.scores").flops + named(found, "attention.mixing").flops > 0
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import attention
-from llama_scratch.attention import attend_by_kernels
+from llama_scratch.inference import long_attention
+from llama_scratch.inference.long_attention import attend_by_kernels
 from llama_scratch.model import attend, causal_mask
 from tests.conftest import KERNELS
 
@@ -165,7 +165,7 @@ def asked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         return attend(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attend", counted)
+        patch.setattr(long_attention, "attend", counted)
         return attend_by_kernels(q, k, v, mask), attend(q, k, v, mask), len(calls)
 
 

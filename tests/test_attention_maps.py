@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import engine as engine_module
+from llama_scratch import hooks as taps_module
 from llama_scratch import model as model_module
-from llama_scratch import taps as taps_module
 from llama_scratch.errors import ContextLengthError, UsageError
+from llama_scratch.hooks import Tap
+from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attention as attention_module
 from llama_scratch.microscope.attention import (
@@ -34,12 +35,11 @@ from llama_scratch.microscope.attention import (
 )
 from llama_scratch.microscope.surprisal import surprisal
 from llama_scratch.model import attend, attend_with, attention_probs, causal_mask
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Gallery, Heatmap, Page, Table
 from llama_scratch.render.pages import attention as pages
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.session import Session
-from llama_scratch.taps import Tap
 from tests import test_smollm2 as smollm2
 from tests.checkpoints import tiny_params, write_meta
 from tests.test_view_commands import shown, started
@@ -368,7 +368,7 @@ def of(page: Page, kind: type[Any]) -> list[Any]:
 
 
 def view(page: Page, width: int = 80) -> str:
-    return " ".join(shown(page_terminal.view(page), width).split())
+    return " ".join(shown(to_terminal.view(page), width).split())
 
 
 def named(found: Heads, kinds: dict[tuple[int, int], tuple[str, float]]) -> Heads:

@@ -14,15 +14,15 @@ from rich.console import Console
 from torch import Tensor
 
 from llama_scratch.errors import ContextLengthError, UsageError
+from llama_scratch.hooks import Tap
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attribution
 from llama_scratch.microscope.attribution import Contribution, Why, why
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
 from llama_scratch.microscope.parts import Part
-from llama_scratch.render import page_terminal
-from llama_scratch.render.pages import why as pages
-from llama_scratch.render.terminal import percent
-from llama_scratch.taps import Tap
+from llama_scratch.render import to_terminal
+from llama_scratch.render.pages import attribution as pages
+from llama_scratch.render.text import percent
 from tests import reference
 from tests import test_smollm2 as smollm2
 from tests.checkpoints import write_meta
@@ -466,7 +466,7 @@ def drawn(found: Why, width: int | None) -> str:
     page = pages.page(found)
     console = Console(width=width or 10_000, color_system=None)
     with console.capture() as captured:
-        console.print(page_terminal.view(page) if width else page_terminal.plain(page), markup=False, highlight=False)
+        console.print(to_terminal.view(page) if width else to_terminal.plain(page), markup=False, highlight=False)
     return " ".join(captured.get().split())
 
 

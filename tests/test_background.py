@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama_scratch.background import Background, Job, go_on
+from llama_scratch.system.jobs import Background, Job, go_on
 
 SOON = 10.0  # seconds after which what should have happened will not
 
@@ -201,7 +201,7 @@ def test_closing_before_the_start_runs_nothing() -> None:
 
 PROGRAM = """
 import time
-from llama_scratch.background import Background
+from llama_scratch.system.jobs import Background
 background = Background("packing", [(lambda: time.sleep(0.1), 1)] * 300, threads=2)
 background.start()
 {}

@@ -22,10 +22,12 @@ from benchmarks import compare, files, llama_bench, loading, microscope, quality
 from benchmarks import kernels as kernel_speed
 from benchmarks.llama_bench import LlamaBench, LlamaBenchError
 from benchmarks.machine import ONLY_AVX2, features, has_more_than_avx2
-from llama_scratch import Llama, kernels
-from llama_scratch.checkpoint import is_tied, open_checkpoint
-from llama_scratch.lazy import Weight, as_tensor
-from llama_scratch.progress import silent
+from llama_scratch import Llama
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.config import is_tied
+from llama_scratch.precision import kernels
+from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.system.progress import silent
 from tests.checkpoints import write_meta
 
 # --- The whole path ---------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llama_scratch.render.html import html
 from llama_scratch.render.page import Cell, Page, Running, Table
+from llama_scratch.render.to_html import html
 from tests.test_page import EVERYTHING, HOSTILE, ramp
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from llama_scratch.engine import Engine
 from llama_scratch.errors import UsageError
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.cache import cache, cached_layer
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import cache as pages
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.results import Timing
@@ -116,8 +116,8 @@ def test_without_a_text_there_is_nothing_held(tiny: Llama) -> None:
 def test_the_pages_fit_their_terminal_and_say_everything(tiny: Llama, width: int) -> None:
     found = cache(tiny, IDS)
     assert "the last answer" not in shown(found, width)
-    whole = shown(page_terminal.view(pages.page(found, Timing(prompt_tokens=10, reused_tokens=9))), width)
-    layer = shown(page_terminal.view(pages.layer_page(cached_layer(tiny, IDS, 1))), width)
+    whole = shown(to_terminal.view(pages.page(found, Timing(prompt_tokens=10, reused_tokens=9))), width)
+    layer = shown(to_terminal.view(pages.layer_page(cached_layer(tiny, IDS, 1))), width)
     assert max(map(len, [*whole.splitlines(), *layer.splitlines()])) <= width
     said = " ".join(whole.split())
     assert "10 tokens 9 came from the cache and 1 was computed" in said

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import Llama, calibration
-from llama_scratch.calibration import documentation, examples, hessians, imagine, read_text, windows
+from llama_scratch import Llama
 from llama_scratch.errors import ModelNotFoundError, UsageError
-from llama_scratch.lazy import as_tensor
-from llama_scratch.linear import Projection, Rows, form_of
+from llama_scratch.precision import calibration
+from llama_scratch.precision.calibration import documentation, examples, hessians, imagine, read_text, windows
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.precision.linear import Projection, Rows, form_of
 
 
 @pytest.fixture(scope="module")

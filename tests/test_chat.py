@@ -23,16 +23,17 @@ import psutil
 import pytest
 from rich.console import Console
 
-from llama_scratch import Llama, Message, Tokenizer, chat, sandbox
-from llama_scratch.chat import ChatFormat, Llama3Format, TemplateFormat
+from llama_scratch import Llama, Message, Tokenizer
+from llama_scratch import chat_format as chat
+from llama_scratch.chat_format import ChatFormat, Llama3Format, TemplateFormat
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ContextLengthError, LlamaScratchError, UsageError
-from llama_scratch.repl.chat import Chat
 from llama_scratch.repl.commands import run_command
+from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import Sampling
-from llama_scratch.system import template_process
+from llama_scratch.system import template_process, template_sandbox
 from tests.checkpoints import TINY_PARAMS, write_meta
 from tests.test_background import until
 from tests.test_checkpoint_gguf import refused, string, strings, whole_file
@@ -349,7 +350,7 @@ def children() -> Callable[[], list[psutil.Process]]:
 
 def program(code: str) -> subprocess.Popen[str]:
     """A program of its own that uses templates."""
-    begin = "import os, sys, time; from llama_scratch.chat import Message, TemplateFormat\n"
+    begin = "import os, sys, time; from llama_scratch.chat_format import Message, TemplateFormat\n"
     return subprocess.Popen([sys.executable, "-c", begin + code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -398,16 +399,16 @@ def test_the_process_of_a_template_can_do_nothing_else() -> None:
     """It opens no file and no connection, starts no process and takes no more memory."""
     code = """
 import socket, subprocess
-from llama_scratch import sandbox
-sandbox._warm_up()
-sandbox.limit_process()
+from llama_scratch.system import template_sandbox
+template_sandbox._warm_up()
+template_sandbox.limit_process()
 def tried(action):
     try:
         action()
     except (OSError, MemoryError) as error:
         return type(error).__name__
 for action in (lambda: open("/etc/passwd"), socket.socket, lambda: subprocess.run(["true"]),
-               lambda: bytearray(sandbox.MAX_MEMORY)):
+               lambda: bytearray(template_sandbox.MAX_MEMORY)):
     print(tried(action))
 """
     output, _ = program(code).communicate(timeout=60)
@@ -416,13 +417,13 @@ for action in (lambda: open("/etc/passwd"), socket.socket, lambda: subprocess.ru
 
 def test_every_filter_and_test_of_jinja_works_within_the_limits() -> None:
     """None of them opens a file when it is first used."""
-    sandboxed = sandbox._Sandbox()
+    sandboxed = template_sandbox._Sandbox()
     format = TemplateFormat("")
     for kind, names in ((" | ", sandboxed.filters), (" is ", sandboxed.tests)):
         for name in set(names) - {"random"}:
             for value in ("'a <b> %%'", "[1, 2]", "{'a': 1}", "2.5"):
                 source = "{{ " + value + kind + name + " }}{{ " + value + kind + name + "(1) }}"
-                expected = sandbox.answer_to(source, [], [], {})
+                expected = template_sandbox.answer_to(source, [], [], {})
                 try:
                     found = {"pieces": format._process.render(source, [], [], {})}
                 except template_process.TemplateError as error:
@@ -432,9 +433,9 @@ def test_every_filter_and_test_of_jinja_works_within_the_limits() -> None:
 
 
 def test_the_limits_are_the_same_on_both_sides() -> None:
-    assert chat._MAX_CONVERSATION == sandbox.MAX_SIZE
-    assert template_process._OUT_OF_MEMORY == sandbox.OUT_OF_MEMORY
-    assert template_process.MAX_ANSWER > 6 * sandbox.MAX_SIZE + 10 * sandbox.MAX_SPECIAL
+    assert chat._MAX_CONVERSATION == template_sandbox.MAX_SIZE
+    assert template_process._OUT_OF_MEMORY == template_sandbox.OUT_OF_MEMORY
+    assert template_process.MAX_ANSWER > 6 * template_sandbox.MAX_SIZE + 10 * template_sandbox.MAX_SPECIAL
 
 
 def test_one_process_renders_all_messages_and_ends_with_its_format(
@@ -685,7 +686,10 @@ def test_an_answer_that_is_cut_can_go_on(tiny_chat: Llama) -> None:
     session.extend([tiny_chat.tokenizer.special_tokens["<|eot_id|>"]])  # the end of it is no part of its text
     text = tiny_chat.tokenizer.decode(session.ids[len(answer["tokens"]) : -1])
     assert session.chat is not None
-    assert session.chat.messages(session) == [Message("user", "the"), Message("assistant", text)]
+    assert session.chat.messages(session.ids, session.llama.tokenizer) == [
+        Message("user", "the"),
+        Message("assistant", text),
+    ]
 
 
 def test_ctrl_c_keeps_what_came(tiny_chat: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,16 +714,18 @@ def test_undo_takes_back_the_answer_and_then_the_question(tiny_chat: Llama) -> N
     chat = session.chat
     assert chat is not None
     session.say("one")
-    after_one = chat.messages(session)
+    after_one = chat.messages(session.ids, session.llama.tokenizer)
     assert [message.role for message in after_one] == ["system", "user", "assistant"]
     session.say("two")
     session.undo()
-    assert chat.messages(session) == after_one  # a question without an answer: the next line replaces it
+    assert (
+        chat.messages(session.ids, session.llama.tokenizer) == after_one
+    )  # a question without an answer: the next line replaces it
     session.say("other")
-    assert chat.messages(session)[:-1] == [*after_one, Message("user", "other")]
+    assert chat.messages(session.ids, session.llama.tokenizer)[:-1] == [*after_one, Message("user", "other")]
     for _ in range(3):
         session.undo()
-    assert chat.messages(session) == after_one
+    assert chat.messages(session.ids, session.llama.tokenizer) == after_one
 
 
 def test_another_text_is_another_conversation(tiny_chat: Llama) -> None:
@@ -728,9 +734,9 @@ def test_another_text_is_another_conversation(tiny_chat: Llama) -> None:
     session.say("one")
     session.ask("the nation")
     assert session.chat is not None
-    assert session.chat.messages(session) == [Message("system", "sys")]
+    assert session.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
     session.moments = []
-    assert session.chat.messages(session) == [Message("system", "sys")]
+    assert session.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
 
 
 def test_a_conversation_that_fills_the_context(tiny_chat: Llama) -> None:

@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_scratch import Llama
-from llama_scratch.checkpoint import is_tied, open_checkpoint
-from llama_scratch.checkpoint.gguf_header import read_header
-from llama_scratch.checkpoint.vocabulary import bytes_to_unicode
-from llama_scratch.config import ModelArgs
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.byte_level_bpe import bytes_to_unicode
+from llama_scratch.checkpoint.gguf.header import read_header
+from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -34,9 +34,9 @@ from llama_scratch.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
-from llama_scratch.lazy import as_tensor
 from llama_scratch.model import Transformer
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.system.progress import silent
 from tests.checkpoints import random_weights
 from tests.test_checkpoint_meta import is_sentence, same
 
@@ -416,7 +416,9 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path) -> None:
 def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     """What blocks take as float32 is known from the header; nothing is dequantised to find out."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000))
-    monkeypatch.setattr("llama_scratch.lazy.Quantised.rows", lambda *_: pytest.fail("it was dequantised"))
+    monkeypatch.setattr(
+        "llama_scratch.precision.lazy_weight.Quantised.rows", lambda *_: pytest.fail("it was dequantised")
+    )
     path = write_with_gguf(tmp_path / "small.gguf", Quant.Q8_0)
     with pytest.raises(OutOfMemoryError) as caught:
         Llama.load(path, precision="fp32", context=1, device="cpu")

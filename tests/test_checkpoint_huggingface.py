@@ -24,18 +24,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_scratch import Llama
-from llama_scratch.chat import Message, TemplateFormat
-from llama_scratch.checkpoint import Checkpoint, is_tied, open_checkpoint
+from llama_scratch.chat_format import Message, TemplateFormat
+from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.byte_level_bpe import PATTERNS, bytes_to_unicode, merges_of
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.huggingface import in_pairs, open_huggingface
-from llama_scratch.checkpoint.licence import read_licence
+from llama_scratch.checkpoint.huggingface.reader import in_pairs, open_huggingface
+from llama_scratch.checkpoint.license import read_licence
 from llama_scratch.checkpoint.verify import verify
-from llama_scratch.checkpoint.vocabulary import PATTERNS, bytes_to_unicode, merges_of
-from llama_scratch.config import ModelArgs, RopeScaling
+from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UnsupportedError
-from llama_scratch.lazy import as_tensor
 from llama_scratch.model import Transformer
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 from tests.test_checkpoint_meta import is_sentence
 from tests.test_tokenizer import UNWRITTEN
@@ -637,7 +637,7 @@ def test_a_broken_file_is_refused(directory: Path, case: str) -> None:
 @given(place=st.integers(0, 1500), value=st.integers(0, 255))
 def test_any_byte_of_a_header_can_be_wrong(whole: Path, place: int, value: int) -> None:
     """It is refused in a sentence, or makes no difference to what is read."""
-    from llama_scratch.checkpoint.safetensors_header import read_header
+    from llama_scratch.checkpoint.huggingface.safetensors_file import read_header
 
     data = bytearray((whole / WEIGHTS).read_bytes())
     data[place] = value
@@ -980,7 +980,7 @@ Pair = tuple[Tokenizer, Callable[[str], list[int]]]
 @pytest.fixture(scope="module")
 def pairs(smollm2_path: Path, meta_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     """For each of the two vocabularies: ours and the witness, both from one tokenizer.json."""
-    from llama_scratch.checkpoint.tokenizer_json import read_tokenizer
+    from llama_scratch.checkpoint.huggingface.tokenizer_json import read_tokenizer
 
     folder = tmp_path_factory.mktemp("vocabularies")
     made = {}

@@ -29,9 +29,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_scratch import Llama
-from llama_scratch.calibration import GROUPS
-from llama_scratch.checkpoint import is_tied, open_checkpoint
-from llama_scratch.config import ModelArgs
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
     FETCH_AGAIN,
     CheckpointError,
@@ -41,11 +40,12 @@ from llama_scratch.errors import (
     UnsupportedError,
     UsageError,
 )
-from llama_scratch.lazy import Weight, as_tensor
-from llama_scratch.linear import Rows, form_of
 from llama_scratch.model import Transformer
-from llama_scratch.precision import memory_needed
-from llama_scratch.progress import silent
+from llama_scratch.precision.calibration import GROUPS
+from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.precision.linear import Rows, form_of
+from llama_scratch.precision.network import memory_needed
+from llama_scratch.system.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
 
 EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, UnsupportedError: 4, OutOfMemoryError: 5}

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import pytest
 
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
 from llama_scratch.errors import escape_controls
 from tests.checkpoints import write_meta
 from tests.terminal import PROGRAM
@@ -125,7 +125,7 @@ def test_an_endless_prompt_is_rejected(
     llama_scratch: Runner, tiny: tuple[str, str], arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One from /dev/zero, as it were."""
-    monkeypatch.setattr("llama_scratch.repl.pipe._MAX_PROMPT", 1000)
+    monkeypatch.setattr("llama_scratch.repl.batch._MAX_PROMPT", 1000)
     result = llama_scratch(*tiny, *arguments, stdin=bytes(1001))
     assert result.code == 2
     assert "1,000 bytes" in one_sentence(result)
@@ -399,7 +399,7 @@ def test_what_is_unexpected_is_a_sentence_and_a_traceback_only_with_debug(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("the world ended")
 
-    monkeypatch.setattr("llama_scratch.engine.Engine.next_logits", broken)
+    monkeypatch.setattr("llama_scratch.inference.engine.Engine.next_logits", broken)
     result = llama_scratch(*tiny, "--prompt", "x")
     assert result.code == 1
     assert "the world ended" in one_sentence(result)

@@ -13,18 +13,18 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.progress import Progress, silent
-from llama_scratch.render import terminal
-from llama_scratch.repl.chat import Chat
+from llama_scratch.render import text as terminal
+from llama_scratch.repl.batch import Format, answer_all, respond
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.commands.session import GROUPS
 from llama_scratch.repl.commands.text import _edited
+from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import Format, answer_all, respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
+from llama_scratch.system.progress import Progress, silent
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +261,13 @@ def test_a_saved_chat_goes_on_after_it_is_loaded(session: Session, llama: Llama,
     run(other, f"/load {tmp_path / 'chat.jsonl'}")
     assert session.chat is not None
     assert other.chat is not None
-    assert other.chat.messages(other) == session.chat.messages(session)
-    assert [message.role for message in other.chat.messages(other)] == ["system", *["user", "assistant"] * 2]
+    assert other.chat.messages(other.ids, other.llama.tokenizer) == session.chat.messages(
+        session.ids, session.llama.tokenizer
+    )
+    assert [message.role for message in other.chat.messages(other.ids, other.llama.tokenizer)] == [
+        "system",
+        *["user", "assistant"] * 2,
+    ]
     assert run(other, "Thanks!")["tokens"] == run(session, "Thanks!")["tokens"]
 
 
@@ -272,7 +277,7 @@ def test_another_precision_keeps_a_chat_and_another_model_ends_it(session: Sessi
     run(session, "/precision fp32")
     assert session.ids == ids
     assert session.chat is not None
-    assert len(session.chat.messages(session)) == 2
+    assert len(session.chat.messages(session.ids, session.llama.tokenizer)) == 2
     run(session, f"/model {tiny_dir}")
     assert session.chat is None
 
@@ -366,7 +371,9 @@ def test_a_loaded_chat_takes_only_its_messages_as_such(session: Session, llama: 
     run(other, f"/load {tmp_path / 'chat.jsonl'}")
     assert session.chat is not None
     assert other.chat is not None
-    assert other.chat.messages(other) == session.chat.messages(session)
+    assert other.chat.messages(other.ids, other.llama.tokenizer) == session.chat.messages(
+        session.ids, session.llama.tokenizer
+    )
     lines = (tmp_path / "chat.jsonl").read_text().splitlines()
     damaged = [line.replace('"tokens"', '"tokenz"') for line in lines]
     (tmp_path / "damaged.jsonl").write_text("\n".join(damaged) + "\n")
@@ -386,7 +393,7 @@ def test_a_text_of_another_model_is_loaded_as_characters(
 def test_generated_text_is_not_wrapped_in_a_pipe() -> None:
     from rich.text import Text
 
-    from llama_scratch.render.terminal import as_text
+    from llama_scratch.render.text import as_text
 
     assert as_text(Text("word " * 60)) == "word " * 60
 

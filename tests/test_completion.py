@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_scratch.checkpoint.pull import OPEN_MODELS
 from llama_scratch.config import ACTIVATIONS, PRECISIONS
+from llama_scratch.download.pypi import OPEN_MODELS
 from tests.terminal import PROGRAM, Terminal
 from tests.test_imports import loaded_after
 
@@ -81,7 +81,7 @@ def test_completing_imports_no_torch_and_reads_no_configuration(
     for name, value in asked("bash", "llama-scratch --model ").items():
         monkeypatch.setenv(name, value)
     loaded = loaded_after(
-        "from llama_scratch.cli import run\ntry:\n    run([])\nexcept SystemExit as end:\n    assert end.code == 0"
+        "from llama_scratch.cli.app import run\ntry:\n    run([])\nexcept SystemExit as end:\n    assert end.code == 0"
     )
     assert "typer" in loaded
     assert not {"torch", "prompt_toolkit"} & loaded

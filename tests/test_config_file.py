@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llama_scratch.config_file import default_path
+from llama_scratch.cli.config_file import default_path
 from llama_scratch.repl.session import Session
 from tests.test_cli import Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
 
@@ -93,7 +93,7 @@ def test_live_and_special_reach_the_session(
         seen.append(session.settings)
         return 0
 
-    monkeypatch.setattr("llama_scratch.repl.pipe.answer_all", answer_all)
+    monkeypatch.setattr("llama_scratch.repl.batch.answer_all", answer_all)
     assert llama_scratch(*given).code == 0
     assert (seen[0].live, seen[0].special) == (live, True)
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from llama_scratch import Llama
-from llama_scratch.chat import Message
-from llama_scratch.checkpoint import Checkpoint, convert, is_tied, open_checkpoint, write_huggingface
+from llama_scratch.chat_format import Message
+from llama_scratch.checkpoint import Checkpoint, convert, open_checkpoint
+from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.checkpoint.convert import FORMS
-from llama_scratch.checkpoint.vocabulary import PATTERNS
-from llama_scratch.config import ModelArgs, RopeScaling
+from llama_scratch.checkpoint.huggingface import writer
+from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
-from llama_scratch.lazy import as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
 from tests.checkpoints import tiny_params, tokenizer_file, write_meta
 
@@ -194,7 +195,7 @@ def test_shards_with_an_index(sources: dict[str, Path], tmp_path: Path, monkeypa
     """A model larger than one file: as many files as it needs, each within the limit, and none left out."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(write_huggingface, "SHARD", 300_000)
+    monkeypatch.setattr(writer, "SHARD", 300_000)
     path = convert.convert(sources["bf16"], tmp_path / "m", "hf").path
     files = sorted(path.glob("*.safetensors"))
     assert len(files) > 2
@@ -261,7 +262,7 @@ def test_what_meta_wrote_comes_back_as_meta_writes_it(
 def test_the_width_is_said_as_meta_says_it(dim: int, ffn_dim: int, expected: tuple[int, float | None]) -> None:
     """Meta's own numbers for Meta's models; for any other width numbers that give exactly that."""
     from llama_scratch import config
-    from llama_scratch.checkpoint.write_meta import _ffn_fields
+    from llama_scratch.checkpoint.meta.writer import _ffn_fields
 
     multiple_of, multiplier = _ffn_fields(dim, ffn_dim)
     assert config.ffn_dim(dim, multiple_of=multiple_of, multiplier=multiplier) == ffn_dim
@@ -602,7 +603,7 @@ def test_a_disk_that_is_too_small(sources: dict[str, Path], tmp_path: Path, monk
 
 FULL = """
 import resource, signal, sys
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(run(sys.argv[1:]))
 """
@@ -666,7 +667,7 @@ def test_the_command(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last line on stderr is a command that runs what was written; --json is one object; bad calls are told."""
-    from llama_scratch.cli import run
+    from llama_scratch.cli.app import run
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my models").mkdir()

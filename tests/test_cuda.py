@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch.cuda import DecodeGraph, StaticCache
-from llama_scratch.engine import Engine
+from llama_scratch.inference.cuda_graph import DecodeGraph, StaticCache
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
 from tests.checkpoints import random_weights, tiny_args

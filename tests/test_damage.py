@@ -17,8 +17,8 @@ from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.verify import Finding, verify, write_checksums
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
-from llama_scratch.guard import Mapped
 from llama_scratch.llama import Llama
+from llama_scratch.system.mapped_files import Mapped
 from tests.terminal import Terminal
 from tests.trust import damage
 
@@ -220,7 +220,7 @@ def said(result: subprocess.CompletedProcess[str], name: str) -> None:
 
 def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
     """Between two answers, which the library's own threads compute."""
-    place = "llama_scratch.engine:Engine._start"
+    place = "llama_scratch.inference.engine:Engine._start"
     options = ("--model-dir", str(model), "--precision", "bf16", "--quiet")
     result = shrinking(model / WEIGHTS, place, *options, stdin="the\n")
     said(result, WEIGHTS)
@@ -257,7 +257,7 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["llama_scratch.precision:to_panels", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
+    "place", ["llama_scratch.precision.network:to_panels", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
 )
 def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> None:
     """While it packs at the prompt, while it loads, and while text streams."""

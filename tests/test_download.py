@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.download import pull_meta
-from llama_scratch.checkpoint.fetch import Patience, fetch, only_one, open_session
-from llama_scratch.checkpoint.find import find_model
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
+from llama_scratch.download.http import Patience, fetch, only_one, open_session
+from llama_scratch.download.locate import find_model
+from llama_scratch.download.meta import pull_meta
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
-from llama_scratch.progress import silent
+from llama_scratch.system.progress import silent
 from tests.loopback import HTML, XML, Answer, File, Server, serving, wait_for
 from tests.test_checkpoint_meta import is_sentence
 
@@ -506,7 +506,7 @@ def test_a_redirection(server: Server) -> None:
 def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known before: the numbers. On the way: what was written stays."""
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("llama_scratch.checkpoint.fetch.shutil.disk_usage", lambda _: usage(free=100_000))
+    monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: usage(free=100_000))
     refused(lambda: pull(server), LlamaScratchError, "room for 0.0 GB", SHARDS[0])
     monkeypatch.undo()
 
@@ -586,7 +586,7 @@ def test_ctrl_c_anywhere(server: Server, stage: str) -> None:
 def test_kill_9_at_some_moments(server: Server) -> None:
     """A process that is killed with no chance to tidy up; each next one goes on, the last one ends."""
     script = (
-        "import sys; from llama_scratch.checkpoint.download import pull_meta; "
+        "import sys; from llama_scratch.download.meta import pull_meta; "
         "pull_meta(sys.argv[1], sys.argv[2], lambda *_: None)"
     )
     for shard, until in ((0, 1 << 16), (0, 1 << 18), (1, 1 << 17)):  # killed in the middle of this one

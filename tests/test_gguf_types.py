@@ -19,8 +19,8 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
-from llama_scratch.lazy import Lazy, as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import Lazy, as_tensor
+from llama_scratch.system.progress import silent
 from tests import reference
 from tests.gguf_reference import KINDS, OTHERS, Floats, dequantise, digest, random_blocks
 from tests.test_checkpoint_gguf import File, refused, uint, whole_file

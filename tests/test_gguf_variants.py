@@ -18,11 +18,11 @@ from hypothesis import given, settings
 
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.vocabulary import bytes_to_unicode
+from llama_scratch.checkpoint.byte_level_bpe import bytes_to_unicode
 from llama_scratch.config import RopeScaling
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UnsupportedError
-from llama_scratch.lazy import as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
 from tests import reference
 from tests.test_checkpoint_gguf import (

@@ -20,10 +20,10 @@ from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
-from llama_scratch.lazy import as_tensor
 from llama_scratch.microscope.rope import rope
-from llama_scratch.precision import memory_needed
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.precision.network import memory_needed
+from llama_scratch.system.progress import silent
 from tests import test_meta_shards as shards
 from tests.checkpoints import tiny_args, tiny_params, write_meta
 from tests.reference import forward

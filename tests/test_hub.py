@@ -17,12 +17,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from llama_scratch.checkpoint.fetch import Patience
-from llama_scratch.checkpoint.find import find_model
-from llama_scratch.checkpoint.hub import Repository, pull_hub
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
+from llama_scratch.download.http import Patience
+from llama_scratch.download.hub import Repository, pull_hub
+from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
-from llama_scratch.progress import silent
+from llama_scratch.system.progress import silent
 from tests.loopback import HTML, Answer, File, Server, serving, wait_for
 from tests.test_checkpoint_meta import is_sentence
 
@@ -364,7 +364,7 @@ def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama_scratch.checkpoint.fetch.os.fsync", full)
+    monkeypatch.setattr("llama_scratch.download.http.os.fsync", full)
     refused(pull, LlamaScratchError, "No space left", "make room")
     monkeypatch.undo()
 
@@ -495,7 +495,7 @@ def test_exit_codes(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_open_model_needs_no_hub() -> None:
     """Neither its name nor a hub's imports huggingface_hub or requests, while nothing is fetched."""
     code = (
-        "import sys; from llama_scratch.checkpoint.find import find_model\n"
+        "import sys; from llama_scratch.download.locate import find_model\n"
         "for name in ('smollm2', 'a/b', 'Llama3.2-1B'):\n"
         "    try: find_model(name)\n"
         "    except Exception as error: assert 'pull' in str(error)\n"

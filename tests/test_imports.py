@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,35 +18,51 @@ import llama_scratch
 from tests.checkpoints import write_meta
 
 PACKAGE = Path(llama_scratch.__file__).parent
-# From the top down; rooms on one line may not import each other.
-FLOORS: list[set[str]] = [
-    {"__init__", "__main__"},
-    {"cli"},
-    {"repl", "config_file"},
-    {"render"},
-    {"bench", "microscope"},
-    {"llama"},
-    {"info"},
-    {"engine", "sampling", "speculation"},
-    {"precision", "cuda", "taps", "step"},
-    {"checkpoint", "attention", "calibration"},
-    {"tokenizer"},
-    {"model"},
-    {"config"},
-    {"results", "chat"},
-    {"linear", "kept"},
-    {"quantise"},
-    {"kernels"},
-    {"background"},
-    {"progress", "memory", "sandbox", "lazy", "unfinished", "folders", "guard", "system"},
-    {"errors"},
+# The packages and the modules beside them, from the top down: each imports from those that come later.
+ORDER = [
+    "__main__",
+    "cli",
+    "repl",
+    "render",
+    "llama",
+    "microscope",
+    "inference",
+    "download",
+    "checkpoint",
+    "precision",
+    "hooks",
+    "chat_format",
+    "model",
+    "sampling",
+    "tokenizer",
+    "config",
+    "system",
+    "results",
+    "errors",
+    "__init__",  # the version; its public names come from their homes when they are asked for
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The same within two packages.
+INNER = {
+    "inference": [
+        "speed",
+        "generation",
+        "loaded_model",
+        "prompt_warnings",
+        "prompt_text",
+        "engine",
+        "cuda_graph",
+        "fused_layers",
+        "long_attention",
+        "prompt_lookup",
+    ],
+    "precision": ["network", "calibration", "linear", "weight_cache", "quantize", "kernels", "lazy_weight"],
+}
+FLOOR = {room: floor for floor, room in enumerate(ORDER)}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_name(file: Path) -> str:
-    """llama_scratch/checkpoint/meta.py → llama_scratch.checkpoint.meta"""
+    """llama_scratch/checkpoint/base.py → llama_scratch.checkpoint.base"""
     parts = (PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts).removesuffix(".__init__")
 
@@ -54,7 +71,7 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def room(module: str) -> str:
-    """llama_scratch.checkpoint.meta → checkpoint; the package itself is its `__init__`."""
+    """llama_scratch.checkpoint.base → checkpoint; the package itself is its `__init__`."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -82,10 +99,15 @@ def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) ->
             yield name
 
 
-def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Rooms that a module imports, at its top, within functions and under TYPE_CHECKING alike, but for its own."""
+def statements(source: str, module: str, is_package: bool = False) -> set[str]:
+    """What a module imports of this package, at its top, within functions and under TYPE_CHECKING alike."""
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
-    return {room(target) for node in nodes for target in targets(node, module, is_package)} - {room(module)}
+    return {target for node in nodes for target in targets(node, module, is_package)}
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Rooms that a module imports, but for its own."""
+    return {room(target) for target in statements(source, module, is_package)} - {room(module)}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -93,26 +115,51 @@ def test_imports_go_downwards(module: str) -> None:
     """Every module lies in a known room, and imports from rooms below its own alone."""
     file = MODULES[module]
     own = FLOOR[room(module)]
+    if module == PACKAGE.name:  # whose types are those of the public names
+        return
     upward = {other for other in imports(file.read_text(), module, file.name == "__init__.py") if FLOOR[other] <= own}
-    # `Llama.inspect` hands a loaded model to the microscope, when it is called.
-    upward -= {"microscope"} if module == "llama_scratch.llama" else set()
     assert not upward, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize("package", INNER)
+def test_imports_within_a_package_go_downwards(package: str) -> None:
+    """The modules of a package are read from the last to the first."""
+    order = INNER[package]
+    own = {name: file for name, file in MODULES.items() if room(name) == package and name.count(".") == 2}
+    assert {name.rpartition(".")[2] for name in own} == set(order)
+    for name, file in own.items():
+        module = name.rpartition(".")[2]
+        for other in statements(file.read_text(), name):
+            if other.startswith(f"{PACKAGE.name}.{package}.") and (below := other.split(".")[2]) in order:
+                assert order.index(below) > order.index(module), f"{module} imports {below}"
+
+
+def test_no_circle_of_imports() -> None:
+    """At the top of a module, within functions and under TYPE_CHECKING alike."""
+    graph: dict[str, set[str]] = {}
+    for name, file in MODULES.items():
+        others = statements(file.read_text(), name, file.name == "__init__.py")
+        graph[name] = {other if other in MODULES else other.rpartition(".")[0] for other in others} - {name}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import llama_scratch.engine", {"engine"}),
-        ("import llama_scratch.checkpoint.meta as m, llama_scratch.config", {"config"}),
+        ("import llama_scratch.inference.engine", {"inference"}),
+        ("import llama_scratch.checkpoint.meta.reader as m, llama_scratch.config", {"config"}),
         ("from llama_scratch.model import Transformer", {"model"}),
         ("from llama_scratch import model", {"model"}),
         ("from llama_scratch import Llama, Token", {"llama", "results"}),
         ("from llama_scratch import __version__", set()),
-        ("from . import base", set()),
-        ("from .base import checked", set()),
-        ("from .. import engine", {"engine"}),
-        ("from ..engine import Engine", {"engine"}),
-        ("def f():\n    from llama_scratch.engine import Engine", {"engine"}),
+        ("from . import reader", set()),
+        ("from .header import checked", set()),
+        ("from .. import verify", set()),
+        ("from ...hooks import Hook", {"hooks"}),
+        ("def f():\n    from llama_scratch.inference.engine import Engine", {"inference"}),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import llama_scratch.llama", {"llama"}),
         ("import llama_scratch", {"__init__"}),
         ("import torch, os", set()),
@@ -121,7 +168,7 @@ def test_imports_go_downwards(module: str) -> None:
 )
 def test_the_test_above_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
     """Each way to write an import, from within the room `checkpoint`."""
-    assert imports(source, "llama_scratch.checkpoint.pull") == expected
+    assert imports(source, "llama_scratch.checkpoint.gguf.reader") == expected
 
 
 def test_every_room_exists() -> None:
@@ -172,20 +219,20 @@ def test_opening_a_model_imports_no_torch(tmp_path: Path) -> None:
     """The small files are read and checked while torch is still to come: mistakes are told at once."""
     directory = write_meta(tmp_path / "m")
     loaded = loaded_after(OPEN + repr(str(directory)) + "))")
-    assert "llama_scratch.checkpoint.meta" in loaded
+    assert "llama_scratch.checkpoint.meta.reader" in loaded
     assert not {"torch", "numpy", "gguf", "rich", "typer"} & loaded
 
 
 def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
     """The same for GGUF, which takes its table of block sizes from the gguf package."""
     loaded = loaded_after(OPEN + repr(str(smollm2_path)) + "))")
-    assert "llama_scratch.checkpoint.gguf" in loaded
+    assert "llama_scratch.checkpoint.gguf.reader" in loaded
     assert not {"torch", "rich", "typer"} & loaded
 
 
 def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
     """Neither line editing nor bars; and its options are checked before torch is imported."""
-    command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
+    command = "from llama_scratch.cli.app import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
     loaded = loaded_after(command.format(str(tiny_dir), 1))
     assert "torch" in loaded
     assert not {"prompt_toolkit", "rich.progress", "llama_scratch.repl.loop"} & loaded

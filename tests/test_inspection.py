@@ -22,7 +22,7 @@ from llama_scratch.microscope import interventions as made
 from llama_scratch.microscope.attribution import why
 from llama_scratch.microscope.inspection import Inspection
 from llama_scratch.microscope.parts import Part
-from llama_scratch.microscope.tracing import trace
+from llama_scratch.microscope.patching import trace
 from tests import reference
 
 IDS = [300, *range(60, 71)]  # BOS and eleven others

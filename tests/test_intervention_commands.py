@@ -20,17 +20,17 @@ from llama_scratch.microscope.effect import effect
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate
 from llama_scratch.microscope.parts import Part
 from llama_scratch.model import Attention
-from llama_scratch.progress import Progress
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.repl import session as session_module
-from llama_scratch.repl.chat import begin
+from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions, run_command
-from llama_scratch.repl.line import _changes, _message
+from llama_scratch.repl.conversation import checked
+from llama_scratch.repl.editor import _changes, _message
 from llama_scratch.repl.live import Live
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
+from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
 
 PROMPT = "the rest is not"
@@ -321,7 +321,7 @@ def test_live_prediction_is_of_the_changed_network(session: Session, tiny: Llama
 
 
 def test_a_chat_goes_on_with_them(real: Session, smollm2: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin(real)
+    real.chat = checked(real.llama)
     real.settings.generate = 4
     plain = run(real, "What is the capital of France?")
     run(real, "/ablate L28.ffn L29.ffn")
@@ -711,7 +711,7 @@ def test_a_file_that_is_refused_leaves_what_is_on(session: Session, tmp_path: Pa
 
 def test_a_recording_with_interventions_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
     """Each of its lines, with the same answers and effects."""
-    from llama_scratch.repl import record
+    from llama_scratch.repl import session_file
     from llama_scratch.repl.replay import run_again
 
     path = tmp_path / "session.jsonl"
@@ -721,7 +721,7 @@ def test_a_recording_with_interventions_runs_again(session: Session, tiny: Llama
     def never(_source: str, _precision: str, _progress: Progress) -> Llama:
         raise AssertionError
 
-    report = run_again(record.load(path), tiny, never, Console(file=io.StringIO()))
+    report = run_again(session_file.load(path), tiny, never, Console(file=io.StringIO()))
     assert report.differences == []
     assert report.compared == report.turns == len(session.turns) - 1
 
@@ -743,7 +743,7 @@ def test_moments_stay_within_their_limit(session: Session, monkeypatch: pytest.M
 
 def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
     """The interventions that were on at the end of the loaded one are on after it, there as here."""
-    from llama_scratch.repl import record
+    from llama_scratch.repl import session_file
     from llama_scratch.repl.replay import run_again
 
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
@@ -755,12 +755,12 @@ def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session,
     def never(_source: str, _precision: str, _progress: Progress) -> Llama:
         raise AssertionError
 
-    assert run_again(record.load(second), tiny, never, Console(file=io.StringIO())).differences == []
+    assert run_again(session_file.load(second), tiny, never, Console(file=io.StringIO())).differences == []
 
 
 def test_a_chats_answer_has_its_effect(real: Session) -> None:
     """Of its first token."""
-    begin(real)
+    real.chat = checked(real.llama)
     real.settings.generate = 2
     answer = run(real, "/ablate L28.ffn", "What is the capital of France?")
     assert answer["effect"]["interventions"] == ["-L28.ffn"]

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from llama_scratch import engine as engine_module
 from llama_scratch.errors import CheckpointError, UsageError
+from llama_scratch.hooks import Tap
+from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
-from llama_scratch.microscope import tracing
+from llama_scratch.microscope import patching as tracing
+from llama_scratch.microscope.activations import activations, residuals
 from llama_scratch.microscope.effect import effect
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
 from llama_scratch.microscope.parts import Part
-from llama_scratch.microscope.stream import activations, residuals
-from llama_scratch.microscope.tracing import Trace, trace
+from llama_scratch.microscope.patching import Trace, trace
 from llama_scratch.model import Attention
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import patching
-from llama_scratch.taps import Tap
 from tests import reference
 from tests.checkpoints import tiny_args
 
@@ -591,7 +591,7 @@ def test_a_traces_page_has_a_row_for_each_layer_and_one_for_the_end(llama: Llama
     page = patching.trace(trace(llama, IDS, OTHER))
     console = Console(width=60, color_system=None)
     with console.capture() as captured:
-        console.print(page_terminal.view(page), markup=False, highlight=False)
+        console.print(to_terminal.view(page), markup=False, highlight=False)
     shown = captured.get()
     assert [line.split()[0] for line in shown.splitlines() if line.startswith((" L", " end"))] == [
         "L0", "L1", "L2", "end"

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_scratch import kernels
-from llama_scratch import quantise as quantise_module
 from llama_scratch.config import ModelArgs
-from llama_scratch.lazy import Quantised, Weight, as_tensor
-from llama_scratch.linear import from_panels, panel_shapes, panels_of, to_panels
 from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rotations
-from llama_scratch.quantise import quantise_blocks, quantize_panels
+from llama_scratch.precision import kernels
+from llama_scratch.precision import quantize as quantise_module
+from llama_scratch.precision.lazy_weight import Quantised, Weight, as_tensor
+from llama_scratch.precision.linear import from_panels, panel_shapes, panels_of, to_panels
+from llama_scratch.precision.quantize import quantise_blocks, quantize_panels
 from tests import weights
 from tests.conftest import KERNELS
 from tests.weights import FORMS, columns_per_block
@@ -553,7 +553,7 @@ def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch
             patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
             expected = to_panels(held, bits)
         with monkeypatch.context() as patch:
-            patch.setattr("llama_scratch.linear.quantise_blocks", None)
+            patch.setattr("llama_scratch.precision.linear.quantise_blocks", None)
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_scratch import kernels
-from llama_scratch.background import Background
-from llama_scratch.unfinished import locked
+from llama_scratch.precision import kernels
+from llama_scratch.system.atomic_files import locked
+from llama_scratch.system.jobs import Background
 from tests.test_background import until
 
 
@@ -397,7 +397,7 @@ import sys, threading, torch
 from types import SimpleNamespace
 torch.ops.llama_scratch = SimpleNamespace(machine=lambda: "a test")
 torch.ops.load_library = lambda path: None
-from llama_scratch import kernels
+from llama_scratch.precision import kernels
 thread = threading.Thread(target=lambda: print(kernels.build(), flush=True))
 thread.start()
 if sys.argv[1:]:
@@ -469,7 +469,7 @@ def test_a_killed_program_leaves_nothing_that_matters(folder: Path, use: Callabl
 
 def test_nothing_is_compiled_or_loaded_by_importing(use: Callable[..., Path]) -> None:
     log = use()
-    code = "import torch, llama_scratch.llama, llama_scratch.kernels as kernels\n"
+    code = "import torch, llama_scratch.llama, llama_scratch.precision.kernels as kernels\n"
     code += "print(kernels.ready(), hasattr(torch.ops.llama_scratch, 'linear'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

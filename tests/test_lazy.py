@@ -14,10 +14,10 @@ from torch import Tensor
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError
-from llama_scratch.lazy import Joined, Lazy, Quantised, Weight, as_tensor, stored
-from llama_scratch.linear import Embedding, Rows
 from llama_scratch.model import KVCache
-from llama_scratch.precision import build, memory_needed
+from llama_scratch.precision.lazy_weight import Joined, Lazy, Quantised, Weight, as_tensor, stored
+from llama_scratch.precision.linear import Embedding, Rows
+from llama_scratch.precision.network import build, memory_needed
 from tests import weights
 from tests.checkpoints import random_weights, tiny_args
 from tests.test_linear import way
@@ -148,7 +148,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
 ) -> None:
     """Before and after packing, tied as it was, and kept lazy where that saves memory, or where the kernels take it."""
     if not small:
-        monkeypatch.setattr("llama_scratch.precision._SMALL", 0)
+        monkeypatch.setattr("llama_scratch.precision.network._SMALL", 0)
     (tmp_path / "weights").write_bytes(b"")
     turned: dict[str, Weight] = {}
     for name, weight in random_weights(tiny_args(), tied=False).items():

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llama_scratch import engine as engine_module
 from llama_scratch.errors import ContextLengthError, UsageError
+from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import lens as lens_module
 from llama_scratch.microscope.lens import Guess, Layer, Lens, growing, lens
@@ -275,9 +275,9 @@ def test_a_long_texts_page_says_which_positions_it_has(tiny: Llama) -> None:
 
 
 def pages_view(lens: Lens) -> Any:
-    from llama_scratch.render import page_terminal
+    from llama_scratch.render import to_terminal
 
-    return page_terminal.view(pages.page(lens))
+    return to_terminal.view(pages.page(lens))
 
 
 def test_what_is_there_so_far_fits_the_screen(tiny: Llama) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch import kernels, linear
-from llama_scratch.lazy import Weight, as_tensor
-from llama_scratch.linear import (
+from llama_scratch.precision import kernels, linear
+from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.precision.linear import (
     Differentiable,
     Embedding,
     Projection,

@@ -15,8 +15,9 @@ import torch
 
 from llama_scratch import ContextLengthError, Llama, LlamaScratchError, ModelNotFoundError, Token, UsageError
 from llama_scratch.errors import OutOfMemoryError
-from llama_scratch.linear import to_panels
+from llama_scratch.inference.prompt_warnings import _cut_differently
 from llama_scratch.microscope.choices import choices
+from llama_scratch.precision.linear import to_panels
 from tests.checkpoints import write_meta
 
 
@@ -89,9 +90,9 @@ def test_generation_ends_where_the_context_is_full(tiny_dir: Path) -> None:
 def test_the_prompt_may_end_in_the_middle_of_a_token(llama: Llama) -> None:
     """ "th" is a token of the small vocabulary: after "t", an "h" would have been cut differently."""
     (h,) = llama.tokenizer.encode("h")
-    assert llama._cut_differently("in t", llama.encode("in t"), Token(h, "h"), special=False)
+    assert _cut_differently(llama.tokenizer, "in t", llama.encode("in t"), Token(h, "h"), special=False)
     (x,) = llama.tokenizer.encode("x")
-    assert not llama._cut_differently("in t", llama.encode("in t"), Token(x, "x"), special=False)
+    assert not _cut_differently(llama.tokenizer, "in t", llama.encode("in t"), Token(x, "x"), special=False)
 
 
 def test_a_space_at_the_end_is_explained(llama: Llama) -> None:
@@ -220,7 +221,9 @@ def test_preparing_packs_all_and_says_how_far_it_is(tiny_dir: Path) -> None:
 
 def test_preparing_without_waiting_comes_back_at_once(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr("llama_scratch.precision.to_panels", lambda *args: release.wait(10) and to_panels(*args))
+    monkeypatch.setattr(
+        "llama_scratch.precision.network.to_panels", lambda *args: release.wait(10) and to_panels(*args)
+    )
     llama = Llama.load(tiny_dir, precision="int8", device="cpu")
     llama.prepare(wait=False)
     assert llama.preparing is not None
@@ -251,7 +254,7 @@ def test_want_of_memory_while_packing_is_a_sentence(tiny_dir: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("llama_scratch.precision.to_panels", fail)
+    monkeypatch.setattr("llama_scratch.precision.network.to_panels", fail)
     for prepared in (False, True):
         llama = Llama.load(tiny_dir, precision="int8", device="cpu")
         if prepared:
@@ -342,7 +345,7 @@ def test_a_long_text_is_tokenized_to_the_end_if_it_fits(llama: Llama, monkeypatc
     text = "x " * 10_000
     monkeypatch.setattr(llama, "context", 10)
     assert len(llama.encode(text)) == 20_001
-    monkeypatch.setattr("llama_scratch.llama._COUNTED", 1_000)
+    monkeypatch.setattr("llama_scratch.inference.prompt_text._COUNTED", 1_000)
     with pytest.raises(ContextLengthError):
         llama.encode(text)
     monkeypatch.setattr(llama, "context", 20_001)

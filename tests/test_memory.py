@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
 from llama_scratch.config import PRECISIONS
-from llama_scratch.engine import Engine
 from llama_scratch.errors import OutOfMemoryError
-from llama_scratch.lazy import as_tensor
-from llama_scratch.linear import Panels, Rows, form_of
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
-from llama_scratch.memory import memory_errors, require_memory
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import DTYPES, build, memory_needed
+from llama_scratch.precision.lazy_weight import as_tensor
+from llama_scratch.precision.linear import Panels, Rows, form_of
+from llama_scratch.precision.network import DTYPES, build, memory_needed
+from llama_scratch.system.memory import memory_errors, require_memory
 from tests.checkpoints import random_weights, tiny_args
 
 CPU = torch.device("cpu")

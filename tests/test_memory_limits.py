@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from llama_scratch.checkpoint.base import reading
-from llama_scratch.checkpoint.pth import load_pth
+from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.errors import OutOfMemoryError
-from llama_scratch.memory import Room, _cgroups, is_memory_error, room
-from llama_scratch.progress import silent
+from llama_scratch.system.memory import Room, _cgroups, is_memory_error, room
+from llama_scratch.system.progress import silent
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
 

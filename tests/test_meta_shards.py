@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from llama_scratch import Llama
-from llama_scratch.checkpoint import is_tied, open_checkpoint
-from llama_scratch.checkpoint.pth import load_pth
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.checkpoint.verify import verify
-from llama_scratch.config import ModelArgs, RopeScaling
+from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
-from llama_scratch.lazy import Joined, as_tensor
-from llama_scratch.progress import silent
+from llama_scratch.precision.lazy_weight import Joined, as_tensor
+from llama_scratch.system.progress import silent
 from tests.checkpoints import TINY_MERGES, random_weights, tiny_args, tiny_params, tokenizer_file
 from tests.test_checkpoint_meta import load, mappings, refused, same
 from tests.test_cli import Runner, llama_scratch, one_sentence
@@ -256,7 +256,7 @@ def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch
         read.append(path.name)
         return load_pth(path, *rest)
 
-    monkeypatch.setattr("llama_scratch.checkpoint.meta.load_pth", loaded)
+    monkeypatch.setattr("llama_scratch.checkpoint.meta.reader.load_pth", loaded)
     refused(four, ModelNotFoundError, shard(3))
     assert read == [shard(0)]
 

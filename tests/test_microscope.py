@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_scratch import engine as engine_module
-from llama_scratch import memory
 from llama_scratch.errors import ContextLengthError, LlamaScratchError, OutOfMemoryError, UsageError
+from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import diff as diff_module
 from llama_scratch.microscope import distributions
@@ -28,6 +27,7 @@ from llama_scratch.microscope.distributions import entropy_bits, jensen_shannon_
 from llama_scratch.microscope.surprisal import Scored, Scorer, Surprisal, per_character, surprisal
 from llama_scratch.microscope.tokens import tokens
 from llama_scratch.microscope.tree import Branch, tree, walk
+from llama_scratch.system import memory
 from tests import test_smollm2 as smollm2
 from tests.checkpoints import write_meta
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_scratch import info, llama
-from llama_scratch.checkpoint import open_checkpoint, verify
-from llama_scratch.render.terminal import model_facts
+from llama_scratch import llama
+from llama_scratch.checkpoint import describe, open_checkpoint, verify
+from llama_scratch.render.text import model_facts
 from tests.test_cli import Runner, llama_scratch
 
 __all__ = ["llama_scratch"]  # a fixture
@@ -22,7 +22,7 @@ WARNING = "The files contradict each other. The weights were believed."
 def warned(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """The option that names the small model, which now carries a warning."""
     opened = replace(open_checkpoint(tiny_dir), warnings=(WARNING,))
-    for module in (llama, info, verify):
+    for module in (llama, describe, verify):
         monkeypatch.setattr(module, "open_checkpoint", lambda *_: opened)
     return ("--model-dir", str(tiny_dir))
 

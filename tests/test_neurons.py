@@ -13,7 +13,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.neurons import Neurons, columns, neurons
 from llama_scratch.model import TransformerBlock
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import neurons as pages
 from llama_scratch.repl.commands import run_command
 from tests.test_view_commands import assert_sentence, run, shown, started
@@ -160,7 +160,7 @@ def test_progress_is_told_and_may_end_it(tiny: Llama) -> None:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_the_page_fits_its_terminal(found: Neurons, width: int) -> None:
-    text = shown(page_terminal.view(pages.page(found)), width)
+    text = shown(to_terminal.view(pages.page(found)), width)
     assert max(map(len, text.splitlines())) <= width
     for neuron in found.neurons:
         assert text.count(f" {neuron.index} ") >= 3

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.progress import silent
+from llama_scratch.system.progress import silent
 from tests.checkpoints import write_meta
 from tests.test_checkpoint_gguf import string, whole_file
 from tests.test_checkpoint_meta import Danger
@@ -26,14 +26,16 @@ PROBE = """
 import json, sys
 from llama_scratch import Llama, Message
 import torch, safetensors.torch
-from llama_scratch import sandbox
-import llama_scratch.checkpoint.meta, llama_scratch.checkpoint.huggingface, llama_scratch.checkpoint.gguf
+from llama_scratch.system import template_sandbox
+import llama_scratch.checkpoint.meta.reader, llama_scratch.checkpoint.huggingface.reader
+import llama_scratch.checkpoint.gguf.reader
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile",
              "subprocess.Popen", "socket.connect", "pty.spawn", "os.putenv", "shutil.rmtree", "os.remove", "os.rename")
 seen = []
-sandbox._warm_up()
+template_sandbox._warm_up()
 def hook(event, arguments):
-    if event == "subprocess.Popen" and arguments[0] == sys.executable and "llama_scratch.sandbox" in str(arguments[1]):
+    program = "llama_scratch.system.template_sandbox"
+    if event == "subprocess.Popen" and arguments[0] == sys.executable and program in str(arguments[1]):
         return
     if event in FORBIDDEN or (event == "pickle.find_class" and "evil" in str(arguments)) or (
             event == "import" and "evil" in str(arguments[0])):
@@ -46,7 +48,7 @@ for path in sys.argv[1:]:
         llama.predict("the")
         found[path] = "answered"
         if hasattr(llama.chat, "source"):
-            sandbox.answer_to(llama.chat.source, [], [{"role": "user", "content": "Hi"}], {})
+            template_sandbox.answer_to(llama.chat.source, [], [{"role": "user", "content": "Hi"}], {})
         llama.encode_chat([Message("user", "Hi")])
     except Exception as error:
         found[path] = found.get(path, "") + f" {type(error).__name__}: {error}"

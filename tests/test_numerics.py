@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from llama_scratch import memory
 from llama_scratch.config import RopeScaling
 from llama_scratch.errors import OutOfMemoryError, UsageError
+from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import numerics as module
 from llama_scratch.microscope.numerics import VARIANTS, Numerics, numerics, other_factor
-from llama_scratch.progress import Progress
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import numerics as pages
 from llama_scratch.repl.commands import completions, run_command
+from llama_scratch.system import memory
+from llama_scratch.system.progress import Progress
 from tests.checkpoints import tiny_args
 from tests.test_view_commands import assert_sentence, run, shown, started
 
@@ -121,7 +122,7 @@ def test_the_session_s_own_precision_is_not_loaded_again(tiny_dir: Path) -> None
 def test_what_does_not_fit_is_a_row(tiny: Llama) -> None:
     """The others are measured all the same."""
 
-    def open(precision: str, progress: Progress) -> Llama:
+    def open(precision: str, progress: Progress) -> LoadedModel:
         if precision == "bf16":
             raise OutOfMemoryError("That needs 99 GB.")
         return opened(tiny)(precision, progress)
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_a_row(tiny: Llama) -> None:
     found = numerics(tiny, IDS, open, ["bf16", "fp16"])
     assert [row.error for row in found.rows] == ["That needs 99 GB.", ""]
     assert found.as_json()["rows"][0] == {"name": "bf16", "error": "That needs 99 GB."}
-    text = shown(page_terminal.view(pages.page(found)), 80)
+    text = shown(to_terminal.view(pages.page(found)), 80)
     assert "bf16: That needs 99 GB." in text
     assert text.count("fp16") == 2
 
@@ -146,13 +147,13 @@ def test_of_a_long_text_the_last_positions_are_compared(tiny: Llama, monkeypatch
     assert 35 <= distances[1].worst < 40
     assert distances[1].max_kl_bits <= distances[0].max_kl_bits * (1 + 1e-3)
     assert distances[1].answer.id == distances[0].answer.id
-    assert "after each of the last 5 of 40 tokens" in shown(page_terminal.view(pages.page(found)), 80)
+    assert "after each of the last 5 of 40 tokens" in shown(to_terminal.view(pages.page(found)), 80)
 
 
 def test_logits_in_pieces_are_compared_with_their_own(
     tiny: Llama, found: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_scratch.engine._POSITIONS", 7)
+    monkeypatch.setattr("llama_scratch.inference.engine._POSITIONS", 7)
     (row,) = numerics(tiny, IDS, opened(tiny), ["bf16"]).rows
     assert row.distance is not None
     assert found.rows[0].distance is not None
@@ -204,11 +205,11 @@ def test_changes_that_are_on_are_not_in_it_and_that_is_said(tiny: Llama) -> None
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_the_page_fits_its_terminal(found: Numerics, width: int) -> None:
-    text = shown(page_terminal.view(pages.page(found)), width)
+    text = shown(to_terminal.view(pages.page(found)), width)
     assert max(map(len, text.splitlines())) <= width
     assert text.count("RoPE 8") == 2
     one = Numerics(found.tokens[:1], 0, found.reference, ())
-    assert "The answer in each precision" in shown(page_terminal.view(pages.page(one)), width)
+    assert "The answer in each precision" in shown(to_terminal.view(pages.page(one)), width)
 
 
 def test_progress_is_told(tiny: Llama) -> None:

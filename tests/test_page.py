@@ -15,8 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from llama_scratch.errors import UsageError
-from llama_scratch.render import colours, page_terminal
-from llama_scratch.render.html import html
+from llama_scratch.render import colors, to_terminal
 from llama_scratch.render.page import (
     Cell,
     Code,
@@ -33,7 +32,8 @@ from llama_scratch.render.page import (
     pooling,
     written,
 )
-from llama_scratch.render.png import png
+from llama_scratch.render.to_html import html
+from llama_scratch.render.to_png import png
 
 HOSTILE = "</script><script>document.title='run'</script>\"'\u202e\x1b[31m$\\frac{$"
 
@@ -81,14 +81,14 @@ EVERYTHING = Page(
 def shown(*parts: Part, width: int = 80, source: tuple[str, ...] = (), encoding: str = "utf-8", **how: Any) -> str:
     """What a terminal shows of a page."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
-    Console(file=out, width=width, **how).print(page_terminal.view(Page("", parts, source)), highlight=False)
+    Console(file=out, width=width, **how).print(to_terminal.view(Page("", parts, source)), highlight=False)
     out.seek(0)
     return "\n".join(line.rstrip() for line in out.read().splitlines())
 
 
 def plain(*parts: Part) -> list[str]:
     """The same for a screen reader."""
-    return page_terminal.plain(Page("", parts)).plain.splitlines()
+    return to_terminal.plain(Page("", parts)).plain.splitlines()
 
 
 # --- On a terminal ----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_small_maps_stand_beside_each_other() -> None:
 
 
 def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
-    lines = page_terminal.plain(EVERYTHING).plain.splitlines()
+    lines = to_terminal.plain(EVERYTHING).plain.splitlines()
     text = "\n".join(lines)
     assert not re.search("[▀-▟─-╿·]", text)
     assert 'After " Paris\\n"' in lines
@@ -285,9 +285,9 @@ def test_pages_are_joined_under_their_titles() -> None:
 
 
 def test_scales_can_be_told_apart_without_colours() -> None:
-    for scales, sign in ((colours.LIGHT, -1), (colours.DARK, 1)):
+    for scales, sign in ((colors.LIGHT, -1), (colors.DARK, 1)):
         for stops in scales.values():
-            lights = [sign * colours.luminance(colour) for colour in colours.steps(stops)]
+            lights = [sign * colors.luminance(colour) for colour in colors.steps(stops)]
             assert lights == sorted(lights)
 
 

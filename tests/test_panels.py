@@ -17,20 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import engine as engine_module
-from llama_scratch import kernels, memory
 from llama_scratch import llama as llama_module
-from llama_scratch import precision as precision_module
-from llama_scratch.background import Background
 from llama_scratch.config import ModelArgs
-from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, OutOfMemoryError
-from llama_scratch.linear import Panels, Rows, from_panels, panel_shapes, panels_of, to_panels
+from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference.engine import Engine
+from llama_scratch.inference.fused_layers import Step
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import BITS, Examples, build, memory_needed
-from llama_scratch.quantise import BLOCK, dequantise, quantise_blocks
-from llama_scratch.step import Step
+from llama_scratch.precision import kernels
+from llama_scratch.precision import network as precision_module
+from llama_scratch.precision.linear import Panels, Rows, from_panels, panel_shapes, panels_of, to_panels
+from llama_scratch.precision.network import BITS, Examples, build, memory_needed
+from llama_scratch.precision.quantize import BLOCK, dequantise, quantise_blocks
+from llama_scratch.system import memory
+from llama_scratch.system.jobs import Background
 from tests.checkpoints import tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.test_background import until
@@ -328,7 +329,8 @@ CALIBRATING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from llama_scratch import kernels, precision
+from llama_scratch.precision import kernels
+from llama_scratch.precision import network as precision
 from tests.test_panels import calibrated
 path, finished, library, os.environ["LLAMA_SCRATCH_KERNELS"] = sys.argv[1:]
 put, pieces = precision.KeptPieces.put, []

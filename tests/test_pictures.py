@@ -11,13 +11,13 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
-from llama_scratch.progress import Progress
 from llama_scratch.render.page import Page, Paragraph
+from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
+from llama_scratch.system.progress import Progress
 
 
 @pytest.fixture(scope="module")

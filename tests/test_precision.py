@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch import precision as precision_module
 from llama_scratch.config import ACTIVATIONS, PRECISIONS, ModelArgs
-from llama_scratch.engine import Engine
 from llama_scratch.errors import CheckpointError, UsageError
-from llama_scratch.lazy import Quantised, Weight, as_tensor
-from llama_scratch.linear import (
+from llama_scratch.inference.engine import Engine
+from llama_scratch.llama import Llama
+from llama_scratch.model import Transformer
+from llama_scratch.precision import network as precision_module
+from llama_scratch.precision.lazy_weight import Quantised, Weight, as_tensor
+from llama_scratch.precision.linear import (
     Differentiable,
     Form,
     Panels,
@@ -27,10 +29,16 @@ from llama_scratch.linear import (
     to_panels,
     weight_bytes,
 )
-from llama_scratch.llama import Llama
-from llama_scratch.memory import give_back
-from llama_scratch.model import Transformer
-from llama_scratch.precision import activation_type, all_known, build, check_name, choose, differentiable, file_type
+from llama_scratch.precision.network import (
+    activation_type,
+    all_known,
+    build,
+    check_name,
+    choose,
+    differentiable,
+    file_type,
+)
+from llama_scratch.system.memory import give_back
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.trust.memory import anonymous

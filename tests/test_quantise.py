@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import quantise
-from llama_scratch.lazy import Lazy
-from llama_scratch.quantise import BLOCK, Curvature, dequantise, quantise_blocks
+from llama_scratch.precision import quantize
+from llama_scratch.precision.lazy_weight import Lazy
+from llama_scratch.precision.quantize import BLOCK, Curvature, dequantise, quantise_blocks
 
 RANGE = {8: (-127, 127), 4: (0, 15)}
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -95,7 +95,7 @@ def test_rows_are_quantised_alone_in_any_type(bits: int, dtype: torch.dtype, mon
     """A part of the rows gives the same as all of them, however many are worked on at a time."""
     weight = random(40, 128).to(dtype)
     numbers, scales = quantise_blocks(weight, bits)
-    monkeypatch.setattr(quantise, "_SEARCHED", 7 * 128)
+    monkeypatch.setattr(quantize, "_SEARCHED", 7 * 128)
     some = quantise_blocks(weight[5:23].float(), bits)
     assert torch.equal(some[0], numbers[5:23])
     assert torch.equal(some[1], scales[5:23])
@@ -110,7 +110,7 @@ def test_what_is_no_tensor_yet(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(stop - start)
             return weight[start:stop]
 
-    monkeypatch.setattr(quantise, "_SEARCHED", 16 * 128)
+    monkeypatch.setattr(quantize, "_SEARCHED", 16 * 128)
     found = quantise_blocks(Rows((40, 128), torch.float32, 0), 4)
     assert torch.equal(found[0], quantise_blocks(weight, 4)[0])
     assert asked == [16, 16, 8]
@@ -143,8 +143,8 @@ def test_a_place_that_costs_more_is_hit(bits: int) -> None:
     """The scale fits the numbers, by what errors in their places cost."""
     blocks, cost = random(200, BLOCK[bits]), torch.ones(BLOCK[bits])
     cost[7] = 1000
-    scales = quantise._search(blocks, bits, cost)
-    missed = (blocks - quantise._round(blocks, quantise._inverse(scales)[:, None], bits) * scales[:, None])[:, 7]
+    scales = quantize._search(blocks, bits, cost)
+    missed = (blocks - quantize._round(blocks, quantize._inverse(scales)[:, None], bits) * scales[:, None])[:, 7]
     assert float(missed.abs().quantile(0.9)) < 2**-10  # as near as a scale in float16 comes
 
 
@@ -248,7 +248,7 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
     H = products(x[:2000])
     curvature = Curvature(H)
     blocks = weight.view(96, -1, BLOCK[bits])
-    gptq = quantise._gptq(blocks, curvature, bits)
+    gptq = quantize._gptq(blocks, curvature, bits)
     gptq_weight = (gptq[0] * gptq[1][..., None]).flatten(1)
     found = [
         dequantise(*quantise_blocks(weight, bits)),
@@ -264,14 +264,14 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
 def test_gptq_is_gptq() -> None:
     """Number by number what the paper's own algorithm makes: with the inverse of H, weights changed on the way."""
     weight, curvature = random(16, 128), Curvature(products(inputs(128)))
-    numbers, scales = quantise._gptq(weight.view(16, 2, 64), curvature, 4)
+    numbers, scales = quantize._gptq(weight.view(16, 2, 64), curvature, 4)
     inverse = torch.linalg.cholesky(torch.linalg.inv(curvature.matrix.double()), upper=True)
     left, expected = weight.double(), torch.empty(16, 128, dtype=torch.float64)
     for j in range(128):
         if j % 64 == 0:  # the scale is that of the weights as they are when their block's turn comes
             cost = 1 / inverse.diagonal()[j : j + 64].float()
             assert torch.allclose(
-                scales[:, j // 64], quantise._search(left[:, j : j + 64].float(), 4, cost), rtol=2**-10
+                scales[:, j // 64], quantize._search(left[:, j : j + 64].float(), 4, cost), rtol=2**-10
             )
         scale = scales[:, j // 64].double()
         expected[:, j] = (left[:, j] / scale).round().clamp(-8, 7)
@@ -291,9 +291,9 @@ def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None
         e = weight - (numbers.double() * scales.double()[..., None]).flatten(1)
         return ((e @ H) * e).sum(1)
 
-    monkeypatch.setattr(quantise, "_SWEEPS", 1)
+    monkeypatch.setattr(quantize, "_SWEEPS", 1)
     blocks = weight.float().view(8, 2, 64)
-    found = quantise._descend(blocks, numbers.clone(), scales.clone(), curvature, 4)
+    found = quantize._descend(blocks, numbers.clone(), scales.clone(), curvature, 4)
     for b in range(2):
         unit = torch.zeros_like(scales)
         unit[:, b] = 1
@@ -317,11 +317,11 @@ def test_no_sweep_of_the_descent_is_one_upwards(monkeypatch: pytest.MonkeyPatch)
     H = curvature.matrix.double()
     numbers, scales = torch.zeros(24, 2, 64), torch.full((24, 2), 0.4).half().float()
     costs = []
-    monkeypatch.setattr(quantise, "_SWEEPS", 1)
+    monkeypatch.setattr(quantize, "_SWEEPS", 1)
     for _ in range(20):
         e = weight.double() - (numbers.double() * scales.double()[..., None]).flatten(1)
         costs.append(((e @ H) * e).sum(1))
-        numbers, scales = quantise._descend(weight.view(24, 2, 64), numbers, scales, curvature, 4)
+        numbers, scales = quantize._descend(weight.view(24, 2, 64), numbers, scales, curvature, 4)
     for before, after in pairwise(costs):
         assert bool((after <= before * 1.001).all())
     assert float(costs[-1].sum()) < 0.01 * float(costs[0].sum())

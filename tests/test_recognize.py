@@ -14,11 +14,11 @@ import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.hub import Repository
 from llama_scratch.checkpoint.recognize import Model, recognize
 from llama_scratch.checkpoint.verify import verify
+from llama_scratch.download.hub import Repository
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
-from llama_scratch.progress import silent
+from llama_scratch.system.progress import silent
 from tests.checkpoints import tiny_params, write_meta
 from tests.test_small_files import PAGE, POINTER
 

@@ -18,15 +18,15 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.progress import Progress
-from llama_scratch.repl import record
+from llama_scratch.repl import session_file
+from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.replay import Report, compare, run_again
 from llama_scratch.repl.session import Session, Settings, Turn
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
 from tests.test_cli import Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
 
@@ -93,7 +93,7 @@ def saved(session: Session, path: Path) -> Path:
 
 def replayed(path: Path, llama: Llama) -> Report:
     """What a replay of a file finds."""
-    return run_again(record.load(path), llama, other_model, Console(file=io.StringIO()))
+    return run_again(session_file.load(path), llama, other_model, Console(file=io.StringIO()))
 
 
 def edited(path: Path, change: Callable[[list[Any]], object]) -> Path:
@@ -136,7 +136,7 @@ def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -
 def test_a_file_is_read_as_it_was_written(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, *LINES[:-1])
     path = saved(session, tmp_path / "a.jsonl")
-    found = record.load(path)
+    found = session_file.load(path)
     assert found.turns == session.turns[:-1]  # the last one is /save itself
     assert found.header.settings == session.first_settings
     assert found.header.end.settings == session.settings
@@ -146,13 +146,13 @@ def test_a_path_from_here_is_kept_in_full(tiny_dir: Path, tmp_path: Path, monkey
     """So that the file can be run again from anywhere."""
     monkeypatch.chdir(tiny_dir.parent)
     path = saved(session_of(loaded(Path(tiny_dir.name)), "the"), tmp_path / "a.jsonl")
-    assert record.load(path).header.model.path == str(tiny_dir)
+    assert session_file.load(path).header.model.path == str(tiny_dir)
 
 
 def test_numbers_that_are_none_survive(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the")
     session.turns.append(Turn("/x", {"value": [float("-inf"), float("nan")]}))
-    low, none = record.load(saved(session, tmp_path / "a.jsonl")).turns[1].output["value"]
+    low, none = session_file.load(saved(session, tmp_path / "a.jsonl")).turns[1].output["value"]
     assert low == float("-inf")
     assert none != none
 
@@ -180,7 +180,7 @@ def test_a_session_is_overwritten_and_a_link_to_one_stays_a_link(tiny: Llama, tm
     link.symlink_to(path)
     saved(session_of(tiny, "in", "the"), link)
     assert link.is_symlink()
-    assert [turn.input for turn in record.load(path).turns] == ["in", "the"]
+    assert [turn.input for turn in session_file.load(path).turns] == ["in", "the"]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -219,7 +219,7 @@ def test_where_a_session_cannot_be_saved(tiny: Llama, argument: str, expected: s
 def test_a_path_may_begin_in_the_home(tiny: Llama) -> None:
     session = session_of(tiny, "the")
     respond(session, "/save ~/a.jsonl")
-    assert record.load(Path.home() / "a.jsonl").turns[0].input == "the"
+    assert session_file.load(Path.home() / "a.jsonl").turns[0].input == "the"
     respond(session, "/load ~/a.jsonl")
     assert session.text_of(session.ids) == "the"
 
@@ -232,7 +232,7 @@ def test_there_must_be_something_to_save(tiny: Llama, tmp_path: Path) -> None:
 def test_a_session_that_no_load_would_take_is_not_written(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "MOST", 1000)
+    monkeypatch.setattr(session_file, "MOST", 1000)
     with pytest.raises(LlamaScratchError, match="expected at most 1,000"):
         saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     assert os.listdir(tmp_path) == []
@@ -284,7 +284,7 @@ def test_a_line_that_is_not_as_it_should_be_is_named(
 ) -> None:
     path = edited(saved(session_of(tiny, "the"), tmp_path / "a.jsonl"), change)
     with pytest.raises(LlamaScratchError) as error:
-        record.load(path)
+        session_file.load(path)
     assert expected in is_sentence(error.value)
     assert str(path) in str(error.value)
     assert str(error.value).isprintable()
@@ -307,14 +307,14 @@ def test_bytes_that_are_no_line(tiny: Llama, tmp_path: Path, line: bytes, expect
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + line)
     with pytest.raises(LlamaScratchError) as error:
-        record.load(path)
+        session_file.load(path)
     assert expected in is_sentence(error.value)
 
 
 def test_the_last_of_two_equal_keys_counts(tiny: Llama, tmp_path: Path) -> None:
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     path.write_bytes(path.read_bytes() + b'{"input": 3, "output": {}, "input": "x"}\n')
-    assert record.load(path).turns[-1].input == "x"
+    assert session_file.load(path).turns[-1].input == "x"
 
 
 def test_a_file_beyond_all_bounds_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_file_beyond_all_bounds_is_refused_before_it_is_read(tmp_path: Path) -
     with path.open("wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(LlamaScratchError, match="1,073,741,824 bytes, expected at most") as error:
-        record.load(path)
+        session_file.load(path)
     is_sentence(error.value)
 
 
@@ -336,7 +336,7 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
     if kind == "empty":
         path.touch()
     with pytest.raises(LlamaScratchError) as error:
-        record.load(path)
+        session_file.load(path)
     is_sentence(error.value)
     assert str(error.value).isprintable()
 
@@ -354,7 +354,7 @@ def test_a_missing_session_and_a_damaged_one_have_their_exit_codes(
     elif kind == "cut":
         path.write_bytes(saved(session_of(tiny, "the"), path).read_bytes()[:-2])
     with pytest.raises(LlamaScratchError) as error:
-        record.load(path)
+        session_file.load(path)
     assert error.value.exit_code == code
 
 
@@ -473,7 +473,7 @@ def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_pa
     """Turn by turn: a session may go on in another one, and older versions answered in fp32 while they packed."""
     session = session_of(Llama.load(tiny_dir, precision="int8", device="cpu", context=64), "the", "in", "the")
     path = saved(session, tmp_path / "a.jsonl")
-    assert [turn.output["model"]["precision"] for turn in record.load(path).turns] == ["int8"] * 3
+    assert [turn.output["model"]["precision"] for turn in session_file.load(path).turns] == ["int8"] * 3
 
     def load() -> Llama:
         return Llama.load(tiny_dir, precision="int8", device="cpu", context=64)
@@ -505,7 +505,7 @@ def test_text_drawn_without_a_seed_is_not_compared_and_that_is_said(tiny: Llama,
     assert "drawn without a seed: the text generated in 1 of the turns" in found.notes[0]
     # The same with a seed is compared.
     path = saved(session_of(tiny, "the", "/seed 1", *lines[1:]), tmp_path / "b.jsonl")
-    assert record.load(path).header.repeatable
+    assert session_file.load(path).header.repeatable
     assert replayed(path, tiny).notes == []
     path = edited(path, lambda lines: lines[4]["output"].update(text="x"))
     assert [difference.what for difference in replayed(path, tiny).differences] == ["text"]
@@ -521,12 +521,12 @@ def test_what_stands_beside_drawn_text_is_compared(tiny: Llama, tmp_path: Path) 
 def test_a_byte_order_mark_before_a_session(tiny: Llama, tmp_path: Path) -> None:
     """An editor put it there; the session is the same."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
-    before = record.load(path)
+    before = session_file.load(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert record.load(path) == before
+    assert session_file.load(path) == before
     path.write_bytes(path.read_bytes().decode("utf-8-sig").encode("utf-16"))
     with pytest.raises(LlamaScratchError, match="UTF-16"):
-        record.load(path)
+        session_file.load(path)
 
 
 def test_lines_go_on_from_the_text_that_an_editor_gave(tiny: Llama, tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ def test_what_was_run_otherwise_is_said(tiny: Llama, tmp_path: Path) -> None:
 
 
 def test_how_it_was_run_is_what_the_command_line_takes(tiny: Llama, tmp_path: Path) -> None:
-    header = record.load(saved(session_of(tiny, "the"), tmp_path / "a.jsonl")).header
+    header = session_file.load(saved(session_of(tiny, "the"), tmp_path / "a.jsonl")).header
     assert header.options["model_dir"] == header.model.path
     assert (header.options["precision"], header.options["context"]) == ("fp32", 64)
     for threads in (10**9, -5):

@@ -17,10 +17,10 @@ import urllib3
 
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.find import find_model
-from llama_scratch.checkpoint.remote import local_copy, remote_address
+from llama_scratch.download.cloud import local_copy, remote_address
+from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
-from llama_scratch.progress import silent
+from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
 from tests.loopback import Answer, File, Server, serving
 from tests.test_checkpoint_meta import is_sentence
@@ -104,7 +104,7 @@ class Storage:
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     """A bucket with one model of Meta's form."""
     monkeypatch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
-    monkeypatch.setattr("llama_scratch.checkpoint.remote._RETRIES", 1)
+    monkeypatch.setattr("llama_scratch.download.cloud._RETRIES", 1)
     with serving() as server:
         pool = Pool(server.url)
         monkeypatch.setattr("blobfile._common.global_pool_director.get_http_pool", lambda: pool)
@@ -269,14 +269,14 @@ def test_the_checklist_decides_where_the_store_has_no_checksum(storage: Storage)
 
 def test_a_small_file_that_is_large(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read up to a bound."""
-    monkeypatch.setattr("llama_scratch.checkpoint.remote._MAX_SMALL", 1000)
+    monkeypatch.setattr("llama_scratch.download.cloud._MAX_SMALL", 1000)
     storage.put("models/Tiny-Llama/tokenizer.model", bytes(1001))
     refused(lambda: local_copy(AT, silent), CheckpointError, "tokenizer.model", "1,000")
 
 
 def test_no_room(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before the weights are fetched."""
-    monkeypatch.setattr("llama_scratch.checkpoint.fetch.shutil.disk_usage", lambda _: Room())
+    monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: Room())
     refused(lambda: local_copy(AT, silent), LlamaScratchError, "room for 0.0 GB")
     assert "consolidated.00.pth" not in storage.fetched()
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console, RenderableType
 from wcwidth import iter_graphemes
 
-from llama_scratch.render import lines, terminal
+from llama_scratch.render import lines
+from llama_scratch.render import text as terminal
 from llama_scratch.results import Candidate, Caution, Generated, ModelInfo, Prediction, Timing, Token, as_json
 
 MODEL = ModelInfo("Tiny", "meta", "fp32", "cpu", 1234)

@@ -18,7 +18,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.rope import Rope, dials, rope
 from llama_scratch.model import TransformerBlock
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import rope as pages
 from llama_scratch.repl.commands import run_command
 from tests.checkpoints import tiny_args
@@ -137,7 +137,7 @@ def test_of_a_long_text_the_nearest_keys_are_shown(tiny: Llama) -> None:
 
 
 def view(found: Rope) -> RenderableType:
-    return page_terminal.view(pages.page(found))
+    return to_terminal.view(pages.page(found))
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from llama_scratch.cli import ModelOptions
+from llama_scratch.cli.app import ModelOptions
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.progress import Progress
-from llama_scratch.repl import record
-from llama_scratch.repl.chat import Chat, Question
+from llama_scratch.repl import session_file
+from llama_scratch.repl.batch import respond
+from llama_scratch.repl.conversation import Chat, Question
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.replay import Report, run_again
 from llama_scratch.repl.session import Moment, Origin, Past, Session, Settings
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import Progress
 from tests.checkpoints import tokenizer_file, write_meta
 from tests.test_cli import Runner, llama_scratch  # noqa: F401 - a fixture
 from tests.test_record import edited
@@ -151,7 +151,7 @@ def save_and_load(session: Session, into: Session, path: Path) -> None:
 
 
 def replayed(path: Path, llama: Llama) -> Report:
-    return run_again(record.load(path), llama, no_other, Console(file=io.StringIO()))
+    return run_again(session_file.load(path), llama, no_other, Console(file=io.StringIO()))
 
 
 def texts(session: Session) -> list[Any]:
@@ -276,8 +276,10 @@ def test_a_conversation_goes_on(llama: Llama, tmp_path: Path) -> None:
     save_and_load(first, second, tmp_path / "a.jsonl")
     assert first.chat
     assert second.chat
-    assert second.chat.messages(second) == first.chat.messages(first)
-    roles = [message.role for message in second.chat.messages(second)]
+    assert second.chat.messages(second.ids, second.llama.tokenizer) == first.chat.messages(
+        first.ids, first.llama.tokenizer
+    )
+    roles = [message.role for message in second.chat.messages(second.ids, second.llama.tokenizer)]
     assert roles == ["system", *["user", "assistant"] * 2]
 
 
@@ -299,7 +301,7 @@ def test_a_loaded_session_is_saved_and_run_again(llama: Llama, tmp_path: Path, l
 def test_a_file_that_is_saved_again_is_the_same(llama: Llama, tmp_path: Path) -> None:
     first, second = session_of(llama, *TEXT_LINES, generate=3), session_of(llama)
     save_and_load(first, second, tmp_path / "a.jsonl")
-    record.save(record.record(second), tmp_path / "b.jsonl")
+    session_file.save(session_file.record(second), tmp_path / "b.jsonl")
     a, b = (json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0]) for name in "ab")
     a["end"]["settings"]["live"] = a["settings"]["live"] = b["settings"]["live"] = b["end"]["settings"]["live"]
     a["end"]["more"]["texts"][-1]["top"] = b["end"]["more"]["texts"][-1]["top"]
@@ -346,7 +348,7 @@ def test_a_replay_runs_the_model_with_the_options_that_it_had(
     torch.set_num_threads(threads)
     path = tmp_path / "a.jsonl"
     respond(session_of(llama, "the"), f"/save {path}")
-    options = record.load(path).header.options
+    options = session_file.load(path).header.options
     assert options == {
         "model_dir": str(directory),
         "tokenizer": str(tmp_path / "own.model"),
@@ -365,7 +367,7 @@ def test_a_context_that_nobody_asked_for_is_not_asked_for_by_a_replay(directory:
     """Its cache would have to fit, which is a reason to reject the model."""
     path = tmp_path / "a.jsonl"
     respond(session_of(load(directory, context=None), "the"), f"/save {path}")
-    options = record.load(path).header.options
+    options = session_file.load(path).header.options
     assert (options["context"], options["rope_factor"], options["activations"]) == (None, None, None)
 
 
@@ -383,7 +385,7 @@ def test_a_replay_rounds_activations_as_the_session_did(
     assert (result.code, "no difference" in result.out) == (0, True), result.out + result.err
     assert llama_scratch("replay", "--activations", "fp32", str(path)).code == 1
     edited(path, lambda lines: lines[0]["asked"].pop("activations"))
-    assert record.load(path).header.options["activations"] is None
+    assert session_file.load(path).header.options["activations"] is None
     assert llama_scratch("replay", str(path)).code == 1
     assert llama_scratch("replay", "--activations", "bf16", str(path)).code == 0
 
@@ -457,7 +459,7 @@ def test_a_file_from_another_machine_is_loaded_and_saved_again(llama: Llama, dir
     session = session_of(llama)
     respond(session, f"/load {edited(path, elsewhere)}")
     respond(session, f"/save {path}")
-    assert record.load(path).header.model.path == str(directory)
+    assert session_file.load(path).header.model.path == str(directory)
 
 
 # --- Another model ----------------------------------------------------------------------------
@@ -498,7 +500,7 @@ def test_the_model_at_the_end_counts(llama: Llama, other: Llama, tmp_path: Path)
     respond(session_of(llama, "the nation"), f"/save {path}")
     for line in [f"/load {path}", "", "in", f"/save {again}"]:
         respond(session, line)
-    found = run_again(record.load(again), load(llama.path or Path()), open, Console(file=io.StringIO()))
+    found = run_again(session_file.load(again), load(llama.path or Path()), open, Console(file=io.StringIO()))
     assert [difference for difference in found.differences if difference.turn] == []
 
 
@@ -597,7 +599,7 @@ def test_a_file_that_was_cut_is_named(llama: Llama, tmp_path: Path, cut: str) ->
     kept = {"in a line": b"".join(lines)[:-9], "between two lines": b"".join(lines[:3]), "after the header": lines[0]}
     path.write_bytes(kept[cut])
     with pytest.raises(LlamaScratchError, match="breaks off"):
-        record.load(path)
+        session_file.load(path)
 
 
 # --- Files of version 0.1.0 -------------------------------------------------------------------
@@ -624,7 +626,7 @@ def test_an_old_file_is_run_again(llama: Llama, released: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["first", "second", "chat"])
 def test_an_old_file_is_loaded_and_saved_in_the_new_format(llama: Llama, released: Path, name: str) -> None:
-    recorded = record.load(released / f"{name}.jsonl")
+    recorded = session_file.load(released / f"{name}.jsonl")
     session = session_of(llama)
     output, reply = respond(session, f"/load {name}.jsonl")
     assert output["same_model"] is True
@@ -633,7 +635,10 @@ def test_an_old_file_is_loaded_and_saved_in_the_new_format(llama: Llama, release
     assert ("are off" in str(reply.view if reply else "")) is (name == "first")
     if name == "chat":
         assert session.chat
-        assert [message.content for message in session.chat.messages(session)][:2] == ["Be brief.", "a city?"]
+        assert [message.content for message in session.chat.messages(session.ids, session.llama.tokenizer)][:2] == [
+            "Be brief.",
+            "a city?",
+        ]
     respond(session, "")
     respond(session, "/save new.jsonl")
     assert replayed(released / "new.jsonl", llama).differences == []

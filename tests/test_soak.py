@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_scratch.engine import Engine
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import ablate
 from llama_scratch.microscope.parts import Part

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import llama_scratch
-from llama_scratch import config, engine, model
+from llama_scratch import config, model
 from llama_scratch.errors import UsageError
+from llama_scratch.inference import engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import source as module
 from llama_scratch.microscope.source import CONCEPTS, Source, concepts, names, source
@@ -47,23 +48,23 @@ def names_of(found: Source) -> list[str]:
         ("model.attend", ["model.attend"]),
         ("llama_scratch.model.attend", ["model.attend"]),
         ("_grown", ["model.KVCache._grown"]),
-        ("CHUNK", ["precision.CHUNK"]),
-        ("places", ["taps.places"]),  # before a method of that name
+        ("CHUNK", ["precision.network.CHUNK"]),
+        ("places", ["hooks.places"]),  # before a method of that name
         ("model", ["model.py"]),
         ("model.py", ["model.py"]),
-        ("checkpoint.meta", ["checkpoint/meta.py"]),
-        ("checkpoint/meta.py", ["checkpoint/meta.py"]),
+        ("checkpoint.meta.reader", ["checkpoint/meta/reader.py"]),
+        ("meta/reader.py", ["checkpoint/meta/reader.py"]),
         ("llama_scratch/model.py", ["model.py"]),
         ("model.py:1", ["model.py"]),  # outside of all parts
         (f"model.py:{model.KVCache.update.__code__.co_firstlineno + 1}", ["model.KVCache.update"]),
         (f"llama_scratch/model.py:{model.KVCache.__init__.__code__.co_firstlineno}", ["model.KVCache.__init__"]),
-        ("kernels.cpp", ["kernels.cpp"]),
-        ("kernels.cpp.operators", ["kernels.cpp.operators"]),
-        ("cpp/rows.h", ["cpp/rows.h"]),
-        ("cpp/layer.h.the_layer", ["cpp/layer.h.the_layer"]),
-        ("llama_scratch/cpp/layer.h:1", ["cpp/layer.h"]),
-        ("kernels.py", ["kernels.py"]),
-        ("kernels.build", ["kernels.build"]),
+        ("kernels.cpp", ["precision/kernels.cpp"]),
+        ("kernels.cpp.operators", ["precision/kernels.cpp.operators"]),
+        ("cpp/rows.h", ["precision/cpp/rows.h"]),
+        ("cpp/layer.h.the_layer", ["precision/cpp/layer.h.the_layer"]),
+        ("llama_scratch/precision/cpp/layer.h:1", ["precision/cpp/layer.h"]),
+        ("kernels.py", ["precision/kernels.py"]),
+        ("kernels.build", ["precision.kernels.build"]),
         ("/surprisal", ["microscope.surprisal.surprisal"]),
         ("choices", ["microscope.choices.choices"]),
         ("/generate", ["repl.commands.text._generate"]),
@@ -117,7 +118,7 @@ def test_decorators_and_the_comment_above_belong_to_it() -> None:
     assert source("KVCache.capacity").passages[0].text.lstrip().startswith("@property\n")
     assert source("rope_frequencies").passages[0].text.startswith("# --- Rotary embedding -")
     assert "A head's vector is read as" in source("rope").passages[0].text
-    assert source("precision.CHUNK").passages[0].text.startswith("# Prompts go through")
+    assert source("network.CHUNK").passages[0].text.startswith("# Prompts go through")
     assert source("KVCache").passages[0].text.startswith("class KVCache:")
     assert source("causal_mask").passages[0].text.startswith("def causal_mask")
 
@@ -131,11 +132,11 @@ def test_a_file_is_shown_whole() -> None:
 def test_a_section_of_cpp_goes_to_the_next_heading() -> None:
     """With its heading; the last one to the end of the file, and between two lines the section is found."""
     found = source("cpp/panels.h.activations").passages[0]
-    text = (ROOT / "llama_scratch" / "cpp" / "panels.h").read_text(encoding="utf-8")
+    text = (ROOT / "llama_scratch" / "precision" / "cpp" / "panels.h").read_text(encoding="utf-8")
     assert found.text.startswith("// --- Activations ---")
     assert text.partition(found.text)[2].startswith("\n\n// --- ")
     assert source(f"cpp/panels.h:{found.last_line}").passages == (found,)
-    assert found.path == "llama_scratch/cpp/panels.h"
+    assert found.path == "llama_scratch/precision/cpp/panels.h"
 
 
 def test_each_place_that_a_view_prints_is_taken() -> None:

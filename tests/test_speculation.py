@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from llama_scratch import llama as llama_module
-from llama_scratch import speculation
-from llama_scratch.background import Background
-from llama_scratch.engine import _DRAFTED, Engine
 from llama_scratch.errors import CheckpointError
+from llama_scratch.inference import prompt_lookup
+from llama_scratch.inference.engine import _DRAFTED, Engine
+from llama_scratch.inference.prompt_lookup import Drafts
 from llama_scratch.llama import Llama
 from llama_scratch.model import RMSNorm
 from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
-from llama_scratch.speculation import Drafts
+from llama_scratch.system.jobs import Background
 from tests.conftest import KERNELS
 
 CYCLE = [5, 6, 7, 8, 9, 10]
@@ -96,7 +96,7 @@ def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
         drafts.book(len(draft), 0, 1.0 + len(draft))
         singles += not draft
         lost += len(draft)
-    assert 0 < lost <= 2 + speculation._SHARE * singles * 1.2
+    assert 0 < lost <= 2 + prompt_lookup._SHARE * singles * 1.2
 
 
 def test_one_delayed_pass_changes_little() -> None:

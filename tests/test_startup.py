@@ -12,8 +12,8 @@ import pytest
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import name_of
 from llama_scratch.errors import CheckpointError
-from llama_scratch.progress import Progress
 from llama_scratch.repl.loading import Loading
+from llama_scratch.system.progress import Progress
 from tests.terminal import Slow, Terminal
 
 LOADING = "No torch yet 42 %"

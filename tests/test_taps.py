@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch import engine as engine_module
-from llama_scratch import taps as taps_module
-from llama_scratch.attention import attend_by_kernels
+from llama_scratch import hooks as taps_module
 from llama_scratch.errors import UsageError
+from llama_scratch.hooks import Tap, places, tapped
+from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference.long_attention import attend_by_kernels
 from llama_scratch.llama import Llama
 from llama_scratch.model import Attention, TransformerBlock
-from llama_scratch.taps import Tap, places, tapped
 
 IDS = list(range(60, 72))
 T = len(IDS)

@@ -16,16 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch.checkpoint import Checkpoint, open_checkpoint, pull
+from llama_scratch.checkpoint import Checkpoint, open_checkpoint
 from llama_scratch.checkpoint import verify as module
-from llama_scratch.checkpoint.checklist import CHECKLIST
+from llama_scratch.checkpoint.checksums import CHECKLIST
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.verify import Finding, Verification, verify
+from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
-from llama_scratch.lazy import Quantised, Weight
-from llama_scratch.progress import Progress
-from llama_scratch.render.terminal import as_text
+from llama_scratch.precision.lazy_weight import Quantised, Weight
+from llama_scratch.render.text import as_text
 from llama_scratch.render.verify import verify_table
+from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
 from tests.test_checkpoint_gguf import whole_file
 from tests.test_cli import Runner, llama_scratch, one_sentence
@@ -397,11 +398,11 @@ def test_the_open_model_and_one_bit_of_it(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_scratch: Runner
 ) -> None:
     """A bit among the weights, which nothing else would notice."""
-    found = verify(smollm2_path)
+    found = verify(smollm2_path, published=pypi.published_files())
     assert wrong(found) == []
     assert found.findings[0].sentence == "Its SHA-256 is that of the published smollm2 (98,362,432 bytes)."
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    copy = pull.OPEN_MODELS["smollm2"].path
+    copy = pypi.OPEN_MODELS["smollm2"].path
     copy.parent.mkdir(parents=True)
     shutil.copyfile(smollm2_path, copy)
     flip(copy, 90_000_000)
@@ -411,15 +412,18 @@ def test_the_open_model_and_one_bit_of_it(
     assert "run 'llama-scratch pull smollm2' to fetch it again" in result.out
     assert result.out.endswith("fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
     os.truncate(copy, 98_362_431)
-    found = verify(copy)
+    found = verify(copy, published=pypi.published_files())
     assert "98,362,431 bytes, expected the 98,362,432 of the published smollm2" in found.findings[0].sentence
     assert [(f.check, f.result) for f in found.findings] == [("SHA-256", "wrong"), ("structure", "wrong")]
     # Elsewhere it may be another file of the same name.
     elsewhere = tmp_path / copy.name
     copy.rename(elsewhere)
-    assert [(f.check, f.result) for f in verify(elsewhere).findings] == [("SHA-256", "note"), ("structure", "wrong")]
+    assert [(f.check, f.result) for f in verify(elsewhere, published=pypi.published_files()).findings] == [
+        ("SHA-256", "note"),
+        ("structure", "wrong"),
+    ]
     copy.touch()  # also where there is one in its own place
-    assert verify(elsewhere).findings[0].result == "note"
+    assert verify(elsewhere, published=pypi.published_files()).findings[0].result == "note"
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 from torch import Tensor
 
-from llama_scratch.lazy import Quantised, Weight
+from llama_scratch.precision.lazy_weight import Quantised, Weight
 from tests import gguf_reference
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

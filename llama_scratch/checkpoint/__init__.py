@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_scratch.checkpoint.base import EMBEDDING, OUTPUT, Checkpoint, is_tied, reading
+from llama_scratch.checkpoint.base import Checkpoint, reading
 from llama_scratch.checkpoint.recognize import recognize
 
-__all__ = ["EMBEDDING", "OUTPUT", "Checkpoint", "is_tied", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -25,13 +25,13 @@ def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
     # Each format's module is imported where it is needed, so that starting up reads only one.
     with reading(path):
         if format == "gguf":
-            from llama_scratch.checkpoint.gguf import open_gguf
+            from llama_scratch.checkpoint.gguf.reader import open_gguf
 
             return open_gguf(path, tokenizer)
         if format == "huggingface":
-            from llama_scratch.checkpoint.huggingface import open_huggingface
+            from llama_scratch.checkpoint.huggingface.reader import open_huggingface
 
             return open_huggingface(path, tokenizer)
-        from llama_scratch.checkpoint.meta import open_meta
+        from llama_scratch.checkpoint.meta.reader import open_meta
 
         return open_meta(path, tokenizer)

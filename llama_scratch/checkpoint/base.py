@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_scratch.chat import ChatFormat
+from llama_scratch.chat_format import ChatFormat
 from llama_scratch.checkpoint.extras import Extras
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -20,18 +20,17 @@ from llama_scratch.errors import (
     UnsupportedError,
     printable,
 )
-from llama_scratch.guard import Mapped
-from llama_scratch.memory import does_not_fit, is_memory_error
-from llama_scratch.progress import Progress
+from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.memory import does_not_fit, is_memory_error
+from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from llama_scratch.lazy import Weight
+    from llama_scratch.precision.lazy_weight import Weight
 
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # No file can have such a path: there is none, a folder in it is a file, it is too long, its links form a circle.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # What says which shapes the weights of a file have, by the file's ending.
@@ -181,7 +180,7 @@ def check_shapes(
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Let the output be the embedding itself if it is missing or the same view of the embedding's storage."""
-    from llama_scratch.lazy import Lazy
+    from llama_scratch.precision.lazy_weight import Lazy
 
     embedding = weights[EMBEDDING]
     output = weights.get(OUTPUT, embedding)
@@ -193,11 +192,6 @@ def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 def same_view(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same numbers of one storage, in the same order."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def is_tied(weights: Mapping[str, Weight]) -> bool:
-    """Whether the output projection is the embedding itself."""
-    return weights[OUTPUT] is weights[EMBEDDING]
 
 
 def _some(names: list[str]) -> str:

@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.base import EMBEDDING, Checkpoint
+from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.extras import Extras
-from llama_scratch.checkpoint.gguf import SAMPLING
+from llama_scratch.checkpoint.gguf.reader import SAMPLING
+from llama_scratch.checkpoint.gguf.writer import write_gguf
+from llama_scratch.checkpoint.huggingface.writer import write_huggingface
+from llama_scratch.checkpoint.meta.writer import write_meta
 from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import write_checksums
-from llama_scratch.checkpoint.write_gguf import write_gguf
-from llama_scratch.checkpoint.write_huggingface import write_huggingface
-from llama_scratch.checkpoint.write_meta import write_meta
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import EMBEDDING, ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
-from llama_scratch.guard import Mapped
-from llama_scratch.progress import Progress, silent
+from llama_scratch.system.atomic_files import unfinished_folder
+from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
-from llama_scratch.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
-    from llama_scratch.lazy import Weight
+    from llama_scratch.precision.lazy_weight import Weight
 
 _Write = Callable[[Checkpoint, Mapping[str, "Weight"], Path, Progress], None]
 FORMS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
@@ -205,7 +205,7 @@ def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Ma
     """GGUF holds norms as float32: they get the type of the other weights where that changes no value."""
     import torch
 
-    from llama_scratch.lazy import as_tensor
+    from llama_scratch.precision.lazy_weight import as_tensor
 
     dtype = weights[EMBEDDING].dtype
     if checkpoint.format != "gguf" or dtype == torch.float32:
@@ -216,7 +216,7 @@ def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Ma
 
 
 def _dequantised(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Iterator[str]:
-    from llama_scratch.lazy import Quantised
+    from llama_scratch.precision.lazy_weight import Quantised
 
     if any(isinstance(weight, Quantised) for weight in weights.values()):
         yield f"{printable(checkpoint.name)} was quantised; its weights became float32, exactly what they stand for."

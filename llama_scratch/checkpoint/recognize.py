@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from llama_scratch.checkpoint.base import reading
-from llama_scratch.checkpoint.json_file import read_object
+from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
 from llama_scratch.system.small_files import read_start, read_text
 

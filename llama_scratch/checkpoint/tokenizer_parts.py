@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_scratch.chat import ChatFormat, Llama3Format, TemplateFormat
+from llama_scratch.chat_format import ChatFormat, Llama3Format, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint
-from llama_scratch.checkpoint.vocabulary import PATTERNS, bytes_to_unicode, merges_of
+from llama_scratch.checkpoint.byte_level_bpe import PATTERNS, bytes_to_unicode, merges_of
 from llama_scratch.errors import CheckpointError, printable
 
 # `Llama3Format` in the language of templates.

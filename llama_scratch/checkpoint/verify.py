@@ -13,18 +13,17 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.base import Checkpoint, is_tied, name_of, reading
-from llama_scratch.checkpoint.checklist import CHECKLIST, MAX_CHECKLIST, parse_checklist
-from llama_scratch.checkpoint.pull import OPEN_MODELS
+from llama_scratch.checkpoint.base import Checkpoint, name_of, reading
+from llama_scratch.checkpoint.checksums import CHECKLIST, MAX_CHECKLIST, PublishedFile, parse_checklist
 from llama_scratch.checkpoint.recognize import recognize
-from llama_scratch.config import ModelArgs
+from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
     FETCH_AGAIN,
     CheckpointError,
@@ -34,11 +33,11 @@ from llama_scratch.errors import (
     UsageError,
     printable,
 )
-from llama_scratch.progress import Progress, silent
+from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_bytes
 
 if TYPE_CHECKING:
-    from llama_scratch.lazy import Weight
+    from llama_scratch.precision.lazy_weight import Weight
 
 # Bytes that are hashed, and numbers that are looked at, at a time.
 _READ, _BLOCK = 1 << 20, 1 << 20
@@ -130,12 +129,17 @@ class Verification:
 
 
 def verify(
-    path: Path, tokenizer: str | None = None, rope_factor: float | None = None, progress: Progress = silent
+    path: Path,
+    tokenizer: str | None = None,
+    rope_factor: float | None = None,
+    progress: Progress = silent,
+    published: Sequence[PublishedFile] = (),
 ) -> Verification:
     """Check a model in every way there is: checksums, structure, values, what it would run with.
 
-    tokenizer and rope_factor: as `Llama.load` takes them. What is wrong with the model is found and not raised. Raises
-    `ModelNotFoundError` where there is none, `UsageError` as `open_checkpoint` does, `OutOfMemoryError`.
+    tokenizer and rope_factor: as `Llama.load` takes them. published: files whose checksums are known. What is wrong
+    with the model is found and not raised. Raises `ModelNotFoundError` where there is none, `UsageError` as
+    `open_checkpoint` does, `OutOfMemoryError`.
     """
     model, checkpoint, args, findings = None, None, None, []
     try:
@@ -150,7 +154,7 @@ def verify(
         findings.append(_broken(error, path.name))
     folder = path.parent if path.is_file() else path
     files = checkpoint.files if checkpoint else (path,) * path.is_file()
-    expected, found = _expected(path, folder, files, args)
+    expected, found = _expected(path, folder, files, args, published)
     found += _without_checksum(files, expected, found, _sums_of(path, folder))
 
     weights = sum(_size(file) for file in files) * (checkpoint is not None)
@@ -240,7 +244,11 @@ _Expected = dict[Path, list[_Sum]]
 
 
 def _expected(
-    path: Path, folder: Path, files: tuple[Path, ...], args: ModelArgs | None
+    path: Path,
+    folder: Path,
+    files: tuple[Path, ...],
+    args: ModelArgs | None,
+    published: Sequence[PublishedFile],
 ) -> tuple[_Expected, list[Finding]]:
     """The checksums that are known of a model's files, and what is wrong before one byte of them was read."""
     expected: _Expected = defaultdict(list)
@@ -262,12 +270,12 @@ def _expected(
                 expected[file].append(_Sum(kind, {blob: "the one in its name in the cache"}))
             else:
                 findings.append(_missing(file.name, "it is a link to a file that is gone"))
-    for model in OPEN_MODELS.values():
-        if path.name == Path(model.member).name and path.is_file():
+    for model in published:
+        if path.name == model.path.name and path.is_file():
             own = model.path.exists() and path.samefile(model.path)
             again = f"run 'llama-scratch pull {model.name}' to fetch it again."
-            published = {model.sha256: f"that of the published {model.name}"}
-            expected[path].append(_Sum("sha256", published, own, model.size, again if own else FETCH_AGAIN))
+            digests = {model.sha256: f"that of the published {model.name}"}
+            expected[path].append(_Sum("sha256", digests, own, model.size, again if own else FETCH_AGAIN))
     return expected, findings
 
 
@@ -417,7 +425,7 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
     """Look for NaN and infinity a block of rows at a time: the smallest and the largest value show both."""
     import torch
 
-    from llama_scratch.lazy import Lazy
+    from llama_scratch.precision.lazy_weight import Lazy
 
     rows, nans, infinite, first = len(weight), 0, 0, None
     step = max(1, _BLOCK * rows // weight.numel())
@@ -447,7 +455,7 @@ def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Of the shards that each hold a piece of a weight those whose piece has a value that is no number."""
     import torch
 
-    from llama_scratch.lazy import Joined
+    from llama_scratch.precision.lazy_weight import Joined
 
     pieces = weight.pieces if isinstance(weight, Joined) else []
     found = zip(checkpoint.files, pieces, strict=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
-from llama_scratch.precision import activation_bytes
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.precision.network import activation_bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Architecture:
         }
 
 
-def architecture(llama: Llama, length: int) -> Architecture:
+def architecture(llama: LoadedModel, length: int) -> Architecture:
     """The parts of a model, with the costs of a token that looks at `length` tokens, itself among them.
 
     Counted are two operations a weight for each product, and the attention's scores and mixing; what grows with dim

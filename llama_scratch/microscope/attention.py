@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_scratch.engine import Engine
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.engine import Engine
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.microscope.shown import Shown
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Token
-from llama_scratch.taps import Tap
+from llama_scratch.system.progress import Progress, silent
 
 # A head whose attention goes less than this to where its kind looks is of none.
 THRESHOLD = 0.4
@@ -127,7 +127,7 @@ class Head(Shown):
 
 
 def attention_map(
-    llama: Llama, ids: Sequence[int], layer: int, head: int | None = None, progress: Progress = silent
+    llama: LoadedModel, ids: Sequence[int], layer: int, head: int | None = None, progress: Progress = silent
 ) -> Tensor:
     """What share of its attention each token of a text gives to each: (n_heads, T, T) float32, or (T, T) of one head.
 
@@ -148,7 +148,7 @@ def attention_map(
 
 
 def head(
-    llama: Llama, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
+    llama: LoadedModel, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
 ) -> Head:
     """What one head looks at: the map of `WINDOW` queries from position `first` on, by default the last ones.
 
@@ -167,7 +167,7 @@ def head(
     )
 
 
-def heads(llama: Llama, ids: Sequence[int], layer: int | None = None, progress: Progress = silent) -> Heads:
+def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, progress: Progress = silent) -> Heads:
     """All heads, or those of a layer, with their scores and small maps of a text.
 
     A layer's maps are made small before the next layer runs: what is held does not grow with the layers.
@@ -205,7 +205,7 @@ def heads(llama: Llama, ids: Sequence[int], layer: int | None = None, progress: 
 _known: WeakKeyDictionary[Engine, tuple[Scores, ...]] = WeakKeyDictionary()
 
 
-def head_scores(llama: Llama, progress: Progress = silent) -> tuple[Scores, ...]:
+def head_scores(llama: LoadedModel, progress: Progress = silent) -> tuple[Scores, ...]:
     """The scores of all heads, layer by layer, on `repeated` random tokens, where nothing can be known but by looking.
 
     Source: Olsson et al. 2022, arXiv:2209.11895; the head detector of TransformerLens.
@@ -215,7 +215,7 @@ def head_scores(llama: Llama, progress: Progress = silent) -> tuple[Scores, ...]
     return _known[llama.engine]
 
 
-def repeated(llama: Llama) -> list[int]:
+def repeated(llama: LoadedModel) -> list[int]:
     """Random ordinary tokens, all different, and the same ones again; in front the beginning-of-text token, if any.
 
     50 of them, or fewer where the context has no room; always the same ones for the same vocabulary. Raises
@@ -233,12 +233,12 @@ def repeated(llama: Llama) -> list[int]:
     return [*begin, *half, *half]
 
 
-def _begin(llama: Llama) -> list[int]:
+def _begin(llama: LoadedModel) -> list[int]:
     bos = llama.tokenizer.bos_id
     return [] if bos is None else [bos]
 
 
-def _measured(llama: Llama, progress: Progress) -> tuple[Scores, ...]:
+def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
     ids, begin = repeated(llama), len(_begin(llama))
     n = (len(ids) - begin) // 2
     found: list[Scores] = []
@@ -257,7 +257,7 @@ def _measured(llama: Llama, progress: Progress) -> tuple[Scores, ...]:
 
 
 def _read(
-    llama: Llama,
+    llama: LoadedModel,
     ids: Sequence[int],
     layers: Iterable[int],
     reduce: Callable[[int, Tensor, int], None],

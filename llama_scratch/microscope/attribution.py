@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
-from llama_scratch.memory import memory_errors
+from llama_scratch.hooks import tapped
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.activations import keep, layers
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.interventions import ablate
 from llama_scratch.microscope.parts import Part
-from llama_scratch.microscope.shown import Shown
-from llama_scratch.microscope.stream import keep, layers
 from llama_scratch.model import Transformer, TransformerBlock
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
-from llama_scratch.taps import tapped
+from llama_scratch.system.memory import memory_errors
+from llama_scratch.system.progress import Progress, silent
 
 # Tokens that are left out one after the other, those first that gradient × input ranks first.
 LEFT_OUT = 16
@@ -76,7 +76,7 @@ class Why(Shown):
     `answer` and `versus`.
     """
 
-    page_of = "why.page"
+    page_of = "attribution.page"
 
     tokens: tuple[Token, ...]
     answer: Candidate
@@ -107,7 +107,7 @@ class Why(Shown):
 
 
 def why(
-    llama: Llama,
+    llama: LoadedModel,
     ids: Sequence[int],
     answer: int | None = None,
     versus: int | None = None,
@@ -154,7 +154,7 @@ Target = tuple[int, int | None]
 class _Direct:
     """One pass through the file's own weights in float32, forward and back."""
 
-    def __init__(self, llama: Llama, ids: Sequence[int], target: Target, progress: Progress):
+    def __init__(self, llama: LoadedModel, ids: Sequence[int], target: Target, progress: Progress):
         model = llama.differentiable(progress)
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # what the parts do elsewhere is in the streams
@@ -196,7 +196,7 @@ class _Direct:
 
 
 def _back(
-    llama: Llama, model: Transformer, streams: Sequence[Tensor], final: Tensor, u: Tensor, progress: Progress
+    llama: LoadedModel, model: Transformer, streams: Sequence[Tensor], final: Tensor, u: Tensor, progress: Progress
 ) -> list[float]:
     """Of each token ∂logit/∂vector · vector. A layer at a time is run again, so that only its own values are kept.
 
@@ -216,7 +216,7 @@ def _back(
 
 
 def _influences(
-    llama: Llama, ids: Sequence[int], target: Target, gradient_x_input: list[float], progress: Progress
+    llama: LoadedModel, ids: Sequence[int], target: Target, gradient_x_input: list[float], progress: Progress
 ) -> tuple[Influence, ...]:
     ranked = sorted(range(len(ids)), key=lambda i: -abs(gradient_x_input[i]))
     chosen = ranked[:LEFT_OUT] if len(ids) > 1 else []
@@ -239,7 +239,7 @@ def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 
 def _claims(
-    llama: Llama, ids: Sequence[int], target: Target, contributions: Sequence[Contribution], progress: Progress
+    llama: LoadedModel, ids: Sequence[int], target: Target, contributions: Sequence[Contribution], progress: Progress
 ) -> tuple[Claim, ...]:
     strongest = _strongest(contributions)[:CLAIMS]
     claims = []

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_scratch.llama import Llama
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.microscope.shown import Shown
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Token
+from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class CachedLayer(Shown):
         }
 
 
-def cache(llama: Llama, ids: Sequence[int], progress: Progress = silent) -> Cache:
+def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Cache:
     """What the cache holds after a text; what it lacks of it is read first. Raises as `Llama.predict` does."""
     llama.engine.next_logits(ids, progress)
     layers = [llama.engine.cached(layer) for layer in range(llama.args.n_layers)]
@@ -108,7 +108,7 @@ def cache(llama: Llama, ids: Sequence[int], progress: Progress = silent) -> Cach
     )
 
 
-def cached_layer(llama: Llama, ids: Sequence[int], layer: int, progress: Progress = silent) -> CachedLayer:
+def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: Progress = silent) -> CachedLayer:
     """What one layer of the cache holds after a text, head by head and token by token.
 
     The length of a key is that before its rotation, which turns and does not stretch. Raises `UsageError` for a layer

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
+from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.distributions import log_softmax
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, candidate_json
+from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Choices:
         return {"choices": [choice.as_json() for choice in self.choices], "probability": self.probability}
 
 
-def choices(llama: Llama, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:
+def choices(llama: LoadedModel, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:
     """The probabilities of texts as continuations of a prompt's ids.
 
     Each text becomes tokens by itself, exactly as it stands: words bring their own space. progress: as for
@@ -91,7 +91,7 @@ def choices(llama: Llama, ids: Sequence[int], texts: Sequence[str], progress: Pr
     return Choices(tuple(Choice(*values) for values in shares))
 
 
-def _scored(llama: Llama, ids: list[int], text: str, progress: Progress) -> tuple[Candidate, ...]:
+def _scored(llama: LoadedModel, ids: list[int], text: str, progress: Progress) -> tuple[Candidate, ...]:
     new = llama.encode(text, bos=False)
     if not new:
         raise UsageError("A choice is empty, expected some text in each of them.")

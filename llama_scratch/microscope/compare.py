@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama, entropy_bits
+from llama_scratch.inference.loaded_model import LoadedModel, entropy_bits
 from llama_scratch.microscope.distributions import kl_bits
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, ModelInfo, Token, candidate_json
+from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
 
 
@@ -74,7 +74,9 @@ class Comparison:
         }
 
 
-def compare(llama: Llama, other: Llama, ids: Sequence[int], top: int = 5, progress: Progress = silent) -> Comparison:
+def compare(
+    llama: LoadedModel, other: LoadedModel, ids: Sequence[int], top: int = 5, progress: Progress = silent
+) -> Comparison:
     """What two models predict after the same prompt.
 
     ids: of the first model; where the other's vocabulary differs, the other reads their text. Raises as
@@ -94,7 +96,7 @@ def compare(llama: Llama, other: Llama, ids: Sequence[int], top: int = 5, progre
     return Comparison(first, second, tuple(compared), float(kl_bits(p, q)) if same else None)
 
 
-def _side(llama: Llama, ids: Sequence[int], top: int, progress: Progress) -> tuple[Side, Tensor]:
+def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) -> tuple[Side, Tensor]:
     """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
@@ -102,11 +104,11 @@ def _side(llama: Llama, ids: Sequence[int], top: int, progress: Progress) -> tup
     return side, logits.values.double().log_softmax(-1)
 
 
-def _candidate(llama: Llama, logprobs: Tensor, id: int | None) -> Candidate | None:
+def _candidate(llama: LoadedModel, logprobs: Tensor, id: int | None) -> Candidate | None:
     return None if id is None else Candidate(id, llama.token(id).text, float(logprobs[id]))
 
 
-def _text(llama: Llama, ids: Sequence[int]) -> str:
+def _text(llama: LoadedModel, ids: Sequence[int]) -> str:
     begin = 1 if ids and ids[0] == llama.tokenizer.bos_id else 0
     return llama.tokenizer.decode(ids[begin:])
 

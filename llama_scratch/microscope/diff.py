@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llama_scratch.llama import Llama
-from llama_scratch.memory import require_memory
+from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.distributions import jensen_shannon_bits
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.system.memory import require_memory
+from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Diff:
         }
 
 
-def diff(llama: Llama, first: Sequence[int], second: Sequence[int], top: int = 5, progress: Progress = silent) -> Diff:
+def diff(
+    llama: LoadedModel, first: Sequence[int], second: Sequence[int], top: int = 5, progress: Progress = silent
+) -> Diff:
     """Compare what a model predicts along two texts, given as ids.
 
     What they begin with in common is computed once. progress: as for `Llama.predict`, for each text.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.distributions import kl_bits
-from llama_scratch.microscope.shown import Shown
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, candidate_json
+from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Effect(Shown):
 
 
 def effect(
-    before: Llama,
-    after: Llama,
+    before: LoadedModel,
+    after: LoadedModel,
     ids: Sequence[int],
     labels: Sequence[str],
     top: int = 5,

@@ -9,15 +9,17 @@ from typing import cast
 from torch import Tensor
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.llama import Llama, Prompt, whole_number
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.prompt_text import Prompt, whole_number
+from llama_scratch.microscope import activations as stream
 from llama_scratch.microscope import attention as maps
-from llama_scratch.microscope import attribution, interventions, stream, tracing
+from llama_scratch.microscope import attribution, interventions, patching
 from llama_scratch.microscope import effect as effects
 from llama_scratch.microscope import lens as lenses
 from llama_scratch.microscope import neurons as neuron_views
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.interventions import Intervention
 from llama_scratch.microscope.parts import Part, numbered
-from llama_scratch.microscope.shown import Shown
 from llama_scratch.results import Prediction, Token
 
 
@@ -33,7 +35,7 @@ class Inspection(Shown):
 
     page_of = "inspection.page"
 
-    def __init__(self, llama: Llama, prompt: Prompt, changes: Sequence[Intervention] = ()):
+    def __init__(self, llama: LoadedModel, prompt: Prompt, changes: Sequence[Intervention] = ()):
         self._intact = llama
         self._llama = interventions.changed(llama, changes)
         self.ids: list[int] = llama.encode(prompt)
@@ -59,7 +61,7 @@ class Inspection(Shown):
         return AttentionMaps(self._llama, self.ids)
 
     def activations(self, place: str) -> Tensor:
-        """What stands at a place that `llama_scratch.taps` names, (T, …).
+        """What stands at a place that `llama_scratch.hooks` names, (T, …).
 
         Not for q, k, v and probs, whose first size is heads.
         """
@@ -89,9 +91,9 @@ class Inspection(Shown):
         """The strongest feed-forward neurons of a layer at the last token, and what each writes."""
         return neuron_views.neurons(self._llama, self.ids, layer, count)
 
-    def trace(self, other: Prompt) -> tracing.Trace:
+    def trace(self, other: Prompt) -> patching.Trace:
         """Causal tracing: how far each activation of another prompt of as many tokens moves the answer."""
-        return tracing.trace(self._llama, self.ids, self._llama.encode(other))
+        return patching.trace(self._llama, self.ids, self._llama.encode(other))
 
     # --- Changing ---
 
@@ -150,7 +152,7 @@ class Inspection(Shown):
 class Residual:
     """The residual stream of a prompt, a layer at a time; see `Inspection.residual`."""
 
-    def __init__(self, llama: Llama, ids: Sequence[int]):
+    def __init__(self, llama: LoadedModel, ids: Sequence[int]):
         self._llama = llama
         self._ids = ids
 
@@ -170,7 +172,7 @@ class Residual:
 class AttentionMaps:
     """The attention probabilities of a prompt, a layer at a time; see `Inspection.attention`."""
 
-    def __init__(self, llama: Llama, ids: Sequence[int]):
+    def __init__(self, llama: LoadedModel, ids: Sequence[int]):
         self._llama = llama
         self._ids = ids
 

@@ -9,18 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.llama import Llama
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.activations import activations
 from llama_scratch.microscope.parts import Part, numbered
 from llama_scratch.microscope.recipe import Recipe
-from llama_scratch.microscope.stream import activations
-from llama_scratch.progress import Progress, silent
-from llama_scratch.taps import Tap
+from llama_scratch.system.progress import Progress, silent
+
+Model = TypeVar("Model", bound=LoadedModel)
 
 
 @dataclass(frozen=True, eq=False)  # taps hold tensors, which do not compare as a whole
@@ -42,14 +44,14 @@ class Intervention:
         return {"label": self.label, "meaning": self.meaning}
 
 
-def changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama:
+def changed(llama: Model, interventions: Sequence[Intervention]) -> Model:
     """The model with all of these, the first ones first."""
     for intervention in interventions:
         llama = llama.intervened(intervention.taps)
     return llama
 
 
-def remake(llama: Llama, recipe: Recipe, progress: Progress = silent) -> Intervention:
+def remake(llama: LoadedModel, recipe: Recipe, progress: Progress = silent) -> Intervention:
     """Make an intervention from its recipe.
 
     Args:
@@ -73,14 +75,14 @@ def remake(llama: Llama, recipe: Recipe, progress: Progress = silent) -> Interve
 # --- Ablation ---------------------------------------------------------------------------------
 
 
-def ablate(llama: Llama, part: Part) -> Intervention:
+def ablate(llama: LoadedModel, part: Part) -> Intervention:
     """Zero ablation: what a part writes into the residual stream is 0."""
     del llama  # as the other ones have it
     taps = _set(part, dict.fromkeys(part.places, 0.0))
     return Intervention(f"-{part.name}", f"{part.name} writes nothing.", taps, Recipe("ablate", part.name))
 
 
-def mean_ablate(llama: Llama, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
+def mean_ablate(llama: LoadedModel, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
     """Replace what a part writes by its mean over the tokens of a text: what it says of each is gone, and the values
     stay near those that the network was trained on.
 
@@ -106,7 +108,7 @@ def _set(part: Part, values: Mapping[str, Tensor | float]) -> dict[str, Tap]:
 
 
 def patch(
-    llama: Llama, part: Part, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
+    llama: LoadedModel, part: Part, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
 ) -> Intervention:
     """Copy a part's value, while another text is read, into this one's: of a layer the residual stream before it.
 
@@ -137,7 +139,7 @@ def patch(
     return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap}, recipe)
 
 
-def _end(llama: Llama, ids: Sequence[int]) -> str:
+def _end(llama: LoadedModel, ids: Sequence[int]) -> str:
     """The end of a text, for a sentence about it."""
     text = "".join(llama.token(id).text for id in ids[-8:])
     return printable("…" * (len(ids) > 8) + text, 60)
@@ -147,7 +149,12 @@ def _end(llama: Llama, ids: Sequence[int]) -> str:
 
 
 def steer(
-    llama: Llama, layer: int, scale: float, toward: Sequence[int], away: Sequence[int], progress: Progress = silent
+    llama: LoadedModel,
+    layer: int,
+    scale: float,
+    toward: Sequence[int],
+    away: Sequence[int],
+    progress: Progress = silent,
 ) -> Intervention:
     """Add a direction to the residual stream behind a layer, at every token: `scale` times the difference between what
     stands there at the last token of two texts.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.microscope.shown import Shown
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
-from llama_scratch.taps import Tap
+from llama_scratch.system.progress import Progress, silent
 
 # Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
 # 128,256.
@@ -90,7 +90,7 @@ class Lens(Shown):
 
 
 def lens(
-    llama: Llama, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
 ) -> Lens:
     """The best guess behind every layer, at `count` positions from `first` on, by default the last ones.
 
@@ -107,7 +107,7 @@ def lens(
 
 
 def growing(
-    llama: Llama, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
 ) -> Iterator[Lens]:
     """`lens` as it comes: first with the last layer alone, which has the answers, then with one more each time."""
     llama.engine.check(ids)
@@ -127,7 +127,7 @@ def growing(
     yield Lens(tokens, begin, len(ids), (*layers, last))
 
 
-def _stream(llama: Llama, ids: Sequence[int], first: int, progress: Progress) -> list[Tensor]:
+def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progress) -> list[Tensor]:
     """The embedding and the stream behind each layer from position `first` on: (T - first, dim) each."""
     pieces: dict[str, list[Tensor]] = {"embedding": []}
     pieces |= {f"layers.{layer}.resid_post": [] for layer in range(llama.args.n_layers)}
@@ -140,7 +140,7 @@ def _stream(llama: Llama, ids: Sequence[int], first: int, progress: Progress) ->
 
 
 @torch.inference_mode()
-def guesses(llama: Llama, x: Tensor, answers: Tensor | None) -> tuple[Guess, ...]:
+def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Guess, ...]:
     """The best guesses of vectors of the stream, (n, dim), and the ranks of `answers`, (n,), or else of their own."""
     model, found = llama.engine.model, []
     for i in range(0, len(x), WINDOW):

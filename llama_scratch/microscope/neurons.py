@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import Transformer, TransformerBlock
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
-from llama_scratch.taps import Tap
+from llama_scratch.system.progress import Progress, silent
 
 # Columns of w2 that are read at a time.
 _COLUMNS = 512
@@ -83,7 +83,9 @@ class Neurons(Shown):
         }
 
 
-def neurons(llama: Llama, ids: Sequence[int], layer: int, count: int = 10, progress: Progress = silent) -> Neurons:
+def neurons(
+    llama: LoadedModel, ids: Sequence[int], layer: int, count: int = 10, progress: Progress = silent
+) -> Neurons:
     """The `count` neurons of a layer that write most at the last token, by the length of what they write.
 
     A neuron writes its activation times its column of w2 into the residual stream. That is read as the network reads
@@ -166,7 +168,7 @@ def _last(found: dict[str, Tensor], place: str) -> Tap:
     return tap
 
 
-def _most(llama: Llama, push: Tensor, count: int, *, largest: bool) -> tuple[Pushed, ...]:
+def _most(llama: LoadedModel, push: Tensor, count: int, *, largest: bool) -> tuple[Pushed, ...]:
     most = push.topk(min(count, push.numel()), largest=largest)
     return tuple(
         Pushed(id, llama.token(id).text, logit)

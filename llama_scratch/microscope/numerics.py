@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from llama_scratch.config import PRECISIONS, ModelArgs
-from llama_scratch.engine import Engine
 from llama_scratch.errors import OutOfMemoryError, UsageError, printable
-from llama_scratch.llama import Llama
-from llama_scratch.memory import require_memory
+from llama_scratch.inference.engine import Engine
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
-from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import Transformer, rope_frequencies
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.system.memory import require_memory
+from llama_scratch.system.progress import Progress, silent
 
 REFERENCE = "fp32"
 ROPE = "rope"
@@ -29,7 +29,7 @@ USUAL = tuple(name for name in VARIANTS if name != "int4")
 # Positions that are compared: their logits are 131 MB for a vocabulary of 128,256.
 _POSITIONS = 256
 
-Open = Callable[[str, Progress], Llama]
+Open = Callable[[str, Progress], LoadedModel]
 """Opens the same model in the precision of that name."""
 
 
@@ -93,7 +93,7 @@ class Numerics(Shown):
 
 
 def numerics(
-    llama: Llama,
+    llama: LoadedModel,
     ids: Sequence[int],
     open: Open,
     variants: Sequence[str] = USUAL,
@@ -156,12 +156,14 @@ def _factor(args: ModelArgs) -> float:
     return args.rope_scaling.factor if args.rope_scaling else 1.0
 
 
-def _logits(model: Transformer, llama: Llama, ids: Sequence[int], first: int, progress: Progress) -> Iterator[Tensor]:
+def _logits(
+    model: Transformer, llama: LoadedModel, ids: Sequence[int], first: int, progress: Progress
+) -> Iterator[Tensor]:
     """The logits from position `first` on, in pieces of (n, vocab_size), from an engine of its own."""
     return Engine(model, llama.context).logits_from(ids, first, progress)
 
 
-def _distance(llama: Llama, reference: Tensor, pieces: Iterator[Tensor], first: int) -> Distance:
+def _distance(llama: LoadedModel, reference: Tensor, pieces: Iterator[Tensor], first: int) -> Distance:
     divergences: list[Tensor] = []
     changed = done = 0
     for piece in pieces:  # (n, vocab_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.llama import whole_number
+from llama_scratch.inference.prompt_text import whole_number
 
 _NAME = re.compile(r"[lL]?(\d{1,6})(?:\.(?:(attn|attention)|(ffn|mlp|feed_forward)|[hH]?(\d{1,6})|[nN](\d{1,6})))?")
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from llama_scratch.config import SCALED_CONTEXT, ModelArgs
-from llama_scratch.llama import Llama
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.microscope.display import Shown
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.microscope.shown import Shown
 from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Token
-from llama_scratch.taps import Tap
+from llama_scratch.system.progress import Progress, silent
 
 # The factor that is shown where the model has none: that of Llama 3.2's 1B and 3B.
 _FACTOR = 32.0
@@ -143,7 +143,7 @@ class Rope(Shown):
 
 
 def rope(
-    llama: Llama,
+    llama: LoadedModel,
     ids: Sequence[int],
     position: int | None = None,
     layer: int = 0,
@@ -206,7 +206,7 @@ def _kind(ratio: float, factor: float) -> str:
 
 
 def _query_and_keys(
-    llama: Llama, ids: Sequence[int], layer: int, head: int, progress: Progress
+    llama: LoadedModel, ids: Sequence[int], layer: int, head: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """The last token's query of a head, (1, head_dim), and all keys that it meets, (T, head_dim): turned, float32."""
     found: dict[str, Tensor] = {}

@@ -32,16 +32,16 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "swiglu": ("model.FeedForward",),
     "block": ("model.TransformerBlock",),
     "transformer": ("model.Transformer",),
-    "taps": ("taps.py",),
+    "hooks": ("hooks.py",),
     "sampling": ("sampling.sample",),
     "tokenizer": ("tokenizer.Tokenizer",),
-    "prefill": ("engine.Engine.next_logits",),
-    "fp16": ("linear.Rows", "cpp/rows.h.products"),
-    "int8": ("linear.Panels", "quantise.quantise_blocks", "cpp/panels.h.products"),
-    "int4": ("linear.Panels", "quantise.quantise_blocks", "cpp/panels.h.products"),
-    "kernels": ("kernels.cpp",),
+    "prefill": ("inference.engine.Engine.next_logits",),
+    "fp16": ("precision.linear.Rows", "precision/cpp/rows.h.products"),
+    "int8": ("precision.linear.Panels", "precision.quantize.quantise_blocks", "precision/cpp/panels.h.products"),
+    "int4": ("precision.linear.Panels", "precision.quantize.quantise_blocks", "precision/cpp/panels.h.products"),
+    "kernels": ("precision/kernels.cpp",),
     "surprisal": ("microscope.surprisal.Scorer",),
-    "step": ("microscope.stepping.walk",),
+    "step": ("microscope.execution.walk",),
     "lens": ("microscope.lens.lens", "microscope.lens.guesses"),
     "attribution": ("microscope.attribution.why",),
     "interventions": ("microscope/interventions.py",),
@@ -234,7 +234,7 @@ def _matches(name: str) -> list[Passage]:
     ends = (
         [other for other in parts if f".{other}".endswith(f".{name}")]
         or [other for other in parts if f".{other}".lower().endswith(f".{name.lower()}")]
-        or [other for other in passages if f"/{other}".endswith(f"/{file}.py")]
+        or [other for other in passages if f"/{other}".endswith((f"/{file}.py", f"/{name}"))]
     )
     for better in (lambda other: other == name, lambda other: "._" not in f".{other}", _is_outermost):
         ends = [other for other in ends if better(other)] or ends

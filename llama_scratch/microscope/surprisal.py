@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama, Prompt
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.prompt_text import Prompt
 from llama_scratch.microscope.distributions import entropy_bits, log_softmax
-from llama_scratch.progress import Progress, silent
 from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Surprisal:
 class Scorer:
     """Scores one text after another; of one that only changed at its end it computes what is new."""
 
-    def __init__(self, llama: Llama):
+    def __init__(self, llama: LoadedModel):
         self.llama = llama
         # Each is right for those that stand before it, at any moment: an interruption cannot spoil them.
         self._scored: list[Scored] = []
@@ -132,12 +133,12 @@ class Scorer:
         ]
 
 
-def surprisal(llama: Llama, prompt: Prompt, top: int = 5, progress: Progress = silent) -> Surprisal:
+def surprisal(llama: LoadedModel, prompt: Prompt, top: int = 5, progress: Progress = silent) -> Surprisal:
     """The scores of a prompt's tokens, and what comes next. Raises as `Llama.predict` does."""
     return Scorer(llama)(llama.encode(prompt), top, progress)
 
 
-def per_character(llama: Llama, scored: Sequence[Scored]) -> list[float | None]:
+def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | None]:
     """Bits for each character of the tokens' decoded text, without the beginning-of-text token.
 
     Each character has the bits of its token, or the sum of them where it spans several; None where one of them
@@ -151,7 +152,7 @@ def per_character(llama: Llama, scored: Sequence[Scored]) -> list[float | None]:
     return bits
 
 
-def _characters(llama: Llama, scored: Iterable[Scored]) -> Iterator[list[Scored]]:
+def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[Scored]]:
     """For each character the tokens that hold its bytes; a part of a character counts as the U+FFFD it decodes to."""
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held: list[Scored] = []  # the token of each byte that no character has come of yet

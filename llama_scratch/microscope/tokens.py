@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llama_scratch.llama import Llama, Prompt
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.prompt_text import Prompt
 from llama_scratch.results import Token
 
 
@@ -31,7 +32,7 @@ class Tokens:
         return {"tokens": [piece.as_json() for piece in self.tokens]}
 
 
-def tokens(llama: Llama, prompt: Prompt) -> Tokens:
+def tokens(llama: LoadedModel, prompt: Prompt) -> Tokens:
     """The tokens of a prompt. Raises `UsageError` for an id that is none."""
     ids = llama.encode(prompt)
     return Tokens(tuple(Piece(id, llama.token(id).text, llama.tokenizer.token_bytes(id)) for id in ids))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_scratch.errors import UsageError
-from llama_scratch.llama import Llama, Prompt
-from llama_scratch.progress import Progress, silent
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.prompt_text import Prompt
 from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.system.progress import Progress, silent
 
 MAX_WIDTH, MAX_DEPTH, MAX_LEAVES = 10, 6, 1000
 
@@ -70,7 +71,7 @@ def check_size(width: int, depth: int) -> None:
         )
 
 
-def tree(llama: Llama, prompt: Prompt, width: int = 3, depth: int = 3, progress: Progress = silent) -> Tree:
+def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, progress: Progress = silent) -> Tree:
     """The `width` most probable next tokens, those after each of them, down to `depth` tokens.
 
     progress: called with "reading" for the prompt, then with "growing" and numbers of predictions.
@@ -100,7 +101,7 @@ def tree(llama: Llama, prompt: Prompt, width: int = 3, depth: int = 3, progress:
     return Tree(tuple(map(llama.token, ids)), width, depth, branches)
 
 
-def walk(llama: Llama, ids: Sequence[int], path: Sequence[int], progress: Progress = silent) -> list[int]:
+def walk(llama: LoadedModel, ids: Sequence[int], path: Sequence[int], progress: Progress = silent) -> list[int]:
     """The text at a branch of its tree: [1, 2] adds the best next token, and the second best after that.
 
     Raises `UsageError` for a branch that no tree has.

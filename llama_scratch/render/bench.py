@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llama_scratch.render.terminal import rows
+from llama_scratch.render.text import rows
 
 
 def bench_table(found: dict[str, Any]) -> RenderableType:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from llama_scratch.errors import UsageError
-from llama_scratch.render.terminal import visible
+from llama_scratch.render.text import visible
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from llama_scratch.progress import Progress, silent
+from llama_scratch.system.progress import Progress, silent
 
 
 class Undisturbed:

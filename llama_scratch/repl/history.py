@@ -17,12 +17,12 @@ from pathlib import Path
 from prompt_toolkit.history import History, InMemoryHistory
 
 from llama_scratch.errors import LlamaScratchError
-from llama_scratch.folders import user_folder
-from llama_scratch.render import terminal
+from llama_scratch.render import text
 from llama_scratch.repl.session import Session
+from llama_scratch.system.atomic_files import NO_WAIT
+from llama_scratch.system.folders import user_folder
 from llama_scratch.system.small_files import read_bytes
 from llama_scratch.tokenizer import replace_surrogates
-from llama_scratch.unfinished import NO_WAIT
 
 _MAX_BYTES = 1 << 26
 # A time, as prompt_toolkit writes it, and a line with "+" for each line of the entry.
@@ -46,7 +46,7 @@ def open_history(session: Session) -> History:
                 raise OSError(0, "it is no file")
     except OSError as error:
         session.console.print(
-            terminal.warning(f"The history cannot be kept in {where} ({error.strerror}), so it ends with this session.")
+            text.warning(f"The history cannot be kept in {where} ({error.strerror}), so it ends with this session.")
         )
         return InMemoryHistory()
     return FileHistory(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from llama_scratch.progress import Progress, silent
+from llama_scratch.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama

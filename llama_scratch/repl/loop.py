@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, unexpected
-from llama_scratch.render import terminal
-from llama_scratch.repl.chat import begin
+from llama_scratch.render import text
+from llama_scratch.repl.batch import respond
+from llama_scratch.repl.conversation import checked
+from llama_scratch.repl.editor import Line
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.keyboard import Keyboard
-from llama_scratch.repl.line import Line
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session
 
 
@@ -61,11 +61,11 @@ class _Loop:
             except LlamaScratchError as error:
                 if error is session.loading.error:
                     raise
-                session.show(terminal.error(str(error)))
+                session.show(text.error(str(error)))
             except Exception as error:  # one line's trouble does not end the session
                 if session.debug or error is session.loading.error:
                     raise
-                session.show(terminal.error(unexpected(error)))
+                session.show(text.error(unexpected(error)))
 
     def _begin(self) -> None:
         """Start what the first answer needs, at the latest before an interrupt may fall into it."""
@@ -92,16 +92,16 @@ class _Loop:
             self._greeted = True
             problem = self._begin_chat()
             live, chat = self._session.is_live, self._session.chat is not None
-            self._session.console.print(terminal.banner(llama.info, llama.context, live=live, chat=chat))
+            self._session.console.print(text.banner(llama.info, llama.context, live=live, chat=chat))
             if problem:
-                self._session.console.print(terminal.error(problem))
+                self._session.console.print(text.error(problem))
 
     def _begin_chat(self) -> str:
         """Check that the model takes a conversation if one was asked for. If not, return why, and take prompts."""
         chat, self._session.chat = self._session.chat, None
         try:
             if chat:
-                begin(self._session, chat.system)
+                self._session.chat = checked(self._session.llama, chat.system)
         except LlamaScratchError as error:
             self._session.first_system = None  # so that a replay takes prompts too
             return str(error)

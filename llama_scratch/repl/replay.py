@@ -12,14 +12,14 @@ from rich.console import Console
 
 from llama_scratch import __version__
 from llama_scratch.errors import printable
-from llama_scratch.progress import Progress
 from llama_scratch.render.lines import json_line
-from llama_scratch.repl.chat import Chat
+from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
+from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
-from llama_scratch.repl.record import (
+from llama_scratch.repl.session import Session, Turn
+from llama_scratch.repl.session_file import (
     Header,
     Record,
     ids_of,
@@ -28,7 +28,7 @@ from llama_scratch.repl.record import (
     weights_sha256,
     whole_numbers,
 )
-from llama_scratch.repl.session import Session, Turn
+from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.progress import Progress
-from llama_scratch.render import terminal
+from llama_scratch.errors import ContextLengthError, UsageError, printable
+from llama_scratch.render import text as terminal
 from llama_scratch.render.progress import progress_bar
+from llama_scratch.repl.conversation import ANSWER, Chat
 from llama_scratch.repl.loading import Loading
 from llama_scratch.results import ENDS_IN_A_WORD, ENDS_IN_SPACE, Generated, as_json
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import replace_surrogates
 
 if TYPE_CHECKING:
-    from llama_scratch.llama import Llama, Prompt
+    from llama_scratch.inference.prompt_text import Prompt
+    from llama_scratch.llama import Llama
     from llama_scratch.microscope.effect import Effect
     from llama_scratch.microscope.interventions import Intervention
     from llama_scratch.render.page import Page
-    from llama_scratch.repl.chat import Chat
     from llama_scratch.repl.keyboard import Keyboard
     from llama_scratch.results import ModelInfo, Prediction, Step
 
@@ -463,7 +465,40 @@ class Session:
 
     def say(self, line: str) -> dict[str, Any]:
         """Answer a line: as the next message of the chat where there is one, else as a prompt. Returns its object."""
-        return self.chat.say(self, line) if self.chat else self.ask(line)
+        return self._say_in_chat(self.chat, line) if self.chat else self.ask(line)
+
+    def _say_in_chat(self, chat: Chat, line: str) -> dict[str, Any]:
+        """Take a line as the next message and let the model answer; shown as it comes where a person watches.
+
+        Returns the object of the answer: `tokens` and `next` are those before it, `generated` is the answer. The
+        session's text becomes the question, and then the question with the answer: /undo takes back either.
+        """
+        llama = self.llama
+        question = chat.question(llama, self.now.ids if self.now else [], line)
+        if len(question.ids) >= llama.context:
+            raise ContextLengthError(
+                f"The conversation has {len(question.ids):,} tokens with this message, expected under "
+                f"{llama.context:,}, so that there is room for an answer; /clear begins a new one."
+            )
+        before = self.predict(question.ids)
+        before = replace(
+            before,
+            prompt=replace_surrogates(line),
+            warnings=(*before.warnings, *llama.tokenizer.warnings(line, special=True)),
+        )
+        chat.questions.append(question)
+        if self.interactive:
+            for sentence in before.warnings:
+                if sentence not in self.explained:  # about the model, and shown before
+                    self.show(terminal.warning(sentence))
+            self.explained.update(llama.warnings)
+        changes = self.changes()  # of the answer's first token
+        answer = self.generate(self.settings.generate or ANSWER)
+        if answer.ids:
+            self.predict([*question.ids, *answer.ids])
+        if answer.finish_reason == "stop":  # it is complete, so Enter has nothing to add
+            self.moments = [*self.moments[:-1], replace(self.moments[-1], offered=())]
+        return as_json(before, answer) | changes
 
     def extend(self, ids: Sequence[int]) -> dict[str, Any]:
         """Add tokens to the text and answer it."""

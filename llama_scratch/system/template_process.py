@@ -1,6 +1,6 @@
 """The process that runs an untrusted chat template: started once, reused, and ended if it exceeds its limits.
 
-The program in it is `sandbox.py`. It is a fresh Python rather than a fork, so threads and open files of this
+The program in it is `template_sandbox.py`. It is a fresh Python rather than a fork, so threads and open files of this
 process do not reach it.
 """
 
@@ -25,14 +25,14 @@ from llama_scratch.system.processes import end_group
 MAX_SECONDS = 1.0
 # Seconds until the process must be ready, on a busy machine with a slow disk.
 START_SECONDS = 30.0
-# Bytes of an answer's line: `sandbox.MAX_SIZE` characters, each of which JSON may write as \u0000.
+# Bytes of an answer's line: `template_sandbox.MAX_SIZE` characters, each of which JSON may write as \u0000.
 MAX_ANSWER = 32 << 20
 
 _PACKAGES = Path(__file__).parents[2]  # the folder that contains this package
-_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.sandbox import main; main()"
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.system.template_sandbox import main; main()"
 # A Python that was installed in an unusual place may not start without some of these.
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
-_OUT_OF_MEMORY = 3  # `sandbox.OUT_OF_MEMORY`
+_OUT_OF_MEMORY = 3  # `template_sandbox.OUT_OF_MEMORY`
 
 
 class RefusalError(Exception):

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from llama_scratch.checkpoint.checklist import CHECKLIST
+from llama_scratch.checkpoint.checksums import CHECKLIST
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import Verification, verify, write_checksums

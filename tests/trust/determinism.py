@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from llama_scratch import kernels
-from llama_scratch.checkpoint.pull import pull
 from llama_scratch.config import PRECISIONS
-from llama_scratch.engine import Engine
+from llama_scratch.download.pypi import pull
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
-from llama_scratch.progress import silent
+from llama_scratch.precision import kernels
 from llama_scratch.results import as_json
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import silent
 from tests.terminal import PROGRAM, Terminal
 from tests.trust.record import write
 

@@ -36,14 +36,15 @@ from typing import Any, NoReturn
 import torch
 
 from llama_scratch import __main__ as program
-from llama_scratch import cli, kept
+from llama_scratch.cli import app
 from llama_scratch.errors import LlamaScratchError
-from llama_scratch.kept import KeptPieces
-from llama_scratch.progress import silent
-from llama_scratch.repl import record as session_file
+from llama_scratch.precision import weight_cache
+from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
 from llama_scratch.repl.session import Settings, Turn
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import silent
 from tests.checkpoints import tiny_params, write_meta
 from tests.loopback import File, serving
 from tests.trust import record
@@ -61,7 +62,7 @@ PUBLISHED = {
 }
 CHECKLIST = "".join(f"{hashlib.md5(data).hexdigest()}  ./{name}\n" for name, data in PUBLISHED.items()).encode()
 SHAPES = [(32, 128)] * 12
-LAYOUTS: list[kept.Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
+LAYOUTS: list[weight_cache.Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
 
 
 class NotWholeError(Exception):
@@ -113,7 +114,7 @@ class Stage:
         require(self.work() == 0, f"{self.name}: the next run failed")
 
 
-cli_run = cli.run
+cli_run = app.run
 
 
 class History(Stage):
@@ -246,7 +247,7 @@ class Cache(Stage):
                 keeping.put(i, *self.piece(model, i))
 
     def work(self) -> int:
-        kept._MOST = 10 * (64 + sum(rows * columns + 4 * rows for rows, columns in SHAPES))
+        weight_cache._MOST = 10 * (64 + sum(rows * columns + 4 * rows for rows, columns in SHAPES))
         for i in itertools.count(self.done):
             self.pack(i % self.models)
             self.done = i + 1
@@ -268,7 +269,7 @@ class Cache(Stage):
     def left(self) -> list[Path]:
         """Stale parts; other ones wait for the next run of their own model."""
         parts = [path for path in self.folder.iterdir() if path.suffix] if self.folder.exists() else []
-        return [path for path in parts if time.time() - path.stat().st_mtime > kept._STALE]
+        return [path for path in parts if time.time() - path.stat().st_mtime > weight_cache._STALE]
 
     def next(self) -> None:
         self.pack(self.done % self.models)
@@ -355,7 +356,7 @@ class Remote(Stage):
         return self.home / "cache/llama-scratch/remote"
 
     def work(self) -> int:
-        from llama_scratch.checkpoint.remote import local_copy
+        from llama_scratch.download.cloud import local_copy
 
         local_copy(self.address, silent)
         return 0
@@ -467,7 +468,7 @@ class Run:
                     print(error, file=sys.stderr)
                     return error.exit_code
 
-            cli.run = run
+            app.run = run
             program.main()
         except SystemExit as ended:
             sys.stdout.flush()

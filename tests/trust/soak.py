@@ -28,21 +28,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llama_scratch.chat import Message
-from llama_scratch.checkpoint.pull import pull
-from llama_scratch.engine import Engine
+from llama_scratch.chat_format import Message
+from llama_scratch.download.pypi import pull
 from llama_scratch.errors import LlamaScratchError
+from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, remake, steer
 from llama_scratch.microscope.parts import Part
-from llama_scratch.progress import Progress, silent
-from llama_scratch.repl import record
-from llama_scratch.repl.chat import ANSWER
+from llama_scratch.repl import session_file
+from llama_scratch.repl.batch import respond
+from llama_scratch.repl.conversation import ANSWER
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.pipe import respond
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import Sampling
+from llama_scratch.system.progress import Progress, silent
 from tests.checkpoints import write_meta
 from tests.trust.record import write
 
@@ -793,8 +793,8 @@ class Soak:
             self.step(("prompt", "the nation", self.says("the nation")))
         state, session = self.state, self.session
         path = self.folder / "process.session"
-        recorded = record.record(session)
-        record.save(replace(recorded, turns=recorded.turns[-1:]), path)
+        recorded = session_file.record(session)
+        session_file.save(replace(recorded, turns=recorded.turns[-1:]), path)
         lines = [f"/precision {state.precision}", f"/load {path}", *(change.line or "" for change in state.on)]
         options = ["--model-dir", state.source, "--precision", "fp32", "--context", str(self.context)]
         ran = subprocess.run(

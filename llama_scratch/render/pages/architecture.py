@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Paragraph, Table
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.config import ModelArgs

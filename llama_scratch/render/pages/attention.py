@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Gallery, Heatmap, Page, Paragraph, Part, Table
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.attention import Head, Heads, Scores, SmallMap

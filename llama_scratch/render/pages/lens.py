@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import Heatmap, Page, Paragraph
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.lens import Guess, Lens

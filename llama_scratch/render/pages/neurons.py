@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.neurons import Neuron, Neurons, Pushed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Paragraph, Part, Table
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.numerics import Numerics

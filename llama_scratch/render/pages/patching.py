@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Heatmap, Page, Paragraph, Running, Table
-from llama_scratch.render.terminal import percent
+from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.effect import Effect
-    from llama_scratch.microscope.tracing import Trace
+    from llama_scratch.microscope.patching import Trace
 
 
 def effect(found: Effect) -> Page:

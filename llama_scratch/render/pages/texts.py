@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import Cell, Page, Paragraph, Part, Running, Table
 from llama_scratch.render.surprise import MOST_SURPRISING, STEPS, surprise_style
-from llama_scratch.render.terminal import percent, took, visible
+from llama_scratch.render.text import percent, took, visible
 from llama_scratch.results import Candidate, Prediction, Token
 
 if TYPE_CHECKING:  # they bring torch

@@ -13,7 +13,7 @@ from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
-    from llama_scratch.progress import Progress
+    from llama_scratch.system.progress import Progress
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 

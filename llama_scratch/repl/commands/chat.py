@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llama_scratch.render import terminal
-from llama_scratch.repl.chat import begin, checked
+from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
+from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.session import Session
 
 
@@ -20,7 +20,7 @@ def _chat(session: Session, argument: str) -> Reply:
     if argument and not on_or_off(argument, "/chat"):
         session.chat = None
     elif session.chat is None:
-        begin(session)
+        session.chat = checked(session.llama)
     return _said(session)
 
 
@@ -31,7 +31,7 @@ def _system(session: Session, argument: str) -> Reply:
     off: with that of the model's format, if it has one.
     """
     if argument:
-        session.forget(chat=checked(session, "" if argument == "off" else argument))
+        session.forget(chat=checked(session.llama, "" if argument == "off" else argument))
     return _said(session)
 
 

@@ -15,12 +15,12 @@ from rich.padding import Padding
 from rich.text import Text
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.render.lines import json_line
-from llama_scratch.repl import record
-from llama_scratch.repl.chat import Chat
+from llama_scratch.repl import session_file as record
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
 from llama_scratch.repl.commands.text import unquoted
+from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.session import Past, Session
 from llama_scratch.results import as_json
 from llama_scratch.tokenizer import replace_surrogates
@@ -28,7 +28,7 @@ from llama_scratch.tokenizer import replace_surrogates
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
     from llama_scratch.microscope.interventions import Intervention
-    from llama_scratch.progress import Progress
+    from llama_scratch.system.progress import Progress
 
 
 def paths(_session: Session, begun: str) -> Iterator[str]:

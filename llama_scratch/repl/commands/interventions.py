@@ -79,7 +79,7 @@ def _patch(session: Session, argument: str) -> Reply:
     (from 0; -1 is the last, 'all' is every one), and lets it stay until /restore; L5.H3@3, L5.attn@3 and L5.ffn@3
     are the head's output, attention's, the feed-forward's.
     """
-    from llama_scratch.microscope.tracing import trace
+    from llama_scratch.microscope.patching import trace
 
     if matched := _AT.fullmatch(argument):
         return _patch_one(session, matched[1], matched[2], unquoted(matched[3] or ""))

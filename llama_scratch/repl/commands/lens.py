@@ -11,14 +11,14 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.progress import Progress
-from llama_scratch.render import page_terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.progress import displayed
 from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
+from llama_scratch.system.progress import Progress
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
@@ -54,7 +54,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
         page = draw
 
     def view() -> RenderableType:
-        return page_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
+        return to_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
 
     with displayed(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
         yield report, show

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @command("info", replayed=False)
 def _info(session: Session, _: str) -> Reply:
     """What is in the model: shape, parameters, tokenizer, RoPE."""
-    from llama_scratch.info import describe
+    from llama_scratch.checkpoint.describe import describe
 
     llama = session.llama
     if llama.path is None:
@@ -62,7 +62,7 @@ def _context(session: Session, _: str) -> Reply:
 @command("memory", replayed=False)
 def _memory(session: Session, _: str) -> Reply:
     """What the model takes of the memory, and what is free."""
-    from llama_scratch.memory import available, resident
+    from llama_scratch.system.memory import available, resident
 
     llama = session.llama
     facts = {
@@ -82,7 +82,7 @@ def _memory(session: Session, _: str) -> Reply:
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
-    from llama_scratch.checkpoint.pull import OPEN_MODELS
+    from llama_scratch.download.pypi import OPEN_MODELS
 
     return list(OPEN_MODELS)
 

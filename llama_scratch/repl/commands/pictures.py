@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
 from llama_scratch.render.page import Page
-from llama_scratch.repl import record
+from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
@@ -24,7 +24,7 @@ def _picture(session: Session, argument: str) -> Reply:
     draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
-    record.write_whole(path, draw(page))
+    session_file.write_whole(path, draw(page))
     return note(f"Drew '{page.headline}' to {printable(path, 200)}.", path=str(path), title=page.title)
 
 
@@ -53,13 +53,13 @@ def _last(session: Session) -> Page | None:
 
 
 def _png(page: Page) -> bytes:
-    from llama_scratch.render.png import png
+    from llama_scratch.render.to_png import png
 
     return png(page)
 
 
 def _html(page: Page) -> bytes:
-    from llama_scratch.render.html import html
+    from llama_scratch.render.to_html import html
 
     return html(page).encode()
 

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.render import page_terminal, terminal
+from llama_scratch.render import text as terminal
+from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.repl.session import Session
 
@@ -41,7 +42,7 @@ def note(sentence: str, **facts: Any) -> Reply:
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
     """A reply that shows a page, which /picture can draw afterwards."""
     session.page = page
-    return Reply(facts, page_terminal.plain(page) if session.settings.plain else page_terminal.view(page))
+    return Reply(facts, to_terminal.plain(page) if session.settings.plain else to_terminal.view(page))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from llama_scratch.errors import printable
 from llama_scratch.render.page import Page, joined
 from llama_scratch.render.pages import attention as attention_pages
+from llama_scratch.render.pages import attribution as why_pages
 from llama_scratch.render.pages import inspection as inspection_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import texts as text_pages
-from llama_scratch.render.pages import why as why_pages
-from llama_scratch.repl import record
+from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
 from llama_scratch.repl.commands.registry import Reply, command, note
@@ -29,7 +29,7 @@ def _report(session: Session, argument: str) -> Reply:
     path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
-    record.write_whole(path, draw(page))
+    session_file.write_whole(path, draw(page))
     session.page = page
     return note(f"Wrote the examination to {printable(path, 200)}.", path=str(path), title=page.title)
 

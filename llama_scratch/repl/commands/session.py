@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import COMMANDS, Reply, command, unknown_command
 from llama_scratch.repl.session import Session
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token, as_json, generated_json

@@ -14,7 +14,7 @@ from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
-    from llama_scratch.progress import Progress
+    from llama_scratch.system.progress import Progress
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
@@ -150,7 +150,7 @@ def _choices(session: Session, argument: str) -> Reply:
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
-    from llama_scratch.checkpoint.pull import OPEN_MODELS
+    from llama_scratch.download.pypi import OPEN_MODELS
 
     return [*PRECISIONS, "auto", *OPEN_MODELS]
 

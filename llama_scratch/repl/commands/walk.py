@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import LlamaScratchError, UsageError, printable
-from llama_scratch.render import terminal
+from llama_scratch.render import text as terminal
 from llama_scratch.render.pages import architecture as architecture_pages
+from llama_scratch.render.pages import execution as stepping_pages
 from llama_scratch.render.pages import source as source_pages
-from llama_scratch.render.pages import stepping as stepping_pages
 from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
-    from llama_scratch.microscope.stepping import Walk
+    from llama_scratch.microscope.execution import Walk
     from llama_scratch.repl.keyboard import Keyboard
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
@@ -66,7 +66,7 @@ def _step(session: Session, argument: str) -> Reply:
 
 def _take(session: Session, argument: str) -> Reply:
     """Do one action and show where that leads."""
-    from llama_scratch.microscope import stepping
+    from llama_scratch.microscope import execution
 
     word, rest = first_word(argument)
     word = _ACTIONS.get(word, word)
@@ -79,7 +79,7 @@ def _take(session: Session, argument: str) -> Reply:
     walk, at = walking.walk, walking.at
     if word == "print":
         with session.progress() as progress:
-            found = stepping.look(session.llama, walk, at, rest, progress)
+            found = execution.look(session.llama, walk, at, rest, progress)
         return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
@@ -98,13 +98,13 @@ def _kept(session: Session) -> _Walking | None:
 
 def _walking(session: Session) -> tuple[_Walking, str]:
     """The walk that goes on, or a new one, and what there is to say of that."""
-    from llama_scratch.microscope import stepping
+    from llama_scratch.microscope import execution
 
     llama, ids, kept = session.llama, session.ids, _kept(session)
     if kept and kept.walk.fits(llama, ids):
         return kept, ""
     with session.progress() as progress:
-        walking = _Walking(stepping.walk(llama, ids, progress))
+        walking = _Walking(execution.walk(llama, ids, progress))
     session.walk = walking
     return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
 

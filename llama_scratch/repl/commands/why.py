@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from llama_scratch.errors import UsageError, printable
-from llama_scratch.render.pages import why as pages
-from llama_scratch.render.terminal import SPACE
+from llama_scratch.render.pages import attribution as pages
+from llama_scratch.render.text import SPACE
 from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import candidates, one_token
 from llama_scratch.repl.session import Session

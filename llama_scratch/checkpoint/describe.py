@@ -1,0 +1,130 @@
+"""What is in a model, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.base import Stored, reading
+from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
+from llama_scratch.config import EMBEDDING, OUTPUT, PRECISIONS, ModelArgs
+from llama_scratch.precision import kernels
+from llama_scratch.precision.lazy_weight import FORMATS
+from llama_scratch.precision.network import activation_type, check_name, choose, find_device, memory_needed
+from llama_scratch.system.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens in the cache when the memory is stated, where the model has room for so many.
+_CONTEXT = 4096
+_PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
+
+
+def describe(
+    path: Path,
+    tokenizer: str | None,
+    rope_factor: float | None,
+    progress: Progress,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    activations: str = "auto",
+) -> dict[str, Any]:
+    """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own.
+
+    precision, device and activations: what it would run in. Sizes are in bytes; None: the files do not state it.
+    `memory` is what a network takes besides the files themselves, which are mapped. Raises as `open_checkpoint` does.
+    """
+    check_name(precision)
+    target = find_device(device)
+    activation_type(activations, precision, target)
+    checkpoint = open_checkpoint(path, tokenizer)
+    args = checkpoint.args.with_rope_factor(rope_factor)
+    stored = checkpoint.inspect(progress)
+    scaling = None if args.rope_scaling is None else asdict(args.rope_scaling)
+    files = checkpoint.files or (checkpoint.path,)
+    with reading(checkpoint.path):
+        sizes = [file.stat().st_size for file in files]
+    special = checkpoint.tokenizer.special_tokens
+    bos = checkpoint.tokenizer.bos_id
+    return {
+        "name": checkpoint.name,
+        "format": checkpoint.format,
+        "path": str(checkpoint.path),
+        "bytes": sum(sizes),
+        "files": [{"name": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)],
+        "licence": checkpoint.licence,
+        "stored": stored.types,
+        "precision": choose(precision, _dtype(checkpoint, stored), target),
+        "parameters": args.n_parameters(tied=stored.tied),
+        "parts": _parts(args, tied=stored.tied),
+        "tied_output": stored.tied,
+        "shape": {
+            "dim": args.dim,
+            "n_layers": args.n_layers,
+            "n_heads": args.n_heads,
+            "n_kv_heads": args.n_kv_heads,
+            "head_dim": args.head_dim,
+            "ffn_dim": args.ffn_dim,
+            "vocab_size": args.vocab_size,
+            "norm_eps": args.norm_eps,
+        },
+        "rope": {
+            "theta": args.rope_theta,
+            "scaling": scaling,
+            "divisors": args.rope_divisors,
+            "by_option": args != checkpoint.args,
+        },
+        "context": args.max_seq_len,
+        "chat": checkpoint.chat is not None,
+        "memory": _memory(checkpoint, args, stored, target, activations),
+        "kernels": kernels.state(),
+        "warnings": list(checkpoint.warnings),
+        "tokenizer": {
+            "kind": "byte-level BPE",
+            "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),
+            "tokens": checkpoint.tokenizer.n_vocab,
+            "special": len(special),
+            "bos": None if bos is None else checkpoint.tokenizer.token_text(bos),
+            "stops": sorted(map(checkpoint.tokenizer.token_text, checkpoint.tokenizer.stop_ids)),
+        },
+    }
+
+
+def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
+    """How the parameters are shared out; a tied output has none of its own."""
+    counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
+    whole = {EMBEDDING: "embedding", OUTPUT: "output"}
+    for name, shape in args.weight_shapes().items():
+        part = whole.get(name) or ("norms" if len(shape) == 1 else name.split(".")[2])  # layers.0.attention.wq.weight
+        counts[part] += prod(shape) * (not (tied and name == OUTPUT))
+    total = sum(counts.values())
+    return {part: {"parameters": count, "share": count / total} for part, count in counts.items()}
+
+
+def _memory(
+    checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device, activations: str
+) -> dict[str, Any]:
+    """What each precision needs, by what it is for, and in all."""
+    context = min(_CONTEXT, args.max_seq_len)
+    dtype = _dtype(checkpoint, stored)
+    known = dtype is not None or stored.types.keys() <= FORMATS | _PLAIN
+    needed = {
+        name: memory_needed(args, name, dtype, context, device, tied=stored.tied, activations=activations, known=known)
+        for name in PRECISIONS
+    }
+    return {
+        "context": context,
+        "device": device.type,
+        "needed": {name: {**parts, "total": sum(parts.values())} for name, parts in needed.items()},
+    }
+
+
+def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
+    """The type of the matrices; None where some are GGUF's quantised blocks."""
+    blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
+    return None if blocks else stored.dtype

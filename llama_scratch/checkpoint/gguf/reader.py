@@ -1,0 +1,488 @@
+"""GGUF files of the `llama` architecture: shape, tokenizer and weights in one file, or in several numbered ones.
+
+What the blocks of each quantisation mean is the gguf package's knowledge; they become float32 when they are
+multiplied (see `lazy`), and tensors of plain numbers are mapped as they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.chat_format import ChatFormat, TemplateFormat
+from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.byte_level_bpe import (
+    BEGIN_WITH_BOS,
+    CONTROL,
+    PATTERNS,
+    PRE_TOKENIZERS,
+    STOPS,
+    check_counts,
+    check_merges,
+    guess_pre_tokenizer,
+    is_hidden_control,
+    is_reachable,
+    ranks_of,
+    unmergeable,
+)
+from llama_scratch.checkpoint.extras import Extras
+from llama_scratch.checkpoint.gguf.header import MAX_ELEMENTS, Header, TensorInfo, read_header
+from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
+from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llama_scratch.precision.lazy_weight import Weight
+
+# GGUF's names of weights, and of those of a layer, → Meta's.
+_NAMES = {
+    "token_embd.weight": "tok_embeddings.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+# Divisors of the rotary embedding's frequencies, which Llama 3.1 and later ones come with.
+_ROPE_FREQS = "rope_freqs.weight"
+# Types of tokens.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_MERGES = "tokenizer.ggml.merges"
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
+# generation_config.json's fields, and GGUF's keys for them.
+SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+# Tokens that a warning names.
+_MAX_NAMED = 3
+# model-00002-of-00003.gguf
+_NUMBERED = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)
+
+
+def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Read and check the header; `tokenizer` is a tokenizer.model that replaces the file's own.
+
+    path: the file, any one of them where a model was split. Raises `CheckpointError`, and `ModelNotFoundError`
+    where one of them is missing.
+    """
+    headers = _read_headers(path)
+    metadata = headers[0].metadata
+    replacement = Tokenizer.from_meta(tokenizer) if tokenizer else None
+    try:
+        args = _model_args(headers)
+        own_tokenizer, extras, warnings = (replacement, Extras(), ()) if replacement else _tokenizer(metadata)
+        chat = _chat(metadata, own_tokenizer)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{headers[0].path}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{headers[0].path}: {error}") from error
+    shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors}
+    shapes.pop(_ROPE_FREQS, None)
+    names = weight_names(args)
+    check_shapes(shapes, args, headers[0].path, names)
+    licence = metadata.get("general.license")
+    kept = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
+    return Checkpoint(
+        # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
+        name=name_of(path),
+        format="gguf",
+        path=headers[0].path,
+        args=args,
+        tokenizer=own_tokenizer,
+        load=lambda progress: tie(_weights(headers, names, progress)),
+        inspect=lambda _: _stored(headers),
+        chat=chat,
+        files=tuple(header.path for header in headers),
+        licence=printable(licence) if isinstance(licence, str) and licence else None,
+        warnings=(*warnings, *_contradictions(metadata, args)),
+        extras=replace(extras, metadata=kept, generation=_sampling(kept)),
+    )
+
+
+def _read_headers(path: Path) -> list[Header]:
+    """The header of a file, and of those that belong to it where llama.cpp's gguf-split made several of one."""
+    header = read_header(path)
+    count = header.metadata.get("split.count", 1)
+    if type(count) is int and count in (0, 1):
+        return [header]
+    match = _NUMBERED.fullmatch(path.name)
+    if type(count) is not int or not match or int(match[4]) != count or not 1 <= int(match[2]) <= count:
+        raise CheckpointError(
+            f"{path} is one of {printable(count)} files of a split model, expected a name such as "
+            "model-00001-of-00003.gguf; give the files the names that they came with."
+        )
+    headers: list[Header] = []
+    for number in range(1, count + 1):
+        file = path.with_name(f"{match[1]}{number:05}{match[3]}")
+        if not file.is_file():
+            raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {FETCH_AGAIN}")
+        left = MAX_ELEMENTS - sum(other.elements for other in headers)
+        headers.append(header if file == path else read_header(file, left))
+        split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
+        if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
+            raise CheckpointError(
+                f"{file} is no part of the model of the files beside it, or another part; {FETCH_AGAIN}"
+            )
+    names = Counter(tensor.name for header in headers for tensor in header.tensors)
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        raise CheckpointError(f"{path}: the tensor '{printable(twice)}' is in two of the files; {FETCH_AGAIN}")
+    if names.total() != header.metadata.get("split.tensors.count"):
+        raise CheckpointError(
+            f"{path}: the {count} files hold {names.total()} tensors, not as many as they say; {FETCH_AGAIN}"
+        )
+    return headers
+
+
+# --- What the header says ---------------------------------------------------------------------
+
+
+# Fields that llama.cpp reads as one value or as one per layer.
+_PER_LAYER = {"llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length"}
+
+
+class _LayerFields(Fields):
+    """Metadata in which some fields may have one value per layer, as long as all layers have the same."""
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = super()._get(name, default)
+        if not isinstance(value, list) or name not in _PER_LAYER:
+            return value
+        if len(value) != (n_layers := self.integer("llama.block_count")):
+            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {FETCH_AGAIN}")
+        if any(other != value[0] for other in value):
+            raise UnsupportedError(f"{name} differs between layers; use a model whose layers all have one shape.")
+        return value[0]
+
+
+def _check_supported(metadata: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` if the metadata asks for more than a plain Llama computes."""
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
+    # As in llama.cpp: the type is linear if there is none, and a factor of 0 is 1.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
+    factor = next((factor for factor in factors if factor not in (0, 1)), 1)
+    plain = kind == "none" or (kind in ("linear", "yarn") and factor == 1)
+    if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
+        raise UnsupportedError(
+            f"it has scaled RoPE of the type '{printable(kind)}' (factor {printable(factor)}), expected Llama "
+            "3.1's or none; use a model without it, or run this one in llama.cpp."
+        )
+    if experts := metadata.get("llama.expert_count"):
+        raise UnsupportedError(f"it has {printable(experts)} experts, expected a plain Llama; use another model.")
+    if metadata.get("llama.attention.causal", True) is not True:
+        raise UnsupportedError("its tokens look at later ones too (llama.attention.causal); use a generating model.")
+
+
+def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
+    """Warn about metadata that the tensors contradict; the tensors are believed."""
+    stated = metadata.get("llama.vocab_size", args.vocab_size)
+    if stated != args.vocab_size:
+        yield (
+            f"llama.vocab_size is {printable(stated)}, but the embedding has {args.vocab_size} rows; "
+            "the embedding's number is used."
+        )
+
+
+def _model_args(headers: Sequence[Header]) -> ModelArgs:
+    metadata = headers[0].metadata
+    _check_supported(metadata)
+    fields = _LayerFields(metadata)
+    tensors = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
+    if not tensors:
+        raise UnsupportedError("the file has a tokenizer and no weights; use the file of the whole model.")
+    n_heads = fields.integer("llama.attention.head_count")
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {FETCH_AGAIN}")
+    args = ModelArgs(
+        dim=fields.integer("llama.embedding_length"),
+        n_layers=fields.integer("llama.block_count", most=1024),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("llama.attention.head_count_kv", default=n_heads),
+        vocab_size=tensors["token_embd.weight"][1].shape[0],
+        ffn_dim=fields.integer("llama.feed_forward_length"),
+        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number("llama.rope.freq_base", default=10_000.0),
+        rope_scaling=None,
+        max_seq_len=fields.integer("llama.context_length"),
+        head_dim=fields.integer("llama.attention.key_length", default=0),
+    )
+    for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (size := fields.integer(field, default=args.head_dim)) != args.head_dim:
+            raise UnsupportedError(
+                f"{field} is {size} and the keys of a head have {args.head_dim} numbers, expected as many; "
+                "use another model."
+            )
+    if _ROPE_FREQS in tensors:
+        original = fields.integer("llama.rope.scaling.original_context_length", default=ORIGINAL_CONTEXT)
+        return _scaled(args, _rope_divisors(*tensors[_ROPE_FREQS], args), original)
+    return args
+
+
+def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -> ModelArgs:
+    """The shape with such divisors: by Llama 3.1's rule where they are the rule's within float32's rounding."""
+    import torch
+
+    from llama_scratch.model import rope_frequencies
+
+    own = replace(args, rope_divisors=tuple(divisors))
+    rule = RopeScaling(math.inf, original_context=original_context)
+    # The slowest pair tells the factor: what the rule makes of it is a line in 1/factor.
+    ends = [float(rope_frequencies(shape)[-1]) for shape in (args, own, replace(args, rope_scaling=rule))]
+    if ends[0] == ends[1]:
+        return args if all(divisor == 1 for divisor in divisors) else own
+    factor = (ends[0] - ends[2]) / (ends[1] - ends[2]) if ends[1] > ends[2] else 0
+    by_rule = replace(args, rope_scaling=replace(rule, factor=round(factor, 3)))
+    if factor >= 1 and torch.allclose(rope_frequencies(by_rule), rope_frequencies(own), rtol=1e-5, atol=0):
+        return by_rule
+    return own
+
+
+def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[float]:
+    """What each pair's frequency is divided by: head_dim/2 positive numbers."""
+    from gguf import GGMLQuantizationType as Type
+
+    size = args.head_dim // 2
+    if tensor.shape != (size,) or tensor.type != Type.F32:
+        raise CheckpointError(
+            f"{_ROPE_FREQS} has the shape {tensor.shape} in {Type(tensor.type).name}, expected ({size},) in F32; "
+            + FETCH_AGAIN
+        )
+    with header.path.open("rb") as file:
+        file.seek(tensor.start)
+        divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
+    # From far below the 1 of a pair that is left alone to far above any factor.
+    if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors of about 1 to 100; {FETCH_AGAIN}")
+    return divisors
+
+
+def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, ...]]:
+    """The tokenizer, what only converting needs of it, and warnings."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
+        raise CheckpointError(
+            f"the tokenizer is '{printable(kind)}' with the pattern '{printable(pre)}', expected 'gpt2' with "
+            f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
+        )
+    texts, warnings = _list(metadata, "tokenizer.ggml.tokens", str), []
+    types = [_NORMAL] * len(texts)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _list(metadata, "tokenizer.ggml.token_type", int)
+    if len(texts) != len(types):
+        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {FETCH_AGAIN}")
+    if len(set(texts)) != len(texts) or "" in texts:
+        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
+    roles = _roles(metadata, len(texts))
+    merges = _list(metadata, _MERGES, str)
+    check_counts(texts, merges)
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    made = {left + right for left, right in pairs}
+    retyped = [
+        id
+        for id, (text, type_) in enumerate(zip(texts, types, strict=True))
+        if type_ == _NORMAL
+        and (is_hidden_control(text, made) or (id in roles.values() and not is_reachable(text, made)))
+    ]
+    if retyped:
+        shown = ", ".join(f"'{printable(texts[id])}'" for id in retyped[:_MAX_NAMED])
+        more = f" and {len(retyped) - _MAX_NAMED} more" if len(retyped) > _MAX_NAMED else ""
+        warnings.append(
+            f"The file gives control tokens the type of ordinary ones, or no type ({shown}{more}). "
+            "They are read as special tokens."
+        )
+    hidden, kinds = set(retyped), list(map(kind_of, texts, types))
+    special = {text: id for id, text in enumerate(texts) if id in hidden or kinds[id] == "special"}
+    added = {text: id for id, text in enumerate(texts) if kinds[id] == "added"}
+    named = {**special, **added}
+    ordinary = {
+        text: id
+        for id, text in enumerate(texts)
+        if is_reachable(text, made) or (kinds[id] == "ordinary" and text not in named)
+    }
+    unused = {text: id for id, text in enumerate(texts) if text not in named and text not in ordinary}
+    ranks = ranks_of((id, text) for text, id in ordinary.items())
+    check_merges(pairs, ordinary)
+
+    def make(pattern: str, bos: str | None = None, *, whole: bool = True) -> Tokenizer:
+        hidden = unmergeable(pairs, ordinary, whole=whole)
+        ends = {roles.get(role) for role in ("eos", "eot", "eom")}
+        unknown = next((text for text, id in named.items() if id == roles.get("unknown")), None)
+        stops = {text for text, id in named.items() if text in STOPS or id in ends}
+        return Tokenizer(
+            ranks,
+            special,
+            pattern,
+            added_tokens=added,
+            unused_tokens=unused,
+            bos=bos,
+            stops=stops,
+            unknown=unknown,
+            merges=pairs if hidden else None,
+            unmergeable=ranks_of((ordinary[text], text) for text in hidden),
+            whole_pieces=whole or not hidden,
+        )
+
+    if pre == "default":
+        guess = guess_pre_tokenizer(special, make)
+        if guess is None:
+            raise CheckpointError(
+                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits none that is known; "
+                "name a tokenizer.model with --tokenizer, or use another file."
+            )
+        pre = guess
+        warnings.append(
+            f"The file does not name its pre-tokenizer (tokenizer.ggml.pre). By its vocabulary it is '{pre}'. "
+            "Use a newer file of this model if its answers are poor."
+        )
+    bos = next((text for text, id in named.items() if id == roles.get("bos")), None)
+    if metadata.get("tokenizer.ggml.add_bos_token", pre in BEGIN_WITH_BOS) is not True:  # as in llama.cpp
+        bos = None
+    tokenizer = make(PATTERNS[PRE_TOKENIZERS[pre]], bos, whole=pre in BEGIN_WITH_BOS)
+    return tokenizer, Extras(roles=roles, token_types=tuple(types)), tuple(warnings)
+
+
+def kind_of(text: str, type_: int) -> str:
+    """How a token is found in a text. As in llama.cpp, a token with the name of an end of text is special."""
+    if type_ == _USER_DEFINED:
+        return "special" if text in CONTROL else "added"
+    return {_NORMAL: "ordinary", _UNKNOWN: "special", _CONTROL: "special"}.get(type_, "unused")
+
+
+def _roles(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
+    """The tokens that the file names for a role: eos, padding, fim_pre and so on."""
+    fields = ((match[1], id) for key, id in metadata.items() if (match := _TOKEN_ID.fullmatch(key)))
+    return {role: id for role, id in fields if type(id) is int and 0 <= id < n_tokens}
+
+
+def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
+    """The chat template that the file carries; a base model's file has none."""
+    template = metadata.get("tokenizer.chat_template")
+    if not template:
+        return None
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; {FETCH_AGAIN}"
+        )
+    roles = _roles(metadata, tokenizer.n_vocab)
+    names = {id: text for text, id in tokenizer.names.items()}
+    bos, eos = (names.get(roles.get(role, -1), "") for role in ("bos", "eos"))
+    return TemplateFormat(replace_surrogates(template), bos, eos, tuple(tokenizer.special_tokens))
+
+
+def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's sampling defaults, under the names of generation_config.json."""
+    given = {field: general.get(key) for field, key in SAMPLING.items()}
+    # 0.6 is held as the float32 next to it.
+    found = {
+        field: float(f"{value:.7g}") if isinstance(value, float) else value
+        for field, value in given.items()
+        if type(value) in (int, float)
+    }
+    return {"do_sample": True, **found} if found else {}
+
+
+def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or not all(type(element) is kind for element in value):
+        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {FETCH_AGAIN}")
+    return value
+
+
+# --- The weights ------------------------------------------------------------------------------
+
+
+def _stored(headers: Sequence[Header]) -> Stored:
+    import torch
+    from gguf import GGMLQuantizationType as Type
+
+    tensors = {tensor.name: Type(tensor.type) for header in headers for tensor in header.tensors}
+    plain = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+    return Stored(
+        types=dict(Counter(type.name for type in tensors.values())),
+        tied="output.weight" not in tensors,
+        dtype=plain.get(tensors["token_embd.weight"], torch.float32),
+    )
+
+
+def _weights(headers: Sequence[Header], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
+    """All weights under Meta's names. q and k need no permutation: llama's GGUF holds Meta's layout."""
+    import numpy as np
+
+    weights: dict[str, Weight] = {}
+    total = sum(len(header.tensors) for header in headers)
+    for header in headers:
+        with reading(header.path):
+            # Copy on write, because torch wants memory that can be written; nothing ever is.
+            data = np.memmap(header.path, dtype=np.uint8, mode="c")
+        for tensor in header.tensors:
+            if tensor.name != _ROPE_FREQS:
+                weights[names[tensor.name]] = _weight(header.path, tensor, data)
+            progress("reading", len(weights), total)
+    return weights
+
+
+def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uint8]]) -> Weight:
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType as Type
+    from gguf.quants import dequantize
+
+    from llama_scratch.precision.lazy_weight import Quantised
+
+    raw, type = data[tensor.start : tensor.start + tensor.size], Type(tensor.type)
+    if raw.size != tensor.size:
+        raise CheckpointError(f"{path} became shorter while it was read, at {tensor.name}; {FETCH_AGAIN}")
+    plain = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+    if type in plain:
+        return torch.from_numpy(raw).view(plain[type]).view(tensor.shape)
+    blocks = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # (out, bytes of a row)
+
+    def dequantise(start: int, stop: int) -> torch.Tensor:
+        with np.errstate(all="ignore"):
+            values = dequantize(blocks[start:stop], type)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: {tensor.name} holds values that are not numbers; {FETCH_AGAIN}")
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+    try:
+        dequantise(0, 1)
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another quantization "
+            "of the model, such as Q8_0 or Q4_K_M."
+        ) from error
+    if len(tensor.shape) == 1:
+        return dequantise(0, 1)[0]
+    return Quantised((tensor.shape[0], tensor.shape[1]), torch.from_numpy(blocks), type.name, dequantise)
+
+
+def weight_names(args: ModelArgs) -> dict[str, str]:
+    """The file's name of each weight → Meta's: blk.3.attn_q.weight → layers.3.attention.wq.weight"""
+    names = dict(_NAMES)
+    for layer in range(args.n_layers):
+        for name, metas in _LAYER_NAMES.items():
+            names[f"blk.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return names

@@ -1,0 +1,394 @@
+"""Hugging Face's tokenizer.json → `Tokenizer`, where the two cut every text alike.
+
+That file describes a chain: a normaliser, a pre-tokenizer that cuts text into pieces, a model that merges within
+them, and a post-processor that puts special tokens around. Byte-level BPE behind one of the known patterns is what
+tiktoken does; anything else is refused in a sentence that says what it is.
+
+`ignore_merges` says that a piece that is a token becomes that token at once, as in tiktoken. Llama 3's vocabulary
+needs it for 588 of its tokens. The merges of a vocabulary that was trained in one go make each of its tokens anyway;
+of others `unmergeable` finds the tokens that they do not make.
+Source: the `tokenizers` package, whose JSON it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Set, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_scratch.checkpoint.byte_level_bpe import (
+    PATTERNS,
+    STOPS,
+    check_counts,
+    check_merges,
+    is_hidden_control,
+    is_reachable,
+    ranks_of,
+    unmergeable,
+)
+from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.tokenizer import Tokenizer
+
+# Llama 3's has 9 to 17 MB, depending on how it writes its merges.
+_MAX_BYTES = 1 << 25
+_MAX_ID = 1 << 24
+# Embeddings are made longer than the vocabulary to have a size that suits a GPU, or for tokens to come.
+_MAX_UNUSED = 1 << 12
+
+_ELSEWHERE = "name a tokenizer.model with --tokenizer, or use another model."
+# Other expressions that cut every text as the known ones do: that of cl100k_base, and OpenAI's later ones of GPT-2's.
+_SPELLINGS = {pattern: pattern for pattern in PATTERNS.values()} | {
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": PATTERNS["llama-bpe"],
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": PATTERNS["gpt-2"],
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": PATTERNS["gpt-2"],
+}
+# Steps by their meaning, and the pattern that cuts as they do.
+_KNOWN: dict[tuple[str | None, ...], str] = {
+    ("GPT-2, bytes",): PATTERNS["gpt-2"],
+    ("digits", "GPT-2, bytes"): PATTERNS["smollm"],
+    **{(pattern, "bytes"): pattern for pattern in PATTERNS.values()},
+}
+# Fields of tokenizer_config.json that name a token, and GGUF's words for the roles.
+ROLES = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+    "mask_token": "mask",
+    "cls_token": "cls",
+}
+# Tokens that a warning names.
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ReadTokenizer:
+    """A tokenizer.json that was read.
+
+    Args:
+        tokenizer: The tokenizer.
+        roles: As in `Extras`.
+        flagged: As in `Extras`.
+        warnings: As in `Checkpoint`.
+    """
+
+    tokenizer: Tokenizer
+    roles: Mapping[str, int]
+    flagged: frozenset[int]
+    warnings: tuple[str, ...]
+
+
+def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> Tokenizer:
+    """Read the tokenizer alone. See `read_tokenizer_json`."""
+    return read_tokenizer_json(path, config, stop_ids, vocab_size).tokenizer
+
+
+def read_tokenizer_json(
+    path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int
+) -> ReadTokenizer:
+    """Read tokenizer.json.
+
+    Args:
+        path: The file.
+        config: tokenizer_config.json, completed by special_tokens_map.json.
+        stop_ids: Ids of tokens that end a text, from other files.
+        vocab_size: Rows of the embedding. Ids without a token get names such as `[PAD128300]`, as llama.cpp's
+            converter gives them. Added tokens beyond the last row are left out, with a warning.
+
+    Raises:
+        CheckpointError: If the file is damaged, or describes a tokenizer that cuts text in another way.
+    """
+    parts = read_object(path, _MAX_BYTES, required=True)
+    try:
+        return _tokenizer(parts, config, stop_ids, vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def named_token(config: Mapping[str, Any], field: str) -> str | None:
+    """The text of a special token that tokenizer_config.json names in a field, such as "bos_token"."""
+    token = config.get(field)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _tokenizer(
+    parts: dict[str, Any], config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int
+) -> ReadTokenizer:
+    model = _field(parts, "model", dict)
+    _check_kind(parts, model)
+    pattern = _pattern(parts.get("pre_tokenizer"))
+    vocab = _field(model, "vocab", dict)
+    listed = _field(model, "merges", list)
+    check_counts(vocab, listed)
+    for tokens in (vocab, parts.get("added_tokens")):
+        if isinstance(tokens, Sized) and len(tokens) > vocab_size + _MAX_UNUSED:
+            raise CheckpointError(
+                f"it has {len(tokens):,} tokens and the model's embedding {vocab_size:,} rows, expected about as many; "
+                "use the tokenizer that came with the model."
+            )
+    _check_ids(list(vocab.values()))
+    merges = list(map(_merge, listed))
+    made = {left + right for left, right in merges}
+    added = _added_tokens(parts, vocab)
+    special_elsewhere = _named_elsewhere(config, added, vocab)
+    flags = {text: flag or text in special_elsewhere for text, (_, flag) in added.items()}
+    names = {text: id for text, (id, _) in added.items()}
+    # Tokens of the vocabulary that text never has: no merge makes them, and every pattern cuts their names.
+    unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, made)}
+    ordinary = {text: id for text, id in vocab.items() if text not in unused}
+    ordinary = {text: id for text, id in ordinary.items() if text not in names or is_reachable(text, made)}
+    both = names.keys() & ordinary.keys()
+    ids = [*ordinary.values(), *unused.values(), *(id for text, id in names.items() if text not in both)]
+    _check_ids(ids)
+    ranks = ranks_of((id, text) for text, id in ordinary.items())
+    check_merges(merges, ordinary)
+    whole = model.get("ignore_merges") is True
+    hidden = unmergeable(merges, ordinary, whole=whole)
+
+    beyond = {text: id for text, id in names.items() if id >= vocab_size and text not in both}
+    names = {text: id for text, id in names.items() if text not in beyond}
+    unused |= _unused(set(ids), names.keys() | unused.keys(), vocab_size)
+    unknown = model.get("unk_token") or named_token(config, "unk_token")
+    if model.get("fuse_unk") and any(bytes([byte]) not in ranks for byte in range(256)):
+        raise CheckpointError(f"it joins unknown bytes (fuse_unk), expected one token for each byte; {_ELSEWHERE}")
+    bos = _bos(parts.get("post_processor"), config, added)
+    if bos in beyond:
+        raise CheckpointError(
+            f"a text begins with '{printable(bos)}', whose id {beyond[bos]} is beyond the model's embedding of "
+            f"{vocab_size:,} rows; use the tokenizer that came with the model."
+        )
+    eos = named_token(config, "eos_token")
+    special = {text: id for text, id in names.items() if flags[text] and text not in both}
+    roles = {role: named_token(config, field) for field, role in ROLES.items()}
+    return ReadTokenizer(
+        Tokenizer(
+            ranks,
+            special,
+            pattern,
+            added_tokens={text: id for text, id in names.items() if text not in special},
+            unused_tokens=unused,
+            bos=bos,
+            stops={text for text, id in names.items() if text in STOPS or text == eos or id in stop_ids},
+            unknown=unknown if isinstance(unknown, str) and unknown in names else None,
+            merges=merges if hidden else None,
+            unmergeable=ranks_of((ordinary[text], text) for text in hidden),
+            whole_pieces=whole or not hidden,
+        ),
+        {
+            role: id
+            for role, text in roles.items()
+            if (id := names.get(text or "", ordinary.get(text or ""))) is not None
+        },
+        frozenset(id for text, id in names.items() if flags[text] and text in both),
+        tuple(_beyond(beyond, vocab_size)),
+    )
+
+
+def _named_elsewhere(
+    config: Mapping[str, Any], added: dict[str, tuple[int, bool]], vocab: Mapping[str, int]
+) -> set[str]:
+    """Read tokenizer_config.json's own list of added tokens, and its names for roles, as transformers does.
+
+    Args:
+        config: The file.
+        added: The tokens of tokenizer.json. Those that it does not have are added to it.
+        vocab: The vocabulary of tokenizer.json.
+
+    Returns:
+        The texts that are special by this file.
+    """
+    listed = config.get("added_tokens_decoder")
+    special = set()
+    taken = {id for id, _ in added.values()} | set(vocab.values())
+    for key, token in listed.items() if isinstance(listed, dict) else []:
+        text = named_token({"": token}, "") if isinstance(token, dict) else None
+        if text is None or not key.isdecimal() or len(key) > 8:
+            continue
+        id = vocab.get(text, int(key))
+        if text not in added and (text in vocab or id not in taken):
+            _check_found_by_its_text(text, token)
+            added[text] = (id, False)
+            taken.add(id)
+        if token.get("special") is True:
+            special.add(text)
+    named = [config.get(field) for field in ROLES]
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(field)
+        named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    for text in [named_token({"": token}, "") for token in named]:
+        if text:
+            special.add(text)
+            if text in vocab:
+                added.setdefault(text, (vocab[text], True))
+    return special
+
+
+def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
+    """The warning about tokens that no row of the embedding belongs to."""
+    if tokens:
+        shown = ", ".join(f"'{printable(text)}'" for text in list(tokens)[:_MAX_NAMED])
+        more = f" and {len(tokens) - _MAX_NAMED} more" if len(tokens) > _MAX_NAMED else ""
+        yield (
+            f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({shown}{more}). "
+            "The model cannot read or write them, so text that holds their names is read as plain text."
+        )
+
+
+def _check_ids(ids: list[Any]) -> None:
+    if not all(type(id) is int and 0 <= id < _MAX_ID for id in ids) or len(set(ids)) != len(ids):
+        raise CheckpointError(f"the ids of the tokens are no numbers, or one stands there twice; {FETCH_AGAIN}")
+
+
+def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = values.get(name)
+    if not isinstance(value, kind):
+        raise CheckpointError(f"the field {name} is {printable(value)}, expected a JSON {kind.__name__}; {FETCH_AGAIN}")
+    return value
+
+
+def _check_kind(parts: dict[str, Any], model: dict[str, Any]) -> None:
+    """Byte-level BPE writes every byte as a character of its own; what else is called BPE does otherwise."""
+    normalizer = parts.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and normalizer.get("normalizers") == []:
+        normalizer = None
+    if model.get("byte_fallback"):
+        raise CheckpointError(f"it is of SentencePiece's kind (byte_fallback), expected byte-level BPE; {_ELSEWHERE}")
+    if normalizer is not None:
+        raise CheckpointError(
+            f"it changes text before it cuts it ({_type(normalizer)}), expected no normalizer; {_ELSEWHERE}"
+        )
+    if _type(model) != "BPE":
+        raise CheckpointError(f"the model is of the type {_type(model)}, expected BPE; {_ELSEWHERE}")
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(field):
+            raise CheckpointError(f"it has a {field} ({printable(model[field])}), expected none; {_ELSEWHERE}")
+
+
+def _type(part: Any) -> str:
+    """What a part of the chain is called: a sequence by what is in it."""
+    if not isinstance(part, dict):
+        return printable(part)
+    inner = next((part[key] for key in ("normalizers", "pretokenizers") if isinstance(part.get(key), list)), None)
+    if inner is None:
+        return printable(part.get("type"))
+    return printable(" + ".join(printable(step.get("type")) if isinstance(step, dict) else "?" for step in inner[:8]))
+
+
+def _pattern(part: Any) -> str:
+    """The expression that cuts text as the steps of a pre-tokenizer do."""
+    steps = part.get("pretokenizers") if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
+    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
+        if (pattern := _KNOWN.get(tuple(map(_meaning, steps)))) is not None:
+            return pattern
+        for step in steps:
+            if isinstance(step.get("pattern"), dict):
+                said = ", ".join(map(printable, step["pattern"].values()))
+                raise CheckpointError(
+                    f"it cuts text by the pattern '{printable(said, 100)}' ({_type(part)}), "
+                    f"expected that of Llama 3, SmolLM2 or GPT-2; {_ELSEWHERE}"
+                )
+    raise CheckpointError(
+        f"it cuts text by {_type(part)}, expected the steps of Llama 3, SmolLM2 or GPT-2 as they are; {_ELSEWHERE}"
+    )
+
+
+def _meaning(step: Mapping[str, Any]) -> str | None:
+    """A step by what it does to a text: "bytes", "GPT-2, bytes", "digits", or the pattern that it cuts by."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and step.get("add_prefix_space") is False:
+        return "GPT-2, bytes" if step.get("use_regex", True) is True else "bytes"  # older files do not write it
+    if kind == "Digits" and step.get("individual_digits") is True:
+        return "digits"
+    pattern = step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    if kind != "Split" or not isinstance(regex, str):
+        return None
+    behavior, invert = step.get("behavior"), step.get("invert", False)
+    # The known expressions leave nothing of a text between their matches, so these keep the same pieces.
+    if behavior in ("Isolated", "MergedWithPrevious", "MergedWithNext") or (behavior, invert) == ("Removed", True):
+        return _SPELLINGS.get(regex)
+    return None
+
+
+def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Tokens that are found in a text before it is cut: text → id, and whether it is special."""
+    found: dict[str, tuple[int, bool]] = {}
+    for token in _field(parts, "added_tokens", list) if parts.get("added_tokens") is not None else []:
+        text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        if not isinstance(text, str) or type(id) is not int or text in found or vocab.get(text, id) != id:
+            raise CheckpointError(
+                f"the added token {printable(text)} has the id {printable(id)}, expected a text with an id of its own "
+                f"that is the same in the vocabulary; {FETCH_AGAIN}"
+            )
+        _check_found_by_its_text(text, token)
+        found[text] = (id, token.get("special") is True)
+    return found
+
+
+def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
+    """Raise for a token that takes white space around it, or is not found within a word."""
+    if not text or token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+        raise CheckpointError(
+            f"the added token '{printable(text)}' takes white space or whole words alone, "
+            f"expected one that is found by its text; {_ELSEWHERE}"
+        )
+
+
+def _merge(merge: Any) -> tuple[str, str]:
+    """Two tokens, written "a b" or, since merges may hold spaces, ["a", "b"]."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise CheckpointError(f"the merge '{printable(merge)}' is not of two tokens; {FETCH_AGAIN}")
+    return pair[0], pair[1]
+
+
+def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
+    """Names for the rows of the embedding that no token has: none is ever in a text, but a model can give one."""
+    if vocab_size - len(ids) > _MAX_UNUSED:
+        raise CheckpointError(
+            f"it has {len(ids):,} tokens and the model's embedding {vocab_size:,}, expected about as many; "
+            "use the tokenizer that came with the model."
+        )
+    unused = {f"[PAD{id}]": id for id in range(vocab_size) if id not in ids}
+    if twice := names & unused.keys():
+        raise CheckpointError(f"the added token '{printable(min(twice))}' has an id that is not its own; {FETCH_AGAIN}")
+    return unused
+
+
+def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) -> str | None:
+    """The token that the post-processor puts in front of a text; what it puts behind ends one.
+
+    Without a template in it, tokenizer_config.json says whether its bos_token comes first.
+    """
+    try:
+        parts = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
+        templates = []
+        for part in filter(None, parts):
+            if part["type"] not in ("ByteLevel", "TemplateProcessing"):
+                raise CheckpointError(
+                    f"it puts special tokens around a text by {printable(part['type'])}, "
+                    f"expected TemplateProcessing; {_ELSEWHERE}"
+                )
+            templates += [part] if part["type"] == "TemplateProcessing" else []
+        if not templates:
+            bos = named_token(config, "bos_token")
+            return bos if config.get("add_bos_token") is True and bos in added else None
+        front: list[int] = []
+        for template in templates:
+            names = [piece.get("SpecialToken", {}).get("id") for piece in template["single"]]
+            for name in names[: names.index(None)]:
+                front += template["special_tokens"][name]["ids"]
+        found = [text for text, (id, _) in added.items() if id in front[:2]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the post_processor cannot be read ({printable(repr(error))}); {FETCH_AGAIN}") from error
+    if len(front) > 1 or len(found) != len(front):
+        raise CheckpointError(
+            f"the tokens {printable(front)} come in front of a text, expected one special token or none; {_ELSEWHERE}"
+        )
+    return found[0] if found else None

@@ -1,0 +1,236 @@
+"""Meta's model directory: `params.json`, `tokenizer.model` and `consolidated.00.pth`, or several shards of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_scratch.chat_format import Llama3Format
+from llama_scratch.checkpoint.base import (
+    Checkpoint,
+    Stored,
+    check_shapes,
+    name_of,
+    reading,
+    same_view,
+    tie,
+)
+from llama_scratch.checkpoint.license import read_licence
+from llama_scratch.checkpoint.meta.pickle_file import begin_checks, load_pth
+from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
+from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.system.memory import require_memory
+from llama_scratch.system.progress import Progress
+from llama_scratch.system.small_files import read_text
+from llama_scratch.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_scratch.precision.lazy_weight import Weight
+
+PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
+FP8_SCALES = "fp8_scales_0.pt"
+# Older checkpoints carry the rotation table, which is computed here.
+_IGNORED = {"rope.freqs"}
+_MAX_PARAMS = 1 << 20
+# Nothing in the files says what a model was trained for; what Meta calls it does.
+_CHAT = re.compile("instruct|chat", re.IGNORECASE)
+# Which axis of a weight the shards share out: its outputs, or its inputs. Norms are whole in each.
+_BY_ROWS = re.compile(r".*\.(wq|wk|wv|w1|w3)\.weight|output\.weight")
+_BY_COLUMNS = re.compile(r".*\.(wo|w2)\.weight")
+
+
+def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Read and check the small files; `tokenizer` is a tokenizer.model elsewhere.
+
+    Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
+    """
+    for file in [PARAMS] if tokenizer else [PARAMS, TOKENIZER]:
+        if not (directory / file).is_file():
+            raise ModelNotFoundError(_missing(directory, file))
+    shards = _shards(directory)
+    if (directory / FP8_SCALES).exists():
+        raise CheckpointError(
+            f"{directory} holds {FP8_SCALES}, so it is Meta's quantised release in fp8, expected bf16 weights; "
+            "use the release with bf16 in its name."
+        )
+    own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
+    args = ModelArgs.from_params_json(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
+    name = name_of(directory)
+    return Checkpoint(
+        name=name,
+        format="meta",
+        path=shards[0],
+        args=args,
+        tokenizer=own_tokenizer,
+        load=lambda progress: _load(shards, args, progress),
+        inspect=lambda progress: _stored(_load(shards, args, progress)),
+        chat=Llama3Format() if _CHAT.search(name) else None,
+        files=tuple(shards),
+        licence=read_licence(directory),
+    )
+
+
+def check_ahead(directory: Path) -> None:
+    """Begin to compare the weights with their checksums, if Meta's files are there; see `begin_checks`."""
+    with contextlib.suppress(LlamaScratchError, OSError):
+        begin_checks(_shards(directory))
+
+
+def _shards(directory: Path) -> list[Path]:
+    """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
+    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
+    if not found:
+        raise ModelNotFoundError(_missing(directory, WEIGHTS))
+    names = [_shard(number) for number in range(len(found))]
+    if missing := [name for name in names if name not in found]:
+        raise ModelNotFoundError(
+            f"There is no {missing[0]} in {directory}, which holds {max(found)}; fetch the missing shard."
+        )
+    return [directory / name for name in names]
+
+
+def _shard(number: int) -> str:
+    return f"consolidated.{number:02}.pth"
+
+
+def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[str, Weight]:
+    parts: list[dict[str, Tensor]] = []
+    for number, shard in enumerate(shards):
+
+        def report(stage: str, done: int, total: int, before: int = number) -> None:
+            progress(stage, before * total + done, len(shards) * total)  # shards are equally long
+
+        with reading(shard):
+            weights = load_pth(shard, report)
+        parts.append({name: weight for name, weight in weights.items() if name not in _IGNORED})
+        if not number:  # before the others are read
+            _check_number(shards, parts[0], args)
+    if len(parts) == 1:
+        check_shapes({name: tuple(weight.shape) for name, weight in parts[0].items()}, args, shards[0])
+        return tie(_contiguous(parts[0]))
+    return _joined(shards, parts, args)
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what is stored as a transposed or strided view, into rows one after the other; all else stays mapped."""
+    views = {name: weight for name, weight in weights.items() if not weight.is_contiguous()}
+    if not views:
+        return dict(weights)
+    require_memory(sum(view.nbytes for view in views.values()), "The copy of weights that are stored as views")
+    output, embedding = views.get(OUTPUT), views.get(EMBEDDING)
+    copies = {name: view.contiguous() for name, view in views.items()}
+    if output is not None and embedding is not None and same_view(output, embedding):
+        copies[OUTPUT] = copies[EMBEDDING]
+    return {**weights, **copies}
+
+
+def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: ModelArgs) -> None:
+    """Compare how many shards there are with the number that the first one's share of layer 0's attention tells."""
+    wq, wo = (part.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wo"))
+    q_dim = args.n_heads * args.head_dim
+    rows = q_dim if wq is None or wq.dim() != 2 else len(wq)
+    if wq is None or wo is None or wq.shape != (rows, args.dim) or wo.shape != (args.dim, rows):
+        return  # of another model, as `check_shapes` says
+    if rows * len(shards) < q_dim:
+        raise ModelNotFoundError(
+            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {WEIGHTS} holds {rows} of {q_dim} rows "
+            "of wq; fetch the missing shards."
+        )
+    if rows * len(shards) > q_dim:
+        raise CheckpointError(
+            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {WEIGHTS} holds {rows} of {q_dim} "
+            "rows of wq; remove what is of another model."
+        )
+
+
+def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: ModelArgs) -> dict[str, Weight]:
+    """The weights of a model whose shards each hold a part of every matrix; they stay where they are.
+
+    Source: `fairscale`'s parallel layers, which Meta's reference code is built of.
+    """
+    from llama_scratch.precision.lazy_weight import Joined
+
+    for part in parts:
+        if {EMBEDDING, OUTPUT} <= part.keys() and same_view(part[OUTPUT], part[EMBEDDING]):
+            del part[OUTPUT]
+    _check_alike(shards, parts)
+    first = parts[0]
+    axes = {name: axis for name, weight in first.items() if (axis := _axis(name, weight, len(parts), args)) is not None}
+    shapes = {name: tuple(weight.shape) for name, weight in first.items()}
+    for name, axis in axes.items():
+        shapes[name] = tuple(n * (len(parts) if i == axis else 1) for i, n in enumerate(shapes[name]))
+    check_shapes(shapes, args, shards[0].with_name(f"{shards[0].name} to {shards[-1].name}"))
+    parts = [_contiguous(part) for part in parts]
+    _check_contents(shards, parts)
+    weights: dict[str, Weight] = dict(parts[0])
+    for name, axis in axes.items():
+        weights[name] = Joined([part[name] for part in parts], axis)
+    return tie(weights)
+
+
+def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Shards of one model have equal names, shapes and types."""
+    first = {name: (weight.shape, weight.dtype) for name, weight in parts[0].items()}
+    for shard, part in zip(shards, parts, strict=True):
+        if {name: (weight.shape, weight.dtype) for name, weight in part.items()} != first:
+            raise _of_another_model(shard, shards[0])
+
+
+def _of_another_model(shard: Path, first: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{shard} does not hold the same parts of a model as {first.name}, so it is of another one; {FETCH_AGAIN}"
+    )
+
+
+def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Shards of one model have equal norms, and no two of them hold the same part."""
+    for shard, part in zip(shards, parts, strict=True):
+        if not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
+            raise _of_another_model(shard, shards[0])
+    for (one, part), (other, copy) in combinations(zip(shards, parts, strict=True), 2):
+        if all(_equal(part[name], weight) for name, weight in copy.items()):
+            raise CheckpointError(
+                f"{other} holds the same weights as {one.name}, expected another part of the model; {FETCH_AGAIN}"
+            )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, so that NaN is equal to itself: it is for `verify` to find."""
+    import torch
+
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
+    """The axis along which the shards' parts of a weight lie side by side; None: each holds all of it."""
+    if piece.dim() != 2:
+        return None
+    if _BY_ROWS.fullmatch(name):
+        return 0
+    if _BY_COLUMNS.fullmatch(name):
+        return 1
+    if name == EMBEDDING:  # Llama 2 shared out its columns, later ones its rows
+        return int(len(piece) * shards != args.vocab_size)
+    return None
+
+
+def _stored(weights: Mapping[str, Weight]) -> Stored:
+    return Stored(
+        types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
+        tied=is_tied(weights),
+        dtype=weights[EMBEDDING].dtype,
+    )
+
+
+def _missing(directory: Path, file: str) -> str:
+    advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {WEIGHTS}."
+    if file == TOKENIZER:
+        advice = "copy it there from the model's download, or name it with --tokenizer."
+    return f"There is no {file} in {directory}; {advice}"

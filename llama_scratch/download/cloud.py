@@ -1,0 +1,182 @@
+"""Remote directories, gs:// and az://: weights are brought into the user's cache once, small files each time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_scratch.checkpoint.checksums import parse_checklist
+from llama_scratch.download.http import digest, only_one, require_room, write_whole, writing
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
+from llama_scratch.system.atomic_files import remove_left
+from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.progress import Progress
+
+if TYPE_CHECKING:
+    from blobfile import Context, Stat
+
+_ADDRESS = re.compile(r"(gs|az):/{1,2}([^/].*)", re.DOTALL)
+_WEIGHTS = re.compile(r"consolidated\.\d\d\.pth|model(-\d{5}-of-\d{5})?\.safetensors")
+_SMALL = re.compile(
+    r"params\.json|tokenizer\.model|checklist\.chk|chat_template\.\w+|LICENSE\S*|README\.md"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
+)
+_MAX_SMALL = 1 << 26  # bytes; the largest tokenizer.json of a Llama has 17 MB
+_MAX_NAMES = 10_000
+_BLOCK = 1 << 22
+_RETRIES = 4
+
+
+def remote_address(source: str) -> str | None:
+    """The address of a remote directory or file, None for a local path; a Path made of one has lost a slash."""
+    match = _ADDRESS.fullmatch(source)
+    return f"{match[1]}://{match[2].rstrip('/')}" if match else None
+
+
+def local_copy(address: str, progress: Progress) -> Path:
+    """Bring a model from gs:// or az:// to this machine; returns its directory, or its .gguf file, in the cache.
+
+    Small files are read from there each time; weights come once, as long as size, time and checksum stay what they
+    were, go on where an interrupted copy ended and are checked by the MD5 of the store or of checklist.chk. Raises
+    `ModelNotFoundError`, `CheckpointError`, and `LlamaScratchError` where store, credentials or disk refuse.
+    """
+    import blobfile
+
+    # blobfile's own default tries for ever and prints to stdout.
+    store = blobfile.create_context(retry_limit=_RETRIES, log_callback=lambda message: None)
+    with _explaining(address):
+        address, files = _listed(store, address)
+        weights = {name: stat for name, stat in files.items() if _is_weights(name)}
+        base, last = address.rsplit("/", 1)
+        single = last in weights
+        # Another version of the weights is another folder, so that a file under its name is always the right one.
+        version = repr([(name, stat.size, stat.mtime, stat.md5, stat.version) for name, stat in weights.items()])
+        name = _plain(base.rsplit("/", 1)[-1] if last == "original" else last)
+        kind = f"{name}-{_hash(address)}-"
+        folder = user_folder("cache") / "remote" / f"{kind}{_hash(version)}"
+        target = folder if single else folder / name / ("original" if last == "original" else "")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_ours(folder.stat()):
+            raise LlamaScratchError(
+                f"{printable(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
+            )
+        with only_one(folder, printable(address, 200)), writing(folder):
+            target.mkdir(parents=True, exist_ok=True)
+            small = [name for name in files if name not in weights]
+            sums = {} if single else _copy_small(store, address, target, small)
+            _copy_weights(store, base if single else address, target, weights, sums, progress)
+            remove_left(folder.parent, f"{kind}*")  # other versions, which nobody copies any more; this one is locked
+    return target / last if single else target
+
+
+def _is_weights(name: str) -> bool:
+    return bool(_WEIGHTS.fullmatch(name)) or name.endswith(".gguf")
+
+
+def _plain(name: str) -> str:
+    """The last part of an address as a folder's name."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
+    """List the files of a model and how each is stored.
+
+    Args:
+        store: The cloud's bucket.
+        address: A .gguf file, or a directory with a model's files, with those in its original/, or with one .gguf file.
+
+    Returns:
+        The address of the model, and its files.
+    """
+    if address.endswith(".gguf"):
+        return address, {address.rsplit("/", 1)[-1]: store.stat(address)}
+    entries = {entry.name: entry for entry in islice(store.scandir(address), _MAX_NAMES)}
+    names = [name for name in entries if _SMALL.fullmatch(name) or _WEIGHTS.fullmatch(name)]
+    if not any(map(_WEIGHTS.fullmatch, names)):
+        if "original" in (name.rstrip("/") for name in entries):
+            return _listed(store, f"{address}/original")
+        if len(files := sorted(name for name in entries if name.endswith(".gguf"))) == 1:
+            return _listed(store, f"{address}/{files[0]}")
+        if files:
+            raise ModelNotFoundError(
+                f"{printable(address, 200)} holds {len(files)} models; name one of them: {printable(files, 200)}."
+            )
+    if not {"params.json", "config.json"} & set(names):
+        raise ModelNotFoundError(
+            f"There is no params.json or config.json in {printable(address, 200)}; name the directory that holds a "
+            "model's files, or a .gguf file."
+        )
+    return address, {name: entries[name].stat or store.stat(f"{address}/{name}") for name in sorted(names)}
+
+
+def _copy_small(store: Context, address: str, target: Path, names: list[str]) -> dict[str, str]:
+    """Copy the small files, remove those that are gone; returns the MD5s of checklist.chk, where there is one."""
+    for path in target.iterdir():
+        if path.name not in names and not _is_weights(path.name.removesuffix(".part")):
+            path.unlink()
+    for name in names:
+        with store.BlobFile(f"{address}/{name}", "rb") as file:
+            data = file.read(_MAX_SMALL + 1)
+        if len(data) > _MAX_SMALL:
+            raise CheckpointError(f"{address}/{name} is longer than {_MAX_SMALL:,} bytes, expected far less.")
+        if not (target / name).is_file() or (target / name).read_bytes() != data:
+            write_whole(target / name, data)
+    return parse_checklist((target / "checklist.chk").read_bytes()) if "checklist.chk" in names else {}
+
+
+def _copy_weights(
+    store: Context, base: str, target: Path, weights: dict[str, Stat], sums: dict[str, str], progress: Progress
+) -> None:
+    before, total = 0, sum(stat.size for stat in weights.values())
+    for name, stat in weights.items():
+        if not (target / name).exists():
+            part = target / f"{name}.part"
+            require_room(target, name, stat.size - (part.stat().st_size if part.exists() else 0))
+            with store.BlobFile(f"{base}/{name}", "rb") as source, part.open("ab") as file:
+                source.seek(file.tell())
+                while block := source.read(_BLOCK):
+                    file.write(block)
+                    progress("fetching", before + file.tell(), total)
+                file.flush()
+                os.fsync(file.fileno())
+            _check(part, stat, sums.get(name) or stat.md5, f"{base}/{name}", progress)
+            part.replace(target / name)
+        before += stat.size
+
+
+def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Progress) -> None:
+    size = part.stat().st_size
+    if size != stat.size or (md5 is not None and digest(part, "md5", progress) != md5):
+        part.unlink()
+        found = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
+        raise CheckpointError(f"{printable(address, 200)} {found}, so nothing of it was kept; try again.")
+
+
+@contextmanager
+def _explaining(address: str) -> Iterator[None]:
+    """blobfile's errors, and those of the libraries below it, as a sentence."""
+    try:
+        yield
+    except LlamaScratchError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(
+            f"There is nothing at {printable(address, 200)} that these credentials may see; check the address."
+        ) from error
+    except Exception as error:  # blobfile raises many kinds, most with a short message beside the long one
+        reason = printable(getattr(error, "message", error), 300)
+        raise LlamaScratchError(
+            f"{printable(address, 200)} cannot be read ({reason}); check the address, the connection "
+            "and the credentials ('gcloud auth application-default login' or 'az login')."
+        ) from error

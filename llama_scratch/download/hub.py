@@ -1,0 +1,306 @@
+"""Models of the Hugging Face hub: found in its cache, and fetched into it so that an interrupted fetch goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.checkpoint.recognize import complete_model, gguf_files
+from llama_scratch.download.http import Patience, RefusedError, digest, fetch, only_one, open_session, writing
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
+from llama_scratch.system.progress import Progress
+from llama_scratch.system.small_files import read_text
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"({_PART})/({_PART})(?:@([\w.-]{{1,100}}(?:/[\w.-]{{1,100}}){{0,4}}))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SMALL = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
+    r"|chat_template\.\w+|LICENSE\S*|README\.md",
+    re.IGNORECASE,
+)
+_META = re.compile(r"original/(params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d\d\.pth)")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model's name on the hub: OWNER/REPO, and which revision of it (a branch, a tag or a commit)."""
+
+    id: str
+    revision: str = "main"
+
+    @classmethod
+    def named(cls, name: str) -> Repository | None:
+        """ "OWNER/REPO" or "OWNER/REPO@REVISION"; None for what is neither."""
+        match = _NAME.fullmatch(name)
+        if match is None or ".." in name or "--" in f"{match[1]}/{match[2]}":
+            return None
+        return cls(f"{match[1]}/{match[2]}", match[3] or "main")
+
+    @property
+    def name(self) -> str:
+        """As a person types it."""
+        return self.id if self.revision == "main" else f"{self.id}@{self.revision}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the hub's cache keeps all of it. Source: huggingface_hub's "Understand caching"."""
+        return cache() / f"models--{self.id.replace('/', '--')}"
+
+    @property
+    def path(self) -> Path | None:
+        """The directory of the model, None where it was not fetched. Asks nobody but the disk."""
+        try:
+            commit = self.revision
+            if not _COMMIT.fullmatch(commit):
+                commit = read_text(self.folder / "refs" / self.revision, 100).strip()
+            return _model_in(self.folder / "snapshots" / commit) if _COMMIT.fullmatch(commit) else None
+        except (OSError, CheckpointError):
+            return None
+
+
+def cache() -> Path:
+    """The hub's cache, which other programs share. Raises FileNotFoundError where there is no home.
+
+    Source: huggingface_hub's environment variables.
+    """
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    path = os.path.expandvars(os.path.expanduser(place))
+    if path.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "no home folder, set HOME or HF_HOME")
+    return Path(path).absolute()
+
+
+def _model_in(snapshot: Path) -> Path | None:
+    """The model of a revision; of several .gguf files the directory, for the message that lists them."""
+    if found := complete_model(snapshot):
+        return found.path
+    return snapshot if gguf_files(snapshot) else None
+
+
+def pull_hub(
+    repository: Repository, progress: Progress, say: Callable[[str], None], patience: Patience | None = None
+) -> Path:
+    """Fetch what this program needs of a model into the hub's cache; returns the model's directory.
+
+    say: gets one line with the licence and the size before anything large is fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
+    and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises `ModelNotFoundError`, `CheckpointError` where
+    the repository holds no weights that can be read here, and `LlamaScratchError`.
+    """
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise LlamaScratchError(
+            f"Fetching {repository.name} takes the package huggingface_hub; "
+            "run 'pip install \".[hub]\"' in a clone of llama-scratch, or 'pip install huggingface_hub'."
+        ) from None
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
+
+    disable_progress_bars()  # the progress is ours
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if constants.HF_HUB_OFFLINE and (here := repository.path):
+        return here
+    with _explaining(repository):
+        info = _info(repository)
+        commit, siblings = info.sha or "", {file.rfilename: file for file in info.siblings or []}
+        files = [siblings[name] for name in _wanted(repository, list(siblings))]
+        snapshot = repository.folder / "snapshots" / commit
+        size = sum(file.size or 0 for file in files)
+        say(f"{repository.name}: {size / 1e9:.2g} GB, licence: {_licence(info)}")
+        with only_one(repository.folder / "blobs", repository.name):
+            _fetch_files(repository, commit, snapshot, files, progress, patience or Patience())
+            # Also leaves a note of which commit the revision is, by which the model is found afterwards.
+            _download(repository, files[0].rfilename, repository.revision)
+    path = _model_in(snapshot)
+    if path is None or repository.path != path:
+        raise LlamaScratchError(f"{repository.name} changed while it was fetched; run it again.")
+    return path
+
+
+def _info(repository: Repository) -> ModelInfo:
+    """What the hub says of a repository: its commit, its files and its card."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(repository.id, revision=repository.revision, files_metadata=True)
+        files: list[Any] = info.siblings or []
+        named = all(isinstance(file.rfilename, str) and isinstance(file.size, int | None) for file in files)
+        if _COMMIT.fullmatch(info.sha or "") and named and hasattr(info.card_data or {}, "get"):
+            return info
+    except HfHubHTTPError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # what came was not what the hub sends
+        pass
+    raise LlamaScratchError(f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT.")
+
+
+def _wanted(repository: Repository, names: list[str]) -> list[str]:
+    """The files to fetch, the small ones first."""
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    if "model.safetensors" in weights:  # which goes before shards, as in transformers
+        weights = ["model.safetensors"]
+    if weights and "config.json" in names:
+        small = [name for name in names if _SMALL.fullmatch(name)]
+        return sorted(small, key=lambda name: name != "config.json") + sorted(weights)
+    meta = [name for name in names if _META.fullmatch(name)]
+    if "original/consolidated.00.pth" in meta:
+        text = [name for name in names if re.fullmatch(r"LICENSE\S*|README\.md", name)]
+        return sorted(meta, key=lambda name: (name.endswith(".pth"), name)) + text
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(
+            f"{repository.name} holds GGUF files, expected safetensors; fetch the one you want with "
+            f"'hf download {repository.id} FILE.gguf' and name it with --model-dir."
+        )
+    other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
+    found = f"weights only as {printable(other)}" if other else "no weights"
+    raise CheckpointError(
+        f"{repository.name} holds {found}, expected config.json and model.safetensors; choose another repository or "
+        "revision of the model."
+    )
+
+
+def _licence(info: ModelInfo) -> str:
+    card: Any = info.card_data or {}
+    name = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return printable(name) if name else "not stated"
+
+
+def _fetch_files(
+    repository: Repository,
+    commit: str,
+    snapshot: Path,
+    files: list[RepoSibling],
+    progress: Progress,
+    patience: Patience,
+) -> None:
+    """Bring each file into the cache. The large ones, whose SHA-256 the hub gives, by ourselves: huggingface_hub
+    starts one anew that was interrupted (as of version 2.4) and does not compare checksums.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    session = open_session(constants.ENDPOINT)
+    before, total = 0, sum(file.size or 0 for file in files)
+    for file in files:
+        name, size = file.rfilename, file.size or 0
+        if not (snapshot / name).exists():
+            sha256 = file.lfs.sha256 if file.lfs else ""
+            blob = repository.folder / "blobs" / sha256
+            if _SHA256.fullmatch(sha256) and not blob.exists():
+
+                def report(done: int, _: int, before: int = before) -> None:
+                    progress("fetching", before + done, total)
+
+                def right(part: Path, sha256: str = sha256) -> bool:
+                    return digest(part, "sha256", progress) == sha256
+
+                url = hf_hub_url(repository.id, name, revision=commit, endpoint=constants.ENDPOINT)
+                fetch(session, url, blob, right=right, report=report, patience=patience, headers=build_hf_headers())
+            _download(repository, name, commit)
+        if name == "config.json":
+            _check_architecture(repository, snapshot / name)
+        before += size
+        progress("fetching", before, total)
+
+
+def _download(repository: Repository, file: str, revision: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(repository.id, file, revision=revision, cache_dir=cache())
+
+
+def _check_architecture(repository: Repository, path: Path) -> None:
+    """Before gigabytes are fetched; what else there is to check is checked when the model is opened."""
+    from llama_scratch.checkpoint.huggingface.reader import unsupported
+
+    if (found := unsupported(read_object(path, required=True))) is not None:
+        raise CheckpointError(
+            f"The config.json of {repository.name} says {found}; choose another model, nothing else of this one was "
+            "fetched."
+        )
+
+
+@contextmanager
+def _explaining(repository: Repository) -> Iterator[None]:
+    """What the hub's refusals mean, and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    name, page = repository.name, f"{constants.ENDPOINT}/{repository.id}"
+    gated = (
+        f"{name} is given only to people who accept its licence; accept it on {page}, wait for the mail that grants "
+        "access, then run 'hf auth login' (or set HF_TOKEN) and pull it again."
+    )
+    try:
+        with writing(repository.folder):
+            try:
+                yield
+            except hub.OfflineModeIsEnabled:
+                raise ModelNotFoundError(
+                    f"{name} cannot be fetched while HF_HUB_OFFLINE is set; unset it and pull it again."
+                ) from None
+            except hub.GatedRepoError:
+                raise LlamaScratchError(gated) from None
+            except hub.RevisionNotFoundError:
+                raise ModelNotFoundError(
+                    f"{repository.id} has no revision '{repository.revision}'; see {page}/commits for those it has."
+                ) from None
+            except hub.RepositoryNotFoundError:
+                raise ModelNotFoundError(
+                    f"There is no repository {repository.id} for everyone to see at {constants.ENDPOINT}; check the "
+                    "name, or run 'hf auth login' (or set HF_TOKEN) if it is a private one."
+                ) from None
+            except hub.HfHubHTTPError as error:
+                status = error.response.status_code
+                raise (_not_allowed(name) if status in (401, 403) else _out_of_order(status)) from None
+            except RefusedError as error:
+                if error.status in (401, 403):
+                    raise LlamaScratchError(gated) from None
+                raise
+            except hub.LocalEntryNotFoundError as error:  # which stands for what a request met with
+                raise _no_connection(name) from error
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise LlamaScratchError(
+                    f"{name} did not come as the hub had announced it; check HF_ENDPOINT and run it again."
+                ) from error
+    except LlamaScratchError:
+        raise
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "ssl", "socket"):
+            raise _no_connection(name) from error
+        raise
+
+
+def _not_allowed(name: str) -> LlamaScratchError:
+    return LlamaScratchError(
+        f"The token in use does not open {name}; run 'hf auth login' with one that may read gated repositories "
+        "(or set HF_TOKEN) and pull it again."
+    )
+
+
+def _out_of_order(status: int) -> LlamaScratchError:
+    return LlamaScratchError(f"The hub answered with the status {status}; try again later.")
+
+
+def _no_connection(name: str) -> LlamaScratchError:
+    return LlamaScratchError(
+        f"There is no connection to the hub, so {name} was not fetched; check the network and pull it again, "
+        "it goes on where it ended."
+    )

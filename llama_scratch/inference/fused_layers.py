@@ -1,0 +1,79 @@
+"""The layers as one call, see cpp/layer.h: the readable network's steps without its operators' calls.
+
+A small model's token is not bound by reading weights but by asking for some thousand operators, one by one. And as
+each row is computed by itself there, several tokens at once come out to the bit as if they had come one by one.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llama_scratch.model import KVCache, Transformer, TransformerBlock, rotations
+from llama_scratch.precision import kernels
+from llama_scratch.precision.linear import Panels, form_of
+
+# Of such numbers the kernels want a multiple in each dimension.
+_GRAIN = 16
+
+
+class Step:
+    """Runs a network for some tokens behind what `cache` holds, where the kernels know the form of all its weights."""
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        self._model = model
+        self._cache = cache
+        self._norms: list[Tensor] | None = None
+        self._weights: list[Tensor] = []
+        self._types: list[str] = []
+        self._parts: list[int] = []
+        self._freqs = torch.empty(0, 0)
+
+    def fits(self) -> bool:
+        """Whether tokens can be run so."""
+        if not kernels.ready():
+            return False
+        if self._norms is None:
+            self._norms = []
+            self._collect()
+        return bool(self._norms)
+
+    def __call__(self, tokens: Tensor, *, all_positions: bool) -> Tensor:
+        """As the network's own call, for one text: (1, T) → (1, T or 1, vocab_size)."""
+        model, cache, args, T = self._model, self._cache, self._model.args, tokens.shape[1]
+        end = cache.length + T
+        x = model.tok_embeddings(tokens[0])  # (T, dim), a copy
+        like = x.new_empty(1, args.n_kv_heads, 0, args.head_dim)
+        # An interrupted text may have made room in the first layers only; none has more than the first.
+        room = max(end, cache.capacity)
+        held = [store[0] for i in range(args.n_layers) for store in cache.reserve(i, room, like)]
+        if len(self._freqs) < end:
+            turned = rotations(model.freqs, torch.arange(cache.capacity))
+            self._freqs = torch.view_as_real(turned).flatten(1)  # (capacity, head_dim): cosine and sine in turn
+        freqs = self._freqs[cache.length : end]
+        weights = self._weights, self._types, self._parts
+        torch.ops.llama_scratch.layers(x, self._norms, *weights, freqs, held, cache.length, args.n_heads, args.norm_eps)
+        cache.advance(T)
+        return model.output(model.norm(x if all_positions else x[-1:]))[None]
+
+    def _collect(self) -> None:
+        """Norms and weights of all layers, in the order of `Layer`; no norms where the kernels do not know all."""
+        args = self._model.args
+        if args.dim % _GRAIN or args.head_dim % _GRAIN or args.ffn_dim % _GRAIN:
+            return
+        norms: list[Tensor] = []
+        for module in self._model.layers:
+            block = cast(TransformerBlock, module)
+            norms += [block.attention_norm.weight, block.ffn_norm.weight]
+            attention, feed_forward = block.attention, block.feed_forward
+            for first in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
+                form = form_of(first)
+                if form is None or not form.stored or (isinstance(form, Panels) and not form.whole):
+                    return
+                self._weights += [tensor for tensors, _ in form.stored for tensor in tensors]
+                self._types += [name for _, name in form.stored]
+                self._parts.append(len(form.stored))
+        if norms[0].dtype == torch.float32:
+            self._norms = norms

@@ -1,0 +1,42 @@
+"""Token by token: sample the next one, verify what was guessed, stop where the text ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.prompt_lookup import Drafts
+from llama_scratch.results import Step
+from llama_scratch.sampling import Sampling, sample
+
+
+def continue_ids(
+    llama: LoadedModel, ids: list[int], max_new_tokens: int, sampling: Sampling, *, speculate: bool
+) -> Iterator[Step]:
+    """The tokens that follow `ids`, one by one, see `Llama.generate`."""
+    generator = sampling.generator()
+    stream = llama.tokenizer.stream()
+    end = min(len(ids) + max_new_tokens, llama.context)
+    drafts = Drafts()
+    while len(ids) < end:
+        room = min(llama.engine.room(ids), end - len(ids) - 1) if speculate else 0
+        draft = drafts.propose(ids, room) if room else []
+        start = time.perf_counter()
+        rows = llama.engine.verify(ids, draft) if draft else llama.engine.next_logits(ids).values[None]
+        seconds = time.perf_counter() - start
+        before = len(ids) + 1
+        for logits, guess in zip(rows, [*draft, None], strict=False):
+            id = sample(logits, sampling, generator)
+            stop = id in llama.tokenizer.stop_ids
+            if stop or id != guess:
+                llama.engine.trim(ids)
+            if stop:
+                return
+            ids = [*ids, id]
+            logprob = float(logits[id] - logits.logsumexp(-1))
+            yield Step(id, stream.push(id, final=len(ids) == end), logprob)
+            if id != guess:
+                break
+        if room:  # else it read the prompt, or waited for the weights
+            drafts.book(len(draft), len(ids) - before, seconds)

@@ -1,0 +1,213 @@
+"""A model in memory, ready to answer: what the microscope works on, and `Llama` loads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from llama_scratch.config import ModelArgs
+from llama_scratch.errors import UsageError, printable
+from llama_scratch.hooks import Tap
+from llama_scratch.inference.engine import Engine
+from llama_scratch.inference.prompt_text import Prompt, encode_text, whole_number
+from llama_scratch.inference.prompt_warnings import prompt_warnings
+from llama_scratch.model import Transformer
+from llama_scratch.precision.lazy_weight import Weight
+from llama_scratch.precision.linear import weight_bytes
+from llama_scratch.precision.network import differentiable
+from llama_scratch.results import Candidate, Caution, ModelInfo, Prediction, Timing, Token
+from llama_scratch.system.memory import memory_errors
+from llama_scratch.system.progress import Progress, silent
+from llama_scratch.tokenizer import Tokenizer, replace_surrogates
+
+
+class LoadedModel:
+    """A tokenizer and a network that answer prompts.
+
+    Args:
+        tokenizer: Text ↔ ids.
+        info: Name, format, precision, device and number of parameters.
+        engine: Ids → logits, with what is cached.
+        load_s: How long loading took, in seconds.
+        warnings: Messages about the model's files, which each prediction repeats.
+        weights: Reads the file's own weights again, for gradients.
+
+    Attributes:
+        args: The shape of the network.
+        context: The most tokens that a prompt and its continuation may have together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        engine: Engine,
+        *,
+        load_s: float = 0.0,
+        warnings: tuple[str, ...] = (),
+        weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
+    ):
+        self.args: ModelArgs = engine.model.args
+        self.tokenizer = tokenizer
+        self.info = info
+        self.context = engine.context
+        self.engine = engine
+        self.load_s = load_s
+        self.warnings = warnings
+        self._weights = weights
+        self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
+
+    def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
+        """Pack weights of few bits and compile the kernels, where that was never done, and come back when it is.
+
+        Without this the first answer in int8 or int4 waits for the packing, and nothing is compiled for the others.
+        wait: False to come back at once. Raises `OutOfMemoryError`.
+        """
+        if wait:
+            with memory_errors(self.info.name):
+                self.engine.packing.wait(progress)
+        else:
+            self.engine.packing.start()
+
+    @property
+    def preparing(self) -> tuple[str, int, int] | None:
+        """What is being done about the weights' form, how much of it is done and how much there is; None at the end."""
+        packing = self.engine.packing
+        return packing.progress if packing.running else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one token reads, as they are stored now."""
+        return weight_bytes(self.engine.model)
+
+    def intervened(self, taps: Mapping[str, Tap]) -> Self:
+        """The same model with taps in its network: what it answers, caches and generates is the changed network's.
+
+        It shares the weights with this one, which stays as it was. Taps that this one has come first.
+        """
+        changed = copy(self)
+        both = {place: _one_after_the_other(self.engine.taps.get(place), taps.get(place)) for place in taps}
+        engine = self.engine
+        changed.engine = Engine(engine.model, self.context, engine.packing, {**engine.taps, **both}, engine.files)
+        return changed
+
+    def differentiable(self, progress: Progress = silent) -> Transformer:
+        """The network that gradients go through: the file's own weights, multiplied in float32.
+
+        Read from the file at the first call and kept. Raises as `load` does, and `UsageError` where the weights lie
+        in no file.
+        """
+        if not self._differentiable:
+            model = self.engine.model
+            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:  # as it was made
+                self._differentiable.append(model)
+            elif self._weights is None:
+                raise UsageError("The weights of this model lie in no file, expected a model that `Llama.load` loaded.")
+            else:
+                with memory_errors(self.info.name):
+                    self._differentiable.append(differentiable(self._weights(progress), self.args))
+        return self._differentiable[0]
+
+    def close(self) -> None:
+        """End the background jobs. Without this they end with the program."""
+        self.engine.packing.close()
+
+    def encode(self, prompt: Prompt, *, bos: bool = True, special: bool = False) -> list[int]:
+        """The ids that the model sees for a prompt.
+
+        A text that is far too long for the context is rejected before all of it is tokenized.
+
+        Args:
+            prompt: A text, or token ids.
+            bos: Begin a text with the beginning-of-text token, if the model has one.
+            special: Read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
+
+        Raises:
+            UsageError: If the prompt is neither a text nor whole numbers.
+            ContextLengthError: If a long text has more tokens than the context.
+        """
+        if isinstance(prompt, str):
+            return encode_text(self.tokenizer, prompt, self.context, bos=bos, special=special)
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise UsageError(f"The prompt is {printable(repr(prompt))}, expected a text or a sequence of token ids.")
+        return [id if type(id) is int else self._id(id) for id in prompt]
+
+    def token(self, id: int) -> Token:
+        """A token of the vocabulary. Raises `UsageError` where there is none of that id."""
+        return Token(id := self._id(id), self.tokenizer.token_text(id))
+
+    def _id(self, id: object) -> int:
+        if (number := whole_number(id)) is None:
+            raise UsageError(
+                f"{printable(repr(id))} is not a token id of this model; ids go from 0 to {self.args.vocab_size - 1}."
+            )
+        return number
+
+    def candidates(self, logits: Tensor, top: int) -> tuple[Candidate, ...]:
+        """The `top` most probable tokens by their logits, (vocab_size,): best first, softmax in float64."""
+        logprobs = logits.double().log_softmax(-1)  # (vocab_size,)
+        best = logprobs.topk(min(top, logprobs.numel()))
+        return tuple(
+            Candidate(id, self.tokenizer.token_text(id), logprob)
+            for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+
+    def predict(
+        self, prompt: Prompt, top: int = 5, *, special: bool = False, progress: Progress = silent
+    ) -> Prediction:
+        """The most probable next token after a prompt, and the `top` candidates with their probabilities.
+
+        Probabilities are the softmax of the logits, taken in float64. special: as for `encode`. `progress` is
+        called while a long prompt is read, with "reading" and numbers of tokens. Raises `UsageError` for an empty
+        prompt and `ContextLengthError` for one that is longer than the context.
+        """
+        if top < 1:
+            raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+        ids = self.encode(prompt, special=special)
+        start = time.perf_counter()
+        logits = self.engine.next_logits(ids, progress)
+        candidates = self.candidates(logits.values, top)
+        prefill_s = time.perf_counter() - start
+        return Prediction(
+            prompt=replace_surrogates(prompt) if isinstance(prompt, str) else self.tokenizer.decode(ids),
+            tokens=tuple(map(self.token, ids)),
+            next=candidates[0],
+            top=candidates,
+            entropy_bits=entropy_bits(logits.values),
+            warnings=self._warnings(prompt, ids, candidates[0], special),
+            model=self.info,
+            timing=Timing(self.load_s, len(ids), logits.reused_tokens, prefill_s),
+        )
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """The logits after every token of a prompt: (T, vocab_size) float32."""
+        return self.engine.all_logits(self.encode(prompt))
+
+    def _warnings(self, prompt: Prompt, ids: Sequence[int], next: Token, special: bool) -> tuple[Caution, ...]:
+        return (
+            *(Caution(sentence, sentence) for sentence in self.warnings),
+            *prompt_warnings(self.tokenizer, prompt, ids, next, self.args.max_seq_len, special=special),
+        )
+
+
+def _one_after_the_other(first: Tap | None, second: Tap | None) -> Tap:
+    """One tap for a place that has two."""
+
+    def both(value: Tensor, start: int) -> Tensor:
+        for tap in filter(None, (first, second)):
+            new = tap(value, start)
+            value = value if new is None else new
+        return value
+
+    return both
+
+
+def entropy_bits(logits: Tensor) -> float:
+    """Shannon entropy of the distribution that logits, (vocab_size,), stand for, in bits."""
+    return float(torch.special.entr(logits.double().softmax(-1)).sum()) / math.log(2)

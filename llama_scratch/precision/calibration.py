@@ -1,0 +1,218 @@
+"""Which inputs a network's linear layers have, from examples: by them `quantise` knows which errors matter.
+
+Examples are windows of tokens. Best is text of the kind that the model will read. Without one, half of the tokens are
+Python's own documentation, which lies wherever this runs, and half is what the model says to random first tokens: on
+the subjects and in the languages that it knows, each as often as it knows it.
+
+Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, arXiv:2305.17888 (a model's own text).
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import os
+import random
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llama_scratch.errors import ModelNotFoundError, UsageError, printable
+from llama_scratch.model import KVCache, Transformer, TransformerBlock, causal_mask, rotations
+from llama_scratch.system.progress import Progress, silent
+from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
+from llama_scratch.tokenizer import Tokenizer
+
+TOKENS = 16_384
+"""Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
+
+GROUPS = (
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("attention.wo",),
+    ("feed_forward.w1", "feed_forward.w3"),
+    ("feed_forward.w2",),
+)
+"""Linear layers of a block that read the same vectors, in the order in which a token comes by."""
+
+
+def hessians(
+    model: Transformer, windows: Sequence[Tensor], progress: Progress = silent
+) -> Iterator[tuple[list[str], Tensor]]:
+    """H = E[x xᵀ] of the inputs x of all linear layers, in the order in which a token comes by.
+
+    windows: (B, T) int64 each, read from an empty context; nothing else may use the network meanwhile. Yields the names
+    of the layers that read the same x, and their H, (in, in) float32. What is held at a time is one vector for each
+    token, and the products of one block.
+    """
+    device, tokens = model.freqs.device, sum(window.numel() for window in windows)
+    streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
+    for layer, block in enumerate(model.layers):
+        sums = [_Products() for _ in GROUPS]
+        readers = [block.get_submodule(names[0]) for names in GROUPS]
+        hooks = [reader.register_forward_pre_hook(found) for reader, found in zip(readers, sums, strict=True)]
+        try:
+            for i, x in enumerate(streams):
+                progress("calibrating", layer * len(streams) + i, len(model.layers) * len(streams))
+                streams[i] = _through(cast(TransformerBlock, block), x, model, layer)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for names in GROUPS:
+            yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).mean(tokens)
+    output = _Products()
+    for x in streams:
+        output(model.output, (model.norm(x),))
+    progress("calibrating", 1, 1)
+    yield ["output"], output.mean(tokens)
+
+
+# Rows of such a matrix that are made at a time; what is left of them is what is above their columns.
+_ROWS = 1024
+
+
+def _through(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
+    T = x.shape[1]
+    freqs_cis = rotations(model.freqs, torch.arange(T, device=x.device))
+    return cast(Tensor, block(x, freqs_cis, causal_mask(T, T, x.device), KVCache(model.args, T), layer))
+
+
+class _Products:
+    """A hook that adds up the products x xᵀ of all that a module is given."""
+
+    def __init__(self) -> None:
+        self._upper = torch.empty(0, 0)  # with what lies right of the diagonal, and some of the rest
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()  # (B · T, in)
+        if not len(self._upper):
+            self._upper = x.new_zeros(x.shape[1], x.shape[1])
+        for rows in range(0, x.shape[1], _ROWS):
+            self._upper[rows : rows + _ROWS, rows:].addmm_(x[:, rows : rows + _ROWS].T, x[:, rows:])
+
+    def mean(self, tokens: int) -> Tensor:
+        """Their mean, (in, in)."""
+        upper = self._upper.triu_().div_(tokens)
+        return upper + upper.triu(1).T
+
+
+# --- Examples ---------------------------------------------------------------------------------
+
+_CHARACTERS = 32  # of a token, at most: what lies behind so many is not looked at
+_WINDOW = 1024  # tokens that are read from an empty context
+_IMAGINED = 256  # tokens that a model says in one go
+
+
+def examples(
+    model: Transformer, tokenizer: Tokenizer, tokens: int = TOKENS, progress: Progress = silent
+) -> list[Tensor]:
+    """Windows for `hessians`, (B, T) int64: half of the tokens from Python's documentation, half in the model's words.
+
+    Always the same for the same model and Python.
+    """
+    read = _cut(tokenizer, documentation(6 * (tokens // 2)), tokens // 2)
+    missing = tokens - sum(window.numel() for window in read)
+    said = imagine(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
+    return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read the text to calibrate with; of a long file only the beginning that is used.
+
+    Raises:
+        ModelNotFoundError: If the file cannot be read.
+        UsageError: If it is not a file of UTF-8 text.
+    """
+    name, limit = printable(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
+    try:
+        start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ModelNotFoundError(
+            f"{name} cannot be read ({reason}), expected a file of text (--calibration)."
+        ) from error
+    reject_pointer(start, name, UsageError)
+    try:
+        # A file that goes on can have been cut within a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            without_mark(start, name, UsageError), final=len(start) < limit
+        )
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8, expected text (--calibration); save it as UTF-8.") from None
+    if "\0" in text:
+        raise UsageError(f"{name} holds zero bytes, expected text (--calibration); name another file.")
+    return text[: _CHARACTERS * TOKENS].replace("\r\n", "\n").replace("\r", "\n")
+
+
+def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:
+    """Windows for `hessians` from the beginning of a text, (1, T) int64. Raises `UsageError` where it has not one."""
+    if not (found := _cut(tokenizer, text[: _CHARACTERS * tokens], tokens)):
+        raise UsageError(f"The text for calibration is shorter than {_WINDOW:,} tokens, expected some pages.")
+    return found
+
+
+def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
+    """The first windows that have `tokens` ids together, or as many as there are; each begins as a text does."""
+    ids, start = tokenizer.encode(text), _start(tokenizer)
+    own = _WINDOW - len(start)
+    count = min(-(-tokens // _WINDOW), len(ids) // own)
+    return [torch.tensor([[*start, *ids[i * own : (i + 1) * own]]]) for i in range(count)]
+
+
+def _start(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def imagine(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
+    """What the model says to random tokens, drawn by its probabilities: (count, 256) int64.
+
+    start: ids that come before the random one.
+    """
+    chance = torch.Generator().manual_seed(0)
+    first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
+    ids = torch.cat([torch.tensor([start], dtype=torch.long).expand(count, -1), first], 1)
+    cache, new = KVCache(model.args, _IMAGINED), ids
+    while ids.shape[1] < _IMAGINED:
+        progress("imagining", ids.shape[1], _IMAGINED)
+        probabilities = model(new.to(model.freqs.device), cache)[:, -1].softmax(-1).cpu()
+        new = torch.multinomial(probabilities, 1, generator=chance)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def documentation(characters: int) -> str:
+    """What Python's standard library says of itself, by chance but always the same.
+
+    Less than asked for where there is no more, and nothing where the library came without its source.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(file for file in library.rglob("*.py") if not _FOREIGN & {*file.relative_to(library).parts})
+    random.Random(0).shuffle(files)
+    found, length = [], 0
+    for file in files:
+        if length >= characters:
+            break
+        for text in _docstrings(file):
+            found.append(text)
+            length += len(text) + 2
+    return "\n\n".join(found)[:characters]
+
+
+# Not the library's own, no prose, or, pydoc_data, what the benchmarks measure with.
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+_SHORT = 400  # characters; less is mostly a line that says what a name says already
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text) >= _SHORT:
+                yield text

@@ -1,0 +1,380 @@
+"""`kernels.cpp`, compiled once with the machine's own C++ compiler and from then on loaded from the user's cache.
+
+Nothing is compiled or loaded before it is asked for, and nothing depends on it: without a compiler torch's own
+operators do the work. A library is named after what it was made from and for (the source, torch, the CPU, the flags)
+and after its own checksum, because loading a damaged one could end the program. Which compiler made it is not asked:
+each gives the same bits, and a library outlives its compiler.
+
+    kernels-<key>-<sha256>.so    whole, ours, and written by nobody else
+    kernels-<key>.failed         why there is none
+    kernels-<key>.part/          where one program at a time compiles; the others wait for what it makes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llama_scratch.errors import printable
+from llama_scratch.system.atomic_files import NO_LINK, locked, remove_left
+from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.jobs import go_on
+from llama_scratch.system.processes import end_group
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+_MOST = 4  # libraries that are kept; those used longest ago go first
+_AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
+_SECONDS = 300  # after which a compiler, or another program's, is not waited for
+_CHECK_SECONDS = 10  # for a compiler to say whether it knows C++20
+_NONE = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
+_GAIN = "; with one (Debian: apt-get install g++) answers would be faster"
+
+# $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
+INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
+
+_loading = threading.Lock()  # never held while something is compiled
+_loaded = False
+_failure = ""  # why there are none, once it was tried
+
+
+class _FailedError(Exception):
+    """Nothing could be compiled; the reason is a clause."""
+
+
+# --- What others call -------------------------------------------------------------------------
+
+
+def ready() -> bool:
+    """Whether `torch.ops.llama_scratch` is there."""
+    return _loaded and _wanted()
+
+
+def load() -> bool:
+    """Load what was kept, or built when the package was; False where there is nothing. Compiles nothing."""
+    return _wanted() and (_loaded or any(map(_load, _libraries())))
+
+
+def possible() -> bool:
+    """Whether there are kernels, or `build` may make some. Starts no compiler."""
+    return load() or (_wanted() and not _failed() and bool(_candidates()))
+
+
+def build() -> bool:
+    """Load what was kept, and where there is nothing compile it: some seconds on one core, at the lowest priority.
+
+    False where it cannot be, which is not tried again for a day. Of several programs one compiles. The compiler ends
+    with the program, or with the job that calls this; what a killed program left is removed by the next.
+    """
+    global _failure
+    if load() or not _wanted() or _failed():
+        return ready()
+    try:
+        try:
+            made = _build_kept(user_folder("cache") / "kernels")
+        except OSError:  # no home, or it cannot be written to
+            with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
+                made = _load(compile_into(Path(folder)))
+        if not made:
+            raise _FailedError("what was compiled could not be loaded")
+    except (_FailedError, OSError) as failure:
+        _failure = str(failure)
+        if _candidates() and _program_runs():
+            with contextlib.suppress(OSError):
+                _reason().write_text(f"{shlex.join(_candidates())}\n{_failure}", "utf-8")
+    return ready()
+
+
+def compiler() -> str | None:
+    """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++.
+
+    Starts each of them until one says yes, for at most `_CHECK_SECONDS`.
+    """
+    with contextlib.suppress(_FailedError):
+        return _find(_candidates())
+    return None
+
+
+def state() -> str:
+    """What there is, or why there is nothing, as a clause. Loads and compiles nothing, and starts no compiler."""
+    if not _wanted():
+        return "switched off by LLAMA_SCRATCH_KERNELS=0"
+    if _loaded:
+        return f"compiled for {torch.ops.llama_scratch.machine()}"
+    if any(map(_is_whole, _libraries())):
+        return "compiled; the first answer loads them"
+    if failure := _failed() or ("" if _candidates() else _NONE + _GAIN):
+        return f"none, because {failure}"
+    return "not compiled yet; a session does so while you type"
+
+
+def compile_into(folder: Path) -> Path:
+    """A new library in an existing folder, under its own name once it is whole. Raises `_FailedError` and OSError."""
+    path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
+    try:
+        code, said = _run([*_command(), "-o", str(path)], _SECONDS, folder)
+        if code:
+            lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+            raise _FailedError(f"the C++ compiler failed ({printable((lines or ['it was killed'])[0], 200)})")
+        if not path.exists():
+            raise _FailedError("the C++ compiler wrote no library")
+        path.chmod(0o600)
+        data = path.read_bytes()
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return path.replace(folder / f"{_key()}-{hashlib.sha256(data).hexdigest()}.so")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _failed() -> str:
+    """Why these compilers can make none, as this program or another found within a day; "" if none was tried."""
+    with contextlib.suppress(OSError, ValueError):
+        if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
+            commands, _, failure = _reason().read_text("utf-8").partition("\n")
+            return printable(failure, 300) if commands == shlex.join(_candidates()) else ""
+    return _failure
+
+
+def _reason() -> Path:
+    """Where the reason is kept. Raises OSError where there is no home."""
+    return user_folder("cache") / "kernels" / f"{_key()}.failed"
+
+
+# --- Libraries that are there -----------------------------------------------------------------
+
+
+def _wanted() -> bool:
+    return _setting() != "0"
+
+
+def _setting() -> str:
+    """$LLAMA_SCRATCH_KERNELS: "0" switches the kernels off, a name of `INSTRUCTION_SETS` limits them."""
+    return os.environ.get("LLAMA_SCRATCH_KERNELS", "")
+
+
+def _libraries() -> Iterator[Path]:
+    """Those that were made for this machine: beside the source, and kept ones."""
+    with contextlib.suppress(OSError):  # no home, or no source
+        yield from SOURCE.parent.glob(f"{_key()}-*.so")
+        yield from (user_folder("cache") / "kernels").glob(f"{_key()}-*.so")
+
+
+def _load(path: Path) -> bool:
+    """Load a library that is whole; one that is not, or does not fit in spite of its name, is removed."""
+    global _loaded
+    with _loading:
+        # A second one of the same operators would end the program.
+        if _loaded or hasattr(torch.ops.llama_scratch, "linear"):
+            _loaded = True
+        elif _is_whole(path):
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used just now
+            with contextlib.suppress(OSError, RuntimeError):
+                torch.ops.load_library(path)
+                _loaded = True
+        if not _loaded and path.parent != SOURCE.parent:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return _loaded
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether nobody else could have written it, and its bytes are those that its name tells."""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
+        status = os.fstat(file.fileno())
+        # What lies beside the source is as good as that.
+        ours = path.parent == SOURCE.parent or (is_ours(status) and is_ours(path.parent.stat()))
+        return ours and stat.S_ISREG(status.st_mode) and path.stem.endswith(hashlib.sha256(file.read()).hexdigest())
+    return False
+
+
+def _key() -> str:
+    """The beginning of a library's name: a hash of the source, torch, the CPU and the flags."""
+    return _key_of(*_flags())
+
+
+@functools.cache
+def _key_of(*flags: str) -> str:
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("cpp/*.h"))]
+    made = (
+        [path.read_bytes() for path in sources],
+        torch.__version__,
+        torch._C._GLIBCXX_USE_CXX11_ABI,
+        _cpu(),
+        list(flags),
+    )
+    return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
+
+
+def _cpu() -> list[str]:
+    """What kind of CPU this is, and what it can do."""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu"]
+        return [subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    return [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
+    remove_left(folder, "*.part")
+    used = []
+    for path in folder.glob("*.so"):
+        with contextlib.suppress(OSError):  # another program makes room too
+            used.append((path.lstat().st_mtime_ns, path))
+    for _, path in sorted(used, reverse=True)[_MOST - 1 :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# --- Compiling --------------------------------------------------------------------------------
+
+
+def _build_kept(folder: Path) -> bool:
+    """Compile into the cache, or wait for the program that does, and load. Raises OSError where nothing can be kept."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not is_ours(folder.stat()):
+        raise PermissionError
+    _make_room(folder)
+    part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
+    while time.monotonic() < until and _program_runs():
+        go_on()
+        part.mkdir(0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another program has just ended it
+            if alone:
+                try:
+                    if load():  # which that one made
+                        return True
+                    made = compile_into(part)
+                    return _load(made.replace(folder / made.name))
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+        time.sleep(0.05)
+    raise _FailedError("another program did not end compiling them")
+
+
+def _program_runs() -> bool:
+    return threading.main_thread().is_alive()
+
+
+def _candidates() -> list[str]:
+    """The commands of C++ compilers that are on this machine, the best first. Starts none of them."""
+    if os.name == "nt":
+        return []
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return [name for name in names if _program(name)]
+
+
+def _program(command: str) -> str | None:
+    """The file of a command's program, None if there is none."""
+    with contextlib.suppress(ValueError):  # quotes that do not match
+        words = shlex.split(command)
+        return shutil.which(words[0]) if words else None
+    return None
+
+
+@functools.cache
+def _knows_cpp20(command: str, path: str) -> str:
+    """Why a compiler cannot be used, "" if it can. path: $PATH, which decides what the command is."""
+    # The oldest that say yes are GCC 10 and Clang 10.
+    check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        code, _ = _run(check, _CHECK_SECONDS)
+    except _FailedError as failure:
+        return f"{printable(command, 200)} does not work ({failure})"
+    return f"{printable(command, 200)} knows no C++20" if code else ""
+
+
+def _find(commands: list[str]) -> str:
+    """The first compiler that knows C++20. Raises `_FailedError`, with the reason of the last."""
+    why = _NONE
+    for command in commands:
+        if not (why := _knows_cpp20(command, os.environ.get("PATH", ""))):
+            return command
+    raise _FailedError(why + _GAIN)
+
+
+def _flags() -> list[str]:
+    """How to compile. No contraction: a·b + c is rounded twice on every machine."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    instructions = INSTRUCTION_SETS.get(_setting(), [native])
+    flags = ["-std=c++20", "-O3", *instructions, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    if sys.platform == "darwin":
+        return [*flags, "-undefined", "dynamic_lookup", "-Xpreprocessor", "-fopenmp"]
+    return [*flags, "-fopenmp"] if "backend: OpenMP" in torch.__config__.parallel_info() else flags
+
+
+def _command() -> list[str]:
+    """The whole command but for where the library goes."""
+    command = _find(_candidates())
+    # Where `torch.utils.cpp_extension` has them; to import that would import setuptools, which some programs cannot.
+    home = Path(torch.__file__).parent
+    quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
+    includes = [f"-I{home / path}" for path in ("include", "include/torch/csrc/api/include")]
+    libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    return [*quietly, *shlex.split(command), *_flags(), *includes, str(SOURCE), *libraries]
+
+
+def _run(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int, str]:
+    """Run a compiler. It ends with all that it started, at the latest when the job or the program ends.
+
+    Args:
+        command: The program and its arguments.
+        seconds: The time after which it is ended.
+        folder: A folder for its temporary files.
+
+    Returns:
+        Its exit code and what it wrote to stderr.
+
+    Raises:
+        _FailedError: If it cannot be started or takes too long.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {}),
+            process_group=0,  # Ctrl-C is meant for an answer, not for this
+        )
+    except OSError as error:
+        raise _FailedError(f"the C++ compiler could not be started ({printable(str(error))})") from None
+    until = time.monotonic() + seconds
+    try:
+        while True:
+            go_on()
+            try:
+                _, said = process.communicate(timeout=0.1)
+                return process.returncode, said
+            except subprocess.TimeoutExpired:
+                if process.poll() is not None:
+                    end_group(process)  # what it left running has stderr open
+                elif not _program_runs() or time.monotonic() > until:
+                    raise _FailedError("the C++ compiler took too long") from None
+    finally:
+        end_group(process)

@@ -1,0 +1,253 @@
+"""Pages as web pages: one file that needs no network, in light and dark, with values under the pointer.
+
+What comes from prompts and tokens is escaped by the template; the page's policy runs no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, Template
+from markupsafe import Markup, escape
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+
+from llama_scratch.render import colors
+from llama_scratch.render.lines import json_line
+from llama_scratch.render.page import (
+    Cell,
+    Code,
+    Gallery,
+    Heatmap,
+    Page,
+    Paragraph,
+    Running,
+    Table,
+    figure,
+    pooled,
+    pooling,
+    written,
+)
+from llama_scratch.render.text import SPACE
+
+# Most fields of a map: those with texts are a table, the others a drawing, in a gallery a small one.
+_TEXTS, _DRAWN, _SMALL = (128, 256), (256, 256), (48, 48)
+# Rich's words for styles that have a class.
+_STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yellow", "blue", "magenta", "cyan"])
+# Texts of cells that are not broken.
+_SHORT = 24
+# A longer bold paragraph is no heading.
+_LONGEST_HEADING = 100
+
+
+def html(page: Page) -> str:
+    """The page as one HTML file."""
+    maps: list[dict[str, Any]] = []
+    parts = [_part(part, number, maps) for number, part in enumerate(page.parts)]
+    script = _file("page.js")
+    return _template().render(
+        title=page.headline,
+        parts=parts,
+        headings=[part for part in parts if part["kind"] == "heading"],
+        maps=maps,
+        source=", ".join(f"/source {name}" for name in page.source),
+        maker=f"llama-scratch {version('llama-scratch')}",
+        light=_colours(colors.LIGHT),
+        dark=_colours(colors.DARK),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    )
+
+
+def _file(name: str) -> str:
+    return files("llama_scratch.render").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["token"] = _token
+    return environment.from_string(_file("page.html"))
+
+
+def _token(text: str) -> Markup:
+    """A token as `written`: its spaces are pale, and a line may break before them."""
+    return Markup("<wbr><i>␣</i>").join(map(escape, text.split(SPACE)))
+
+
+# --- The parts, as the template takes them ------------------------------------------------------
+
+
+def _colours(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
+    """For each step of each scale its name, its colour, and the colour of what is written on it."""
+    return [
+        (f"{name}{step}", colour, colors.ink(colour))
+        for name, stops in scales.items()
+        for step, colour in enumerate(colors.steps(stops))
+    ]
+
+
+def _shade(level: float | None, signed: bool) -> str:
+    """The class of a shade."""
+    return "" if level is None else "{}{}".format(*colors.shade(level, signed))
+
+
+def _classes(style: str) -> str:
+    return " ".join(word for word in style.split() if word in _STYLES)
+
+
+def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, Any]:
+    match part:
+        case Paragraph():
+            style = _classes(part.style)
+            heading = "bold" in style and len(part.text) <= _LONGEST_HEADING
+            kind = "heading" if heading else "paragraph"
+            return {"kind": kind, "id": f"part-{number}", "text": written(part.text), "style": style}
+        case Running():
+            return {"kind": "running", "pieces": list(map(_piece, part.pieces))}
+        case Table():
+            return _table(part)
+        case Heatmap():
+            return _texts(part) if part.texts is not None else {"kind": "map"} | _map(part, _DRAWN, maps)
+        case Gallery():
+            small = [_map(heatmap, _SMALL, maps) for heatmap in part.maps]
+            return {"kind": "gallery", "title": written(part.title), "maps": small}
+        case Code():
+            return _code(part)
+    raise TypeError(f"{type(part).__name__} is no part of a page")
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    return {
+        "text": written(cell.text, token=cell.token),
+        "token": cell.token,
+        "style": _classes(cell.style),
+        "hover": written(cell.hover),
+        "kind": "s" if len(cell.text) <= _SHORT else "",
+    }
+
+
+def _piece(cell: Cell) -> dict[str, Any]:
+    piece = _cell(cell) | {"breaks": cell.token and "\n" in cell.text}
+    if cell.token and not cell.hover:
+        piece["hover"] = written(json_line(cell.text))  # at least what it is, exactly
+    return piece
+
+
+def _table(part: Table) -> dict[str, Any]:
+    both = [any((row[i].bar or 0) < 0 for row in part.rows) for i in range(len(part.columns))]
+    columns: list[dict[str, Any]] = [
+        {"name": written(name.removeprefix(">")), "kind": "n" if name[:1] == ">" else ""} for name in part.columns
+    ]
+    rows = [
+        [
+            _cell(cell) | _bar(cell, row, signed) | ({"kind": column["kind"]} if column["kind"] else {})
+            for cell, column, signed in zip(row, columns, both, strict=True)
+        ]
+        for row in part.rows
+    ]
+    for i, column in enumerate(columns):
+        if any(row[i].bar is not None for row in part.rows):
+            column["kind"] = "b"
+            column["letters"] = max(len(row[i].text) for row in part.rows)
+    wide = any(column["kind"] == "b" for column in columns)
+    return {"kind": "table", "title": written(part.title), "columns": columns, "rows": rows, "wide": wide}
+
+
+def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
+    """Where a cell's bar begins and how wide it is, in percent of the room for it."""
+    if cell.bar is None:
+        return {"bar": None}
+    bar = max(-1.0, min(1.0, cell.bar))
+    left = 50 + min(0.0, 50 * bar) if both else 0.0
+    width = abs(bar) * (50 if both else 100)
+    said = [written(other.text, token=other.token) for other in row if other.text]
+    hover = written(cell.hover) or ", ".join(said) or figure(bar)
+    return {"bar": bar, "both": both, "left": round(left, 2), "width": round(width, 2), "hover": hover}
+
+
+def _map(whole: Heatmap, most: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
+    """A map that the script draws; its values go to `maps`."""
+    shown = pooled(whole, *most)
+    hovers = shown.hovers and [[written(hover) for hover in row] for row in shown.hovers]
+    maps.append(
+        {
+            "rows": [shown.row(r) for r in range(len(shown.rows))],
+            "columns": [shown.column(c) for c in range(len(shown.columns))],
+            "values": [[_rounded(value) for value in row] for row in shown.values],
+            "hovers": hovers,
+            "low": shown.low,
+            "high": shown.high,
+            "signed": shown.signed,
+            "steps": colors.STEPS,
+        }
+    )
+    return {"number": len(maps) - 1, "title": written(whole.title)} | _legend(whole, shown)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _legend(whole: Heatmap, shown: Heatmap) -> dict[str, Any]:
+    steps = range(0, colors.STEPS, 2)
+    if whole.signed:
+        reach = max(-whole.low, whole.high)
+        scale = [f"m{step}" for step in reversed(steps)] + [f"p{step}" for step in steps]
+        ends = figure(-reach), figure(reach)
+    else:
+        scale, ends = [f"v{step}" for step in steps], (figure(whole.low), figure(whole.high))
+    return {"scale": scale, "low": ends[0], "high": ends[1], "note": pooling(whole, shown)}
+
+
+def _texts(whole: Heatmap) -> dict[str, Any]:
+    """A map with texts in its fields, which is a table."""
+    shown = pooled(whole, *_TEXTS)
+    rows = [
+        {
+            "label": {"text": shown.row(r), "token": shown.row_tokens, "style": ""},
+            "first": r == 0,
+            "fields": [
+                {
+                    "text": shown.text(r, c),
+                    "token": shown.tokens,
+                    "style": "",
+                    "shade": _shade(shown.level(r, c), shown.signed),
+                    "hover": shown.hover(r, c),
+                }
+                for c in range(len(shown.columns))
+            ],
+        }
+        for r in range(len(shown.rows))
+    ]
+    columns = [{"text": shown.column(c), "token": shown.tokens, "style": ""} for c in range(len(shown.columns))]
+    return {"kind": "texts", "title": written(whole.title), "columns": columns, "rows": rows} | _legend(whole, shown)
+
+
+def _code(part: Code) -> dict[str, Any]:
+    syntax = Syntax("", part.language, theme="ansi_dark")
+    text = syntax.highlight("\n".join(map(written, part.text.splitlines())))
+    console = Console(file=io.StringIO())
+    lines = [
+        {"number": part.first + n, "marked": n + 1 in part.marked, "pieces": list(_pieces(line, console))}
+        for n, line in enumerate(text.split("\n"))
+    ]
+    return {"kind": "code", "place": f"{written(part.path)}:{part.first}", "lines": lines}
+
+
+def _pieces(line: Text, console: Console) -> Iterator[dict[str, str]]:
+    """A line of source in pieces of one colour each."""
+    for segment in line.render(console):
+        style = segment.style
+        colour = style.color.name.removeprefix("bright_") if style and style.color else ""
+        words = [colour, "bold" if style and style.bold else "", "dim" if style and style.dim else ""]
+        yield {"text": segment.text, "style": _classes(" ".join(words))}

@@ -1,0 +1,456 @@
+"""Pages as pictures, drawn by matplotlib: blocks from top to bottom on a sheet of a fixed width."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_scratch.errors import UsageError
+from llama_scratch.render import colors
+from llama_scratch.render.page import (
+    Cell,
+    Code,
+    Gallery,
+    Heatmap,
+    Page,
+    Paragraph,
+    Part,
+    Running,
+    Table,
+    figure,
+    pooled,
+    pooling,
+    written,
+)
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.ft2font import FT2Font
+
+# Inches, but for sizes of letters, which are points, 72 to the inch.
+_WIDTH, _MARGIN, _DPI = 10.0, 0.55, 150
+_ROOM = _WIDTH - 2 * _MARGIN
+_GAP = 0.3
+_CLOSER = 0.16  # to what follows, a title stands
+_TITLE, _HEADING, _BODY, _SMALL, _TINY = 20.0, 14.0, 10.5, 9.0, 7.5
+_LETTER = 0.602 / 72  # a letter of DejaVu Sans Mono for each point of its size
+# What Agg can draw, in pixels.
+_LONGEST = 1 << 16
+# Most fields of a map: with texts, without, and in a gallery.
+_TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
+_FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # the latter at least and at most
+_TILES = 6
+_PAPER, _INK, _SOFT, _LINE, _BAR, _LESS, _MARK = (
+    "#fcfcfa", "#1f2328", "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4",
+)  # fmt: skip
+_NAMED = {
+    "dim": _SOFT, "red": "#b3261e", "green": "#1a7340", "yellow": "#8a6100", "blue": "#2457a6", "magenta": "#9a2c8e",
+    "cyan": "#0b6e7f",
+}  # fmt: skip
+
+
+def png(page: Page) -> bytes:
+    """The page as a PNG file, 1,500 pixels wide. Raises `UsageError` without matplotlib, or for too long a page."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            "Pictures are drawn by matplotlib, which is not installed; "
+            'install it with pip install "llama-scratch[plot]", or choose a name in .html.'
+        ) from error
+    blocks = [_text(page.headline, _TITLE, bold=True), *(block for part in page.parts for block in _part(part))]
+    height = 2 * _MARGIN + sum(high for high, _ in blocks) + _GAP * (len(blocks) - 1)
+    if height * _DPI >= _LONGEST:
+        raise UsageError(
+            f"The picture would be {height * _DPI:,.0f} pixels high, expected fewer than {_LONGEST:,}; "
+            "choose a name in .html."
+        )
+    sheet = _Sheet(Figure((_WIDTH, height), dpi=_DPI, facecolor=_PAPER), height)
+    top = _MARGIN
+    for high, draw in blocks:
+        draw(sheet, top)
+        top += high + _GAP
+    data = io.BytesIO()
+    sheet.figure.savefig(data, format="png", dpi=_DPI, facecolor=_PAPER, metadata={"Software": "llama-scratch"})
+    return data.getvalue()
+
+
+class _Sheet:
+    """What blocks draw on; places are inches from the left and from the top."""
+
+    def __init__(self, figure: Figure, height: float):
+        self.figure, self.height = figure, height
+
+    def write(
+        self, x: float, y: float, text: str, size: float, *, colour: str = _INK, mono: bool = False,
+        bold: bool = False, right: bool = False, upright: bool = False,
+    ) -> None:  # fmt: skip
+        """A line of text that begins, or ends where `right`, at x with its middle at y; `upright`: from there up."""
+        self.figure.text(
+            x / _WIDTH, 1 - y / self.height, _drawable(text, mono, bold), fontsize=size, color=colour,
+            fontproperties=_font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
+            ha="center" if upright else "right" if right else "left", va="bottom" if upright else "center_baseline",
+        )  # fmt: skip
+
+    def fill(self, x: float, y: float, wide: float, high: float, colour: str, *, hatch: bool = False) -> None:
+        """A rectangle; `hatch`: with stripes."""
+        from matplotlib.patches import Rectangle
+
+        place = (x / _WIDTH, 1 - (y + high) / self.height)
+        box = Rectangle(
+            place, wide / _WIDTH, high / self.height, facecolor=colour, edgecolor=_PAPER, linewidth=0,
+            hatch="////" if hatch else None, transform=self.figure.transFigure,
+        )  # fmt: skip
+        self.figure.add_artist(box)
+
+    def shades(self, x: float, y: float, size: tuple[float, float], heatmap: Heatmap, columns: range) -> None:
+        """The fields of a heat map, each of a size."""
+        rows = range(len(heatmap.rows))
+        wide, high = size[0] * len(columns), size[1] * len(rows)
+        if not rows or not columns:
+            return
+        axes = self.figure.add_axes((x / _WIDTH, 1 - (y + high) / self.height, wide / _WIDTH, high / self.height))
+        axes.axis("off")
+        shades = [[_rgba(_shade(heatmap, r, c)) for c in columns] for r in rows]
+        axes.imshow(shades, aspect="auto", interpolation="nearest", extent=(0, len(columns), len(rows), 0))
+        if min(size) > 0.1:  # a thin line between fields
+            axes.vlines(range(len(columns) + 1), 0, len(rows), colors=_PAPER, linewidth=0.8)
+            axes.hlines(range(len(rows) + 1), 0, len(columns), colors=_PAPER, linewidth=0.8)
+
+
+_Block = tuple[float, Callable[[_Sheet, float], None]]  # its height, and what draws it from a top on
+
+
+# --- Letters ----------------------------------------------------------------------------------
+
+
+def _file(mono: bool, bold: bool) -> str:
+    """A font that comes with matplotlib, so that pictures are alike everywhere."""
+    import matplotlib
+
+    name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
+
+
+@cache
+def _face(mono: bool, bold: bool) -> FT2Font:
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(_file(mono, bold))
+
+
+def _font(mono: bool, bold: bool, size: float) -> FontProperties:
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(fname=_file(mono, bold), size=size)
+
+
+def _drawable(text: str, mono: bool, bold: bool) -> str:
+    """A text with the escapes of those characters that the font does not have."""
+    face = _face(mono, bold)
+    return "".join(c if face.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _wide(text: str, size: float, mono: bool = False, bold: bool = False) -> float:
+    """How wide a text is."""
+    face = _face(mono, bold)
+    face.set_size(size, 72)
+    face.set_text(_drawable(text, mono, bold))
+    return float(face.get_width_height()[0]) / 64 / 72
+
+
+def _line(size: float) -> float:
+    return 1.55 * size / 72
+
+
+def _cut(text: str, room: float, size: float, mono: bool = False, bold: bool = False) -> str:
+    """A text that is no wider than the room."""
+    if _wide(text, size, mono, bold) <= room:
+        return text
+    while text and _wide(text + "…", size, mono, bold) > room:
+        text = text[:-1]
+    return text + "…"
+
+
+def _wrapped(text: str, size: float, bold: bool) -> Iterator[str]:
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and _wide(longer, size, bold=bold) > _ROOM:
+                yield line
+                line = word
+            else:
+                line = longer
+        yield line
+
+
+def _colour(style: str) -> str:
+    return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), _INK)
+
+
+# --- The parts --------------------------------------------------------------------------------
+
+
+def _part(part: Part) -> Iterable[_Block]:
+    match part:
+        case Paragraph():
+            bold = "bold" in part.style
+            heading = bold and len(part.text) < 100
+            size = _HEADING if heading else _SMALL if "dim" in part.style else _BODY
+            return [_text(written(part.text), size, bold=bold, colour=_colour(part.style))]
+        case Running():
+            return [_running(part)]
+        case Table():
+            return [*_title(part.title), _table(part)]
+        case Heatmap():
+            return _heatmap(part)
+        case Gallery():
+            return [*_title(part.title), *_gallery(part)]
+        case Code():
+            return [_code(part)]
+
+
+def _title(title: str) -> list[_Block]:
+    if not title:
+        return []
+    high, draw = _text(written(title), _BODY, bold=True)
+    return [(high - _CLOSER, draw)]
+
+
+def _text(text: str, size: float, *, bold: bool = False, colour: str = _INK) -> _Block:
+    lines = list(_wrapped(text, size, bold))
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        for n, line in enumerate(lines):
+            sheet.write(_MARGIN, top + (n + 0.5) * _line(size), line, size, bold=bold, colour=colour)
+
+    return len(lines) * _line(size), draw
+
+
+def _running(part: Running) -> _Block:
+    """Letters of one width, so that a line breaks where it is full."""
+    letter = _LETTER * _BODY
+    most = int(_ROOM / letter)
+    lines: list[list[tuple[int, str, Cell]]] = [[]]
+    column = 0
+    for cell in part.pieces:
+        text = _drawable(written(cell.text, token=cell.token), True, "bold" in cell.style)
+        # Tokens stay whole where they can, and so do words; a line break within a token breaks the line too.
+        words = [text, *(["\n"] if "\n" in cell.text else [])] if cell.token else re.findall(r"\n|[^\S\n]*\S*", text)
+        for word in words:
+            if word == "\n" or (column and column + len(word) > most and len(word) <= most):
+                lines.append([])
+                column = 0
+            while word.strip("\n"):
+                if column == most:
+                    lines.append([])
+                    column = 0
+                lines[-1].append((column, word[: most - column], cell))
+                column, word = min(most, column + len(word)), word[most - column :]
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        for n, line in enumerate(lines):
+            for place, text, cell in line:
+                x, y = _MARGIN + place * letter, top + (n + 0.5) * _line(_BODY)
+                sheet.write(x, y, text, _BODY, mono=True, bold="bold" in cell.style, colour=_colour(cell.style))
+
+    return len(lines) * _line(_BODY), draw
+
+
+def _table(part: Table) -> _Block:
+    """Columns as wide as what stands in them; bars take the room that is left."""
+    names = [written(name.removeprefix(">")) for name in part.columns]
+    barred = [any(row[i].bar is not None for row in part.rows) for i in range(len(names))]
+    both = [any((row[i].bar or 0) < 0 for row in part.rows) for i in range(len(names))]
+
+    def shown(cell: Cell) -> tuple[str, bool, bool]:
+        return written(cell.text, token=cell.token).replace("\n", " "), cell.token, "bold" in cell.style
+
+    def needs(i: int) -> float:
+        texts = [_wide(text, _SMALL, mono, bold) for text, mono, bold in (shown(row[i]) for row in part.rows)]
+        return max([_wide(names[i], _SMALL), *texts], default=0.0)
+
+    gap, least = 0.25, 1.5
+    widths = list(map(needs, range(len(names))))
+    room = _ROOM - gap * (len(names) - 1) - least * sum(barred)
+    while sum(widths) > room + 1e-6:  # the widest columns give way, down to what the next one has
+        widest = max(widths)
+        others = sorted({width for width in widths if width < widest - 1e-6}) or [0.0]
+        count = sum(width >= widest - 1e-6 for width in widths)
+        to = max(others[-1], widest - (sum(widths) - room) / count)
+        widths = [min(width, to) for width in widths]
+    share = (room - sum(widths)) / max(1, sum(barred)) + least
+    bar = min(share, 4.5)
+    high = _line(_SMALL) * 1.15
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        x = _MARGIN
+        for i, name in enumerate(names):
+            number = part.columns[i].startswith(">")
+            edge = x + widths[i] if number else x
+            sheet.write(edge, top + high / 2, name, _SMALL, colour=_SOFT, right=number)
+            for n, row in enumerate(part.rows, start=1):
+                text, mono, bold = shown(row[i])
+                y, colour = top + n * high, _colour(row[i].style)
+                text = _cut(text, widths[i] + 0.01, _SMALL, mono, bold)
+                sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, colour=colour)
+                value = row[i].bar
+                if value is not None:
+                    _bar(sheet, x + widths[i] + 0.1, y, (bar - 0.1, high), max(-1.0, min(1.0, value)), both[i])
+            x += widths[i] + gap + (bar if barred[i] else 0)
+        wide = x - gap - _MARGIN
+        for n in range(len(part.rows)):
+            sheet.fill(_MARGIN, top + (n + 1) * high, wide, 0.008, _LINE)
+
+    return (len(part.rows) + 1) * high, draw
+
+
+def _bar(sheet: _Sheet, x: float, y: float, size: tuple[float, float], value: float, both: bool) -> None:
+    wide, high = size
+    middle = x + wide / 2 if both else x
+    length = abs(value) * (wide / 2 if both else wide)
+    colour = _LESS if value < 0 else _BAR
+    begin = middle - length if value < 0 else middle
+    sheet.fill(begin, y + 0.28 * high, max(length, 0.01), 0.48 * high, colour, hatch=value < 0)
+    if both:
+        sheet.fill(middle, y + 0.1 * high, 0.01, 0.8 * high, _SOFT)
+
+
+# --- Heat maps --------------------------------------------------------------------------------
+
+
+def _shade(heatmap: Heatmap, row: int, column: int) -> str | None:
+    level = heatmap.level(row, column)
+    if level is None:
+        return None
+    scale, step = colors.shade(level, heatmap.signed)
+    return _scale(scale)[step]
+
+
+@cache
+def _scale(name: str) -> list[str]:
+    return colors.steps(colors.LIGHT[name])
+
+
+def _rgba(colour: str | None) -> tuple[int, int, int, int]:
+    if colour is None:
+        return 0, 0, 0, 0
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue, 255
+
+
+def _heatmap(whole: Heatmap) -> list[_Block]:
+    """One that is wider than the sheet goes on below, where its texts need the room."""
+    texts = whole.texts is not None
+    shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
+    labels = [_cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
+    left = max((_wide(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
+    if texts:
+        least, most = _FIELD_WITH_TEXT
+        total = len(shown.columns)
+        count = max(1, -int(-total * least // (_ROOM - left)))  # pieces of nearly the same width
+        pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
+        size = min(most, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
+    else:
+        pieces = [range(len(shown.columns))]
+        side = min(_FIELD, (_ROOM - left) / max(1, len(shown.columns)))
+        size = side, side
+    maps = [_fields(shown, labels, left, columns, size) for columns in pieces]
+    return [*_title(whole.title), *maps, _legend(whole, shown)]
+
+
+def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, size: tuple[float, float]) -> _Block:
+    """Some columns of a heat map with their labels."""
+    wide, high = size
+    texts = shown.texts is not None
+    most = wide - 0.06 if texts else 1.1
+    heads = [_cut(shown.column(c), most, _TINY, shown.tokens) for c in columns]
+    head = 0.2 if texts else max((_wide(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
+    # Where fields are smaller than letters, only some of them are named.
+    across, down = (max(1, -(-0.14 // step)) for step in size)
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        x = _MARGIN + left
+        sheet.shades(x, top + head, size, shown, columns)
+        for n, text in enumerate(heads):
+            if texts:
+                sheet.write(x + n * wide + 0.03, top + head / 2, text, _TINY, mono=shown.tokens)
+            elif n % across == 0:
+                sheet.write(x + (n + 0.5) * wide, top + head - 0.05, text, _TINY, mono=shown.tokens, upright=True)
+        for r, label in enumerate(labels):
+            y = top + head + (r + 0.5) * high
+            if r % down == 0:
+                sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, colour=_SOFT)
+            for n, c in enumerate(columns if texts else ()):
+                colour = colors.ink(_shade(shown, r, c) or _PAPER)
+                text = _cut(shown.text(r, c), most, _TINY, mono=True)
+                sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, colour=colour)
+
+    return head + high * len(labels), draw
+
+
+def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
+    scale, ends = _scale("v"), (whole.low, whole.high)
+    if whole.signed:
+        reach = max(-whole.low, whole.high)
+        scale, ends = [*reversed(_scale("m")), *_scale("p")], (-reach, reach)
+    low, high = map(figure, ends)
+    note = pooling(whole, shown)
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        y, x = top + 0.08, _MARGIN + _wide(low, _TINY) + 0.08
+        sheet.write(_MARGIN, y, low, _TINY, colour=_SOFT)
+        for n, colour in enumerate(scale):
+            sheet.fill(x + 0.04 * n, top + 0.02, 0.042, 0.12, colour)
+        words = f"{high}   {note}" if note else high
+        sheet.write(x + 0.04 * len(scale) + 0.08, y, words, _TINY, colour=_SOFT)
+
+    return 0.16, draw
+
+
+def _gallery(part: Gallery) -> list[_Block]:
+    tile = (_ROOM - 0.2 * (_TILES - 1)) / _TILES
+    maps = [pooled(heatmap, *_TILE) for heatmap in part.maps]
+    rows = [maps[i : i + _TILES] for i in range(0, len(maps), _TILES)]
+    return [*(_tiles(row, tile) for row in rows), *([_legend(part.maps[0], part.maps[0])] if part.maps else [])]
+
+
+def _tiles(maps: Sequence[Heatmap], tile: float) -> _Block:
+    sides = [min(_FIELD, tile / max(1, len(heatmap.rows), len(heatmap.columns))) for heatmap in maps]
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        for n, (heatmap, side) in enumerate(zip(maps, sides, strict=True)):
+            x = _MARGIN + n * (tile + 0.2)
+            sheet.write(x, top + 0.08, _cut(written(heatmap.title), tile, _TINY), _TINY, colour=_SOFT)
+            sheet.shades(x, top + 0.2, (side, side), heatmap, range(len(heatmap.columns)))
+
+    return 0.2 + max(side * len(heatmap.rows) for heatmap, side in zip(maps, sides, strict=True)), draw
+
+
+# --- Source -----------------------------------------------------------------------------------
+
+
+def _code(part: Code) -> _Block:
+    lines = [written(line) for line in part.text.splitlines()]
+    size, letter = 8.0, _LETTER * 8
+    high = 1.45 * size / 72
+
+    def draw(sheet: _Sheet, top: float) -> None:
+        sheet.write(_MARGIN, top + 0.1, f"{written(part.path)}:{part.first}", _SMALL, mono=True, colour=_SOFT)
+        for n, line in enumerate(lines):
+            y = top + 0.25 + n * high
+            if n + 1 in part.marked:
+                sheet.fill(_MARGIN, y, _ROOM, high, _MARK)
+            sheet.write(
+                _MARGIN + 5 * letter, y + high / 2, str(part.first + n), size, mono=True, right=True, colour=_SOFT
+            )
+            text = _cut(line, _ROOM - 7 * letter, size, mono=True)
+            sheet.write(_MARGIN + 7 * letter, y + high / 2, text, size, mono=True)
+
+    return 0.25 + len(lines) * high, draw

@@ -1,0 +1,137 @@
+"""The session without a terminal: prompts in, a line or an object each out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
+from llama_scratch.render import lines
+from llama_scratch.render import text as terminal
+from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
+from llama_scratch.repl.session import Session, Turn
+from llama_scratch.system.small_files import without_line_end, without_mark
+
+
+@dataclass(frozen=True)
+class Format:
+    """How answers are written."""
+
+    kind: Literal["json", "lines", "terminal"]
+
+
+# Bytes of a prompt: the longest context holds no more, whatever the text.
+_MAX_PROMPT = 1 << 24
+_STDIN = "Standard input"
+
+
+def stdin_text() -> str:
+    """All of standard input without its last line end.
+
+    Bytes that are not UTF-8 become lone surrogates, which the tokenizer reports.
+
+    Raises:
+        UsageError: If it is UTF-16, or longer than any context.
+    """
+    return without_line_end(_text(without_mark(_read(sys.stdin.buffer.read), _STDIN, UsageError)))
+
+
+def stdin_lines() -> Iterator[str]:
+    """Standard input line by line, as it arrives, without line ends; otherwise as `stdin_text`."""
+    line = without_mark(_read(sys.stdin.buffer.readline), _STDIN, UsageError)
+    while line:
+        yield _text(line).rstrip("\r\n")
+        line = _read(sys.stdin.buffer.readline)
+
+
+def _read(read: Callable[[int], bytes]) -> bytes:
+    data = read(_MAX_PROMPT + 1)
+    if len(data) > _MAX_PROMPT:
+        raise UsageError(f"A prompt on standard input is longer than {_MAX_PROMPT:,} bytes; shorten it.")
+    return data
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="surrogateescape")
+
+
+def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
+    """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
+
+    commands: lines that begin with a slash are commands. log: where the prompts' warnings go.
+
+    Returns the exit code: 0, or that of the first failure.
+    """
+    exit_code = 0
+    for prompt in prompts:
+        if not prompt:
+            continue
+        try:
+            # Without commands a slash is a character like any other.
+            line = prompt if commands else escaped(prompt)
+            session.typed(line)
+            output, reply = respond(session, line)
+            _show(session, output, reply, form, log)
+        except LlamaScratchError as error:
+            print(f"llama-scratch: {escape_controls(str(error))}", file=sys.stderr)
+            exit_code = exit_code or error.exit_code
+        except (OSError, MemoryError):  # the reader went away, or the machine has no more to give
+            raise
+        except Exception as error:  # one line's trouble is not the next one's
+            if session.debug:
+                raise
+            print(f"llama-scratch: {unexpected(error)}", file=sys.stderr)
+            exit_code = exit_code or 1
+        if session.ended:
+            break
+    return exit_code
+
+
+def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
+    """Do what a line of a session says: the object that answers it and, of a command, its reply.
+
+    An empty line accepts what is offered. The turn is kept in the session.
+    """
+    reply = None
+    if is_command(line):
+        command, reply = run_command(session, line)
+        output = {"command": command.name} | (reply.facts if reply else {})
+    elif line:
+        output = session.say(unescaped(line))
+    else:
+        output = session.extend(session.offered)
+    session.keep(Turn(line, output))
+    return output, reply
+
+
+def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: Format, log: Console) -> None:
+    """What a line was answered, on standard output; what holds no data goes where notes go."""
+    if form.kind == "json":
+        _write(session, lines.json_line(output))
+    elif reply and reply.view is not None:
+        if form.kind == "terminal" or reply.note:
+            session.show(reply.view)
+        else:
+            _write(session, terminal.as_text(reply.view))
+    elif form.kind == "lines" and "next" in output:
+        for sentence in output["warnings"]:
+            if sentence in session.explained:  # about the model, and printed before
+                continue
+            log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
+        session.explained.update(session.llama.warnings)
+        if "generated" in output:
+            _write(session, output["generated"]["text"])
+        else:
+            prediction = session.moments[-1].prediction
+            for line in lines.answer_lines(prediction, all_candidates=session.lists_candidates):
+                _write(session, line)
+
+
+def _write(session: Session, line: str) -> None:
+    print(line, flush=True)
+    session.record(Text(line))

@@ -1,0 +1,331 @@
+"""The line that is being typed: its editor, the colours of its tokens, and what the model offers behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app, run_in_terminal
+from prompt_toolkit.auto_suggest import Suggestion
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
+from prompt_toolkit.formatted_text import FormattedText, to_plain_text
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.layout.utils import explode_text_fragments
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.renderer import CPR_Support
+from prompt_toolkit.styles import Style
+from rich.cells import cell_len, set_cell_size
+
+from llama_scratch.render import text as terminal
+from llama_scratch.render.surprise import surprise_style
+from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
+from llama_scratch.repl.history import open_history
+from llama_scratch.repl.keyboard import Keyboard
+from llama_scratch.repl.live import Live, Reading
+from llama_scratch.repl.session import Session
+
+_FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
+# Of the sixteen colours that each terminal's theme makes legible on its own background.
+_GREY = "ansibrightblack"
+_STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GREY})
+
+
+class Line:
+    """Reads lines on a terminal. While one is typed the model reads it too, where the session's `live` is on.
+
+    greet: prints what stands above the first prompt, once the model is there.
+    """
+
+    def __init__(self, session: Session, keyboard: Keyboard, greet: Callable[[], None]):
+        self._session = session
+        self._keyboard = keyboard
+        self._greet = greet
+        self._greeted = False
+        self._choice = 0  # which candidate stands behind the cursor
+        self._ended = False
+        self.live = Live(session, self._from_live)
+        plain = session.settings.plain
+        self._editor: PromptSession[str] = PromptSession(
+            input=keyboard.input,
+            history=open_history(session),
+            key_bindings=self._keys(),
+            multiline=True,  # so that a paste of several lines stays in one piece; Enter still sends
+            prompt_continuation=lambda _width, _line, wraps: "" if wraps else "… ",
+            enable_history_search=True,
+            completer=_Commands(session),
+            complete_while_typing=False,
+            enable_suspend=True,
+            input_processors=[_Surprise(self._reading)],
+            bottom_toolbar=None if plain else self._toolbar,
+            style=_STYLE,
+            color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
+        )
+        self._editor.default_buffer.on_text_changed += self._typed
+
+    def read(self, draft: str = "") -> str:
+        """The next line. Raises KeyboardInterrupt for Ctrl-C on an empty one and EOFError for Ctrl-D."""
+        return self._editor.prompt(
+            lambda: _message(self._session),
+            default=draft,
+            placeholder=lambda: _placeholder(self._session),
+            rprompt=lambda: _stage(self._session),
+            pre_run=self._begin,
+            handle_sigint=False,  # see `Interrupts`
+        )
+
+    def end(self) -> None:
+        """End the prompt, or the next one if none is read; from any thread, and in a signal's handler."""
+        self._ended = self._keyboard.ended = True
+        if not self._keyboard.in_foreground():  # the answer would come to the shell
+            self._editor.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
+        self._soon(self._exit)
+
+    def _exit(self) -> None:
+        if not self._editor.app.is_done:
+            self._editor.app.exit(exception=EOFError)
+
+    # --- The model beside the person ---
+
+    def _begin(self) -> None:
+        if self._ended:
+            self._exit()
+        self._editor.app.create_background_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Load the model, show how far that is, and then print the banner above the prompt.
+
+        It begins once the prompt is on the screen. A loading that failed ends the prompt, and so the session.
+        """
+        app, loading = self._editor.app, self._session.loading
+        self._typed(self._editor.default_buffer)  # a line that was brought back
+        loading.start()
+        while not loading.ended:
+            await asyncio.sleep(0.1)
+            app.invalidate()
+        if loading.error is None:
+            if not self._greeted:  # the prompt is drawn anew for it
+                self._greeted = True
+                await run_in_terminal(self._greet)
+            self._typed(self._editor.default_buffer)
+        elif not app.is_done:
+            app.exit(result="")
+        while self._session.stage and not app.is_done:
+            await asyncio.sleep(0.2)
+            app.invalidate()
+
+    def _typed(self, buffer: Buffer) -> None:
+        self._choice = 0
+        line = buffer.text
+        if is_command(line):
+            self.live.want(None)
+            longer = next((c for c in completions(self._session, line) if len(c) > len(line)), line)
+            buffer.suggestion = Suggestion(longer[len(line) :])
+        elif line and self._session.is_live:
+            self.live.want(unescaped(line))
+            self._offer()
+        else:
+            self.live.want(None)
+
+    def _from_live(self) -> None:
+        """There is a new reading; called from its thread."""
+        self._soon(self._offer)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """Call it from the prompt's own loop, if there is one."""
+        if (loop := self._editor.app.loop) is not None:
+            try:
+                loop.call_soon_threadsafe(call)
+            except RuntimeError:  # the prompt has just ended, and its loop with it
+                return
+
+    def _reading(self) -> Reading | None:
+        """What is known of the line, or of one that it was shortly before."""
+        buffer = self._editor.default_buffer
+        return self.live.reading if buffer.text and not is_command(buffer.text) else None
+
+    def _offer(self) -> None:
+        """Put the candidate behind the cursor, if what was read is what stands there."""
+        buffer, reading = self._editor.default_buffer, self._reading()
+        if reading and reading.line == unescaped(buffer.text):
+            candidate = reading.candidates[self._choice % len(reading.candidates)]
+            buffer.suggestion = Suggestion(self._session.typeable([candidate.id]))
+        self._editor.app.invalidate()
+
+    def _toolbar(self) -> FormattedText:
+        reading = self._reading()
+        if reading is None or not self._session.is_live:
+            return FormattedText()
+        current = reading.line == unescaped(self._editor.default_buffer.text)
+        candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
+        parts = [
+            ("bold" if current else _GREY, f" {terminal.visible(candidate.text).plain}"),
+            ("" if current else _GREY, f" {terminal.percent(candidate.probability)}"),
+            (_GREY, f" · entropy {reading.entropy_bits:.2f} bits"),
+            (_GREY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
+            (_GREY, " · Tab takes it"),
+            (_GREY, ", Shift-Tab the next one"),
+        ]
+        while sum(len(text) for _, text in parts) > self._session.console.width and len(parts) > 1:
+            parts.pop()
+        return FormattedText(parts)
+
+    # --- Keys ---
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+        typing = has_focus(DEFAULT_BUFFER)  # not while Ctrl-R searches, where these keys mean something else
+        empty = Condition(lambda: not get_app().current_buffer.text)
+        command = Condition(lambda: is_command(get_app().current_buffer.text))
+        menu = Condition(lambda: get_app().current_buffer.complete_state is not None)
+
+        @keys.add("enter", filter=typing)
+        def _(event: KeyPressEvent) -> None:
+            if event.current_buffer.complete_state and event.current_buffer.complete_state.current_completion:
+                event.current_buffer.complete_state = None
+            else:
+                event.current_buffer.validate_and_handle()
+
+        @keys.add("escape", "enter", filter=typing)
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c", filter=typing)
+        def _(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+        @keys.add("tab", filter=typing & ~command & ~empty)
+        def _(event: KeyPressEvent) -> None:
+            if (suggestion := event.current_buffer.suggestion) and event.current_buffer.document.is_cursor_at_the_end:
+                event.current_buffer.insert_text(suggestion.text)
+
+        @keys.add("tab", filter=typing & empty)
+        @keys.add("right", filter=typing & empty)
+        def _(event: KeyPressEvent) -> None:
+            if self._session.now and self._session.chat is None:
+                event.current_buffer.insert_text(escaped(self._session.continued_text))
+
+        @keys.add("s-tab", filter=typing & ~command & ~menu)
+        def _(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                self._choice += 1
+                self._offer()
+            else:
+                self._session.offer_next()
+
+        @keys.add("c-t", filter=typing & empty)
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(result="/surprisal")
+
+        return keys
+
+
+class _Commands(Completer):
+    """Commands and their arguments, for lines that begin with a slash."""
+
+    def __init__(self, session: Session):
+        self._session = session
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        line = document.text_before_cursor
+        if is_command(line):
+            for found in completions(self._session, line):
+                shown = found.split(maxsplit=1)[-1]
+                yield Completion(found, start_position=-len(line), display=shown)
+
+
+class _Surprise(Processor):
+    """The characters of the line, coloured by how much they surprised the model."""
+
+    def __init__(self, reading: Callable[[], Reading | None]):
+        self._reading = reading
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        document, fragments = transformation_input.document, transformation_input.fragments
+        if (reading := self._reading()) is None:
+            return Transformation(fragments)
+        text = unescaped(document.text)
+        # From the line's beginning on in the text that was read: the slash that stands for none is not in it.
+        begin = document.translate_row_col_to_index(transformation_input.lineno, 0) + len(text) - len(document.text)
+        known = min(_common(text, reading.line), len(reading.bits))
+        characters = explode_text_fragments(fragments)
+        length = len(document.lines[transformation_input.lineno])
+        for i in range(length, len(characters)):  # what is offered
+            style, char = characters[i][:2]
+            characters[i] = (style, char if char.isprintable() else terminal.visible(char).plain)
+        for i in range(min(len(characters), length)):
+            if 0 <= begin + i < known:
+                style = _prompt_toolkit_style(surprise_style(reading.bits[begin + i]))
+                characters[i] = (f"{characters[i][0]} {style}", characters[i][1])
+        return Transformation(characters)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two lines have in common at their beginning."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
+def _prompt_toolkit_style(style: str) -> str:
+    """rich's name of a style → prompt_toolkit's: "bold red" → "bold ansired"."""
+    words = style.replace("bright_", "bright").split()
+    return " ".join(word if word in ("bold", "underline", "italic") else f"ansi{word}" for word in words)
+
+
+# A terminal that is narrower needs its line for what is typed.
+_NARROW = 60
+
+
+def _message(session: Session) -> FormattedText:
+    name = session.loading.name if session.console.width >= _NARROW else ""
+    if session.chat:
+        name = f"{name} chat".lstrip()
+    changes = _changes(session.labels, session.console.width // 3)
+    return FormattedText([("bold ansicyan", name), ("bold ansimagenta", changes), ("", "> ")])
+
+
+def _changes(labels: list[str], room: int) -> str:
+    """The interventions that are on, as they stand in the prompt: those that fit, and how many more there are."""
+    if not labels:
+        return ""
+    for count in range(len(labels), 0, -1):
+        more = f" +{len(labels) - count}" if count < len(labels) else ""
+        shown = " ".join(labels[:count])
+        if cell_len(shown + more) <= room:
+            break
+    else:
+        shown = set_cell_size(shown, room - len(more) - 1).rstrip() + "…"
+    return f"[{shown}{more}]"
+
+
+def _stage(session: Session) -> FormattedText:
+    """How far the loading, or what follows it, is, at the right end of the line; nothing of it stays."""
+    if get_app().is_done or (progress := session.stage) is None:
+        return FormattedText()
+    stage, done, total = progress
+    # A screen reader would read every new number aloud.
+    share = f" {100 * done // total} %" if total and not session.settings.plain else " …"
+    return FormattedText([(_GREY, stage.capitalize() + share)])
+
+
+def _placeholder(session: Session) -> FormattedText:
+    """What an empty line offers, in grey; nothing of it stays once the line is sent or searched."""
+    if get_app().is_done or get_app().layout.is_searching:
+        return FormattedText()
+    room = session.console.width - len(to_plain_text(_message(session))) - 1
+    example = _FIRST_QUESTION if session.chat else _FIRST_HINT
+    hint = example if len(example) <= room else ""
+    if session.offered:
+        offer = terminal.visible(session.offer_text).plain
+        hint = offer + "  (Enter accepts)"
+        if len(hint) > room:
+            hint = offer[: room - 2] + " ⏎"
+    return FormattedText([(_GREY, hint)])
