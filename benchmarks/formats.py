@@ -3,7 +3,7 @@
     python -m benchmarks.formats
 
 - What `convert` writes: small random models with Llama 3's special tokens, and SmolLM2's weights as float32.
-- Every type of GGUF's tensors: SmolLM2, quantised by llama.cpp's own quantizer.
+- Every type of GGUF's tensors: SmolLM2, quantized by llama.cpp's own quantizer.
 - 10,000 texts that hypothesis draws, and a corpus of code and many scripts: the two vocabularies' ids.
 
 llama.cpp computes with float32 for the cache here; it rounds activations to the type of the weights, so that only
@@ -54,7 +54,7 @@ def converted(folder: Path) -> list[dict[str, Any]]:
     return [{"model": name, **against_llama_cpp(path, CORPUS)} for name, path in files.items()]
 
 
-def quantised(folder: Path) -> list[dict[str, Any]]:
+def quantized(folder: Path) -> list[dict[str, Any]]:
     """SmolLM2 in each of GGUF's types: how often both find the same token most probable."""
     f32 = folder / "SmolLM2-F32.gguf"
     make_gguf(find_model("smollm2"), f32, torch.float32)
@@ -168,7 +168,7 @@ def main() -> None:
             "versions": versions(),
             "machine": machine(),
             "convert": converted(folder),
-            "types": quantised(folder),
+            "types": quantized(folder),
             "tokens": tokens(folder),
         }
     (FOLDER / "formats.json").write_text(json.dumps(found, indent=1) + "\n")

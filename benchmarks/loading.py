@@ -36,7 +36,7 @@ Make = Callable[[Path], None]
 
 
 def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Path]:
-    """The model's files by what they are; made where they do not exist. peers: with what llama.cpp quantises."""
+    """The model's files by what they are; made where they do not exist. peers: with what llama.cpp quantizes."""
     source = once(directory / CHECKPOINT, partial(make_checkpoint, params=params))
     made: dict[str, tuple[str, Make]] = {
         "Meta, 2 shards": ("two-shards", partial(make_shards, source, count=2)),
@@ -46,8 +46,8 @@ def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Pat
     }
     found = {"Meta": source} | {name: once(directory / file, make) for name, (file, make) in made.items()}
     for kind in ("Q8_0", "Q4_0", "Q4_K_M") if peers else ():
-        quantise = partial(quantize_gguf, found["GGUF BF16"], kind=kind)
-        found[f"GGUF {kind}"] = once(directory / f"1B-{kind}.gguf", quantise)
+        quantize = partial(quantize_gguf, found["GGUF BF16"], kind=kind)
+        found[f"GGUF {kind}"] = once(directory / f"1B-{kind}.gguf", quantize)
     return found
 
 

@@ -2,7 +2,7 @@
 
     make quality        (python -m benchmarks.quality, and once more with --rotate)
 
-The weights are SmolLM2's, dequantised to float32. The text is the language reference that comes with Python
+The weights are SmolLM2's, dequantized to float32. The text is the language reference that comes with Python
 (`pydoc_data.topics`), in windows of 1,024 tokens, each read from an empty context. After every token the
 reference is our fp32; what counts is the Kullback-Leibler divergence of the answer from the reference's, in
 nats, how often both have the same most probable token, and the perplexity of the token that follows.
@@ -39,9 +39,9 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import EMBEDDING
 from llama_scratch.download.locate import find_model
-from llama_scratch.precision.calibration import hessians
+from llama_scratch.precision.calibration import collect_hessians
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.linear import form_of
+from llama_scratch.precision.linear import format_of
 from llama_scratch.system.progress import silent
 
 # Of the weights as they are, and of rotated ones.
@@ -211,14 +211,14 @@ def w2_errors(
     """
     names = [f"layers.{i}.feed_forward.w2" for i in range(open_checkpoint(model).args.n_layers)]
     llama = Llama.load(model, precision="fp32")
-    inputs = hessians(llama.engine.model, [torch.tensor([ids]) for ids in texts])
+    inputs = collect_hessians(llama.engine.model, [torch.tensor([ids]) for ids in texts])
     seen = {name: products for (name, *_), products in inputs if name in names}
     exact = _w2(llama, names)
     found = {}
     for precision in precisions:
         coded = Llama.load(model, precision=precision)
         coded.prepare()
-        forms = filter(None, (form_of(coded.engine.model.get_submodule(name)) for name in names))
+        forms = filter(None, (format_of(coded.engine.model.get_submodule(name)) for name in names))
         found[f"ours {precision}"] = sum(form.nbytes for form in forms), _w2(coded, names)
     for kind in peers:
         weights = open_checkpoint(quantized(model, directory, kind, pure=True)).load(silent)

@@ -481,7 +481,7 @@ def _left_out(results: dict[str, Any]) -> list[str]:
 def _quality(quality: dict[str, Any]) -> list[str]:
     return [
         "## Quality",
-        f"How far the answers are from our fp32's: {quality['model']}'s dequantised weights, {quality['tokens']:,} "
+        f"How far the answers are from our fp32's: {quality['model']}'s dequantized weights, {quality['tokens']:,} "
         f"tokens of {quality['text']} in windows of {quality['window']:,}; after each token the Kullback-Leibler "
         "divergence from fp32, whether the most probable token is the same, and the perplexity of the next one. Bits "
         "are those of a weight of the linear layers, the output among them, with all scales.",
@@ -655,8 +655,8 @@ def _formats(formats: dict[str, Any]) -> list[str]:
     ]
     return [
         "## GGUF files, beside llama.cpp",
-        "SmolLM2, quantised by llama.cpp, its rows of 576 in the types that it falls back to. Ours multiplies what the "
-        "blocks stand for in fp32; llama.cpp rounds activations to 8 bits for quantised matrices, and to the weights' "
+        "SmolLM2, quantized by llama.cpp, its rows of 576 in the types that it falls back to. Ours multiplies what the "
+        "blocks stand for in fp32; llama.cpp rounds activations to 8 bits for quantized matrices, and to the weights' "
         "type for the others, which is the difference.",
         f"- Versions: {_versions(formats['versions'])}",
         _captioned(

@@ -27,7 +27,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
 
-NAMES = ("width", "height", "depth", "colour")
+NAMES = ("width", "height", "depth", "color")
 QUOTE = "The quick brown fox jumps over the lazy dog and runs into the forest behind the old mill.\n"
 CHORUS = "Row, row, row your boat,\nGently down the stream.\nMerrily, merrily, merrily,\nLife is but a dream.\n\n"
 REPEATS = (

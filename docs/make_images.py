@@ -38,7 +38,7 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 # --- The program at work ----------------------------------------------------------------------
 
 BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
-# pyte names the sixteen colours that a terminal theme defines.
+# pyte names the sixteen colors that a terminal theme defines.
 PALETTE = {
     "black": "#45475a",
     "red": "#f38ba8",
@@ -205,7 +205,7 @@ def architecture() -> Figure:
     )
     axes.text(6, 12.62, subtitle, ha="center", fontsize=13, color="#444444")
 
-    blue, green, orange, grey = "#dbeafe", "#dcfce7", "#ffedd5", "#f1f5f9"
+    blue, green, orange, gray = "#dbeafe", "#dcfce7", "#ffedd5", "#f1f5f9"
     _box(
         axes,
         6,
@@ -214,7 +214,7 @@ def architecture() -> Figure:
         0.75,
         "prompt  →  tokenizer (tiktoken BPE)",
         f"token ids  (B, T), each below {args.vocab_size:,}",
-        grey,
+        gray,
     )
     _box(axes, 6, 1.95, 5.2, 0.75, "Token embedding", f"tok_embeddings  {shapes['tok_embeddings.weight']}", blue)
     axes.add_patch(
@@ -233,7 +233,7 @@ def architecture() -> Figure:
     rope = f"{args.head_dim // 2} complex numbers a head, base {args.rope_theta:,.0f}, scaled by {factor:g}"
     _box(axes, 4.4, 5.55, 6.6, 0.62, "Rotary embedding: q and k turn with their position", rope, green)
     cache = f"{2 * args.n_layers * args.n_kv_heads * args.head_dim * 2 // 1024} KiB a token in bf16"
-    _box(axes, 9.75, 5.55, 3.1, 0.62, "KV cache (all layers)", cache, grey)
+    _box(axes, 9.75, 5.55, 3.1, 0.62, "KV cache (all layers)", cache, gray)
     _box(
         axes,
         6,

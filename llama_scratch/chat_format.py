@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError, printable
+from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError, sanitize
 
 if TYPE_CHECKING:
     from llama_scratch.system.template_process import TemplateProcess
@@ -27,7 +27,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Part:
+class ChatSegment:
     """A piece of a conversation that becomes tokens by itself. special: names of special tokens in it are those."""
 
     text: str
@@ -37,7 +37,7 @@ class Part:
 class ChatFormat(Protocol):
     """How a model was trained to read conversations."""
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """A conversation up to where the assistant's next answer begins.
 
         Only the format's own text is ever special; a message is plain text.
@@ -56,23 +56,23 @@ class ChatFormat(Protocol):
 class Llama3Format:
     """The format of Meta's Instruct models since Llama 3. Source: `ChatFormat` in llama-models."""
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """See `ChatFormat.parts`."""
-        parts = [Part("<|begin_of_text|>", special=True)]
+        parts = [ChatSegment("<|begin_of_text|>", special=True)]
         for message in messages:
-            parts += [*_header(message.role), Part(message.content), Part("<|eot_id|>", special=True)]
+            parts += [*_header(message.role), ChatSegment(message.content), ChatSegment("<|eot_id|>", special=True)]
         return parts + _header("assistant")
 
     def close(self) -> None:
         """See `ChatFormat.close`: there is no process."""
 
 
-def _header(role: str) -> list[Part]:
+def _header(role: str) -> list[ChatSegment]:
     return [
-        Part("<|start_header_id|>", special=True),
-        Part(role),
-        Part("<|end_header_id|>", special=True),
-        Part("\n\n"),
+        ChatSegment("<|start_header_id|>", special=True),
+        ChatSegment(role),
+        ChatSegment("<|end_header_id|>", special=True),
+        ChatSegment("\n\n"),
     ]
 
 
@@ -94,7 +94,7 @@ class TemplateFormat:
     eos: str = ""
     special: Collection[str] = ()
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """See `ChatFormat.parts`."""
         if (size := sum(len(message.content) for message in messages)) > _MAX_CONVERSATION:
             raise ContextLengthError(
@@ -102,7 +102,7 @@ class TemplateFormat:
                 "Shorten it."
             )
         pieces = self._render([{"role": message.role, "content": message.content} for message in messages])
-        return [Part(piece, special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+        return [ChatSegment(piece, special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
 
     def close(self) -> None:
         """See `ChatFormat.close`."""
@@ -143,4 +143,4 @@ class TemplateFormat:
 
 
 def _said(error: Exception) -> str:
-    return printable(error, 100).rstrip(".")
+    return sanitize(error, 100).rstrip(".")

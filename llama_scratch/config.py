@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError, sanitize
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 """How weights can be stored, see `precision`, which brings torch."""
@@ -138,14 +138,14 @@ class ModelArgs:
         try:
             params = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON ({printable(error)}); {FETCH_AGAIN}") from error
+            raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
         if not isinstance(params, dict):
             raise CheckpointError(
-                f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {FETCH_AGAIN}"
+                f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {REDOWNLOAD_HINT}"
             )
         if "quantization_args" in params:
             raise UnsupportedError(
-                f"{path} is of Meta's quantised release {_release(params)}, expected bf16 weights; "
+                f"{path} is of Meta's quantized release {_release(params)}, expected bf16 weights; "
                 "use the release without that in its name."
             )
         try:
@@ -153,7 +153,7 @@ class ModelArgs:
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}") from error
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
+            raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {REDOWNLOAD_HINT}") from error
 
     @classmethod
     def _from_params(cls, fields: Fields) -> ModelArgs:
@@ -202,7 +202,7 @@ _OTHER_NETWORKS = (
 
 
 def _release(params: Mapping[str, Any]) -> str:
-    """What Meta calls the quantised release that a params.json is of."""
+    """What Meta calls the quantized release that a params.json is of."""
     arguments = params["quantization_args"]
     if "lora_args" in params:
         return "int4-qlora-eo8"
@@ -210,7 +210,7 @@ def _release(params: Mapping[str, Any]) -> str:
         return "int4-spinquant-eo8"
     if isinstance(arguments, dict) and arguments.get("scheme") is None:
         return "in int4"
-    return f"'{printable(arguments['scheme'] if isinstance(arguments, dict) else arguments)}'"
+    return f"'{sanitize(arguments['scheme'] if isinstance(arguments, dict) else arguments)}'"
 
 
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
@@ -253,7 +253,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise CheckpointError(f"the field {name} is {printable(value)}, expected a whole number from 1 to {most}.")
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {most}.")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -261,13 +261,13 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise CheckpointError(f"the field {name} is {printable(value)}, expected a positive number.")
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a positive number.")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"the field {name} is {printable(value)}, expected true or false.")
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")
         return value
 
 

@@ -4,10 +4,10 @@ Every message says what was found, what was expected and what to do.
 """
 
 # What to do about a file that is damaged.
-FETCH_AGAIN = "fetch the file again from where the model came from."
+REDOWNLOAD_HINT = "fetch the file again from where the model came from."
 
 
-def printable(value: object, limit: int = 60) -> str:
+def sanitize(value: object, limit: int = 60) -> str:
     """A value from a file as text for a sentence: short, on one line, and nothing in it that a terminal obeys."""
     try:
         text = str(value)
@@ -25,7 +25,7 @@ def escape_controls(message: str) -> str:
 
 def unexpected(error: BaseException) -> str:
     """The sentence for an error that nothing foresaw."""
-    return f"Something unexpected went wrong ({printable(repr(error), 200)}); with --debug it shows where."
+    return f"Something unexpected went wrong ({sanitize(repr(error), 200)}); with --debug it shows where."
 
 
 class LlamaScratchError(Exception):

@@ -1,6 +1,6 @@
 """Named places in the network at which values can be read and replaced. The network's text stays as it is.
 
-A tap is a function of the value at a place; what it returns takes the value's place, None leaves it. Taps hang on
+A hook is a function of the value at a place; what it returns takes the value's place, None leaves it. Hooks hang on
 torch's own hooks, so a network without any runs as if there were none.
 
     place                              shape
@@ -33,10 +33,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.model import Attention, Transformer, TransformerBlock, attend_with, attention_probs
 
-Tap = Callable[[Tensor, int], Tensor | None]
+Hook = Callable[[Tensor, int], Tensor | None]
 """Called with the value at a place and the position of its first new token; what it returns takes the value's place."""
 
 _WHOLE = ("embedding", "norm", "logits")
@@ -58,12 +58,12 @@ def places(n_layers: int) -> list[str]:
 
 
 @contextmanager
-def tapped(model: Transformer, taps: Mapping[str, Tap]) -> Iterator[None]:
-    """In here the network calls the taps. At one place the one that was put there first comes first.
+def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """In here the network calls the hooks. At one place the one that was put there first comes first.
 
     Raises `UsageError` for a place that there is not.
     """
-    if not taps:
+    if not hooks:
         yield
         return
     here = _Here()
@@ -72,19 +72,19 @@ def tapped(model: Transformer, taps: Mapping[str, Tap]) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(here.begin, with_kwargs=True).remove)
-            for place, tap in taps.items():
-                stack.callback(_attach(model, place, partial(here.call, tap)))
+            for place, hook in hooks.items():
+                stack.callback(_attach(model, place, partial(here.call, hook)))
             yield
     finally:
-        # First of all: Ctrl-C can fall between hanging a tap up and noting how to take it down, and what is left behind
-        # then does nothing.
+        # First of all: Ctrl-C can fall between hanging a hook up and noting how to take it down. What is left behind then
+        # does nothing.
         here.over = True
         for attention, attend in zip(attentions, attends, strict=True):
             attention.attend = attend
 
 
 class _Here:
-    """Where the network is in its text. over: the taps are no longer called."""
+    """Where the network is in its text. over: the hooks are no longer called."""
 
     def __init__(self) -> None:
         self._start = 0
@@ -94,15 +94,15 @@ class _Here:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self._start = 0 if cache is None else cache.length
 
-    def call(self, tap: Tap, value: Tensor) -> Tensor | None:
-        return None if self.over else tap(value, self._start)
+    def call(self, hook: Hook, value: Tensor) -> Tensor | None:
+        return None if self.over else hook(value, self._start)
 
 
 _Call = Callable[[Tensor], Tensor | None]
 
 
 def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
-    """Hang a tap up; returns what takes it down."""
+    """Hang a hook up; returns what takes it down."""
     if place in _WHOLE:
         return _output({"embedding": model.tok_embeddings, "norm": model.norm, "logits": model.output}[place], call)
     layers, _, rest = place.partition(".")
@@ -110,7 +110,7 @@ def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
     n_layers = model.args.n_layers
     if layers != "layers" or name not in _LAYER or not number.isdecimal() or int(number) >= n_layers:
         raise UsageError(
-            f"There is no place '{printable(place)}' in this network, expected one such as "
+            f"There is no place '{sanitize(place)}' in this network, expected one such as "
             f"layers.{n_layers - 1}.resid_post, with a layer from 0 to {n_layers - 1}."
         )
     block = cast(TransformerBlock, model.layers[int(number)])
@@ -165,7 +165,7 @@ def _heads(attention: Attention, call: _Call) -> Callable[[], None]:
 
 
 class _Attend:
-    """Stands in the place of a layer's `attend` while there are taps within attention."""
+    """Stands in the place of a layer's `attend` while there are hooks within attention."""
 
     def __init__(self, attention: Attention):
         self._attention = attention

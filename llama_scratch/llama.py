@@ -18,8 +18,8 @@ from llama_scratch.chat_format import ChatFormat, Message
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
 from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.download.locate import find_model
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.inference.engine import Engine, require_room
+from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.inference.engine import Engine, require_device_memory
 from llama_scratch.inference.generation import continue_ids
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.long_attention import use_kernels
@@ -28,20 +28,20 @@ from llama_scratch.model import Transformer
 from llama_scratch.precision import calibration as calibrating
 from llama_scratch.precision.lazy_weight import Weight
 from llama_scratch.precision.network import (
-    Examples,
+    CalibrationText,
     activation_type,
     all_known,
     build,
-    check_name,
-    choose,
     file_type,
-    find_device,
     memory_needed,
+    resolve_device,
+    resolve_precision,
+    validate_precision,
 )
 from llama_scratch.results import Generated, ModelInfo, Step
 from llama_scratch.sampling import GREEDY, Sampling
-from llama_scratch.system.jobs import Background, go_on
-from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.jobs import BackgroundJobs, report_progress
+from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
@@ -76,9 +76,9 @@ class Llama(LoadedModel):
         chat: ChatFormat | None = None,
         path: Path | None = None,
         load_s: float = 0.0,
-        packing: Background | None = None,
+        packing: BackgroundJobs | None = None,
         weights: Callable[[Progress], Mapping[str, Weight]] | None = None,
-        files: Mapped | None = None,
+        files: MappedFiles | None = None,
         warnings: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
     ):
@@ -128,7 +128,7 @@ class Llama(LoadedModel):
         args = checkpoint.args.with_rope_factor(rope_factor)
         tokens = _context(context, args)
         _set_threads(threads)
-        stored = _Stored(precision, activations, find_device(device), calibration)
+        stored = _Stored(precision, activations, resolve_device(device), calibration)
         # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
         model, packing, info = stored.network(checkpoint, args, min(tokens, context or 4096), progress)
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
@@ -179,7 +179,7 @@ class Llama(LoadedModel):
         """
         if self.chat is None:
             raise UsageError(
-                f"{printable(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
+                f"{sanitize(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
                 "expected one that was; choose an Instruct model, such as --model smollm2."
             )
         return encode_conversation(self.tokenizer, self.chat, messages, self.context)
@@ -236,23 +236,25 @@ class _Stored:
     calibration: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
-        check_name(self.precision)
+        validate_precision(self.precision)
         activation_type(self.activations, self.precision, self.device)
 
     def network(
         self, checkpoint: Checkpoint, args: ModelArgs, context: int, progress: Progress
-    ) -> tuple[Transformer, Background, ModelInfo]:
+    ) -> tuple[Transformer, BackgroundJobs, ModelInfo]:
         """The network of a file, and what is still to be done, see `build`. Raises `OutOfMemoryError` before it is."""
         device, activations = self.device, self.activations
         examples = _examples(checkpoint.tokenizer, self.calibration) if self.precision == "int4" else None
         with memory_errors(checkpoint.name):
             weights = checkpoint.load(progress)
             stored, tied, known = file_type(weights), is_tied(weights), all_known(weights)
-            precision = choose(self.precision, stored, device)
+            precision = resolve_precision(self.precision, stored, device)
             needed = memory_needed(
                 args, precision, stored, context, device, tied=tied, activations=activations, known=known
             )
-            require_room(needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", device)
+            require_device_memory(
+                needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", device
+            )
             model, packing = build(weights, args, precision, device, checkpoint.files, examples, activations)
         if device.type == "cpu":
             use_kernels(model)
@@ -265,18 +267,18 @@ def _set_threads(threads: int | None) -> None:
         return
     most = _THREADS_A_CORE * (os.cpu_count() or 1)
     if not 1 <= threads <= most:
-        raise UsageError(f"{printable(threads)} threads were asked for, expected 1 to {most} (--threads).")
+        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {most} (--threads).")
     torch.set_num_threads(threads)
 
 
-def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> Examples:
+def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
     """What int4 is calibrated with, and a name for it. Raises `ModelNotFoundError` and `UsageError`."""
     if path is None:
         name = f"its own words and Python {platform.python_version()}'s"
-        return Examples(name, lambda model: calibrating.examples(model, tokenizer, progress=go_on))
+        return CalibrationText(name, lambda model: calibrating.examples(model, tokenizer, progress=report_progress))
     text = calibrating.read_text(path)
     windows = calibrating.windows(tokenizer, text)
-    return Examples(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
+    return CalibrationText(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

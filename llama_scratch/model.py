@@ -3,7 +3,7 @@ feed-forward, block, transformer.
 
 Attributes carry the names of Meta's checkpoint (`tok_embeddings`, `layers.0.attention.wq`, …), so
 that its weights load without a key map. How a weight is stored is not known here; where its values can
-be read and replaced is `taps`' to say.
+be read and replaced is `hooks`' to say.
 
     x = tok_embeddings(tokens)              a vector of dim numbers for each token: the residual stream
     n_layers times

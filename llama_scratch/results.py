@@ -60,7 +60,7 @@ class Timing:
     decode_s: float = 0.0
 
 
-class Caution(str):
+class PromptWarning(str):
     """A sentence for a person about a prompt. `cause`: what kind of thing it is about, to explain each only once."""
 
     cause: str
@@ -91,7 +91,7 @@ class Prediction:
     next: Candidate
     top: tuple[Candidate, ...]
     entropy_bits: float
-    warnings: tuple[Caution, ...]
+    warnings: tuple[PromptWarning, ...]
     model: ModelInfo
     timing: Timing
 

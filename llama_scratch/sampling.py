@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high or value == math.inf:  # whole numbers may be beyond the range of a float
         limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
-        raise UsageError(f"{name} is {printable(value)}, expected a number {limits}.")
+        raise UsageError(f"{name} is {sanitize(value)}, expected a number {limits}.")
 
 
 @dataclass(frozen=True)

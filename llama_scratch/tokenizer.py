@@ -16,14 +16,14 @@ from pathlib import Path
 import tiktoken
 
 from llama_scratch.errors import (
-    FETCH_AGAIN,
+    REDOWNLOAD_HINT,
     CheckpointError,
     LlamaScratchError,
     ModelNotFoundError,
     UsageError,
-    printable,
+    sanitize,
 )
-from llama_scratch.results import Caution
+from llama_scratch.results import PromptWarning
 from llama_scratch.system.small_files import read_bytes, reject_stand_in, without_mark
 
 # How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
@@ -250,27 +250,27 @@ class Tokenizer:
         """Ids that plain text never has: those of special and of unused tokens."""
         return frozenset({*self.special_tokens.values(), *self.unused_tokens.values()} - set(self.ranks.values()))
 
-    def warnings(self, text: str, *, special: bool = False) -> list[Caution]:
+    def warnings(self, text: str, *, special: bool = False) -> list[PromptWarning]:
         """What `encode` does with a text that a person may not expect: one sentence each."""
         found = []
         clean = replace_surrogates(text)
         if clean.count("\ufffd") > text.count("\ufffd"):
             found.append(
-                Caution(
+                PromptWarning(
                     "not Unicode",
                     "The prompt holds characters that are not Unicode text; each was read as U+FFFD.",
                 )
             )
         if self._missing and not self._missing.isdisjoint(clean.encode()):
             found.append(
-                Caution(
+                PromptWarning(
                     "unknown bytes",
                     f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self.unknown}.",
                 )
             )
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
             found.append(
-                Caution(
+                PromptWarning(
                     "special tokens as text",
                     f"The prompt holds {name}, which was read as plain text; "
                     "--special, or /special on in the session, reads it as the special token.",
@@ -326,7 +326,7 @@ def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
 def _check_names(names: Mapping[str, int]) -> None:
     for name, id in names.items():
         if not name or replace_surrogates(name) != name:
-            raise CheckpointError(f"the name of the token {id}, '{printable(name)}', is not a text; {FETCH_AGAIN}")
+            raise CheckpointError(f"the name of the token {id}, '{sanitize(name)}', is not a text; {REDOWNLOAD_HINT}")
     if (total := sum(map(len, names))) > _MAX_NAMES:
         raise CheckpointError(
             f"the names of its {len(names):,} special and added tokens have {total:,} characters, expected at most "
@@ -347,7 +347,7 @@ def _cuts(text: str) -> list[int]:
 
 
 def _read(path: str) -> bytes:
-    name = printable(path, 200)
+    name = sanitize(path, 200)
     try:
         data = _read_remote(path) if "://" in path else read_bytes(path, _MAX_BYTES)
     except LlamaScratchError:
@@ -361,7 +361,7 @@ def _read(path: str) -> bytes:
             return _read(str(inside))
         raise ModelNotFoundError(f"{name} is a directory, expected Meta's tokenizer.model itself.") from error
     except Exception as error:  # blobfile and the clouds' clients raise their own kinds
-        reason = getattr(error, "strerror", None) or printable(error, 200) or type(error).__name__
+        reason = getattr(error, "strerror", None) or sanitize(error, 200) or type(error).__name__
         raise LlamaScratchError(f"{name} cannot be read: {reason}; check that it is there for you to read.") from error
     if data.lstrip().startswith(b"{"):
         raise CheckpointError(
@@ -378,7 +378,7 @@ def _read_remote(path: str) -> bytes:
         data: bytes = file.read(_MAX_BYTES + 1)
     reject_stand_in(data, path)
     if len(data) > _MAX_BYTES:
-        raise CheckpointError(f"{path} is longer than {_MAX_BYTES:,} bytes, expected far less; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} is longer than {_MAX_BYTES:,} bytes, expected far less; {REDOWNLOAD_HINT}")
     return data
 
 
@@ -387,7 +387,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     lines = data.splitlines()
     if len(lines) > _MAX_RANKS:
-        raise CheckpointError(f"{path} has {len(lines):,} lines, expected at most {_MAX_RANKS:,}; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} has {len(lines):,} lines, expected at most {_MAX_RANKS:,}; {REDOWNLOAD_HINT}")
     for number, line in enumerate(lines, start=1):
         try:
             encoded, rank = line.split()
@@ -395,16 +395,16 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             if base64.b64encode(token) != encoded or token in ranks or rank != b"%d" % len(ranks):
                 raise ValueError
         except (ValueError, binascii.Error):
-            shown = printable(line[:40].decode("utf-8", errors="backslashreplace"))
+            shown = sanitize(line[:40].decode("utf-8", errors="backslashreplace"))
             raise CheckpointError(
                 f"{path}, line {number}: found '{shown}', expected a new token in base64 and the rank {len(ranks)}; "
-                + FETCH_AGAIN
+                + REDOWNLOAD_HINT
             ) from None
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
         raise CheckpointError(
             f"{path}: no token for the byte {missing[0]:#04x} among {len(ranks)} lines, expected all 256; "
-            + FETCH_AGAIN
+            + REDOWNLOAD_HINT
         )
     return ranks
 

@@ -1,4 +1,4 @@
-"""What GGUF's quantised blocks mean, a second time: one weight after the other, from ggml's definition of the blocks.
+"""What GGUF's quantized blocks mean, a second time: one weight after the other, from ggml's definition of the blocks.
 
 It imports nothing of the package, nor of gguf's. A block of bytes is a scale or two in float16 and small whole
 numbers; "legacy" ones hold 32 weights, the K ones 256 in groups that have scales of their own.
@@ -145,7 +145,7 @@ OTHERS = {
 }
 
 
-def dequantise(kind: str, data: bytes) -> Floats:
+def dequantize(kind: str, data: bytes) -> Floats:
     """All weights of a row of blocks."""
     size, decode = KINDS[kind].size, KINDS[kind].decode
     assert decode is not None

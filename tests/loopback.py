@@ -28,7 +28,7 @@ class Answer:
 class File:
     """A file, and how it is given out.
 
-    etag, modified: what identifies its version. ranges: whether `Range` is honoured. length: the Content-Length
+    etag, modified: what identifies its version. ranges: whether `Range` is honored. length: the Content-Length
     that is claimed in place of the true one, "" for none. drops: after how many bytes each body ends, one an answer.
     stalls: the same, but the connection stays open. first: answers that come before any other, one a request.
     content_range: sent with 206 in place of the true one. endless: the body never ends. sent: called with the number

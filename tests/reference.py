@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Each query's mix of values: q is (T, n_heads, head_dim), k and v (S, n_kv_heads, head_dim); (T, dim)."""
     heads = []
     for head in range(q.shape[1]):
-        shared = head * k.shape[1] // q.shape[1]  # neighbouring query heads share one key head
+        shared = head * k.shape[1] // q.shape[1]  # neighboring query heads share one key head
         scores = q[:, head] @ k[:, shared].T / math.sqrt(q.shape[2])  # (T, S)
         positions = torch.arange(start, start + len(q))
         scores[torch.arange(len(k)) > positions[:, None]] = -math.inf  # the future

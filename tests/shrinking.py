@@ -20,12 +20,12 @@ def main() -> None:
     """Put the knife into place and run the command line."""
     pattern, place = sys.argv[1:3]
     del sys.argv[1:3]
-    check, sentence = mapped_files.Mapped.check, mapped_files._sentence
+    check, sentence = mapped_files.MappedFiles.check, mapped_files._sentence
     if not place.endswith("!"):
-        mapped_files.Mapped.check = lambda self: None  # type: ignore[method-assign]
+        mapped_files.MappedFiles.check = lambda self: None  # type: ignore[method-assign]
 
     def checked() -> str:
-        mapped_files.Mapped.check = check  # type: ignore[method-assign]
+        mapped_files.MappedFiles.check = check  # type: ignore[method-assign]
         return sentence()
 
     mapped_files._sentence = checked

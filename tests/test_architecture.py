@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import tapped
+from llama_scratch.hooks import hooked
 from llama_scratch.inference import speed
 from llama_scratch.llama import Llama
-from llama_scratch.microscope.architecture import Architecture, Part, _parts, architecture
+from llama_scratch.microscope.architecture import Architecture, WeightRow, _parts, architecture
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.render.pages import architecture as pages
 from llama_scratch.render.pages.architecture import short
@@ -40,7 +40,7 @@ def plain(llama: Llama, device: str = "meta") -> Transformer:
         return Transformer(llama.args)
 
 
-def named(found: Architecture, name: str) -> Part:
+def named(found: Architecture, name: str) -> WeightRow:
     return next(part for part in found.parts if part.name == name)
 
 
@@ -75,8 +75,8 @@ def test_flops_are_those_that_torch_counts(llama: Llama, length: int) -> None:
     cache = KVCache(llama.args, length)
     ids = torch.arange(length)[None]
     # torch counts no fused attention on a CPU; what has a tap on its probabilities computes it in two products.
-    taps = {f"layers.{layer}.attention.probs": lambda _value, _start: None for layer in range(3)}
-    with torch.inference_mode(), tapped(model, taps):
+    hooks = {f"layers.{layer}.attention.probs": lambda _value, _start: None for layer in range(3)}
+    with torch.inference_mode(), hooked(model, hooks):
         if length > 1:
             model(ids[:, :-1], cache)
         with FlopCounterMode(display=False) as counter:

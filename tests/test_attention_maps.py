@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_scratch import hooks as taps_module
 from llama_scratch import model as model_module
 from llama_scratch.errors import ContextLengthError, UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attention as attention_module
@@ -197,7 +197,7 @@ def test_without_its_induction_heads_smollm2_cannot_repeat(llama: Llama) -> None
     text = "The cat sat on the mat. The dog lay on the rug. The cat sat on the mat. The dog lay on the"
 
     def without(some: Sequence[Scores]) -> Llama:
-        def tap(layer: int) -> Tap:
+        def tap(layer: int) -> Hook:
             own = [each.head for each in some if each.layer == layer]
 
             def off(value: Tensor, _start: int) -> Tensor:

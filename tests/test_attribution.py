@@ -14,12 +14,12 @@ from rich.console import Console
 from torch import Tensor
 
 from llama_scratch.errors import ContextLengthError, UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attribution
-from llama_scratch.microscope.attribution import Contribution, Why, why
+from llama_scratch.microscope.attribution import Attribution, Contribution, why
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import percent
@@ -61,13 +61,13 @@ def prepared(path: Path, precision: str) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def paris(llama: Llama) -> Why:
+def paris(llama: Llama) -> Attribution:
     """Why ␣Paris."""
     return why(llama, llama.encode(PROMPT))
 
 
 @pytest.fixture(scope="module")
-def london(llama: Llama) -> Why:
+def london(llama: Llama) -> Attribution:
     """And why not ␣London."""
     return why(llama, llama.encode(PROMPT), None, llama.tokenizer.encode(" London")[0])
 
@@ -87,7 +87,7 @@ def without_head(stored: dict[str, Tensor], layer: int, head: int) -> dict[str, 
     return stored | {name: wo}
 
 
-def named(found: Why) -> dict[str, float]:
+def named(found: Attribution) -> dict[str, float]:
     return {contribution.name: contribution.logit for contribution in found.contributions}
 
 
@@ -133,7 +133,7 @@ def test_real_weights_attribute_as_transformers_activations_say(
     request: pytest.FixtureRequest, huggingfaces: Any, name: str
 ) -> None:
     """What its o_proj and MLPs were given and gave, each through its own slice, by its own norm, in float64."""
-    found: Why = request.getfixturevalue(name)
+    found: Attribution = request.getfixturevalue(name)
     ids = [token.id for token in found.tokens]
     other = found.versus and found.versus.id
     heads: dict[int, Tensor] = {}
@@ -174,12 +174,12 @@ def test_real_weights_attribute_as_transformers_activations_say(
 
 @pytest.mark.slow
 def test_real_claims_are_what_transformers_says_without_the_part(
-    llama: Llama, paris: Why, london: Why, huggingfaces: Any
+    llama: Llama, paris: Attribution, london: Attribution, huggingfaces: Any
 ) -> None:
     """The head's columns of o_proj, or all of down_proj, set to 0."""
     kinds = set()
     for found, claim in [(each, claim) for each in (paris, london) for claim in each.claims]:
-        part = Part.named(claim.contribution.name, llama.args)
+        part = NetworkPart.named(claim.contribution.name, llama.args)
         kinds.add(part.kind)
         layer = huggingfaces.model.layers[part.layer]
         weight = layer.mlp.down_proj.weight if part.kind == "ffn" else layer.self_attn.o_proj.weight
@@ -197,7 +197,7 @@ def test_real_claims_are_what_transformers_says_without_the_part(
     assert kinds == {"ffn", "head"}
 
 
-def test_the_logit_is_the_engines_in_fp32(llama: Llama, paris: Why) -> None:
+def test_the_logit_is_the_engines_in_fp32(llama: Llama, paris: Attribution) -> None:
     found = paris
     assert found.logit == pytest.approx(float(llama.logits(PROMPT)[-1].max()), abs=1e-3)
     assert (found.answer.text, round(found.answer.probability, 3)) == (" Paris", 0.773)
@@ -205,12 +205,12 @@ def test_the_logit_is_the_engines_in_fp32(llama: Llama, paris: Why) -> None:
 
 
 def interventions(llama: Llama) -> Iterator[Intervention]:
-    yield ablate(llama, Part(1, "head", 2))
-    yield ablate(llama, Part(1, "attn"))
-    yield mean_ablate(llama, Part(0, "ffn"), OTHER)
-    yield patch(llama, Part(0, "layer"), OTHER, {2: 2})
-    yield patch(llama, Part(2, "layer"), OTHER, {len(IDS) - 1: 3})
-    yield patch(llama, Part(1, "neuron", 5), OTHER, {4: 4})
+    yield ablate(llama, NetworkPart(1, "head", 2))
+    yield ablate(llama, NetworkPart(1, "attn"))
+    yield mean_ablate(llama, NetworkPart(0, "ffn"), OTHER)
+    yield patch(llama, NetworkPart(0, "layer"), OTHER, {2: 2})
+    yield patch(llama, NetworkPart(2, "layer"), OTHER, {len(IDS) - 1: 3})
+    yield patch(llama, NetworkPart(1, "neuron", 5), OTHER, {4: 4})
     yield steer(llama, 1, 0.7, OTHER, IDS)
 
 
@@ -222,7 +222,7 @@ def test_with_an_intervention_what_it_does_to_the_stream_is_a_contribution_too(
     intervention = list(interventions(tiny))[which]
     found = why(changed(tiny, [intervention]), IDS, 42, 17)
     network = changed(fp32, [list(interventions(fp32))[which]])
-    logits = network.engine.run([IDS], {})[0, 0].double()
+    logits = network.engine.forward_with_hooks([IDS], {})[0, 0].double()
     loose = 0.2 if tiny.info.precision in ("bf16", "int8") else 1e-2 if tiny.info.precision == "fp16" else 1e-3
     assert found.logit == pytest.approx(float(logits[42] - logits[17]), abs=loose)
     assert sum(named(found).values()) == pytest.approx(found.logit, abs=1e-3)
@@ -269,14 +269,16 @@ def test_gradients_are_finite_differences(tiny: Llama, stored: dict[str, Tensor]
 
 
 def test_gradients_of_a_changed_network_are_its_own(tiny: Llama, stored: dict[str, Tensor]) -> None:
-    found = why(changed(tiny, [ablate(tiny, Part(0, "head", 1)), ablate(tiny, Part(2, "head", 0))]), IDS, 42)
+    found = why(
+        changed(tiny, [ablate(tiny, NetworkPart(0, "head", 1)), ablate(tiny, NetworkPart(2, "head", 0))]), IDS, 42
+    )
     expected = finite_differences(without_head(without_head(stored, 0, 1), 2, 0), IDS, 42, None)
     assert [influence.gradient_x_input for influence in found.influences] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_token_whose_vector_is_replaced_has_no_gradient(fp32: Llama) -> None:
     """Patched in front of the first layer, nothing of its own is read."""
-    found = why(changed(fp32, [patch(fp32, Part(0, "layer"), OTHER, {4: 4})]), IDS, 42)
+    found = why(changed(fp32, [patch(fp32, NetworkPart(0, "layer"), OTHER, {4: 4})]), IDS, 42)
     gradients = [influence.gradient_x_input for influence in found.influences]
     assert gradients[4] == 0
     assert all(gradient != 0 for i, gradient in enumerate(gradients) if i != 4)
@@ -307,7 +309,7 @@ def test_the_files_weights_are_read_once(tiny_dir: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(llama, "_weights", reading)
         why(llama, IDS)
-        why(changed(llama, [ablate(llama, Part(0, "head"))]), IDS)
+        why(changed(llama, [ablate(llama, NetworkPart(0, "head"))]), IDS)
         assert reads == 1
 
 
@@ -354,7 +356,7 @@ def test_the_strongest_parts_are_tried_out(fp32: Llama, stored: dict[str, Tensor
     ranked = sorted(found.contributions[1:], key=lambda contribution: -abs(contribution.logit))
     assert [claim.contribution for claim in found.claims] == ranked[:3] == found.strongest[:3]
     for claim in found.claims:
-        part = Part.named(claim.contribution.name, fp32.args)
+        part = NetworkPart.named(claim.contribution.name, fp32.args)
         less = without_head(stored, part.layer, part.index)
         if part.kind == "ffn":
             less = stored | {f"layers.{part.layer}.feed_forward.w2.weight": torch.zeros(256, 1024)}
@@ -417,8 +419,8 @@ def test_a_text_beyond_the_context_is_refused(tiny_dir: Path) -> None:
 def test_an_interruption_anywhere_leaves_the_network_as_it_was(tiny_dir: Path) -> None:
     """At each report of progress: no hook stays, and the next answer is right."""
     llama = prepared(tiny_dir, "int8")
-    network = changed(llama, [ablate(llama, Part(1, "head", 2))])
-    expected = network.engine.run([IDS], {})
+    network = changed(llama, [ablate(llama, NetworkPart(1, "head", 2))])
+    expected = network.engine.forward_with_hooks([IDS], {})
     why(network, IDS)  # which reads the file's weights
     stages: list[str] = []
     why(network, IDS, progress=lambda stage, _done, _total: stages.append(stage))
@@ -436,7 +438,7 @@ def test_an_interruption_anywhere_leaves_the_network_as_it_was(tiny_dir: Path) -
             why(network, IDS, progress=interrupt)
         for model in (llama.engine.model, llama.differentiable()):
             assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-        assert torch.equal(network.engine.run([IDS], {}), expected)
+        assert torch.equal(network.engine.forward_with_hooks([IDS], {}), expected)
 
 
 def test_progress_ends_at_its_total(fp32: Llama) -> None:
@@ -451,9 +453,9 @@ def test_progress_ends_at_its_total(fp32: Llama) -> None:
 
 def test_what_a_tap_replaces_between_the_parts_is_called_interventions(fp32: Llama) -> None:
     """A tap that is no `Intervention` is counted as well."""
-    taps: dict[str, Tap] = {"layers.1.resid_mid": lambda value, _start: value * 1.5}
-    found = why(fp32.intervened(taps), IDS, 42)
-    logits = fp32.intervened(taps).engine.run([IDS], {})[0, 0]
+    hooks: dict[str, Hook] = {"layers.1.resid_mid": lambda value, _start: value * 1.5}
+    found = why(fp32.intervened(hooks), IDS, 42)
+    logits = fp32.intervened(hooks).engine.forward_with_hooks([IDS], {})[0, 0]
     assert found.logit == pytest.approx(float(logits[42]), abs=1e-3)
     assert abs(named(found)["interventions"]) > 1e-2
 
@@ -461,7 +463,7 @@ def test_what_a_tap_replaces_between_the_parts_is_called_interventions(fp32: Lla
 # --- The page ---------------------------------------------------------------------------------
 
 
-def drawn(found: Why, width: int | None) -> str:
+def drawn(found: Attribution, width: int | None) -> str:
     """As a terminal shows the page, in one line; without a width, as a screen reader gets it."""
     page = pages.page(found)
     console = Console(width=width or 10_000, color_system=None)
@@ -471,7 +473,7 @@ def drawn(found: Why, width: int | None) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 40, None])
-def test_the_page_says_what_was_found(paris: Why, london: Why, width: int | None) -> None:
+def test_the_page_says_what_was_found(paris: Attribution, london: Attribution, width: int | None) -> None:
     found, shown = london, drawn(london, width)
     assert "77.3 %" in shown
     assert f"logits {found.logit:+.2f} apart" in shown
@@ -492,7 +494,7 @@ def test_the_page_says_what_was_found(paris: Why, london: Why, width: int | None
 def test_a_page_of_parts_that_say_nothing_has_no_bars() -> None:
     """Not even where all contributions are 0."""
     zero = tuple(Contribution(name, 0.0) for name in NAMES)
-    why_nothing = Why((), _candidate(), None, 0.0, zero, 0.0, (), ())
+    why_nothing = Attribution((), _candidate(), None, 0.0, zero, 0.0, (), ())
     assert all(not cell.bar for part in (pages._contributions(why_nothing),) for row in part.rows for cell in row)
 
 

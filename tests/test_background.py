@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama_scratch.system.jobs import Background, Job, go_on
+from llama_scratch.system.jobs import BackgroundJobs, Job, report_progress
 
 SOON = 10.0  # seconds after which what should have happened will not
 
@@ -37,7 +37,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_nothing_runs_before_the_start() -> None:
     """Making it costs nothing."""
     done: list[int] = []
-    background = Background("packing", [(lambda: done.append(1), 1)])
+    background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     assert not background.started
     assert not background.done
     assert not done
@@ -50,7 +50,7 @@ def test_nothing_runs_before_the_start() -> None:
 def test_jobs_run_in_their_order() -> None:
     """One after another on one thread."""
     done: list[int] = []
-    Background("packing", [(lambda i=i: done.append(i), 1) for i in range(50)]).wait()  # type: ignore[misc]
+    BackgroundJobs("packing", [(lambda i=i: done.append(i), 1) for i in range(50)]).wait()  # type: ignore[misc]
     assert done == list(range(50))
 
 
@@ -60,14 +60,14 @@ def test_every_job_runs_once_on_several_threads() -> None:
     done: list[int] = []
     jobs: list[Job] = [(lambda: void(both.wait()), 1)] * 2
     jobs += [(lambda i=i: done.append(i), 1) for i in range(50)]  # type: ignore[misc]
-    Background("packing", jobs, threads=2).wait()
+    BackgroundJobs("packing", jobs, threads=2).wait()
     assert sorted(done) == list(range(50))
 
 
 def test_starting_twice_runs_the_jobs_once() -> None:
     """Every answer starts it."""
     done: list[int] = []
-    background = Background("packing", [(lambda: done.append(1), 1)])
+    background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     for _ in range(3):
         background.start()
     background.wait()
@@ -78,7 +78,7 @@ def test_starting_twice_runs_the_jobs_once() -> None:
 
 def test_where_there_is_no_job_all_is_done_at_once() -> None:
     """Weights that are read where the file is mapped need no packing."""
-    background = Background("packing", [])
+    background = BackgroundJobs("packing", [])
     assert background.done
     assert not background.running
     assert background.progress == ("packing", 0, 0)
@@ -89,7 +89,7 @@ def test_where_there_is_no_job_all_is_done_at_once() -> None:
 def test_progress_is_counted_in_the_sizes_of_the_jobs() -> None:
     """Before the first, between, and at the end."""
     step = threading.Semaphore(0)
-    background = Background("packing", [(lambda: void(step.acquire()), size) for size in (3, 4, 5)])
+    background = BackgroundJobs("packing", [(lambda: void(step.acquire()), size) for size in (3, 4, 5)])
     assert background.progress == ("packing", 0, 12)
     background.start()
     for done in (3, 7, 12):
@@ -102,8 +102,8 @@ def test_progress_is_counted_in_the_sizes_of_the_jobs() -> None:
 def test_jobs_of_no_size_are_run_and_not_counted() -> None:
     """A compiler's: all weights are as they should be before it ends."""
     release = threading.Event()
-    background = Background("packing", [(lambda: release.wait(SOON), 0), (lambda: None, 3)])
-    small = Background("packing", [(lambda: release.wait(SOON), 0)])
+    background = BackgroundJobs("packing", [(lambda: release.wait(SOON), 0), (lambda: None, 3)])
+    small = BackgroundJobs("packing", [(lambda: release.wait(SOON), 0)])
     assert not background.done
     assert small.done
     for jobs in (background, small):
@@ -120,7 +120,7 @@ def test_jobs_of_no_size_are_run_and_not_counted() -> None:
 def test_waiting_reports_the_progress() -> None:
     """From the beginning, never backwards."""
     told: list[tuple[str, int, int]] = []
-    Background("packing", [(lambda: time.sleep(0.01), 2)] * 5).wait(lambda *report: told.append(report))
+    BackgroundJobs("packing", [(lambda: time.sleep(0.01), 2)] * 5).wait(lambda *report: told.append(report))
     assert told
     assert told == sorted(told)
     assert {(stage, total) for stage, _, total in told} == {("packing", 10)}
@@ -130,7 +130,7 @@ def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
     """Each time that it is waited for."""
     done: list[int] = []
     jobs: list[Job] = [(lambda: done.append(1), 1), (raising(MemoryError("no room")), 1), (lambda: done.append(2), 1)]
-    background = Background("packing", jobs)
+    background = BackgroundJobs("packing", jobs)
     for _ in range(2):
         with pytest.raises(MemoryError, match="no room"):
             background.wait()
@@ -142,7 +142,7 @@ def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
 
 def test_a_job_that_failed_is_not_done() -> None:
     """Else an answer would come from weights of another form than it says."""
-    background = Background("packing", [(raising(MemoryError()), 1)])
+    background = BackgroundJobs("packing", [(raising(MemoryError()), 1)])
     with pytest.raises(MemoryError):
         background.wait()
     background.close()
@@ -157,7 +157,7 @@ def test_the_first_of_several_errors_is_raised() -> None:
         second_may_fail.wait(SOON)
         raise ValueError
 
-    background = Background("packing", [(second, 1), (raising(MemoryError()), 1)], threads=2)
+    background = BackgroundJobs("packing", [(second, 1), (raising(MemoryError()), 1)], threads=2)
     with pytest.raises(MemoryError):
         background.wait()
     second_may_fail.set()
@@ -176,7 +176,7 @@ def test_closing_waits_for_the_job_that_runs_and_leaves_the_rest() -> None:
         time.sleep(0.1)
         done.append(1)
 
-    background = Background("packing", [(first, 1), *[(lambda: done.append(2), 1)] * 1000])
+    background = BackgroundJobs("packing", [(first, 1), *[(lambda: done.append(2), 1)] * 1000])
     background.start()
     begun.wait(SOON)
     background.close()
@@ -192,7 +192,7 @@ def test_closing_waits_for_the_job_that_runs_and_leaves_the_rest() -> None:
 def test_closing_before_the_start_runs_nothing() -> None:
     """Not even when it is started afterwards."""
     done: list[int] = []
-    background = Background("packing", [(lambda: done.append(1), 1)])
+    background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     background.close()
     background.start()
     background.wait()
@@ -220,16 +220,16 @@ def test_the_program_ends_without_the_jobs_that_are_left(end: str, code: int) ->
 
 def test_a_long_job_ends_when_it_is_closed() -> None:
     """At the next time that it says how far it is, which others see until then; and outside of one nothing happens."""
-    go_on("calibrating", 1, 2)
+    report_progress("calibrating", 1, 2)
     said = threading.Event()
 
     def long() -> None:
         while True:
-            go_on("calibrating", 3, 7)
+            report_progress("calibrating", 3, 7)
             said.set()
             time.sleep(0.001)
 
-    background = Background("packing", [(long, 1), (long, 1)], 2)
+    background = BackgroundJobs("packing", [(long, 1), (long, 1)], 2)
     assert background.progress == ("packing", 0, 2)
     background.start()
     assert said.wait(SOON)

@@ -29,7 +29,9 @@ def tiny(tiny_dir: Path) -> Llama:
 def computed(llama: Llama, layer: int, name: str) -> Tensor:
     """A layer's keys or values from a run beside the cache, (n_kv_heads, T, head_dim)."""
     found: list[Tensor] = []
-    llama.engine.run([IDS], {f"layers.{layer}.attention.{name}": lambda x, _start: found.append(x[0].clone())})
+    llama.engine.forward_with_hooks(
+        [IDS], {f"layers.{layer}.attention.{name}": lambda x, _start: found.append(x[0].clone())}
+    )
     return found[0]
 
 

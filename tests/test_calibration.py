@@ -13,9 +13,16 @@ from torch import Tensor
 from llama_scratch import Llama
 from llama_scratch.errors import ModelNotFoundError, UsageError
 from llama_scratch.precision import calibration
-from llama_scratch.precision.calibration import documentation, examples, hessians, imagine, read_text, windows
+from llama_scratch.precision.calibration import (
+    collect_hessians,
+    examples,
+    read_text,
+    sample_model_text,
+    stdlib_documentation,
+    windows,
+)
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.linear import Projection, Rows, form_of
+from llama_scratch.precision.linear import PackedLinear, Rows, format_of
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def test_hessians(llama: Llama) -> None:
     """E[x xᵀ] of every linear layer, of all windows together, and each layer once; the network is left as it was."""
     model, some = llama.engine.model, some_windows(llama)
     seen: dict[str, list[Tensor]] = {}
-    linear = {name: module for name, module in model.named_modules() if form_of(module)}
+    linear = {name: module for name, module in model.named_modules() if format_of(module)}
     assert len(linear) == 3 * 7 + 1
     hooks = [
         module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].flatten(0, 1)))
@@ -43,7 +50,7 @@ def test_hessians(llama: Llama) -> None:
         model(window, all_positions=True)
     for hook in hooks:
         hook.remove()
-    found = {name: (products, names) for names, products in hessians(model, some) for name in names}
+    found = {name: (products, names) for names, products in collect_hessians(model, some) for name in names}
     assert found.keys() == linear.keys()
     for name, (products, names) in found.items():
         x = torch.cat(seen[name]).double()
@@ -62,26 +69,26 @@ def test_hooks_are_gone_after_an_interrupt(llama: Llama, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "_through", interrupted)
+    monkeypatch.setattr(calibration, "_forward_cached", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(hessians(model, some_windows(llama)))
+        list(collect_hessians(model, some_windows(llama)))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_the_model_says(llama: Llama) -> None:
     """Drawn by its own probabilities, behind a start and a random token each; the same every time."""
-    said = imagine(llama.engine.model, 3, [7, 9])
+    said = sample_model_text(llama.engine.model, 3, [7, 9])
     assert said.shape == (3, 256)
     assert said[:, :2].tolist() == [[7, 9]] * 3
     assert len(set(said[:, 2].tolist())) == 3
-    assert torch.equal(said, imagine(llama.engine.model, 3, [7, 9]))
+    assert torch.equal(said, sample_model_text(llama.engine.model, 3, [7, 9]))
     # A model that is sure of everything says what is most probable, each time by all that came before.
     model = Llama.load(llama.path, precision="fp32").engine.model
-    form = form_of(model.output)
+    form = format_of(model.output)
     assert isinstance(form, Rows)
     weight = as_tensor(form.weights[0])
-    model.output = Projection(Rows([weight * 1e6]))  # type: ignore[assignment]
-    sure = imagine(model, 2)
+    model.output = PackedLinear(Rows([weight * 1e6]))  # type: ignore[assignment]
+    sure = sample_model_text(model, 2)
     following = model(sure, all_positions=True).argmax(-1)
     assert torch.equal(following[:, :-1], sure[:, 1:])
 
@@ -90,10 +97,10 @@ def test_documentation() -> None:
     """Prose of the standard library, as much as was asked for, the same each time; not what benchmarks measure with."""
     from pydoc_data.topics import topics
 
-    text = documentation(100_000)
+    text = stdlib_documentation(100_000)
     assert len(text) == 100_000
-    assert text == documentation(200_000)[:100_000]
-    assert documentation(0) == ""
+    assert text == stdlib_documentation(200_000)[:100_000]
+    assert stdlib_documentation(0) == ""
     assert text.count(" the ") > 500
     paragraphs = {part for topic in topics.values() for part in topic.split("\n\n") if len(part) > 100}
     assert sum(part in text for part in paragraphs) == 0
@@ -102,12 +109,12 @@ def test_documentation() -> None:
 def test_documentation_without_the_librarys_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing where there are no files, and files that are no Python are passed over."""
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert documentation(1000) == ""
+    assert stdlib_documentation(1000) == ""
     (tmp_path / "a.py").write_text('"""' + "words " * 100 + '"""')
     (tmp_path / "b.py").write_text("def (")
     (tmp_path / "c.py").write_bytes(b"\0\xff")
     (tmp_path / "d.py").write_text('"""short"""')
-    assert documentation(1000) == "words " * 100
+    assert stdlib_documentation(1000) == "words " * 100
 
 
 @pytest.mark.slow
@@ -119,15 +126,15 @@ def test_examples(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [window.shape for window in found] == [(1, 1024), (4, 256)]
     assert all(bool((window[:, 0] == bos).all()) for window in found)
     text = llama.tokenizer.decode(read[0, 1:].tolist())
-    assert documentation(10_000).startswith(text[:500])
-    assert torch.equal(rest[0], imagine(llama.engine.model, 4, [bos]))
-    monkeypatch.setattr(calibration, "documentation", lambda _: "")
+    assert stdlib_documentation(10_000).startswith(text[:500])
+    assert torch.equal(rest[0], sample_model_text(llama.engine.model, 4, [bos]))
+    monkeypatch.setattr(calibration, "stdlib_documentation", lambda _: "")
     assert [window.shape for window in examples(llama.engine.model, llama.tokenizer, tokens=1000)] == [(4, 256)]
 
 
 def test_windows_of_a_text(llama: Llama) -> None:
     """Whole ones, no more than asked for; a text with less than one is refused."""
-    ids = llama.tokenizer.encode(text := documentation(50_000))
+    ids = llama.tokenizer.encode(text := stdlib_documentation(50_000))
     found = windows(llama.tokenizer, text, tokens=2048)
     assert [window.shape for window in found] == [(1, 1024), (1, 1024)]
     assert found[0][0, 1:].tolist() + found[1][0, 1:].tolist() == ids[: 2 * 1023]

@@ -254,7 +254,7 @@ def test_smollm2s_header_is_what_the_gguf_package_reads(smollm2_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_smollm2s_weights_are_what_the_gguf_package_dequantises(smollm2_path: Path) -> None:
+def test_smollm2s_weights_are_what_the_gguf_package_dequantizes(smollm2_path: Path) -> None:
     """Each of the 272 tensors, to the last bit, under the name that the network gives it."""
     weights = open_checkpoint(smollm2_path).load(silent)
     parts = {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv"}
@@ -274,7 +274,7 @@ def test_smollm2s_weights_are_what_the_gguf_package_dequantises(smollm2_path: Pa
 
 
 def test_smollm2s_shape(smollm2_path: Path) -> None:
-    """The numbers that are known of it, its name without the kind of quantisation, and no token at the beginning."""
+    """The numbers that are known of it, its name without the kind of quantization, and no token at the beginning."""
     checkpoint = open_checkpoint(smollm2_path)
     expected = ModelArgs(576, 30, 9, 3, 49152, 1536, checkpoint.args.norm_eps, 100_000.0, None, 8192)
     assert checkpoint.args == expected
@@ -298,7 +298,7 @@ def test_opening_smollm2_reads_no_weights(smollm2_path: Path) -> None:
     "quant", [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1]
 )
 def test_files_of_the_gguf_packages_writer(tmp_path: Path, quant: Quant, tied: bool) -> None:
-    """Each kind of quantisation that the package writes loads as what it reads, with and without an output."""
+    """Each kind of quantization that the package writes loads as what it reads, with and without an output."""
     path = write_with_gguf(tmp_path / f"small-{quant.name}.gguf", quant, tied=tied)
     checkpoint = open_checkpoint(path)
     weights = checkpoint.load(silent)
@@ -414,10 +414,10 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks take as float32 is known from the header; nothing is dequantised to find out."""
+    """What blocks take as float32 is known from the header; nothing is dequantized to find out."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000))
     monkeypatch.setattr(
-        "llama_scratch.precision.lazy_weight.Quantised.rows", lambda *_: pytest.fail("it was dequantised")
+        "llama_scratch.precision.lazy_weight.GGUFBlockWeight.rows", lambda *_: pytest.fail("it was dequantized")
     )
     path = write_with_gguf(tmp_path / "small.gguf", Quant.Q8_0)
     with pytest.raises(OutOfMemoryError) as caught:
@@ -778,7 +778,7 @@ def test_an_unknown_tensor(tmp_path: Path, file: File, name: str) -> None:
 
 
 def test_unknown_tensors_are_refused_before_the_long_part(tmp_path: Path, file: File) -> None:
-    """Names and shapes are in the header: nothing is dequantised to find out that they are wrong."""
+    """Names and shapes are in the header: nothing is dequantized to find out that they are wrong."""
     file.tensors.append(("extra", (32,), 0, len(file.data)))
     file.data += bytes(128)
     calls: list[tuple[str, int, int]] = []

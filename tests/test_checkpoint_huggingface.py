@@ -29,7 +29,7 @@ from llama_scratch.checkpoint import Checkpoint, open_checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS, bytes_to_unicode, merges_of
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.huggingface.reader import in_pairs, open_huggingface
-from llama_scratch.checkpoint.license import read_licence
+from llama_scratch.checkpoint.license import read_license
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UnsupportedError
@@ -792,7 +792,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "(quantization_config, fp8), expected bf16, fp16 or fp32",
     ),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(quantization_config, gptq)"),
-    "quantised somehow": ({"quantization_config": 7}, "(quantization_config, 7)"),
+    "quantized somehow": ({"quantization_config": 7}, "(quantization_config, 7)"),
     "a bias in attention": ({"attention_bias": True}, "attention_bias True, expected linear layers without a bias"),
     "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias True"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected silu"),
@@ -1048,7 +1048,7 @@ HARD = "they're the 1234 thing  12 x\n\n 7 thé 'S   ١٢٣ the123"
 
 
 @pytest.mark.parametrize("name", PRE)
-def test_each_pattern_is_recognised(directory: Path, name: str) -> None:
+def test_each_pattern_is_recognized(directory: Path, name: str) -> None:
     """And cuts a text as the `tokenizers` package does by the same file."""
     tokenizer = opened(directory, pre_tokenizer=PRE[name])
     assert tokenizer.pattern == PATTERNS[name]
@@ -1056,7 +1056,7 @@ def test_each_pattern_is_recognised(directory: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_pattern_that_is_written_out_is_recognised(directory: Path, name: str) -> None:
+def test_a_pattern_that_is_written_out_is_recognized(directory: Path, name: str) -> None:
     """As an expression of a step of its own."""
     tokenizer = opened(directory, pre_tokenizer=sequence(split(PATTERNS[name]), BYTE_LEVEL | {"use_regex": False}))
     assert tokenizer.pattern == PATTERNS[name]
@@ -1318,7 +1318,7 @@ def test_metas_tokenizer_is_taken_where_there_is_no_other(directory: Path, meta_
         open_huggingface(write(directory, "tokenizer.json", tokenizer_json()), str(meta_tokenizer_path))
 
 
-# --- Conversations and the licence ------------------------------------------------------------
+# --- Conversations and the license ------------------------------------------------------------
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -1379,7 +1379,7 @@ def test_a_template_that_is_no_text_is_refused(directory: Path, chat_template: A
         ({"README.md": "---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\nlicense: mit\n"}, "apache-2.0"),
         ({"README.md": "---\r\nlicense: 'llama3.2'\r\nbase: x\r\n---\r\n"}, "llama3.2"),
         ({"README.md": "---\nlicense:\n- mit\n- apache-2.0\n---\n"}, "mit"),
-        ({"README.md": "---\nlicense: other\nlicense_name: my-licence\nlicense_link: x\n---\n"}, "my-licence"),
+        ({"README.md": "---\nlicense: other\nlicense_name: my-license\nlicense_link: x\n---\n"}, "my-license"),
         ({"README.md": "---\nlicense: other\n---\n"}, "other"),
         ({"README.md": "---\nlicense: mit\n"}, None),
         ({"LICENSE": "\n   LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nText\n"}, "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"),
@@ -1389,22 +1389,22 @@ def test_a_template_that_is_no_text_is_refused(directory: Path, chat_template: A
         ({"README.md": b"---\nlicense: \xff\n---\n"}, "\ufffd"),
     ],
 )
-def test_the_licence_is_what_the_files_state(
+def test_the_license_is_what_the_files_state(
     tmp_path: Path, files: dict[str, str | bytes], expected: str | None
 ) -> None:
-    """The README's front matter, or else the licence's own first line; short and printable."""
+    """The README's front matter, or else the license's own first line; short and printable."""
     for name, text in files.items():
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert read_licence(tmp_path) == expected
+    assert read_license(tmp_path) == expected
 
 
-def test_a_licence_that_cannot_be_read_is_no_error(directory: Path) -> None:
+def test_a_license_that_cannot_be_read_is_no_error(directory: Path) -> None:
     """Neither a directory in its place, nor a pipe that nobody writes to."""
     (directory / "LICENSE").mkdir()
     os.mkfifo(directory / "LICENSE.txt")
-    assert open_huggingface(directory).licence is None
+    assert open_huggingface(directory).license is None
     (directory / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert open_huggingface(directory).licence == "mit"
+    assert open_huggingface(directory).license == "mit"
 
 
 @pytest.mark.parametrize("text", ["---" + "\n" * 60_000, "---\nlicense: a" + " " * 60_000 + "b\n---\n"])
@@ -1412,5 +1412,5 @@ def test_a_readme_that_keeps_a_reader_busy(tmp_path: Path, text: str) -> None:
     """Its length matters, and not the square of it."""
     (tmp_path / "README.md").write_text(text)
     start = time.thread_time()
-    read_licence(tmp_path)
+    read_license(tmp_path)
     assert time.thread_time() - start < 0.5

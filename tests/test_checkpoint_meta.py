@@ -32,7 +32,7 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
-    FETCH_AGAIN,
+    REDOWNLOAD_HINT,
     CheckpointError,
     LlamaScratchError,
     ModelNotFoundError,
@@ -43,7 +43,7 @@ from llama_scratch.errors import (
 from llama_scratch.model import Transformer
 from llama_scratch.precision.calibration import GROUPS
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
-from llama_scratch.precision.linear import Rows, form_of
+from llama_scratch.precision.linear import Rows, format_of
 from llama_scratch.precision.network import memory_needed
 from llama_scratch.system.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
@@ -60,7 +60,7 @@ def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: 
     """Check an error: its class, its exit code, and one short printable line that holds every part of `says`."""
     message = str(error)
     assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
-    assert not (isinstance(error, UnsupportedError) and FETCH_AGAIN in message), message
+    assert not (isinstance(error, UnsupportedError) and REDOWNLOAD_HINT in message), message
     assert error.exit_code == EXIT_CODES.get(kind, 1)
     assert message.isprintable(), message
     assert message.endswith("."), message
@@ -240,7 +240,7 @@ def matrices(llama: Llama) -> list[Tensor]:
     """The matrices that a loaded model multiplies in 32 or 16 bits, as they are stored: the embedding, then others."""
     model = llama.engine.model
     found = [model.tok_embeddings.weight]
-    for form in {id(form): form for form in map(form_of, model.modules()) if form is not None}.values():
+    for form in {id(form): form for form in map(format_of, model.modules()) if form is not None}.values():
         assert isinstance(form, Rows)
         found += [as_tensor(weight) for weight in form.weights]
     return found
@@ -392,14 +392,14 @@ def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
     assert same(load(outer), load(small_dir))
 
 
-def test_the_licence_beside_original(small_dir: Path) -> None:
+def test_the_license_beside_original(small_dir: Path) -> None:
     """It stands in the repository's own files."""
     small_dir.rename(small_dir.parent / "original")
-    assert open_checkpoint(small_dir.parent).licence is None
+    assert open_checkpoint(small_dir.parent).license is None
     (small_dir.parent / "README.md").write_text("---\nlicense: llama3.2\n---\n")
-    assert open_checkpoint(small_dir.parent).licence == "llama3.2"
+    assert open_checkpoint(small_dir.parent).license == "llama3.2"
     (small_dir.parent / "original" / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
-    assert open_checkpoint(small_dir.parent / "original").licence == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+    assert open_checkpoint(small_dir.parent / "original").license == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
 
 
 def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
@@ -774,7 +774,7 @@ ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "float8": lambda t: t.to(torch.float8_e4m3fn),
     "complex64": lambda t: t.to(torch.complex64),
     "bool": lambda t: t > 0,
-    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "sparse": lambda t: t.float().to_sparse(),
     "sparse rows": lambda t: t.float().to_sparse_csr(),
     "meta": lambda t: t.to("meta"),
@@ -797,7 +797,7 @@ def test_tensors_that_are_not_plain(small_dir: Path, kind: str) -> None:
     save(small_dir, weights | {name: ODD_TENSORS[kind](weights[name])})
     message = refused(small_dir, CheckpointError, small_dir / WEIGHTS)
     # Where what makes such a tensor is refused before there is one, that is named instead.
-    assert name in message or "torch._utils" in message or kind in ("quantised", "float8")
+    assert name in message or "torch._utils" in message or kind in ("quantized", "float8")
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -1035,7 +1035,7 @@ def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, A
         ({"quantization_args": 7}, "7"),
     ],
 )
-def test_quantised_releases_are_not_supported(small_dir: Path, arguments: dict[str, Any], release: str) -> None:
+def test_quantized_releases_are_not_supported(small_dir: Path, arguments: dict[str, Any], release: str) -> None:
     """Meta's SpinQuant and QLoRA files hold other tensors; said before anything else is tried."""
     change_params(small_dir, **arguments)
     refused(small_dir, CheckpointError, small_dir / PARAMS, release, "bf16")

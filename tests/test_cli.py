@@ -434,7 +434,7 @@ def test_output_is_utf8_whatever_the_locale(tiny_dir: Path) -> None:
     assert json.loads(result.stdout.decode("utf-8"))["prompt"] == "日本"
 
 
-def test_colours_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
+def test_colors_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
     """Whether standard output is a terminal decides the format, not what may be sent to one."""
     command = [*PROGRAM, "--model-dir", str(tiny_dir), "--prompt", "the nation"]
     outputs = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.config import ModelArgs, RopeScaling, ffn_dim
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, UsageError
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError
 from tests.checkpoints import TINY_PARAMS, tiny_args
 
 # dim, n_layers, n_heads, ffn_dim_multiplier, multiple_of, use_scaled_rope → FFN width, factor, parameters, tied
@@ -68,7 +68,7 @@ def test_other_networks_are_named_and_not_called_damaged(field: dict[str, Any]) 
     """Llama 4, vision models and quantized releases."""
     with pytest.raises(UnsupportedError) as caught:
         tiny_args(**field)
-    assert FETCH_AGAIN not in str(caught.value)
+    assert REDOWNLOAD_HINT not in str(caught.value)
 
 
 def test_a_scaling_by_a_factor_of_1_is_none() -> None:
@@ -144,7 +144,7 @@ def test_a_field_that_is_missing_or_no_size_is_refused(field: str, value: Any) -
         ({"rope_scaling_factor": 0.5}, "rope_scaling_factor is 0.5"),
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
         ({"n_layers": 2000}, "n_layers is 2000"),
-        ({"quantization_args": {"scheme": "int4"}}, "quantised"),
+        ({"quantization_args": {"scheme": "int4"}}, "quantized"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], says: str) -> None:

@@ -22,7 +22,7 @@ from llama_scratch import Llama
 from llama_scratch.chat_format import Message
 from llama_scratch.checkpoint import Checkpoint, convert, open_checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
-from llama_scratch.checkpoint.convert import FORMS
+from llama_scratch.checkpoint.convert import FORMATS
 from llama_scratch.checkpoint.huggingface import writer
 from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
@@ -340,7 +340,7 @@ def test_norms_that_need_float32_keep_it(sources: dict[str, Path], tmp_path: Pat
     assert same_bits(weights_of(back), weights_of(source))
 
 
-# --- The open model: another tokenizer, and quantised weights ---------------------------------
+# --- The open model: another tokenizer, and quantized weights ---------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -354,19 +354,19 @@ def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.mark.slow
 def test_the_open_model_in_all_forms(smollm2: tuple[convert.Converted, ...], smollm2_path: Path) -> None:
-    """Quantised → float32, said so, and from there on lossless; tokens as `tokenizers` and as before."""
+    """Quantized → float32, said so, and from there on lossless; tokens as `tokenizers` and as before."""
     from tokenizers import Tokenizer as TheirTokenizer
 
     there, back = smollm2
     first, *others = [open_checkpoint(path) for path in (smollm2_path, there.path, back.path)]
-    quantised, metadata = there.notes
-    assert "float32" in quantised
+    quantized, metadata = there.notes
+    assert "float32" in quantized
     assert "general.languages" in metadata
     assert back.notes == ()
     theirs = TheirTokenizer.from_file(str(there.path / "tokenizer.json"))
     for other in others:
         assert vars_of(other.tokenizer) == vars_of(first.tokenizer)
-        assert other.licence == first.licence
+        assert other.license == first.license
         assert other.args.rope_theta == first.args.rope_theta
         assert other.chat is not None
         assert other.chat.parts([Message("user", "Hi")]) == first.chat.parts([Message("user", "Hi")])  # type: ignore[union-attr]
@@ -531,7 +531,7 @@ def test_a_template_that_is_not_metas(rounds: dict[tuple[str, ...], list[Path]],
     assert "template" in note
 
 
-def test_the_licence_goes_along(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_license_goes_along(sources: dict[str, Path], tmp_path: Path) -> None:
     """Its file from a directory into a directory, its name into GGUF's metadata and back; Meta's form says none."""
     source = shutil.copytree(sources["bf16"], tmp_path / "m")
     (source / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n…\n")
@@ -540,9 +540,9 @@ def test_the_licence_goes_along(sources: dict[str, Path], tmp_path: Path) -> Non
     assert (there / "LICENSE.txt").read_bytes() == (source / "LICENSE.txt").read_bytes()
     assert (there / "USE_POLICY.md").read_text() == "be good"
     file = convert.convert(there, tmp_path / "m.gguf", "gguf").path
-    assert open_checkpoint(file).licence == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+    assert open_checkpoint(file).license == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
     back = convert.convert(file, tmp_path / "again", "hf").path
-    assert open_checkpoint(back).licence == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
+    assert open_checkpoint(back).license == "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT"
     (note,) = convert.convert(file, tmp_path / "meta", "meta").notes
     assert "LLAMA 3.2" in note
 
@@ -567,7 +567,7 @@ def test_a_form_that_is_none(sources: dict[str, Path], tmp_path: Path, form: str
     refused(sources["bf16"], tmp_path / "m", form, UsageError, "meta, hf, gguf")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_places_that_are_taken(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
     """A file, a directory with something in it, the model itself, a directory around it, a folder that is not there."""
     source = shutil.copytree(sources["bf16"], tmp_path / "in.gguf" / "m.gguf")
@@ -610,7 +610,7 @@ sys.exit(run(sys.argv[1:]))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limits")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_disk_that_becomes_full(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
     """The system refuses in the middle: a sentence that names the place, exit code 1, and nothing stays behind."""
     target = tmp_path / "m.gguf"
@@ -624,7 +624,7 @@ def test_a_disk_that_becomes_full(sources: dict[str, Path], tmp_path: Path, form
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_an_interrupt(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
     """Ctrl-C in the middle of the weights: nothing stays behind, and an empty directory stays what it was."""
     if form != "gguf":
@@ -640,7 +640,7 @@ def test_an_interrupt(sources: dict[str, Path], tmp_path: Path, form: str) -> No
     assert form == "gguf" or list((tmp_path / "m.gguf").iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_progress(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
     """Writing goes from something to all of it."""
     seen = []

@@ -18,7 +18,7 @@ from llama_scratch.checkpoint.verify import Finding, verify, write_checksums
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
-from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.mapped_files import MappedFiles
 from tests.terminal import Terminal
 from tests.trust import damage
 
@@ -140,14 +140,14 @@ def test_a_file_that_changed_gives_no_answer(model: Path, change: Callable[[Path
 def test_a_file_that_changes_while_an_answer_is_computed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read meanwhile is not to be relied on either."""
     llama = Llama.load(model, precision="bf16")
-    forward = llama.engine._forward
+    forward = llama.engine._forward_cached
 
     def late(*arguments: object, **options: object) -> object:
         logits = forward(*arguments, **options)  # type: ignore[arg-type]
         grow(model / WEIGHTS)
         return logits
 
-    monkeypatch.setattr(llama.engine, "_forward", late)
+    monkeypatch.setattr(llama.engine, "_forward_cached", late)
     with pytest.raises(CheckpointError, match="changed while it was in use"):
         llama.predict("the")
 
@@ -172,7 +172,7 @@ def test_files_are_held_open_only_as_long_as_the_model_lives(model: Path) -> Non
     del checkpoint
     assert len(os.listdir("/dev/fd")) == before
     with pytest.raises(FileNotFoundError):
-        Mapped([model / WEIGHTS, model / "none"])
+        MappedFiles([model / WEIGHTS, model / "none"])
     assert len(os.listdir("/dev/fd")) == before
 
 

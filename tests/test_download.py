@@ -21,7 +21,7 @@ import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.cli.app import run
-from llama_scratch.download.http import Patience, fetch, only_one, open_session
+from llama_scratch.download.http import RetryPolicy, fetch, only_one, open_session
 from llama_scratch.download.locate import find_model
 from llama_scratch.download.meta import pull_meta
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
@@ -32,7 +32,7 @@ from tests.test_checkpoint_meta import is_sentence
 NAME, FOLDER = "Llama3.2-1B", "/Llama-3.2-1B"
 SHARDS = ["consolidated.00.pth", "consolidated.01.pth"]
 SECRET = "c2VjcmV0IHNpZ25hdHVyZQ__"
-QUICK = Patience(timeout=0.3, tries=3, pause=0.001)
+QUICK = RetryPolicy(timeout=0.3, tries=3, pause=0.001)
 CONTENT = {
     "params.json": b'{"dim": 2048}',
     "tokenizer.model": b"IQ== 0\n" * 100,
@@ -55,7 +55,7 @@ def link(server: Server) -> str:
     return f"{server.url}/*?Policy=eyJT&Signature={SECRET}&Key-Pair-Id=K15Q"
 
 
-def pull(server: Server, name: str = NAME, patience: Patience = QUICK) -> tuple[Path, bool]:
+def pull(server: Server, name: str = NAME, patience: RetryPolicy = QUICK) -> tuple[Path, bool]:
     return pull_meta(name, link(server), silent, patience)
 
 
@@ -467,14 +467,14 @@ def test_a_name_that_climbs(server: Server, name: str) -> None:
     assert server.requests == []
 
 
-def test_a_quantised_release(server: Server) -> None:
+def test_a_quantized_release(server: Server) -> None:
     """Refused before gigabytes are fetched."""
-    refused(lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantised", "int4-qlora-eo8")
+    refused(lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantized", "int4-qlora-eo8")
     assert server.requests == []
 
 
 @pytest.mark.parametrize("name", ["Llama3.1-405B", "Llama-3.1-405B-Instruct"])
-def test_the_model_whose_plain_name_means_quantised_weights(server: Server, name: str) -> None:
+def test_the_model_whose_plain_name_means_quantized_weights(server: Server, name: str) -> None:
     """Half a terabyte that could not be run; the bf16 release lies in a folder of its own."""
     refused(lambda: pull(server, name), UsageError, "fp8", f"name {name}:bf16-mp8")
     assert server.requests == []
@@ -528,20 +528,20 @@ def test_a_folder_that_cannot_be_written(server: Server) -> None:
 
 def test_two_at_once(server: Server) -> None:
     """The second one is told to wait, and nothing is destroyed."""
-    reached, go_on = threading.Event(), threading.Event()
+    reached, report_progress = threading.Event(), threading.Event()
 
     def wait(count: int) -> None:
         reached.set()
-        go_on.wait(20)
+        report_progress.wait(20)
 
     weights(server).sent = wait
     results: list[object] = []
-    patient = Patience(timeout=20, tries=1, pause=0)
+    patient = RetryPolicy(timeout=20, tries=1, pause=0)
     thread = threading.Thread(target=lambda: results.append(pull(server, patience=patient)))
     thread.start()
     assert reached.wait(20)
     refused(lambda: pull(server), LlamaScratchError, NAME, "another process")
-    go_on.set()
+    report_progress.set()
     thread.join()
     assert results == [(folder(), True)]
     is_whole()

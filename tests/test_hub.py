@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from llama_scratch.cli.app import run
-from llama_scratch.download.http import Patience
+from llama_scratch.download.http import RetryPolicy
 from llama_scratch.download.hub import Repository, pull_hub
 from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
@@ -27,7 +27,7 @@ from tests.loopback import HTML, Answer, File, Server, serving, wait_for
 from tests.test_checkpoint_meta import is_sentence
 
 ID, COMMIT, OTHER = "some-org/Tiny-Llama", "a" * 40, "b" * 40
-QUICK = Patience(timeout=0.3, tries=3, pause=0.001)
+QUICK = RetryPolicy(timeout=0.3, tries=3, pause=0.001)
 SMALL = {
     "config.json": b'{"model_type": "llama"}',
     "generation_config.json": b"{}",
@@ -36,7 +36,7 @@ SMALL = {
     "special_tokens_map.json": b'{"z": 1}',
     "chat_template.jinja": b"{{ messages }}",
     "README.md": b"---\nlicense: mit\n---\n",
-    "LICENSE.txt": b"the licence",
+    "LICENSE.txt": b"the license",
 }
 UNWANTED = {
     ".gitattributes": b"a",
@@ -132,24 +132,24 @@ def names(folder: Path) -> set[str]:
 
 
 def test_only_what_is_needed(hub: Hub) -> None:
-    """Config, tokenizer, template, licence and safetensors; nothing else, and `original/` not at all."""
+    """Config, tokenizer, template, license and safetensors; nothing else, and `original/` not at all."""
     said: list[str] = []
     assert pull(said=said) == snapshot()
     assert names(snapshot()) == {*SMALL, "model.safetensors"} == hub.asked()
     assert (snapshot() / "model.safetensors").read_bytes() == WEIGHTS
-    assert said == [f"{ID}: 0.0007 GB, licence: llama3.2"]
+    assert said == [f"{ID}: 0.0007 GB, license: llama3.2"]
 
 
-def test_the_licence_comes_before_the_weights(hub: Hub) -> None:
+def test_the_license_comes_before_the_weights(hub: Hub) -> None:
     """It is said while nothing was asked for but what the repository holds."""
-    for card, licence in (({"license": "other", "license_name": "my-own"}, "my-own"), ({}, "not stated")):
+    for card, license in (({"license": "other", "license_name": "my-own"}, "my-own"), ({}, "not stated")):
         hub.card = card
         hub.offer({**SMALL, "model.safetensors": WEIGHTS})
         repository = Repository.named(ID)
         assert repository
 
-        def say(line: str, licence: str = licence) -> None:
-            assert licence in line
+        def say(line: str, license: str = license) -> None:
+            assert license in line
             assert hub.asked() == set()
             raise KeyboardInterrupt
 
@@ -285,7 +285,7 @@ def test_a_repository_without_readable_weights(hub: Hub, files: dict[str, bytes]
     ("config", "says"),
     [
         (b'{"model_type": "gemma3"}', "gemma3"),
-        (b'{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}', "quantised"),
+        (b'{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}', "quantized"),
         (b"{}", "None"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "list"),
@@ -312,7 +312,7 @@ def test_a_gated_repository(hub: Hub, status: int, at: str) -> None:
 @pytest.mark.parametrize(
     ("name", "answer", "kind", "says"),
     [
-        (ID, Answer(401, headers={"X-Error-Code": "GatedRepo"}), LlamaScratchError, ["licence", "hf auth login"]),
+        (ID, Answer(401, headers={"X-Error-Code": "GatedRepo"}), LlamaScratchError, ["license", "hf auth login"]),
         (ID, Answer(401, headers={"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, [ID, "private"]),
         (ID, Answer(401), LlamaScratchError, ["token", "hf auth login"]),
         (ID, Answer(404, headers={"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, [ID, "check the name"]),
@@ -411,7 +411,7 @@ def test_kill_9(hub: Hub) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == ""
-    assert "licence: llama3.2" in ended.stderr
+    assert "license: llama3.2" in ended.stderr
     assert f"llama-scratch --model {ID}" in ended.stderr
     assert hub.server.ranges(f"/{ID}/resolve/{COMMIT}/model.safetensors") == [f"bytes={here}-"]
     assert find_model(ID) == snapshot()

@@ -66,18 +66,18 @@ def test_files_and_their_bytes(tiny_dir: Path, facts: dict[str, Any], monkeypatc
     assert facts["bytes"] == weights.stat().st_size
     opened = open_checkpoint(tiny_dir)
     monkeypatch.setattr(
-        info, "open_checkpoint", lambda *_: replace(opened, files=(weights, tiny_dir / "params.json"), licence="MIT")
+        info, "open_checkpoint", lambda *_: replace(opened, files=(weights, tiny_dir / "params.json"), license="MIT")
     )
     several = describe(tiny_dir, None, None, silent)
     assert several["bytes"] == facts["bytes"] + (tiny_dir / "params.json").stat().st_size
     assert [file["name"] for file in several["files"]] == ["consolidated.00.pth", "params.json"]
     assert f"{weights} and 1 more (meta, 6 MB)" == model_facts(several)["file"]
-    assert several["licence"] == model_facts(several)["licence"] == "MIT"
+    assert several["licence"] == model_facts(several)["license"] == "MIT"
 
 
-def test_a_licence_that_is_not_stated(facts: dict[str, Any]) -> None:
+def test_a_license_that_is_not_stated(facts: dict[str, Any]) -> None:
     assert facts["licence"] is None
-    assert model_facts(facts)["licence"] == "not stated in the files"
+    assert model_facts(facts)["license"] == "not stated in the files"
 
 
 def test_memory_is_what_loading_asks_for(facts: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_a_context_below_that_is_the_models(tiny_dir: Path, monkeypatch: pytest.
         ("gguf", 1, ["F32", "Q8_0"], True),
     ],
 )
-def test_quantised_blocks_are_of_no_type(format: str, files: int, types: list[str], blocks: bool) -> None:
+def test_quantized_blocks_are_of_no_type(format: str, files: int, types: list[str], blocks: bool) -> None:
     """Shards are: they are multiplied where they are mapped."""
     checkpoint: Any = SimpleNamespace(format=format, files=("x",) * files)
     found = info._dtype(checkpoint, Stored(dict.fromkeys(types, 1), True, torch.bfloat16))
@@ -133,7 +133,7 @@ def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, pr
         assert [kind for kind, parts in facts["memory"]["needed"].items() if not parts["weights"]] == [precision]
 
 
-def test_auto_of_quantised_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_of_quantized_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which reads them as they lie, as fp32 does, except those of a small model without kernels."""
     for small in (True, False):
         monkeypatch.setattr("llama_scratch.precision.network._SMALL", 1 << 28 if small else 0)

@@ -21,7 +21,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.microscope import interventions as made
 from llama_scratch.microscope.attribution import why
 from llama_scratch.microscope.inspection import Inspection
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.microscope.patching import trace
 from tests import reference
 
@@ -180,7 +180,7 @@ def test_one_layer_is_kept_at_a_time(found: Inspection) -> None:
 
 
 def test_what_was_changed_is_another_inspection(llama: Llama, found: Inspection) -> None:
-    part = Part(1, "head", 2)
+    part = NetworkPart(1, "head", 2)
     expected = made.changed(llama, [made.ablate(llama, part)]).predict(IDS).next
     network = found.ablate("L1.H2")
     assert network is not found
@@ -196,9 +196,9 @@ def test_changes_follow_one_another(llama: Llama, found: Inspection) -> None:
     network = found.ablate("L0.H0", "L1", mean=True).patch(OTHER, "L2", {3: 5}).steer(1, 2.0, OTHER, IDS)
     assert [each.label for each in network.interventions][:3] == ["~L0.H0", "~L1", "L2@3"]
     changes = [
-        made.mean_ablate(llama, Part(0, "head", 0), IDS),
-        made.mean_ablate(llama, Part(1, "layer"), IDS),
-        made.patch(llama, Part(2, "layer"), OTHER, {3: 5}),
+        made.mean_ablate(llama, NetworkPart(0, "head", 0), IDS),
+        made.mean_ablate(llama, NetworkPart(1, "layer"), IDS),
+        made.patch(llama, NetworkPart(2, "layer"), OTHER, {3: 5}),
         made.steer(llama, 1, 2.0, OTHER, IDS),
     ]
     expected = made.changed(llama, changes)

@@ -18,7 +18,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.microscope import attribution
 from llama_scratch.microscope.effect import effect
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Attention
 from llama_scratch.render import text as terminal
 from llama_scratch.repl import session as session_module
@@ -26,7 +26,7 @@ from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.editor import _changes, _message
-from llama_scratch.repl.live import Live
+from llama_scratch.repl.live import LivePredictor
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import GREEDY
@@ -112,7 +112,7 @@ def test_an_ablation_stays_on_and_each_answer_has_its_effect(real: Session, smol
     """Before and after, as two networks say it."""
     run(real, "The capital of France is")
     facts = run(real, "/ablate L23.H4")
-    network = changed(smollm2, [ablate(smollm2, Part(23, "head", 4))])
+    network = changed(smollm2, [ablate(smollm2, NetworkPart(23, "head", 4))])
     assert (facts["command"], facts["interventions"]) == ("ablate", ["-L23.H4"])
     assert facts["before"]["text"] == " Paris"
     assert facts["before"]["probability"] == pytest.approx(0.773, abs=1e-3)
@@ -171,7 +171,7 @@ def test_directions_with_the_same_name_add_up(session: Session) -> None:
 @pytest.mark.parametrize("name", ["L1", "L1.attn", "L1.ffn", "L1.H3", "L1.N9", "1.3"])
 def test_a_mean_is_over_the_text_so_far(session: Session, tiny: Llama, name: str) -> None:
     answer = run(session, PROMPT, f"/ablate {name} mean")
-    part = Part.named(name, tiny.args)
+    part = NetworkPart.named(name, tiny.args)
     network = changed(tiny, [mean_ablate(tiny, part, session.ids)])
     assert answer["interventions"] == [f"~{part.name}"]
     assert answer["after"]["logprob"] == pytest.approx(network.predict(session.ids).next.logprob, abs=1e-4)
@@ -183,7 +183,7 @@ def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     assert "'-L9' is not on, expected one of -L1.H2, -L0.ffn, -L2." in refused(session, "/restore -L9")
     assert completions(session, "/restore -L1") == ["/restore -L1.H2"]
     assert run(session, "/restore -L0.ffn")["interventions"] == ["-L1.H2", "-L2"]
-    network = changed(tiny, [ablate(tiny, Part(1, "head", 2)), ablate(tiny, Part(2, "layer"))])
+    network = changed(tiny, [ablate(tiny, NetworkPart(1, "head", 2)), ablate(tiny, NetworkPart(2, "layer"))])
     assert session.moments[-1].prediction.next.logprob == pytest.approx(
         network.predict(session.ids).next.logprob, abs=1e-4
     )
@@ -252,7 +252,9 @@ def test_interventions_go_on_in_another_precision_and_end_with_another_model(
     run(session, "/precision fp32")
     heads = "layers.1.attention.heads"
     found: list[torch.Tensor] = []
-    session.llama.engine.run([session.ids], {heads: lambda value, _start: found.append(value[0, :, 2].clone())})
+    session.llama.engine.forward_with_hooks(
+        [session.ids], {heads: lambda value, _start: found.append(value[0, :, 2].clone())}
+    )
     assert not found[0].any()
     other = write_meta(tmp_path / "Other", seed=3)
     answer = run(session, f"/model {other}", PROMPT)
@@ -294,7 +296,7 @@ def test_undo_goes_back_to_the_network_that_answered(session: Session, tiny: Lla
 
 def test_what_goes_on_from_an_intervention_is_of_the_changed_network(session: Session, tiny: Llama) -> None:
     """/generate, /force, an empty line and --generate."""
-    network = changed(tiny, [ablate(tiny, Part(1, "layer"))])
+    network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
     run(session, PROMPT, "/ablate L1")
     expected = network.complete(session.ids, 6).ids
     assert expected != tiny.complete(session.ids, 6).ids
@@ -310,11 +312,11 @@ def test_what_goes_on_from_an_intervention_is_of_the_changed_network(session: Se
 
 
 def test_live_prediction_is_of_the_changed_network(session: Session, tiny: Llama) -> None:
-    live = Live(session, lambda: None)
+    live = LivePredictor(session, lambda: None)
     live._wanted = PROMPT
     run(session, "/ablate L1")
     found = live._score(PROMPT).candidates
-    network = changed(tiny, [ablate(tiny, Part(1, "layer"))])
+    network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
     assert [c.id for c in found] == [c.id for c in network.predict(PROMPT).top]
     run(session, "/restore")
     assert [c.id for c in live._score(PROMPT).candidates] == [c.id for c in tiny.predict(PROMPT).top]
@@ -326,7 +328,7 @@ def test_a_chat_goes_on_with_them(real: Session, smollm2: Llama, monkeypatch: py
     plain = run(real, "What is the capital of France?")
     run(real, "/ablate L28.ffn L29.ffn")
     changed_answer = run(real, "/chat on", "What is the capital of France?")
-    network = changed(smollm2, [ablate(smollm2, Part(28, "ffn")), ablate(smollm2, Part(29, "ffn"))])
+    network = changed(smollm2, [ablate(smollm2, NetworkPart(28, "ffn")), ablate(smollm2, NetworkPart(29, "ffn"))])
     ids = [token["id"] for token in changed_answer["tokens"]]
     assert changed_answer["generated"]["ids"] == list(network.complete(ids, 4).ids)
     assert changed_answer["generated"]["ids"] != plain["generated"]["ids"]
@@ -398,7 +400,7 @@ def test_a_terminal_sees_before_and_after(smollm2: Llama, width: int) -> None:
 
 
 def test_an_effect_that_changes_the_answer_names_both(tiny: Llama) -> None:
-    network = changed(tiny, [ablate(tiny, Part(1, "layer"))])
+    network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
     found = effect(tiny, network, tiny.encode(PROMPT), ["-L1"])
     (first, after_first), (second, after_second) = found.answers
     text = " ".join(shown(terminal.before_and_after(found)).split())
@@ -425,7 +427,7 @@ def test_completion_knows_parts_tokens_and_labels(session: Session) -> None:
     assert completions(session, "/why ") == [
         f"/why {terminal.visible(c.text).plain}" for c in session.moments[-1].prediction.top
     ]
-    assert all(Part.named(line.split()[1], session.llama.args) for line in completions(session, "/ablate L"))
+    assert all(NetworkPart.named(line.split()[1], session.llama.args) for line in completions(session, "/ablate L"))
 
 
 # --- /why -------------------------------------------------------------------------------------
@@ -627,7 +629,7 @@ def test_an_interruption_anywhere_leaves_the_session_as_it_was(
     monkeypatch.undo()
     answer = session.moments[-1].prediction.next
     fresh = changed(tiny, session.interventions)
-    assert float(fresh.engine.run([session.ids], {})[0, 0].log_softmax(-1)[answer.id]) == pytest.approx(
+    assert float(fresh.engine.forward_with_hooks([session.ids], {})[0, 0].log_softmax(-1)[answer.id]) == pytest.approx(
         answer.logprob, abs=1e-4
     )
 

@@ -17,14 +17,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from llama_scratch.errors import CheckpointError, UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import patching as tracing
 from llama_scratch.microscope.activations import activations, residuals
 from llama_scratch.microscope.effect import effect
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.microscope.patching import Trace, trace
 from llama_scratch.model import Attention
 from llama_scratch.render import to_terminal
@@ -59,13 +59,13 @@ def huggingfaces(tiny_dir: Path) -> Any:
     return reference.transformers_llama(weights, SHAPE)
 
 
-def part(name: str) -> Part:
-    return Part.named(name, tiny_args())
+def part(name: str) -> NetworkPart:
+    return NetworkPart.named(name, tiny_args())
 
 
 def logits_of(llama: Llama, ids: Sequence[int] = IDS) -> Tensor:
     """After every token, (T, vocab_size), from one pass that shares nothing with another."""
-    return llama.engine.run([ids], {}, all_positions=True)[0]
+    return llama.engine.forward_with_hooks([ids], {}, all_positions=True)[0]
 
 
 def theirs(huggingfaces: Any, ids: Sequence[int] = IDS) -> Tensor:
@@ -98,7 +98,7 @@ def interventions(llama: Llama) -> list[Intervention]:
 # --- Ablation ---------------------------------------------------------------------------------
 
 
-def slices(huggingfaces: Any, which: Part) -> list[Tensor]:
+def slices(huggingfaces: Any, which: NetworkPart) -> list[Tensor]:
     """The weights of transformers by which a part writes into the stream: views."""
     layer = huggingfaces.model.layers[which.layer]
     o_proj, down_proj = layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight
@@ -149,7 +149,7 @@ def test_an_ablated_part_writes_nothing_in_each_precision(tiny_dir: Path, precis
     assert torch.equal(before, after)
 
 
-def mean_hook(huggingfaces: Any, which: Part, ids: Sequence[int]) -> Callable[[], Any]:
+def mean_hook(huggingfaces: Any, which: NetworkPart, ids: Sequence[int]) -> Callable[[], Any]:
     """Let transformers put the mean over a text where a part writes; returns what takes that away."""
     layer = huggingfaces.model.layers[which.layer]
     module, own = {
@@ -318,7 +318,7 @@ def test_a_scale_that_is_no_number_is_refused(llama: Llama, scale: float) -> Non
 
 
 def test_an_intervention_is_the_same_as_itself_alone(llama: Llama) -> None:
-    """It compares and hashes, whatever tensors its taps hold."""
+    """It compares and hashes, whatever tensors its hooks hold."""
     first, second = (steer(llama, 1, 1.0, OTHER, IDS) for _ in range(2))
     assert first == first
     assert first != second
@@ -487,9 +487,9 @@ def test_an_error_in_a_tap_leaves_no_hook(llama: Llama) -> None:
     def broken(_value: Tensor, _start: int) -> Tensor:
         raise ValueError("broken")
 
-    taps: dict[str, Tap] = {"layers.1.attention.q": lambda value, _start: value, "layers.2.resid_pre": broken}
+    hooks: dict[str, Hook] = {"layers.1.attention.q": lambda value, _start: value, "layers.2.resid_pre": broken}
     with pytest.raises(ValueError, match="broken"):
-        llama.intervened(taps).predict(IDS)
+        llama.intervened(hooks).predict(IDS)
     assert is_untapped(llama)
 
 
@@ -538,7 +538,7 @@ def single(llama: Llama, layer: int, position: int, found: Trace) -> float:
 
     clean, corrupt = difference(logits_of(llama)), difference(logits_of(llama, OTHER))
     if layer < 3:
-        tap = patch(llama, part(f"L{layer}"), OTHER, {position: position}).taps[f"layers.{layer}.resid_pre"]
+        tap = patch(llama, part(f"L{layer}"), OTHER, {position: position}).hooks[f"layers.{layer}.resid_pre"]
         network = llama.intervened({f"layers.{layer}.resid_pre": tap})
         return (difference(logits_of(network)) - clean) / (corrupt - clean)
     return float(position == T - 1)  # behind the last layer only the last position is read
@@ -604,23 +604,23 @@ def test_a_traces_page_has_a_row_for_each_layer_and_one_for_the_end(llama: Llama
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("L5", Part(5, "layer")),
-        ("l0.attn", Part(0, "attn")),
-        ("1.attention", Part(1, "attn")),
-        ("L2.ffn", Part(2, "ffn")),
-        ("L2.mlp", Part(2, "ffn")),
-        ("L2.feed_forward", Part(2, "ffn")),
-        ("L1.H3", Part(1, "head", 3)),
-        ("1.3", Part(1, "head", 3)),
-        (" L1.h0 ", Part(1, "head", 0)),
-        ("L1.N1023", Part(1, "neuron", 1023)),
-        ("L1.n7", Part(1, "neuron", 7)),
+        ("L5", NetworkPart(5, "layer")),
+        ("l0.attn", NetworkPart(0, "attn")),
+        ("1.attention", NetworkPart(1, "attn")),
+        ("L2.ffn", NetworkPart(2, "ffn")),
+        ("L2.mlp", NetworkPart(2, "ffn")),
+        ("L2.feed_forward", NetworkPart(2, "ffn")),
+        ("L1.H3", NetworkPart(1, "head", 3)),
+        ("1.3", NetworkPart(1, "head", 3)),
+        (" L1.h0 ", NetworkPart(1, "head", 0)),
+        ("L1.N1023", NetworkPart(1, "neuron", 1023)),
+        ("L1.n7", NetworkPart(1, "neuron", 7)),
     ],
 )
-def test_parts_have_the_names_that_people_give_them(name: str, expected: Part) -> None:
+def test_parts_have_the_names_that_people_give_them(name: str, expected: NetworkPart) -> None:
     args = tiny_args(n_layers=6)
-    assert Part.named(name, args) == expected
-    assert Part.named(expected.name, args) == expected
+    assert NetworkPart.named(name, args) == expected
+    assert NetworkPart.named(expected.name, args) == expected
 
 
 @pytest.mark.parametrize(
@@ -645,7 +645,7 @@ def test_parts_have_the_names_that_people_give_them(name: str, expected: Part) -
 )
 def test_a_part_that_there_is_not_is_a_sentence(name: str, said: str) -> None:
     with pytest.raises(UsageError) as raised:
-        Part.named(name, tiny_args())
+        NetworkPart.named(name, tiny_args())
     assert said in str(raised.value)
     assert ". " not in str(raised.value)
     assert len(str(raised.value)) < 250
@@ -654,10 +654,10 @@ def test_a_part_that_there_is_not_is_a_sentence(name: str, said: str) -> None:
 @given(st.text(alphabet="Ll012.HhNnatfmp- @", max_size=12))
 def test_a_name_is_a_part_or_refused(name: str) -> None:
     try:
-        found = Part.named(name, tiny_args())
+        found = NetworkPart.named(name, tiny_args())
     except UsageError:
         return
-    assert Part.named(found.name, tiny_args()) == found
+    assert NetworkPart.named(found.name, tiny_args()) == found
 
 
 def test_residuals_are_the_streams_before_each_layer_and_the_end(llama: Llama, huggingfaces: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama_scratch.llama import Llama
 from llama_scratch.precision import weight_cache
-from llama_scratch.precision.weight_cache import KeptPieces, Layout
+from llama_scratch.precision.weight_cache import Layout, PackedWeightCache
 from llama_scratch.system.atomic_files import locked
 from tests.checkpoints import write_meta
 
@@ -60,7 +60,7 @@ def made(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 def keep(source: Path, pieces: list[tuple[Tensor, Tensor]] | None = None) -> None:
     """Put all pieces, the last one first, as threads might."""
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in reversed(list(enumerate(pieces or made()))):
         keeping.put(i, *piece)
 
@@ -78,11 +78,11 @@ def files(folder: Path) -> list[Path]:
 
 def test_what_was_kept_is_what_comes_back(source: Path, folder: Path) -> None:
     """To the bit and in the same types, from one file of the size that its pieces have."""
-    assert [KeptPieces([source], LAYOUTS).get(i) for i in range(3)] == [None] * 3
+    assert [PackedWeightCache([source], LAYOUTS).get(i) for i in range(3)] == [None] * 3
     keep(source)
     (file,) = files(folder)
     assert file.stat().st_size == SIZE
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()):
         back = keeping.get(i)
         assert same(back, piece)
@@ -95,7 +95,7 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
     keep(source)
     (file,) = files(folder)
     before = file.read_bytes()
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     back = keeping.get(0)
     assert back is not None
     assert isinstance(keeping._data, np.memmap)
@@ -107,16 +107,16 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
 
 def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> None:
     """Before that it is a .part file, which no other process reads while it is written."""
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()[:2]):
         keeping.put(i, *piece)
     (part,) = files(folder)
     assert part.suffix == ".part"
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keeping.put(2, *made()[2])
     (file,) = files(folder)
     assert file.suffix == ""
-    assert same(KeptPieces([source], LAYOUTS).get(2), made()[2])
+    assert same(PackedWeightCache([source], LAYOUTS).get(2), made()[2])
 
 
 def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: in
     data[byte] ^= 1
     file.write_bytes(data)
     damaged = byte // 8 if byte < TABLE else sum(byte >= start for start in STARTS) - 1
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()):
         assert keeping.get(i) is None if i == damaged else same(keeping.get(i), piece)
     assert files(folder) == [file.with_suffix(".part")]
@@ -176,9 +176,9 @@ def test_what_is_no_whole_file_is_replaced(source: Path, folder: Path, spoil: Ca
     keep(source)
     (file,) = files(folder)
     spoil(file)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keep(source, made(seed=1))
-    assert same(KeptPieces([source], LAYOUTS).get(0), made(seed=1)[0])
+    assert same(PackedWeightCache([source], LAYOUTS).get(0), made(seed=1)[0])
     assert file.is_file()
     assert not file.is_symlink()
 
@@ -190,7 +190,7 @@ def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> N
     file.unlink()
     file.mkdir()
     for _ in range(2):
-        assert KeptPieces([source], LAYOUTS).get(0) is None
+        assert PackedWeightCache([source], LAYOUTS).get(0) is None
         keep(source)
     assert file.is_dir()
 
@@ -198,9 +198,9 @@ def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> N
 def test_a_file_of_someone_else_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their cache may be right, but it is not ours to trust."""
     keep(source)
-    assert KeptPieces([source], LAYOUTS).get(0) is not None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is not None
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
 # --- What a file is named after ---------------------------------------------------------------
@@ -236,16 +236,16 @@ def test_pieces_of_something_else_are_not_used(
     """Of an older file, or made with another torch or on another CPU."""
     keep(source)
     change(source, monkeypatch)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
 def test_pieces_of_other_shapes_or_of_another_file_are_not_used(source: Path, tmp_path: Path) -> None:
     """Even where as many bytes are expected."""
     keep(source)
-    assert KeptPieces([source], LAYOUTS).get(0) is not None
-    assert KeptPieces([source], [LAYOUTS[i] for i in (1, 0, 2)]).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is not None
+    assert PackedWeightCache([source], [LAYOUTS[i] for i in (1, 0, 2)]).get(0) is None
     other = source.rename(tmp_path / "other")
-    assert KeptPieces([other], LAYOUTS).get(0) is None
+    assert PackedWeightCache([other], LAYOUTS).get(0) is None
 
 
 def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(source)
     for path in (Path("weights"), Path("link")):
-        assert KeptPieces([path], LAYOUTS).get(0) is not None
+        assert PackedWeightCache([path], LAYOUTS).get(0) is not None
 
 
 # --- The folder -------------------------------------------------------------------------------
@@ -293,16 +293,16 @@ def test_part_files_make_room_too(source: Path, folder: Path, monkeypatch: pytes
 
 def test_one_program_at_a_time_keeps_a_model(source: Path, folder: Path) -> None:
     """The other's pieces go nowhere, and neither waits."""
-    first, second = KeptPieces([source], LAYOUTS), KeptPieces([source], LAYOUTS)
+    first, second = PackedWeightCache([source], LAYOUTS), PackedWeightCache([source], LAYOUTS)
     first.put(0, *made()[0])
     second.put(0, *made(seed=1)[0])
     assert len(files(folder)) == 1
     first.put(1, *made()[1])
     second.put(1, *made(seed=1)[1])
     second.put(2, *made(seed=1)[2])
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     first.put(2, *made()[2])
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
 
 
@@ -312,9 +312,9 @@ def test_what_others_can_write_is_not_read(source: Path, folder: Path, which: st
     keep(source)
     (file,) = files(folder)
     path = file if which == "file" else folder
-    assert KeptPieces([source], LAYOUTS).get(0) is not None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is not None
     path.chmod(path.stat().st_mode | mode)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> None:
@@ -322,9 +322,9 @@ def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> No
     (file,) = files(folder)
     file.unlink()
     os.mkfifo(file)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keep(source)
-    assert same(KeptPieces([source], LAYOUTS).get(0), made()[0])
+    assert same(PackedWeightCache([source], LAYOUTS).get(0), made()[0])
 
 
 @pytest.mark.parametrize("most", [4 * SIZE, 3 * SIZE, 2 * SIZE, SIZE])
@@ -337,14 +337,14 @@ def test_the_least_recently_used_go_first(
     names = []
     for source in sources:
         source.write_bytes(b"weights")
-        path = KeptPieces([source], LAYOUTS)._path
+        path = PackedWeightCache([source], LAYOUTS)._path
         assert path is not None
         names.append(path)
     for age, source in enumerate(sources[:3]):  # a is the oldest of three
         monkeypatch.setattr(weight_cache, "_MOST", 1 << 30)
         keep(source)
         os.utime(names[age], (1000 + age, 1000 + age))
-    assert KeptPieces([sources[0]], LAYOUTS).get(0) is not None  # and now the newest
+    assert PackedWeightCache([sources[0]], LAYOUTS).get(0) is not None  # and now the newest
     monkeypatch.setattr(weight_cache, "_MOST", most)
     keep(sources[3])
     fit = most // SIZE
@@ -358,8 +358,8 @@ def test_what_is_too_large_is_not_kept(tmp_path: Path, source: Path, monkeypatch
     keep(other)
     monkeypatch.setattr(weight_cache, "_MOST", SIZE - 1)
     keep(source)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
-    assert KeptPieces([other], LAYOUTS).get(0) is not None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([other], LAYOUTS).get(0) is not None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are other ones on Windows")
@@ -378,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
         folder.parent.chmod(0o500)
     try:
         keep(source)
-        assert KeptPieces([source], LAYOUTS).get(0) is None
+        assert PackedWeightCache([source], LAYOUTS).get(0) is None
     finally:
         if how == "read-only":
             folder.parent.chmod(0o700)
@@ -386,7 +386,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
 
 def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
     """A piece that was not written is missing, so the file never becomes visible, and what was begun is gone."""
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     keeping.put(0, *made()[0])
     assert len(files(folder)) == 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -397,15 +397,15 @@ def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     keeping.put(2, *made()[2])
     assert not files(folder)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
 # --- Interruptions ----------------------------------------------------------------------------
 
 
-def begin(source: Path, *indices: int) -> KeptPieces:
+def begin(source: Path, *indices: int) -> PackedWeightCache:
     """Keep some pieces, and end as if killed: what was written is left, and the lock is free."""
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i in indices:
         keeping.put(i, *made()[i])
     assert keeping._writing is not None
@@ -419,7 +419,7 @@ def test_finished_pieces_outlive_their_process(source: Path, folder: Path, finis
     begin(source, *finished)
     (part,) = files(folder)
     assert part.suffix == ".part"
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()):
         assert same(keeping.get(i), piece) if i in finished else keeping.get(i) is None
     for i, piece in enumerate(made()):
@@ -435,17 +435,17 @@ def test_finished_pieces_outlive_their_process(source: Path, folder: Path, finis
 def test_interrupted_again_and_again(source: Path, folder: Path) -> None:
     """Each process finishes one piece."""
     for i in range(3):
-        keeping = KeptPieces([source], LAYOUTS)
+        keeping = PackedWeightCache([source], LAYOUTS)
         assert [keeping.get(j) is not None for j in range(3)] == [j < i for j in range(3)]
         if i < 2:
             begin_again(keeping, i)
         else:
             keeping.put(i, *made()[i])
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
 
 
-def begin_again(keeping: KeptPieces, i: int) -> None:
+def begin_again(keeping: PackedWeightCache, i: int) -> None:
     keeping.put(i, *made()[i])
     assert keeping._writing is not None
     keeping._writing.close()
@@ -458,7 +458,7 @@ def test_a_piece_without_an_entry_is_not_finished(source: Path, folder: Path) ->
     data = bytearray(part.read_bytes())
     data[8:16] = bytes(8)
     part.write_bytes(data)
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     assert same(keeping.get(0), made()[0])
     assert keeping.get(1) is None
     assert int.from_bytes(data[:8], "little") >> 32 == 1
@@ -467,16 +467,16 @@ def test_a_piece_without_an_entry_is_not_finished(source: Path, folder: Path) ->
 def test_a_checksum_of_zero_is_an_entry(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zlib.crc32", lambda *_: 0)
     begin(source, 0, 1)
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     assert [keeping.get(i) is not None for i in range(3)] == [True, True, False]
 
 
 def test_ended_before_it_became_visible(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pieces are finished: the next process makes the file visible."""
     with monkeypatch.context() as patch:
-        patch.setattr(KeptPieces, "_complete", lambda *_: None)
+        patch.setattr(PackedWeightCache, "_complete", lambda *_: None)
         begin(source, 0, 1, 2)
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     assert all(same(keeping.get(i), piece) for i, piece in enumerate(made()))
     (file,) = files(folder)
     assert file.suffix == ""
@@ -491,12 +491,12 @@ def test_damage_in_a_part_file_is_noticed(source: Path, folder: Path, byte: int)
     data[byte] ^= 1
     part.write_bytes(data)
     damaged = {1, byte // 8 if byte < TABLE else sum(byte >= start for start in STARTS) - 1}
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()):
         assert keeping.get(i) is None if i in damaged else same(keeping.get(i), piece)
     for i in damaged:
         keeping.put(i, *made()[i])
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
 
 
@@ -523,10 +523,10 @@ def test_a_part_file_that_cannot_be_continued_is_replaced(
     begin(source, 0, 2)
     (part,) = files(folder)
     spoil(part)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keep(source, made(seed=1))
     (file,) = files(folder)
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made(seed=1)))
     assert file.stat().st_mode & 0o777 == 0o600
 
@@ -539,9 +539,9 @@ def test_a_link_is_not_followed(source: Path, folder: Path, spoil: Callable[[Pat
     spoil(part)
     target = folder.parent / "elsewhere"
     before = target.read_bytes() if target.exists() else None
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keep(source, made(seed=1))
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     assert (target.read_bytes() if target.exists() else None) == before
 
 
@@ -549,14 +549,14 @@ def test_a_part_file_of_someone_else_is_not_read(source: Path, monkeypatch: pyte
     begin(source, 0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: 12345)
-        assert KeptPieces([source], LAYOUTS).get(0) is None
-    assert KeptPieces([source], LAYOUTS).get(0) is not None
+        assert PackedWeightCache([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is not None
 
 
 def test_a_disk_that_fills_up_ends_a_continued_file(source: Path, folder: Path) -> None:
     """What was taken from it stays valid."""
     begin(source, 0)
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     back = keeping.get(0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -573,15 +573,15 @@ def test_a_disk_that_fills_up_ends_a_continued_file(source: Path, folder: Path) 
 def test_a_part_file_that_is_written_is_left_alone(source: Path, folder: Path) -> None:
     """A second process reads nothing from it and keeps nothing, in whatever order the two go on."""
     begin(source, 0)
-    first = KeptPieces([source], LAYOUTS)
+    first = PackedWeightCache([source], LAYOUTS)
     assert first.get(0) is not None
-    second = KeptPieces([source], LAYOUTS)
+    second = PackedWeightCache([source], LAYOUTS)
     assert second.get(0) is None
     first.put(1, *made()[1])
     for i, piece in enumerate(made(seed=1)):
         second.put(i, *piece)
     first.put(2, *made()[2])
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made()))
 
 
@@ -590,7 +590,7 @@ def test_two_that_find_the_same_damage(source: Path, folder: Path) -> None:
     keep(source)
     (file,) = files(folder)
     whole = file.read_bytes()
-    both = [KeptPieces([source], LAYOUTS) for _ in range(2)]
+    both = [PackedWeightCache([source], LAYOUTS) for _ in range(2)]
     assert all(keeping.get(0) is not None for keeping in both)
     file.write_bytes(whole[: STARTS[1]] + b"x" + whole[STARTS[1] + 1 :])
     assert [keeping.get(1) for keeping in both] == [None, None]
@@ -609,13 +609,13 @@ def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypa
 
     monkeypatch.setattr("fcntl.flock", fails)
     begin(source, 0, 2)
-    assert KeptPieces([source], LAYOUTS).get(0) is None
+    assert PackedWeightCache([source], LAYOUTS).get(0) is None
     keep(source, made(seed=1))
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     assert all(same(back.get(i), piece) for i, piece in enumerate(made(seed=1)))
     (file,) = files(folder)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert KeptPieces([source], LAYOUTS).get(2) is None
+    assert PackedWeightCache([source], LAYOUTS).get(2) is None
     assert not files(folder)  # the next run keeps a whole one
 
 
@@ -634,7 +634,7 @@ def test_a_killed_process_leaves_its_finished_pieces(source: Path, folder: Path)
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", KILLED, str(source)], cwd=root)
     assert done.returncode == -signal.SIGKILL
-    keeping = KeptPieces([source], LAYOUTS)
+    keeping = PackedWeightCache([source], LAYOUTS)
     assert same(keeping.get(0), made()[0])
     assert keeping.get(1) is None
     assert same(keeping.get(2), made()[2])
@@ -666,14 +666,14 @@ def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Pa
     go.touch()
     assert [program.wait(30) for program in programs] == [0, 0]
     assert len(files(folder)) == 1
-    assert same(KeptPieces([source], LAYOUTS).get(1), made()[1])
+    assert same(PackedWeightCache([source], LAYOUTS).get(1), made()[1])
 
 
 def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
     """As packing does: a piece each, in any order."""
     layouts: list[Layout] = [(((4, 16), torch.int8), ((4,), torch.float32))] * 40
     pieces = [random_piece((4, 16), torch.Generator().manual_seed(i)) for i in range(40)]
-    keeping = KeptPieces([source], layouts)
+    keeping = PackedWeightCache([source], layouts)
     together = threading.Barrier(4)
 
     def run(first: int) -> None:
@@ -687,17 +687,17 @@ def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(files(folder)) == 1
-    again = KeptPieces([source], layouts)
+    again = PackedWeightCache([source], layouts)
     assert all(same(again.get(i), piece) for i, piece in enumerate(pieces))
 
 
 def test_two_of_one_program_leave_a_whole_file_at_least(source: Path, folder: Path) -> None:
     """One of them writes, and the other's pieces are not mixed with its."""
-    first, second = KeptPieces([source], LAYOUTS), KeptPieces([source], LAYOUTS)
+    first, second = PackedWeightCache([source], LAYOUTS), PackedWeightCache([source], LAYOUTS)
     for i in range(3):
         first.put(i, *made()[i])
         second.put(i, *made(seed=1)[i])
-    back = KeptPieces([source], LAYOUTS)
+    back = PackedWeightCache([source], LAYOUTS)
     kept_pieces = [back.get(i) for i in range(3)]
     assert any(
         all(same(piece, expected) for piece, expected in zip(kept_pieces, made(seed), strict=True)) for seed in (0, 1)
@@ -721,14 +721,14 @@ def answer(directory: Path) -> Tensor:
     return logits
 
 
-def test_the_second_run_quantises_nothing(model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_run_quantizes_nothing(model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And answers the same to the bit, from the same bytes."""
     first = answer(model_dir)
     (file,) = files(folder)
     before = file.read_bytes()
 
     def never(*_: object) -> tuple[Tensor, Tensor]:
-        raise AssertionError("quantised again")
+        raise AssertionError("quantized again")
 
     monkeypatch.setattr("llama_scratch.precision.network.to_panels", never)
     assert torch.equal(answer(model_dir), first)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from llama_scratch.config import ModelArgs
 from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rotations
 from llama_scratch.precision import kernels
-from llama_scratch.precision import quantize as quantise_module
-from llama_scratch.precision.lazy_weight import Quantised, Weight, as_tensor
+from llama_scratch.precision import quantize as quantize_module
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
 from llama_scratch.precision.linear import from_panels, panel_shapes, panels_of, to_panels
-from llama_scratch.precision.quantize import quantise_blocks, quantize_panels
+from llama_scratch.precision.quantize import quantize_blocks, quantize_panels
 from tests import weights
 from tests.conftest import KERNELS
 from tests.weights import FORMS, columns_per_block
@@ -40,7 +40,7 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- References -------------------------------------------------------------------------------
 
 
-def quantised(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Activations (T, in) as whole numbers (T, blocks, block) and scales (T, blocks), all in float32."""
     blocks = x.view(len(x), x.shape[1] // block, block)
     most = blocks.abs().amax(-1)
@@ -55,7 +55,7 @@ def product(x: Tensor, q: Tensor, scales: Tensor, bits: int) -> Tensor:
 
     q: (out, in), whole numbers; scales: (out, blocks) float16.
     """
-    values, steps = quantised(x, BLOCK[bits])
+    values, steps = quantized(x, BLOCK[bits])
     q = q.double().view(len(q), -1, BLOCK[bits])
     total = torch.zeros(len(x), len(q))
     for b in range(q.shape[1]):
@@ -85,8 +85,8 @@ def weight(out: int, columns: int, bits: int, generator: torch.Generator) -> tup
 
 def tensor_of(held: Weight) -> Tensor:
     """What the kernels read of a weight."""
-    assert isinstance(held, Tensor | Quantised)
-    return held.blocks if isinstance(held, Quantised) else held
+    assert isinstance(held, Tensor | GGUFBlockWeight)
+    return held.blocks if isinstance(held, GGUFBlockWeight) else held
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -179,7 +179,7 @@ class Alone:
 
     def search(self, rows: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
         """Values and scales in panels; None if a weight is NaN or too large."""
-        (out, columns), steps = rows.shape, torch.tensor(quantise_module._STEPS[bits])
+        (out, columns), steps = rows.shape, torch.tensor(quantize_module._STEPS[bits])
         shapes = panel_shapes((out, columns), bits)
         values = torch.empty(shapes[0], dtype=torch.int8 if bits == 8 else torch.uint8)
         scales = torch.empty(shapes[1], dtype=torch.float16)
@@ -234,7 +234,7 @@ def rows_of(kind: str, T: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     usual = torch.randn(T, columns, generator=generator)
     sign = usual.sign()
-    # Every 127th is a whole number of steps and a half: the even neighbour is taken.
+    # Every 127th is a whole number of steps and a half: the even neighbor is taken.
     halves = torch.arange(T * columns).view(T, columns).remainder(127) + 0.5
     halves[:, ::32] = 127
     mixed = usual.clone()
@@ -266,7 +266,7 @@ def test_activations_of_every_kind(alone: Alone, kind: str, bits: int) -> None:
     """Their blocks are the reference's; what is no number makes its block no number, and nothing else."""
     x = rows_of(kind, 5, 192)
     values, scales, sums = alone.round(x, bits)
-    expected, steps = quantised(x, BLOCK[bits])
+    expected, steps = quantized(x, BLOCK[bits])
     assert torch.equal(values.view(expected.shape).float(), expected)
     assert same(scales, steps)
     assert torch.equal(sums, expected.sum(-1).int())
@@ -356,7 +356,7 @@ def test_attention_is_the_same_whatever_tokens_go_along(alone: Alone, head_dim: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
-    """Addresses and undefined behaviour, over random and extreme products, attention and layers."""
+    """Addresses and undefined behavior, over random and extreme products, attention and layers."""
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS", "-O1"]
     try:
         program = compile_alone(tmp_path, "program", *sanitizers, *MACHINES[name])
@@ -407,7 +407,7 @@ def test_the_search_is_that_of_python(alone: Alone, kind: str, bits: int) -> Non
     rows = weights_of(kind, bits)
     found = alone.search(rows, bits)
     assert found is not None
-    expected = panels_of(*quantise_blocks(rows, bits))
+    expected = panels_of(*quantize_blocks(rows, bits))
     error, expected_error = squared_error(rows, *found), squared_error(rows, *expected)
     assert error == pytest.approx(expected_error, rel=1e-6, abs=0)
     for part, expected_part in zip(found, expected, strict=True):
@@ -449,10 +449,10 @@ def test_float16_scales_are_rounded_to_the_nearest(alone: Alone, bits: int) -> N
     rows = torch.zeros(len(sizes), block)
     rows[:, 3] = sizes * step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantise_module, "_STEPS", {bits: [float(step)]})
+        patch.setattr(quantize_module, "_STEPS", {bits: [float(step)]})
         found = alone.search(rows, bits)
         assert found is not None
-        expected = panels_of(*quantise_blocks(rows, bits))
+        expected = panels_of(*quantize_blocks(rows, bits))
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[0], expected[0])
 
@@ -553,7 +553,7 @@ def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch
             patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
             expected = to_panels(held, bits)
         with monkeypatch.context() as patch:
-            patch.setattr("llama_scratch.precision.linear.quantise_blocks", None)
+            patch.setattr("llama_scratch.precision.linear.quantize_blocks", None)
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -572,7 +572,7 @@ def test_the_kernels_raise_what_python_raises(ops: Any, bits: int) -> None:
         rows = weights_of("normal", bits)
         rows[37, 101] = value
         messages = []
-        for quantize in (quantise_blocks, quantize_panels):
+        for quantize in (quantize_blocks, quantize_panels):
             with pytest.raises(ValueError, match="not finite") as raised:
                 quantize(rows, bits)
             messages.append(str(raised.value))
@@ -596,7 +596,7 @@ class Rounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self._block:
-            values, scales = quantised(rows, self._block)
+            values, scales = quantized(rows, self._block)
             rows = (values.double() * scales[..., None].double()).view(rows.shape)
         return F.linear(rows.double(), self._weight).float().view(*x.shape[:-1], -1)
 

@@ -17,7 +17,7 @@ import torch
 
 from llama_scratch.precision import kernels
 from llama_scratch.system.atomic_files import locked
-from llama_scratch.system.jobs import Background
+from llama_scratch.system.jobs import BackgroundJobs
 from tests.test_background import until
 
 
@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_is_asked_once(folder: Path, use: Callable[..., Pa
 
 def test_a_job_that_is_ended_ends_the_compiler(folder: Path, use: Callable[..., Path]) -> None:
     log = use("sleep 60")
-    background = Background("packing", [(kernels.build, 0), (lambda: None, 1)])
+    background = BackgroundJobs("packing", [(kernels.build, 0), (lambda: None, 1)])
     background.start()
     until(lambda: calls(log) == 1)
     start = time.monotonic()

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError
 from llama_scratch.model import KVCache
-from llama_scratch.precision.lazy_weight import Joined, Lazy, Quantised, Weight, as_tensor, stored
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, LazyWeight, ShardedWeight, Weight, as_tensor, stored
 from llama_scratch.precision.linear import Embedding, Rows
 from llama_scratch.precision.network import build, memory_needed
 from tests import weights
@@ -27,11 +27,11 @@ __all__ = ["way"]
 CPU = torch.device("cpu")
 
 
-def lazy(weight: Tensor) -> Lazy:
+def lazy(weight: Tensor) -> LazyWeight:
     """The weight as it would be in blocks."""
     shape = weight.shape[0], weight.shape[1]
     blocks = torch.empty(shape, dtype=torch.uint8)  # a byte for each
-    return Quantised(shape, blocks, "a test", lambda start, stop: weight[start:stop].clone())
+    return GGUFBlockWeight(shape, blocks, "a test", lambda start, stop: weight[start:stop].clone())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -39,7 +39,7 @@ def lazy(weight: Tensor) -> Lazy:
 def test_joined_pieces_are_the_whole(axis: int, sizes: list[int]) -> None:
     """Every stretch of rows, whether it lies in one piece or in several."""
     pieces = [torch.randn((size, 6) if axis == 0 else (6, size)).bfloat16() for size in sizes]
-    whole, joined = torch.cat(pieces, axis), Joined(pieces, axis)
+    whole, joined = torch.cat(pieces, axis), ShardedWeight(pieces, axis)
     assert (joined.shape, joined.dtype, joined.nbytes) == (whole.shape, whole.dtype, whole.nbytes)
     assert (len(joined), joined.numel()) == (len(whole), whole.numel())
     assert torch.equal(as_tensor(joined), whole)
@@ -52,7 +52,7 @@ def test_joined_pieces_are_the_whole(axis: int, sizes: list[int]) -> None:
 def test_pieces_that_lie_in_one_file_are_not_copied() -> None:
     """Rows of one shard are a view of it."""
     pieces = [torch.randn(4, 3), torch.randn(4, 3)]
-    assert Joined(pieces, 0).rows(5, 7).data_ptr() == pieces[1][1:].data_ptr()
+    assert ShardedWeight(pieces, 0).rows(5, 7).data_ptr() == pieces[1][1:].data_ptr()
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 10, 100])
@@ -76,7 +76,7 @@ def test_a_large_weight_is_turned_in_blocks() -> None:
         asked.append(stop - start)
         return weight[start:stop]
 
-    found = Quantised((40, 1 << 17), torch.empty(0, dtype=torch.uint8), "a test", rows).to(torch.float16)
+    found = GGUFBlockWeight((40, 1 << 17), torch.empty(0, dtype=torch.uint8), "a test", rows).to(torch.float16)
     assert found.dtype == torch.float16
     assert torch.equal(found, weight.half())
     assert set(asked) == {8}
@@ -99,7 +99,7 @@ def test_an_error_while_rows_are_made_is_raised_where_they_are_multiplied() -> N
         raise CheckpointError("damaged.")
 
     with pytest.raises(CheckpointError, match="damaged"):
-        Rows([Quantised((4, 4), torch.empty(4, 4, dtype=torch.uint8), "a test", rows)])(torch.randn(1, 4))
+        Rows([GGUFBlockWeight((4, 4), torch.empty(4, 4, dtype=torch.uint8), "a test", rows)])(torch.randn(1, 4))
 
 
 @pytest.mark.parametrize("form", ["Q8_0", "Q6_K", "a test"])
@@ -117,24 +117,24 @@ def test_the_weights_that_the_kernels_take() -> None:
     for name, dtype in weights.FLOATS.items():
         tensor = plain.to(dtype)
         assert names(stored(tensor)) == [(tensor.data_ptr(), name)]
-        assert names(stored(Joined([tensor[:2], tensor[2:]], 0))) == [
+        assert names(stored(ShardedWeight([tensor[:2], tensor[2:]], 0))) == [
             (tensor.data_ptr(), name),
             (tensor[2:].data_ptr(), name),
         ]
-        assert stored(Joined([tensor[:, :2], tensor[:, 2:]], 1)) == []
-        assert stored(Joined([tensor[:, :2].contiguous(), tensor[:, 2:].contiguous()], 1)) == []
-        assert stored(Joined([tensor[:2], tensor.T[:, :4].T[:, :4]], 0)) != []
-        assert stored(Joined([tensor[:4], tensor[:4].T], 0)) == []
+        assert stored(ShardedWeight([tensor[:, :2], tensor[:, 2:]], 1)) == []
+        assert stored(ShardedWeight([tensor[:, :2].contiguous(), tensor[:, 2:].contiguous()], 1)) == []
+        assert stored(ShardedWeight([tensor[:2], tensor.T[:, :4].T[:, :4]], 0)) != []
+        assert stored(ShardedWeight([tensor[:4], tensor[:4].T], 0)) == []
         assert stored(tensor.T) == stored(tensor[:, :2]) == []
     for dtype in (torch.float64, torch.int8, torch.uint8):
         assert stored(plain.to(dtype)) == []
     blocks = torch.zeros(6, 72, dtype=torch.uint8)
     for form in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"):
-        weight = Quantised((6, 64), blocks, form, lambda *_: plain)
+        weight = GGUFBlockWeight((6, 64), blocks, form, lambda *_: plain)
         assert names(stored(weight)) == [(blocks.data_ptr(), form)]
         assert stored(weight.split(3)[0]) == []
     for form in ("Q2_K", "Q3_K", "IQ4_NL", "q8_0", "int8", ""):
-        assert stored(Quantised((6, 64), blocks, form, lambda *_: plain)) == []
+        assert stored(GGUFBlockWeight((6, 64), blocks, form, lambda *_: plain)) == []
 
 
 def names(parts: Sequence[tuple[Tensor, str]]) -> list[tuple[int, str]]:
@@ -155,7 +155,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
         turned[name] = weight
         if weight.dim() == 2:
             blocks = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
-            turned[name] = weights.quantised("Q8_0", torch.from_numpy(blocks))
+            turned[name] = weights.quantized("Q8_0", torch.from_numpy(blocks))
     turned["output.weight"] = turned["tok_embeddings.weight"]
     tensors = {name: as_tensor(weight) for name, weight in turned.items()}
     tensors["output.weight"] = tensors["tok_embeddings.weight"]
@@ -167,7 +167,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
         if pack:
             packing.wait()
         found: Tensor = model(tokens, KVCache(tiny_args(), 16))
-        return found, isinstance(getattr(model.tok_embeddings, "weight", None), Lazy)
+        return found, isinstance(getattr(model.tok_embeddings, "weight", None), LazyWeight)
 
     for pack in (False, True):
         found, lazily = logits(turned, precision, pack)
@@ -180,7 +180,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_quantised_weights_take_no_more_memory_than_int8_needs(smollm2_path: Path) -> None:
+def test_quantized_weights_take_no_more_memory_than_int8_needs(smollm2_path: Path) -> None:
     """At no moment between the file and the answer in int8: never all of it as float32."""
     program = """
 import sys, threading, time

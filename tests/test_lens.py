@@ -67,7 +67,7 @@ def test_each_layer_says_what_transformers_streams_say(llama: Llama, huggingface
         assert [guess.probability for guess in row.guesses] == pytest.approx(logprobs.exp().tolist(), abs=1e-4)
         # Also how far a sure guess is from 1: in the embedding by less than float32 has of it.
         assert [guess.logprob for guess in row.guesses] == pytest.approx(logprobs.tolist(), rel=1e-2, abs=1e-15)
-    # Far down the tokens lie so close that rounding may swap neighbours.
+    # Far down the tokens lie so close that rounding may swap neighbors.
     ours = torch.tensor([[guess.rank_of_answer for guess in row.guesses] for row in found.layers])
     assert ((ours - ranks).abs() <= ranks // 1000).all()
 
@@ -92,7 +92,9 @@ def test_probabilities_and_ranks_are_those_of_the_whole_distribution(tiny_dir: P
     ids, model = list(range(60, 75)), llama.engine.model
     streams: list[Tensor] = []
     places = ["embedding", *(f"layers.{layer}.resid_post" for layer in range(3))]
-    llama.engine.run([ids], {place: lambda value, _start: streams.append(value[0].clone()) for place in places})
+    llama.engine.forward_with_hooks(
+        [ids], {place: lambda value, _start: streams.append(value[0].clone()) for place in places}
+    )
     found = lens(llama, ids)
     for row, stream in zip(found.layers, streams, strict=True):
         with torch.inference_mode():

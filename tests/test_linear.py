@@ -15,15 +15,15 @@ from llama_scratch.precision.lazy_weight import Weight, as_tensor
 from llama_scratch.precision.linear import (
     Differentiable,
     Embedding,
-    Projection,
+    FusedLinearPart,
+    FusedOutput,
+    PackedLinear,
     Rows,
-    Shared,
-    SharedProjection,
     weight_bytes,
 )
 from tests import gguf_reference
 from tests.conftest import KERNELS
-from tests.weights import FLOATS, FORMS, columns_per_block, quantised, weight
+from tests.weights import FLOATS, FORMS, columns_per_block, quantized, weight
 
 # (out, in), the second in blocks: a usual one, others that are no multiple of 8, 16 or 64, and a long row.
 SHAPES = [(96, 64), (1, 1), (7, 13), (33, 65), (130, 200), (17, 8), (256, 2048)]
@@ -147,7 +147,7 @@ def test_blocks_with_scales_of_every_kind(ops: Any, form: str) -> None:
         data = bytearray(gguf_reference.random_blocks(form, 256, kind.weights, spread=1) * 256)
         for i in range(1 << 16):
             struct.pack_into("<H", data, i * kind.size + place, i)
-        held = quantised(form, torch.frombuffer(data, dtype=torch.uint8).view(1 << 16, kind.size))
+        held = quantized(form, torch.frombuffer(data, dtype=torch.uint8).view(1 << 16, kind.size))
         found, expected = ops.rows(held.blocks, form, torch.arange(1 << 16)), held.rows(0, 1 << 16)
         usual = expected.isfinite().all(1)
         assert usual.sum() > 60_000
@@ -247,11 +247,11 @@ class Counted:
 SIZES = (6, 2, 3)
 
 
-def shared_parts() -> tuple[Counted, Shared, Sequence[SharedProjection], Sequence[Tensor]]:
+def shared_parts() -> tuple[Counted, FusedOutput, Sequence[FusedLinearPart], Sequence[Tensor]]:
     weights = [random(rows, 64, seed=rows) for rows in SIZES]
     counted = Counted(torch.cat(weights))
-    shared = Shared(counted, SIZES)
-    return counted, shared, [SharedProjection(shared, part) for part in range(3)], weights
+    shared = FusedOutput(counted, SIZES)
+    return counted, shared, [FusedLinearPart(shared, part) for part in range(3)], weights
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
@@ -301,7 +301,7 @@ def test_what_an_interruption_left_behind_answers_no_other_x() -> None:
 def test_weight_bytes_counts_each_weight_once() -> None:
     """Torch's own layers, a projection, and three projections that share one."""
     _, _, parts, _ = shared_parts()
-    model = nn.ModuleList([nn.Linear(8, 4, bias=False), Projection(Rows([random(3, 8).half()])), *parts])
+    model = nn.ModuleList([nn.Linear(8, 4, bias=False), PackedLinear(Rows([random(3, 8).half()])), *parts])
     assert weight_bytes(model) == 4 * 8 * 4 + 2 * 3 * 8 + 4 * sum(SIZES) * 64
 
 

@@ -1,4 +1,4 @@
-"""Live prediction: the colours, the bottom line and the grey token, on a real pseudo-terminal with real weights."""
+"""Live prediction: the colors, the bottom line and the gray token, on a real pseudo-terminal with real weights."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def bottom(terminal: Terminal, token: str) -> None:
 
 
 def line(terminal: Terminal) -> str:
-    """The line that is being typed, with the grey token."""
+    """The line that is being typed, with the gray token."""
     return next(line for line in reversed(terminal.lines) if line.startswith(PROMPT.rstrip()))
 
 
-def colours(terminal: Terminal) -> dict[str, str]:
-    """The colour of each word of the line that is being typed."""
+def colors(terminal: Terminal) -> dict[str, str]:
+    """The color of each word of the line that is being typed."""
     row = next(row for row in reversed(range(40)) if terminal.lines[row].startswith(PROMPT))
     cells = [terminal.screen.buffer[row][column] for column in range(len(PROMPT), 100)]
     found: dict[str, str] = {}
@@ -86,7 +86,7 @@ def test_the_bottom_line_shows_the_next_token_its_probability_and_the_entropy(se
     assert "%" not in text.replace(below, "")  # nothing was answered yet
 
 
-def test_the_grey_token_behind_the_cursor_is_the_next_one_and_tab_accepts_it(session: Terminal) -> None:
+def test_the_gray_token_behind_the_cursor_is_the_next_one_and_tab_accepts_it(session: Terminal) -> None:
     typed(session, "The capital of France is", "␣Paris")
     assert line(session) == f"{PROMPT}The capital of France is Paris"
     assert session.screen.cursor.x == len(f"{PROMPT}The capital of France is")
@@ -138,9 +138,9 @@ def test_on_an_empty_line_tab_brings_the_text_back_with_what_was_offered(session
     assert line(session).startswith(f"{PROMPT}The capital of France is Paris")
 
 
-def test_what_surprises_the_model_has_another_colour(session: Terminal) -> None:
+def test_what_surprises_the_model_has_another_color(session: Terminal) -> None:
     typed(session, "The capital of France is", "␣Paris")
-    found = colours(session)
+    found = colors(session)
     assert found["of"] == "green"  # under one bit
     assert found["capital"] == "red"  # over eight
     assert found["The"] == "default"  # nothing predicted it

@@ -134,7 +134,11 @@ def test_what_is_no_text_and_no_ids_is_a_sentence(llama: Llama, prompt: Any) -> 
 
 @pytest.mark.parametrize("ids", [[1.0], [60, 61.5, 62], ["60"], [60, "61"], [60, None]], ids=str)
 def test_the_engine_takes_whole_numbers_alone(llama: Llama, ids: Any) -> None:
-    for call in (llama.engine.next_logits, llama.engine.all_logits, lambda ids: llama.engine.run([ids], {})):
+    for call in (
+        llama.engine.next_logits,
+        llama.engine.all_logits,
+        lambda ids: llama.engine.forward_with_hooks([ids], {}),
+    ):
         with pytest.raises(UsageError, match=r"A token id is no whole number; ids of this model go from 0 to 555."):
             call(ids)
 

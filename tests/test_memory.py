@@ -18,7 +18,7 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.linear import Panels, Rows, form_of
+from llama_scratch.precision.linear import Panels, Rows, format_of
 from llama_scratch.precision.network import DTYPES, build, memory_needed
 from llama_scratch.system.memory import memory_errors, require_memory
 from tests.checkpoints import random_weights, tiny_args
@@ -85,7 +85,7 @@ def test_an_allocation_that_failed_is_a_sentence(error: Exception) -> None:
     assert ("GB are free" in str(caught.value)) != ("CUDA" in str(error))
 
 
-def test_a_real_allocation_that_fails_is_recognised() -> None:
+def test_a_real_allocation_that_fails_is_recognized() -> None:
     """Torch's own words, for more than any machine has; and how much that was."""
     with pytest.raises(OutOfMemoryError) as caught, memory_errors("Llama"):
         torch.empty(10**18, dtype=torch.uint8)
@@ -149,7 +149,7 @@ def test_every_precision_is_refused_where_it_does_not_fit(
 def own_bytes(model: Transformer, weights: dict[str, Tensor]) -> int:
     """Bytes of the matrices that a network holds beside those of the file."""
     held = [model.tok_embeddings.weight]
-    for form in map(form_of, model.modules()):
+    for form in map(format_of, model.modules()):
         if isinstance(form, Rows):
             held += [as_tensor(weight) for weight in form.weights]
         elif isinstance(form, Panels):

@@ -14,7 +14,7 @@ import torch
 from llama_scratch.checkpoint.base import reading
 from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.errors import OutOfMemoryError
-from llama_scratch.system.memory import Room, _cgroups, is_memory_error, room
+from llama_scratch.system.memory import MemoryLimit, _cgroups, is_memory_error, memory_limit
 from llama_scratch.system.progress import silent
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
@@ -34,8 +34,8 @@ def test_version_2_counts_every_group_above_and_gives_up_cached_files(tmp_path: 
     group(root / "a" / "b", memory__max="max", memory__high="max", memory__current="500", memory__stat=stat)
     group(root / "a", memory__max="1000000000", memory__high="900000000", memory__current="500", memory__stat=stat)
     assert list(_cgroups(membership, root)) == [
-        Room(1_000_000_000 - 200, "a limit of 1.0 GB (memory.max)"),
-        Room(900_000_000 - 200, "a limit of 0.9 GB (memory.high)"),
+        MemoryLimit(1_000_000_000 - 200, "a limit of 1.0 GB (memory.max)"),
+        MemoryLimit(900_000_000 - 200, "a limit of 0.9 GB (memory.high)"),
     ]
 
 
@@ -47,7 +47,7 @@ def test_version_1_counts_the_memory_controller_only(tmp_path: Path) -> None:
     files = {"memory__usage_in_bytes": "500", "memory__stat": stat}
     group(root / "memory" / "a", memory__limit_in_bytes="100", **files)
     group(root / "memory", memory__limit_in_bytes="9223372036854771712", **files)
-    assert list(_cgroups(membership, root)) == [Room(0, "a limit of 0.0 GB (memory.limit_in_bytes)")]
+    assert list(_cgroups(membership, root)) == [MemoryLimit(0, "a limit of 0.0 GB (memory.limit_in_bytes)")]
 
 
 def test_no_groups_are_no_limit(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_a_resource_limit_leaves_what_is_not_yet_taken(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "resource.getrlimit", lambda which: (limit, limit) if which == getattr(resource, kind) else real(which)
     )
-    found = room()
+    found = memory_limit()
     assert found.limit == f"a limit of {limit / 1e9:.1f} GB ({kind})"
     assert abs(found.free - 50_000_000) < 10_000_000
 
 
-def test_want_of_memory_is_recognised_whoever_says_it() -> None:
+def test_want_of_memory_is_recognized_whoever_says_it() -> None:
     """And nothing else is."""
     assert is_memory_error(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
     assert is_memory_error(OSError(12, "Cannot allocate memory"))

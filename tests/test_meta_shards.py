@@ -23,7 +23,7 @@ from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
-from llama_scratch.precision.lazy_weight import Joined, as_tensor
+from llama_scratch.precision.lazy_weight import ShardedWeight, as_tensor
 from llama_scratch.system.progress import silent
 from tests.checkpoints import TINY_MERGES, random_weights, tiny_args, tiny_params, tokenizer_file
 from tests.test_checkpoint_meta import load, mappings, refused, same
@@ -168,11 +168,11 @@ def test_shards_stay_mapped_until_they_are_used(four: Path) -> None:
     matrices = [weight for weight in weights.values() if len(weight.shape) == 2]
     assert len(matrices) == 2 * 7 + 2
     for weight in matrices:
-        assert isinstance(weight, Joined)
+        assert isinstance(weight, ShardedWeight)
         for piece, mapped in zip(weight.pieces, areas, strict=True):
             assert any(piece.data_ptr() in area for area in mapped)
     embedding = weights["tok_embeddings.weight"]
-    assert isinstance(embedding, Joined)
+    assert isinstance(embedding, ShardedWeight)
     second = VOCABULARY // 4
     assert embedding.rows(second, second + 2).data_ptr() == embedding.pieces[1].data_ptr()
 
@@ -505,7 +505,7 @@ def test_the_shapes_are_those_of_metas_own_list() -> None:
     seen = set()
     for model in models:
         if "quantization_args" in model.arch_args:
-            with pytest.raises(CheckpointError, match=r"quantised release .*, expected bf16"):
+            with pytest.raises(CheckpointError, match=r"quantized release .*, expected bf16"):
                 ModelArgs.from_params_json(json.dumps(model.arch_args))
             continue
         plain = model.descriptor().replace("-Instruct", "").replace(":bf16-mp8", "").replace("Llama-3-", "Llama3-")
@@ -525,7 +525,7 @@ def test_instruct_models_talk(four: Path, name: str, talks: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama3.2-1B-Instruct:int4-qlora-eo8", "Llama3.2-3B-Instruct:int4-spinquant-eo8"])
-def test_quantised_releases_are_refused_by_name(four: Path, name: str, llama_scratch: Runner) -> None:
+def test_quantized_releases_are_refused_by_name(four: Path, name: str, llama_scratch: Runner) -> None:
     """In directories that Meta's downloader names so, before the weights are read."""
     more: dict[str, Any] = {"quantization_args": {"group_size": 32, "spinquant": "spinquant" in name}}
     if "qlora" in name:
@@ -534,7 +534,7 @@ def test_quantised_releases_are_refused_by_name(four: Path, name: str, llama_scr
     (directory / shard(0)).write_bytes(b"never read")
     result = llama_scratch("info", str(directory))
     assert result.code == 4
-    assert f"quantised release {name.partition(':')[2]}, expected bf16 weights" in one_sentence(result)
+    assert f"quantized release {name.partition(':')[2]}, expected bf16 weights" in one_sentence(result)
 
 
 def test_the_release_in_fp8_is_refused(four: Path) -> None:

@@ -427,7 +427,7 @@ def test_choices_have_the_probabilities_of_one_pass(llama: Llama, huggingfaces: 
         means.append(sum(logprobs) / len(logprobs))
     assert [choice.logprob for choice in found.choices] == pytest.approx(sums, abs=1e-3)
     assert [choice.probability for choice in found.choices] == pytest.approx([math.exp(s) for s in sums], rel=1e-3)
-    for shares, values in (("normalised", sums), ("by_length", means)):
+    for shares, values in (("normalized", sums), ("by_length", means)):
         expected = [math.exp(value) / sum(map(math.exp, values)) for value in values]
         assert [getattr(choice, shares) for choice in found.choices] == pytest.approx(expected, rel=1e-3)
     assert found.ranked[0].text == " cold"
@@ -540,7 +540,7 @@ def test_texts_without_anything_in_common(tiny: Llama) -> None:
 
 def test_a_diff_that_does_not_fit_is_refused(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is computed."""
-    monkeypatch.setattr(memory, "room", lambda: memory.Room(4 * tiny.args.vocab_size * 3 - 1))
+    monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(4 * tiny.args.vocab_size * 3 - 1))
     with counted(tiny) as runs, pytest.raises(OutOfMemoryError, match="Comparing texts of 3 and 4 tokens") as raised:
         diff(tiny, [1, 2, 3], [9, 1, 2, 3])
     assert runs == []

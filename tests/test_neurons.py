@@ -35,7 +35,9 @@ def found(tiny: Llama) -> Neurons:
 def tapped(llama: Llama, *places: str) -> list[Tensor]:
     """What stands at places at the last token."""
     found: list[Tensor] = []
-    llama.engine.run([IDS], {place: lambda x, _start: found.append(x[0, -1].float()) for place in places})
+    llama.engine.forward_with_hooks(
+        [IDS], {place: lambda x, _start: found.append(x[0, -1].float()) for place in places}
+    )
     return found
 
 
@@ -99,7 +101,7 @@ def test_a_text_in_pieces_ends_with_its_last_token(tiny: Llama) -> None:
     ids = [40 + i % 200 for i in range(600)]
     found = neurons(tiny, ids, 2, 1)
     values: list[Tensor] = []
-    tiny.engine.run([ids], {"layers.2.feed_forward.neurons": lambda x, _start: values.append(x[0])})
+    tiny.engine.forward_with_hooks([ids], {"layers.2.feed_forward.neurons": lambda x, _start: values.append(x[0])})
     assert len(values) > 1
     assert found.neurons[0].activation == pytest.approx(float(values[-1][-1, found.neurons[0].index]), rel=1e-5)
 
@@ -114,8 +116,8 @@ def test_an_intervention_is_seen(tiny: Llama, found: Neurons) -> None:
 def test_a_neuron_that_is_switched_off_writes_nothing(tiny: Llama, found: Neurons) -> None:
     """What is looked at is what the intervention left at the same place."""
     best = torch.tensor([found.neurons[0].index])
-    taps = {f"layers.{LAYER}.feed_forward.neurons": lambda x, _start: x.index_fill(-1, best, 0)}
-    changed = neurons(tiny.intervened(taps), IDS, LAYER)
+    hooks = {f"layers.{LAYER}.feed_forward.neurons": lambda x, _start: x.index_fill(-1, best, 0)}
+    changed = neurons(tiny.intervened(hooks), IDS, LAYER)
     assert changed.neurons[0].index == found.neurons[1].index
 
 

@@ -163,7 +163,7 @@ def test_logits_in_pieces_are_compared_with_their_own(
 def test_too_little_memory_for_the_reference_is_said_before_the_work(
     tiny: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "room", lambda: memory.Room(1000))
+    monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(1000))
     with pytest.raises(OutOfMemoryError, match="Comparing 40 positions needs") as raised:
         numerics(tiny, IDS, opened(tiny))
     assert_sentence(raised.value)

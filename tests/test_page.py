@@ -22,8 +22,8 @@ from llama_scratch.render.page import (
     Gallery,
     Heatmap,
     Page,
+    PageBlock,
     Paragraph,
-    Part,
     Running,
     Table,
     figure,
@@ -78,7 +78,7 @@ EVERYTHING = Page(
 )
 
 
-def shown(*parts: Part, width: int = 80, source: tuple[str, ...] = (), encoding: str = "utf-8", **how: Any) -> str:
+def shown(*parts: PageBlock, width: int = 80, source: tuple[str, ...] = (), encoding: str = "utf-8", **how: Any) -> str:
     """What a terminal shows of a page."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
     Console(file=out, width=width, **how).print(to_terminal.view(Page("", parts, source)), highlight=False)
@@ -86,7 +86,7 @@ def shown(*parts: Part, width: int = 80, source: tuple[str, ...] = (), encoding:
     return "\n".join(line.rstrip() for line in out.read().splitlines())
 
 
-def plain(*parts: Part) -> list[str]:
+def plain(*parts: PageBlock) -> list[str]:
     """The same for a screen reader."""
     return to_terminal.plain(Page("", parts)).plain.splitlines()
 
@@ -263,7 +263,7 @@ def test_texts_hide_nothing() -> None:
 
 def test_parts_may_be_empty() -> None:
     nothing = Heatmap("A map", (), (), ())
-    parts: tuple[Part, ...] = (nothing, replace(nothing, texts=()), replace(nothing, rows=("r",), values=((),)))
+    parts: tuple[PageBlock, ...] = (nothing, replace(nothing, texts=()), replace(nothing, rows=("r",), values=((),)))
     parts += Table(("a", ">b"), ()), Gallery("All", ()), Gallery("One", (nothing,)), Running(()), Paragraph("")
     page = Page("", (*parts, Code("", "a.py", 1)))
     assert "A map" in shown(*page.parts)
@@ -284,10 +284,10 @@ def test_pages_are_joined_under_their_titles() -> None:
         joined("None", ())
 
 
-def test_scales_can_be_told_apart_without_colours() -> None:
+def test_scales_can_be_told_apart_without_colors() -> None:
     for scales, sign in ((colors.LIGHT, -1), (colors.DARK, 1)):
         for stops in scales.values():
-            lights = [sign * colors.luminance(colour) for colour in colors.steps(stops)]
+            lights = [sign * colors.luminance(color) for color in colors.steps(stops)]
             assert lights == sorted(lights)
 
 

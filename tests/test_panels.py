@@ -22,16 +22,16 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, OutOfMemoryError
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.inference.engine import Engine
-from llama_scratch.inference.fused_layers import Step
+from llama_scratch.inference.fused_layers import FusedLayers
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision import kernels
 from llama_scratch.precision import network as precision_module
 from llama_scratch.precision.linear import Panels, Rows, from_panels, panel_shapes, panels_of, to_panels
-from llama_scratch.precision.network import BITS, Examples, build, memory_needed
-from llama_scratch.precision.quantize import BLOCK, dequantise, quantise_blocks
+from llama_scratch.precision.network import BITS, CalibrationText, build, memory_needed
+from llama_scratch.precision.quantize import BLOCK, dequantize, quantize_blocks
 from llama_scratch.system import memory
-from llama_scratch.system.jobs import Background
+from llama_scratch.system.jobs import BackgroundJobs
 from tests.checkpoints import tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.test_background import until
@@ -70,13 +70,13 @@ def held(form: Panels) -> Tensor:
 
 @SHAPES
 @pytest.mark.parametrize("bits", BLOCK)
-def test_panels_hold_what_was_quantised(shape: tuple[int, int], bits: int) -> None:
+def test_panels_hold_what_was_quantized(shape: tuple[int, int], bits: int) -> None:
     """There and back, whatever fills them up; and as many bytes as were foretold."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     form = panels(weight, bits)
     filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK[bits]))
-    numbers, scales = quantise_blocks(filled, bits)
-    assert torch.equal(held(form), dequantise(numbers, scales)[:, : shape[1]])
+    numbers, scales = quantize_blocks(filled, bits)
+    assert torch.equal(held(form), dequantize(numbers, scales)[:, : shape[1]])
     assert (form.values.shape, form.scales.shape) == panel_shapes(shape, bits)
     assert not from_panels(form.values, form.scales)[shape[0] :].any()
     assert form.nbytes == form.values.nbytes + form.scales.nbytes
@@ -116,7 +116,7 @@ def test_leading_dimensions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def built(
     source: Path, precision: str, args: ModelArgs | None = None, weights: dict[str, Tensor] | None = None
-) -> tuple[Transformer, Background, dict[str, Tensor]]:
+) -> tuple[Transformer, BackgroundJobs, dict[str, Tensor]]:
     """A network and its packing, done; and the weights of its file."""
     args = args or tiny_args()
     weights = weights or stored(args)
@@ -143,8 +143,8 @@ def test_shapes_that_fill_no_block_and_no_panel(source: Path, precision: str, *,
     plain.load_state_dict({name: weight.float() for name, weight in weights.items()})
     assert relative(run(model, ids), run(plain, ids)) <= 2 * BOUNDS[precision]
     engine = Engine(model, 100, packing)
-    assert engine._step is not None
-    assert not engine._step.fits()
+    assert engine._fused is not None
+    assert not engine._fused.fits()
     assert torch.allclose(engine.all_logits(ids[0].tolist()), run(model, ids), atol=1e-5)
 
 
@@ -155,8 +155,8 @@ def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
     model, packing, _ = built(source, precision, tiny_args(n_layers=1))
     ids = torch.randint(556, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     engine = Engine(model, 300, packing)
-    assert engine._step is not None
-    assert engine._step.fits()
+    assert engine._fused is not None
+    assert engine._fused.fits()
     stepped = engine.all_logits(ids)
     read = run(model, torch.tensor([ids]))
     assert 0 < relative(stepped, read) <= BOUNDS["int8"] / 4
@@ -215,7 +215,7 @@ def test_room_that_an_interrupted_text_left(source: Path) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, model.layers[1].register_forward_hook(interrupt):
-            patch.setattr(Step, "fits", lambda *_: False)  # as before the weights are packed
+            patch.setattr(FusedLayers, "fits", lambda *_: False)  # as before the weights are packed
             with pytest.raises(KeyboardInterrupt):
                 engine.next_logits([5] * 600)
         assert torch.equal(engine.next_logits(ids).values, expected)
@@ -235,7 +235,7 @@ def test_taps_see_the_readable_network(tiny_dir: Path) -> None:
     tapped = llama.intervened({"layers.1.resid_post": look})
     assert relative(tapped.logits("the nation"), plain) <= BOUNDS["int8"]
     assert seen
-    assert tapped.engine._step is None
+    assert tapped.engine._fused is None
 
 
 # --- What is kept -----------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def kept() -> list[Path]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One for each weight that is quantised."""
+    """One for each weight that is quantized."""
     calls: list[int] = []
 
     def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -398,7 +398,7 @@ def test_a_failed_piece_is_not_taken_for_another(source: Path, monkeypatch: pyte
         return to_panels(*arguments)
 
     threads = torch.get_num_threads()
-    examples = Examples("some", lambda _: [torch.arange(40)[None]])
+    examples = CalibrationText("some", lambda _: [torch.arange(40)[None]])
     with monkeypatch.context() as patch:
         patch.setattr(precision_module, "to_panels", fails)
         torch.set_num_threads(2)
@@ -547,7 +547,7 @@ def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sentence, at the next answer too; the model itself fits."""
-    monkeypatch.setattr(memory, "room", lambda: memory.Room(500_000_000))
+    monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(500_000_000))
     monkeypatch.setattr(precision_module, "_MAKING", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
     said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"

@@ -18,14 +18,14 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.model import Transformer
 from llama_scratch.precision import network as precision_module
-from llama_scratch.precision.lazy_weight import Quantised, Weight, as_tensor
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
 from llama_scratch.precision.linear import (
     Differentiable,
-    Form,
+    FusedLinearPart,
     Panels,
     Rows,
-    SharedProjection,
-    form_of,
+    WeightFormat,
+    format_of,
     to_panels,
     weight_bytes,
 )
@@ -33,12 +33,12 @@ from llama_scratch.precision.network import (
     activation_type,
     all_known,
     build,
-    check_name,
-    choose,
     differentiable,
     file_type,
+    resolve_precision,
+    validate_precision,
 )
-from llama_scratch.system.memory import give_back
+from llama_scratch.system.memory import trim_heap
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, write_meta
 from tests.conftest import KERNELS
 from tests.trust.memory import anonymous
@@ -79,7 +79,7 @@ def stored(args: ModelArgs, dtype: torch.dtype = torch.bfloat16, *, tied: bool =
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The file that quantised weights are kept for."""
+    """The file that quantized weights are kept for."""
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     return path
@@ -102,9 +102,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def forms(model: Transformer) -> list[Form]:
+def forms(model: Transformer) -> list[WeightFormat]:
     """Each once: four of a layer, and the output's."""
-    return list({id(form): form for form in map(form_of, model.modules()) if form is not None}.values())
+    return list({id(form): form for form in map(format_of, model.modules()) if form is not None}.values())
 
 
 def rows(model: Transformer) -> Iterator[Rows]:
@@ -137,8 +137,8 @@ def test_fp16_rounds_float32_weights_to_within_1e_3(source: Path, kernels: bool)
     assert 1e-5 < relative(run(model), reference(weights)) <= 1e-3
 
 
-def quantised_by_torch(weights: dict[str, Tensor]) -> Transformer:
-    """8 bits as torch's dynamic quantisation has them: one scale a weight and one for all activations."""
+def quantized_by_torch(weights: dict[str, Tensor]) -> Transformer:
+    """8 bits as torch's dynamic quantization has them: one scale a weight and one for all activations."""
 
     class Naive(nn.Module):
         def __init__(self, weight: Tensor):
@@ -170,7 +170,7 @@ def test_int8_is_much_closer_than_one_scale_for_all(source: Path) -> None:
     expected = reference(weights)
     model, packing = build(weights, tiny_args(), "int8", CPU, [source])
     packing.wait()
-    ours, naive = relative(run(model), expected), relative(run(quantised_by_torch(weights)), expected)
+    ours, naive = relative(run(model), expected), relative(run(quantized_by_torch(weights)), expected)
     assert ours <= 0.05
     assert ours < naive / 3
 
@@ -290,7 +290,7 @@ def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> N
     shape = TINY_PARAMS | {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4}
     path = write_meta(tmp_path / "Llama", params=shape)
     Llama.load(path, precision="bf16", device="cpu", context=256).predict([1] * 8)  # its threads are there
-    give_back()
+    trim_heap()
     before = anonymous()
     llama = Llama.load(path, precision="bf16", device="cpu", context=256)
     list(llama.generate([1] * 100, 4))
@@ -302,7 +302,7 @@ def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> N
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_quantised_blocks_are_read_as_they_lie(
+def test_quantized_blocks_are_read_as_they_lie(
     smollm2_path: Path, smollm2_fp32_path: Path, kernels: bool, precision: str
 ) -> None:
     """A token reads the file's bytes, and the answers are those of the same weights in a file of float32.
@@ -311,7 +311,7 @@ def test_quantised_blocks_are_read_as_they_lie(
     """
     ids = [1, 504, 3575, 282, 4649, 314]
     expected = Llama.load(smollm2_fp32_path, precision="fp32", device="cpu", context=64).logits(ids)
-    give_back()
+    trim_heap()
     before = anonymous()
     llama = Llama.load(smollm2_path, precision=precision, device="cpu", context=64)
     assert llama.info.precision == ("fp16" if precision == "auto" else "fp32")
@@ -320,7 +320,7 @@ def test_quantised_blocks_are_read_as_they_lie(
     used = [weight for form in rows(llama.engine.model) for weight in form.weights]
     matrices = llama.info.parameters - 61 * 576
     if kernels:
-        assert all(isinstance(weight, Quantised) for weight in used)
+        assert all(isinstance(weight, GGUFBlockWeight) for weight in used)
         assert 0.95 * smollm2_path.stat().st_size < llama.weight_bytes < smollm2_path.stat().st_size
         assert anonymous() - before < matrices  # half of float16
         assert relative(found, expected) <= 1e-5
@@ -341,15 +341,15 @@ def test_blocks_that_no_kernel_knows_are_converted(source: Path, kernels: bool, 
         whole = plain[f"layers.0.attention.{name}.weight"] = torch.randn(256, 256).clamp(-1, 1).mul(127).round() / 2048
         blocks = q8_0(whole) if format == "Q8_0" else torch.zeros(256, 84, dtype=torch.uint8)
         turn = partial(lambda whole, start, stop: whole[start:stop], whole)
-        weights[f"layers.0.attention.{name}.weight"] = Quantised((256, 256), blocks, format, turn)
+        weights[f"layers.0.attention.{name}.weight"] = GGUFBlockWeight((256, 256), blocks, format, turn)
     assert file_type(weights) is None
     assert not all_known(weights)
     model, _ = build(weights, args, precision, CPU, [source])
-    wo, wq = (form_of(model.layers[0].get_submodule(f"attention.{name}")) for name in ("wo", "wq"))
+    wo, wq = (format_of(model.layers[0].get_submodule(f"attention.{name}")) for name in ("wo", "wq"))
     assert isinstance(wo, Rows)
     assert isinstance(wq, Rows)
     assert wo.weights[0].dtype == TYPES[precision]
-    assert isinstance(wq.weights[0], Quantised) is kernels
+    assert isinstance(wq.weights[0], GGUFBlockWeight) is kernels
     assert relative(run(model), reference(plain, args)) <= (1e-5 if precision == "fp32" else 1e-3)
 
 
@@ -380,7 +380,7 @@ def test_weights_beyond_float16_stay_what_they_are(
     before = beyond.clone()
     model, _ = build(weights, args, "fp16", CPU, [source])
     assert torch.equal(beyond, before)
-    form = form_of(model.layers[0].get_submodule("attention.wo"))
+    form = format_of(model.layers[0].get_submodule("attention.wo"))
     assert isinstance(form, Rows)
     assert as_tensor(form.weights[0]).data_ptr() == beyond.data_ptr()
     assert [as_tensor(weight).dtype for form in rows(model) for weight in form.weights].count(torch.float16) == 7
@@ -480,7 +480,7 @@ def test_an_interruption_between_the_projections_leaves_the_next_answer_right(so
             with layer.get_submodule(name).register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
                 run(model, other)
             assert relative(run(model), expected) <= 1e-5
-    shared = [module for module in model.modules() if isinstance(module, SharedProjection)]
+    shared = [module for module in model.modules() if isinstance(module, FusedLinearPart)]
     assert shared
     assert all(module.shared._x is None for module in shared)
 
@@ -494,9 +494,9 @@ FILES = [torch.bfloat16, torch.float16, torch.float32, None]
 @pytest.mark.parametrize("asked", PRECISIONS)
 def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype | None) -> None:
     """Everywhere."""
-    check_name(asked)
+    validate_precision(asked)
     for device in (CPU, CUDA, MPS, None):
-        assert choose(asked, stored, device) == asked
+        assert resolve_precision(asked, stored, device) == asked
 
 
 @pytest.mark.parametrize(
@@ -516,24 +516,26 @@ def test_auto_is_the_files_own_type(
     """able: a GPU computes in bfloat16. A CPU multiplies all types."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: able)
     monkeypatch.setattr("torch.backends.mps.is_macos_or_newer", lambda *_: able)
-    assert [choose("auto", stored, device) for stored in FILES] == expected
+    assert [resolve_precision("auto", stored, device) for stored in FILES] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_type_of_a_file_is_that_of_its_matrices(dtype: torch.dtype) -> None:
-    """Norms in float32 beside them change nothing; one matrix in quantised blocks does."""
+    """Norms in float32 beside them change nothing; one matrix in quantized blocks does."""
     weights = {name: w if w.ndim == 1 else w.to(dtype) for name, w in random_weights(tiny_args()).items()}
     assert file_type(weights) == dtype
-    blocks = Quantised((256, 256), torch.zeros(256, 272, dtype=torch.uint8), "Q8_0", lambda *_: torch.zeros(1, 256))
+    blocks = GGUFBlockWeight(
+        (256, 256), torch.zeros(256, 272, dtype=torch.uint8), "Q8_0", lambda *_: torch.zeros(1, 256)
+    )
     assert file_type({**weights, "layers.1.attention.wq.weight": blocks}) is None
 
 
 @pytest.mark.parametrize("name", ["fp8", "", "FP16", "int2"])
 def test_another_name_is_a_usage_error(name: str) -> None:
     """With those that there are."""
-    check_name("auto")
+    validate_precision("auto")
     with pytest.raises(UsageError) as caught:
-        check_name(name)
+        validate_precision(name)
     expected = "expected one of auto, fp32, bf16, fp16, int8, int4 (--precision)."
     assert str(caught.value) == f"The precision is {name!r}, {expected}"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress as Bar
 
-from llama_scratch.render.progress import displayed, undisturbed
+from llama_scratch.render.progress import defer_interrupts, live_display
 from llama_scratch.repl.interrupts import Interrupts
 
 
@@ -52,15 +52,15 @@ class Interrupted(Bar):
 @pytest.mark.parametrize("when", ["start", "stop"])
 def test_an_interrupt_waits_for_a_bars_beginning_and_end(interrupts: Interrupts, console: Console, when: str) -> None:
     """It is raised then, and the next bar shows."""
-    with pytest.raises(KeyboardInterrupt), interrupts.armed(), displayed(Interrupted(console, when)):
+    with pytest.raises(KeyboardInterrupt), interrupts.armed(), live_display(Interrupted(console, when)):
         pass
-    assert not undisturbed.on
-    assert not undisturbed.waiting
+    assert not defer_interrupts.on
+    assert not defer_interrupts.waiting
     assert console.set_live(Live(console=console)) is not False  # it is alone
     console.clear_live()
     console.file = io.StringIO()
     bar = Bar(console=console, transient=True)
-    with displayed(bar):
+    with live_display(bar):
         bar.add_task("Reading", total=10)
         bar.refresh()
     assert "Reading" in console.file.getvalue()
@@ -70,7 +70,7 @@ def test_in_between_it_comes_at_once(interrupts: Interrupts, console: Console) -
     reached = []
 
     def interrupted() -> None:
-        with interrupts.armed(), displayed(Bar(console=console)):
+        with interrupts.armed(), live_display(Bar(console=console)):
             signal.raise_signal(signal.SIGINT)
             reached.append("the line behind")
 
@@ -81,5 +81,5 @@ def test_in_between_it_comes_at_once(interrupts: Interrupts, console: Console) -
 
 def test_at_the_prompt_it_is_nothing(interrupts: Interrupts, console: Console) -> None:
     """Where there is nothing to cancel, an interrupt that falls into a bar is none."""
-    with displayed(Interrupted(console, "start")):
+    with live_display(Interrupted(console, "start")):
         pass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llama_scratch.precision import quantize
-from llama_scratch.precision.lazy_weight import Lazy
-from llama_scratch.precision.quantize import BLOCK, Curvature, dequantise, quantise_blocks
+from llama_scratch.precision.lazy_weight import LazyWeight
+from llama_scratch.precision.quantize import BLOCK, Hessian, dequantize, quantize_blocks
 
 RANGE = {8: (-127, 127), 4: (0, 15)}
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -43,7 +43,7 @@ def nearest(weight: Tensor, bits: int) -> Tensor:
 
 
 def missed(weight: Tensor, numbers: Tensor, scales: Tensor) -> float:
-    return float((weight - dequantise(numbers, scales)).double().square().sum())
+    return float((weight - dequantize(numbers, scales)).double().square().sum())
 
 
 # --- Form -------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def missed(weight: Tensor, numbers: Tensor, scales: Tensor) -> float:
 @BITS
 def test_types_and_shapes(bits: int) -> None:
     """Whole numbers within their range and a float16 scale a block; both ends of the range are used."""
-    numbers, scales = quantise_blocks(random(48, 256), bits)
+    numbers, scales = quantize_blocks(random(48, 256), bits)
     assert numbers.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert numbers.shape == (48, 256)
     assert scales.dtype == torch.float16
@@ -64,7 +64,7 @@ def test_types_and_shapes(bits: int) -> None:
 @BITS
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None:
-    """What has been quantised once is found again to the last bit, though scales are searched for."""
+    """What has been quantized once is found again to the last bit, though scales are searched for."""
     low, high = RANGE[bits]
     numbers = torch.randint(low, high + 1, (32, 128), generator=torch.Generator().manual_seed(0))
     numbers[:, :: BLOCK[bits]] = 127 if bits == 8 else 0  # the end that a largest weight is put on
@@ -72,17 +72,17 @@ def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None
     scales = (
         torch.linspace(0.5, 2, 32 * 128 // BLOCK[bits]).view(32, -1).half() * torch.tensor([1, -1]).repeat(16)[:, None]
     )
-    weight = dequantise(numbers, scales)
-    found = quantise_blocks(weight, bits, Curvature(products(inputs(128))) if calibrated else None)
-    assert torch.equal(dequantise(*found), weight)
+    weight = dequantize(numbers, scales)
+    found = quantize_blocks(weight, bits, Hessian(products(inputs(128))) if calibrated else None)
+    assert torch.equal(dequantize(*found), weight)
 
 
 @BITS
-def test_dequantise(bits: int) -> None:
+def test_dequantize(bits: int) -> None:
     """Scale times number, in four bits times number − 8, for each block with its own scale."""
     numbers = torch.arange(16, dtype=torch.uint8 if bits == 4 else torch.int8).repeat(2, 8)  # (2, 128)
     scales = torch.arange(1, 2 * 128 // BLOCK[bits] + 1).view(2, -1).half() / 4
-    weight = dequantise(numbers, scales)
+    weight = dequantize(numbers, scales)
     assert weight.dtype == torch.float32
     for row, place in [(0, 0), (0, 31), (0, 32), (1, 63), (1, 64), (1, 127)]:
         number = int(numbers[row, place]) - (8 if bits == 4 else 0)
@@ -91,12 +91,12 @@ def test_dequantise(bits: int) -> None:
 
 @BITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_are_quantised_alone_in_any_type(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_quantized_alone_in_any_type(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the rows gives the same as all of them, however many are worked on at a time."""
     weight = random(40, 128).to(dtype)
-    numbers, scales = quantise_blocks(weight, bits)
+    numbers, scales = quantize_blocks(weight, bits)
     monkeypatch.setattr(quantize, "_SEARCHED", 7 * 128)
-    some = quantise_blocks(weight[5:23].float(), bits)
+    some = quantize_blocks(weight[5:23].float(), bits)
     assert torch.equal(some[0], numbers[5:23])
     assert torch.equal(some[1], scales[5:23])
 
@@ -105,14 +105,14 @@ def test_what_is_no_tensor_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only some rows are a tensor at a time."""
     weight, asked = random(40, 128), []
 
-    class Rows(Lazy):
+    class Rows(LazyWeight):
         def rows(self, start: int, stop: int) -> Tensor:
             asked.append(stop - start)
             return weight[start:stop]
 
     monkeypatch.setattr(quantize, "_SEARCHED", 16 * 128)
-    found = quantise_blocks(Rows((40, 128), torch.float32, 0), 4)
-    assert torch.equal(found[0], quantise_blocks(weight, 4)[0])
+    found = quantize_blocks(Rows((40, 128), torch.float32, 0), 4)
+    assert torch.equal(found[0], quantize_blocks(weight, 4)[0])
     assert asked == [16, 16, 8]
 
 
@@ -125,7 +125,7 @@ def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None
     """In normal and heavy-tailed blocks, and in those whose scales float16 holds with few bits."""
     for weight in (random(64, 256), random(64, 256) ** 3):
         weight = weight * size
-        found = dequantise(*quantise_blocks(weight, bits))
+        found = dequantize(*quantize_blocks(weight, bits))
         errors = [(weight - made).double().view(-1, BLOCK[bits]).norm(dim=1) for made in (found, nearest(weight, bits))]
         assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
 
@@ -134,7 +134,7 @@ def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None
 def test_search_gains(bits: int, share: float) -> None:
     """On normal weights at least 15 and 8 hundredths of the squared error of nearest."""
     weight = random(256, 512)
-    error = missed(weight, *quantise_blocks(weight, bits))
+    error = missed(weight, *quantize_blocks(weight, bits))
     assert error < share * float((weight - nearest(weight, bits)).double().square().sum())
 
 
@@ -152,9 +152,9 @@ def test_a_scale_takes_the_sign_of_the_larger_side() -> None:
     """Eight steps go one way and seven the other."""
     weight = torch.linspace(-8, 7, 64).round()[None]
     for sign in (1, -1):
-        numbers, scales = quantise_blocks(sign * weight, 4)
+        numbers, scales = quantize_blocks(sign * weight, 4)
         assert scales.item() == sign
-        assert torch.equal(dequantise(numbers, scales), sign * weight)
+        assert torch.equal(dequantize(numbers, scales), sign * weight)
 
 
 @BITS
@@ -163,20 +163,20 @@ def test_zeros(bits: int) -> None:
     weight = random(4, 256)
     weight[1] = 0
     weight[2, 64:128] = 0
-    for curvature in (None, Curvature(products(inputs(256)))):
-        found = dequantise(*quantise_blocks(weight, bits, curvature))
+    for curvature in (None, Hessian(products(inputs(256)))):
+        found = dequantize(*quantize_blocks(weight, bits, curvature))
         assert not found[1].any()
-    assert not dequantise(*quantise_blocks(weight, bits))[2, 64:128].any()
+    assert not dequantize(*quantize_blocks(weight, bits))[2, 64:128].any()
 
 
 @BITS
 def test_one_outlier(bits: int) -> None:
     """It is kept to within a step, and spoils its own block alone."""
     weight = random(4, 256)
-    plain = dequantise(*quantise_blocks(weight, bits))
+    plain = dequantize(*quantize_blocks(weight, bits))
     weight[2, 70] = 5000
-    numbers, scales = quantise_blocks(weight, bits)
-    found = dequantise(numbers, scales)
+    numbers, scales = quantize_blocks(weight, bits)
+    found = dequantize(numbers, scales)
     assert abs(found[2, 70] - 5000) <= float(scales[2, 70 // BLOCK[bits]].abs()) / 2
     others = torch.ones(4, 256, dtype=torch.bool)
     others[2, 64:128] = False
@@ -187,10 +187,10 @@ def test_one_outlier(bits: int) -> None:
 def test_tiny_weights(bits: int) -> None:
     """Below what float16 can hold as a scale they are off by no more than half its least step times the range."""
     weight = random(8, 128) * 1e-7
-    found = dequantise(*quantise_blocks(weight, bits))
+    found = dequantize(*quantize_blocks(weight, bits))
     assert bool(found.isfinite().all())
     assert bool((found - weight).abs().max() <= weight.abs().max())
-    assert not dequantise(*quantise_blocks(weight * 1e-30, bits)).any()
+    assert not dequantize(*quantize_blocks(weight * 1e-30, bits)).any()
 
 
 @BITS
@@ -199,12 +199,12 @@ def test_the_largest_weights(bits: int) -> None:
     largest = 65504 * (127 if bits == 8 else 7)
     weight = torch.full((2, 64), float(largest))
     weight[1] *= torch.linspace(-1, 1, 64)
-    for curvature in (None, Curvature(products(inputs(64)))):
-        numbers, scales = quantise_blocks(weight, bits, curvature)
+    for curvature in (None, Hessian(products(inputs(64)))):
+        numbers, scales = quantize_blocks(weight, bits, curvature)
         assert bool(scales.isfinite().all())
-        assert float((dequantise(numbers, scales)[0] / largest - 1).abs().max()) < 0.1
+        assert float((dequantize(numbers, scales)[0] / largest - 1).abs().max()) < 0.1
     with pytest.raises(ValueError, match="float16 scales"):
-        quantise_blocks(weight * 1.001, bits)
+        quantize_blocks(weight * 1.001, bits)
 
 
 @BITS
@@ -214,14 +214,14 @@ def test_what_is_no_number_is_refused(bits: int, value: float) -> None:
     weight = random(40, 128)
     weight[37, 101] = value
     with pytest.raises(ValueError, match="not finite"):
-        quantise_blocks(weight, bits)
+        quantize_blocks(weight, bits)
 
 
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     """96 inputs are three blocks of 32, and none of 64."""
-    assert quantise_blocks(random(2, 96), 8)[1].shape == (2, 3)
+    assert quantize_blocks(random(2, 96), 8)[1].shape == (2, 3)
     with pytest.raises(ValueError, match="rows of 96 weights, expected a multiple of 64"):
-        quantise_blocks(random(2, 96), 4)
+        quantize_blocks(random(2, 96), 4)
 
 
 # --- Calibration ------------------------------------------------------------------------------
@@ -231,14 +231,14 @@ def test_the_factor() -> None:
     """R Rᵀ is the damped H over its mean diagonal, R upper triangular, also where an input was always zero."""
     H = products(inputs(64))
     H[3] = H[:, 3] = 0
-    curvature = Curvature(H * 1e-12, damping=0.25)
+    curvature = Hessian(H * 1e-12, damping=0.25)
     R = curvature.factor.double()
     assert torch.equal(R, R.triu())
     expected = H.double() / H.double().diagonal().mean()
     expected += torch.diag(0.25 * expected.diagonal() + 1e-3)
     assert float((R @ R.T - expected).abs().max()) < 1e-5
     assert torch.allclose(curvature.matrix.double(), expected, atol=1e-6)
-    assert torch.equal(Curvature(torch.zeros(4, 4)).matrix, 1e-3 * torch.eye(4))
+    assert torch.equal(Hessian(torch.zeros(4, 4)).matrix, 1e-3 * torch.eye(4))
 
 
 @BITS
@@ -246,14 +246,14 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
     """‖XWᵀ − XŴᵀ‖ on the examples, and on others of the same kind: GPTQ below search, the descent below GPTQ."""
     x, weight = inputs(256), random(96, 256)
     H = products(x[:2000])
-    curvature = Curvature(H)
+    curvature = Hessian(H)
     blocks = weight.view(96, -1, BLOCK[bits])
     gptq = quantize._gptq(blocks, curvature, bits)
     gptq_weight = (gptq[0] * gptq[1][..., None]).flatten(1)
     found = [
-        dequantise(*quantise_blocks(weight, bits)),
+        dequantize(*quantize_blocks(weight, bits)),
         gptq_weight,
-        dequantise(*quantise_blocks(weight, bits, curvature)),
+        dequantize(*quantize_blocks(weight, bits, curvature)),
     ]
     for rows in (x[:2000], x[2000:]):
         search, by_gptq, descended = (float((rows @ (weight - made).T).norm()) for made in found)
@@ -263,7 +263,7 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
 
 def test_gptq_is_gptq() -> None:
     """Number by number what the paper's own algorithm makes: with the inverse of H, weights changed on the way."""
-    weight, curvature = random(16, 128), Curvature(products(inputs(128)))
+    weight, curvature = random(16, 128), Hessian(products(inputs(128)))
     numbers, scales = quantize._gptq(weight.view(16, 2, 64), curvature, 4)
     inverse = torch.linalg.cholesky(torch.linalg.inv(curvature.matrix.double()), upper=True)
     left, expected = weight.double(), torch.empty(16, 128, dtype=torch.float64)
@@ -282,7 +282,7 @@ def test_gptq_is_gptq() -> None:
 
 def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scale by scale and number by number as by the plainest means: the one of all numbers that costs least."""
-    weight, curvature = random(8, 128).double(), Curvature(products(inputs(128)))
+    weight, curvature = random(8, 128).double(), Hessian(products(inputs(128)))
     H = curvature.matrix.double()
     numbers, scales = torch.zeros(8, 2, 64), torch.full((8, 2), 0.4).half().float()
     numbers[:, :, ::3] = 2
@@ -313,7 +313,7 @@ def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_sweep_of_the_descent_is_one_upwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """And from a bad start they come far."""
-    weight, curvature = random(24, 128), Curvature(products(inputs(128)))
+    weight, curvature = random(24, 128), Hessian(products(inputs(128)))
     H = curvature.matrix.double()
     numbers, scales = torch.zeros(24, 2, 64), torch.full((24, 2), 0.4).half().float()
     costs = []
@@ -335,10 +335,10 @@ def test_the_same_weights_give_the_same_bits(bits: int) -> None:
     found = []
     for count in (threads, threads, 1):
         torch.set_num_threads(count)
-        found.append(quantise_blocks(weight, bits))
+        found.append(quantize_blocks(weight, bits))
         random(300, 300)
     torch.set_num_threads(threads)
-    again = [quantise_blocks(weight, bits, Curvature(H)) for _ in range(2)]
+    again = [quantize_blocks(weight, bits, Hessian(H)) for _ in range(2)]
     for numbers, scales in found[1:]:
         assert torch.equal(numbers, found[0][0])
         assert torch.equal(scales, found[0][1])

@@ -1,4 +1,4 @@
-"""Llama 3.2 1B itself, where somebody has it: its licence keeps it out of this repository."""
+"""Llama 3.2 1B itself, where somebody has it: its license keeps it out of this repository."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from wcwidth import iter_graphemes
 
 from llama_scratch.render import lines
 from llama_scratch.render import text as terminal
-from llama_scratch.results import Candidate, Caution, Generated, ModelInfo, Prediction, Timing, Token, as_json
+from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, PromptWarning, Timing, Token, as_json
 
 MODEL = ModelInfo("Tiny", "meta", "fp32", "cpu", 1234)
 
@@ -23,12 +23,12 @@ def prediction(*texts: str, warnings: tuple[str, ...] = ()) -> Prediction:
     """An answer whose candidates have the probabilities 1/2, 1/4, 1/8, …"""
     top = tuple(Candidate(id, text, -(id + 1) * math.log(2)) for id, text in enumerate(texts))
     timing = Timing(load_s=1.5, prompt_tokens=4, reused_tokens=3, prefill_s=0.0123)
-    tokens, cautions = (Token(7, "My"), Token(8, " name")), tuple(Caution("a cause", text) for text in warnings)
+    tokens, cautions = (Token(7, "My"), Token(8, " name")), tuple(PromptWarning("a cause", text) for text in warnings)
     return Prediction("My name", tokens, top[0], top, 1.75, cautions, MODEL, timing)
 
 
 def shown(renderable: RenderableType, width: int = 80, encoding: str = "utf-8") -> str:
-    """What a terminal without colours shows."""
+    """What a terminal without colors shows."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     Console(file=out, width=width).print(renderable)
     out.seek(0)
@@ -222,7 +222,7 @@ def test_the_banner_speaks_of_the_keys_that_there_are() -> None:
     chat = shown(terminal.banner(MODEL, 64, live=False, chat=True))
     assert "message" in chat
     assert "prompt" not in chat
-    assert "grey" not in shown(terminal.banner(MODEL, 64))
+    assert "gray" not in shown(terminal.banner(MODEL, 64))
 
 
 def test_a_view_as_text_keeps_what_looks_like_markup() -> None:

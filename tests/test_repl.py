@@ -244,7 +244,7 @@ def test_nothing_is_wider_than_the_terminal(smollm2_fp32_path: Path, state: dict
     assert not any(line.strip().startswith("█") for line in text.splitlines())
 
 
-def test_plain_has_no_bars_and_no_colours(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
+def test_plain_has_no_bars_and_no_colors(smollm2_fp32_path: Path, state: dict[str, str]) -> None:
     with start(state, "--plain") as session:
         text = ask(session, "The capital of France is")
         assert 'Next token: " Paris", 77.' in text
@@ -264,7 +264,7 @@ def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
     environment = {"XDG_DATA_HOME": str(tmp_path), "HOME": os.environ["HOME"]}
     with Terminal(env=environment) as terminal:
         terminal.wait_for("Fetch SmolLM2-135M-Instruct")
-        terminal.wait_for("93 MB, licence: Apache-2.0")
+        terminal.wait_for("93 MB, license: Apache-2.0")
         terminal.type("n", "enter")
         assert terminal.wait() == 3
         assert "llama-scratch pull smollm2" in " ".join(terminal.text.split())

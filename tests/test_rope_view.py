@@ -42,7 +42,7 @@ def found(tiny: Llama) -> Rope:
 def projected(tiny: Llama) -> tuple[Tensor, Tensor]:
     """The head's queries and keys as wq and wk give them, before any turn: (T, head_dim) each."""
     streams: list[Tensor] = []
-    tiny.engine.run([IDS], {f"layers.{LAYER}.resid_pre": lambda x, _start: streams.append(x)})
+    tiny.engine.forward_with_hooks([IDS], {f"layers.{LAYER}.resid_pre": lambda x, _start: streams.append(x)})
     block = tiny.engine.model.layers[LAYER]
     assert isinstance(block, TransformerBlock)
     normed = block.attention_norm(streams[0])
@@ -117,7 +117,7 @@ def test_at_another_position_only_the_turn_is_another(tiny: Llama, found: Rope) 
 def test_products_are_the_scores_of_attention(tiny: Llama, found: Rope, projected: tuple[Tensor, Tensor]) -> None:
     """Their softmax is the network's own shares; without the turns they are those of wq's and wk's outputs."""
     probs: list[Tensor] = []
-    tiny.engine.run([IDS], {f"layers.{LAYER}.attention.probs": lambda x, _start: probs.append(x)})
+    tiny.engine.forward_with_hooks([IDS], {f"layers.{LAYER}.attention.probs": lambda x, _start: probs.append(x)})
     scores = torch.tensor([match.product for match in reversed(found.matches)])
     torch.testing.assert_close(scores.softmax(-1), probs[0][0, HEAD, -1], atol=1e-6, rtol=1e-4)
     q, k = projected

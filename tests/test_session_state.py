@@ -27,7 +27,7 @@ from llama_scratch.repl.batch import respond
 from llama_scratch.repl.conversation import Chat, Question
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.replay import Report, run_again
-from llama_scratch.repl.session import Moment, Origin, Past, Session, Settings
+from llama_scratch.repl.session import InitialModel, Past, Session, Settings, Snapshot
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress
 from tests.checkpoints import tokenizer_file, write_meta
@@ -162,7 +162,7 @@ def texts(session: Session) -> list[Any]:
     ]
 
 
-def origin(found: Origin | None) -> dict[str, Any]:
+def origin(found: InitialModel | None) -> dict[str, Any]:
     assert found is not None
     values = {field.name: getattr(found, field.name) for field in fields(found)}
     computed = {"tokenizer": found.tokenizer(), "sha256": found.sha256(lambda *_: None)}
@@ -186,7 +186,7 @@ def state(session: Session) -> dict[str, Any]:
             [q for q in session.chat.questions if any(q.ids == i[: len(q.ids)] for i, *_ in texts(session))],
         ),
         "interventions": [(i.label, i.meaning, i.recipe) for i in session.interventions],
-        "_changed": None if session._changed is None else sorted(session._changed.engine.taps),
+        "_changed": None if session._changed is None else sorted(session._changed.engine.hooks),
         "first_model": origin(session.first_model),
         "first_settings": replace(session.first_settings, live=True, plain=False),
         "first_system": session.first_system,
@@ -204,7 +204,7 @@ def test_every_property_has_a_decision(llama: Llama) -> None:
     # Saved as a whole, with each of their fields.
     assert {field.name for field in fields(Chat)} == {"system", "questions"}
     assert {field.name for field in fields(Question)} == {"messages", "ids"}
-    assert {field.name for field in fields(Moment)} == {"prediction", "offered", "interventions"}
+    assert {field.name for field in fields(Snapshot)} == {"prediction", "offered", "interventions"}
     assert {field.name for field in fields(Past)} == {"ids", "prompt", "top", "offered", "interventions"}
     # Nothing of a model is state, but what is on the command line.
     assert vars(llama).keys() == {

@@ -55,7 +55,7 @@ def llama(smollm2_path: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def weights(smollm2_path: Path) -> dict[str, Tensor]:
-    """The file's weights as float32 under Meta's names, read and dequantised by the gguf package alone."""
+    """The file's weights as float32 under Meta's names, read and dequantized by the gguf package alone."""
     return _weights(smollm2_path)
 
 
@@ -123,7 +123,7 @@ def test_the_texts_are_long_enough_to_matter(llama: Llama) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_real_text_gets_the_logits_of_transformers(llama: Llama, huggingfaces: Any, text: str) -> None:
-    """On the same dequantised weights, fed our ids."""
+    """On the same dequantized weights, fed our ids."""
     ids = llama.encode(text)
     assert_same(llama.logits(text), huggingfaces(torch.tensor([ids])).logits[0])
 

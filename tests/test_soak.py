@@ -12,7 +12,7 @@ import pytest
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import ablate
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import KVCache
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Prediction
@@ -50,7 +50,7 @@ def test_a_fresh_process_says_the_same(soak: Callable[..., Soak]) -> None:
     """With an intervention on."""
     found = soak()
     found.step(("prompt", "the nation", found.says("the nation")))
-    part = Part.named("L1.H1", found.reference.llama(found.state).args)
+    part = NetworkPart.named("L1.H1", found.reference.llama(found.state).args)
     line = f"/ablate {part.name}"
     found.step(("ablate", line, found.putting(lambda state: ablate(found.reference.llama(state), part), line)))
     found.process()
@@ -60,7 +60,7 @@ def test_a_fresh_process_says_the_same(soak: Callable[..., Soak]) -> None:
 def cancelled(soak: Soak) -> Iterator[tuple[str, list[Line]]]:
     """Commands that change more than one thing, each behind what makes it change them."""
     path = str(soak.folder / "a.session")
-    part = Part.named("L1.H1", soak.reference.llama(soak.state).args)
+    part = NetworkPart.named("L1.H1", soak.reference.llama(soak.state).args)
     ablated = (
         "ablate",
         "/ablate L1.H1",
@@ -145,8 +145,8 @@ def forgotten_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cached is taken for any text of the same length."""
-    start = Engine._start
-    monkeypatch.setattr(Engine, "_start", lambda engine, ids, length: start(engine, ids, min(1, len(ids) - 1)))
+    start = Engine._reset_to
+    monkeypatch.setattr(Engine, "_reset_to", lambda engine, ids, length: start(engine, ids, min(1, len(ids) - 1)))
 
 
 @pytest.mark.parametrize("broken", [broken_rewind, forgotten_interventions, shared_cache])

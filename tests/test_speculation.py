@@ -13,12 +13,12 @@ from llama_scratch import llama as llama_module
 from llama_scratch.errors import CheckpointError
 from llama_scratch.inference import prompt_lookup
 from llama_scratch.inference.engine import _DRAFTED, Engine
-from llama_scratch.inference.prompt_lookup import Drafts
+from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.llama import Llama
 from llama_scratch.model import RMSNorm
 from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
-from llama_scratch.system.jobs import Background
+from llama_scratch.system.jobs import BackgroundJobs
 from tests.conftest import KERNELS
 
 CYCLE = [5, 6, 7, 8, 9, 10]
@@ -26,12 +26,12 @@ SAMPLED = Sampling(temperature=0.02, top_k=5, seed=3)
 MANY = 99
 
 
-def fed(before: list[int], after: list[int]) -> Drafts:
+def fed(before: list[int], after: list[int]) -> NGramDrafter:
     """Drafts behind a text whose last tokens came one by one, in a second each."""
-    drafts = Drafts()
+    drafts = NGramDrafter()
     drafts.propose(before, MANY)
     for n in range(len(after)):
-        drafts.book(0, 0, 1.0)
+        drafts.record_cost(0, 0, 1.0)
         drafts.propose([*before, *after[: n + 1]], MANY)
     return drafts
 
@@ -43,7 +43,7 @@ def test_a_draft_is_what_followed_the_last_time() -> None:
 
 def test_a_draft_goes_round_with_a_text_that_does() -> None:
     drafts = fed(CYCLE, 3 * CYCLE)
-    drafts.book(2, 2, 1.1)
+    drafts.record_cost(2, 2, 1.1)
     assert drafts.propose(4 * CYCLE, 9) == [*CYCLE, *CYCLE[:3]]
 
 
@@ -57,7 +57,7 @@ def test_no_draft_before_guesses_were_right_nor_where_nothing_stood_before() -> 
     text = [*CYCLE, 1, 2, 3, *CYCLE[:3]]
     assert fed(text[:-3], text[-3:]).propose(text, 2) == []  # one guess, and it was right
     assert fed([], list(range(50))).propose(list(range(50)), MANY) == []
-    assert Drafts().propose(CYCLE * 3, MANY) == []  # what a pass takes is not known
+    assert NGramDrafter().propose(CYCLE * 3, MANY) == []  # what a pass takes is not known
 
 
 def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
@@ -68,7 +68,7 @@ def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
         assert draft == text[at : at + len(draft)]
         lengths.append(len(draft))
         at += len(draft) + 1
-        drafts.book(len(draft), len(draft), 1.1)
+        drafts.record_cost(len(draft), len(draft), 1.1)
     assert lengths == sorted(lengths)
     assert lengths[-1] == _DRAFTED
     assert len(drafts.propose(text[:at], 4)) == 4
@@ -80,7 +80,7 @@ def test_a_wrong_guess_leaves_a_third_and_goes_on_beside_it() -> None:
     text = 6 * CYCLE
     drafts = fed(text[:12], text[12:])
     for _ in range(8):
-        drafts.book(4, 4, 1.0)
+        drafts.record_cost(4, 4, 1.0)
     before = drafts.propose(text, MANY)
     after = drafts.propose([*text, 300], MANY)
     assert after[:5] == before[1:6]
@@ -93,7 +93,7 @@ def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
     drafts, singles, lost = fed(text[:12], text[12:18]), 0, 0
     for at in range(18, 2018):
         draft = drafts.propose(text[:at], _DRAFTED)  # guesses are right, so that it always would
-        drafts.book(len(draft), 0, 1.0 + len(draft))
+        drafts.record_cost(len(draft), 0, 1.0 + len(draft))
         singles += not draft
         lost += len(draft)
     assert 0 < lost <= 2 + prompt_lookup._SHARE * singles * 1.2
@@ -101,7 +101,7 @@ def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
 
 def test_one_delayed_pass_changes_little() -> None:
     drafts = fed(CYCLE, CYCLE)
-    drafts.book(0, 0, 1000.0)
+    drafts.record_cost(0, 0, 1000.0)
     assert drafts._single_s < 1.3
 
 
@@ -143,14 +143,14 @@ def run(llama: Llama, ids: list[int], count: int, sampling: Sampling, speculate:
     llama.engine.trim([])
     llama.speculate = speculate
     widths: list[int] = []
-    forward = llama.engine._forward
+    forward = llama.engine._forward_cached
 
     def counted(ids: Sequence[int], *, all_positions: bool = False) -> torch.Tensor:
         widths.append(len(ids))
         return forward(ids, all_positions=all_positions)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama.engine, "_forward", counted)
+        patch.setattr(llama.engine, "_forward_cached", counted)
         return list(llama.continuation(ids, count, sampling)), widths
 
 
@@ -170,15 +170,15 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
     truth = [*ids, *(step.id for step in plain)]
     turns = iter(range(1000))
 
-    def propose(drafts: Drafts, ids: Sequence[int], room: int) -> list[int]:
+    def propose(drafts: NGramDrafter, ids: Sequence[int], room: int) -> list[int]:
         turn = next(turns)
         draft = truth[len(ids) :][: min(room, 1 + turn % _DRAFTED)]
         if turn // _DRAFTED % 2:
             draft[-1] = 1 + draft[-1] % 200
         return draft
 
-    monkeypatch.setattr(Drafts, "propose", propose)
-    monkeypatch.setattr(Drafts, "book", lambda *_: None)
+    monkeypatch.setattr(NGramDrafter, "propose", propose)
+    monkeypatch.setattr(NGramDrafter, "record_cost", lambda *_: None)
     ours, widths = run(packed, ids, 300, sampling, True)
     assert ours == plain
     assert packed.engine.cached_tokens == length
@@ -190,8 +190,10 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
 
 def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer passes, and the same logits. A random network says nothing twice, so it is told what to say."""
-    book, found = Drafts.book, []
-    monkeypatch.setattr(Drafts, "book", lambda self, drafted, right, _: book(self, drafted, right, 1 + drafted / 10))
+    record_cost, found = NGramDrafter.record_cost, []
+    monkeypatch.setattr(
+        NGramDrafter, "record_cost", lambda self, drafted, right, _: record_cost(self, drafted, right, 1 + drafted / 10)
+    )
     for speculate in (False, True):
         said = iter(CYCLE * 50)
         monkeypatch.setattr(llama_module, "sample", lambda *_, said=said: next(said))
@@ -206,8 +208,8 @@ def test_an_end_amid_a_draft(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> 
     """A stop token leaves what plain decoding leaves; a reader who stops leaves only what a longer text can use."""
     plain, _ = run(packed, CYCLE, 30, GREEDY, False)
     truth = [*CYCLE, *(step.id for step in plain)]
-    monkeypatch.setattr(Drafts, "propose", lambda self, ids, room: truth[len(ids) :][: min(room, 8)])
-    monkeypatch.setattr(Drafts, "book", lambda *_: None)
+    monkeypatch.setattr(NGramDrafter, "propose", lambda self, ids, room: truth[len(ids) :][: min(room, 8)])
+    monkeypatch.setattr(NGramDrafter, "record_cost", lambda *_: None)
     packed.engine.trim([])
     packed.speculate = True
     steps = cast(Generator[Step, None, None], packed.continuation(CYCLE, 30, GREEDY))
@@ -247,7 +249,7 @@ def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Ll
         ids = (CYCLE * 70)[:length]
         engine.next_logits(ids)
         engine.trim(ids[:-1])
-        assert engine.room(ids) == room
+        assert engine.max_draft_length(ids) == room
 
 
 def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +257,21 @@ def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPa
     assert packed.path is not None
     engine = packed.engine
     engine.next_logits(CYCLE)
-    assert engine.room([*CYCLE, 1]) == _DRAFTED
-    assert engine.room([*CYCLE, 1, 2]) == engine.room([6, *CYCLE[1:], 1]) == engine.room(CYCLE) == 0
+    assert engine.max_draft_length([*CYCLE, 1]) == _DRAFTED
+    assert (
+        engine.max_draft_length([*CYCLE, 1, 2])
+        == engine.max_draft_length([6, *CYCLE[1:], 1])
+        == engine.max_draft_length(CYCLE)
+        == 0
+    )
     changed = packed.intervened({"layers.0.resid_post": lambda value, start: None})
     changed.engine.next_logits(CYCLE)
-    assert changed.engine.room([*CYCLE, 1]) == 0
+    assert changed.engine.max_draft_length([*CYCLE, 1]) == 0
     for precision in ("fp32", "bf16", "fp16", "int8"):
         other = Llama.load(packed.path, precision=precision, device="cpu")
         other.engine.next_logits(CYCLE)
-        assert other.engine.room([*CYCLE, 1]) == _DRAFTED
-        other.engine.packing = Background("packing", [(lambda: None, 1)])
-        assert other.engine.room([*CYCLE, 1]) == 0
+        assert other.engine.max_draft_length([*CYCLE, 1]) == _DRAFTED
+        other.engine.packing = BackgroundJobs("packing", [(lambda: None, 1)])
+        assert other.engine.max_draft_length([*CYCLE, 1]) == 0
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", "0")
-    assert engine.room([*CYCLE, 1]) == 0
+    assert engine.max_draft_length([*CYCLE, 1]) == 0

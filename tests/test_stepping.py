@@ -24,7 +24,16 @@ from llama_scratch import model as network
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import execution
-from llama_scratch.microscope.execution import RETURNED, Look, Stop, Value, Walk, look, parsed, walk
+from llama_scratch.microscope.execution import (
+    RETURNED,
+    ExecutionTrace,
+    Statement,
+    ValueSummary,
+    ValueView,
+    look,
+    parsed,
+    walk,
+)
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
@@ -45,7 +54,7 @@ def ids(llama: Llama) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def walked(llama: Llama, ids: list[int]) -> Walk:
+def walked(llama: Llama, ids: list[int]) -> ExecutionTrace:
     return walk(llama, ids)
 
 
@@ -64,11 +73,11 @@ def tapped(llama: Llama, ids: list[int], place: str) -> Tensor:
     def keep(value: Tensor, _start: int) -> None:
         found.append(value.clone())
 
-    llama.engine.run([ids], {place: keep})
+    llama.engine.forward_with_hooks([ids], {place: keep})
     return found[0]
 
 
-def number_of(walked: Walk, code: str, layer: int | None = None) -> int:
+def number_of(walked: ExecutionTrace, code: str, layer: int | None = None) -> int:
     """The first stop whose statement begins so."""
     return next(
         at
@@ -77,7 +86,7 @@ def number_of(walked: Walk, code: str, layer: int | None = None) -> int:
     )
 
 
-def value_of(stop: Stop, name: str) -> Value:
+def value_of(stop: Statement, name: str) -> ValueSummary:
     return next(value for value in stop.values if value.name == name)
 
 
@@ -95,7 +104,7 @@ def value_of(stop: Stop, name: str) -> Value:
         network.rotations,
     ],
 )
-def test_every_statement_of_a_function_is_a_stop(walked: Walk, function: Any) -> None:
+def test_every_statement_of_a_function_is_a_stop(walked: ExecutionTrace, function: Any) -> None:
     """As often as it is called, in the order of its text: these have no branches."""
     lines, first = inspect.getsourcelines(function)
     body = ast.parse(inspect.cleandoc("\n" + "".join(lines))).body[0]
@@ -108,7 +117,7 @@ def test_every_statement_of_a_function_is_a_stop(walked: Walk, function: Any) ->
     assert found == expected * (len(found) // len(expected))
 
 
-def test_the_whole_network_is_walked_through(walked: Walk, llama: Llama) -> None:
+def test_the_whole_network_is_walked_through(walked: ExecutionTrace, llama: Llama) -> None:
     """Its branches as they were taken, its loop once for each layer and once to see its end."""
     starts = [stop.text.split()[0] for stop in walked.stops if stop.depth == 0]
     loop = ["for", "x"] * llama.args.n_layers + ["for"]
@@ -123,7 +132,7 @@ def test_the_whole_network_is_walked_through(walked: Walk, llama: Llama) -> None
     assert {stop.layer for stop in walked.stops} == {None, 0, 1, 2}
 
 
-def test_a_stop_says_where_it_is(walked: Walk) -> None:
+def test_a_stop_says_where_it_is(walked: ExecutionTrace) -> None:
     stop = walked.stops[number_of(walked, "turned =", layer=1)]
     assert stop.function == "apply_rotary_emb"
     assert stop.callers == ("Transformer.forward", "TransformerBlock.forward", "Attention.forward")
@@ -166,7 +175,7 @@ def test_a_statement_of_several_lines_is_one_stop(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(execution, "_FILE", str(file))
     namespace: dict[str, Any] = {}
     exec(compile(SNIPPET, str(file), "exec"), namespace)
-    stops: list[Stop] = []
+    stops: list[Statement] = []
     tracer = execution._Tracer(torch.nn.Module(), lambda done: stops.append(done.stop()))  # type: ignore[arg-type]
     before = sys.gettrace()
     try:
@@ -201,7 +210,7 @@ def test_a_statement_of_several_lines_is_one_stop(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_values_are_those_that_taps_give(
-    llama: Llama, ids: list[int], walked: Walk, code: str, name: str, place: str
+    llama: Llama, ids: list[int], walked: ExecutionTrace, code: str, name: str, place: str
 ) -> None:
     """Shape, statistics and first numbers, and what print shows of it."""
     expected = tapped(llama, ids, place)
@@ -222,15 +231,15 @@ def test_values_are_those_that_taps_give(
     assert seen.rows == tuple(tuple(row) for row in flat[:16].tolist())
 
 
-def test_the_last_row_is_the_last_token_in_every_shape(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_the_last_row_is_the_last_token_in_every_shape(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     """The logits too: of the last token alone."""
     value = value_of(walked.stops[-1], RETURNED)
-    assert value.first == tuple(llama.engine.run([ids], {})[0, -1, :4].tolist())
+    assert value.first == tuple(llama.engine.forward_with_hooks([ids], {})[0, -1, :4].tolist())
     mask = value_of(walked.stops[number_of(walked, "mask =")], "mask")
     assert (mask.dtype, mask.min, mask.max, mask.first) == ("bool", 0, 1, (1, 1, 1, 1))
 
 
-def test_complex_numbers_are_magnitude_and_angle(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_complex_numbers_are_magnitude_and_angle(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     at = number_of(walked, "freqs_cis =")
     value = value_of(walked.stops[at], "freqs_cis")
     angles = (len(ids) - 1) * llama.engine.model.freqs[:4]
@@ -242,7 +251,7 @@ def test_complex_numbers_are_magnitude_and_angle(llama: Llama, ids: list[int], w
     assert look(llama, walked, at, "freqs_cis[-1]").rows[0] == value.first[:2]
 
 
-def test_names_of_shapes_are_true(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_names_of_shapes_are_true(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     """What the comments of model.py call a size has that size, wherever the walk says so."""
     args, T = llama.args, len(ids)
     sizes = {
@@ -307,13 +316,15 @@ def test_taps_that_are_on_apply(llama: Llama, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
-def test_each_precision_can_be_walked_through(tiny_dir: Path, ids: list[int], walked: Walk, precision: str) -> None:
+def test_each_precision_can_be_walked_through(
+    tiny_dir: Path, ids: list[int], walked: ExecutionTrace, precision: str
+) -> None:
     """The same statements, whatever multiplies; and the logits that the engine gives."""
     other = Llama.load(tiny_dir, precision=precision, device="cpu")
     other.prepare()
     found = walk(other, ids)
     assert [stop.first_line for stop in found.stops] == [stop.first_line for stop in walked.stops]
-    logits = other.engine.run([ids], {})[0, -1]
+    logits = other.engine.forward_with_hooks([ids], {})[0, -1]
     assert value_of(found.stops[-1], RETURNED).first == tuple(logits[:4].tolist())
     other.close()
 
@@ -349,7 +360,7 @@ def test_only_a_meaning_that_fits_is_shown() -> None:
     assert next(execution._values("it", torch.ones(2), ("(T, S)",), True)).meaning == ""
 
 
-def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: Walk) -> None:
+def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: ExecutionTrace) -> None:
     """The residual stream does, up to where the last token is taken out of it."""
     at = number_of(walked, "x = block")
     assert value_of(walked.stops[at], "x").meaning == "(B, T, dim)"
@@ -366,7 +377,7 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
 # --- Walking ----------------------------------------------------------------------------------
 
 
-def test_next_stays_into_enters_out_leaves(walked: Walk) -> None:
+def test_next_stays_into_enters_out_leaves(walked: ExecutionTrace) -> None:
     at = number_of(walked, "heads = ", 1)
     assert walked.stops[walked.into(at)].text.strip().startswith("q = self.wq")
     v = walked.next(at, 3)
@@ -383,7 +394,7 @@ def test_next_stays_into_enters_out_leaves(walked: Walk) -> None:
 
 
 @pytest.mark.parametrize("step", ["next", "into", "out"])
-def test_nothing_comes_behind_the_end(walked: Walk, step: str) -> None:
+def test_nothing_comes_behind_the_end(walked: ExecutionTrace, step: str) -> None:
     end = len(walked.stops) - 1
     with pytest.raises(UsageError, match="ends before that"):
         getattr(walked, step)(end)
@@ -392,7 +403,7 @@ def test_nothing_comes_behind_the_end(walked: Walk, step: str) -> None:
     assert walked.into(0, end) == end
 
 
-def test_nothing_comes_before_the_beginning(walked: Walk) -> None:
+def test_nothing_comes_before_the_beginning(walked: ExecutionTrace) -> None:
     assert walked.back(3, 3) == 0
     with pytest.raises(UsageError, match="are 3 stops before"):
         walked.back(3, 4)
@@ -401,7 +412,7 @@ def test_nothing_comes_before_the_beginning(walked: Walk) -> None:
             walked.to(layer)
 
 
-def test_a_walk_fits_one_text_and_one_network(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_a_walk_fits_one_text_and_one_network(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     assert walked.fits(llama, ids)
     assert not walked.fits(llama, ids[:-1])
     assert not walked.fits(llama.intervened({}), ids)
@@ -459,20 +470,20 @@ def test_what_print_refuses(expression: str) -> None:
         ("heads[...]", "heads is .* here, expected an index"),
     ],
 )
-def test_what_is_not_there(llama: Llama, walked: Walk, expression: str, found: str) -> None:
+def test_what_is_not_there(llama: Llama, walked: ExecutionTrace, expression: str, found: str) -> None:
     with pytest.raises(UsageError, match=found) as caught:
         look(llama, walked, number_of(walked, "k, v = cache.update", 1), expression)
     assert ". " not in str(caught.value)
 
 
-def test_what_is_no_tensor_is_shown_as_it_is(llama: Llama, walked: Walk) -> None:
+def test_what_is_no_tensor_is_shown_as_it_is(llama: Llama, walked: ExecutionTrace) -> None:
     at = number_of(walked, "k, v = cache.update", 1)
     assert look(llama, walked, at, "layer").text == "1"
     assert look(llama, walked, at, "heads").text == "(-1, 64)"
     assert look(llama, walked, at, "heads[1]").text == "64"
 
 
-def test_parts_of_a_tuple_and_single_numbers(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_parts_of_a_tuple_and_single_numbers(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     at = number_of(walked, "return held[0]", 1)
     values = tapped(llama, ids, "layers.1.attention.v")
     assert look(llama, walked, at, "return[1, 0, 1, -1]").rows[0] == tuple(values[0, 1, -1, :4].tolist())
@@ -480,7 +491,7 @@ def test_parts_of_a_tuple_and_single_numbers(llama: Llama, ids: list[int], walke
     assert (one.shape, one.rows, one.left_out) == ((), ((float(values[0, 1, -1, 7]),),), False)
 
 
-def test_numbers_are_bounded(llama: Llama, walked: Walk) -> None:
+def test_numbers_are_bounded(llama: Llama, walked: ExecutionTrace) -> None:
     """16 rows of 4; one dimension goes on from row to row."""
     at = number_of(walked, "x = self.tok_embeddings")
     seen = look(llama, walked, at, "x")
@@ -511,7 +522,7 @@ def tracer() -> Iterator[Any]:
     sys.settrace(before)
 
 
-def test_a_debugger_is_put_back(llama: Llama, ids: list[int], walked: Walk, tracer: Any) -> None:
+def test_a_debugger_is_put_back(llama: Llama, ids: list[int], walked: ExecutionTrace, tracer: Any) -> None:
     """After a walk, after a print, which leaves the network in its middle, and after an interruption."""
     walk(llama, ids)
     assert sys.gettrace() is tracer
@@ -528,7 +539,7 @@ def test_a_debugger_is_put_back(llama: Llama, ids: list[int], walked: Walk, trac
     assert sys.gettrace() is tracer
 
 
-def test_an_interruption_leaves_the_model_whole(llama: Llama, ids: list[int], walked: Walk) -> None:
+def test_an_interruption_leaves_the_model_whole(llama: Llama, ids: list[int], walked: ExecutionTrace) -> None:
     """No hook stays, and the next walk and the next answer are as before."""
     llama.predict(TEXT)
     before = llama.predict(TEXT)  # from what the cache holds, as the one below
@@ -556,7 +567,7 @@ def test_ids_that_cannot_be_run(llama: Llama, bad: list[int]) -> None:
 # --- In the session ---------------------------------------------------------------------------
 
 
-def test_a_pipe_walks_with_one_command_a_stop(session: Session, walked: Walk) -> None:
+def test_a_pipe_walks_with_one_command_a_stop(session: Session, walked: ExecutionTrace) -> None:
     first = run(session, "/step")
     assert (first["stop"], first["stops"], first["text"].strip()) == (0, len(walked.stops), "T = tokens.shape[1]")
     assert run(session, "/step next 3")["stop"] == walked.next(0, 3)
@@ -640,7 +651,7 @@ def typed(session: Session, keys: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("end", ["q", "\x03", "\x04", "end\r"])
-def test_single_keys_walk_on_a_terminal(session: Session, walked: Walk, end: str) -> None:
+def test_single_keys_walk_on_a_terminal(session: Session, walked: ExecutionTrace, end: str) -> None:
     """Enter and n: next; then the prompt is the session's again, and the walk stays."""
     place = walked.next(walked.next(walked.to(1)), 2)
     assert typed(session, f"t 1\rn\rn{end}")["stop"] == place
@@ -648,7 +659,7 @@ def test_single_keys_walk_on_a_terminal(session: Session, walked: Walk, end: str
     assert typed(session, "o" + end)["stop"] == walked.out(place + 1)
 
 
-def test_enter_does_not_go_into_a_call(session: Session, walked: Walk) -> None:
+def test_enter_does_not_go_into_a_call(session: Session, walked: ExecutionTrace) -> None:
     """Where next and into part."""
     before = number_of(walked, "v = self.wv", 1)
     assert walked.next(before) != walked.into(before)
@@ -669,5 +680,5 @@ def test_keys_print_list_and_refuse(session: Session) -> None:
 
 def test_an_error_keeps_what_look_showed() -> None:
     """A look is plain values."""
-    seen = Look("q", "[0]", (1, 2), (2,), "float32", "", ("0",), ((1.0, None),), left_out=False)
+    seen = ValueView("q", "[0]", (1, 2), (2,), "float32", "", ("0",), ((1.0, None),), left_out=False)
     assert json.loads(json.dumps(seen.as_json(), allow_nan=False))["rows"] == [[1.0, None]]

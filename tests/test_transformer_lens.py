@@ -131,8 +131,8 @@ def cached(theirs: Any) -> tuple[Tensor, Any]:
 def test_activations_are_theirs(ours: Llama, cached: tuple[Tensor, Any], layer: int) -> None:
     """At every place that both name, in every layer, within 1e-4 of the values' size."""
     values: dict[str, Tensor] = {}
-    taps = {f"layers.{layer}.{place}": lambda x, _start, place=place: values.update({place: x}) for place in PLACES}
-    ours.engine.run([IDS], taps)
+    hooks = {f"layers.{layer}.{place}": lambda x, _start, place=place: values.update({place: x}) for place in PLACES}
+    ours.engine.forward_with_hooks([IDS], hooks)
     for place, (name, order) in PLACES.items():
         expected = cached[1][f"blocks.{layer}.{name}"]
         expected = expected if order is None else expected.permute(order)
@@ -152,7 +152,7 @@ def test_an_ablated_head_is_theirs(ours: Llama, theirs: Any) -> None:
     def off(z: Tensor, _start: Any = None, **_hook: Any) -> Tensor:
         return z.index_fill(2, torch.tensor([2]), 0)  # (B, T, n_heads, head_dim) in both
 
-    found = ours.engine.run([IDS], {"layers.1.attention.heads": off}, all_positions=True)
+    found = ours.engine.forward_with_hooks([IDS], {"layers.1.attention.heads": off}, all_positions=True)
     with torch.inference_mode():
         expected = theirs.run_with_hooks(torch.tensor([IDS]), fwd_hooks=[("blocks.1.attn.hook_z", off)])
     assert (found - expected).norm() < 1e-4 * expected.norm()

@@ -23,7 +23,7 @@ from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.verify import Finding, Verification, verify
 from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
-from llama_scratch.precision.lazy_weight import Quantised, Weight
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
 from llama_scratch.render.text import as_text
 from llama_scratch.render.verify import verify_table
 from llama_scratch.system.progress import Progress
@@ -232,10 +232,10 @@ def test_values_that_are_no_numbers_everywhere(model: Path) -> None:
 
 
 def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GGUF's quantised blocks: each block of rows is asked for, once."""
+    """GGUF's quantized blocks: each block of rows is asked for, once."""
     asked: list[tuple[int, int]] = []
 
-    def dequantise(start: int, stop: int) -> Tensor:
+    def dequantize(start: int, stop: int) -> Tensor:
         asked.append((start, stop))
         rows = torch.ones(stop - start, 256)
         rows[torch.arange(start, stop) == 299] = torch.nan
@@ -245,7 +245,7 @@ def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, mon
         def load(progress: Progress) -> dict[str, Weight]:
             name = "layers.0.feed_forward.w1.weight"
             blocks = torch.empty(1024, 1, dtype=torch.uint8)
-            return {**checkpoint.load(progress), name: Quantised((1024, 256), blocks, "a test", dequantise)}
+            return {**checkpoint.load(progress), name: GGUFBlockWeight((1024, 256), blocks, "a test", dequantize)}
 
         return replace(checkpoint, load=load)
 
@@ -539,7 +539,7 @@ def test_a_tokenizer_elsewhere(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 40])
-def test_the_table_fits_and_says_all_without_colour(model: Path, width: int) -> None:
+def test_the_table_fits_and_says_all_without_color(model: Path, width: int) -> None:
     write_checklist(model, consolidated_00_pth="0" * 32)
     found = verify(model)
     text = as_text(verify_table(found), width)

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.choices import Choice, Choices
-from llama_scratch.microscope.compare import Compared, Comparison, Side
+from llama_scratch.microscope.compare import ComparedToken, Comparison, ModelPrediction
 from llama_scratch.microscope.diff import Diff, Pair
 from llama_scratch.microscope.surprisal import Scored, Surprisal
 from llama_scratch.microscope.tokens import Piece, Tokens
@@ -174,8 +174,8 @@ def test_a_diff_of_two_texts(session: Session) -> None:
 def test_choices_get_a_space_in_front_unless_they_are_quoted(session: Session) -> None:
     facts = run(session, r'/choices  cold |very  cold| "\n" | "x | y"')
     assert [choice["text"] for choice in facts["choices"]] == [" cold", " very  cold", "\n", "x | y"]
-    assert facts["choices"][0]["normalised"] > 0.99
-    assert sum(choice["normalised"] for choice in facts["choices"]) == pytest.approx(1)
+    assert facts["choices"][0]["normalized"] > 0.99
+    assert sum(choice["normalized"] for choice in facts["choices"]) == pytest.approx(1)
     assert sum(choice["by_length"] for choice in facts["choices"]) == pytest.approx(1)
     cold = next(c.probability for c in session.llama.predict(PROMPT).top if c.text == " cold")
     assert facts["choices"][0]["probability"] == pytest.approx(cold, abs=1e-5)
@@ -306,10 +306,10 @@ def branches(depth: int) -> tuple[Branch, ...]:
 def comparison(*names: str, kl_bits: float | None = 0.25) -> Comparison:
     a, b = nasty_candidates()[:5], tuple(Candidate(c.id, c.text, c.logprob - 1) for c in nasty_candidates()[3:8])
     sides = [
-        Side(ModelInfo(name, "gguf", precision, "cpu", 1), (), top, 3.5)
+        ModelPrediction(ModelInfo(name, "gguf", precision, "cpu", 1), (), top, 3.5)
         for name, precision, top in zip(names, ("fp32", "int8"), (a, b), strict=True)
     ]
-    rows = [Compared(c.text, c, None) for c in a[:3]] + [Compared(c.text, a[3], c) for c in b]
+    rows = [ComparedToken(c.text, c, None) for c in a[:3]] + [ComparedToken(c.text, a[3], c) for c in b]
     return Comparison(sides[0], sides[1], tuple(rows), kl_bits)
 
 
@@ -366,7 +366,7 @@ def test_a_view_fits_its_terminal(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_nothing_in_a_text_is_obeyed_or_hidden(name: str) -> None:
-    """Neither by the terminal nor by rich; its escapes are the only ones, and those of 16 colours at most."""
+    """Neither by the terminal nor by rich; its escapes are the only ones, and those of 16 colors at most."""
     import re
 
     for view in VIEWS[name]:
@@ -374,14 +374,14 @@ def test_nothing_in_a_text_is_obeyed_or_hidden(name: str) -> None:
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
         assert "[bold]" in text or name == "surprisal of one"
         assert "\u202e" not in text
-        coloured = shown(view, 300, force_terminal=True, color_system="truecolor")
-        codes = {code for found in re.findall(r"\x1b\[([\d;]*)m", coloured) for code in found.split(";")}
+        colored = shown(view, 300, force_terminal=True, color_system="truecolor")
+        codes = {code for found in re.findall(r"\x1b\[([\d;]*)m", colored) for code in found.split(";")}
         assert codes <= {"0", "1", "2", "4", *(str(color) for color in range(30, 38))}
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_plain_view_has_no_drawing(name: str) -> None:
-    """Nor colours: it is read aloud."""
+    """Nor colors: it is read aloud."""
     text = shown(VIEWS[name][1], 200, force_terminal=True, color_system="truecolor")
     assert "\x1b" not in text
     assert not [char for char in text if 0x2500 <= ord(char) < 0x2600]
@@ -495,7 +495,7 @@ def test_what_surprises_more_has_another_style() -> None:
     assert surprise_style(None) == ""
 
 
-def test_the_text_is_coloured_by_its_bits() -> None:
+def test_the_text_is_colored_by_its_bits() -> None:
     """Character by character, as they are given."""
     tokens = (Scored(1, "ab", None, None, None), Scored(2, "cd", -math.log(2) * 9, 3, 1.0))
     page = texts.surprisal(Surprisal(tokens, (), 1.0), "abcd", [None, None, 0.5, 9.0])

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 from torch import Tensor
 
-from llama_scratch.precision.lazy_weight import Quantised, Weight
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
 from tests import gguf_reference
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,16 +33,16 @@ def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
         return numbers.to(FLOATS[form])
     spread = 3 / (_LARGEST[form] * columns**0.5)
     data = gguf_reference.random_blocks(form, out, columns, seed=str(seed), spread=spread)
-    return quantised(form, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out, -1))
+    return quantized(form, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out, -1))
 
 
-def quantised(form: str, blocks: Tensor) -> Quantised:
-    """Blocks (out, bytes of a row) as a weight, which gguf dequantises."""
+def quantized(form: str, blocks: Tensor) -> GGUFBlockWeight:
+    """Blocks (out, bytes of a row) as a weight, which gguf dequantizes."""
     size, n_bytes = gguf.GGML_QUANT_SIZES[Quant[form]]
 
-    def dequantise(start: int, stop: int) -> Tensor:
+    def dequantize(start: int, stop: int) -> Tensor:
         with np.errstate(all="ignore"):
             values = gguf.quants.dequantize(blocks[start:stop].numpy(), Quant[form])
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
-    return Quantised((len(blocks), blocks.shape[1] // n_bytes * size), blocks, form, dequantise)
+    return GGUFBlockWeight((len(blocks), blocks.shape[1] // n_bytes * size), blocks, form, dequantize)

@@ -18,9 +18,9 @@ from llama_scratch.errors import (
     LlamaScratchError,
     ModelNotFoundError,
     UnsupportedError,
-    printable,
+    sanitize,
 )
-from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import does_not_fit, is_memory_error
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Checkpoint:
 
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
     weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
-    conversations, None for a base model. licence: as the files state it. warnings: messages about the files, if they
+    conversations, None for a base model. license: as the files state it. warnings: messages about the files, if they
     contradict each other or leave something to a guess. extras: facts that only converting needs. mapped: the files,
     as they were when this was made.
     """
@@ -70,10 +70,10 @@ class Checkpoint:
     inspect: Callable[[Progress], Stored]
     chat: ChatFormat | None = None
     files: tuple[Path, ...] = ()
-    licence: str | None = None
+    license: str | None = None
     warnings: tuple[str, ...] = ()
     extras: Extras = field(default_factory=Extras)
-    mapped: Mapped = field(init=False, repr=False, compare=False)
+    mapped: MappedFiles = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:
@@ -81,12 +81,12 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens and the model's embedding "
                 f"{self.args.vocab_size}, expected the same number; use the tokenizer that came with the model."
             )
-        object.__setattr__(self, "mapped", Mapped(self.files))
+        object.__setattr__(self, "mapped", MappedFiles(self.files))
 
     def fingerprint(self, progress: Progress) -> str:
         """Return the SHA-256 of all weight files, one after the other in the order of their names.
 
-        For a model in one file it is that file's own checksum. See `Mapped.sha256`.
+        For a model in one file it is that file's own checksum. See `MappedFiles.sha256`.
         """
         return self.mapped.sha256(progress)
 
@@ -120,8 +120,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if is_memory_error(error):
-            raise does_not_fit(printable(path, 200), error) from error
-        name = printable(error.filename or path, 200)
+            raise does_not_fit(sanitize(path, 200), error) from error
+        name = sanitize(error.filename or path, 200)
         # safetensors raises FileNotFoundError without a number.
         absent = error.errno in _ABSENT or isinstance(error, FileNotFoundError)
         kind = ModelNotFoundError if absent else LlamaScratchError
@@ -180,11 +180,11 @@ def check_shapes(
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Let the output be the embedding itself if it is missing or the same view of the embedding's storage."""
-    from llama_scratch.precision.lazy_weight import Lazy
+    from llama_scratch.precision.lazy_weight import LazyWeight
 
     embedding = weights[EMBEDDING]
     output = weights.get(OUTPUT, embedding)
-    if isinstance(output, Lazy) or isinstance(embedding, Lazy):
+    if isinstance(output, LazyWeight) or isinstance(embedding, LazyWeight):
         return {**weights, OUTPUT: output}
     return {**weights, OUTPUT: embedding if same_view(output, embedding) else output}
 
@@ -195,5 +195,5 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    first = f"'{printable(names[0])}'"
+    first = f"'{sanitize(names[0])}'"
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more weights"

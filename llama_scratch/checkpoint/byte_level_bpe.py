@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from itertools import pairwise
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 
 # GPT-2's own, and the same behind a step that makes each digit a piece of its own, in one expression.
@@ -97,7 +97,7 @@ def check_counts(tokens: Collection[str], merges: Sized) -> None:
         raise CheckpointError(f"its tokens have {length:,} bytes, expected at most {MAX_LENGTH:,}; use another file.")
     if len(merges) > length:
         raise CheckpointError(
-            f"it has {len(merges):,} merges, so that some are repeated or make no token; {FETCH_AGAIN}"
+            f"it has {len(merges):,} merges, so that some are repeated or make no token; {REDOWNLOAD_HINT}"
         )
 
 
@@ -109,10 +109,10 @@ def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
             token = text.translate(_TO_LATIN_1).encode("latin-1")
         except UnicodeEncodeError:
             raise CheckpointError(
-                f"the token {id}, '{printable(text)}', is not in GPT-2's byte alphabet; {FETCH_AGAIN}"
+                f"the token {id}, '{sanitize(text)}', is not in GPT-2's byte alphabet; {REDOWNLOAD_HINT}"
             ) from None
         if not token or token in ranks:
-            raise CheckpointError(f"the token {id} of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
+            raise CheckpointError(f"the token {id} of the vocabulary is empty or stands there twice; {REDOWNLOAD_HINT}")
         ranks[token] = id
     return ranks
 
@@ -136,12 +136,12 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
             seen.clear()
             made += 1
         if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
-            merge = printable(f"{left} {right}".strip())
+            merge = sanitize(f"{left} {right}".strip())
             raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
         seen.add(left)
         previous = rank
     if made != merged:
-        raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {FETCH_AGAIN}")
+        raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
 
 
 def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:

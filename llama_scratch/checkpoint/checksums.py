@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.system.small_files import without_mark
 
 CHECKLIST = "checklist.chk"
@@ -31,25 +31,25 @@ def parse_checklist(data: bytes) -> dict[str, str]:
     Source: the format of md5sum. Raises `CheckpointError` for anything else, and where no file is named.
     """
     if len(data) > MAX_CHECKLIST:
-        raise CheckpointError(f"{CHECKLIST} is too long, expected at most {MAX_CHECKLIST:,} bytes; {FETCH_AGAIN}")
+        raise CheckpointError(f"{CHECKLIST} is too long, expected at most {MAX_CHECKLIST:,} bytes; {REDOWNLOAD_HINT}")
     sums: dict[str, str] = {}
     for number, line in enumerate(without_mark(data, CHECKLIST).decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip():
             continue
         if not (match := _LINE.fullmatch(line.strip())):
             raise CheckpointError(
-                f"Line {number} of {CHECKLIST} is '{printable(line)}', "
-                f"expected an MD5, two spaces and a file's name; {FETCH_AGAIN}"
+                f"Line {number} of {CHECKLIST} is '{sanitize(line)}', "
+                f"expected an MD5, two spaces and a file's name; {REDOWNLOAD_HINT}"
             )
         md5, name = match[1].lower(), match[2].removeprefix("./")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts or not name.isprintable():
             raise CheckpointError(
-                f"Line {number} of {CHECKLIST} names '{printable(name)}', "
-                f"expected a file of this directory; {FETCH_AGAIN}"
+                f"Line {number} of {CHECKLIST} names '{sanitize(name)}', "
+                f"expected a file of this directory; {REDOWNLOAD_HINT}"
             )
         if sums.setdefault(name, md5) != md5:
-            raise CheckpointError(f"{CHECKLIST} has two MD5s of '{printable(name)}', expected one; {FETCH_AGAIN}")
+            raise CheckpointError(f"{CHECKLIST} has two MD5s of '{sanitize(name)}', expected one; {REDOWNLOAD_HINT}")
     if not sums:
-        raise CheckpointError(f"{CHECKLIST} names no file, expected those of the model; {FETCH_AGAIN}")
+        raise CheckpointError(f"{CHECKLIST} names no file, expected those of the model; {REDOWNLOAD_HINT}")
     return sums

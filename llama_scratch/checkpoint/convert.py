@@ -1,7 +1,7 @@
 """A model in one form → the same model in another: the very weights, tokens, stops, rotary embedding and chat.
 
 What a form has no place for is refused where the model would compute something else without it, and told otherwise.
-A quantised GGUF file becomes float32, which is exactly what its blocks stand for.
+A quantized GGUF file becomes float32, which is exactly what its blocks stand for.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.config import EMBEDDING, ModelArgs
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, sanitize
 from llama_scratch.system.atomic_files import unfinished_folder
-from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
 
 _Write = Callable[[Checkpoint, Mapping[str, "Weight"], Path, Progress], None]
-FORMS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
+FORMATS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
 # What must go with a model wherever it goes.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What a tokenizer and the metadata take at most, in bytes.
@@ -76,8 +76,8 @@ def convert(
     Raises `UsageError` for a form or a place that cannot be meant, `CheckpointError` for a model that cannot be read
     or that the form does not hold, `LlamaScratchError` where the disk refuses.
     """
-    if to not in FORMS:
-        raise UsageError(f"'{printable(to)}' is no form of a model, expected one of: {', '.join(FORMS)} (--to).")
+    if to not in FORMATS:
+        raise UsageError(f"'{sanitize(to)}' is no form of a model, expected one of: {', '.join(FORMATS)} (--to).")
     source = recognize(source).path
     destination = _place(source, destination, to)
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
@@ -89,10 +89,10 @@ def convert(
     ):
         # Meta's form knows by its name what a model was trained for, so it has the right one from the beginning.
         written = folder / destination.name
-        FORMS[to](checkpoint, weights, written, progress)
+        FORMATS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
         sums = write_checksums(written)
-        notes = [*checkpoint.warnings, *_dequantised(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
+        notes = [*checkpoint.warnings, *_dequantized(checkpoint, weights), *_lost(checkpoint, open_checkpoint(written))]
         size = sum(map(_flushed, [written] if written.is_file() else sorted(written.iterdir())))
         checkpoint.mapped.check()
         with _beside(sums, destination) if written.is_file() else nullcontext():
@@ -109,27 +109,27 @@ def _place(source: Path, destination: Path, to: str) -> Path:
         source, destination = source.resolve(), destination.expanduser().resolve()
         if source.is_relative_to(destination):
             what = "is the model itself" if source == destination else "holds the model that is to be converted"
-            raise UsageError(f"{printable(destination, 200)} {what}, expected another place for the result.")
+            raise UsageError(f"{sanitize(destination, 200)} {what}, expected another place for the result.")
         if to == "gguf":
             if destination.suffix.lower() != ".gguf":
                 raise UsageError(
-                    f"{printable(destination, 200)} was named for --to gguf, expected a file's name that ends in .gguf."
+                    f"{sanitize(destination, 200)} was named for --to gguf, expected a file's name that ends in .gguf."
                 )
             free = not destination.exists()
         else:
             free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
         if not free:
             raise UsageError(
-                f"{printable(destination, 200)} is there already, expected a place where nothing is; "
+                f"{sanitize(destination, 200)} is there already, expected a place where nothing is; "
                 "name another, or remove it first."
             )
         if not destination.parent.is_dir():
             raise ModelNotFoundError(
-                f"There is no folder {printable(destination.parent, 200)} to write into; make it first."
+                f"There is no folder {sanitize(destination.parent, 200)} to write into; make it first."
             )
     except (OSError, RuntimeError, ValueError) as error:  # names that are too long, loops of links, ~ without a home
         raise UsageError(
-            f"{printable(destination, 200)} cannot be written ({printable(error, 100)}); name another place."
+            f"{sanitize(destination, 200)} cannot be written ({sanitize(error, 100)}); name another place."
         ) from error
     return destination
 
@@ -139,20 +139,20 @@ def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> No
     needed, free = sum(sizes.values()) + _SMALL_FILES, shutil.disk_usage(folder).free
     if needed > free:
         raise LlamaScratchError(
-            f"{printable(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "
-            f"{printable(folder, 200)}; make room there or name another place."
+            f"{sanitize(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "
+            f"{sanitize(folder, 200)}; make room there or name another place."
         )
 
 
 @contextmanager
-def _writing(destination: Path, source: Mapped) -> Iterator[None]:
+def _writing(destination: Path, source: MappedFiles) -> Iterator[None]:
     """Turn the system's refusal to write into a sentence; it also refuses to write from a file that was cut short."""
     try:
         yield
     except OSError as error:
         source.check()
         raise LlamaScratchError(
-            f"{printable(destination, 200)} cannot be written ({printable(error.strerror or error, 100)}); "
+            f"{sanitize(destination, 200)} cannot be written ({sanitize(error.strerror or error, 100)}); "
             "make room there or name another place."
         ) from error
 
@@ -170,7 +170,7 @@ def _beside(sums: Path, destination: Path) -> Iterator[None]:
 
 
 def _copy_legal(source: Path, written: Path) -> None:
-    """The licence and what belongs to it, from a directory into a directory."""
+    """The license and what belongs to it, from a directory into a directory."""
     if source.is_dir() and written.is_dir():
         folders = [source.parent, source] if source.name == "original" else [source]
         for file in [file for folder in folders for name in _LEGAL for file in folder.glob(name) if file.is_file()]:
@@ -215,16 +215,16 @@ def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Ma
     return {**weights, **fitting}
 
 
-def _dequantised(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Iterator[str]:
-    from llama_scratch.precision.lazy_weight import Quantised
+def _dequantized(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Iterator[str]:
+    from llama_scratch.precision.lazy_weight import GGUFBlockWeight
 
-    if any(isinstance(weight, Quantised) for weight in weights.values()):
-        yield f"{printable(checkpoint.name)} was quantised; its weights became float32, exactly what they stand for."
+    if any(isinstance(weight, GGUFBlockWeight) for weight in weights.values()):
+        yield f"{sanitize(checkpoint.name)} was quantized; its weights became float32, exactly what they stand for."
 
 
 def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     """What the form could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
-    name, old, new = printable(before.name), before.tokenizer, after.tokenizer
+    name, old, new = sanitize(before.name), before.tokenizer, after.tokenizer
     if not _same_network(before.args, after.args) or _cut(old) != _cut(new):
         raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
     if after.args.max_seq_len != before.args.max_seq_len:
@@ -237,8 +237,8 @@ def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
         yield f"The tokens that end a text are not kept: {ids[0]} read as {ids[1]}."
     yield from _lost_extras(before.extras, after.extras, {new.bos_id, *new.stop_ids, new.names.get(new.unknown or "")})
-    if before.licence and not after.licence:
-        yield f"The licence, {printable(before.licence)}, is not written in this form; keep it with the model."
+    if before.license and not after.license:
+        yield f"The license, {sanitize(before.license)}, is not written in this form; keep it with the model."
     templates = template_of(before.chat), template_of(after.chat)
     if templates[0] != templates[1]:
         if templates[1] is None:
@@ -283,7 +283,7 @@ def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(map(printable, names[:_MAX_NAMED])) + more
+    return ", ".join(map(sanitize, names[:_MAX_NAMED])) + more
 
 
 def _same_network(a: ModelArgs, b: ModelArgs) -> bool:

@@ -13,7 +13,13 @@ from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.config import EMBEDDING, OUTPUT, PRECISIONS, ModelArgs
 from llama_scratch.precision import kernels
 from llama_scratch.precision.lazy_weight import FORMATS
-from llama_scratch.precision.network import activation_type, check_name, choose, find_device, memory_needed
+from llama_scratch.precision.network import (
+    activation_type,
+    memory_needed,
+    resolve_device,
+    resolve_precision,
+    validate_precision,
+)
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,8 +45,8 @@ def describe(
     precision, device and activations: what it would run in. Sizes are in bytes; None: the files do not state it.
     `memory` is what a network takes besides the files themselves, which are mapped. Raises as `open_checkpoint` does.
     """
-    check_name(precision)
-    target = find_device(device)
+    validate_precision(precision)
+    target = resolve_device(device)
     activation_type(activations, precision, target)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
@@ -57,9 +63,9 @@ def describe(
         "path": str(checkpoint.path),
         "bytes": sum(sizes),
         "files": [{"name": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)],
-        "licence": checkpoint.licence,
+        "licence": checkpoint.license,
         "stored": stored.types,
-        "precision": choose(precision, _dtype(checkpoint, stored), target),
+        "precision": resolve_precision(precision, _dtype(checkpoint, stored), target),
         "parameters": args.n_parameters(tied=stored.tied),
         "parts": _parts(args, tied=stored.tied),
         "tied_output": stored.tied,
@@ -125,6 +131,6 @@ def _memory(
 
 
 def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
-    """The type of the matrices; None where some are GGUF's quantised blocks."""
+    """The type of the matrices; None where some are GGUF's quantized blocks."""
     blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.system.small_files import read_bytes, without_mark
 
 
@@ -29,7 +29,7 @@ def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> d
         if required:
             raise
         return {}
-    return parse_object(without_mark(data, printable(path, 200)), path)
+    return parse_object(without_mark(data, sanitize(path, 200)), path)
 
 
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
@@ -37,9 +37,9 @@ def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({printable(error)}); {FETCH_AGAIN}") from error
+        raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object; {REDOWNLOAD_HINT}")
     return found
 
 
@@ -47,5 +47,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"'{printable(key)}' stands there twice")
+        raise ValueError(f"'{sanitize(key)}' stands there twice")
     return found

@@ -1,17 +1,17 @@
-"""The licence of a model, as its own files state it."""
+"""The license of a model, as its own files state it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.small_files import read_start, without_mark
 
 _MAX = 1 << 16
 
 
-def read_licence(directory: Path) -> str | None:
+def read_license(directory: Path) -> str | None:
     """What the front matter of README.md names, or else the first line of LICENSE; None where neither says any.
 
     Beside `original/`, where Hugging Face's repositories of Meta's models have Meta's own files, it is the directory
@@ -34,7 +34,7 @@ def _stated(directory: Path) -> str | None:
         files = []
     lines = (line.strip() for file in files for line in _text(file).splitlines())
     found = (found or "").strip("\"'[] \t") or next(filter(None, lines), None)
-    return printable(found) if found else None
+    return sanitize(found) if found else None
 
 
 def _text(path: Path) -> str:

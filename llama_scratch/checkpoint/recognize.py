@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from llama_scratch.checkpoint.base import reading
 from llama_scratch.checkpoint.fields import read_object
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, sanitize
 from llama_scratch.system.small_files import read_start, read_text
 
 Format = Literal["meta", "huggingface", "gguf"]
@@ -92,7 +92,7 @@ def recognize(path: Path) -> Model:
         if path.exists():
             return _from_file(path)
     raise ModelNotFoundError(
-        f"There is no model at {printable(path, 200)}; name an existing directory, "
+        f"There is no model at {sanitize(path, 200)}; name an existing directory, "
         "or run 'llama-scratch pull smollm2' for an open one."
     )
 
@@ -203,7 +203,7 @@ def _in_hub_cache(path: Path) -> Model:
         return _in_directory(snapshots / commits[0])
     if commits:
         raise _several(path, [snapshots / commit for commit in commits])
-    raise ModelNotFoundError(f"{printable(path, 200)} is a folder of the hub's cache without a model; {FETCH_AGAIN}")
+    raise ModelNotFoundError(f"{sanitize(path, 200)} is a folder of the hub's cache without a model; {REDOWNLOAD_HINT}")
 
 
 def _models_in(directory: Path) -> list[Path]:
@@ -222,12 +222,10 @@ def _models_in(directory: Path) -> list[Path]:
 
 def _several(path: Path, models: list[Path]) -> ModelNotFoundError:
     more = len(models) - _MAX_NAMED
-    names = ", ".join(printable(model, 200) for model in models[:_MAX_NAMED]) + (
-        f" and {more} more" if more > 0 else ""
-    )
+    names = ", ".join(sanitize(model, 200) for model in models[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
     if len(models) == 1:
-        return ModelNotFoundError(f"{printable(path, 200)} is the directory above a model; name the model: {names}.")
-    return ModelNotFoundError(f"{printable(path, 200)} holds {len(models)} models; name one of them: {names}.")
+        return ModelNotFoundError(f"{sanitize(path, 200)} is the directory above a model; name the model: {names}.")
+    return ModelNotFoundError(f"{sanitize(path, 200)} holds {len(models)} models; name one of them: {names}.")
 
 
 def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
@@ -237,8 +235,8 @@ def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
         found = f"holds a tokenizer ({tokenizer}) without a model"
     else:
         more = "…" if len(names) > _MAX_NAMED else ""
-        found = f"holds no model (but {', '.join(map(printable, names[:_MAX_NAMED]))}{more})"
-    return ModelNotFoundError(f"{printable(path, 200)} {found}, {_EXPECTED}; name one.")
+        found = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
+    return ModelNotFoundError(f"{sanitize(path, 200)} {found}, {_EXPECTED}; name one.")
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -263,9 +261,9 @@ def _from_file(path: Path) -> Model:
         kind = "a tar archive"
     if kind:
         advice = "unpack it and name the model in it" if "archive" in kind else "use a file of a supported format"
-        raise CheckpointError(f"{printable(path, 200)} is {kind}, {_EXPECTED}; {advice}.")
+        raise CheckpointError(f"{sanitize(path, 200)} is {kind}, {_EXPECTED}; {advice}.")
     content = f"that begins with {start[:8]!r}" if start else "without content"
-    raise CheckpointError(f"{printable(path, 200)} is a file {content}, {_EXPECTED}; name one.")
+    raise CheckpointError(f"{sanitize(path, 200)} is a file {content}, {_EXPECTED}; name one.")
 
 
 # --- Models of other kinds --------------------------------------------------------------------
@@ -277,11 +275,11 @@ def _reject_adapter(directory: Path, names: Iterable[str]) -> None:
         return
     config = read_object(directory / "adapter_config.json")
     kind = config.get("peft_type") or "LORA"
-    name = "LoRA adapter" if kind == "LORA" else f"PEFT adapter ({printable(kind)})"
+    name = "LoRA adapter" if kind == "LORA" else f"PEFT adapter ({sanitize(kind)})"
     base = config.get("base_model_name_or_path") or config.get("model")
-    of = f" for {printable(base, 100)}" if base else ""
+    of = f" for {sanitize(base, 100)}" if base else ""
     raise CheckpointError(
-        f"{printable(directory, 200)} holds a {name}{of}, which is not a model by itself; "
+        f"{sanitize(directory, 200)} holds a {name}{of}, which is not a model by itself; "
         "merge it into its base model with PEFT (merge_and_unload), or name the base model."
     )
 
@@ -291,9 +289,9 @@ def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> 
     for name in names:
         suffix = ".onnx" if name == "onnx" else Path(name).suffix.lower()
         if kind := kinds.get(suffix):
-            found = f"is {kind}" if name == path.name else f"holds {kind} ({printable(name)})"
+            found = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
             alone = " without its config.json" if suffix in _BARE else ""
-            raise CheckpointError(f"{printable(path, 200)} {found}{alone}, {_EXPECTED}; use one of the same model.")
+            raise CheckpointError(f"{sanitize(path, 200)} {found}{alone}, {_EXPECTED}; use one of the same model.")
 
 
 def _reject_old_quantization(model: Model) -> None:
@@ -301,6 +299,6 @@ def _reject_old_quantization(model: Model) -> None:
     for name in ("quantize_config.json", "quant_config.json"):
         if model.format == "huggingface" and _has(model.path, name):
             raise CheckpointError(
-                f"{printable(model.path, 200)} is quantized by GPTQ or AWQ ({name}), expected bf16, fp16 or fp32; "
+                f"{sanitize(model.path, 200)} is quantized by GPTQ or AWQ ({name}), expected bf16, fp16 or fp32; "
                 "use the unquantized model, or a GGUF file of it."
             )

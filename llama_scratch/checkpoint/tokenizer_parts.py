@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llama_scratch.chat_format import ChatFormat, Llama3Format, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS, bytes_to_unicode, merges_of
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 
 # `Llama3Format` in the language of templates.
 LLAMA3_TEMPLATE = (
@@ -63,7 +63,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
     names = {id: name for name, id in tokenizer.names.items() if name != f"[PAD{id}]" or id in tokenizer.stop_ids}
     if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
         raise CheckpointError(
-            f"{printable(checkpoint.name)} has the token '{printable(both)}' twice, as text and as a special token, "
+            f"{sanitize(checkpoint.name)} has the token '{sanitize(both)}' twice, as text and as a special token, "
             "expected a vocabulary in which it is one of them; only --to meta could hold it."
         )
     roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}

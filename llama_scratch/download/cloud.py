@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.checkpoint.checksums import parse_checklist
-from llama_scratch.download.http import digest, only_one, require_room, write_whole, writing
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
-from llama_scratch.system.atomic_files import remove_left
+from llama_scratch.download.http import digest, only_one, require_disk_space, write_whole, writing
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
+from llama_scratch.system.atomic_files import remove_stale
 from llama_scratch.system.folders import is_ours, user_folder
 from llama_scratch.system.progress import Progress
 
@@ -65,14 +65,14 @@ def local_copy(address: str, progress: Progress) -> Path:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not is_ours(folder.stat()):
             raise LlamaScratchError(
-                f"{printable(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
+                f"{sanitize(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
             )
-        with only_one(folder, printable(address, 200)), writing(folder):
+        with only_one(folder, sanitize(address, 200)), writing(folder):
             target.mkdir(parents=True, exist_ok=True)
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
             _copy_weights(store, base if single else address, target, weights, sums, progress)
-            remove_left(folder.parent, f"{kind}*")  # other versions, which nobody copies any more; this one is locked
+            remove_stale(folder.parent, f"{kind}*")  # other versions, which nobody copies any more; this one is locked
     return target / last if single else target
 
 
@@ -110,11 +110,11 @@ def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
             return _listed(store, f"{address}/{files[0]}")
         if files:
             raise ModelNotFoundError(
-                f"{printable(address, 200)} holds {len(files)} models; name one of them: {printable(files, 200)}."
+                f"{sanitize(address, 200)} holds {len(files)} models; name one of them: {sanitize(files, 200)}."
             )
     if not {"params.json", "config.json"} & set(names):
         raise ModelNotFoundError(
-            f"There is no params.json or config.json in {printable(address, 200)}; name the directory that holds a "
+            f"There is no params.json or config.json in {sanitize(address, 200)}; name the directory that holds a "
             "model's files, or a .gguf file."
         )
     return address, {name: entries[name].stat or store.stat(f"{address}/{name}") for name in sorted(names)}
@@ -142,7 +142,7 @@ def _copy_weights(
     for name, stat in weights.items():
         if not (target / name).exists():
             part = target / f"{name}.part"
-            require_room(target, name, stat.size - (part.stat().st_size if part.exists() else 0))
+            require_disk_space(target, name, stat.size - (part.stat().st_size if part.exists() else 0))
             with store.BlobFile(f"{base}/{name}", "rb") as source, part.open("ab") as file:
                 source.seek(file.tell())
                 while block := source.read(_BLOCK):
@@ -160,7 +160,7 @@ def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Prog
     if size != stat.size or (md5 is not None and digest(part, "md5", progress) != md5):
         part.unlink()
         found = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
-        raise CheckpointError(f"{printable(address, 200)} {found}, so nothing of it was kept; try again.")
+        raise CheckpointError(f"{sanitize(address, 200)} {found}, so nothing of it was kept; try again.")
 
 
 @contextmanager
@@ -172,11 +172,11 @@ def _explaining(address: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise ModelNotFoundError(
-            f"There is nothing at {printable(address, 200)} that these credentials may see; check the address."
+            f"There is nothing at {sanitize(address, 200)} that these credentials may see; check the address."
         ) from error
     except Exception as error:  # blobfile raises many kinds, most with a short message beside the long one
-        reason = printable(getattr(error, "message", error), 300)
+        reason = sanitize(getattr(error, "message", error), 300)
         raise LlamaScratchError(
-            f"{printable(address, 200)} cannot be read ({reason}); check the address, the connection "
+            f"{sanitize(address, 200)} cannot be read ({reason}); check the address, the connection "
             "and the credentials ('gcloud auth application-default login' or 'az login')."
         ) from error

@@ -32,7 +32,7 @@ _MAX_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """timeout: seconds without a byte that end a try. tries: how many in a row may bring nothing new.
 
     pause: seconds between two of them, twice as many each time.
@@ -82,7 +82,7 @@ def fetch(
     *,
     right: Callable[[Path], bool],
     report: Callable[[int, int], None],
-    patience: Patience,
+    patience: RetryPolicy,
     most: int = _MAX_WEIGHTS,
     headers: Mapping[str, str] | None = None,
 ) -> None:
@@ -123,7 +123,7 @@ def fetch(
         _tag(part).unlink(missing_ok=True)
 
 
-def read_small(session: requests.Session, url: str, name: str, most: int, patience: Patience) -> bytes:
+def read_small(session: requests.Session, url: str, name: str, most: int, patience: RetryPolicy) -> bytes:
     """A small file's content, of at most `most` bytes. Raises as `fetch` does."""
     for attempt in range(patience.tries):
         if attempt:
@@ -176,7 +176,7 @@ def _go_on(
                 raise RefusedError(name, 200)
             _drop(part)
             _tag(part).write_text(_version(response))
-        require_room(part.parent, name, total - start)
+        require_disk_space(part.parent, name, total - start)
         here = start
         with part.open("ab") as file:
             for chunk in chain([first], chunks):
@@ -265,7 +265,7 @@ def _drop(part: Path) -> None:
     _tag(part).unlink(missing_ok=True)
 
 
-def require_room(folder: Path, name: str, needed: int) -> None:
+def require_disk_space(folder: Path, name: str, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise LlamaScratchError(
             f"{folder} has room for {free / 1e9:.1f} GB and {name} still needs {needed / 1e9:.1f} GB; "

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.checkpoint.recognize import complete_model, gguf_files
-from llama_scratch.download.http import Patience, RefusedError, digest, fetch, only_one, open_session, writing
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, printable
+from llama_scratch.download.http import RefusedError, RetryPolicy, digest, fetch, only_one, open_session, writing
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_text
 
@@ -92,11 +92,11 @@ def _model_in(snapshot: Path) -> Path | None:
 
 
 def pull_hub(
-    repository: Repository, progress: Progress, say: Callable[[str], None], patience: Patience | None = None
+    repository: Repository, progress: Progress, say: Callable[[str], None], patience: RetryPolicy | None = None
 ) -> Path:
     """Fetch what this program needs of a model into the hub's cache; returns the model's directory.
 
-    say: gets one line with the licence and the size before anything large is fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
+    say: gets one line with the license and the size before anything large is fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
     and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises `ModelNotFoundError`, `CheckpointError` where
     the repository holds no weights that can be read here, and `LlamaScratchError`.
     """
@@ -120,9 +120,9 @@ def pull_hub(
         files = [siblings[name] for name in _wanted(repository, list(siblings))]
         snapshot = repository.folder / "snapshots" / commit
         size = sum(file.size or 0 for file in files)
-        say(f"{repository.name}: {size / 1e9:.2g} GB, licence: {_licence(info)}")
+        say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
         with only_one(repository.folder / "blobs", repository.name):
-            _fetch_files(repository, commit, snapshot, files, progress, patience or Patience())
+            _fetch_files(repository, commit, snapshot, files, progress, patience or RetryPolicy())
             # Also leaves a note of which commit the revision is, by which the model is found afterwards.
             _download(repository, files[0].rfilename, repository.revision)
     path = _model_in(snapshot)
@@ -167,17 +167,17 @@ def _wanted(repository: Repository, names: list[str]) -> list[str]:
             f"'hf download {repository.id} FILE.gguf' and name it with --model-dir."
         )
     other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
-    found = f"weights only as {printable(other)}" if other else "no weights"
+    found = f"weights only as {sanitize(other)}" if other else "no weights"
     raise CheckpointError(
         f"{repository.name} holds {found}, expected config.json and model.safetensors; choose another repository or "
         "revision of the model."
     )
 
 
-def _licence(info: ModelInfo) -> str:
+def _license(info: ModelInfo) -> str:
     card: Any = info.card_data or {}
     name = card.get("license_name") if card.get("license") == "other" else card.get("license")
-    return printable(name) if name else "not stated"
+    return sanitize(name) if name else "not stated"
 
 
 def _fetch_files(
@@ -186,7 +186,7 @@ def _fetch_files(
     snapshot: Path,
     files: list[RepoSibling],
     progress: Progress,
-    patience: Patience,
+    patience: RetryPolicy,
 ) -> None:
     """Bring each file into the cache. The large ones, whose SHA-256 the hub gives, by ourselves: huggingface_hub
     starts one anew that was interrupted (as of version 2.4) and does not compare checksums.
@@ -243,7 +243,7 @@ def _explaining(repository: Repository) -> Iterator[None]:
 
     name, page = repository.name, f"{constants.ENDPOINT}/{repository.id}"
     gated = (
-        f"{name} is given only to people who accept its licence; accept it on {page}, wait for the mail that grants "
+        f"{name} is given only to people who accept its license; accept it on {page}, wait for the mail that grants "
         "access, then run 'hf auth login' (or set HF_TOKEN) and pull it again."
     )
     try:

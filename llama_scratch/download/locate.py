@@ -10,7 +10,7 @@ from llama_scratch.download.cloud import local_copy, remote_address
 from llama_scratch.download.hub import Repository
 from llama_scratch.download.meta import CHECKPOINTS
 from llama_scratch.download.pypi import OPEN_MODELS, OpenModel
-from llama_scratch.errors import ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import ModelNotFoundError, UsageError, sanitize
 from llama_scratch.system.progress import Progress, silent
 
 ENVIRONMENT = "LLAMA_SCRATCH_MODEL_DIR"
@@ -46,13 +46,13 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
         if found := repository.path:
             return found
         if not name.endswith(".gguf"):
-            raise _not_here(f"There is no directory {printable(name, 100)}, and the model of that name", name)
+            raise _not_here(f"There is no directory {sanitize(name, 100)}, and the model of that name", name)
     return path
 
 
 def _not_here(what: str, name: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"{what} is not on this machine yet; run 'llama-scratch pull {printable(name)}' to fetch it."
+        f"{what} is not on this machine yet; run 'llama-scratch pull {sanitize(name)}' to fetch it."
     )
 
 

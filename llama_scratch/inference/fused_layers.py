@@ -13,13 +13,13 @@ from torch import Tensor
 
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, rotations
 from llama_scratch.precision import kernels
-from llama_scratch.precision.linear import Panels, form_of
+from llama_scratch.precision.linear import Panels, format_of
 
 # Of such numbers the kernels want a multiple in each dimension.
 _GRAIN = 16
 
 
-class Step:
+class FusedLayers:
     """Runs a network for some tokens behind what `cache` holds, where the kernels know the form of all its weights."""
 
     def __init__(self, model: Transformer, cache: KVCache):
@@ -69,7 +69,7 @@ class Step:
             norms += [block.attention_norm.weight, block.ffn_norm.weight]
             attention, feed_forward = block.attention, block.feed_forward
             for first in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
-                form = form_of(first)
+                form = format_of(first)
                 if form is None or not form.stored or (isinstance(form, Panels) and not form.whole):
                     return
                 self._weights += [tensor for tensors, _ in form.stored for tensor in tensors]

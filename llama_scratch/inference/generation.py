@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.inference.prompt_lookup import Drafts
+from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.results import Step
 from llama_scratch.sampling import Sampling, sample
 
@@ -18,9 +18,9 @@ def continue_ids(
     generator = sampling.generator()
     stream = llama.tokenizer.stream()
     end = min(len(ids) + max_new_tokens, llama.context)
-    drafts = Drafts()
+    drafts = NGramDrafter()
     while len(ids) < end:
-        room = min(llama.engine.room(ids), end - len(ids) - 1) if speculate else 0
+        room = min(llama.engine.max_draft_length(ids), end - len(ids) - 1) if speculate else 0
         draft = drafts.propose(ids, room) if room else []
         start = time.perf_counter()
         rows = llama.engine.verify(ids, draft) if draft else llama.engine.next_logits(ids).values[None]
@@ -39,4 +39,4 @@ def continue_ids(
             if id != guess:
                 break
         if room:  # else it read the prompt, or waited for the weights
-            drafts.book(len(draft), len(ids) - before, seconds)
+            drafts.record_cost(len(draft), len(ids) - before, seconds)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.hooks import Tap
+from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.prompt_text import Prompt, encode_text, whole_number
 from llama_scratch.inference.prompt_warnings import prompt_warnings
@@ -21,7 +21,7 @@ from llama_scratch.model import Transformer
 from llama_scratch.precision.lazy_weight import Weight
 from llama_scratch.precision.linear import weight_bytes
 from llama_scratch.precision.network import differentiable
-from llama_scratch.results import Candidate, Caution, ModelInfo, Prediction, Timing, Token
+from llama_scratch.results import Candidate, ModelInfo, Prediction, PromptWarning, Timing, Token
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
@@ -86,15 +86,15 @@ class LoadedModel:
         """Bytes of weights that one token reads, as they are stored now."""
         return weight_bytes(self.engine.model)
 
-    def intervened(self, taps: Mapping[str, Tap]) -> Self:
-        """The same model with taps in its network: what it answers, caches and generates is the changed network's.
+    def intervened(self, hooks: Mapping[str, Hook]) -> Self:
+        """The same model with hooks in its network: what it answers, caches and generates is the changed network's.
 
-        It shares the weights with this one, which stays as it was. Taps that this one has come first.
+        It shares the weights with this one, which stays as it was. Hooks that this one has come first.
         """
         changed = copy(self)
-        both = {place: _one_after_the_other(self.engine.taps.get(place), taps.get(place)) for place in taps}
+        both = {place: _one_after_the_other(self.engine.hooks.get(place), hooks.get(place)) for place in hooks}
         engine = self.engine
-        changed.engine = Engine(engine.model, self.context, engine.packing, {**engine.taps, **both}, engine.files)
+        changed.engine = Engine(engine.model, self.context, engine.packing, {**engine.hooks, **both}, engine.files)
         return changed
 
     def differentiable(self, progress: Progress = silent) -> Transformer:
@@ -135,7 +135,7 @@ class LoadedModel:
         if isinstance(prompt, str):
             return encode_text(self.tokenizer, prompt, self.context, bos=bos, special=special)
         if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-            raise UsageError(f"The prompt is {printable(repr(prompt))}, expected a text or a sequence of token ids.")
+            raise UsageError(f"The prompt is {sanitize(repr(prompt))}, expected a text or a sequence of token ids.")
         return [id if type(id) is int else self._id(id) for id in prompt]
 
     def token(self, id: int) -> Token:
@@ -145,7 +145,7 @@ class LoadedModel:
     def _id(self, id: object) -> int:
         if (number := whole_number(id)) is None:
             raise UsageError(
-                f"{printable(repr(id))} is not a token id of this model; ids go from 0 to {self.args.vocab_size - 1}."
+                f"{sanitize(repr(id))} is not a token id of this model; ids go from 0 to {self.args.vocab_size - 1}."
             )
         return number
 
@@ -189,19 +189,19 @@ class LoadedModel:
         """The logits after every token of a prompt: (T, vocab_size) float32."""
         return self.engine.all_logits(self.encode(prompt))
 
-    def _warnings(self, prompt: Prompt, ids: Sequence[int], next: Token, special: bool) -> tuple[Caution, ...]:
+    def _warnings(self, prompt: Prompt, ids: Sequence[int], next: Token, special: bool) -> tuple[PromptWarning, ...]:
         return (
-            *(Caution(sentence, sentence) for sentence in self.warnings),
+            *(PromptWarning(sentence, sentence) for sentence in self.warnings),
             *prompt_warnings(self.tokenizer, prompt, ids, next, self.args.max_seq_len, special=special),
         )
 
 
-def _one_after_the_other(first: Tap | None, second: Tap | None) -> Tap:
-    """One tap for a place that has two."""
+def _one_after_the_other(first: Hook | None, second: Hook | None) -> Hook:
+    """One hook for a place that has two."""
 
     def both(value: Tensor, start: int) -> Tensor:
-        for tap in filter(None, (first, second)):
-            new = tap(value, start)
+        for hook in filter(None, (first, second)):
+            new = hook(value, start)
             value = value if new is None else new
         return value
 

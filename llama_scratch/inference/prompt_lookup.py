@@ -31,7 +31,7 @@ _ROW = 0.25
 _NEWEST = 0.2
 
 
-class Drafts:
+class NGramDrafter:
     """Guesses at what follows a text, as many as the last ones were right, and none where they do not pay.
 
     Each token is guessed and the guess compared with what came, also where no draft is computed: that costs next to
@@ -64,7 +64,7 @@ class Drafts:
         count = min(self._streak, room, int(self._balance / self._row))
         return [followed[i % len(followed)] for i in range(count)]  # what goes round ends here
 
-    def book(self, drafted: int, accepted: int, seconds: float) -> None:
+    def record_cost(self, drafted: int, accepted: int, seconds: float) -> None:
         """What a pass took, how many tokens were drafted for it and how many of them the sampler took as well."""
         if not drafted:
             # One pass that something else delayed says little about the next.

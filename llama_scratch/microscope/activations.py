@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.hooks import Tap
+from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.model import KVCache, Transformer, causal_mask, rotations
 from llama_scratch.system.progress import Progress, silent
 
 
-def keep(into: list[Tensor], positions: slice = slice(None)) -> Tap:
-    """A tap that reads: each value that comes by is put into a list, as it was at these positions."""
+def keep(into: list[Tensor], positions: slice = slice(None)) -> Hook:
+    """A hook that reads: each value that comes by is put into a list, as it was at these positions."""
 
-    def tap(value: Tensor, _start: int) -> None:
+    def hook(value: Tensor, _start: int) -> None:
         into.append(value[:, positions].detach().clone())
 
-    return tap
+    return hook
 
 
 def activations(
@@ -32,11 +32,11 @@ def activations(
     is not, and for q, k, v and probs, whose first size is heads.
     """
     if wrong := [place for place in places if place.endswith((".q", ".k", ".v", ".probs"))]:
-        raise UsageError(f"What stands at {printable(wrong[0])} has heads in front of tokens, expected another place.")
+        raise UsageError(f"What stands at {sanitize(wrong[0])} has heads in front of tokens, expected another place.")
     found: list[list[Tensor]] = [[] for _ in places]
-    taps = {place: keep(pieces) for place, pieces in zip(places, found, strict=True)}
+    hooks = {place: keep(pieces) for place, pieces in zip(places, found, strict=True)}
     everywhere = not {"norm", "logits"}.isdisjoint(places)  # which else stand behind the last token alone
-    llama.engine.run([ids], taps, all_positions=everywhere, progress=progress)
+    llama.engine.forward_with_hooks([ids], hooks, all_positions=everywhere, progress=progress)
     return [torch.cat(pieces, dim=1)[0] for pieces in found]
 
 

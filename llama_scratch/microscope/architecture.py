@@ -13,7 +13,7 @@ from llama_scratch.precision.network import activation_bytes
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightRow:
     """One kind of weight, or a step of attention, which has none.
 
     name: within a layer where `layered`, as in the checkpoint, such as "attention.wq". count: how many there are.
@@ -41,7 +41,7 @@ class Architecture:
     args: ModelArgs
     length: int
     tied: bool
-    parts: tuple[Part, ...]
+    parts: tuple[WeightRow, ...]
     weight_bytes: int
     kv_bytes_per_token: int
 
@@ -96,7 +96,7 @@ def architecture(llama: LoadedModel, length: int) -> Architecture:
     )
 
 
-def _parts(args: ModelArgs, length: int, *, tied: bool) -> tuple[Part, ...]:
+def _parts(args: ModelArgs, length: int, *, tied: bool) -> tuple[WeightRow, ...]:
     shapes = args.weight_shapes()
     pairs = args.n_layers * args.n_heads * args.head_dim * length  # each head's query with each token's key
     parts = []
@@ -109,8 +109,8 @@ def _parts(args: ModelArgs, length: int, *, tied: bool) -> tuple[Part, ...]:
         weights = count * math.prod(shape)
         multiplied = len(shape) == 2 and short != "tok_embeddings"  # of the embedding one row is read
         held = 0 if tied and short == "output" else weights
-        parts.append(Part(short, layered, count, shape, held, 2 * weights if multiplied else 0))
+        parts.append(WeightRow(short, layered, count, shape, held, 2 * weights if multiplied else 0))
         if short == "attention.wv":
-            parts.append(Part("attention.scores", True, args.n_layers, None, 0, 2 * pairs))
-            parts.append(Part("attention.mixing", True, args.n_layers, None, 0, 2 * pairs))
+            parts.append(WeightRow("attention.scores", True, args.n_layers, None, 0, 2 * pairs))
+            parts.append(WeightRow("attention.mixing", True, args.n_layers, None, 0, 2 * pairs))
     return tuple(parts)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import Token
 from llama_scratch.system.progress import Progress, silent
@@ -85,10 +85,10 @@ class SmallMap:
 
 
 @dataclass(frozen=True)
-class Heads(Shown):
+class Heads(Displayable):
     """The heads of one layer, or of all layers in their order where that is None, with their maps of a text."""
 
-    page_of = "attention.heads"
+    page_function = "attention.heads"
 
     layer: int | None
     tokens: tuple[Token, ...]
@@ -100,7 +100,7 @@ class Heads(Shown):
 
 
 @dataclass(frozen=True)
-class Head(Shown):
+class Head(Displayable):
     """What one head looks at in a text.
 
     tokens: all of the text. probs: a row for each query from position `first` on, in it the share of each token of the
@@ -108,7 +108,7 @@ class Head(Shown):
     position with its share, best first.
     """
 
-    page_of = "attention.head"
+    page_function = "attention.head"
 
     scores: Scores
     tokens: tuple[Token, ...]
@@ -268,7 +268,9 @@ def _read(
     A long text comes in pieces of t queries that see S tokens. What `reduce` does not keep is gone when it is done.
     """
 
-    def tap(layer: int) -> Tap:
+    def hook(layer: int) -> Hook:
         return lambda probs, start: reduce(layer, probs[0].float(), start)
 
-    llama.engine.run([ids], {f"layers.{layer}.attention.probs": tap(layer) for layer in layers}, progress=progress)
+    llama.engine.forward_with_hooks(
+        [ids], {f"layers.{layer}.attention.probs": hook(layer) for layer in layers}, progress=progress
+    )

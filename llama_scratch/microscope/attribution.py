@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import tapped
+from llama_scratch.hooks import hooked
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import keep, layers
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.interventions import ablate
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Transformer, TransformerBlock
 from llama_scratch.results import Candidate, Token, candidate_json
 from llama_scratch.system.memory import memory_errors
@@ -42,7 +42,7 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class Influence:
+class TokenInfluence:
     """How much a token of the text matters for the answer.
 
     gradient_x_input: ∂logit/∂vector · vector, of the token's embedding. without: the answer's probability where the
@@ -57,7 +57,7 @@ class Influence:
 
 
 @dataclass(frozen=True)
-class Claim:
+class AblationCheck:
     """A contribution tried out: the probabilities of the answer, and of the other token, with the part switched off."""
 
     contribution: Contribution
@@ -66,7 +66,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Why(Shown):
+class Attribution(Displayable):
     """Why a model says `answer` after `tokens`, and not `versus` where that is given.
 
     The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
@@ -76,7 +76,7 @@ class Why(Shown):
     `answer` and `versus`.
     """
 
-    page_of = "attribution.page"
+    page_function = "attribution.page"
 
     tokens: tuple[Token, ...]
     answer: Candidate
@@ -84,8 +84,8 @@ class Why(Shown):
     logit: float
     contributions: tuple[Contribution, ...]
     remainder: float
-    influences: tuple[Influence, ...]
-    claims: tuple[Claim, ...]
+    influences: tuple[TokenInfluence, ...]
+    claims: tuple[AblationCheck, ...]
 
     @property
     def strongest(self) -> list[Contribution]:
@@ -112,7 +112,7 @@ def why(
     answer: int | None = None,
     versus: int | None = None,
     progress: Progress = silent,
-) -> Why:
+) -> Attribution:
     """Attribute the logit of a token that may come next, the most probable one unless another is given.
 
     versus: a token whose logit is taken off, so that what speaks for both is gone. Raises as `Llama.predict` does.
@@ -135,7 +135,7 @@ def why(
     with memory_errors("Attribution"):
         direct = _Direct(llama, ids, target, progress)
     influences = _influences(llama, ids, target, direct.gradient_x_input, progress)
-    return Why(
+    return Attribution(
         tokens=tuple(map(llama.token, ids)),
         answer=candidate(answer),
         versus=None if versus is None else candidate(versus),
@@ -147,26 +147,26 @@ def why(
     )
 
 
-Target = tuple[int, int | None]
+TargetLogit = tuple[int, int | None]
 """The token whose logit it is about, and the one whose logit is taken off."""
 
 
 class _Direct:
     """One pass through the file's own weights in float32, forward and back."""
 
-    def __init__(self, llama: LoadedModel, ids: Sequence[int], target: Target, progress: Progress):
+    def __init__(self, llama: LoadedModel, ids: Sequence[int], target: TargetLogit, progress: Progress):
         model = llama.differentiable(progress)
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # what the parts do elsewhere is in the streams
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
         found: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
-        taps = {
+        hooks = {
             f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(found[kind])
         }
-        taps[f"layers.{n_layers - 1}.resid_post"] = keep(final)
+        hooks[f"layers.{n_layers - 1}.resid_post"] = keep(final)
         progress("attributing", 0, 2 * n_layers)
-        with torch.no_grad(), tapped(model, llama.engine.taps), tapped(model, taps):
+        with torch.no_grad(), hooked(model, llama.engine.hooks), hooked(model, hooks):
             model(torch.tensor([ids], device=model.freqs.device))
         # (1, T or 1, …) each
         streams, heads, attentions, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)
@@ -181,16 +181,22 @@ class _Direct:
         self.logit = float(direction @ x)
         self.contributions = [Contribution("embedding", float(direction @ streams[0][0, -1]))]
         for i in range(n_layers):
-            if f"layers.{i}.attention.out" in llama.engine.taps:  # which replaces what the heads wrote
-                self.contributions.append(Contribution(Part(i, "attn").name, float(direction @ attentions[i][0, -1])))
+            if f"layers.{i}.attention.out" in llama.engine.hooks:  # which replaces what the heads wrote
+                self.contributions.append(
+                    Contribution(NetworkPart(i, "attn").name, float(direction @ attentions[i][0, -1]))
+                )
             else:
                 wo = cast(TransformerBlock, model.layers[i]).attention.wo.weight.float()  # (dim, n_heads · head_dim)
                 by_head = (direction @ wo).view(n_heads, -1) * heads[i][0, -1]  # (n_heads, head_dim)
                 shares = by_head.sum(-1).tolist()
-                self.contributions += [Contribution(Part(i, "head", h).name, share) for h, share in enumerate(shares)]
-            self.contributions.append(Contribution(Part(i, "ffn").name, float(direction @ feed_forwards[i][0, -1])))
+                self.contributions += [
+                    Contribution(NetworkPart(i, "head", h).name, share) for h, share in enumerate(shares)
+                ]
+            self.contributions.append(
+                Contribution(NetworkPart(i, "ffn").name, float(direction @ feed_forwards[i][0, -1]))
+            )
         self.gradient_x_input = _back(llama, model, streams, final[0], u, progress)
-        if any(".resid_" in place for place in llama.engine.taps):  # what they put into the stream is no part's own
+        if any(".resid_" in place for place in llama.engine.hooks):  # what they put into the stream is no part's own
             lacking = self.logit - sum(contribution.logit for contribution in self.contributions)
             self.contributions.append(Contribution("interventions", lacking))
 
@@ -205,7 +211,7 @@ def _back(
     x = final.requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(model.norm(x)[0, -1] @ u, x)
-    with tapped(model, llama.engine.taps):
+    with hooked(model, llama.engine.hooks):
         for i, layer in reversed(list(enumerate(layers(model, final.shape[1])))):
             progress("attributing", 2 * len(streams) - i, 2 * len(streams))
             x = streams[i].requires_grad_()
@@ -216,8 +222,8 @@ def _back(
 
 
 def _influences(
-    llama: LoadedModel, ids: Sequence[int], target: Target, gradient_x_input: list[float], progress: Progress
-) -> tuple[Influence, ...]:
+    llama: LoadedModel, ids: Sequence[int], target: TargetLogit, gradient_x_input: list[float], progress: Progress
+) -> tuple[TokenInfluence, ...]:
     ranked = sorted(range(len(ids)), key=lambda i: -abs(gradient_x_input[i]))
     chosen = ranked[:LEFT_OUT] if len(ids) > 1 else []
     without: dict[int, tuple[float, float | None]] = {}
@@ -226,10 +232,11 @@ def _influences(
         progress("leaving out", first, len(chosen))
         some = chosen[first : first + size]
         rows = [[*ids[:i], *ids[i + 1 :]] for i in some]
-        logits = llama.engine.run(rows, {})[:, 0]  # (some, vocab_size)
+        logits = llama.engine.forward_with_hooks(rows, {})[:, 0]  # (some, vocab_size)
         without |= {i: _probabilities(row, target) for i, row in zip(some, logits, strict=True)}
     return tuple(
-        Influence(llama.token(id), i, gradient_x_input[i], *without.get(i, (None, None))) for i, id in enumerate(ids)
+        TokenInfluence(llama.token(id), i, gradient_x_input[i], *without.get(i, (None, None)))
+        for i, id in enumerate(ids)
     )
 
 
@@ -239,19 +246,23 @@ def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 
 def _claims(
-    llama: LoadedModel, ids: Sequence[int], target: Target, contributions: Sequence[Contribution], progress: Progress
-) -> tuple[Claim, ...]:
+    llama: LoadedModel,
+    ids: Sequence[int],
+    target: TargetLogit,
+    contributions: Sequence[Contribution],
+    progress: Progress,
+) -> tuple[AblationCheck, ...]:
     strongest = _strongest(contributions)[:CLAIMS]
     claims = []
     for done, contribution in enumerate(strongest):
         progress("trying out", done, len(strongest))
-        part = Part.named(contribution.name, llama.args)
-        logits = llama.engine.run([ids], ablate(llama, part).taps)[0, 0]
-        claims.append(Claim(contribution, *_probabilities(logits, target)))
+        part = NetworkPart.named(contribution.name, llama.args)
+        logits = llama.engine.forward_with_hooks([ids], ablate(llama, part).hooks)[0, 0]
+        claims.append(AblationCheck(contribution, *_probabilities(logits, target)))
     return tuple(claims)
 
 
-def _probabilities(logits: Tensor, target: Target) -> tuple[float, float | None]:
+def _probabilities(logits: Tensor, target: TargetLogit) -> tuple[float, float | None]:
     shares = logits.double().softmax(-1)
     answer, versus = target
     return float(shares[answer]), None if versus is None else float(shares[versus])

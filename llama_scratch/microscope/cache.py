@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import Token
 from llama_scratch.system.progress import Progress, silent
@@ -30,7 +30,7 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Cache(Shown):
+class Cache(Displayable):
     """What the cache holds of a text.
 
     tokens: held in each layer. heads, head_dim: shape of a token's keys, and of its values, in a layer. dtype: their
@@ -38,7 +38,7 @@ class Cache(Shown):
     more than what is held. layers: norms, first layer first.
     """
 
-    page_of = "cache.page"
+    page_function = "cache.page"
 
     tokens: int
     heads: int
@@ -67,13 +67,13 @@ class Cache(Shown):
 
 
 @dataclass(frozen=True)
-class CachedLayer(Shown):
+class CachedLayer(Displayable):
     """The lengths of one layer's keys and values: a row for each head, in it a number for each token.
 
     queries: how many query heads share a head's keys and values.
     """
 
-    page_of = "cache.layer_page"
+    page_function = "cache.layer_page"
 
     layer: int
     tokens: tuple[Token, ...]

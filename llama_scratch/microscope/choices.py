@@ -20,13 +20,13 @@ from llama_scratch.system.progress import Progress, silent
 class Choice:
     """One continuation: its tokens, each with its probability after those before it.
 
-    normalised: its share of the probability of all choices. by_length: the same by the mean log-probability of
-    a token, which does not favour short ones.
+    normalized: its share of the probability of all choices. by_length: the same by the mean log-probability of
+    a token, which does not favor short ones.
     """
 
     text: str
     tokens: tuple[Candidate, ...]
-    normalised: float
+    normalized: float
     by_length: float
 
     @property
@@ -46,7 +46,7 @@ class Choice:
             "tokens": [candidate_json(token) for token in self.tokens],
             "logprob": self.logprob,
             "probability": self.probability,
-            "normalised": self.normalised,
+            "normalized": self.normalized,
             "by_length": self.by_length,
         }
 

@@ -17,7 +17,7 @@ from llama_scratch.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelPrediction:
     """What one model saw and predicts; `model.precision` is the one that answered."""
 
     model: ModelInfo
@@ -36,7 +36,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedToken:
     """A token that at least one of the models has among its best; None in a model whose vocabulary lacks it."""
 
     text: str
@@ -59,9 +59,9 @@ class Comparison:
     kl_bits: Kullback–Leibler divergence of the second from the first; None where their vocabularies differ.
     """
 
-    first: Side
-    second: Side
-    tokens: tuple[Compared, ...]
+    first: ModelPrediction
+    second: ModelPrediction
+    tokens: tuple[ComparedToken, ...]
     kl_bits: float | None
 
     def as_json(self) -> dict[str, Any]:
@@ -90,17 +90,17 @@ def compare(
     second, q = _side(other, ids if same else other.encode(_text(llama, ids)), top, progress)
     there = {id: id for id in words} if same else _by_text(words, others)
     here = {id: id for id in words} if same else _by_text(others, words)
-    compared = [Compared(c.text, c, _candidate(other, q, there.get(c.id))) for c in first.top]
+    compared = [ComparedToken(c.text, c, _candidate(other, q, there.get(c.id))) for c in first.top]
     seen = {token.second.id for token in compared if token.second}
-    compared += [Compared(c.text, _candidate(llama, p, here.get(c.id)), c) for c in second.top if c.id not in seen]
+    compared += [ComparedToken(c.text, _candidate(llama, p, here.get(c.id)), c) for c in second.top if c.id not in seen]
     return Comparison(first, second, tuple(compared), float(kl_bits(p, q)) if same else None)
 
 
-def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) -> tuple[Side, Tensor]:
+def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) -> tuple[ModelPrediction, Tensor]:
     """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
-    side = Side(llama.info, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
+    side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
     return side, logits.values.double().log_softmax(-1)
 
 

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class Shown:
+class Displayable:
     """A result that is drawn by `render`, which lies above and is imported only when somebody wants to look.
 
     page_of: the function of `render.pages` that makes a page of it, "module.function".
     """
 
-    page_of: ClassVar[str]
+    page_function: ClassVar[str]
 
     def __rich__(self) -> RenderableType:
         return cast("RenderableType", _render("to_terminal").view(self._page()))
@@ -33,7 +33,7 @@ class Shown:
         return {"text/plain": _render("text").as_text(self.__rich__()), "text/html": self._repr_html_()}
 
     def _page(self) -> object:
-        module, _, function = self.page_of.partition(".")
+        module, _, function = self.page_function.partition(".")
         return getattr(_render(f"pages.{module}"), function)(self)
 
 

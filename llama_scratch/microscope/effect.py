@@ -8,21 +8,21 @@ from typing import Any
 
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits
 from llama_scratch.results import Candidate, candidate_json
 from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Effect(Shown):
+class Effect(Displayable):
     """The next token before and after: the best tokens of either, most probable first.
 
     tokens: each with its probabilities before and after. kl_bits: Kullback–Leibler divergence of the answer
     afterwards from the one before. labels: of the interventions.
     """
 
-    page_of = "patching.effect"
+    page_function = "patching.effect"
 
     labels: tuple[str, ...]
     tokens: tuple[tuple[Candidate, Candidate], ...]

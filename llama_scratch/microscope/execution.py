@@ -1,7 +1,7 @@
 """A debugger over the forward pass: what each statement of `model.py` made, for the text's last tokens.
 
 The network runs once under `sys.settrace`, and of each statement of `model.py` that was done a summary is kept: a
-`Stop`. Walking goes from stop to stop; a number that no summary holds is taken by running to its stop again.
+`Statement`. Walking goes from stop to stop; a number that no summary holds is taken by running to its stop again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.hooks import tapped
+from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.hooks import hooked
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.source import lines
@@ -45,7 +45,7 @@ Index = tuple[int | slice | EllipsisType, ...]
 
 
 @dataclass(frozen=True)
-class Value:
+class ValueSummary:
     """What a statement made.
 
     text: where it is no tensor, and then the rest is empty. meaning: the names of the shape's sizes, from the comment
@@ -68,7 +68,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Stop:
+class Statement:
     """A statement that was done, at its `first_line` to `last_line` of `model.py`.
 
     function: such as "Attention.forward". module: where it belongs to, such as "layers.3.attention"; "" for the whole.
@@ -80,7 +80,7 @@ class Stop:
     callers: tuple[str, ...]
     first_line: int
     last_line: int
-    values: tuple[Value, ...]
+    values: tuple[ValueSummary, ...]
     alive: tuple[str, ...]
 
     @property
@@ -117,7 +117,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Walk:
+class ExecutionTrace:
     """All stops of one run, in the order in which they were done.
 
     begin: position of the first token that was walked through; those before it were read in pieces, as always.
@@ -127,7 +127,7 @@ class Walk:
     ids: tuple[int, ...]
     begin: int
     n_layers: int
-    stops: tuple[Stop, ...]
+    stops: tuple[Statement, ...]
     _llama: ref[LoadedModel]
 
     def fits(self, llama: LoadedModel, ids: Sequence[int]) -> bool:
@@ -171,13 +171,13 @@ class Walk:
         return at
 
 
-def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Walk:
-    """Run a text through the network, with the taps that are on, and keep what each statement made.
+def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> ExecutionTrace:
+    """Run a text through the network, with the hooks that are on, and keep what each statement made.
 
     Of a long text the last piece, of up to 512 tokens, is walked through. What the engine has cached is neither used
     nor changed. progress: called for each layer; what it raises ends the work. Raises as `Engine.next_logits` does.
     """
-    stops: list[Stop] = []
+    stops: list[Statement] = []
     n_layers = llama.args.n_layers
 
     def seen(done: _Done) -> None:
@@ -187,14 +187,14 @@ def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) ->
         stops.append(stop)
 
     begin = _run(llama, ids, seen, progress)
-    return Walk(tuple(ids), begin, n_layers, tuple(stops), ref(llama))
+    return ExecutionTrace(tuple(ids), begin, n_layers, tuple(stops), ref(llama))
 
 
 # --- Looking at a value -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Look:
+class ValueView:
     """Numbers of a value at a stop.
 
     index: what is shown of it, as text: of more than two dimensions, the last one's two, behind what was asked for.
@@ -218,7 +218,7 @@ class Look:
         return asdict(self)
 
 
-def look(llama: LoadedModel, walk: Walk, at: int, expression: str, progress: Progress = silent) -> Look:
+def look(llama: LoadedModel, walk: ExecutionTrace, at: int, expression: str, progress: Progress = silent) -> ValueView:
     """Numbers of a value that is alive at a stop, taken by running to it again.
 
     expression: a name, and behind it an index of whole numbers, slices and `...`, such as "q[0, -1, :, :8]". Raises
@@ -228,7 +228,7 @@ def look(llama: LoadedModel, walk: Walk, at: int, expression: str, progress: Pro
     stop = walk.stops[at]
     if name not in stop.alive:
         raise UsageError(
-            f"There is no '{printable(name)}' here, expected one of {', '.join(stop.alive) or 'nothing'}; "
+            f"There is no '{sanitize(name)}' here, expected one of {', '.join(stop.alive) or 'nothing'}; "
             "/step walks to where there is."
         )
     taken: list[Any] = []
@@ -266,7 +266,7 @@ def parsed(expression: str) -> tuple[str, Index]:
         return matched[1], tuple(map(_item, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UsageError(
-            f"'{printable(expression)}' cannot be printed, expected a name and perhaps an index of whole numbers, "
+            f"'{sanitize(expression)}' cannot be printed, expected a name and perhaps an index of whole numbers, "
             "slices and '...', such as q[0, -1, :, :8]."
         ) from None
 
@@ -289,7 +289,7 @@ def _whole_number(node: ast.expr) -> int:
     raise ValueError
 
 
-def _looked(name: str, value: Any, index: Index) -> Look:
+def _looked(name: str, value: Any, index: Index) -> ValueView:
     asked, rest = _written(index), index
     try:
         while isinstance(value, tuple) and rest:
@@ -300,7 +300,7 @@ def _looked(name: str, value: Any, index: Index) -> Look:
     except (IndexError, TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{name} is {_plain(value)} here, expected an index within it, found {asked}.") from None
     if not isinstance(part, Tensor):
-        return Look(name, asked, None, None, "", _plain(part), (), (), left_out=False)
+        return ValueView(name, asked, None, None, "", _plain(part), (), (), left_out=False)
     shape = tuple(part.shape)
     if part.ndim > 2:
         last = (-1,) * (part.ndim - 2)
@@ -313,7 +313,7 @@ def _looked(name: str, value: Any, index: Index) -> Look:
         flat = part.reshape(-1)[: _ROWS * columns]
         labels = list(map(str, range(0, len(flat), columns)))
         rows = [flat[int(begin) : int(begin) + columns] for begin in labels]
-    return Look(
+    return ValueView(
         name=name,
         index=asked,
         whole=tuple(value.shape),
@@ -342,7 +342,7 @@ def _written(index: Index) -> str:
 
 
 @dataclass(frozen=True)
-class _Statement:
+class _SourceStatement:
     """A statement without those within it; names: of what it binds or writes into; body: the lines of a loop's."""
 
     first_line: int
@@ -367,16 +367,16 @@ def _functions(path: str) -> dict[str, range]:
 
 
 @cache
-def _statements(path: str) -> dict[int, _Statement]:
+def _statements(path: str) -> dict[int, _SourceStatement]:
     """The statement that each line of a file belongs to."""
-    found: dict[int, _Statement] = {}
+    found: dict[int, _SourceStatement] = {}
     for node in ast.walk(ast.parse("\n".join(lines(path)))):  # outer ones first
         if not isinstance(node, ast.stmt):
             continue
         inner = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]
         end = min((part.lineno - 1 for part in inner), default=node.end_lineno or node.lineno)
         own = [part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt)]
-        statement = _Statement(
+        statement = _SourceStatement(
             first_line=node.lineno,
             last_line=max(node.lineno, end),
             names=tuple(dict.fromkeys(name for part in own for name in _bound(part))),
@@ -416,12 +416,12 @@ class _Done:
     function: str
     module: str
     callers: tuple[str, ...]
-    statement: _Statement
-    following: _Statement | None
+    statement: _SourceStatement
+    following: _SourceStatement | None
     variables: dict[str, Any]
-    meanings: dict[str, Value]  # values of this call whose shapes were named, by their own names
+    meanings: dict[str, ValueSummary]  # values of this call whose shapes were named, by their own names
 
-    def _meant(self, value: Value) -> Value:
+    def _meant(self, value: ValueSummary) -> ValueSummary:
         """The value with what its shape means, if it had the same shape under the same name before."""
         before = self.meanings.get(value.name)
         if not value.meaning and before and before.shape == value.shape:
@@ -433,7 +433,7 @@ class _Done:
     def named(self, name: str) -> Any:
         return self.variables[name]
 
-    def stop(self) -> Stop:
+    def stop(self) -> Statement:
         statement = self.statement
         ended = statement.body is not None and (
             self.following is None or self.following.first_line not in statement.body
@@ -443,7 +443,7 @@ class _Done:
         # What the cache takes is memory without numbers yet; what it gives back is filled.
         filled = self.function not in _FILLING or (self.function == "KVCache.update" and statement.returns)
         values = [value for name, it in made for value in _values(name, it, statement.meanings, filled)]
-        return Stop(
+        return Statement(
             function=self.function,
             module=self.module,
             callers=self.callers,
@@ -460,8 +460,8 @@ class _Call:
 
     function: str
     module: str
-    statement: _Statement | None = None
-    meanings: dict[str, Value] = field(default_factory=dict)
+    statement: _SourceStatement | None = None
+    meanings: dict[str, ValueSummary] = field(default_factory=dict)
 
 
 class _Tracer:
@@ -494,7 +494,7 @@ class _Tracer:
             self._calls.pop()
         return self._within
 
-    def _tell(self, frame: FrameType, call: _Call, following: _Statement | None, returned: Any = None) -> None:
+    def _tell(self, frame: FrameType, call: _Call, following: _SourceStatement | None, returned: Any = None) -> None:
         if call.statement is None:
             return
         variables = dict(frame.f_locals)
@@ -516,7 +516,7 @@ def _run(llama: LoadedModel, ids: Sequence[int], seen: Callable[[_Done], None], 
         torch.inference_mode(),
         memory_errors(f"A text of {len(ids):,} tokens"),
         engine.weights(progress),
-        tapped(model, engine.taps),
+        hooked(model, engine.hooks),
     ):
         for start in range(0, begin, CHUNK):
             progress("reading", start, len(ids))
@@ -534,18 +534,18 @@ def _run(llama: LoadedModel, ids: Sequence[int], seen: Callable[[_Done], None], 
 # --- Values -----------------------------------------------------------------------------------
 
 
-def _values(name: str, value: Any, meanings: Sequence[str], filled: bool) -> Iterator[Value]:
+def _values(name: str, value: Any, meanings: Sequence[str], filled: bool) -> Iterator[ValueSummary]:
     """A value's summary; of a tuple, that of each of its parts."""
     if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
         for i, part in enumerate(value):
             yield from _values(f"{name}[{i}]", part, meanings, filled)
     elif not isinstance(value, Tensor):
-        yield Value(name, text=_plain(value))
+        yield ValueSummary(name, text=_plain(value))
     else:
         fitting = [meaning for meaning in meanings if meaning.count(",") + 1 == value.ndim]
         shape, meaning = tuple(value.shape), fitting[-1] if fitting else ""
         statistics = _statistics(value) if filled and value.numel() else {}
-        yield Value(name, "", shape, _dtype(value), meaning, **statistics)
+        yield ValueSummary(name, "", shape, _dtype(value), meaning, **statistics)
 
 
 def _statistics(value: Tensor) -> dict[str, Any]:
@@ -581,7 +581,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"of the shape {tuple(value.shape)}"
     if value is None or isinstance(value, int | float | str | torch.Size):
-        return printable(value)
+        return sanitize(value)
     if isinstance(value, tuple):
         return f"({', '.join(map(_plain, value))})"
     return type(value).__name__

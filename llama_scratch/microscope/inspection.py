@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.prompt_text import Prompt, whole_number
 from llama_scratch.microscope import activations as stream
@@ -17,13 +17,13 @@ from llama_scratch.microscope import attribution, interventions, patching
 from llama_scratch.microscope import effect as effects
 from llama_scratch.microscope import lens as lenses
 from llama_scratch.microscope import neurons as neuron_views
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.interventions import Intervention
-from llama_scratch.microscope.parts import Part, numbered
+from llama_scratch.microscope.parts import NetworkPart, numbered
 from llama_scratch.results import Prediction, Token
 
 
-class Inspection(Shown):
+class Inspection(Displayable):
     """What goes on in a network while it reads a prompt. Make one with `Llama.inspect`.
 
     Nothing is computed before it is asked for. An inspection keeps its prediction, the model its heads' scores and the
@@ -33,7 +33,7 @@ class Inspection(Shown):
     tokens, ids: of the prompt, the beginning-of-text token included. interventions: what was changed, the first first.
     """
 
-    page_of = "inspection.page"
+    page_function = "inspection.page"
 
     def __init__(self, llama: LoadedModel, prompt: Prompt, changes: Sequence[Intervention] = ()):
         self._intact = llama
@@ -79,7 +79,7 @@ class Inspection(Shown):
         """What one head looks at."""
         return maps.head(self._llama, self.ids, layer, head)
 
-    def attribution(self, token: int | str | None = None, versus: int | str | None = None) -> attribution.Why:
+    def attribution(self, token: int | str | None = None, versus: int | str | None = None) -> attribution.Attribution:
         """Which parts and which tokens speak for a next token, by default the predicted one, and against another.
 
         Tokens are ids, or texts that are one token each: " Paris", with its space.
@@ -102,7 +102,7 @@ class Inspection(Shown):
 
         mean: each writes its mean over this prompt's tokens in place of nothing.
         """
-        named = [Part.named(name, self._llama.args) for name in parts]
+        named = [NetworkPart.named(name, self._llama.args) for name in parts]
         return self._with(
             *(
                 interventions.mean_ablate(self._intact, part, self.ids)
@@ -122,7 +122,7 @@ class Inspection(Shown):
             several = isinstance(positions, Iterable) and whole_number(positions) is None
             positions = {at: at for at in (cast(Iterable[int], positions) if several else [cast(int, positions)])}
         pairs = {numbered("position", here, len(self.ids), " here"): there for here, there in positions.items()}
-        named = Part.named(part, self._llama.args)
+        named = NetworkPart.named(part, self._llama.args)
         return self._with(interventions.patch(self._intact, named, self._intact.encode(other), pairs))
 
     def steer(self, layer: int, scale: float, toward: Prompt, away: Prompt) -> Inspection:
@@ -144,7 +144,7 @@ class Inspection(Shown):
         ids = self._llama.encode(token, bos=False, special=True)
         if len(ids) != 1:
             raise UsageError(
-                f"'{printable(token)}' is {len(ids)} tokens, expected one; words bring their own space: ' Paris'."
+                f"'{sanitize(token)}' is {len(ids)} tokens, expected one; words bring their own space: ' Paris'."
             )
         return ids[0]
 

@@ -1,6 +1,6 @@
 """Changes to the network while it runs: parts switched off, activations copied from another text, directions added.
 
-Each is an `Intervention`: taps, and the name by which it is known. `Llama.intervened` runs the network with them.
+Each is an `Intervention`: hooks, and the name by which it is known. `Llama.intervened` runs the network with them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llama_scratch.errors import UsageError, printable
-from llama_scratch.hooks import Tap
+from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import activations
-from llama_scratch.microscope.parts import Part, numbered
+from llama_scratch.microscope.parts import NetworkPart, numbered
 from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.system.progress import Progress, silent
 
 Model = TypeVar("Model", bound=LoadedModel)
 
 
-@dataclass(frozen=True, eq=False)  # taps hold tensors, which do not compare as a whole
+@dataclass(frozen=True, eq=False)  # hooks hold tensors, which do not compare as a whole
 class Intervention:
     """A change to the network.
 
@@ -36,7 +36,7 @@ class Intervention:
 
     label: str
     meaning: str
-    taps: Mapping[str, Tap]
+    hooks: Mapping[str, Hook]
     recipe: Recipe | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Intervention:
 def changed(llama: Model, interventions: Sequence[Intervention]) -> Model:
     """The model with all of these, the first ones first."""
     for intervention in interventions:
-        llama = llama.intervened(intervention.taps)
+        llama = llama.intervened(intervention.hooks)
     return llama
 
 
@@ -64,7 +64,7 @@ def remake(llama: LoadedModel, recipe: Recipe, progress: Progress = silent) -> I
     """
     if recipe.kind == "steer":
         return steer(llama, recipe.layer, recipe.scale, recipe.ids, recipe.away, progress)
-    part = Part.named(recipe.part, llama.args)
+    part = NetworkPart.named(recipe.part, llama.args)
     if recipe.kind == "patch":
         return patch(llama, part, recipe.ids, dict(recipe.positions), progress)
     if recipe.kind == "mean_ablate":
@@ -75,14 +75,14 @@ def remake(llama: LoadedModel, recipe: Recipe, progress: Progress = silent) -> I
 # --- Ablation ---------------------------------------------------------------------------------
 
 
-def ablate(llama: LoadedModel, part: Part) -> Intervention:
+def ablate(llama: LoadedModel, part: NetworkPart) -> Intervention:
     """Zero ablation: what a part writes into the residual stream is 0."""
     del llama  # as the other ones have it
-    taps = _set(part, dict.fromkeys(part.places, 0.0))
-    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", taps, Recipe("ablate", part.name))
+    hooks = _set(part, dict.fromkeys(part.places, 0.0))
+    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", hooks, Recipe("ablate", part.name))
 
 
-def mean_ablate(llama: LoadedModel, part: Part, ids: Sequence[int], progress: Progress = silent) -> Intervention:
+def mean_ablate(llama: LoadedModel, part: NetworkPart, ids: Sequence[int], progress: Progress = silent) -> Intervention:
     """Replace what a part writes by its mean over the tokens of a text: what it says of each is gone, and the values
     stay near those that the network was trained on.
 
@@ -95,20 +95,20 @@ def mean_ablate(llama: LoadedModel, part: Part, ids: Sequence[int], progress: Pr
     return Intervention(f"~{part.name}", f"{part.name} writes its mean over {tokens}.", _set(part, means), recipe)
 
 
-def _set(part: Part, values: Mapping[str, Tensor | float]) -> dict[str, Tap]:
-    def tap(new: Tensor | float, value: Tensor, _start: int) -> Tensor:
+def _set(part: NetworkPart, values: Mapping[str, Tensor | float]) -> dict[str, Hook]:
+    def hook(new: Tensor | float, value: Tensor, _start: int) -> Tensor:
         value = value.clone()
         part.of(value)[...] = new
         return value
 
-    return {place: partial(tap, new) for place, new in values.items()}
+    return {place: partial(hook, new) for place, new in values.items()}
 
 
 # --- Patching ---------------------------------------------------------------------------------
 
 
 def patch(
-    llama: LoadedModel, part: Part, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
+    llama: LoadedModel, part: NetworkPart, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
 ) -> Intervention:
     """Copy a part's value, while another text is read, into this one's: of a layer the residual stream before it.
 
@@ -126,7 +126,7 @@ def patch(
     (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
     own = part.of(found)
 
-    def tap(value: Tensor, start: int) -> Tensor:
+    def hook(value: Tensor, start: int) -> Tensor:
         value = value.clone()
         for here, there in positions.items():
             if start <= here < start + value.shape[1]:
@@ -136,13 +136,13 @@ def patch(
     where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))
     name = f"{part.name}@{where}"
     recipe = Recipe("patch", part.name, ids=tuple(ids), positions=tuple(positions.items()))
-    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: tap}, recipe)
+    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: hook}, recipe)
 
 
 def _end(llama: LoadedModel, ids: Sequence[int]) -> str:
     """The end of a text, for a sentence about it."""
     text = "".join(llama.token(id).text for id in ids[-8:])
-    return printable("…" * (len(ids) > 8) + text, 60)
+    return sanitize("…" * (len(ids) > 8) + text, 60)
 
 
 # --- Steering ---------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ def steer(
     """
     place = f"layers.{numbered('layer', layer, llama.args.n_layers)}.resid_post"
     if not abs(scale) <= sys.float_info.max:
-        raise UsageError(f"The scale is {printable(scale)}, expected a finite number.")
+        raise UsageError(f"The scale is {sanitize(scale)}, expected a finite number.")
     ends = [activations(llama, ids, [place], progress)[0][-1] for ids in (toward, away)]  # (dim,) each
     direction = scale * (ends[0] - ends[1])  # (dim,)
     if not torch.isfinite(direction.norm()):  # whose square a layer takes
         raise UsageError(f"A scale of {scale:g} makes the direction too long for numbers, expected a smaller one.")
     apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
-    words = [printable(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]
+    words = [sanitize(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]
     label = f"{scale:+g}·({words[0]}−{words[1]})@L{layer}"  # named by the first tokens that differ
     return Intervention(
         label,

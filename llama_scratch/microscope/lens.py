@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import Candidate, Token, candidate_json
 from llama_scratch.system.progress import Progress, silent
@@ -46,7 +46,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lens(Shown):
+class Lens(Displayable):
     """What stands behind each layer, read as the network reads the last one.
 
     tokens: those of the positions that were looked at; the first of them stands at position `first` of the text.
@@ -54,7 +54,7 @@ class Lens(Shown):
     answers.
     """
 
-    page_of = "lens.page"
+    page_function = "lens.page"
 
     tokens: tuple[Token, ...]
     first: int
@@ -132,10 +132,10 @@ def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progre
     pieces: dict[str, list[Tensor]] = {"embedding": []}
     pieces |= {f"layers.{layer}.resid_post": [] for layer in range(llama.args.n_layers)}
 
-    def kept(place: str) -> Tap:
+    def kept(place: str) -> Hook:
         return lambda value, start: pieces[place].append(value[0, max(0, first - start) :].clone())
 
-    llama.engine.run([ids], {place: kept(place) for place in pieces}, progress=progress)
+    llama.engine.forward_with_hooks([ids], {place: kept(place) for place in pieces}, progress=progress)
     return [torch.cat(piece) for piece in pieces.values()]
 
 

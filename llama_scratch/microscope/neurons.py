@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.model import Transformer, TransformerBlock
 from llama_scratch.results import Candidate, Token, candidate_json
@@ -25,7 +25,7 @@ _PROMOTED, _SUPPRESSED = 3, 2
 
 
 @dataclass(frozen=True)
-class Pushed(Token):
+class LogitEffect(Token):
     """A token whose logit a neuron raises or lowers, and by how much."""
 
     logit: float
@@ -43,8 +43,8 @@ class Neuron:
     activation: float
     strength: float
     contribution: float
-    promoted: tuple[Pushed, ...]
-    suppressed: tuple[Pushed, ...]
+    promoted: tuple[LogitEffect, ...]
+    suppressed: tuple[LogitEffect, ...]
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `Neurons.as_json`."""
@@ -55,14 +55,14 @@ class Neuron:
 
 
 @dataclass(frozen=True)
-class Neurons(Shown):
+class Neurons(Displayable):
     """The strongest neurons of a layer, strongest first, of `n_neurons`.
 
     token: the last one. answer: what the network says after it. contribution: the direct part of all of the layer's
     neurons, which is that of the feed-forward, of the answer's logit.
     """
 
-    page_of = "neurons.page"
+    page_function = "neurons.page"
 
     layer: int
     token: Token
@@ -105,7 +105,9 @@ def neurons(
         f"layers.{args.n_layers - 1}.resid_post",
     )
     found: dict[str, Tensor] = {}
-    logits = llama.engine.run([ids], {place: _last(found, place) for place in places}, progress=progress)[0, -1]
+    logits = llama.engine.forward_with_hooks(
+        [ids], {place: _last(found, place) for place in places}, progress=progress
+    )[0, -1]
     activations, out, stream = (found[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
     answer = llama.candidates(logits, 1)[0]
     w2 = cast(TransformerBlock, model.layers[layer]).feed_forward.w2
@@ -159,18 +161,18 @@ def _read(model: Transformer, writes: Tensor, stream: Tensor) -> Tensor:
     return logits.float().cpu()
 
 
-def _last(found: dict[str, Tensor], place: str) -> Tap:
-    """A tap that keeps what stands at the last token, in float32; of a text in pieces the last one stays."""
+def _last(found: dict[str, Tensor], place: str) -> Hook:
+    """A hook that keeps what stands at the last token, in float32; of a text in pieces the last one stays."""
 
-    def tap(value: Tensor, _start: int) -> None:
+    def hook(value: Tensor, _start: int) -> None:
         found[place] = value[0, -1].float()
 
-    return tap
+    return hook
 
 
-def _most(llama: LoadedModel, push: Tensor, count: int, *, largest: bool) -> tuple[Pushed, ...]:
+def _most(llama: LoadedModel, push: Tensor, count: int, *, largest: bool) -> tuple[LogitEffect, ...]:
     most = push.topk(min(count, push.numel()), largest=largest)
     return tuple(
-        Pushed(id, llama.token(id).text, logit)
+        LogitEffect(id, llama.token(id).text, logit)
         for id, logit in zip(most.indices.tolist(), most.values.tolist(), strict=True)
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from llama_scratch.config import PRECISIONS, ModelArgs
-from llama_scratch.errors import OutOfMemoryError, UsageError, printable
+from llama_scratch.errors import OutOfMemoryError, UsageError, sanitize
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
 from llama_scratch.model import Transformer, rope_frequencies
 from llama_scratch.results import Candidate, Token, candidate_json
@@ -66,10 +66,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Numerics(Shown):
+class Numerics(Displayable):
     """The reference's answer, and a row for each other network. Compared are the positions from `first` to the end."""
 
-    page_of = "numerics.page"
+    page_function = "numerics.page"
 
     tokens: tuple[Token, ...]
     first: int
@@ -102,13 +102,13 @@ def numerics(
     """What some of `VARIANTS` make of a text: the precisions, and "rope", fp32 with another RoPE factor.
 
     The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. Every network runs without
-    taps, and others than the session's own are opened one at a time and closed again. Of a long text the last
+    hooks, and others than the session's own are opened one at a time and closed again. Of a long text the last
     positions are compared. progress: as for `Llama.predict`. Raises `UsageError` for a variant that there is not,
     `OutOfMemoryError` where the reference itself does not fit, and as `Llama.predict` does.
     """
     for name in variants:
         if name not in VARIANTS:
-            raise UsageError(f"'{printable(name)}' is nothing to compare, expected one of {', '.join(VARIANTS)}.")
+            raise UsageError(f"'{sanitize(name)}' is nothing to compare, expected one of {', '.join(VARIANTS)}.")
     llama.engine.check(ids)
     first = max(0, len(ids) - _POSITIONS)
     needed = (len(ids) - first) * llama.args.vocab_size * torch.float32.itemsize

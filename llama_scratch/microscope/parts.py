@@ -9,7 +9,7 @@ from typing import Self
 from torch import Tensor
 
 from llama_scratch.config import ModelArgs
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.inference.prompt_text import whole_number
 
 _NAME = re.compile(r"[lL]?(\d{1,6})(?:\.(?:(attn|attention)|(ffn|mlp|feed_forward)|[hH]?(\d{1,6})|[nN](\d{1,6})))?")
@@ -19,13 +19,13 @@ def numbered(what: str, value: object, count: int, where: str = "") -> int:
     """A number of a layer, head or position. Raises `UsageError` for what is not one from 0 to `count` - 1."""
     number = whole_number(value)
     if number is None or not 0 <= number < count:
-        name = printable(repr(value) if number is None else number)
+        name = sanitize(repr(value) if number is None else number)
         raise UsageError(f"There is no {what} {name}{where}, expected one from 0 to {count - 1}.")
     return number
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class NetworkPart:
     """A layer, or of it attention, the feed-forward, a head or a neuron.
 
     kind: "layer", "attn", "ffn", "head" or "neuron". index: of the head or neuron, else 0.
@@ -40,7 +40,7 @@ class Part:
         """The part of a name. Raises `UsageError` for one that this network does not have."""
         if (match := _NAME.fullmatch(name.strip()) if isinstance(name, str) else None) is None:
             raise UsageError(
-                f"'{printable(name)}' is not the name of a part, expected a layer such as L5, or of it L5.attn, "
+                f"'{sanitize(name)}' is not the name of a part, expected a layer such as L5, or of it L5.attn, "
                 "L5.ffn, the head L5.H3 or the neuron L5.N120."
             )
         layer, attention, feed_forward, head, neuron = match.groups()
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where it writes, as `taps` names places; without it the residual stream passes unchanged."""
+        """Where it writes, as `hooks` names places; without it the residual stream passes unchanged."""
         own = {
             "attn": ("attention.out",),
             "ffn": ("feed_forward.out",),

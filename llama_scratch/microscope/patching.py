@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import tapped
+from llama_scratch.hooks import hooked
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import layers, residuals
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.results import Candidate, Token, candidate_json
 from llama_scratch.system.progress import Progress, silent
 
@@ -22,7 +22,7 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class Trace(Shown):
+class Trace(Displayable):
     """How far the answer moves when one activation of another text is put into this one.
 
     first, second: the tokens of this text and of the other; first_answer, second_answer: their next tokens.
@@ -31,7 +31,7 @@ class Trace(Shown):
     layer; the last row is the stream behind the last layer.
     """
 
-    page_of = "patching.trace"
+    page_function = "patching.trace"
 
     first: tuple[Token, ...]
     second: tuple[Token, ...]
@@ -55,7 +55,7 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
 
     Raises `UsageError` where the texts have different numbers of tokens or the same answer, and as `Llama.predict`.
     Source: Vig et al. 2020, arXiv:2004.12265 (interchange of activations); Meng et al. 2022, arXiv:2202.05262, who
-    corrupt a text with noise where this takes another text; the measure is the normalised logit difference of Zhang &
+    corrupt a text with noise where this takes another text; the measure is the normalized logit difference of Zhang &
     Nanda 2023, arXiv:2309.16042.
     """
     if len(ids) != len(other):
@@ -100,7 +100,7 @@ def _patched(ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
 def _end(llama: LoadedModel, x: Tensor, first: int, progress: Progress) -> Tensor:
     """What the layers from `first` on make of the stream, at the last token: (B, T, dim) → (B, dim)."""
     model = llama.engine.model
-    with tapped(model, llama.engine.taps):
+    with hooked(model, llama.engine.hooks):
         for layer in layers(model, x.shape[1])[first:]:
             progress("patching", first, llama.args.n_layers + 1)
             x = layer(x)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from llama_scratch.config import SCALED_CONTEXT, ModelArgs
-from llama_scratch.hooks import Tap
+from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.microscope.display import Shown
+from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
 from llama_scratch.results import Token
@@ -26,7 +26,7 @@ _NEAREST = 24
 
 
 @dataclass(frozen=True)
-class Dial:
+class RotaryPair:
     """One complex pair of a head's vector, unscaled and scaled: radians that it turns by for each token.
 
     kind: what the scaling does with it, "kept", "smoothed" or "divided". unscaled_angle, scaled_angle: where it stands
@@ -69,7 +69,7 @@ class Dial:
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotatedPair:
     """One pair of the query: its length, which stays, and its angle before and after the turn, 0 to 2π."""
 
     pair: int
@@ -83,7 +83,7 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Match:
+class KeyScore:
     """A key of the text and its product with the query, q·k/√head_dim: the score that the softmax gets.
 
     distance: tokens back. unturned: the product of the two without their turns, which knows no distance.
@@ -100,7 +100,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Rope(Shown):
+class Rope(Displayable):
     """The dials at a position, and the last token's query of one head.
 
     scales: whether the network scales its frequencies; where it does not, `factor` is one that others use, and the
@@ -109,19 +109,19 @@ class Rope(Shown):
     of `n_keys` in all.
     """
 
-    page_of = "rope.page"
+    page_function = "rope.page"
 
     theta: float
     scales: bool
     factor: float
     position: int
-    dials: tuple[Dial, ...]
+    dials: tuple[RotaryPair, ...]
     layer: int
     head: int
     token: Token
     length: float
-    query: tuple[Turned, ...]
-    matches: tuple[Match, ...]
+    query: tuple[RotatedPair, ...]
+    matches: tuple[KeyScore, ...]
     n_keys: int
 
     def as_json(self) -> dict[str, Any]:
@@ -177,15 +177,15 @@ def rope(
         token=llama.token(ids[-1]),
         length=float(q.norm()),
         query=tuple(
-            Turned(pair, abs(before), _angle(before), _angle(after))
+            RotatedPair(pair, abs(before), _angle(before), _angle(after))
             for pair, (before, after) in enumerate(zip(_pairs(unturned), _pairs(turned), strict=True))
         ),
-        matches=tuple(Match(llama.token(ids[n]), last - n, products[n], plain[n]) for n in nearest),
+        matches=tuple(KeyScore(llama.token(ids[n]), last - n, products[n], plain[n]) for n in nearest),
         n_keys=len(ids),
     )
 
 
-def dials(args: ModelArgs, position: int) -> tuple[Dial, ...]:
+def dials(args: ModelArgs, position: int) -> tuple[RotaryPair, ...]:
     """Each pair's angle at a position, unscaled and scaled; with a factor of 32 where the model does not scale."""
     factor = args.rope_scaling.factor if args.rope_scaling else _FACTOR
     columns = []
@@ -193,7 +193,7 @@ def dials(args: ModelArgs, position: int) -> tuple[Dial, ...]:
         angles = [_angle(turn) for turn in rotations(freqs, torch.tensor([position]))[0].tolist()]
         columns.append(zip(freqs.tolist(), angles, strict=True))
     return tuple(
-        Dial(pair, unscaled, scaled, _kind(scaled / unscaled, factor), angle, scaled_angle)
+        RotaryPair(pair, unscaled, scaled, _kind(scaled / unscaled, factor), angle, scaled_angle)
         for pair, ((unscaled, angle), (scaled, scaled_angle)) in enumerate(zip(*columns, strict=True))
     )
 
@@ -211,14 +211,14 @@ def _query_and_keys(
     """The last token's query of a head, (1, head_dim), and all keys that it meets, (T, head_dim): turned, float32."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Tap:
-        def tap(value: Tensor, _start: int) -> None:  # of a text in pieces the last one stays
+    def keep(name: str) -> Hook:
+        def hook(value: Tensor, _start: int) -> None:  # of a text in pieces the last one stays
             found[name] = value
 
-        return tap
+        return hook
 
     places = {f"layers.{layer}.attention.{name}": keep(name) for name in "qk"}
-    llama.engine.run([ids], places, progress=progress)
+    llama.engine.forward_with_hooks([ids], places, progress=progress)
     group = llama.args.n_heads // llama.args.n_kv_heads
     return found["q"][0, head, -1:].float().cpu(), found["k"][0, head // group].float().cpu()
 

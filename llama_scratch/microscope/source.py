@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -37,8 +37,8 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer.Tokenizer",),
     "prefill": ("inference.engine.Engine.next_logits",),
     "fp16": ("precision.linear.Rows", "precision/cpp/rows.h.products"),
-    "int8": ("precision.linear.Panels", "precision.quantize.quantise_blocks", "precision/cpp/panels.h.products"),
-    "int4": ("precision.linear.Panels", "precision.quantize.quantise_blocks", "precision/cpp/panels.h.products"),
+    "int8": ("precision.linear.Panels", "precision.quantize.quantize_blocks", "precision/cpp/panels.h.products"),
+    "int4": ("precision.linear.Panels", "precision.quantize.quantize_blocks", "precision/cpp/panels.h.products"),
     "kernels": ("precision/kernels.cpp",),
     "surprisal": ("microscope.surprisal.Scorer",),
     "step": ("microscope.execution.walk",),
@@ -254,7 +254,7 @@ def _only(wanted: str, name: str) -> Passage:
         raise _unknown(name)
     first = sorted((passage.name for passage in found), key=lambda other: not other.startswith("model."))
     listed = ", ".join(first[:6]) + (", …" if len(found) > 6 else "")
-    raise UsageError(f"'{printable(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
+    raise UsageError(f"'{sanitize(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
 
 
 def _at(file: Passage, line: int) -> Passage:
@@ -270,4 +270,4 @@ def _unknown(name: str) -> UsageError:
     lower = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(lower[other] for other in near)}?" if near else "/source lists what there is."
-    return UsageError(f"Nothing here is called '{printable(name)}', expected a part of this program; {advice}")
+    return UsageError(f"Nothing here is called '{sanitize(name)}', expected a part of this program; {advice}")

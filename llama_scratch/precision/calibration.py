@@ -1,4 +1,4 @@
-"""Which inputs a network's linear layers have, from examples: by them `quantise` knows which errors matter.
+"""Which inputs a network's linear layers have, from examples: by them `quantize` knows which errors matter.
 
 Examples are windows of tokens. Best is text of the kind that the model will read. Without one, half of the tokens are
 Python's own documentation, which lies wherever this runs, and half is what the model says to random first tokens: on
@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.errors import ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import ModelNotFoundError, UsageError, sanitize
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, causal_mask, rotations
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
@@ -39,7 +39,7 @@ GROUPS = (
 """Linear layers of a block that read the same vectors, in the order in which a token comes by."""
 
 
-def hessians(
+def collect_hessians(
     model: Transformer, windows: Sequence[Tensor], progress: Progress = silent
 ) -> Iterator[tuple[list[str], Tensor]]:
     """H = E[x xᵀ] of the inputs x of all linear layers, in the order in which a token comes by.
@@ -109,13 +109,13 @@ _IMAGINED = 256  # tokens that a model says in one go
 def examples(
     model: Transformer, tokenizer: Tokenizer, tokens: int = TOKENS, progress: Progress = silent
 ) -> list[Tensor]:
-    """Windows for `hessians`, (B, T) int64: half of the tokens from Python's documentation, half in the model's words.
+    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half in the model's words.
 
     Always the same for the same model and Python.
     """
-    read = _cut(tokenizer, documentation(6 * (tokens // 2)), tokens // 2)
+    read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
-    said = imagine(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
+    said = sample_model_text(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
     return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
 
 
@@ -126,7 +126,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ModelNotFoundError: If the file cannot be read.
         UsageError: If it is not a file of UTF-8 text.
     """
-    name, limit = printable(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
+    name, limit = sanitize(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
     try:
         start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
@@ -148,7 +148,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:
-    """Windows for `hessians` from the beginning of a text, (1, T) int64. Raises `UsageError` where it has not one."""
+    """Windows for `collect_hessians` from the beginning of a text, (1, T) int64.
+
+    Raises `UsageError` if the text is shorter than one.
+    """
     if not (found := _cut(tokenizer, text[: _CHARACTERS * tokens], tokens)):
         raise UsageError(f"The text for calibration is shorter than {_WINDOW:,} tokens, expected some pages.")
     return found
@@ -166,7 +169,7 @@ def _start(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
-def imagine(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
+def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
     """What the model says to random tokens, drawn by its probabilities: (count, 256) int64.
 
     start: ids that come before the random one.
@@ -183,7 +186,7 @@ def imagine(model: Transformer, count: int, start: Sequence[int] = (), progress:
     return ids
 
 
-def documentation(characters: int) -> str:
+def stdlib_documentation(characters: int) -> str:
     """What Python's standard library says of itself, by chance but always the same.
 
     Less than asked for where there is no more, and nothing where the library came without its source.

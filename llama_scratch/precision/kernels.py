@@ -31,10 +31,10 @@ from pathlib import Path
 
 import torch
 
-from llama_scratch.errors import printable
-from llama_scratch.system.atomic_files import NO_LINK, locked, remove_left
+from llama_scratch.errors import sanitize
+from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
 from llama_scratch.system.folders import is_ours, user_folder
-from llama_scratch.system.jobs import go_on
+from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -131,7 +131,7 @@ def compile_into(folder: Path) -> Path:
         code, said = _run([*_command(), "-o", str(path)], _SECONDS, folder)
         if code:
             lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
-            raise _FailedError(f"the C++ compiler failed ({printable((lines or ['it was killed'])[0], 200)})")
+            raise _FailedError(f"the C++ compiler failed ({sanitize((lines or ['it was killed'])[0], 200)})")
         if not path.exists():
             raise _FailedError("the C++ compiler wrote no library")
         path.chmod(0o600)
@@ -148,7 +148,7 @@ def _failed() -> str:
     with contextlib.suppress(OSError, ValueError):
         if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
             commands, _, failure = _reason().read_text("utf-8").partition("\n")
-            return printable(failure, 300) if commands == shlex.join(_candidates()) else ""
+            return sanitize(failure, 300) if commands == shlex.join(_candidates()) else ""
     return _failure
 
 
@@ -238,7 +238,7 @@ def _cpu() -> list[str]:
 
 def _make_room(folder: Path) -> None:
     """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
-    remove_left(folder, "*.part")
+    remove_stale(folder, "*.part")
     used = []
     for path in folder.glob("*.so"):
         with contextlib.suppress(OSError):  # another program makes room too
@@ -259,7 +259,7 @@ def _build_kept(folder: Path) -> bool:
     _make_room(folder)
     part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
     while time.monotonic() < until and _program_runs():
-        go_on()
+        report_progress()
         part.mkdir(0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another program has just ended it
             if alone:
@@ -302,8 +302,8 @@ def _knows_cpp20(command: str, path: str) -> str:
     try:
         code, _ = _run(check, _CHECK_SECONDS)
     except _FailedError as failure:
-        return f"{printable(command, 200)} does not work ({failure})"
-    return f"{printable(command, 200)} knows no C++20" if code else ""
+        return f"{sanitize(command, 200)} does not work ({failure})"
+    return f"{sanitize(command, 200)} knows no C++20" if code else ""
 
 
 def _find(commands: list[str]) -> str:
@@ -363,11 +363,11 @@ def _run(command: list[str], seconds: float, folder: Path | None = None) -> tupl
             process_group=0,  # Ctrl-C is meant for an answer, not for this
         )
     except OSError as error:
-        raise _FailedError(f"the C++ compiler could not be started ({printable(str(error))})") from None
+        raise _FailedError(f"the C++ compiler could not be started ({sanitize(str(error))})") from None
     until = time.monotonic() + seconds
     try:
         while True:
-            go_on()
+            report_progress()
             try:
                 _, said = process.communicate(timeout=0.1)
                 return process.returncode, said

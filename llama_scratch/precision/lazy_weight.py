@@ -1,6 +1,6 @@
 """Weights that stay as their file holds them: rows become a tensor when they are asked for, and not before.
 
-A mapped bfloat16 tensor needs none of this. GGUF's quantised blocks do, which are a quarter of what they are as
+A mapped bfloat16 tensor needs none of this. GGUF's quantized blocks do, which are a quarter of what they are as
 float32, and so do the shards of a large model, which lie in several files and would be copied to become one tensor.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 _BLOCK = 1 << 20
 
 
-class Lazy(ABC):
+class LazyWeight(ABC):
     """A weight, (out, in), that is not a tensor yet.
 
     dtype: of the tensors that it gives. nbytes: what it takes in its file.
@@ -41,7 +41,7 @@ class Lazy(ABC):
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
-    def split(self, n: int) -> list[Lazy]:
+    def split(self, n: int) -> list[LazyWeight]:
         """Parts of `n` rows; the last one has what is left."""
         starts = range(0, len(self), n)
         return [_Rows(self, start, min(start + n, len(self))) for start in starts]
@@ -57,10 +57,10 @@ class Lazy(ABC):
         return out
 
 
-class _Rows(Lazy):
+class _Rows(LazyWeight):
     """Some rows of another."""
 
-    def __init__(self, whole: Lazy, start: int, stop: int):
+    def __init__(self, whole: LazyWeight, start: int, stop: int):
         count = stop - start
         super().__init__((count, whole.shape[1]), whole.dtype, whole.nbytes * count // len(whole))
         self._whole = whole
@@ -70,24 +70,24 @@ class _Rows(Lazy):
         return self._whole.rows(self._start + start, self._start + stop)
 
 
-class Quantised(Lazy):
+class GGUFBlockWeight(LazyWeight):
     """Rows of blocks in one of GGUF's formats.
 
-    blocks: their bytes, (out, bytes of a row) uint8. format: its name, such as "Q4_1". dequantise: turns the rows
+    blocks: their bytes, (out, bytes of a row) uint8. format: its name, such as "Q4_1". dequantize: turns the rows
     `start` to `stop` into float32, (stop − start, in).
     """
 
-    def __init__(self, shape: tuple[int, int], blocks: Tensor, format: str, dequantise: Callable[[int, int], Tensor]):
+    def __init__(self, shape: tuple[int, int], blocks: Tensor, format: str, dequantize: Callable[[int, int], Tensor]):
         super().__init__(shape, torch.float32, blocks.nbytes)
         self.blocks = blocks
         self.format = format
-        self._dequantise = dequantise
+        self._dequantize = dequantize
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self._dequantise(start, stop)
+        return self._dequantize(start, stop)
 
 
-class Joined(Lazy):
+class ShardedWeight(LazyWeight):
     """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1); kept in `pieces`."""
 
     def __init__(self, pieces: Sequence[Tensor], axis: int):
@@ -109,7 +109,7 @@ class Joined(Lazy):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-Weight = Tensor | Lazy
+Weight = Tensor | LazyWeight
 
 # What the kernels multiply as a file holds it, see cpp/rows.h.
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -118,9 +118,9 @@ FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 def stored(weight: Weight) -> list[tuple[Tensor, str]]:
     """The tensors below each other in which a weight lies, with their types; none where no kernel knows them."""
-    if isinstance(weight, Quantised):
+    if isinstance(weight, GGUFBlockWeight):
         return [(weight.blocks, weight.format)] if weight.format in FORMATS else []
-    pieces = weight.pieces if isinstance(weight, Joined) and weight.axis == 0 else [weight]
+    pieces = weight.pieces if isinstance(weight, ShardedWeight) and weight.axis == 0 else [weight]
     if all(isinstance(piece, Tensor) and piece.dtype in _FLOATS and piece.is_contiguous() for piece in pieces):
         return [(piece, _FLOATS[piece.dtype]) for piece in cast(list[Tensor], pieces)]
     return []

@@ -8,7 +8,7 @@ weight. A form is a function x → x·Wᵀ, (…, in) → (…, out), that knows
 
 On a CPU both multiply in float32 whatever the type of x, with our kernels or, where there are none, with torch's
 operators; on a GPU in the type of x.
-`Projection` puts them in the place of an `nn.Linear`.
+`PackedLinear` puts them in the place of an `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_scratch.precision import kernels
-from llama_scratch.precision.lazy_weight import Lazy, Weight, stored
-from llama_scratch.precision.quantize import BLOCK, CALIBRATED, Curvature, dequantise, quantise_blocks, quantize_panels
+from llama_scratch.precision.lazy_weight import LazyWeight, Weight, stored
+from llama_scratch.precision.quantize import BLOCK, CALIBRATED, Hessian, dequantize, quantize_blocks, quantize_panels
 
 # Weights that are turned into float32 at a time: 4 MB, so that the product finds most of them in the CPU's cache.
 _BLOCK = 1 << 20
 
 
-Stored = tuple[tuple[Tensor, ...], str]
+KernelOperand = tuple[tuple[Tensor, ...], str]
 """A weight as the kernels read it: its rows, or the values and scales of its panels; and the name of that form."""
 
 
-class Form(Protocol):
+class WeightFormat(Protocol):
     """x → x·Wᵀ. nbytes: what it reads for one row of x. stored: weights below each other; none where no kernel is."""
 
     nbytes: int
-    stored: list[Stored]
+    stored: list[KernelOperand]
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def kernels_product(x: Tensor, weights: Sequence[Stored]) -> Tensor:
+def kernels_product(x: Tensor, weights: Sequence[KernelOperand]) -> Tensor:
     """x·Wᵀ of the weights that a form stores, below each other: (…, in) → (…, out), in the type of x."""
     tensors = [tensor for parts, _ in weights for tensor in parts]
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
@@ -60,7 +60,9 @@ class Rows:
         self.weights = list(weights)
         self.nbytes = sum(weight.nbytes for weight in weights)
         parts = [stored(weight) for weight in weights]
-        self.stored: list[Stored] = [((tensor,), name) for part in parts for tensor, name in part] if all(parts) else []
+        self.stored: list[KernelOperand] = (
+            [((tensor,), name) for part in parts for tensor, name in part] if all(parts) else []
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.stored and kernels.ready() and x.device.type == "cpu":
@@ -113,7 +115,7 @@ class Panels:
         self.shape = shape
         self.nbytes = values.nbytes + scales.nbytes
         bits = 8 if values.dtype == torch.int8 else 4
-        self.stored: list[Stored] = [((values, scales), f"int{bits}")]
+        self.stored: list[KernelOperand] = [((values, scales), f"int{bits}")]
         self.whole = panel_shapes(shape, bits)[0][0] * _ROWS == shape[0] and shape[1] % BLOCK[bits] == 0
         self._filling = -shape[1] % BLOCK[bits]
 
@@ -138,13 +140,13 @@ def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tu
 def to_panels(
     weights: Sequence[Weight],
     bits: int,
-    curvature: Curvature | None = None,
+    curvature: Hessian | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise weights, (out, in) each and below each other, into the order in which the kernels read them.
+    """Quantize weights, (out, in) each and below each other, into the order in which the kernels read them.
 
     curvature: of inputs that are filled up to whole blocks. before_each: called before some rows are taken; what it
-    raises ends the work. Raises as `quantise_blocks` does.
+    raises ends the work. Raises as `quantize_blocks` does.
     """
     filled = _Filled(weights, bits)
     numbers, steps = panel_shapes(filled.shape, bits)
@@ -157,12 +159,12 @@ def to_panels(
         if curvature is None and kernels.ready() and weights[0].device.type == "cpu":
             values[found], scales[found] = quantize_panels(part, bits)
         else:
-            values[found], scales[found] = panels_of(*quantise_blocks(part, bits, curvature))
+            values[found], scales[found] = panels_of(*quantize_blocks(part, bits, curvature))
     return values, scales
 
 
 def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (out, in) and scales (out, in/block), as `quantise_blocks` makes them, in panels."""
+    """Numbers (out, in) and scales (out, in/block), as `quantize_blocks` makes them, in panels."""
     missing = -len(numbers) % _ROWS
     numbers, scales = F.pad(numbers, (0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
     groups = numbers.view(-1, _ROWS, numbers.shape[1] // _GROUP, _GROUP).transpose(1, 2)
@@ -175,10 +177,10 @@ def from_panels(values: Tensor, scales: Tensor) -> Tensor:
     """The weights that panels stand for, (panels · 16, in) float32."""
     if values.dtype == torch.uint8:
         values = torch.stack([values & 15, values >> 4], dim=2).flatten(1, 2)
-    return dequantise(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))
+    return dequantize(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))
 
 
-class _Filled(Lazy):
+class _Filled(LazyWeight):
     """Weights below each other, with columns of zeros behind, so that their rows are a whole number of blocks."""
 
     def __init__(self, weights: Sequence[Weight], bits: int):
@@ -192,7 +194,7 @@ class _Filled(Lazy):
         for weight in self._weights:
             begin, end = max(start - first, 0), min(stop - first, len(weight))
             if begin < end:
-                part = weight.rows(begin, end) if isinstance(weight, Lazy) else weight[begin:end]
+                part = weight.rows(begin, end) if isinstance(weight, LazyWeight) else weight[begin:end]
                 parts.append(part.to(self.dtype))
             first += len(weight)
         return F.pad(torch.cat(parts), (0, self._missing)) if self._missing or len(parts) > 1 else parts[0]
@@ -201,10 +203,10 @@ class _Filled(Lazy):
 # --- In the place of torch's layers -----------------------------------------------------------
 
 
-class Projection(nn.Module):
+class PackedLinear(nn.Module):
     """Stands in the place of an `nn.Linear`. Its form may be exchanged at any time for an equal one."""
 
-    def __init__(self, form: Form):
+    def __init__(self, form: WeightFormat):
         super().__init__()
         self.form = form
 
@@ -212,13 +214,13 @@ class Projection(nn.Module):
         return self.form(x)
 
 
-class Shared:
+class FusedOutput:
     """One product for projections that read the same x: computed for the first that asks, kept for the others.
 
     The network's text stays `wq(x)`, `wk(x)`, `wv(x)`, and their weights are read in one go.
     """
 
-    def __init__(self, form: Form, sizes: Sequence[int]):
+    def __init__(self, form: WeightFormat, sizes: Sequence[int]):
         self.form = form
         self._sizes = list(sizes)
         self._x: Tensor | None = None
@@ -235,10 +237,10 @@ class Shared:
         return output
 
 
-class SharedProjection(nn.Module):
+class FusedLinearPart(nn.Module):
     """Stands in the place of one of several `nn.Linear`s that read the same x."""
 
-    def __init__(self, shared: Shared, part: int):
+    def __init__(self, shared: FusedOutput, part: int):
         super().__init__()
         self.shared = shared
         self.part = part
@@ -247,11 +249,11 @@ class SharedProjection(nn.Module):
         return self.shared.take(x, self.part)
 
 
-def form_of(layer: nn.Module) -> Form | None:
+def format_of(layer: nn.Module) -> WeightFormat | None:
     """The form that stands in the place of a linear layer; that of several, for each of them."""
-    if isinstance(layer, SharedProjection):
+    if isinstance(layer, FusedLinearPart):
         return layer.shared.form
-    return layer.form if isinstance(layer, Projection) else None
+    return layer.form if isinstance(layer, PackedLinear) else None
 
 
 class Differentiable(nn.Module):
@@ -288,7 +290,7 @@ class _Product(torch.autograd.Function):
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of weights that the linear layers of a network read for one token."""
     linear = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
-    forms = {id(form): form.nbytes for form in map(form_of, model.modules()) if form is not None}
+    forms = {id(form): form.nbytes for form in map(format_of, model.modules()) if form is not None}
     return linear + sum(forms.values())
 
 

@@ -6,9 +6,9 @@
 | bf16 | bfloat16, read where the file is mapped       | equal to fp32 of the same file within 1e-5                   |
 | fp16 | float16, mapped if the file holds it          | logits within 1e-3 of fp32                                   |
 | int8 | 8 bits, a scale per 32; activations alike     | half the bytes; no further from fp32 than llama.cpp's Q8_0   |
-| int4 | 4 bits, a scale per 64; activations in 8 bits | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantise |
+| int4 | 4 bits, a scale per 64; activations in 8 bits | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantize |
 
-Between the layers activations are float32 on a CPU, and of the weights' type on a GPU. A GGUF file's quantised blocks
+Between the layers activations are float32 on a CPU, and of the weights' type on a GPU. A GGUF file's quantized blocks
 are read as they lie in the file in fp16 too, which loses nothing.
 
 32 and 16 bits answer as soon as the file is mapped. int8 and int4 are put into panels first, once: they are kept.
@@ -32,38 +32,38 @@ from llama_scratch.config import ACTIVATIONS, EMBEDDING, OUTPUT, PRECISIONS, Mod
 from llama_scratch.errors import UsageError
 from llama_scratch.model import RMSNorm, Transformer
 from llama_scratch.precision import kernels
-from llama_scratch.precision.calibration import GROUPS, TOKENS, hessians
-from llama_scratch.precision.lazy_weight import Quantised, Weight, as_tensor, stored
+from llama_scratch.precision.calibration import GROUPS, TOKENS, collect_hessians
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor, stored
 from llama_scratch.precision.linear import (
     PACKED,
     Differentiable,
     Embedding,
+    FusedLinearPart,
+    FusedOutput,
+    PackedLinear,
     Panels,
-    Projection,
     Rows,
-    Shared,
-    SharedProjection,
     panel_shapes,
     to_panels,
 )
-from llama_scratch.precision.quantize import BLOCK, CALIBRATED, Curvature
-from llama_scratch.precision.weight_cache import KeptPieces, Layout
-from llama_scratch.system.jobs import Background, Job, go_on
-from llama_scratch.system.memory import give_back, require_memory
+from llama_scratch.precision.quantize import BLOCK, CALIBRATED, Hessian
+from llama_scratch.precision.weight_cache import Layout, PackedWeightCache
+from llama_scratch.system.jobs import BackgroundJobs, Job, report_progress
+from llama_scratch.system.memory import require_memory, trim_heap
 
 # Prompts go through the network in pieces, so that Ctrl-C is heard between them and the attention
 # mask stays small.
 CHUNK = 512
 
-# Precisions in which GGUF's quantised blocks are read as they lie in the file: neither loses anything of them.
+# Precisions in which GGUF's quantized blocks are read as they lie in the file: neither loses anything of them.
 _READ_BLOCKS = ("fp32", "fp16")
-# Bits of a weight where it is quantised.
+# Bits of a weight where it is quantized.
 BITS = {"int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def check_name(precision: str) -> None:
+def validate_precision(precision: str) -> None:
     """Raise `UsageError` for a `--precision` that there is not."""
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(
@@ -71,7 +71,7 @@ def check_name(precision: str) -> None:
         )
 
 
-def choose(precision: str, stored: torch.dtype | None, device: torch.device | None = None) -> str:
+def resolve_precision(precision: str, stored: torch.dtype | None, device: torch.device | None = None) -> str:
     """The precision to run in: the one named, or for "auto" the file's own type, see `file_type`.
 
     GGUF's blocks run in fp16. device: by default the CPU, which multiplies all types.
@@ -85,13 +85,13 @@ def choose(precision: str, stored: torch.dtype | None, device: torch.device | No
 
 
 def file_type(weights: Mapping[str, Weight]) -> torch.dtype | None:
-    """The type of a file's weights; None where some are quantised blocks."""
-    return None if any(isinstance(weight, Quantised) for weight in weights.values()) else weights[EMBEDDING].dtype
+    """The type of a file's weights; None where some are quantized blocks."""
+    return None if any(isinstance(weight, GGUFBlockWeight) for weight in weights.values()) else weights[EMBEDDING].dtype
 
 
 def all_known(weights: Mapping[str, Weight]) -> bool:
-    """Whether the kernels know the formats of all quantised blocks."""
-    return all(bool(stored(weight)) for weight in weights.values() if isinstance(weight, Quantised))
+    """Whether the kernels know the formats of all quantized blocks."""
+    return all(bool(stored(weight)) for weight in weights.values() if isinstance(weight, GGUFBlockWeight))
 
 
 def activation_type(activations: str, precision: str, device: torch.device) -> torch.dtype:
@@ -110,7 +110,7 @@ def activation_type(activations: str, precision: str, device: torch.device) -> t
     return DTYPES.get(precision, torch.bfloat16 if _computes_bf16(device) else torch.float32)
 
 
-def find_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
     """The device of a name; "auto": CUDA where there is one, else the CPU. Raises `UsageError` where it is missing."""
     available = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     if device == "auto":
@@ -142,7 +142,7 @@ def memory_needed(
     """Bytes that a network takes besides the file's own weights, by what they are for.
 
     stored: the `file_type`. context: tokens in the cache. activations: see `activation_type`. known: whether the
-    kernels know all formats of the file's quantised blocks, see `all_known`. If not, all weights count as converted.
+    kernels know all formats of the file's quantized blocks, see `all_known`. If not, all weights count as converted.
     """
     number = activation_type(activations, precision, device).itemsize
     fast = device.type == "cpu" and kernels.load()
@@ -181,13 +181,13 @@ _MAKING, _CALIBRATING = 24, 16
 
 
 def _calibration_needed(weights: Mapping[str, Weight], args: ModelArgs) -> dict[str, int]:
-    """Bytes that `_curvatures` takes beside the network that answers, by what they are for."""
+    """Bytes that `_hessians_in_turn` takes beside the network that answers, by what they are for."""
     reading = memory_needed(args, "int8", file_type(weights), 0, torch.device("cpu"), tied=is_tied(weights))
     widest = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
     return {
         "the int8 network that reads examples": reading["weights"] + reading["activations"],
         "examples": 4 * TOKENS * args.dim,
-        # First the curvature is made, then weights are quantised by it.
+        # First the curvature is made, then weights are quantized by it.
         "products of inputs": max(_MAKING * widest**2, 8 * widest**2 + _CALIBRATING * CALIBRATED),
     }
 
@@ -212,13 +212,13 @@ def build(
     precision: str,
     device: torch.device,
     files: Sequence[Path],
-    examples: Examples | None = None,
+    examples: CalibrationText | None = None,
     activations: str = "auto",
-) -> tuple[Transformer, Background]:
+) -> tuple[Transformer, BackgroundJobs]:
     """The network with the file's weights in it, and what is still to be done before it answers, or answers fast.
 
     Built without memory and filled with the file's own tensors, so that there is never a second copy.
-    files: where the weights are from, by which quantised ones are kept for the next time. examples: what 4 bits are
+    files: where the weights are from, by which quantized ones are kept for the next time. examples: what 4 bits are
     calibrated with; without any, their scales are searched for. activations: see `activation_type`.
     """
     dtype = activation_type(activations, precision, device)
@@ -226,9 +226,9 @@ def build(
     weights = _each(weights, lambda weight: _stored(weight, args, precision, device))
     with torch.device("meta"):
         model = Transformer(args)
-    slots: list[_Slot] = []
+    slots: list[PackTarget] = []
     if device.type == "cpu" or precision in BITS or dtype != DTYPES[precision]:
-        slots = _exchange(model, weights)
+        slots = replace_linears(model, weights)
         model.tok_embeddings = Embedding(weights[EMBEDDING], dtype)
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
     if not slots and is_tied(weights):
@@ -243,10 +243,10 @@ def build(
         made, curvatures = "", None
         if precision == "int4" and examples and device.type == "cpu":
             made = f"{examples.name}, {args}"
-            curvatures = _curvatures(weights, args, slots, examples, files)
-        pack = _Blocks(files, slots, BITS[precision], curvatures, made).pack
+            curvatures = _hessians_in_turn(weights, args, slots, examples, files)
+        pack = BlockPacker(files, slots, BITS[precision], curvatures, made).pack
         jobs += [(partial(pack, i, slot), slot.size) for i, slot in enumerate(slots)]
-    return model, Background("packing", jobs, after=give_back)
+    return model, BackgroundJobs("packing", jobs, after=trim_heap)
 
 
 def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.device) -> Weight:
@@ -255,7 +255,7 @@ def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.devic
         return weight if device.type == "cpu" else as_tensor(weight).to(device)
     dtype = DTYPES[precision]
     if device.type == "cpu" and stored(weight):
-        blocks = isinstance(weight, Quantised)
+        blocks = isinstance(weight, GGUFBlockWeight)
         if (precision in _READ_BLOCKS and _stay_lazy(args)) if blocks else weight.dtype == dtype:
             return weight
     turned = weight.to(dtype)
@@ -265,7 +265,7 @@ def _stored(weight: Weight, args: ModelArgs, precision: str, device: torch.devic
 
 
 def _stay_lazy(args: ModelArgs) -> bool:
-    """Whether GGUF's quantised blocks stay as they are. Without kernels those of a small model would be slow."""
+    """Whether GGUF's quantized blocks stay as they are. Without kernels those of a small model would be slow."""
     return kernels.load() or args.n_parameters(tied=False) > _SMALL
 
 
@@ -282,7 +282,7 @@ def _each(weights: Mapping[str, Weight], turn: Callable[[Weight], Weight]) -> di
     return {name: turned[id(weight)] for name, weight in weights.items()}
 
 
-def _exchange(model: Transformer, weights: Mapping[str, Weight]) -> list[_Slot]:
+def replace_linears(model: Transformer, weights: Mapping[str, Weight]) -> list[PackTarget]:
     """Put projections in the place of the linear layers, in the order in which a token comes by.
 
     Those that read the same vector become one product.
@@ -292,20 +292,20 @@ def _exchange(model: Transformer, weights: Mapping[str, Weight]) -> list[_Slot]:
         for group in GROUPS:
             names = [f"layers.{i}.{name}" for name in group]
             found = [weights[f"{name}.weight"] for name in names]
-            shared = Shared(Rows(found), [len(weight) for weight in found])
+            shared = FusedOutput(Rows(found), [len(weight) for weight in found])
             for part, name in enumerate(names):
-                model.set_submodule(name, SharedProjection(shared, part))
-            slots.append(_Slot(shared, found))
-    projection = Projection(Rows([weights[OUTPUT]]))
+                model.set_submodule(name, FusedLinearPart(shared, part))
+            slots.append(PackTarget(shared, found))
+    projection = PackedLinear(Rows([weights[OUTPUT]]))
     model.set_submodule("output", projection)
-    return [*slots, _Slot(projection, [weights[OUTPUT]])]
+    return [*slots, PackTarget(projection, [weights[OUTPUT]])]
 
 
 @dataclass(frozen=True)
-class _Slot:
+class PackTarget:
     """A place for a form: that of `weights` below each other, (out, in) in all."""
 
-    place: Shared | Projection
+    place: FusedOutput | PackedLinear
     weights: Sequence[Weight]
 
     @property
@@ -319,14 +319,14 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class Examples:
+class CalibrationText:
     """Text that 4-bit weights are calibrated with. name: of it. windows: makes it tokens, for the network given."""
 
     name: str
     windows: Callable[[Transformer], Sequence[Tensor]]
 
 
-class _Blocks:
+class BlockPacker:
     """Fills slots with weights in panels, kept ones where there are.
 
     curvatures: of all slots, one after the other, for calibration; without them each piece is made by itself.
@@ -335,7 +335,7 @@ class _Blocks:
     def __init__(
         self,
         files: Sequence[Path],
-        slots: Sequence[_Slot],
+        slots: Sequence[PackTarget],
         bits: int,
         curvatures: Iterator[_ToCalibrate] | None,
         made: str,
@@ -343,15 +343,15 @@ class _Blocks:
         self._bits = bits
         types = torch.int8 if bits == 8 else torch.uint8, torch.float16
         layouts = [tuple(zip(panel_shapes(slot.shape, bits), types, strict=True)) for slot in slots]
-        self._kept = KeptPieces(files, cast(list[Layout], layouts), made)
+        self._kept = PackedWeightCache(files, cast(list[Layout], layouts), made)
         self._curvatures = curvatures
         self._made: dict[int, _Piece] = {}
         self._lock = threading.Lock()
 
-    def pack(self, i: int, slot: _Slot) -> None:
+    def pack(self, i: int, slot: PackTarget) -> None:
         piece = self._kept.get(i)
         if piece is None:
-            piece = _searched(slot, self._bits) if self._curvatures is None else self._in_turn(i, self._curvatures)
+            piece = quantize_piece(slot, self._bits) if self._curvatures is None else self._in_turn(i, self._curvatures)
             if piece is None:
                 return  # it stays as it is
             self._kept.put(i, *piece)
@@ -362,25 +362,29 @@ class _Blocks:
         with self._lock:
             while i not in self._made:
                 j, slot, curvature = next(curvatures)  # its forward passes run even if the piece is kept
-                self._made[j] = self._kept.get(j) or _searched(slot, self._bits, curvature())
+                self._made[j] = self._kept.get(j) or quantize_piece(slot, self._bits, curvature())
             return self._made.pop(i)
 
 
 _Piece = tuple[Tensor, Tensor] | None
 """Values and scales in panels; None of weights that are not finite."""
-_ToCalibrate = tuple[int, _Slot, Callable[[], Curvature | None]]
+_ToCalibrate = tuple[int, PackTarget, Callable[[], Hessian | None]]
 """A slot's index, the slot, and what makes its curvature."""
 
 
-def _searched(slot: _Slot, bits: int, curvature: Curvature | None = None) -> _Piece:
+def quantize_piece(slot: PackTarget, bits: int, curvature: Hessian | None = None) -> _Piece:
     try:
-        return to_panels(slot.weights, bits, curvature, go_on)
+        return to_panels(slot.weights, bits, curvature, report_progress)
     except ValueError:
         return None
 
 
-def _curvatures(
-    weights: Mapping[str, Weight], args: ModelArgs, slots: Sequence[_Slot], examples: Examples, files: Sequence[Path]
+def _hessians_in_turn(
+    weights: Mapping[str, Weight],
+    args: ModelArgs,
+    slots: Sequence[PackTarget],
+    examples: CalibrationText,
+    files: Sequence[Path],
 ) -> Iterator[_ToCalibrate]:
     """All slots with functions that make their curvatures, in the order in which a token comes by.
 
@@ -389,17 +393,17 @@ def _curvatures(
     require_memory(_calibration_needed(weights, args), "Calibrating int4")
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
     try:
-        packing.wait(lambda *_: go_on())
+        packing.wait(lambda *_: report_progress())
     finally:
         packing.close()
-    found = hessians(model, examples.windows(model), go_on)
+    found = collect_hessians(model, examples.windows(model), report_progress)
     for i, (slot, (_, products)) in enumerate(zip(slots, found, strict=True)):
-        yield i, slot, partial(_curvature, products)
+        yield i, slot, partial(_hessian, products)
 
 
-def _curvature(products: Tensor) -> Curvature | None:
+def _hessian(products: Tensor) -> Hessian | None:
     missing = -len(products) % BLOCK[4]
-    return Curvature(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
+    return Hessian(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None
 
 
 # --- With gradients ---------------------------------------------------------------------------

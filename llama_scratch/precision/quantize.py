@@ -50,7 +50,7 @@ CALIBRATED = 1 << 24
 """Weights that are calibrated at a time: many rows, for there is much to be done before it is the next input's turn."""
 
 
-class Curvature:
+class Hessian:
     """What errors in a layer's weights cost, by the inputs that the layer had. Made once for all that share them.
 
     products: H, (in, in), up to a factor. damping: the share by which each place of its diagonal grows, as if noise
@@ -69,7 +69,7 @@ class Curvature:
         self.factor = torch.linalg.cholesky(damped).float().flip(0, 1)
 
 
-def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = None) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Weight, bits: int, curvature: Hessian | None = None) -> tuple[Tensor, Tensor]:
     """A weight, (out, in), in 8 or 4 bits: by search, or calibrated where there is a curvature, (in, in).
 
     Returns the numbers, (out, in) int8 or, for 4 bits, uint8, and the scales, (out, in/block) float16. Some rows are
@@ -98,7 +98,7 @@ def quantise_blocks(weight: Weight, bits: int, curvature: Curvature | None = Non
 
 
 def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize a weight on the CPU by the search of `quantise_blocks`, but in C++ and straight into panels.
+    """Quantize a weight on the CPU by the search of `quantize_blocks`, but in C++ and straight into panels.
 
     Needs the kernels. The whole weight is float32 at once.
 
@@ -110,7 +110,7 @@ def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
         Values and scales in the layout that kernels.cpp describes, filled up with zeros to whole panels.
 
     Raises:
-        ValueError: As for `quantise_blocks`.
+        ValueError: As for `quantize_blocks`.
     """
     _check_width(weight.shape[1], bits)
     rows = weight.to(torch.float32).contiguous()
@@ -130,8 +130,8 @@ def _too_large(bits: int) -> ValueError:
     return ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
 
 
-def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The weights that `quantise_blocks`' numbers and scales stand for, (out, in) float32."""
+def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
+    """The weights that `quantize_blocks`' numbers and scales stand for, (out, in) float32."""
     steps = numbers.float() - (8 if numbers.dtype == torch.uint8 else 0)
     return (steps.view(*scales.shape, -1) * scales.float()[..., None]).flatten(1)
 
@@ -181,7 +181,7 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 # --- Calibration ------------------------------------------------------------------------------
 
 
-def _gptq(blocks: Tensor, curvature: Curvature, bits: int) -> tuple[Tensor, Tensor]:
+def _gptq(blocks: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     """Numbers, (rows, in/block, block), and scales, (rows, in/block): from left to right, each mends what came before.
 
     With R Rᵀ = H and e = w − ŵ the cost e H eᵀ is ‖eR‖², and R is zero below its diagonal, so that
@@ -211,7 +211,7 @@ def _gptq(blocks: Tensor, curvature: Curvature, bits: int) -> tuple[Tensor, Tens
     return numbers, scales
 
 
-def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, curvature: Curvature, bits: int) -> tuple[Tensor, Tensor]:
+def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     """The same numbers and scales, each moved to where the cost is least while all others stay, some times over.
 
     Of the cost e H eᵀ, g = e H says where it falls: a weight ŵ_j is best at ŵ_j + g_j / H_jj, and a block's scale, with

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_scratch.system.atomic_files import NO_LINK, lock, remove_left
+from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
 from llama_scratch.system.folders import is_ours, user_folder
 
 _FORMAT = 4
@@ -43,7 +43,7 @@ Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch
 """Shape and type of a piece's values and of its scales."""
 
 
-class KeptPieces:
+class PackedWeightCache:
     """Pieces of quantized weights: read if they were kept, else kept as they are made.
 
     Args:
@@ -269,6 +269,6 @@ def _make_room(folder: Path, size: int) -> None:
 def _remove(path: Path) -> None:
     """Remove a file, but not a .part file that a process writes."""
     if path.suffix == ".part":
-        remove_left(path.parent, glob.escape(path.name))
+        remove_stale(path.parent, glob.escape(path.name))
     else:
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Colours of heat maps on web pages and in pictures.
+"""Colors of heat maps on web pages and in pictures.
 
-Each scale begins near the paper's own colour, and its luminance goes one way, so that it can be read by those who see
-fewer colours. "v": values of which none is below 0. "p" and "m": those above and below 0, blue and orange.
+Each scale begins near the paper's own color, and its luminance goes one way, so that it can be read by those who see
+fewer colors. "v": values of which none is below 0. "p" and "m": those above and below 0, blue and orange.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ def shade(level: float, signed: bool) -> tuple[str, int]:
 
 
 def steps(stops: tuple[str, ...]) -> list[str]:
-    """A scale's colours, `STEPS` of them, from those that it goes through."""
-    colours = [bytes.fromhex(stop[1:]) for stop in stops]
+    """A scale's colors, `STEPS` of them, from those that it goes through."""
+    colors = [bytes.fromhex(stop[1:]) for stop in stops]
     found = []
     for step in range(STEPS):
-        place = step / (STEPS - 1) * (len(colours) - 1)
-        i = min(int(place), len(colours) - 2)
-        mixed = [round(a + (b - a) * (place - i)) for a, b in zip(colours[i], colours[i + 1], strict=True)]
+        place = step / (STEPS - 1) * (len(colors) - 1)
+        i = min(int(place), len(colors) - 2)
+        mixed = [round(a + (b - a) * (place - i)) for a, b in zip(colors[i], colors[i + 1], strict=True)]
         found.append("#" + bytes(mixed).hex())
     return found
 
 
-def ink(colour: str) -> str:
-    """What is read well on a colour: black or white."""
-    return "#111111" if luminance(colour) > 0.3 else "#ffffff"
+def ink(color: str) -> str:
+    """What is read well on a color: black or white."""
+    return "#111111" if luminance(color) > 0.3 else "#ffffff"
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance, 0 to 1 (WCAG 2)."""
-    parts = (byte / 255 for byte in bytes.fromhex(colour[1:]))
+    parts = (byte / 255 for byte in bytes.fromhex(color[1:]))
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,6 +1,6 @@
 """A view as values: a page of parts, which `page_terminal` prints, `html` writes as a web page and `png` draws.
 
-Styles are rich's, of the terminal's own 16 colours; nothing is said by them alone.
+Styles are rich's, of the terminal's own 16 colors; nothing is said by them alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Running:
-    """Pieces one behind the other: a text whose tokens are coloured.
+    """Pieces one behind the other: a text whose tokens are colored.
 
     spoken: False where plain lines need none of it, because a table says the same, or it explains what they lack.
     """
@@ -162,11 +162,11 @@ class Code:
 
     @property
     def language(self) -> str:
-        """For the colours."""
+        """For the colors."""
         return "cpp" if self.path.endswith(".cpp") else "python"
 
 
-Part = Paragraph | Running | Table | Heatmap | Gallery | Code
+PageBlock = Paragraph | Running | Table | Heatmap | Gallery | Code
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Page:
     """A whole view. source: the names of what computed it, as /source takes them."""
 
     title: str
-    parts: tuple[Part, ...]
+    parts: tuple[PageBlock, ...]
     source: tuple[str, ...] = ()
 
     @property

@@ -11,7 +11,7 @@ from rich.console import Console
 from llama_scratch.system.progress import Progress, silent
 
 
-class Undisturbed:
+class DeferInterrupts:
     """A stretch of code that an interrupt has to wait for; it is raised at the end.
 
     `on`: whether one is being run. `waiting`: whether an interrupt came; set by whoever handles them.
@@ -31,7 +31,7 @@ class Undisturbed:
             raise KeyboardInterrupt
 
 
-undisturbed = Undisturbed()
+defer_interrupts = DeferInterrupts()
 
 
 class Display(Protocol):
@@ -43,17 +43,17 @@ class Display(Protocol):
 
 
 @contextmanager
-def displayed(display: Display) -> Iterator[None]:
+def live_display(display: Display) -> Iterator[None]:
     """In here it is on the screen.
 
     Half put there or half taken away it would stay on the console, and no other one would show.
     """
     try:
-        with undisturbed:
+        with defer_interrupts:
             display.start()
         yield
     finally:
-        with undisturbed:
+        with defer_interrupts:
             display.stop()
 
 
@@ -73,7 +73,7 @@ def progress_bar(console: Console, start: str | None = None) -> Iterator[Progres
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
     bar = Bar(*columns, console=console, transient=True)
-    with displayed(bar):
+    with live_display(bar):
         task = bar.add_task(start or "", total=None, visible=start is not None)
 
         def report(stage: str, done: int, total: int) -> None:

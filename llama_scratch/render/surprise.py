@@ -8,7 +8,7 @@ MOST_SURPRISING = "bold red"
 
 
 def surprise_style(bits: float | None) -> str:
-    """The style of a token by its surprisal: words for bold and the like, and names of ANSI colours."""
+    """The style of a token by its surprisal: words for bold and the like, and names of ANSI colors."""
     if bits is None:
         return ""
     return next((style for limit, style in STEPS if bits < limit), MOST_SURPRISING)

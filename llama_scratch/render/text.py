@@ -16,7 +16,7 @@ from rich.text import Text
 from wcwidth import iter_graphemes
 from wcwidth import width as cells
 
-from llama_scratch.errors import escape_controls, printable
+from llama_scratch.errors import escape_controls, sanitize
 from llama_scratch.render.lines import json_line
 from llama_scratch.results import Candidate, ModelInfo, Prediction
 
@@ -288,13 +288,13 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
     }
     heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
     others = f" and {len(facts['files']) - 1} more" * (len(facts["files"]) > 1)
-    stops = [printable(stop) for stop in tokenizer["stops"]]
+    stops = [sanitize(stop) for stop in tokenizer["stops"]]
     pattern = f"{tokenizer['pattern']}'s pattern" if tokenizer["pattern"] else "a pattern of its own"
     needed = ", ".join(f"{name} {size(parts['total'])}" for name, parts in memory["needed"].items())
     return {
-        "name": printable(facts["name"]),
-        "file": f"{printable(facts['path'], 1000)}{others} ({facts['format']}, {size(facts['bytes'])})",
-        "licence": facts["licence"] or "not stated in the files",
+        "name": sanitize(facts["name"]),
+        "file": f"{sanitize(facts['path'], 1000)}{others} ({facts['format']}, {size(facts['bytes'])})",
+        "license": facts["licence"] or "not stated in the files",
         "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
         + f" tensors; runs in {facts['precision']}",
         "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" * facts["tied_output"]),
@@ -308,7 +308,7 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
         "context": f"{facts['context']:,} tokens",
         "tokenizer": f"{tokenizer['kind']}, {pattern}; {tokenizer['tokens']:,} tokens, "
         f"{tokenizer['special']} of them special; "
-        f"{'begins with ' + printable(tokenizer['bos']) if tokenizer['bos'] else 'no beginning-of-text token'}; "
+        f"{'begins with ' + sanitize(tokenizer['bos']) if tokenizer['bos'] else 'no beginning-of-text token'}; "
         f"{'ends at ' + ' '.join(stops) if stops else 'no token ends a text'}",
         "chat": "it has a format for conversations" if facts["chat"] else "no format, as of a base model",
         "memory": f"{needed}, with {memory['context']:,} tokens on {memory['device']}, besides the mapped weights",
@@ -356,7 +356,7 @@ def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
 
 
 def as_text(view: RenderableType, width: int = 100) -> str:
-    """A view as lines without colours; a text as it is."""
+    """A view as lines without colors; a text as it is."""
     if isinstance(view, Text):
         return view.plain
     console = Console(no_color=True, color_system=None, highlight=False, width=width, emoji=False, force_jupyter=False)

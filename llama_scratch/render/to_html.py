@@ -61,8 +61,8 @@ def html(page: Page) -> str:
         maps=maps,
         source=", ".join(f"/source {name}" for name in page.source),
         maker=f"llama-scratch {version('llama-scratch')}",
-        light=_colours(colors.LIGHT),
-        dark=_colours(colors.DARK),
+        light=_colors(colors.LIGHT),
+        dark=_colors(colors.DARK),
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )
@@ -87,12 +87,12 @@ def _token(text: str) -> Markup:
 # --- The parts, as the template takes them ------------------------------------------------------
 
 
-def _colours(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
-    """For each step of each scale its name, its colour, and the colour of what is written on it."""
+def _colors(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
+    """For each step of each scale its name, its color, and the color of what is written on it."""
     return [
-        (f"{name}{step}", colour, colors.ink(colour))
+        (f"{name}{step}", color, colors.ink(color))
         for name, stops in scales.items()
-        for step, colour in enumerate(colors.steps(stops))
+        for step, color in enumerate(colors.steps(stops))
     ]
 
 
@@ -245,9 +245,9 @@ def _code(part: Code) -> dict[str, Any]:
 
 
 def _pieces(line: Text, console: Console) -> Iterator[dict[str, str]]:
-    """A line of source in pieces of one colour each."""
+    """A line of source in pieces of one color each."""
     for segment in line.render(console):
         style = segment.style
-        colour = style.color.name.removeprefix("bright_") if style and style.color else ""
-        words = [colour, "bold" if style and style.bold else "", "dim" if style and style.dim else ""]
+        color = style.color.name.removeprefix("bright_") if style and style.color else ""
+        words = [color, "bold" if style and style.bold else "", "dim" if style and style.dim else ""]
         yield {"text": segment.text, "style": _classes(" ".join(words))}

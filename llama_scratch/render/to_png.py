@@ -17,8 +17,8 @@ from llama_scratch.render.page import (
     Gallery,
     Heatmap,
     Page,
+    PageBlock,
     Paragraph,
-    Part,
     Running,
     Table,
     figure,
@@ -87,23 +87,23 @@ class _Sheet:
         self.figure, self.height = figure, height
 
     def write(
-        self, x: float, y: float, text: str, size: float, *, colour: str = _INK, mono: bool = False,
+        self, x: float, y: float, text: str, size: float, *, color: str = _INK, mono: bool = False,
         bold: bool = False, right: bool = False, upright: bool = False,
     ) -> None:  # fmt: skip
         """A line of text that begins, or ends where `right`, at x with its middle at y; `upright`: from there up."""
         self.figure.text(
-            x / _WIDTH, 1 - y / self.height, _drawable(text, mono, bold), fontsize=size, color=colour,
+            x / _WIDTH, 1 - y / self.height, _drawable(text, mono, bold), fontsize=size, color=color,
             fontproperties=_font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
             ha="center" if upright else "right" if right else "left", va="bottom" if upright else "center_baseline",
         )  # fmt: skip
 
-    def fill(self, x: float, y: float, wide: float, high: float, colour: str, *, hatch: bool = False) -> None:
+    def fill(self, x: float, y: float, wide: float, high: float, color: str, *, hatch: bool = False) -> None:
         """A rectangle; `hatch`: with stripes."""
         from matplotlib.patches import Rectangle
 
         place = (x / _WIDTH, 1 - (y + high) / self.height)
         box = Rectangle(
-            place, wide / _WIDTH, high / self.height, facecolor=colour, edgecolor=_PAPER, linewidth=0,
+            place, wide / _WIDTH, high / self.height, facecolor=color, edgecolor=_PAPER, linewidth=0,
             hatch="////" if hatch else None, transform=self.figure.transFigure,
         )  # fmt: skip
         self.figure.add_artist(box)
@@ -190,20 +190,20 @@ def _wrapped(text: str, size: float, bold: bool) -> Iterator[str]:
         yield line
 
 
-def _colour(style: str) -> str:
+def _color(style: str) -> str:
     return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), _INK)
 
 
 # --- The parts --------------------------------------------------------------------------------
 
 
-def _part(part: Part) -> Iterable[_Block]:
+def _part(part: PageBlock) -> Iterable[_Block]:
     match part:
         case Paragraph():
             bold = "bold" in part.style
             heading = bold and len(part.text) < 100
             size = _HEADING if heading else _SMALL if "dim" in part.style else _BODY
-            return [_text(written(part.text), size, bold=bold, colour=_colour(part.style))]
+            return [_text(written(part.text), size, bold=bold, color=_color(part.style))]
         case Running():
             return [_running(part)]
         case Table():
@@ -223,12 +223,12 @@ def _title(title: str) -> list[_Block]:
     return [(high - _CLOSER, draw)]
 
 
-def _text(text: str, size: float, *, bold: bool = False, colour: str = _INK) -> _Block:
+def _text(text: str, size: float, *, bold: bool = False, color: str = _INK) -> _Block:
     lines = list(_wrapped(text, size, bold))
 
     def draw(sheet: _Sheet, top: float) -> None:
         for n, line in enumerate(lines):
-            sheet.write(_MARGIN, top + (n + 0.5) * _line(size), line, size, bold=bold, colour=colour)
+            sheet.write(_MARGIN, top + (n + 0.5) * _line(size), line, size, bold=bold, color=color)
 
     return len(lines) * _line(size), draw
 
@@ -258,7 +258,7 @@ def _running(part: Running) -> _Block:
         for n, line in enumerate(lines):
             for place, text, cell in line:
                 x, y = _MARGIN + place * letter, top + (n + 0.5) * _line(_BODY)
-                sheet.write(x, y, text, _BODY, mono=True, bold="bold" in cell.style, colour=_colour(cell.style))
+                sheet.write(x, y, text, _BODY, mono=True, bold="bold" in cell.style, color=_color(cell.style))
 
     return len(lines) * _line(_BODY), draw
 
@@ -294,12 +294,12 @@ def _table(part: Table) -> _Block:
         for i, name in enumerate(names):
             number = part.columns[i].startswith(">")
             edge = x + widths[i] if number else x
-            sheet.write(edge, top + high / 2, name, _SMALL, colour=_SOFT, right=number)
+            sheet.write(edge, top + high / 2, name, _SMALL, color=_SOFT, right=number)
             for n, row in enumerate(part.rows, start=1):
                 text, mono, bold = shown(row[i])
-                y, colour = top + n * high, _colour(row[i].style)
+                y, color = top + n * high, _color(row[i].style)
                 text = _cut(text, widths[i] + 0.01, _SMALL, mono, bold)
-                sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, colour=colour)
+                sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, color=color)
                 value = row[i].bar
                 if value is not None:
                     _bar(sheet, x + widths[i] + 0.1, y, (bar - 0.1, high), max(-1.0, min(1.0, value)), both[i])
@@ -315,9 +315,9 @@ def _bar(sheet: _Sheet, x: float, y: float, size: tuple[float, float], value: fl
     wide, high = size
     middle = x + wide / 2 if both else x
     length = abs(value) * (wide / 2 if both else wide)
-    colour = _LESS if value < 0 else _BAR
+    color = _LESS if value < 0 else _BAR
     begin = middle - length if value < 0 else middle
-    sheet.fill(begin, y + 0.28 * high, max(length, 0.01), 0.48 * high, colour, hatch=value < 0)
+    sheet.fill(begin, y + 0.28 * high, max(length, 0.01), 0.48 * high, color, hatch=value < 0)
     if both:
         sheet.fill(middle, y + 0.1 * high, 0.01, 0.8 * high, _SOFT)
 
@@ -338,10 +338,10 @@ def _scale(name: str) -> list[str]:
     return colors.steps(colors.LIGHT[name])
 
 
-def _rgba(colour: str | None) -> tuple[int, int, int, int]:
-    if colour is None:
+def _rgba(color: str | None) -> tuple[int, int, int, int]:
+    if color is None:
         return 0, 0, 0, 0
-    red, green, blue = bytes.fromhex(colour[1:])
+    red, green, blue = bytes.fromhex(color[1:])
     return red, green, blue, 255
 
 
@@ -386,11 +386,11 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
         for r, label in enumerate(labels):
             y = top + head + (r + 0.5) * high
             if r % down == 0:
-                sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, colour=_SOFT)
+                sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, color=_SOFT)
             for n, c in enumerate(columns if texts else ()):
-                colour = colors.ink(_shade(shown, r, c) or _PAPER)
+                color = colors.ink(_shade(shown, r, c) or _PAPER)
                 text = _cut(shown.text(r, c), most, _TINY, mono=True)
-                sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, colour=colour)
+                sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, color=color)
 
     return head + high * len(labels), draw
 
@@ -405,11 +405,11 @@ def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
 
     def draw(sheet: _Sheet, top: float) -> None:
         y, x = top + 0.08, _MARGIN + _wide(low, _TINY) + 0.08
-        sheet.write(_MARGIN, y, low, _TINY, colour=_SOFT)
-        for n, colour in enumerate(scale):
-            sheet.fill(x + 0.04 * n, top + 0.02, 0.042, 0.12, colour)
+        sheet.write(_MARGIN, y, low, _TINY, color=_SOFT)
+        for n, color in enumerate(scale):
+            sheet.fill(x + 0.04 * n, top + 0.02, 0.042, 0.12, color)
         words = f"{high}   {note}" if note else high
-        sheet.write(x + 0.04 * len(scale) + 0.08, y, words, _TINY, colour=_SOFT)
+        sheet.write(x + 0.04 * len(scale) + 0.08, y, words, _TINY, color=_SOFT)
 
     return 0.16, draw
 
@@ -427,7 +427,7 @@ def _tiles(maps: Sequence[Heatmap], tile: float) -> _Block:
     def draw(sheet: _Sheet, top: float) -> None:
         for n, (heatmap, side) in enumerate(zip(maps, sides, strict=True)):
             x = _MARGIN + n * (tile + 0.2)
-            sheet.write(x, top + 0.08, _cut(written(heatmap.title), tile, _TINY), _TINY, colour=_SOFT)
+            sheet.write(x, top + 0.08, _cut(written(heatmap.title), tile, _TINY), _TINY, color=_SOFT)
             sheet.shades(x, top + 0.2, (side, side), heatmap, range(len(heatmap.columns)))
 
     return 0.2 + max(side * len(heatmap.rows) for heatmap, side in zip(maps, sides, strict=True)), draw
@@ -442,13 +442,13 @@ def _code(part: Code) -> _Block:
     high = 1.45 * size / 72
 
     def draw(sheet: _Sheet, top: float) -> None:
-        sheet.write(_MARGIN, top + 0.1, f"{written(part.path)}:{part.first}", _SMALL, mono=True, colour=_SOFT)
+        sheet.write(_MARGIN, top + 0.1, f"{written(part.path)}:{part.first}", _SMALL, mono=True, color=_SOFT)
         for n, line in enumerate(lines):
             y = top + 0.25 + n * high
             if n + 1 in part.marked:
                 sheet.fill(_MARGIN, y, _ROOM, high, _MARK)
             sheet.write(
-                _MARGIN + 5 * letter, y + high / 2, str(part.first + n), size, mono=True, right=True, colour=_SOFT
+                _MARGIN + 5 * letter, y + high / 2, str(part.first + n), size, mono=True, right=True, color=_SOFT
             )
             text = _cut(line, _ROOM - 7 * letter, size, mono=True)
             sheet.write(_MARGIN + 7 * letter, y + high / 2, text, size, mono=True)

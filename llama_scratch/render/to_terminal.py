@@ -1,6 +1,6 @@
 """Pages on a terminal, and as plain lines.
 
-Shades have shapes, so that nothing is said by colour alone: positive ones are blocks, negative ones strokes.
+Shades have shapes, so that nothing is said by color alone: positive ones are blocks, negative ones strokes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llama_scratch.render.page import (
     Gallery,
     Heatmap,
     Page,
+    PageBlock,
     Paragraph,
-    Part,
     Running,
     Table,
     figure,
@@ -73,7 +73,7 @@ def _source(page: Page) -> str:
 # --- The parts --------------------------------------------------------------------------------
 
 
-def _shown(part: Part) -> RenderableType:
+def _shown(part: PageBlock) -> RenderableType:
     match part:
         case Paragraph():
             return Text(written(part.text), style=part.style, overflow="fold")
@@ -245,9 +245,9 @@ def _shade(level: float | None, blocks: bool) -> tuple[str, str]:
 def _text_style(level: float | None) -> str:
     if level is None:
         return ""
-    colour = "red" if level < 0 else "green"
+    color = "red" if level < 0 else "green"
     strength = abs(level)
-    return "dim" if strength < 0.1 else "" if strength < 0.4 else colour if strength < 0.75 else f"bold {colour}"
+    return "dim" if strength < 0.1 else "" if strength < 0.4 else color if strength < 0.75 else f"bold {color}"
 
 
 def _cut(text: str, width: int) -> str:
@@ -405,7 +405,7 @@ def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
 # --- Plain lines ------------------------------------------------------------------------------
 
 
-def _lines(part: Part) -> Iterator[str]:
+def _lines(part: PageBlock) -> Iterator[str]:
     match part:
         case Paragraph():
             yield written(part.text)

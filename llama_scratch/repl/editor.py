@@ -1,4 +1,4 @@
-"""The line that is being typed: its editor, the colours of its tokens, and what the model offers behind it."""
+"""The line that is being typed: its editor, the colors of its tokens, and what the model offers behind it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.keyboard import Keyboard
-from llama_scratch.repl.live import Live, Reading
+from llama_scratch.repl.live import LivePredictor, Reading
 from llama_scratch.repl.session import Session
 
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
-# Of the sixteen colours that each terminal's theme makes legible on its own background.
+# Of the sixteen colors that each terminal's theme makes legible on its own background.
 _GREY = "ansibrightblack"
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GREY})
 
 
-class Line:
+class PromptEditor:
     """Reads lines on a terminal. While one is typed the model reads it too, where the session's `live` is on.
 
     greet: prints what stands above the first prompt, once the model is there.
@@ -49,7 +49,7 @@ class Line:
         self._greeted = False
         self._choice = 0  # which candidate stands behind the cursor
         self._ended = False
-        self.live = Live(session, self._from_live)
+        self.live = LivePredictor(session, self._from_live)
         plain = session.settings.plain
         self._editor: PromptSession[str] = PromptSession(
             input=keyboard.input,
@@ -243,7 +243,7 @@ class _Commands(Completer):
 
 
 class _Surprise(Processor):
-    """The characters of the line, coloured by how much they surprised the model."""
+    """The characters of the line, colored by how much they surprised the model."""
 
     def __init__(self, reading: Callable[[], Reading | None]):
         self._reading = reading
@@ -317,7 +317,7 @@ def _stage(session: Session) -> FormattedText:
 
 
 def _placeholder(session: Session) -> FormattedText:
-    """What an empty line offers, in grey; nothing of it stays once the line is sent or searched."""
+    """What an empty line offers, in gray; nothing of it stays once the line is sent or searched."""
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
     room = session.console.width - len(to_plain_text(_message(session))) - 1

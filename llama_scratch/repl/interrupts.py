@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llama_scratch.render.progress import undisturbed
+from llama_scratch.render.progress import defer_interrupts
 
 
 class Interrupts:
@@ -29,8 +29,8 @@ class Interrupts:
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._armed:
             self._armed = False
-            if undisturbed.on:
-                undisturbed.waiting = True
+            if defer_interrupts.on:
+                defer_interrupts.waiting = True
             else:
                 raise KeyboardInterrupt
 

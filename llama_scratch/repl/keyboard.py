@@ -19,7 +19,7 @@ from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.keys import Keys
 from rich.console import Console
 
-from llama_scratch.render.progress import undisturbed
+from llama_scratch.render.progress import defer_interrupts
 
 # Seconds after which ESC is the Escape key, not the beginning of another key's code.
 _ESCAPE_S = 0.5
@@ -120,7 +120,7 @@ class Keyboard:
 
     def _end(self) -> None:
         if self._thread is not None:
-            with undisturbed:
+            with defer_interrupts:
                 os.write(self._stop[1], b".")
                 self._thread.join()
                 os.read(self._stop[0], 1)

@@ -37,7 +37,7 @@ class _StaleError(Exception):
     """The line has changed, so its reading is of no use."""
 
 
-class Live:
+class LivePredictor:
     """A thread that reads the newest line, and nothing else, with the session's engine.
 
     Each key only costs the tokens that it changed; work on a line that has changed since ends within a piece of

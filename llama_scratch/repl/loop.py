@@ -8,7 +8,7 @@ from llama_scratch.errors import LlamaScratchError, unexpected
 from llama_scratch.render import text
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.conversation import checked
-from llama_scratch.repl.editor import Line
+from llama_scratch.repl.editor import PromptEditor
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
@@ -26,7 +26,7 @@ class _Loop:
         self._session = session
         self._interrupts = Interrupts()
         self._keyboard = session.keyboard = Keyboard(session.console)
-        self._line = Line(session, self._keyboard, self._greet)
+        self._line = PromptEditor(session, self._keyboard, self._greet)
         self._greeted = False
         self._draft = ""  # what the next line begins with
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llama_scratch import __version__
-from llama_scratch.errors import printable
+from llama_scratch.errors import sanitize
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, is_command
@@ -20,8 +20,8 @@ from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Turn
 from llama_scratch.repl.session_file import (
-    Header,
-    Record,
+    SessionFile,
+    SessionHeader,
     ids_of,
     shape_differences,
     versions,
@@ -55,8 +55,8 @@ class Difference:
 
     def __str__(self) -> str:
         """One line for a person."""
-        where = f"Turn {self.turn}, '{printable(self.input)}'" if self.turn else "The session"
-        return f"{where}: {printable(self.what)}: {_shown(self.old)} → {_shown(self.new)}"
+        where = f"Turn {self.turn}, '{sanitize(self.input)}'" if self.turn else "The session"
+        return f"{where}: {sanitize(self.what)}: {_shown(self.old)} → {_shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Report:
 
 
 def run_again(
-    recorded: Record, llama: Llama, open_model: Callable[[str, str, Progress], Llama], console: Console
+    recorded: SessionFile, llama: Llama, open_model: Callable[[str, str, Progress], Llama], console: Console
 ) -> Report:
     """Run a session's lines again, each from the text that the recording had, and compare what they answer.
 
@@ -131,7 +131,7 @@ def run_again(
     return Report(len(recorded.turns), compared, differences, notes)
 
 
-def _circumstances(header: Header, llama: Llama) -> list[str]:
+def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
     """What was not the same this time, and may be why an answer is another one."""
     old = {"precision": header.precision, "device": header.device, "llama-scratch": header.llama_scratch}
     new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
@@ -147,7 +147,7 @@ def _circumstances(header: Header, llama: Llama) -> list[str]:
     ]
 
 
-def _model_differences(header: Header, session: Session) -> list[Difference]:
+def _model_differences(header: SessionHeader, session: Session) -> list[Difference]:
     """Whether the session has the model of the recording."""
     llama, model = session.llama, header.model
     old: dict[str, Any] = {"parameters": model.parameters}
@@ -246,4 +246,4 @@ def _equal(old: Any, new: Any, tolerance: float) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return printable(json_line(value))
+    return sanitize(json_line(value))

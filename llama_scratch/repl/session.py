@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from llama_scratch.errors import ContextLengthError, UsageError, printable
+from llama_scratch.errors import ContextLengthError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.render.progress import progress_bar
 from llama_scratch.repl.conversation import ANSWER, Chat
@@ -57,15 +57,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise UsageError(f"{printable(self.top)} candidates were asked for, expected at least 1 (--top).")
+            raise UsageError(f"{sanitize(self.top)} candidates were asked for, expected at least 1 (--top).")
         if self.generate < 0:
             raise UsageError(
-                f"{printable(self.generate)} tokens to generate were asked for, expected at least 0 (--generate)."
+                f"{sanitize(self.generate)} tokens to generate were asked for, expected at least 0 (--generate)."
             )
 
 
 @dataclass(frozen=True)
-class Moment:
+class Snapshot:
     """A text and what comes next: the prediction after it, and the tokens that Enter would add to it.
 
     interventions: those that were on, so that /undo goes back to the network that gave the answer.
@@ -95,7 +95,7 @@ class Moment:
 class Past:
     """A text of a loaded session that /undo can go back to. It is answered only then, with `top` candidates.
 
-    offered: As in `Moment`; None for the predicted token.
+    offered: As in `Snapshot`; None for the predicted token.
     """
 
     ids: list[int]
@@ -114,7 +114,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialModel:
     """The model that a session began with. It stays known after another model has taken its place.
 
     rope_factor: The factor in use, 1 if RoPE is not scaled.
@@ -180,14 +180,14 @@ class Session:
     keeps_turns: bool = True
     debug: bool = False
     ended: bool = False
-    moments: list[Moment] = field(default_factory=list)
+    moments: list[Snapshot] = field(default_factory=list)
     past: list[Past] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     shown: list[RenderableType] = field(default_factory=list)
     page: Page | None = None
     explained: set[str] = field(default_factory=set)
     chat: Chat | None = None
-    first_model: Origin | None = None
+    first_model: InitialModel | None = None
     interventions: tuple[Intervention, ...] = ()
     walk: Any | None = None
     keyboard: Keyboard | None = None
@@ -258,7 +258,7 @@ class Session:
         moments, past = (self.moments, self.past) if source is None else ([], [])
         if now:
             offered = (prediction.next.id,) if now.offered else ()  # nothing, where a chat's answer is complete
-            moments = [*moments[1 - _MOMENTS :], Moment(prediction, offered, interventions)]
+            moments = [*moments[1 - _MOMENTS :], Snapshot(prediction, offered, interventions)]
         # One call, so that Ctrl-C never leaves a part of one model's session and a part of another's.
         vars(self).update(
             loading=Loading.ended_with(new),
@@ -285,7 +285,7 @@ class Session:
             with self.progress() as progress:
                 prediction = (changed or self.intact).predict(now.ids, top=self.settings.top, progress=progress)
             effect = self._effect(changed, on, now.ids) if changed else None
-            moment = Moment(prediction, (prediction.next.id,) if now.offered else (), on)
+            moment = Snapshot(prediction, (prediction.next.id,) if now.offered else (), on)
             moments = [*moments[1 - _MOMENTS :], moment]
         # Only now, so that Ctrl-C leaves everything as it was.
         self.interventions, self._changed, self.moments, self.page = on, changed, moments, None
@@ -320,17 +320,17 @@ class Session:
     # --- The text ---
 
     @property
-    def now(self) -> Moment | None:
+    def now(self) -> Snapshot | None:
         """The newest text and what comes next; None before the first."""
         return self.moments[-1] if self.moments else None
 
     @property
-    def texts(self) -> list[Moment | Past]:
+    def texts(self) -> list[Snapshot | Past]:
         """All texts that are remembered, the newest last."""
         return [*self.past, *self.moments]
 
     @property
-    def before(self) -> Moment | Past | None:
+    def before(self) -> Snapshot | Past | None:
         """The text that /undo goes back to; None if there is none."""
         texts = self.texts
         return texts[-2] if len(texts) > 1 else None
@@ -373,7 +373,7 @@ class Session:
                 prompt, top=self.settings.top, special=self.settings.special, progress=progress
             )
         # One assignment, so that Ctrl-C never leaves the offer of one text behind another.
-        moment = Moment(prediction, (prediction.next.id,), self.interventions)
+        moment = Snapshot(prediction, (prediction.next.id,), self.interventions)
         self.moments, self.page = [*self.moments[1 - _MOMENTS :], moment], None  # the answer is what was shown last
         return prediction
 
@@ -382,7 +382,7 @@ class Session:
         if self.now and ids:
             self.moments = [*self.moments[:-1], replace(self.now, offered=tuple(ids))]
 
-    def undo(self) -> Moment:
+    def undo(self) -> Snapshot:
         """Go back to the text before, and to the network that answered it; returns its moment.
 
         Raises `UsageError` if there is none.
@@ -399,13 +399,13 @@ class Session:
         vars(self).update(moments=moments, past=past, interventions=before.interventions, _changed=changed, page=None)
         return moments[-1]
 
-    def _answered(self, past: Past, changed: Llama | None) -> Moment:
+    def _answered(self, past: Past, changed: Llama | None) -> Snapshot:
         """Answer a text of a loaded session by the network that answered it then, or by the one given."""
         llama = changed or self.intact
         with self.progress() as progress:
             prediction = llama.predict(self._typed(past), top=past.top, progress=progress)
         offered = (prediction.next.id,) if past.offered is None else past.offered
-        return Moment(prediction, offered, past.interventions)
+        return Snapshot(prediction, offered, past.interventions)
 
     def _typed(self, past: Past) -> Prompt:
         """The text as it was typed, for the same warnings, if it still has the same tokens; else its tokens."""
@@ -580,7 +580,7 @@ class Session:
         """Remember a line and its answer."""
         if self.keeps_turns:
             if self.first_model is None and self.loading.ended:
-                self.first_model = Origin.of(self.llama)
+                self.first_model = InitialModel.of(self.llama)
             self.turns.append(turn)
 
     def show(self, view: RenderableType) -> None:

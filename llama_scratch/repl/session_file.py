@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import reading
-from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, sanitize
 from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.repl.conversation import Question
-from llama_scratch.repl.session import Moment, Origin, Past, Session, Settings, Turn
+from llama_scratch.repl.session import InitialModel, Past, Session, Settings, Snapshot, Turn
 from llama_scratch.results import ModelInfo
 from llama_scratch.system.atomic_files import unfinished_file
 from llama_scratch.system.progress import Progress
@@ -139,7 +139,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Header:
+class SessionHeader:
     """What a session began with: the model and how it was run, and the settings before the first line.
 
     llama_scratch: the version that wrote the file. rope_factor: 1 where RoPE is not scaled. system: the system prompt
@@ -188,18 +188,18 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Record:
+class SessionFile:
     """A session as it is kept in a file."""
 
-    header: Header
+    header: SessionHeader
     turns: list[Turn]
 
 
-def record(session: Session) -> Record:
+def record(session: Session) -> SessionFile:
     """Describe a session up to now. Raises `UsageError` if nothing was answered yet."""
     if not session.turns:
         raise UsageError("There is nothing to save yet, expected a prompt or a command before it.")
-    first, now = session.first_model or Origin.of(session.intact), Origin.of(session.intact)
+    first, now = session.first_model or InitialModel.of(session.intact), InitialModel.of(session.intact)
     if first.path is None:
         raise UsageError("This model did not come from a file, expected one that a replay can load.")
     import torch
@@ -210,7 +210,7 @@ def record(session: Session) -> Record:
         model = _model(first, progress)
         end = model if now.path is None else _model(now, progress)
     ids = session.ids if session.now else []
-    header = Header(
+    header = SessionHeader(
         llama_scratch=__version__,
         format=FORMAT,
         model=model,
@@ -240,10 +240,10 @@ def record(session: Session) -> Record:
             activations=first.options.get("activations"),
         ),
     )
-    return Record(header, session.turns)
+    return SessionFile(header, session.turns)
 
 
-def _model(origin: Origin, progress: Progress) -> Model:
+def _model(origin: InitialModel, progress: Progress) -> Model:
     """Describe a model, with the digest of its weights. Raises as `Mapped.sha256` does."""
     info, path = origin.info, origin.path or Path()
     with reading(path):
@@ -251,7 +251,7 @@ def _model(origin: Origin, progress: Progress) -> Model:
     return Model(info.name, info.format, str(path.absolute()), sha256, info.parameters)
 
 
-def _details(origin: Origin) -> Details:
+def _details(origin: InitialModel) -> Details:
     return Details(origin.files, origin.shape, origin.tokenizer(), origin.info.precision)
 
 
@@ -263,7 +263,7 @@ def _absolute(path: str | os.PathLike[str] | None) -> str | None:
 
 
 def _more(session: Session, model: Model, details: Details) -> Saved:
-    texts: list[Moment | Past] = []
+    texts: list[Snapshot | Past] = []
     room = _MOST_TOKENS
     for text in reversed(session.texts):
         if (room := room - len(text.ids)) < 0 and texts:
@@ -320,7 +320,7 @@ def _repeatable(session: Session) -> bool:
     return True
 
 
-def same_model(header: Header, llama: Llama, progress: Progress) -> bool:
+def same_model(header: SessionHeader, llama: Llama, progress: Progress) -> bool:
     """Whether a model has the weights and the tokens of the one that a session ended with.
 
     Raises as `Mapped.sha256` does.
@@ -336,10 +336,10 @@ def shape_differences(details: Details, llama: Llama) -> list[tuple[str, str, st
     old = details.shape or {}
     new = json.loads(json.dumps(dataclasses.asdict(llama.args)))
     names = [name for name, value in new.items() if name in old and old[name] != value]
-    return [(name, printable(json.dumps(old[name])), printable(json.dumps(new[name]))) for name in names]
+    return [(name, sanitize(json.dumps(old[name])), sanitize(json.dumps(new[name]))) for name in names]
 
 
-def origin(header: Header, llama: Llama | None) -> Origin:
+def origin(header: SessionHeader, llama: Llama | None) -> InitialModel:
     """The model that a loaded session began with.
 
     Args:
@@ -352,7 +352,7 @@ def origin(header: Header, llama: Llama | None) -> Origin:
     path = Path(model.path)
     if llama is not None and llama.path is not None:
         path, options["tokenizer"] = llama.path, llama.options.get("tokenizer")
-    return Origin(
+    return InitialModel(
         info,
         path,
         header.context,
@@ -377,7 +377,7 @@ def weights_sha256(details: Details, llama: Llama, progress: Progress) -> str:
 # --- Writing ----------------------------------------------------------------------------------
 
 
-def save(recorded: Record, path: Path) -> None:
+def save(recorded: SessionFile, path: Path) -> None:
     """Write a session file for oneself alone. Raises `LlamaScratchError` where something else has that name."""
     if os.path.lexists(path):
         try:
@@ -385,7 +385,7 @@ def save(recorded: Record, path: Path) -> None:
                 _header(path, file.readline(MOST))
         except (LlamaScratchError, OSError) as error:
             raise LlamaScratchError(
-                f"{printable(path, 200)} is there and is no session file, so it stays as it is; choose another name."
+                f"{sanitize(path, 200)} is there and is no session file, so it stays as it is; choose another name."
             ) from error
     header = replace(recorded.header, turns=len(recorded.turns))
     lines = [dataclasses.asdict(header), *map(vars, recorded.turns)]
@@ -412,20 +412,20 @@ def write_whole(path: Path, data: bytes) -> None:
         advice = "choose a folder that is there for you to write to."
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             advice = "make room on that disk, or choose a folder on another one."
-        raise LlamaScratchError(f"{printable(path, 200)} cannot be written ({reason}); {advice}") from error
+        raise LlamaScratchError(f"{sanitize(path, 200)} cannot be written ({reason}); {advice}") from error
 
 
 # --- Reading ----------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Record:
+def load(path: Path) -> SessionFile:
     """Read and check a session file.
 
     Raises:
         ModelNotFoundError: If there is no such file.
         CheckpointError: If it is not a session or was cut. The message names the line.
     """
-    shown = printable(path, 200)
+    shown = sanitize(path, 200)
     try:
         data = read_bytes(path, MOST, error=CheckpointError)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -440,15 +440,15 @@ def load(path: Path) -> Record:
     turns = [_checked(path, n, Turn, line) for n, line in enumerate(lines[1:-1], start=2)]
     if header.turns is not None and len(turns) < header.turns:
         raise CheckpointError(f"{shown} breaks off after {len(turns)} of {header.turns} turns, {_EXPECTED}, whole.")
-    return Record(header, turns)
+    return SessionFile(header, turns)
 
 
-def _header(path: Path, line: bytes) -> Header:
-    header: Header = _checked(path, 1, Header, line)
+def _header(path: Path, line: bytes) -> SessionHeader:
+    header: SessionHeader = _checked(path, 1, SessionHeader, line)
     if header.format != FORMAT:
         raise CheckpointError(
-            f"{printable(path, 200)} is a session of format {header.format}, expected {FORMAT}; "
-            f"read it with llama-scratch {printable(header.llama_scratch)}."
+            f"{sanitize(path, 200)} is a session of format {header.format}, expected {FORMAT}; "
+            f"read it with llama-scratch {sanitize(header.llama_scratch)}."
         )
     return header
 
@@ -462,10 +462,10 @@ def _checked(path: Path, number: int, kind: Any, line: bytes) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
-        problem = printable(where + first["msg"], 200)
+        problem = sanitize(where + first["msg"], 200)
     except UsageError as error:  # a sampling option out of its range
-        problem = printable(str(error).removesuffix("."), 200)
-    raise CheckpointError(f"{printable(path, 200)}, line {number}: {problem}; {_EXPECTED}.")
+        problem = sanitize(str(error).removesuffix("."), 200)
+    raise CheckpointError(f"{sanitize(path, 200)}, line {number}: {problem}; {_EXPECTED}.")
 
 
 @cache
@@ -480,7 +480,7 @@ def user_path(argument: str) -> Path:
     try:
         return Path(argument).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{printable(argument, 200)} cannot be resolved ({error}); name the path in full.") from error
+        raise UsageError(f"{sanitize(argument, 200)} cannot be resolved ({error}); name the path in full.") from error
 
 
 def ids_of(output: dict[str, Any]) -> list[int] | None:

@@ -23,7 +23,7 @@ NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 @contextmanager
 def unfinished_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, gone afterwards; those that killed programs left there go first."""
-    remove_left(parent, f"{prefix}*")
+    remove_stale(parent, f"{prefix}*")
     while True:
         with _gone_afterwards(parent / f"{prefix}{secrets.token_hex(4)}") as folder:
             folder.mkdir(0o700)
@@ -36,7 +36,7 @@ def unfinished_folder(parent: Path, prefix: str) -> Iterator[Path]:
 @contextmanager
 def unfinished_file(parent: Path, prefix: str) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file in `parent`, for oneself alone, and its path; gone afterwards unless it was renamed."""
-    remove_left(parent, f"{prefix}*")
+    remove_stale(parent, f"{prefix}*")
     while True:
         new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
         name = parent / f"{prefix}{secrets.token_hex(4)}"
@@ -46,7 +46,7 @@ def unfinished_file(parent: Path, prefix: str) -> Iterator[tuple[BinaryIO, Path]
                 return
 
 
-def remove_left(folder: Path, pattern: str) -> None:
+def remove_stale(folder: Path, pattern: str) -> None:
     """Remove files and folders of our own that no program is at work on."""
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError), locked(path, certain=True) as ours:

@@ -17,19 +17,19 @@ Job = tuple[Callable[[], object], int]
 _within = threading.local()
 
 
-class EndedError(Exception):
+class JobCancelledError(Exception):
     """Ends a job that nobody waits for any more."""
 
 
-def go_on(stage: str = "", done: int = 0, total: int = 1) -> None:
-    """Called by a job that takes long: it says how far it is, and raises `EndedError` where it is to end."""
-    background: Background | None = getattr(_within, "background", None)
+def report_progress(stage: str = "", done: int = 0, total: int = 1) -> None:
+    """Called by a job that takes long: it says how far it is, and raises `JobCancelledError` where it is to end."""
+    background: BackgroundJobs | None = getattr(_within, "background", None)
     if background is not None:
-        background.go_on(stage, done, total)
+        background.report_progress(stage, done, total)
 
 
-class Background:
-    """Jobs of some tenths of a second each, or such as call `go_on`, on a few threads between `start` and `close`.
+class BackgroundJobs:
+    """Jobs on a few threads, between `start` and `close`: of tenths of a second each, or such as `report_progress`.
 
     The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
     program does. `after` is called after each job. `started`: whether it was begun.
@@ -74,10 +74,10 @@ class Background:
         """What is being done, how much of it is done and how much there is."""
         return self._told or (self.stage, self._done, self._total)
 
-    def go_on(self, stage: str, done: int, total: int) -> None:
+    def report_progress(self, stage: str, done: int, total: int) -> None:
         """See the function; `stage`: "" where there is nothing to say."""
         if self._closed or not _program_runs():
-            raise EndedError
+            raise JobCancelledError
         if stage:
             self._told = stage, done, total
 
@@ -106,7 +106,7 @@ class Background:
                 function()
                 if self._after:
                     self._after()
-            except EndedError:
+            except JobCancelledError:
                 break
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
                 if isinstance(error, LlamaScratchError):

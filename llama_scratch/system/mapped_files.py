@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 
 _EXPECTED = "expected it to stay as it was; load the model again."
 _UNKNOWN = f"A file could not be read on while it was in use (it became shorter, or its disk failed), {_EXPECTED}"
 # Bytes that are hashed between two reports of progress.
 _BLOCK = 4 << 20
-# Pastes unmarked, the cursor shown, no colour, a line of its own.
+# Pastes unmarked, the cursor shown, no color, a line of its own.
 _RESTORE = b"\x1b[?2004l\x1b[?25h\x1b[0m\n"
 
 
-class Mapped:
+class MappedFiles:
     """Files that are mapped, held open so that it shows whether they are still what they were."""
 
     def __init__(self, paths: Iterable[Path]):
@@ -39,7 +39,7 @@ class Mapped:
         _MAPPED.add(self)
 
     def __str__(self) -> str:
-        return " and ".join(printable(path.name) for path, _ in self._files.values()) or "in no file"
+        return " and ".join(sanitize(path.name) for path, _ in self._files.values()) or "in no file"
 
     def check(self) -> None:
         """Raise `CheckpointError` where a file was written to or became shorter. Takes a microsecond a file."""
@@ -49,7 +49,7 @@ class Mapped:
                 how = "it was written to"
                 if now.st_size != before.st_size:
                     how = f"it has {now.st_size:,} bytes and had {before.st_size:,}"
-                raise CheckpointError(f"{printable(path, 200)} changed while it was in use ({how}), {_EXPECTED}")
+                raise CheckpointError(f"{sanitize(path, 200)} changed while it was in use ({how}), {_EXPECTED}")
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +85,7 @@ class Mapped:
         return self._digests[name]
 
 
-_MAPPED: weakref.WeakSet[Mapped] = weakref.WeakSet()
+_MAPPED: weakref.WeakSet[MappedFiles] = weakref.WeakSet()
 
 
 def _close(files: dict[int, Any]) -> None:

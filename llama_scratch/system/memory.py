@@ -25,7 +25,7 @@ _NO_MEMORY = re.compile(
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryLimit:
     """free: bytes that this program can still take. limit: the limit that says so, "" where it is the machine."""
 
     free: int
@@ -37,19 +37,21 @@ class Room:
         return f"{self.free / 1e9:.1f} GB are free{under}; {act}, or choose a smaller model, context or precision."
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes of memory that this program can still take."""
-    return room().free
+    return memory_limit().free
 
 
-def room() -> Room:
+def memory_limit() -> MemoryLimit:
     """What this program can still take: the least that the machine and the limits set on the program leave it."""
     import psutil
 
-    return min([Room(int(psutil.virtual_memory().available)), *_resource_limits(), *_cgroups()], key=lambda r: r.free)
+    return min(
+        [MemoryLimit(int(psutil.virtual_memory().available)), *_resource_limits(), *_cgroups()], key=lambda r: r.free
+    )
 
 
-def _resource_limits() -> Iterator[Room]:
+def _resource_limits() -> Iterator[MemoryLimit]:
     """What `ulimit -v` and `ulimit -d` leave; mapped weights count in the first, and are in it once they are mapped."""
     if not sys.platform.startswith("linux"):
         return
@@ -62,10 +64,12 @@ def _resource_limits() -> Iterator[Room]:
     ):
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY and field in taken:
-            yield Room(max(0, limit - 1024 * int(taken[field])), f"a limit of {limit / 1e9:.1f} GB ({name})")
+            yield MemoryLimit(max(0, limit - 1024 * int(taken[field])), f"a limit of {limit / 1e9:.1f} GB ({name})")
 
 
-def _cgroups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Room]:
+def _cgroups(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[MemoryLimit]:
     """What each control group leaves that this program is in, with all above it.
 
     Pages of files that were not used lately are given up before the limit strikes, so they count as free.
@@ -90,7 +94,7 @@ def _cgroups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
                 limit = _read(folder / name).strip()
                 if limit.isdecimal() and used.isdecimal() and int(limit) < _UNLIMITED:
                     taken = int(used) - (int(given_up[1]) if given_up else 0)
-                    yield Room(max(0, int(limit) - taken), f"a limit of {int(limit) / 1e9:.1f} GB ({name})")
+                    yield MemoryLimit(max(0, int(limit) - taken), f"a limit of {int(limit) / 1e9:.1f} GB ({name})")
 
 
 def _read(path: Path) -> str:
@@ -114,7 +118,7 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
     """
     parts = needed if isinstance(needed, dict) else {}
     total = sum(parts.values()) if isinstance(needed, dict) else needed
-    left = room()
+    left = memory_limit()
     if total > left.free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         raise OutOfMemoryError(
@@ -151,7 +155,7 @@ def is_memory_error(error: BaseException) -> bool:
 
 def refusal() -> str:
     """The sentence where memory ran out before it was known how much is needed."""
-    return f"This program needs more memory than there is: {room()}"
+    return f"This program needs more memory than there is: {memory_limit()}"
 
 
 @contextmanager
@@ -170,11 +174,11 @@ def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
     found = re.search(r"(\d+) bytes", str(error))
     asked = f"{int(found[1]) / 1e9:.1f} GB more were asked for and " if found else ""
     # A GPU's memory is another one.
-    left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{room()}"
+    left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{memory_limit()}"
     return OutOfMemoryError(f"{what} does not fit into this machine's memory; {left}")
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return to the system what was freed: glibc keeps it for each thread, some hundred MB after packing."""
     if sys.platform.startswith("linux"):
         with suppress(AttributeError, OSError):  # another C library

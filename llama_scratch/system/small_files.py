@@ -13,7 +13,7 @@ import re
 import stat
 from typing import BinaryIO
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, sanitize
 
 START = 512
 """Bytes at the beginning of a file that show its kind."""
@@ -62,7 +62,7 @@ def read_bytes(
         reject_stand_in(data, path, error)
     if len(data) > limit:
         has = f"has {size:,} bytes" if size > limit else "is longer"
-        raise error(f"{printable(path, 200)} {has}, expected at most {limit:,} bytes; check that it is the right file.")
+        raise error(f"{sanitize(path, 200)} {has}, expected at most {limit:,} bytes; check that it is the right file.")
     return data
 
 
@@ -79,7 +79,7 @@ def read_text(
         OSError: If the system does not give the file out.
         LlamaScratchError: `error`, also if the file is not UTF-8.
     """
-    return decode(read_bytes(path, limit, error=error, any_content=any_content), printable(path, 200), error)
+    return decode(read_bytes(path, limit, error=error, any_content=any_content), sanitize(path, 200), error)
 
 
 def read_start(
@@ -129,7 +129,7 @@ def _require_content(status: os.stat_result, path: str | os.PathLike[str], error
     if kind == stat.S_IFCHR and status.st_rdev == os.stat(os.devnull).st_rdev:  # the usual name of an empty file
         return
     raise error(
-        f"{printable(path, 200)} is not a file but {_KINDS.get(kind, 'something else')}; "
+        f"{sanitize(path, 200)} is not a file but {_KINDS.get(kind, 'something else')}; "
         "write its content to a file and name that."
     )
 
@@ -148,12 +148,12 @@ def reject_stand_in(
         LlamaScratchError: `error`, for the pointer of git-lfs or git-annex, a web page, or a server's refusal.
     """
     reject_pointer(start, path, error)
-    name = printable(path, 200)
+    name = sanitize(path, 200)
     if is_web_page(start):
-        raise error(f"{name} is a web page, so the server did not give the file out; {FETCH_AGAIN}")
+        raise error(f"{name} is a web page, so the server did not give the file out; {REDOWNLOAD_HINT}")
     if _REFUSAL.match(start):
         answer = start.partition(b"\n")[0].decode("utf-8", errors="replace")
-        raise error(f"{name} is a server's refusal ('{printable(answer)}'), expected the file; {FETCH_AGAIN}")
+        raise error(f"{name} is a server's refusal ('{sanitize(answer)}'), expected the file; {REDOWNLOAD_HINT}")
 
 
 def reject_pointer(
@@ -162,7 +162,7 @@ def reject_pointer(
     """Raise `error` for the pointer that a clone without git-lfs, or git-annex, has in place of a file."""
     if _POINTER.match(start):
         raise error(
-            f"{printable(path, 200)} is a git-lfs pointer, expected the file that it stands for; "
+            f"{sanitize(path, 200)} is a git-lfs pointer, expected the file that it stands for; "
             "run 'git lfs pull' beside it."
         )
 

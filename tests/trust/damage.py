@@ -73,7 +73,7 @@ class Outcome:
 
 
 def models(folder: Path) -> list[Model]:
-    """One model in each form, with its checksums; its chat template and its licence come with it."""
+    """One model in each form, with its checksums; its chat template and its license come with it."""
     meta = write_meta(folder / "Tiny-Instruct", params=PARAMS)
     found = []
     for form in FORMS:

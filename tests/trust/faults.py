@@ -39,7 +39,7 @@ from llama_scratch import __main__ as program
 from llama_scratch.cli import app
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.precision import weight_cache
-from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
 from llama_scratch.repl.session import Settings, Turn
@@ -181,15 +181,15 @@ class Sessions(Stage):
         return self.home / "session.jsonl"
 
     @staticmethod
-    def version(i: int) -> session_file.Record:
+    def version(i: int) -> session_file.SessionFile:
         settings = Settings(5, 0, Sampling())
         model = session_file.Model("Tiny", "meta", "/nowhere", "0" * 64, 1)
         state = session_file.State(settings, None, "0" * 64, [1, 2], "text")
         turns = [Turn(f"{i}", {"text": "x" * 200}) for _ in range(1 + 100 * (i % 5))]
-        header = session_file.Header(
+        header = session_file.SessionHeader(
             "0.1.0", session_file.FORMAT, model, "fp32", "cpu", 1, 128, 1.0, settings, None, True, state, {}
         )
-        return session_file.Record(replace(header, turns=len(turns)), turns)
+        return session_file.SessionFile(replace(header, turns=len(turns)), turns)
 
     def work(self) -> int:
         for i in itertools.count(self.done):
@@ -217,7 +217,7 @@ class Sessions(Stage):
 
 
 class Cache(Stage):
-    """Quantised weights of 40 models, with room for ten."""
+    """Quantized weights of 40 models, with room for ten."""
 
     name = "int8 cache"
     endless = True
@@ -241,7 +241,7 @@ class Cache(Stage):
         return torch.full(SHAPES[i], (model + i) % 100, dtype=torch.int8), torch.full((rows,), float(model))
 
     def pack(self, model: int) -> None:
-        keeping = KeptPieces([self.source(model)], LAYOUTS)
+        keeping = PackedWeightCache([self.source(model)], LAYOUTS)
         for i in range(len(SHAPES)):
             if keeping.get(i) is None:
                 keeping.put(i, *self.piece(model, i))
@@ -256,7 +256,7 @@ class Cache(Stage):
     def check(self) -> int:
         whole = 0
         for model in range(self.models):
-            keeping = KeptPieces([self.source(model)], LAYOUTS)
+            keeping = PackedWeightCache([self.source(model)], LAYOUTS)
             if keeping._path is None or not keeping._path.exists():
                 continue
             for i in range(len(SHAPES)):

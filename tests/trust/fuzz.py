@@ -56,7 +56,7 @@ from llama_scratch.cli.app import app
 from llama_scratch.cli.config_file import read_config
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError
-from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
 from llama_scratch.system.progress import silent
@@ -685,7 +685,7 @@ def _read_hub(path: Path) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-    from llama_scratch.download.hub import Repository, _info, _licence, _wanted
+    from llama_scratch.download.hub import Repository, _info, _license, _wanted
 
     repository = Repository.named("owner/name")
     assert repository is not None
@@ -696,7 +696,7 @@ def _read_hub(path: Path) -> None:
     finally:
         HfApi.model_info = answer  # type: ignore[method-assign]
     _wanted(repository, [file.rfilename for file in info.siblings or []])
-    _licence(info)
+    _license(info)
 
 
 def _hub_seeds(_: Path) -> list[bytes]:
@@ -705,12 +705,12 @@ def _hub_seeds(_: Path) -> list[bytes]:
     return [json.dumps({"id": "owner/name", "sha": "0" * 40, "siblings": files, "cardData": card}).encode()]
 
 
-def _kept_pieces(folder: Path) -> KeptPieces:
+def _kept_pieces(folder: Path) -> PackedWeightCache:
     """Those of an int8 model and an int4 one, kept below a folder."""
     types = torch.int8, torch.uint8
     layouts = [((((2, 8, 16, 4), kind), ((2, 1, 16), torch.float16))) for kind in types for _ in range(2)]
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}):
-        return KeptPieces([], layouts)
+        return PackedWeightCache([], layouts)
 
 
 @cache

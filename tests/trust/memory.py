@@ -107,7 +107,7 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
     def noted(needed: dict[str, int], what: str, device: torch.device) -> None:
         nonlocal before, predicted
         before, predicted = anonymous(), needed
-        engine.require_room(needed, what, device)
+        engine.require_device_memory(needed, what, device)
 
     vars(library)["require_room"] = noted
     # Calibration takes minutes: here scales are searched for.
@@ -132,7 +132,7 @@ def _calibrated(path: str, precision: str) -> dict[str, Any]:
     def loading(needed: dict[str, int], what: str, device: torch.device) -> None:
         nonlocal before
         before, predicted["weights"] = anonymous(), needed["weights"]
-        engine.require_room(needed, what, device)
+        engine.require_device_memory(needed, what, device)
 
     def calibrating(needed: dict[str, int], what: str) -> None:
         predicted.update(needed)
@@ -154,7 +154,7 @@ def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
     Returns the bytes held after each tenth of them; the first half is the warm-up, in which all lengths are met.
     """
     from llama_scratch import Llama
-    from llama_scratch.system.memory import give_back
+    from llama_scratch.system.memory import trim_heap
 
     llama = Llama.load(path, precision=precision, context=_CONTEXT)
     llama.prepare()
@@ -170,7 +170,7 @@ def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
             llama.logits(ids[:16])
         if number % (prompts // 10) == 0:
             gc.collect()
-            give_back()
+            trim_heap()
             held.append(anonymous())
     llama.close()
     return {"prompts": prompts, "held": held, "grew": held[-1] - held[4]}
@@ -226,8 +226,8 @@ def _cost(path: str, precision: str) -> dict[str, Any]:
     llama = Llama.load(path, precision=precision)
     llama.predict("The capital of France is")
     start = time.perf_counter() - begun
-    checks += _each(lambda: mapped_files.Mapped(path for path, _ in llama.engine.files._files.values()), 100)
-    checks += _each(memory.room, 100)
+    checks += _each(lambda: mapped_files.MappedFiles(path for path, _ in llama.engine.files._files.values()), 100)
+    checks += _each(memory.memory_limit, 100)
     llama.prepare()
     ids = llama.encode("The capital of France is")
     times = []

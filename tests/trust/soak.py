@@ -34,7 +34,7 @@ from llama_scratch.errors import LlamaScratchError
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, remake, steer
-from llama_scratch.microscope.parts import Part
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.repl import session_file
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.conversation import ANSWER
@@ -538,16 +538,18 @@ class Soak:
                 source = chance.choice([self.home, self.other])
                 return kind, f"/model {source}", self.switched(source, None)
             case "ablate":
-                part = Part.named(
+                part = NetworkPart.named(
                     chance.choice([f"L{layer}.H{head}", f"L{layer}.attn", f"L{layer}.N{head}"]), llama.args
                 )
                 line = f"/ablate {part.name}"
                 return kind, line, self.putting(lambda state: ablate(self.reference.llama(state), part), line)
             case "mean":
-                part = Part.named(chance.choice([f"L{layer}.H{head}", f"L{layer}.ffn"]), llama.args)
+                part = NetworkPart.named(chance.choice([f"L{layer}.H{head}", f"L{layer}.ffn"]), llama.args)
                 return kind, f"/ablate {part.name} mean", self.putting(lambda state: self._mean(state, part), None)
             case "patch":
-                return self._patch_command(Part.named(chance.choice([f"L{layer}", f"L{layer}.H{head}"]), llama.args))
+                return self._patch_command(
+                    NetworkPart.named(chance.choice([f"L{layer}", f"L{layer}.H{head}"]), llama.args)
+                )
             case "steer":
                 return self._steer_command(layer, chance.choice([-1.5, 0.0, 0.5, 2.0]))
             case "restore":
@@ -590,11 +592,11 @@ class Soak:
         place = top.index(now[0]) + 1 if len(now) == 1 and now[0] in top else 0
         return [self.offering(state, [top[place % len(top)]])]
 
-    def _mean(self, state: State, part: Part) -> Intervention:
+    def _mean(self, state: State, part: NetworkPart) -> Intervention:
         _ = self.reference.engine(state)
         return mean_ablate(self.reference.llama(state), part, list(state.now.ids))
 
-    def _patch_command(self, part: Part) -> tuple[str, str, After]:
+    def _patch_command(self, part: NetworkPart) -> tuple[str, str, After]:
         position, text = self.random.choice([0, 1, 2, -1]), self.phrase(3)
 
         def made(state: State) -> Intervention:

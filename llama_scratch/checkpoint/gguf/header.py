@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.config import Fields
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, UnsupportedError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, sanitize
 from llama_scratch.system.small_files import read_start
 
 
@@ -85,7 +85,9 @@ class _Cursor:
         """Step over `size` bytes and return where they start."""
         start = self.position
         if size > len(self.data) - start:
-            raise CheckpointError(f"{len(self.data):,} bytes, expected {size:,} more at byte {start:,}; {FETCH_AGAIN}")
+            raise CheckpointError(
+                f"{len(self.data):,} bytes, expected {size:,} more at byte {start:,}; {REDOWNLOAD_HINT}"
+            )
         self.position = start + size
         return start
 
@@ -111,7 +113,7 @@ class _Cursor:
         kind, count = self.scalar("I"), self.scalar("Q")
         if count > self._elements_left:
             raise CheckpointError(
-                f"an array of {count:,} elements, expected at most {MAX_ELEMENTS:,} in all arrays; {FETCH_AGAIN}"
+                f"an array of {count:,} elements, expected at most {MAX_ELEMENTS:,} in all arrays; {REDOWNLOAD_HINT}"
             )
         self._elements_left -= count
         return self._strings(count) if kind == 8 else list(self.scalars(self._letter(kind), count))
@@ -134,7 +136,7 @@ class _Cursor:
     def _letter(self, kind: int) -> str:
         if kind not in _SCALARS:
             raise CheckpointError(
-                f"a metadata value of the unknown type {kind} at byte {self.position:,}; {FETCH_AGAIN}"
+                f"a metadata value of the unknown type {kind} at byte {self.position:,}; {REDOWNLOAD_HINT}"
             )
         return _SCALARS[kind]
 
@@ -153,7 +155,7 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
     read_start(path)  # a git-lfs pointer or a web page is named for what it is
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
-            raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file; {FETCH_AGAIN}")
+            raise CheckpointError(f"{path} has under 24 bytes, expected a GGUF file; {REDOWNLOAD_HINT}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _read_header(path, _Cursor(data, max_elements))
@@ -166,45 +168,47 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
 def _read_header(path: Path, cursor: _Cursor) -> Header:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF":
-        raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {FETCH_AGAIN}")
+        raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
     if version not in (2, 3):
         raise _unsupported_version(version)
     for count, most, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
         if count > most:
-            raise CheckpointError(f"{count:,} {name}, expected at most {most:,}; {FETCH_AGAIN}")
+            raise CheckpointError(f"{count:,} {name}, expected at most {most:,}; {REDOWNLOAD_HINT}")
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
         key = cursor.string()
         if key in metadata:
-            raise CheckpointError(f"the metadata key '{printable(key)}' stands there twice; {FETCH_AGAIN}")
+            raise CheckpointError(f"the metadata key '{sanitize(key)}' stands there twice; {REDOWNLOAD_HINT}")
         metadata[key] = cursor.value(cursor.scalar("I"))
     table = []
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.scalar("I")
         if n_dims > 4:
             raise CheckpointError(
-                f"the tensor '{printable(name)}' has {n_dims} dimensions, expected at most 4; {FETCH_AGAIN}"
+                f"the tensor '{sanitize(name)}' has {n_dims} dimensions, expected at most 4; {REDOWNLOAD_HINT}"
             )
         dims, type_, offset = cursor.scalars("Q", n_dims), cursor.scalar("I"), cursor.scalar("Q")
         table.append((name, tuple(reversed(dims)), type_, offset))
     alignment = Fields(metadata).integer("general.alignment", default=32)
     if alignment % 8 or alignment & (alignment - 1):
-        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two from 8 on; {FETCH_AGAIN}")
+        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two from 8 on; {REDOWNLOAD_HINT}")
     data_start = _aligned(cursor.position, alignment)
     tensors = [_place(entry, data_start, len(cursor.data)) for entry in table]
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise CheckpointError(f"a tensor stands there twice; {FETCH_AGAIN}")
+        raise CheckpointError(f"a tensor stands there twice; {REDOWNLOAD_HINT}")
     # One lies behind the other and the last one ends the file, so that no damage sends a reader elsewhere.
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: tensor.start):
         if tensor.start != _aligned(end, alignment):
             raise CheckpointError(
-                f"the tensor '{printable(tensor.name)}' begins at byte {tensor.start:,}, "
-                f"expected it at {_aligned(end, alignment):,}; {FETCH_AGAIN}"
+                f"the tensor '{sanitize(tensor.name)}' begins at byte {tensor.start:,}, "
+                f"expected it at {_aligned(end, alignment):,}; {REDOWNLOAD_HINT}"
             )
         end = tensor.start + tensor.size
     if len(cursor.data) not in (end, _aligned(end, alignment)):
-        raise CheckpointError(f"{len(cursor.data):,} bytes, expected {end:,} by its table of tensors; {FETCH_AGAIN}")
+        raise CheckpointError(
+            f"{len(cursor.data):,} bytes, expected {end:,} by its table of tensors; {REDOWNLOAD_HINT}"
+        )
     return Header(path, metadata, tensors)
 
 
@@ -221,11 +225,11 @@ def _unsupported_version(version: int) -> CheckpointError:
         )
     if 3 < version < 32:  # a later one
         return UnsupportedError(f"it is GGUF version {version}, expected version 2 or 3; use a file of version 3.")
-    return CheckpointError(f"it has the version {version}, expected GGUF version 2 or 3; {FETCH_AGAIN}")
+    return CheckpointError(f"it has the version {version}, expected GGUF version 2 or 3; {REDOWNLOAD_HINT}")
 
 
 def _unsupported_type(name: str, type_: int) -> CheckpointError:
-    name = printable(name)
+    name = sanitize(name)
     if type_ in _REMOVED:
         old, new = _REMOVED[type_]
         return UnsupportedError(
@@ -238,7 +242,7 @@ def _unsupported_type(name: str, type_: int) -> CheckpointError:
             f"the tensor '{name}' has the type {type_}, which the installed gguf package ({version('gguf')}) does not "
             "know; use another quantization of the model, such as Q8_0 or Q4_K_M, or update the package."
         )
-    return CheckpointError(f"the tensor '{name}' has the unknown type {type_}; {FETCH_AGAIN}")
+    return CheckpointError(f"the tensor '{name}' has the unknown type {type_}; {REDOWNLOAD_HINT}")
 
 
 def _aligned(position: int, alignment: int) -> int:
@@ -258,7 +262,7 @@ def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_s
     start = data_start + offset
     if not shape or count == 0 or shape[-1] % block or start + size > file_size:
         raise CheckpointError(
-            f"{file_size:,} bytes, expected the tensor '{printable(name)}' of shape {shape} at byte {start:,}; "
-            + FETCH_AGAIN
+            f"{file_size:,} bytes, expected the tensor '{sanitize(name)}' of shape {shape} at byte {start:,}; "
+            + REDOWNLOAD_HINT
         )
     return TensorInfo(name, shape, type_, start, size)

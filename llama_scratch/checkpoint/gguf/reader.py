@@ -1,6 +1,6 @@
 """GGUF files of the `llama` architecture: shape, tokenizer and weights in one file, or in several numbered ones.
 
-What the blocks of each quantisation mean is the gguf package's knowledge; they become float32 when they are
+What the blocks of each quantization mean is the gguf package's knowledge; they become float32 when they are
 multiplied (see `lazy`), and tensors of plain numbers are mapped as they lie.
 """
 
@@ -34,7 +34,7 @@ from llama_scratch.checkpoint.byte_level_bpe import (
 from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.gguf.header import MAX_ELEMENTS, Header, TensorInfo, read_header
 from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
@@ -101,7 +101,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     shapes.pop(_ROPE_FREQS, None)
     names = weight_names(args)
     check_shapes(shapes, args, headers[0].path, names)
-    licence = metadata.get("general.license")
+    license = metadata.get("general.license")
     kept = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
@@ -114,7 +114,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         inspect=lambda _: _stored(headers),
         chat=chat,
         files=tuple(header.path for header in headers),
-        licence=printable(licence) if isinstance(licence, str) and licence else None,
+        license=sanitize(license) if isinstance(license, str) and license else None,
         warnings=(*warnings, *_contradictions(metadata, args)),
         extras=replace(extras, metadata=kept, generation=_sampling(kept)),
     )
@@ -129,27 +129,27 @@ def _read_headers(path: Path) -> list[Header]:
     match = _NUMBERED.fullmatch(path.name)
     if type(count) is not int or not match or int(match[4]) != count or not 1 <= int(match[2]) <= count:
         raise CheckpointError(
-            f"{path} is one of {printable(count)} files of a split model, expected a name such as "
+            f"{path} is one of {sanitize(count)} files of a split model, expected a name such as "
             "model-00001-of-00003.gguf; give the files the names that they came with."
         )
     headers: list[Header] = []
     for number in range(1, count + 1):
         file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
-            raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {FETCH_AGAIN}")
+            raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {REDOWNLOAD_HINT}")
         left = MAX_ELEMENTS - sum(other.elements for other in headers)
         headers.append(header if file == path else read_header(file, left))
         split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
         if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
             raise CheckpointError(
-                f"{file} is no part of the model of the files beside it, or another part; {FETCH_AGAIN}"
+                f"{file} is no part of the model of the files beside it, or another part; {REDOWNLOAD_HINT}"
             )
     names = Counter(tensor.name for header in headers for tensor in header.tensors)
     if twice := next((name for name, times in names.items() if times > 1), None):
-        raise CheckpointError(f"{path}: the tensor '{printable(twice)}' is in two of the files; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: the tensor '{sanitize(twice)}' is in two of the files; {REDOWNLOAD_HINT}")
     if names.total() != header.metadata.get("split.tensors.count"):
         raise CheckpointError(
-            f"{path}: the {count} files hold {names.total()} tensors, not as many as they say; {FETCH_AGAIN}"
+            f"{path}: the {count} files hold {names.total()} tensors, not as many as they say; {REDOWNLOAD_HINT}"
         )
     return headers
 
@@ -169,7 +169,7 @@ class _LayerFields(Fields):
         if not isinstance(value, list) or name not in _PER_LAYER:
             return value
         if len(value) != (n_layers := self.integer("llama.block_count")):
-            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {FETCH_AGAIN}")
+            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {REDOWNLOAD_HINT}")
         if any(other != value[0] for other in value):
             raise UnsupportedError(f"{name} differs between layers; use a model whose layers all have one shape.")
         return value[0]
@@ -179,7 +179,7 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
     """Raise `UnsupportedError` if the metadata asks for more than a plain Llama computes."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UnsupportedError(f"the architecture is '{printable(architecture)}', expected 'llama'; use another model.")
+        raise UnsupportedError(f"the architecture is '{sanitize(architecture)}', expected 'llama'; use another model.")
     # As in llama.cpp: the type is linear if there is none, and a factor of 0 is 1.
     kind = metadata.get("llama.rope.scaling.type", "linear")
     factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
@@ -187,11 +187,11 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
     plain = kind == "none" or (kind in ("linear", "yarn") and factor == 1)
     if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
         raise UnsupportedError(
-            f"it has scaled RoPE of the type '{printable(kind)}' (factor {printable(factor)}), expected Llama "
+            f"it has scaled RoPE of the type '{sanitize(kind)}' (factor {sanitize(factor)}), expected Llama "
             "3.1's or none; use a model without it, or run this one in llama.cpp."
         )
     if experts := metadata.get("llama.expert_count"):
-        raise UnsupportedError(f"it has {printable(experts)} experts, expected a plain Llama; use another model.")
+        raise UnsupportedError(f"it has {sanitize(experts)} experts, expected a plain Llama; use another model.")
     if metadata.get("llama.attention.causal", True) is not True:
         raise UnsupportedError("its tokens look at later ones too (llama.attention.causal); use a generating model.")
 
@@ -201,7 +201,7 @@ def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[st
     stated = metadata.get("llama.vocab_size", args.vocab_size)
     if stated != args.vocab_size:
         yield (
-            f"llama.vocab_size is {printable(stated)}, but the embedding has {args.vocab_size} rows; "
+            f"llama.vocab_size is {sanitize(stated)}, but the embedding has {args.vocab_size} rows; "
             "the embedding's number is used."
         )
 
@@ -215,7 +215,7 @@ def _model_args(headers: Sequence[Header]) -> ModelArgs:
         raise UnsupportedError("the file has a tokenizer and no weights; use the file of the whole model.")
     n_heads = fields.integer("llama.attention.head_count")
     if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {FETCH_AGAIN}")
+        raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {REDOWNLOAD_HINT}")
     args = ModelArgs(
         dim=fields.integer("llama.embedding_length"),
         n_layers=fields.integer("llama.block_count", most=1024),
@@ -268,14 +268,14 @@ def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[
     if tensor.shape != (size,) or tensor.type != Type.F32:
         raise CheckpointError(
             f"{_ROPE_FREQS} has the shape {tensor.shape} in {Type(tensor.type).name}, expected ({size},) in F32; "
-            + FETCH_AGAIN
+            + REDOWNLOAD_HINT
         )
     with header.path.open("rb") as file:
         file.seek(tensor.start)
         divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
     # From far below the 1 of a pair that is left alone to far above any factor.
     if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
-        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors of about 1 to 100; {FETCH_AGAIN}")
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors of about 1 to 100; {REDOWNLOAD_HINT}")
     return divisors
 
 
@@ -284,7 +284,7 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
         raise CheckpointError(
-            f"the tokenizer is '{printable(kind)}' with the pattern '{printable(pre)}', expected 'gpt2' with "
+            f"the tokenizer is '{sanitize(kind)}' with the pattern '{sanitize(pre)}', expected 'gpt2' with "
             f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
         )
     texts, warnings = _list(metadata, "tokenizer.ggml.tokens", str), []
@@ -292,9 +292,9 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     if "tokenizer.ggml.token_type" in metadata:
         types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(texts) != len(types):
-        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {FETCH_AGAIN}")
+        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {REDOWNLOAD_HINT}")
     if len(set(texts)) != len(texts) or "" in texts:
-        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {FETCH_AGAIN}")
+        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {REDOWNLOAD_HINT}")
     roles = _roles(metadata, len(texts))
     merges = _list(metadata, _MERGES, str)
     check_counts(texts, merges)
@@ -307,7 +307,7 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
         and (is_hidden_control(text, made) or (id in roles.values() and not is_reachable(text, made)))
     ]
     if retyped:
-        shown = ", ".join(f"'{printable(texts[id])}'" for id in retyped[:_MAX_NAMED])
+        shown = ", ".join(f"'{sanitize(texts[id])}'" for id in retyped[:_MAX_NAMED])
         more = f" and {len(retyped) - _MAX_NAMED} more" if len(retyped) > _MAX_NAMED else ""
         warnings.append(
             f"The file gives control tokens the type of ordinary ones, or no type ({shown}{more}). "
@@ -384,7 +384,8 @@ def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
         return None
     if not isinstance(template, str):
         raise CheckpointError(
-            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; {FETCH_AGAIN}"
+            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; "
+            + REDOWNLOAD_HINT
         )
     roles = _roles(metadata, tokenizer.n_vocab)
     names = {id: text for text, id in tokenizer.names.items()}
@@ -407,7 +408,7 @@ def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
 def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(key)
     if not isinstance(value, list) or not all(type(element) is kind for element in value):
-        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {FETCH_AGAIN}")
+        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {REDOWNLOAD_HINT}")
     return value
 
 
@@ -450,33 +451,33 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize
 
-    from llama_scratch.precision.lazy_weight import Quantised
+    from llama_scratch.precision.lazy_weight import GGUFBlockWeight
 
     raw, type = data[tensor.start : tensor.start + tensor.size], Type(tensor.type)
     if raw.size != tensor.size:
-        raise CheckpointError(f"{path} became shorter while it was read, at {tensor.name}; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} became shorter while it was read, at {tensor.name}; {REDOWNLOAD_HINT}")
     plain = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
     if type in plain:
         return torch.from_numpy(raw).view(plain[type]).view(tensor.shape)
     blocks = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # (out, bytes of a row)
 
-    def dequantise(start: int, stop: int) -> torch.Tensor:
+    def read_rows(start: int, stop: int) -> torch.Tensor:
         with np.errstate(all="ignore"):
             values = dequantize(blocks[start:stop], type)
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{path}: {tensor.name} holds values that are not numbers; {FETCH_AGAIN}")
+            raise CheckpointError(f"{path}: {tensor.name} holds values that are not numbers; {REDOWNLOAD_HINT}")
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     try:
-        dequantise(0, 1)
+        read_rows(0, 1)
     except NotImplementedError as error:
         raise UnsupportedError(
             f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another quantization "
             "of the model, such as Q8_0 or Q4_K_M."
         ) from error
     if len(tensor.shape) == 1:
-        return dequantise(0, 1)[0]
-    return Quantised((tensor.shape[0], tensor.shape[1]), torch.from_numpy(blocks), type.name, dequantise)
+        return read_rows(0, 1)[0]
+    return GGUFBlockWeight((tensor.shape[0], tensor.shape[1]), torch.from_numpy(blocks), type.name, read_rows)
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:

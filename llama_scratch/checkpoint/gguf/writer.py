@@ -15,7 +15,7 @@ from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.gguf.reader import SAMPLING, kind_of, weight_names
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
@@ -102,7 +102,7 @@ def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_type(GGUFType.MODEL)
     name = checkpoint.extras.metadata.get("general.name")
     writer.add_name(replace_surrogates(name if isinstance(name, str) and name else checkpoint.name))
-    writer.add_license(replace_surrogates(checkpoint.licence or ""))
+    writer.add_license(replace_surrogates(checkpoint.license or ""))
     writer.add_block_count(args.n_layers)
     writer.add_context_length(args.max_seq_len)
     writer.add_embedding_length(args.dim)
@@ -124,7 +124,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     tokenizer, parts = checkpoint.tokenizer, tokenizer_parts(checkpoint)
     if parts.pattern is None:
         raise CheckpointError(
-            f"{printable(checkpoint.name)} cuts text by the pattern '{printable(tokenizer.pattern)}', expected one "
+            f"{sanitize(checkpoint.name)} cuts text by the pattern '{sanitize(tokenizer.pattern)}', expected one "
             "that GGUF has a name for; --to hf holds it."
         )
     ids = range(tokenizer.n_vocab)
@@ -133,7 +133,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     pre = "smaug-bpe" if parts.pattern == "llama-bpe" and not tokenizer.whole_pieces else parts.pattern
     if tokenizer.merges and tokenizer.whole_pieces and pre != "llama-bpe":
         raise CheckpointError(
-            f"{printable(checkpoint.name)} has tokens that no merge makes, which GGUF does not hold with the "
+            f"{sanitize(checkpoint.name)} has tokens that no merge makes, which GGUF does not hold with the "
             f"pattern '{pre}'; --to hf holds them."
         )
     writer.add_tokenizer_pre(pre)

@@ -17,9 +17,9 @@ from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.checkpoint.huggingface.safetensors_file import Entry, find_weights
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ReadTokenizer, named_token, read_tokenizer_json
-from llama_scratch.checkpoint.license import read_licence
+from llama_scratch.checkpoint.license import read_license
 from llama_scratch.config import EMBEDDING, OUTPUT, Fields, ModelArgs, RopeScaling
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_bytes, without_mark
@@ -82,7 +82,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
             inspect=lambda _: _stored(entries, tied),
             chat=_chat(directory, settings, read.tokenizer),
             files=files,
-            licence=read_licence(directory),
+            license=read_license(directory),
             warnings=(
                 *read.warnings,
                 *_contradictory_ropes(config, args),
@@ -127,7 +127,7 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {FETCH_AGAIN}") from error
+        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {REDOWNLOAD_HINT}") from error
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
@@ -135,19 +135,19 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     kind, architectures = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or architectures != ["LlamaForCausalLM"]:
         return (
-            f"the architecture {printable(architectures)} of the type '{printable(kind)}', "
+            f"the architecture {sanitize(architectures)} of the type '{sanitize(kind)}', "
             "expected LlamaForCausalLM of the type 'llama'"
         )
-    if (quantised := config.get("quantization_config")) is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        return f"that the weights are quantised (quantization_config, {printable(method)}), expected bf16, fp16 or fp32"
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        return f"that the weights are quantized (quantization_config, {sanitize(method)}), expected bf16, fp16 or fp32"
     if config.get("quantization") is not None:
         return "that MLX quantized the weights (quantization), expected bf16, fp16 or fp32"
     if config.get("hidden_act") not in (None, "silu", "swish"):  # two names of one function
-        return f"hidden_act '{printable(config['hidden_act'])}', expected silu"
+        return f"hidden_act '{sanitize(config['hidden_act'])}', expected silu"
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            return f"{field} {printable(config[field])}, expected linear layers without a bias"
+            return f"{field} {sanitize(config[field])}, expected linear layers without a bias"
     return None
 
 
@@ -155,7 +155,7 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
     """theta and the scaling, from `rope_scaling`, or since transformers 5 both from `rope_parameters`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"the field rope_scaling is {printable(rope)}, expected an object.")
+        raise CheckpointError(f"the field rope_scaling is {sanitize(rope)}, expected an object.")
     fields = Fields(rope)
     theta = fields.number("rope_theta", default=Fields(config).number("rope_theta", default=10_000.0))
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -170,7 +170,7 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
         return theta, None
     if kind != "llama3":
         raise UnsupportedError(
-            f"the RoPE scaling is '{printable(kind)}', expected 'llama3' or none; use a model with that, "
+            f"the RoPE scaling is '{sanitize(kind)}', expected 'llama3' or none; use a model with that, "
             "or run this one in transformers."
         )
     factor, low, high = (fields.number(field) for field in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -202,8 +202,8 @@ def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator
     for field, used in (("rope_theta", rope), (_ORIGINAL, config)):
         values = [fields[field] for fields in (rope, config) if fields.get(field) is not None]
         if len(values) == 2 and values[0] != values[1]:
-            one, other_one = map(printable, values)
-            yield f"{CONFIG} has {field} {one} and {other_one}; {printable(used[field])} is used."
+            one, other_one = map(sanitize, values)
+            yield f"{CONFIG} has {field} {one} and {other_one}; {sanitize(used[field])} is used."
 
 
 def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, path: Path) -> Iterator[str]:
@@ -256,7 +256,7 @@ def _ids(value: Any, directory: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id) is int for id in ids):
         raise CheckpointError(
-            f"{directory}: eos_token_id is {printable(value)}, expected a number or several; {FETCH_AGAIN}"
+            f"{directory}: eos_token_id is {sanitize(value)}, expected a number or several; {REDOWNLOAD_HINT}"
         )
     return ids
 
@@ -266,7 +266,7 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
     file = directory / "chat_template.jinja"
     template: Any
     if file.is_file():
-        data = without_mark(read_bytes(file, _MAX_TEMPLATE), printable(file, 200))
+        data = without_mark(read_bytes(file, _MAX_TEMPLATE), sanitize(file, 200))
         template = data.decode("utf-8", errors="replace")
     else:
         template = settings.get("chat_template")
@@ -278,7 +278,7 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
     if template is None or template == "":
         return None
     if not isinstance(template, str):
-        raise CheckpointError(f"{directory}: chat_template is {printable(template)}, expected text; {FETCH_AGAIN}")
+        raise CheckpointError(f"{directory}: chat_template is {sanitize(template)}, expected text; {REDOWNLOAD_HINT}")
     template, bos, eos = (
         replace_surrogates(text or "")
         for text in (template, named_token(settings, "bos_token"), named_token(settings, "eos_token"))
@@ -310,7 +310,7 @@ def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: P
                     progress("reading", len(weights), len(entries))
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file} cannot be read as tensors ({printable(error, 100)}); {FETCH_AGAIN}"
+                f"{file} cannot be read as tensors ({sanitize(error, 100)}); {REDOWNLOAD_HINT}"
             ) from error
     if tied:
         weights.pop(OUTPUT, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint.fields import parse_object, read_object
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, ModelNotFoundError, UnsupportedError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.small_files import read_start
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,11 +74,13 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
 def _read_index(path: Path) -> dict[str, Entry]:
     places = read_object(path, _MAX_HEADER, required=True).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} has no weight_map, expected each tensor's file in it; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} has no weight_map, expected each tensor's file in it; {REDOWNLOAD_HINT}")
     for file in places.values():
         # A plain name: nothing that leads to another folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file):
-            raise CheckpointError(f"{path} names the file '{printable(file)}', expected one beside it; {FETCH_AGAIN}")
+            raise CheckpointError(
+                f"{path} names the file '{sanitize(file)}', expected one beside it; {REDOWNLOAD_HINT}"
+            )
     entries: dict[str, Entry] = {}
     for file in dict.fromkeys(places.values()):
         shard = path.parent / file
@@ -88,7 +90,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
         if twice := entries.keys() & found:
             other = entries[min(twice)].file.name
             raise CheckpointError(
-                f"{path}: '{printable(min(twice))}' is in {other} and in {file}, expected it once; {FETCH_AGAIN}"
+                f"{path}: '{sanitize(min(twice))}' is in {other} and in {file}, expected it once; {REDOWNLOAD_HINT}"
             )
         entries |= found
         _check_count(path, len(entries))
@@ -96,11 +98,11 @@ def _read_index(path: Path) -> dict[str, Entry]:
     for name, file in wanted.items():
         if name not in entries or entries[name].file.name != file:
             raise CheckpointError(
-                f"{path.parent / file} lacks '{printable(name)}', which {path.name} names; {FETCH_AGAIN}"
+                f"{path.parent / file} lacks '{sanitize(name)}', which {path.name} names; {REDOWNLOAD_HINT}"
             )
     for name, entry in entries.items():
         if name not in wanted:
-            raise CheckpointError(f"{entry.file} holds '{printable(name)}', which {path.name} lacks; {FETCH_AGAIN}")
+            raise CheckpointError(f"{entry.file} holds '{sanitize(name)}', which {path.name} lacks; {REDOWNLOAD_HINT}")
     return entries
 
 
@@ -113,7 +115,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
             raise CheckpointError(
-                f"{path} begins with {start!r} and has {size:,} bytes, expected a safetensors header; {FETCH_AGAIN}"
+                f"{path} begins with {start!r} and has {size:,} bytes, expected a safetensors header; {REDOWNLOAD_HINT}"
             )
         header = parse_object(file.read(length), path)
     header.pop("__metadata__", None)
@@ -128,7 +130,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def _check_count(path: Path, count: int) -> None:
     if count > _MAX_TENSORS:
-        raise CheckpointError(f"{path} names {count:,} tensors, expected at most {_MAX_TENSORS:,}; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} names {count:,} tensors, expected at most {_MAX_TENSORS:,}; {REDOWNLOAD_HINT}")
 
 
 def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, Entry]:
@@ -139,11 +141,11 @@ def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size
     for name, (_, _, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if start != end:
             raise CheckpointError(
-                f"'{printable(name)}' begins at byte {start:,} of the data, expected {end:,}; {FETCH_AGAIN}"
+                f"'{sanitize(name)}' begins at byte {start:,} of the data, expected {end:,}; {REDOWNLOAD_HINT}"
             )
         end = stop
     if end != size:
-        raise CheckpointError(f"{size:,} bytes of data, expected {end:,} by its header; {FETCH_AGAIN}")
+        raise CheckpointError(f"{size:,} bytes of data, expected {end:,} by its header; {REDOWNLOAD_HINT}")
     return {
         name: Entry(shape, dtype, stop - start, path, data_start + start)
         for name, (shape, dtype, start, stop) in entries.items()
@@ -157,20 +159,20 @@ def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
     kind, shape, place = (value.get(field) for field in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and kind not in TYPES:
         raise UnsupportedError(
-            f"'{printable(name)}' is stored as {printable(kind)}, expected {', '.join(TYPES)}; "
-            "use the unquantised model, or a GGUF file of it."
+            f"'{sanitize(name)}' is stored as {sanitize(kind)}, expected {', '.join(TYPES)}; "
+            "use the unquantized model, or a GGUF file of it."
         )
     if not (isinstance(kind, str) and _are_sizes(shape) and _are_sizes(place) and len(place) == 2):
         raise CheckpointError(
-            f"the header's entry for '{printable(name)}' is {printable(value)}, "
-            f"expected dtype, shape and data_offsets; {FETCH_AGAIN}"
+            f"the header's entry for '{sanitize(name)}' is {sanitize(value)}, "
+            f"expected dtype, shape and data_offsets; {REDOWNLOAD_HINT}"
         )
     dtype, each = TYPES[kind]
     start, stop = place
     if stop - start != (needed := math.prod(shape) * each):
         raise CheckpointError(
-            f"'{printable(name)}' has {stop - start:,} bytes, expected {needed:,} for {kind} of the shape "
-            f"{tuple(shape)}; {FETCH_AGAIN}"
+            f"'{sanitize(name)}' has {stop - start:,} bytes, expected {needed:,} for {kind} of the shape "
+            f"{tuple(shape)}; {REDOWNLOAD_HINT}"
         )
     return tuple(shape), dtype, start, stop
 

@@ -1,6 +1,6 @@
 """Hugging Face's tokenizer.json → `Tokenizer`, where the two cut every text alike.
 
-That file describes a chain: a normaliser, a pre-tokenizer that cuts text into pieces, a model that merges within
+That file describes a chain: a normalizer, a pre-tokenizer that cuts text into pieces, a model that merges within
 them, and a post-processor that puts special tokens around. Byte-level BPE behind one of the known patterns is what
 tiktoken does; anything else is refused in a sentence that says what it is.
 
@@ -28,7 +28,7 @@ from llama_scratch.checkpoint.byte_level_bpe import (
     unmergeable,
 )
 from llama_scratch.checkpoint.fields import read_object
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import Tokenizer
 
 # Llama 3's has 9 to 17 MB, depending on how it writes its merges.
@@ -160,7 +160,7 @@ def _tokenizer(
     bos = _bos(parts.get("post_processor"), config, added)
     if bos in beyond:
         raise CheckpointError(
-            f"a text begins with '{printable(bos)}', whose id {beyond[bos]} is beyond the model's embedding of "
+            f"a text begins with '{sanitize(bos)}', whose id {beyond[bos]} is beyond the model's embedding of "
             f"{vocab_size:,} rows; use the tokenizer that came with the model."
         )
     eos = named_token(config, "eos_token")
@@ -232,7 +232,7 @@ def _named_elsewhere(
 def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
     """The warning about tokens that no row of the embedding belongs to."""
     if tokens:
-        shown = ", ".join(f"'{printable(text)}'" for text in list(tokens)[:_MAX_NAMED])
+        shown = ", ".join(f"'{sanitize(text)}'" for text in list(tokens)[:_MAX_NAMED])
         more = f" and {len(tokens) - _MAX_NAMED} more" if len(tokens) > _MAX_NAMED else ""
         yield (
             f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({shown}{more}). "
@@ -242,13 +242,15 @@ def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
 
 def _check_ids(ids: list[Any]) -> None:
     if not all(type(id) is int and 0 <= id < _MAX_ID for id in ids) or len(set(ids)) != len(ids):
-        raise CheckpointError(f"the ids of the tokens are no numbers, or one stands there twice; {FETCH_AGAIN}")
+        raise CheckpointError(f"the ids of the tokens are no numbers, or one stands there twice; {REDOWNLOAD_HINT}")
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
     value = values.get(name)
     if not isinstance(value, kind):
-        raise CheckpointError(f"the field {name} is {printable(value)}, expected a JSON {kind.__name__}; {FETCH_AGAIN}")
+        raise CheckpointError(
+            f"the field {name} is {sanitize(value)}, expected a JSON {kind.__name__}; {REDOWNLOAD_HINT}"
+        )
     return value
 
 
@@ -267,17 +269,17 @@ def _check_kind(parts: dict[str, Any], model: dict[str, Any]) -> None:
         raise CheckpointError(f"the model is of the type {_type(model)}, expected BPE; {_ELSEWHERE}")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise CheckpointError(f"it has a {field} ({printable(model[field])}), expected none; {_ELSEWHERE}")
+            raise CheckpointError(f"it has a {field} ({sanitize(model[field])}), expected none; {_ELSEWHERE}")
 
 
 def _type(part: Any) -> str:
     """What a part of the chain is called: a sequence by what is in it."""
     if not isinstance(part, dict):
-        return printable(part)
+        return sanitize(part)
     inner = next((part[key] for key in ("normalizers", "pretokenizers") if isinstance(part.get(key), list)), None)
     if inner is None:
-        return printable(part.get("type"))
-    return printable(" + ".join(printable(step.get("type")) if isinstance(step, dict) else "?" for step in inner[:8]))
+        return sanitize(part.get("type"))
+    return sanitize(" + ".join(sanitize(step.get("type")) if isinstance(step, dict) else "?" for step in inner[:8]))
 
 
 def _pattern(part: Any) -> str:
@@ -288,9 +290,9 @@ def _pattern(part: Any) -> str:
             return pattern
         for step in steps:
             if isinstance(step.get("pattern"), dict):
-                said = ", ".join(map(printable, step["pattern"].values()))
+                said = ", ".join(map(sanitize, step["pattern"].values()))
                 raise CheckpointError(
-                    f"it cuts text by the pattern '{printable(said, 100)}' ({_type(part)}), "
+                    f"it cuts text by the pattern '{sanitize(said, 100)}' ({_type(part)}), "
                     f"expected that of Llama 3, SmolLM2 or GPT-2; {_ELSEWHERE}"
                 )
     raise CheckpointError(
@@ -323,8 +325,8 @@ def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, 
         text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
         if not isinstance(text, str) or type(id) is not int or text in found or vocab.get(text, id) != id:
             raise CheckpointError(
-                f"the added token {printable(text)} has the id {printable(id)}, expected a text with an id of its own "
-                f"that is the same in the vocabulary; {FETCH_AGAIN}"
+                f"the added token {sanitize(text)} has the id {sanitize(id)}, expected a text with an id of its own "
+                f"that is the same in the vocabulary; {REDOWNLOAD_HINT}"
             )
         _check_found_by_its_text(text, token)
         found[text] = (id, token.get("special") is True)
@@ -335,7 +337,7 @@ def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
     """Raise for a token that takes white space around it, or is not found within a word."""
     if not text or token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
         raise CheckpointError(
-            f"the added token '{printable(text)}' takes white space or whole words alone, "
+            f"the added token '{sanitize(text)}' takes white space or whole words alone, "
             f"expected one that is found by its text; {_ELSEWHERE}"
         )
 
@@ -344,7 +346,7 @@ def _merge(merge: Any) -> tuple[str, str]:
     """Two tokens, written "a b" or, since merges may hold spaces, ["a", "b"]."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise CheckpointError(f"the merge '{printable(merge)}' is not of two tokens; {FETCH_AGAIN}")
+        raise CheckpointError(f"the merge '{sanitize(merge)}' is not of two tokens; {REDOWNLOAD_HINT}")
     return pair[0], pair[1]
 
 
@@ -357,7 +359,9 @@ def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
         )
     unused = {f"[PAD{id}]": id for id in range(vocab_size) if id not in ids}
     if twice := names & unused.keys():
-        raise CheckpointError(f"the added token '{printable(min(twice))}' has an id that is not its own; {FETCH_AGAIN}")
+        raise CheckpointError(
+            f"the added token '{sanitize(min(twice))}' has an id that is not its own; {REDOWNLOAD_HINT}"
+        )
     return unused
 
 
@@ -372,7 +376,7 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         for part in filter(None, parts):
             if part["type"] not in ("ByteLevel", "TemplateProcessing"):
                 raise CheckpointError(
-                    f"it puts special tokens around a text by {printable(part['type'])}, "
+                    f"it puts special tokens around a text by {sanitize(part['type'])}, "
                     f"expected TemplateProcessing; {_ELSEWHERE}"
                 )
             templates += [part] if part["type"] == "TemplateProcessing" else []
@@ -386,9 +390,11 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
                 front += template["special_tokens"][name]["ids"]
         found = [text for text, (id, _) in added.items() if id in front[:2]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the post_processor cannot be read ({printable(repr(error))}); {FETCH_AGAIN}") from error
+        raise CheckpointError(
+            f"the post_processor cannot be read ({sanitize(repr(error))}); {REDOWNLOAD_HINT}"
+        ) from error
     if len(front) > 1 or len(found) != len(front):
         raise CheckpointError(
-            f"the tokens {printable(front)} come in front of a text, expected one special token or none; {_ELSEWHERE}"
+            f"the tokens {sanitize(front)} come in front of a text, expected one special token or none; {_ELSEWHERE}"
         )
     return found[0] if found else None

@@ -17,7 +17,7 @@ from llama_scratch.checkpoint.huggingface.reader import weight_names
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ROLES, named_token
 from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
@@ -50,8 +50,8 @@ def write_huggingface(
     for name, content in files.items():
         text = replace_surrogates(json.dumps(content, indent=2, ensure_ascii=False))
         (directory / name).write_text(text + "\n", encoding="utf-8")
-    if checkpoint.licence:
-        (directory / "README.md").write_text(f"---\nlicense: {json.dumps(checkpoint.licence)}\n---\n", encoding="utf-8")
+    if checkpoint.license:
+        (directory / "README.md").write_text(f"---\nlicense: {json.dumps(checkpoint.license)}\n---\n", encoding="utf-8")
     _write_weights(weights, checkpoint.args, directory, progress)
 
 
@@ -62,7 +62,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
     args = checkpoint.args
     if args.rope_divisors:
         raise CheckpointError(
-            f"{printable(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
+            f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
             "Llama 3.1 for Hugging Face's config.json; --to gguf holds it."
         )
     scaling = args.rope_scaling and {

@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, UnsupportedError, printable
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, UnsupportedError, sanitize
 from llama_scratch.system.memory import does_not_fit, is_memory_error
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_start
@@ -65,7 +65,7 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch raises many kinds for a hostile file
         if is_memory_error(error):
-            raise does_not_fit(printable(path, 200), error) from error
+            raise does_not_fit(sanitize(path, 200), error) from error
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise _code(path, match[1]) from error
         raise _unreadable(path, error) from error
@@ -83,7 +83,7 @@ def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
     for name, tensor in dict.items(loaded):  # whatever a subclass claims of itself
         if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedError(
-                f"{path} holds a {type(tensor).__name__} under '{printable(name)}', expected tensors under names; "
+                f"{path} holds a {type(tensor).__name__} under '{sanitize(name)}', expected tensors under names; "
                 + _SAVE_ALONE
             )
         weights[name] = torch.Tensor.detach(tensor)
@@ -109,21 +109,21 @@ def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
                 raise _code(path, str(argument).replace(" ", "."))
             tuples += "TUPLE" in opcode.name
             if tuples > _MAX_TUPLES or count > _MAX_OPCODES:
-                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {FETCH_AGAIN}")
+                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {REDOWNLOAD_HINT}")
     except (ValueError, IndexError) as error:  # opcodes that are none
         raise _unreadable(path, error) from error
 
 
 def _code(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} wants to run the code '{printable(name)}' when it is loaded, "
+        f"{path} wants to run the code '{sanitize(name)}' when it is loaded, "
         "expected tensors and nothing else; do not use this file."
     )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).partition(". ")[0].removesuffix(".")  # its first sentence
-    return CheckpointError(f"{path} cannot be read as tensors ({printable(reason, 100)}); {FETCH_AGAIN}")
+    return CheckpointError(f"{path} cannot be read as tensors ({sanitize(reason, 100)}); {REDOWNLOAD_HINT}")
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
@@ -132,7 +132,7 @@ def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.Zi
     if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
         raise CheckpointError(
             f"{path} speaks of a tensor of {next(iter(excess)):,} bytes, expected one of its records to be that long; "
-            + FETCH_AGAIN
+            + REDOWNLOAD_HINT
         )
 
 
@@ -151,12 +151,12 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UnsupportedError(
-            f"{path}: '{printable(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense one with "
+            f"{path}: '{sanitize(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense one with "
             "data; save the model again from dense weights."
         )
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UnsupportedError(
-            f"{path}: '{printable(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32; "
+            f"{path}: '{sanitize(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32; "
             "use the model in one of these types, or a GGUF file of it."
         )
 
@@ -169,8 +169,8 @@ class _WithShortTable(io.BufferedReader):
         data = super().read(most if size is None or size < 0 else min(size, most))
         if len(data) == most:
             raise CheckpointError(
-                f"{printable(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, expected that of a "
-                f"model; {FETCH_AGAIN}"
+                f"{sanitize(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, expected that of a "
+                f"model; {REDOWNLOAD_HINT}"
             )
         return data
 
@@ -185,7 +185,9 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
             "load it with torch.load and save it again with torch.save."
         )
     if not start.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {FETCH_AGAIN}")
+        raise CheckpointError(
+            f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {REDOWNLOAD_HINT}"
+        )
     try:
         with _WithShortTable(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             records = archive.infolist()
@@ -193,11 +195,11 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         _raise_unless_damage(error)
         raise CheckpointError(
             f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
-            f"so it was cut short or damaged; {FETCH_AGAIN}"
+            f"so it was cut short or damaged; {REDOWNLOAD_HINT}"
         ) from error
     if len(records) > _MAX_RECORDS:
         raise CheckpointError(
-            f"{path} holds {len(records):,} records, expected at most {_MAX_RECORDS:,}; {FETCH_AGAIN}"
+            f"{path} holds {len(records):,} records, expected at most {_MAX_RECORDS:,}; {REDOWNLOAD_HINT}"
         )
     names = [record.filename for record in records]
     folder = names[0].partition("/")[0] if names else ""
@@ -211,7 +213,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         or len(pickles) != 1
         or pickles[0].file_size > _MAX_PICKLE
     ):
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {REDOWNLOAD_HINT}")
     plain = all(
         r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 and r.compress_size == r.file_size
         for r in records
@@ -304,6 +306,6 @@ def _check_record(path: Path, archive: zipfile.ZipFile, data: memoryview, record
 
 def _damaged(path: Path, record: zipfile.ZipInfo) -> CheckpointError:
     return CheckpointError(
-        f"{path}: the record '{printable(record.filename)}' does not match its checksum, so the file is damaged; "
-        + FETCH_AGAIN
+        f"{path}: the record '{sanitize(record.filename)}' does not match its checksum, so the file is damaged; "
+        + REDOWNLOAD_HINT
     )

@@ -20,10 +20,10 @@ from llama_scratch.checkpoint.base import (
     same_view,
     tie,
 )
-from llama_scratch.checkpoint.license import read_licence
+from llama_scratch.checkpoint.license import read_license
 from llama_scratch.checkpoint.meta.pickle_file import begin_checks, load_pth
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
-from llama_scratch.errors import FETCH_AGAIN, CheckpointError, LlamaScratchError, ModelNotFoundError
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_text
@@ -57,7 +57,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
     shards = _shards(directory)
     if (directory / FP8_SCALES).exists():
         raise CheckpointError(
-            f"{directory} holds {FP8_SCALES}, so it is Meta's quantised release in fp8, expected bf16 weights; "
+            f"{directory} holds {FP8_SCALES}, so it is Meta's quantized release in fp8, expected bf16 weights; "
             "use the release with bf16 in its name."
         )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
@@ -73,7 +73,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         inspect=lambda progress: _stored(_load(shards, args, progress)),
         chat=Llama3Format() if _CHAT.search(name) else None,
         files=tuple(shards),
-        licence=read_licence(directory),
+        license=read_license(directory),
     )
 
 
@@ -155,7 +155,7 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
 
     Source: `fairscale`'s parallel layers, which Meta's reference code is built of.
     """
-    from llama_scratch.precision.lazy_weight import Joined
+    from llama_scratch.precision.lazy_weight import ShardedWeight
 
     for part in parts:
         if {EMBEDDING, OUTPUT} <= part.keys() and same_view(part[OUTPUT], part[EMBEDDING]):
@@ -171,7 +171,7 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
     _check_contents(shards, parts)
     weights: dict[str, Weight] = dict(parts[0])
     for name, axis in axes.items():
-        weights[name] = Joined([part[name] for part in parts], axis)
+        weights[name] = ShardedWeight([part[name] for part in parts], axis)
     return tie(weights)
 
 
@@ -185,7 +185,7 @@ def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) 
 
 def _of_another_model(shard: Path, first: Path) -> CheckpointError:
     return CheckpointError(
-        f"{shard} does not hold the same parts of a model as {first.name}, so it is of another one; {FETCH_AGAIN}"
+        f"{shard} does not hold the same parts of a model as {first.name}, so it is of another one; {REDOWNLOAD_HINT}"
     )
 
 
@@ -197,7 +197,7 @@ def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]
     for (one, part), (other, copy) in combinations(zip(shards, parts, strict=True), 2):
         if all(_equal(part[name], weight) for name, weight in copy.items()):
             raise CheckpointError(
-                f"{other} holds the same weights as {one.name}, expected another part of the model; {FETCH_AGAIN}"
+                f"{other} holds the same weights as {one.name}, expected another part of the model; {REDOWNLOAD_HINT}"
             )
 
 

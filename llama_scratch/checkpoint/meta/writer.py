@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.meta.reader import PARAMS, TOKENIZER, WEIGHTS
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, RopeScaling, ffn_dim, is_tied
-from llama_scratch.errors import CheckpointError, printable
+from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def _params(checkpoint: Checkpoint) -> str:
         params |= {"use_scaled_rope": True, "rope_scaling_factor": args.rope_scaling.factor}
     if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):
         raise CheckpointError(
-            f"{printable(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
+            f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
             f"Llama 3.1 for Meta's {PARAMS}; --to gguf holds it."
         )
     params = {name: value for name, value in params.items() if value is not None}
@@ -70,7 +70,7 @@ def _params(checkpoint: Checkpoint) -> str:
     if by_rule.max_seq_len != args.max_seq_len:
         params["context_length"] = args.max_seq_len
     if ModelArgs.from_params_json(json.dumps(params)) != args:
-        raise CheckpointError(f"the shape {printable(args, 300)} cannot be said in Meta's {PARAMS}; use another form.")
+        raise CheckpointError(f"the shape {sanitize(args, 300)} cannot be said in Meta's {PARAMS}; use another form.")
     return json.dumps(params, indent=2) + "\n"
 
 
@@ -102,7 +102,7 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
         or not _same_layout(own.names, read.names)
     ):
         raise CheckpointError(
-            f"{printable(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
+            f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
             "form holds; --to hf and --to gguf hold any."
         )
     return content
@@ -124,10 +124,10 @@ def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress
     """torch.save, in which a tied output shares the embedding's storage; returns the file's MD5."""
     import torch
 
-    from llama_scratch.precision.lazy_weight import Lazy, as_tensor
+    from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 
     # torch.save takes them all at once; those that are mapped need no memory.
-    unmapped = [w.numel() * w.dtype.itemsize for w in weights.values() if isinstance(w, Lazy)]
+    unmapped = [w.numel() * w.dtype.itemsize for w in weights.values() if isinstance(w, LazyWeight)]
     require_memory(sum(unmapped), f"Writing {path.name}")
     tensors = {name: as_tensor(w).contiguous() for name, w in weights.items() if name != OUTPUT or not is_tied(weights)}
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -4,15 +4,15 @@
 // make it faster as long as the arithmetic keeps up with the memory, and stay true as long as each number is rounded
 // beside numbers of its own size:
 //
-//     a BLOCK is 32 or 64 neighbours in a row:   w ≈ s·q     s: one float16 for all, q: whole numbers of 8 or 4 bits
+//     a BLOCK is 32 or 64 neighbors in a row:   w ≈ s·q     s: one float16 for all, q: whole numbers of 8 or 4 bits
 //     activations are cut in the same places:    x ≈ t·r     t: one float32, r: whole numbers from −127 to 127
 //
 //     Σ w·x  =  Σ over blocks  s·t · Σ q·r            the inner sum is one of whole numbers, so it is exact
 //
 // Llama's activations have a few outliers, hundreds of times larger than the rest. With one t for a whole row they
-// would leave nothing of the others; here an outlier costs its own neighbours. (llama.cpp's Q8_0 and Q4_0 are built like
+// would leave nothing of the others; here an outlier costs its own neighbors. (llama.cpp's Q8_0 and Q4_0 are built like
 // this with blocks of 32; fbgemm has one scale a row.) Blocks of 8 bits are of 32, for there the scales are what is lost
-// least; those of 4 bits are of 64, see quantise.py.
+// least; those of 4 bits are of 64, see quantize.py.
 //
 // Weights lie in PANELS of 16 rows, so that a vector register holds one number of each row and no sum ever runs across
 // a register: lane i of it is output i. A group of 4 inputs stands together, because one instruction multiplies 4 pairs

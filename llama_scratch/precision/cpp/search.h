@@ -1,6 +1,6 @@
 // Quantize weights to 8 or 4 bits by search, straight into panels.
 //
-// The same search as `_search` in quantise.py, which is where to read it and which the tests compare with. There each
+// The same search as `_search` in quantize.py, which is where to read it and which the tests compare with. There each
 // candidate scale is a pass over a block in memory. Here a block of one panel's rows stays in the cache for all
 // candidates, and lane i of a vector is row i. So lanes never mix, and each machine finds the same bits.
 #pragma once

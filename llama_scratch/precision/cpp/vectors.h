@@ -122,7 +122,7 @@ inline Vector halves(const void* h) {
 }
 #endif
 
-// The sums of four registers. Lanes are added in this order: i and i + 2 of each four, then their neighbours, then fours.
+// The sums of four registers. Lanes are added in this order: i and i + 2 of each four, then their neighbors, then fours.
 #if defined(__AVX2__) || defined(__AVX512F__)
 inline __m128 fold(__m128 v) { return v; }
 inline __m128 fold(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }

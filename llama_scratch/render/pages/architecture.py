@@ -10,7 +10,7 @@ from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.config import ModelArgs
-    from llama_scratch.microscope.architecture import Architecture, Part
+    from llama_scratch.microscope.architecture import Architecture, WeightRow
 
 _GROUPS = {
     "embedding": ("tok_embeddings",),
@@ -97,7 +97,7 @@ def _parts(found: Architecture) -> Iterator[tuple[Cell, ...]]:
 
 def _shares(found: Architecture) -> Iterator[tuple[Cell, Cell, Cell]]:
     for group, names in _GROUPS.items():
-        parts: list[Part] = [part for part in found.parts if part.name in names]
+        parts: list[WeightRow] = [part for part in found.parts if part.name in names]
         shares = (
             sum(part.parameters for part in parts) / found.parameters,
             sum(part.flops for part in parts) / found.flops,

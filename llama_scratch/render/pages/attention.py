@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Gallery, Heatmap, Page, Paragraph, Part, Table
+from llama_scratch.render.page import Cell, Gallery, Heatmap, Page, PageBlock, Paragraph, Table
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -44,7 +44,7 @@ def heads(found: Heads, *, whole: bool = False) -> Page:
     )
     drawn = found.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
     title = "What they look at in this text" + ("" if whole else ": the strongest of each kind")
-    parts: list[Part] = [
+    parts: list[PageBlock] = [
         _overview(found),
         Table(("kind", ">heads", "strongest, with their scores"), rows),
         Gallery(title, tuple(_small(found, each) for each in drawn)),

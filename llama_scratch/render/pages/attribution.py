@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Part, Running, Table
+from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Running, Table
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
-    from llama_scratch.microscope.attribution import Claim, Contribution, Influence, Why
+    from llama_scratch.microscope.attribution import AblationCheck, Attribution, Contribution, TokenInfluence
 
 # Parts of the network, and tokens of the text, that one screen has room for.
 _PARTS, _TOKENS = 10, 10
 _GRADIENT = "Gradient is gradient × input: what the token's vector adds to the logit, to first order."
 
 
-def page(found: Why) -> Page:
+def page(found: Attribution) -> Page:
     """The answer, what speaks for it in the network and in the text, and the strongest claims tried out."""
-    parts: list[Part] = [_answer(found), _contributions(found), Paragraph(_sum(found), "dim"), _claims(found)]
+    parts: list[PageBlock] = [_answer(found), _contributions(found), Paragraph(_sum(found), "dim"), _claims(found)]
     parts += [_influences(found), Paragraph(f"{_left_out(found)} {_GRADIENT}", "dim")]
     return Page("Why that token", tuple(parts), ("attribution",))
 
 
-def _answer(found: Why) -> Running:
+def _answer(found: Attribution) -> Running:
     cells = [
         Cell("What speaks for "),
         Cell(found.answer.text, "bold", token=True),
@@ -38,7 +38,7 @@ def _answer(found: Why) -> Running:
     return Running((*cells, Cell("after "), Cell(found.tokens[-1].text, "cyan", token=True), Cell(logit)))
 
 
-def _contributions(found: Why) -> Table:
+def _contributions(found: Attribution) -> Table:
     strongest = sorted(found.contributions, key=lambda contribution: -abs(contribution.logit))
     reach = max(abs(strongest[0].logit), 1e-9)
     rows = [
@@ -53,7 +53,7 @@ def _contributions(found: Why) -> Table:
     return Table(("part", ">logit", ""), tuple(rows), "What each part of the network adds")
 
 
-def _sum(found: Why) -> str:
+def _sum(found: Attribution) -> str:
     what = "the difference of the logits" if found.versus else "the logit"
     if any(contribution.name == "interventions" for contribution in found.contributions):
         return (
@@ -66,7 +66,7 @@ def _sum(found: Why) -> str:
     )
 
 
-def _claims(found: Why) -> Table:
+def _claims(found: Attribution) -> Table:
     rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(found, c)) for c in found.claims)
     columns = ("part", *(f">{name}" for name in _names(found)))
     return Table(columns, rows, "The strongest of them, switched off")
@@ -76,11 +76,11 @@ def _logit(contribution: Contribution) -> str:
     return f"{contribution.name}: {contribution.logit:+.4f}"
 
 
-def _names(found: Why) -> list[str]:
+def _names(found: Attribution) -> list[str]:
     return ["answer", "the other"] if found.versus else ["answer"]
 
 
-def _shift(found: Why, claim: Claim) -> list[Cell]:
+def _shift(found: Attribution, claim: AblationCheck) -> list[Cell]:
     cells = [Cell(_moved(found.answer.probability, claim.after))]
     if found.versus and claim.versus_after is not None:
         cells.append(Cell(_moved(found.versus.probability, claim.versus_after)))
@@ -91,7 +91,7 @@ def _moved(before: float, after: float) -> str:
     return f"{percent(before).removesuffix(' %')} → {percent(after)}"
 
 
-def _influences(found: Why) -> Table:
+def _influences(found: Attribution) -> Table:
     tried = [influence for influence in found.influences if influence.without is not None]
     tried.sort(key=lambda influence: influence.without or 0.0)
     shown = tried[:_TOKENS] or list(found.influences)[:_TOKENS]
@@ -110,14 +110,14 @@ def _influences(found: Why) -> Table:
     return Table(columns, rows, "What is said without each token of the text")
 
 
-def _without(found: Why, influence: Influence) -> list[Cell]:
+def _without(found: Attribution, influence: TokenInfluence) -> list[Cell]:
     cells = [Cell("" if influence.without is None else percent(influence.without))]
     if found.versus:
         cells.append(Cell("" if influence.versus_without is None else percent(influence.versus_without)))
     return cells
 
 
-def _left_out(found: Why) -> str:
+def _left_out(found: Attribution) -> str:
     tried = sum(influence.without is not None for influence in found.influences)
     if not tried:
         return "A text of one token has none to leave out."

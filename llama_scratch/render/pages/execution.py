@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Code, Page, Paragraph, Part, Table, figure
+from llama_scratch.render.page import Cell, Code, Page, PageBlock, Paragraph, Table, figure
 
 if TYPE_CHECKING:  # it brings torch
-    from llama_scratch.microscope.execution import Look, Number, Stop, Value, Walk
+    from llama_scratch.microscope.execution import ExecutionTrace, Number, Statement, ValueSummary, ValueView
 
 # Lines around the statement.
 _MARGIN = 3
 
 
-def page(walk: Walk, at: int, note: str = "") -> Page:
+def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
     """Where the walk is, the lines that just ran, and what they made. note: what there is to say before that."""
     stop = walk.stops[at]
     first, text = stop.around(_MARGIN)
     marked = tuple(range(stop.first_line - first + 1, stop.last_line - first + 2))
-    parts: list[Part] = [
+    parts: list[PageBlock] = [
         *([Paragraph(note)] if note else []),
         Paragraph(where(stop), "bold"),
         Paragraph(_count(walk, at), "dim"),
@@ -37,7 +37,7 @@ def page(walk: Walk, at: int, note: str = "") -> Page:
     return Page("A step of the forward pass", tuple(parts), (f"model.{stop.function}",))
 
 
-def where(stop: Stop) -> str:
+def where(stop: Statement) -> str:
     """The functions that a stop is in: Transformer.forward › layer 3 › Attention.forward."""
     crumbs = []
     for function in (*stop.callers, stop.function):
@@ -50,7 +50,7 @@ def where(stop: Stop) -> str:
     return " › ".join(crumbs)
 
 
-def _count(walk: Walk, at: int) -> str:
+def _count(walk: ExecutionTrace, at: int) -> str:
     count = f"stop {at + 1:,} of {len(walk.stops):,}"
     if module := walk.stops[at].module:
         count += f" · {module}"
@@ -59,7 +59,7 @@ def _count(walk: Walk, at: int) -> str:
     return count
 
 
-def _rows(value: Value) -> Iterator[tuple[Cell, Cell]]:
+def _rows(value: ValueSummary) -> Iterator[tuple[Cell, Cell]]:
     name = Cell(value.name, "bold")
     if value.shape is None:
         yield name, Cell(value.text)
@@ -91,7 +91,7 @@ def number(value: Number) -> str:
     return "not finite" if value is None else figure(value)
 
 
-def look(found: Look, stop: Stop) -> Page:
+def look(found: ValueView, stop: Statement) -> Page:
     """Numbers of a value at a stop."""
     heading = Paragraph(f"{found.name}{found.index} in {where(stop)}", "bold")
     if found.shape is None:
@@ -105,7 +105,7 @@ def look(found: Look, stop: Stop) -> Page:
         (Cell(label, "dim"), *(Cell(number(value)) for value in row), *(Cell("") for _ in range(width - len(row))))
         for label, row in zip(found.labels, found.rows, strict=True)
     )
-    parts: list[Part] = [heading, Paragraph(of), Table(columns, rows)]
+    parts: list[PageBlock] = [heading, Paragraph(of), Table(columns, rows)]
     if found.left_out:
         parts.append(Paragraph(f"There are more: an index such as {found.name}[..., :8] shows others.", "dim"))
     return Page("A value of the forward pass", tuple(parts), (f"model.{stop.function}",))

@@ -8,7 +8,7 @@ from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
-    from llama_scratch.microscope.neurons import Neuron, Neurons, Pushed
+    from llama_scratch.microscope.neurons import LogitEffect, Neuron, Neurons
 
 _SOURCE = ("neurons", "FeedForward")
 
@@ -52,7 +52,7 @@ def _row(neuron: Neuron, most: float) -> tuple[Cell, ...]:
     )
 
 
-def _pushed(verb: str, tokens: dict[int, tuple[Pushed, ...]]) -> Table:
+def _pushed(verb: str, tokens: dict[int, tuple[LogitEffect, ...]]) -> Table:
     rows = tuple(
         (Cell(f"{index}"), *(Cell(token.text, token=True, hover=f"{token.logit:+.3f}") for token in most))
         for index, most in tokens.items()

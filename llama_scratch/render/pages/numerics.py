@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Part, Table
+from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Table
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
@@ -35,7 +35,7 @@ def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
         )
         for name, distance in there
     )
-    parts: tuple[Part, ...] = (
+    parts: tuple[PageBlock, ...] = (
         Table(("", "answer", ">"), answers, "The answer in each precision"),
         Table(
             ("", ">mean", ">max", "after", ">changed"),

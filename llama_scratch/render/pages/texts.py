@@ -7,27 +7,27 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.lines import json_line
-from llama_scratch.render.page import Cell, Page, Paragraph, Part, Running, Table
+from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Running, Table
 from llama_scratch.render.surprise import MOST_SURPRISING, STEPS, surprise_style
 from llama_scratch.render.text import percent, took, visible
 from llama_scratch.results import Candidate, Prediction, Token
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.choices import Choices
-    from llama_scratch.microscope.compare import Comparison, Side
+    from llama_scratch.microscope.compare import Comparison, ModelPrediction
     from llama_scratch.microscope.diff import Diff
     from llama_scratch.microscope.surprisal import Scored, Surprisal
     from llama_scratch.microscope.tokens import Tokens
     from llama_scratch.microscope.tree import Branch, Tree
 
-# Neighbours differ without colours too.
+# Neighbors differ without colors too.
 _ALTERNATING = ("cyan", "underline magenta")
 _NOTHING = Cell("")
 
 
 def answer(prediction: Prediction) -> Page:
     """The text, and what comes next with probabilities."""
-    parts: list[Part] = [Running(tuple(Cell(token.text, token=True) for token in prediction.tokens))]
+    parts: list[PageBlock] = [Running(tuple(Cell(token.text, token=True) for token in prediction.tokens))]
     parts.append(_candidates(prediction.top))
     parts.append(Paragraph(took(prediction), "dim"))
     return Page("What comes next", (*parts, *(Paragraph(sentence, "yellow") for sentence in prediction.warnings)))
@@ -60,12 +60,12 @@ def tokens(found: Tokens) -> Page:
 
 
 def surprisal(found: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
-    """The text coloured by how much it surprised, a legend, and the numbers of each token.
+    """The text colored by how much it surprised, a legend, and the numbers of each token.
 
     bits: of each character of the text, as `per_character` gives them.
     """
     runs = groupby(zip(text, bits, strict=True), key=lambda pair: pair[1])
-    coloured = [
+    colored = [
         Cell(
             "".join(char for char, _ in run),
             surprise_style(of_run),
@@ -79,7 +79,7 @@ def surprisal(found: Surprisal, text: str, bits: Sequence[float | None]) -> Page
         legend += [Cell(words, style), Cell(" · ", "dim")]
     most = max((token.bits or 0.0 for token in found.tokens), default=0.0)
     table = Table(("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most) for token in found.tokens))
-    text_and_legend = (Running(tuple(cells), spoken=False) for cells in (coloured, legend[:-1]))
+    text_and_legend = (Running(tuple(cells), spoken=False) for cells in (colored, legend[:-1]))
     return Page("Surprisal", (*text_and_legend, table, Paragraph(_total(found), "dim")))
 
 
@@ -140,12 +140,12 @@ def choices(found: Choices) -> Page:
     rows = []
     for i, choice in enumerate(found.ranked):
         style, length = "" if i else "bold", _count(len(choice.tokens), "token")
-        share, by_length = percent(choice.normalised), percent(choice.by_length)
+        share, by_length = percent(choice.normalized), percent(choice.by_length)
         row = (
             Cell(choice.text, style, token=True),
             Cell(share, style, said=f"{share} of these choices"),
             Cell(by_length, said=f"{by_length} by length"),
-            Cell("", bar=choice.normalised, hover=length, said=length),
+            Cell("", bar=choice.normalized, hover=length, said=length),
         )
         rows.append(row)
     together = f"One of them comes next with a probability of {percent(found.probability)}."
@@ -226,7 +226,7 @@ def compare(found: Comparison) -> Page:
     return Page("Two models", (table, Paragraph("\n".join(_comparison(found)))))
 
 
-def _share(candidate: Candidate | None, side: Side, name: str) -> Cell:
+def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cell:
     """A probability; that of the model's best token stands out, with a mark."""
     if candidate is None:
         return Cell("no token", "dim", said=f"{name} has no such token")

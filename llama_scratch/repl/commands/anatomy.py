@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
 
@@ -37,7 +37,7 @@ def _rope(session: Session, argument: str) -> Reply:
 
     if (matched := _ROPE.fullmatch(argument)) is None:
         raise UsageError(
-            f"'{printable(argument)}' was given for /rope, expected a position such as 100, a head such as 3.2, or "
+            f"'{sanitize(argument)}' was given for /rope, expected a position such as 100, a head such as 3.2, or "
             "both, the position first."
         )
     position, layer, head = (None if group is None else int(group) for group in matched.groups())
@@ -86,7 +86,7 @@ def _neurons(session: Session, argument: str) -> Reply:
 def _layer(argument: str, name: str) -> int:
     """The number of a layer, which the microscope checks."""
     if (matched := _LAYER.fullmatch(argument)) is None:
-        raise UsageError(f"'{printable(argument)}' was given for /{name}, expected a layer such as 5.")
+        raise UsageError(f"'{sanitize(argument)}' was given for /{name}, expected a layer such as 5.")
     return int(matched[1])
 
 

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.padding import Padding
 from rich.text import Text
 
-from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, printable
+from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl import session_file as record
@@ -51,7 +51,7 @@ def file_path(argument: str) -> Path:
     """
     name = unquoted(argument)
     if name.endswith("/"):
-        raise UsageError(f"'{printable(name)}' names a folder, expected a file; put its name behind the slash.")
+        raise UsageError(f"'{sanitize(name)}' names a folder, expected a file; put its name behind the slash.")
     return record.user_path(name)
 
 
@@ -65,7 +65,7 @@ def _save(session: Session, argument: str) -> Reply:
     recorded = record.record(session)
     record.save(recorded, path)
     turns = len(recorded.turns)
-    sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {printable(path, 200)}."
+    sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {sanitize(path, 200)}."
     if not recorded.header.repeatable:
         sentence += "\nText was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
     return note(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
@@ -118,7 +118,7 @@ def _load(session: Session, argument: str) -> Reply:
     if answer and session.interactive:
         session.show_answer(answer, added=len(answer.tokens))
     turns = len(recorded.turns)
-    lines = [f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {printable(path, 200)}."]
+    lines = [f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {sanitize(path, 200)}."]
     lines += _model_notes(header, llama, same=same)
     if end.system is not None and chat is None:
         lines.append(
@@ -136,7 +136,7 @@ def _remade(changes: Sequence[record.Change], llama: Llama, progress: Progress) 
     """The interventions of a saved session, made again with this model."""
     from llama_scratch.microscope.interventions import remake
 
-    return [replace(remake(llama, change.recipe, progress), label=printable(change.label)) for change in changes]
+    return [replace(remake(llama, change.recipe, progress), label=sanitize(change.label)) for change in changes]
 
 
 def _texts(path: Path, end: record.State, more: record.Saved, changes: Sequence[Intervention]) -> list[Past]:
@@ -159,26 +159,26 @@ def _texts(path: Path, end: record.State, more: record.Saved, changes: Sequence[
 def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int]) -> tuple[Intervention, ...]:
     if not all(0 <= number < len(changes) for number in numbers):
         raise CheckpointError(
-            f"{printable(path, 200)}, line 1: end: more: there is no change {printable(numbers)}, "
+            f"{sanitize(path, 200)}, line 1: end: more: there is no change {sanitize(numbers)}, "
             "expected a session that /save wrote."
         )
     return tuple(changes[number] for number in numbers)
 
 
-def _model_notes(header: record.Header, llama: Llama, *, same: bool) -> Iterator[str]:
+def _model_notes(header: record.SessionHeader, llama: Llama, *, same: bool) -> Iterator[str]:
     """Sentences on how the model here differs from the one that the saved session ended with."""
     model, details = header.at_end
     if not same:
-        yield f"They are answers of another model, {printable(model.name)}; from here on {llama.info.name} answers."
+        yield f"They are answers of another model, {sanitize(model.name)}; from here on {llama.info.name} answers."
         return
     if (precision := details.precision) and precision != llama.info.precision:
-        shown = printable(precision)
+        shown = sanitize(precision)
         yield f"They ended in {shown}; from here on {llama.info.precision} answers. /precision {shown} changes that."
     for name, old, new in record.shape_differences(details, llama):
         yield f"They were answered with {name} {old}, here it is {new}, so that answers differ."
 
 
-def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
+def _asked(recorded: record.SessionFile) -> list[tuple[str, list[int]]]:
     """What a session's chat was asked: each message with the ids that the model saw."""
     lines = [
         turn for turn in recorded.turns if "generated" in turn.output and turn.input and not is_command(turn.input)
@@ -186,7 +186,7 @@ def _asked(recorded: record.Record) -> list[tuple[str, list[int]]]:
     return [(unescaped(turn.input), ids) for turn in lines if (ids := record.ids_of(turn.output))]
 
 
-def _changed(recorded: record.Record) -> bool:
+def _changed(recorded: record.SessionFile) -> bool:
     """Whether interventions were on at the end. Version 0.1.0 took them off at a /load, whose answer names none."""
     on = False
     for output in (turn.output for turn in recorded.turns):
@@ -207,13 +207,13 @@ def _export(session: Session, argument: str) -> Reply:
     path = file_path(argument)
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
-        raise UsageError(f"'{printable(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
+        raise UsageError(f"'{sanitize(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
     if not session.turns or not (session.shown or path.suffix.lower() == ".json"):
         raise UsageError("There is nothing to export yet; give a prompt or a command first.")
     if os.path.lexists(path):
-        raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
+        raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
     record.write_whole(path, replace_surrogates(write(session)).encode())
-    return note(f"Exported to {printable(path, 200)}.", path=str(path))
+    return note(f"Exported to {sanitize(path, 200)}.", path=str(path))
 
 
 def _drawn(session: Session) -> Console:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import patching
 from llama_scratch.repl.commands.registry import Reply, command, first_word, note, number, paged, whole_number
 from llama_scratch.repl.commands.text import unquoted
@@ -56,13 +56,13 @@ def _ablate(session: Session, argument: str) -> Reply:
     what is changed.
     """
     from llama_scratch.microscope.interventions import ablate, mean_ablate
-    from llama_scratch.microscope.parts import Part
+    from llama_scratch.microscope.parts import NetworkPart
 
     *names, last = argument.split() or [""]
     if not last:
         return _listed(session)
     llama, mean = session.intact, last == "mean"
-    parts = [Part.named(name, llama.args) for name in (names if mean else [*names, last])]
+    parts = [NetworkPart.named(name, llama.args) for name in (names if mean else [*names, last])]
     if not parts:
         raise UsageError("'mean' was given for /ablate, expected a part in front of it, such as L5.H3 mean.")
     with session.progress() as progress:
@@ -93,13 +93,13 @@ def _patch(session: Session, argument: str) -> Reply:
 
 def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
     from llama_scratch.microscope.interventions import patch
-    from llama_scratch.microscope.parts import Part
+    from llama_scratch.microscope.parts import NetworkPart
 
     if not text:
-        where = printable(f"{name}@{position}")
+        where = sanitize(f"{name}@{position}")
         raise UsageError(f"No text was given for /patch {where}, expected the one that it is taken from.")
     llama, ids, other = session.intact, session.ids, session.encode(text)
-    part = Part.named(name, llama.args)
+    part = NetworkPart.named(name, llama.args)
     if position == "all":
         if len(other) != len(ids):
             raise UsageError(f"The texts have {len(ids)} and {len(other)} tokens, expected the same number for 'all'.")
@@ -120,7 +120,7 @@ def _position(name: str, length: int, what: str, every: str) -> int:
     position = int(name) if re.fullmatch(r"-?\d{1,9}", name) else length
     if not -length <= position < length:
         raise UsageError(
-            f"There is no position '{printable(name)}' in {what}, expected {every}one from {-length} to {length - 1}; "
+            f"There is no position '{sanitize(name)}' in {what}, expected {every}one from {-length} to {length - 1}; "
             "a text that begins like L5@3 stands in double quotes."
         )
     return position % length
@@ -168,7 +168,7 @@ def _restore(session: Session, argument: str) -> Reply:
         )
     left = [found for found in session.interventions if argument and found.label != argument]
     if len(left) == len(session.interventions):
-        raise UsageError(f"'{printable(argument)}' is not on, expected one of {', '.join(session.labels)}.")
+        raise UsageError(f"'{sanitize(argument)}' is not on, expected one of {', '.join(session.labels)}.")
     with session.whole():
         session.intervene(left)
         if session.interactive and session.now:

@@ -10,12 +10,12 @@ from functools import partial
 from rich.console import RenderableType
 from rich.text import Text
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import lens as lens_pages
-from llama_scratch.render.progress import displayed
+from llama_scratch.render.progress import live_display
 from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
 from llama_scratch.system.progress import Progress
@@ -56,7 +56,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
     def view() -> RenderableType:
         return to_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
 
-    with displayed(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
+    with live_display(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
         yield report, show
 
 
@@ -74,7 +74,7 @@ def _lens(session: Session, argument: str) -> Reply:
     matched = _LENS.fullmatch(argument)
     if matched is None:
         raise UsageError(
-            f"'{printable(argument)}' was given for /lens, expected a position such as 0, or ranks, or both."
+            f"'{sanitize(argument)}' was given for /lens, expected a position such as 0, or ranks, or both."
         )
     llama, ids, ranks = session.llama, session.ids, bool(matched[1])
     position = int(matched[2]) if matched[2] else None
@@ -96,7 +96,7 @@ def _attention(session: Session, argument: str) -> Reply:
     token before. The scores that say so are measured on random tokens that come twice.
     """
     from llama_scratch.microscope.attention import WINDOW, head, heads
-    from llama_scratch.microscope.parts import Part
+    from llama_scratch.microscope.parts import NetworkPart
 
     llama, ids = session.llama, session.ids
     if not argument:
@@ -106,10 +106,10 @@ def _attention(session: Session, argument: str) -> Reply:
         session.page = attention_pages.heads(found, whole=True)  # a picture has room for all of them
         return reply
     name, where = first_word(argument)
-    part = Part.named(name, llama.args)
+    part = NetworkPart.named(name, llama.args)
     if part.kind not in ("layer", "head") or (where and part.kind == "layer"):
         raise UsageError(
-            f"'{printable(argument)}' was given for /attention, expected a layer such as L5, or a head such as L5.H3 "
+            f"'{sanitize(argument)}' was given for /attention, expected a layer such as L5, or a head such as L5.H3 "
             "and, if need be, a position."
         )
     position = whole_number(where, "the position", least=0) if where else None

@@ -62,7 +62,7 @@ def _context(session: Session, _: str) -> Reply:
 @command("memory", replayed=False)
 def _memory(session: Session, _: str) -> Reply:
     """What the model takes of the memory, and what is free."""
-    from llama_scratch.system.memory import available, resident
+    from llama_scratch.system.memory import available_memory, resident
 
     llama = session.llama
     facts = {
@@ -70,7 +70,7 @@ def _memory(session: Session, _: str) -> Reply:
         "kv_cache": llama.engine.cache_bytes,
         "cached_tokens": llama.engine.cached_tokens,
         "resident": resident(),
-        "available": available(),
+        "available": available_memory(),
     }
     shown = {
         "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",

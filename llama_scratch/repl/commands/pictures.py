@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render.page import Page
 from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
@@ -25,7 +25,7 @@ def _picture(session: Session, argument: str) -> Reply:
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
     session_file.write_whole(path, draw(page))
-    return note(f"Drew '{page.headline}' to {printable(path, 200)}.", path=str(path), title=page.title)
+    return note(f"Drew '{page.headline}' to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
 def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> Callable[[Page], bytes]:
@@ -33,10 +33,10 @@ def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> C
     ending = path.suffix.lower()
     if ending not in endings:
         raise UsageError(
-            f"'{printable(argument)}' was given for {command}, expected a name that ends in {' or '.join(endings)}."
+            f"'{sanitize(argument)}' was given for {command}, expected a name that ends in {' or '.join(endings)}."
         )
     if os.path.lexists(path):
-        raise LlamaScratchError(f"{printable(path, 200)} is there already, so it stays as it is; choose another name.")
+        raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
     return _DRAWERS[ending]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Page
@@ -127,7 +127,7 @@ def run_command(session: Session, line: str) -> tuple[Command, Reply | None]:
     if found is None:
         raise unknown_command(name)
     if argument and not found.argument:
-        raise UsageError(f"/{name} takes no argument, found '{printable(argument)}'.")
+        raise UsageError(f"/{name} takes no argument, found '{sanitize(argument)}'.")
     if not argument and found.argument and not found.argument.startswith("["):
         raise UsageError(f"/{name} needs an argument, expected {found.usage}; /help {name} explains it.")
     return found, found.run(session, argument)
@@ -138,7 +138,7 @@ def unknown_command(name: str) -> UsageError:
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     advice = f"did you mean /{near[0]}?" if near else "/help lists them"
     return UsageError(
-        f"There is no command /{printable(name)}; {advice} (for a prompt that begins with a slash, type two)."
+        f"There is no command /{sanitize(name)}; {advice} (for a prompt that begins with a slash, type two)."
     )
 
 
@@ -161,7 +161,7 @@ def whole_number(argument: str, what: str, least: int = 1) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise UsageError(f"'{printable(argument)}' was given for {what}, expected a whole number of at least {least}.")
+        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a whole number of at least {least}.")
     return value
 
 
@@ -170,11 +170,11 @@ def number(argument: str, what: str) -> float:
     try:
         return float(argument)
     except ValueError:
-        raise UsageError(f"'{printable(argument)}' was given for {what}, expected a number.") from None
+        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a number.") from None
 
 
 def on_or_off(argument: str, what: str) -> bool:
     """An argument as a switch. Raises `UsageError` where it is neither on nor off."""
     if argument not in ("on", "off"):
-        raise UsageError(f"'{printable(argument)}' was given for {what}, expected on or off.")
+        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected on or off.")
     return argument == "on"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llama_scratch.errors import printable
+from llama_scratch.errors import sanitize
 from llama_scratch.render.page import Page, joined
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import attribution as why_pages
@@ -31,7 +31,7 @@ def _report(session: Session, argument: str) -> Reply:
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
     session_file.write_whole(path, draw(page))
     session.page = page
-    return note(f"Wrote the examination to {printable(path, 200)}.", path=str(path), title=page.title)
+    return note(f"Wrote the examination to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
 def _examined(session: Session) -> Iterator[Page]:
@@ -40,7 +40,7 @@ def _examined(session: Session) -> Iterator[Page]:
     from llama_scratch.microscope.inspection import Inspection
     from llama_scratch.microscope.lens import lens
     from llama_scratch.microscope.neurons import neurons
-    from llama_scratch.microscope.parts import Part
+    from llama_scratch.microscope.parts import NetworkPart
     from llama_scratch.microscope.surprisal import per_character, surprisal
 
     llama, ids = session.llama, session.ids
@@ -52,7 +52,7 @@ def _examined(session: Session) -> Iterator[Page]:
         reasons = why(llama, ids, progress=progress)
         yield why_pages.page(reasons)
         # The two parts of each kind that speak loudest for the answer, from nearby.
-        parts = [Part.named(found.name, llama.args) for found in reasons.strongest]
+        parts = [NetworkPart.named(found.name, llama.args) for found in reasons.strongest]
         for part in [part for part in parts if part.kind == "head"][:2]:
             yield attention_pages.head(head(llama, ids, part.layer, part.index, progress=progress))
         for part in [part for part in parts if part.kind == "ffn"][:2]:

@@ -83,7 +83,7 @@ def _on_off(_session: Session, _begun: str) -> list[str]:
 def _live(session: Session, argument: str) -> Reply:
     """Predict while you type.
 
-    The tokens of the line are coloured by how much they surprise the model: green what it expected (under 1 bit),
+    The tokens of the line are colored by how much they surprise the model: green what it expected (under 1 bit),
     magenta what surprised it (4 bits), bold red what surprised it much (8 bits). The bottom line has the best next
     token, which is suggested after the cursor too. Not in a chat and not with --plain.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
@@ -58,11 +58,11 @@ def one_token(session: Session, argument: str) -> Token:
     text = unquoted(argument).replace(terminal.SPACE, " ")
     ids = llama.encode(text, bos=False, special=True)
     if not ids:
-        raise UsageError(f"'{printable(argument)}' is an empty text, expected one token, by its text or as #7042.")
+        raise UsageError(f"'{sanitize(argument)}' is an empty text, expected one token, by its text or as #7042.")
     if len(ids) != 1:
         parts = " ".join(terminal.visible(llama.token(id).text).plain for id in ids[:8])
         raise UsageError(
-            f"'{printable(argument)}' is {len(ids)} tokens ({printable(parts)}), expected one; "
+            f"'{sanitize(argument)}' is {len(ids)} tokens ({sanitize(parts)}), expected one; "
             "write a space in front as ␣, or give the token's id as #7042."
         )
     return llama.token(ids[0])
@@ -110,7 +110,7 @@ def _edited(text: str) -> str:
         editor = shlex.split(wanted)
     except ValueError as error:
         raise LlamaScratchError(
-            f"$EDITOR is '{printable(wanted)}', whose quotes do not match, expected a command; set it to one."
+            f"$EDITOR is '{sanitize(wanted)}', whose quotes do not match, expected a command; set it to one."
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.txt"
@@ -119,7 +119,7 @@ def _edited(text: str) -> str:
             code = subprocess.run([*editor, str(path)], check=False).returncode
         except OSError as error:
             raise LlamaScratchError(
-                f"The editor '{printable(shlex.join(editor))}' cannot be run ({error.strerror}); set $EDITOR to one."
+                f"The editor '{sanitize(shlex.join(editor))}' cannot be run ({error.strerror}); set $EDITOR to one."
             ) from error
         if code:
             raise LlamaScratchError(f"The editor ended with {code}, so the text stays as it was.")

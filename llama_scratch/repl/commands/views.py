@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import texts as pages
 from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import unquoted
@@ -62,7 +62,7 @@ def _tree(session: Session, argument: str) -> Reply:
     matched = _TREE.fullmatch(argument)
     if matched is None:
         raise UsageError(
-            f"'{printable(argument)}' was given for /tree, expected a size such as 3x3, a branch such as 1.2, or '..' "
+            f"'{sanitize(argument)}' was given for /tree, expected a size such as 3x3, a branch such as 1.2, or '..' "
             "for the way back."
         )
     width, depth, where = matched.groups()
@@ -106,7 +106,7 @@ def two_texts(argument: str, command: str) -> list[str]:
     texts = [unquoted(part) for part in parts(argument)]
     if len(texts) != 2 or not all(texts):
         raise UsageError(
-            f"'{printable(argument)}' was given for {command}, expected two texts with a | between them; "
+            f"'{sanitize(argument)}' was given for {command}, expected two texts with a | between them; "
             "one that has a | in it stands in double quotes."
         )
     return texts
@@ -141,7 +141,7 @@ def _choices(session: Session, argument: str) -> Reply:
     texts = [text if (text := unquoted(part)) != part else f" {part}" for part in given]
     if len(texts) < 2 or "" in given or "" in texts:
         raise UsageError(
-            f"'{printable(argument)}' was given for /choices, expected two or more texts with a | between them."
+            f"'{sanitize(argument)}' was given for /choices, expected two or more texts with a | between them."
         )
     llama, ids = session.llama, session.ids
     with session.progress() as progress:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama_scratch.errors import LlamaScratchError, UsageError, printable
+from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.render.pages import architecture as architecture_pages
 from llama_scratch.render.pages import execution as stepping_pages
@@ -17,7 +17,7 @@ from llama_scratch.repl.session import Session
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
-    from llama_scratch.microscope.execution import Walk
+    from llama_scratch.microscope.execution import ExecutionTrace
     from llama_scratch.repl.keyboard import Keyboard
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
@@ -35,7 +35,7 @@ _LENGTH = 1024
 class _Walking:
     """A walk, and the stop that it is at."""
 
-    walk: Walk
+    walk: ExecutionTrace
     at: int = 0
 
 
@@ -71,7 +71,7 @@ def _take(session: Session, argument: str) -> Reply:
     word, rest = first_word(argument)
     word = _ACTIONS.get(word, word)
     if word not in ("", *_ACTIONS.values()):
-        raise UsageError(f"'{printable(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
+        raise UsageError(f"'{sanitize(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
     if word == "end":
         session.walk = None
         return note("The walk is over.", ended=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llama_scratch.errors import UsageError, printable
+from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import SPACE
 from llama_scratch.repl.commands.registry import Reply, command, paged
@@ -30,7 +30,7 @@ def _why(session: Session, argument: str) -> Reply:
     if seconds and not second:
         if first:
             raise UsageError(
-                f"'{printable(argument)}' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."
+                f"'{sanitize(argument)}' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."
             )
         first = argument  # the token itself
     answer, versus = (_token(session, part) if part else None for part in (first, second))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llama_scratch import hooks as taps_module
 from llama_scratch.errors import UsageError
-from llama_scratch.hooks import Tap, places, tapped
+from llama_scratch.hooks import Hook, hooked, places
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.inference.long_attention import attend_by_kernels
 from llama_scratch.llama import Llama
@@ -31,14 +31,14 @@ def llama(tiny_dir: Path) -> Llama:
 @pytest.fixture(scope="module")
 def logits(llama: Llama) -> Tensor:
     """Without any tap."""
-    return llama.engine.run([IDS], {}, all_positions=True)
+    return llama.engine.forward_with_hooks([IDS], {}, all_positions=True)
 
 
 PLACES = places(3)
 
 
 def expected_shape(llama: Llama, place: str) -> tuple[int, ...]:
-    """As the table in `taps` has it."""
+    """As the table in `hooks` has it."""
     args = llama.args
     return {
         "q": (1, args.n_heads, T, args.head_dim),
@@ -51,8 +51,8 @@ def expected_shape(llama: Llama, place: str) -> tuple[int, ...]:
     }.get(place.split(".")[-1], (1, T, args.dim))
 
 
-def run(llama: Llama, taps: dict[str, Tap]) -> Tensor:
-    return llama.engine.run([IDS], taps, all_positions=True)
+def run(llama: Llama, hooks: dict[str, Hook]) -> Tensor:
+    return llama.engine.forward_with_hooks([IDS], hooks, all_positions=True)
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -82,7 +82,7 @@ def is_untapped(llama: Llama) -> bool:
 def test_places_are_in_the_order_in_which_a_token_comes_by(llama: Llama) -> None:
     seen: list[str] = []
 
-    def noting(place: str) -> Tap:
+    def noting(place: str) -> Hook:
         return lambda _value, _start: seen.append(place)
 
     run(llama, {place: noting(place) for place in reversed(PLACES)})
@@ -124,7 +124,7 @@ def test_what_a_tap_returns_is_what_the_network_goes_on_with(llama: Llama, place
     def read(value: Tensor, _start: int) -> None:
         found.append(value.clone())
 
-    with tapped(llama.engine.model, {place: zeros}), tapped(llama.engine.model, {place: read}), torch.inference_mode():
+    with hooked(llama.engine.model, {place: zeros}), hooked(llama.engine.model, {place: read}), torch.inference_mode():
         llama.engine.model(torch.tensor([IDS]))
     assert len(found) == 1
     assert not found[0].any()
@@ -136,7 +136,7 @@ def test_what_a_tap_returns_is_what_the_network_goes_on_with(llama: Llama, place
 def test_taps_at_one_place_run_in_the_order_in_which_they_were_put_there(llama: Llama, place: str) -> None:
     seen: list[tuple[str, float]] = []
 
-    def setting(name: str, constant: float) -> Tap:
+    def setting(name: str, constant: float) -> Hook:
         def tap(value: Tensor, _start: int) -> Tensor:
             seen.append((name, float(value.flatten()[0])))
             return torch.full_like(value, constant)
@@ -145,9 +145,9 @@ def test_taps_at_one_place_run_in_the_order_in_which_they_were_put_there(llama: 
 
     model = llama.engine.model
     with (
-        tapped(model, {place: setting("first", 1.0)}),
-        tapped(model, {place: setting("second", 2.0)}),
-        tapped(model, {place: setting("third", 3.0)}),
+        hooked(model, {place: setting("first", 1.0)}),
+        hooked(model, {place: setting("second", 2.0)}),
+        hooked(model, {place: setting("third", 3.0)}),
         torch.inference_mode(),
     ):
         model(torch.tensor([IDS]))
@@ -162,7 +162,11 @@ def test_an_intervened_networks_own_taps_come_before_those_that_look_at_it(llama
     twice = changed.intervened({place: lambda value, _start: value + 1})
     for network, expected in ((changed, 0.0), (twice, 1.0)):
         found: list[Tensor] = []
-        network.engine.run([IDS], {place: lambda value, _start, found=found: found.append(value.clone())})  # type: ignore[misc]
+
+        def keep(value: Tensor, _start: int, found: list[Tensor] = found) -> None:
+            found.append(value.clone())
+
+        network.engine.forward_with_hooks([IDS], {place: keep})
         assert torch.equal(found[0], torch.full_like(found[0], expected))
     assert is_untapped(llama)
 
@@ -170,10 +174,10 @@ def test_an_intervened_networks_own_taps_come_before_those_that_look_at_it(llama
 def test_the_explicit_softmax_is_the_fused_one(llama: Llama, logits: Tensor) -> None:
     """In every layer at once; and each row of it adds up to 1 and sees nothing that comes later."""
     found: list[Tensor] = []
-    taps: dict[str, Tap] = {
+    hooks: dict[str, Hook] = {
         f"layers.{layer}.attention.probs": lambda value, _start: found.append(value[0]) for layer in range(3)
     }
-    assert apart(run(llama, taps), logits) <= 1e-5
+    assert apart(run(llama, hooks), logits) <= 1e-5
     for probs in found:
         assert (probs.sum(-1) - 1).abs().max() <= 1e-6
         assert not probs.triu(1).any()
@@ -201,7 +205,7 @@ def test_the_stream_is_what_its_parts_add_up_to(llama: Llama) -> None:
     """resid_pre + attention.out = resid_mid; resid_mid + feed_forward.out = resid_post = the next layer's resid_pre."""
     found: dict[str, Tensor] = {}
 
-    def keeping(place: str) -> Tap:
+    def keeping(place: str) -> Hook:
         def tap(value: Tensor, _start: int) -> None:
             found[place] = value[0].clone()
 
@@ -291,9 +295,9 @@ def test_nothing_is_left_when_a_run_raises(
 
 def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, logits: Tensor) -> None:
     """Python hears Ctrl-C when a function of its own begins and when one of C's comes back: at each of these in turn,
-    while taps are hung up, called and taken down."""
+    while hooks are hung up, called and taken down."""
     changed = ("attention.probs", "attention.v", "resid_post")
-    taps: dict[str, Tap] = {f"layers.1.{place}": lambda value, _start: value * 0 for place in changed}
+    hooks: dict[str, Hook] = {f"layers.1.{place}": lambda value, _start: value * 0 for place in changed}
     files = {taps_module.__file__, contextlib.__file__}
     heard, at = 0, 0
 
@@ -309,7 +313,7 @@ def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, lo
         heard, at = 0, at + 1
         sys.setprofile(hear)
         try:
-            run(llama, taps)
+            run(llama, hooks)
         except KeyboardInterrupt:
             pass
         else:
@@ -330,9 +334,9 @@ def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, lo
      "layers.1.attention", "layers.1.attention.probs ", "embedding.0", "\x1b[31mlogits"],
 )  # fmt: skip
 def test_a_place_that_there_is_not_is_refused_and_leaves_none_behind(llama: Llama, place: str) -> None:
-    taps: dict[str, Tap] = {"norm": lambda _value, _start: None, "layers.0.attention.q": lambda _value, _start: None}
+    hooks: dict[str, Hook] = {"norm": lambda _value, _start: None, "layers.0.attention.q": lambda _value, _start: None}
     with pytest.raises(UsageError) as raised:
-        run(llama, taps | {place: lambda _value, _start: None})
+        run(llama, hooks | {place: lambda _value, _start: None})
     message = str(raised.value)
     assert "expected one such as layers.2.resid_post, with a layer from 0 to 2." in message
     assert ". " not in message
@@ -347,7 +351,7 @@ def test_taps_in_differentiable_networks_take_gradients(llama: Llama) -> None:
     shift = torch.zeros(1, T, llama.args.dim, requires_grad=True)
 
     def logit(shift: Tensor) -> Tensor:
-        with tapped(model, {place: lambda value, _start: value + shift}):
+        with hooked(model, {place: lambda value, _start: value + shift}):
             found: Tensor = model(torch.tensor([IDS]))
         return found[0, -1, 7]
 
