@@ -76,8 +76,8 @@ def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
                 stack.callback(_attach(model, place, partial(here.call, hook)))
             yield
     finally:
-        # First of all: Ctrl-C can fall between hanging a hook up and noting how to take it down. What is left behind then
-        # does nothing.
+        # First of all: Ctrl-C can fall between hanging a hook up and noting how to take it down. What is left behind
+        # then does nothing.
         here.over = True
         for attention, attend in zip(attentions, attends, strict=True):
             attention.attend = attend

@@ -134,7 +134,7 @@ class Engine:
         """Logits after `ids` and after each token of a draft behind it, in one pass: (1 + len(draft), vocab_size).
 
         To the bit those of `next_logits` for each of these texts in turn, and so is what the cache holds then, as long
-        as `max_draft_length` allows the draft, see `FusedLayers`. Only the first row if a draft leads to what is no number.
+        as `max_draft_length` allows the draft, see `FusedLayers`. Only the first row if a draft leads to NaN.
         """
         self.check(both := [*ids, *draft])
         self._reset_to(both, len(ids) - 1)
