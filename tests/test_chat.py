@@ -736,7 +736,7 @@ def test_another_text_is_another_conversation(tiny_chat: Llama) -> None:
     assert session.chat is not None
     assert session.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
     session.moments = []
-    assert session.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
+    assert session.chat.messages([], session.llama.tokenizer) == [Message("system", "sys")]
 
 
 def test_a_conversation_that_fills_the_context(tiny_chat: Llama) -> None:
