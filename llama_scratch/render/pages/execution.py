@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Code, Page, PageBlock, Paragraph, Table, figure
 
 if TYPE_CHECKING:  # it brings torch
-    from llama_scratch.microscope.execution import ExecutionTrace, Number, Statement, ValueSummary, ValueView
+    from llama_scratch.microscope.execution import ExecutionTrace, Statement
+    from llama_scratch.microscope.value_view import Number, ValueSummary, ValueView
 
 # Lines around the statement.
 _MARGIN = 3
@@ -32,8 +33,8 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
         parts.append(
             Paragraph("first: what the last token begins with, in the last head where there are heads.", "dim")
         )
-    if stop.alive:
-        parts.append(Paragraph(f"/step print takes {', '.join(stop.alive)}.", "dim"))
+    if stop.in_scope:
+        parts.append(Paragraph(f"/step print takes {', '.join(stop.in_scope)}.", "dim"))
     return Page("A step of the forward pass", tuple(parts), (f"model.{stop.function}",))
 
 

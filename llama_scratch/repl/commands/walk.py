@@ -45,7 +45,7 @@ class _Walking:
 def _steps(session: Session, begun: str) -> Iterable[str]:
     walking = _kept(session)
     if begun.startswith("print ") and walking:
-        return [f"print {name}" for name in walking.walk.stops[walking.at].alive]
+        return [f"print {name}" for name in walking.walk.stops[walking.at].in_scope]
     return _ACTIONS.values()
 
 
@@ -85,7 +85,9 @@ def _take(session: Session, argument: str) -> Reply:
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
         count = whole_number(rest, "the number of steps") if rest else 1
-        walking.at = {"next": walk.next, "into": walk.into, "out": walk.out, "back": walk.back}[word](at, count)
+        walking.at = {"next": walk.next, "into": walk.step_into, "out": walk.step_out, "back": walk.back}[word](
+            at, count
+        )
     stop = walk.stops[walking.at]
     facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
     return paged(session, facts, stepping_pages.page(walk, walking.at, begins))
