@@ -88,8 +88,6 @@ class SmallMap:
 class Heads(Displayable):
     """The heads of one layer, or of all layers in their order where that is None, with their maps of a text."""
 
-    page_function = "attention.heads"
-
     layer: int | None
     tokens: tuple[Token, ...]
     maps: tuple[SmallMap, ...]
@@ -107,8 +105,6 @@ class Head(Displayable):
     text: it adds up to 1, and what comes later has 0. links: the tokens that the text's last one looks at most, each
     position with its share, best first.
     """
-
-    page_function = "attention.head"
 
     scores: Scores
     tokens: tuple[Token, ...]

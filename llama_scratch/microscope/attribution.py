@@ -76,8 +76,6 @@ class Attribution(Displayable):
     `answer` and `versus`.
     """
 
-    page_function = "attribution.page"
-
     tokens: tuple[Token, ...]
     answer: Candidate
     versus: Candidate | None

@@ -38,8 +38,6 @@ class Cache(Displayable):
     more than what is held. layers: norms, first layer first.
     """
 
-    page_function = "cache.page"
-
     tokens: int
     heads: int
     head_dim: int
@@ -72,8 +70,6 @@ class CachedLayer(Displayable):
 
     queries: how many query heads share a head's keys and values.
     """
-
-    page_function = "cache.layer_page"
 
     layer: int
     tokens: tuple[Token, ...]

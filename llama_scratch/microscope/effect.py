@@ -22,8 +22,6 @@ class Effect(Displayable):
     afterwards from the one before. labels: of the interventions.
     """
 
-    page_function = "patching.effect"
-
     labels: tuple[str, ...]
     tokens: tuple[tuple[Candidate, Candidate], ...]
     kl_bits: float

@@ -33,8 +33,6 @@ class Inspection(Displayable):
     tokens, ids: of the prompt, the beginning-of-text token included. interventions: what was changed, the first first.
     """
 
-    page_function = "inspection.page"
-
     def __init__(self, llama: LoadedModel, prompt: Prompt, changes: Sequence[Intervention] = ()):
         self._intact = llama
         self._llama = interventions.changed(llama, changes)

@@ -54,8 +54,6 @@ class Lens(Displayable):
     answers.
     """
 
-    page_function = "lens.page"
-
     tokens: tuple[Token, ...]
     first: int
     length: int

@@ -62,8 +62,6 @@ class Neurons(Displayable):
     neurons, which is that of the feed-forward, of the answer's logit.
     """
 
-    page_function = "neurons.page"
-
     layer: int
     token: Token
     answer: Candidate

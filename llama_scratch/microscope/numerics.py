@@ -69,8 +69,6 @@ class Row:
 class Numerics(Displayable):
     """The reference's answer, and a row for each other network. Compared are the positions from `first` to the end."""
 
-    page_function = "numerics.page"
-
     tokens: tuple[Token, ...]
     first: int
     reference: Candidate

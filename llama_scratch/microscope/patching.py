@@ -31,8 +31,6 @@ class Trace(Displayable):
     layer; the last row is the stream behind the last layer.
     """
 
-    page_function = "patching.trace"
-
     first: tuple[Token, ...]
     second: tuple[Token, ...]
     first_answer: Candidate

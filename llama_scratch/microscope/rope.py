@@ -109,8 +109,6 @@ class Rope(Displayable):
     of `n_keys` in all.
     """
 
-    page_function = "rope.page"
-
     theta: float
     scales: bool
     factor: float
