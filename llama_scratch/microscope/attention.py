@@ -18,7 +18,7 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import Token
+from llama_scratch.results import JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
 # A head whose attention goes less than this to where its kind looks is of none.
@@ -36,12 +36,14 @@ _LINKS = 8
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(JsonResult):
     """How much of a head's attention goes to each of four places, 0 to 1, in a random sequence that comes twice.
 
     previous: to the token before. first: to the first token. duplicate: to the same token in the first half.
     induction: to the token after that one, which is the one that comes next. The last two are of the second half.
     """
+
+    json_fields = ("layer", "head", "previous", "first", "duplicate", "induction", "kind")
 
     layer: int
     head: int
@@ -67,10 +69,6 @@ class Scores:
         kind, score = self.best
         return kind if score >= THRESHOLD else None
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in what `/attention` prints."""
-        return vars(self) | {"kind": self.kind}
-
 
 @dataclass(frozen=True)
 class SmallMap:
@@ -85,7 +83,7 @@ class SmallMap:
 
 
 @dataclass(frozen=True)
-class Heads(Displayable):
+class Heads(Displayable, JsonResult):
     """The heads of one layer, or of all layers in their order where that is None, with their maps of a text."""
 
     layer: int | None
@@ -94,11 +92,11 @@ class Heads(Displayable):
 
     def as_json(self) -> dict[str, Any]:
         """As `/attention` and `/attention LAYER` print it: the scores."""
-        return {"layer": self.layer, "heads": [each.scores.as_json() for each in self.maps]}
+        return {"layer": self.layer, "heads": to_json([each.scores for each in self.maps])}
 
 
 @dataclass(frozen=True)
-class Head(Displayable):
+class Head(Displayable, JsonResult):
     """What one head looks at in a text.
 
     tokens: all of the text. probs: a row for each query from position `first` on, in it the share of each token of the
@@ -115,9 +113,9 @@ class Head(Displayable):
     def as_json(self) -> dict[str, Any]:
         """As `/attention LAYER.HEAD` prints it."""
         return self.scores.as_json() | {
-            "tokens": [vars(token) for token in self.tokens],
+            "tokens": to_json(self.tokens),
             "first": self.first,
-            "probs": [list(row) for row in self.probs],
+            "probs": to_json(self.probs),
             "links": [{"position": position, "probability": share} for position, share in self.links],
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.interventions import ablate
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Transformer, TransformerBlock
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 
@@ -66,7 +66,7 @@ class AblationCheck:
 
 
 @dataclass(frozen=True)
-class Attribution(Displayable):
+class Attribution(Displayable, JsonResult):
     """Why a model says `answer` after `tokens`, and not `versus` where that is given.
 
     The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
@@ -89,19 +89,6 @@ class Attribution(Displayable):
     def strongest(self) -> list[Contribution]:
         """The contributions of heads and feed-forward layers, the largest first, for or against."""
         return _strongest(self.contributions)
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/why` prints it."""
-        return {
-            "tokens": [vars(token) for token in self.tokens],
-            "answer": candidate_json(self.answer),
-            "versus": self.versus and candidate_json(self.versus),
-            "logit": self.logit,
-            "contributions": [vars(contribution) for contribution in self.contributions],
-            "remainder": self.remainder,
-            "influences": [vars(influence) | {"token": vars(influence.token)} for influence in self.influences],
-            "claims": [vars(claim) | {"contribution": vars(claim.contribution)} for claim in self.claims],
-        }
 
 
 def why(

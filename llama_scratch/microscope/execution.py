@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 from weakref import ref
@@ -24,6 +24,7 @@ from llama_scratch.microscope.statements import SourceStatement, functions, stat
 from llama_scratch.microscope.value_view import ValueSummary, ValueView, has_numbers, parsed, summaries, view_value
 from llama_scratch.model import KVCache, Transformer
 from llama_scratch.precision.network import CHUNK
+from llama_scratch.results import JsonResult
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 
@@ -35,12 +36,26 @@ _FILLING = ("KVCache.update", "KVCache.reserve", "KVCache._grown")
 
 
 @dataclass(frozen=True)
-class Statement:
+class Statement(JsonResult):
     """A statement that was done, at its `first_line` to `last_line` of `model.py`.
 
     function: such as "Attention.forward". module: where it belongs to, such as "layers.3.attention"; "" for the whole.
     callers: the functions above it, outermost first. in_scope: the names of what `look` can show here.
     """
+
+    json_fields = (
+        "function",
+        "module",
+        "callers",
+        "first_line",
+        "last_line",
+        "values",
+        "in_scope as alive",
+        "depth",
+        "layer",
+        "path",
+        "text",
+    )
 
     function: str
     module: str
@@ -77,11 +92,6 @@ class Statement:
         first = max(function.start, self.first_line - margin)
         last = min(function.stop - 1, self.last_line + margin)
         return first, "\n".join(lines(_PATH)[first - 1 : last])
-
-    def as_json(self) -> dict[str, Any]:
-        """As /step prints it."""
-        facts = {"alive" if name == "in_scope" else name: value for name, value in asdict(self).items()}
-        return facts | {"depth": self.depth, "layer": self.layer, "path": _PATH, "text": self.text}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import activations
 from llama_scratch.microscope.parts import NetworkPart, numbered
 from llama_scratch.microscope.recipe import Recipe
+from llama_scratch.results import JsonResult
 from llama_scratch.system.progress import Progress, silent
 
 Model = TypeVar("Model", bound=LoadedModel)
 
 
 @dataclass(frozen=True, eq=False)  # hooks hold tensors, which do not compare as a whole
-class Intervention:
+class Intervention(JsonResult):
     """A change to the network.
 
     label: Short, as the prompt shows it: -L5.H3.
@@ -34,14 +35,12 @@ class Intervention:
     recipe: How to make it again with `remake`; None if it was made by hand.
     """
 
+    json_fields = ("label", "meaning")
+
     label: str
     meaning: str
     hooks: Mapping[str, Hook]
     recipe: Recipe | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As the commands print it."""
-        return {"label": self.label, "meaning": self.meaning}
 
 
 def changed(llama: Model, interventions: Sequence[Intervention]) -> Model:

@@ -14,7 +14,7 @@ from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
 # Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
@@ -30,11 +30,9 @@ class Guess(Candidate):
     position; 1 where it is the best guess.
     """
 
-    rank_of_answer: int
+    json_fields = (*Candidate.json_fields, "rank_of_answer")
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands among the guesses of `Lens.as_json`."""
-        return candidate_json(self) | {"rank_of_answer": self.rank_of_answer}
+    rank_of_answer: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lens(Displayable):
+class Lens(Displayable, JsonResult):
     """What stands behind each layer, read as the network reads the last one.
 
     tokens: those of the positions that were looked at; the first of them stands at position `first` of the text.
@@ -77,11 +75,9 @@ class Lens(Displayable):
         """As `/lens` prints it; the first layer and the one from which on it stays are those of the last position."""
         return {
             "first": self.first,
-            "tokens": [vars(token) for token in self.tokens],
-            "layers": [
-                {"layer": row.layer, "guesses": [guess.as_json() for guess in row.guesses]} for row in self.layers
-            ],
-            "answer": self.answers[-1].as_json(),
+            "tokens": to_json(self.tokens),
+            "layers": to_json(self.layers),
+            "answer": to_json(self.answers[-1]),
             "first_layer": self.first_layer(),
             "stays_from": self.stays_from(),
         }

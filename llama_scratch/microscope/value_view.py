@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.results import JsonResult
 
 # Numbers of a value that a summary has, and numbers of a row and rows that a view has.
 _FIRST = 4
@@ -48,7 +49,7 @@ class ValueSummary:
 
 
 @dataclass(frozen=True)
-class ValueView:
+class ValueView(JsonResult):
     """Numbers of a value at a stop.
 
     index: what is shown of it, as text: of more than two dimensions, the last one's two, after the given index.
@@ -67,10 +68,6 @@ class ValueView:
     labels: tuple[str, ...]
     rows: tuple[tuple[Number, ...], ...]
     left_out: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """As /step print prints it."""
-        return asdict(self)
 
 
 # --- Summaries ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
-from llama_scratch.results import Token, as_json, generated_json
+from llama_scratch.results import Token, as_json
 from llama_scratch.system.small_files import read_bytes, without_line_end, without_mark
 
 # Bytes of an edited text, more than any context holds.
@@ -31,7 +31,7 @@ def _generate(session: Session, argument: str) -> Reply | None:
     """
     generated = session.generate(whole_number(argument, "/generate") if argument else 20)
     # What came bit by bit stands on the screen already.
-    return Reply(generated_json(generated), None if session.interactive else Text(generated.text))
+    return Reply(generated.as_json(), None if session.interactive else Text(generated.text))
 
 
 def candidates(session: Session, _begun: str) -> Iterable[str]:
