@@ -20,7 +20,7 @@ from llama_scratch.microscope.diff import Diff, Pair
 from llama_scratch.microscope.surprisal import Scored, Surprisal
 from llama_scratch.microscope.tokens import Piece, Tokens
 from llama_scratch.microscope.tree import Branch, Tree
-from llama_scratch.render import to_terminal
+from llama_scratch.render import to_plain, to_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import texts
 from llama_scratch.render.surprise import surprise_style
@@ -345,7 +345,7 @@ def everything() -> dict[str, tuple[RenderableType, RenderableType]]:
         "compare": texts.compare(comparison("Model", "Model")),
         "compare others": texts.compare(long),
     }
-    return {name: (to_terminal.view(page), to_terminal.plain(page)) for name, page in pages.items()}
+    return {name: (to_terminal.view(page), to_plain.plain(page)) for name, page in pages.items()}
 
 
 VIEWS = everything()
@@ -481,7 +481,7 @@ def test_choices_are_sorted_best_first() -> None:
         Choice(text, (Candidate(1, text, logprob),), 0.3, 0.3) for text, logprob in (("b", -2), ("a", -1), ("c", -3))
     ]
     page = texts.choices(Choices(tuple(given)))
-    for view in (to_terminal.view(page), to_terminal.plain(page)):
+    for view in (to_terminal.view(page), to_plain.plain(page)):
         lines = shown(view, 80).splitlines()
         rows = [line.removeprefix("choice").strip(' "')[:1] for line in lines if "30.0" in line]
         assert rows == ["a", "b", "c"]
@@ -503,6 +503,6 @@ def test_the_text_is_colored_by_its_bits() -> None:
     assert "ab\x1b[32mc\x1b[0m\x1b[1;31md\x1b[0m" in text
 
 
-@pytest.mark.parametrize("form", [to_terminal.view, to_terminal.plain])
+@pytest.mark.parametrize("form", [to_terminal.view, to_plain.plain])
 def test_one_token_is_a_token(form: Callable[[Page], RenderableType]) -> None:
     assert "1 token." in shown(form(texts.tokens(Tokens((Piece(1, "a", b"a"),)))), 40)

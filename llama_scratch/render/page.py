@@ -1,4 +1,4 @@
-"""A view as values: a page of parts, which `page_terminal` prints, `html` writes as a web page and `png` draws.
+"""A view as values: a page of blocks. `to_terminal`, `to_plain`, `to_html` and `to_png` give it a form.
 
 Styles are rich's, of the terminal's own 16 colors; nothing is said by them alone.
 """
@@ -182,6 +182,11 @@ class Page:
         """The title as it is shown: on one line, and no longer than a reader takes for one."""
         title = written(self.title).replace("\n", " ")
         return title if len(title) <= 160 else title[:159] + "…"
+
+    @property
+    def source_line(self) -> str:
+        """The commands that show the code behind the view."""
+        return "Source: " + ", ".join(f"/source {name}" for name in self.source)
 
 
 def joined(title: str, pages: tuple[Page, ...]) -> Page:

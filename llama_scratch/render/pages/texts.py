@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from llama_scratch.render.answer import took
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Running, Table
 from llama_scratch.render.surprise import MOST_SURPRISING, STEPS, surprise_style
-from llama_scratch.render.text import percent, took, visible
+from llama_scratch.render.text import percent, visible
 from llama_scratch.results import Candidate, Prediction, Token
 
 if TYPE_CHECKING:  # they bring torch

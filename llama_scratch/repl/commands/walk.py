@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
-from llama_scratch.render import text as terminal
+from llama_scratch.render import reports, text
 from llama_scratch.render.pages import architecture as architecture_pages
 from llama_scratch.render.pages import execution as stepping_pages
 from llama_scratch.render.pages import source as source_pages
@@ -153,13 +153,13 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         if line in ("q", "end"):
             break
         if line == "?":
-            session.show(terminal.rows({"step>": _KEYS}))
+            session.show(reports.rows({"step>": _KEYS}))
             continue
         try:
             reply = _take(session, line or "next")
             session.show(reply.view or "")
         except LlamaScratchError as error:
-            session.show(terminal.error(str(error)))
+            session.show(text.error(str(error)))
     return Reply(reply.facts)
 
 
