@@ -28,6 +28,7 @@ from llama_scratch.render.pages import (
     attention,
     attribution,
     cache,
+    effect,
     inspection,
     lens,
     neurons,
@@ -46,7 +47,7 @@ def page_of(result: object) -> Page:
 page_of.register(Attribution, attribution.page)
 page_of.register(Cache, cache.page)
 page_of.register(CachedLayer, cache.layer_page)
-page_of.register(Effect, patching.effect)
+page_of.register(Effect, effect.page)
 page_of.register(Head, attention.head)
 page_of.register(Heads, attention.heads)
 page_of.register(Inspection, inspection.page)
@@ -54,7 +55,7 @@ page_of.register(Lens, lens.page)
 page_of.register(Neurons, neurons.page)
 page_of.register(Numerics, numerics.page)
 page_of.register(Rope, rope.page)
-page_of.register(Trace, patching.trace)
+page_of.register(Trace, patching.page)
 
 
 def view(result: object) -> RenderableType:

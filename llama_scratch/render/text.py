@@ -168,6 +168,11 @@ def indented(sentence: str, style: str) -> RenderableType:
     return Padding(Text(sentence, style=style), (0, 0, 0, 1), expand=False)
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 token, 2,000 tokens."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def size(count: int, decimals: int = 0) -> str:
     """Bytes as a person reads them; megabytes with so many decimals.
 

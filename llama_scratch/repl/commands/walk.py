@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import reports, text
 from llama_scratch.render.pages import architecture as architecture_pages
-from llama_scratch.render.pages import execution as stepping_pages
+from llama_scratch.render.pages import execution as execution_pages
 from llama_scratch.render.pages import source as source_pages
+from llama_scratch.render.pages import value_view as value_pages
 from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
 from llama_scratch.repl.session import Session
 
@@ -80,7 +81,7 @@ def _take(session: Session, argument: str) -> Reply:
     if word == "print":
         with session.progress() as progress:
             found = execution.look(session.llama, walk, at, rest, progress)
-        return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
+        return paged(session, {"stop": at, **found.as_json()}, value_pages.page(found, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
@@ -90,7 +91,7 @@ def _take(session: Session, argument: str) -> Reply:
         )
     stop = walk.stops[walking.at]
     facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
-    return paged(session, facts, stepping_pages.page(walk, walking.at, begins))
+    return paged(session, facts, execution_pages.page(walk, walking.at, begins))
 
 
 def _kept(session: Session) -> _Walking | None:
