@@ -17,13 +17,14 @@ from torch import Tensor
 
 from llama_scratch.errors import ContextLengthError, LlamaScratchError, OutOfMemoryError, UsageError
 from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference.loaded_model import entropy_bits
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import diff as diff_module
 from llama_scratch.microscope import distributions
 from llama_scratch.microscope.choices import choices
 from llama_scratch.microscope.compare import compare
 from llama_scratch.microscope.diff import diff
-from llama_scratch.microscope.distributions import entropy_bits, jensen_shannon_bits, kl_bits
+from llama_scratch.microscope.distributions import jensen_shannon_bits, kl_bits
 from llama_scratch.microscope.surprisal import Scored, Scorer, Surprisal, per_character, surprisal
 from llama_scratch.microscope.tokens import tokens
 from llama_scratch.microscope.tree import Branch, tree, walk

@@ -31,7 +31,7 @@ _SEED = 0
 # Rows and columns of a small map, at most.
 _SMALL = 24
 # Queries whose attention is shown, and the tokens that one of them looks at most.
-WINDOW = 64
+MAP_POSITIONS = 64
 _LINKS = 8
 
 
@@ -144,11 +144,11 @@ def attention_map(
 def head(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
 ) -> Head:
-    """What one head looks at: the map of `WINDOW` queries from position `first` on, by default the last ones.
+    """What one head looks at: the map of `MAP_POSITIONS` queries from position `first` on, by default the last ones.
 
     Raises `UsageError` for a layer, head or position that there is not, and as `Llama.predict` does.
     """
-    begin = max(0, len(ids) - WINDOW) if first is None else first
+    begin = max(0, len(ids) - MAP_POSITIONS) if first is None else first
     probs = attention_map(llama, ids, layer, head, progress)  # (T, T)
     begin = numbered("position", begin, len(ids), " in this text")
     best = probs[-1].topk(min(_LINKS, len(ids)))
@@ -156,7 +156,7 @@ def head(
         next(scores for scores in head_scores(llama, progress) if (scores.layer, scores.head) == (layer, head)),
         tuple(map(llama.token, ids)),
         begin,
-        tuple(map(tuple, probs[begin : begin + WINDOW].tolist())),
+        tuple(map(tuple, probs[begin : begin + MAP_POSITIONS].tolist())),
         tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
     )
 

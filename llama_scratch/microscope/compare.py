@@ -75,7 +75,7 @@ def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) 
     """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
-    side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
+    side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), float(entropy_bits(logits.values)))
     return side, logits.values.double().log_softmax(-1)
 
 

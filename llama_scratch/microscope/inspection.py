@@ -65,7 +65,7 @@ class Inspection(Displayable):
         """
         return stream.activations(self._llama, self.ids, [place])[0]
 
-    def lens(self, first: int | None = None, count: int = lenses.WINDOW) -> lenses.Lens:
+    def lens(self, first: int | None = None, count: int = lenses.LENS_POSITIONS) -> lenses.Lens:
         """The best guess behind every layer, at the last `count` positions or from `first` on."""
         return lenses.lens(self._llama, self.ids, first, count)
 

@@ -23,7 +23,7 @@ from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.results import JsonResult
 from llama_scratch.system.progress import Progress, silent
 
-Model = TypeVar("Model", bound=LoadedModel)
+AnyModel = TypeVar("AnyModel", bound=LoadedModel)
 
 
 @dataclass(frozen=True, eq=False)  # hooks hold tensors, which do not compare as a whole
@@ -43,7 +43,7 @@ class Intervention(JsonResult):
     recipe: Recipe | None = None
 
 
-def changed(llama: Model, interventions: Sequence[Intervention]) -> Model:
+def changed(llama: AnyModel, interventions: Sequence[Intervention]) -> AnyModel:
     """The model with all of these, the first ones first."""
     for intervention in interventions:
         llama = llama.intervened(intervention.hooks)
@@ -141,7 +141,7 @@ def patch(
 def _end(llama: LoadedModel, ids: Sequence[int]) -> str:
     """The end of a text, for a sentence about it."""
     text = "".join(llama.token(id).text for id in ids[-8:])
-    return sanitize("…" * (len(ids) > 8) + text, 60)
+    return sanitize(f"…{text}" if len(ids) > 8 else text, 60)
 
 
 # --- Steering ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from llama_scratch.system.progress import Progress, silent
 
 # Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
 # 128,256.
-WINDOW = 64
+LENS_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ class Lens(Displayable, JsonResult):
 
 
 def lens(
-    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel,
+    ids: Sequence[int],
+    first: int | None = None,
+    count: int = LENS_POSITIONS,
+    progress: Progress = silent,
 ) -> Lens:
     """The best guess behind every layer, at `count` positions from `first` on, by default the last ones.
 
@@ -101,7 +105,11 @@ def lens(
 
 
 def growing(
-    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel,
+    ids: Sequence[int],
+    first: int | None = None,
+    count: int = LENS_POSITIONS,
+    progress: Progress = silent,
 ) -> Iterator[Lens]:
     """`lens` as it comes: first with the last layer alone, which has the answers, then with one more each time."""
     llama.engine.check(ids)
@@ -137,10 +145,10 @@ def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progre
 def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Guess, ...]:
     """The best guesses of vectors of the stream, (n, dim), and the ranks of `answers`, (n,), or else of their own."""
     model, found = llama.engine.model, []
-    for i in range(0, len(x), WINDOW):
-        logits = model.output(model.norm(x[i : i + WINDOW])).float()  # (m, vocab_size)
+    for i in range(0, len(x), LENS_POSITIONS):
+        logits = model.output(model.norm(x[i : i + LENS_POSITIONS])).float()  # (m, vocab_size)
         best = logits.max(-1, keepdim=True)
-        own = best.indices if answers is None else answers[i : i + WINDOW, None].to(x.device)  # (m, 1)
+        own = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
         ranks = (logits > logits.gather(-1, own)).sum(-1) + 1  # (m,)
         # The others' shares of the best one's, without its own 1, in which those of a sure guess would be lost.
         others = logits.sub_(best.values).exp_().scatter_(-1, best.indices, 0).sum(-1)  # (m,)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.loaded_model import LoadedModel, entropy_bits
 from llama_scratch.inference.prompt_text import Prompt
-from llama_scratch.microscope.distributions import entropy_bits, log_softmax
+from llama_scratch.microscope.distributions import log_softmax
 from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 

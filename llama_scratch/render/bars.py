@@ -67,4 +67,5 @@ def _leftward(share: float, width: int, blocks: bool) -> str:
     if not blocks:
         return "#" * round(width * share)
     halves = round(2 * width * share)
-    return "▐" * (halves % 2) + "█" * (halves // 2)
+    half = "▐" if halves % 2 else ""
+    return half + "█" * (halves // 2)

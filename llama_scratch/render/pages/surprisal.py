@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
-from llama_scratch.render.surprise import MOST_SURPRISING, STEPS, surprise_style
+from llama_scratch.render.surprise import MOST_SURPRISING, STYLES_BELOW, surprise_style
 from llama_scratch.render.text import counted, percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -32,7 +32,7 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
         for of_run, run in runs
     ]
     legend = [Cell("Bits: ", "dim")]
-    for words, style in [*((f"under {limit:g}", style) for limit, style in STEPS), ("more", MOST_SURPRISING)]:
+    for words, style in [*((f"under {limit:g}", style) for limit, style in STYLES_BELOW), ("more", MOST_SURPRISING)]:
         legend += [Cell(words, style), Cell(" · ", "dim")]
     most = max((token.bits or 0.0 for token in surprisal.tokens), default=0.0)
     table = Table(("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most) for token in surprisal.tokens))
