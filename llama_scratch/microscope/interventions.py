@@ -122,8 +122,8 @@ def patch(
         numbered("position", here, llama.context): numbered("position", there, len(ids), " in the other text")
         for here, there in positions.items()
     }
-    (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
-    own = part.of(found)
+    (values,) = activations(llama, ids, [part.place], progress)  # (T, …)
+    own = part.of(values)
 
     def hook(value: Tensor, start: int) -> Tensor:
         value = value.clone()

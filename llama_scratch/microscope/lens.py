@@ -100,8 +100,8 @@ def lens(
     that there is not, and as `Llama.predict` does.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    *_, found = growing(llama, ids, first, count, progress)
-    return found
+    *_, complete = growing(llama, ids, first, count, progress)
+    return complete
 
 
 def growing(
@@ -148,8 +148,8 @@ def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Gues
     for i in range(0, len(x), LENS_POSITIONS):
         logits = model.output(model.norm(x[i : i + LENS_POSITIONS])).float()  # (m, vocab_size)
         best = logits.max(-1, keepdim=True)
-        own = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
-        ranks = (logits > logits.gather(-1, own)).sum(-1) + 1  # (m,)
+        answer_ids = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
+        ranks = (logits > logits.gather(-1, answer_ids)).sum(-1) + 1  # (m,)
         # The others' shares of the best one's, without its own 1, in which those of a sure guess would be lost.
         others = logits.sub_(best.values).exp_().scatter_(-1, best.indices, 0).sum(-1)  # (m,)
         logprobs = -others.double().log1p()  # (m,)

@@ -143,11 +143,11 @@ def _read(model: Transformer, writes: Tensor, stream: Tensor) -> Tensor:
     return logits.float().cpu()
 
 
-def _last(found: dict[str, Tensor], place: str) -> Hook:
+def _last(activations: dict[str, Tensor], place: str) -> Hook:
     """A hook that keeps what stands at the last token, in float32; of a text in pieces the last one stays."""
 
     def hook(value: Tensor, _start: int) -> None:
-        found[place] = value[0, -1].float()
+        activations[place] = value[0, -1].float()
 
     return hook
 

@@ -59,8 +59,8 @@ class WideMap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         whole, width, blocks = self.heatmap, options.max_width, has_blocks(options)
-        most = max(4, min(16, width // 5))
-        label = min(most, max(map(cell_len, map(whole.row, range(len(whole.rows)))), default=0))
+        widest_label = max(4, min(16, width // 5))
+        label = min(widest_label, max(map(cell_len, map(whole.row, range(len(whole.rows)))), default=0))
         texts = whole.texts is not None
         room = width - label - 1
         field = _field(whole, room) if texts else 2
@@ -161,7 +161,7 @@ def _shades(heatmap: Heatmap, first: int, end: int, label: int, blocks: bool) ->
         yield line
 
 
-def _upright(text: str, most: int = 6) -> list[str]:
+def _upright(text: str, max_characters: int = 6) -> list[str]:
     """A label's characters from top to bottom, marks with the letters that they sit on; no space in front."""
     stack: list[str] = []
     for char in text.removeprefix(SPACE) or text:
@@ -169,7 +169,7 @@ def _upright(text: str, most: int = 6) -> list[str]:
             stack[-1] += char
         else:
             stack.append(char)
-    return stack if len(stack) <= most else [*stack[: most - 1], "⋮"]
+    return stack if len(stack) <= max_characters else [*stack[: max_characters - 1], "⋮"]
 
 
 class Tiles:
@@ -190,9 +190,9 @@ class Tiles:
 
 def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
     small = pooled(heatmap, TILE[1], TILE[0])
-    shown = Text(_cut(title, width), style="", no_wrap=True)
+    tile = Text(_cut(title, width), style="", no_wrap=True)
     for r in range(len(small.rows)):
-        shown.append("\n")
+        tile.append("\n")
         for c in range(len(small.columns)):
-            shown.append(*_shade(small.level(r, c), blocks))
-    return shown.append("\n")
+            tile.append(*_shade(small.level(r, c), blocks))
+    return tile.append("\n")

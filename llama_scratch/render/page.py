@@ -242,9 +242,9 @@ def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
     )
 
 
-def _blocks(length: int, most: int) -> list[range]:
+def _blocks(length: int, max_blocks: int) -> list[range]:
     """0 to length in at most so many pieces of nearly the same length."""
-    count = min(length, most)
+    count = min(length, max_blocks)
     return [range(i * length // count, (i + 1) * length // count) for i in range(count)]
 
 

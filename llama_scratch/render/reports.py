@@ -120,53 +120,53 @@ def explained(title: str, text: str) -> RenderableType:
 # --- bench
 
 
-def bench_table(found: dict[str, Any]) -> RenderableType:
+def bench_table(report: dict[str, Any]) -> RenderableType:
     """Speeds beside each other, and below them what they rest on; fits into 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)
     table.add_row("", "tok/s", "GFLOP/s", "limit", style="dim")
-    for prompt in found["prefill"]:
+    for prompt in report["prefill"]:
         speed = Text(_speed(prompt["tokens_per_s"]), style="bold")
         table.add_row(f"prefill {prompt['tokens']:,}", speed, f"{prompt['gflops_per_s']:,.0f}", "")
-    for step in found["decode"]:
+    for step in report["decode"]:
         speed, share = Text(_speed(step["tokens_per_s"]), style="bold"), step["share_of_limit"]
         table.add_row(f"decode at {step['context']:,}", speed, "", f"{share:.0%}")
-    return Group(Padding(table, (1, 0, 1, 1)), rows(_facts(found)), Text())
+    return Group(Padding(table, (1, 0, 1, 1)), rows(_facts(report)), Text())
 
 
-def bench_lines(found: dict[str, Any]) -> dict[str, str]:
+def bench_lines(report: dict[str, Any]) -> dict[str, str]:
     """The same as names and values."""
     speeds = {}
-    for prompt in found["prefill"]:
+    for prompt in report["prefill"]:
         speed = f"{_speed(prompt['tokens_per_s'])} tokens/s, {prompt['gflops_per_s']:,.0f} GFLOP/s"
         speeds[f"prefill {prompt['tokens']}"] = speed
-    for step in found["decode"]:
+    for step in report["decode"]:
         speed = f"{_speed(step['tokens_per_s'])} tokens/s, {step['share_of_limit']:.0%} of the limit"
         speeds[f"decode at {step['context']}"] = speed
-    return speeds | _facts(found)
+    return speeds | _facts(report)
 
 
-def _facts(found: dict[str, Any]) -> dict[str, str]:
-    model, decode = found["model"], found["decode"]
+def _facts(report: dict[str, Any]) -> dict[str, str]:
+    model, decode = report["model"], report["decode"]
     facts = {
-        "model": f"{model['name']}, {model['precision']} on {model['device']}, {found['threads']} threads",
-        "bandwidth": f"{found['bandwidth'] / 1e9:.1f} GB/s read",
-        "weights": f"{size(found['weight_bytes'], 1)} a token",
+        "model": f"{model['name']}, {model['precision']} on {model['device']}, {report['threads']} threads",
+        "bandwidth": f"{report['bandwidth'] / 1e9:.1f} GB/s read",
+        "weights": f"{size(report['weight_bytes'], 1)} a token",
     }
     if decode:
         facts["KV cache"] = _at_each(decode, [size(step["kv_bytes"], 1) for step in decode])
         facts["arithmetic"] = _at_each(decode, [f"{step['flops'] / 1e9:.2f} GFLOP" for step in decode])
         facts["limit"] = "bandwidth ÷ (weights + KV cache)"
     facts |= {
-        "load": f"{found['load_s']:.1f} s, then {found['prepare_s']:.1f} s of preparation",
-        "peak memory": size(found["peak_bytes"], 1),
+        "load": f"{report['load_s']:.1f} s, then {report['prepare_s']:.1f} s of preparation",
+        "peak memory": size(report["peak_bytes"], 1),
     }
-    left_out = [f"prefill {size:,}" for size in found["left_out"]["prefill"]]
-    left_out += [f"decode at {size:,} and {found['tokens']} more" for size in found["left_out"]["decode"]]
+    left_out = [f"prefill {length:,}" for length in report["left_out"]["prefill"]]
+    left_out += [f"decode at {length:,} and {report['tokens']} more" for length in report["left_out"]["decode"]]
     if left_out:
-        facts["left out"] = f"{', '.join(left_out)}: the context is {found['context']:,} tokens"
+        facts["left out"] = f"{', '.join(left_out)}: the context is {report['context']:,} tokens"
     return facts
 
 
@@ -183,18 +183,18 @@ def _speed(tokens_per_s: float) -> str:
 # --- verify
 
 
-def verify_table(found: Verification) -> RenderableType:
+def verify_table(verification: Verification) -> RenderableType:
     """Each finding behind its result, and the verdict below; fits into 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in found.findings:
+    for finding in verification.findings:
         what = Text.assemble((finding.part, "bold"), "  ", finding.sentence)
         table.add_row(Text(finding.result, style=_STYLES[finding.result]), what)
-    verdict = Text(found.verdict, style="bold red" if found.wrong else "bold green")
+    verdict = Text(verification.verdict, style="bold red" if verification.wrong else "bold green")
     return Group(Padding(table, (0, 0, 1, 1)), Padding(verdict, (0, 0, 0, 1)))
 
 
-def verify_lines(found: Verification) -> list[str]:
+def verify_lines(verification: Verification) -> list[str]:
     """The same, a finding a line."""
-    return [f"{f.result}: {f.part}: {f.sentence}" for f in found.findings] + [found.verdict]
+    return [f"{f.result}: {f.part}: {f.sentence}" for f in verification.findings] + [verification.verdict]

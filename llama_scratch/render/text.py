@@ -27,18 +27,18 @@ def visible(text: str, style: str = "") -> Text:
     Spaces become ␣, control and invisible characters their escapes, and a combining mark that stands
     first gets a circle to sit on.
     """
-    shown = Text(style=style)
+    visible_text = Text(style=style)
     for i, char in enumerate(text):
         kind = unicodedata.category(char)
         if char == " ":
-            shown.append(SPACE, style="dim")
+            visible_text.append(SPACE, style="dim")
         elif kind[0] in "CZ":
-            shown.append(char.encode("unicode_escape").decode(), style="dim")
+            visible_text.append(char.encode("unicode_escape").decode(), style="dim")
         elif kind[0] == "M" and i == 0:
-            shown.append("◌" + char)
+            visible_text.append("◌" + char)
         else:
-            shown.append(char)
-    return shown or Text("(empty)", style="dim")
+            visible_text.append(char)
+    return visible_text or Text("(empty)", style="dim")
 
 
 def readable(text: str) -> str:

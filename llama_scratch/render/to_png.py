@@ -120,7 +120,7 @@ def _text(text: str, size: float, *, bold: bool = False, color: str = INK) -> _B
 def _running(part: Running) -> _Block:
     """Letters of one width, so that a line breaks where it is full."""
     letter = LETTER * _BODY
-    most = int(_ROOM / letter)
+    line_length = int(_ROOM / letter)
     lines: list[list[tuple[int, str, Cell]]] = [[]]
     column = 0
     for cell in part.pieces:
@@ -128,15 +128,15 @@ def _running(part: Running) -> _Block:
         # Tokens stay whole where they can, and so do words; a line break within a token breaks the line too.
         words = [text, *(["\n"] if "\n" in cell.text else [])] if cell.token else re.findall(r"\n|[^\S\n]*\S*", text)
         for word in words:
-            if word == "\n" or (column and column + len(word) > most and len(word) <= most):
+            if word == "\n" or (column and column + len(word) > line_length and len(word) <= line_length):
                 lines.append([])
                 column = 0
             while word.strip("\n"):
-                if column == most:
+                if column == line_length:
                     lines.append([])
                     column = 0
-                lines[-1].append((column, word[: most - column], cell))
-                column, word = min(most, column + len(word)), word[most - column :]
+                lines[-1].append((column, word[: line_length - column], cell))
+                column, word = min(line_length, column + len(word)), word[line_length - column :]
 
     def draw(sheet: Sheet, top: float) -> None:
         for n, line in enumerate(lines):
@@ -216,11 +216,11 @@ def _heatmap(whole: Heatmap) -> list[_Block]:
     labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
     left = max((text_width(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
     if texts:
-        least, most = _FIELD_WITH_TEXT
+        min_width, max_width = _FIELD_WITH_TEXT
         total = len(shown.columns)
-        count = max(1, -int(-total * least // (_ROOM - left)))  # pieces of nearly the same width
+        count = max(1, -int(-total * min_width // (_ROOM - left)))  # pieces of nearly the same width
         pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
-        size = min(most, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
+        size = min(max_width, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
     else:
         pieces = [range(len(shown.columns))]
         side = min(_FIELD, (_ROOM - left) / max(1, len(shown.columns)))
@@ -233,8 +233,8 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
     """Some columns of a heat map with their labels."""
     wide, high = size
     texts = shown.texts is not None
-    most = wide - 0.06 if texts else 1.1
-    heads = [cut(shown.column(c), most, _TINY, shown.tokens) for c in columns]
+    max_width = wide - 0.06 if texts else 1.1
+    heads = [cut(shown.column(c), max_width, _TINY, shown.tokens) for c in columns]
     head = 0.2 if texts else max((text_width(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
     # Where fields are smaller than letters, only some of them are named.
     across, down = (max(1, -(-0.14 // step)) for step in size)
@@ -253,7 +253,7 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
                 sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, color=_SOFT)
             for n, c in enumerate(columns if texts else ()):
                 color = colors.ink(shade_of(shown, r, c) or PAPER)
-                text = cut(shown.text(r, c), most, _TINY, mono=True)
+                text = cut(shown.text(r, c), max_width, _TINY, mono=True)
                 sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, color=color)
 
     return head + high * len(labels), draw

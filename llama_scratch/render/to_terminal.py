@@ -66,12 +66,12 @@ def _text(cell: Cell) -> Text:
 
 def _running(part: Running) -> Text:
     """Line breaks within tokens are visible, and break the line."""
-    shown = Text(overflow="fold")
+    line = Text(overflow="fold")
     for piece in part.pieces:
-        shown.append_text(_text(piece))
+        line.append_text(_text(piece))
         if piece.token and "\n" in piece.text:
-            shown.append("\n")
-    return shown
+            line.append("\n")
+    return line
 
 
 def _code(part: Code) -> RenderableType:
@@ -115,12 +115,12 @@ def _table(part: Table) -> RenderableType:
         else:
             grid.add_column(Text(written(name.removeprefix(">"))), overflow="fold", ratio=1 if bars else None)
     columns = zip(*part.rows, strict=True) if part.rows else ()
-    shown = [
+    cells = [
         _bars(column) if bars else [_text(cell) for cell in column]
         for column, bars in zip(columns, barred, strict=False)
     ]
     limit = part.scroll or len(part.rows)
-    for row in list(zip(*shown, strict=True))[:limit]:
+    for row in list(zip(*cells, strict=True))[:limit]:
         grid.add_row(*row)
     parts: list[RenderableType] = [Text(written(part.title), style="bold")] if part.title else []
     parts.append(grid)

@@ -34,17 +34,19 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
     legend = [Cell("Bits: ", "dim")]
     for words, style in [*((f"under {limit:g}", style) for limit, style in STYLES_BELOW), ("more", MOST_SURPRISING)]:
         legend += [Cell(words, style), Cell(" · ", "dim")]
-    most = max((token.bits or 0.0 for token in surprisal.tokens), default=0.0)
-    table = Table(("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most) for token in surprisal.tokens))
+    most_bits = max((token.bits or 0.0 for token in surprisal.tokens), default=0.0)
+    table = Table(
+        ("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most_bits) for token in surprisal.tokens)
+    )
     text_and_legend = (Running(tuple(cells), spoken=False) for cells in (colored, legend[:-1]))
     return Page("Surprisal", (*text_and_legend, table, Paragraph(_total(surprisal), "dim")))
 
 
-def _score(token: Scored, most: float) -> tuple[Cell, ...]:
+def _score(token: Scored, most_bits: float) -> tuple[Cell, ...]:
     cell = Cell(token.text, surprise_style(token.bits), token=True)
     if token.probability is None or token.rank is None or token.bits is None:
         return cell, Cell("", said="which nothing predicts"), _EMPTY, _EMPTY, _EMPTY
-    bar = Cell("", bar=token.bits / (most or 1.0))
+    bar = Cell("", bar=token.bits / (most_bits or 1.0))
     return cell, Cell(percent(token.probability)), Cell(f"{token.rank:,}"), Cell(f"{token.bits:.1f}"), bar
 
 
