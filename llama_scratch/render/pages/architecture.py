@@ -50,7 +50,8 @@ def _cost(network: Architecture) -> str:
     return (
         f"{network.parameters:,} parameters{tied}. A token that looks at {_tokens(network.length)} takes "
         f"{short(network.flops)} FLOPs and reads {short(network.weight_bytes)}B of weights, as they are stored now, "
-        f"and {short(network.kv_bytes)}B of cached keys and values, {short(network.kv_bytes_per_token)}B for each token."
+        f"and {short(network.kv_bytes)}B of cached keys and values, "
+        f"{short(network.kv_bytes_per_token)}B for each token."
     )
 
 
