@@ -132,13 +132,13 @@ def attention_map(
     layer = numbered("layer", layer, args.n_layers)
     head = None if head is None else numbered("head", head, args.n_heads, " in a layer")
     heads = slice(None) if head is None else slice(head, head + 1)
-    found = torch.zeros(len(range(args.n_heads)[heads]), T, T)
+    shares = torch.zeros(len(range(args.n_heads)[heads]), T, T)
 
     def keep(_layer: int, probs: Tensor, start: int) -> None:
-        found[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
+        shares[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
 
     _read(llama, ids, [layer], keep, progress)
-    return found if head is None else found[0]
+    return shares if head is None else shares[0]
 
 
 def head(
@@ -235,7 +235,7 @@ def _begin(llama: LoadedModel) -> list[int]:
 def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
     ids, begin = repeated(llama), len(_begin(llama))
     n = (len(ids) - begin) // 2
-    found: list[Scores] = []
+    scores: list[Scores] = []
 
     def measure(layer: int, probs: Tensor, _start: int) -> None:
         def mean(back: int, first: int) -> Tensor:
@@ -244,10 +244,10 @@ def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
 
         again = begin + n  # where the second half begins
         four = torch.stack([mean(1, 1), probs[:, 1:, 0].mean(-1), mean(n, again), mean(n - 1, again)], dim=-1)
-        found.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
+        scores.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
 
     _read(llama, ids, range(llama.args.n_layers), measure, progress)
-    return tuple(found)
+    return tuple(scores)
 
 
 def _read(

@@ -144,17 +144,17 @@ class _Direct:
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # what the parts do elsewhere is in the streams
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
-        found: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
+        pieces: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
         hooks = {
-            f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(found[kind])
+            f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(pieces[kind])
         }
         hooks[f"layers.{n_layers - 1}.resid_post"] = keep(final)
         progress("attributing", 0, 2 * n_layers)
         with torch.no_grad(), hooked(model, llama.engine.hooks), hooked(model, hooks):
             model(torch.tensor([ids], device=model.freqs.device))
         # (1, T or 1, …) each
-        streams, heads, attentions, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)
+        streams, heads, attentions, feed_forwards = ([value for (value,) in pieces[kind]] for kind in kinds)
 
         # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
         answer, versus = target
@@ -202,8 +202,8 @@ def _back(
             x = streams[i].requires_grad_()
             with torch.enable_grad():
                 (grad,) = torch.autograd.grad(layer(x), x, grad)  # (1, T, dim)
-    found: list[float] = (grad * streams[0].detach()).sum(-1)[0].tolist()
-    return found
+    products: list[float] = (grad * streams[0].detach()).sum(-1)[0].tolist()
+    return products
 
 
 def _influences(
@@ -226,7 +226,7 @@ def _influences(
 
 
 def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
-    parts = [found for found in contributions if found.name not in ("embedding", "interventions")]
+    parts = [part for part in contributions if part.name not in ("embedding", "interventions")]
     return sorted(parts, key=lambda contribution: -abs(contribution.logit))
 
 

@@ -123,13 +123,13 @@ def patch(
         for here, there in positions.items()
     }
     (values,) = activations(llama, ids, [part.place], progress)  # (T, …)
-    own = part.of(values)
+    source = part.of(values)
 
     def hook(value: Tensor, start: int) -> Tensor:
         value = value.clone()
         for here, there in positions.items():
             if start <= here < start + value.shape[1]:
-                part.of(value)[:, here - start] = own[there]
+                part.of(value)[:, here - start] = source[there]
         return value
 
     where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))

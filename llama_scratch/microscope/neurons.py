@@ -86,11 +86,11 @@ def neurons(
         f"layers.{layer}.feed_forward.out",
         f"layers.{args.n_layers - 1}.resid_post",
     )
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     logits = llama.engine.forward_with_hooks(
-        [ids], {place: _last(found, place) for place in places}, progress=progress
+        [ids], {place: _last(captured, place) for place in places}, progress=progress
     )[0, -1]
-    activations, out, stream = (found[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
+    activations, out, stream = (captured[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
     answer = llama.candidates(logits, 1)[0]
     w2 = cast(TransformerBlock, model.layers[layer]).feed_forward.w2
     lengths = []

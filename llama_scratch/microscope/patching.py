@@ -61,15 +61,15 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
         )
 
     def difference(stream: Tensor) -> Tensor:  # (B, dim) → (B,)
-        found = _logits(llama, stream)[:, answers]
-        return found[:, 1] - found[:, 0]
+        pair = _logits(llama, stream)[:, answers]
+        return pair[:, 1] - pair[:, 0]
 
     clean, corrupt = difference(ends).tolist()
     moved = []
     for layer in range(llama.args.n_layers + 1):
         ends_patched = [_end(llama, rows, layer, progress) for rows in _patched(ours[layer], theirs[layer])]
-        found = torch.cat([difference(end) for end in ends_patched])  # (T,)
-        moved.append(tuple(((found - clean) / (corrupt - clean)).tolist()))
+        differences = torch.cat([difference(end) for end in ends_patched])  # (T,)
+        moved.append(tuple(((differences - clean) / (corrupt - clean)).tolist()))
     first, second = (llama.candidates(row, 1)[0] for row in logits)
     return Trace(tuple(map(llama.token, ids)), tuple(map(llama.token, other)), first, second, tuple(moved))
 

@@ -197,18 +197,18 @@ def _query_and_keys(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """The last token's query of a head, (1, head_dim), and all keys that it meets, (T, head_dim): turned, float32."""
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
         def hook(value: Tensor, _start: int) -> None:  # of a text in pieces the last one stays
-            found[name] = value
+            captured[name] = value
 
         return hook
 
     places = {f"layers.{layer}.attention.{name}": keep(name) for name in "qk"}
     llama.engine.forward_with_hooks([ids], places, progress=progress)
     group = llama.args.n_heads // llama.args.n_kv_heads
-    return found["q"][0, head, -1:].float().cpu(), found["k"][0, head // group].float().cpu()
+    return captured["q"][0, head, -1:].float().cpu(), captured["k"][0, head // group].float().cpu()
 
 
 def _turn(x: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:

@@ -208,8 +208,8 @@ def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -
         for alias in part.names
     ]
     same = [other for other in asked if other.endswith(f".{_command(node)}")]
-    found = [passages[other] for other in same or asked if other in passages]
-    return tuple(found) or (passages[name],)
+    parts = [passages[other] for other in same or asked if other in passages]
+    return tuple(parts) or (passages[name],)
 
 
 # --- Names ------------------------------------------------------------------------------------
@@ -240,14 +240,14 @@ def _is_outermost(name: str) -> bool:
 
 
 def _only(wanted: str, name: str) -> Passage:
-    found = _matches(wanted)
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    matches = _matches(wanted)
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise _unknown(name)
-    first = sorted((passage.name for passage in found), key=lambda other: not other.startswith("model."))
-    listed = ", ".join(first[:6]) + (", …" if len(found) > 6 else "")
-    raise UsageError(f"'{sanitize(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
+    first = sorted((passage.name for passage in matches), key=lambda other: not other.startswith("model."))
+    listed = ", ".join(first[:6]) + (", …" if len(matches) > 6 else "")
+    raise UsageError(f"'{sanitize(name)}' is the name of {len(matches)} places ({listed}), expected one of them.")
 
 
 def _at(file: Passage, line: int) -> Passage:

@@ -105,9 +105,9 @@ class Scorer:
     def _scores(self, logprobs: Tensor, ids: Sequence[int]) -> list[Scored]:
         """Scores of the tokens that came where `logprobs`, (n, vocab_size), were predicted; behind the last is none."""
         logprobs = logprobs[: len(ids)]
-        own = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
-        ranks = (logprobs > own).sum(-1) + 1  # (n,)
-        columns = (own[:, 0].tolist(), ranks.tolist(), entropy_bits(logprobs).tolist())
+        token_logprobs = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
+        ranks = (logprobs > token_logprobs).sum(-1) + 1  # (n,)
+        columns = (token_logprobs[:, 0].tolist(), ranks.tolist(), entropy_bits(logprobs).tolist())
         return [
             Scored(id, self.llama.token(id).text, logprob, rank, entropy)
             for id, logprob, rank, entropy in zip(ids, *columns, strict=True)
@@ -139,11 +139,11 @@ def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[S
     held: list[Scored] = []  # the token of each byte that no character has come of yet
     for token in scored:
         for byte in llama.tokenizer.token_bytes(token.id):
-            found = len(utf8.decode(bytes([byte])))
+            n_characters = len(utf8.decode(bytes([byte])))
             held.append(token)
             waiting = len(utf8.getstate()[0])
             done, held = held[: len(held) - waiting], held[len(held) - waiting :]
-            yield from _split(done, found)
+            yield from _split(done, n_characters)
     yield from _split(held, len(utf8.decode(b"", final=True)))
 
 
