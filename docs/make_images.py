@@ -115,7 +115,7 @@ def trace() -> Image.Image:
     """Where a fact is: causal tracing, as /picture draws it."""
     llama = Llama.load("smollm2", precision="fp32")
     ids, other = (llama.encode(f"The capital of {country} is") for country in ("France", "Italy"))
-    return Image.open(io.BytesIO(png(patching.trace(tracing.trace(llama, ids, other)))))
+    return Image.open(io.BytesIO(png(patching.page(tracing.trace(llama, ids, other)))))
 
 
 def induction() -> Image.Image:

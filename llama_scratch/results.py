@@ -3,8 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Self
+
+
+def to_json(value: Any) -> Any:
+    """A value as `json.dumps` takes it: dataclasses as objects, tuples as lists, bytes as hexadecimal digits.
+
+    An object has the fields of its dataclass in their order, or the attributes that its class lists as `json_fields`;
+    there "theta as rope_theta" is the attribute `theta` under the key "rope_theta".
+    """
+    if isinstance(value, JsonResult):
+        return value.as_json()
+    if is_dataclass(value):
+        return _object(value)
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return value
+
+
+class JsonResult:
+    """A dataclass whose JSON a user can ask for. A class whose JSON is not a list of attributes overrides `as_json`."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return _object(self)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    names = getattr(value, "json_fields", ()) or [field.name for field in fields(value)]
+    pairs = (name.split(" as ") for name in names)
+    return {key: to_json(getattr(value, attribute)) for attribute, key in ((pair[0], pair[-1]) for pair in pairs)}
 
 
 @dataclass(frozen=True)
@@ -18,6 +54,8 @@ class Token:
 @dataclass(frozen=True)
 class Candidate(Token):
     """A token that may come next, with the natural logarithm of its probability."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ("id", "text", "probability", "logprob")
 
     logprob: float
 
@@ -77,7 +115,7 @@ ENDS_IN_SPACE, ENDS_IN_A_WORD = "ends in a space", "ends inside of a word"
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(JsonResult):
     """What a model says would come next after a prompt.
 
     tokens: what the model saw, the beginning-of-text token included.
@@ -97,8 +135,10 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(JsonResult):
     """A continuation. `finish_reason`: "stop" before a stop token, "length" where the number of tokens ran out."""
+
+    json_fields = ("text", "ids", "logprobs", "finish_reason")
 
     text: str
     ids: tuple[int, ...]
@@ -109,35 +149,9 @@ class Generated:
 
 def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:
     """One answer as the object that `--json` prints."""
-    timing = vars(prediction.timing)
-    result: dict[str, Any] = {
-        "prompt": prediction.prompt,
-        "tokens": [vars(token) for token in prediction.tokens],
-        "next": candidate_json(prediction.next),
-        "top": [candidate_json(candidate) for candidate in prediction.top],
-        "entropy_bits": prediction.entropy_bits,
-    }
-    if generated is not None:
-        timing = timing | {"decode_s": generated.decode_s}
-        result["generated"] = generated_json(generated)
-    return result | {"warnings": list(prediction.warnings), "model": vars(prediction.model), "timing": timing}
-
-
-def generated_json(generated: Generated) -> dict[str, Any]:
-    """A continuation as it stands in that object."""
-    return {
-        "text": generated.text,
-        "ids": list(generated.ids),
-        "logprobs": list(generated.logprobs),
-        "finish_reason": generated.finish_reason,
-    }
-
-
-def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """A token with its probability as it stands in that object."""
-    return {
-        "id": candidate.id,
-        "text": candidate.text,
-        "probability": candidate.probability,
-        "logprob": candidate.logprob,
-    }
+    answer = prediction.as_json()
+    if generated is None:
+        return answer
+    rest = {key: answer.pop(key) for key in ("warnings", "model", "timing")}
+    rest["timing"]["decode_s"] = generated.decode_s
+    return answer | {"generated": generated.as_json()} | rest

@@ -20,7 +20,7 @@ from llama_scratch.microscope import attribution
 from llama_scratch.microscope.attribution import Attribution, Contribution, why
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
 from llama_scratch.microscope.parts import NetworkPart
-from llama_scratch.render import to_terminal
+from llama_scratch.render import to_plain, to_terminal
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import percent
 from tests import reference
@@ -468,7 +468,7 @@ def drawn(found: Attribution, width: int | None) -> str:
     page = pages.page(found)
     console = Console(width=width or 10_000, color_system=None)
     with console.capture() as captured:
-        console.print(to_terminal.view(page) if width else to_terminal.plain(page), markup=False, highlight=False)
+        console.print(to_terminal.view(page) if width else to_plain.plain(page), markup=False, highlight=False)
     return " ".join(captured.get().split())
 
 

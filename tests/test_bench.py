@@ -16,7 +16,7 @@ from llama_scratch import Llama
 from llama_scratch.cli.app import run
 from llama_scratch.inference import speed as bench
 from llama_scratch.model import Transformer
-from llama_scratch.render.bench import bench_lines, bench_table
+from llama_scratch.render.reports import bench_lines, bench_table
 from tests.checkpoints import tiny_args
 
 SMALL = ("--prefill", "8,4", "--decode-at", "3", "--tokens", "2", "--runs", "2")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.render import text as terminal
+from llama_scratch.render import text
 from llama_scratch.repl.batch import Format, answer_all, respond
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.commands.registry import split
@@ -483,7 +483,7 @@ def said(session: Session, line: str) -> str:
     _, reply = respond(session, line)
     assert reply
     assert reply.view is not None
-    return terminal.as_text(reply.view)
+    return text.as_text(reply.view)
 
 
 def test_live_is_not_said_to_be_on_where_it_is_not(session: Session) -> None:

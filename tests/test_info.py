@@ -23,7 +23,8 @@ from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.precision.network import memory_needed
-from llama_scratch.render.text import as_text, model_facts, rows, size
+from llama_scratch.render.reports import model_facts, rows
+from llama_scratch.render.text import as_text, size
 from llama_scratch.system.progress import Progress, silent
 from tests.checkpoints import tiny_args, write_meta
 from tests.test_cli import Runner, llama_scratch

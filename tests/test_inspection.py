@@ -23,6 +23,7 @@ from llama_scratch.microscope.attribution import why
 from llama_scratch.microscope.inspection import Inspection
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.microscope.patching import trace
+from llama_scratch.render import display
 from tests import reference
 
 IDS = [300, *range(60, 71)]  # BOS and eleven others
@@ -319,7 +320,7 @@ def test_every_result_prints_itself(found: Inspection, name: str) -> None:
     assert matched is not None
     page = html.unescape(matched[1])
     assert page.lstrip().lower().startswith("<!doctype html>")
-    assert html.escape(result._page().title) in page
+    assert html.escape(display.page_of(result).title) in page
     assert not re.search(r"""(?:src|href)\s*=\s*["']https?:""", page)
 
 

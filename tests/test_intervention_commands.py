@@ -20,7 +20,8 @@ from llama_scratch.microscope.effect import effect
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Attention
-from llama_scratch.render import text as terminal
+from llama_scratch.render.answer import before_and_after
+from llama_scratch.render.text import percent, visible
 from llama_scratch.repl import session as session_module
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions, run_command
@@ -403,10 +404,10 @@ def test_an_effect_that_changes_the_answer_names_both(tiny: Llama) -> None:
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
     found = effect(tiny, network, tiny.encode(PROMPT), ["-L1"])
     (first, after_first), (second, after_second) = found.answers
-    text = " ".join(shown(terminal.before_and_after(found)).split())
+    text = " ".join(shown(before_and_after(found)).split())
     for before, after in ((first, after_first), (second, after_second)):
-        percents = f"{terminal.percent(before.probability)} → {terminal.percent(after.probability)}"
-        assert f"{terminal.visible(before.text).plain} {percents}" in text
+        percents = f"{percent(before.probability)} → {percent(after.probability)}"
+        assert f"{visible(before.text).plain} {percents}" in text
     assert first.id == tiny.predict(PROMPT).next.id
     assert second.id == network.predict(PROMPT).next.id != first.id
 
@@ -425,7 +426,7 @@ def test_a_screen_reader_gets_lines(session: Session) -> None:
 def test_completion_knows_parts_tokens_and_labels(session: Session) -> None:
     run(session, PROMPT)
     assert completions(session, "/why ") == [
-        f"/why {terminal.visible(c.text).plain}" for c in session.moments[-1].prediction.top
+        f"/why {visible(c.text).plain}" for c in session.moments[-1].prediction.top
     ]
     assert all(NetworkPart.named(line.split()[1], session.llama.args) for line in completions(session, "/ablate L"))
 
@@ -656,7 +657,7 @@ def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypa
         raise KeyboardInterrupt
 
     before = state(session)
-    monkeypatch.setattr("llama_scratch.render.pages.patching.effect", interrupted)
+    monkeypatch.setattr("llama_scratch.render.pages.effect.page", interrupted)
     for line in ("/ablate L1 mean", "/ablate L1", f"/patch L1@2 {SAME_LENGTH}", "/steer 1 2 ab | ac"):
         with pytest.raises(KeyboardInterrupt):
             respond(session, line)

@@ -588,7 +588,7 @@ def test_texts_that_cannot_be_traced_are_a_sentence(llama: Llama) -> None:
 
 
 def test_a_traces_page_has_a_row_for_each_layer_and_one_for_the_end(llama: Llama) -> None:
-    page = patching.trace(trace(llama, IDS, OTHER))
+    page = patching.page(trace(llama, IDS, OTHER))
     console = Console(width=60, color_system=None)
     with console.capture() as captured:
         console.print(to_terminal.view(page), markup=False, highlight=False)

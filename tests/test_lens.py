@@ -113,7 +113,7 @@ def test_windows_and_pieces_change_nothing(tiny: Llama, monkeypatch: pytest.Monk
     ids = [60 + i % 90 for i in range(40)]
     whole = lens(tiny, ids)
     monkeypatch.setattr(engine_module, "CHUNK", 7)
-    monkeypatch.setattr(lens_module, "WINDOW", 4)
+    monkeypatch.setattr(lens_module, "LENS_POSITIONS", 4)
     for first, count in ((0, 40), (3, 9), (33, 64), (39, 1), (None, 5), (0, 1)):
         found = lens(tiny, ids, first, count)
         begin = 35 if first is None else first

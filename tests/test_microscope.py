@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from torch import Tensor
 
 from llama_scratch.errors import ContextLengthError, LlamaScratchError, OutOfMemoryError, UsageError
 from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference.loaded_model import entropy_bits
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import diff as diff_module
 from llama_scratch.microscope import distributions
 from llama_scratch.microscope.choices import choices
 from llama_scratch.microscope.compare import compare
 from llama_scratch.microscope.diff import diff
-from llama_scratch.microscope.distributions import entropy_bits, jensen_shannon_bits, kl_bits
+from llama_scratch.microscope.distributions import jensen_shannon_bits, kl_bits
 from llama_scratch.microscope.surprisal import Scored, Scorer, Surprisal, per_character, surprisal
 from llama_scratch.microscope.tokens import tokens
 from llama_scratch.microscope.tree import Branch, tree, walk
+from llama_scratch.results import Candidate, JsonResult, to_json
 from llama_scratch.system import memory
 from tests import test_smollm2 as smollm2
 from tests.checkpoints import write_meta
@@ -641,3 +644,26 @@ def test_a_comparison_without_candidates_is_refused(tiny: Llama) -> None:
     with pytest.raises(UsageError) as raised:
         compare(tiny, tiny, [1], top=0)
     assert_sentence(raised.value)
+
+
+def test_a_result_as_json() -> None:
+    """Fields in their order, or the attributes that a class lists; nested values of every kind."""
+
+    @dataclass(frozen=True)
+    class Inner:
+        a: int
+        b: bytes
+
+    @dataclass(frozen=True)
+    class Outer(JsonResult):
+        json_fields = ("inner as nested", "twice")
+        inner: tuple[Inner, ...]
+
+        @property
+        def twice(self) -> dict[str, tuple[int, ...]]:
+            return {"n": (2 * len(self.inner),)}
+
+    result = Outer((Inner(1, b"\x00\xff"),))
+    assert result.as_json() == to_json(result) == {"nested": [{"a": 1, "b": "00ff"}], "twice": {"n": [2]}}
+    assert list(to_json(Candidate(1, "x", 0.0))) == ["id", "text", "probability", "logprob"]
+    assert to_json(None) is None

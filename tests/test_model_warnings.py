@@ -10,7 +10,7 @@ import pytest
 
 from llama_scratch import llama
 from llama_scratch.checkpoint import describe, open_checkpoint, verify
-from llama_scratch.render.text import model_facts
+from llama_scratch.render.reports import model_facts
 from tests.test_cli import Runner, llama_scratch
 
 __all__ = ["llama_scratch"]  # a fixture

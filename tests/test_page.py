@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from llama_scratch.errors import UsageError
-from llama_scratch.render import colors, to_terminal
+from llama_scratch.render import colors, to_plain, to_terminal
 from llama_scratch.render.page import (
     Cell,
     Code,
@@ -88,7 +88,7 @@ def shown(*parts: PageBlock, width: int = 80, source: tuple[str, ...] = (), enco
 
 def plain(*parts: PageBlock) -> list[str]:
     """The same for a screen reader."""
-    return to_terminal.plain(Page("", parts)).plain.splitlines()
+    return to_plain.plain(Page("", parts)).plain.splitlines()
 
 
 # --- On a terminal ----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_small_maps_stand_beside_each_other() -> None:
 
 
 def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
-    lines = to_terminal.plain(EVERYTHING).plain.splitlines()
+    lines = to_plain.plain(EVERYTHING).plain.splitlines()
     text = "\n".join(lines)
     assert not re.search("[▀-▟─-╿·]", text)
     assert 'After " Paris\\n"' in lines

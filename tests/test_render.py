@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console, RenderableType
 from wcwidth import iter_graphemes
 
-from llama_scratch.render import lines
-from llama_scratch.render import text as terminal
+from llama_scratch.render import answer, bars, lines, reports, text
+from llama_scratch.render.text import Wrapped, as_text, percent, readable, visible
 from llama_scratch.results import Candidate, Generated, ModelInfo, Prediction, PromptWarning, Timing, Token, as_json
 
 MODEL = ModelInfo("Tiny", "meta", "fp32", "cpu", 1234)
@@ -52,11 +52,11 @@ def shown(renderable: RenderableType, width: int = 80, encoding: str = "utf-8") 
     ],
 )
 def test_white_space_and_control_characters_are_visible(text: str, expected: str) -> None:
-    assert terminal.visible(text).plain == expected
+    assert visible(text).plain == expected
 
 
 def test_running_text_keeps_its_lines_and_loses_its_escapes() -> None:
-    assert terminal.readable("a\n\tb \x1b[2J\x07 é日") == "a\n\tb \\x1b[2J\\x07 é日"
+    assert readable("a\n\tb \x1b[2J\x07 é日") == "a\n\tb \\x1b[2J\\x07 é日"
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_running_text_keeps_its_lines_and_loses_its_escapes() -> None:
     [(1.0, "100.0 %"), (0.9996, ">99.9 %"), (0.9994, "99.9 %"), (0.7731, "77.3 %"), (0.0004, "<0.1 %"), (0.0, "0.0 %")],
 )
 def test_a_percentage_never_claims_certainty(probability: float, expected: str) -> None:
-    assert terminal.percent(probability) == expected
+    assert percent(probability) == expected
 
 
 def test_an_answer_shows_token_probability_bar_and_what_it_took() -> None:
-    text = shown(terminal.answer(prediction(" Paris", "\n", " the", warnings=("Mind the gap.",))))
+    text = shown(answer.answer(prediction(" Paris", "\n", " the", warnings=("Mind the gap.",))))
     rows = [line.replace("│", " ").split() for line in text.splitlines() if "%" in line]
     assert [row[:3] for row in rows] == [["␣Paris", "50.0", "%"], [r"\n", "25.0", "%"], ["␣the", "12.5", "%"]]
     assert [len(row[3]) for row in rows] == [20, 10, 5]
@@ -79,17 +79,17 @@ def test_an_answer_shows_token_probability_bar_and_what_it_took() -> None:
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_an_answer_fits_its_terminal(width: int) -> None:
     text = shown(
-        terminal.answer(prediction(" Paris" * 20, "\x00" * 30, warnings=("A sentence of some length. " * 5,))), width
+        answer.answer(prediction(" Paris" * 20, "\x00" * 30, warnings=("A sentence of some length. " * 5,))), width
     )
     assert max(map(len, text.splitlines())) <= width
 
 
 def test_a_terminal_without_unicode_gets_ascii_bars() -> None:
-    assert "#" * 20 in shown(terminal.Bar(0.5), encoding="ascii")
+    assert "#" * 20 in shown(bars.Bar(0.5), encoding="ascii")
 
 
 def test_the_plain_answer_is_words() -> None:
-    text = terminal.plain_answer(prediction(" Paris", '"', warnings=("Mind the gap.",)))
+    text = answer.plain_answer(prediction(" Paris", '"', warnings=("Mind the gap.",)))
     assert text.splitlines() == [
         'Next token: " Paris", 50.0 %',
         'Number 2: "\\"", 25.0 %',
@@ -131,7 +131,7 @@ def streamed(text: str, width: int, cut: int, begin: str = " …") -> list[str]:
     """The lines of a terminal to which a text came in pieces; they are those that are exported too."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
-    wrapped = terminal.Wrapped(width, begin, indent=" ")
+    wrapped = Wrapped(width, begin, indent=" ")
     console.print(begin, end="")
     for i in range(0, len(text), cut):
         written = wrapped.push(text[i : i + cut], final=i + cut >= len(text))
@@ -173,7 +173,7 @@ def test_running_text_wraps_however_it_comes(text: str, lines: list[str], cut: i
     "text", ["语言模型", "日本語です", "สวัสดี", "🎉🦙👍", "https://a.b/c", "aGVsbG8gd29ybGQ", "a b"]
 )
 def test_no_more_than_one_character_is_held_back(text: str) -> None:
-    wrapped = terminal.Wrapped(80)
+    wrapped = Wrapped(80)
     for count, char in enumerate(text, start=1):
         wrapped.push(char)
         held = text[len(wrapped.text) : count]
@@ -184,11 +184,11 @@ def test_no_more_than_one_character_is_held_back(text: str) -> None:
 
 def test_a_character_of_several_code_points_is_written_in_one_piece() -> None:
     family, flag, accent = "👩\u200d👩\u200d👧", "🇩🇪", "e\u0301"
-    wrapped = terminal.Wrapped(80)
+    wrapped = Wrapped(80)
     pieces = [written for char in f"{family}{flag}" for written in wrapped.push(char)]
     pieces += wrapped.push("", final=True)
     assert [str(piece) for piece in pieces] == [family, flag]
-    wrapped = terminal.Wrapped(20, " …", indent=" ")
+    wrapped = Wrapped(20, " …", indent=" ")
     for char in accent * 20:
         wrapped.push(char)
     wrapped.push("", final=True)
@@ -196,7 +196,7 @@ def test_a_character_of_several_code_points_is_written_in_one_piece() -> None:
 
 
 def test_a_window_that_becomes_narrower_begins_a_line() -> None:
-    wrapped = terminal.Wrapped(80, indent=" ")
+    wrapped = Wrapped(80, indent=" ")
     wrapped.push("some words of a line")
     assert not wrapped.resize(40)
     assert wrapped.resize(10)
@@ -205,25 +205,25 @@ def test_a_window_that_becomes_narrower_begins_a_line() -> None:
 
 
 def test_a_window_of_no_width_ends() -> None:
-    wrapped = terminal.Wrapped(1, indent=" ")
+    wrapped = Wrapped(1, indent=" ")
     wrapped.push("日本", final=True)
     assert wrapped.text == "日\n 本"
 
 
-@pytest.mark.parametrize("view", [terminal.note("word " * 30), terminal.answer(prediction(" Paris"))])
+@pytest.mark.parametrize("view", [text.note("word " * 30), answer.answer(prediction(" Paris"))])
 def test_lines_that_wrap_keep_their_indentation(view: RenderableType) -> None:
     text = shown(view, 30)
     assert all(line.startswith(" ") for line in text.splitlines() if line)
 
 
 def test_the_banner_speaks_of_the_keys_that_there_are() -> None:
-    assert "Tab" in shown(terminal.banner(MODEL, 64))
-    assert "Tab" not in shown(terminal.banner(MODEL, 64, live=False))
-    chat = shown(terminal.banner(MODEL, 64, live=False, chat=True))
+    assert "Tab" in shown(reports.banner(MODEL, 64))
+    assert "Tab" not in shown(reports.banner(MODEL, 64, live=False))
+    chat = shown(reports.banner(MODEL, 64, live=False, chat=True))
     assert "message" in chat
     assert "prompt" not in chat
-    assert "gray" not in shown(terminal.banner(MODEL, 64))
+    assert "gray" not in shown(reports.banner(MODEL, 64))
 
 
 def test_a_view_as_text_keeps_what_looks_like_markup() -> None:
-    assert terminal.as_text("a [b]c[/b] :smile:") == "a [b]c[/b] :smile:"
+    assert as_text("a [b]c[/b] :smile:") == "a [b]c[/b] :smile:"

@@ -28,12 +28,10 @@ from llama_scratch.microscope.execution import (
     RETURNED,
     ExecutionTrace,
     Statement,
-    ValueSummary,
-    ValueView,
     look,
-    parsed,
     walk,
 )
+from llama_scratch.microscope.value_view import ValueSummary, ValueView, parsed, summaries
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
@@ -352,12 +350,12 @@ def test_of_a_long_text_the_last_piece_is_walked_through(llama: Llama, monkeypat
 def test_only_a_meaning_that_fits_is_shown() -> None:
     """Of several shapes in a comment the last one with as many sizes; of a tuple each part has its own summary."""
     pair = (torch.ones(2, 3), torch.zeros(2, 3, 4))
-    both = list(execution._values("it", pair, ("(T, S)", "(T, dim)", "(B, T, dim)"), True))
+    both = list(summaries("it", pair, ("(T, S)", "(T, dim)", "(B, T, dim)"), True))
     assert [(value.name, value.meaning, value.mean) for value in both] == [
         ("it[0]", "(T, dim)", 1.0),
         ("it[1]", "(B, T, dim)", 0.0),
     ]
-    assert next(execution._values("it", torch.ones(2), ("(T, S)",), True)).meaning == ""
+    assert next(summaries("it", torch.ones(2), ("(T, S)",), True)).meaning == ""
 
 
 def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: ExecutionTrace) -> None:
@@ -368,9 +366,9 @@ def test_a_name_keeps_its_meaning_while_it_keeps_its_shape(walked: ExecutionTrac
 
 
 def test_what_is_not_finite_is_counted_and_left_out() -> None:
-    (value,) = execution._values("it", torch.tensor([[1.0, torch.inf, torch.nan, 3.0]]), (), True)
+    (value,) = summaries("it", torch.tensor([[1.0, torch.inf, torch.nan, 3.0]]), (), True)
     assert (value.infinite, value.mean, value.max, value.first) == (2, 2.0, 3.0, (1.0, None, None, 3.0))
-    (nothing,) = execution._values("it", torch.full((2,), torch.nan), (), True)
+    (nothing,) = summaries("it", torch.full((2,), torch.nan), (), True)
     assert (nothing.infinite, nothing.mean, nothing.first) == (2, None, (None, None))
 
 
@@ -379,28 +377,28 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
 
 def test_next_stays_into_enters_out_leaves(walked: ExecutionTrace) -> None:
     at = number_of(walked, "heads = ", 1)
-    assert walked.stops[walked.into(at)].text.strip().startswith("q = self.wq")
+    assert walked.stops[walked.step_into(at)].text.strip().startswith("q = self.wq")
     v = walked.next(at, 3)
     assert walked.stops[v].text.strip().startswith("v = self.wv")
-    inner = walked.into(v)
+    inner = walked.step_into(v)
     assert walked.stops[inner].function == "apply_rotary_emb"
     after = walked.next(v)
     assert walked.stops[after].text.strip().startswith("q = apply_rotary_emb")
-    assert after == walked.into(v, 4) == walked.out(inner)
+    assert after == walked.step_into(v, 4) == walked.step_out(inner)
     assert walked.back(after, 4) == v
     last = number_of(walked, "return self.wo", 1)
-    assert walked.next(last) == walked.out(at) == number_of(walked, "x = x + self.attention", 1)
+    assert walked.next(last) == walked.step_out(at) == number_of(walked, "x = x + self.attention", 1)
     assert walked.to(2) == number_of(walked, "x32 =", 2)
 
 
-@pytest.mark.parametrize("step", ["next", "into", "out"])
+@pytest.mark.parametrize("step", ["next", "step_into", "step_out"])
 def test_nothing_comes_behind_the_end(walked: ExecutionTrace, step: str) -> None:
     end = len(walked.stops) - 1
     with pytest.raises(UsageError, match="ends before that"):
         getattr(walked, step)(end)
     with pytest.raises(UsageError, match="ends before that"):
-        walked.into(0, 10**12)
-    assert walked.into(0, end) == end
+        walked.step_into(0, 10**12)
+    assert walked.step_into(0, end) == end
 
 
 def test_nothing_comes_before_the_beginning(walked: ExecutionTrace) -> None:
@@ -575,8 +573,8 @@ def test_a_pipe_walks_with_one_command_a_stop(session: Session, walked: Executio
     assert run(session, "/step n")["stop"] == walked.next(walked.to(1))
     assert run(session, "/step back")["stop"] == walked.to(1)
     assert run(session, "/step into 5")["stop"] == walked.to(1) + 5
-    assert run(session, "/step out")["stop"] == walked.out(walked.to(1) + 5)
-    assert run(session, "/step")["stop"] == walked.out(walked.to(1) + 5)
+    assert run(session, "/step out")["stop"] == walked.step_out(walked.to(1) + 5)
+    assert run(session, "/step")["stop"] == walked.step_out(walked.to(1) + 5)
     printed = run(session, "/step print x[0, -1, :4]")
     assert printed["rows"] == [list(value_of(walked.stops[printed["stop"]], "x").first)]
     for empty in ("x[0:0]", "x[0, 0:0]", "x[..., 0:0]"):
@@ -656,13 +654,13 @@ def test_single_keys_walk_on_a_terminal(session: Session, walked: ExecutionTrace
     place = walked.next(walked.next(walked.to(1)), 2)
     assert typed(session, f"t 1\rn\rn{end}")["stop"] == place
     assert typed(session, "iib" + end)["stop"] == place + 1
-    assert typed(session, "o" + end)["stop"] == walked.out(place + 1)
+    assert typed(session, "o" + end)["stop"] == walked.step_out(place + 1)
 
 
 def test_enter_does_not_go_into_a_call(session: Session, walked: ExecutionTrace) -> None:
     """Where next and into part."""
     before = number_of(walked, "v = self.wv", 1)
-    assert walked.next(before) != walked.into(before)
+    assert walked.next(before) != walked.step_into(before)
     run(session, f"/step into {before}")
     assert typed(session, "\rq")["stop"] == walked.next(before)
 

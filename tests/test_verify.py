@@ -24,8 +24,8 @@ from llama_scratch.checkpoint.verify import Finding, Verification, verify
 from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
+from llama_scratch.render.reports import verify_table
 from llama_scratch.render.text import as_text
-from llama_scratch.render.verify import verify_table
 from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
 from tests.test_checkpoint_gguf import whole_file

@@ -20,9 +20,14 @@ from llama_scratch.microscope.diff import Diff, Pair
 from llama_scratch.microscope.surprisal import Scored, Surprisal
 from llama_scratch.microscope.tokens import Piece, Tokens
 from llama_scratch.microscope.tree import Branch, Tree
-from llama_scratch.render import to_terminal
+from llama_scratch.render import to_plain, to_terminal
 from llama_scratch.render.page import Page
-from llama_scratch.render.pages import texts
+from llama_scratch.render.pages import choices as choices_page
+from llama_scratch.render.pages import compare as compare_page
+from llama_scratch.render.pages import diff as diff_page
+from llama_scratch.render.pages import surprisal as surprisal_page
+from llama_scratch.render.pages import tokens as tokens_page
+from llama_scratch.render.pages import tree as tree_page
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.commands.views import parts
@@ -336,16 +341,16 @@ def everything() -> dict[str, tuple[RenderableType, RenderableType]]:
     long = comparison("A model with a name that is long", "An-other-model-with-a-name-that-is-longer", kl_bits=None)
     first = Surprisal(tokens[:1], nasty, 2.5)
     pages = {
-        "tokens": texts.tokens(pieces),
-        "surprisal": texts.surprisal(scored, text, bits),
-        "surprisal of one": texts.surprisal(first, NASTY[0], [None] * 6),
-        "tree": texts.tree(tree, text),
-        "choices": texts.choices(choices),
-        "diff": texts.diff(a_diff()),
-        "compare": texts.compare(comparison("Model", "Model")),
-        "compare others": texts.compare(long),
+        "tokens": tokens_page.page(pieces),
+        "surprisal": surprisal_page.page(scored, text, bits),
+        "surprisal of one": surprisal_page.page(first, NASTY[0], [None] * 6),
+        "tree": tree_page.page(tree, text),
+        "choices": choices_page.page(choices),
+        "diff": diff_page.page(a_diff()),
+        "compare": compare_page.page(comparison("Model", "Model")),
+        "compare others": compare_page.page(long),
     }
-    return {name: (to_terminal.view(page), to_terminal.plain(page)) for name, page in pages.items()}
+    return {name: (to_terminal.view(page), to_plain.plain(page)) for name, page in pages.items()}
 
 
 VIEWS = everything()
@@ -480,8 +485,8 @@ def test_choices_are_sorted_best_first() -> None:
     given = [
         Choice(text, (Candidate(1, text, logprob),), 0.3, 0.3) for text, logprob in (("b", -2), ("a", -1), ("c", -3))
     ]
-    page = texts.choices(Choices(tuple(given)))
-    for view in (to_terminal.view(page), to_terminal.plain(page)):
+    page = choices_page.page(Choices(tuple(given)))
+    for view in (to_terminal.view(page), to_plain.plain(page)):
         lines = shown(view, 80).splitlines()
         rows = [line.removeprefix("choice").strip(' "')[:1] for line in lines if "30.0" in line]
         assert rows == ["a", "b", "c"]
@@ -498,11 +503,11 @@ def test_what_surprises_more_has_another_style() -> None:
 def test_the_text_is_colored_by_its_bits() -> None:
     """Character by character, as they are given."""
     tokens = (Scored(1, "ab", None, None, None), Scored(2, "cd", -math.log(2) * 9, 3, 1.0))
-    page = texts.surprisal(Surprisal(tokens, (), 1.0), "abcd", [None, None, 0.5, 9.0])
+    page = surprisal_page.page(Surprisal(tokens, (), 1.0), "abcd", [None, None, 0.5, 9.0])
     text = shown(to_terminal.view(page), 80, force_terminal=True, color_system="standard")
     assert "ab\x1b[32mc\x1b[0m\x1b[1;31md\x1b[0m" in text
 
 
-@pytest.mark.parametrize("form", [to_terminal.view, to_terminal.plain])
+@pytest.mark.parametrize("form", [to_terminal.view, to_plain.plain])
 def test_one_token_is_a_token(form: Callable[[Page], RenderableType]) -> None:
-    assert "1 token." in shown(form(texts.tokens(Tokens((Piece(1, "a", b"a"),)))), 40)
+    assert "1 token." in shown(form(tokens_page.page(Tokens((Piece(1, "a", b"a"),)))), 40)

@@ -457,7 +457,7 @@ def info(
 
         print(json_line(facts))
     else:
-        from llama_scratch.render.text import model_facts, rows
+        from llama_scratch.render.reports import model_facts, rows
 
         shown = model_facts(facts)
         if sys.stdout.isatty():
@@ -492,7 +492,7 @@ def verify(
 
         print(json_line(found.as_json()))
     else:
-        from llama_scratch.render.verify import verify_lines, verify_table
+        from llama_scratch.render.reports import verify_lines, verify_table
 
         if sys.stdout.isatty():
             screen.out.print(verify_table(found))
@@ -572,7 +572,7 @@ def bench(
 
         print(json_line(found))
         return
-    from llama_scratch.render.bench import bench_lines, bench_table
+    from llama_scratch.render.reports import bench_lines, bench_table
 
     if sys.stdout.isatty():
         state.screen.out.print(bench_table(found))

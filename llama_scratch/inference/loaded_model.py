@@ -179,7 +179,7 @@ class LoadedModel:
             tokens=tuple(map(self.token, ids)),
             next=candidates[0],
             top=candidates,
-            entropy_bits=entropy_bits(logits.values),
+            entropy_bits=float(entropy_bits(logits.values)),
             warnings=self._warnings(prompt, ids, candidates[0], special),
             model=self.info,
             timing=Timing(self.load_s, len(ids), logits.reused_tokens, prefill_s),
@@ -208,6 +208,7 @@ def _one_after_the_other(first: Hook | None, second: Hook | None) -> Hook:
     return both
 
 
-def entropy_bits(logits: Tensor) -> float:
-    """Shannon entropy of the distribution that logits, (vocab_size,), stand for, in bits."""
-    return float(torch.special.entr(logits.double().softmax(-1)).sum()) / math.log(2)
+def entropy_bits(logits: Tensor) -> Tensor:
+    """Shannon entropy of distributions, (…, vocab_size) logits or log-probabilities → (…) bits."""
+    nats: Tensor = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    return nats / math.log(2)

@@ -33,11 +33,11 @@ def activations(
     """
     if wrong := [place for place in places if place.endswith((".q", ".k", ".v", ".probs"))]:
         raise UsageError(f"What stands at {sanitize(wrong[0])} has heads in front of tokens, expected another place.")
-    found: list[list[Tensor]] = [[] for _ in places]
-    hooks = {place: keep(pieces) for place, pieces in zip(places, found, strict=True)}
+    pieces_by_place: list[list[Tensor]] = [[] for _ in places]
+    hooks = {place: keep(pieces) for place, pieces in zip(places, pieces_by_place, strict=True)}
     everywhere = not {"norm", "logits"}.isdisjoint(places)  # which else stand behind the last token alone
     llama.engine.forward_with_hooks([ids], hooks, all_positions=everywhere, progress=progress)
-    return [torch.cat(pieces, dim=1)[0] for pieces in found]
+    return [torch.cat(pieces, dim=1)[0] for pieces in pieces_by_place]
 
 
 def residuals(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Tensor:

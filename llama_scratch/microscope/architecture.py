@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.precision.network import activation_bytes
+from llama_scratch.results import JsonResult
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WeightRow:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(JsonResult):
     """A network's parts in the order in which a token comes by, and what a token costs.
 
     length: tokens that the newest one looks at, itself among them: attention costs more with each. tied: the output
@@ -37,6 +37,18 @@ class Architecture:
     token. weight_bytes: read for it, as the weights are stored now. kv_bytes_per_token: what the cache keeps of each;
     with `length` of them it reads kv_bytes.
     """
+
+    json_fields = (
+        "args as shape",
+        "length",
+        "tied as tied_output",
+        "parts",
+        "parameters",
+        "flops as flops_per_token",
+        "weight_bytes",
+        "kv_bytes_per_token",
+        "kv_bytes",
+    )
 
     args: ModelArgs
     length: int
@@ -59,20 +71,6 @@ class Architecture:
     def kv_bytes(self) -> int:
         """What attention reads for one token."""
         return self.length * self.kv_bytes_per_token
-
-    def as_json(self) -> dict[str, Any]:
-        """As /arch prints it."""
-        return {
-            "shape": asdict(self.args),
-            "length": self.length,
-            "tied_output": self.tied,
-            "parts": [asdict(part) for part in self.parts],
-            "parameters": self.parameters,
-            "flops_per_token": self.flops,
-            "weight_bytes": self.weight_bytes,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "kv_bytes": self.kv_bytes,
-        }
 
 
 def architecture(llama: LoadedModel, length: int) -> Architecture:

@@ -18,7 +18,7 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import Token
+from llama_scratch.results import JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
 # A head whose attention goes less than this to where its kind looks is of none.
@@ -31,17 +31,19 @@ _SEED = 0
 # Rows and columns of a small map, at most.
 _SMALL = 24
 # Queries whose attention is shown, and the tokens that one of them looks at most.
-WINDOW = 64
+MAP_POSITIONS = 64
 _LINKS = 8
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(JsonResult):
     """How much of a head's attention goes to each of four places, 0 to 1, in a random sequence that comes twice.
 
     previous: to the token before. first: to the first token. duplicate: to the same token in the first half.
     induction: to the token after that one, which is the one that comes next. The last two are of the second half.
     """
+
+    json_fields = ("layer", "head", "previous", "first", "duplicate", "induction", "kind")
 
     layer: int
     head: int
@@ -67,10 +69,6 @@ class Scores:
         kind, score = self.best
         return kind if score >= THRESHOLD else None
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in what `/attention` prints."""
-        return vars(self) | {"kind": self.kind}
-
 
 @dataclass(frozen=True)
 class SmallMap:
@@ -85,10 +83,8 @@ class SmallMap:
 
 
 @dataclass(frozen=True)
-class Heads(Displayable):
+class Heads(Displayable, JsonResult):
     """The heads of one layer, or of all layers in their order where that is None, with their maps of a text."""
-
-    page_function = "attention.heads"
 
     layer: int | None
     tokens: tuple[Token, ...]
@@ -96,19 +92,17 @@ class Heads(Displayable):
 
     def as_json(self) -> dict[str, Any]:
         """As `/attention` and `/attention LAYER` print it: the scores."""
-        return {"layer": self.layer, "heads": [each.scores.as_json() for each in self.maps]}
+        return {"layer": self.layer, "heads": to_json([each.scores for each in self.maps])}
 
 
 @dataclass(frozen=True)
-class Head(Displayable):
+class Head(Displayable, JsonResult):
     """What one head looks at in a text.
 
     tokens: all of the text. probs: a row for each query from position `first` on, in it the share of each token of the
     text: it adds up to 1, and what comes later has 0. links: the tokens that the text's last one looks at most, each
     position with its share, best first.
     """
-
-    page_function = "attention.head"
 
     scores: Scores
     tokens: tuple[Token, ...]
@@ -119,9 +113,9 @@ class Head(Displayable):
     def as_json(self) -> dict[str, Any]:
         """As `/attention LAYER.HEAD` prints it."""
         return self.scores.as_json() | {
-            "tokens": [vars(token) for token in self.tokens],
+            "tokens": to_json(self.tokens),
             "first": self.first,
-            "probs": [list(row) for row in self.probs],
+            "probs": to_json(self.probs),
             "links": [{"position": position, "probability": share} for position, share in self.links],
         }
 
@@ -138,23 +132,23 @@ def attention_map(
     layer = numbered("layer", layer, args.n_layers)
     head = None if head is None else numbered("head", head, args.n_heads, " in a layer")
     heads = slice(None) if head is None else slice(head, head + 1)
-    found = torch.zeros(len(range(args.n_heads)[heads]), T, T)
+    shares = torch.zeros(len(range(args.n_heads)[heads]), T, T)
 
     def keep(_layer: int, probs: Tensor, start: int) -> None:
-        found[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
+        shares[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
 
     _read(llama, ids, [layer], keep, progress)
-    return found if head is None else found[0]
+    return shares if head is None else shares[0]
 
 
 def head(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
 ) -> Head:
-    """What one head looks at: the map of `WINDOW` queries from position `first` on, by default the last ones.
+    """What one head looks at: the map of `MAP_POSITIONS` queries from position `first` on, by default the last ones.
 
     Raises `UsageError` for a layer, head or position that there is not, and as `Llama.predict` does.
     """
-    begin = max(0, len(ids) - WINDOW) if first is None else first
+    begin = max(0, len(ids) - MAP_POSITIONS) if first is None else first
     probs = attention_map(llama, ids, layer, head, progress)  # (T, T)
     begin = numbered("position", begin, len(ids), " in this text")
     best = probs[-1].topk(min(_LINKS, len(ids)))
@@ -162,7 +156,7 @@ def head(
         next(scores for scores in head_scores(llama, progress) if (scores.layer, scores.head) == (layer, head)),
         tuple(map(llama.token, ids)),
         begin,
-        tuple(map(tuple, probs[begin : begin + WINDOW].tolist())),
+        tuple(map(tuple, probs[begin : begin + MAP_POSITIONS].tolist())),
         tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
     )
 
@@ -241,7 +235,7 @@ def _begin(llama: LoadedModel) -> list[int]:
 def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
     ids, begin = repeated(llama), len(_begin(llama))
     n = (len(ids) - begin) // 2
-    found: list[Scores] = []
+    scores: list[Scores] = []
 
     def measure(layer: int, probs: Tensor, _start: int) -> None:
         def mean(back: int, first: int) -> Tensor:
@@ -250,10 +244,10 @@ def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
 
         again = begin + n  # where the second half begins
         four = torch.stack([mean(1, 1), probs[:, 1:, 0].mean(-1), mean(n, again), mean(n - 1, again)], dim=-1)
-        found.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
+        scores.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
 
     _read(llama, ids, range(llama.args.n_layers), measure, progress)
-    return tuple(found)
+    return tuple(scores)
 
 
 def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.interventions import ablate
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Transformer, TransformerBlock
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 
@@ -66,7 +66,7 @@ class AblationCheck:
 
 
 @dataclass(frozen=True)
-class Attribution(Displayable):
+class Attribution(Displayable, JsonResult):
     """Why a model says `answer` after `tokens`, and not `versus` where that is given.
 
     The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
@@ -75,8 +75,6 @@ class Attribution(Displayable):
     claims: the strongest contributions, tried out in the model's own network, whose probabilities stand in
     `answer` and `versus`.
     """
-
-    page_function = "attribution.page"
 
     tokens: tuple[Token, ...]
     answer: Candidate
@@ -91,19 +89,6 @@ class Attribution(Displayable):
     def strongest(self) -> list[Contribution]:
         """The contributions of heads and feed-forward layers, the largest first, for or against."""
         return _strongest(self.contributions)
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/why` prints it."""
-        return {
-            "tokens": [vars(token) for token in self.tokens],
-            "answer": candidate_json(self.answer),
-            "versus": self.versus and candidate_json(self.versus),
-            "logit": self.logit,
-            "contributions": [vars(contribution) for contribution in self.contributions],
-            "remainder": self.remainder,
-            "influences": [vars(influence) | {"token": vars(influence.token)} for influence in self.influences],
-            "claims": [vars(claim) | {"contribution": vars(claim.contribution)} for claim in self.claims],
-        }
 
 
 def why(
@@ -159,17 +144,17 @@ class _Direct:
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # what the parts do elsewhere is in the streams
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
-        found: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
+        pieces: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
         hooks = {
-            f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(found[kind])
+            f"layers.{i}.{kind}": keep(values, kinds[kind]) for kind in kinds for i, values in enumerate(pieces[kind])
         }
         hooks[f"layers.{n_layers - 1}.resid_post"] = keep(final)
         progress("attributing", 0, 2 * n_layers)
         with torch.no_grad(), hooked(model, llama.engine.hooks), hooked(model, hooks):
             model(torch.tensor([ids], device=model.freqs.device))
         # (1, T or 1, …) each
-        streams, heads, attentions, feed_forwards = ([value for (value,) in found[kind]] for kind in kinds)
+        streams, heads, attentions, feed_forwards = ([value for (value,) in pieces[kind]] for kind in kinds)
 
         # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
         answer, versus = target
@@ -217,8 +202,8 @@ def _back(
             x = streams[i].requires_grad_()
             with torch.enable_grad():
                 (grad,) = torch.autograd.grad(layer(x), x, grad)  # (1, T, dim)
-    found: list[float] = (grad * streams[0].detach()).sum(-1)[0].tolist()
-    return found
+    products: list[float] = (grad * streams[0].detach()).sum(-1)[0].tolist()
+    return products
 
 
 def _influences(
@@ -241,7 +226,7 @@ def _influences(
 
 
 def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
-    parts = [found for found in contributions if found.name not in ("embedding", "interventions")]
+    parts = [part for part in contributions if part.name not in ("embedding", "interventions")]
     return sorted(parts, key=lambda contribution: -abs(contribution.logit))
 
 

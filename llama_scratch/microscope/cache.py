@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import Token
+from llama_scratch.results import JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 
@@ -20,17 +19,15 @@ from llama_scratch.system.progress import Progress, silent
 class Norms:
     """Mean length ‖·‖ of the keys and of the values of one layer, over heads and positions."""
 
+    json_fields = ("layer", "keys as key_norm", "values as value_norm")
+
     layer: int
     keys: float
     values: float
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Cache.as_json`."""
-        return {"layer": self.layer, "key_norm": self.keys, "value_norm": self.values}
-
 
 @dataclass(frozen=True)
-class Cache(Displayable):
+class Cache(Displayable, JsonResult):
     """What the cache holds of a text.
 
     tokens: held in each layer. heads, head_dim: shape of a token's keys, and of its values, in a layer. dtype: their
@@ -38,7 +35,7 @@ class Cache(Displayable):
     more than what is held. layers: norms, first layer first.
     """
 
-    page_function = "cache.page"
+    json_fields = ("tokens", "shape", "dtype", "bytes_per_token", "held_bytes", "taken_bytes", "layers")
 
     tokens: int
     heads: int
@@ -49,46 +46,30 @@ class Cache(Displayable):
     layers: tuple[Norms, ...]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the keys of a layer, and of its values."""
+        return self.heads, self.tokens, self.head_dim
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values that are held."""
         return self.tokens * self.bytes_per_token
 
-    def as_json(self) -> dict[str, Any]:
-        """As `/kv` prints it."""
-        return {
-            "tokens": self.tokens,
-            "shape": [self.heads, self.tokens, self.head_dim],
-            "dtype": self.dtype,
-            "bytes_per_token": self.bytes_per_token,
-            "held_bytes": self.held_bytes,
-            "taken_bytes": self.taken_bytes,
-            "layers": [norms.as_json() for norms in self.layers],
-        }
-
 
 @dataclass(frozen=True)
-class CachedLayer(Displayable):
+class CachedLayer(Displayable, JsonResult):
     """The lengths of one layer's keys and values: a row for each head, in it a number for each token.
 
     queries: how many query heads share a head's keys and values.
     """
 
-    page_function = "cache.layer_page"
+    json_fields = ("layer", "tokens", "keys as key_norms", "values as value_norms")
 
     layer: int
     tokens: tuple[Token, ...]
     queries: int
     keys: tuple[tuple[float, ...], ...]
     values: tuple[tuple[float, ...], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/kv LAYER` prints it."""
-        return {
-            "layer": self.layer,
-            "tokens": [vars(token) for token in self.tokens],
-            "key_norms": self.keys,
-            "value_norms": self.values,
-        }
 
 
 def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Cache:

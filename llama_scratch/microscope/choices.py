@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.distributions import log_softmax
-from llama_scratch.results import Candidate, candidate_json
+from llama_scratch.results import Candidate, JsonResult
 from llama_scratch.system.progress import Progress, silent
 
 
@@ -23,6 +22,8 @@ class Choice:
     normalized: its share of the probability of all choices. by_length: the same by the mean log-probability of
     a token, which does not favor short ones.
     """
+
+    json_fields = ("text", "tokens", "logprob", "probability", "normalized", "by_length")
 
     text: str
     tokens: tuple[Candidate, ...]
@@ -39,21 +40,12 @@ class Choice:
         """Between 0 and 1."""
         return math.exp(self.logprob)
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Choices.as_json`."""
-        return {
-            "text": self.text,
-            "tokens": [candidate_json(token) for token in self.tokens],
-            "logprob": self.logprob,
-            "probability": self.probability,
-            "normalized": self.normalized,
-            "by_length": self.by_length,
-        }
-
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(JsonResult):
     """The continuations in the order in which they were given."""
+
+    json_fields = ("choices", "probability")
 
     choices: tuple[Choice, ...]
 
@@ -71,10 +63,6 @@ class Choices:
             for ids, probability in by_ids.items()
             if not any(ids[:length] in by_ids for length in range(len(ids)))
         )
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/choices` prints it."""
-        return {"choices": [choice.as_json() for choice in self.choices], "probability": self.probability}
 
 
 def choices(llama: LoadedModel, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:

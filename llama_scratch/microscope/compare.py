@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel, entropy_bits
 from llama_scratch.microscope.distributions import kl_bits
-from llama_scratch.results import Candidate, ModelInfo, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, ModelInfo, Token
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
 
@@ -25,15 +24,6 @@ class ModelPrediction:
     top: tuple[Candidate, ...]
     entropy_bits: float
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Comparison.as_json`."""
-        return {
-            "model": vars(self.model),
-            "tokens": [vars(token) for token in self.tokens],
-            "top": [candidate_json(candidate) for candidate in self.top],
-            "entropy_bits": self.entropy_bits,
-        }
-
 
 @dataclass(frozen=True)
 class ComparedToken:
@@ -43,35 +33,20 @@ class ComparedToken:
     first: Candidate | None
     second: Candidate | None
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Comparison.as_json`."""
-        return {
-            "text": self.text,
-            "first": self.first and candidate_json(self.first),
-            "second": self.second and candidate_json(self.second),
-        }
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(JsonResult):
     """Both predictions, and what each model says of the other's best tokens: `tokens`, the first model's best first.
 
     kl_bits: Kullback–Leibler divergence of the second from the first; None where their vocabularies differ.
     """
 
+    json_fields = ("first", "second", "tokens as compared", "kl_bits")
+
     first: ModelPrediction
     second: ModelPrediction
     tokens: tuple[ComparedToken, ...]
     kl_bits: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/compare` prints it."""
-        return {
-            "first": self.first.as_json(),
-            "second": self.second.as_json(),
-            "compared": [token.as_json() for token in self.tokens],
-            "kl_bits": self.kl_bits,
-        }
 
 
 def compare(
@@ -100,7 +75,7 @@ def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) 
     """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
-    side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), entropy_bits(logits.values))
+    side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), float(entropy_bits(logits.values)))
     return side, logits.values.double().log_softmax(-1)
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
-from typing import Any
 
 from torch import Tensor
 
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.distributions import jensen_shannon_bits
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 
@@ -31,25 +30,16 @@ class Pair:
     first_next: Candidate
     second_next: Candidate
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Diff.as_json`."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "token": vars(self.token),
-            "jsd_bits": self.jsd_bits,
-            "first_next": candidate_json(self.first_next),
-            "second_next": candidate_json(self.second_next),
-        }
-
 
 @dataclass(frozen=True)
-class Diff:
+class Diff(JsonResult):
     """Two texts' tokens, those that stand in both, and what comes after each text.
 
     shared: how many tokens they begin with in common. first_top, second_top: the most probable tokens after the
     last one, best first. jsd_bits: Jensen–Shannon divergence of those two predictions, 0 to 1.
     """
+
+    json_fields = ("first", "second", "shared", "pairs", "parting", "first_top", "second_top", "jsd_bits")
 
     first: tuple[Token, ...]
     second: tuple[Token, ...]
@@ -63,19 +53,6 @@ class Diff:
     def parting(self) -> Pair | None:
         """The first pair after which another token is the most probable one; None where there is none."""
         return next((pair for pair in self.pairs if pair.first_next.id != pair.second_next.id), None)
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/diff` prints it."""
-        return {
-            "first": [vars(token) for token in self.first],
-            "second": [vars(token) for token in self.second],
-            "shared": self.shared,
-            "pairs": [pair.as_json() for pair in self.pairs],
-            "parting": self.parting and self.parting.as_json(),
-            "first_top": [candidate_json(candidate) for candidate in self.first_top],
-            "second_top": [candidate_json(candidate) for candidate in self.second_top],
-            "jsd_bits": self.jsd_bits,
-        }
 
 
 def diff(

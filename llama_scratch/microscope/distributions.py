@@ -1,4 +1,4 @@
-"""Distributions over the vocabulary: logits as log-probabilities, how open one is, how far two are apart."""
+"""Distributions over the vocabulary: logits as log-probabilities, and how far two are apart."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ def log_softmax(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     for piece in pieces:
         for i in range(0, len(piece), _POSITIONS):
             yield piece[i : i + _POSITIONS].double().log_softmax(-1)
-
-
-def entropy_bits(p: Tensor) -> Tensor:
-    """Shannon entropy of distributions, (…, vocab_size) log-probabilities → (…) bits."""
-    return -(p.exp() * p).sum(-1) / math.log(2)
 
 
 def kl_bits(p: Tensor, q: Tensor) -> Tensor:

@@ -10,19 +10,17 @@ from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits
-from llama_scratch.results import Candidate, candidate_json
+from llama_scratch.results import Candidate, JsonResult, to_json
 from llama_scratch.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Effect(Displayable):
+class Effect(Displayable, JsonResult):
     """The next token before and after: the best tokens of either, most probable first.
 
     tokens: each with its probabilities before and after. kl_bits: Kullback–Leibler divergence of the answer
     afterwards from the one before. labels: of the interventions.
     """
-
-    page_function = "patching.effect"
 
     labels: tuple[str, ...]
     tokens: tuple[tuple[Candidate, Candidate], ...]
@@ -48,8 +46,8 @@ class Effect(Displayable):
         before, after = (max((pair[side] for pair in self.tokens), key=lambda c: c.logprob) for side in (0, 1))
         return {
             "interventions": list(self.labels),
-            "before": candidate_json(before),
-            "after": candidate_json(after),
+            "before": to_json(before),
+            "after": to_json(after),
             "tokens": tokens,
             "kl_bits": self.kl_bits,
         }

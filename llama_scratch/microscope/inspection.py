@@ -33,8 +33,6 @@ class Inspection(Displayable):
     tokens, ids: of the prompt, the beginning-of-text token included. interventions: what was changed, the first first.
     """
 
-    page_function = "inspection.page"
-
     def __init__(self, llama: LoadedModel, prompt: Prompt, changes: Sequence[Intervention] = ()):
         self._intact = llama
         self._llama = interventions.changed(llama, changes)
@@ -67,7 +65,7 @@ class Inspection(Displayable):
         """
         return stream.activations(self._llama, self.ids, [place])[0]
 
-    def lens(self, first: int | None = None, count: int = lenses.WINDOW) -> lenses.Lens:
+    def lens(self, first: int | None = None, count: int = lenses.LENS_POSITIONS) -> lenses.Lens:
         """The best guess behind every layer, at the last `count` positions or from `first` on."""
         return lenses.lens(self._llama, self.ids, first, count)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import activations
 from llama_scratch.microscope.parts import NetworkPart, numbered
 from llama_scratch.microscope.recipe import Recipe
+from llama_scratch.results import JsonResult
 from llama_scratch.system.progress import Progress, silent
 
-Model = TypeVar("Model", bound=LoadedModel)
+AnyModel = TypeVar("AnyModel", bound=LoadedModel)
 
 
 @dataclass(frozen=True, eq=False)  # hooks hold tensors, which do not compare as a whole
-class Intervention:
+class Intervention(JsonResult):
     """A change to the network.
 
     label: Short, as the prompt shows it: -L5.H3.
@@ -34,17 +35,15 @@ class Intervention:
     recipe: How to make it again with `remake`; None if it was made by hand.
     """
 
+    json_fields = ("label", "meaning")
+
     label: str
     meaning: str
     hooks: Mapping[str, Hook]
     recipe: Recipe | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """As the commands print it."""
-        return {"label": self.label, "meaning": self.meaning}
 
-
-def changed(llama: Model, interventions: Sequence[Intervention]) -> Model:
+def changed(llama: AnyModel, interventions: Sequence[Intervention]) -> AnyModel:
     """The model with all of these, the first ones first."""
     for intervention in interventions:
         llama = llama.intervened(intervention.hooks)
@@ -123,14 +122,14 @@ def patch(
         numbered("position", here, llama.context): numbered("position", there, len(ids), " in the other text")
         for here, there in positions.items()
     }
-    (found,) = activations(llama, ids, [part.place], progress)  # (T, …)
-    own = part.of(found)
+    (values,) = activations(llama, ids, [part.place], progress)  # (T, …)
+    source = part.of(values)
 
     def hook(value: Tensor, start: int) -> Tensor:
         value = value.clone()
         for here, there in positions.items():
             if start <= here < start + value.shape[1]:
-                part.of(value)[:, here - start] = own[there]
+                part.of(value)[:, here - start] = source[there]
         return value
 
     where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))
@@ -142,7 +141,7 @@ def patch(
 def _end(llama: LoadedModel, ids: Sequence[int]) -> str:
     """The end of a text, for a sentence about it."""
     text = "".join(llama.token(id).text for id in ids[-8:])
-    return sanitize("…" * (len(ids) > 8) + text, 60)
+    return sanitize(f"…{text}" if len(ids) > 8 else text, 60)
 
 
 # --- Steering ---------------------------------------------------------------------------------

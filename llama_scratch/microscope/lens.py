@@ -14,12 +14,12 @@ from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
 # Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
 # 128,256.
-WINDOW = 64
+LENS_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,9 @@ class Guess(Candidate):
     position; 1 where it is the best guess.
     """
 
-    rank_of_answer: int
+    json_fields = (*Candidate.json_fields, "rank_of_answer")
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands among the guesses of `Lens.as_json`."""
-        return candidate_json(self) | {"rank_of_answer": self.rank_of_answer}
+    rank_of_answer: int
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lens(Displayable):
+class Lens(Displayable, JsonResult):
     """What stands behind each layer, read as the network reads the last one.
 
     tokens: those of the positions that were looked at; the first of them stands at position `first` of the text.
     length: tokens of the text in all. layers: from the embedding to the last one, whose guesses are the network's own
     answers.
     """
-
-    page_function = "lens.page"
 
     tokens: tuple[Token, ...]
     first: int
@@ -79,18 +75,20 @@ class Lens(Displayable):
         """As `/lens` prints it; the first layer and the one from which on it stays are those of the last position."""
         return {
             "first": self.first,
-            "tokens": [vars(token) for token in self.tokens],
-            "layers": [
-                {"layer": row.layer, "guesses": [guess.as_json() for guess in row.guesses]} for row in self.layers
-            ],
-            "answer": self.answers[-1].as_json(),
+            "tokens": to_json(self.tokens),
+            "layers": to_json(self.layers),
+            "answer": to_json(self.answers[-1]),
             "first_layer": self.first_layer(),
             "stays_from": self.stays_from(),
         }
 
 
 def lens(
-    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel,
+    ids: Sequence[int],
+    first: int | None = None,
+    count: int = LENS_POSITIONS,
+    progress: Progress = silent,
 ) -> Lens:
     """The best guess behind every layer, at `count` positions from `first` on, by default the last ones.
 
@@ -102,12 +100,16 @@ def lens(
     that there is not, and as `Llama.predict` does.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    *_, found = growing(llama, ids, first, count, progress)
-    return found
+    *_, complete = growing(llama, ids, first, count, progress)
+    return complete
 
 
 def growing(
-    llama: LoadedModel, ids: Sequence[int], first: int | None = None, count: int = WINDOW, progress: Progress = silent
+    llama: LoadedModel,
+    ids: Sequence[int],
+    first: int | None = None,
+    count: int = LENS_POSITIONS,
+    progress: Progress = silent,
 ) -> Iterator[Lens]:
     """`lens` as it comes: first with the last layer alone, which has the answers, then with one more each time."""
     llama.engine.check(ids)
@@ -143,11 +145,11 @@ def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progre
 def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Guess, ...]:
     """The best guesses of vectors of the stream, (n, dim), and the ranks of `answers`, (n,), or else of their own."""
     model, found = llama.engine.model, []
-    for i in range(0, len(x), WINDOW):
-        logits = model.output(model.norm(x[i : i + WINDOW])).float()  # (m, vocab_size)
+    for i in range(0, len(x), LENS_POSITIONS):
+        logits = model.output(model.norm(x[i : i + LENS_POSITIONS])).float()  # (m, vocab_size)
         best = logits.max(-1, keepdim=True)
-        own = best.indices if answers is None else answers[i : i + WINDOW, None].to(x.device)  # (m, 1)
-        ranks = (logits > logits.gather(-1, own)).sum(-1) + 1  # (m,)
+        answer_ids = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
+        ranks = (logits > logits.gather(-1, answer_ids)).sum(-1) + 1  # (m,)
         # The others' shares of the best one's, without its own 1, in which those of a sure guess would be lost.
         others = logits.sub_(best.values).exp_().scatter_(-1, best.indices, 0).sum(-1)  # (m,)
         logprobs = -others.double().log1p()  # (m,)

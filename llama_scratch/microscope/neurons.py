@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.model import Transformer, TransformerBlock
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 # Columns of w2 that are read at a time.
@@ -46,23 +46,16 @@ class Neuron:
     promoted: tuple[LogitEffect, ...]
     suppressed: tuple[LogitEffect, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Neurons.as_json`."""
-        return vars(self) | {
-            "promoted": [vars(token) for token in self.promoted],
-            "suppressed": [vars(token) for token in self.suppressed],
-        }
-
 
 @dataclass(frozen=True)
-class Neurons(Displayable):
+class Neurons(Displayable, JsonResult):
     """The strongest neurons of a layer, strongest first, of `n_neurons`.
 
     token: the last one. answer: what the network says after it. contribution: the direct part of all of the layer's
     neurons, which is that of the feed-forward, of the answer's logit.
     """
 
-    page_function = "neurons.page"
+    json_fields = ("layer", "token", "answer", "contribution", "neurons", "n_neurons as of")
 
     layer: int
     token: Token
@@ -70,17 +63,6 @@ class Neurons(Displayable):
     contribution: float
     neurons: tuple[Neuron, ...]
     n_neurons: int
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/neurons` prints it."""
-        return {
-            "layer": self.layer,
-            "token": vars(self.token),
-            "answer": candidate_json(self.answer),
-            "contribution": self.contribution,
-            "neurons": [neuron.as_json() for neuron in self.neurons],
-            "of": self.n_neurons,
-        }
 
 
 def neurons(
@@ -104,11 +86,11 @@ def neurons(
         f"layers.{layer}.feed_forward.out",
         f"layers.{args.n_layers - 1}.resid_post",
     )
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     logits = llama.engine.forward_with_hooks(
-        [ids], {place: _last(found, place) for place in places}, progress=progress
+        [ids], {place: _last(captured, place) for place in places}, progress=progress
     )[0, -1]
-    activations, out, stream = (found[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
+    activations, out, stream = (captured[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
     answer = llama.candidates(logits, 1)[0]
     w2 = cast(TransformerBlock, model.layers[layer]).feed_forward.w2
     lengths = []
@@ -161,11 +143,11 @@ def _read(model: Transformer, writes: Tensor, stream: Tensor) -> Tensor:
     return logits.float().cpu()
 
 
-def _last(found: dict[str, Tensor], place: str) -> Hook:
+def _last(activations: dict[str, Tensor], place: str) -> Hook:
     """A hook that keeps what stands at the last token, in float32; of a text in pieces the last one stays."""
 
     def hook(value: Tensor, _start: int) -> None:
-        found[place] = value[0, -1].float()
+        activations[place] = value[0, -1].float()
 
     return hook
 

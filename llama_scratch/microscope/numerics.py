@@ -17,7 +17,7 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
 from llama_scratch.model import Transformer, rope_frequencies
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 
@@ -47,13 +47,9 @@ class Distance:
     worst: int
     changed: int
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Numerics.as_json`."""
-        return vars(self) | {"answer": candidate_json(self.answer)}
-
 
 @dataclass(frozen=True)
-class Row:
+class Row(JsonResult):
     """One network. distance: None where it does not fit into memory, which `error` says in a sentence."""
 
     name: str
@@ -62,14 +58,12 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `Numerics.as_json`."""
-        return {"name": self.name} | (self.distance.as_json() if self.distance else {"error": self.error})
+        return {"name": self.name} | (to_json(self.distance) if self.distance else {"error": self.error})
 
 
 @dataclass(frozen=True)
-class Numerics(Displayable):
+class Numerics(Displayable, JsonResult):
     """The reference's answer, and a row for each other network. Compared are the positions from `first` to the end."""
-
-    page_function = "numerics.page"
 
     tokens: tuple[Token, ...]
     first: int
@@ -84,11 +78,11 @@ class Numerics(Displayable):
     def as_json(self) -> dict[str, Any]:
         """As `/numerics` prints it."""
         return {
-            "tokens": [vars(token) for token in self.tokens],
+            "tokens": to_json(self.tokens),
             "first": self.first,
             "positions": self.positions,
-            "reference": {"name": REFERENCE, "answer": candidate_json(self.reference)},
-            "rows": [row.as_json() for row in self.rows],
+            "reference": {"name": REFERENCE, "answer": to_json(self.reference)},
+            "rows": to_json(self.rows),
         }
 
 

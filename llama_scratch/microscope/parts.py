@@ -64,13 +64,13 @@ class NetworkPart:
     @property
     def places(self) -> tuple[str, ...]:
         """Where it writes, as `hooks` names places; without it the residual stream passes unchanged."""
-        own = {
+        places = {
             "attn": ("attention.out",),
             "ffn": ("feed_forward.out",),
             "head": ("attention.heads",),
             "neuron": ("feed_forward.neurons",),
         }
-        return tuple(f"layers.{self.layer}.{name}" for name in own.get(self.kind, (*own["attn"], *own["ffn"])))
+        return tuple(f"layers.{self.layer}.{name}" for name in places.get(self.kind, (*places["attn"], *places["ffn"])))
 
     @property
     def place(self) -> str:

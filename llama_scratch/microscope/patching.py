@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from llama_scratch.hooks import hooked
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import layers, residuals
 from llama_scratch.microscope.display import Displayable
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 # Tokens that go through a layer at a time.
@@ -22,7 +21,7 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class Trace(Displayable):
+class Trace(Displayable, JsonResult):
     """How far the answer moves when one activation of another text is put into this one.
 
     first, second: the tokens of this text and of the other; first_answer, second_answer: their next tokens.
@@ -31,23 +30,11 @@ class Trace(Displayable):
     layer; the last row is the stream behind the last layer.
     """
 
-    page_function = "patching.trace"
-
     first: tuple[Token, ...]
     second: tuple[Token, ...]
     first_answer: Candidate
     second_answer: Candidate
     moved: tuple[tuple[float, ...], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/patch` prints it."""
-        return {
-            "first": [vars(token) for token in self.first],
-            "second": [vars(token) for token in self.second],
-            "first_answer": candidate_json(self.first_answer),
-            "second_answer": candidate_json(self.second_answer),
-            "moved": [list(row) for row in self.moved],
-        }
 
 
 def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress: Progress = silent) -> Trace:
@@ -74,15 +61,15 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
         )
 
     def difference(stream: Tensor) -> Tensor:  # (B, dim) → (B,)
-        found = _logits(llama, stream)[:, answers]
-        return found[:, 1] - found[:, 0]
+        pair = _logits(llama, stream)[:, answers]
+        return pair[:, 1] - pair[:, 0]
 
     clean, corrupt = difference(ends).tolist()
     moved = []
     for layer in range(llama.args.n_layers + 1):
         ends_patched = [_end(llama, rows, layer, progress) for rows in _patched(ours[layer], theirs[layer])]
-        found = torch.cat([difference(end) for end in ends_patched])  # (T,)
-        moved.append(tuple(((found - clean) / (corrupt - clean)).tolist()))
+        differences = torch.cat([difference(end) for end in ends_patched])  # (T,)
+        moved.append(tuple(((differences - clean) / (corrupt - clean)).tolist()))
     first, second = (llama.candidates(row, 1)[0] for row in logits)
     return Trace(tuple(map(llama.token, ids)), tuple(map(llama.token, other)), first, second, tuple(moved))
 

@@ -16,7 +16,7 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
-from llama_scratch.results import Token
+from llama_scratch.results import JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 # The factor that is shown where the model has none: that of Llama 3.2's 1B and 3B.
@@ -26,7 +26,7 @@ _NEAREST = 24
 
 
 @dataclass(frozen=True)
-class RotaryPair:
+class RotaryPair(JsonResult):
     """One complex pair of a head's vector, unscaled and scaled: radians that it turns by for each token.
 
     kind: what the scaling does with it, "kept", "smoothed" or "divided". unscaled_angle, scaled_angle: where it stands
@@ -77,10 +77,6 @@ class RotatedPair:
     before: float
     after: float
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Rope.as_json`."""
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class KeyScore:
@@ -94,13 +90,9 @@ class KeyScore:
     product: float
     unturned: float
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands in `Rope.as_json`."""
-        return vars(self) | {"token": vars(self.token)}
-
 
 @dataclass(frozen=True)
-class Rope(Displayable):
+class Rope(Displayable, JsonResult):
     """The dials at a position, and the last token's query of one head.
 
     scales: whether the network scales its frequencies; where it does not, `factor` is one that others use, and the
@@ -109,7 +101,20 @@ class Rope(Displayable):
     of `n_keys` in all.
     """
 
-    page_function = "rope.page"
+    json_fields = (
+        "theta as rope_theta",
+        "scales",
+        "factor",
+        "position",
+        "dials",
+        "layer",
+        "head",
+        "token",
+        "length as query_length",
+        "query",
+        "matches",
+        "n_keys as keys",
+    )
 
     theta: float
     scales: bool
@@ -123,23 +128,6 @@ class Rope(Displayable):
     query: tuple[RotatedPair, ...]
     matches: tuple[KeyScore, ...]
     n_keys: int
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/rope` prints it."""
-        return {
-            "rope_theta": self.theta,
-            "scales": self.scales,
-            "factor": self.factor,
-            "position": self.position,
-            "dials": [dial.as_json() for dial in self.dials],
-            "layer": self.layer,
-            "head": self.head,
-            "token": vars(self.token),
-            "query_length": self.length,
-            "query": [turned.as_json() for turned in self.query],
-            "matches": [match.as_json() for match in self.matches],
-            "keys": self.n_keys,
-        }
 
 
 def rope(
@@ -209,18 +197,18 @@ def _query_and_keys(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """The last token's query of a head, (1, head_dim), and all keys that it meets, (T, head_dim): turned, float32."""
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
         def hook(value: Tensor, _start: int) -> None:  # of a text in pieces the last one stays
-            found[name] = value
+            captured[name] = value
 
         return hook
 
     places = {f"layers.{layer}.attention.{name}": keep(name) for name in "qk"}
     llama.engine.forward_with_hooks([ids], places, progress=progress)
     group = llama.args.n_heads // llama.args.n_kv_heads
-    return found["q"][0, head, -1:].float().cpu(), found["k"][0, head // group].float().cpu()
+    return captured["q"][0, head, -1:].float().cpu(), captured["k"][0, head // group].float().cpu()
 
 
 def _turn(x: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:

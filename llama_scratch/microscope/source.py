@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.results import JsonResult
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -55,6 +55,8 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
 class Passage:
     """Lines of a file. name: such as "model.KVCache.update", or a file's. path: from the package's folder on."""
 
+    json_fields = ("name", "path", "first_line", "last_line", "text")
+
     name: str
     path: str
     first_line: int
@@ -65,22 +67,13 @@ class Passage:
         """The lines themselves."""
         return "\n".join(lines(self.path)[self.first_line - 1 : self.last_line])
 
-    def as_json(self) -> dict[str, Any]:
-        """As /source prints it."""
-        place = {"name": self.name, "path": self.path, "first_line": self.first_line, "last_line": self.last_line}
-        return place | {"text": self.text}
-
 
 @dataclass(frozen=True)
-class Source:
+class Source(JsonResult):
     """What a name stands for: one passage, or several that belong together."""
 
     name: str
     passages: tuple[Passage, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """As /source prints it."""
-        return {"name": self.name, "passages": [passage.as_json() for passage in self.passages]}
 
 
 def source(name: str) -> Source:
@@ -215,8 +208,8 @@ def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -
         for alias in part.names
     ]
     same = [other for other in asked if other.endswith(f".{_command(node)}")]
-    found = [passages[other] for other in same or asked if other in passages]
-    return tuple(found) or (passages[name],)
+    parts = [passages[other] for other in same or asked if other in passages]
+    return tuple(parts) or (passages[name],)
 
 
 # --- Names ------------------------------------------------------------------------------------
@@ -247,14 +240,14 @@ def _is_outermost(name: str) -> bool:
 
 
 def _only(wanted: str, name: str) -> Passage:
-    found = _matches(wanted)
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    matches = _matches(wanted)
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise _unknown(name)
-    first = sorted((passage.name for passage in found), key=lambda other: not other.startswith("model."))
-    listed = ", ".join(first[:6]) + (", …" if len(found) > 6 else "")
-    raise UsageError(f"'{sanitize(name)}' is the name of {len(found)} places ({listed}), expected one of them.")
+    first = sorted((passage.name for passage in matches), key=lambda other: not other.startswith("model."))
+    listed = ", ".join(first[:6]) + (", …" if len(matches) > 6 else "")
+    raise UsageError(f"'{sanitize(name)}' is the name of {len(matches)} places ({listed}), expected one of them.")
 
 
 def _at(file: Passage, line: int) -> Passage:

@@ -7,16 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_scratch.errors import UsageError
-from llama_scratch.inference.loaded_model import LoadedModel
+from llama_scratch.inference.loaded_model import LoadedModel, entropy_bits
 from llama_scratch.inference.prompt_text import Prompt
-from llama_scratch.microscope.distributions import entropy_bits, log_softmax
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.microscope.distributions import log_softmax
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 
@@ -27,6 +26,8 @@ class Scored(Token):
     logprob: natural logarithm of its probability. rank: 1 where it was the most probable one.
     entropy_bits: how open the prediction was.
     """
+
+    json_fields = ("id", "text", "probability", "logprob", "bits", "rank", "entropy_bits")
 
     logprob: float | None
     rank: int | None
@@ -42,25 +43,15 @@ class Scored(Token):
         """The surprisal: 0 for what was certain, one more for each halving of the probability."""
         return None if self.logprob is None else -self.logprob / math.log(2)
 
-    def as_json(self) -> dict[str, Any]:
-        """As it stands among the tokens of `Surprisal.as_json`."""
-        return {
-            "id": self.id,
-            "text": self.text,
-            "probability": self.probability,
-            "logprob": self.logprob,
-            "bits": self.bits,
-            "rank": self.rank,
-            "entropy_bits": self.entropy_bits,
-        }
-
 
 @dataclass(frozen=True)
-class Surprisal:
+class Surprisal(JsonResult):
     """The tokens of a text with their scores, and what comes next.
 
     next: the most probable tokens after the last one, best first. entropy_bits: how open that question is.
     """
+
+    json_fields = ("tokens", "bits", "perplexity", "next", "entropy_bits")
 
     tokens: tuple[Scored, ...]
     next: tuple[Candidate, ...]
@@ -80,16 +71,6 @@ class Surprisal:
         logprobs = [token.logprob for token in self.tokens if token.logprob is not None]
         mean = -sum(logprobs) / len(logprobs) if logprobs else math.inf
         return math.exp(mean) if mean < 700 else None
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/surprisal` prints it."""
-        return {
-            "tokens": [token.as_json() for token in self.tokens],
-            "bits": self.bits,
-            "perplexity": self.perplexity,
-            "next": [candidate_json(candidate) for candidate in self.next],
-            "entropy_bits": self.entropy_bits,
-        }
 
 
 class Scorer:
@@ -124,9 +105,9 @@ class Scorer:
     def _scores(self, logprobs: Tensor, ids: Sequence[int]) -> list[Scored]:
         """Scores of the tokens that came where `logprobs`, (n, vocab_size), were predicted; behind the last is none."""
         logprobs = logprobs[: len(ids)]
-        own = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
-        ranks = (logprobs > own).sum(-1) + 1  # (n,)
-        columns = (own[:, 0].tolist(), ranks.tolist(), entropy_bits(logprobs).tolist())
+        token_logprobs = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
+        ranks = (logprobs > token_logprobs).sum(-1) + 1  # (n,)
+        columns = (token_logprobs[:, 0].tolist(), ranks.tolist(), entropy_bits(logprobs).tolist())
         return [
             Scored(id, self.llama.token(id).text, logprob, rank, entropy)
             for id, logprob, rank, entropy in zip(ids, *columns, strict=True)
@@ -158,11 +139,11 @@ def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[S
     held: list[Scored] = []  # the token of each byte that no character has come of yet
     for token in scored:
         for byte in llama.tokenizer.token_bytes(token.id):
-            found = len(utf8.decode(bytes([byte])))
+            n_characters = len(utf8.decode(bytes([byte])))
             held.append(token)
             waiting = len(utf8.getstate()[0])
             done, held = held[: len(held) - waiting], held[len(held) - waiting :]
-            yield from _split(done, found)
+            yield from _split(done, n_characters)
     yield from _split(held, len(utf8.decode(b"", final=True)))
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.prompt_text import Prompt
-from llama_scratch.results import Token
+from llama_scratch.results import JsonResult, Token
 
 
 @dataclass(frozen=True)
@@ -16,20 +15,12 @@ class Piece(Token):
 
     bytes: bytes
 
-    def as_json(self) -> dict[str, Any]:
-        """The bytes as hexadecimal digits."""
-        return {"id": self.id, "text": self.text, "bytes": self.bytes.hex()}
-
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(JsonResult):
     """The tokens of a text in order, the beginning-of-text token included."""
 
     tokens: tuple[Piece, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/tokens` prints it."""
-        return {"tokens": [piece.as_json() for piece in self.tokens]}
 
 
 def tokens(llama: LoadedModel, prompt: Prompt) -> Tokens:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.prompt_text import Prompt
-from llama_scratch.results import Candidate, Token, candidate_json
+from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
 MAX_WIDTH, MAX_DEPTH, MAX_LEAVES = 10, 6, 1000
@@ -24,6 +23,8 @@ class Branch(Candidate):
     stop: whether the text ends here, so that nothing follows.
     """
 
+    json_fields = (*Candidate.json_fields, "path_logprob", "path_probability", "stop", "children")
+
     path_logprob: float
     stop: bool
     children: tuple[Branch, ...]
@@ -33,33 +34,15 @@ class Branch(Candidate):
         """Between 0 and 1: that of all tokens from the prompt to this one."""
         return math.exp(self.path_logprob)
 
-    def as_json(self) -> dict[str, Any]:
-        """With all that comes after it."""
-        return candidate_json(self) | {
-            "path_logprob": self.path_logprob,
-            "path_probability": self.path_probability,
-            "stop": self.stop,
-            "children": [child.as_json() for child in self.children],
-        }
-
 
 @dataclass(frozen=True)
-class Tree:
+class Tree(JsonResult):
     """What may come after a prompt: `branches`, best first, each `depth` tokens long where no stop token ends it."""
 
     tokens: tuple[Token, ...]
     width: int
     depth: int
     branches: tuple[Branch, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """As `/tree` prints it."""
-        return {
-            "tokens": [vars(token) for token in self.tokens],
-            "width": self.width,
-            "depth": self.depth,
-            "branches": [branch.as_json() for branch in self.branches],
-        }
 
 
 def check_size(width: int, depth: int) -> None:

@@ -27,13 +27,13 @@ def shade(level: float, signed: bool) -> tuple[str, int]:
 def steps(stops: tuple[str, ...]) -> list[str]:
     """A scale's colors, `STEPS` of them, from those that it goes through."""
     colors = [bytes.fromhex(stop[1:]) for stop in stops]
-    found = []
+    scale = []
     for step in range(STEPS):
         place = step / (STEPS - 1) * (len(colors) - 1)
         i = min(int(place), len(colors) - 2)
         mixed = [round(a + (b - a) * (place - i)) for a, b in zip(colors[i], colors[i + 1], strict=True)]
-        found.append("#" + bytes(mixed).hex())
-    return found
+        scale.append("#" + bytes(mixed).hex())
+    return scale
 
 
 def ink(color: str) -> str:

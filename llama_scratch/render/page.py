@@ -1,4 +1,4 @@
-"""A view as values: a page of parts, which `page_terminal` prints, `html` writes as a web page and `png` draws.
+"""A view as values: a page of blocks. `to_terminal`, `to_plain`, `to_html` and `to_png` give it a form.
 
 Styles are rich's, of the terminal's own 16 colors; nothing is said by them alone.
 """
@@ -183,6 +183,11 @@ class Page:
         title = written(self.title).replace("\n", " ")
         return title if len(title) <= 160 else title[:159] + "…"
 
+    @property
+    def source_line(self) -> str:
+        """The commands that show the code behind the view."""
+        return "Source: " + ", ".join(f"/source {name}" for name in self.source)
+
 
 def joined(title: str, pages: tuple[Page, ...]) -> Page:
     """One page of several, each under its title."""
@@ -237,9 +242,9 @@ def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
     )
 
 
-def _blocks(length: int, most: int) -> list[range]:
+def _blocks(length: int, max_blocks: int) -> list[range]:
     """0 to length in at most so many pieces of nearly the same length."""
-    count = min(length, most)
+    count = min(length, max_blocks)
     return [range(i * length // count, (i + 1) * length // count) for i in range(count)]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Bits below which a token has a style; what surprises more has the last one.
-STEPS = ((1.0, "green"), (4.0, ""), (8.0, "magenta"))
+# Styles of tokens below so many bits; MOST_SURPRISING is the style above.
+STYLES_BELOW = ((1.0, "green"), (4.0, ""), (8.0, "magenta"))
 MOST_SURPRISING = "bold red"
 
 
@@ -11,4 +11,4 @@ def surprise_style(bits: float | None) -> str:
     """The style of a token by its surprisal: words for bold and the like, and names of ANSI colors."""
     if bits is None:
         return ""
-    return next((style for limit, style in STEPS if bits < limit), MOST_SURPRISING)
+    return next((style for limit, style in STYLES_BELOW if bits < limit), MOST_SURPRISING)

@@ -175,23 +175,23 @@ def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
     return {"bar": bar, "both": both, "left": round(left, 2), "width": round(width, 2), "hover": hover}
 
 
-def _map(whole: Heatmap, most: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
+def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
     """A map that the script draws; its values go to `maps`."""
-    shown = pooled(whole, *most)
-    hovers = shown.hovers and [[written(hover) for hover in row] for row in shown.hovers]
+    drawn = pooled(whole, *max_fields)
+    hovers = drawn.hovers and [[written(hover) for hover in row] for row in drawn.hovers]
     maps.append(
         {
-            "rows": [shown.row(r) for r in range(len(shown.rows))],
-            "columns": [shown.column(c) for c in range(len(shown.columns))],
-            "values": [[_rounded(value) for value in row] for row in shown.values],
+            "rows": [drawn.row(r) for r in range(len(drawn.rows))],
+            "columns": [drawn.column(c) for c in range(len(drawn.columns))],
+            "values": [[_rounded(value) for value in row] for row in drawn.values],
             "hovers": hovers,
-            "low": shown.low,
-            "high": shown.high,
-            "signed": shown.signed,
+            "low": drawn.low,
+            "high": drawn.high,
+            "signed": drawn.signed,
             "steps": colors.STEPS,
         }
     )
-    return {"number": len(maps) - 1, "title": written(whole.title)} | _legend(whole, shown)
+    return {"number": len(maps) - 1, "title": written(whole.title)} | _legend(whole, drawn)
 
 
 def _rounded(value: float | None) -> float | None:

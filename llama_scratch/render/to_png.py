@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 from llama_scratch.errors import UsageError
 from llama_scratch.render import colors
+from llama_scratch.render.letters import LETTER, cut, drawable, line_height, text_width, wrapped
 from llama_scratch.render.page import (
     Cell,
     Code,
@@ -26,28 +24,21 @@ from llama_scratch.render.page import (
     pooling,
     written,
 )
-
-if TYPE_CHECKING:  # an extra
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.ft2font import FT2Font
+from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
 
 # Inches, but for sizes of letters, which are points, 72 to the inch.
-_WIDTH, _MARGIN, _DPI = 10.0, 0.55, 150
-_ROOM = _WIDTH - 2 * _MARGIN
+_MARGIN, _DPI = 0.55, 150
+_ROOM = WIDTH - 2 * _MARGIN
 _GAP = 0.3
 _CLOSER = 0.16  # to what follows, a title stands
 _TITLE, _HEADING, _BODY, _SMALL, _TINY = 20.0, 14.0, 10.5, 9.0, 7.5
-_LETTER = 0.602 / 72  # a letter of DejaVu Sans Mono for each point of its size
 # What Agg can draw, in pixels.
 _LONGEST = 1 << 16
 # Most fields of a map: with texts, without, and in a gallery.
 _TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
 _FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # the latter at least and at most
 _TILES = 6
-_PAPER, _INK, _SOFT, _LINE, _BAR, _LESS, _MARK = (
-    "#fcfcfa", "#1f2328", "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4",
-)  # fmt: skip
+_SOFT, _LINE, _BAR, _LESS, _MARK = "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4"
 _NAMED = {
     "dim": _SOFT, "red": "#b3261e", "green": "#1a7340", "yellow": "#8a6100", "blue": "#2457a6", "magenta": "#9a2c8e",
     "cyan": "#0b6e7f",
@@ -70,128 +61,21 @@ def png(page: Page) -> bytes:
             f"The picture would be {height * _DPI:,.0f} pixels high, expected fewer than {_LONGEST:,}; "
             "choose a name in .html."
         )
-    sheet = _Sheet(Figure((_WIDTH, height), dpi=_DPI, facecolor=_PAPER), height)
+    sheet = Sheet(Figure((WIDTH, height), dpi=_DPI, facecolor=PAPER), height)
     top = _MARGIN
     for high, draw in blocks:
         draw(sheet, top)
         top += high + _GAP
     data = io.BytesIO()
-    sheet.figure.savefig(data, format="png", dpi=_DPI, facecolor=_PAPER, metadata={"Software": "llama-scratch"})
+    sheet.figure.savefig(data, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": "llama-scratch"})
     return data.getvalue()
 
 
-class _Sheet:
-    """What blocks draw on; places are inches from the left and from the top."""
-
-    def __init__(self, figure: Figure, height: float):
-        self.figure, self.height = figure, height
-
-    def write(
-        self, x: float, y: float, text: str, size: float, *, color: str = _INK, mono: bool = False,
-        bold: bool = False, right: bool = False, upright: bool = False,
-    ) -> None:  # fmt: skip
-        """A line of text that begins, or ends where `right`, at x with its middle at y; `upright`: from there up."""
-        self.figure.text(
-            x / _WIDTH, 1 - y / self.height, _drawable(text, mono, bold), fontsize=size, color=color,
-            fontproperties=_font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
-            ha="center" if upright else "right" if right else "left", va="bottom" if upright else "center_baseline",
-        )  # fmt: skip
-
-    def fill(self, x: float, y: float, wide: float, high: float, color: str, *, hatch: bool = False) -> None:
-        """A rectangle; `hatch`: with stripes."""
-        from matplotlib.patches import Rectangle
-
-        place = (x / _WIDTH, 1 - (y + high) / self.height)
-        box = Rectangle(
-            place, wide / _WIDTH, high / self.height, facecolor=color, edgecolor=_PAPER, linewidth=0,
-            hatch="////" if hatch else None, transform=self.figure.transFigure,
-        )  # fmt: skip
-        self.figure.add_artist(box)
-
-    def shades(self, x: float, y: float, size: tuple[float, float], heatmap: Heatmap, columns: range) -> None:
-        """The fields of a heat map, each of a size."""
-        rows = range(len(heatmap.rows))
-        wide, high = size[0] * len(columns), size[1] * len(rows)
-        if not rows or not columns:
-            return
-        axes = self.figure.add_axes((x / _WIDTH, 1 - (y + high) / self.height, wide / _WIDTH, high / self.height))
-        axes.axis("off")
-        shades = [[_rgba(_shade(heatmap, r, c)) for c in columns] for r in rows]
-        axes.imshow(shades, aspect="auto", interpolation="nearest", extent=(0, len(columns), len(rows), 0))
-        if min(size) > 0.1:  # a thin line between fields
-            axes.vlines(range(len(columns) + 1), 0, len(rows), colors=_PAPER, linewidth=0.8)
-            axes.hlines(range(len(rows) + 1), 0, len(columns), colors=_PAPER, linewidth=0.8)
-
-
-_Block = tuple[float, Callable[[_Sheet, float], None]]  # its height, and what draws it from a top on
-
-
-# --- Letters ----------------------------------------------------------------------------------
-
-
-def _file(mono: bool, bold: bool) -> str:
-    """A font that comes with matplotlib, so that pictures are alike everywhere."""
-    import matplotlib
-
-    name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
-
-
-@cache
-def _face(mono: bool, bold: bool) -> FT2Font:
-    from matplotlib.ft2font import FT2Font
-
-    return FT2Font(_file(mono, bold))
-
-
-def _font(mono: bool, bold: bool, size: float) -> FontProperties:
-    from matplotlib.font_manager import FontProperties
-
-    return FontProperties(fname=_file(mono, bold), size=size)
-
-
-def _drawable(text: str, mono: bool, bold: bool) -> str:
-    """A text with the escapes of those characters that the font does not have."""
-    face = _face(mono, bold)
-    return "".join(c if face.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _wide(text: str, size: float, mono: bool = False, bold: bool = False) -> float:
-    """How wide a text is."""
-    face = _face(mono, bold)
-    face.set_size(size, 72)
-    face.set_text(_drawable(text, mono, bold))
-    return float(face.get_width_height()[0]) / 64 / 72
-
-
-def _line(size: float) -> float:
-    return 1.55 * size / 72
-
-
-def _cut(text: str, room: float, size: float, mono: bool = False, bold: bool = False) -> str:
-    """A text that is no wider than the room."""
-    if _wide(text, size, mono, bold) <= room:
-        return text
-    while text and _wide(text + "…", size, mono, bold) > room:
-        text = text[:-1]
-    return text + "…"
-
-
-def _wrapped(text: str, size: float, bold: bool) -> Iterator[str]:
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split(" "):
-            longer = f"{line} {word}" if line else word
-            if line and _wide(longer, size, bold=bold) > _ROOM:
-                yield line
-                line = word
-            else:
-                line = longer
-        yield line
+_Block = tuple[float, Callable[[Sheet, float], None]]  # its height, and what draws it from a top on
 
 
 def _color(style: str) -> str:
-    return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), _INK)
+    return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), INK)
 
 
 # --- The parts --------------------------------------------------------------------------------
@@ -223,44 +107,44 @@ def _title(title: str) -> list[_Block]:
     return [(high - _CLOSER, draw)]
 
 
-def _text(text: str, size: float, *, bold: bool = False, color: str = _INK) -> _Block:
-    lines = list(_wrapped(text, size, bold))
+def _text(text: str, size: float, *, bold: bool = False, color: str = INK) -> _Block:
+    lines = list(wrapped(text, _ROOM, size, bold))
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         for n, line in enumerate(lines):
-            sheet.write(_MARGIN, top + (n + 0.5) * _line(size), line, size, bold=bold, color=color)
+            sheet.write(_MARGIN, top + (n + 0.5) * line_height(size), line, size, bold=bold, color=color)
 
-    return len(lines) * _line(size), draw
+    return len(lines) * line_height(size), draw
 
 
 def _running(part: Running) -> _Block:
     """Letters of one width, so that a line breaks where it is full."""
-    letter = _LETTER * _BODY
-    most = int(_ROOM / letter)
+    letter = LETTER * _BODY
+    line_length = int(_ROOM / letter)
     lines: list[list[tuple[int, str, Cell]]] = [[]]
     column = 0
     for cell in part.pieces:
-        text = _drawable(written(cell.text, token=cell.token), True, "bold" in cell.style)
+        text = drawable(written(cell.text, token=cell.token), True, "bold" in cell.style)
         # Tokens stay whole where they can, and so do words; a line break within a token breaks the line too.
         words = [text, *(["\n"] if "\n" in cell.text else [])] if cell.token else re.findall(r"\n|[^\S\n]*\S*", text)
         for word in words:
-            if word == "\n" or (column and column + len(word) > most and len(word) <= most):
+            if word == "\n" or (column and column + len(word) > line_length and len(word) <= line_length):
                 lines.append([])
                 column = 0
             while word.strip("\n"):
-                if column == most:
+                if column == line_length:
                     lines.append([])
                     column = 0
-                lines[-1].append((column, word[: most - column], cell))
-                column, word = min(most, column + len(word)), word[most - column :]
+                lines[-1].append((column, word[: line_length - column], cell))
+                column, word = min(line_length, column + len(word)), word[line_length - column :]
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         for n, line in enumerate(lines):
             for place, text, cell in line:
-                x, y = _MARGIN + place * letter, top + (n + 0.5) * _line(_BODY)
+                x, y = _MARGIN + place * letter, top + (n + 0.5) * line_height(_BODY)
                 sheet.write(x, y, text, _BODY, mono=True, bold="bold" in cell.style, color=_color(cell.style))
 
-    return len(lines) * _line(_BODY), draw
+    return len(lines) * line_height(_BODY), draw
 
 
 def _table(part: Table) -> _Block:
@@ -273,8 +157,8 @@ def _table(part: Table) -> _Block:
         return written(cell.text, token=cell.token).replace("\n", " "), cell.token, "bold" in cell.style
 
     def needs(i: int) -> float:
-        texts = [_wide(text, _SMALL, mono, bold) for text, mono, bold in (shown(row[i]) for row in part.rows)]
-        return max([_wide(names[i], _SMALL), *texts], default=0.0)
+        texts = [text_width(text, _SMALL, mono, bold) for text, mono, bold in (shown(row[i]) for row in part.rows)]
+        return max([text_width(names[i], _SMALL), *texts], default=0.0)
 
     gap, least = 0.25, 1.5
     widths = list(map(needs, range(len(names))))
@@ -287,9 +171,9 @@ def _table(part: Table) -> _Block:
         widths = [min(width, to) for width in widths]
     share = (room - sum(widths)) / max(1, sum(barred)) + least
     bar = min(share, 4.5)
-    high = _line(_SMALL) * 1.15
+    high = line_height(_SMALL) * 1.15
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         x = _MARGIN
         for i, name in enumerate(names):
             number = part.columns[i].startswith(">")
@@ -298,7 +182,7 @@ def _table(part: Table) -> _Block:
             for n, row in enumerate(part.rows, start=1):
                 text, mono, bold = shown(row[i])
                 y, color = top + n * high, _color(row[i].style)
-                text = _cut(text, widths[i] + 0.01, _SMALL, mono, bold)
+                text = cut(text, widths[i] + 0.01, _SMALL, mono, bold)
                 sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, color=color)
                 value = row[i].bar
                 if value is not None:
@@ -311,7 +195,7 @@ def _table(part: Table) -> _Block:
     return (len(part.rows) + 1) * high, draw
 
 
-def _bar(sheet: _Sheet, x: float, y: float, size: tuple[float, float], value: float, both: bool) -> None:
+def _bar(sheet: Sheet, x: float, y: float, size: tuple[float, float], value: float, both: bool) -> None:
     wide, high = size
     middle = x + wide / 2 if both else x
     length = abs(value) * (wide / 2 if both else wide)
@@ -325,38 +209,18 @@ def _bar(sheet: _Sheet, x: float, y: float, size: tuple[float, float], value: fl
 # --- Heat maps --------------------------------------------------------------------------------
 
 
-def _shade(heatmap: Heatmap, row: int, column: int) -> str | None:
-    level = heatmap.level(row, column)
-    if level is None:
-        return None
-    scale, step = colors.shade(level, heatmap.signed)
-    return _scale(scale)[step]
-
-
-@cache
-def _scale(name: str) -> list[str]:
-    return colors.steps(colors.LIGHT[name])
-
-
-def _rgba(color: str | None) -> tuple[int, int, int, int]:
-    if color is None:
-        return 0, 0, 0, 0
-    red, green, blue = bytes.fromhex(color[1:])
-    return red, green, blue, 255
-
-
 def _heatmap(whole: Heatmap) -> list[_Block]:
     """One that is wider than the sheet goes on below, where its texts need the room."""
     texts = whole.texts is not None
     shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
-    labels = [_cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
-    left = max((_wide(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
+    labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
+    left = max((text_width(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
     if texts:
-        least, most = _FIELD_WITH_TEXT
+        min_width, max_width = _FIELD_WITH_TEXT
         total = len(shown.columns)
-        count = max(1, -int(-total * least // (_ROOM - left)))  # pieces of nearly the same width
+        count = max(1, -int(-total * min_width // (_ROOM - left)))  # pieces of nearly the same width
         pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
-        size = min(most, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
+        size = min(max_width, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
     else:
         pieces = [range(len(shown.columns))]
         side = min(_FIELD, (_ROOM - left) / max(1, len(shown.columns)))
@@ -369,13 +233,13 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
     """Some columns of a heat map with their labels."""
     wide, high = size
     texts = shown.texts is not None
-    most = wide - 0.06 if texts else 1.1
-    heads = [_cut(shown.column(c), most, _TINY, shown.tokens) for c in columns]
-    head = 0.2 if texts else max((_wide(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
+    max_width = wide - 0.06 if texts else 1.1
+    heads = [cut(shown.column(c), max_width, _TINY, shown.tokens) for c in columns]
+    head = 0.2 if texts else max((text_width(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
     # Where fields are smaller than letters, only some of them are named.
     across, down = (max(1, -(-0.14 // step)) for step in size)
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         x = _MARGIN + left
         sheet.shades(x, top + head, size, shown, columns)
         for n, text in enumerate(heads):
@@ -388,23 +252,23 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
             if r % down == 0:
                 sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, color=_SOFT)
             for n, c in enumerate(columns if texts else ()):
-                color = colors.ink(_shade(shown, r, c) or _PAPER)
-                text = _cut(shown.text(r, c), most, _TINY, mono=True)
+                color = colors.ink(shade_of(shown, r, c) or PAPER)
+                text = cut(shown.text(r, c), max_width, _TINY, mono=True)
                 sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, color=color)
 
     return head + high * len(labels), draw
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
-    scale, ends = _scale("v"), (whole.low, whole.high)
+    scale, ends = scale_of("v"), (whole.low, whole.high)
     if whole.signed:
         reach = max(-whole.low, whole.high)
-        scale, ends = [*reversed(_scale("m")), *_scale("p")], (-reach, reach)
+        scale, ends = [*reversed(scale_of("m")), *scale_of("p")], (-reach, reach)
     low, high = map(figure, ends)
     note = pooling(whole, shown)
 
-    def draw(sheet: _Sheet, top: float) -> None:
-        y, x = top + 0.08, _MARGIN + _wide(low, _TINY) + 0.08
+    def draw(sheet: Sheet, top: float) -> None:
+        y, x = top + 0.08, _MARGIN + text_width(low, _TINY) + 0.08
         sheet.write(_MARGIN, y, low, _TINY, color=_SOFT)
         for n, color in enumerate(scale):
             sheet.fill(x + 0.04 * n, top + 0.02, 0.042, 0.12, color)
@@ -424,10 +288,10 @@ def _gallery(part: Gallery) -> list[_Block]:
 def _tiles(maps: Sequence[Heatmap], tile: float) -> _Block:
     sides = [min(_FIELD, tile / max(1, len(heatmap.rows), len(heatmap.columns))) for heatmap in maps]
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         for n, (heatmap, side) in enumerate(zip(maps, sides, strict=True)):
             x = _MARGIN + n * (tile + 0.2)
-            sheet.write(x, top + 0.08, _cut(written(heatmap.title), tile, _TINY), _TINY, color=_SOFT)
+            sheet.write(x, top + 0.08, cut(written(heatmap.title), tile, _TINY), _TINY, color=_SOFT)
             sheet.shades(x, top + 0.2, (side, side), heatmap, range(len(heatmap.columns)))
 
     return 0.2 + max(side * len(heatmap.rows) for heatmap, side in zip(maps, sides, strict=True)), draw
@@ -438,10 +302,10 @@ def _tiles(maps: Sequence[Heatmap], tile: float) -> _Block:
 
 def _code(part: Code) -> _Block:
     lines = [written(line) for line in part.text.splitlines()]
-    size, letter = 8.0, _LETTER * 8
+    size, letter = 8.0, LETTER * 8
     high = 1.45 * size / 72
 
-    def draw(sheet: _Sheet, top: float) -> None:
+    def draw(sheet: Sheet, top: float) -> None:
         sheet.write(_MARGIN, top + 0.1, f"{written(part.path)}:{part.first}", _SMALL, mono=True, color=_SOFT)
         for n, line in enumerate(lines):
             y = top + 0.25 + n * high
@@ -450,7 +314,7 @@ def _code(part: Code) -> _Block:
             sheet.write(
                 _MARGIN + 5 * letter, y + high / 2, str(part.first + n), size, mono=True, right=True, color=_SOFT
             )
-            text = _cut(line, _ROOM - 7 * letter, size, mono=True)
+            text = cut(line, _ROOM - 7 * letter, size, mono=True)
             sheet.write(_MARGIN + 7 * letter, y + high / 2, text, size, mono=True)
 
     return 0.25 + len(lines) * high, draw

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
-from llama_scratch.render import lines
-from llama_scratch.render import text as terminal
+from llama_scratch.render import lines, text
 from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
 from llama_scratch.system.small_files import without_line_end, without_mark
@@ -117,7 +116,7 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
         if form.kind == "terminal" or reply.note:
             session.show(reply.view)
         else:
-            _write(session, terminal.as_text(reply.view))
+            _write(session, text.as_text(reply.view))
     elif form.kind == "lines" and "next" in output:
         for sentence in output["warnings"]:
             if sentence in session.explained:  # about the model, and printed before

@@ -22,8 +22,8 @@ from prompt_toolkit.renderer import CPR_Support
 from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
 
-from llama_scratch.render import text as terminal
 from llama_scratch.render.surprise import surprise_style
+from llama_scratch.render.text import percent, visible
 from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.keyboard import Keyboard
@@ -164,8 +164,8 @@ class PromptEditor:
         current = reading.line == unescaped(self._editor.default_buffer.text)
         candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
         parts = [
-            ("bold" if current else _GREY, f" {terminal.visible(candidate.text).plain}"),
-            ("" if current else _GREY, f" {terminal.percent(candidate.probability)}"),
+            ("bold" if current else _GREY, f" {visible(candidate.text).plain}"),
+            ("" if current else _GREY, f" {percent(candidate.probability)}"),
             (_GREY, f" · entropy {reading.entropy_bits:.2f} bits"),
             (_GREY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
             (_GREY, " · Tab takes it"),
@@ -260,7 +260,7 @@ class _Surprise(Processor):
         length = len(document.lines[transformation_input.lineno])
         for i in range(length, len(characters)):  # what is offered
             style, char = characters[i][:2]
-            characters[i] = (style, char if char.isprintable() else terminal.visible(char).plain)
+            characters[i] = (style, char if char.isprintable() else visible(char).plain)
         for i in range(min(len(characters), length)):
             if 0 <= begin + i < known:
                 style = _prompt_toolkit_style(surprise_style(reading.bits[begin + i]))
@@ -324,7 +324,7 @@ def _placeholder(session: Session) -> FormattedText:
     example = _FIRST_QUESTION if session.chat else _FIRST_HINT
     hint = example if len(example) <= room else ""
     if session.offered:
-        offer = terminal.visible(session.offer_text).plain
+        offer = visible(session.offer_text).plain
         hint = offer + "  (Enter accepts)"
         if len(hint) > room:
             hint = offer[: room - 2] + " ⏎"

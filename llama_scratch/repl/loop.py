@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, unexpected
-from llama_scratch.render import text
+from llama_scratch.render import reports, text
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.editor import PromptEditor
@@ -92,7 +92,7 @@ class _Loop:
             self._greeted = True
             problem = self._begin_chat()
             live, chat = self._session.is_live, self._session.chat is not None
-            self._session.console.print(text.banner(llama.info, llama.context, live=live, chat=chat))
+            self._session.console.print(reports.banner(llama.info, llama.context, live=live, chat=chat))
             if problem:
                 self._session.console.print(text.error(problem))
 

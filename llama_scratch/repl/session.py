@@ -14,8 +14,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from llama_scratch.errors import ContextLengthError, UsageError, sanitize
-from llama_scratch.render import text as terminal
+from llama_scratch.render import answer, text
 from llama_scratch.render.progress import progress_bar
+from llama_scratch.render.text import Wrapped, readable
 from llama_scratch.repl.conversation import ANSWER, Chat
 from llama_scratch.repl.loading import Loading
 from llama_scratch.results import ENDS_IN_A_WORD, ENDS_IN_SPACE, Generated, as_json
@@ -460,7 +461,7 @@ class Session:
             return {}
         effect = self.effect()
         if self.interactive:
-            self.show(terminal.before_and_after(effect))
+            self.show(answer.before_and_after(effect))
         return {"effect": effect.as_json()}
 
     def say(self, line: str) -> dict[str, Any]:
@@ -490,7 +491,7 @@ class Session:
         if self.interactive:
             for sentence in before.warnings:
                 if sentence not in self.explained:  # about the model, and shown before
-                    self.show(terminal.warning(sentence))
+                    self.show(text.warning(sentence))
             self.explained.update(llama.warnings)
         changes = self.changes()  # of the answer's first token
         answer = self.generate(self.settings.generate or ANSWER)
@@ -509,8 +510,8 @@ class Session:
         if added:
             ids = [token.id for token in prediction.tokens]
             old, new = self.text_of(ids[:-added]), self.llama.tokenizer.decode(ids[-added:])
-            self.show(terminal.context(old, new, self.console.width))
-        self.show(terminal.plain_answer(prediction) if self.settings.plain else terminal.answer(prediction))
+            self.show(answer.context(old, new, self.console.width))
+        self.show(answer.plain_answer(prediction) if self.settings.plain else answer.answer(prediction))
 
     def _explain(self, prediction: Prediction, added: int) -> None:
         """Show an answer with those warnings whose cause was not explained yet, and what their effect is."""
@@ -518,7 +519,7 @@ class Session:
         self.show_answer(replace(prediction, warnings=fresh), added)
         if len(self.ids) > 1 and any(caution.cause in (ENDS_IN_SPACE, ENDS_IN_A_WORD) for caution in fresh):
             without = self.llama.predict(self.ids[:-1], top=1)
-            self.show(terminal.effect(prediction.next, without.next))
+            self.show(answer.effect(prediction.next, without.next))
         self.explained.update(caution.cause for caution in fresh)
 
     def generate(self, count: int) -> Generated:
@@ -536,11 +537,11 @@ class Session:
         begin = Text(" " if self.chat else " …", style="dim")
         # A screen reader would read a word twice that is erased, and a dumb terminal cannot erase it.
         wraps = not (self.settings.plain or self.console.is_dumb_terminal)
-        words = terminal.Wrapped(self.console.width if wraps else sys.maxsize, begin.plain, indent=" ")
+        words = Wrapped(self.console.width if wraps else sys.maxsize, begin.plain, indent=" ")
 
         def write(text: str, *, final: bool = False) -> None:
             written = words.resize(self.console.width) if wraps else []
-            written += words.push(terminal.readable(text), final=final)
+            written += words.push(readable(text), final=final)
             if written:
                 self.console.print(*written, **_AS_IT_IS)
 
@@ -569,7 +570,7 @@ class Session:
 
     def typed(self, line: str) -> None:
         """Let /export write a line that was typed."""
-        self.record(Text.assemble((self.loading.name, "bold cyan"), "> ", terminal.readable(line)))
+        self.record(Text.assemble((self.loading.name, "bold cyan"), "> ", readable(line)))
 
     def record(self, view: RenderableType) -> None:
         """Let /export write something that was printed. Without commands there is no /export."""

@@ -24,33 +24,34 @@ _GROUPS = {
 _NAMES = {"tok_embeddings": "embedding", "attention_norm": "norm", "ffn_norm": "norm"}
 
 
-def page(found: Architecture) -> Page:
+def page(network: Architecture) -> Page:
     """A drawing of one layer, each part, the shares, and what a token costs."""
-    args = found.args
+    args = network.args
     note = (
         "FLOPs are those of one token: two for each weight that it is multiplied with, and attention's scores and "
-        f"mixing over {_tokens(found.length)}. Norms, rotation, softmax, SiLU and additions are left out: they grow "
+        f"mixing over {_tokens(network.length)}. Norms, rotation, softmax, SiLU and additions are left out: they grow "
         "with dim, the products with its square. /arch N takes a text of N tokens."
     )
     return Page(
         "Architecture",
         (
-            Paragraph(_cost(found)),
+            Paragraph(_cost(network)),
             Table((f"one of {args.n_layers} layers", ">numbers a token"), tuple(_drawing(args))),
-            Table(("part", "shape", ">params", ">FLOPs"), tuple(_parts(found))),
-            Table(("share", ">parameters", ">FLOPs"), tuple(_shares(found))),
+            Table(("part", "shape", ">params", ">FLOPs"), tuple(_parts(network))),
+            Table(("share", ">parameters", ">FLOPs"), tuple(_shares(network))),
             Paragraph(note, "dim"),
         ),
         ("model.Transformer", "architecture"),
     )
 
 
-def _cost(found: Architecture) -> str:
-    tied = " (the output is the embedding again)" if found.tied else ""
+def _cost(network: Architecture) -> str:
+    tied = " (the output is the embedding again)" if network.tied else ""
     return (
-        f"{found.parameters:,} parameters{tied}. A token that looks at {_tokens(found.length)} takes "
-        f"{short(found.flops)} FLOPs and reads {short(found.weight_bytes)}B of weights, as they are stored now, and "
-        f"{short(found.kv_bytes)}B of cached keys and values, {short(found.kv_bytes_per_token)}B for each token."
+        f"{network.parameters:,} parameters{tied}. A token that looks at {_tokens(network.length)} takes "
+        f"{short(network.flops)} FLOPs and reads {short(network.weight_bytes)}B of weights, as they are stored now, "
+        f"and {short(network.kv_bytes)}B of cached keys and values, "
+        f"{short(network.kv_bytes_per_token)}B for each token."
     )
 
 
@@ -79,8 +80,8 @@ def _drawing(args: ModelArgs) -> Iterator[tuple[Cell, Cell]]:
         yield Cell(drawn), Cell(numbers)
 
 
-def _parts(found: Architecture) -> Iterator[tuple[Cell, ...]]:
-    for part in found.parts:
+def _parts(network: Architecture) -> Iterator[tuple[Cell, ...]]:
+    for part in network.parts:
         # What a narrow screen has room for.
         name = _NAMES.get(part.name, part.name.rpartition(".")[2])
         if part.name == "attention_norm":
@@ -90,17 +91,22 @@ def _parts(found: Architecture) -> Iterator[tuple[Cell, ...]]:
             yield Cell(f" {group}", "dim"), Cell(""), Cell(""), Cell("")
         name = ("  " if part.layered else "") + name
         shape = " × ".join(map(str, part.shape or ()))
-        held = "tied" if part.name == "output" and found.tied else short(part.parameters) if part.shape else ""
+        held = "tied" if part.name == "output" and network.tied else short(part.parameters) if part.shape else ""
         yield Cell(name), Cell(shape), Cell(held), Cell(short(part.flops) if part.flops else "")
-    yield Cell("together", "bold"), Cell(""), Cell(short(found.parameters), "bold"), Cell(short(found.flops), "bold")
+    yield (
+        Cell("together", "bold"),
+        Cell(""),
+        Cell(short(network.parameters), "bold"),
+        Cell(short(network.flops), "bold"),
+    )
 
 
-def _shares(found: Architecture) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _shares(network: Architecture) -> Iterator[tuple[Cell, Cell, Cell]]:
     for group, names in _GROUPS.items():
-        parts: list[WeightRow] = [part for part in found.parts if part.name in names]
+        parts: list[WeightRow] = [part for part in network.parts if part.name in names]
         shares = (
-            sum(part.parameters for part in parts) / found.parameters,
-            sum(part.flops for part in parts) / found.flops,
+            sum(part.parameters for part in parts) / network.parameters,
+            sum(part.flops for part in parts) / network.flops,
         )
         parameters, flops = (Cell(percent(share), bar=share) for share in shares)
         yield Cell(group), parameters, flops

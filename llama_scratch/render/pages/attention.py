@@ -26,14 +26,14 @@ _MEASURED = (
 _NAMED, _DRAWN = 6, 2
 
 
-def heads(found: Heads, *, whole: bool = False) -> Page:
+def heads(view: Heads, *, whole: bool = False) -> Page:
     """All heads by their kinds, and small maps: of the strongest of each kind, or of all where `whole`.
 
     A layer's heads with their scores, and all of their maps.
     """
-    if found.layer is not None:
-        return _layer(found, found.layer)
-    strongest = {kind: [each for each in _by_score(found) if each.scores.kind == kind] for kind in _KINDS}
+    if view.layer is not None:
+        return _layer(view, view.layer)
+    strongest = {kind: [each for each in _by_score(view) if each.scores.kind == kind] for kind in _KINDS}
     rows = tuple(
         (
             Cell(f"{letter} {kind}"),
@@ -42,24 +42,24 @@ def heads(found: Heads, *, whole: bool = False) -> Page:
         )
         for kind, (letter, _) in _KINDS.items()
     )
-    drawn = found.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
+    drawn = view.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
     title = "What they look at in this text" + ("" if whole else ": the strongest of each kind")
     parts: list[PageBlock] = [
-        _overview(found),
+        _overview(view),
         Table(("kind", ">heads", "strongest, with their scores"), rows),
-        Gallery(title, tuple(_small(found, each) for each in drawn)),
-        _note(found, "/attention L5 shows the heads of layer 5, /attention L5.H3 one of them."),
+        Gallery(title, tuple(_small(view, each) for each in drawn)),
+        _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 one of them."),
     ]
     return Page("Attention heads", tuple(part for part in parts if not isinstance(part, Gallery) or part.maps), _SOURCE)
 
 
-def _by_score(found: Heads) -> list[SmallMap]:
-    return sorted(found.maps, key=lambda each: -each.scores.best[1])
+def _by_score(view: Heads) -> list[SmallMap]:
+    return sorted(view.maps, key=lambda each: -each.scores.best[1])
 
 
-def _overview(found: Heads) -> Heatmap:
+def _overview(view: Heads) -> Heatmap:
     """In each field the letter of a head's kind, shaded by the score; the longer way goes down."""
-    scores = [each.scores for each in found.maps]
+    scores = [each.scores for each in view.maps]
     n_heads = 1 + max(each.head for each in scores)
     grid = [tuple(scores[i : i + n_heads]) for i in range(0, len(scores), n_heads)]
     down, across = "layer", "head"
@@ -97,59 +97,59 @@ def _sentence(scores: Scores) -> str:
     return f"{scores.name} looks like {'an' if kind == 'induction' else 'a'} {kind} head: {where}"
 
 
-def _small(found: Heads, small: SmallMap) -> Heatmap:
-    labels = tuple(token.text for token in found.tokens[:: small.step])
+def _small(view: Heads, small: SmallMap) -> Heatmap:
+    labels = tuple(token.text for token in view.tokens[:: small.step])
     scores = small.scores
     title = scores.name + (f" {_KINDS[scores.kind][0]} {scores.best[1]:.2f}" if scores.kind else "")
     return Heatmap(title, labels, labels, small.values, row_tokens=True)
 
 
-def _note(found: Heads, more: str) -> Paragraph:
-    step = found.maps[0].step
+def _note(view: Heads, more: str) -> Paragraph:
+    step = view.maps[0].step
     each = "a token" if step == 1 else f"{step} tokens"
     maps = f"In a map each row and column is {each}, with the highest share of a row's attention that a column gets."
     return Paragraph(f"{_MEASURED} A score below 0.4 makes no kind (·). {maps} {more}", "dim")
 
 
-def _layer(found: Heads, layer: int) -> Page:
+def _layer(view: Heads, layer: int) -> Page:
     rows = tuple(
         (
             Cell(f"H{each.scores.head}"),
             *(Cell(f"{score:.2f}") for score in _four(each.scores)),
             Cell((each.scores.kind or "·").removesuffix(" token")),
         )
-        for each in found.maps
+        for each in view.maps
     )
     return Page(
         f"Attention in layer {layer}",
         (
             Table(("head", ">prev.", ">first", ">dup.", ">ind.", "kind"), rows, f"The heads of layer {layer}"),
-            Gallery("What they look at in this text", tuple(_small(found, each) for each in found.maps)),
-            _note(found, f"/attention L{layer}.H0 shows one of them."),
+            Gallery("What they look at in this text", tuple(_small(view, each) for each in view.maps)),
+            _note(view, f"/attention L{layer}.H0 shows one of them."),
         ),
         _SOURCE,
     )
 
 
-def head(found: Head, first: int | None = None) -> Page:
+def head(view: Head, first: int | None = None) -> Page:
     """A head's kind and scores, its map of the text, and what the last token looks at.
 
     first: the position that a narrow screen begins with, by default so that the last one is there.
     """
-    scores, shown = found.scores, len(found.probs)
-    end = found.first + shown
-    tokens = [token.text for token in found.tokens[found.first : end]]
+    scores, shown = view.scores, len(view.probs)
+    end = view.first + shown
+    tokens = [token.text for token in view.tokens[view.first : end]]
     values = [
-        tuple(row[key] if key <= query else None for key in range(found.first, end))
-        for query, row in enumerate(found.probs, found.first)
+        tuple(row[key] if key <= query else None for key in range(view.first, end))
+        for query, row in enumerate(view.probs, view.first)
     ]
     columns = tokens
-    if found.first:  # what stands in front of the window has one column
+    if view.first:  # what stands in front of the window has one column
         columns = ["…", *tokens]
-        values = [(sum(row[: found.first]), *shares) for row, shares in zip(found.probs, values, strict=True)]
-    part = f" These are {shown} of {len(found.tokens):,}; /attention {scores.name} N begins at position N."
+        values = [(sum(row[: view.first]), *shares) for row, shares in zip(view.probs, values, strict=True)]
+    part = f" These are {shown} of {len(view.tokens):,}; /attention {scores.name} N begins at position N."
     note = "Each row is a token that looks, each column one that it may look at; a row's shares add up to 1." + (
-        part if shown < len(found.tokens) else ""
+        part if shown < len(view.tokens) else ""
     )
     return Page(
         f"Attention of {scores.name}",
@@ -168,19 +168,19 @@ def head(found: Head, first: int | None = None) -> Page:
                 columns=tuple(columns),
                 values=tuple(values),
                 row_tokens=True,
-                first=None if first is None else first - found.first,
+                first=None if first is None else first - view.first,
                 # Columns are numbered from the first one that is there.
-                more="" if found.first else f"/attention {scores.name} {{}}",
+                more="" if view.first else f"/attention {scores.name} {{}}",
             ),
             Table(
                 (">at", "token", ">share"),
                 tuple(
                     (
                         Cell(str(position)),
-                        Cell(found.tokens[position].text, "cyan", token=True),
+                        Cell(view.tokens[position].text, "cyan", token=True),
                         Cell(percent(share), bar=share),
                     )
-                    for position, share in found.links
+                    for position, share in view.links
                 ),
                 "What the last token looks at most",
             ),

@@ -15,31 +15,31 @@ _PARTS, _TOKENS = 10, 10
 _GRADIENT = "Gradient is gradient × input: what the token's vector adds to the logit, to first order."
 
 
-def page(found: Attribution) -> Page:
+def page(why: Attribution) -> Page:
     """The answer, what speaks for it in the network and in the text, and the strongest claims tried out."""
-    parts: list[PageBlock] = [_answer(found), _contributions(found), Paragraph(_sum(found), "dim"), _claims(found)]
-    parts += [_influences(found), Paragraph(f"{_left_out(found)} {_GRADIENT}", "dim")]
+    parts: list[PageBlock] = [_answer(why), _contributions(why), Paragraph(_sum(why), "dim"), _claims(why)]
+    parts += [_influences(why), Paragraph(f"{_left_out(why)} {_GRADIENT}", "dim")]
     return Page("Why that token", tuple(parts), ("attribution",))
 
 
-def _answer(found: Attribution) -> Running:
+def _answer(why: Attribution) -> Running:
     cells = [
         Cell("What speaks for "),
-        Cell(found.answer.text, "bold", token=True),
-        Cell(f" ({percent(found.answer.probability)}) "),
+        Cell(why.answer.text, "bold", token=True),
+        Cell(f" ({percent(why.answer.probability)}) "),
     ]
-    if found.versus:
+    if why.versus:
         cells += [
             Cell("and not for "),
-            Cell(found.versus.text, "bold", token=True),
-            Cell(f" ({percent(found.versus.probability)}) "),
+            Cell(why.versus.text, "bold", token=True),
+            Cell(f" ({percent(why.versus.probability)}) "),
         ]
-    logit = f": logits {found.logit:+.2f} apart." if found.versus else f": a logit of {found.logit:.2f}."
-    return Running((*cells, Cell("after "), Cell(found.tokens[-1].text, "cyan", token=True), Cell(logit)))
+    logit = f": logits {why.logit:+.2f} apart." if why.versus else f": a logit of {why.logit:.2f}."
+    return Running((*cells, Cell("after "), Cell(why.tokens[-1].text, "cyan", token=True), Cell(logit)))
 
 
-def _contributions(found: Attribution) -> Table:
-    strongest = sorted(found.contributions, key=lambda contribution: -abs(contribution.logit))
+def _contributions(why: Attribution) -> Table:
+    strongest = sorted(why.contributions, key=lambda contribution: -abs(contribution.logit))
     reach = max(abs(strongest[0].logit), 1e-9)
     rows = [
         (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=_logit(c)))
@@ -53,22 +53,22 @@ def _contributions(found: Attribution) -> Table:
     return Table(("part", ">logit", ""), tuple(rows), "What each part of the network adds")
 
 
-def _sum(found: Attribution) -> str:
-    what = "the difference of the logits" if found.versus else "the logit"
-    if any(contribution.name == "interventions" for contribution in found.contributions):
+def _sum(why: Attribution) -> str:
+    what = "the difference of the logits" if why.versus else "the logit"
+    if any(contribution.name == "interventions" for contribution in why.contributions):
         return (
             f"Together they are {what}: 'interventions' is what the others lack of it, because what was put into the "
             "stream is no part's own."
         )
     return (
-        f"Together they are {what} but for {found.remainder:+.1e}, which is rounding: what each part writes into the "
+        f"Together they are {what} but for {why.remainder:+.1e}, which is rounding: what each part writes into the "
         "residual stream, read through the unembedding with the scale of the last norm held."
     )
 
 
-def _claims(found: Attribution) -> Table:
-    rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(found, c)) for c in found.claims)
-    columns = ("part", *(f">{name}" for name in _names(found)))
+def _claims(why: Attribution) -> Table:
+    rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(why, c)) for c in why.claims)
+    columns = ("part", *(f">{name}" for name in _names(why)))
     return Table(columns, rows, "The strongest of them, switched off")
 
 
@@ -76,14 +76,14 @@ def _logit(contribution: Contribution) -> str:
     return f"{contribution.name}: {contribution.logit:+.4f}"
 
 
-def _names(found: Attribution) -> list[str]:
-    return ["answer", "the other"] if found.versus else ["answer"]
+def _names(why: Attribution) -> list[str]:
+    return ["answer", "the other"] if why.versus else ["answer"]
 
 
-def _shift(found: Attribution, claim: AblationCheck) -> list[Cell]:
-    cells = [Cell(_moved(found.answer.probability, claim.after))]
-    if found.versus and claim.versus_after is not None:
-        cells.append(Cell(_moved(found.versus.probability, claim.versus_after)))
+def _shift(why: Attribution, claim: AblationCheck) -> list[Cell]:
+    cells = [Cell(_moved(why.answer.probability, claim.after))]
+    if why.versus and claim.versus_after is not None:
+        cells.append(Cell(_moved(why.versus.probability, claim.versus_after)))
     return cells
 
 
@@ -91,39 +91,39 @@ def _moved(before: float, after: float) -> str:
     return f"{percent(before).removesuffix(' %')} → {percent(after)}"
 
 
-def _influences(found: Attribution) -> Table:
-    tried = [influence for influence in found.influences if influence.without is not None]
+def _influences(why: Attribution) -> Table:
+    tried = [influence for influence in why.influences if influence.without is not None]
     tried.sort(key=lambda influence: influence.without or 0.0)
-    shown = tried[:_TOKENS] or list(found.influences)[:_TOKENS]
-    reach = max((abs(influence.gradient_x_input) for influence in found.influences), default=0.0) or 1.0
+    shown = tried[:_TOKENS] or list(why.influences)[:_TOKENS]
+    reach = max((abs(influence.gradient_x_input) for influence in why.influences), default=0.0) or 1.0
     rows = tuple(
         (
             Cell(influence.token.text, token=True, hover=f"position {influence.position}"),
-            *_without(found, influence),
+            *_without(why, influence),
             Cell(f"{influence.gradient_x_input:+.2f}", hover=f"gradient × input {influence.gradient_x_input:+.4f}"),
-            *([] if found.versus else [Cell("", bar=influence.gradient_x_input / reach)]),
+            *([] if why.versus else [Cell("", bar=influence.gradient_x_input / reach)]),
         )
         for influence in shown
     )
     # A narrow screen has no room for bars beside two answers.
-    columns = ("token", *(f">{name}" for name in _names(found)), ">gradient", *([] if found.versus else [""]))
+    columns = ("token", *(f">{name}" for name in _names(why)), ">gradient", *([] if why.versus else [""]))
     return Table(columns, rows, "What is said without each token of the text")
 
 
-def _without(found: Attribution, influence: TokenInfluence) -> list[Cell]:
+def _without(why: Attribution, influence: TokenInfluence) -> list[Cell]:
     cells = [Cell("" if influence.without is None else percent(influence.without))]
-    if found.versus:
+    if why.versus:
         cells.append(Cell("" if influence.versus_without is None else percent(influence.versus_without)))
     return cells
 
 
-def _left_out(found: Attribution) -> str:
-    tried = sum(influence.without is not None for influence in found.influences)
+def _left_out(why: Attribution) -> str:
+    tried = sum(influence.without is not None for influence in why.influences)
     if not tried:
         return "A text of one token has none to leave out."
-    if tried < len(found.influences):
+    if tried < len(why.influences):
         return (
-            f"{tried} of {len(found.influences):,} tokens were left out one by one, those that gradient × input ranks "
+            f"{tried} of {len(why.influences):,} tokens were left out one by one, those that gradient × input ranks "
             "first; those without which the answer is least probable stand here."
         )
     return "Each token was left out once; those without which the answer is least probable come first."

@@ -15,11 +15,11 @@ _SOURCE = ("KVCache",)
 
 def page(cache: Cache, timing: Timing | None = None) -> Page:
     """The whole cache, a row for each layer. timing: of the last answer."""
-    most = [max(norms.keys for norms in cache.layers), max(norms.values for norms in cache.layers)]
+    longest = [max(norms.keys for norms in cache.layers), max(norms.values for norms in cache.layers)]
     rows = tuple(
         (
             Cell(f"L{norms.layer}"),
-            *(_bar(norm, high) for norm, high in zip((norms.keys, norms.values), most, strict=True)),
+            *(_bar(norm, high) for norm, high in zip((norms.keys, norms.values), longest, strict=True)),
         )
         for norms in cache.layers
     )

@@ -1,4 +1,4 @@
-"""A stop in the forward pass, and numbers of a value that is alive there."""
+"""A stop in the forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Code, Page, PageBlock, Paragraph, Table, figure
 
 if TYPE_CHECKING:  # it brings torch
-    from llama_scratch.microscope.execution import ExecutionTrace, Number, Statement, ValueSummary, ValueView
+    from llama_scratch.microscope.execution import ExecutionTrace, Statement
+    from llama_scratch.microscope.value_view import Number, ValueSummary
 
 # Lines around the statement.
 _MARGIN = 3
@@ -32,8 +33,8 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
         parts.append(
             Paragraph("first: what the last token begins with, in the last head where there are heads.", "dim")
         )
-    if stop.alive:
-        parts.append(Paragraph(f"/step print takes {', '.join(stop.alive)}.", "dim"))
+    if stop.in_scope:
+        parts.append(Paragraph(f"/step print takes {', '.join(stop.in_scope)}.", "dim"))
     return Page("A step of the forward pass", tuple(parts), (f"model.{stop.function}",))
 
 
@@ -64,7 +65,7 @@ def _rows(value: ValueSummary) -> Iterator[tuple[Cell, Cell]]:
     if value.shape is None:
         yield name, Cell(value.text)
         return
-    yield name, Cell(f"{_tuple(value.shape)} {value.dtype}")
+    yield name, Cell(f"{tuple_text(value.shape)} {value.dtype}")
     if value.meaning:
         yield Cell(""), Cell(value.meaning, "dim")
     if value.mean is None or value.std is None or value.min is None or value.max is None:
@@ -80,7 +81,8 @@ def _rows(value: ValueSummary) -> Iterator[tuple[Cell, Cell]]:
         yield Cell("  first"), Cell(", ".join(map(number, value.first)) + more)
 
 
-def _tuple(shape: tuple[int, ...]) -> str:
+def tuple_text(shape: tuple[int, ...]) -> str:
+    """A shape as Python writes it, without the comma of a single size."""
     return f"({', '.join(map(str, shape))})"
 
 
@@ -89,23 +91,3 @@ def number(value: Number) -> str:
     if isinstance(value, tuple):
         return f"{figure(value[0])}∠{figure(value[1])}"
     return "not finite" if value is None else figure(value)
-
-
-def look(found: ValueView, stop: Statement) -> Page:
-    """Numbers of a value at a stop."""
-    heading = Paragraph(f"{found.name}{found.index} in {where(stop)}", "bold")
-    if found.shape is None:
-        return Page("A value of the forward pass", (heading, Paragraph(found.text)), (f"model.{stop.function}",))
-    of = f"Of the shape {_tuple(found.whole or ())}, {found.dtype}."
-    two = len(found.shape) > 1
-    width = max(map(len, found.rows), default=0)
-    # One dimension goes on from row to row.
-    columns = ("", *(f">{column}" if two else f">+{column}" for column in range(width)))
-    rows = tuple(
-        (Cell(label, "dim"), *(Cell(number(value)) for value in row), *(Cell("") for _ in range(width - len(row))))
-        for label, row in zip(found.labels, found.rows, strict=True)
-    )
-    parts: list[PageBlock] = [heading, Paragraph(of), Table(columns, rows)]
-    if found.left_out:
-        parts.append(Paragraph(f"There are more: an index such as {found.name}[..., :8] shows others.", "dim"))
-    return Page("A value of the forward pass", tuple(parts), (f"model.{stop.function}",))

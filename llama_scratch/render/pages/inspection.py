@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Page, Running
-from llama_scratch.render.pages import patching, texts
+from llama_scratch.render.pages import answer, effect
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.inspection import Inspection
 
 
-def page(found: Inspection) -> Page:
+def page(inspection: Inspection) -> Page:
     """The prompt's tokens and the answer; of a changed network the answers before and after."""
-    if found.interventions:
-        changed = patching.effect(found.effect())
-        text = Running(tuple(Cell(token.text, token=True) for token in found.tokens))
+    if inspection.interventions:
+        changed = effect.page(inspection.effect())
+        text = Running(tuple(Cell(token.text, token=True) for token in inspection.tokens))
         return replace(changed, parts=(text, *changed.parts))
-    return replace(texts.answer(found.prediction), source=("inspection",))
+    return replace(answer.page(inspection.prediction), source=("inspection",))

@@ -13,25 +13,25 @@ if TYPE_CHECKING:  # they bring torch
 _SOURCE = ("neurons", "FeedForward")
 
 
-def page(found: Neurons) -> Page:
+def page(neurons: Neurons) -> Page:
     """A row for each neuron: how strong it is, what it adds to the answer, and which tokens it pushes."""
-    most = max(abs(neuron.contribution) for neuron in found.neurons) or 1.0
-    rows = tuple(_row(neuron, most) for neuron in found.neurons)
-    shown = sum(neuron.contribution for neuron in found.neurons)
+    largest = max(abs(neuron.contribution) for neuron in neurons.neurons) or 1.0
+    rows = tuple(_row(neuron, largest) for neuron in neurons.neurons)
+    total = sum(neuron.contribution for neuron in neurons.neurons)
     where = (
-        Cell(f"Layer {found.layer} behind "),
-        Cell(found.token.text, "cyan", token=True),
-        Cell(f": its {found.n_neurons:,} neurons add {found.contribution:+z.2f} to the logit of "),
-        Cell(found.answer.text, "bold", token=True),
-        Cell(f", the answer with {percent(found.answer.probability)}; these {len(rows)} add {shown:+z.2f}."),
+        Cell(f"Layer {neurons.layer} behind "),
+        Cell(neurons.token.text, "cyan", token=True),
+        Cell(f": its {neurons.n_neurons:,} neurons add {neurons.contribution:+z.2f} to the logit of "),
+        Cell(neurons.answer.text, "bold", token=True),
+        Cell(f", the answer with {percent(neurons.answer.probability)}; these {len(rows)} add {total:+z.2f}."),
     )
     return Page(
-        f"Neurons of layer {found.layer}",
+        f"Neurons of layer {neurons.layer}",
         (
             Running(where),
             Table((">neuron", ">active", ">strength", "to the answer"), rows, "The strongest neurons"),
-            _pushed("raises", {neuron.index: neuron.promoted for neuron in found.neurons}),
-            _pushed("lowers", {neuron.index: neuron.suppressed for neuron in found.neurons}),
+            _pushed("raises", {neuron.index: neuron.promoted for neuron in neurons.neurons}),
+            _pushed("lowers", {neuron.index: neuron.suppressed for neuron in neurons.neurons}),
             Paragraph(
                 "strength: |activation| · ‖column of w2‖, the length of what a neuron writes; they are ranked by it. "
                 "What it writes is read through the final norm, at the scale that the stream has in the end, and the "
@@ -43,12 +43,12 @@ def page(found: Neurons) -> Page:
     )
 
 
-def _row(neuron: Neuron, most: float) -> tuple[Cell, ...]:
+def _row(neuron: Neuron, largest: float) -> tuple[Cell, ...]:
     return (
         Cell(f"{neuron.index}"),
         Cell(f"{neuron.activation:.2f}"),
         Cell(f"{neuron.strength:.2f}"),
-        Cell(f"{neuron.contribution:+z.2f}", bar=neuron.contribution / most),
+        Cell(f"{neuron.contribution:+z.2f}", bar=neuron.contribution / largest),
     )
 
 

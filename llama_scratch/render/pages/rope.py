@@ -64,14 +64,14 @@ def _dials(rope: Rope) -> Table:
 
 
 def _query(rope: Rope) -> tuple[Running, Table]:
-    most = max(pair.length for pair in rope.query) or 1.0
+    largest = max(pair.length for pair in rope.query) or 1.0
     longest = sorted(rope.query, key=lambda pair: -pair.length)
     rows = tuple(
         (
             Cell(f"{pair.pair}", "dim"),
             Cell(_dial(pair.before)),
             Cell(_dial(pair.after)),
-            Cell(f"{pair.length:.2f}", bar=pair.length / most),
+            Cell(f"{pair.length:.2f}", bar=pair.length / largest),
         )
         for pair in longest
     )
@@ -84,13 +84,13 @@ def _query(rope: Rope) -> tuple[Running, Table]:
 
 
 def _keys(rope: Rope) -> tuple[Table, Paragraph]:
-    most = max(abs(match.product) for match in rope.matches) or 1.0
+    largest = max(abs(match.product) for match in rope.matches) or 1.0
     rows = tuple(
         (
             Cell(f"{match.distance:,}"),
             Cell(match.token.text, token=True),
             Cell(f"{match.unturned:.2f}"),
-            Cell(f"{match.product:.2f}", bar=match.product / most),
+            Cell(f"{match.product:.2f}", bar=match.product / largest),
         )
         for match in rope.matches
     )

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.source import Passage, Source
 
 
-def page(found: Source) -> Page:
+def page(source: Source) -> Page:
     """The passages, one below the other."""
-    codes = tuple(Code(dedent(passage.text), passage.path, passage.first_line) for passage in found.passages)
-    return Page(f"Source of {found.name}", codes)
+    codes = tuple(Code(dedent(passage.text), passage.path, passage.first_line) for passage in source.passages)
+    return Page(f"Source of {source.name}", codes)
 
 
 def contents(concepts: Mapping[str, tuple[Passage, ...]]) -> Page:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_scratch.render import text as terminal
+from llama_scratch.render import text
 from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
 from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.session import Session
@@ -41,4 +41,4 @@ def _said(session: Session) -> Reply:
         return note(sentence, chat=False)
     system = session.chat.system
     sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
-    return note(terminal.readable(sentence), chat=True, system=system)
+    return note(text.readable(sentence), chat=True, system=system)

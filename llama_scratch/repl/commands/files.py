@@ -15,8 +15,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
-from llama_scratch.render import text as terminal
 from llama_scratch.render.lines import json_line
+from llama_scratch.render.text import readable
 from llama_scratch.repl import session_file as record
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
 from llama_scratch.repl.commands.text import unquoted
@@ -258,7 +258,7 @@ def _history(session: Session, argument: str) -> Reply:
     typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]
     return Reply(
         {"history": typed},
-        Group(*(Padding(Text(terminal.readable(line)), (0, 0, 0, 1), expand=False) for line in typed)),
+        Group(*(Padding(Text(readable(line)), (0, 0, 0, 1), expand=False) for line in typed)),
     )
 
 

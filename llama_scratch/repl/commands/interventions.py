@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.render.pages import effect as effect_pages
 from llama_scratch.render.pages import patching
 from llama_scratch.repl.commands.registry import Reply, command, first_word, note, number, paged, whole_number
 from llama_scratch.repl.commands.text import unquoted
@@ -30,7 +31,7 @@ def _put(session: Session, more: Sequence[Intervention]) -> Reply:
         effect = session.intervene([*(old for old in session.interventions if old.label not in new), *new.values()])
         if effect is None:
             return note(" ".join(intervention.meaning for intervention in new.values()), interventions=session.labels)
-        return paged(session, effect.as_json(), patching.effect(effect))
+        return paged(session, effect.as_json(), effect_pages.page(effect))
 
 
 def _listed(session: Session) -> Reply:
@@ -88,7 +89,7 @@ def _patch(session: Session, argument: str) -> Reply:
     llama, ids, other = session.llama, session.ids, session.encode(text)
     with session.progress() as progress:
         found = trace(llama, ids, other, progress)
-    return paged(session, found.as_json(), patching.trace(found))
+    return paged(session, found.as_json(), patching.page(found))
 
 
 def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:

@@ -69,7 +69,7 @@ def _lens(session: Session, argument: str) -> Reply:
 
     This is the logit lens: what stands behind a layer goes through the final norm and the unembedding.
     """
-    from llama_scratch.microscope.lens import WINDOW, growing
+    from llama_scratch.microscope.lens import LENS_POSITIONS, growing
 
     matched = _LENS.fullmatch(argument)
     if matched is None:
@@ -78,7 +78,7 @@ def _lens(session: Session, argument: str) -> Reply:
         )
     llama, ids, ranks = session.llama, session.ids, bool(matched[1])
     position = int(matched[2]) if matched[2] else None
-    first = _window(position, len(ids), WINDOW)
+    first = _window(position, len(ids), LENS_POSITIONS)
     with _watched(session) as (progress, show):
         for found in growing(llama, ids, first, progress=progress):
             show(partial(lens_pages.growing, found, ranks=ranks))
@@ -95,7 +95,7 @@ def _attention(session: Session, argument: str) -> Reply:
     Kinds: previous token, first token, duplicate token, and induction: a head that looks at what came after the same
     token before. The scores that say so are measured on random tokens that come twice.
     """
-    from llama_scratch.microscope.attention import WINDOW, head, heads
+    from llama_scratch.microscope.attention import MAP_POSITIONS, head, heads
     from llama_scratch.microscope.parts import NetworkPart
 
     llama, ids = session.llama, session.ids
@@ -117,7 +117,7 @@ def _attention(session: Session, argument: str) -> Reply:
         if part.kind == "layer":
             found = heads(llama, ids, part.layer, progress)
             return paged(session, found.as_json(), attention_pages.heads(found))
-        one = head(llama, ids, part.layer, part.index, _window(position, len(ids), WINDOW), progress)
+        one = head(llama, ids, part.layer, part.index, _window(position, len(ids), MAP_POSITIONS), progress)
     return paged(session, one.as_json(), attention_pages.head(one, position))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
-from llama_scratch.render import text as terminal
+from llama_scratch.render import reports, text
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
 
@@ -36,7 +36,7 @@ def _info(session: Session, _: str) -> Reply:
             device=llama.info.device,
             activations=llama.options.get("activations") or "auto",
         )
-    return Reply(facts, terminal.rows(terminal.model_facts(facts)))
+    return Reply(facts, reports.rows(reports.model_facts(facts)))
 
 
 @command("context", replayed=False)
@@ -52,11 +52,11 @@ def _context(session: Session, _: str) -> Reply:
         "cached": llama.engine.cached_tokens,
     }
     shown = {
-        "text": terminal.readable(session.text_of(ids)) or "(none yet)",
+        "text": text.readable(session.text_of(ids)) or "(none yet)",
         "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
         "cached": f"{llama.engine.cached_tokens:,} tokens",
     }
-    return Reply(facts, terminal.rows(shown))
+    return Reply(facts, reports.rows(shown))
 
 
 @command("memory", replayed=False)
@@ -78,7 +78,7 @@ def _memory(session: Session, _: str) -> Reply:
         "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
         "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
     }
-    return Reply(facts, terminal.rows(shown))
+    return Reply(facts, reports.rows(shown))
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -105,5 +105,5 @@ def _precision(session: Session, argument: str) -> Reply:
 
 def _said(session: Session) -> Reply:
     llama: Llama = session.llama
-    sentence = f"{llama.info.name}: {terminal.describe(llama.info)}, context {llama.context:,} tokens."
+    sentence = f"{llama.info.name}: {reports.describe(llama.info)}, context {llama.context:,} tokens."
     return note(sentence, **vars(llama.info), path=str(llama.path))

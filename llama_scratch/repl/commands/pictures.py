@@ -44,9 +44,9 @@ def _last(session: Session) -> Page | None:
     """The view that was shown last, or the answer where there was none."""
     if session.page is not None or session.now is None:
         return session.page
-    from llama_scratch.render.pages import texts
+    from llama_scratch.render.pages import answer
 
-    return texts.answer(session.now.prediction)
+    return answer.page(session.now.prediction)
 
 
 # Each brings more than a session's start can wait for.

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from llama_scratch.errors import UsageError, sanitize
-from llama_scratch.render import text as terminal
-from llama_scratch.render import to_terminal
+from llama_scratch.render import text, to_plain, to_terminal
 from llama_scratch.render.page import Page
 from llama_scratch.repl.session import Session
 
@@ -36,13 +35,13 @@ class Reply:
 
 def note(sentence: str, **facts: Any) -> Reply:
     """A reply that says what was done."""
-    return Reply(facts, terminal.note(sentence), note=True)
+    return Reply(facts, text.note(sentence), note=True)
 
 
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
     """A reply that shows a page, which /picture can draw afterwards."""
     session.page = page
-    return Reply(facts, to_terminal.plain(page) if session.settings.plain else to_terminal.view(page))
+    return Reply(facts, to_plain.plain(page) if session.settings.plain else to_terminal.view(page))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from llama_scratch.render.pages import attribution as why_pages
 from llama_scratch.render.pages import inspection as inspection_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.pages import neurons as neuron_pages
-from llama_scratch.render.pages import texts as text_pages
+from llama_scratch.render.pages import surprisal as surprisal_pages
 from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
@@ -47,7 +47,7 @@ def _examined(session: Session) -> Iterator[Page]:
     with session.progress() as progress:
         yield inspection_pages.page(Inspection(session.intact, ids, session.interventions))
         scored = surprisal(llama, ids, session.settings.top, progress)
-        yield text_pages.surprisal(scored, session.text_of(ids), per_character(llama, scored.tokens))
+        yield surprisal_pages.page(scored, session.text_of(ids), per_character(llama, scored.tokens))
         yield lens_pages.page(lens(llama, ids, progress=progress))
         reasons = why(llama, ids, progress=progress)
         yield why_pages.page(reasons)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_scratch.render import text as terminal
+from llama_scratch.render import reports
 from llama_scratch.repl.commands.registry import COMMANDS, Reply, command, unknown_command
 from llama_scratch.repl.session import Session
 
@@ -40,11 +40,11 @@ def _help(session: Session, argument: str) -> Reply:
         names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
         groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
         keys = _keys(session)
-        return Reply({"commands": names, "keys": keys}, terminal.groups(groups | {"Keys": keys}), note=True)
+        return Reply({"commands": names, "keys": keys}, reports.groups(groups | {"Keys": keys}), note=True)
     name = argument.removeprefix("/")
     if (found := COMMANDS.get(name)) is None:
         raise unknown_command(name)
-    return Reply({"usage": found.usage, "help": found.help}, terminal.explained(found.usage, found.help), note=True)
+    return Reply({"usage": found.usage, "help": found.help}, reports.explained(found.usage, found.help), note=True)
 
 
 def _keys(session: Session) -> dict[str, str]:

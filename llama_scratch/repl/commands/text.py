@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
-from llama_scratch.render import text as terminal
+from llama_scratch.render.text import SPACE, visible
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
-from llama_scratch.results import Token, as_json, generated_json
+from llama_scratch.results import Token, as_json
 from llama_scratch.system.small_files import read_bytes, without_line_end, without_mark
 
 # Bytes of an edited text, more than any context holds.
@@ -31,12 +31,12 @@ def _generate(session: Session, argument: str) -> Reply | None:
     """
     generated = session.generate(whole_number(argument, "/generate") if argument else 20)
     # What came bit by bit stands on the screen already.
-    return Reply(generated_json(generated), None if session.interactive else Text(generated.text))
+    return Reply(generated.as_json(), None if session.interactive else Text(generated.text))
 
 
 def candidates(session: Session, _begun: str) -> Iterable[str]:
     """The last answer's candidates, as /force takes them."""
-    return [terminal.visible(c.text).plain for c in session.now.prediction.top] if session.now else []
+    return [visible(c.text).plain for c in session.now.prediction.top] if session.now else []
 
 
 @command("force", "TOKEN", complete=candidates)
@@ -53,14 +53,14 @@ def one_token(session: Session, argument: str) -> Token:
         return llama.token(whole_number(argument[1:], "a token's id", least=0))
     if session.now:  # as it stands in the answer, escapes and all
         for candidate in session.now.prediction.top:
-            if terminal.visible(candidate.text).plain == argument:
+            if visible(candidate.text).plain == argument:
                 return candidate
-    text = unquoted(argument).replace(terminal.SPACE, " ")
+    text = unquoted(argument).replace(SPACE, " ")
     ids = llama.encode(text, bos=False, special=True)
     if not ids:
         raise UsageError(f"'{sanitize(argument)}' is an empty text, expected one token, by its text or as #7042.")
     if len(ids) != 1:
-        parts = " ".join(terminal.visible(llama.token(id).text).plain for id in ids[:8])
+        parts = " ".join(visible(llama.token(id).text).plain for id in ids[:8])
         raise UsageError(
             f"'{sanitize(argument)}' is {len(ids)} tokens ({sanitize(parts)}), expected one; "
             "write a space in front as ␣, or give the token's id as #7042."

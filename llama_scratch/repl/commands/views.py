@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, sanitize
-from llama_scratch.render.pages import texts as pages
+from llama_scratch.render.pages import choices as choices_pages
+from llama_scratch.render.pages import compare as compare_pages
+from llama_scratch.render.pages import diff as diff_pages
+from llama_scratch.render.pages import surprisal as surprisal_pages
+from llama_scratch.render.pages import tokens as tokens_pages
+from llama_scratch.render.pages import tree as tree_pages
 from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Session
@@ -29,7 +34,7 @@ def _tokens(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.tokens import tokens
 
     found = tokens(session.llama, session.meant(argument))
-    return paged(session, found.as_json(), pages.tokens(found))
+    return paged(session, found.as_json(), tokens_pages.page(found))
 
 
 @command("surprisal", "[TEXT]")
@@ -44,7 +49,7 @@ def _surprisal(session: Session, argument: str) -> Reply:
     with session.progress() as progress:
         found = surprisal(llama, ids, session.settings.top, progress)
     text, bits = session.text_of(ids), per_character(llama, found.tokens)
-    return paged(session, found.as_json(), pages.surprisal(found, text, bits))
+    return paged(session, found.as_json(), surprisal_pages.page(found, text, bits))
 
 
 def _trees(session: Session, _begun: str) -> Iterable[str]:
@@ -77,7 +82,7 @@ def _tree(session: Session, argument: str) -> Reply:
         session.undo()
     elif where:
         session.predict(ids)
-    return paged(session, found.as_json(), pages.tree(found, session.text_of(ids)))
+    return paged(session, found.as_json(), tree_pages.page(found, session.text_of(ids)))
 
 
 def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
@@ -125,7 +130,7 @@ def _diff(session: Session, argument: str) -> Reply:
     llama = session.llama
     with session.progress() as progress:
         found = diff(llama, first, second, session.settings.top, progress)
-    return paged(session, found.as_json(), pages.diff(found))
+    return paged(session, found.as_json(), diff_pages.page(found))
 
 
 @command("choices", "A | B | …")
@@ -146,7 +151,7 @@ def _choices(session: Session, argument: str) -> Reply:
     llama, ids = session.llama, session.ids
     with session.progress() as progress:
         found = choices(llama, ids, texts, progress)
-    return paged(session, found.as_json(), pages.choices(found))
+    return paged(session, found.as_json(), choices_pages.page(found))
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -174,4 +179,4 @@ def _compare(session: Session, argument: str) -> Reply:
             found = compare(llama, other, ids, session.settings.top, progress)
         finally:
             other.close()
-    return paged(session, found.as_json(), pages.compare(found))
+    return paged(session, found.as_json(), compare_pages.page(found))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
-from llama_scratch.render import text as terminal
+from llama_scratch.render import reports, text
 from llama_scratch.render.pages import architecture as architecture_pages
-from llama_scratch.render.pages import execution as stepping_pages
+from llama_scratch.render.pages import execution as execution_pages
 from llama_scratch.render.pages import source as source_pages
+from llama_scratch.render.pages import value_view as value_pages
 from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
 from llama_scratch.repl.session import Session
 
@@ -45,7 +46,7 @@ class _Walking:
 def _steps(session: Session, begun: str) -> Iterable[str]:
     walking = _kept(session)
     if begun.startswith("print ") and walking:
-        return [f"print {name}" for name in walking.walk.stops[walking.at].alive]
+        return [f"print {name}" for name in walking.walk.stops[walking.at].in_scope]
     return _ACTIONS.values()
 
 
@@ -80,15 +81,17 @@ def _take(session: Session, argument: str) -> Reply:
     if word == "print":
         with session.progress() as progress:
             found = execution.look(session.llama, walk, at, rest, progress)
-        return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
+        return paged(session, {"stop": at, **found.as_json()}, value_pages.page(found, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
         count = whole_number(rest, "the number of steps") if rest else 1
-        walking.at = {"next": walk.next, "into": walk.into, "out": walk.out, "back": walk.back}[word](at, count)
+        walking.at = {"next": walk.next, "into": walk.step_into, "out": walk.step_out, "back": walk.back}[word](
+            at, count
+        )
     stop = walk.stops[walking.at]
     facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
-    return paged(session, facts, stepping_pages.page(walk, walking.at, begins))
+    return paged(session, facts, execution_pages.page(walk, walking.at, begins))
 
 
 def _kept(session: Session) -> _Walking | None:
@@ -151,13 +154,13 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         if line in ("q", "end"):
             break
         if line == "?":
-            session.show(terminal.rows({"step>": _KEYS}))
+            session.show(reports.rows({"step>": _KEYS}))
             continue
         try:
             reply = _take(session, line or "next")
             session.show(reply.view or "")
         except LlamaScratchError as error:
-            session.show(terminal.error(str(error)))
+            session.show(text.error(str(error)))
     return Reply(reply.facts)
 
 

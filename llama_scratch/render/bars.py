@@ -1,0 +1,71 @@
+"""Horizontal bars of a terminal, in eighths of a character; without Unicode in whole ones."""
+
+from __future__ import annotations
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.text import Text
+
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+class Bar:
+    """A horizontal bar of a probability, as wide as there is space."""
+
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(_rightward(self.probability, min(options.max_width, 40), has_blocks(options)), style="cyan")
+
+
+class TextWithBar:
+    """A text and a bar after it; if `both`, to both sides of a middle."""
+
+    def __init__(self, text: Text, bar: float | None, both: bool):
+        self.text, self.bar, self.both = text, bar, both
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(
+            min(self.text.cell_len + 6, options.max_width), min(self.text.cell_len + 42, options.max_width)
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = self.text.copy()
+        if line.plain:
+            line.append(" ")
+        room = min(options.max_width - line.cell_len, 41)
+        if self.bar is not None and room > 1:
+            bar = max(-1.0, min(1.0, self.bar))
+            blocks = has_blocks(options)
+            if self.both:
+                half = (room - 1) // 2
+                line.append((_leftward(-bar, half, blocks) if bar < 0 else "").rjust(half), style="red")
+                line.append("│" if blocks else "|", style="dim")
+                line.append(_rightward(bar, half, blocks), style="cyan")
+            else:
+                line.append(_rightward(bar, room - 1, blocks), style="cyan")
+        line.rstrip()
+        line.no_wrap, line.overflow = True, "crop"
+        yield line
+
+
+def has_blocks(options: ConsoleOptions) -> bool:
+    """Whether a terminal shows block characters."""
+    return options.encoding.startswith("utf")
+
+
+def _rightward(share: float, width: int, blocks: bool) -> str:
+    if not blocks:
+        return "#" * round(width * max(0.0, share))
+    eighths = round(8 * width * max(0.0, share))
+    return ("█" * (eighths // 8) + _BLOCKS[eighths % 8]).rstrip()
+
+
+def _leftward(share: float, width: int, blocks: bool) -> str:
+    """There are halves only of the blocks that begin at the right."""
+    if not blocks:
+        return "#" * round(width * share)
+    halves = round(2 * width * share)
+    half = "▐" if halves % 2 else ""
+    return half + "█" * (halves // 2)

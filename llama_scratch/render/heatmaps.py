@@ -1,0 +1,198 @@
+"""Heat maps on a terminal.
+
+Shades have shapes, so that nothing is said by color alone: positive ones are blocks, negative ones strokes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+
+from rich.cells import cell_len, set_cell_size
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from llama_scratch.render.bars import has_blocks
+from llama_scratch.render.page import Gallery, Heatmap, figure, pooled, pooling, written
+from llama_scratch.render.text import SPACE
+
+# From nothing to the most; what stands at a terminal that has no blocks.
+_POSITIVE, _POSITIVE_ASCII = " ·░▒▓█", " .:+*#"
+_NEGATIVE, _NEGATIVE_ASCII = " ‐-=≡≣", " `-=xX"
+# Up to this shade the first of the characters, and so on.
+_LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
+# Rows of a map; what has texts in its fields is not to lose them.
+HIGH, HIGH_WITH_TEXTS = 48, 128
+TILE = (10, 5)
+
+
+def _shade(level: float | None, blocks: bool) -> tuple[str, str]:
+    """A shade's character and style, of −1 to 1."""
+    if level is None:
+        return " ", ""
+    step = sum(abs(level) > limit for limit in _LIMITS)
+    style = ("dim", "dim", "", "", "", "bold")[step]
+    if level < 0:
+        return (_NEGATIVE if blocks else _NEGATIVE_ASCII)[step], f"{style} red".strip()
+    return (_POSITIVE if blocks else _POSITIVE_ASCII)[step], f"{style} green".strip()
+
+
+def _text_style(level: float | None) -> str:
+    if level is None:
+        return ""
+    color = "red" if level < 0 else "green"
+    strength = abs(level)
+    return "dim" if strength < 0.1 else "" if strength < 0.4 else color if strength < 0.75 else f"bold {color}"
+
+
+def _cut(text: str, width: int) -> str:
+    """A text in exactly so many cells."""
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+class WideMap:
+    """A heat map in as many columns as the terminal has."""
+
+    def __init__(self, heatmap: Heatmap):
+        self.heatmap = heatmap
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole, width, blocks = self.heatmap, options.max_width, has_blocks(options)
+        widest_label = max(4, min(16, width // 5))
+        label = min(widest_label, max(map(cell_len, map(whole.row, range(len(whole.rows)))), default=0))
+        texts = whole.texts is not None
+        room = width - label - 1
+        field = _field(whole, room) if texts else 2
+        fits = max(1, room // field)
+        # What is far wider than the terminal is shown whole, where nobody asked for a part and no text gets lost.
+        squeezed = not texts and whole.first is None and (not whole.more or len(whole.columns) > 4 * fits)
+        high = HIGH_WITH_TEXTS if texts else HIGH
+        shown = pooled(whole, high, fits if squeezed else len(whole.columns))
+        first, end = window(whole, fits) if not squeezed else (0, len(shown.columns))
+        yield Text(written(whole.title), style="bold", overflow="fold")
+        lines = (
+            _with_texts(shown, first, end, label, field, blocks) if texts else _shades(shown, first, end, label, blocks)
+        )
+        for line in lines:
+            line.no_wrap, line.overflow = True, "crop"
+            line.rstrip()
+            yield line
+        for sentence in (
+            _legend(whole, blocks),
+            pooling(whole, shown),
+            columns_shown(whole, first, end) if not squeezed else "",
+        ):
+            if sentence:
+                yield Text(sentence, style="dim")
+
+
+def window(heatmap: Heatmap, fits: int) -> tuple[int, int]:
+    """The first column that is shown and the one behind the last."""
+    last = max(0, len(heatmap.columns) - fits)
+    first = last if heatmap.first is None else max(0, min(heatmap.first, last))
+    return first, min(first + fits, len(heatmap.columns))
+
+
+def columns_shown(heatmap: Heatmap, first: int, end: int) -> str:
+    """Which columns are shown, where that is not all, and how to see the others."""
+    total, shown = len(heatmap.columns), end - first
+    if shown == total:
+        return ""
+    sentence = f"{'positions' if heatmap.tokens else 'columns'} {first} to {end - 1} of {total:,}"
+    if heatmap.more:
+        ways = [(max(0, first - shown), "earlier")] if first else []
+        ways += [(end, "later")] if end < total else []
+        sentence += "; " + ", ".join(f"{heatmap.more.format(start)} shows {which} ones" for start, which in ways)
+    return sentence
+
+
+def _legend(heatmap: Heatmap, blocks: bool) -> str:
+    positive = (_POSITIVE if blocks else _POSITIVE_ASCII)[1:]
+    if not heatmap.signed:
+        return f"{figure(heatmap.low)} {positive} {figure(heatmap.high)}"
+    reach = figure(max(-heatmap.low, heatmap.high))
+    negative = (_NEGATIVE if blocks else _NEGATIVE_ASCII)[:0:-1]
+    return f"-{reach} {negative} 0 {positive} {reach}"
+
+
+def _field(heatmap: Heatmap, room: int) -> int:
+    """Cells of a field with its shade and the gap behind it: all texts stand in it whole where there is room for that,
+    else three quarters of them."""
+    texts = [cell_len(heatmap.text(r, c)) for r in range(len(heatmap.rows)) for c in range(len(heatmap.columns))]
+    longest = min(16, 2 + max([*texts, *(cell_len(heatmap.column(c)) for c in range(len(heatmap.columns)))], default=0))
+    if longest * len(heatmap.columns) <= room:
+        return longest
+    return min(10, max(6 if heatmap.tokens else 3, 2 + sorted(texts)[3 * len(texts) // 4]))
+
+
+def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, blocks: bool) -> Iterator[Text]:
+    """A line for each row: its label, then in each field a shade and the text."""
+    columns = range(first, end)
+    if heatmap.more:  # which counts positions
+        yield Text(" " * (label + 2) + "".join(f"{c:<{field}}" for c in columns), style="dim")
+    head = Text(" " * (label + 2))
+    for c in columns:
+        head.append(_cut(heatmap.column(c), field - 1) + " ", style="cyan")
+    yield head
+    for r in range(len(heatmap.rows)):
+        line = Text(_cut(heatmap.row(r), label) + " ", style="")
+        line.stylize("dim")
+        for c in columns:
+            level = heatmap.level(r, c)
+            line.append(*_shade(level, blocks))
+            line.append(_cut(heatmap.text(r, c), field - 2) + " ", style=_text_style(level))
+        yield line
+
+
+def _shades(heatmap: Heatmap, first: int, end: int, label: int, blocks: bool) -> Iterator[Text]:
+    """The labels of the columns from top to bottom, then a line for each row, two cells a field."""
+    columns = range(first, end)
+    names = [_upright(heatmap.column(c)) for c in columns]
+    high = max(map(len, names), default=0)
+    for across in zip_longest(*([" "] * (high - len(name)) + name for name in names)):
+        yield Text(" " * (label + 1) + "".join(set_cell_size(char, 2) for char in across), style="cyan")
+    for r in range(len(heatmap.rows)):
+        line = Text(_cut(heatmap.row(r), label) + " ", style="")
+        line.stylize("dim")
+        for c in columns:
+            char, style = _shade(heatmap.level(r, c), blocks)
+            line.append(2 * char, style=style)
+        yield line
+
+
+def _upright(text: str, max_characters: int = 6) -> list[str]:
+    """A label's characters from top to bottom, marks with the letters that they sit on; no space in front."""
+    stack: list[str] = []
+    for char in text.removeprefix(SPACE) or text:
+        if stack and not cell_len(char):
+            stack[-1] += char
+        else:
+            stack.append(char)
+    return stack if len(stack) <= max_characters else [*stack[: max_characters - 1], "⋮"]
+
+
+class Tiles:
+    """Small heat maps, as many beside each other as fit."""
+
+    def __init__(self, gallery: Gallery):
+        self.maps = gallery.maps
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        blocks = has_blocks(options)
+        titles = [written(heatmap.title) for heatmap in self.maps]
+        width = min(16, max(TILE[0], max(map(cell_len, titles), default=0)))
+        tiles = [_tile(heatmap, title, width, blocks) for heatmap, title in zip(self.maps, titles, strict=True)]
+        yield Columns(tiles, padding=(0, 2), width=width)
+        if any(pooling(heatmap, pooled(heatmap, TILE[1], TILE[0])) for heatmap in self.maps):
+            yield Text("Each character is the strongest of the values in its place.", style="dim")
+
+
+def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
+    small = pooled(heatmap, TILE[1], TILE[0])
+    tile = Text(_cut(title, width), style="", no_wrap=True)
+    for r in range(len(small.rows)):
+        tile.append("\n")
+        for c in range(len(small.columns)):
+            tile.append(*_shade(small.level(r, c), blocks))
+    return tile.append("\n")

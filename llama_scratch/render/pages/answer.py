@@ -1,0 +1,30 @@
+"""An answer: the text, and what comes next with probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_scratch.render.answer import took
+from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Running, Table
+from llama_scratch.render.text import percent
+from llama_scratch.results import Candidate, Prediction
+
+
+def page(prediction: Prediction) -> Page:
+    """The text, and what comes next with probabilities."""
+    parts: list[PageBlock] = [Running(tuple(Cell(token.text, token=True) for token in prediction.tokens))]
+    parts.append(_candidates(prediction.top))
+    parts.append(Paragraph(took(prediction), "dim"))
+    return Page("What comes next", (*parts, *(Paragraph(sentence, "yellow") for sentence in prediction.warnings)))
+
+
+def _candidates(top: Sequence[Candidate]) -> Table:
+    rows = [
+        (
+            Cell(candidate.text, "" if rank else "bold", token=True),
+            Cell(percent(candidate.probability)),
+            Cell("", bar=candidate.probability, hover=f"id {candidate.id}, log-probability {candidate.logprob:.4f}"),
+        )
+        for rank, candidate in enumerate(top)
+    ]
+    return Table(("token", ">probability", ""), tuple(rows))

@@ -1,0 +1,54 @@
+"""Two models on the same text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Page, Paragraph, Table
+from llama_scratch.render.text import percent
+from llama_scratch.results import Candidate
+
+if TYPE_CHECKING:  # it brings torch
+    from llama_scratch.microscope.compare import Comparison, ModelPrediction
+
+
+def page(comparison: Comparison) -> Page:
+    """The best tokens of either model with the probability that each gives them."""
+    names = _names(comparison)
+    rows = [
+        (
+            Cell(token.text, token=True),
+            _share(token.first, comparison.first, names[0]),
+            _share(token.second, comparison.second, names[1]),
+        )
+        for token in comparison.tokens
+    ]
+    table = Table(("token", *(f">{name}" for name in names)), tuple(rows))
+    return Page("Two models", (table, Paragraph("\n".join(_summary(comparison)))))
+
+
+def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cell:
+    """A probability; that of the model's best token stands out, with a mark."""
+    if candidate is None:
+        return Cell("no token", "dim", said=f"{name} has no such token")
+    share = percent(candidate.probability)
+    if candidate.id == side.top[0].id:
+        return Cell(f"▸ {share}", "bold", said=f"{name} {share} and the best")
+    return Cell(share)
+
+
+def _names(comparison: Comparison) -> tuple[str, str]:
+    """What tells the models apart in short: their precisions, where it is one model in two."""
+    a, b = comparison.first.model, comparison.second.model
+    return (a.precision, b.precision) if a.name == b.name and a.precision != b.precision else ("first", "second")
+
+
+def _summary(comparison: Comparison) -> list[str]:
+    names = _names(comparison)
+    models = [f"{side.model.name} in {side.model.precision}" for side in (comparison.first, comparison.second)]
+    lines = [f"{name}: {model}" for name, model in zip(names, models, strict=True) if name not in model]
+    if comparison.kl_bits is None:
+        lines.append("Their vocabularies differ, so tokens are compared by their text.")
+    else:
+        lines.append(f"KL divergence of {names[1]} from {names[0]}: {comparison.kl_bits:.3g} bits.")
+    return [*lines, f"Entropies: {comparison.first.entropy_bits:.2f} and {comparison.second.entropy_bits:.2f} bits."]

@@ -1,0 +1,57 @@
+"""A text colored by how much each token surprised the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
+from llama_scratch.render.surprise import MOST_SURPRISING, STYLES_BELOW, surprise_style
+from llama_scratch.render.text import counted, percent
+
+if TYPE_CHECKING:  # it brings torch
+    from llama_scratch.microscope.surprisal import Scored, Surprisal
+
+_EMPTY = Cell("")
+
+
+def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
+    """The text colored by how much it surprised, a legend, and the numbers of each token.
+
+    bits: of each character of the text, as `per_character` gives them.
+    """
+    runs = groupby(zip(text, bits, strict=True), key=lambda pair: pair[1])
+    colored = [
+        Cell(
+            "".join(char for char, _ in run),
+            surprise_style(of_run),
+            token=True,
+            hover="nothing predicts it" if of_run is None else f"{of_run:.1f} bits",
+        )
+        for of_run, run in runs
+    ]
+    legend = [Cell("Bits: ", "dim")]
+    for words, style in [*((f"under {limit:g}", style) for limit, style in STYLES_BELOW), ("more", MOST_SURPRISING)]:
+        legend += [Cell(words, style), Cell(" · ", "dim")]
+    most_bits = max((token.bits or 0.0 for token in surprisal.tokens), default=0.0)
+    table = Table(
+        ("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most_bits) for token in surprisal.tokens)
+    )
+    text_and_legend = (Running(tuple(cells), spoken=False) for cells in (colored, legend[:-1]))
+    return Page("Surprisal", (*text_and_legend, table, Paragraph(_total(surprisal), "dim")))
+
+
+def _score(token: Scored, most_bits: float) -> tuple[Cell, ...]:
+    cell = Cell(token.text, surprise_style(token.bits), token=True)
+    if token.probability is None or token.rank is None or token.bits is None:
+        return cell, Cell("", said="which nothing predicts"), _EMPTY, _EMPTY, _EMPTY
+    bar = Cell("", bar=token.bits / (most_bits or 1.0))
+    return cell, Cell(percent(token.probability)), Cell(f"{token.rank:,}"), Cell(f"{token.bits:.1f}"), bar
+
+
+def _total(surprisal: Surprisal) -> str:
+    if surprisal.perplexity is None:
+        return "Nothing predicts a first token, and there is no other."
+    scored = sum(token.bits is not None for token in surprisal.tokens)
+    return f"{surprisal.bits:.1f} bits for {counted(scored, 'token')}, perplexity {surprisal.perplexity:,.2f}."

@@ -1,0 +1,81 @@
+"""The sheet that a picture is drawn on, by matplotlib; places and sizes are inches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from llama_scratch.render import colors
+from llama_scratch.render.letters import drawable, font
+from llama_scratch.render.page import Heatmap
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.figure import Figure
+
+WIDTH = 10.0
+PAPER, INK = "#fcfcfa", "#1f2328"
+
+
+class Sheet:
+    """A sheet that blocks draw on; places are inches from the left and from the top."""
+
+    def __init__(self, figure: Figure, height: float):
+        self.figure, self.height = figure, height
+
+    def write(
+        self, x: float, y: float, text: str, size: float, *, color: str = INK, mono: bool = False,
+        bold: bool = False, right: bool = False, upright: bool = False,
+    ) -> None:  # fmt: skip
+        """A line of text that begins, or ends where `right`, at x with its middle at y; `upright`: from there up."""
+        self.figure.text(
+            x / WIDTH, 1 - y / self.height, drawable(text, mono, bold), fontsize=size, color=color,
+            fontproperties=font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
+            ha="center" if upright else "right" if right else "left", va="bottom" if upright else "center_baseline",
+        )  # fmt: skip
+
+    def fill(self, x: float, y: float, wide: float, high: float, color: str, *, hatch: bool = False) -> None:
+        """A rectangle; `hatch`: with stripes."""
+        from matplotlib.patches import Rectangle
+
+        place = (x / WIDTH, 1 - (y + high) / self.height)
+        box = Rectangle(
+            place, wide / WIDTH, high / self.height, facecolor=color, edgecolor=PAPER, linewidth=0,
+            hatch="////" if hatch else None, transform=self.figure.transFigure,
+        )  # fmt: skip
+        self.figure.add_artist(box)
+
+    def shades(self, x: float, y: float, size: tuple[float, float], heatmap: Heatmap, columns: range) -> None:
+        """The fields of a heat map, each of a size."""
+        rows = range(len(heatmap.rows))
+        wide, high = size[0] * len(columns), size[1] * len(rows)
+        if not rows or not columns:
+            return
+        axes = self.figure.add_axes((x / WIDTH, 1 - (y + high) / self.height, wide / WIDTH, high / self.height))
+        axes.axis("off")
+        shades = [[_rgba(shade_of(heatmap, r, c)) for c in columns] for r in rows]
+        axes.imshow(shades, aspect="auto", interpolation="nearest", extent=(0, len(columns), len(rows), 0))
+        if min(size) > 0.1:  # a thin line between fields
+            axes.vlines(range(len(columns) + 1), 0, len(rows), colors=PAPER, linewidth=0.8)
+            axes.hlines(range(len(rows) + 1), 0, len(columns), colors=PAPER, linewidth=0.8)
+
+
+def shade_of(heatmap: Heatmap, row: int, column: int) -> str | None:
+    """The color of a field; None if it has no value."""
+    level = heatmap.level(row, column)
+    if level is None:
+        return None
+    scale, step = colors.shade(level, heatmap.signed)
+    return scale_of(scale)[step]
+
+
+@cache
+def scale_of(name: str) -> list[str]:
+    """The colors of a scale, see `colors`."""
+    return colors.steps(colors.LIGHT[name])
+
+
+def _rgba(color: str | None) -> tuple[int, int, int, int]:
+    if color is None:
+        return 0, 0, 0, 0
+    red, green, blue = bytes.fromhex(color[1:])
+    return red, green, blue, 255
