@@ -25,7 +25,7 @@ def main() -> None:
             signal.signal(number, _leave)
     try:
         # Imported here, so that Ctrl-C is no traceback even while the program is still being read.
-        from llama_scratch.cli.app import run
+        from llama_scratch.cli import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:

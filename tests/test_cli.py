@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import pytest
 
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.errors import escape_controls
 from tests.checkpoints import write_meta
 from tests.terminal import PROGRAM

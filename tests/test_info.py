@@ -276,7 +276,7 @@ def test_bringing_a_remote_model_here_shows_progress(
         progress(f"fetching {address}", 1, 2)
         return tiny_dir
 
-    monkeypatch.setattr("llama_scratch.cli.app.progress_bar", bar)
+    monkeypatch.setattr("llama_scratch.cli.models.progress_bar", bar)
     monkeypatch.setattr("llama_scratch.download.locate.local_copy", local_copy)
     assert llama_scratch(command, "gs://bucket/m").code == 0
     assert seen[0] == "fetching gs://bucket/m"
