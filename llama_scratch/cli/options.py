@@ -26,6 +26,18 @@ def model_names() -> list[str]:
     return list(OPEN_MODELS)
 
 
+def _precisions() -> list[str]:
+    return ["auto", *PRECISIONS]
+
+
+def _activations() -> list[str]:
+    return ["auto", *ACTIVATIONS]
+
+
+def _devices() -> list[str]:
+    return ["auto", "cpu", "cuda", "mps"]
+
+
 def _model_option(name: str, metavar: str, help: str, values: Callable[[], list[str]] | None = None) -> Any:
     """values: what completion offers; None: what the shell itself does, which are files."""
     panel = "Model (before or after a subcommand)"
@@ -55,7 +67,7 @@ class ModelOptions:
             "--precision",
             "NAME",
             f"auto (the file's own type), {', '.join(PRECISIONS)}.",
-            lambda: ["auto", *PRECISIONS],
+            _precisions,
         ),
     ] = None
     activations: Annotated[
@@ -64,7 +76,7 @@ class ModelOptions:
             "--activations",
             "NAME",
             f"Between the layers: auto, {', '.join(ACTIVATIONS)}.",
-            lambda: ["auto", *ACTIVATIONS],
+            _activations,
         ),
     ] = None
     device: Annotated[
@@ -73,7 +85,7 @@ class ModelOptions:
             "--device",
             "NAME",
             "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.",
-            lambda: ["auto", "cpu", "cuda", "mps"],
+            _devices,
         ),
     ] = None
     threads: Annotated[int | None, _model_option("--threads", "N", "CPU threads.")] = None
