@@ -448,15 +448,15 @@ OWN: dict[str, Callable[[Path], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("what", "form", "words"),
     [
-        ("own pattern", "meta", ["another tokenizer", "--to hf"]),
-        ("no BOS", "meta", ["another tokenizer", "--to hf"]),
-        ("own names", "meta", ["another tokenizer", "--to hf"]),
-        ("unnamed pattern", "gguf", ["pattern", "--to hf"]),
+        ("own pattern", "meta", ["another tokenizer", "to=hf"]),
+        ("no BOS", "meta", ["another tokenizer", "to=hf"]),
+        ("own names", "meta", ["another tokenizer", "to=hf"]),
+        ("unnamed pattern", "gguf", ["pattern", "to=hf"]),
         ("token twice", "hf", ["'th' twice"]),
         ("token twice", "gguf", ["'th' twice"]),
-        ("own divisors", "hf", ["rotary embedding", "--to gguf"]),
-        ("own divisors", "meta", ["rotary embedding", "--to gguf"]),
-        ("own rule", "meta", ["rotary embedding", "--to gguf"]),
+        ("own divisors", "hf", ["rotary embedding", "to=gguf"]),
+        ("own divisors", "meta", ["rotary embedding", "to=gguf"]),
+        ("own rule", "meta", ["rotary embedding", "to=gguf"]),
     ],
 )
 def test_a_model_that_a_form_does_not_hold(

@@ -167,7 +167,7 @@ def test_activations_are_checked_and_counted(tiny_dir: Path) -> None:
         for name in ("auto", "bf16")
     )
     assert auto == 2 * rounded
-    with pytest.raises(UsageError, match=r"expected one of auto, fp32, bf16 \(--activations\)\.$"):
+    with pytest.raises(UsageError, match=r"expected one of auto, fp32, bf16 \(`activations`\)\.$"):
         describe(tiny_dir, None, None, silent, activations="fp8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from getpass import getpass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from llama_scratch.cli.opening import describe_open_model, pull_open_model
 from llama_scratch.cli.options import AsJson, ModelOptions, ModelPath, model_names, model_options, option, with_options
 from llama_scratch.cli.process import NAME, Consoles, print_json
 from llama_scratch.errors import CheckpointError
+from llama_scratch.render.messages import user_message
 from llama_scratch.render.progress import progress_bar
 
 _MAX_LINK = 1 << 14  # characters
@@ -112,6 +114,8 @@ def verify(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, 
     with progress_bar(consoles.log, "Verifying") as progress:
         model = find_model(options.source, progress)
         report = checks.verify(model, options.tokenizer, options.rope_factor, progress, published_files())
+    findings = (replace(finding, sentence=user_message(finding.sentence)) for finding in report.findings)
+    report = replace(report, findings=tuple(findings))
     if json or consoles.json:
         print_json(report.as_json())
     else:
@@ -134,7 +138,7 @@ def convert(
         str,
         option(
             "--to",
-            metavar="FORM",
+            metavar="FORMAT",
             help="meta, hf (Hugging Face's, for transformers) or gguf (for llama.cpp).",
             autocompletion=lambda: ["meta", "hf", "gguf"],
         ),
@@ -142,7 +146,7 @@ def convert(
     tokenizer: Annotated[str | None, option("--tokenizer", metavar="PATH", help="A tokenizer.model elsewhere.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Write a model in another form: the same weights, bit by bit, with tokenizer, RoPE and chat template."""
+    """Write a model in another format: the same weights, bit by bit, with tokenizer, RoPE and chat template."""
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint import convert as conversion
     from llama_scratch.download.locate import find_model

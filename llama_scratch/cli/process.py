@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, OutOfMemoryError, escape_controls, unexpected
+from llama_scratch.render.messages import user_message
 from llama_scratch.system.memory import is_memory_error, refusal
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def report(error: BaseException) -> int:
             message = error.format_message().rstrip(".")
             return _fail(f"{message}; '{command} --help' lists the options.", error.exit_code)
         case LlamaScratchError():
-            return _fail(str(error), error.exit_code)
+            return _fail(user_message(error), error.exit_code)
         case KeyboardInterrupt() | typer.Abort():
             return 130
     if isinstance(error, MemoryError) or is_memory_error(error):  # also a library that could not be read

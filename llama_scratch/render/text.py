@@ -18,6 +18,7 @@ from wcwidth import width as cells
 
 from llama_scratch.errors import escape_controls, sanitize
 from llama_scratch.render.lines import json_line
+from llama_scratch.render.messages import user_message
 from llama_scratch.results import Candidate, ModelInfo, Prediction
 
 if TYPE_CHECKING:  # it brings torch
@@ -248,7 +249,7 @@ def before_and_after(effect: Effect) -> RenderableType:
 
 def error(sentence: str) -> RenderableType:
     """A sentence that says what went wrong."""
-    return _indented(escape_controls(sentence), "red")
+    return _indented(escape_controls(user_message(sentence)), "red")
 
 
 def _indented(sentence: str, style: str) -> RenderableType:
