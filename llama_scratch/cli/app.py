@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from llama_scratch.cli.config_file import read_config
 from llama_scratch.cli.measure import bench
 from llama_scratch.cli.models import convert, info, pull, verify
 from llama_scratch.cli.opening import load, load_in_background, opener
@@ -54,6 +53,8 @@ def run(arguments: list[str]) -> int:
 def _configure(ctx: typer.Context, path: str | None) -> str | None:
     """Take options from the environment and from the configuration file too."""
     ctx.auto_envvar_prefix = "LLAMA_SCRATCH"
+    from llama_scratch.cli.config_file import read_config  # not for completion
+
     ctx.default_map = read_config(path, ctx)
     return path
 
