@@ -17,15 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,265 +27,27 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.engines import Setup, matrix_bytes
-from benchmarks.files import make_ctranslate2, make_gguf, make_huggingface, once, quantize_gguf
+from benchmarks.engines import Setup
+from benchmarks.entries import (
+    CHECKPOINT,
+    FULL,
+    GROUND_TRUTH,
+    PACKAGE_OF,
+    REFERENCE,
+    TINY,
+    Entry,
+    Plan,
+    model_file,
+    selected,
+)
 from benchmarks.llama_bench import LlamaBench, LlamaBenchError, check_program
-from benchmarks.machine import ONLY_AVX2, features, has_more_than_avx2, machine
-from benchmarks.make_checkpoint import LLAMA_3_2_1B, make_checkpoint
-from benchmarks.report import AVX2, FOLDER, speed_bounds, versions, write_report
+from benchmarks.machine import machine
+from benchmarks.report import FOLDER, versions, write_report
+from benchmarks.sections.speed_bounds import speed_bounds
+from benchmarks.workers import AnyWorker, LlamaBenchWorker, Worker, WorkerError
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.download.locate import find_model
 from llama_scratch.errors import ModelNotFoundError
-from llama_scratch.inference.speed import BANDWIDTH_BYTES, random_ids, read_bandwidth
-
-REFERENCE = "llama.cpp BF16"
-TRUTH = "ours fp32"
-CHECKPOINT = "Llama3.2-1B"
-PACKAGE_OF = {
-    "ours": "llama_scratch",
-    "llama.cpp": "llama_cpp",
-    "ik_llama.cpp": "llama_cpp",  # writes its model files
-    "ctranslate2": "ctranslate2",
-    "transformers": "transformers",
-}
-# Threads of any OpenMP go to sleep within this time after their last work, with nothing set.
-SETTLE_S = 0.3
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One engine of the run.
-
-    Args:
-        name: Its name in the report.
-        kind: The program that runs it, a key of `PACKAGE_OF`.
-        variant: The precision, or the type of the weights.
-        file: The model's file in the folder of models.
-        groups: The groups that it belongs to. Engines of one group are loaded at the same time. A group is only
-            measured for the engines whose first group it is; the others are there to be compared with.
-        model: The model that it runs.
-        flash: Whether flash attention is on.
-        long: Whether the long case is measured too.
-        avx2: Whether the process may only use AVX2.
-    """
-
-    name: str
-    kind: str
-    variant: str
-    file: str
-    groups: tuple[int, ...] = (1,)
-    model: str = "1B"
-    flash: bool = False
-    long: bool = False
-    avx2: bool = False
-
-
-# The groups of the peers of 8 and 4 bits. Panels for AVX2 are files of their own, which need memory too.
-PEERS = (1, 4)
-
-ENTRIES = (
-    Entry("ours bf16", "ours", "bf16", CHECKPOINT, long=True),
-    Entry("ours int8", "ours", "int8", CHECKPOINT, long=True),
-    Entry("ours int4", "ours", "int4", CHECKPOINT, long=True),
-    Entry(f"ours bf16{AVX2}", "ours", "bf16", CHECKPOINT, long=True, avx2=True),
-    Entry(f"ours int8{AVX2}", "ours", "int8", CHECKPOINT, groups=(4,), avx2=True),
-    Entry(f"ours int4{AVX2}", "ours", "int4", CHECKPOINT, groups=(4,), avx2=True),
-    Entry(REFERENCE, "llama.cpp", "BF16", "1B-BF16.gguf", groups=(1, 2, 4), long=True),
-    Entry("llama.cpp BF16 flash", "llama.cpp", "BF16", "1B-BF16.gguf", PEERS, flash=True, long=True),
-    Entry("llama.cpp F16", "llama.cpp", "F16", "1B-F16.gguf"),
-    Entry("llama.cpp Q8_0", "llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS),
-    Entry("llama.cpp Q8_0 flash", "llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS, flash=True, long=True),
-    Entry("llama.cpp Q4_0", "llama.cpp", "Q4_0", "1B-Q4_0.gguf", PEERS),
-    Entry("llama.cpp Q4_K_M", "llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEERS),
-    Entry("ik_llama.cpp Q8_0", "ik_llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEERS),
-    Entry("ik_llama.cpp Q4_K_M", "ik_llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEERS),
-    Entry("CTranslate2 int8", "ctranslate2", "int8", "ctranslate2-int8", groups=(2,)),
-    # The engines that need most memory run beside the reference alone.
-    Entry("ours fp16", "ours", "fp16", CHECKPOINT, groups=(2,)),
-    Entry(TRUTH, "ours", "fp32", CHECKPOINT, groups=(2,)),
-    Entry("transformers bf16", "transformers", "bf16", "hf", groups=(2,)),
-    Entry("transformers fp32", "transformers", "fp32", "hf", groups=(2,)),
-    Entry("SmolLM2 ours fp16", "ours", "fp16", "smollm2", groups=(3,), model="SmolLM2"),
-    Entry("SmolLM2 ours int8", "ours", "int8", "smollm2", groups=(3,), model="SmolLM2"),
-    Entry("SmolLM2 ours int4", "ours", "int4", "smollm2", groups=(3,), model="SmolLM2"),
-    Entry(f"SmolLM2 ours int8{AVX2}", "ours", "int8", "smollm2", groups=(3,), model="SmolLM2", avx2=True),
-    Entry(f"SmolLM2 ours int4{AVX2}", "ours", "int4", "smollm2", groups=(3,), model="SmolLM2", avx2=True),
-    Entry("SmolLM2 llama.cpp Q8_0", "llama.cpp", "Q8_0", "SmolLM2-135M-Instruct-Q8_0.gguf", (3,), "SmolLM2"),
-    Entry("SmolLM2 llama.cpp Q4_0", "llama.cpp", "Q4_0", "SmolLM2-135M-Instruct-Q4_0.gguf", (3,), "SmolLM2"),
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one run."""
-
-    params: dict[str, Any]
-    prefill: tuple[int, ...]
-    decode_at: int
-    long: int
-    edit: int
-    tokens: int
-    bandwidth_bytes: int
-    settle_s: float
-
-    @property
-    def cases(self) -> dict[str, dict[str, Any]]:
-        """What is measured, by name: a prompt of `context` tokens, and `tokens` decoded behind it."""
-        return {
-            **{f"prefill {n}": _case("1B", n, 0) for n in self.prefill},
-            "decode": _case("1B", self.decode_at, self.tokens),
-            "long": _case("1B", self.long, self.tokens // 2, long=True),
-            "SmolLM2": _case("SmolLM2", self.decode_at, 2 * self.tokens),
-        }
-
-
-def _case(model: str, context: int, tokens: int, *, long: bool = False) -> dict[str, Any]:
-    return {"model": model, "context": context, "tokens": tokens, "long": long}
-
-
-FULL = Plan(LLAMA_3_2_1B, (128, 512), 16, 8192, 1000, 32, BANDWIDTH_BYTES, SETTLE_S)
-TINY = Plan(
-    LLAMA_3_2_1B | {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32},
-    prefill=(8, 16),
-    decode_at=4,
-    long=64,
-    edit=32,
-    tokens=4,
-    bandwidth_bytes=16_000_000,
-    settle_s=0.0,
-)
-
-
-# --- Model files ------------------------------------------------------------------------------
-
-
-def model_file(directory: Path, entry: Entry, plan: Plan) -> Path:
-    """The path of an entry's model, which is written first where it is missing."""
-    if entry.model == "SmolLM2":
-        return _smollm2_file(directory, entry)
-    checkpoint = once(directory / CHECKPOINT, partial(make_checkpoint, params=plan.params))
-    path = directory / entry.file
-    match entry.kind:
-        case "llama.cpp" | "ik_llama.cpp":
-            bf16 = once(directory / "1B-BF16.gguf", lambda target: make_gguf(checkpoint, target, torch.bfloat16))
-            once(path, lambda target: quantize_gguf(bf16, target, entry.variant))
-        case "transformers" | "ctranslate2":
-            huggingface = once(directory / "hf", lambda target: make_huggingface(checkpoint, target))
-            once(path, lambda target: make_ctranslate2(huggingface, target))
-    return path
-
-
-def _smollm2_file(directory: Path, entry: Entry) -> Path:
-    source = find_model("smollm2")
-    if entry.kind == "ours":
-        return source
-    f32 = directory / "SmolLM2-135M-Instruct-F32.gguf"
-    once(f32, lambda target: make_gguf(source, target, torch.float32))
-    return once(directory / entry.file, lambda target: quantize_gguf(f32, target, entry.variant))
-
-
-# --- Workers ----------------------------------------------------------------------------------
-
-
-class WorkerError(Exception):
-    """An engine cannot be measured; the message says why."""
-
-
-class Worker:
-    """An engine in its own process (benchmarks/engines.py)."""
-
-    def __init__(self, entry: Entry, setup: Setup, log: Path):
-        self.entry = entry
-        self._log = log
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(setup["threads"]),
-            "PYTHONPATH": str(FOLDER.parent),
-            "HF_HUB_OFFLINE": "1",
-            **(ONLY_AVX2 if entry.avx2 else {}),
-        }
-        with log.open("a") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.engines", json.dumps(setup)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=environment,
-            )
-        self.ready = self._reply()
-
-    def ask(self, do: str, ids: list[int], **more: int) -> dict[str, Any]:
-        """Send a request and wait for its reply."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):  # then there is no reply either
-            self._process.stdin.write(json.dumps({"do": do, "ids": ids, **more}) + "\n")
-            self._process.stdin.flush()
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise WorkerError(
-                f"the process of {self.entry.name} ended with exit code {code}, {self._log.name} says more"
-            )
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            self.close()
-            raise WorkerError(reply["error"])
-        return reply
-
-    def cpu_s(self) -> float:
-        """Processor time that the process took so far."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return times.user + times.system
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-
-
-class LlamaBenchWorker:
-    """ik_llama.cpp with the interface of a `Worker`. No process runs between the measurements."""
-
-    def __init__(self, entry: Entry, program: Path, model: Path, threads: int):
-        self.entry = entry
-        self._bench = LlamaBench(program, model, threads)
-        self.ready: dict[str, Any] = {
-            "load_s": None,
-            "prepare_s": 0.0,
-            "weight_bytes": matrix_bytes(model),
-            "anonymous_bytes": 0,
-            "file_bytes": 0,
-            "kernels": "",
-        }
-
-    def ask(self, do: str, ids: list[int], *, new: int) -> dict[str, Any]:
-        """Run a case. The ids are llama-bench's own; of a case that decodes, only decoding is measured."""
-        assert do == "run"
-        try:
-            if new:
-                return {"prefill_s": 0.0, "decode_s": self._bench.seconds(prompt=0, new=new)}
-            return {"prefill_s": self._bench.seconds(prompt=len(ids), new=0), "decode_s": 0.0}
-        except LlamaBenchError as error:
-            raise WorkerError(str(error)) from None
-
-    def cpu_s(self) -> float:
-        """Processor time since the last measurement: none."""
-        return 0.0
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-AnyWorker = Worker | LlamaBenchWorker
-
-
-# --- Measuring --------------------------------------------------------------------------------
+from llama_scratch.inference.speed import random_ids, read_bandwidth
 
 
 class Run:
@@ -413,23 +169,45 @@ class Run:
 
     def distances(self) -> None:
         """Set each engine's relative L2 distance from our fp32."""
-        truth = torch.tensor(self._logits[TRUTH]).double() if TRUTH in self._logits else None
+        truth = torch.tensor(self._logits[GROUND_TRUTH]).double() if GROUND_TRUTH in self._logits else None
         for name, engine in self.engines.items():
             engine["distance"] = None
             if truth is not None and name in self._logits:
                 values = torch.tensor(self._logits[name]).double()
                 engine["distance"] = float((values - truth).norm() / truth.norm())
 
+    def results(self, entries: Sequence[Entry], ik_commit: str | None, rounds: int, long_rounds: int) -> dict[str, Any]:
+        """Return the content of results.json.
 
-def selected(names: Sequence[str]) -> list[Entry]:
-    """The entries whose names begin with one of `names`, all if it is empty; AVX2 twice only if the CPU has more."""
-    twice = has_more_than_avx2(features())
-    entries = [entry for entry in ENTRIES if twice or not entry.avx2]
-    return [entry for entry in entries if not names or any(entry.name.startswith(name) for name in names)]
+        Args:
+            entries: The engines of the run, in the order of the report.
+            ik_commit: The commit of ik_llama.cpp. None: the one that its llama-bench reports.
+            rounds: The number of rounds.
+            long_rounds: The number of rounds with the long case.
+        """
+        checkpoint = open_checkpoint(self.directory / CHECKPOINT).args
+        commit = self.llama_bench_commit and (ik_commit or self.llama_bench_commit)
+        return {
+            "model": {
+                "name": "Llama 3.2 1B's shape" if self.plan is FULL else "A tiny network",
+                "parameters": checkpoint.n_parameters(tied=True),
+                "layers": checkpoint.n_layers,
+                "dim": checkpoint.dim,
+            },
+            "machine": machine(self.threads),
+            "versions": versions() | ({"ik_llama.cpp": commit} if commit else {}),
+            "reference": REFERENCE,
+            "rounds": rounds,
+            "long_rounds": long_rounds,
+            "cases": self.cases,
+            "engines": {entry.name: self.engines[entry.name] for entry in entries if entry.name in self.engines},
+            "samples": self.samples,
+            "edits": self.edits,
+            "left_out": self.left_out,
+        }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the models, measure, write, and say which bounds are met."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where models are written (.cache/benchmark)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and results.md are written")
@@ -443,7 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ik-commit", metavar="COMMIT", help="its commit (the one that it reports)")
     parser.add_argument("--tiny", action="store_true", help="a network of two layers, in seconds: does it all work?")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the models, measure, write, and say which bounds are met."""
+    options = _parser().parse_args(arguments)
     plan = TINY if options.tiny else FULL
     directory = options.directory or Path(".cache/benchmark-tiny" if options.tiny else ".cache/benchmark")
     rounds = options.rounds or (2 if options.tiny else 5)
@@ -472,26 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not run.samples:
         raise SystemExit(f"No engine could be measured: {run.left_out or 'none is called so'}; see --help.")
     run.distances()
-    checkpoint = open_checkpoint(directory / CHECKPOINT).args
-    ik_commit = run.llama_bench_commit and (options.ik_commit or run.llama_bench_commit)
-    results = {
-        "model": {
-            "name": "Llama 3.2 1B's shape" if plan is FULL else "A tiny network",
-            "parameters": checkpoint.n_parameters(tied=True),
-            "layers": checkpoint.n_layers,
-            "dim": checkpoint.dim,
-        },
-        "machine": machine(options.threads),
-        "versions": versions() | ({"ik_llama.cpp": ik_commit} if ik_commit else {}),
-        "reference": REFERENCE,
-        "rounds": rounds,
-        "long_rounds": long_rounds,
-        "cases": cases,
-        "engines": {entry.name: run.engines[entry.name] for entry in entries if entry.name in run.engines},
-        "samples": run.samples,
-        "edits": run.edits,
-        "left_out": run.left_out,
-    }
+    results = run.results(entries, options.ik_commit, rounds, long_rounds)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(options.output)

@@ -29,7 +29,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from benchmarks.machine import machine
-from benchmarks.report import FOLDER, kernel_case, kernel_figures, versions, write_report
+from benchmarks.report import FOLDER, versions, write_report
+from benchmarks.sections.kernels import kernel_case, kernel_figures
 from llama_scratch.precision import kernels
 from llama_scratch.precision.linear import panel_shapes
 from llama_scratch.precision.network import DTYPES

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.compare import CHECKPOINT, FULL, TINY
+from benchmarks.entries import CHECKPOINT, FULL, TINY
 from benchmarks.files import make_gguf, make_huggingface, make_shards, once, quantize_gguf
 from benchmarks.machine import machine
 from benchmarks.make_checkpoint import make_checkpoint

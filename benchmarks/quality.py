@@ -33,8 +33,10 @@ from torch import Tensor
 from benchmarks.engines import quiet_llama_cpp
 from benchmarks.files import make_gguf, once, quantize_gguf
 from benchmarks.machine import machine
-from benchmarks.report import FOLDER, quality_bounds, rotated_bounds, versions, write_report
+from benchmarks.report import FOLDER, versions, write_report
 from benchmarks.rotate import make_rotated
+from benchmarks.sections.quality import quality_bounds
+from benchmarks.sections.quality_rotated import rotated_bounds
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import EMBEDDING

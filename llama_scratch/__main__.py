@@ -11,21 +11,21 @@ import threading
 from types import FrameType
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-# What told the program to end.
-_told: list[int] = []
-# Seconds that leaving may take before it is told again.
-_PATIENCE = 5
+# The signals that asked the program to end.
+_received: list[int] = []
+# Seconds that leaving may take before the signal is raised again.
+EXIT_GRACE_S = 5
 
 
 def main() -> None:
     """Run the command line of this process and exit with its code."""
-    sys.unraisablehook = _again_if_lost
+    sys.unraisablehook = _raise_again_if_lost
     for number in (signal.SIGINT, *_SIGNALS):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not under nohup
             signal.signal(number, _leave)
     try:
         # Imported here, so that Ctrl-C is no traceback even while the program is still being read.
-        from llama_scratch.cli.app import run
+        from llama_scratch.cli import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -35,8 +35,8 @@ def main() -> None:
         code = 5
     except SystemExit as error:
         code = int(error.code or 0)
-    if _told:  # whatever a library has made of it
-        code = 128 + _told[0]
+    if _received:  # whatever a library has made of it
+        code = 128 + _received[0]
     # What is left is Python's own clean-up; Ctrl-C there would show a traceback and end nothing sooner.
     for number in (signal.SIGINT, *_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
@@ -54,19 +54,19 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     A window that closes sends more than one signal, so the next ones are ignored. But a library may have swallowed
     this one, so it is raised once more after a while.
     """
-    _told.append(number)
+    _received.append(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     for other in _SIGNALS:
         signal.signal(other, signal.SIG_IGN)
-    _raise_again(number, _PATIENCE)
+    _raise_again(number, EXIT_GRACE_S)
     raise SystemExit(128 + number)  # which asyncio lets through, as it does Ctrl-C
 
 
-def _again_if_lost(lost: sys.UnraisableHookArgs) -> None:
+def _raise_again_if_lost(lost: sys.UnraisableHookArgs) -> None:
     """What told us to end fell into a finalizer, where nothing can be raised: it is raised again in a moment."""
-    if _told and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
-        _raise_again(_told[-1], 0.1)
+    if _received and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
+        _raise_again(_received[-1], 0.1)
     else:
         sys.__unraisablehook__(lost)
 
@@ -74,7 +74,7 @@ def _again_if_lost(lost: sys.UnraisableHookArgs) -> None:
 def _raise_again(number: int, seconds: float) -> None:
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda _, frame: _leave(number, frame))
-        signal.setitimer(signal.ITIMER_REAL, seconds, _PATIENCE)  # again where that is lost, too
+        signal.setitimer(signal.ITIMER_REAL, seconds, EXIT_GRACE_S)  # again where that is lost, too
 
 
 def _leave_threads(code: int) -> None:

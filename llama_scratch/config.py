@@ -88,7 +88,7 @@ class ModelArgs:
         if factor is None:
             return self
         if not (math.isfinite(factor) and factor >= 1):
-            raise UsageError(f"The RoPE factor is {factor:g}, expected a number of at least 1 (--rope-factor).")
+            raise UsageError(f"The RoPE factor is {factor:g}, expected a number of at least 1 (`rope_factor`).")
         if factor == 1:
             return replace(self, rope_scaling=None, rope_divisors=None)
         scaling = replace(self.rope_scaling or RopeScaling(factor), factor=factor)

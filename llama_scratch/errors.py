@@ -1,6 +1,7 @@
-"""The exceptions that people see: one sentence each, and the exit code that the command line gives it.
+"""The exceptions of this package: a message for the user, and the exit code of the command line.
 
-Every message says what was found, what was expected and what to do.
+Every message says what was found, what was expected and what to do. It names arguments of the library in backticks,
+such as `context`; the command line and the session replace them by their options and commands, see render/messages.py.
 """
 
 # What to do about a file that is damaged.

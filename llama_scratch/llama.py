@@ -180,7 +180,7 @@ class Llama(LoadedModel):
         if self.chat is None:
             raise UsageError(
                 f"{sanitize(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
-                "expected one that was; choose an Instruct model, such as --model smollm2."
+                "expected one that was; choose an Instruct model, such as `source=smollm2`."
             )
         return encode_conversation(self.tokenizer, self.chat, messages, self.context)
 
@@ -205,7 +205,7 @@ class Llama(LoadedModel):
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
         """`generate` with the sampling options in one value."""
         if max_new_tokens < 0:
-            raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
+            raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (`max_new_tokens`).")
         ids = self.encode(prompt)
         self.engine.check(ids)
         return continue_ids(self, ids, max_new_tokens, sampling, speculate=self.speculate)
@@ -267,7 +267,7 @@ def _set_threads(threads: int | None) -> None:
         return
     most = _THREADS_A_CORE * (os.cpu_count() or 1)
     if not 1 <= threads <= most:
-        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {most} (--threads).")
+        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {most} (`threads`).")
     torch.set_num_threads(threads)
 
 
@@ -285,5 +285,5 @@ def _context(context: int | None, args: ModelArgs) -> int:
     if context is None:
         return args.max_seq_len
     if context < 1:
-        raise UsageError(f"A context of {context} tokens was asked for, expected at least 1 (--context).")
+        raise UsageError(f"A context of {context} tokens was asked for, expected at least 1 (`context`).")
     return context

@@ -354,7 +354,7 @@ def _read(path: str) -> bytes:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelNotFoundError(
-            f"There is no tokenizer at {name}; it belongs beside the weights, or name it with --tokenizer."
+            f"There is no tokenizer at {name}; it belongs beside the weights, or name it with `tokenizer`."
         ) from error
     except IsADirectoryError as error:
         if (inside := Path(path) / "tokenizer.model").is_file():

@@ -363,7 +363,7 @@ def test_a_missing_pre_tokenizer(
     gguf_file.set("tokenizer.ggml.pre", pre).set("tokenizer.ggml.bos_token_id", uint(len(texts) - 2))
     path = gguf_file.write(tmp_path / "a.gguf")
     if expected is None:
-        with pytest.raises(CheckpointError, match="--tokenizer"):
+        with pytest.raises(CheckpointError, match="`tokenizer`"):
             open_tokenizer(path)
         return
     tokenizer, warnings = open_tokenizer(path)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from llama_scratch import Llama
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.inference import speed as bench
 from llama_scratch.model import Transformer
 from llama_scratch.render.reports import bench_lines, bench_table

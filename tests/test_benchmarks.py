@@ -20,8 +20,18 @@ from torch import Tensor
 
 from benchmarks import compare, files, llama_bench, loading, microscope, quality, report, rotate
 from benchmarks import kernels as kernel_speed
+from benchmarks.entries import CHECKPOINT, ENTRIES, PACKAGE_OF, Entry, Plan, model_file
 from benchmarks.llama_bench import LlamaBench, LlamaBenchError
 from benchmarks.machine import ONLY_AVX2, features, has_more_than_avx2
+from benchmarks.sections import speed_bounds as bounds_of_speed
+from benchmarks.sections.figures import Figures
+from benchmarks.sections.layout import AVX2
+from benchmarks.sections.microscope import microscope_bounds
+from benchmarks.sections.quality import quality_bounds
+from benchmarks.sections.quality_rotated import rotated_bounds
+from benchmarks.sections.speculation import speculation_bounds
+from benchmarks.sections.speed_bounds import speed_bounds
+from benchmarks.sections.startup import startup_bounds
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import is_tied
@@ -60,10 +70,10 @@ def test_compare_at_a_tiny_size(tmp_path: Path) -> None:
 def test_an_engine_that_does_not_load_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are measured, and the report says why."""
     entries = (
-        compare.Entry("ours fp32", "ours", "fp32", compare.CHECKPOINT),
-        compare.Entry("ours fp3", "ours", "fp3", compare.CHECKPOINT),
+        Entry("ours fp32", "ours", "fp32", CHECKPOINT),
+        Entry("ours fp3", "ours", "fp3", CHECKPOINT),
     )
-    monkeypatch.setattr(compare, "ENTRIES", entries)
+    monkeypatch.setattr("benchmarks.entries.ENTRIES", entries)
     options = ["--tiny", "--rounds", "1", "--cases", "decode"]
     compare.main([*options, "--directory", str(tmp_path), "--output", str(tmp_path / "out")])
     assert "- ours fp3: The precision is 'fp3'" in (tmp_path / "out" / "results.md").read_text()
@@ -117,7 +127,7 @@ def test_bounds_of_the_microscope() -> None:
         {"name": "Other", "seconds": {"lens": 99, "why": 99}, "ratio": 1.04},
         {"name": "Llama3.2-1B", "seconds": {"lens": 8.0, "why": 20.1}, "ratio": 1.03},
     ]
-    bounds = report.microscope_bounds({"models": models, "rows": {"lens": "/lens", "why": "/why"}})
+    bounds = microscope_bounds({"models": models, "rows": {"lens": "/lens", "why": "/why"}})
     assert [bound.met for bound in bounds] == [False, True, False, True]
 
 
@@ -133,15 +143,15 @@ def test_bounds_of_guesses() -> None:
         "model": "SmolLM2",
     }
     kept |= {"tokens": 192, "rounds": 3, "threads": 2}
-    bounds = report.speculation_bounds(kept)
+    bounds = speculation_bounds(kept)
     assert [bound.met for bound in bounds] == [False, True, False, False, True, True, True, True, False]
-    text = report.render(None, None, speculation=kept)
+    text = report.render({"speculation": kept})
     assert "| int8, many openings, greedy | 1 | 1 | 1 | 1.00 | 9,999 | 0 |" in text
 
 
 def test_the_recorded_report_is_the_rendering_of_the_recorded_numbers() -> None:
     """results.md is made from the files beside it, and not edited."""
-    assert (report.FOLDER / "results.md").read_text() == report.render(*report.recorded(report.FOLDER))
+    assert (report.FOLDER / "results.md").read_text() == report.render(report.read_recorded(report.FOLDER))
 
 
 # --- Quality ----------------------------------------------------------------------------------
@@ -259,7 +269,7 @@ def test_the_kernels_at_a_tiny_size(tmp_path: Path) -> None:
     assert "any machine" in sets
     assert all(seconds > 0 for case in recorded["cases"] for seconds in case["seconds"].values())
     assert recorded["cases"][0]["weight_bytes"] == 32 * 128 + 2 * 32 * 128 // 32
-    text = report.render(None, None, kernels=recorded)
+    text = report.render({"kernels": recorded})
     assert f"| product | weight | {' | '.join(sets)} |" in text
     assert "| int8, 3 rows | 32 × 128 |" in text
     flags = [flag for flag in kernels._flags() if flag.endswith("=native")]
@@ -399,14 +409,14 @@ def on_avx512(results: dict[str, Any]) -> dict[str, Any]:
 
 def verdicts(results: dict[str, Any]) -> dict[str, str]:
     """Each bound and its verdict."""
-    return {bound.what + ": " + bound.expected: bound.verdict for bound in report.speed_bounds(results)}
+    return {bound.what + ": " + bound.expected: bound.verdict for bound in speed_bounds(results)}
 
 
 def test_medians_and_ratios(results: dict[str, Any]) -> None:
     """A slow round lowers the median of the rates and leaves the ratios as they are; the fastest peer counts."""
-    figures = report.Figures(results)
+    figures = Figures(results)
     assert figures.rate("prefill", "prefill 100", "ours bf16") == 75.0
-    ratio = figures.ratio("prefill", "prefill 100", ["ours bf16"], report.BF16)
+    ratio = figures.ratio("prefill", "prefill 100", ["ours bf16"], bounds_of_speed.BF16)
     assert ratio == pytest.approx(1.25)
     assert figures.ratio("decode", "decode", ["ours bf16"], ["nobody"]) is None
     # 10 tokens a second and 5, each of 1.9 GB, of 20 GB/s.
@@ -468,7 +478,7 @@ def test_bounds_of_a_small_model(results: dict[str, Any], extra: str, found: lis
     for name, seconds in ((f"SmolLM2 ours int4{extra}", 1.0), ("SmolLM2 llama.cpp Q4_0", 1.9)):
         results["engines"][name] = engine(1e8, 1e8) | {"model": "SmolLM2"}
         results["samples"].append(sample(name, "SmolLM2", 0, 1.0, seconds))
-    bounds = [bound for bound in report.speed_bounds(results) if bound.what.startswith("SmolLM2")]
+    bounds = [bound for bound in speed_bounds(results) if bound.what.startswith("SmolLM2")]
     assert [bound.verdict for bound in bounds] == found
 
 
@@ -476,7 +486,7 @@ def test_bounds_of_a_small_model(results: dict[str, Any], extra: str, found: lis
 def test_bounds_of_the_start(answer: float, met: bool) -> None:
     """0.9 s beyond the import of torch for the large model."""
     seconds = {"prompt": 0.2, "torch": 1.0, "answer": answer}
-    bounds = report.startup_bounds({"model": "Llama3.2-1B", "seconds": seconds})
+    bounds = startup_bounds({"model": "Llama3.2-1B", "seconds": seconds})
     assert [bound.met for bound in bounds if "answer" in bound.what] == [met]
 
 
@@ -487,7 +497,7 @@ def test_bounds_of_quality() -> None:
         "ours int8": {"mean_kl": 5.8e-3, "same_top": 0.955},
         "llama.cpp Q8_0": {"mean_kl": 5.6e-3, "same_top": 0.959},
     }
-    verdicts = [bound.met for bound in report.quality_bounds({"distances": distances})]
+    verdicts = [bound.met for bound in quality_bounds({"distances": distances})]
     assert verdicts == [False, True, True, False]
 
 
@@ -499,15 +509,15 @@ def test_bounds_of_rotated_quality() -> None:
         "llama.cpp Q8_0": {"mean_kl": 3.5e-3, "bits": 8.5},
         "llama.cpp Q4_0": {"mean_kl": 0.5, "bits": 4.2},
     }
-    verdicts = [bound.met for bound in report.rotated_bounds({"distances": distances})]
+    verdicts = [bound.met for bound in rotated_bounds({"distances": distances})]
     assert verdicts == [True, True, False, False]
     distances["ours int4"] = {"mean_kl": 0.39, "bits": 4.1}
-    assert all(bound.met for bound in report.rotated_bounds({"distances": distances}))
+    assert all(bound.met for bound in rotated_bounds({"distances": distances}))
 
 
 def test_the_report_is_markdown(results: dict[str, Any]) -> None:
     """Tables whose lines all have the same columns."""
-    text = report.render(results, None)
+    text = report.render({"results": results})
     assert "| ours bf16 | 75.0 (2.00) |" in text
     assert "## Quality" not in text
     for block in text.split("\n\n"):
@@ -517,7 +527,7 @@ def test_the_report_is_markdown(results: dict[str, Any]) -> None:
 
 def test_each_table_names_its_cpu(results: dict[str, Any]) -> None:
     """The line above a table has the CPU, its features and the instruction sets of our kernels."""
-    text = report.render(on_avx512(results), None)
+    text = report.render({"results": on_avx512(results)})
     blocks = text.split("\n\n")
     tables = [i for i, block in enumerate(blocks) if block.startswith("|")]
     assert len(tables) == 3
@@ -531,18 +541,36 @@ def test_each_recorded_table_has_a_caption() -> None:
     assert all(before.startswith("CPU: ") for before, block in pairwise(blocks) if block[0] == "|")
 
 
-@pytest.mark.parametrize("suffix", ["", report.AVX2])
+@pytest.mark.parametrize("suffix", ["", AVX2])
 @pytest.mark.parametrize(
     ("precision", "peers"),
     [
-        ("bf16", (*report.BF16, *report.F16, *report.Q8_0)),
-        ("int8", (*report.BF16, *report.Q8_0, *report.Q4_0, *report.Q4_K_M, *report.IK_Q8_0)),
-        ("int4", (*report.BF16, *report.Q8_0, *report.Q4_0, *report.Q4_K_M, *report.IK_Q4_K_M)),
+        ("bf16", (*bounds_of_speed.BF16, *bounds_of_speed.F16, *bounds_of_speed.Q8_0)),
+        (
+            "int8",
+            (
+                *bounds_of_speed.BF16,
+                *bounds_of_speed.Q8_0,
+                *bounds_of_speed.Q4_0,
+                *bounds_of_speed.Q4_K_M,
+                *bounds_of_speed.IK_Q8_0,
+            ),
+        ),
+        (
+            "int4",
+            (
+                *bounds_of_speed.BF16,
+                *bounds_of_speed.Q8_0,
+                *bounds_of_speed.Q4_0,
+                *bounds_of_speed.Q4_K_M,
+                *bounds_of_speed.IK_Q4_K_M,
+            ),
+        ),
     ],
 )
 def test_engines_take_turns_with_their_peers(precision: str, peers: tuple[str, ...], suffix: str) -> None:
     """Ratios are taken within a round, so both sides must be loaded in the same group."""
-    entries = {entry.name: entry for entry in compare.ENTRIES}
+    entries = {entry.name: entry for entry in ENTRIES}
     ours = entries[f"ours {precision}{suffix}"]
     assert ours.avx2 == bool(suffix)
     assert all(ours.groups[0] in entries[peer].groups for peer in peers)
@@ -645,8 +673,8 @@ def test_a_file_that_is_no_executable_format(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ik_llama_cpp_takes_turns_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs once per round and case, is in the table with its version, and nothing is left out."""
-    monkeypatch.setitem(compare.PACKAGE_OF, "ik_llama.cpp", "llama_scratch")
-    monkeypatch.setattr(compare, "model_file", without_quantizer(compare.model_file))
+    monkeypatch.setitem(PACKAGE_OF, "ik_llama.cpp", "llama_scratch")
+    monkeypatch.setattr(compare, "model_file", without_quantizer(model_file))
     folders = ["--directory", str(tmp_path), "--output", str(tmp_path / "out")]
     program = str(stand_in(tmp_path, _FIGURES))
     compare.main(["--tiny", "--engines", "ours fp32", "ik_llama.cpp Q8_0", "--rounds", "1", "--ik", program, *folders])
@@ -663,7 +691,7 @@ def test_ik_llama_cpp_takes_turns_with_the_others(tmp_path: Path, monkeypatch: p
 def without_quantizer(whole: Callable[..., Path]) -> Callable[..., Path]:
     """`model_file` that makes no GGUF file by llama.cpp, which the tests do not have: all are in bfloat16."""
 
-    def made(directory: Path, entry: compare.Entry, plan: compare.Plan) -> Path:
+    def made(directory: Path, entry: Entry, plan: Plan) -> Path:
         return whole(directory, replace(entry, file="1B-BF16.gguf"), plan)
 
     return made

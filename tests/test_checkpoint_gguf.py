@@ -1009,7 +1009,7 @@ def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> No
 )
 def test_an_unknown_tokenizer(tmp_path: Path, file: File, key: str, value: str, says: str) -> None:
     """What was found, what is known, and the way out."""
-    refused(file.set(key, string(value)).write(tmp_path / "a.gguf"), says, "'gpt2'", "'smollm'", "--tokenizer")
+    refused(file.set(key, string(value)).write(tmp_path / "a.gguf"), says, "'gpt2'", "'smollm'", "`tokenizer`")
 
 
 def test_a_tokenizer_from_elsewhere(tmp_path: Path, file: File) -> None:

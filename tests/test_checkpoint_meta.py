@@ -351,7 +351,7 @@ def test_an_unknown_precision_is_refused_before_the_weights_are_read(small_dir: 
     (small_dir / WEIGHTS).write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(UsageError) as caught:
         Llama.load(small_dir, precision="fp8", device="cpu")
-    is_sentence(caught.value, UsageError, "'fp8'", "auto", "fp32", "bf16", "fp16", "int8", "--precision")
+    is_sentence(caught.value, UsageError, "'fp8'", "auto", "fp32", "bf16", "fp16", "int8", "`precision`")
 
 
 # --- Missing and misplaced files --------------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 
 import pytest
 
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.errors import escape_controls
+from llama_scratch.render.messages import user_message
 from tests.checkpoints import write_meta
 from tests.terminal import PROGRAM
 
@@ -486,3 +487,10 @@ def test_a_terminal_obeys_no_path_in_a_message(
 
 def test_a_message_keeps_its_letters() -> None:
     assert escape_controls("née 東京 ␣\n\t") == "née 東京 ␣\n\\t"
+
+
+def test_errors_name_options_where_the_library_names_arguments(llama_scratch: Runner, tiny_dir: Path) -> None:
+    """Other words in backticks stay as they are."""
+    assert user_message("1 (`rope_factor`), `to=hf`, `f`.") == "1 (--rope-factor), --to hf, `f`."
+    result = llama_scratch("--model-dir", str(tiny_dir), "--context", "0", "--prompt", "x")
+    assert one_sentence(result).endswith("A context of 0 tokens was asked for, expected at least 1 (--context).\n")

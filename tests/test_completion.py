@@ -81,7 +81,7 @@ def test_completing_imports_no_torch_and_reads_no_configuration(
     for name, value in asked("bash", "llama-scratch --model ").items():
         monkeypatch.setenv(name, value)
     loaded = loaded_after(
-        "from llama_scratch.cli.app import run\ntry:\n    run([])\nexcept SystemExit as end:\n    assert end.code == 0"
+        "from llama_scratch.cli import run\ntry:\n    run([])\nexcept SystemExit as end:\n    assert end.code == 0"
     )
     assert "typer" in loaded
     assert not {"torch", "prompt_toolkit"} & loaded

@@ -111,7 +111,7 @@ def test_a_factor_turns_the_scaling_on() -> None:
 @pytest.mark.parametrize("factor", [0, 0.5, -8, float("nan"), float("inf")])
 def test_a_factor_that_makes_no_sense_is_refused(factor: float) -> None:
     """In a sentence that names the option."""
-    with pytest.raises(UsageError, match=r"expected a number of at least 1 \(--rope-factor\)"):
+    with pytest.raises(UsageError, match=r"expected a number of at least 1 \(`rope_factor`\)"):
         tiny_args().with_rope_factor(factor)
 
 

@@ -448,15 +448,15 @@ OWN: dict[str, Callable[[Path], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("what", "form", "words"),
     [
-        ("own pattern", "meta", ["another tokenizer", "--to hf"]),
-        ("no BOS", "meta", ["another tokenizer", "--to hf"]),
-        ("own names", "meta", ["another tokenizer", "--to hf"]),
-        ("unnamed pattern", "gguf", ["pattern", "--to hf"]),
+        ("own pattern", "meta", ["another tokenizer", "to=hf"]),
+        ("no BOS", "meta", ["another tokenizer", "to=hf"]),
+        ("own names", "meta", ["another tokenizer", "to=hf"]),
+        ("unnamed pattern", "gguf", ["pattern", "to=hf"]),
         ("token twice", "hf", ["'th' twice"]),
         ("token twice", "gguf", ["'th' twice"]),
-        ("own divisors", "hf", ["rotary embedding", "--to gguf"]),
-        ("own divisors", "meta", ["rotary embedding", "--to gguf"]),
-        ("own rule", "meta", ["rotary embedding", "--to gguf"]),
+        ("own divisors", "hf", ["rotary embedding", "to=gguf"]),
+        ("own divisors", "meta", ["rotary embedding", "to=gguf"]),
+        ("own rule", "meta", ["rotary embedding", "to=gguf"]),
     ],
 )
 def test_a_model_that_a_form_does_not_hold(
@@ -603,7 +603,7 @@ def test_a_disk_that_is_too_small(sources: dict[str, Path], tmp_path: Path, monk
 
 FULL = """
 import resource, signal, sys
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(run(sys.argv[1:]))
 """
@@ -667,7 +667,7 @@ def test_the_command(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last line on stderr is a command that runs what was written; --json is one object; bad calls are told."""
-    from llama_scratch.cli.app import run
+    from llama_scratch.cli import run
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my models").mkdir()

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.download.http import RetryPolicy, fetch, only_one, open_session
 from llama_scratch.download.locate import find_model
 from llama_scratch.download.meta import pull_meta

@@ -133,7 +133,7 @@ def test_told_twice_it_finishes_its_leaving() -> None:
 def test_told_where_a_library_swallows_it() -> None:
     """It is raised once more."""
     swallow = ["try: runs(); time.sleep(20)", "except BaseException: print('swallowed', flush=True)"]
-    code = "\n    ".join(["program._PATIENCE = 1", *swallow, "time.sleep(20)"])
+    code = "\n    ".join(["program.EXIT_GRACE_S = 1", *swallow, "time.sleep(20)"])
     process = program(code)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=10)[0] == "swallowed\n"

@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.download.http import RetryPolicy
 from llama_scratch.download.hub import Repository, pull_hub
 from llama_scratch.download.locate import find_model

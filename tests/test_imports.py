@@ -235,7 +235,7 @@ def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
 
 def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
     """Neither line editing nor bars; and its options are checked before torch is imported."""
-    command = "from llama_scratch.cli.app import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
+    command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
     loaded = loaded_after(command.format(str(tiny_dir), 1))
     assert "torch" in loaded
     assert not {"prompt_toolkit", "rich.progress", "llama_scratch.repl.loop"} & loaded

@@ -168,7 +168,7 @@ def test_activations_are_checked_and_counted(tiny_dir: Path) -> None:
         for name in ("auto", "bf16")
     )
     assert auto == 2 * rounded
-    with pytest.raises(UsageError, match=r"expected one of auto, fp32, bf16 \(--activations\)\.$"):
+    with pytest.raises(UsageError, match=r"expected one of auto, fp32, bf16 \(`activations`\)\.$"):
         describe(tiny_dir, None, None, silent, activations="fp8")
 
 
@@ -277,7 +277,7 @@ def test_bringing_a_remote_model_here_shows_progress(
         progress(f"fetching {address}", 1, 2)
         return tiny_dir
 
-    monkeypatch.setattr("llama_scratch.cli.app.progress_bar", bar)
+    monkeypatch.setattr("llama_scratch.cli.models.progress_bar", bar)
     monkeypatch.setattr("llama_scratch.download.locate.local_copy", local_copy)
     assert llama_scratch(command, "gs://bucket/m").code == 0
     assert seen[0] == "fetching gs://bucket/m"

@@ -173,7 +173,7 @@ def test_the_rope_factor_changes_what_far_positions_see(tiny_dir: Path) -> None:
 def test_another_tokenizer_can_be_named(tiny_dir: Path, tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "model")
     elsewhere = (directory / "tokenizer.model").rename(tmp_path / "tokenizer.model")
-    with pytest.raises(ModelNotFoundError, match="--tokenizer"):
+    with pytest.raises(ModelNotFoundError, match="`tokenizer`"):
         Llama.load(directory)
     assert Llama.load(directory, tokenizer=elsewhere).predict("the").tokens[1].text == "th"
 

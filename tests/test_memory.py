@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.inference.engine import Engine

@@ -536,7 +536,7 @@ def test_another_name_is_a_usage_error(name: str) -> None:
     validate_precision("auto")
     with pytest.raises(UsageError) as caught:
         validate_precision(name)
-    expected = "expected one of auto, fp32, bf16, fp16, int8, int4 (--precision)."
+    expected = "expected one of auto, fp32, bf16, fp16, int8, int4 (`precision`)."
     assert str(caught.value) == f"The precision is {name!r}, {expected}"
 
 
@@ -545,7 +545,7 @@ def test_other_activations_are_a_usage_error(tiny_dir: Path, name: str) -> None:
     """Before anything is loaded."""
     with pytest.raises(UsageError) as caught:
         Llama.load(tiny_dir, activations=name, device="cpu")
-    assert str(caught.value) == f"The activations are {name!r}, expected one of auto, fp32, bf16 (--activations)."
+    assert str(caught.value) == f"The activations are {name!r}, expected one of auto, fp32, bf16 (`activations`)."
 
 
 @pytest.mark.parametrize("able", [True, False])

@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from llama_scratch.cli.app import ModelOptions
+from llama_scratch.cli.options import ModelOptions
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.repl import session_file

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llama_scratch.cli.app import run
+from llama_scratch.cli import run
 from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError
 

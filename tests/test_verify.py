@@ -125,7 +125,7 @@ def test_an_untied_output_and_another_factor_are_said(tmp_path: Path) -> None:
     checks = {finding.part: finding for finding in found.findings}
     assert "(untied)" in checks["output"].sentence
     assert checks["RoPE"].result == "note"
-    assert "a factor of 8, by --rope-factor; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
+    assert "a factor of 8, by `rope_factor`; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
     assert checks[WEIGHTS].result == "note"  # nothing says what its checksum should be
     assert "no checksum" in checks[WEIGHTS].sentence
     assert found.verdict == "Whole: of 6 checks nothing is wrong, 2 worth a note."
@@ -525,7 +525,7 @@ def test_no_model_is_another_exit_code(tmp_path: Path, model: Path, llama_scratc
             verify(path)
     (tmp_path / "params.json").touch()  # now something is there
     assert wrong(verify(tmp_path))
-    with pytest.raises(UsageError, match="--rope-factor"):
+    with pytest.raises(UsageError, match="`rope_factor`"):
         verify(model, rope_factor=0.5)
     assert llama_scratch("verify", str(model), "--rope-factor", "0.5").code == 2
 

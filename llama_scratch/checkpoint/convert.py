@@ -77,7 +77,7 @@ def convert(
     or that the form does not hold, `LlamaScratchError` where the disk refuses.
     """
     if to not in FORMATS:
-        raise UsageError(f"'{sanitize(to)}' is no form of a model, expected one of: {', '.join(FORMATS)} (--to).")
+        raise UsageError(f"'{sanitize(to)}' is no form of a model, expected one of: {', '.join(FORMATS)} (`to`).")
     source = recognize(source).path
     destination = _place(source, destination, to)
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
@@ -113,7 +113,7 @@ def _place(source: Path, destination: Path, to: str) -> Path:
         if to == "gguf":
             if destination.suffix.lower() != ".gguf":
                 raise UsageError(
-                    f"{sanitize(destination, 200)} was named for --to gguf, expected a file's name that ends in .gguf."
+                    f"{sanitize(destination, 200)} was named for `to=gguf`, expected a file's name that ends in .gguf."
                 )
             free = not destination.exists()
         else:

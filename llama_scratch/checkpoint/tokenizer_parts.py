@@ -64,7 +64,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
     if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has the token '{sanitize(both)}' twice, as text and as a special token, "
-            "expected a vocabulary in which it is one of them; only --to meta could hold it."
+            "expected a vocabulary in which it is one of them; only `to=meta` could hold it."
         )
     roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}
     roles |= {"unknown": tokenizer.names[tokenizer.unknown]} if tokenizer.unknown else {}

@@ -468,7 +468,7 @@ def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
     rope = f"The base is {args.rope_theta:,.0f}, {scaling_in_words(args)}"
     changed = args != checkpoint.args
     if changed:
-        rope += f", by --rope-factor; in the files it is {scaling_in_words(checkpoint.args)}"
+        rope += f", by `rope_factor`; in the files it is {scaling_in_words(checkpoint.args)}"
     return [
         Finding("tokenizer", "structure", "ok", tokens),
         Finding("RoPE", "factor", "note" if changed else "ok", f"{rope}."),

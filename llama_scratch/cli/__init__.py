@@ -1,4 +1,13 @@
-"""What does a command line ask for?
+"""What does a command line ask for, and with which exit code does the program end?
 
-`app` reads the options and calls the library; `config_file` holds the user's defaults. Read `app` first.
+`app` has the main command and `run`, `options` declares the options, and `models`, `measure` and `replay` have one
+function per subcommand; `opening` loads the model of a command, `config_file` reads the user's defaults, and
+`process` has the streams and the exit codes. Read `app` first, then `options` and `opening`.
 """
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; typer is imported only then."""
+    from llama_scratch.cli import app
+
+    return app.run(arguments)

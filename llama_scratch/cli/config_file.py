@@ -29,7 +29,7 @@ _MAX_BYTES, _MAX_DOTS = 1 << 16, 256
 
 
 def default_path() -> Path:
-    """Where the file is looked for when nothing names another. Raises FileNotFoundError where there is no home."""
+    """The file that is read if no other is named. Raises FileNotFoundError if there is no home folder."""
     return user_folder("config") / "config.toml"
 
 
@@ -37,12 +37,12 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
     """Read the file's values as the `default_map` of a program: by parameter, and by subcommand.
 
     Args:
-        path: The file. None: the usual place, where a file that is missing or cannot be read counts as empty.
+        path: The file. None: the default file, which counts as empty if it is missing or cannot be read.
         ctx: The context of the program.
 
     Raises:
-        UsageError: If a file that was named cannot be read, or if any file is not TOML or holds a key or a value that
-            no option has.
+        UsageError: If a named file cannot be read, or if a file is not TOML or holds a key or a value that no
+            option has.
     """
     file = Path(os.path.expanduser(path or ""))
     try:
@@ -63,32 +63,33 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
     try:
         if any(line.count(".") > _MAX_DOTS for line in text.split("\n")):
             raise ValueError(f"a line with more than {_MAX_DOTS} dots")
-        found = tomllib.loads(text)
+        table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"The configuration file {sanitize(file, 200)} is not TOML ({sanitize(error, 200)}); "
             "correct it there, expected lines such as top = 10."
         ) from error
-    return _defaults(found, ctx, file)
+    return _defaults(table, ctx, file)
 
 
-def _defaults(found: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[str, Any]:
+def _defaults(root: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[str, Any]:
+    """The values of the main command by parameter, and a table of values for each subcommand."""
     program = ctx.command
     commands = program.commands if isinstance(program, TyperGroup) else {}
-    tables = {name: found[name] for name in commands if name in found}
-    own = {key: value for key, value in found.items() if key not in tables}
+    tables = {name: root[name] for name in commands if name in root}
+    values = {key: value for key, value in root.items() if key not in tables}
     options = _options(program)
-    defaults = _checked(own, options, [*options, *commands], ctx, file)
+    defaults = _validated(values, options, [*options, *commands], ctx, file)
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise _wrong(file, name, table, f"a table of its options under [{name}]")
         options = _options(commands[name])
-        defaults[name] = _checked(table, options, options, ctx, file, f" in [{name}]")
+        defaults[name] = _validated(table, options, options, ctx, file, f" in [{name}]")
     return defaults
 
 
 def _options(command: Any) -> dict[str, TyperOption]:
-    """The options that hold something, by their long names without dashes; --version and its like do something."""
+    """The options that hold a value, by their long names without dashes. --version and --help hold none."""
     return {
         name.removeprefix("--"): option
         for option in command.params
@@ -98,17 +99,17 @@ def _options(command: Any) -> dict[str, TyperOption]:
     }
 
 
-def _checked(
-    found: Mapping[str, Any],
+def _validated(
+    table: Mapping[str, Any],
     options: Mapping[str, TyperOption],
     known: Iterable[str],
     ctx: typer.Context,
     file: Path,
     where: str = "",
 ) -> dict[str, Any]:
-    """The values by parameter, each one that its option takes."""
+    """The values by parameter. Raises `UsageError` for an unknown option, or a value that its option does not take."""
     values = {}
-    for key, value in found.items():
+    for key, value in table.items():
         option = options.get(key)
         if option is None:
             near = difflib.get_close_matches(key, known, n=1)
@@ -119,10 +120,10 @@ def _checked(
         if isinstance(value, bool) != option.is_flag:  # which would be taken for 0 and 1, or the other way round
             raise _wrong(file, key, value, "true or false" if option.is_flag else f"what --{key} takes")
         try:
-            taken = option.process_value(ctx, value)
+            parsed = option.process_value(ctx, value)
         except typer.BadParameter as error:
             raise _wrong(file, key, value, f"what --{key} takes ({error.message})") from error
-        if isinstance(taken, str) and not isinstance(value, str):  # a number would become one in silence
+        if isinstance(parsed, str) and not isinstance(value, str):  # a number would become one in silence
             raise _wrong(file, key, value, "a text in quotes")
         values[option.name] = value
     return values
@@ -130,7 +131,7 @@ def _checked(
 
 def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
     try:
-        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        value_text = str(value).lower() if isinstance(value, bool) else repr(value)
     except ValueError:  # a number of thousands of digits in it
-        shown = "a number of over 64 bits"
-    return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(shown)}, expected {expected}; correct it there.")
+        value_text = "a number of over 64 bits"
+    return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(value_text)}, expected {expected}; correct it there.")

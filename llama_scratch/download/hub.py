@@ -164,7 +164,7 @@ def _wanted(repository: Repository, names: list[str]) -> list[str]:
     if any(name.endswith(".gguf") for name in names):
         raise CheckpointError(
             f"{repository.name} holds GGUF files, expected safetensors; fetch the one you want with "
-            f"'hf download {repository.id} FILE.gguf' and name it with --model-dir."
+            f"'hf download {repository.id} FILE.gguf' and name it with `source`."
         )
     other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
     found = f"weights only as {sanitize(other)}" if other else "no weights"

@@ -78,7 +78,7 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
     if model is None:
         raise UsageError(
             f"There is no model {name!r} to fetch, expected {', '.join(OPEN_MODELS)}, OWNER/REPO on Hugging Face, or a "
-            "name of Meta's with --from-url and the link that Meta mails."
+            "name of Meta's with `pull_meta` and the link that Meta mails."
         )
     try:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):

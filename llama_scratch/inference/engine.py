@@ -254,7 +254,7 @@ class Engine:
         if len(ids) > self.context:
             raise ContextLengthError(
                 f"The prompt has {len(ids)} tokens, expected at most {self.context}; "
-                "shorten it, or raise --context where the model allows it."
+                "shorten it, or raise `context` where the model allows it."
             )
         vocab_size = self.model.args.vocab_size
         # This runs for each new token, over all that came before it: at the speed of C.

@@ -168,7 +168,7 @@ class LoadedModel:
         prompt and `ContextLengthError` for one that is longer than the context.
         """
         if top < 1:
-            raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
+            raise UsageError(f"{top} candidates were asked for, expected at least 1 (`top`).")
         ids = self.encode(prompt, special=special)
         start = time.perf_counter()
         logits = self.engine.next_logits(ids, progress)

@@ -67,5 +67,5 @@ def _token_limit(tokenizer: Tokenizer, context: int, size: int) -> int | None:
 def _too_long(context: int, size: int) -> ContextLengthError:
     return ContextLengthError(
         f"The text has {size:,} characters, which are more than the {context:,} tokens of the context. "
-        "Shorten it, or raise --context if the model allows it."
+        "Shorten it, or raise `context` if the model allows it."
     )

@@ -221,7 +221,7 @@ def repeated(llama: LoadedModel) -> list[int]:
     if not n or not len(ordinary):
         raise UsageError(
             f"What kind a head is shows on a random token that comes twice, found a context of {llama.context} and "
-            f"{len(ordinary)} ordinary tokens, expected room for one; raise --context where that is what it lacks."
+            f"{len(ordinary)} ordinary tokens, expected room for one; raise `context` where that is what it lacks."
         )
     half = ordinary[torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(_SEED))[:n]].tolist()
     return [*begin, *half, *half]

@@ -48,7 +48,7 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
     if len(ids) != len(other):
         raise UsageError(
             f"The texts have {len(ids)} and {len(other)} tokens, expected the same number, so that each position has "
-            "its counterpart; /tokens shows how a text is cut."
+            "its counterpart; `tokens` shows how a text is cut."
         )
     ours, theirs = (residuals(llama, text, progress) for text in (ids, other))  # (n_layers + 1, T, dim)
     ends = torch.stack([ours[-1, -1], theirs[-1, -1]])  # (2, dim)

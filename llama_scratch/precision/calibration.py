@@ -132,7 +132,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ModelNotFoundError(
-            f"{name} cannot be read ({reason}), expected a file of text (--calibration)."
+            f"{name} cannot be read ({reason}), expected a file of text (`calibration`)."
         ) from error
     reject_pointer(start, name, UsageError)
     try:
@@ -141,9 +141,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
             without_mark(start, name, UsageError), final=len(start) < limit
         )
     except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8, expected text (--calibration); save it as UTF-8.") from None
+        raise UsageError(f"{name} is not UTF-8, expected text (`calibration`); save it as UTF-8.") from None
     if "\0" in text:
-        raise UsageError(f"{name} holds zero bytes, expected text (--calibration); name another file.")
+        raise UsageError(f"{name} holds zero bytes, expected text (`calibration`); name another file.")
     return text[: _CHARACTERS * TOKENS].replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -64,10 +64,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def validate_precision(precision: str) -> None:
-    """Raise `UsageError` for a `--precision` that there is not."""
+    """Raise `UsageError` for a precision that does not exist."""
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(
-            f"The precision is {precision!r}, expected one of auto, {', '.join(PRECISIONS)} (--precision)."
+            f"The precision is {precision!r}, expected one of auto, {', '.join(PRECISIONS)} (`precision`)."
         )
 
 
@@ -101,7 +101,7 @@ def activation_type(activations: str, precision: str, device: torch.device) -> t
     """
     if activations not in ("auto", *ACTIVATIONS):
         raise UsageError(
-            f"The activations are {activations!r}, expected one of auto, {', '.join(ACTIVATIONS)} (--activations)."
+            f"The activations are {activations!r}, expected one of auto, {', '.join(ACTIVATIONS)} (`activations`)."
         )
     if activations != "auto":
         return DTYPES[activations]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.control import Control
@@ -14,9 +13,7 @@ from wcwidth import iter_graphemes
 from wcwidth import width as cells
 
 from llama_scratch.errors import escape_controls
-
-if TYPE_CHECKING:  # it brings torch
-    pass
+from llama_scratch.render.messages import user_message
 
 SPACE = "␣"
 
@@ -160,7 +157,7 @@ def note(sentence: str) -> RenderableType:
 
 def error(sentence: str) -> RenderableType:
     """A sentence that says what went wrong."""
-    return indented(escape_controls(sentence), "red")
+    return indented(escape_controls(user_message(sentence)), "red")
 
 
 def indented(sentence: str, style: str) -> RenderableType:

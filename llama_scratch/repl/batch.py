@@ -12,6 +12,7 @@ from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
 from llama_scratch.render import lines, text
+from llama_scratch.render.messages import user_message
 from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session, Turn
 from llama_scratch.system.small_files import without_line_end, without_mark
@@ -77,7 +78,7 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
             output, reply = respond(session, line)
             _show(session, output, reply, form, log)
         except LlamaScratchError as error:
-            print(f"llama-scratch: {escape_controls(str(error))}", file=sys.stderr)
+            print(f"llama-scratch: {escape_controls(user_message(error))}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
         except (OSError, MemoryError):  # the reader went away, or the machine has no more to give
             raise

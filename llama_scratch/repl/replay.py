@@ -13,6 +13,7 @@ from rich.console import Console
 from llama_scratch import __version__
 from llama_scratch.errors import sanitize
 from llama_scratch.render.lines import json_line
+from llama_scratch.render.messages import user_message
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
@@ -109,7 +110,7 @@ def run_again(
         try:
             new = _repeat(session, turn)
         except Exception as error:  # noqa: BLE001 - one line's trouble is a difference, whatever it is
-            differences.append(Difference(number, turn.input, "the answer", turn.output, str(error)))
+            differences.append(Difference(number, turn.input, "the answer", turn.output, user_message(error)))
             compared += 1
             continue
         if new is None:

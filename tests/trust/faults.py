@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 import torch
 
 from llama_scratch import __main__ as program
-from llama_scratch.cli import app
+from llama_scratch import cli
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.precision import weight_cache
 from llama_scratch.precision.weight_cache import PackedWeightCache
@@ -114,7 +114,7 @@ class Stage:
         require(self.work() == 0, f"{self.name}: the next run failed")
 
 
-cli_run = app.run
+cli_run = cli.run
 
 
 class History(Stage):
@@ -468,7 +468,7 @@ class Run:
                     print(error, file=sys.stderr)
                     return error.exit_code
 
-            app.run = run
+            cli.run = run
             program.main()
         except SystemExit as ended:
             sys.stdout.flush()

@@ -285,7 +285,7 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
     if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
         raise CheckpointError(
             f"the tokenizer is '{sanitize(kind)}' with the pattern '{sanitize(pre)}', expected 'gpt2' with "
-            f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with --tokenizer, or use another file."
+            f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with `tokenizer`, or use another file."
         )
     texts, warnings = _list(metadata, "tokenizer.ggml.tokens", str), []
     types = [_NORMAL] * len(texts)
@@ -350,7 +350,7 @@ def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, 
         if guess is None:
             raise CheckpointError(
                 "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits none that is known; "
-                "name a tokenizer.model with --tokenizer, or use another file."
+                "name a tokenizer.model with `tokenizer`, or use another file."
             )
         pre = guess
         warnings.append(

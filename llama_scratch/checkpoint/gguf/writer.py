@@ -125,7 +125,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     if parts.pattern is None:
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} cuts text by the pattern '{sanitize(tokenizer.pattern)}', expected one "
-            "that GGUF has a name for; --to hf holds it."
+            "that GGUF has a name for; `to=hf` holds it."
         )
     ids = range(tokenizer.n_vocab)
     writer.add_tokenizer_model("gpt2")
@@ -134,7 +134,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     if tokenizer.merges and tokenizer.whole_pieces and pre != "llama-bpe":
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has tokens that no merge makes, which GGUF does not hold with the "
-            f"pattern '{pre}'; --to hf holds them."
+            f"pattern '{pre}'; `to=hf` holds them."
         )
     writer.add_tokenizer_pre(pre)
     # Ids without a token get a name that no text has.

@@ -247,7 +247,7 @@ def _tokenizer(
         return ReadTokenizer(Tokenizer.from_meta(str(metas)), {}, frozenset(), ())
     raise ModelNotFoundError(
         f"There is no tokenizer.json in {directory}; copy it there from where the model came from, "
-        "or name a tokenizer.model with --tokenizer."
+        "or name a tokenizer.model with `tokenizer`."
     )
 
 

@@ -37,7 +37,7 @@ _MAX_ID = 1 << 24
 # Embeddings are made longer than the vocabulary to have a size that suits a GPU, or for tokens to come.
 _MAX_UNUSED = 1 << 12
 
-_ELSEWHERE = "name a tokenizer.model with --tokenizer, or use another model."
+_ELSEWHERE = "name a tokenizer.model with `tokenizer`, or use another model."
 # Other expressions that cut every text as the known ones do: that of cl100k_base, and OpenAI's later ones of GPT-2's.
 _SPELLINGS = {pattern: pattern for pattern in PATTERNS.values()} | {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"

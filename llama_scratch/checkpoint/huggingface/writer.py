@@ -63,7 +63,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
     if args.rope_divisors:
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
-            "Llama 3.1 for Hugging Face's config.json; --to gguf holds it."
+            "Llama 3.1 for Hugging Face's config.json; `to=gguf` holds it."
         )
     scaling = args.rope_scaling and {
         "rope_type": "llama3",

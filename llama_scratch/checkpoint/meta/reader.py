@@ -232,5 +232,5 @@ def _stored(weights: Mapping[str, Weight]) -> Stored:
 def _missing(directory: Path, file: str) -> str:
     advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {WEIGHTS}."
     if file == TOKENIZER:
-        advice = "copy it there from the model's download, or name it with --tokenizer."
+        advice = "copy it there from the model's download, or name it with `tokenizer`."
     return f"There is no {file} in {directory}; {advice}"

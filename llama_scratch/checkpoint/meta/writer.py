@@ -63,7 +63,7 @@ def _params(checkpoint: Checkpoint) -> str:
     if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
-            f"Llama 3.1 for Meta's {PARAMS}; --to gguf holds it."
+            f"Llama 3.1 for Meta's {PARAMS}; `to=gguf` holds it."
         )
     params = {name: value for name, value in params.items() if value is not None}
     by_rule = ModelArgs.from_params_json(json.dumps(params))
@@ -103,7 +103,7 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     ):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
-            "form holds; --to hf and --to gguf hold any."
+            "form holds; `to=hf` and `to=gguf` hold any."
         )
     return content
 

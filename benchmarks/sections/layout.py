@@ -1,0 +1,85 @@
+"""Build blocks of the report: bounds with their verdicts, tables, and the line that names the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GB = 1e9
+AVX2 = " (AVX2)"  # ends the name of an engine that may only use AVX2
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound and the figure that was measured for it, both as text.
+
+    Args:
+        what: The measured quantity.
+        expected: The bound.
+        found: The figure.
+        met: Whether the figure is within the bound.
+        aim: The bound is an aim, not a promise.
+        stated: The figure is stated without a verdict, because the bound does not hold for this CPU.
+    """
+
+    what: str
+    expected: str
+    found: str
+    met: bool
+    aim: bool = False
+    stated: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The text of the last column."""
+        if self.stated:
+            return "stated"
+        return "met" if self.met else "aim not reached" if self.aim else "**not met**"
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.found}, expected {self.expected}: {self.verdict.strip('*')}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    """Render a Markdown table; `align` is the alignment of all columns but the first."""
+    lines = [head, ["---", *(align for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bounds_table(bounds: Sequence[Bound]) -> str:
+    """Render the bounds, each with its verdict."""
+    if not bounds:
+        return "None of the bounds can be decided by what was measured."
+    rows = [[bound.what, bound.expected, bound.found, bound.verdict] for bound in bounds]
+    return table(["what", "bound", "found", ""], rows, align="---")
+
+
+def captioned(recorded: dict[str, Any], table: str) -> str:
+    """A table below the line that names the CPU it holds for."""
+    return f"{_caption(recorded)}\n\n{table}"
+
+
+def _caption(recorded: dict[str, Any]) -> str:
+    """The CPU of a recorded file, its features, and the instruction sets of our kernels."""
+    machine = recorded.get("machine")
+    if not machine:
+        return "CPU: not recorded."
+    features = ", ".join(machine["features"]) or "features unknown"
+    text = f"CPU: {machine['cpu']} ({features})."
+    if "kernels" in machine:
+        text += f" Our kernels: {machine['kernels'] or 'none'}"
+        engines = recorded.get("engines", {}).items()
+        limited = {engine["kernels"] for name, engine in engines if name.endswith(AVX2) and engine["kernels"]}
+        text += "".join(f"; in rows marked{AVX2}: {kernels}" for kernels in sorted(limited)) + "."
+    return text
+
+
+def versions_text(versions: dict[str, str]) -> str:
+    """Packages with their versions on one line."""
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share in percent, or a dash if it was not measured."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -1,0 +1,47 @@
+"""The command that runs a saved session again: replay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from llama_scratch.cli.opening import load, opener
+from llama_scratch.cli.options import AsJson, ModelOptions, model_options, with_options
+from llama_scratch.cli.process import Consoles, print_json
+
+
+@with_options
+def replay(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A session that /save wrote.")],
+    json: AsJson = False,
+    *,
+    options: ModelOptions,
+) -> None:
+    """Run a saved session again and report every difference; exit code 1 where there is one.
+
+    It runs the model of the recording, as it was run then, unless flags say otherwise.
+    """
+    consoles: Consoles = ctx.obj
+    from llama_scratch.repl import session_file
+
+    recorded = session_file.load(session_file.user_path(file))
+    # The recording takes precedence over the environment and the configuration file, which are about other sessions.
+    # That an option was not given is a part of it, but version 0.1.0 did not record all of them.
+    flags, recorded_options = model_options(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)
+    if recorded.header.asked is None:
+        recorded_options = recorded_options.overriding(options)
+    if flags.source is not None:  # which has its own tokenizer
+        recorded_options = replace(recorded_options, tokenizer=None)
+    options = flags.overriding(recorded_options)
+    llama = load(options, consoles)
+    from llama_scratch.repl.replay import run_again
+
+    comparison = run_again(recorded, llama, opener(options), consoles.log)
+    if json or consoles.json:
+        print_json(comparison.as_json())
+    else:
+        print("\n".join(comparison.lines()))
+    raise typer.Exit(1 if comparison.differences else 0)
