@@ -31,8 +31,8 @@ from torch import Tensor
 from benchmarks.machine import machine
 from benchmarks.report import FOLDER, kernel_case, kernel_figures, versions, write_report
 from llama_scratch.precision import kernels
-from llama_scratch.precision.linear import panel_shapes
-from llama_scratch.precision.network import DTYPES
+from llama_scratch.precision.dtypes import DTYPES
+from llama_scratch.precision.panels import panel_shapes
 
 SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
 

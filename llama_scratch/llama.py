@@ -3,54 +3,38 @@ caller of it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama_scratch.chat_format import ChatFormat, Message
-from llama_scratch.checkpoint import Checkpoint, open_checkpoint
-from llama_scratch.config import ModelArgs, is_tied
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.config import ModelArgs
 from llama_scratch.download.locate import find_model
 from llama_scratch.errors import UsageError, sanitize
-from llama_scratch.inference.engine import Engine, require_device_memory
+from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.generation import continue_ids
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.inference.long_attention import use_kernels
+from llama_scratch.inference.loading import load_network
 from llama_scratch.inference.prompt_text import Prompt, encode_conversation
 from llama_scratch.model import Transformer
-from llama_scratch.precision import calibration as calibrating
 from llama_scratch.precision.lazy_weight import Weight
-from llama_scratch.precision.network import (
-    CalibrationText,
-    activation_type,
-    all_known,
-    build,
-    file_type,
-    memory_needed,
-    resolve_device,
-    resolve_precision,
-    validate_precision,
-)
 from llama_scratch.results import Generated, ModelInfo, Step
 from llama_scratch.sampling import GREEDY, Sampling
-from llama_scratch.system.jobs import BackgroundJobs, report_progress
+from llama_scratch.system.jobs import BackgroundJobs
 from llama_scratch.system.mapped_files import MappedFiles
-from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama_scratch.microscope.inspection import Inspection
 
-# More of them only stand in each other's way.
-_THREADS_A_CORE = 8
+# More threads only slow each other down.
+_MAX_THREADS_PER_CORE = 8
 
 
 class Llama(LoadedModel):
@@ -128,9 +112,17 @@ class Llama(LoadedModel):
         args = checkpoint.args.with_rope_factor(rope_factor)
         tokens = _context(context, args)
         _set_threads(threads)
-        stored = _Stored(precision, activations, resolve_device(device), calibration)
-        # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
-        model, packing, info = stored.network(checkpoint, args, min(tokens, context or 4096), progress)
+        model, packing, info = load_network(
+            checkpoint,
+            args,
+            precision=precision,
+            activations=activations,
+            device=device,
+            calibration=calibration,
+            # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
+            context=min(tokens, context or 4096),
+            progress=progress,
+        )
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
         return cls(
             model,
@@ -226,59 +218,13 @@ class Llama(LoadedModel):
         )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """How the weights of a model are to be stored, as `load` was asked."""
-
-    precision: str
-    activations: str
-    device: torch.device
-    calibration: str | os.PathLike[str] | None
-
-    def __post_init__(self) -> None:
-        validate_precision(self.precision)
-        activation_type(self.activations, self.precision, self.device)
-
-    def network(
-        self, checkpoint: Checkpoint, args: ModelArgs, context: int, progress: Progress
-    ) -> tuple[Transformer, BackgroundJobs, ModelInfo]:
-        """The network of a file, and what is still to be done, see `build`. Raises `OutOfMemoryError` before it is."""
-        device, activations = self.device, self.activations
-        examples = _examples(checkpoint.tokenizer, self.calibration) if self.precision == "int4" else None
-        with memory_errors(checkpoint.name):
-            weights = checkpoint.load(progress)
-            stored, tied, known = file_type(weights), is_tied(weights), all_known(weights)
-            precision = resolve_precision(self.precision, stored, device)
-            needed = memory_needed(
-                args, precision, stored, context, device, tied=tied, activations=activations, known=known
-            )
-            require_device_memory(
-                needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", device
-            )
-            model, packing = build(weights, args, precision, device, checkpoint.files, examples, activations)
-        if device.type == "cpu":
-            use_kernels(model)
-        info = ModelInfo(checkpoint.name, checkpoint.format, precision, device.type, args.n_parameters(tied=tied))
-        return model, packing, info
-
-
 def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
-    most = _THREADS_A_CORE * (os.cpu_count() or 1)
-    if not 1 <= threads <= most:
-        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {most} (--threads).")
+    max_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+    if not 1 <= threads <= max_threads:
+        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {max_threads} (--threads).")
     torch.set_num_threads(threads)
-
-
-def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
-    """What int4 is calibrated with, and a name for it. Raises `ModelNotFoundError` and `UsageError`."""
-    if path is None:
-        name = f"its own words and Python {platform.python_version()}'s"
-        return CalibrationText(name, lambda model: calibrating.examples(model, tokenizer, progress=report_progress))
-    text = calibrating.read_text(path)
-    windows = calibrating.windows(tokenizer, text)
-    return CalibrationText(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

@@ -47,6 +47,7 @@ INNER = {
         "speed",
         "generation",
         "loaded_model",
+        "loading",
         "prompt_warnings",
         "prompt_text",
         "engine",
@@ -55,7 +56,20 @@ INNER = {
         "long_attention",
         "prompt_lookup",
     ],
-    "precision": ["network", "calibration", "linear", "weight_cache", "quantize", "kernels", "lazy_weight"],
+    "precision": [
+        "network",
+        "packing",
+        "memory_estimate",
+        "calibration",
+        "linear",
+        "panels",
+        "rows",
+        "weight_cache",
+        "quantize",
+        "dtypes",
+        "kernels",
+        "lazy_weight",
+    ],
 }
 FLOOR = {room: floor for floor, room in enumerate(ORDER)}
 FILES = sorted(PACKAGE.rglob("*.py"))

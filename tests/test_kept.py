@@ -622,9 +622,9 @@ def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.precision.weight_cache import PackedWeightCache
 from tests.test_kept import LAYOUTS, made
-keeping = KeptPieces([Path(sys.argv[1])], LAYOUTS)
+keeping = PackedWeightCache([Path(sys.argv[1])], LAYOUTS)
 for i in (2, 0): keeping.put(i, *made()[i])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -643,10 +643,10 @@ def test_a_killed_process_leaves_its_finished_pieces(source: Path, folder: Path)
 KEEPER = """
 import sys, time
 from pathlib import Path
-from llama_scratch.precision.weight_cache import KeptPieces, Layout
+from llama_scratch.precision.weight_cache import PackedWeightCache, Layout
 from tests.test_kept import LAYOUTS, made
 source, ready, go = map(Path, sys.argv[1:])
-keeping, pieces = KeptPieces([source], LAYOUTS), made()
+keeping, pieces = PackedWeightCache([source], LAYOUTS), made()
 ready.touch()
 while not go.exists(): time.sleep(0.001)
 for i, piece in enumerate(pieces): keeping.put(i, *piece)
@@ -730,7 +730,7 @@ def test_the_second_run_quantizes_nothing(model_dir: Path, folder: Path, monkeyp
     def never(*_: object) -> tuple[Tensor, Tensor]:
         raise AssertionError("quantized again")
 
-    monkeypatch.setattr("llama_scratch.precision.network.to_panels", never)
+    monkeypatch.setattr("llama_scratch.precision.packing.to_panels", never)
     assert torch.equal(answer(model_dir), first)
     assert file.read_bytes() == before
 

@@ -9,9 +9,8 @@ from typing import cast
 import pytest
 import torch
 
-from llama_scratch import llama as llama_module
 from llama_scratch.errors import CheckpointError
-from llama_scratch.inference import prompt_lookup
+from llama_scratch.inference import generation, prompt_lookup
 from llama_scratch.inference.engine import _DRAFTED, Engine
 from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.llama import Llama
@@ -196,7 +195,7 @@ def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, mo
     )
     for speculate in (False, True):
         said = iter(CYCLE * 50)
-        monkeypatch.setattr(llama_module, "sample", lambda *_, said=said: next(said))
+        monkeypatch.setattr(generation, "sample", lambda *_, said=said: next(said))
         found.append(run(packed, CYCLE, 300, GREEDY, speculate))
     (plain, single), (ours, widths) = found
     assert ours == plain

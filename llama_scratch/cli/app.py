@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.errors import (
     CheckpointError,
     LlamaScratchError,
@@ -30,6 +29,7 @@ from llama_scratch.errors import (
     sanitize,
     unexpected,
 )
+from llama_scratch.precision import ACTIVATIONS, PRECISIONS
 from llama_scratch.render.progress import progress_bar
 from llama_scratch.system import mapped_files
 from llama_scratch.system.memory import is_memory_error, refusal, require_start

@@ -17,7 +17,7 @@ from llama_scratch.hooks import Hook, hooked
 from llama_scratch.inference.cuda_graph import DecodeGraph
 from llama_scratch.inference.fused_layers import FusedLayers
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision.network import CHUNK
+from llama_scratch.precision.memory_estimate import CHUNK
 from llama_scratch.system.jobs import BackgroundJobs
 from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import memory_errors, require_memory

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, rotations
 from llama_scratch.precision import kernels
-from llama_scratch.precision.linear import Panels, format_of
-
-# Of such numbers the kernels want a multiple in each dimension.
-_GRAIN = 16
+from llama_scratch.precision.linear import format_of
+from llama_scratch.precision.panels import PANEL, Panels
 
 
 class FusedLayers:
@@ -61,7 +59,7 @@ class FusedLayers:
     def _collect(self) -> None:
         """Norms and weights of all layers, in the order of `Layer`; no norms where the kernels do not know all."""
         args = self._model.args
-        if args.dim % _GRAIN or args.head_dim % _GRAIN or args.ffn_dim % _GRAIN:
+        if args.dim % PANEL or args.head_dim % PANEL or args.ffn_dim % PANEL:
             return
         norms: list[Tensor] = []
         for module in self._model.layers:
@@ -69,11 +67,14 @@ class FusedLayers:
             norms += [block.attention_norm.weight, block.ffn_norm.weight]
             attention, feed_forward = block.attention, block.feed_forward
             for first in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
-                form = format_of(first)
-                if form is None or not form.stored or (isinstance(form, Panels) and not form.whole):
+                weight = format_of(first)
+                if weight is None or (isinstance(weight, Panels) and not weight.whole):
                     return
-                self._weights += [tensor for tensors, _ in form.stored for tensor in tensors]
-                self._types += [name for _, name in form.stored]
-                self._parts.append(len(form.stored))
+                operands = weight.kernel_operands
+                if not operands:
+                    return
+                self._weights += [tensor for tensors, _ in operands for tensor in tensors]
+                self._types += [name for _, name in operands]
+                self._parts.append(len(operands))
         if norms[0].dtype == torch.float32:
             self._norms = norms

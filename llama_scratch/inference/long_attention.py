@@ -12,8 +12,7 @@ from torch import Tensor
 
 from llama_scratch.model import Transformer, TransformerBlock, attend
 from llama_scratch.precision import kernels
-
-_GRAIN = 16  # of numbers in a head, which the kernels take at a time
+from llama_scratch.precision.panels import PANEL
 
 
 def use_kernels(model: Transformer) -> None:
@@ -24,7 +23,7 @@ def use_kernels(model: Transformer) -> None:
 
 def attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """What `attend` computes, for one text and a mask that is `causal_mask`'s or none."""
-    if not kernels.ready() or len(q) > 1 or q.dtype != torch.float32 or q.shape[-1] % _GRAIN:
+    if not kernels.ready() or len(q) > 1 or q.dtype != torch.float32 or q.shape[-1] % PANEL:
         return attend(q, k, v, mask)
     tokens = q[0].transpose(0, 1).contiguous()  # (T, n_heads, head_dim)
     out = torch.ops.llama_scratch.attention(tokens, k[0], v[0])

@@ -18,7 +18,7 @@ import torch
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.precision.network import activation_bytes
+from llama_scratch.precision.dtypes import activation_bytes
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 

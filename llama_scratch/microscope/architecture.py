@@ -9,7 +9,7 @@ from typing import Any
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.precision.network import activation_bytes
+from llama_scratch.precision.dtypes import activation_bytes
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.parts import numbered
 from llama_scratch.microscope.source import lines
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision.network import CHUNK
+from llama_scratch.precision.memory_estimate import CHUNK
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 

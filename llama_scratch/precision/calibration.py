@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import ast
 import codecs
+import hashlib
 import os
+import platform
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from llama_scratch.errors import ModelNotFoundError, UsageError, sanitize
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, causal_mask, rotations
+from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
 from llama_scratch.tokenizer import Tokenizer
@@ -30,7 +34,7 @@ from llama_scratch.tokenizer import Tokenizer
 TOKENS = 16_384
 """Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
 
-GROUPS = (
+LINEARS_BY_INPUT = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("attention.wo",),
     ("feed_forward.w1", "feed_forward.w3"),
@@ -51,17 +55,17 @@ def collect_hessians(
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
     for layer, block in enumerate(model.layers):
-        sums = [_Products() for _ in GROUPS]
-        readers = [block.get_submodule(names[0]) for names in GROUPS]
-        hooks = [reader.register_forward_pre_hook(found) for reader, found in zip(readers, sums, strict=True)]
+        sums = [_Products() for _ in LINEARS_BY_INPUT]
+        readers = [block.get_submodule(names[0]) for names in LINEARS_BY_INPUT]
+        hooks = [reader.register_forward_pre_hook(products) for reader, products in zip(readers, sums, strict=True)]
         try:
             for i, x in enumerate(streams):
                 progress("calibrating", layer * len(streams) + i, len(model.layers) * len(streams))
-                streams[i] = _through(cast(TransformerBlock, block), x, model, layer)
+                streams[i] = _forward_block(cast(TransformerBlock, block), x, model, layer)
         finally:
             for hook in hooks:
                 hook.remove()
-        for names in GROUPS:
+        for names in LINEARS_BY_INPUT:
             yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).mean(tokens)
     output = _Products()
     for x in streams:
@@ -74,7 +78,7 @@ def collect_hessians(
 _ROWS = 1024
 
 
-def _through(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
+def _forward_block(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
     T = x.shape[1]
     freqs_cis = rotations(model.freqs, torch.arange(T, device=x.device))
     return cast(Tensor, block(x, freqs_cis, causal_mask(T, T, x.device), KVCache(model.args, T), layer))
@@ -104,6 +108,34 @@ class _Products:
 _CHARACTERS = 32  # of a token, at most: what lies behind so many is not looked at
 _WINDOW = 1024  # tokens that are read from an empty context
 _IMAGINED = 256  # tokens that a model says in one go
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text that 4-bit weights are calibrated with.
+
+    Attributes:
+        name: Identifies the text, so that weights calibrated with another one are not reused.
+        windows: Returns its tokens as windows for `collect_hessians`, for the network that reads them.
+    """
+
+    name: str
+    windows: Callable[[Transformer], Sequence[Tensor]]
+
+
+def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
+    """Return the text of a file, or if there is none, the one that the model and Python provide, see `examples`.
+
+    Raises:
+        ModelNotFoundError: If the file cannot be read.
+        UsageError: If it is not a text, or too short.
+    """
+    if path is None:
+        name = f"its own words and Python {platform.python_version()}'s"
+        return CalibrationText(name, lambda model: examples(model, tokenizer, progress=report_progress))
+    text = read_text(path)
+    tokens = windows(tokenizer, text)
+    return CalibrationText(hashlib.sha256(text.encode()).hexdigest(), lambda _: tokens)
 
 
 def examples(

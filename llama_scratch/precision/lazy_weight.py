@@ -44,7 +44,7 @@ class LazyWeight(ABC):
     def split(self, n: int) -> list[LazyWeight]:
         """Parts of `n` rows; the last one has what is left."""
         starts = range(0, len(self), n)
-        return [_Rows(self, start, min(start + n, len(self))) for start in starts]
+        return [_RowRange(self, start, min(start + n, len(self))) for start in starts]
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The whole weight, turned into `dtype` a block at a time."""
@@ -57,7 +57,7 @@ class LazyWeight(ABC):
         return out
 
 
-class _Rows(LazyWeight):
+class _RowRange(LazyWeight):
     """Some rows of another."""
 
     def __init__(self, whole: LazyWeight, start: int, stop: int):
@@ -111,15 +111,18 @@ class ShardedWeight(LazyWeight):
 
 Weight = Tensor | LazyWeight
 
-# What the kernels multiply as a file holds it, see cpp/rows.h.
+# Types that the kernels multiply as a file holds them, see cpp/rows.h.
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+KERNEL_FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 
-def stored(weight: Weight) -> list[tuple[Tensor, str]]:
-    """The tensors below each other in which a weight lies, with their types; none where no kernel knows them."""
+def kernel_operands(weight: Weight) -> list[tuple[Tensor, str]]:
+    """A weight as the kernels read it: the tensors below each other that hold it, with their types.
+
+    Empty if the kernels do not know a type.
+    """
     if isinstance(weight, GGUFBlockWeight):
-        return [(weight.blocks, weight.format)] if weight.format in FORMATS else []
+        return [(weight.blocks, weight.format)] if weight.format in KERNEL_FORMATS else []
     pieces = weight.pieces if isinstance(weight, ShardedWeight) and weight.axis == 0 else [weight]
     if all(isinstance(piece, Tensor) and piece.dtype in _FLOATS and piece.is_contiguous() for piece in pieces):
         return [(piece, _FLOATS[piece.dtype]) for piece in cast(list[Tensor], pieces)]

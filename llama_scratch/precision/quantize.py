@@ -69,8 +69,8 @@ class Hessian:
         self.factor = torch.linalg.cholesky(damped).float().flip(0, 1)
 
 
-def quantize_blocks(weight: Weight, bits: int, curvature: Hessian | None = None) -> tuple[Tensor, Tensor]:
-    """A weight, (out, in), in 8 or 4 bits: by search, or calibrated where there is a curvature, (in, in).
+def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -> tuple[Tensor, Tensor]:
+    """A weight, (out, in), in 8 or 4 bits: by search, or calibrated where there is a hessian, (in, in).
 
     Returns the numbers, (out, in) int8 or, for 4 bits, uint8, and the scales, (out, in/block) float16. Some rows are
     float32 at a time. Raises `ValueError` for rows that are no whole number of blocks, and for weights that are not
@@ -81,16 +81,16 @@ def quantize_blocks(weight: Weight, bits: int, curvature: Hessian | None = None)
     numbers = torch.empty(out, width // block, block, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(out, width // block, dtype=torch.float16)
     start = 0
-    for part in weight.split(max(1, (CALIBRATED if curvature else _SEARCHED) // width)):
+    for part in weight.split(max(1, (CALIBRATED if hessian else _SEARCHED) // width)):
         rows = part.to(torch.float32)  # (rows, in)
         if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
             raise _too_large(bits)
         blocks = rows.view(len(rows), -1, block)
-        if curvature is None:
+        if hessian is None:
             found = _search(blocks, bits)
             rounded = _round(blocks, _inverse(found)[..., None], bits)
         else:
-            rounded, found = _descend(blocks, *_gptq(blocks, curvature, bits), curvature, bits)
+            rounded, found = _descend(blocks, *_gptq(blocks, hessian, bits), hessian, bits)
         numbers[start : start + len(rows)] = rounded if bits == 8 else rounded.add_(8)
         scales[start : start + len(rows)] = found
         start += len(rows)
@@ -181,7 +181,7 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 # --- Calibration ------------------------------------------------------------------------------
 
 
-def _gptq(blocks: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
+def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     """Numbers, (rows, in/block, block), and scales, (rows, in/block): from left to right, each mends what came before.
 
     With R Rᵀ = H and e = w − ŵ the cost e H eᵀ is ‖eR‖², and R is zero below its diagonal, so that
@@ -191,7 +191,7 @@ def _gptq(blocks: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor
     depends on the errors up to j alone. When those before it are made, the best number for place j is the one nearest
     to w_j + Σ_{i<j} e_i R_ij / R_jj. A block's scale is searched for the weights that would mend everything.
     """
-    R, block = curvature.factor, blocks.shape[-1]
+    R, block = hessian.factor, blocks.shape[-1]
     numbers, scales = torch.empty_like(blocks), blocks.new_empty(blocks.shape[:2])
     errors = torch.empty_like(blocks).flatten(1)  # e
     for b in range(blocks.shape[1]):
@@ -211,13 +211,13 @@ def _gptq(blocks: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor
     return numbers, scales
 
 
-def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
+def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     """The same numbers and scales, each moved to where the cost is least while all others stay, some times over.
 
     Of the cost e H eᵀ, g = e H says where it falls: a weight ŵ_j is best at ŵ_j + g_j / H_jj, and a block's scale, with
     n its numbers, at s + g·n / n H nᵀ. No move is one upwards, but for what a float16 cannot hold of a scale.
     """
-    H, block = curvature.matrix, blocks.shape[-1]
+    H, block = hessian.matrix, blocks.shape[-1]
     errors = blocks - numbers * scales[..., None]  # e
     for b in list(range(blocks.shape[1])) * _SWEEPS:
         inputs = slice(b * block, (b + 1) * block)

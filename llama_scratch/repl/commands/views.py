@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.precision import PRECISIONS
 from llama_scratch.render.pages import texts as pages
 from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import unquoted

@@ -1,0 +1,71 @@
+"""A checkpoint's weights → a network in memory, in the precision that was asked for."""
+
+from __future__ import annotations
+
+import os
+
+from llama_scratch.checkpoint import Checkpoint
+from llama_scratch.config import ModelArgs, is_tied
+from llama_scratch.inference.engine import require_device_memory
+from llama_scratch.inference.long_attention import use_kernels
+from llama_scratch.model import Transformer
+from llama_scratch.precision import resolve_device, resolve_precision, validate_precision
+from llama_scratch.precision.calibration import calibration_text
+from llama_scratch.precision.dtypes import activation_type, all_known, file_type
+from llama_scratch.precision.memory_estimate import memory_needed
+from llama_scratch.precision.network import build
+from llama_scratch.results import ModelInfo
+from llama_scratch.system.jobs import BackgroundJobs
+from llama_scratch.system.memory import memory_errors
+from llama_scratch.system.progress import Progress
+
+
+def load_network(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    *,
+    precision: str,
+    activations: str,
+    device: str,
+    calibration: str | os.PathLike[str] | None,
+    context: int,
+    progress: Progress,
+) -> tuple[Transformer, BackgroundJobs, ModelInfo]:
+    """Build the network of a checkpoint.
+
+    Args:
+        checkpoint: Where the weights come from.
+        args: The network's shape.
+        precision: See `Llama.load`, as for `activations`, `device` and `calibration`.
+        activations: Number type between the layers.
+        device: The device that the network runs on.
+        calibration: A file of text.
+        context: Tokens in the cache that there must be memory for.
+        progress: Called while the weights are read.
+
+    Returns:
+        The network; the jobs that are left to do before it answers, or answers fast; and its description.
+
+    Raises:
+        OutOfMemoryError: If the network does not fit, before it is built.
+        UsageError: If an option is unknown, or this machine does not have the device.
+        ModelNotFoundError: If the text for calibration cannot be read.
+        CheckpointError: If the weights are damaged.
+    """
+    place = resolve_device(device)
+    validate_precision(precision)
+    activation_type(activations, precision, place)
+    text = calibration_text(checkpoint.tokenizer, calibration) if precision == "int4" else None
+    with memory_errors(checkpoint.name):
+        weights = checkpoint.load(progress)
+        file_dtype, tied, known = file_type(weights), is_tied(weights), all_known(weights)
+        precision = resolve_precision(precision, file_dtype, place)
+        needed = memory_needed(
+            args, precision, file_dtype, context, place, tied=tied, activations=activations, known=known
+        )
+        require_device_memory(needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", place)
+        model, packing = build(weights, args, precision, place, checkpoint.files, text, activations)
+    if place.type == "cpu":
+        use_kernels(model)
+    info = ModelInfo(checkpoint.name, checkpoint.format, precision, place.type, args.n_parameters(tied=tied))
+    return model, packing, info
