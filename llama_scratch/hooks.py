@@ -175,9 +175,9 @@ class _Attend:
     @classmethod
     def of(cls, attention: Attention) -> _Attend:
         """The one that is there already, or a new one."""
-        found = attention.attend if isinstance(attention.attend, cls) else cls(attention)
-        attention.attend = found
-        return found
+        probe = attention.attend if isinstance(attention.attend, cls) else cls(attention)
+        attention.attend = probe
+        return probe
 
     def attach(self, name: str, call: _Call) -> Callable[[], None]:
         self._taps[name].append(call)

@@ -349,7 +349,7 @@ def test_a_long_text_is_tokenized_to_the_end_if_it_fits(llama: Llama, monkeypatc
     text = "x " * 10_000
     monkeypatch.setattr(llama, "context", 10)
     assert len(llama.encode(text)) == 20_001
-    monkeypatch.setattr("llama_scratch.inference.prompt_text._COUNTED", 1_000)
+    monkeypatch.setattr("llama_scratch.inference.prompt_text._TOKENIZED_IN_FULL", 1_000)
     with pytest.raises(ContextLengthError):
         llama.encode(text)
     monkeypatch.setattr(llama, "context", 20_001)

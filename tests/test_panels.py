@@ -32,7 +32,7 @@ from llama_scratch.precision.dtypes import BITS
 from llama_scratch.precision.memory_estimate import memory_needed
 from llama_scratch.precision.network import build
 from llama_scratch.precision.panels import Panels, from_panels, panel_shapes, panels_of, to_panels
-from llama_scratch.precision.quantize import BLOCK, dequantize, quantize_blocks
+from llama_scratch.precision.quantize import BLOCK_SIZE, dequantize, quantize_blocks
 from llama_scratch.precision.rows import Rows
 from llama_scratch.system import memory
 from llama_scratch.system.jobs import BackgroundJobs
@@ -73,23 +73,23 @@ def held(form: Panels) -> Tensor:
 
 
 @SHAPES
-@pytest.mark.parametrize("bits", BLOCK)
+@pytest.mark.parametrize("bits", BLOCK_SIZE)
 def test_panels_hold_what_was_quantized(shape: tuple[int, int], bits: int) -> None:
     """There and back, whatever fills them up; and as many bytes as were foretold."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     form = panels(weight, bits)
-    filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK[bits]))
+    filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK_SIZE[bits]))
     numbers, scales = quantize_blocks(filled, bits)
     assert torch.equal(held(form), dequantize(numbers, scales)[:, : shape[1]])
     assert (form.values.shape, form.scales.shape) == panel_shapes(shape, bits)
     assert not from_panels(form.values, form.scales)[shape[0] :].any()
     assert form.nbytes == form.values.nbytes + form.scales.nbytes
-    assert form.whole == (shape[0] % 16 == 0 and shape[1] % BLOCK[bits] == 0)
+    assert form.whole == (shape[0] % 16 == 0 and shape[1] % BLOCK_SIZE[bits] == 0)
     assert all(torch.equal(a, b) for a, b in zip(panels_of(numbers, scales), (form.values, form.scales), strict=True))
 
 
 @SHAPES
-@pytest.mark.parametrize("bits", BLOCK)
+@pytest.mark.parametrize("bits", BLOCK_SIZE)
 @pytest.mark.parametrize("rows", [0, 1, 3, 17])
 def test_products_are_off_by_no_more_than_activations_are_rounded(
     shape: tuple[int, int], bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +99,7 @@ def test_products_are_off_by_no_more_than_activations_are_rounded(
     form = panels(torch.randn(shape, generator=generator), bits)
     x = torch.randn(rows, shape[1], generator=generator) * torch.rand(shape[1], generator=generator).pow(6) * 30
     exact = x.double() @ held(form).double().T
-    blocks = [slice(start, start + BLOCK[bits]) for start in range(0, shape[1], BLOCK[bits])]
+    blocks = [slice(start, start + BLOCK_SIZE[bits]) for start in range(0, shape[1], BLOCK_SIZE[bits])]
     most = sum((x[:, b].abs().amax(1, keepdim=True) / 254) @ held(form)[:, b].abs().sum(1)[None] for b in blocks)
     assert ((form(x) - exact).abs() <= 1.001 * most + 1e-5 * exact.abs() + 1e-9).all()
     without_kernels(monkeypatch)
@@ -190,7 +190,7 @@ def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
 ) -> None:
     """In one go, token by token, in uneven pieces, and after going back."""
     monkeypatch.setattr(engine_module, "CHUNK", 100)
-    monkeypatch.setattr(engine_module, "_POSITIONS", 100)
+    monkeypatch.setattr(engine_module, "_LOGITS_PER_CHUNK", 100)
     model, packing, _ = built(source, precision)
     ids = torch.randint(556, (140,), generator=torch.Generator().manual_seed(2)).tolist()
     once = Engine(model, 300, packing).all_logits(ids)

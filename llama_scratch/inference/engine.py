@@ -23,10 +23,10 @@ from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import memory_errors, require_memory
 from llama_scratch.system.progress import Progress, silent
 
-# Tokens that a draft has at most: more of them are rarely right.
-_DRAFTED = 15
-# Positions whose logits are there at a time: 66 MB of them for a vocabulary of 128,256.
-_POSITIONS = 128
+# More guessed tokens are rarely right.
+_MAX_DRAFT_LENGTH = 15
+# Positions whose logits are in memory at a time: 66 MB for a vocabulary of 128,256.
+_LOGITS_PER_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Engine:
             for chunk in self._chunks(ids[:start], reused, CHUNK):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 self._forward_cached(chunk)
-            for chunk in self._chunks(ids, start, min(CHUNK, _POSITIONS)):
+            for chunk in self._chunks(ids, start, min(CHUNK, _LOGITS_PER_CHUNK)):
                 progress("reading", self._cache.length - reused, len(ids) - reused)
                 yield self._finite(self._forward_cached(chunk, all_positions=True)[0], [ids])
 
@@ -128,7 +128,7 @@ class Engine:
         if self._cache.length != before or _common_prefix(self._ids, ids) < before:
             return 0
         # The cache does not grow for what may be thrown away.
-        return max(0, min(_DRAFTED, self._cache.capacity - before - 1))
+        return max(0, min(_MAX_DRAFT_LENGTH, self._cache.capacity - before - 1))
 
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
         """Logits after `ids` and after each token of a draft behind it, in one pass: (1 + len(draft), vocab_size).
@@ -173,8 +173,8 @@ class Engine:
             for start in range(0, len(rows[0]), size):
                 progress("reading", start, len(rows[0]))
                 piece = [ids[start : start + size] for ids in rows]
-                found = self._forward(piece, cache, hooks, all_positions=all_positions)
-                logits = [*logits, found] if all_positions else [found]
+                new_logits = self._forward(piece, cache, hooks, all_positions=all_positions)
+                logits = [*logits, new_logits] if all_positions else [new_logits]
         return self._finite(torch.cat(logits, dim=1), rows, hooks)
 
     def _reset_to(self, ids: Sequence[int], length: int) -> None:
@@ -259,12 +259,16 @@ class Engine:
         vocab_size = self.model.args.vocab_size
         # This runs for each new token, over all that came before it: at the speed of C.
         try:
-            least, most, _ = min(ids), max(ids), operator.index(sum(ids))  # one that is not whole makes the sum none
+            lowest, highest, _ = (
+                min(ids),
+                max(ids),
+                operator.index(sum(ids)),
+            )  # of integers only
         except TypeError:
             raise UsageError(
                 f"A token id is no whole number; ids of this model go from 0 to {vocab_size - 1}."
             ) from None
-        for id in (least, most):
+        for id in (lowest, highest):
             if not 0 <= id < vocab_size:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
 

@@ -31,7 +31,7 @@ from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
 from llama_scratch.tokenizer import Tokenizer
 
-TOKENS = 16_384
+CALIBRATION_TOKENS = 16_384
 """Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
 
 LINEARS_BY_INPUT = (
@@ -75,7 +75,7 @@ def collect_hessians(
 
 
 # Rows of such a matrix that are made at a time; what is left of them is what is above their columns.
-_ROWS = 1024
+_ROWS_PER_PRODUCT = 1024
 
 
 def _forward_block(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
@@ -94,8 +94,10 @@ class _Products:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
         if not len(self._upper):
             self._upper = x.new_zeros(x.shape[1], x.shape[1])
-        for rows in range(0, x.shape[1], _ROWS):
-            self._upper[rows : rows + _ROWS, rows:].addmm_(x[:, rows : rows + _ROWS].T, x[:, rows:])
+        for rows in range(0, x.shape[1], _ROWS_PER_PRODUCT):
+            self._upper[rows : rows + _ROWS_PER_PRODUCT, rows:].addmm_(
+                x[:, rows : rows + _ROWS_PER_PRODUCT].T, x[:, rows:]
+            )
 
     def mean(self, tokens: int) -> Tensor:
         """Their mean, (in, in)."""
@@ -105,9 +107,9 @@ class _Products:
 
 # --- Examples ---------------------------------------------------------------------------------
 
-_CHARACTERS = 32  # of a token, at most: what lies behind so many is not looked at
-_WINDOW = 1024  # tokens that are read from an empty context
-_IMAGINED = 256  # tokens that a model says in one go
+_MAX_CHARACTERS_PER_TOKEN = 32  # the rest of a longer token is not looked at
+_WINDOW_TOKENS = 1024  # tokens that are read from an empty context
+_SAMPLED_TOKENS = 256  # length of a text that the model samples
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) 
 
 
 def examples(
-    model: Transformer, tokenizer: Tokenizer, tokens: int = TOKENS, progress: Progress = silent
+    model: Transformer, tokenizer: Tokenizer, tokens: int = CALIBRATION_TOKENS, progress: Progress = silent
 ) -> list[Tensor]:
     """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half in the model's words.
 
@@ -147,8 +149,8 @@ def examples(
     """
     read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
-    said = sample_model_text(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
-    return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
+    said = sample_model_text(model, -(-missing // _SAMPLED_TOKENS), _start(tokenizer), progress)
+    return [*read, *torch.split(said, _WINDOW_TOKENS // _SAMPLED_TOKENS)]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -158,7 +160,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ModelNotFoundError: If the file cannot be read.
         UsageError: If it is not a file of UTF-8 text.
     """
-    name, limit = sanitize(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
+    name, limit = (
+        sanitize(os.fspath(path), 200),
+        4 * _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS,
+    )  # a character has up to 4 bytes
     try:
         start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
@@ -176,25 +181,25 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise UsageError(f"{name} is not UTF-8, expected text (--calibration); save it as UTF-8.") from None
     if "\0" in text:
         raise UsageError(f"{name} holds zero bytes, expected text (--calibration); name another file.")
-    return text[: _CHARACTERS * TOKENS].replace("\r\n", "\n").replace("\r", "\n")
+    return text[: _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS].replace("\r\n", "\n").replace("\r", "\n")
 
 
-def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:
+def windows(tokenizer: Tokenizer, text: str, tokens: int = CALIBRATION_TOKENS) -> list[Tensor]:
     """Windows for `collect_hessians` from the beginning of a text, (1, T) int64.
 
     Raises `UsageError` if the text is shorter than one.
     """
-    if not (found := _cut(tokenizer, text[: _CHARACTERS * tokens], tokens)):
-        raise UsageError(f"The text for calibration is shorter than {_WINDOW:,} tokens, expected some pages.")
-    return found
+    if not (chunks := _cut(tokenizer, text[: _MAX_CHARACTERS_PER_TOKEN * tokens], tokens)):
+        raise UsageError(f"The text for calibration is shorter than {_WINDOW_TOKENS:,} tokens, expected some pages.")
+    return chunks
 
 
 def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
     """The first windows that have `tokens` ids together, or as many as there are; each begins as a text does."""
     ids, start = tokenizer.encode(text), _start(tokenizer)
-    own = _WINDOW - len(start)
-    count = min(-(-tokens // _WINDOW), len(ids) // own)
-    return [torch.tensor([[*start, *ids[i * own : (i + 1) * own]]]) for i in range(count)]
+    width = _WINDOW_TOKENS - len(start)
+    count = min(-(-tokens // _WINDOW_TOKENS), len(ids) // width)
+    return [torch.tensor([[*start, *ids[i * width : (i + 1) * width]]]) for i in range(count)]
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:
@@ -209,9 +214,9 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
     chance = torch.Generator().manual_seed(0)
     first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
     ids = torch.cat([torch.tensor([start], dtype=torch.long).expand(count, -1), first], 1)
-    cache, new = KVCache(model.args, _IMAGINED), ids
-    while ids.shape[1] < _IMAGINED:
-        progress("imagining", ids.shape[1], _IMAGINED)
+    cache, new = KVCache(model.args, _SAMPLED_TOKENS), ids
+    while ids.shape[1] < _SAMPLED_TOKENS:
+        progress("imagining", ids.shape[1], _SAMPLED_TOKENS)
         probabilities = model(new.to(model.freqs.device), cache)[:, -1].softmax(-1).cpu()
         new = torch.multinomial(probabilities, 1, generator=chance)
         ids = torch.cat([ids, new], 1)
@@ -224,21 +229,21 @@ def stdlib_documentation(characters: int) -> str:
     Less than asked for where there is no more, and nothing where the library came without its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in library.rglob("*.py") if not _FOREIGN & {*file.relative_to(library).parts})
+    files = sorted(file for file in library.rglob("*.py") if not _SKIPPED_FOLDERS & {*file.relative_to(library).parts})
     random.Random(0).shuffle(files)
-    found, length = [], 0
+    texts, length = [], 0
     for file in files:
         if length >= characters:
             break
         for text in _docstrings(file):
-            found.append(text)
+            texts.append(text)
             length += len(text) + 2
-    return "\n\n".join(found)[:characters]
+    return "\n\n".join(texts)[:characters]
 
 
 # Not the library's own, no prose, or, pydoc_data, what the benchmarks measure with.
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
-_SHORT = 400  # characters; less is mostly a line that says what a name says already
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+_MIN_DOCSTRING = 400  # characters; less is mostly a line that says what a name says already
 
 
 def _docstrings(file: Path) -> Iterator[str]:
@@ -249,5 +254,5 @@ def _docstrings(file: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
-            if text is not None and len(text) >= _SHORT:
+            if text is not None and len(text) >= _MIN_DOCSTRING:
                 yield text

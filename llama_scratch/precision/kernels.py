@@ -39,12 +39,12 @@ from llama_scratch.system.processes import end_group
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-_MOST = 4  # libraries that are kept; those used longest ago go first
-_AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
-_SECONDS = 300  # after which a compiler, or another program's, is not waited for
-_CHECK_SECONDS = 10  # for a compiler to say whether it knows C++20
-_NONE = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
-_GAIN = "; with one (Debian: apt-get install g++) answers would be faster"
+_MAX_LIBRARIES = 4  # in the cache; the least recently used are removed
+_RETRY_AFTER_S = 24 * 3600  # when a compiler that failed is tried again
+_COMPILE_TIMEOUT_S = 300  # also for the compiler of another process
+_CHECK_TIMEOUT_S = 10  # for a compiler to say whether it knows C++20
+_NO_COMPILER = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
+_NO_COMPILER_HINT = "; with one (Debian: apt-get install g++) answers would be faster"
 
 # $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
 INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
@@ -87,11 +87,11 @@ def build() -> bool:
         return ready()
     try:
         try:
-            made = _build_kept(user_folder("cache") / "kernels")
+            loaded = _build_kept(user_folder("cache") / "kernels")
         except OSError:  # no home, or it cannot be written to
             with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
-                made = _load(compile_into(Path(folder)))
-        if not made:
+                loaded = _load(compile_into(Path(folder)))
+        if not loaded:
             raise _FailedError("what was compiled could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
@@ -104,7 +104,7 @@ def build() -> bool:
 def compiler() -> str | None:
     """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++.
 
-    Starts each of them until one says yes, for at most `_CHECK_SECONDS`.
+    Starts each of them until one says yes, for at most `_CHECK_TIMEOUT_S`.
     """
     with contextlib.suppress(_FailedError):
         return _find(_candidates())
@@ -119,7 +119,7 @@ def state() -> str:
         return f"compiled for {torch.ops.llama_scratch.machine()}"
     if any(map(_is_whole, _libraries())):
         return "compiled; the first answer loads them"
-    if failure := _failed() or ("" if _candidates() else _NONE + _GAIN):
+    if failure := _failed() or ("" if _candidates() else _NO_COMPILER + _NO_COMPILER_HINT):
         return f"none, because {failure}"
     return "not compiled yet; a session does so while you type"
 
@@ -128,7 +128,7 @@ def compile_into(folder: Path) -> Path:
     """A new library in an existing folder, under its own name once it is whole. Raises `_FailedError` and OSError."""
     path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
     try:
-        code, said = _run([*_command(), "-o", str(path)], _SECONDS, folder)
+        code, said = _run([*_command(), "-o", str(path)], _COMPILE_TIMEOUT_S, folder)
         if code:
             lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
             raise _FailedError(f"the C++ compiler failed ({sanitize((lines or ['it was killed'])[0], 200)})")
@@ -146,7 +146,7 @@ def compile_into(folder: Path) -> Path:
 def _failed() -> str:
     """Why these compilers can make none, as this program or another found within a day; "" if none was tried."""
     with contextlib.suppress(OSError, ValueError):
-        if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
+        if not _failure and time.time() - _reason().stat().st_mtime < _RETRY_AFTER_S:
             commands, _, failure = _reason().read_text("utf-8").partition("\n")
             return sanitize(failure, 300) if commands == shlex.join(_candidates()) else ""
     return _failure
@@ -213,14 +213,14 @@ def _key() -> str:
 @functools.cache
 def _key_of(*flags: str) -> str:
     sources = [SOURCE, *sorted(SOURCE.parent.glob("cpp/*.h"))]
-    made = (
+    inputs = (
         [path.read_bytes() for path in sources],
         torch.__version__,
         torch._C._GLIBCXX_USE_CXX11_ABI,
         _cpu(),
         list(flags),
     )
-    return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
+    return f"kernels-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]}"
 
 
 def _cpu() -> list[str]:
@@ -243,7 +243,7 @@ def _make_room(folder: Path) -> None:
     for path in folder.glob("*.so"):
         with contextlib.suppress(OSError):  # another program makes room too
             used.append((path.lstat().st_mtime_ns, path))
-    for _, path in sorted(used, reverse=True)[_MOST - 1 :]:
+    for _, path in sorted(used, reverse=True)[_MAX_LIBRARIES - 1 :]:
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -257,7 +257,7 @@ def _build_kept(folder: Path) -> bool:
     if not is_ours(folder.stat()):
         raise PermissionError
     _make_room(folder)
-    part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
+    part, until = folder / f"{_key()}.part", time.monotonic() + _COMPILE_TIMEOUT_S
     while time.monotonic() < until and _program_runs():
         report_progress()
         part.mkdir(0o700, exist_ok=True)
@@ -266,8 +266,8 @@ def _build_kept(folder: Path) -> bool:
                 try:
                     if load():  # which that one made
                         return True
-                    made = compile_into(part)
-                    return _load(made.replace(folder / made.name))
+                    library = compile_into(part)
+                    return _load(library.replace(folder / library.name))
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
         time.sleep(0.05)
@@ -300,7 +300,7 @@ def _knows_cpp20(command: str, path: str) -> str:
     # The oldest that say yes are GCC 10 and Clang 10.
     check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
     try:
-        code, _ = _run(check, _CHECK_SECONDS)
+        code, _ = _run(check, _CHECK_TIMEOUT_S)
     except _FailedError as failure:
         return f"{sanitize(command, 200)} does not work ({failure})"
     return f"{sanitize(command, 200)} knows no C++20" if code else ""
@@ -308,11 +308,11 @@ def _knows_cpp20(command: str, path: str) -> str:
 
 def _find(commands: list[str]) -> str:
     """The first compiler that knows C++20. Raises `_FailedError`, with the reason of the last."""
-    why = _NONE
+    why = _NO_COMPILER
     for command in commands:
         if not (why := _knows_cpp20(command, os.environ.get("PATH", ""))):
             return command
-    raise _FailedError(why + _GAIN)
+    raise _FailedError(why + _NO_COMPILER_HINT)
 
 
 def _flags() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Numbers that become a tensor at a time: 4 MB of float32, which a CPU's cache holds.
-_BLOCK = 1 << 20
+_WEIGHTS_PER_BLOCK = 1 << 20
 
 
 class LazyWeight(ABC):
@@ -48,7 +48,7 @@ class LazyWeight(ABC):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The whole weight, turned into `dtype` a block at a time."""
-        step = max(1, _BLOCK // self.shape[1])
+        step = max(1, _WEIGHTS_PER_BLOCK // self.shape[1])
         if len(self) <= step:
             return self.rows(0, len(self)).to(dtype)
         out = torch.empty(self.shape, dtype=dtype)

@@ -8,11 +8,11 @@ import torch
 
 from llama_scratch.config import EMBEDDING, ModelArgs, is_tied
 from llama_scratch.precision import kernels
-from llama_scratch.precision.calibration import TOKENS
+from llama_scratch.precision.calibration import CALIBRATION_TOKENS
 from llama_scratch.precision.dtypes import BITS, DTYPES, activation_type, file_type
 from llama_scratch.precision.lazy_weight import Weight
 from llama_scratch.precision.panels import PACKING_BYTES, panel_bytes
-from llama_scratch.precision.quantize import CALIBRATED
+from llama_scratch.precision.quantize import WEIGHTS_PER_CALIBRATION
 from llama_scratch.precision.rows import PRODUCT_BYTES, reads_gguf_blocks
 
 # Prompts go through the network in chunks of so many tokens, so that Ctrl-C is heard between them, and activations and
@@ -74,9 +74,11 @@ def calibration_memory(weights: Mapping[str, Weight], args: ModelArgs) -> dict[s
     width = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
     return {
         "the int8 network that reads examples": reader["weights"] + reader["activations"],
-        "examples": 4 * TOKENS * args.dim,
+        "examples": 4 * CALIBRATION_TOKENS * args.dim,
         # First the Hessian is made, then weights are quantized by it.
-        "products of inputs": max(_HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * CALIBRATED),
+        "products of inputs": max(
+            _HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION
+        ),
     }
 
 

@@ -24,7 +24,7 @@ from llama_scratch.precision.calibration import LINEARS_BY_INPUT, CalibrationTex
 from llama_scratch.precision.lazy_weight import Weight
 from llama_scratch.precision.linear import FusedLinearPart, FusedOutput, PackedLinear
 from llama_scratch.precision.panels import Panels, panel_shapes, to_panels
-from llama_scratch.precision.quantize import BLOCK, Hessian
+from llama_scratch.precision.quantize import BLOCK_SIZE, Hessian
 from llama_scratch.precision.rows import Rows
 from llama_scratch.precision.weight_cache import Layout, PackedWeightCache
 from llama_scratch.system.jobs import report_progress
@@ -152,5 +152,5 @@ def hessians_in_turn(
 
 
 def _hessian(products: Tensor) -> Hessian | None:
-    missing = -len(products) % BLOCK[4]
+    missing = -len(products) % BLOCK_SIZE[4]
     return Hessian(F.pad(products, (0, missing, 0, missing))) if products.isfinite().all() else None

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from llama_scratch.precision import kernels
 from llama_scratch.precision.lazy_weight import LazyWeight, Weight
-from llama_scratch.precision.quantize import BLOCK, CALIBRATED, Hessian, dequantize, quantize_blocks, quantize_panels
+from llama_scratch.precision.quantize import (
+    BLOCK_SIZE,
+    WEIGHTS_PER_CALIBRATION,
+    Hessian,
+    dequantize,
+    quantize_blocks,
+    quantize_panels,
+)
 from llama_scratch.precision.rows import WEIGHTS_PER_BLOCK, KernelOperand, kernels_product, product, product_type
 
 PANEL = 16
@@ -43,8 +50,8 @@ class Panels:
         bits = 8 if values.dtype == torch.int8 else 4
         self.kernel_operands: list[KernelOperand] = [((values, scales), f"int{bits}")]
         # Whether every panel and block is full, which `layers` in kernels.cpp needs.
-        self.whole = panel_shapes(shape, bits)[0][0] * PANEL == shape[0] and shape[1] % BLOCK[bits] == 0
-        self._filling = -shape[1] % BLOCK[bits]
+        self.whole = panel_shapes(shape, bits)[0][0] * PANEL == shape[0] and shape[1] % BLOCK_SIZE[bits] == 0
+        self._filling = -shape[1] % BLOCK_SIZE[bits]
 
     def __call__(self, x: Tensor) -> Tensor:
         filled = F.pad(x, (0, self._filling)) if self._filling else x
@@ -60,8 +67,8 @@ class Panels:
 
 def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of a weight's values and scales in panels, see cpp/panels.h; rows and blocks are filled up."""
-    panels, blocks = -(-shape[0] // PANEL), -(-shape[1] // BLOCK[bits])
-    return (panels, blocks * BLOCK[bits] * bits // (8 * GROUP), PANEL, GROUP), (panels, blocks, PANEL)
+    panels, blocks = -(-shape[0] // PANEL), -(-shape[1] // BLOCK_SIZE[bits])
+    return (panels, blocks * BLOCK_SIZE[bits] * bits // (8 * GROUP), PANEL, GROUP), (panels, blocks, PANEL)
 
 
 def panel_bytes(shape: tuple[int, int], bits: int) -> int:
@@ -85,7 +92,7 @@ def to_panels(
     numbers, steps = panel_shapes(filled.shape, bits)
     values = torch.empty(numbers, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(steps, dtype=torch.float16)
-    panels = max(1, (CALIBRATED if hessian else WEIGHTS_PER_PIECE) // filled.shape[1] // PANEL)
+    panels = max(1, (WEIGHTS_PER_CALIBRATION if hessian else WEIGHTS_PER_PIECE) // filled.shape[1] // PANEL)
     for i, part in enumerate(filled.split(panels * PANEL)):
         before_each()
         piece = slice(i * panels, (i + 1) * panels)
@@ -118,7 +125,7 @@ class _Filled(LazyWeight):
 
     def __init__(self, weights: Sequence[Weight], bits: int):
         out, width = sum(map(len, weights)), weights[0].shape[1]
-        self._missing = -width % BLOCK[bits]
+        self._missing = -width % BLOCK_SIZE[bits]
         super().__init__((out, width + self._missing), torch.float32, sum(weight.nbytes for weight in weights))
         self._weights = list(weights)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llama_scratch.precision.lazy_weight import Weight
 
-BLOCK = {8: 32, 4: 64}
+BLOCK_SIZE = {8: 32, 4: 64}
 """Inputs that share a scale, by bits."""
 
 _GRID = {8: (-127, 127), 4: (-8, 7)}
@@ -42,11 +42,11 @@ _STEPS = {
     8: [127.0, *torch.linspace(127.4, 122, 15).tolist()],
     4: [-8.0, *torch.linspace(-9, -6, 15).tolist(), *torch.linspace(5.6, 7.9, 16).tolist()],
 }
-_LARGEST = torch.finfo(torch.float16).max
-_UNSEEN = 1e-3  # of the mean diagonal: what an input counts that was always zero
+_MAX_FLOAT16 = torch.finfo(torch.float16).max
+_UNSEEN_INPUT_WEIGHT = 1e-3  # weight of an input that was always zero, as a share of the mean diagonal
 _SWEEPS = 2  # of the descent; more gain less than a hundredth
-_SEARCHED = 1 << 19  # weights that are worked on at a time: what a CPU's cache holds
-CALIBRATED = 1 << 24
+_WEIGHTS_PER_SEARCH = 1 << 19  # weights that are worked on at a time: what a CPU's cache holds
+WEIGHTS_PER_CALIBRATION = 1 << 24
 """Weights that are calibrated at a time: many rows, for there is much to be done before it is the next input's turn."""
 
 
@@ -62,7 +62,7 @@ class Hessian:
     def __init__(self, products: Tensor, damping: float = 0.5):
         damped = products.double()
         damped /= products.diagonal().mean().clamp_min(1e-30)
-        damped.diagonal().mul_(1 + damping).add_(_UNSEEN)
+        damped.diagonal().mul_(1 + damping).add_(_UNSEEN_INPUT_WEIGHT)
         self.matrix = damped.float()  # H
         # R, upper triangular, with R Rᵀ = H. Cholesky's factor is a lower one: of H turned over, it is R turned over.
         damped = damped.flip(0, 1)
@@ -76,23 +76,23 @@ def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -
     float32 at a time. Raises `ValueError` for rows that are no whole number of blocks, and for weights that are not
     finite or too large for a scale in float16.
     """
-    (out, width), block, largest = weight.shape, BLOCK[bits], _LARGEST * _GRID[bits][1]
+    (out, width), block, largest = weight.shape, BLOCK_SIZE[bits], _MAX_FLOAT16 * _GRID[bits][1]
     _check_width(width, bits)
     numbers = torch.empty(out, width // block, block, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(out, width // block, dtype=torch.float16)
     start = 0
-    for part in weight.split(max(1, (CALIBRATED if hessian else _SEARCHED) // width)):
+    for part in weight.split(max(1, (WEIGHTS_PER_CALIBRATION if hessian else _WEIGHTS_PER_SEARCH) // width)):
         rows = part.to(torch.float32)  # (rows, in)
         if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
             raise _too_large(bits)
         blocks = rows.view(len(rows), -1, block)
         if hessian is None:
-            found = _search(blocks, bits)
-            rounded = _round(blocks, _inverse(found)[..., None], bits)
+            steps = _search(blocks, bits)
+            rounded = _round(blocks, _inverse(steps)[..., None], bits)
         else:
-            rounded, found = _descend(blocks, *_gptq(blocks, hessian, bits), hessian, bits)
+            rounded, steps = _descend(blocks, *_gptq(blocks, hessian, bits), hessian, bits)
         numbers[start : start + len(rows)] = rounded if bits == 8 else rounded.add_(8)
-        scales[start : start + len(rows)] = found
+        scales[start : start + len(rows)] = steps
         start += len(rows)
     return numbers.flatten(1), scales
 
@@ -121,12 +121,12 @@ def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_width(width: int, bits: int) -> None:
-    if width % BLOCK[bits]:
-        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK[bits]}")
+    if width % BLOCK_SIZE[bits]:
+        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK_SIZE[bits]}")
 
 
 def _too_large(bits: int) -> ValueError:
-    largest = _LARGEST * _GRID[bits][1]
+    largest = _MAX_FLOAT16 * _GRID[bits][1]
     return ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
 
 
@@ -151,7 +151,7 @@ def _round(x: Tensor, inverse: Tensor, bits: int, out: Tensor | None = None) -> 
 
 def _as_scale(x: Tensor) -> Tensor:
     """Float32 that a float16 can hold."""
-    return x.clamp(-_LARGEST, _LARGEST).half().float()
+    return x.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).half().float()
 
 
 def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
@@ -159,8 +159,8 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 
     Without a cost the kernels do the same faster, see cpp/search.h.
     """
-    most, least = blocks.amax(-1), blocks.amin(-1)
-    largest = torch.where(most > -least, most, -least if bits == 8 else least)
+    maximum, minimum = blocks.amax(-1), blocks.amin(-1)
+    largest = torch.where(maximum > -minimum, maximum, -minimum if bits == 8 else minimum)
     best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     space = torch.empty_like(blocks)  # taken once: fresh memory costs more than the sums
     for steps in (*_STEPS[bits], None):
@@ -172,9 +172,9 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
         scale = _as_scale(scale)
         numbers = _round(blocks, _inverse(scale)[..., None], bits, out=space)
         missed = torch.addcmul(blocks, numbers, scale[..., None], value=-1, out=space).mul_(cost)
-        found = torch.linalg.vector_norm(missed, dim=-1)
-        best = torch.where(found < error, scale, best)
-        error = torch.minimum(found, error)
+        new_error = torch.linalg.vector_norm(missed, dim=-1)
+        best = torch.where(new_error < error, scale, best)
+        error = torch.minimum(new_error, error)
     return best
 
 
@@ -196,17 +196,17 @@ def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     errors = torch.empty_like(blocks).flatten(1)  # e
     for b in range(blocks.shape[1]):
         start, end = b * block, (b + 1) * block
-        own = R[start:end, start:end]
-        made = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the blocks before, (rows, block)
-        ideal = blocks[:, b] + torch.linalg.solve_triangular(own, made, upper=True, left=False)
-        scales[:, b] = scale = _search(ideal, bits, own.diagonal())
+        block_R = R[start:end, start:end]
+        carried = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the blocks before, (rows, block)
+        ideal = blocks[:, b] + torch.linalg.solve_triangular(block_R, carried, upper=True, left=False)
+        scales[:, b] = scale = _search(ideal, bits, block_R.diagonal())
         # Turned, (block, rows): the places are gone through one by one, and each lies in one piece.
-        made, weights = made.T.contiguous(), blocks[:, b].T.contiguous()
-        taken, error, inverse = torch.empty_like(made), torch.empty_like(made), _inverse(scale)
-        for j, own_j in enumerate(own.diagonal().tolist()):
-            taken[j] = _round(weights[j] + made[j] / own_j, inverse, bits)
+        carried, weights = carried.T.contiguous(), blocks[:, b].T.contiguous()
+        taken, error, inverse = torch.empty_like(carried), torch.empty_like(carried), _inverse(scale)
+        for j, R_jj in enumerate(block_R.diagonal().tolist()):
+            taken[j] = _round(weights[j] + carried[j] / R_jj, inverse, bits)
             error[j] = weights[j] - taken[j] * scale
-            made[j + 1 :].addr_(own[j, j + 1 :], error[j])
+            carried[j + 1 :].addr_(block_R[j, j + 1 :], error[j])
         numbers[:, b], errors[:, start:end] = taken.T, error.T
     return numbers, scales
 
@@ -221,15 +221,15 @@ def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, hessian: Hessian, 
     errors = blocks - numbers * scales[..., None]  # e
     for b in list(range(blocks.shape[1])) * _SWEEPS:
         inputs = slice(b * block, (b + 1) * block)
-        own, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
+        block_H, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
         slope = errors.flatten(1) @ H[inputs].T  # g, for H is symmetric
-        bend = ((taken @ own) * taken).sum(1)  # n H nᵀ
+        bend = ((taken @ block_H) * taken).sum(1)  # n H nᵀ
         better = _as_scale(scale + (slope * taken).sum(1) / bend.clamp_min(1e-30))
-        slope -= (taken * (better - scale)[:, None]) @ own
+        slope -= (taken * (better - scale)[:, None]) @ block_H
         slope, taken, inverse = slope.T.contiguous(), taken.T.contiguous(), _inverse(better)  # (block, rows), as above
-        for j, own_j in enumerate(own.diagonal().tolist()):
-            moved = _round(taken[j] * better + slope[j] / own_j, inverse, bits)
-            slope.addr_(own[j], (taken[j] - moved) * better)
+        for j, H_jj in enumerate(block_H.diagonal().tolist()):
+            moved = _round(taken[j] * better + slope[j] / H_jj, inverse, bits)
+            slope.addr_(block_H[j], (taken[j] - moved) * better)
             taken[j] = moved
         numbers[:, b], scales[:, b] = taken.T, better
         errors[:, b] = blocks[:, b] - taken.T * better[:, None]

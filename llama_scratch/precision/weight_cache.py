@@ -30,14 +30,14 @@ from torch import Tensor
 from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
 from llama_scratch.system.folders import is_ours, user_folder
 
-_FORMAT = 4
-# All kept files together; the least recently used go first.
-_MOST = 16 << 30
-_STALE = 7 * 24 * 3600  # seconds after which a .part file that no process writes is removed
+_FORMAT_VERSION = 4
+# Of all files together; the least recently used are removed first.
+_MAX_BYTES = 16 << 30
+_STALE_AFTER_S = 7 * 24 * 3600  # when a .part file that no process writes is removed
 # Added to the checksum of a finished piece, because a checksum can be 0.
 _FINISHED = 1 << 32
 # Values and scales begin at whole lines of the CPU's cache: vectors that lie across two are read at half the speed.
-_LINE = 64
+_CACHE_LINE = 64
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of a piece's values and of its scales."""
@@ -49,16 +49,16 @@ class PackedWeightCache:
     Args:
         files: The files that the weights come from.
         layouts: The layout of each piece.
-        made: What else decides what the pieces hold.
+        recipe: What else decides what the pieces hold.
     """
 
-    def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], made: str = ""):
+    def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], recipe: str = ""):
         self._layouts = list(layouts)
         sizes = [sum(_lines(_nbytes(*part)) for part in layout) for layout in self._layouts]
         self._starts = np.cumsum([_lines(8 * len(sizes)), *sizes]).tolist()
         self._path: Path | None = None  # None if nothing can be kept
         with contextlib.suppress(FileNotFoundError):  # no home
-            self._path = user_folder("cache") / "weights" / _key(files, self._layouts, made)
+            self._path = user_folder("cache") / "weights" / _key(files, self._layouts, recipe)
         self._lock = threading.Lock()
         self._opened = False
         self._data: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
@@ -208,7 +208,7 @@ def _reopen(path: Path, size: int) -> BinaryIO:
 
 def _begin(path: Path, size: int) -> BinaryIO:
     """Begin a .part file, locked. Raises OSError if it cannot be written, or another process writes it."""
-    if size > _MOST:
+    if size > _MAX_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(path.parent.stat()):
@@ -227,24 +227,24 @@ def _begin(path: Path, size: int) -> BinaryIO:
 
 
 def _lines(size: int) -> int:
-    return -(-size // _LINE) * _LINE
+    return -(-size // _CACHE_LINE) * _CACHE_LINE
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _key(files: Sequence[Path], layouts: Sequence[Layout], what: str) -> str:
+def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
     """A name for what the pieces were made from: the files as they are now; and on: torch and the CPU."""
-    made = (
-        _FORMAT,
+    origin = (
+        _FORMAT_VERSION,
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         layouts,
-        what,
+        recipe,
     )
-    return hashlib.sha256(repr(made).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(origin).encode()).hexdigest()[:32]
 
 
 def _make_room(folder: Path, size: int) -> None:
@@ -252,14 +252,14 @@ def _make_room(folder: Path, size: int) -> None:
     files = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            if path.suffix == ".part" and time.time() - path.lstat().st_mtime > _STALE:
+            if path.suffix == ".part" and time.time() - path.lstat().st_mtime > _STALE_AFTER_S:
                 _remove(path)
             status = path.lstat()
             if stat.S_ISREG(status.st_mode):
                 files.append((status.st_mtime_ns, status.st_size, path))
     total = sum(file_size for _, file_size, _ in files) + size
     for _, file_size, path in sorted(files):
-        if total <= _MOST:
+        if total <= _MAX_BYTES:
             return
         _remove(path)
         if not os.path.lexists(path):
