@@ -1,7 +1,7 @@
 // The kernels without torch: a library for the tests, and a program that the sanitizers watch.
 
 #define LLAMA_SCRATCH_ALONE
-#include "../llama_scratch/kernels.cpp"
+#include "../llama_scratch/precision/kernels.cpp"
 
 #include <cstdio>
 #include <random>
