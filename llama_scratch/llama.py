@@ -1,5 +1,7 @@
-"""`Llama`: a loaded model that answers prompts. It joins checkpoint, tokenizer and network; the command line is a thin
-caller of it."""
+"""`Llama`, the façade: find a model, open its checkpoint, build its network, and answer prompts.
+
+Each step is a function of another room: `find_model`, `open_checkpoint`, `load_network`, `Engine`, `continue_ids`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.generation import continue_ids
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.inference.loading import load_network
+from llama_scratch.inference.loading import StorageOptions, load_network
 from llama_scratch.inference.prompt_text import Prompt, encode_conversation
 from llama_scratch.model import Transformer
 from llama_scratch.precision.lazy_weight import Weight
@@ -40,12 +42,18 @@ _MAX_THREADS_PER_CORE = 8
 class Llama(LoadedModel):
     """A model in memory. Make one with `Llama.load`.
 
-    args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters. path: its directory
-    or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
-    what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
-    for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `prompt_lookup`;
-    what comes out is the same. warnings: messages about the model's files, which each prediction repeats. options:
-    the arguments of `load` that change the model and that nothing above tells, as they were given.
+    Attributes:
+        args: The shape of the network.
+        tokenizer: Text ↔ ids.
+        info: Name, format, precision, device and number of parameters.
+        path: The model's directory or file.
+        context: Maximum number of tokens of a prompt and its continuation together.
+        engine: Ids → logits, with the KV cache.
+        load_s: How long loading took, in seconds.
+        chat: The conversation format that the model was trained for; None for a base model.
+        speculate: Whether `generate` may compute guessed tokens ahead, see `prompt_lookup`. The result is the same.
+        warnings: Messages about the model's files, which each prediction repeats.
+        options: The arguments of `load` that change the model and that no other attribute holds, as they were given.
     """
 
     speculate = True
@@ -89,20 +97,20 @@ class Llama(LoadedModel):
     ) -> Llama:
         """Load a model.
 
-        source: a directory of Meta's or Hugging Face's files, or a .gguf file; the name of a model that
-            `llama-scratch pull` fetched: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as
-            "Llama3.2-1B"; or a directory at gs:// or az://, whose files are brought here. None looks in the usual
-            places (see `find_model`).
-        precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `precision`.
-        activations: what goes from layer to layer: "fp32", "bf16", as Meta's own code rounds it, or "auto", float32 on
-            a CPU.
-        device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
-        rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
-        tokenizer: a tokenizer.model elsewhere.
-        context: the most tokens, at most and by default what the model was trained for.
-        threads: CPU threads; by default torch's choice.
-        calibration: a file of text, of the kind that int4 is to be best at; by default see `calibration`.
-        progress: called with a stage, how much is done and how much there is.
+        Args:
+            source: A directory of Meta's or Hugging Face's files, or a .gguf file. Or a name that `llama-scratch pull`
+                knows: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as "Llama3.2-1B". Or a
+                directory at gs:// or az://, whose files are downloaded. None looks in the usual places, see
+                `find_model`.
+            precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `PRECISIONS`.
+            activations: Type of the activations: "fp32", "bf16", as in Meta's own code, or "auto", float32 on a CPU.
+            device: "cpu", "cuda", "mps", or "auto": CUDA if there is a GPU, else the CPU.
+            rope_factor: Replaces the factor of Llama's RoPE scaling (32 for 3.2's 1B and 3B, 8 for larger ones).
+            tokenizer: A tokenizer.model in another place.
+            context: Maximum number of tokens; by default the number that the model was trained for.
+            threads: CPU threads; by default torch's choice.
+            calibration: A file of text that int4 is to be best at; see `calibration_text` for the default.
+            progress: Called with a stage, how much is done and how much there is.
 
         Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
         """
@@ -112,17 +120,9 @@ class Llama(LoadedModel):
         args = checkpoint.args.with_rope_factor(rope_factor)
         tokens = _context(context, args)
         _set_threads(threads)
-        model, packing, info = load_network(
-            checkpoint,
-            args,
-            precision=precision,
-            activations=activations,
-            device=device,
-            calibration=calibration,
-            # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
-            context=min(tokens, context or 4096),
-            progress=progress,
-        )
+        storage = StorageOptions(precision, activations, device, calibration)
+        # The cache grows as it is used; a context that was not asked for is no reason to reject a model.
+        model, packing, info = load_network(checkpoint, args, storage, min(tokens, context or 4096), progress)
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
         return cls(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from llama_scratch.checkpoint import Checkpoint
 from llama_scratch.config import ModelArgs, is_tied
@@ -20,52 +21,52 @@ from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress
 
 
+@dataclass(frozen=True)
+class StorageOptions:
+    """How a network's weights are to be stored and multiplied: the arguments of `Llama.load` with these names."""
+
+    precision: str
+    activations: str
+    device: str
+    calibration: str | os.PathLike[str] | None
+
+
 def load_network(
-    checkpoint: Checkpoint,
-    args: ModelArgs,
-    *,
-    precision: str,
-    activations: str,
-    device: str,
-    calibration: str | os.PathLike[str] | None,
-    context: int,
-    progress: Progress,
+    checkpoint: Checkpoint, args: ModelArgs, options: StorageOptions, context: int, progress: Progress
 ) -> tuple[Transformer, BackgroundJobs, ModelInfo]:
     """Build the network of a checkpoint.
 
     Args:
         checkpoint: Where the weights come from.
         args: The network's shape.
-        precision: See `Llama.load`, as for `activations`, `device` and `calibration`.
-        activations: Number type between the layers.
-        device: The device that the network runs on.
-        calibration: A file of text.
+        options: How the weights are to be stored.
         context: Tokens in the cache that there must be memory for.
         progress: Called while the weights are read.
 
     Returns:
-        The network; the jobs that are left to do before it answers, or answers fast; and its description.
+        The network, the jobs that are left to do before it answers, or answers fast, and its description.
 
     Raises:
-        OutOfMemoryError: If the network does not fit, before it is built.
+        OutOfMemoryError: If the network does not fit; this is known before it is built.
         UsageError: If an option is unknown, or this machine does not have the device.
         ModelNotFoundError: If the text for calibration cannot be read.
         CheckpointError: If the weights are damaged.
     """
-    place = resolve_device(device)
-    validate_precision(precision)
-    activation_type(activations, precision, place)
-    text = calibration_text(checkpoint.tokenizer, calibration) if precision == "int4" else None
+    device, activations = resolve_device(options.device), options.activations
+    validate_precision(options.precision)
+    activation_type(activations, options.precision, device)
+    is_int4 = options.precision == "int4"
+    text = calibration_text(checkpoint.tokenizer, options.calibration) if is_int4 else None
     with memory_errors(checkpoint.name):
         weights = checkpoint.load(progress)
         file_dtype, tied, known = file_type(weights), is_tied(weights), all_known(weights)
-        precision = resolve_precision(precision, file_dtype, place)
+        precision = resolve_precision(options.precision, file_dtype, device)
         needed = memory_needed(
-            args, precision, file_dtype, context, place, tied=tied, activations=activations, known=known
+            args, precision, file_dtype, context, device, tied=tied, activations=activations, known=known
         )
-        require_device_memory(needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", place)
-        model, packing = build(weights, args, precision, place, checkpoint.files, text, activations)
-    if place.type == "cpu":
+        require_device_memory(needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", device)
+        model, packing = build(weights, args, precision, device, checkpoint.files, text, activations)
+    if device.type == "cpu":
         use_kernels(model)
-    info = ModelInfo(checkpoint.name, checkpoint.format, precision, place.type, args.n_parameters(tied=tied))
+    info = ModelInfo(checkpoint.name, checkpoint.format, precision, device.type, args.n_parameters(tied=tied))
     return model, packing, info

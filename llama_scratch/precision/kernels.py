@@ -33,6 +33,7 @@ import torch
 
 from llama_scratch.errors import sanitize
 from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
+from llama_scratch.system.cache_folder import remove_least_recently_used
 from llama_scratch.system.folders import is_ours, user_folder
 from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
@@ -87,7 +88,7 @@ def build() -> bool:
         return ready()
     try:
         try:
-            loaded = _build_kept(user_folder("cache") / "kernels")
+            loaded = _build_into_cache(user_folder("cache") / "kernels")
         except OSError:  # no home, or it cannot be written to
             with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
                 loaded = _load(compile_into(Path(folder)))
@@ -236,27 +237,22 @@ def _cpu() -> list[str]:
     return [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
 
 
-def _make_room(folder: Path) -> None:
-    """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
+def _limit_cache(folder: Path) -> None:
+    """Remove what ended processes left unfinished, and of the libraries the least recently used."""
     remove_stale(folder, "*.part")
-    used = []
-    for path in folder.glob("*.so"):
-        with contextlib.suppress(OSError):  # another program makes room too
-            used.append((path.lstat().st_mtime_ns, path))
-    for _, path in sorted(used, reverse=True)[_MAX_LIBRARIES - 1 :]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    with contextlib.suppress(OSError):
+        remove_least_recently_used(folder.glob("*.so"), max_files=_MAX_LIBRARIES - 1)
 
 
 # --- Compiling --------------------------------------------------------------------------------
 
 
-def _build_kept(folder: Path) -> bool:
+def _build_into_cache(folder: Path) -> bool:
     """Compile into the cache, or wait for the program that does, and load. Raises OSError where nothing can be kept."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(folder.stat()):
         raise PermissionError
-    _make_room(folder)
+    _limit_cache(folder)
     part, until = folder / f"{_key()}.part", time.monotonic() + _COMPILE_TIMEOUT_S
     while time.monotonic() < until and _program_runs():
         report_progress()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
+from llama_scratch.system.cache_folder import remove_least_recently_used
 from llama_scratch.system.folders import is_ours, user_folder
 
 _FORMAT_VERSION = 4
@@ -214,7 +215,7 @@ def _begin(path: Path, size: int) -> BinaryIO:
     if not is_ours(path.parent.stat()):
         raise PermissionError
     _remove(_part(path))  # one that cannot be continued
-    _make_room(path.parent, size)
+    _limit_cache(path.parent, size)
     file = open(os.open(_part(path), os.O_RDWR | os.O_CREAT | NO_LINK, 0o600), "r+b")  # noqa: SIM115 - kept open
     try:
         if not lock(file.fileno(), _part(path)):
@@ -247,23 +248,13 @@ def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
     return hashlib.sha256(repr(origin).encode()).hexdigest()[:32]
 
 
-def _make_room(folder: Path, size: int) -> None:
+def _limit_cache(folder: Path, size: int) -> None:
     """Remove stale .part files, and the least recently used files if `size` more bytes are too many."""
-    files = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            if path.suffix == ".part" and time.time() - path.lstat().st_mtime > _STALE_AFTER_S:
-                _remove(path)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files.append((status.st_mtime_ns, status.st_size, path))
-    total = sum(file_size for _, file_size, _ in files) + size
-    for _, file_size, path in sorted(files):
-        if total <= _MAX_BYTES:
-            return
-        _remove(path)
-        if not os.path.lexists(path):
-            total -= file_size
+    for part in folder.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another process limits the folder too
+            if time.time() - part.lstat().st_mtime > _STALE_AFTER_S:
+                _remove(part)
+    remove_least_recently_used(folder.iterdir(), max_bytes=_MAX_BYTES - size, remove=_remove)
 
 
 def _remove(path: Path) -> None:
