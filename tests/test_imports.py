@@ -224,6 +224,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not HEAVY & loaded
 
 
+def test_the_names_of_the_precisions_come_without_torch() -> None:
+    """The command line checks and completes them before torch is imported."""
+    loaded = loaded_after("from llama_scratch.precision import PRECISIONS, resolve_precision, validate_precision")
+    assert not HEAVY & loaded
+
+
 def test_the_public_interface_loads_torch_when_it_is_used() -> None:
     """The test above would notice: `Llama` does import torch."""
     assert "torch" in loaded_after("from llama_scratch import Llama")
