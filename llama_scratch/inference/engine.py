@@ -38,14 +38,17 @@ class Logits:
 
 
 class Engine:
-    """Runs a `Transformer` over sequences of ids; `context` is the most tokens that one may have.
+    """Run a `Transformer` on token ids, with one KV cache that successive prompts reuse.
 
-    packing: puts weights of few bits into their form, before the first answer.
-    hooks: hang in the network whenever this engine runs it, see `hooks`; so what it caches is of the network with them.
-    files: those that the weights are mapped from; where one has changed there is no answer, but `CheckpointError`.
+    The engine stays consistent if it is interrupted: `cache.length` advances only after a complete chunk, and
+    `_ids[:cache.length]` are always the tokens in the cache.
 
-    An interruption at any point leaves it whole: the cache's `length` moves on only when a piece is
-    done, and `_ids[:length]` always names what the cache holds.
+    Args:
+        model: The network.
+        context: Maximum number of tokens in a sequence.
+        packing: Background jobs that pack the weights. The first answer waits for them.
+        hooks: Hooks for every forward pass. The cache then belongs to the hooked network.
+        files: The mapped weight files. If one has changed on disk, answers raise `CheckpointError`.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Which inputs a network's linear layers have, from examples: by them `quantize` knows which errors matter.
+"""Collect the inputs of a network's linear layers from examples, which tell `quantize` which errors matter.
 
-Examples are windows of tokens. Best is text of the kind that the model will read. Without one, half of the tokens are
-Python's own documentation, which lies wherever this runs, and half is what the model says to random first tokens: on
-the subjects and in the languages that it knows, each as often as it knows it.
+Examples are windows of tokens. The best is text of the kind that the model will read. Without one, half of the tokens
+are Python's documentation, which every installation has, and half are sampled from the model after random first
+tokens: subjects and languages that the model was trained on, in about the same shares.
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, arXiv:2305.17888 (a model's own text).
 """
@@ -32,7 +32,7 @@ from llama_scratch.system.small_files import read_start, reject_pointer, without
 from llama_scratch.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 16_384
-"""Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
+"""Tokens of all examples. Twice as many gain a few percent, half as many lose 10 %."""
 
 LINEARS_BY_INPUT = (
     ("attention.wq", "attention.wk", "attention.wv"),
@@ -40,17 +40,23 @@ LINEARS_BY_INPUT = (
     ("feed_forward.w1", "feed_forward.w3"),
     ("feed_forward.w2",),
 )
-"""Linear layers of a block that read the same vectors, in the order in which a token comes by."""
+"""Linear layers of a block, grouped by the input that they read, in order of execution."""
 
 
 def collect_hessians(
     model: Transformer, windows: Sequence[Tensor], progress: Progress = silent
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """H = E[x xᵀ] of the inputs x of all linear layers, in the order in which a token comes by.
+    """Compute H = E[x xᵀ] of the inputs x of all linear layers, in order of execution.
 
-    windows: (B, T) int64 each, read from an empty context; nothing else may use the network meanwhile. Yields the names
-    of the layers that read the same x, and their H, (in, in) float32. What is held at a time is one vector for each
-    token, and the products of one block.
+    Holds one vector per token, and the products of one block at a time.
+
+    Args:
+        model: The network. Nothing else may use it meanwhile.
+        windows: Examples, (B, T) int64 each, read from an empty context.
+        progress: Called with "calibrating" and numbers of windows.
+
+    Yields:
+        The names of the layers that read the same x, and their H, (in, in) float32.
     """
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
@@ -74,7 +80,7 @@ def collect_hessians(
     yield ["output"], output.mean(tokens)
 
 
-# Rows of such a matrix that are made at a time; what is left of them is what is above their columns.
+# Rows of H that are computed at a time, from the diagonal on, because H is symmetric.
 _ROWS_PER_PRODUCT = 1024
 
 
@@ -85,10 +91,10 @@ def _forward_block(block: TransformerBlock, x: Tensor, model: Transformer, layer
 
 
 class _Products:
-    """A hook that adds up the products x xᵀ of all that a module is given."""
+    """A hook that adds up x xᵀ over all inputs of a module."""
 
     def __init__(self) -> None:
-        self._upper = torch.empty(0, 0)  # with what lies right of the diagonal, and some of the rest
+        self._upper = torch.empty(0, 0)  # the upper triangle, and parts of the lower one
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
@@ -100,7 +106,7 @@ class _Products:
             )
 
     def mean(self, tokens: int) -> Tensor:
-        """Their mean, (in, in)."""
+        """The mean, (in, in)."""
         upper = self._upper.triu_().div_(tokens)
         return upper + upper.triu(1).T
 
@@ -143,9 +149,9 @@ def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) 
 def examples(
     model: Transformer, tokenizer: Tokenizer, tokens: int = CALIBRATION_TOKENS, progress: Progress = silent
 ) -> list[Tensor]:
-    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half in the model's words.
+    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half sampled from the model.
 
-    Always the same for the same model and Python.
+    Deterministic for a model and a version of Python.
     """
     read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
@@ -154,7 +160,7 @@ def examples(
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read the text to calibrate with; of a long file only the beginning that is used.
+    """Read the text to calibrate with. Only the beginning of a long file is used.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
@@ -173,7 +179,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ) from error
     reject_pointer(start, name, UsageError)
     try:
-        # A file that goes on can have been cut within a character.
+        # The limit can fall within a character.
         text = codecs.getincrementaldecoder("utf-8")().decode(
             without_mark(start, name, UsageError), final=len(start) < limit
         )
@@ -195,7 +201,7 @@ def windows(tokenizer: Tokenizer, text: str, tokens: int = CALIBRATION_TOKENS) -
 
 
 def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
-    """The first windows that have `tokens` ids together, or as many as there are; each begins as a text does."""
+    """The first windows, `tokens` ids in all, or fewer if the text is short. Each begins with the BOS token."""
     ids, start = tokenizer.encode(text), _start(tokenizer)
     width = _WINDOW_TOKENS - len(start)
     count = min(-(-tokens // _WINDOW_TOKENS), len(ids) // width)
@@ -207,9 +213,9 @@ def _start(tokenizer: Tokenizer) -> list[int]:
 
 
 def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
-    """What the model says to random tokens, drawn by its probabilities: (count, 256) int64.
+    """Sample texts from the model after random first tokens: (count, 256) int64.
 
-    start: ids that come before the random one.
+    start: ids before the random one.
     """
     chance = torch.Generator().manual_seed(0)
     first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
@@ -224,9 +230,9 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
 
 
 def stdlib_documentation(characters: int) -> str:
-    """What Python's standard library says of itself, by chance but always the same.
+    """Docstrings of Python's standard library in a random but fixed order.
 
-    Less than asked for where there is no more, and nothing where the library came without its source.
+    Fewer characters if there are no more; none if the library was installed without its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in library.rglob("*.py") if not _SKIPPED_FOLDERS & {*file.relative_to(library).parts})
@@ -241,9 +247,9 @@ def stdlib_documentation(characters: int) -> str:
     return "\n\n".join(texts)[:characters]
 
 
-# Not the library's own, no prose, or, pydoc_data, what the benchmarks measure with.
+# Third-party packages, code without prose, and pydoc_data, which the benchmarks measure with.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
-_MIN_DOCSTRING = 400  # characters; less is mostly a line that says what a name says already
+_MIN_DOCSTRING = 400  # characters; shorter ones mostly repeat the name of a function
 
 
 def _docstrings(file: Path) -> Iterator[str]:

@@ -37,9 +37,12 @@ PACKING_BYTES = 4 * WEIGHTS_PER_PIECE
 
 
 class Panels:
-    """Blocks of 8 or 4 bits, multiplied as cpp/panels.h says; without kernels, as float32.
+    """A weight of 8 or 4 bits, multiplied as in cpp/panels.h; without kernels, as float32.
 
-    values, scales: from `to_panels`. shape: (out, in) of the weight, without what only fills a panel or a block.
+    Args:
+        values: From `to_panels`.
+        scales: From `to_panels`.
+        shape: (out, in) of the weight, without padding.
     """
 
     def __init__(self, values: Tensor, scales: Tensor, shape: tuple[int, int]):
@@ -51,14 +54,14 @@ class Panels:
         self.kernel_operands: list[KernelOperand] = [((values, scales), f"int{bits}")]
         # Whether every panel and block is full, which `layers` in kernels.cpp needs.
         self.whole = panel_shapes(shape, bits)[0][0] * PANEL == shape[0] and shape[1] % BLOCK_SIZE[bits] == 0
-        self._filling = -shape[1] % BLOCK_SIZE[bits]
+        self._padding = -shape[1] % BLOCK_SIZE[bits]
 
     def __call__(self, x: Tensor) -> Tensor:
-        filled = F.pad(x, (0, self._filling)) if self._filling else x
+        padded = F.pad(x, (0, self._padding)) if self._padding else x
         if kernels.ready() and x.device.type == "cpu":
-            out = kernels_product(filled, self.kernel_operands)
+            out = kernels_product(padded, self.kernel_operands)
         else:
-            rows = filled.reshape(-1, filled.shape[-1]).to(product_type(x))  # (M, in)
+            rows = padded.reshape(-1, padded.shape[-1]).to(product_type(x))  # (M, in)
             step = max(1, WEIGHTS_PER_BLOCK // rows.shape[1] // PANEL)
             pieces = zip(self.values.split(step), self.scales.split(step), strict=True)
             out = torch.cat([product(rows, from_panels(*piece).to(rows.dtype)) for piece in pieces], dim=-1).to(x.dtype)
@@ -66,7 +69,7 @@ class Panels:
 
 
 def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a weight's values and scales in panels, see cpp/panels.h; rows and blocks are filled up."""
+    """Shapes of a weight's values and scales in panels, see cpp/panels.h; padded to whole panels and blocks."""
     panels, blocks = -(-shape[0] // PANEL), -(-shape[1] // BLOCK_SIZE[bits])
     return (panels, blocks * BLOCK_SIZE[bits] * bits // (8 * GROUP), PANEL, GROUP), (panels, blocks, PANEL)
 
@@ -83,17 +86,23 @@ def to_panels(
     hessian: Hessian | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize weights, (out, in) each and below each other, into the order in which the kernels read them.
+    """Quantize weights, (out, in) each and below each other, in the order in which the kernels read them.
 
-    hessian: of inputs that are filled up to whole blocks. before_each: called before some rows are taken; what it
-    raises ends the work. Raises as `quantize_blocks` does.
+    Args:
+        weights: The weights.
+        bits: 8 or 4.
+        hessian: Of the inputs, padded to whole blocks.
+        before_each: Called before each piece of rows. What it raises ends the work.
+
+    Raises:
+        ValueError: As for `quantize_blocks`.
     """
-    filled = _Filled(weights, bits)
-    numbers, steps = panel_shapes(filled.shape, bits)
+    padded = _PaddedWeight(weights, bits)
+    numbers, steps = panel_shapes(padded.shape, bits)
     values = torch.empty(numbers, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(steps, dtype=torch.float16)
-    panels = max(1, (WEIGHTS_PER_CALIBRATION if hessian else WEIGHTS_PER_PIECE) // filled.shape[1] // PANEL)
-    for i, part in enumerate(filled.split(panels * PANEL)):
+    panels = max(1, (WEIGHTS_PER_CALIBRATION if hessian else WEIGHTS_PER_PIECE) // padded.shape[1] // PANEL)
+    for i, part in enumerate(padded.split(panels * PANEL)):
         before_each()
         piece = slice(i * panels, (i + 1) * panels)
         if hessian is None and kernels.ready() and weights[0].device.type == "cpu":
@@ -104,7 +113,7 @@ def to_panels(
 
 
 def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (out, in) and scales (out, in/block), as `quantize_blocks` makes them, in panels."""
+    """Reorder numbers (out, in) and scales (out, in/block), as `quantize_blocks` returns them, to panels."""
     missing = -len(numbers) % PANEL
     numbers, scales = F.pad(numbers, (0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
     groups = numbers.view(-1, PANEL, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
@@ -114,14 +123,14 @@ def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_panels(values: Tensor, scales: Tensor) -> Tensor:
-    """The weights that panels stand for, (panels · 16, in) float32."""
+    """Dequantize panels, (panels · 16, in) float32."""
     if values.dtype == torch.uint8:
         values = torch.stack([values & 15, values >> 4], dim=2).flatten(1, 2)
     return dequantize(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))
 
 
-class _Filled(LazyWeight):
-    """Weights below each other, with columns of zeros behind, so that their rows are a whole number of blocks."""
+class _PaddedWeight(LazyWeight):
+    """Weights below each other, with columns padded by zeros to a whole number of blocks."""
 
     def __init__(self, weights: Sequence[Weight], bits: int):
         out, width = sum(map(len, weights)), weights[0].shape[1]
