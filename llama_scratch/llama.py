@@ -150,19 +150,19 @@ class Llama(LoadedModel):
             self.chat.close()
 
     def inspect(self, prompt: Prompt) -> Inspection:
-        """A prompt under the microscope: the residual stream, attention, lenses, attribution, interventions.
+        """Look at a prompt under the microscope: residual stream, attention, lenses, attribution, interventions.
 
         Raises as `predict` does.
         """
-        # Imported here: it lies above, and a loaded model has the microscope at hand.
+        # Imported here, so that a first answer does not wait for the microscope's import.
         from llama_scratch.microscope.inspection import Inspection
 
         return Inspection(self, prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation, in the format that the model was trained for, up to where its answer begins.
+        """Encode a conversation in the format that the model was trained for, up to the beginning of its answer.
 
-        A message is plain text, `<|eot_id|>` and the like in it too.
+        Messages are plain text: `<|eot_id|>` and the like in them are not read as special tokens.
 
         Raises:
             UsageError: If this is a base model, or its format does not accept the messages.
@@ -187,15 +187,15 @@ class Llama(LoadedModel):
         min_p: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[Step]:
-        """Go on from a prompt, token by token; greedy unless a temperature is given.
+        """Continue a prompt token by token: greedy, or sampled if a temperature is given.
 
-        Stops before a stop token, after `max_new_tokens`, or where the context is full. Raises as
-        `predict` does, and `UsageError` for a sampling option out of its range.
+        Ends before a stop token, after `max_new_tokens`, or when the context is full. Raises as `predict` does, and
+        `UsageError` if a sampling option is out of its range.
         """
         return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
 
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """`generate` with the sampling options in one value."""
+        """`generate`, with the sampling options in one value."""
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (--generate).")
         ids = self.encode(prompt)
@@ -203,7 +203,7 @@ class Llama(LoadedModel):
         return continue_ids(self, ids, max_new_tokens, sampling, speculate=self.speculate)
 
     def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
-        """The whole continuation at once, with the reason for its end."""
+        """Return the whole continuation at once, with the reason for its end."""
         ids = self.encode(prompt)
         room = min(max_new_tokens, self.context - len(ids))
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The layers as one call, see cpp/layer.h: the readable network's steps without its operators' calls.
+"""Run all layers for a few tokens in one C++ call: the computation of model.py without per-operator overhead.
 
-A small model's token is not bound by reading weights but by asking for some thousand operators, one by one. And as
-each row is computed by itself there, several tokens at once come out to the bit as if they had come one by one.
+A small model's token is not bound by the memory but by calling some thousand operators. In cpp/layer.h each row is
+computed by itself, so several tokens at once are bit-identical to the same tokens one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_scratch.precision.panels import PANEL, Panels
 
 
 class FusedLayers:
-    """Runs a network for some tokens behind what `cache` holds, where the kernels know the form of all its weights."""
+    """Runs a network for the tokens after those in `cache`, if the kernels know the formats of all its weights."""
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
@@ -30,7 +30,7 @@ class FusedLayers:
         self._freqs = torch.empty(0, 0)
 
     def fits(self) -> bool:
-        """Whether tokens can be run so."""
+        """Whether the kernels can run this network."""
         if not kernels.ready():
             return False
         if self._norms is None:
@@ -57,7 +57,7 @@ class FusedLayers:
         return model.output(model.norm(x if all_positions else x[-1:]))[None]
 
     def _collect(self) -> None:
-        """Norms and weights of all layers, in the order of `Layer`; no norms where the kernels do not know all."""
+        """Collect norms and weights in the order of `Layer`; no norms if the kernels do not know a weight's format."""
         args = self._model.args
         if args.dim % PANEL or args.head_dim % PANEL or args.ffn_dim % PANEL:
             return

@@ -96,8 +96,8 @@ def format_of(layer: nn.Module) -> WeightFormat | None:
 class Differentiable(nn.Module):
     """Replaces an `nn.Linear` if gradients are wanted: with respect to x, never to the weight.
 
-    x: (…, in) → (…, out). The weight stays as it lies in the file, and is float32 a block at a time, on the way there
-    and on the way back.
+    x: (…, in) → (…, out). The weight stays as the file holds it, and one block at a time is float32, in the forward and
+    in the backward pass.
     """
 
     def __init__(self, weight: Tensor):
@@ -109,7 +109,7 @@ class Differentiable(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x·Wᵀ, of which ∂/∂x is g·W. The kernels' products have no gradient, and torch's own would keep W as float32."""
+    """x·Wᵀ with the gradient g·W. The kernels' products have no gradient, and torch's own would keep W as float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 class Embedding(nn.Module):
-    """Rows of a table as it is stored, given out as `dtype`."""
+    """Replaces an `nn.Embedding`: rows of the table as it is stored, converted to `dtype`."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype):
         super().__init__()
