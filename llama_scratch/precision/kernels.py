@@ -33,8 +33,7 @@ import torch
 
 from llama_scratch.errors import sanitize
 from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
-from llama_scratch.system.cache_folder import remove_least_recently_used
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
 
@@ -243,8 +242,7 @@ def _cpu() -> list[str]:
 def _limit_cache(folder: Path) -> None:
     """Remove what ended processes left unfinished, and of the libraries the least recently used."""
     remove_stale(folder, "*.part")
-    with contextlib.suppress(OSError):
-        remove_least_recently_used(folder.glob("*.so"), max_files=_MAX_LIBRARIES - 1)
+    trim_folder(folder.glob("*.so"), max_files=_MAX_LIBRARIES - 1)
 
 
 # --- Compiling --------------------------------------------------------------------------------

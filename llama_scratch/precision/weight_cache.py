@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
-from llama_scratch.system.cache_folder import remove_least_recently_used
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 
 _FORMAT_VERSION = 4
 # Of all files together; the least recently used are removed first.
@@ -254,7 +253,7 @@ def _limit_cache(folder: Path, size: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process limits the folder too
             if time.time() - part.lstat().st_mtime > _STALE_AFTER_S:
                 _remove(part)
-    remove_least_recently_used(folder.iterdir(), max_bytes=_MAX_BYTES - size, remove=_remove)
+    trim_folder(folder.iterdir(), max_bytes=_MAX_BYTES - size, remove=_remove)
 
 
 def _remove(path: Path) -> None:
