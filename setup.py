@@ -15,7 +15,7 @@ class BuildWithKernels(build_py):
     def run(self) -> None:
         super().run()
         sys.path.insert(0, str(Path(__file__).parent))
-        from llama_scratch.precision.network.kernels import compile_into
+        from llama_scratch.precision.kernels import compile_into
 
         compile_into(Path(self.build_lib, "llama_scratch", "precision"))
 

@@ -32,8 +32,8 @@ from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
 from benchmarks.sections.kernels import kernel_case, kernel_figures
 from llama_scratch.precision import kernels
-from llama_scratch.precision.linear import panel_shapes
-from llama_scratch.precision.network import DTYPES
+from llama_scratch.precision.dtypes import DTYPES
+from llama_scratch.precision.panels import panel_shapes
 
 SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
 

@@ -10,11 +10,6 @@ from typing import Any, cast
 
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError, sanitize
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-"""How weights can be stored, see `precision`, which brings torch."""
-ACTIVATIONS = ("fp32", "bf16")
-"""What can go from layer to layer."""
-
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 """The two weights that many models share, by Meta's names."""
 

@@ -1,27 +1,27 @@
-"""Named places in the network at which values can be read and replaced. The network's text stays as it is.
+"""Hooks that read and replace values at named places of the network, without a change to model.py.
 
-A hook is a function of the value at a place; what it returns takes the value's place, None leaves it. Hooks hang on
-torch's own hooks, so a network without any runs as if there were none.
+A hook is a function of the value at a place. It returns a new value, or None to keep it. Hooks use torch's own hooks,
+so a network without any runs at full speed.
 
     place                              shape
     embedding                          (B, T, dim)                   the tokens' vectors
     layers.5.resid_pre                 (B, T, dim)                   the residual stream before the layer
-    layers.5.attention.q               (B, n_heads, T, head_dim)     queries, turned by their positions
+    layers.5.attention.q               (B, n_heads, T, head_dim)     queries, rotated by their positions
     layers.5.attention.k               (B, n_kv_heads, S, head_dim)  keys, those in the cache first
     layers.5.attention.v               (B, n_kv_heads, S, head_dim)  values, likewise
-    layers.5.attention.probs           (B, n_heads, T, S)            what each token looks at; rows add up to 1
-    layers.5.attention.heads           (B, T, n_heads, head_dim)     what each head found, before wo
-    layers.5.attention.out             (B, T, dim)                   what attention adds to the stream
+    layers.5.attention.probs           (B, n_heads, T, S)            attention weights; rows add up to 1
+    layers.5.attention.heads           (B, T, n_heads, head_dim)     output of each head, before wo
+    layers.5.attention.out             (B, T, dim)                   the output that attention adds to the stream
     layers.5.resid_mid                 (B, T, dim)                   the stream between attention and feed-forward
     layers.5.feed_forward.neurons      (B, T, ffn_dim)               silu(w1 x) · w3 x, before w2
-    layers.5.feed_forward.out          (B, T, dim)                   what the feed-forward adds to the stream
-    layers.5.resid_post                (B, T, dim)                   the stream behind the layer
+    layers.5.feed_forward.out          (B, T, dim)                   the output that it adds to the stream
+    layers.5.resid_post                (B, T, dim)                   the stream after the layer
     norm                               (B, T or 1, dim)              the last vector, normed
     logits                             (B, T or 1, vocab_size)
 
-resid_pre, resid_mid and resid_post are named as in TransformerLens (Nanda & Bloom 2022). What is q, k, v, probs,
-heads, neurons here is hook_rot_q, hook_rot_k, hook_v, hook_pattern, hook_z, mlp.hook_post there: its hook_q and
-hook_k come before the rotation.
+resid_pre, resid_mid and resid_post are named as in TransformerLens (Nanda & Bloom 2022). Its names for q, k, v, probs,
+heads and neurons are hook_rot_q, hook_rot_k, hook_v, hook_pattern, hook_z and mlp.hook_post; its hook_q and hook_k come
+before the rotation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.model import Attention, Transformer, TransformerBlock, attend_with, attention_probs
 
 Hook = Callable[[Tensor, int], Tensor | None]
-"""Called with the value at a place and the position of its first new token; what it returns takes the value's place."""
+"""Called with the value at a place and the position of its first new token. Returns a new value, or None to keep it."""
 
 _WHOLE = ("embedding", "norm", "logits")
 _ATTENTION = ("q", "k", "v", "probs")
@@ -52,39 +52,40 @@ _LAYER = (
 
 
 def places(n_layers: int) -> list[str]:
-    """All places of a network, in the order in which a token comes by."""
+    """All places of a network, in order of execution."""
     layers = [f"layers.{layer}.{place}" for layer in range(n_layers) for place in _LAYER]
     return ["embedding", *layers, "norm", "logits"]
 
 
 @contextmanager
 def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    """In here the network calls the hooks. At one place the one that was put there first comes first.
+    """Let the network call hooks within this context. Hooks at the same place are called in the order of attachment.
 
-    Raises `UsageError` for a place that there is not.
+    Raises:
+        UsageError: If a place does not exist.
     """
     if not hooks:
         yield
         return
-    here = _Here()
+    position = _Position()
     attentions = [cast(TransformerBlock, layer).attention for layer in model.layers]
     attends = [attention.attend for attention in attentions]
     try:
         with ExitStack() as stack:
-            stack.callback(model.register_forward_pre_hook(here.begin, with_kwargs=True).remove)
+            stack.callback(model.register_forward_pre_hook(position.begin, with_kwargs=True).remove)
             for place, hook in hooks.items():
-                stack.callback(_attach(model, place, partial(here.call, hook)))
+                stack.callback(_attach(model, place, partial(position.call, hook)))
             yield
     finally:
-        # First of all: Ctrl-C can fall between hanging a hook up and noting how to take it down. What is left behind
-        # then does nothing.
-        here.over = True
+        # This comes first: Ctrl-C can fall between attaching a hook and noting how to detach it. A hook that is left
+        # attached does nothing then.
+        position.over = True
         for attention, attend in zip(attentions, attends, strict=True):
             attention.attend = attend
 
 
-class _Here:
-    """Where the network is in its text. over: the hooks are no longer called."""
+class _Position:
+    """The position of the network in its text. over: the hooks are no longer called."""
 
     def __init__(self) -> None:
         self._start = 0
@@ -102,7 +103,7 @@ _Call = Callable[[Tensor], Tensor | None]
 
 
 def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
-    """Hang a hook up; returns what takes it down."""
+    """Attach a hook; returns the function that detaches it."""
     if place in _WHOLE:
         return _output({"embedding": model.tok_embeddings, "norm": model.norm, "logits": model.output}[place], call)
     layers, _, rest = place.partition(".")
@@ -145,7 +146,7 @@ def _input(module: nn.Module, call: _Call) -> Callable[[], None]:
 
 
 def _in_place(module: nn.Module, call: _Call) -> Callable[[], None]:
-    """For an input that others read too, and that was made a moment before."""
+    """Replace an input in place, because other modules read the same tensor."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if (new := call(args[0])) is not None:
@@ -165,37 +166,37 @@ def _heads(attention: Attention, call: _Call) -> Callable[[], None]:
 
 
 class _Attend:
-    """Stands in the place of a layer's `attend` while there are hooks within attention."""
+    """Replaces a layer's `attend` while there are hooks within attention."""
 
     def __init__(self, attention: Attention):
         self._attention = attention
         self._plain = attention.attend
-        self._taps: dict[str, list[_Call]] = {name: [] for name in _ATTENTION}
+        self._calls: dict[str, list[_Call]] = {name: [] for name in _ATTENTION}
 
     @classmethod
     def of(cls, attention: Attention) -> _Attend:
-        """The one that is there already, or a new one."""
-        found = attention.attend if isinstance(attention.attend, cls) else cls(attention)
-        attention.attend = found
-        return found
+        """The layer's `_Attend`, or a new one."""
+        probe = attention.attend if isinstance(attention.attend, cls) else cls(attention)
+        attention.attend = probe
+        return probe
 
     def attach(self, name: str, call: _Call) -> Callable[[], None]:
-        self._taps[name].append(call)
+        self._calls[name].append(call)
         return partial(self._detach, name, call)
 
     def _detach(self, name: str, call: _Call) -> None:
-        self._taps[name].remove(call)
-        if not any(self._taps.values()):
+        self._calls[name].remove(call)
+        if not any(self._calls.values()):
             self._attention.attend = self._plain
 
-    def _tap(self, name: str, value: Tensor) -> Tensor:
-        for call in self._taps[name]:
+    def _apply(self, name: str, value: Tensor) -> Tensor:
+        for call in self._calls[name]:
             new = call(value)
             value = value if new is None else new
         return value
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (self._tap(name, value) for name, value in zip("qkv", (q, k, v), strict=True))
-        if not self._taps["probs"]:
+        q, k, v = (self._apply(name, value) for name, value in zip("qkv", (q, k, v), strict=True))
+        if not self._calls["probs"]:
             return self._plain(q, k, v, mask)
-        return attend_with(self._tap("probs", attention_probs(q, k, mask)), v)
+        return attend_with(self._apply("probs", attention_probs(q, k, mask)), v)

@@ -1,67 +1,59 @@
-"""`Llama`: a loaded model that answers prompts. It joins checkpoint, tokenizer and network; the command line is a thin
-caller of it."""
+"""`Llama`, the façade: find a model, open its checkpoint, build its network, and answer prompts.
+
+Each step is a function of another room: `find_model`, `open_checkpoint`, `load_network`, `Engine`, `continue_ids`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama_scratch.chat_format import ChatFormat, Message
-from llama_scratch.checkpoint import Checkpoint, open_checkpoint
-from llama_scratch.config import ModelArgs, is_tied
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.config import ModelArgs
 from llama_scratch.download.locate import find_model
 from llama_scratch.errors import UsageError, sanitize
-from llama_scratch.inference.engine import Engine, require_device_memory
+from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.generation import continue_ids
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.inference.long_attention import use_kernels
+from llama_scratch.inference.loading import StorageOptions, load_network
 from llama_scratch.inference.prompt_text import Prompt, encode_conversation
 from llama_scratch.model import Transformer
-from llama_scratch.precision import calibration as calibrating
 from llama_scratch.precision.lazy_weight import Weight
-from llama_scratch.precision.network import (
-    CalibrationText,
-    activation_type,
-    all_known,
-    build,
-    file_type,
-    memory_needed,
-    resolve_device,
-    resolve_precision,
-    validate_precision,
-)
 from llama_scratch.results import Generated, ModelInfo, Step
 from llama_scratch.sampling import GREEDY, Sampling
-from llama_scratch.system.jobs import BackgroundJobs, report_progress
+from llama_scratch.system.jobs import BackgroundJobs
 from llama_scratch.system.mapped_files import MappedFiles
-from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama_scratch.microscope.inspection import Inspection
 
-# More of them only stand in each other's way.
-_THREADS_A_CORE = 8
+# More threads only slow each other down.
+_MAX_THREADS_PER_CORE = 8
 
 
 class Llama(LoadedModel):
     """A model in memory. Make one with `Llama.load`.
 
-    args: its shape. tokenizer: text ↔ ids. info: name, format, precision, device, parameters. path: its directory
-    or file. context: the most tokens that a prompt and its continuation may have together. engine: ids → logits, with
-    what is cached. load_s: how long loading took, in seconds. chat: the format of conversations that it was trained
-    for, None for a base model. speculate: whether `generate` may compute guessed tokens ahead, see `prompt_lookup`;
-    what comes out is the same. warnings: messages about the model's files, which each prediction repeats. options:
-    the arguments of `load` that change the model and that nothing above tells, as they were given.
+    Attributes:
+        args: The shape of the network.
+        tokenizer: Text ↔ ids.
+        info: Name, format, precision, device and number of parameters.
+        path: The model's directory or file.
+        context: Maximum number of tokens of a prompt and its continuation together.
+        engine: Ids → logits, with the KV cache.
+        load_s: How long loading took, in seconds.
+        chat: The conversation format that the model was trained for; None for a base model.
+        speculate: Whether `generate` may compute guessed tokens ahead, see `prompt_lookup`. The result is the same.
+        warnings: Messages about the model's files, which each prediction repeats.
+        options: The arguments of `load` that change the model and that no other attribute holds, as they were given.
     """
 
     speculate = True
@@ -105,20 +97,20 @@ class Llama(LoadedModel):
     ) -> Llama:
         """Load a model.
 
-        source: a directory of Meta's or Hugging Face's files, or a .gguf file; the name of a model that
-            `llama-scratch pull` fetched: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as
-            "Llama3.2-1B"; or a directory at gs:// or az://, whose files are brought here. None looks in the usual
-            places (see `find_model`).
-        precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `precision`.
-        activations: what goes from layer to layer: "fp32", "bf16", as Meta's own code rounds it, or "auto", float32 on
-            a CPU.
-        device: "cpu", "cuda", "mps", or "auto": CUDA where there is one, else the CPU.
-        rope_factor: in place of the factor that Llama's RoPE scaling uses (32 for 3.2's 1B and 3B, 8 above).
-        tokenizer: a tokenizer.model elsewhere.
-        context: the most tokens, at most and by default what the model was trained for.
-        threads: CPU threads; by default torch's choice.
-        calibration: a file of text, of the kind that int4 is to be best at; by default see `calibration`.
-        progress: called with a stage, how much is done and how much there is.
+        Args:
+            source: A directory of Meta's or Hugging Face's files, or a .gguf file. Or a name that `llama-scratch pull`
+                knows: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as "Llama3.2-1B". Or a
+                directory at gs:// or az://, whose files are downloaded. None looks in the usual places, see
+                `find_model`.
+            precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `PRECISIONS`.
+            activations: Type of the activations: "fp32", "bf16", as in Meta's own code, or "auto", float32 on a CPU.
+            device: "cpu", "cuda", "mps", or "auto": CUDA if there is a GPU, else the CPU.
+            rope_factor: Replaces the factor of Llama's RoPE scaling (32 for 3.2's 1B and 3B, 8 for larger ones).
+            tokenizer: A tokenizer.model in another place.
+            context: Maximum number of tokens; by default the number that the model was trained for.
+            threads: CPU threads; by default torch's choice.
+            calibration: A file of text that int4 is to be best at; see `calibration_text` for the default.
+            progress: Called with a stage, how much is done and how much there is.
 
         Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
         """
@@ -128,9 +120,9 @@ class Llama(LoadedModel):
         args = checkpoint.args.with_rope_factor(rope_factor)
         tokens = _context(context, args)
         _set_threads(threads)
-        stored = _Stored(precision, activations, resolve_device(device), calibration)
-        # The cache grows as it is used; a context that was not asked for is no reason to refuse a model.
-        model, packing, info = stored.network(checkpoint, args, min(tokens, context or 4096), progress)
+        storage = StorageOptions(precision, activations, device, calibration)
+        # The cache grows as it is used; a context that was not asked for is no reason to reject a model.
+        model, packing, info = load_network(checkpoint, args, storage, min(tokens, context or 4096), progress)
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
         return cls(
             model,
@@ -158,19 +150,19 @@ class Llama(LoadedModel):
             self.chat.close()
 
     def inspect(self, prompt: Prompt) -> Inspection:
-        """A prompt under the microscope: the residual stream, attention, lenses, attribution, interventions.
+        """Look at a prompt under the microscope: residual stream, attention, lenses, attribution, interventions.
 
         Raises as `predict` does.
         """
-        # Imported here: it lies above, and a loaded model has the microscope at hand.
+        # Imported here, so that a first answer does not wait for the microscope's import.
         from llama_scratch.microscope.inspection import Inspection
 
         return Inspection(self, prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation, in the format that the model was trained for, up to where its answer begins.
+        """Encode a conversation in the format that the model was trained for, up to the beginning of its answer.
 
-        A message is plain text, `<|eot_id|>` and the like in it too.
+        Messages are plain text: `<|eot_id|>` and the like in them are not read as special tokens.
 
         Raises:
             UsageError: If this is a base model, or its format does not accept the messages.
@@ -195,15 +187,15 @@ class Llama(LoadedModel):
         min_p: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[Step]:
-        """Go on from a prompt, token by token; greedy unless a temperature is given.
+        """Continue a prompt token by token: greedy, or sampled if a temperature is given.
 
-        Stops before a stop token, after `max_new_tokens`, or where the context is full. Raises as
-        `predict` does, and `UsageError` for a sampling option out of its range.
+        Ends before a stop token, after `max_new_tokens`, or when the context is full. Raises as `predict` does, and
+        `UsageError` if a sampling option is out of its range.
         """
         return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
 
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """`generate` with the sampling options in one value."""
+        """`generate`, with the sampling options in one value."""
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (`max_new_tokens`).")
         ids = self.encode(prompt)
@@ -211,7 +203,7 @@ class Llama(LoadedModel):
         return continue_ids(self, ids, max_new_tokens, sampling, speculate=self.speculate)
 
     def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
-        """The whole continuation at once, with the reason for its end."""
+        """Return the whole continuation at once, with the reason for its end."""
         ids = self.encode(prompt)
         room = min(max_new_tokens, self.context - len(ids))
         start = time.perf_counter()
@@ -226,59 +218,13 @@ class Llama(LoadedModel):
         )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """How the weights of a model are to be stored, as `load` was asked."""
-
-    precision: str
-    activations: str
-    device: torch.device
-    calibration: str | os.PathLike[str] | None
-
-    def __post_init__(self) -> None:
-        validate_precision(self.precision)
-        activation_type(self.activations, self.precision, self.device)
-
-    def network(
-        self, checkpoint: Checkpoint, args: ModelArgs, context: int, progress: Progress
-    ) -> tuple[Transformer, BackgroundJobs, ModelInfo]:
-        """The network of a file, and what is still to be done, see `build`. Raises `OutOfMemoryError` before it is."""
-        device, activations = self.device, self.activations
-        examples = _examples(checkpoint.tokenizer, self.calibration) if self.precision == "int4" else None
-        with memory_errors(checkpoint.name):
-            weights = checkpoint.load(progress)
-            stored, tied, known = file_type(weights), is_tied(weights), all_known(weights)
-            precision = resolve_precision(self.precision, stored, device)
-            needed = memory_needed(
-                args, precision, stored, context, device, tied=tied, activations=activations, known=known
-            )
-            require_device_memory(
-                needed, f"{checkpoint.name} in {precision} with a context of {context:,} tokens", device
-            )
-            model, packing = build(weights, args, precision, device, checkpoint.files, examples, activations)
-        if device.type == "cpu":
-            use_kernels(model)
-        info = ModelInfo(checkpoint.name, checkpoint.format, precision, device.type, args.n_parameters(tied=tied))
-        return model, packing, info
-
-
 def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
-    most = _THREADS_A_CORE * (os.cpu_count() or 1)
-    if not 1 <= threads <= most:
-        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {most} (`threads`).")
+    max_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+    if not 1 <= threads <= max_threads:
+        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {max_threads} (`threads`).")
     torch.set_num_threads(threads)
-
-
-def _examples(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
-    """What int4 is calibrated with, and a name for it. Raises `ModelNotFoundError` and `UsageError`."""
-    if path is None:
-        name = f"its own words and Python {platform.python_version()}'s"
-        return CalibrationText(name, lambda model: calibrating.examples(model, tokenizer, progress=report_progress))
-    text = calibrating.read_text(path)
-    windows = calibrating.windows(tokenizer, text)
-    return CalibrationText(hashlib.sha256(text.encode()).hexdigest(), lambda _: windows)
 
 
 def _context(context: int | None, args: ModelArgs) -> int:

@@ -1,4 +1,4 @@
-"""Logits → token: greedy unless asked otherwise. Pure functions; chance comes from an explicit generator."""
+"""Logits → token, greedy by default. Pure functions with an explicit random generator."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or value == math.inf:  # whole numbers may be beyond the range of a float
+    if not low <= value <= high or value == math.inf:  # integers may be beyond the range of a float
         limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
         raise UsageError(f"{name} is {sanitize(value)}, expected a number {limits}.")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; a temperature of 0 takes the most probable one.
+    """How the next token is drawn.
 
-    The temperature comes first, then top_k, top_p and min_p, each on what the one before has left.
+    The temperature is applied first, then top_k, top_p and min_p, each to the tokens that the one before has left.
 
-    temperature: logits are divided by it; below 1 sharper, above 1 flatter.
-    top_k: only the k most probable tokens stay. 0: all.
-    top_p: of the most probable tokens, only as many stay as reach this probability together. 1: all.
-    min_p: only tokens stay that have this share of the best one's probability. 0: all.
-    seed: where the chance starts; None: anywhere.
+    Attributes:
+        temperature: Divides the logits: below 1 sharper, above 1 flatter. 0 takes the most probable token.
+        top_k: Keep the k most probable tokens. 0 keeps all.
+        top_p: Keep the smallest set of tokens with this total probability. 1 keeps all.
+        min_p: Keep tokens with at least this share of the best token's probability. 0 keeps all.
+        seed: Random seed; None for a random one.
     """
 
     temperature: float = 0.0
@@ -48,12 +49,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether no chance is involved."""
+        """Whether sampling is deterministic."""
         return self.temperature == 0
 
     def generator(self) -> torch.Generator:
-        """The source of chance that belongs to the seed."""
-        import torch  # here, so that the options are checked before torch is there
+        """A random generator with the seed."""
+        import torch  # here, so that the options are checked before torch is imported
 
         generator = torch.Generator()
         if self.seed is None:
@@ -79,7 +80,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Which of (vocab_size,) logits are among the k largest; all of them for k = 0."""
+    """Mask of the k largest of (vocab_size,) logits; all of them for k = 0."""
     if k == 0 or k >= logits.numel():
         return _all(logits)
     keep = ~_all(logits)
@@ -88,23 +89,23 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus: the fewest most probable tokens that have the probability p together, at least one.
+    """Mask of the nucleus: the smallest set of tokens with the total probability p, at least one.
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
     """
     if p >= 1:
         return _all(logits)
     probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # what more probable tokens have together
-    kept = before < p
-    kept[0] = True
+    before = probabilities.cumsum(-1) - probabilities  # of all more probable tokens
+    in_nucleus = before < p
+    in_nucleus[0] = True
     keep = ~_all(logits)
-    keep[order] = kept
+    keep[order] = in_nucleus
     return keep
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens with at least p times the probability of the best one.
+    """Mask of the tokens with at least p times the probability of the best one.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
     """

@@ -22,7 +22,8 @@ from llama_scratch.precision.calibration import (
     windows,
 )
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.linear import PackedLinear, Rows, format_of
+from llama_scratch.precision.linear import PackedLinear, format_of
+from llama_scratch.precision.rows import Rows
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_hooks_are_gone_after_an_interrupt(llama: Llama, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "_forward_cached", interrupted)
+    monkeypatch.setattr(calibration, "_forward_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(collect_hessians(model, some_windows(llama)))
     assert not any(module._forward_pre_hooks for module in model.modules())

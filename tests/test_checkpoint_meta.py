@@ -41,10 +41,11 @@ from llama_scratch.errors import (
     UsageError,
 )
 from llama_scratch.model import Transformer
-from llama_scratch.precision.calibration import GROUPS
+from llama_scratch.precision.calibration import LINEARS_BY_INPUT
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
-from llama_scratch.precision.linear import Rows, format_of
-from llama_scratch.precision.network import memory_needed
+from llama_scratch.precision.linear import format_of
+from llama_scratch.precision.memory_estimate import memory_needed
+from llama_scratch.precision.rows import Rows
 from llama_scratch.system.progress import silent
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
 
@@ -301,7 +302,7 @@ def test_precision(tmp_path: Path, stored: torch.dtype, asked: str, tied: bool) 
     assert (output.data_ptr() == embedding.data_ptr()) is tied
     weights = load(directory)
     assert torch.equal(embedding, weights["tok_embeddings.weight"].to(dtype))
-    names = [f"layers.0.{name}.weight" for group in GROUPS for name in group]
+    names = [f"layers.0.{name}.weight" for group in LINEARS_BY_INPUT for name in group]
     for weight, name in zip(found[1:], names, strict=False):
         assert torch.equal(weight, weights[name].to(dtype)), name
     assert llama.engine.packing.done

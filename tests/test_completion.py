@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.download.pypi import OPEN_MODELS
+from llama_scratch.precision import ACTIVATIONS, PRECISIONS
 from tests.terminal import PROGRAM, Terminal
 from tests.test_imports import loaded_after
 

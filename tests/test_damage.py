@@ -257,7 +257,12 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["llama_scratch.precision.network:to_panels", "llama_scratch.llama:build", "llama_scratch.llama:sample"]
+    "place",
+    [
+        "llama_scratch.precision.packing:to_panels",
+        "llama_scratch.inference.loading:build",
+        "llama_scratch.inference.generation:sample",
+    ],
 )
 def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> None:
     """While it packs at the prompt, while it loads, and while text streams."""

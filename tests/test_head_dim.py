@@ -22,7 +22,7 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
 from llama_scratch.microscope.rope import rope
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.network import memory_needed
+from llama_scratch.precision.memory_estimate import memory_needed
 from llama_scratch.system.progress import silent
 from tests import test_meta_shards as shards
 from tests.checkpoints import tiny_args, tiny_params, write_meta

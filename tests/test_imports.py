@@ -47,6 +47,7 @@ INNER = {
         "speed",
         "generation",
         "loaded_model",
+        "loading",
         "prompt_warnings",
         "prompt_text",
         "engine",
@@ -55,7 +56,20 @@ INNER = {
         "long_attention",
         "prompt_lookup",
     ],
-    "precision": ["network", "calibration", "linear", "weight_cache", "quantize", "kernels", "lazy_weight"],
+    "precision": [
+        "network",
+        "packing",
+        "memory_estimate",
+        "calibration",
+        "linear",
+        "panels",
+        "rows",
+        "weight_cache",
+        "quantize",
+        "dtypes",
+        "kernels",
+        "lazy_weight",
+    ],
 }
 # The only import upwards, within a function: a result displays itself.
 UPWARD = {"llama_scratch.microscope.display": {"llama_scratch.render.display"}}
@@ -210,6 +224,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     """`import llama_scratch` and its errors take milliseconds."""
     loaded = loaded_after("import llama_scratch; llama_scratch.CheckpointError, llama_scratch.Prediction")
     assert "llama_scratch.errors" in loaded
+    assert not HEAVY & loaded
+
+
+def test_the_names_of_the_precisions_come_without_torch() -> None:
+    """The command line checks and completes them before torch is imported."""
+    loaded = loaded_after("from llama_scratch.precision import PRECISIONS, resolve_precision, validate_precision")
     assert not HEAVY & loaded
 
 

@@ -19,10 +19,10 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Stored
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.describe import describe
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.precision.network import memory_needed
+from llama_scratch.precision import PRECISIONS
+from llama_scratch.precision.memory_estimate import memory_needed
 from llama_scratch.render.reports import model_facts, rows
 from llama_scratch.render.text import as_text, size
 from llama_scratch.system.progress import Progress, silent
@@ -137,7 +137,7 @@ def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, pr
 def test_auto_of_quantized_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which reads them as they lie, as fp32 does, except those of a small model without kernels."""
     for small in (True, False):
-        monkeypatch.setattr("llama_scratch.precision.network._SMALL", 1 << 28 if small else 0)
+        monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 1 << 28 if small else 0)
         facts = describe(smollm2_path, None, None, silent, device="cpu")
         assert facts["precision"] == "fp16"
         needed = facts["memory"]["needed"]
@@ -152,7 +152,7 @@ def test_blocks_that_no_kernel_knows_are_converted(
     smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
 ) -> None:
     """And so counted, also where others would be read as they lie."""
-    monkeypatch.setattr("llama_scratch.precision.network._SMALL", 0)
+    monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 0)
     stored = Stored({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
     checkpoint = replace(open_checkpoint(smollm2_path), inspect=lambda _: stored)
     monkeypatch.setattr(info, "open_checkpoint", lambda *_: checkpoint)

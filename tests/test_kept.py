@@ -226,7 +226,7 @@ def other_cpu(source: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def other_format(source: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_cache, "_FORMAT", 999)
+    patch.setattr(weight_cache, "_FORMAT_VERSION", 999)
 
 
 @pytest.mark.parametrize("change", [touch, grow, other_torch, other_cpu, other_format])
@@ -282,7 +282,7 @@ def test_part_files_make_room_too(source: Path, folder: Path, monkeypatch: pytes
     for age, part in enumerate((newer, left, running)):
         part.write_bytes(bytes(SIZE))
         os.utime(part, (time.time() - age,) * 2)
-    monkeypatch.setattr(weight_cache, "_MOST", 3 * SIZE)
+    monkeypatch.setattr(weight_cache, "_MAX_BYTES", 3 * SIZE)
     with locked(running) as ours:
         assert ours
         keep(source)
@@ -332,7 +332,7 @@ def test_the_least_recently_used_go_first(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """The new file counts, and reading one is using it."""
-    monkeypatch.setattr(weight_cache, "_MOST", most)
+    monkeypatch.setattr(weight_cache, "_MAX_BYTES", most)
     sources = [tmp_path / name for name in "abcd"]
     names = []
     for source in sources:
@@ -341,11 +341,11 @@ def test_the_least_recently_used_go_first(
         assert path is not None
         names.append(path)
     for age, source in enumerate(sources[:3]):  # a is the oldest of three
-        monkeypatch.setattr(weight_cache, "_MOST", 1 << 30)
+        monkeypatch.setattr(weight_cache, "_MAX_BYTES", 1 << 30)
         keep(source)
         os.utime(names[age], (1000 + age, 1000 + age))
     assert PackedWeightCache([sources[0]], LAYOUTS).get(0) is not None  # and now the newest
-    monkeypatch.setattr(weight_cache, "_MOST", most)
+    monkeypatch.setattr(weight_cache, "_MAX_BYTES", most)
     keep(sources[3])
     fit = most // SIZE
     by_use = [names[3], names[0], names[2], names[1]]
@@ -356,7 +356,7 @@ def test_what_is_too_large_is_not_kept(tmp_path: Path, source: Path, monkeypatch
     """And takes no other's place."""
     (other := tmp_path / "other").write_bytes(b"weights")
     keep(other)
-    monkeypatch.setattr(weight_cache, "_MOST", SIZE - 1)
+    monkeypatch.setattr(weight_cache, "_MAX_BYTES", SIZE - 1)
     keep(source)
     assert PackedWeightCache([source], LAYOUTS).get(0) is None
     assert PackedWeightCache([other], LAYOUTS).get(0) is not None
@@ -622,9 +622,9 @@ def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llama_scratch.precision.weight_cache import KeptPieces
+from llama_scratch.precision.weight_cache import PackedWeightCache
 from tests.test_kept import LAYOUTS, made
-keeping = KeptPieces([Path(sys.argv[1])], LAYOUTS)
+keeping = PackedWeightCache([Path(sys.argv[1])], LAYOUTS)
 for i in (2, 0): keeping.put(i, *made()[i])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -643,10 +643,10 @@ def test_a_killed_process_leaves_its_finished_pieces(source: Path, folder: Path)
 KEEPER = """
 import sys, time
 from pathlib import Path
-from llama_scratch.precision.weight_cache import KeptPieces, Layout
+from llama_scratch.precision.weight_cache import PackedWeightCache, Layout
 from tests.test_kept import LAYOUTS, made
 source, ready, go = map(Path, sys.argv[1:])
-keeping, pieces = KeptPieces([source], LAYOUTS), made()
+keeping, pieces = PackedWeightCache([source], LAYOUTS), made()
 ready.touch()
 while not go.exists(): time.sleep(0.001)
 for i, piece in enumerate(pieces): keeping.put(i, *piece)
@@ -730,7 +730,7 @@ def test_the_second_run_quantizes_nothing(model_dir: Path, folder: Path, monkeyp
     def never(*_: object) -> tuple[Tensor, Tensor]:
         raise AssertionError("quantized again")
 
-    monkeypatch.setattr("llama_scratch.precision.network.to_panels", never)
+    monkeypatch.setattr("llama_scratch.precision.packing.to_panels", never)
     assert torch.equal(answer(model_dir), first)
     assert file.read_bytes() == before
 

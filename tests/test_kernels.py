@@ -20,7 +20,7 @@ from llama_scratch.model import KVCache, TransformerBlock, rope_frequencies, rot
 from llama_scratch.precision import kernels
 from llama_scratch.precision import quantize as quantize_module
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
-from llama_scratch.precision.linear import from_panels, panel_shapes, panels_of, to_panels
+from llama_scratch.precision.panels import from_panels, panel_shapes, panels_of, to_panels
 from llama_scratch.precision.quantize import quantize_blocks, quantize_panels
 from tests import weights
 from tests.conftest import KERNELS
@@ -553,7 +553,7 @@ def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch
             patch.setenv("LLAMA_SCRATCH_KERNELS", "0")
             expected = to_panels(held, bits)
         with monkeypatch.context() as patch:
-            patch.setattr("llama_scratch.precision.linear.quantize_blocks", None)
+            patch.setattr("llama_scratch.precision.panels.quantize_blocks", None)
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -141,7 +141,7 @@ def test_a_compiler_that_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest
     command.chmod(0o755)
     monkeypatch.setenv("CXX", shlex.quote(str(command)))
     monkeypatch.setattr(kernels, "_candidates", lambda: [os.environ["CXX"]])
-    monkeypatch.setattr(kernels, "_CHECK_SECONDS", 0.3)
+    monkeypatch.setattr(kernels, "_CHECK_TIMEOUT_S", 0.3)
     start = time.monotonic()
     assert kernels.possible()
     assert kernels.state().startswith("not compiled yet")
@@ -160,7 +160,7 @@ def test_a_compiler_that_hangs_makes_way_for_the_next(
     folder: Path, use: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = use()
-    monkeypatch.setattr(kernels, "_CHECK_SECONDS", 0.3)
+    monkeypatch.setattr(kernels, "_CHECK_TIMEOUT_S", 0.3)
     hanging = tmp_path / "sleeps"
     hanging.write_text("#!/bin/sh\nsleep 60\n")
     hanging.chmod(0o755)

@@ -15,9 +15,18 @@ from torch import Tensor
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError
 from llama_scratch.model import KVCache
-from llama_scratch.precision.lazy_weight import GGUFBlockWeight, LazyWeight, ShardedWeight, Weight, as_tensor, stored
-from llama_scratch.precision.linear import Embedding, Rows
-from llama_scratch.precision.network import build, memory_needed
+from llama_scratch.precision.lazy_weight import (
+    GGUFBlockWeight,
+    LazyWeight,
+    ShardedWeight,
+    Weight,
+    as_tensor,
+    kernel_operands,
+)
+from llama_scratch.precision.linear import Embedding
+from llama_scratch.precision.memory_estimate import memory_needed
+from llama_scratch.precision.network import build
+from llama_scratch.precision.rows import Rows
 from tests import weights
 from tests.checkpoints import random_weights, tiny_args
 from tests.test_linear import way
@@ -116,25 +125,25 @@ def test_the_weights_that_the_kernels_take() -> None:
     plain = torch.randn(6, 4)
     for name, dtype in weights.FLOATS.items():
         tensor = plain.to(dtype)
-        assert names(stored(tensor)) == [(tensor.data_ptr(), name)]
-        assert names(stored(ShardedWeight([tensor[:2], tensor[2:]], 0))) == [
+        assert names(kernel_operands(tensor)) == [(tensor.data_ptr(), name)]
+        assert names(kernel_operands(ShardedWeight([tensor[:2], tensor[2:]], 0))) == [
             (tensor.data_ptr(), name),
             (tensor[2:].data_ptr(), name),
         ]
-        assert stored(ShardedWeight([tensor[:, :2], tensor[:, 2:]], 1)) == []
-        assert stored(ShardedWeight([tensor[:, :2].contiguous(), tensor[:, 2:].contiguous()], 1)) == []
-        assert stored(ShardedWeight([tensor[:2], tensor.T[:, :4].T[:, :4]], 0)) != []
-        assert stored(ShardedWeight([tensor[:4], tensor[:4].T], 0)) == []
-        assert stored(tensor.T) == stored(tensor[:, :2]) == []
+        assert kernel_operands(ShardedWeight([tensor[:, :2], tensor[:, 2:]], 1)) == []
+        assert kernel_operands(ShardedWeight([tensor[:, :2].contiguous(), tensor[:, 2:].contiguous()], 1)) == []
+        assert kernel_operands(ShardedWeight([tensor[:2], tensor.T[:, :4].T[:, :4]], 0)) != []
+        assert kernel_operands(ShardedWeight([tensor[:4], tensor[:4].T], 0)) == []
+        assert kernel_operands(tensor.T) == kernel_operands(tensor[:, :2]) == []
     for dtype in (torch.float64, torch.int8, torch.uint8):
-        assert stored(plain.to(dtype)) == []
+        assert kernel_operands(plain.to(dtype)) == []
     blocks = torch.zeros(6, 72, dtype=torch.uint8)
     for form in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"):
         weight = GGUFBlockWeight((6, 64), blocks, form, lambda *_: plain)
-        assert names(stored(weight)) == [(blocks.data_ptr(), form)]
-        assert stored(weight.split(3)[0]) == []
+        assert names(kernel_operands(weight)) == [(blocks.data_ptr(), form)]
+        assert kernel_operands(weight.split(3)[0]) == []
     for form in ("Q2_K", "Q3_K", "IQ4_NL", "q8_0", "int8", ""):
-        assert stored(GGUFBlockWeight((6, 64), blocks, form, lambda *_: plain)) == []
+        assert kernel_operands(GGUFBlockWeight((6, 64), blocks, form, lambda *_: plain)) == []
 
 
 def names(parts: Sequence[tuple[Tensor, str]]) -> list[tuple[int, str]]:
@@ -148,7 +157,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
 ) -> None:
     """Before and after packing, tied as it was, and kept lazy where that saves memory, or where the kernels take it."""
     if not small:
-        monkeypatch.setattr("llama_scratch.precision.network._SMALL", 0)
+        monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 0)
     (tmp_path / "weights").write_bytes(b"")
     turned: dict[str, Weight] = {}
     for name, weight in random_weights(tiny_args(), tied=False).items():

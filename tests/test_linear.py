@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_scratch.precision import kernels, linear
+from llama_scratch.precision import rows as rows_module
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
 from llama_scratch.precision.linear import (
     Differentiable,
@@ -18,9 +19,9 @@ from llama_scratch.precision.linear import (
     FusedLinearPart,
     FusedOutput,
     PackedLinear,
-    Rows,
     weight_bytes,
 )
+from llama_scratch.precision.rows import Rows
 from tests import gguf_reference
 from tests.conftest import KERNELS
 from tests.weights import FLOATS, FORMS, columns_per_block, quantized, weight
@@ -200,7 +201,7 @@ def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without kernels, of several weights of any type."""
     x = activations(3, 65)
     for block in (1, 65 * 3, 1 << 19):
-        monkeypatch.setattr(linear, "_BLOCK", block)
+        monkeypatch.setattr(rows_module, "WEIGHTS_PER_BLOCK", block)
         for form in FLOATS:
             held = [weight(form, rows, 65, seed=rows) for rows in (40, 7, 1)]
             assert relative(Rows(held)(x), product(x, torch.cat([as_tensor(part) for part in held]))) <= 1e-6
@@ -211,7 +212,7 @@ def test_rows_hold_the_given_tensors(ops: Any) -> None:
     weights = [random(4, 8), random(3, 8).half()]
     form = Rows(weights)
     assert [as_tensor(held).data_ptr() for held in form.weights] == [held.data_ptr() for held in weights]
-    assert [(parts[0].data_ptr(), name) for parts, name in form.stored] == [
+    assert [(parts[0].data_ptr(), name) for parts, name in form.kernel_operands] == [
         (weights[0].data_ptr(), "float32"),
         (weights[1].data_ptr(), "float16"),
     ]
@@ -222,7 +223,7 @@ def test_one_weight_that_the_kernels_do_not_know_sends_all_through_torch(way: st
     """As one that is transposed."""
     weights = [weight("Q4_0", 5, 64), random(64, 9).T]
     form = Rows(weights)
-    assert form.stored == []
+    assert form.kernel_operands == []
     x = random(3, 64)
     assert relative(form(x), torch.cat([product(x, held) for held in weights], dim=-1)) <= 1e-6
 
@@ -236,7 +237,7 @@ class Counted:
     def __init__(self, weight: Tensor):
         self.form = Rows([weight])
         self.nbytes = self.form.nbytes
-        self.stored = self.form.stored
+        self.kernel_operands = self.form.kernel_operands
         self.calls = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -262,8 +263,8 @@ def test_three_projections_of_one_x_are_computed_once(order: tuple[int, ...]) ->
         for part in order:
             assert relative(parts[part](x), product(x, weights[part])) <= 1e-6
         assert counted.calls == call
-        assert shared._x is None
-        assert not shared._outputs
+        assert shared._input is None
+        assert not shared._pending
 
 
 def test_the_same_x_again_is_computed_again() -> None:
@@ -292,7 +293,7 @@ def test_what_an_interruption_left_behind_answers_no_other_x() -> None:
     for part in (0, 1, 2):
         assert relative(parts[part](x), product(x, weights[part])) <= 1e-6
     assert counted.calls == 2
-    assert shared._x is None
+    assert shared._input is None
 
 
 # --- Bytes and the embedding ------------------------------------------------------------------
@@ -324,7 +325,8 @@ def test_a_differentiable_layer_is_a_linear_layer(
     monkeypatch: pytest.MonkeyPatch, leading: tuple[int, ...], dtype: torch.dtype, limit: int
 ) -> None:
     """In its value and its gradient, on the weights as they are stored, however many blocks they come in."""
-    monkeypatch.setattr(linear, "_BLOCK", limit)
+    for module in (rows_module, linear):  # forward and backward
+        monkeypatch.setattr(module, "WEIGHTS_PER_BLOCK", limit)
     weight = (random(33, 65) / 65**0.5).to(dtype)
     plain = nn.Linear(65, 33, bias=False, dtype=torch.float64)
     plain.weight = nn.Parameter(weight.double(), requires_grad=False)

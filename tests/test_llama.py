@@ -17,7 +17,7 @@ from llama_scratch import ContextLengthError, Llama, LlamaScratchError, ModelNot
 from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.inference.prompt_warnings import _cut_differently
 from llama_scratch.microscope.choices import choices
-from llama_scratch.precision.linear import to_panels
+from llama_scratch.precision.panels import to_panels
 from tests.checkpoints import write_meta
 
 
@@ -226,7 +226,7 @@ def test_preparing_packs_all_and_says_how_far_it_is(tiny_dir: Path) -> None:
 def test_preparing_without_waiting_comes_back_at_once(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(
-        "llama_scratch.precision.network.to_panels", lambda *args: release.wait(10) and to_panels(*args)
+        "llama_scratch.precision.packing.to_panels", lambda *args: release.wait(10) and to_panels(*args)
     )
     llama = Llama.load(tiny_dir, precision="int8", device="cpu")
     llama.prepare(wait=False)
@@ -258,7 +258,7 @@ def test_want_of_memory_while_packing_is_a_sentence(tiny_dir: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("llama_scratch.precision.network.to_panels", fail)
+    monkeypatch.setattr("llama_scratch.precision.packing.to_panels", fail)
     for prepared in (False, True):
         llama = Llama.load(tiny_dir, precision="int8", device="cpu")
         if prepared:
@@ -349,7 +349,7 @@ def test_a_long_text_is_tokenized_to_the_end_if_it_fits(llama: Llama, monkeypatc
     text = "x " * 10_000
     monkeypatch.setattr(llama, "context", 10)
     assert len(llama.encode(text)) == 20_001
-    monkeypatch.setattr("llama_scratch.inference.prompt_text._COUNTED", 1_000)
+    monkeypatch.setattr("llama_scratch.inference.prompt_text._TOKENIZED_IN_FULL", 1_000)
     with pytest.raises(ContextLengthError):
         llama.encode(text)
     monkeypatch.setattr(llama, "context", 20_001)

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from llama_scratch.cli import run
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
+from llama_scratch.precision import PRECISIONS
+from llama_scratch.precision.dtypes import DTYPES
 from llama_scratch.precision.lazy_weight import as_tensor
-from llama_scratch.precision.linear import Panels, Rows, format_of
-from llama_scratch.precision.network import DTYPES, build, memory_needed
+from llama_scratch.precision.linear import format_of
+from llama_scratch.precision.memory_estimate import memory_needed
+from llama_scratch.precision.network import build
+from llama_scratch.precision.panels import Panels
+from llama_scratch.precision.rows import Rows
 from llama_scratch.system.memory import memory_errors, require_memory
 from tests.checkpoints import random_weights, tiny_args
 

@@ -221,7 +221,7 @@ def assert_same_scores(found: Surprisal, expected: Surprisal) -> None:
 def test_a_scorer_says_after_any_edits_what_a_fresh_one_says(tiny: Llama, witness: Llama, steps: Any) -> None:
     """Whatever was cut off, added or cancelled before; in small pieces, so that there is a lot to cancel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "_POSITIONS", 4)
+        patch.setattr(engine_module, "_LOGITS_PER_CHUNK", 4)
         patch.setattr(distributions, "_POSITIONS", 3)
         scorer = Scorer(tiny)
         ids = [65]
@@ -253,7 +253,7 @@ def test_a_scorer_computes_what_is_new_and_one_token_more(tiny: Llama, steps: An
 
 def test_a_cancelled_scorer_goes_on_where_it_was(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was scored before the interruption is not scored again."""
-    monkeypatch.setattr(engine_module, "_POSITIONS", 10)
+    monkeypatch.setattr(engine_module, "_LOGITS_PER_CHUNK", 10)
     scorer, ids = Scorer(tiny), list(range(100, 150))
     with pytest.raises(CancelledError):
         scorer(ids, progress=interrupting(4))

@@ -153,7 +153,7 @@ def test_of_a_long_text_the_last_positions_are_compared(tiny: Llama, monkeypatch
 def test_logits_in_pieces_are_compared_with_their_own(
     tiny: Llama, found: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_scratch.inference.engine._POSITIONS", 7)
+    monkeypatch.setattr("llama_scratch.inference.engine._LOGITS_PER_CHUNK", 7)
     (row,) = numerics(tiny, IDS, opened(tiny), ["bf16"]).rows
     assert row.distance is not None
     assert found.rows[0].distance is not None

@@ -17,19 +17,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch import llama as llama_module
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, OutOfMemoryError
 from llama_scratch.inference import engine as engine_module
+from llama_scratch.inference import loading
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.fused_layers import FusedLayers
 from llama_scratch.llama import Llama
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision import kernels
-from llama_scratch.precision import network as precision_module
-from llama_scratch.precision.linear import Panels, Rows, from_panels, panel_shapes, panels_of, to_panels
-from llama_scratch.precision.network import BITS, CalibrationText, build, memory_needed
-from llama_scratch.precision.quantize import BLOCK, dequantize, quantize_blocks
+from llama_scratch.precision import kernels, memory_estimate
+from llama_scratch.precision import packing as packing_module
+from llama_scratch.precision.calibration import CalibrationText, calibration_text
+from llama_scratch.precision.dtypes import BITS
+from llama_scratch.precision.memory_estimate import memory_needed
+from llama_scratch.precision.network import build
+from llama_scratch.precision.panels import Panels, from_panels, panel_shapes, panels_of, to_panels
+from llama_scratch.precision.quantize import BLOCK_SIZE, dequantize, quantize_blocks
+from llama_scratch.precision.rows import Rows
 from llama_scratch.system import memory
 from llama_scratch.system.jobs import BackgroundJobs
 from tests.checkpoints import tiny_args, write_meta
@@ -69,23 +73,23 @@ def held(form: Panels) -> Tensor:
 
 
 @SHAPES
-@pytest.mark.parametrize("bits", BLOCK)
+@pytest.mark.parametrize("bits", BLOCK_SIZE)
 def test_panels_hold_what_was_quantized(shape: tuple[int, int], bits: int) -> None:
     """There and back, whatever fills them up; and as many bytes as were foretold."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     form = panels(weight, bits)
-    filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK[bits]))
+    filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK_SIZE[bits]))
     numbers, scales = quantize_blocks(filled, bits)
     assert torch.equal(held(form), dequantize(numbers, scales)[:, : shape[1]])
     assert (form.values.shape, form.scales.shape) == panel_shapes(shape, bits)
     assert not from_panels(form.values, form.scales)[shape[0] :].any()
     assert form.nbytes == form.values.nbytes + form.scales.nbytes
-    assert form.whole == (shape[0] % 16 == 0 and shape[1] % BLOCK[bits] == 0)
+    assert form.whole == (shape[0] % 16 == 0 and shape[1] % BLOCK_SIZE[bits] == 0)
     assert all(torch.equal(a, b) for a, b in zip(panels_of(numbers, scales), (form.values, form.scales), strict=True))
 
 
 @SHAPES
-@pytest.mark.parametrize("bits", BLOCK)
+@pytest.mark.parametrize("bits", BLOCK_SIZE)
 @pytest.mark.parametrize("rows", [0, 1, 3, 17])
 def test_products_are_off_by_no_more_than_activations_are_rounded(
     shape: tuple[int, int], bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +99,7 @@ def test_products_are_off_by_no_more_than_activations_are_rounded(
     form = panels(torch.randn(shape, generator=generator), bits)
     x = torch.randn(rows, shape[1], generator=generator) * torch.rand(shape[1], generator=generator).pow(6) * 30
     exact = x.double() @ held(form).double().T
-    blocks = [slice(start, start + BLOCK[bits]) for start in range(0, shape[1], BLOCK[bits])]
+    blocks = [slice(start, start + BLOCK_SIZE[bits]) for start in range(0, shape[1], BLOCK_SIZE[bits])]
     most = sum((x[:, b].abs().amax(1, keepdim=True) / 254) @ held(form)[:, b].abs().sum(1)[None] for b in blocks)
     assert ((form(x) - exact).abs() <= 1.001 * most + 1e-5 * exact.abs() + 1e-9).all()
     without_kernels(monkeypatch)
@@ -186,7 +190,7 @@ def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
 ) -> None:
     """In one go, token by token, in uneven pieces, and after going back."""
     monkeypatch.setattr(engine_module, "CHUNK", 100)
-    monkeypatch.setattr(engine_module, "_POSITIONS", 100)
+    monkeypatch.setattr(engine_module, "_LOGITS_PER_CHUNK", 100)
     model, packing, _ = built(source, precision)
     ids = torch.randint(556, (140,), generator=torch.Generator().manual_seed(2)).tolist()
     once = Engine(model, 300, packing).all_logits(ids)
@@ -255,7 +259,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return to_panels(*arguments)
 
-    monkeypatch.setattr(precision_module, "to_panels", counted)
+    monkeypatch.setattr(packing_module, "to_panels", counted)
     return calls
 
 
@@ -330,17 +334,17 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from llama_scratch.precision import kernels
-from llama_scratch.precision import network as precision
+from llama_scratch.precision import packing
 from tests.test_panels import calibrated
 path, finished, library, os.environ["LLAMA_SCRATCH_KERNELS"] = sys.argv[1:]
-put, pieces = precision.KeptPieces.put, []
+put, pieces = packing.PackedWeightCache.put, []
 def counted(self, i, values, scales):
     put(self, i, values, scales)
     if values.dtype == torch.uint8:
         pieces.append(i)
     if len(pieces) == int(finished):
         os.kill(os.getpid(), signal.SIGKILL)
-precision.KeptPieces.put = counted
+packing.PackedWeightCache.put = counted
 torch.ops.load_library(library)
 kernels._loaded = True
 calibrated(Path(path))
@@ -400,7 +404,7 @@ def test_a_failed_piece_is_not_taken_for_another(source: Path, monkeypatch: pyte
     threads = torch.get_num_threads()
     examples = CalibrationText("some", lambda _: [torch.arange(40)[None]])
     with monkeypatch.context() as patch:
-        patch.setattr(precision_module, "to_panels", fails)
+        patch.setattr(packing_module, "to_panels", fails)
         torch.set_num_threads(2)
         model, packing = build(weights, args, "int4", CPU, [source], examples)
         torch.set_num_threads(threads)
@@ -536,8 +540,8 @@ def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.Monk
     (file := tmp_path / "text.txt").write_text(text)
     exact = Llama.load(path, precision="fp32", device="cpu").logits(other)
     distances = []
-    for examples in (lambda *_: None, llama_module._examples):
-        monkeypatch.setattr(llama_module, "_examples", examples)
+    for text_of in (lambda *_: None, calibration_text):
+        monkeypatch.setattr(loading, "calibration_text", text_of)
         llama = Llama.load(path, precision="int4", device="cpu", calibration=file)
         llama.prepare()
         distances.append(relative(llama.logits(other), exact))
@@ -548,7 +552,7 @@ def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sentence, at the next answer too; the model itself fits."""
     monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(500_000_000))
-    monkeypatch.setattr(precision_module, "_MAKING", 1 << 16)
+    monkeypatch.setattr(memory_estimate, "_HESSIAN_BYTES", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
     said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
     llama.prepare(wait=False)

@@ -12,32 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.config import ACTIVATIONS, PRECISIONS, ModelArgs
+from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, UsageError
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.model import Transformer
-from llama_scratch.precision import network as precision_module
+from llama_scratch.precision import ACTIVATIONS, PRECISIONS, resolve_precision, validate_precision
+from llama_scratch.precision import packing as packing_module
+from llama_scratch.precision.dtypes import activation_type, all_known, file_type
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
-from llama_scratch.precision.linear import (
-    Differentiable,
-    FusedLinearPart,
-    Panels,
-    Rows,
-    WeightFormat,
-    format_of,
-    to_panels,
-    weight_bytes,
-)
-from llama_scratch.precision.network import (
-    activation_type,
-    all_known,
-    build,
-    differentiable,
-    file_type,
-    resolve_precision,
-    validate_precision,
-)
+from llama_scratch.precision.linear import Differentiable, FusedLinearPart, WeightFormat, format_of, weight_bytes
+from llama_scratch.precision.network import build, differentiable
+from llama_scratch.precision.panels import Panels, to_panels
+from llama_scratch.precision.rows import Rows
 from llama_scratch.system.memory import trim_heap
 from tests.checkpoints import TINY_PARAMS, random_weights, tiny_args, write_meta
 from tests.conftest import KERNELS
@@ -445,7 +432,7 @@ def test_an_interrupted_wait_leaves_the_next_answer_right(
     """Ctrl-C while the first answer waits: packing goes on, and the answer that is asked for next waits again."""
     weights, ids = stored(tiny_args(n_layers=1)), IDS[0].tolist()
     begin, pack = threading.Event(), to_panels
-    monkeypatch.setattr(precision_module, "to_panels", lambda *args: begin.wait(10) and pack(*args))
+    monkeypatch.setattr(packing_module, "to_panels", lambda *args: begin.wait(10) and pack(*args))
     model, packing = build(weights, tiny_args(n_layers=1), "int8", CPU, [source])
     engine = Engine(model, 100, packing)
     seen: list[tuple[str, int, int]] = []
@@ -482,7 +469,7 @@ def test_an_interruption_between_the_projections_leaves_the_next_answer_right(so
             assert relative(run(model), expected) <= 1e-5
     shared = [module for module in model.modules() if isinstance(module, FusedLinearPart)]
     assert shared
-    assert all(module.shared._x is None for module in shared)
+    assert all(module.fused._input is None for module in shared)
 
 
 # --- Which one --------------------------------------------------------------------------------

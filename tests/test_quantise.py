@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_scratch.precision import quantize
 from llama_scratch.precision.lazy_weight import LazyWeight
-from llama_scratch.precision.quantize import BLOCK, Hessian, dequantize, quantize_blocks
+from llama_scratch.precision.quantize import BLOCK_SIZE, Hessian, dequantize, quantize_blocks
 
 RANGE = {8: (-127, 127), 4: (0, 15)}
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -35,7 +35,7 @@ def products(x: Tensor) -> Tensor:
 def nearest(weight: Tensor, bits: int) -> Tensor:
     """Round to nearest with the scale of the largest weight, written as plainly as can be: (out, in)."""
     made = []
-    for row in weight.view(-1, BLOCK[bits]):
+    for row in weight.view(-1, BLOCK_SIZE[bits]):
         largest = row[row.abs().argmax()]
         scale = (largest / (127 if bits == 8 else -8)).half().float()
         made.append((row / scale).round().clamp(*((-127, 127) if bits == 8 else (-8, 7))) * scale)
@@ -56,7 +56,7 @@ def test_types_and_shapes(bits: int) -> None:
     assert numbers.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert numbers.shape == (48, 256)
     assert scales.dtype == torch.float16
-    assert scales.shape == (48, 256 // BLOCK[bits])
+    assert scales.shape == (48, 256 // BLOCK_SIZE[bits])
     assert (int(numbers.min()), int(numbers.max())) == RANGE[bits]
     assert bits == 4 or bool((scales > 0).all())
 
@@ -67,10 +67,11 @@ def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None
     """What has been quantized once is found again to the last bit, though scales are searched for."""
     low, high = RANGE[bits]
     numbers = torch.randint(low, high + 1, (32, 128), generator=torch.Generator().manual_seed(0))
-    numbers[:, :: BLOCK[bits]] = 127 if bits == 8 else 0  # the end that a largest weight is put on
+    numbers[:, :: BLOCK_SIZE[bits]] = 127 if bits == 8 else 0  # the end that a largest weight is put on
     numbers = numbers.to(torch.int8 if bits == 8 else torch.uint8)
     scales = (
-        torch.linspace(0.5, 2, 32 * 128 // BLOCK[bits]).view(32, -1).half() * torch.tensor([1, -1]).repeat(16)[:, None]
+        torch.linspace(0.5, 2, 32 * 128 // BLOCK_SIZE[bits]).view(32, -1).half()
+        * torch.tensor([1, -1]).repeat(16)[:, None]
     )
     weight = dequantize(numbers, scales)
     found = quantize_blocks(weight, bits, Hessian(products(inputs(128))) if calibrated else None)
@@ -81,12 +82,12 @@ def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None
 def test_dequantize(bits: int) -> None:
     """Scale times number, in four bits times number − 8, for each block with its own scale."""
     numbers = torch.arange(16, dtype=torch.uint8 if bits == 4 else torch.int8).repeat(2, 8)  # (2, 128)
-    scales = torch.arange(1, 2 * 128 // BLOCK[bits] + 1).view(2, -1).half() / 4
+    scales = torch.arange(1, 2 * 128 // BLOCK_SIZE[bits] + 1).view(2, -1).half() / 4
     weight = dequantize(numbers, scales)
     assert weight.dtype == torch.float32
     for row, place in [(0, 0), (0, 31), (0, 32), (1, 63), (1, 64), (1, 127)]:
         number = int(numbers[row, place]) - (8 if bits == 4 else 0)
-        assert weight[row, place] == float(scales[row, place // BLOCK[bits]]) * number
+        assert weight[row, place] == float(scales[row, place // BLOCK_SIZE[bits]]) * number
 
 
 @BITS
@@ -95,7 +96,7 @@ def test_rows_are_quantized_alone_in_any_type(bits: int, dtype: torch.dtype, mon
     """A part of the rows gives the same as all of them, however many are worked on at a time."""
     weight = random(40, 128).to(dtype)
     numbers, scales = quantize_blocks(weight, bits)
-    monkeypatch.setattr(quantize, "_SEARCHED", 7 * 128)
+    monkeypatch.setattr(quantize, "_WEIGHTS_PER_SEARCH", 7 * 128)
     some = quantize_blocks(weight[5:23].float(), bits)
     assert torch.equal(some[0], numbers[5:23])
     assert torch.equal(some[1], scales[5:23])
@@ -110,7 +111,7 @@ def test_what_is_no_tensor_yet(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(stop - start)
             return weight[start:stop]
 
-    monkeypatch.setattr(quantize, "_SEARCHED", 16 * 128)
+    monkeypatch.setattr(quantize, "_WEIGHTS_PER_SEARCH", 16 * 128)
     found = quantize_blocks(Rows((40, 128), torch.float32, 0), 4)
     assert torch.equal(found[0], quantize_blocks(weight, 4)[0])
     assert asked == [16, 16, 8]
@@ -126,7 +127,9 @@ def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None
     for weight in (random(64, 256), random(64, 256) ** 3):
         weight = weight * size
         found = dequantize(*quantize_blocks(weight, bits))
-        errors = [(weight - made).double().view(-1, BLOCK[bits]).norm(dim=1) for made in (found, nearest(weight, bits))]
+        errors = [
+            (weight - made).double().view(-1, BLOCK_SIZE[bits]).norm(dim=1) for made in (found, nearest(weight, bits))
+        ]
         assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
 
 
@@ -141,7 +144,7 @@ def test_search_gains(bits: int, share: float) -> None:
 @BITS
 def test_a_place_that_costs_more_is_hit(bits: int) -> None:
     """The scale fits the numbers, by what errors in their places cost."""
-    blocks, cost = random(200, BLOCK[bits]), torch.ones(BLOCK[bits])
+    blocks, cost = random(200, BLOCK_SIZE[bits]), torch.ones(BLOCK_SIZE[bits])
     cost[7] = 1000
     scales = quantize._search(blocks, bits, cost)
     missed = (blocks - quantize._round(blocks, quantize._inverse(scales)[:, None], bits) * scales[:, None])[:, 7]
@@ -177,7 +180,7 @@ def test_one_outlier(bits: int) -> None:
     weight[2, 70] = 5000
     numbers, scales = quantize_blocks(weight, bits)
     found = dequantize(numbers, scales)
-    assert abs(found[2, 70] - 5000) <= float(scales[2, 70 // BLOCK[bits]].abs()) / 2
+    assert abs(found[2, 70] - 5000) <= float(scales[2, 70 // BLOCK_SIZE[bits]].abs()) / 2
     others = torch.ones(4, 256, dtype=torch.bool)
     others[2, 64:128] = False
     assert torch.equal(found[others], plain[others])
@@ -247,7 +250,7 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
     x, weight = inputs(256), random(96, 256)
     H = products(x[:2000])
     curvature = Hessian(H)
-    blocks = weight.view(96, -1, BLOCK[bits])
+    blocks = weight.view(96, -1, BLOCK_SIZE[bits])
     gptq = quantize._gptq(blocks, curvature, bits)
     gptq_weight = (gptq[0] * gptq[1][..., None]).flatten(1)
     found = [

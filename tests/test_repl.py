@@ -315,12 +315,12 @@ def test_a_window_that_is_resized_while_text_streams(session: Terminal) -> None:
 
 SLOWLY = """
 import time
-from llama_scratch.precision import network
-pack = network.to_panels
+from llama_scratch.precision import packing
+pack = packing.to_panels
 def slowly(*arguments):
     time.sleep(0.25)
     return pack(*arguments)
-network.to_panels = slowly
+packing.to_panels = slowly
 from llama_scratch.__main__ import main
 main()
 """

@@ -48,7 +48,7 @@ def names_of(found: Source) -> list[str]:
         ("model.attend", ["model.attend"]),
         ("llama_scratch.model.attend", ["model.attend"]),
         ("_grown", ["model.KVCache._grown"]),
-        ("CHUNK", ["precision.network.CHUNK"]),
+        ("CHUNK", ["precision.memory_estimate.CHUNK"]),
         ("places", ["hooks.places"]),  # before a method of that name
         ("model", ["model.py"]),
         ("model.py", ["model.py"]),
@@ -120,7 +120,7 @@ def test_decorators_and_the_comment_above_belong_to_it() -> None:
     assert source("KVCache.capacity").passages[0].text.lstrip().startswith("@property\n")
     assert source("rope_frequencies").passages[0].text.startswith("# --- Rotary embedding -")
     assert "A head's vector is read as" in source("rope").passages[0].text
-    assert source("network.CHUNK").passages[0].text.startswith("# Prompts go through")
+    assert source("memory_estimate.CHUNK").passages[0].text.startswith("# Prompts go through")
     assert source("KVCache").passages[0].text.startswith("class KVCache:")
     assert source("causal_mask").passages[0].text.startswith("def causal_mask")
 

@@ -11,7 +11,7 @@ import torch
 
 from llama_scratch.errors import CheckpointError
 from llama_scratch.inference import generation, prompt_lookup
-from llama_scratch.inference.engine import _DRAFTED, Engine
+from llama_scratch.inference.engine import _MAX_DRAFT_LENGTH, Engine
 from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.llama import Llama
 from llama_scratch.model import RMSNorm
@@ -63,13 +63,13 @@ def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
     text, at, lengths = CYCLE * 100, 18, []
     drafts = fed(text[:12], text[12:18])
     for _ in range(8):
-        draft = drafts.propose(text[:at], _DRAFTED)
+        draft = drafts.propose(text[:at], _MAX_DRAFT_LENGTH)
         assert draft == text[at : at + len(draft)]
         lengths.append(len(draft))
         at += len(draft) + 1
         drafts.record_cost(len(draft), len(draft), 1.1)
     assert lengths == sorted(lengths)
-    assert lengths[-1] == _DRAFTED
+    assert lengths[-1] == _MAX_DRAFT_LENGTH
     assert len(drafts.propose(text[:at], 4)) == 4
     assert drafts.propose(text[:at], 0) == []
 
@@ -91,11 +91,11 @@ def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
     text = CYCLE * 340
     drafts, singles, lost = fed(text[:12], text[12:18]), 0, 0
     for at in range(18, 2018):
-        draft = drafts.propose(text[:at], _DRAFTED)  # guesses are right, so that it always would
+        draft = drafts.propose(text[:at], _MAX_DRAFT_LENGTH)  # guesses are right, so that it always would
         drafts.record_cost(len(draft), 0, 1.0 + len(draft))
         singles += not draft
         lost += len(draft)
-    assert 0 < lost <= 2 + prompt_lookup._SHARE * singles * 1.2
+    assert 0 < lost <= 2 + prompt_lookup._ALLOWED_LOSS * singles * 1.2
 
 
 def test_one_delayed_pass_changes_little() -> None:
@@ -171,8 +171,8 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
 
     def propose(drafts: NGramDrafter, ids: Sequence[int], room: int) -> list[int]:
         turn = next(turns)
-        draft = truth[len(ids) :][: min(room, 1 + turn % _DRAFTED)]
-        if turn // _DRAFTED % 2:
+        draft = truth[len(ids) :][: min(room, 1 + turn % _MAX_DRAFT_LENGTH)]
+        if turn // _MAX_DRAFT_LENGTH % 2:
             draft[-1] = 1 + draft[-1] % 200
         return draft
 
@@ -184,7 +184,7 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
     assert all(torch.equal(a, b) for a, b in zip(keys(packed), held, strict=True))
     assert set(single[1:]) == {1}
     assert len(widths) < len(single) / 2
-    assert max(widths[1:]) == 1 + _DRAFTED
+    assert max(widths[1:]) == 1 + _MAX_DRAFT_LENGTH
 
 
 def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_a_draft_of_damaged_weights_spoils_no_other_token(packed: Llama) -> None
 
 def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Llama) -> None:
     engine = Engine(packed.engine.model, 400, packed.engine.packing)  # one that has taken no memory yet
-    for length, room in ((1, _DRAFTED), (250, 6), (256, 0), (257, _DRAFTED), (395, 5), (400, 0)):
+    for length, room in ((1, _MAX_DRAFT_LENGTH), (250, 6), (256, 0), (257, _MAX_DRAFT_LENGTH), (395, 5), (400, 0)):
         ids = (CYCLE * 70)[:length]
         engine.next_logits(ids)
         engine.trim(ids[:-1])
@@ -256,7 +256,7 @@ def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPa
     assert packed.path is not None
     engine = packed.engine
     engine.next_logits(CYCLE)
-    assert engine.max_draft_length([*CYCLE, 1]) == _DRAFTED
+    assert engine.max_draft_length([*CYCLE, 1]) == _MAX_DRAFT_LENGTH
     assert (
         engine.max_draft_length([*CYCLE, 1, 2])
         == engine.max_draft_length([6, *CYCLE[1:], 1])
@@ -269,7 +269,7 @@ def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPa
     for precision in ("fp32", "bf16", "fp16", "int8"):
         other = Llama.load(packed.path, precision=precision, device="cpu")
         other.engine.next_logits(CYCLE)
-        assert other.engine.max_draft_length([*CYCLE, 1]) == _DRAFTED
+        assert other.engine.max_draft_length([*CYCLE, 1]) == _MAX_DRAFT_LENGTH
         other.engine.packing = BackgroundJobs("packing", [(lambda: None, 1)])
         assert other.engine.max_draft_length([*CYCLE, 1]) == 0
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", "0")

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
 from llama_scratch.checkpoint.base import Stored, reading
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
-from llama_scratch.config import EMBEDDING, OUTPUT, PRECISIONS, ModelArgs
-from llama_scratch.precision import kernels
-from llama_scratch.precision.lazy_weight import FORMATS
-from llama_scratch.precision.network import (
-    activation_type,
-    memory_needed,
-    resolve_device,
-    resolve_precision,
-    validate_precision,
-)
+from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs
+from llama_scratch.precision import PRECISIONS, kernels, resolve_device, resolve_precision, validate_precision
+from llama_scratch.precision.dtypes import activation_type
+from llama_scratch.precision.lazy_weight import KERNEL_FORMATS
+from llama_scratch.precision.memory_estimate import memory_needed
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -118,7 +113,7 @@ def _memory(
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
     dtype = _dtype(checkpoint, stored)
-    known = dtype is not None or stored.types.keys() <= FORMATS | _PLAIN
+    known = dtype is not None or stored.types.keys() <= KERNEL_FORMATS | _PLAIN
     needed = {
         name: memory_needed(args, name, dtype, context, device, tied=stored.tied, activations=activations, known=known)
         for name in PRECISIONS

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.errors import UsageError
+from llama_scratch.precision import ACTIVATIONS, PRECISIONS
 
 # Each option can stand in the environment too; the help says so once.
 option = partial(typer.Option, show_envvar=False)

@@ -16,13 +16,13 @@ from llama_scratch.model import KVCache, Transformer
 class StaticCache(KVCache):
     """The memory of another cache, all of it, with the position in a tensor: for one new token at a time.
 
-    What lies behind `position` is masked instead of cut off, so no shape depends on how much is held.
+    Tokens after `position` are masked instead of cut off, so no shape depends on the number of tokens.
     """
 
     def __init__(self, cache: KVCache, device: torch.device):
         self._layers = list(cache._layers)
         for held in self._layers:
-            for store in held or ():  # what was never written may be no number, and a share of 0 does not hide that
+            for store in held or ():  # unwritten memory may be NaN, and 0 · NaN = NaN
                 store[:, :, cache.length :] = 0
         self.max_seq_len = self.length = cache.capacity
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -46,7 +46,7 @@ class StaticCache(KVCache):
 
 
 class DecodeGraph:
-    """Runs a network for one token behind what `cache` holds; records itself anew whenever the cache has grown."""
+    """Runs a network for one token after those in `cache`; records the graph again if the cache has grown."""
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
@@ -54,7 +54,7 @@ class DecodeGraph:
         self._capacity = 0
 
     def fits(self) -> bool:
-        """Whether the next token fits into the cache as it is; else it goes through the network as usual."""
+        """Whether the next token fits into the cache as it is. Otherwise the network runs without a graph."""
         return 0 < self._cache.length < self._cache.capacity
 
     def __call__(self, id: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The layers as one call, see cpp/layer.h: the readable network's steps without its operators' calls.
+"""Run all layers for a few tokens in one C++ call: the computation of model.py without per-operator overhead.
 
-A small model's token is not bound by reading weights but by asking for some thousand operators, one by one. And as
-each row is computed by itself there, several tokens at once come out to the bit as if they had come one by one.
+A small model's token is not bound by the memory but by calling some thousand operators. In cpp/layer.h each row is
+computed by itself, so several tokens at once are bit-identical to the same tokens one by one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, rotations
 from llama_scratch.precision import kernels
-from llama_scratch.precision.linear import Panels, format_of
-
-# Of such numbers the kernels want a multiple in each dimension.
-_GRAIN = 16
+from llama_scratch.precision.linear import format_of
+from llama_scratch.precision.panels import PANEL, Panels
 
 
 class FusedLayers:
-    """Runs a network for some tokens behind what `cache` holds, where the kernels know the form of all its weights."""
+    """Runs a network for the tokens after those in `cache`, if the kernels know the formats of all its weights."""
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
@@ -32,7 +30,7 @@ class FusedLayers:
         self._freqs = torch.empty(0, 0)
 
     def fits(self) -> bool:
-        """Whether tokens can be run so."""
+        """Whether the kernels can run this network."""
         if not kernels.ready():
             return False
         if self._norms is None:
@@ -59,9 +57,9 @@ class FusedLayers:
         return model.output(model.norm(x if all_positions else x[-1:]))[None]
 
     def _collect(self) -> None:
-        """Norms and weights of all layers, in the order of `Layer`; no norms where the kernels do not know all."""
+        """Collect norms and weights in the order of `Layer`; no norms if the kernels do not know a weight's format."""
         args = self._model.args
-        if args.dim % _GRAIN or args.head_dim % _GRAIN or args.ffn_dim % _GRAIN:
+        if args.dim % PANEL or args.head_dim % PANEL or args.ffn_dim % PANEL:
             return
         norms: list[Tensor] = []
         for module in self._model.layers:
@@ -69,11 +67,14 @@ class FusedLayers:
             norms += [block.attention_norm.weight, block.ffn_norm.weight]
             attention, feed_forward = block.attention, block.feed_forward
             for first in (attention.wq, attention.wo, feed_forward.w1, feed_forward.w2):
-                form = format_of(first)
-                if form is None or not form.stored or (isinstance(form, Panels) and not form.whole):
+                weight = format_of(first)
+                if weight is None or (isinstance(weight, Panels) and not weight.whole):
                     return
-                self._weights += [tensor for tensors, _ in form.stored for tensor in tensors]
-                self._types += [name for _, name in form.stored]
-                self._parts.append(len(form.stored))
+                operands = weight.kernel_operands
+                if not operands:
+                    return
+                self._weights += [tensor for tensors, _ in operands for tensor in tensors]
+                self._types += [name for _, name in operands]
+                self._parts.append(len(operands))
         if norms[0].dtype == torch.float32:
             self._norms = norms

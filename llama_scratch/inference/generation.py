@@ -1,4 +1,4 @@
-"""Token by token: sample the next one, verify what was guessed, stop where the text ends."""
+"""Continue a text token by token: sample the next one, verify drafts, and end at a stop token."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def continue_ids(
     end = min(len(ids) + max_new_tokens, llama.context)
     drafts = NGramDrafter()
     while len(ids) < end:
-        room = min(llama.engine.max_draft_length(ids), end - len(ids) - 1) if speculate else 0
-        draft = drafts.propose(ids, room) if room else []
+        max_length = min(llama.engine.max_draft_length(ids), end - len(ids) - 1) if speculate else 0
+        draft = drafts.propose(ids, max_length) if max_length else []
         start = time.perf_counter()
         rows = llama.engine.verify(ids, draft) if draft else llama.engine.next_logits(ids).values[None]
         seconds = time.perf_counter() - start
@@ -38,5 +38,5 @@ def continue_ids(
             yield Step(id, stream.push(id, final=len(ids) == end), logprob)
             if id != guess:
                 break
-        if room:  # else it read the prompt, or waited for the weights
+        if max_length:  # otherwise it read the prompt, or waited for the weights
             drafts.record_cost(len(draft), len(ids) - before, seconds)

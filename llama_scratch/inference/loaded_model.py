@@ -33,14 +33,14 @@ class LoadedModel:
     Args:
         tokenizer: Text ↔ ids.
         info: Name, format, precision, device and number of parameters.
-        engine: Ids → logits, with what is cached.
+        engine: Ids → logits, with the KV cache.
         load_s: How long loading took, in seconds.
         warnings: Messages about the model's files, which each prediction repeats.
         weights: Reads the file's own weights again, for gradients.
 
     Attributes:
         args: The shape of the network.
-        context: The most tokens that a prompt and its continuation may have together.
+        context: Maximum number of tokens of a prompt and its continuation together.
     """
 
     def __init__(
@@ -61,13 +61,20 @@ class LoadedModel:
         self.load_s = load_s
         self.warnings = warnings
         self._weights = weights
-        self._differentiable: list[Transformer] = []  # none or one; what `intervened` makes shares it
+        self._differentiable: list[Transformer] = []  # none or one, shared with the models that `intervened` returns
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
-        """Pack weights of few bits and compile the kernels, where that was never done, and come back when it is.
+        """Pack the weights of int8 and int4, and compile the kernels, unless an earlier run did.
 
-        Without this the first answer in int8 or int4 waits for the packing, and nothing is compiled for the others.
-        wait: False to come back at once. Raises `OutOfMemoryError`.
+        Without this the first answer in int8 or int4 waits for the packing, and kernels are not compiled for other
+        precisions.
+
+        Args:
+            progress: Called with the stage, how much is done and how much there is.
+            wait: False to work in the background.
+
+        Raises:
+            OutOfMemoryError: If packing needs more memory than there is.
         """
         if wait:
             with memory_errors(self.info.name):
@@ -77,7 +84,7 @@ class LoadedModel:
 
     @property
     def preparing(self) -> tuple[str, int, int] | None:
-        """What is being done about the weights' form, how much of it is done and how much there is; None at the end."""
+        """The stage of the background jobs, how much is done and how much there is; None if they are done."""
         packing = self.engine.packing
         return packing.progress if packing.running else None
 
@@ -87,9 +94,9 @@ class LoadedModel:
         return weight_bytes(self.engine.model)
 
     def intervened(self, hooks: Mapping[str, Hook]) -> Self:
-        """The same model with hooks in its network: what it answers, caches and generates is the changed network's.
+        """Return the same model with hooks in its network: it answers, caches and generates with the changed network.
 
-        It shares the weights with this one, which stays as it was. Hooks that this one has come first.
+        It shares the weights with this model, which does not change. This model's own hooks come first.
         """
         changed = copy(self)
         both = {place: _one_after_the_other(self.engine.hooks.get(place), hooks.get(place)) for place in hooks}
@@ -100,8 +107,8 @@ class LoadedModel:
     def differentiable(self, progress: Progress = silent) -> Transformer:
         """The network that gradients go through: the file's own weights, multiplied in float32.
 
-        Read from the file at the first call and kept. Raises as `load` does, and `UsageError` where the weights lie
-        in no file.
+        It is read from the file at the first call and then stays in memory. Raises as `load` does, and `UsageError` if
+        the weights are not from a file.
         """
         if not self._differentiable:
             model = self.engine.model
@@ -139,7 +146,7 @@ class LoadedModel:
         return [id if type(id) is int else self._id(id) for id in prompt]
 
     def token(self, id: int) -> Token:
-        """A token of the vocabulary. Raises `UsageError` where there is none of that id."""
+        """A token of the vocabulary. Raises `UsageError` if the id does not exist."""
         return Token(id := self._id(id), self.tokenizer.token_text(id))
 
     def _id(self, id: object) -> int:
@@ -163,9 +170,17 @@ class LoadedModel:
     ) -> Prediction:
         """The most probable next token after a prompt, and the `top` candidates with their probabilities.
 
-        Probabilities are the softmax of the logits, taken in float64. special: as for `encode`. `progress` is
-        called while a long prompt is read, with "reading" and numbers of tokens. Raises `UsageError` for an empty
-        prompt and `ContextLengthError` for one that is longer than the context.
+        Probabilities are the softmax of the logits in float64.
+
+        Args:
+            prompt: A text, or token ids.
+            top: Number of candidates.
+            special: As for `encode`.
+            progress: Called while a long prompt is read, with "reading" and numbers of tokens.
+
+        Raises:
+            UsageError: If the prompt is empty.
+            ContextLengthError: If it is longer than the context.
         """
         if top < 1:
             raise UsageError(f"{top} candidates were asked for, expected at least 1 (`top`).")

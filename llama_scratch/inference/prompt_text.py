@@ -15,7 +15,7 @@ Prompt = str | Sequence[int]
 """A text, which gets the beginning-of-text token if the model wants one, or token ids, which do not."""
 
 # Texts of up to so many characters are tokenized to the end, in half a second at most, whatever the context.
-_COUNTED = 1_000_000
+_TOKENIZED_IN_FULL = 1_000_000
 
 
 def encode_text(tokenizer: Tokenizer, text: str, context: int, *, bos: bool, special: bool) -> list[int]:
@@ -57,7 +57,7 @@ def _token_limit(tokenizer: Tokenizer, context: int, size: int) -> int | None:
 
     Raises `ContextLengthError` if so many characters cannot fit into the context.
     """
-    if size <= _COUNTED:
+    if size <= _TOKENIZED_IN_FULL:
         return None
     if size > context * tokenizer.max_token_bytes:  # no token has more characters than bytes
         raise _too_long(context, size)

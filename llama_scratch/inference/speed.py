@@ -18,7 +18,7 @@ import torch
 
 from llama_scratch.config import ModelArgs
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.precision.network import activation_bytes
+from llama_scratch.precision.dtypes import activation_bytes
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 
@@ -112,11 +112,11 @@ def _time_prefill(llama: LoadedModel, sizes: Sequence[int], runs: int, progress:
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     done, total = 0, runs * sum(seconds)
     for run in range(runs):
-        for size, found in seconds.items():
+        for size, times in seconds.items():
             progress(f"reading {size:,} tokens", done, total)
-            found.append(timed(llama, random_ids(llama.args.vocab_size, size, seed=1 + run), 0)[0])
+            times.append(timed(llama, random_ids(llama.args.vocab_size, size, seed=1 + run), 0)[0])
             done += size
-    return {size: median(found) for size, found in seconds.items()}
+    return {size: median(times) for size, times in seconds.items()}
 
 
 def _time_decode(
@@ -129,12 +129,12 @@ def _time_decode(
         stage = f"decoding at {context:,} tokens"
         progress(stage, 0, runs)
         llama.engine.next_logits(before, progress)
-        found = []
+        times = []
         for run in range(runs):
             progress(stage, run, runs)
             behind = random_ids(llama.args.vocab_size, tokens, seed=run)
-            found.append(timed(llama, before + behind, tokens)[1] / tokens)
-        seconds[context] = median(found)
+            times.append(timed(llama, before + behind, tokens)[1] / tokens)
+        seconds[context] = median(times)
     return seconds
 
 

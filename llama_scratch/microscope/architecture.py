@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import UsageError
 from llama_scratch.inference.loaded_model import LoadedModel
-from llama_scratch.precision.network import activation_bytes
+from llama_scratch.precision.dtypes import activation_bytes
 from llama_scratch.results import JsonResult
 
 

@@ -23,7 +23,7 @@ from llama_scratch.microscope.source import lines
 from llama_scratch.microscope.statements import SourceStatement, functions, statements
 from llama_scratch.microscope.value_view import ValueSummary, ValueView, has_numbers, parsed, summaries, view_value
 from llama_scratch.model import KVCache, Transformer
-from llama_scratch.precision.network import CHUNK
+from llama_scratch.precision.memory_estimate import CHUNK
 from llama_scratch.results import JsonResult
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_scratch.config import PRECISIONS, ModelArgs
+from llama_scratch.config import ModelArgs
 from llama_scratch.errors import OutOfMemoryError, UsageError, sanitize
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
 from llama_scratch.model import Transformer, rope_frequencies
+from llama_scratch.precision import PRECISIONS
 from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent

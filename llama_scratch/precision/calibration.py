@@ -1,8 +1,8 @@
-"""Which inputs a network's linear layers have, from examples: by them `quantize` knows which errors matter.
+"""Collect the inputs of a network's linear layers from examples, which tell `quantize` which errors matter.
 
-Examples are windows of tokens. Best is text of the kind that the model will read. Without one, half of the tokens are
-Python's own documentation, which lies wherever this runs, and half is what the model says to random first tokens: on
-the subjects and in the languages that it knows, each as often as it knows it.
+Examples are windows of tokens. The best is text of the kind that the model will read. Without one, half of the tokens
+are Python's documentation, which every installation has, and half are sampled from the model after random first
+tokens: subjects and languages that the model was trained on, in about the same shares.
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, arXiv:2305.17888 (a model's own text).
 """
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import ast
 import codecs
+import hashlib
 import os
+import platform
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,45 +26,52 @@ from torch import Tensor, nn
 
 from llama_scratch.errors import ModelNotFoundError, UsageError, sanitize
 from llama_scratch.model import KVCache, Transformer, TransformerBlock, causal_mask, rotations
+from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.system.small_files import read_start, reject_pointer, without_mark
 from llama_scratch.tokenizer import Tokenizer
 
-TOKENS = 16_384
-"""Examples of the usual number: twice as many gain some hundredths, half as many lose a tenth."""
+CALIBRATION_TOKENS = 16_384
+"""Tokens of all examples. Twice as many gain a few percent, half as many lose 10 %."""
 
-GROUPS = (
+LINEARS_BY_INPUT = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("attention.wo",),
     ("feed_forward.w1", "feed_forward.w3"),
     ("feed_forward.w2",),
 )
-"""Linear layers of a block that read the same vectors, in the order in which a token comes by."""
+"""Linear layers of a block, grouped by the input that they read, in order of execution."""
 
 
 def collect_hessians(
     model: Transformer, windows: Sequence[Tensor], progress: Progress = silent
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """H = E[x xᵀ] of the inputs x of all linear layers, in the order in which a token comes by.
+    """Compute H = E[x xᵀ] of the inputs x of all linear layers, in order of execution.
 
-    windows: (B, T) int64 each, read from an empty context; nothing else may use the network meanwhile. Yields the names
-    of the layers that read the same x, and their H, (in, in) float32. What is held at a time is one vector for each
-    token, and the products of one block.
+    Holds one vector per token, and the products of one block at a time.
+
+    Args:
+        model: The network. Nothing else may use it meanwhile.
+        windows: Examples, (B, T) int64 each, read from an empty context.
+        progress: Called with "calibrating" and numbers of windows.
+
+    Yields:
+        The names of the layers that read the same x, and their H, (in, in) float32.
     """
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
     for layer, block in enumerate(model.layers):
-        sums = [_Products() for _ in GROUPS]
-        readers = [block.get_submodule(names[0]) for names in GROUPS]
-        hooks = [reader.register_forward_pre_hook(found) for reader, found in zip(readers, sums, strict=True)]
+        sums = [_Products() for _ in LINEARS_BY_INPUT]
+        readers = [block.get_submodule(names[0]) for names in LINEARS_BY_INPUT]
+        hooks = [reader.register_forward_pre_hook(products) for reader, products in zip(readers, sums, strict=True)]
         try:
             for i, x in enumerate(streams):
                 progress("calibrating", layer * len(streams) + i, len(model.layers) * len(streams))
-                streams[i] = _through(cast(TransformerBlock, block), x, model, layer)
+                streams[i] = _forward_block(cast(TransformerBlock, block), x, model, layer)
         finally:
             for hook in hooks:
                 hook.remove()
-        for names in GROUPS:
+        for names in LINEARS_BY_INPUT:
             yield [f"layers.{layer}.{name}" for name in names], sums.pop(0).mean(tokens)
     output = _Products()
     for x in streams:
@@ -70,63 +80,96 @@ def collect_hessians(
     yield ["output"], output.mean(tokens)
 
 
-# Rows of such a matrix that are made at a time; what is left of them is what is above their columns.
-_ROWS = 1024
+# Rows of H that are computed at a time, from the diagonal on, because H is symmetric.
+_ROWS_PER_PRODUCT = 1024
 
 
-def _through(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
+def _forward_block(block: TransformerBlock, x: Tensor, model: Transformer, layer: int) -> Tensor:
     T = x.shape[1]
     freqs_cis = rotations(model.freqs, torch.arange(T, device=x.device))
     return cast(Tensor, block(x, freqs_cis, causal_mask(T, T, x.device), KVCache(model.args, T), layer))
 
 
 class _Products:
-    """A hook that adds up the products x xᵀ of all that a module is given."""
+    """A hook that adds up x xᵀ over all inputs of a module."""
 
     def __init__(self) -> None:
-        self._upper = torch.empty(0, 0)  # with what lies right of the diagonal, and some of the rest
+        self._upper = torch.empty(0, 0)  # the upper triangle, and parts of the lower one
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
         if not len(self._upper):
             self._upper = x.new_zeros(x.shape[1], x.shape[1])
-        for rows in range(0, x.shape[1], _ROWS):
-            self._upper[rows : rows + _ROWS, rows:].addmm_(x[:, rows : rows + _ROWS].T, x[:, rows:])
+        for rows in range(0, x.shape[1], _ROWS_PER_PRODUCT):
+            self._upper[rows : rows + _ROWS_PER_PRODUCT, rows:].addmm_(
+                x[:, rows : rows + _ROWS_PER_PRODUCT].T, x[:, rows:]
+            )
 
     def mean(self, tokens: int) -> Tensor:
-        """Their mean, (in, in)."""
+        """The mean, (in, in)."""
         upper = self._upper.triu_().div_(tokens)
         return upper + upper.triu(1).T
 
 
 # --- Examples ---------------------------------------------------------------------------------
 
-_CHARACTERS = 32  # of a token, at most: what lies behind so many is not looked at
-_WINDOW = 1024  # tokens that are read from an empty context
-_IMAGINED = 256  # tokens that a model says in one go
+_MAX_CHARACTERS_PER_TOKEN = 32  # the rest of a longer token is not looked at
+_WINDOW_TOKENS = 1024  # tokens that are read from an empty context
+_SAMPLED_TOKENS = 256  # length of a text that the model samples
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text that 4-bit weights are calibrated with.
+
+    Attributes:
+        name: Identifies the text, so that weights calibrated with another one are not reused.
+        windows: Returns its tokens as windows for `collect_hessians`, for the network that reads them.
+    """
+
+    name: str
+    windows: Callable[[Transformer], Sequence[Tensor]]
+
+
+def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
+    """Return the text of a file, or if there is none, the one that the model and Python provide, see `examples`.
+
+    Raises:
+        ModelNotFoundError: If the file cannot be read.
+        UsageError: If it is not a text, or too short.
+    """
+    if path is None:
+        name = f"its own words and Python {platform.python_version()}'s"
+        return CalibrationText(name, lambda model: examples(model, tokenizer, progress=report_progress))
+    text = read_text(path)
+    tokens = windows(tokenizer, text)
+    return CalibrationText(hashlib.sha256(text.encode()).hexdigest(), lambda _: tokens)
 
 
 def examples(
-    model: Transformer, tokenizer: Tokenizer, tokens: int = TOKENS, progress: Progress = silent
+    model: Transformer, tokenizer: Tokenizer, tokens: int = CALIBRATION_TOKENS, progress: Progress = silent
 ) -> list[Tensor]:
-    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half in the model's words.
+    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half sampled from the model.
 
-    Always the same for the same model and Python.
+    Deterministic for a model and a version of Python.
     """
     read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
-    said = sample_model_text(model, -(-missing // _IMAGINED), _start(tokenizer), progress)
-    return [*read, *torch.split(said, _WINDOW // _IMAGINED)]
+    said = sample_model_text(model, -(-missing // _SAMPLED_TOKENS), _start(tokenizer), progress)
+    return [*read, *torch.split(said, _WINDOW_TOKENS // _SAMPLED_TOKENS)]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read the text to calibrate with; of a long file only the beginning that is used.
+    """Read the text to calibrate with. Only the beginning of a long file is used.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
         UsageError: If it is not a file of UTF-8 text.
     """
-    name, limit = sanitize(os.fspath(path), 200), 4 * _CHARACTERS * TOKENS  # a character has up to 4 bytes
+    name, limit = (
+        sanitize(os.fspath(path), 200),
+        4 * _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS,
+    )  # a character has up to 4 bytes
     try:
         start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
@@ -136,7 +179,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ) from error
     reject_pointer(start, name, UsageError)
     try:
-        # A file that goes on can have been cut within a character.
+        # The limit can fall within a character.
         text = codecs.getincrementaldecoder("utf-8")().decode(
             without_mark(start, name, UsageError), final=len(start) < limit
         )
@@ -144,25 +187,25 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise UsageError(f"{name} is not UTF-8, expected text (`calibration`); save it as UTF-8.") from None
     if "\0" in text:
         raise UsageError(f"{name} holds zero bytes, expected text (`calibration`); name another file.")
-    return text[: _CHARACTERS * TOKENS].replace("\r\n", "\n").replace("\r", "\n")
+    return text[: _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS].replace("\r\n", "\n").replace("\r", "\n")
 
 
-def windows(tokenizer: Tokenizer, text: str, tokens: int = TOKENS) -> list[Tensor]:
+def windows(tokenizer: Tokenizer, text: str, tokens: int = CALIBRATION_TOKENS) -> list[Tensor]:
     """Windows for `collect_hessians` from the beginning of a text, (1, T) int64.
 
     Raises `UsageError` if the text is shorter than one.
     """
-    if not (found := _cut(tokenizer, text[: _CHARACTERS * tokens], tokens)):
-        raise UsageError(f"The text for calibration is shorter than {_WINDOW:,} tokens, expected some pages.")
-    return found
+    if not (chunks := _cut(tokenizer, text[: _MAX_CHARACTERS_PER_TOKEN * tokens], tokens)):
+        raise UsageError(f"The text for calibration is shorter than {_WINDOW_TOKENS:,} tokens, expected some pages.")
+    return chunks
 
 
 def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
-    """The first windows that have `tokens` ids together, or as many as there are; each begins as a text does."""
+    """The first windows, `tokens` ids in all, or fewer if the text is short. Each begins with the BOS token."""
     ids, start = tokenizer.encode(text), _start(tokenizer)
-    own = _WINDOW - len(start)
-    count = min(-(-tokens // _WINDOW), len(ids) // own)
-    return [torch.tensor([[*start, *ids[i * own : (i + 1) * own]]]) for i in range(count)]
+    width = _WINDOW_TOKENS - len(start)
+    count = min(-(-tokens // _WINDOW_TOKENS), len(ids) // width)
+    return [torch.tensor([[*start, *ids[i * width : (i + 1) * width]]]) for i in range(count)]
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:
@@ -170,16 +213,16 @@ def _start(tokenizer: Tokenizer) -> list[int]:
 
 
 def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
-    """What the model says to random tokens, drawn by its probabilities: (count, 256) int64.
+    """Sample texts from the model after random first tokens: (count, 256) int64.
 
-    start: ids that come before the random one.
+    start: ids before the random one.
     """
     chance = torch.Generator().manual_seed(0)
     first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
     ids = torch.cat([torch.tensor([start], dtype=torch.long).expand(count, -1), first], 1)
-    cache, new = KVCache(model.args, _IMAGINED), ids
-    while ids.shape[1] < _IMAGINED:
-        progress("imagining", ids.shape[1], _IMAGINED)
+    cache, new = KVCache(model.args, _SAMPLED_TOKENS), ids
+    while ids.shape[1] < _SAMPLED_TOKENS:
+        progress("imagining", ids.shape[1], _SAMPLED_TOKENS)
         probabilities = model(new.to(model.freqs.device), cache)[:, -1].softmax(-1).cpu()
         new = torch.multinomial(probabilities, 1, generator=chance)
         ids = torch.cat([ids, new], 1)
@@ -187,26 +230,26 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
 
 
 def stdlib_documentation(characters: int) -> str:
-    """What Python's standard library says of itself, by chance but always the same.
+    """Docstrings of Python's standard library in a random but fixed order.
 
-    Less than asked for where there is no more, and nothing where the library came without its source.
+    Fewer characters if there are no more; none if the library was installed without its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in library.rglob("*.py") if not _FOREIGN & {*file.relative_to(library).parts})
+    files = sorted(file for file in library.rglob("*.py") if not _SKIPPED_FOLDERS & {*file.relative_to(library).parts})
     random.Random(0).shuffle(files)
-    found, length = [], 0
+    texts, length = [], 0
     for file in files:
         if length >= characters:
             break
         for text in _docstrings(file):
-            found.append(text)
+            texts.append(text)
             length += len(text) + 2
-    return "\n\n".join(found)[:characters]
+    return "\n\n".join(texts)[:characters]
 
 
-# Not the library's own, no prose, or, pydoc_data, what the benchmarks measure with.
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
-_SHORT = 400  # characters; less is mostly a line that says what a name says already
+# Third-party packages, code without prose, and pydoc_data, which the benchmarks measure with.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+_MIN_DOCSTRING = 400  # characters; shorter ones mostly repeat the name of a function
 
 
 def _docstrings(file: Path) -> Iterator[str]:
@@ -217,5 +260,5 @@ def _docstrings(file: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
-            if text is not None and len(text) >= _SHORT:
+            if text is not None and len(text) >= _MIN_DOCSTRING:
                 yield text

@@ -1,13 +1,14 @@
-// What is written by hand for the CPU, and how torch calls it. Each file begins with what it computes and why so:
+// What is written by hand for the CPU, and how torch calls it. Each file begins with what it
+// computes and why so:
 //
 //     cpp/vectors.h    a register of this machine, and threads
-//     cpp/rows.h       weights of 32 and 16 bits, and GGUF's blocks, multiplied as their file holds them
+//     cpp/rows.h       weights of 32 and 16 bits, and GGUF's blocks, as their file holds them
 //     cpp/panels.h     weights of 8 and 4 bits, put into the order that the CPU multiplies fastest
 //     cpp/search.h     how panels are made: weights in 8 or 4 bits, and the best scales for them
 //     cpp/attention.h  softmax(q kᵀ) v
 //     cpp/layer.h      one layer of a network
 //
-// The same in Python, slower: `Rows` and `Panels` in linear.py, and model.py.
+// The same in Python, slower: `Rows` in rows.py, `Panels` in panels.py, and model.py.
 
 #include "cpp/layer.h"
 #include "cpp/search.h"
@@ -24,7 +25,8 @@ using namespace llama_scratch;
 
 // --- Weights ----------------------------------------------------------------------------------
 
-constexpr const char* NAMES[] = {"int8", "int4", "float32", "float16", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
+constexpr const char* NAMES[] = {"int8", "int4", "float32", "float16", "bfloat16", "Q8_0", "Q4_0",
+                                 "Q4_1", "Q5_0", "Q5_1",    "Q4_K",    "Q5_K",     "Q6_K"};
 
 Type type_of(std::string_view name) {
   for (size_t i = 0; i < std::size(NAMES); i++)
@@ -36,12 +38,16 @@ Type type_of(std::string_view name) {
 // int4: values (panels, in/8, 16, 4) uint8 and scales (panels, in/64, 16) float16
 Weight in_panels(Type type, const Tensor& values, const Tensor& scales) {
   int bits = type == Type::INT8 ? 8 : 4;
-  TORCH_CHECK(values.dim() == 4 && values.size(2) == PANEL && values.size(3) == GROUP && values.is_contiguous() &&
-                  values.scalar_type() == (bits == 8 ? ::at::kChar : ::at::kByte) && scales.dim() == 3 && scales.size(2) == PANEL &&
-                  scales.is_contiguous() && scales.scalar_type() == ::at::kHalf && values.size(0) == scales.size(0) &&
+  TORCH_CHECK(values.dim() == 4 && values.size(2) == PANEL && values.size(3) == GROUP &&
+                  values.is_contiguous() &&
+                  values.scalar_type() == (bits == 8 ? ::at::kChar : ::at::kByte) &&
+                  scales.dim() == 3 && scales.size(2) == PANEL && scales.is_contiguous() &&
+                  scales.scalar_type() == ::at::kHalf && values.size(0) == scales.size(0) &&
                   values.size(1) * GROUP * 8 / bits == scales.size(1) * block_of(bits),
-              "a weight of shapes ", values.sizes(), " and ", scales.sizes(), " is no panels of blocks");
-  return {type, values.const_data_ptr(), (const uint16_t*)scales.const_data_ptr(), values.size(0) * PANEL, scales.size(1) * block_of(bits)};
+              "a weight of shapes ", values.sizes(), " and ", scales.sizes(),
+              " is no panels of blocks");
+  return {type, values.const_data_ptr(), (const uint16_t*)scales.const_data_ptr(),
+          values.size(0) * PANEL, scales.size(1) * block_of(bits)};
 }
 
 // (out, in) of a float type, or (out, bytes of a row) uint8 in one of GGUF's formats.
@@ -49,16 +55,21 @@ Weight in_rows(Type type, const Tensor& data) {
   int64_t in = 0;
   with_format(type, [&]<class W>() {
     int64_t size = W::COLUMNS_A_BLOCK == 1 ? data.element_size() * data.size(1) : data.size(1);
-    TORCH_CHECK(size % W::BYTES_A_BLOCK == 0, "rows of ", size, " bytes are no whole blocks of ", NAMES[int(type)]);
+    TORCH_CHECK(size % W::BYTES_A_BLOCK == 0, "rows of ", size, " bytes are no whole blocks of ",
+                NAMES[int(type)]);
     in = size / W::BYTES_A_BLOCK * W::COLUMNS_A_BLOCK;
   });
-  auto expected = type == Type::F32 ? ::at::kFloat : type == Type::F16 ? ::at::kHalf : type == Type::BF16 ? ::at::kBFloat16 : ::at::kByte;
-  TORCH_CHECK(data.dim() == 2 && data.is_contiguous() && data.scalar_type() == expected, "a weight of shape ", data.sizes(), " is no rows of ",
-              NAMES[int(type)]);
+  auto expected = type == Type::F32    ? ::at::kFloat
+                  : type == Type::F16  ? ::at::kHalf
+                  : type == Type::BF16 ? ::at::kBFloat16
+                                       : ::at::kByte;
+  TORCH_CHECK(data.dim() == 2 && data.is_contiguous() && data.scalar_type() == expected,
+              "a weight of shape ", data.sizes(), " is no rows of ", NAMES[int(type)]);
   return {type, data.const_data_ptr(), nullptr, data.size(0), in};
 }
 
-// Reads the weights of matrices one after the other: `types` names each; one in panels has two tensors.
+// Reads the weights of matrices one after the other: `types` names each; one in panels has two
+// tensors.
 struct Reader {
   ::at::TensorList tensors;
   const std::vector<std::string>& types;
@@ -70,24 +81,30 @@ struct Reader {
       TORCH_CHECK(type < types.size(), "a weight is missing");
       Type t = type_of(types[type++]);
       bool panels = t == Type::INT8 || t == Type::INT4;
-      TORCH_CHECK(tensor + panels < tensors.size() && (!panels || count == 1), "a weight is missing, or panels stand beside others");
-      found.parts.push_back(panels ? in_panels(t, tensors[tensor], tensors[tensor + 1]) : in_rows(t, tensors[tensor]));
+      TORCH_CHECK(tensor + panels < tensors.size() && (!panels || count == 1),
+                  "a weight is missing, or panels stand beside others");
+      found.parts.push_back(panels ? in_panels(t, tensors[tensor], tensors[tensor + 1])
+                                   : in_rows(t, tensors[tensor]));
       tensor += 1 + panels;
-      TORCH_CHECK(found.parts[i].in == found.in(), "weights of ", found.in(), " and of ", found.parts[i].in, " inputs do not fit together");
+      TORCH_CHECK(found.parts[i].in == found.in(), "weights of ", found.in(), " and of ",
+                  found.parts[i].in, " inputs do not fit together");
     }
     TORCH_CHECK(count > 0, "a product needs a weight");
     return found;
   }
 };
 
-bool fits(const Tensor& t, ::at::IntArrayRef sizes) { return t.sizes() == sizes && t.is_contiguous() && t.scalar_type() == ::at::kFloat; }
+bool fits(const Tensor& t, ::at::IntArrayRef sizes) {
+  return t.sizes() == sizes && t.is_contiguous() && t.scalar_type() == ::at::kFloat;
+}
 
 // --- Operators --------------------------------------------------------------------------------
 
 // x (T, in) float32 times weights below each other → (T, all their rows) float32.
 Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string> types) {
   Matrix w = Reader{weights, types}.matrix(types.size());
-  TORCH_CHECK(x.dim() == 2 && fits(x, {x.size(0), w.in()}), "x of shape ", x.sizes(), " does not fit a weight of ", w.in(), " inputs");
+  TORCH_CHECK(x.dim() == 2 && fits(x, {x.size(0), w.in()}), "x of shape ", x.sizes(),
+              " does not fit a weight of ", w.in(), " inputs");
   Tensor y = ::at::empty({x.size(0), w.out()}, x.options());
   product(w, x.const_data_ptr<float>(), x.size(0), y.data_ptr<float>());
   return y;
@@ -96,53 +113,66 @@ Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string
 // Rows of a weight, ids (n,) int64 → (n, in) float32.
 Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
   Weight w = in_rows(type_of(type), weight);
-  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ::at::kLong, "ids are (n,) int64");
+  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ::at::kLong,
+              "ids are (n,) int64");
   Tensor y = ::at::empty({ids.size(0), w.in}, ids.options().dtype(::at::kFloat));
   for (int64_t i = 0; i < ids.size(0); i++) {
     int64_t id = ids.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(0 <= id && id < w.out, "there is no row ", id, " of ", w.out);
     with_format(w.type, [&]<class W>() {
-      unpack<W>((const uint8_t*)w.data + id * bytes_of<W>(w.in), 0, w.in, y.data_ptr<float>() + i * w.in);
+      unpack<W>((const uint8_t*)w.data + id * bytes_of<W>(w.in), 0, w.in,
+                y.data_ptr<float>() + i * w.in);
     });
   }
   return y;
 }
 
-// q (T, n_heads, head_dim) of the newest T of S tokens, k and v (n_kv_heads, S, head_dim) → (T, n_heads, head_dim).
+// q (T, n_heads, head_dim) of the newest T of S tokens, k and v (n_kv_heads, S, head_dim) →
+// (T, n_heads, head_dim).
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) {
-  TORCH_CHECK(q.dim() == 3 && fits(q, q.sizes()) && k.dim() == 3 && k.sizes() == v.sizes() && k.strides() == v.strides() && k.stride(2) == 1 &&
-                  k.stride(1) == k.size(2) && k.stride(0) % k.size(2) == 0 && k.scalar_type() == ::at::kFloat && v.scalar_type() == ::at::kFloat &&
-                  q.size(2) == k.size(2) && q.size(1) % k.size(0) == 0 && q.size(0) <= k.size(1) && k.size(2) % PANEL == 0,
+  TORCH_CHECK(q.dim() == 3 && fits(q, q.sizes()) && k.dim() == 3 && k.sizes() == v.sizes() &&
+                  k.strides() == v.strides() && k.stride(2) == 1 && k.stride(1) == k.size(2) &&
+                  k.stride(0) % k.size(2) == 0 && k.scalar_type() == ::at::kFloat &&
+                  v.scalar_type() == ::at::kFloat && q.size(2) == k.size(2) &&
+                  q.size(1) % k.size(0) == 0 && q.size(0) <= k.size(1) && k.size(2) % PANEL == 0,
               "q of shape ", q.sizes(), " and keys of shape ", k.sizes(), " do not fit together");
   Tensor out = ::at::empty_like(q);
   Cache cache{(float*)k.const_data_ptr(), (float*)v.const_data_ptr(), k.stride(0) / k.size(2)};
-  attend({0, q.size(1), k.size(0), q.size(2)}, cache, q.const_data_ptr<float>(), q.size(1) * q.size(2), q.size(0), k.size(1) - q.size(0),
-         out.data_ptr<float>());
+  attend({0, q.size(1), k.size(0), q.size(2)}, cache, q.const_data_ptr<float>(),
+         q.size(1) * q.size(2), q.size(0), k.size(1) - q.size(0), out.data_ptr<float>());
   return out;
 }
 
-// The layers of a network, one after the other, for the tokens x (T, dim), which the residual stream then is.
-// norms: two a layer. parts: of how many weights each of a layer's four products is, wqkv wo w13 w2.
+// The layers of a network, one after the other, for the tokens x (T, dim), which the residual
+// stream then is.
+// norms: two a layer. parts: of how many weights each of a layer's four products is, wqkv wo w13
+// w2.
 // cache: keys and values of each layer, (n_kv_heads, capacity, head_dim).
-void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights, std::vector<std::string> types, ::at::IntArrayRef parts,
-            const Tensor& freqs_cis, ::at::TensorList cache, int64_t start, int64_t n_heads, double eps) {
+void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
+            std::vector<std::string> types, ::at::IntArrayRef parts, const Tensor& freqs_cis,
+            ::at::TensorList cache, int64_t start, int64_t n_heads, double eps) {
   int64_t T = x.size(0), dim = x.size(1), count = norms.size() / 2;
-  TORCH_CHECK(count && norms.size() == 2 * count && parts.size() == 4 * count && cache.size() == 2 * count && cache[0].dim() == 3,
+  TORCH_CHECK(count && norms.size() == 2 * count && parts.size() == 4 * count &&
+                  cache.size() == 2 * count && cache[0].dim() == 3,
               "two norms, four products and two caches a layer");
-  int64_t n_kv_heads = cache[0].size(0), capacity = cache[0].size(1), head_dim = cache[0].size(2), q_dim = n_heads * head_dim;
-  TORCH_CHECK(fits(x, {T, dim}) && fits(freqs_cis, {T, head_dim}) && n_heads % n_kv_heads == 0 && start >= 0 && start + T <= capacity &&
-                  dim % PANEL == 0 && head_dim % PANEL == 0,
+  int64_t n_kv_heads = cache[0].size(0), capacity = cache[0].size(1), head_dim = cache[0].size(2),
+          q_dim = n_heads * head_dim;
+  TORCH_CHECK(fits(x, {T, dim}) && fits(freqs_cis, {T, head_dim}) && n_heads % n_kv_heads == 0 &&
+                  start >= 0 && start + T <= capacity && dim % PANEL == 0 && head_dim % PANEL == 0,
               "x, freqs_cis and the cache do not fit together");
   Reader reader{weights, types};
   static thread_local Space space;  // kept: to take it anew for each text costs more than its use
   for (int64_t i = 0; i < count; i++) {
     const Tensor *norm = &norms[2 * i], *held = &cache[2 * i];
-    TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()), "the caches of layers 0 and ", i, " do not fit together");
+    TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()),
+                "the caches of layers 0 and ", i, " do not fit together");
     const int64_t* part = &parts[4 * i];
-    Matrix wqkv = reader.matrix(part[0]), wo = reader.matrix(part[1]), w13 = reader.matrix(part[2]), w2 = reader.matrix(part[3]);
-    TORCH_CHECK(fits(norm[0], {dim}) && fits(norm[1], {dim}) && wqkv.in() == dim && wqkv.out() == q_dim + 2 * n_kv_heads * head_dim &&
-                    wo.in() == q_dim && wo.out() == dim && w13.in() == dim && w13.out() == 2 * w2.in() && w2.out() == dim &&
-                    w2.in() % PANEL == 0,
+    Matrix wqkv = reader.matrix(part[0]), wo = reader.matrix(part[1]), w13 = reader.matrix(part[2]),
+           w2 = reader.matrix(part[3]);
+    TORCH_CHECK(fits(norm[0], {dim}) && fits(norm[1], {dim}) && wqkv.in() == dim &&
+                    wqkv.out() == q_dim + 2 * n_kv_heads * head_dim && wo.in() == q_dim &&
+                    wo.out() == dim && w13.in() == dim && w13.out() == 2 * w2.in() &&
+                    w2.out() == dim && w2.in() % PANEL == 0,
                 "the weights of layer ", i, " do not fit together");
     Shape shape{dim, n_heads, n_kv_heads, head_dim, w2.in(), (float)eps};
     layer(shape,
@@ -152,15 +182,22 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights, std::vec
   }
 }
 
-// Rows (out, in) float32 → values and scales in panels; false if a weight is NaN or too large. See cpp/search.h.
-std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, ::at::ArrayRef<double> steps, int64_t bits) {
-  TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 && fits(rows, rows.sizes()) && rows.size(1) % block_of(bits) == 0,
+// Rows (out, in) float32 → values and scales in panels; false if a weight is NaN or too large. See
+// cpp/search.h.
+std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, ::at::ArrayRef<double> steps,
+                                          int64_t bits) {
+  TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 &&
+                  fits(rows, rows.sizes()) && rows.size(1) % block_of(bits) == 0,
               "rows of shape ", rows.sizes(), " do not fit blocks of ", bits, " bits");
   int64_t out = rows.size(0), in = rows.size(1), panels = (out + PANEL - 1) / PANEL;
-  Tensor values = ::at::empty({panels, in * bits / (8 * GROUP), PANEL, GROUP}, rows.options().dtype(bits == 8 ? ::at::kChar : ::at::kByte));
-  Tensor scales = ::at::empty({panels, in / block_of(bits), PANEL}, rows.options().dtype(::at::kHalf));
-  bool all_fit = search::quantize(rows.const_data_ptr<float>(), out, in, bits, std::vector<float>(steps.begin(), steps.end()).data(),
-                                  steps.size(), (uint8_t*)values.mutable_data_ptr(), (uint16_t*)scales.mutable_data_ptr());
+  Tensor values = ::at::empty({panels, in * bits / (8 * GROUP), PANEL, GROUP},
+                              rows.options().dtype(bits == 8 ? ::at::kChar : ::at::kByte));
+  Tensor scales =
+      ::at::empty({panels, in / block_of(bits), PANEL}, rows.options().dtype(::at::kHalf));
+  bool all_fit =
+      search::quantize(rows.const_data_ptr<float>(), out, in, bits,
+                       std::vector<float>(steps.begin(), steps.end()).data(), steps.size(),
+                       (uint8_t*)values.mutable_data_ptr(), (uint16_t*)scales.mutable_data_ptr());
   return {values, scales, all_fit};
 }
 
@@ -171,10 +208,13 @@ TORCH_LIBRARY(llama_scratch, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v) -> Tensor", &attention);
   m.def("rows(Tensor weight, str type, Tensor ids) -> Tensor", &rows);
   m.def(
-      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, str[] types, int[] parts, Tensor freqs_cis, Tensor[] cache, int start, "
+      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, str[] types, int[] parts, Tensor "
+      "freqs_cis, Tensor[] cache, int start, "
       "int n_heads, float eps) -> ()",
       &layers);
-  m.def("quantize(Tensor rows, float[] steps, int bits) -> (Tensor values, Tensor scales, bool fits)", &quantize);
+  m.def(
+      "quantize(Tensor rows, float[] steps, int bits) -> (Tensor values, Tensor scales, bool fits)",
+      &quantize);
   m.def("machine() -> str", [] { return std::string(MACHINE); });
 }
 #endif

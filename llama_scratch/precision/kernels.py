@@ -1,13 +1,13 @@
-"""`kernels.cpp`, compiled once with the machine's own C++ compiler and from then on loaded from the user's cache.
+"""Compile `kernels.cpp` with the machine's C++ compiler, once, and load the library from the user's cache.
 
-Nothing is compiled or loaded before it is asked for, and nothing depends on it: without a compiler torch's own
-operators do the work. A library is named after what it was made from and for (the source, torch, the CPU, the flags)
-and after its own checksum, because loading a damaged one could end the program. Which compiler made it is not asked:
-each gives the same bits, and a library outlives its compiler.
+Nothing is compiled or loaded before `build` or `load` is called. Without a compiler, torch's own operators do the work.
+A library's name contains a hash of its inputs (the source, torch, the CPU, the flags) and its own checksum, because a
+damaged library could crash the process. The compiler is not part of the hash: all compilers produce the same bits, and
+a library may outlive its compiler.
 
-    kernels-<key>-<sha256>.so    whole, ours, and written by nobody else
-    kernels-<key>.failed         why there is none
-    kernels-<key>.part/          where one program at a time compiles; the others wait for what it makes
+    kernels-<key>-<sha256>.so    a complete library that no other user can write
+    kernels-<key>.failed         the reason why compiling failed
+    kernels-<key>.part/          the folder in which one process compiles while the others wait for its library
 """
 
 from __future__ import annotations
@@ -33,65 +33,68 @@ import torch
 
 from llama_scratch.errors import sanitize
 from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-_MOST = 4  # libraries that are kept; those used longest ago go first
-_AGAIN = 24 * 3600  # seconds after which a compiler that failed is tried again
-_SECONDS = 300  # after which a compiler, or another program's, is not waited for
-_CHECK_SECONDS = 10  # for a compiler to say whether it knows C++20
-_NONE = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
-_GAIN = "; with one (Debian: apt-get install g++) answers would be faster"
+_MAX_LIBRARIES = 4  # in the cache; the least recently used are removed
+_RETRY_AFTER_S = 24 * 3600  # when a compiler that failed is tried again
+_COMPILE_TIMEOUT_S = 300  # also for the compiler of another process
+_CHECK_TIMEOUT_S = 10  # for a compiler to say whether it knows C++20
+_NO_COMPILER = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
+_NO_COMPILER_HINT = "; with one (Debian: apt-get install g++) answers would be faster"
 
 # $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
 INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
 
 _loading = threading.Lock()  # never held while something is compiled
 _loaded = False
-_failure = ""  # why there are none, once it was tried
+_failure = ""  # why compiling failed, if it was tried
 
 
 class _FailedError(Exception):
-    """Nothing could be compiled; the reason is a clause."""
+    """Compiling failed; the message is a clause."""
 
 
-# --- What others call -------------------------------------------------------------------------
+# --- Interface --------------------------------------------------------------------------------
 
 
 def ready() -> bool:
-    """Whether `torch.ops.llama_scratch` is there."""
+    """Whether `torch.ops.llama_scratch` is loaded."""
     return _loaded and _wanted()
 
 
 def load() -> bool:
-    """Load what was kept, or built when the package was; False where there is nothing. Compiles nothing."""
+    """Load a library from the cache, or one built with the package. False if there is none. Compiles nothing."""
     return _wanted() and (_loaded or any(map(_load, _libraries())))
 
 
 def possible() -> bool:
-    """Whether there are kernels, or `build` may make some. Starts no compiler."""
+    """Whether the kernels are loaded, or `build` may succeed. Starts no compiler."""
     return load() or (_wanted() and not _failed() and bool(_candidates()))
 
 
 def build() -> bool:
-    """Load what was kept, and where there is nothing compile it: some seconds on one core, at the lowest priority.
+    """Load a library, or compile one: some seconds on one core, at the lowest priority.
 
-    False where it cannot be, which is not tried again for a day. Of several programs one compiles. The compiler ends
-    with the program, or with the job that calls this; what a killed program left is removed by the next.
+    Only one of several processes compiles. The compiler ends with the process, or with the job that calls this; files
+    of a killed process are removed by the next one.
+
+    Returns:
+        False if compiling failed. It is not tried again for a day.
     """
     global _failure
     if load() or not _wanted() or _failed():
         return ready()
     try:
         try:
-            made = _build_kept(user_folder("cache") / "kernels")
+            loaded = _build_into_cache(user_folder("cache") / "kernels")
         except OSError:  # no home, or it cannot be written to
             with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
-                made = _load(compile_into(Path(folder)))
-        if not made:
+                loaded = _load(compile_into(Path(folder)))
+        if not loaded:
             raise _FailedError("what was compiled could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
@@ -102,9 +105,9 @@ def build() -> bool:
 
 
 def compiler() -> str | None:
-    """The command of a C++ compiler that knows C++20: $CXX, or else the first of c++, g++ and clang++.
+    """The command of a C++ compiler that supports C++20: $CXX, or else the first of c++, g++ and clang++.
 
-    Starts each of them until one says yes, for at most `_CHECK_SECONDS`.
+    Starts each of them, for at most `_CHECK_TIMEOUT_S`, until one succeeds.
     """
     with contextlib.suppress(_FailedError):
         return _find(_candidates())
@@ -112,23 +115,23 @@ def compiler() -> str | None:
 
 
 def state() -> str:
-    """What there is, or why there is nothing, as a clause. Loads and compiles nothing, and starts no compiler."""
+    """Describe the kernels, or why there are none, as a clause. Loads nothing and starts no compiler."""
     if not _wanted():
         return "switched off by LLAMA_SCRATCH_KERNELS=0"
     if _loaded:
         return f"compiled for {torch.ops.llama_scratch.machine()}"
     if any(map(_is_whole, _libraries())):
         return "compiled; the first answer loads them"
-    if failure := _failed() or ("" if _candidates() else _NONE + _GAIN):
+    if failure := _failed() or ("" if _candidates() else _NO_COMPILER + _NO_COMPILER_HINT):
         return f"none, because {failure}"
     return "not compiled yet; a session does so while you type"
 
 
 def compile_into(folder: Path) -> Path:
-    """A new library in an existing folder, under its own name once it is whole. Raises `_FailedError` and OSError."""
-    path = folder / f"{secrets.token_hex(4)}.so"  # another name for each: a killed program's compiler may go on a while
+    """Compile a library into a folder, and name it once it is complete. Raises `_FailedError` and OSError."""
+    path = folder / f"{secrets.token_hex(4)}.so"  # a random name: a killed process's compiler may still run
     try:
-        code, said = _run([*_command(), "-o", str(path)], _SECONDS, folder)
+        code, said = _run([*_command(), "-o", str(path)], _COMPILE_TIMEOUT_S, folder)
         if code:
             lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
             raise _FailedError(f"the C++ compiler failed ({sanitize((lines or ['it was killed'])[0], 200)})")
@@ -144,20 +147,20 @@ def compile_into(folder: Path) -> Path:
 
 
 def _failed() -> str:
-    """Why these compilers can make none, as this program or another found within a day; "" if none was tried."""
+    """Why these compilers failed, in this process or another one, within a day; "" if none was tried."""
     with contextlib.suppress(OSError, ValueError):
-        if not _failure and time.time() - _reason().stat().st_mtime < _AGAIN:
+        if not _failure and time.time() - _reason().stat().st_mtime < _RETRY_AFTER_S:
             commands, _, failure = _reason().read_text("utf-8").partition("\n")
             return sanitize(failure, 300) if commands == shlex.join(_candidates()) else ""
     return _failure
 
 
 def _reason() -> Path:
-    """Where the reason is kept. Raises OSError where there is no home."""
+    """The file with the reason. Raises OSError if there is no home."""
     return user_folder("cache") / "kernels" / f"{_key()}.failed"
 
 
-# --- Libraries that are there -----------------------------------------------------------------
+# --- Existing libraries -----------------------------------------------------------------------
 
 
 def _wanted() -> bool:
@@ -170,17 +173,17 @@ def _setting() -> str:
 
 
 def _libraries() -> Iterator[Path]:
-    """Those that were made for this machine: beside the source, and kept ones."""
+    """Libraries for this machine: beside the source, and in the cache."""
     with contextlib.suppress(OSError):  # no home, or no source
         yield from SOURCE.parent.glob(f"{_key()}-*.so")
         yield from (user_folder("cache") / "kernels").glob(f"{_key()}-*.so")
 
 
 def _load(path: Path) -> bool:
-    """Load a library that is whole; one that is not, or does not fit in spite of its name, is removed."""
+    """Load a complete library; remove one that is damaged, or cannot be loaded in spite of its name."""
     global _loaded
     with _loading:
-        # A second one of the same operators would end the program.
+        # Registering the same operators twice would end the process.
         if _loaded or hasattr(torch.ops.llama_scratch, "linear"):
             _loaded = True
         elif _is_whole(path):
@@ -196,35 +199,35 @@ def _load(path: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether nobody else could have written it, and its bytes are those that its name tells."""
+    """Whether no other user could have written a library, and its checksum is the one in its name."""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
         status = os.fstat(file.fileno())
-        # What lies beside the source is as good as that.
+        # A library beside the source is as trustworthy as the source.
         ours = path.parent == SOURCE.parent or (is_ours(status) and is_ours(path.parent.stat()))
         return ours and stat.S_ISREG(status.st_mode) and path.stem.endswith(hashlib.sha256(file.read()).hexdigest())
     return False
 
 
 def _key() -> str:
-    """The beginning of a library's name: a hash of the source, torch, the CPU and the flags."""
+    """The first part of a library's name: a hash of the source, torch, the CPU and the flags."""
     return _key_of(*_flags())
 
 
 @functools.cache
 def _key_of(*flags: str) -> str:
     sources = [SOURCE, *sorted(SOURCE.parent.glob("cpp/*.h"))]
-    made = (
+    inputs = (
         [path.read_bytes() for path in sources],
         torch.__version__,
         torch._C._GLIBCXX_USE_CXX11_ABI,
         _cpu(),
         list(flags),
     )
-    return f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:32]}"
+    return f"kernels-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]}"
 
 
 def _cpu() -> list[str]:
-    """What kind of CPU this is, and what it can do."""
+    """The model of the CPU, and its instruction sets."""
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu"]
         return [subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout]
@@ -236,38 +239,32 @@ def _cpu() -> list[str]:
     return [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
 
 
-def _make_room(folder: Path) -> None:
-    """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
+def _limit_cache(folder: Path) -> None:
+    """Remove what ended processes left unfinished, and of the libraries the least recently used."""
     remove_stale(folder, "*.part")
-    used = []
-    for path in folder.glob("*.so"):
-        with contextlib.suppress(OSError):  # another program makes room too
-            used.append((path.lstat().st_mtime_ns, path))
-    for _, path in sorted(used, reverse=True)[_MOST - 1 :]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    trim_folder(folder.glob("*.so"), max_files=_MAX_LIBRARIES - 1)
 
 
 # --- Compiling --------------------------------------------------------------------------------
 
 
-def _build_kept(folder: Path) -> bool:
-    """Compile into the cache, or wait for the program that does, and load. Raises OSError where nothing can be kept."""
+def _build_into_cache(folder: Path) -> bool:
+    """Compile into the cache, or wait for the process that does, and load. Raises OSError if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(folder.stat()):
         raise PermissionError
-    _make_room(folder)
-    part, until = folder / f"{_key()}.part", time.monotonic() + _SECONDS
+    _limit_cache(folder)
+    part, until = folder / f"{_key()}.part", time.monotonic() + _COMPILE_TIMEOUT_S
     while time.monotonic() < until and _program_runs():
         report_progress()
         part.mkdir(0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another program has just ended it
+        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another process has just finished
             if alone:
                 try:
-                    if load():  # which that one made
+                    if load():  # the other process made it
                         return True
-                    made = compile_into(part)
-                    return _load(made.replace(folder / made.name))
+                    library = compile_into(part)
+                    return _load(library.replace(folder / library.name))
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
         time.sleep(0.05)
@@ -279,7 +276,7 @@ def _program_runs() -> bool:
 
 
 def _candidates() -> list[str]:
-    """The commands of C++ compilers that are on this machine, the best first. Starts none of them."""
+    """The commands of C++ compilers on this machine, the best first. Starts none of them."""
     if os.name == "nt":
         return []
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
@@ -287,7 +284,7 @@ def _candidates() -> list[str]:
 
 
 def _program(command: str) -> str | None:
-    """The file of a command's program, None if there is none."""
+    """The path of a command's program; None if it does not exist."""
     with contextlib.suppress(ValueError):  # quotes that do not match
         words = shlex.split(command)
         return shutil.which(words[0]) if words else None
@@ -296,27 +293,27 @@ def _program(command: str) -> str | None:
 
 @functools.cache
 def _knows_cpp20(command: str, path: str) -> str:
-    """Why a compiler cannot be used, "" if it can. path: $PATH, which decides what the command is."""
-    # The oldest that say yes are GCC 10 and Clang 10.
+    """Why a compiler cannot be used, "" if it can. path: $PATH, by which the command is found."""
+    # The oldest that succeed are GCC 10 and Clang 10.
     check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
     try:
-        code, _ = _run(check, _CHECK_SECONDS)
+        code, _ = _run(check, _CHECK_TIMEOUT_S)
     except _FailedError as failure:
         return f"{sanitize(command, 200)} does not work ({failure})"
     return f"{sanitize(command, 200)} knows no C++20" if code else ""
 
 
 def _find(commands: list[str]) -> str:
-    """The first compiler that knows C++20. Raises `_FailedError`, with the reason of the last."""
-    why = _NONE
+    """The first compiler that supports C++20. Raises `_FailedError` with the reason of the last one."""
+    why = _NO_COMPILER
     for command in commands:
         if not (why := _knows_cpp20(command, os.environ.get("PATH", ""))):
             return command
-    raise _FailedError(why + _GAIN)
+    raise _FailedError(why + _NO_COMPILER_HINT)
 
 
 def _flags() -> list[str]:
-    """How to compile. No contraction: a·b + c is rounded twice on every machine."""
+    """Compiler flags. Contraction is off: a·b + c is rounded twice on every machine."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     instructions = INSTRUCTION_SETS.get(_setting(), [native])
     flags = ["-std=c++20", "-O3", *instructions, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
@@ -327,9 +324,9 @@ def _flags() -> list[str]:
 
 
 def _command() -> list[str]:
-    """The whole command but for where the library goes."""
+    """The command, without the path of the library."""
     command = _find(_candidates())
-    # Where `torch.utils.cpp_extension` has them; to import that would import setuptools, which some programs cannot.
+    # As in `torch.utils.cpp_extension`, which is not imported because it needs setuptools.
     home = Path(torch.__file__).parent
     quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
     includes = [f"-I{home / path}" for path in ("include", "include/torch/csrc/api/include")]

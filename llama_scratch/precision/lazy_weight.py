@@ -1,7 +1,7 @@
-"""Weights that stay as their file holds them: rows become a tensor when they are asked for, and not before.
+"""Weights that stay as their file holds them: rows become a tensor only when they are used.
 
-A mapped bfloat16 tensor needs none of this. GGUF's quantized blocks do, which are a quarter of what they are as
-float32, and so do the shards of a large model, which lie in several files and would be copied to become one tensor.
+A mapped bfloat16 tensor does not need this. GGUF's quantized blocks do, because they would take four times as much
+memory as float32, and so do the shards of a large model, because joining several files would copy them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-# Numbers that become a tensor at a time: 4 MB of float32, which a CPU's cache holds.
-_BLOCK = 1 << 20
+# Weights that are converted at a time: 4 MB of float32, which fit into a CPU's cache.
+_WEIGHTS_PER_BLOCK = 1 << 20
 
 
 class LazyWeight(ABC):
     """A weight, (out, in), that is not a tensor yet.
 
-    dtype: of the tensors that it gives. nbytes: what it takes in its file.
+    Attributes:
+        shape: (out, in).
+        dtype: The type of the tensors that it returns.
+        nbytes: Its size in the file.
     """
 
     device = torch.device("cpu")
@@ -32,7 +35,7 @@ class LazyWeight(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """(stop − start, in) of `dtype`. Raises `CheckpointError` where the file's content is none."""
+        """Return some rows, (stop − start, in) of `dtype`. Raises `CheckpointError` if the file is damaged."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -42,13 +45,13 @@ class LazyWeight(ABC):
         return self.shape[0] * self.shape[1]
 
     def split(self, n: int) -> list[LazyWeight]:
-        """Parts of `n` rows; the last one has what is left."""
+        """Parts of `n` rows; the last one can have fewer."""
         starts = range(0, len(self), n)
-        return [_Rows(self, start, min(start + n, len(self))) for start in starts]
+        return [_RowRange(self, start, min(start + n, len(self))) for start in starts]
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight, turned into `dtype` a block at a time."""
-        step = max(1, _BLOCK // self.shape[1])
+        """The whole weight, converted to `dtype` a block at a time."""
+        step = max(1, _WEIGHTS_PER_BLOCK // self.shape[1])
         if len(self) <= step:
             return self.rows(0, len(self)).to(dtype)
         out = torch.empty(self.shape, dtype=dtype)
@@ -57,8 +60,8 @@ class LazyWeight(ABC):
         return out
 
 
-class _Rows(LazyWeight):
-    """Some rows of another."""
+class _RowRange(LazyWeight):
+    """Some rows of another weight."""
 
     def __init__(self, whole: LazyWeight, start: int, stop: int):
         count = stop - start
@@ -73,8 +76,11 @@ class _Rows(LazyWeight):
 class GGUFBlockWeight(LazyWeight):
     """Rows of blocks in one of GGUF's formats.
 
-    blocks: their bytes, (out, bytes of a row) uint8. format: its name, such as "Q4_1". dequantize: turns the rows
-    `start` to `stop` into float32, (stop − start, in).
+    Args:
+        shape: (out, in).
+        blocks: The bytes of the blocks, (out, bytes per row) uint8.
+        format: The name of the format, such as "Q4_1".
+        dequantize: Converts the rows `start` to `stop` to float32, (stop − start, in).
     """
 
     def __init__(self, shape: tuple[int, int], blocks: Tensor, format: str, dequantize: Callable[[int, int], Tensor]):
@@ -88,7 +94,7 @@ class GGUFBlockWeight(LazyWeight):
 
 
 class ShardedWeight(LazyWeight):
-    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1); kept in `pieces`."""
+    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1)."""
 
     def __init__(self, pieces: Sequence[Tensor], axis: int):
         rows, columns = pieces[0].shape
@@ -111,15 +117,18 @@ class ShardedWeight(LazyWeight):
 
 Weight = Tensor | LazyWeight
 
-# What the kernels multiply as a file holds it, see cpp/rows.h.
+# Types that the kernels multiply as a file holds them, see cpp/rows.h.
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+KERNEL_FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 
-def stored(weight: Weight) -> list[tuple[Tensor, str]]:
-    """The tensors below each other in which a weight lies, with their types; none where no kernel knows them."""
+def kernel_operands(weight: Weight) -> list[tuple[Tensor, str]]:
+    """A weight as the kernels read it: the tensors below each other that hold it, with their types.
+
+    Empty if the kernels do not know a type.
+    """
     if isinstance(weight, GGUFBlockWeight):
-        return [(weight.blocks, weight.format)] if weight.format in FORMATS else []
+        return [(weight.blocks, weight.format)] if weight.format in KERNEL_FORMATS else []
     pieces = weight.pieces if isinstance(weight, ShardedWeight) and weight.axis == 0 else [weight]
     if all(isinstance(piece, Tensor) and piece.dtype in _FLOATS and piece.is_contiguous() for piece in pieces):
         return [(piece, _FLOATS[piece.dtype]) for piece in cast(list[Tensor], pieces)]
@@ -127,5 +136,5 @@ def stored(weight: Weight) -> list[tuple[Tensor, str]]:
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole weight, of `dtype` where one is given."""
+    """The whole weight, by default in its own type."""
     return weight.to(dtype or weight.dtype)

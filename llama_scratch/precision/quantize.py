@@ -1,23 +1,23 @@
-"""Weights in eight or four bits: how a float becomes one of few numbers, and the error goes where it does not matter.
+"""Round weights to 8 or 4 bits, so that the rounding error matters least.
 
-A weight (out, in) is cut along its inputs into blocks. A block holds small whole numbers and one scale, a float16:
+A weight (out, in) is cut along its inputs into blocks. A block holds small integers and one float16 scale:
 
-    bits   numbers      inputs a block   a weight is            bits a weight
-    8      −127 … 127         32         scale · number         8.5
-    4         0 … 15          64         scale · (number − 8)   4.25
+    bits   numbers      block size   weight                 bits per weight
+    8      −127 … 127   32           scale · number         8.5
+    4      0 … 15       64           scale · (number − 8)   4.25
 
-In four bits a scale may be negative: there is a −8 and no +8, and the sign says on which side the largest weight lies.
+In 4 bits a scale may be negative. The range is −8 to 7, and the sign puts −8 on the side of the largest weight.
 
-Three ways lead to the numbers, each better than the one before:
+There are three methods, each more accurate than the one before:
 
-    nearest      the largest weight of a block sets its scale, and each weight takes the nearest step
-    search       of many scales the one with the least Σ(w − ŵ)²: all that can be done without knowing the inputs
-    calibrated   what counts is what comes out, and for that the inputs x must be known. Where ŵ stands for a row w,
-                 the answer is off by (w − ŵ)·x. With H = E[x xᵀ] that is on average
+    nearest      the largest weight of a block sets its scale, and each weight is rounded to the nearest step
+    search       the scale, out of many, with the least Σ(w − ŵ)²: the best possible without knowing the inputs
+    calibrated   minimizes the error of the output, given examples of the inputs x. If ŵ replaces a row w, the output
+                 changes by (w − ŵ)·x. With H = E[x xᵀ] the mean square of that is
 
                      E[((w − ŵ)·x)²] = (w − ŵ) H (w − ŵ)ᵀ
 
-                 Inputs go together, so that one weight's error can be taken back by others: `_gptq` and `_descend`
+                 Inputs are correlated, so other weights can compensate one weight's error: `_gptq` and `_descend`
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (GPTQ); Chee et al. 2023, arXiv:2307.13304 (the same without an inverse);
 Behdin et al. 2023, arXiv:2309.01885 (descent); `make_qx_quants` in ggml-org/llama.cpp (search, negative scales).
@@ -32,67 +32,79 @@ from torch import Tensor
 
 from llama_scratch.precision.lazy_weight import Weight
 
-BLOCK = {8: 32, 4: 64}
+BLOCK_SIZE = {8: 32, 4: 64}
 """Inputs that share a scale, by bits."""
 
 _GRID = {8: (-127, 127), 4: (-8, 7)}
-# How many steps long a block's largest weight may be; the first is `nearest`. In four bits few long steps cut nothing
-# off, and more are finer. In eight hardly anything is cut off, but by luck the weights lie closer to some steps.
+# Candidate scales, as the largest weight of a block divided by the scale; the first is `nearest`. In 4 bits, few steps
+# clip nothing and more steps are finer. In 8 bits hardly anything is clipped, but some scales happen to fit better.
 _STEPS = {
     8: [127.0, *torch.linspace(127.4, 122, 15).tolist()],
     4: [-8.0, *torch.linspace(-9, -6, 15).tolist(), *torch.linspace(5.6, 7.9, 16).tolist()],
 }
-_LARGEST = torch.finfo(torch.float16).max
-_UNSEEN = 1e-3  # of the mean diagonal: what an input counts that was always zero
-_SWEEPS = 2  # of the descent; more gain less than a hundredth
-_SEARCHED = 1 << 19  # weights that are worked on at a time: what a CPU's cache holds
-CALIBRATED = 1 << 24
-"""Weights that are calibrated at a time: many rows, for there is much to be done before it is the next input's turn."""
+_MAX_FLOAT16 = torch.finfo(torch.float16).max
+_UNSEEN_INPUT_WEIGHT = 1e-3  # weight of an input that was always zero, as a share of the mean diagonal
+_SWEEPS = 2  # of the descent; more of them gain less than 1 %
+_WEIGHTS_PER_SEARCH = 1 << 19  # as many weights as fit into a CPU's cache
+WEIGHTS_PER_CALIBRATION = 1 << 24
+"""Weights that are calibrated at a time. Many rows, because the work per input is large."""
 
 
 class Hessian:
-    """What errors in a layer's weights cost, by the inputs that the layer had. Made once for all that share them.
+    """H = E[x xᵀ] of a layer's inputs, damped, and its Cholesky factor. Computed in float64.
 
-    products: H, (in, in), up to a factor. damping: the share by which each place of its diagonal grows, as if noise
-    came with the inputs: how they go together is known from few examples, how large they are is known better. GPTQ adds
-    a share of the mean instead, which the few very large inputs of a Llama make; SmolLM2's divergence from float32 was
-    twice as large with it. Computed in float64.
+    Layers that read the same inputs share one.
+
+    Args:
+        products: H, (in, in), up to a factor.
+        damping: Share by which each element of the diagonal is increased, as if noise were added to the inputs: few
+            examples tell their variances better than their correlations. GPTQ adds a share of the mean instead, which
+            the few very large inputs of a Llama dominate; SmolLM2's divergence from float32 was twice as large with it.
     """
 
     def __init__(self, products: Tensor, damping: float = 0.5):
         damped = products.double()
         damped /= products.diagonal().mean().clamp_min(1e-30)
-        damped.diagonal().mul_(1 + damping).add_(_UNSEEN)
+        damped.diagonal().mul_(1 + damping).add_(_UNSEEN_INPUT_WEIGHT)
         self.matrix = damped.float()  # H
-        # R, upper triangular, with R Rᵀ = H. Cholesky's factor is a lower one: of H turned over, it is R turned over.
+        # R, upper triangular, with R Rᵀ = H: the lower Cholesky factor of H flipped, flipped back.
         damped = damped.flip(0, 1)
         self.factor = torch.linalg.cholesky(damped).float().flip(0, 1)
 
 
-def quantize_blocks(weight: Weight, bits: int, curvature: Hessian | None = None) -> tuple[Tensor, Tensor]:
-    """A weight, (out, in), in 8 or 4 bits: by search, or calibrated where there is a curvature, (in, in).
+def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to 8 or 4 bits: calibrated if there is a Hessian, else by search.
 
-    Returns the numbers, (out, in) int8 or, for 4 bits, uint8, and the scales, (out, in/block) float16. Some rows are
-    float32 at a time. Raises `ValueError` for rows that are no whole number of blocks, and for weights that are not
-    finite or too large for a scale in float16.
+    Only some rows are float32 at a time.
+
+    Args:
+        weight: The weight, (out, in).
+        bits: 8 or 4.
+        hessian: Of the weight's inputs, (in, in).
+
+    Returns:
+        The numbers, (out, in) int8 or, for 4 bits, uint8; and the scales, (out, in/block) float16.
+
+    Raises:
+        ValueError: If rows are not a whole number of blocks, or weights are NaN or too large for a float16 scale.
     """
-    (out, width), block, largest = weight.shape, BLOCK[bits], _LARGEST * _GRID[bits][1]
+    (out, width), block, largest = weight.shape, BLOCK_SIZE[bits], _MAX_FLOAT16 * _GRID[bits][1]
     _check_width(width, bits)
     numbers = torch.empty(out, width // block, block, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(out, width // block, dtype=torch.float16)
     start = 0
-    for part in weight.split(max(1, (CALIBRATED if curvature else _SEARCHED) // width)):
+    for part in weight.split(max(1, (WEIGHTS_PER_CALIBRATION if hessian else _WEIGHTS_PER_SEARCH) // width)):
         rows = part.to(torch.float32)  # (rows, in)
         if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
             raise _too_large(bits)
         blocks = rows.view(len(rows), -1, block)
-        if curvature is None:
-            found = _search(blocks, bits)
-            rounded = _round(blocks, _inverse(found)[..., None], bits)
+        if hessian is None:
+            steps = _search(blocks, bits)
+            rounded = _round(blocks, _inverse(steps)[..., None], bits)
         else:
-            rounded, found = _descend(blocks, *_gptq(blocks, curvature, bits), curvature, bits)
+            rounded, steps = _descend(blocks, *_gptq(blocks, hessian, bits), hessian, bits)
         numbers[start : start + len(rows)] = rounded if bits == 8 else rounded.add_(8)
-        scales[start : start + len(rows)] = found
+        scales[start : start + len(rows)] = steps
         start += len(rows)
     return numbers.flatten(1), scales
 
@@ -121,12 +133,12 @@ def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_width(width: int, bits: int) -> None:
-    if width % BLOCK[bits]:
-        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK[bits]}")
+    if width % BLOCK_SIZE[bits]:
+        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK_SIZE[bits]}")
 
 
 def _too_large(bits: int) -> ValueError:
-    largest = _LARGEST * _GRID[bits][1]
+    largest = _MAX_FLOAT16 * _GRID[bits][1]
     return ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
 
 
@@ -140,96 +152,96 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; of a scale of zero zero, so that all weights become that."""
+    """1 / scale, and 0 for a scale of 0, so that all weights become 0."""
     return torch.where(scale == 0, 0, 1 / scale)
 
 
 def _round(x: Tensor, inverse: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """The nearest numbers of steps of a size, of which `inverse` is. out: where to, if there is a place."""
+    """Round x · inverse to the numbers of the grid. out: a tensor for the result."""
     return torch.mul(x, inverse, out=out).round_().clamp_(*_GRID[bits])
 
 
 def _as_scale(x: Tensor) -> Tensor:
-    """Float32 that a float16 can hold."""
-    return x.clamp(-_LARGEST, _LARGEST).half().float()
+    """Round to a float16, as float32."""
+    return x.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).half().float()
 
 
 def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
-    """Scales with the least Σ(c · (w − ŵ))², (…, block) → (…). cost: c, what errors count in each place, (block,).
+    """Scales with the least Σ(c · (w − ŵ))², (…, block) → (…). cost: c, the weight of each error, (block,).
 
     Without a cost the kernels do the same faster, see cpp/search.h.
     """
-    most, least = blocks.amax(-1), blocks.amin(-1)
-    largest = torch.where(most > -least, most, -least if bits == 8 else least)
+    maximum, minimum = blocks.amax(-1), blocks.amin(-1)
+    largest = torch.where(maximum > -minimum, maximum, -minimum if bits == 8 else minimum)
     best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    space = torch.empty_like(blocks)  # taken once: fresh memory costs more than the sums
+    space = torch.empty_like(blocks)  # allocated once: fresh memory costs more than the sums
     for steps in (*_STEPS[bits], None):
         if steps is not None:
             scale = largest / steps
-        else:  # at last the one that fits the numbers n of the best so far: Σ c² n w / Σ c² n²
+        else:  # last, the scale that fits the numbers n of the best one: Σ c² n w / Σ c² n²
             numbers = _round(blocks, _inverse(best)[..., None], bits, out=space).mul_(cost)
-            scale = (numbers * blocks * cost).sum(-1) / numbers.square().sum(-1)  # of zeros NaN, which is never less
+            scale = (numbers * blocks * cost).sum(-1) / numbers.square().sum(-1)  # NaN for zeros: never less
         scale = _as_scale(scale)
         numbers = _round(blocks, _inverse(scale)[..., None], bits, out=space)
         missed = torch.addcmul(blocks, numbers, scale[..., None], value=-1, out=space).mul_(cost)
-        found = torch.linalg.vector_norm(missed, dim=-1)
-        best = torch.where(found < error, scale, best)
-        error = torch.minimum(found, error)
+        new_error = torch.linalg.vector_norm(missed, dim=-1)
+        best = torch.where(new_error < error, scale, best)
+        error = torch.minimum(new_error, error)
     return best
 
 
 # --- Calibration ------------------------------------------------------------------------------
 
 
-def _gptq(blocks: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Numbers, (rows, in/block, block), and scales, (rows, in/block): from left to right, each mends what came before.
+def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers, (rows, in/block, block), and scales, (rows, in/block): each compensates the errors of those before it.
 
     With R Rᵀ = H and e = w − ŵ the cost e H eᵀ is ‖eR‖², and R is zero below its diagonal, so that
 
         (eR)_j = R_jj · (e_j + Σ_{i<j} e_i R_ij / R_jj)
 
-    depends on the errors up to j alone. When those before it are made, the best number for place j is the one nearest
-    to w_j + Σ_{i<j} e_i R_ij / R_jj. A block's scale is searched for the weights that would mend everything.
+    depends only on the errors up to j. Once those before j are known, the best number for j is the one nearest to
+    w_j + Σ_{i<j} e_i R_ij / R_jj. A block's scale is searched for the weights that would compensate everything.
     """
-    R, block = curvature.factor, blocks.shape[-1]
+    R, block = hessian.factor, blocks.shape[-1]
     numbers, scales = torch.empty_like(blocks), blocks.new_empty(blocks.shape[:2])
     errors = torch.empty_like(blocks).flatten(1)  # e
     for b in range(blocks.shape[1]):
         start, end = b * block, (b + 1) * block
-        own = R[start:end, start:end]
-        made = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the blocks before, (rows, block)
-        ideal = blocks[:, b] + torch.linalg.solve_triangular(own, made, upper=True, left=False)
-        scales[:, b] = scale = _search(ideal, bits, own.diagonal())
-        # Turned, (block, rows): the places are gone through one by one, and each lies in one piece.
-        made, weights = made.T.contiguous(), blocks[:, b].T.contiguous()
-        taken, error, inverse = torch.empty_like(made), torch.empty_like(made), _inverse(scale)
-        for j, own_j in enumerate(own.diagonal().tolist()):
-            taken[j] = _round(weights[j] + made[j] / own_j, inverse, bits)
+        block_R = R[start:end, start:end]
+        carried = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the blocks before, (rows, block)
+        ideal = blocks[:, b] + torch.linalg.solve_triangular(block_R, carried, upper=True, left=False)
+        scales[:, b] = scale = _search(ideal, bits, block_R.diagonal())
+        # Transposed, (block, rows): the loop reads one input at a time, which is contiguous then.
+        carried, weights = carried.T.contiguous(), blocks[:, b].T.contiguous()
+        taken, error, inverse = torch.empty_like(carried), torch.empty_like(carried), _inverse(scale)
+        for j, R_jj in enumerate(block_R.diagonal().tolist()):
+            taken[j] = _round(weights[j] + carried[j] / R_jj, inverse, bits)
             error[j] = weights[j] - taken[j] * scale
-            made[j + 1 :].addr_(own[j, j + 1 :], error[j])
+            carried[j + 1 :].addr_(block_R[j, j + 1 :], error[j])
         numbers[:, b], errors[:, start:end] = taken.T, error.T
     return numbers, scales
 
 
-def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, curvature: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """The same numbers and scales, each moved to where the cost is least while all others stay, some times over.
+def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
+    """Coordinate descent: move each number and scale to its best value while all others stay, `_SWEEPS` times.
 
-    Of the cost e H eᵀ, g = e H says where it falls: a weight ŵ_j is best at ŵ_j + g_j / H_jj, and a block's scale, with
-    n its numbers, at s + g·n / n H nᵀ. No move is one upwards, but for what a float16 cannot hold of a scale.
+    The cost is e H eᵀ, and g = e H half its gradient. The best weight is ŵ_j + g_j / H_jj, and the best scale of a
+    block with the numbers n is s + g·n / n H nᵀ. No move increases the cost, except by rounding a scale to float16.
     """
-    H, block = curvature.matrix, blocks.shape[-1]
+    H, block = hessian.matrix, blocks.shape[-1]
     errors = blocks - numbers * scales[..., None]  # e
     for b in list(range(blocks.shape[1])) * _SWEEPS:
         inputs = slice(b * block, (b + 1) * block)
-        own, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
+        block_H, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
         slope = errors.flatten(1) @ H[inputs].T  # g, for H is symmetric
-        bend = ((taken @ own) * taken).sum(1)  # n H nᵀ
+        bend = ((taken @ block_H) * taken).sum(1)  # n H nᵀ
         better = _as_scale(scale + (slope * taken).sum(1) / bend.clamp_min(1e-30))
-        slope -= (taken * (better - scale)[:, None]) @ own
+        slope -= (taken * (better - scale)[:, None]) @ block_H
         slope, taken, inverse = slope.T.contiguous(), taken.T.contiguous(), _inverse(better)  # (block, rows), as above
-        for j, own_j in enumerate(own.diagonal().tolist()):
-            moved = _round(taken[j] * better + slope[j] / own_j, inverse, bits)
-            slope.addr_(own[j], (taken[j] - moved) * better)
+        for j, H_jj in enumerate(block_H.diagonal().tolist()):
+            moved = _round(taken[j] * better + slope[j] / H_jj, inverse, bits)
+            slope.addr_(block_H[j], (taken[j] - moved) * better)
             taken[j] = moved
         numbers[:, b], scales[:, b] = taken.T, better
         errors[:, b] = blocks[:, b] - taken.T * better[:, None]

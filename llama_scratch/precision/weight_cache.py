@@ -1,9 +1,9 @@
-"""Quantized weights, kept between runs in the user's cache folder, and mapped if they are there.
+"""Cache packed weights between runs in files of the user's cache folder, which are memory-mapped.
 
-A file holds the pieces of one model's weights in the order in which they are packed: values, then scales, after a table
-with each piece's checksum. It is named after what it was made from and on. Until all pieces are finished it is a .part
-file that one process at a time writes, and the next process continues the .part file of one that has ended. Pieces that
-are damaged are made again. Files that somebody else could have written are not read.
+A file holds the pieces of one model's weights in the order in which they are packed: a table with each piece's
+checksum, then values and scales. Its name is a hash of its inputs. Until all pieces are finished it is a .part file
+that only one process writes, and the next process continues the .part file of one that has ended. Damaged pieces are
+packed again. Files that another user could have written are not read.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ import torch
 from torch import Tensor
 
 from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 
-_FORMAT = 4
-# All kept files together; the least recently used go first.
-_MOST = 16 << 30
-_STALE = 7 * 24 * 3600  # seconds after which a .part file that no process writes is removed
+_FORMAT_VERSION = 4
+# Of all files together; the least recently used are removed first.
+_MAX_BYTES = 16 << 30
+_STALE_AFTER_S = 7 * 24 * 3600  # when a .part file that no process writes is removed
 # Added to the checksum of a finished piece, because a checksum can be 0.
 _FINISHED = 1 << 32
-# Values and scales begin at whole lines of the CPU's cache: vectors that lie across two are read at half the speed.
-_LINE = 64
+# Values and scales are aligned to the CPU's cache lines: vectors across two lines are read at half the speed.
+_CACHE_LINE = 64
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of a piece's values and of its scales."""
 
 
 class PackedWeightCache:
-    """Pieces of quantized weights: read if they were kept, else kept as they are made.
+    """Pieces of packed weights: read from the cache, or written to it when they are finished.
 
     Args:
         files: The files that the weights come from.
         layouts: The layout of each piece.
-        made: What else decides what the pieces hold.
+        recipe: What else the pieces depend on, such as the text that they are calibrated with.
     """
 
-    def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], made: str = ""):
+    def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], recipe: str = ""):
         self._layouts = list(layouts)
         sizes = [sum(_lines(_nbytes(*part)) for part in layout) for layout in self._layouts]
         self._starts = np.cumsum([_lines(8 * len(sizes)), *sizes]).tolist()
-        self._path: Path | None = None  # None if nothing can be kept
+        self._path: Path | None = None  # None if nothing can be written
         with contextlib.suppress(FileNotFoundError):  # no home
-            self._path = user_folder("cache") / "weights" / _key(files, self._layouts, made)
+            self._path = user_folder("cache") / "weights" / _key(files, self._layouts, recipe)
         self._lock = threading.Lock()
         self._opened = False
         self._data: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
@@ -66,7 +66,7 @@ class PackedWeightCache:
         self._table = np.zeros(len(sizes), dtype="<u8")  # 0 for a piece that is missing
 
     def get(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Values and scales of a piece; None if it is missing or damaged, and so has to be made."""
+        """Values and scales of a piece; None if it is missing or damaged, and so has to be packed."""
         with self._lock:
             self._open()
             entry, unfinished = int(self._table[i]), self._writing is not None
@@ -85,7 +85,7 @@ class PackedWeightCache:
         )
 
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
-        """Keep a piece; the last one makes the file visible. If one cannot be kept, no other is."""
+        """Write a piece; the last one makes the file visible. If one cannot be written, no other is."""
         parts = [part.contiguous().view(torch.uint8).flatten().numpy().data for part in (values, scales)]
         piece = [data for part in parts for data in (part, bytes(_lines(part.nbytes) - part.nbytes))]
         with self._lock:
@@ -133,7 +133,7 @@ class PackedWeightCache:
             self._give_up(self._path)
 
     def _give_up(self, path: Path) -> None:
-        """Keep no more pieces, and remove the .part file."""
+        """Write no more pieces, and remove the .part file."""
         self._path = None
         if self._writing is not None:
             with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ def _part(path: Path) -> Path:
 
 
 def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
-    """Open a file that nobody else can write, and mark it as used. Raises OSError if there is none of that size."""
+    """Open a file that no other user can write, and mark it as used. Raises OSError if its size is another."""
     file = open(os.open(path, flags | NO_LINK), "rb" if flags == os.O_RDONLY else "r+b")  # noqa: SIM115 - kept open
     try:
         status = os.fstat(file.fileno())
@@ -208,13 +208,13 @@ def _reopen(path: Path, size: int) -> BinaryIO:
 
 def _begin(path: Path, size: int) -> BinaryIO:
     """Begin a .part file, locked. Raises OSError if it cannot be written, or another process writes it."""
-    if size > _MOST:
+    if size > _MAX_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(path.parent.stat()):
         raise PermissionError
     _remove(_part(path))  # one that cannot be continued
-    _make_room(path.parent, size)
+    _limit_cache(path.parent, size)
     file = open(os.open(_part(path), os.O_RDWR | os.O_CREAT | NO_LINK, 0o600), "r+b")  # noqa: SIM115 - kept open
     try:
         if not lock(file.fileno(), _part(path)):
@@ -227,43 +227,33 @@ def _begin(path: Path, size: int) -> BinaryIO:
 
 
 def _lines(size: int) -> int:
-    return -(-size // _LINE) * _LINE
+    return -(-size // _CACHE_LINE) * _CACHE_LINE
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _key(files: Sequence[Path], layouts: Sequence[Layout], what: str) -> str:
-    """A name for what the pieces were made from: the files as they are now; and on: torch and the CPU."""
-    made = (
-        _FORMAT,
+def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
+    """A file's name: a hash of the model files as they are now, of torch and of the CPU."""
+    origin = (
+        _FORMAT_VERSION,
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         layouts,
-        what,
+        recipe,
     )
-    return hashlib.sha256(repr(made).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(origin).encode()).hexdigest()[:32]
 
 
-def _make_room(folder: Path, size: int) -> None:
+def _limit_cache(folder: Path, size: int) -> None:
     """Remove stale .part files, and the least recently used files if `size` more bytes are too many."""
-    files = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            if path.suffix == ".part" and time.time() - path.lstat().st_mtime > _STALE:
-                _remove(path)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files.append((status.st_mtime_ns, status.st_size, path))
-    total = sum(file_size for _, file_size, _ in files) + size
-    for _, file_size, path in sorted(files):
-        if total <= _MOST:
-            return
-        _remove(path)
-        if not os.path.lexists(path):
-            total -= file_size
+    for part in folder.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another process limits the folder too
+            if time.time() - part.lstat().st_mtime > _STALE_AFTER_S:
+                _remove(part)
+    trim_folder(folder.iterdir(), max_bytes=_MAX_BYTES - size, remove=_remove)
 
 
 def _remove(path: Path) -> None:

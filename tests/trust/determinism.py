@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from llama_scratch.config import PRECISIONS
 from llama_scratch.download.pypi import pull
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
-from llama_scratch.precision import kernels
+from llama_scratch.precision import PRECISIONS, kernels
 from llama_scratch.results import as_json
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import silent

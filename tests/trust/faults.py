@@ -247,7 +247,7 @@ class Cache(Stage):
                 keeping.put(i, *self.piece(model, i))
 
     def work(self) -> int:
-        weight_cache._MOST = 10 * (64 + sum(rows * columns + 4 * rows for rows, columns in SHAPES))
+        weight_cache._MAX_BYTES = 10 * (64 + sum(rows * columns + 4 * rows for rows, columns in SHAPES))
         for i in itertools.count(self.done):
             self.pack(i % self.models)
             self.done = i + 1
@@ -269,7 +269,7 @@ class Cache(Stage):
     def left(self) -> list[Path]:
         """Stale parts; other ones wait for the next run of their own model."""
         parts = [path for path in self.folder.iterdir() if path.suffix] if self.folder.exists() else []
-        return [path for path in parts if time.time() - path.stat().st_mtime > weight_cache._STALE]
+        return [path for path in parts if time.time() - path.stat().st_mtime > weight_cache._STALE_AFTER_S]
 
     def next(self) -> None:
         self.pack(self.done % self.models)

@@ -21,7 +21,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.config import PRECISIONS
+from llama_scratch.precision import PRECISIONS
 from tests.checkpoints import write_meta
 from tests.trust.record import RESULTS, read, write
 
@@ -98,7 +98,7 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
     import torch
 
     from llama_scratch import llama as library
-    from llama_scratch.inference import engine
+    from llama_scratch.inference import engine, loading
 
     before, predicted = 0, {}
     if calibrated:
@@ -109,9 +109,9 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
         before, predicted = anonymous(), needed
         engine.require_device_memory(needed, what, device)
 
-    vars(library)["require_room"] = noted
+    vars(loading)["require_device_memory"] = noted
     # Calibration takes minutes: here scales are searched for.
-    vars(library)["_examples"] = lambda *_: None
+    vars(loading)["calibration_text"] = lambda *_: None
     torch.ones(512, 512) @ torch.ones(512, 512)  # its threads are there
     llama = library.Llama.load(path, precision=precision, context=context)
     llama.predict("The")  # which waits for packed weights
@@ -124,6 +124,7 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
 def _calibrated(path: str, precision: str) -> dict[str, Any]:
     from llama_scratch import llama as library
     from llama_scratch.inference import engine
+    from llama_scratch.inference import loading as loader
     from llama_scratch.precision import network as storing
     from llama_scratch.system.memory import require_memory
 
@@ -138,7 +139,7 @@ def _calibrated(path: str, precision: str) -> dict[str, Any]:
         predicted.update(needed)
         require_memory(needed, what)
 
-    vars(library)["require_room"], vars(storing)["require_memory"] = loading, calibrating
+    vars(loader)["require_device_memory"], vars(storing)["require_memory"] = loading, calibrating
     library.Llama.load(path, precision=precision).prepare()
     return {"before": before, "predicted": predicted, "now": anonymous() - before}
 

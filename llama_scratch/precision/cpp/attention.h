@@ -1,12 +1,17 @@
-// Attention: softmax(q kᵀ / √head_dim) v, for some new tokens behind others, as `attend` in model.py.
+// Attention: softmax(q kᵀ / √head_dim) v, for some new tokens behind others, as `attend` in
+// model.py.
 //
-// Keys and values are read in SPANs, once for all query heads that share them and for BLOCK_OF_TOKENS tokens. A span's
-// largest score is found first, and each span's part is brought to the largest of all so far:
+// Keys and values are read in SPANs, once for all query heads that share them and for
+// BLOCK_OF_TOKENS tokens. A span's largest score is found first, and each span's part is brought to
+// the largest of all so far:
 //
-//     most' = max(most, m)     out' = e^(most − most')·out + e^(m − most')·Σ e^(score − m)·value     total' likewise
+//     most' = max(most, m)     out' = e^(most − most')·out + e^(m − most')·Σ e^(score − m)·value
+//     total' likewise
 //
-// In the end out / total. A query's scores, its order of sums and its spans are the same whatever queries come along.
-// Source: Dao et al. 2022, arXiv:2205.14135; the merging of parts: Milakov and Gimelshein 2018, arXiv:1805.02867.
+// In the end out / total. A query's scores, its order of sums and its spans are the same whatever
+// queries come along.
+// Source: Dao et al. 2022, arXiv:2205.14135; the merging of parts: Milakov and Gimelshein 2018,
+// arXiv:1805.02867.
 
 #pragma once
 
@@ -22,7 +27,8 @@ struct Shape {
   int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim;
   float eps;
 
-  int64_t group() const { return n_heads / n_kv_heads; }  // query heads that share a head of keys and values
+  // query heads that share a head of keys and values
+  int64_t group() const { return n_heads / n_kv_heads; }
 };
 
 // The cache of one layer: keys and values (n_kv_heads, capacity, head_dim).
@@ -31,24 +37,29 @@ struct Cache {
   int64_t capacity;
 };
 
-// What M queries have taken so far: out (M, head_dim), and for each the largest score and Σ e^(score − most).
+// What M queries have taken so far: out (M, head_dim), and for each the largest score and
+// Σ e^(score − most).
 struct Taken {
   int64_t head_dim;
   std::vector<float> out, most, total;
 
-  Taken(int64_t M, int64_t head_dim) : head_dim(head_dim), out(M * head_dim), most(M, -INFINITY), total(M) {}
+  Taken(int64_t M, int64_t head_dim)
+      : head_dim(head_dim), out(M * head_dim), most(M, -INFINITY), total(M) {}
 
   // Add what query m takes of one more span.
   void add(int64_t m, float span_most, float span_total, const float* span_out) {
     if (span_total == 0) return;  // it sees nothing of it; a sum that is NaN stays visible
-    float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher), now = std::exp(span_most - higher);
-    for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++) out[d] = before * out[d] + now * span_out[d - m * head_dim];
+    float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher),
+          now = std::exp(span_most - higher);
+    for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++)
+      out[d] = before * out[d] + now * span_out[d - m * head_dim];
     total[m] = before * total[m] + now * span_total;
     most[m] = higher;
   }
 };
 
-// Q queries' shares (Q, SPAN) times values (count, head_dim), for H registers of a head: out (Q, head_dim).
+// Q queries' shares (Q, SPAN) times values (count, head_dim), for H registers of a head: out
+// (Q, head_dim).
 template <int Q, int H>
 void mix(const float* shares, const float* values, int64_t count, int64_t head_dim, float* out) {
   Vector sum[Q][H] = {};
@@ -62,16 +73,20 @@ void mix(const float* shares, const float* values, int64_t count, int64_t head_d
 }
 
 template <int H>
-void mix_all(const float* shares, const float* values, int64_t M, int64_t count, int64_t head_dim, float* out) {
+void mix_all(const float* shares, const float* values, int64_t M, int64_t count, int64_t head_dim,
+             float* out) {
   constexpr int Q = LANES == 16 ? 6 : 3;
   for (int64_t h = 0; h < head_dim; h += H * LANES) {
     int64_t m = 0;
-    for (; m + Q <= M; m += Q) mix<Q, H>(shares + m * SPAN, values + h, count, head_dim, out + m * head_dim + h);
-    for (; m < M; m++) mix<1, H>(shares + m * SPAN, values + h, count, head_dim, out + m * head_dim + h);
+    for (; m + Q <= M; m += Q)
+      mix<Q, H>(shares + m * SPAN, values + h, count, head_dim, out + m * head_dim + h);
+    for (; m < M; m++)
+      mix<1, H>(shares + m * SPAN, values + h, count, head_dim, out + m * head_dim + h);
   }
 }
 
-// Scores become shares, e^(score − most), of one query that sees `seen` of `count` keys. Returns most and total.
+// Scores become shares, e^(score − most), of one query that sees `seen` of `count` keys. Returns
+// most and total.
 inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count) {
   for (int64_t i = std::max<int64_t>(seen, 0); i < SPAN; i++) scores[i] = -INFINITY;
   if (seen <= 0) {
@@ -79,7 +94,8 @@ inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count
     return {-INFINITY, 0};
   }
   Vector largest = all(-INFINITY), total = {};
-  for (int64_t i = 0; i < seen; i += LANES) largest = vector_at(scores + i) > largest ? vector_at(scores + i) : largest;
+  for (int64_t i = 0; i < seen; i += LANES)
+    largest = vector_at(scores + i) > largest ? vector_at(scores + i) : largest;
   float most = largest[0];
   for (int i = 1; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
   for (int64_t i = 0; i < count; i += LANES) {
@@ -93,28 +109,35 @@ inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count
   return {most, sum[0]};
 }
 
-// One head of keys and values, for M queries (M, head_dim) already divided by √head_dim: those of its `group` query heads,
-// of the tokens from `position` on. Adds what they take of one span, from key `first` on.
+// One head of keys and values, for M queries (M, head_dim) already divided by √head_dim: those of
+// its `group` query heads, of the tokens from `position` on. Adds what they take of one span, from
+// key `first` on.
 template <int H>
-void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t first, const float* queries, int64_t M, int64_t position,
-               Taken& taken) {
+void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t first,
+               const float* queries, int64_t M, int64_t position, Taken& taken) {
   static thread_local Buffer<float> score_buffer, mixed_buffer;
-  int64_t head_dim = shape.head_dim, group = shape.group(), at = (head * cache.capacity + first) * head_dim;
+  int64_t head_dim = shape.head_dim, group = shape.group(),
+          at = (head * cache.capacity + first) * head_dim;
   int64_t count = std::min(SPAN, position + (M - 1) / group + 1 - first);
   float *scores = score_buffer.take(M * SPAN), *mixed = mixed_buffer.take(M * head_dim);
-  product_in_cache<F32, TALL>((const uint8_t*)(cache.keys + at), head_dim * sizeof(float), count, queries, head_dim, M, head_dim, scores,
-                              SPAN, 1, false);
+  product_in_cache<F32, TALL>((const uint8_t*)(cache.keys + at), head_dim * sizeof(float), count,
+                              queries, head_dim, M, head_dim, scores, SPAN, 1, false);
   std::vector<std::pair<float, float>> most_and_total(M);
   for (int64_t m = 0; m < M; m++)
-    most_and_total[m] = soften(scores + m * SPAN, std::min(count, position + m / group + 1 - first), count);
+    most_and_total[m] =
+        soften(scores + m * SPAN, std::min(count, position + m / group + 1 - first), count);
   mix_all<H>(scores, cache.values + at, M, count, head_dim, mixed);
-  for (int64_t m = 0; m < M; m++) taken.add(m, most_and_total[m].first, most_and_total[m].second, mixed + m * head_dim);
+  for (int64_t m = 0; m < M; m++)
+    taken.add(m, most_and_total[m].first, most_and_total[m].second, mixed + m * head_dim);
 }
 
-// T tokens behind `start` others. q: their rotated queries, `q_stride` numbers a token → out (T, n_heads · head_dim).
+// T tokens behind `start` others. q: their rotated queries, `q_stride` numbers a token → out
+// (T, n_heads · head_dim).
 template <int H>
-void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T, int64_t start, float* out) {
-  int64_t head_dim = shape.head_dim, group = shape.group(), width = group * head_dim, spans = (start + T + SPAN - 1) / SPAN;
+void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T,
+            int64_t start, float* out) {
+  int64_t head_dim = shape.head_dim, group = shape.group(), width = group * head_dim,
+          spans = (start + T + SPAN - 1) / SPAN;
   int64_t blocks = (T + BLOCK_OF_TOKENS - 1) / BLOCK_OF_TOKENS, units = shape.n_kv_heads * blocks;
   float scale = 1 / std::sqrt((float)head_dim);
   struct Unit {
@@ -126,25 +149,28 @@ void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_st
     u.count = std::min(BLOCK_OF_TOKENS, T - u.token);
     u.queries.resize(u.count * width);
     for (int64_t t = 0; t < u.count; t++)
-      for (int64_t d = 0; d < width; d++) u.queries[t * width + d] = q[(u.token + t) * q_stride + u.head * width + d] * scale;
+      for (int64_t d = 0; d < width; d++)
+        u.queries[t * width + d] = q[(u.token + t) * q_stride + u.head * width + d] * scale;
     return u;
   };
   auto finish = [&](const Unit& u, const Taken& taken) {
     for (int64_t m = 0; m < u.count * group; m++)
       for (int64_t d = 0; d < head_dim; d++)
-        out[(u.token + m / group) * shape.n_heads * head_dim + u.head * width + m % group * head_dim + d] =
-            taken.out[m * head_dim + d] / taken.total[m];
+        out[(u.token + m / group) * shape.n_heads * head_dim + u.head * width +
+            m % group * head_dim + d] = taken.out[m * head_dim + d] / taken.total[m];
   };
   auto take = [&](const Unit& u, int64_t span, Taken& taken) {
     if (span * SPAN < start + u.token + u.count)
-      take_span<H>(shape, cache, u.head, span * SPAN, u.queries.data(), u.count * group, start + u.token, taken);
+      take_span<H>(shape, cache, u.head, span * SPAN, u.queries.data(), u.count * group,
+                   start + u.token, taken);
   };
-  if (units >= 4 * threads()) return parallel(units, [&](int64_t i) {
-    Unit u = unit(i);
-    Taken taken(u.count * group, head_dim);
-    for (int64_t span = 0; span < spans; span++) take(u, span, taken);
-    finish(u, taken);
-  });
+  if (units >= 4 * threads())
+    return parallel(units, [&](int64_t i) {
+      Unit u = unit(i);
+      Taken taken(u.count * group, head_dim);
+      for (int64_t span = 0; span < spans; span++) take(u, span, taken);
+      finish(u, taken);
+    });
   // Few tokens: the spans are shared out too, and what each gave is added in the same order.
   for (int64_t i = 0; i < units; i++) {
     Unit u = unit(i);
@@ -157,7 +183,8 @@ void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_st
   }
 }
 
-inline void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T, int64_t start, float* out) {
+inline void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride,
+                   int64_t T, int64_t start, float* out) {
   int64_t registers = shape.head_dim / LANES;
   auto attention = registers % 4 == 0 ? attend<4> : registers % 2 == 0 ? attend<2> : attend<1>;
   attention(shape, cache, q, q_stride, T, start, out);

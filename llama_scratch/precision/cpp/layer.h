@@ -1,8 +1,9 @@
 // One layer: the same steps as `TransformerBlock` in model.py, which is where to read them.
 //
-// A small model's decode is not bound by the memory but by the calls of some thirty operators a layer, so here they are
-// one. And as each row of activations is computed in the same order whatever rows go with it, several tokens at once
-// come out to the bit as if they had come one by one.
+// A small model's decode is not bound by the memory but by the calls of some thirty operators a
+// layer, so here they are one. And as each row of activations is computed in the same order
+// whatever rows go with it, several tokens at once come out to the bit as if they had come one by
+// one.
 
 #pragma once
 
@@ -13,7 +14,8 @@ namespace llama_scratch {
 
 // --- Any weight -------------------------------------------------------------------------------
 
-// A weight (out, in) as it is stored. data: rows as in their file, or a panel's values; scales: of panels.
+// A weight (out, in) as it is stored. data: rows as in their file, or a panel's values; scales: of
+// panels.
 struct Weight {
   Type type;
   const void* data;
@@ -21,10 +23,13 @@ struct Weight {
   int64_t out, in;
 
   bool in_panels() const { return type == Type::INT8 || type == Type::INT4; }
-  Panels panels() const { return {(const int8_t*)data, scales, out, in, type == Type::INT8 ? 8 : 4}; }
+  Panels panels() const {
+    return {(const int8_t*)data, scales, out, in, type == Type::INT8 ? 8 : 4};
+  }
 };
 
-// Weights below each other, which read the same activations: one in panels, or some as in their file.
+// Weights below each other, which read the same activations: one in panels, or some as in their
+// file.
 struct Matrix {
   std::vector<Weight> parts;
 
@@ -36,7 +41,8 @@ struct Matrix {
   }
 };
 
-// y (T, out) = or += x·Wᵀ, x (T, in). The rows of all parts are one row of work, of which each thread gets a piece.
+// y (T, out) = or += x·Wᵀ, x (T, in). The rows of all parts are one row of work, of which each
+// thread gets a piece.
 inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool add = false) {
   if (w.parts[0].in_panels()) {
     Panels panels = w.parts[0].panels();
@@ -48,10 +54,13 @@ inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool a
   parallel_pieces((out + BLOCK - 1) / BLOCK, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (const Weight& part : w.parts) {
-      int64_t from = std::max(begin * BLOCK - first, int64_t(0)), to = std::min(end * BLOCK - first, part.out);
-      if (from < to) with_format(part.type, [&]<class W>() {
-        rows_product<W>({(const uint8_t*)part.data, part.out, part.in}, from, to, x, T, y + first, out, add);
-      });
+      int64_t from = std::max(begin * BLOCK - first, int64_t(0)),
+              to = std::min(end * BLOCK - first, part.out);
+      if (from < to)
+        with_format(part.type, [&]<class W>() {
+          rows_product<W>({(const uint8_t*)part.data, part.out, part.in}, from, to, x, T, y + first,
+                          out, add);
+        });
       first += part.out;
     }
   });
@@ -62,14 +71,17 @@ inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool a
 // x: (dim,) float32, the same as RMSNorm in model.py.
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
   Vector squares = {};
-  for (int64_t i = 0; i < dim; i += LANES) squares = fma(vector_at(x + i), vector_at(x + i), squares);
+  for (int64_t i = 0; i < dim; i += LANES)
+    squares = fma(vector_at(x + i), vector_at(x + i), squares);
   float sum[4];
   sums(squares, squares, squares, squares, sum);
   float inverse_rms = 1 / std::sqrt(sum[0] / dim + eps);
-  for (int64_t i = 0; i < dim; i += LANES) store(y + i, vector_at(x + i) * inverse_rms * vector_at(weight + i));
+  for (int64_t i = 0; i < dim; i += LANES)
+    store(y + i, vector_at(x + i) * inverse_rms * vector_at(weight + i));
 }
 
-// Turn the pairs of a head's vector by the angles whose cosine and sine stand in turn in freqs_cis, (head_dim,).
+// Turn the pairs of a head's vector by the angles whose cosine and sine stand in turn in freqs_cis,
+// (head_dim,).
 inline void rotate(float* x, const float* freqs_cis, int64_t head_dim) {
   for (int64_t i = 0; i < head_dim; i += 2) {
     float a = x[i], b = x[i + 1], cos = freqs_cis[i], sin = freqs_cis[i + 1];
@@ -99,29 +111,45 @@ struct Space {
   Buffer<float> normed, qkv, mixed, gates, gated;
 };
 
-// Add a layer's attention and feed-forward to the residual stream x (T, dim), and its keys and values to the cache.
+// Add a layer's attention and feed-forward to the residual stream x (T, dim), and its keys and
+// values to the cache.
 // freqs_cis: (T, head_dim), cosine and sine in turn.
-inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis, int64_t T, int64_t start, float* x, Space& space) {
-  int64_t dim = shape.dim, head_dim = shape.head_dim, q_dim = shape.n_heads * head_dim, kv_dim = shape.n_kv_heads * head_dim;
+inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis, int64_t T,
+                  int64_t start, float* x, Space& space) {
+  int64_t dim = shape.dim, head_dim = shape.head_dim, q_dim = shape.n_heads * head_dim,
+          kv_dim = shape.n_kv_heads * head_dim;
   int64_t qkv_dim = q_dim + 2 * kv_dim, ffn_dim = shape.ffn_dim;
-  float *normed = space.normed.take(T * dim), *qkv = space.qkv.take(T * qkv_dim), *mixed = space.mixed.take(T * q_dim);
+  float *normed = space.normed.take(T * dim), *qkv = space.qkv.take(T * qkv_dim),
+        *mixed = space.mixed.take(T * q_dim);
   float *gates = space.gates.take(T * 2 * ffn_dim), *gated = space.gated.take(T * ffn_dim);
 
-  parallel(T, [&](int64_t t) { rms_norm(x + t * dim, layer.attention_norm, shape.eps, dim, normed + t * dim); });
+  // 1. RMSNorm
+  parallel(T, [&](int64_t t) {
+    rms_norm(x + t * dim, layer.attention_norm, shape.eps, dim, normed + t * dim);
+  });
+  // 2. Queries, keys and values: one product
   product(layer.wqkv, normed, T, qkv);
   parallel(T, [&](int64_t t) {
     float *q = qkv + t * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
-    for (float* head = q; head < v; head += head_dim) rotate(head, freqs_cis + t * head_dim, head_dim);
+    // 3. RoPE, of queries and keys
+    for (float* head = q; head < v; head += head_dim)
+      rotate(head, freqs_cis + t * head_dim, head_dim);
+    // 4. Cache: keys and values
     for (int64_t head = 0; head < shape.n_kv_heads; head++) {
       int64_t at = (head * layer.cache.capacity + start + t) * head_dim;
       std::memcpy(layer.cache.keys + at, k + head * head_dim, head_dim * sizeof(float));
       std::memcpy(layer.cache.values + at, v + head * head_dim, head_dim * sizeof(float));
     }
   });
+  // 5. Attention
   attend(shape, layer.cache, qkv, qkv_dim, T, start, mixed);
+  // 6. Output, added to the residual stream
   product(layer.wo, mixed, T, x, true);
 
-  parallel(T, [&](int64_t t) { rms_norm(x + t * dim, layer.ffn_norm, shape.eps, dim, normed + t * dim); });
+  // 7. SwiGLU of the normed stream, added to it as well
+  parallel(T, [&](int64_t t) {
+    rms_norm(x + t * dim, layer.ffn_norm, shape.eps, dim, normed + t * dim);
+  });
   product(layer.w13, normed, T, gates);
   parallel(T, [&](int64_t t) {
     const float* gate = gates + t * 2 * ffn_dim;

@@ -1,30 +1,32 @@
 // Weights of eight and of four bits.
 //
-// One token reads every weight once, so its speed is the memory's speed divided by the bytes of a weight. Fewer bits
-// make it faster as long as the arithmetic keeps up with the memory, and stay true as long as each number is rounded
-// beside numbers of its own size:
+// One token reads every weight once, so its speed is the memory's speed divided by the bytes of a
+// weight. Fewer bits make it faster as long as the arithmetic keeps up with the memory, and stay
+// true as long as each number is rounded beside numbers of its own size:
 //
-//     a BLOCK is 32 or 64 neighbors in a row:   w ≈ s·q     s: one float16 for all, q: whole numbers of 8 or 4 bits
-//     activations are cut in the same places:    x ≈ t·r     t: one float32, r: whole numbers from −127 to 127
+//     a BLOCK is 32 or 64 neighbors in a row:  w ≈ s·q   s: one float16, q: integers of 8 or 4 bits
+//     activations are cut in the same places:  x ≈ t·r   t: one float32, r: integers, −127 to 127
 //
-//     Σ w·x  =  Σ over blocks  s·t · Σ q·r            the inner sum is one of whole numbers, so it is exact
+//     Σ w·x  =  Σ over blocks  s·t · Σ q·r         the inner sum is one of integers, so exact
 //
-// Llama's activations have a few outliers, hundreds of times larger than the rest. With one t for a whole row they
-// would leave nothing of the others; here an outlier costs its own neighbors. (llama.cpp's Q8_0 and Q4_0 are built like
-// this with blocks of 32; fbgemm has one scale a row.) Blocks of 8 bits are of 32, for there the scales are what is lost
-// least; those of 4 bits are of 64, see quantize.py.
+// Llama's activations have a few outliers, hundreds of times larger than the rest. With one t for a
+// whole row they would leave nothing of the others; here an outlier costs its own neighbors.
+// (llama.cpp's Q8_0 and Q4_0 are built like this with blocks of 32; fbgemm has one scale a row.)
+// Blocks of 8 bits are of 32, for there the scales are what is lost least; those of 4 bits are of
+// 64, see quantize.py.
 //
-// Weights lie in PANELS of 16 rows, so that a vector register holds one number of each row and no sum ever runs across
-// a register: lane i of it is output i. A group of 4 inputs stands together, because one instruction multiplies 4 pairs
-// of bytes and adds them up:
+// Weights lie in PANELS of 16 rows, so that a vector register holds one number of each row and no
+// sum ever runs across a register: lane i of it is output i. A group of 4 inputs stands together,
+// because one instruction multiplies 4 pairs of bytes and adds them up:
 //
-//     8 bits   values (out/16, in/4, 16, 4) int8      panel, group of inputs, row of the panel, input of the group
-//     4 bits   values (out/16, in/8, 16, 4) uint8     low halves: one group of 4 inputs, high halves: the next group;
+//     8 bits   values (out/16, in/4, 16, 4) int8      panel, group, row, input of the group
+//     4 bits   values (out/16, in/8, 16, 4) uint8     low halves: one group, high halves: the next;
 //                                                     they hold q + 8, from 0 to 15
 //     both     scales (out/16, in/block, 16) float16
 //
-// A panel's bytes follow each other in the order in which they are read. Every function here computes a row of
-// activations in the same order, and so to the same bit, whatever rows go with it and on however many threads.
+// A panel's bytes follow each other in the order in which they are read. Every function here
+// computes a row of activations in the same order, and so to the same bit, whatever rows go with it
+// and on however many threads.
 
 #pragma once
 
@@ -38,7 +40,8 @@ constexpr int GROUP = 4;
 
 // --- Vectors of one number for each row of a panel --------------------------------------------
 //
-// The compiler makes of these what the machine has: one register of AVX-512, two of AVX2, four of NEON.
+// The compiler makes of these what the machine has: one register of AVX-512, two of AVX2, four of
+// NEON.
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
@@ -50,7 +53,8 @@ inline Floats as_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // --- What each machine does by itself ---------------------------------------------------------
 //
-// dot(sum, q, r): to each row's sum, add q0·r0 + q1·r1 + q2·r2 + q3·r3 of its 4 bytes q and the group r.
+// dot(sum, q, r): to each row's sum, add q0·r0 + q1·r1 + q2·r2 + q3·r3 of its 4 bytes q and the
+// group r.
 // It is exact: no product exceeds 127², no sum of a block 64·127² < 2²⁴.
 // dot4 is the same where the q are from 0 to 15.
 
@@ -58,11 +62,13 @@ inline Floats as_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 constexpr const char* MACHINE = "AVX-512 VNNI";
 constexpr int TOKENS = 8, PANELS = 2;  // of a tile: 16 sums, in half of the registers
 
-// The instruction wants its first bytes unsigned: q + 128. The sums of r, times 128, come off again at the end.
+// The instruction wants its first bytes unsigned: q + 128. The sums of r, times 128, come off again
+// at the end.
 constexpr int OFFSET = 128;
 inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
   Bytes raised = q ^ (int8_t)-128;
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)raised, _mm512_set1_epi32(load<int32_t>(r)));
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)raised,
+                                   _mm512_set1_epi32(load<int32_t>(r)));
 }
 inline Ints dot4(Ints sum, Bytes q, const int8_t* r) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)q, _mm512_set1_epi32(load<int32_t>(r)));
@@ -121,7 +127,8 @@ struct Rounded {
   float* scales;
   int32_t* sums;
 
-  Rounded(int64_t T, const Panels& w) : T(T), in(w.in), blocks(in / block_of(w.bits)), block(block_of(w.bits)) {
+  Rounded(int64_t T, const Panels& w)
+      : T(T), in(w.in), blocks(in / block_of(w.bits)), block(block_of(w.bits)) {
     values = values_.take(T * in), scales = scales_.take(T * blocks), sums = sums_.take(T * blocks);
   }
 
@@ -130,7 +137,8 @@ struct Rounded {
     int8_t* value = &values[t * in];
     for (int64_t b = t * blocks; b < (t + 1) * blocks; b++, x += block, value += block) {
       Floats v[block_of(4) / PANEL];
-      Ints largest = {};  // as bits without their sign, where what is no number is the largest of all
+      // as bits without their sign, where what is no number is the largest of all
+      Ints largest = {};
       for (int i = 0; i < block / PANEL; i++) {
         v[i] = load<Floats>(x + PANEL * i);
         Ints size = (Ints)v[i] & 0x7fffffff;
@@ -162,24 +170,29 @@ struct Rounded {
 
 // --- Products ---------------------------------------------------------------------------------
 
-// TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of activations PAN panels.
+// TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of
+// activations PAN panels.
 // apart: distance between these panels, in panels.
-// y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what stands there.
+// y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what
+// stands there.
 #if defined(LLAMA_SCRATCH_AVX2)
-// AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So this tile names its
-// registers: [0] holds rows 0 to 7 of the panel, [1] rows 8 to 15.
+// AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So
+// this tile names its registers: [0] holds rows 0 to 7 of the panel, [1] rows 8 to 15.
 
 inline __m256i register_at(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 
-// Add the exact sums Σ q·r of one block to `sum`. q: the block's bytes; r: its activations, `stride` bytes per row.
-// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits: |q| by r with the sign of q, ≤ 2·128·127 < 2¹⁵.
+// Add the exact sums Σ q·r of one block to `sum`. q: the block's bytes; r: its activations,
+// `stride` bytes per row. maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits:
+// |q| by r with the sign of q, ≤ 2·128·127 < 2¹⁵.
 template <int TOK>
-inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride, __m256i (&sum)[TOK][2]) {
+inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride,
+                            __m256i (&sum)[TOK][2]) {
   const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
   for (int group = 0; group < block_of(8) / GROUP; group++, q += PANEL * GROUP, r += GROUP) {
     prefetch(q);
-    __m256i w[] = {register_at(q), register_at(q + 32)}, size[] = {_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])};
+    __m256i w[] = {register_at(q), register_at(q + 32)},
+            size[] = {_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])};
 #pragma GCC unroll 4
     for (int k = 0; k < TOK; k++) {
       __m256i four = _mm256_set1_epi32(load<int32_t>(r + k * stride));
@@ -191,9 +204,11 @@ inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride, __
   }
 }
 
-// The same for q from 0 to 15. Eight results of maddubs fit into 16 bits: 8·2·15·127 = 30,480 < 2¹⁵.
+// The same for q from 0 to 15. Eight results of maddubs fit into 16 bits: 8·2·15·127 = 30,480
+// < 2¹⁵.
 template <int TOK>
-inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride, __m256i (&sum)[TOK][2]) {
+inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride,
+                            __m256i (&sum)[TOK][2]) {
   const __m256i ones = _mm256_set1_epi16(1), fifteen = _mm256_set1_epi8(15);
   for (int half = 0; half < 2; half++) {
     __m256i pairs[TOK][2] = {};
@@ -208,18 +223,22 @@ inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride, __
 #pragma GCC unroll 4
       for (int k = 0; k < TOK; k++) {
         __m256i first = _mm256_set1_epi32(load<int32_t>(r + k * stride));
-        for (int h = 0; h < 2; h++) pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(low[h], first));
+        for (int h = 0; h < 2; h++)
+          pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(low[h], first));
         __m256i second = _mm256_set1_epi32(load<int32_t>(r + k * stride + GROUP));
-        for (int h = 0; h < 2; h++) pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(high[h], second));
+        for (int h = 0; h < 2; h++)
+          pairs[k][h] = _mm256_add_epi16(pairs[k][h], _mm256_maddubs_epi16(high[h], second));
       }
     }
     for (int k = 0; k < TOK; k++)
-      for (int h = 0; h < 2; h++) sum[k][h] = _mm256_add_epi32(sum[k][h], _mm256_madd_epi16(pairs[k][h], ones));
+      for (int h = 0; h < 2; h++)
+        sum[k][h] = _mm256_add_epi32(sum[k][h], _mm256_madd_epi16(pairs[k][h], ones));
   }
 }
 
 template <int BITS, int PAN, int TOK>
-void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
+void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t,
+                float* y, int64_t stride, bool add) {
   constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
@@ -232,7 +251,8 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
       if constexpr (BITS == 8) {
         block_of_8_bits<TOK>(q + at * BYTES, r, rows.in, sum);
       } else {  // nibbles hold q + 8
-        for (int k = 0; k < TOK; k++) sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
+        for (int k = 0; k < TOK; k++)
+          sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
         block_of_4_bits<TOK>(q + at * BYTES, r, rows.in, sum);
       }
       Floats scale = sixteen_halves(s + at * PANEL);
@@ -241,7 +261,8 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
       for (int k = 0; k < TOK; k++) {
         __m256 step = _mm256_set1_ps(rows.scales[(t + k) * rows.blocks + b]);
         for (int h = 0; h < 2; h++) {
-          __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[k][h]), _mm256_mul_ps(scales[h], step));
+          __m256 product =
+              _mm256_mul_ps(_mm256_cvtepi32_ps(sum[k][h]), _mm256_mul_ps(scales[h], step));
           total[p][k][h] = _mm256_add_ps(total[p][k][h], product);
         }
       }
@@ -251,12 +272,14 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
     for (int k = 0; k < TOK; k++)
       for (int h = 0; h < 2; h++) {
         float* to = y + k * stride + p * apart * PANEL + 8 * h;
-        _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), total[p][k][h]) : total[p][k][h]);
+        _mm256_storeu_ps(to,
+                         add ? _mm256_add_ps(_mm256_loadu_ps(to), total[p][k][h]) : total[p][k][h]);
       }
 }
 #else
 template <int BITS, int PAN, int TOK>
-void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t, float* y, int64_t stride, bool add) {
+void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t,
+                float* y, int64_t stride, bool add) {
   constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
@@ -270,11 +293,13 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
 #pragma GCC unroll 16
     for (int group = 0; group < BLOCK / GROUP; group += 8 / BITS) {
       for (int p = 0; p < PAN; p++) {
-        const int8_t* from = q + (p * apart * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
+        const int8_t* from =
+            q + (p * apart * rows.blocks + b) * BYTES + group * PANEL * GROUP * BITS / 8;
         prefetch(from);
         if constexpr (BITS == 8) {
           Bytes eight = load<Bytes>(from);
-          for (int k = 0; k < TOK; k++) sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
+          for (int k = 0; k < TOK; k++)
+            sum[p][k] = dot(sum[p][k], eight, r + k * rows.in + group * GROUP);
         } else {
           Nibbles fours = load<Nibbles>(from);
           Bytes low = (Bytes)(fours & 15), high = (Bytes)(fours >> 4);
@@ -287,7 +312,8 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
     }
     for (int p = 0; p < PAN; p++) {
       Floats scale = sixteen_halves(s + (p * apart * rows.blocks + b) * PANEL);
-      for (int k = 0; k < TOK; k++) total[p][k] += as_floats(sum[p][k]) * (scale * rows.scales[(t + k) * rows.blocks + b]);
+      for (int k = 0; k < TOK; k++)
+        total[p][k] += as_floats(sum[p][k]) * (scale * rows.scales[(t + k) * rows.blocks + b]);
     }
   }
   for (int p = 0; p < PAN; p++)
@@ -299,8 +325,10 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
 #endif
 
 template <int BITS, int PAN, int TOK = TOKENS>
-void panels_times_rows(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, float* y, bool add) {
-  for (; t + TOK <= rows.T; t += TOK) panel_tile<BITS, PAN, TOK>(w, panel, 1, rows, t, y + t * w.out + panel * PANEL, w.out, add);
+void panels_times_rows(const Panels& w, int64_t panel, const Rounded& rows, int64_t t, float* y,
+                       bool add) {
+  for (; t + TOK <= rows.T; t += TOK)
+    panel_tile<BITS, PAN, TOK>(w, panel, 1, rows, t, y + t * w.out + panel * PANEL, w.out, add);
   if constexpr (TOK > 1)
     if (t < rows.T) panels_times_rows<BITS, PAN, TOK - 1>(w, panel, rows, t, y, add);
 }
@@ -317,8 +345,11 @@ void panels_product(const Panels& w, const Rounded& rows, float* y, bool add) {
     });
   constexpr int PAN = PANELS;
   parallel((w.panels() + PAN - 1) / PAN, [&](int64_t i) {
-    if (PAN * (i + 1) <= w.panels()) panels_times_rows<BITS, PAN>(w, PAN * i, rows, 0, y, add);
-    else for (int64_t panel = PAN * i; panel < w.panels(); panel++) panels_times_rows<BITS, 1>(w, panel, rows, 0, y, add);
+    if (PAN * (i + 1) <= w.panels())
+      panels_times_rows<BITS, PAN>(w, PAN * i, rows, 0, y, add);
+    else
+      for (int64_t panel = PAN * i; panel < w.panels(); panel++)
+        panels_times_rows<BITS, 1>(w, panel, rows, 0, y, add);
   });
 }
 

@@ -1,15 +1,17 @@
-// Weights of 32 and 16 bits, and GGUF's blocks, multiplied as their file holds them: row by row, nothing is packed.
+// Weights of 32 and 16 bits, and GGUF's blocks, multiplied as their file holds them: row by row,
+// nothing is packed.
 //
 //     y[t][o] = Σ_k x[t][k] · w[o][k]           x (T, in) float32, w (out, in), y (T, out) float32
 //
 // The same in Python: y = x @ w.float().T
 //
-// Lane i of a register adds up the products of the columns k = i, i + LANES, i + 2·LANES, … of a span of COLUMNS columns;
-// then the lanes are added, and the spans one after the other. So a sum never depends on how many other rows there are,
-// and one token gives the same bits alone as in a prompt. What differs is only who turns the weights into float32:
+// Lane i of a register adds up the products of the columns k = i, i + LANES, i + 2·LANES, … of a
+// span of COLUMNS columns; then the lanes are added, and the spans one after the other. So a sum
+// never depends on how many other rows there are, and one token gives the same bits alone as in a
+// prompt. What differs is only who turns the weights into float32:
 //
 //     FEW rows of x     each weight on its way from the memory, in a register: bound by the memory
-//     more              BLOCK rows of a span go into the cache as float32, and all rows of x meet them there
+//     more              BLOCK rows of a span, as float32 in the cache, meet all rows of x
 
 #pragma once
 
@@ -18,18 +20,22 @@
 namespace llama_scratch {
 
 constexpr int64_t COLUMNS = 128 * LANES;
-constexpr int64_t BLOCK = 24;  // rows of w, of which a span is 96 KB as float32, with AVX-512 192 KB
+// rows of w, of which a span is 96 KB as float32, with AVX-512 192 KB
+constexpr int64_t BLOCK = 24;
 
 enum class Type { INT8, INT4, F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
 // --- How a file holds a row -------------------------------------------------------------------
 //
-// Each has load(row, k, v): the STEP weights from column k on, as float32 in registers. COLUMNS_A_BLOCK weights take
-// BYTES_A_BLOCK bytes. Source of GGUF's: the `block_…` and `dequantize_row_…` in ggml-org/llama.cpp.
+// Each has load(row, k, v): the STEP weights from column k on, as float32 in registers.
+// COLUMNS_A_BLOCK weights take BYTES_A_BLOCK bytes. Source of GGUF's: the `block_…` and
+// `dequantize_row_…` in ggml-org/llama.cpp.
 
 struct F32 {
   static constexpr int STEP = LANES, COLUMNS_A_BLOCK = 1, BYTES_A_BLOCK = 4;
-  static void load(const uint8_t* row, int64_t k, Vector* v) { v[0] = llama_scratch::load<Vector>(row + 4 * k); }
+  static void load(const uint8_t* row, int64_t k, Vector* v) {
+    v[0] = llama_scratch::load<Vector>(row + 4 * k);
+  }
 };
 struct BF16 {  // the upper half of a float32
   static constexpr int STEP = LANES, COLUMNS_A_BLOCK = 1, BYTES_A_BLOCK = 2;
@@ -66,11 +72,13 @@ struct Q8_0 {
     const uint8_t* block = row + k / 32 * BYTES_A_BLOCK;
     Vector scale = all(half_at(block));
     Whole q[PARTS];
-    for (int i = 0; i < 2; i++) widen(llama_scratch::load<Signed>(block + 2 + 16 * i), q + i * PARTS / 2);
+    for (int i = 0; i < 2; i++)
+      widen(llama_scratch::load<Signed>(block + 2 + 16 * i), q + i * PARTS / 2);
     for (int i = 0; i < PARTS; i++) v[i] = floats(q[i]) * scale;
   }
 };
-// Blocks of 32 weights of four bits, or of five: a scale, an offset or else the middle of the numbers, the fifth bits.
+// Blocks of 32 weights of four bits, or of five: a scale, an offset or else the middle of the
+// numbers, the fifth bits.
 template <bool OFFSET, bool FIVE>
 struct BlockOf32 {
   static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 18 + 2 * OFFSET + 4 * FIVE;
@@ -88,7 +96,8 @@ using Q4_1 = BlockOf32<true, false>;
 using Q5_0 = BlockOf32<false, true>;
 using Q5_1 = BlockOf32<true, true>;
 
-// Blocks of 256: eight times 32 weights with a scale and an offset of 6 bits each, in units of two float16.
+// Blocks of 256: eight times 32 weights with a scale and an offset of 6 bits each, in units of two
+// float16.
 struct ScaleAndOffset {
   float scale, offset;
 
@@ -127,7 +136,8 @@ struct Q5_K {
     Whole q[PARTS];
     halves_of(block + 48 + part / 2 * 32, part % 2, q);
     Whole upper[PARTS];
-    for (int i = 0; i < 2; i++) widen(llama_scratch::load<Unsigned>(block + 16 + 16 * i), upper + i * PARTS / 2);
+    for (int i = 0; i < 2; i++)
+      widen(llama_scratch::load<Unsigned>(block + 16 + 16 * i), upper + i * PARTS / 2);
     for (int i = 0; i < PARTS; i++) q[i] |= (upper[i] >> part & 1) << 4;
     scaled(q, of.scale, of.offset, v);
   }
@@ -142,9 +152,12 @@ struct Q6_K {  // 16 weights share a scale of 8 bits
     Whole q[PARTS];
     halves_of(block + part / 4 * 64 + quarter % 2 * 32, quarter / 2, q);
     Whole upper[PARTS];
-    for (int i = 0; i < 2; i++) widen(llama_scratch::load<Unsigned>(block + 128 + part / 4 * 32 + 16 * i), upper + i * PARTS / 2);
+    for (int i = 0; i < 2; i++)
+      widen(llama_scratch::load<Unsigned>(block + 128 + part / 4 * 32 + 16 * i),
+            upper + i * PARTS / 2);
     for (int i = 0; i < PARTS; i++)
-      v[i] = floats((q[i] | (upper[i] >> (2 * quarter) & 3) << 4) - 32) * (unit * scales[LANES * i / 16]);
+      v[i] = floats((q[i] | (upper[i] >> (2 * quarter) & 3) << 4) - 32) *
+             (unit * scales[LANES * i / 16]);
   }
 };
 
@@ -163,7 +176,8 @@ void with_format(Type type, const F& f) {
     case Type::Q4_K: return f.template operator()<Q4_K>();
     case Type::Q5_K: return f.template operator()<Q5_K>();
     case Type::Q6_K: return f.template operator()<Q6_K>();
-    case Type::INT8: case Type::INT4: return;  // see panels.h
+    case Type::INT8:
+    case Type::INT4: return;  // see panels.h
   }
 }
 
@@ -185,11 +199,12 @@ inline Vector last(const uint8_t* row, int64_t k, int64_t count) {
   return v;
 }
 
-// R rows of w times T rows of x, over `count` columns. w, x: where their first columns are; strides in bytes and numbers.
-// The sum of row r and row t goes to y[t · y_stride + r · y_step], or is added there.
+// R rows of w times T rows of x, over `count` columns. w, x: where their first columns are; strides
+// in bytes and numbers. The sum of row r and row t goes to y[t · y_stride + r · y_step], or is
+// added there.
 template <class W, int R, int T>
-void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* y, int64_t y_stride, int64_t y_step,
-          bool add) {
+void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
+          float* y, int64_t y_stride, int64_t y_step, bool add) {
   constexpr int N = W::STEP / LANES;
   Vector sum[(R * T + 3) / 4 * 4] = {};
   int64_t k = 0;
@@ -211,7 +226,8 @@ void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, 
       for (int r = 0; r < R; r++) {
         Vector v = last<W>(w + r * w_stride, k, count - k);
         for (int t = 0; t < T; t++)
-          sum[r * T + t] = fma(v, last<F32>((const uint8_t*)(x + t * x_stride), k, count - k), sum[r * T + t]);
+          sum[r * T + t] =
+              fma(v, last<F32>((const uint8_t*)(x + t * x_stride), k, count - k), sum[r * T + t]);
       }
   for (int i = 0; i < R * T; i += 4) {
     float four[4];
@@ -225,17 +241,22 @@ void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, 
 
 // T rows of x times all `rows` of w, R at a time.
 template <class W, int R, int T>
-void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t count, float* y,
-           int64_t y_stride, int64_t y_step, bool add) {
+void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride,
+           int64_t count, float* y, int64_t y_stride, int64_t y_step, bool add) {
   int64_t r = 0;
-  for (; r + R <= rows; r += R) tile<W, R, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step, add);
-  for (; r < rows; r++) tile<W, 1, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step, add);
+  for (; r + R <= rows; r += R)
+    tile<W, R, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step,
+                  add);
+  for (; r < rows; r++)
+    tile<W, 1, T>(w + r * w_stride, w_stride, x, x_stride, count, y + r * y_step, y_stride, y_step,
+                  add);
 }
 
 // The same for any number of rows of x. R: rows of a tile. What `rows` take fits into the cache.
 template <class W, int R>
-void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t T, int64_t count,
-                      float* y, int64_t y_stride, int64_t y_step, bool add) {
+void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x,
+                      int64_t x_stride, int64_t T, int64_t count, float* y, int64_t y_stride,
+                      int64_t y_step, bool add) {
   for (; T >= 4; T -= 4, x += 4 * x_stride, y += 4 * y_stride)
     tiles<W, R, 4>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
   if (T == 3) tiles<W, R, 3>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
@@ -243,7 +264,8 @@ void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const fl
   if (T == 1) tiles<W, 4, 1>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
 }
 
-// Rows of a tile whose sums, with those of four rows of x, fill the registers: with weights as float32, and on their way.
+// Rows of a tile whose sums, with those of four rows of x, fill the registers: with weights as
+// float32, and on their way.
 constexpr int TALL = LANES == 16 ? 6 : LANES == 8 ? 3 : 2, LOW = LANES == 16 ? 4 : 2;
 
 // Columns `first` to `first` + count of a row, as float32.
@@ -268,31 +290,37 @@ struct Rows {
   int64_t out, in;
 };
 
-// y (T, out) of `y_stride` numbers a row = or += x·Wᵀ, for rows `begin` to `end` of the matrix. With few rows of x the
-// weights are turned into float32 wherever they come by. STREAMS rows at a time also hide the latency of a sum.
+// y (T, out) of `y_stride` numbers a row = or += x·Wᵀ, for rows `begin` to `end` of the matrix.
+// With few rows of x the weights are turned into float32 wherever they come by. STREAMS rows at a
+// time also hide the latency of a sum.
 template <class W>
-void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
+void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
+                      float* y, int64_t y_stride, bool add) {
   int64_t stride = bytes_of<W>(w.in), apart = (end - begin) / STREAMS;
   auto rows = [&](int64_t first, int64_t count, int64_t step) {
     for (int64_t k = 0; k < w.in; k += COLUMNS)
-      product_in_cache<W, LOW>(w.data + first * stride + bytes_of<W>(k), step * stride, count, x + k, w.in, T,
-                               std::min(COLUMNS, w.in - k), y + first, y_stride, step, add || k);
+      product_in_cache<W, LOW>(w.data + first * stride + bytes_of<W>(k), step * stride, count,
+                               x + k, w.in, T, std::min(COLUMNS, w.in - k), y + first, y_stride,
+                               step, add || k);
   };
   for (int64_t r = begin; r < begin + apart; r++) rows(r, STREAMS, apart);
   for (int64_t r = begin + STREAMS * apart; r < end; r++) rows(r, 1, 0);
 }
 
-// with many, once. A span of all rows of x meets all rows of the matrix before it is the next one's turn.
+// with many, once. A span of all rows of x meets all rows of the matrix before it is the next one's
+// turn.
 template <class W>
-void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
+void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
+                      float* y, int64_t y_stride, bool add) {
   alignas(64) static thread_local float block[BLOCK * COLUMNS];
   int64_t stride = bytes_of<W>(w.in);
   for (int64_t k = 0; k < w.in; k += COLUMNS)
     for (int64_t r = begin; r < end; r += BLOCK) {
       int64_t count = std::min(COLUMNS, w.in - k), rows = std::min(BLOCK, end - r);
-      for (int64_t i = 0; i < rows; i++) unpack<W>(w.data + (r + i) * stride, k, count, block + i * COLUMNS);
-      product_in_cache<F32, TALL>((const uint8_t*)block, COLUMNS * sizeof(float), rows, x + k, w.in, T, count, y + r, y_stride, 1,
-                                  add || k);
+      for (int64_t i = 0; i < rows; i++)
+        unpack<W>(w.data + (r + i) * stride, k, count, block + i * COLUMNS);
+      product_in_cache<F32, TALL>((const uint8_t*)block, COLUMNS * sizeof(float), rows, x + k, w.in,
+                                  T, count, y + r, y_stride, 1, add || k);
     }
 }
 
@@ -301,7 +329,8 @@ template <class W>
 constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 8;
 
 template <class W>
-void rows_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y, int64_t y_stride, bool add) {
+void rows_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T, float* y,
+                  int64_t y_stride, bool add) {
   auto product = T <= FEW<W> ? streamed_product<W> : unpacked_product<W>;
   product(w, begin, end, x, T, y, y_stride, add);
 }

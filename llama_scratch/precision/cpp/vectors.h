@@ -48,7 +48,9 @@ inline void store(void* to, V v) {
 constexpr int LANES = 16;
 using Vector = __m512;
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vector halves(const void* h) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)h)); }
+inline Vector halves(const void* h) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)h));
+}
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 using Vector = __m256;
@@ -58,7 +60,9 @@ inline Vector halves(const void* h) { return _mm256_cvtph_ps(_mm_loadu_si128((co
 constexpr int LANES = 4;
 using Vector = float __attribute__((vector_size(16)));
 #if defined(__ARM_NEON)
-inline Vector fma(Vector a, Vector b, Vector c) { return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline Vector fma(Vector a, Vector b, Vector c) {
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 #endif
@@ -89,10 +93,12 @@ inline void widen(Signed v, Whole* q) { q[0] = (Whole)_mm512_cvtepi8_epi32((__m1
 inline void widen(Unsigned v, Whole* q) { q[0] = (Whole)_mm512_cvtepu8_epi32((__m128i)v); }
 #elif defined(__AVX2__)
 inline void widen(Signed v, Whole* q) {
-  q[0] = (Whole)_mm256_cvtepi8_epi32((__m128i)v), q[1] = (Whole)_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)v, 8));
+  q[0] = (Whole)_mm256_cvtepi8_epi32((__m128i)v),
+  q[1] = (Whole)_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)v, 8));
 }
 inline void widen(Unsigned v, Whole* q) {
-  q[0] = (Whole)_mm256_cvtepu8_epi32((__m128i)v), q[1] = (Whole)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)v, 8));
+  q[0] = (Whole)_mm256_cvtepu8_epi32((__m128i)v),
+  q[1] = (Whole)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)v, 8));
 }
 #else
 template <class Bytes>
@@ -102,7 +108,8 @@ inline void widen(Bytes v, Whole* q) {
 #endif
 
 // One float16 as float32.
-inline float half(uint16_t h) {  // exponent and mantissa move into their places, 2^112 sets the exponent right
+// exponent and mantissa move into their places, 2^112 sets the exponent right
+inline float half(uint16_t h) {
   uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
   float value = load<float>(&magnitude) * 0x1p112f;
   if (value >= 0x1p16f) value = h & 0x3ff ? NAN : INFINITY;
@@ -110,7 +117,9 @@ inline float half(uint16_t h) {  // exponent and mantissa move into their places
   return load<float>(&bits);
 }
 #if defined(__AVX2__) || defined(__AVX512F__)
-inline float half_at(const void* h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load<uint16_t>(h)))); }
+inline float half_at(const void* h) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load<uint16_t>(h))));
+}
 #else
 inline float half_at(const void* h) { return half(load<uint16_t>(h)); }
 #endif
@@ -122,26 +131,32 @@ inline Vector halves(const void* h) {
 }
 #endif
 
-// The sums of four registers. Lanes are added in this order: i and i + 2 of each four, then their neighbors, then fours.
+// The sums of four registers. Lanes are added in this order: i and i + 2 of each four, then their
+// neighbors, then fours.
 #if defined(__AVX2__) || defined(__AVX512F__)
 inline __m128 fold(__m128 v) { return v; }
-inline __m128 fold(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline __m128 fold(__m256 v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
 #endif
 #if defined(__AVX512F__)
 inline __m128 fold(__m512 v) {
-  return fold(_mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1))));
+  return fold(_mm256_add_ps(_mm512_castps512_ps256(v),
+                            _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1))));
 }
 inline void sums(Vector a, Vector b, Vector c, Vector d, float (&sum)[4]) {
   __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
   __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+         high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
   _mm_storeu_ps(sum, fold(_mm512_add_ps(low, high)));
 }
 #elif defined(__AVX2__)
 inline void sums(Vector a, Vector b, Vector c, Vector d, float (&sum)[4]) {
   __m256d ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
   __m256d cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
-  __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), high = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+  __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+         high = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
   _mm_storeu_ps(sum, fold(_mm256_add_ps(low, high)));
 }
 #else
@@ -158,20 +173,23 @@ inline Vector exp(Vector x) {
   Vector n = x * 1.44269504f + 0x1.8p23f - 0x1.8p23f;  // e^x = 2^n · e^r
   Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vector p = all(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+  for (float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = p * r + c;
   p = p * r * r + r + 1.0f;
   return (Vector)((Whole)p + (__builtin_convertvector(n, Whole) << 23));
 }
 
 // --- Memory and threads -----------------------------------------------------------------------
 
-// Prefetch the cache line AHEAD bytes later in a stream of weights, into all levels of the cache: the hint that bypasses
-// them (locality 0) halved the bandwidth of an Intel CPU.
+// Prefetch the cache line AHEAD bytes later in a stream of weights, into all levels of the cache:
+// the hint that bypasses them (locality 0) halved the bandwidth of an Intel CPU.
 constexpr int AHEAD = 2048;
 inline void prefetch(const void* from) { __builtin_prefetch((const uint8_t*)from + AHEAD); }
 
-// A product with one row reads this many streams of weights at a time, far apart from each other: the hardware prefetcher
-// stops at the end of a page, and the other streams use the time until it follows the next page.
+// A product with one row reads this many streams of weights at a time, far apart from each other:
+// the hardware prefetcher stops at the end of a page, and the other streams use the time until it
+// follows the next page.
 constexpr int64_t STREAMS = 4;
 
 // Room for numbers that are written before they are read. It stays for the next use, and grows.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.precision import PRECISIONS
 from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
 from llama_scratch.repl.session import Session
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
+from llama_scratch.precision import PRECISIONS
 from llama_scratch.render import reports, text
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, sanitize
+from llama_scratch.precision import PRECISIONS
 from llama_scratch.render.pages import choices as choices_pages
 from llama_scratch.render.pages import compare as compare_pages
 from llama_scratch.render.pages import diff as diff_pages
