@@ -51,10 +51,10 @@ from llama_scratch.checkpoint.gguf import reader as gguf
 from llama_scratch.checkpoint.huggingface import reader as huggingface
 from llama_scratch.checkpoint.huggingface import safetensors_file
 from llama_scratch.checkpoint.huggingface.tokenizer_json import read_tokenizer
+from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.cli.app import app
 from llama_scratch.cli.config_file import read_config
-from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError
 from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
@@ -755,7 +755,7 @@ TARGETS = {
     "params.json": Target(
         lambda _: [json.dumps(PARAMS).encode()],
         change_json,
-        lambda path: (ModelArgs.from_params_json(path.read_text("utf-8", "replace"), str(path)), None)[1],
+        lambda path: (parse_params(path.read_text("utf-8", "replace"), str(path)), None)[1],
         "params.json",
     ),
     "tokenizer.model": Target(lambda _: [tokenizer_file()], change_lines, _read_tokenizer_model, "tokenizer.model"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_scratch.config import Fields
+from llama_scratch.checkpoint.fields import Fields
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, sanitize
 from llama_scratch.system.small_files import read_start
 

@@ -32,8 +32,9 @@ from llama_scratch.checkpoint.byte_level_bpe import (
     unmergeable,
 )
 from llama_scratch.checkpoint.extras import Extras
+from llama_scratch.checkpoint.fields import Fields
 from llama_scratch.checkpoint.gguf.header import MAX_ELEMENTS, Header, TensorInfo, read_header
-from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
+from llama_scratch.config import ORIGINAL_CONTEXT, ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.progress import Progress
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.chat_format import ChatFormat, TemplateFormat
 from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
 from llama_scratch.checkpoint.extras import Extras
-from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.checkpoint.fields import Fields, read_object
 from llama_scratch.checkpoint.huggingface.safetensors_file import Entry, find_weights
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ReadTokenizer, named_token, read_tokenizer_json
 from llama_scratch.checkpoint.license import read_license
-from llama_scratch.config import EMBEDDING, OUTPUT, Fields, ModelArgs, RopeScaling
+from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress

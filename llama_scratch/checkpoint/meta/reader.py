@@ -21,6 +21,7 @@ from llama_scratch.checkpoint.base import (
     tie,
 )
 from llama_scratch.checkpoint.license import read_license
+from llama_scratch.checkpoint.meta.params import PARAMS, parse_params
 from llama_scratch.checkpoint.meta.pickle_file import begin_checks, load_pth
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, ModelNotFoundError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
+TOKENIZER, WEIGHTS = "tokenizer.model", "consolidated.00.pth"
 FP8_SCALES = "fp8_scales_0.pt"
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
@@ -61,7 +62,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
             "use the release with bf16 in its name."
         )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
-    args = ModelArgs.from_params_json(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
+    args = parse_params(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
     name = name_of(directory)
     return Checkpoint(
         name=name,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
-from llama_scratch.checkpoint.meta.reader import PARAMS, TOKENIZER, WEIGHTS
-from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, RopeScaling, ffn_dim, is_tied
+from llama_scratch.checkpoint.meta.params import PARAMS, format_params
+from llama_scratch.checkpoint.meta.reader import TOKENIZER, WEIGHTS
+from llama_scratch.config import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
 
 CHECKLIST = "checklist.chk"
-# `multiple_of` and `ffn_dim_multiplier` of Meta's models: 3.2 1B, 3.2 3B, 70B, 8B, and those before.
-_USUAL: list[tuple[int, float | None]] = [(256, 1.5), (256, 1.0), (4096, 1.3), (1024, 1.3), (256, None)]
 _RESERVED = "<|reserved_special_token_"
 
 
 def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress) -> None:
     """Write a model into a new directory. Raises `CheckpointError` for one that Meta's form has no place for."""
-    files = {PARAMS: _params(checkpoint).encode(), TOKENIZER: _tokenizer_model(checkpoint)}
+    files = {PARAMS: format_params(checkpoint.args, checkpoint.name).encode(), TOKENIZER: _tokenizer_model(checkpoint)}
     directory.mkdir()
     sums = {}
     for name, content in files.items():
@@ -36,50 +34,6 @@ def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory:
         sums[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
     sums[WEIGHTS] = _write_weights(weights, directory / WEIGHTS, progress)
     (directory / CHECKLIST).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-
-
-# --- params.json ------------------------------------------------------------------------------
-
-
-def _params(checkpoint: Checkpoint) -> str:
-    """The text from which `ModelArgs.from_params_json` makes the same shape."""
-    args = checkpoint.args
-    multiple_of, multiplier = _ffn_fields(args.dim, args.ffn_dim)
-    params: dict[str, Any] = {
-        "dim": args.dim,
-        "ffn_dim_multiplier": multiplier,
-        "multiple_of": multiple_of,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads,
-        "n_layers": args.n_layers,
-        "norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "vocab_size": args.vocab_size,
-    }
-    if args.head_dim * args.n_heads != args.dim:
-        params["head_dim"] = args.head_dim
-    if args.rope_scaling:
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": args.rope_scaling.factor}
-    if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):
-        raise CheckpointError(
-            f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
-            f"Llama 3.1 for Meta's {PARAMS}; --to gguf holds it."
-        )
-    params = {name: value for name, value in params.items() if value is not None}
-    by_rule = ModelArgs.from_params_json(json.dumps(params))
-    if by_rule.max_seq_len != args.max_seq_len:
-        params["context_length"] = args.max_seq_len
-    if ModelArgs.from_params_json(json.dumps(params)) != args:
-        raise CheckpointError(f"the shape {sanitize(args, 300)} cannot be said in Meta's {PARAMS}; use another form.")
-    return json.dumps(params, indent=2) + "\n"
-
-
-def _ffn_fields(dim: int, width: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ffn_dim` give this width: Meta's own where they do."""
-    usual = (pair for pair in _USUAL if ffn_dim(dim, multiple_of=pair[0], multiplier=pair[1]) == width)
-    hidden = ffn_dim(dim, multiple_of=1, multiplier=None)
-    # Any number up to the width is rounded up to it.
-    return next(usual, (width, None if hidden <= width else width / hidden))
 
 
 # --- tokenizer.model --------------------------------------------------------------------------
