@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
+from llama_scratch.checkpoint.byte_level_bpe import TokenizerParts, tokenizer_parts
 from llama_scratch.checkpoint.gguf.reader import SAMPLING, kind_of, weight_names
-from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
-from llama_scratch.checkpoint.byte_level_bpe import is_hidden_control
+from llama_scratch.checkpoint.byte_level_bpe import TokenizerParts, is_hidden_control, tokenizer_parts
 from llama_scratch.checkpoint.huggingface.reader import weight_names
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ROLES, named_token
-from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress
