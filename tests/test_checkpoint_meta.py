@@ -152,7 +152,7 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path, tied: bool) -> N
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=torch.float16, tied=tied)
     weights = dict(load(directory))
     weights["norm.weight"] = weights["norm.weight"].float()
-    stored = open_checkpoint(save(directory, weights)).inspect(silent)
+    stored = open_checkpoint(save(directory, weights)).storage(silent)
     assert (stored.types, stored.tied, stored.dtype) == ({"float16": 11, "float32": 1}, tied, torch.float16)
 
 

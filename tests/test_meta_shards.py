@@ -120,8 +120,8 @@ def test_the_joined_model_is_the_whole_one(tmp_path: Path, n: int, embedding: in
     checkpoint = open_checkpoint(parts)
     assert checkpoint.files == tuple(parts / shard(number) for number in range(n))
     assert checkpoint.path == parts / shard(0)
-    assert checkpoint.inspect(silent) == open_checkpoint(whole).inspect(silent)
-    assert checkpoint.inspect(silent).tied is tied
+    assert checkpoint.storage(silent) == open_checkpoint(whole).storage(silent)
+    assert checkpoint.storage(silent).tied is tied
 
 
 def test_an_output_that_is_the_embedding_of_each_shard_is_tied(tmp_path: Path) -> None:

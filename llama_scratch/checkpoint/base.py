@@ -38,7 +38,7 @@ _DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": 
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightStorage:
     """How a file holds its weights.
 
     types: number of tensors by type. tied: whether the output is the embedding itself.
@@ -55,7 +55,7 @@ class Checkpoint:
     """A model on disk whose small files were read and checked.
 
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
-    weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
+    weights, under Meta's names. storage: says how they are stored. chat: how the model was trained to read
     conversations, None for a base model. license: as the files state it. warnings: messages about the files, if they
     contradict each other or leave something to a guess. extras: facts that only converting needs. mapped: the files,
     as they were when this was made.
@@ -67,7 +67,7 @@ class Checkpoint:
     args: ModelArgs
     tokenizer: Tokenizer
     load: Callable[[Progress], Mapping[str, Weight]]
-    inspect: Callable[[Progress], Stored]
+    storage: Callable[[Progress], WeightStorage]
     chat: ChatFormat | None = None
     files: tuple[Path, ...] = ()
     license: str | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
-from llama_scratch.checkpoint.base import Stored, reading
+from llama_scratch.checkpoint.base import WeightStorage, reading
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.config import EMBEDDING, OUTPUT, PRECISIONS, ModelArgs
 from llama_scratch.precision import kernels
@@ -50,7 +50,7 @@ def describe(
     activation_type(activations, precision, target)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
-    stored = checkpoint.inspect(progress)
+    stored = checkpoint.storage(progress)
     scaling = None if args.rope_scaling is None else asdict(args.rope_scaling)
     files = checkpoint.files or (checkpoint.path,)
     with reading(checkpoint.path):
@@ -113,7 +113,7 @@ def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
 
 
 def _memory(
-    checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device, activations: str
+    checkpoint: Checkpoint, args: ModelArgs, stored: WeightStorage, device: torch.device, activations: str
 ) -> dict[str, Any]:
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
@@ -130,7 +130,7 @@ def _memory(
     }
 
 
-def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
+def _dtype(checkpoint: Checkpoint, stored: WeightStorage) -> torch.dtype | None:
     """The type of the matrices; None where some are GGUF's quantized blocks."""
     blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

@@ -32,7 +32,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
+class GGUFHeader:
     """The metadata and table of tensors of the file at `path`; every place in it lies within the file."""
 
     path: Path
@@ -141,7 +141,7 @@ class _Cursor:
         return _SCALARS[kind]
 
 
-def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
+def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> GGUFHeader:
     """Read metadata and tensor table of a GGUF file, version 2 or 3.
 
     Args:
@@ -165,7 +165,7 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
                 raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
 
 
-def _read_header(path: Path, cursor: _Cursor) -> Header:
+def _read_header(path: Path, cursor: _Cursor) -> GGUFHeader:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF":
         raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
@@ -209,7 +209,7 @@ def _read_header(path: Path, cursor: _Cursor) -> Header:
         raise CheckpointError(
             f"{len(cursor.data):,} bytes, expected {end:,} by its table of tensors; {REDOWNLOAD_HINT}"
         )
-    return Header(path, metadata, tensors)
+    return GGUFHeader(path, metadata, tensors)
 
 
 def _unsupported_version(version: int) -> CheckpointError:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import TokenizerParts, tokenizer_parts
-from llama_scratch.checkpoint.gguf.reader import SAMPLING, kind_of, weight_names
+from llama_scratch.checkpoint.gguf.reader import SAMPLING, weight_names
+from llama_scratch.checkpoint.gguf.tokenizer import kind_of
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.chat_format import ChatFormat, TemplateFormat
-from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.base import Checkpoint, WeightStorage, check_shapes, name_of, reading, tie
 from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.fields import Fields, read_object
 from llama_scratch.checkpoint.huggingface.safetensors_file import Entry, find_weights
@@ -79,7 +79,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
             args=args,
             tokenizer=read.tokenizer,
             load=lambda progress: _load(entries, args, tied, progress),
-            inspect=lambda _: _stored(entries, tied),
+            storage=lambda _: _stored(entries, tied),
             chat=_chat(directory, settings, read.tokenizer),
             files=files,
             license=read_license(directory),
@@ -328,10 +328,10 @@ def in_pairs(weight: Tensor, n_heads: int) -> Tensor:
     return weight.view(n_heads, 2, rows // n_heads // 2, dim).transpose(1, 2).reshape(rows, dim)
 
 
-def _stored(entries: Mapping[str, Entry], tied: bool) -> Stored:
+def _stored(entries: Mapping[str, Entry], tied: bool) -> WeightStorage:
     import torch
 
-    return Stored(
+    return WeightStorage(
         types=dict(Counter(entry.dtype for entry in entries.values())),
         tied=tied or _OUTPUT not in entries,
         dtype=getattr(torch, entries[_EMBEDDING].dtype),

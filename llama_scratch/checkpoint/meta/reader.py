@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.chat_format import Llama3Format
 from llama_scratch.checkpoint.base import (
     Checkpoint,
-    Stored,
+    WeightStorage,
     check_shapes,
     name_of,
     reading,
@@ -71,7 +71,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         args=args,
         tokenizer=own_tokenizer,
         load=lambda progress: _load(shards, args, progress),
-        inspect=lambda progress: _stored(_load(shards, args, progress)),
+        storage=lambda progress: _stored(_load(shards, args, progress)),
         chat=Llama3Format() if _CHAT.search(name) else None,
         files=tuple(shards),
         license=read_license(directory),
@@ -222,8 +222,8 @@ def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
     return None
 
 
-def _stored(weights: Mapping[str, Weight]) -> Stored:
-    return Stored(
+def _stored(weights: Mapping[str, Weight]) -> WeightStorage:
+    return WeightStorage(
         types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
         tied=is_tied(weights),
         dtype=weights[EMBEDDING].dtype,
