@@ -116,7 +116,7 @@ class TemplateFormat:
 
     def _render(self, messages: list[dict[str, str]]) -> list[str]:
         """The conversation's text: plain text and the template's own special tokens in turn."""
-        from llama_scratch.system.template_process import RefusalError, TemplateError
+        from llama_scratch.system.template_errors import RefusalError, TemplateError
 
         # The variables that transformers gives.
         variables = {

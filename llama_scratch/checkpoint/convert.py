@@ -27,7 +27,7 @@ from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.config import EMBEDDING, ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, sanitize
-from llama_scratch.system.atomic_files import unfinished_folder
+from llama_scratch.system.atomic_files import temporary_folder
 from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def convert(
     _require_space(checkpoint.name, weights, destination.parent)
     with (
         _writing(destination, checkpoint.mapped),
-        unfinished_folder(destination.parent, ".llama-scratch-converting-") as folder,
+        temporary_folder(destination.parent, ".llama-scratch-converting-") as folder,
     ):
         # Meta's form knows by its name what a model was trained for, so it has the right one from the beginning.
         written = folder / destination.name

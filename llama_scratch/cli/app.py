@@ -31,7 +31,7 @@ from llama_scratch.errors import (
     unexpected,
 )
 from llama_scratch.render.progress import progress_bar
-from llama_scratch.system import mapped_files
+from llama_scratch.system import crash_handler
 from llama_scratch.system.memory import is_memory_error, refusal, require_start
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def main(
         asking,
     )
     ctx.obj = CliContext(screen)
-    mapped_files.install()
+    crash_handler.install()
     if ctx.invoked_subcommand != "pull":
         require_start()
     if ctx.invoked_subcommand is not None:

@@ -5,14 +5,12 @@ Nothing here shows or keeps a URL, for a signed link is a secret: that is why er
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError
-from llama_scratch.system.progress import Progress
+from llama_scratch.system.atomic_files import locked
 from llama_scratch.system.small_files import is_web_page
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def open_session(url: str) -> requests.Session:
     """A session that follows redirects over https alone; plain http only to the host of `url`, where that has it."""
     import requests
 
-    class Session(requests.Session):
+    class HTTPSSession(requests.Session):
         def send(self, request: requests.PreparedRequest, **options: object) -> requests.Response:
             target = urlsplit(request.url or "")
             if target.scheme != "https" and (urlsplit(url).scheme != "http" or target.netloc != urlsplit(url).netloc):
@@ -69,7 +67,7 @@ def open_session(url: str) -> requests.Session:
                 ) from None
             return super().send(request, **options)
 
-    session = Session()
+    session = HTTPSSession()
     session.max_redirects = _MAX_REDIRECTS
     session.headers["Accept-Encoding"] = "identity"  # lengths and checksums are those of the file itself
     return session
@@ -287,38 +285,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def only_one(folder: Path, name: str) -> Iterator[None]:
+def exclusively(folder: Path, name: str) -> Iterator[None]:
     """A stretch of work in a folder that only one process does at a time; the lock ends with the process."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LlamaScratchError(f"{name} is being fetched by another process; wait until it has ended.") from None
-        except OSError:
-            pass  # a file system without locks
+    with ExitStack() as stack:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(locked(folder.resolve()))
+        if not alone:
+            raise LlamaScratchError(f"{name} is being fetched by another process; wait until it has ended.")
         yield
-    finally:
-        os.close(handle)
-
-
-def digest(path: Path, algorithm: str, progress: Progress) -> str:
-    """The checksum of a file in hexadecimal digits."""
-    found, size = hashlib.new(algorithm, usedforsecurity=False), path.stat().st_size
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-            progress("checking", file.tell(), size)
-    return found.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file: whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

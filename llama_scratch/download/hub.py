@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.checkpoint.recognize import complete_model, gguf_files
-from llama_scratch.download.http import RefusedError, RetryPolicy, digest, fetch, only_one, open_session, writing
+from llama_scratch.download.http import RefusedError, RetryPolicy, exclusively, fetch, open_session, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
+from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_text
 
@@ -121,7 +122,7 @@ def pull_hub(
         snapshot = repository.folder / "snapshots" / commit
         size = sum(file.size or 0 for file in files)
         say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
-        with only_one(repository.folder / "blobs", repository.name):
+        with exclusively(repository.folder / "blobs", repository.name):
             _fetch_files(repository, commit, snapshot, files, progress, patience or RetryPolicy())
             # Also leaves a note of which commit the revision is, by which the model is found afterwards.
             _download(repository, files[0].rfilename, repository.revision)
@@ -207,7 +208,7 @@ def _fetch_files(
                     progress("fetching", before + done, total)
 
                 def right(part: Path, sha256: str = sha256) -> bool:
-                    return digest(part, "sha256", progress) == sha256
+                    return file_digest(part, "sha256", progress) == sha256
 
                 url = hf_hub_url(repository.id, name, revision=commit, endpoint=constants.ENDPOINT)
                 fetch(session, url, blob, right=right, report=report, patience=patience, headers=build_hf_headers())

