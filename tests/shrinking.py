@@ -14,14 +14,14 @@ from importlib import import_module
 from typing import Any
 
 from llama_scratch.errors import CheckpointError
-from llama_scratch.system import crash_handler, mapped_files
+from llama_scratch.system import mapped_files
 
 
 def main() -> None:
     """Put the knife into place and run the command line."""
     pattern, place = sys.argv[1:3]
     del sys.argv[1:3]
-    check, changed_file = mapped_files.MappedFiles.check, crash_handler.changed_file
+    check, changed_file = mapped_files.MappedFiles.check, mapped_files.changed_file
     if not place.endswith("!"):
         mapped_files.MappedFiles.check = lambda self: None  # type: ignore[method-assign]
 
@@ -29,7 +29,7 @@ def main() -> None:
         mapped_files.MappedFiles.check = check  # type: ignore[method-assign]
         return changed_file()
 
-    crash_handler.changed_file = checked
+    mapped_files.changed_file = checked
     module, _, name = place.removesuffix("!").partition(":")
     home = import_module(module)
     for part in name.split(".")[:-1]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.checksums import write_checksums
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.verify import Finding, verify, write_checksums
+from llama_scratch.checkpoint.findings import Finding
+from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama

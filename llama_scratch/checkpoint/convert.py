@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import template_of
+from llama_scratch.checkpoint.checksums import write_checksums
 from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.gguf.reader import SAMPLING
 from llama_scratch.checkpoint.gguf.writer import write_gguf
 from llama_scratch.checkpoint.huggingface.writer import write_huggingface
 from llama_scratch.checkpoint.meta.writer import write_meta
 from llama_scratch.checkpoint.recognize import recognize
-from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.config import EMBEDDING, ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, sanitize
 from llama_scratch.system.atomic_files import temporary_folder

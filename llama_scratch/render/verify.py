@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llama_scratch.checkpoint.verify import Verification
+from llama_scratch.checkpoint.findings import Verification
 
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 

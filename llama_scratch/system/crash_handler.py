@@ -12,10 +12,11 @@ import signal
 from typing import Any
 
 from llama_scratch.errors import CheckpointError
-from llama_scratch.system.mapped_files import EXPECTED_UNCHANGED, changed_file
+from llama_scratch.system import mapped_files
 
 _UNKNOWN = (
-    f"A file could not be read on while it was in use (it became shorter, or its disk failed), {EXPECTED_UNCHANGED}"
+    "A file could not be read on while it was in use (it became shorter, or its disk failed), "
+    + mapped_files.EXPECTED_UNCHANGED
 )
 # Pastes unmarked, the cursor shown, no color, a line of its own.
 _RESTORE = b"\x1b[?2004l\x1b[?25h\x1b[0m\n"
@@ -68,7 +69,7 @@ def _leave(number: int) -> None:
         restore_terminal()
         if number in _CRASHES:
             _end_by(number)
-        os.write(2, f"llama-scratch: {changed_file() or _UNKNOWN}\n".encode())
+        os.write(2, f"llama-scratch: {mapped_files.changed_file() or _UNKNOWN}\n".encode())
     finally:
         os._exit(CheckpointError.exit_code)
 
