@@ -61,7 +61,7 @@ from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
 from llama_scratch.system.progress import silent
 from llama_scratch.system.template_process import TemplateProcess
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import StreamDecoder, Tokenizer, parse_tokenizer_model
 from tests.checkpoints import tiny_params, tokenizer_file, write_meta
 from tests.trust import record
 
@@ -598,7 +598,7 @@ def _read_index(path: Path) -> None:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    return Tokenizer.from_meta_bytes(tokenizer_file())
+    return parse_tokenizer_model(tokenizer_file())
 
 
 def _read_gguf(path: Path) -> None:
@@ -654,7 +654,7 @@ def _read_text(path: Path) -> None:
         if tokenizer.decode(tokenizer.encode(text, special=special)) != text:
             raise ValueError("the text does not come back")
     tokenizer.warnings(text, special=True)
-    stream = tokenizer.stream()
+    stream = StreamDecoder(tokenizer)
     ids = tokenizer.encode(text)
     if "".join(stream.push(id, final=i == len(ids) - 1) for i, id in enumerate(ids)) != text:
         raise ValueError("the stream does not give the text back")

@@ -133,7 +133,12 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     # Of the unused ones those whose names would read as ordinary tokens.
     unused = {
-        id for name, id in tokenizer.unused_tokens.items() if id in parts.texts and not is_hidden_control(name, ())
+        id
+        for name, id in tokenizer.names.items()
+        if name not in tokenizer.special_tokens
+        and name not in tokenizer.added_tokens
+        and id in parts.texts
+        and not is_hidden_control(name, ())
     }
     special = parts.special | checkpoint.extras.flagged | unused
     bos = parts.text_of("bos")

@@ -15,7 +15,7 @@ from llama_scratch.config import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import parse_tokenizer_model
 
 if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
@@ -45,7 +45,7 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(own.ranks.items(), key=lambda x: x[1])]
     content = b"".join(lines)
     try:
-        read = Tokenizer.from_meta_bytes(content)
+        read = parse_tokenizer_model(content)
     except CheckpointError:
         read = None
     if (
