@@ -92,8 +92,8 @@ class _Cursor:
         return start
 
     def scalars(self, letter: str, count: int = 1) -> tuple[Any, ...]:
-        form = f"<{count}{letter}"
-        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))
+        layout = f"<{count}{letter}"
+        return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))
 
     def scalar(self, letter: str) -> Any:
         return self.scalars(letter)[0]

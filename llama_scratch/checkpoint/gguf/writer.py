@@ -32,7 +32,7 @@ _OURS = {"general.alignment", "general.file_type", "general.quantization_version
 
 
 def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
-    """Write a model into a new file. Raises `CheckpointError` for one that this form has no place for."""
+    """Write a model into a new file. Raises `CheckpointError` for one that this format has no place for."""
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 

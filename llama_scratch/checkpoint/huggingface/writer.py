@@ -1,4 +1,4 @@
-"""Writes Hugging Face's form: configuration, tokenizer and weights as transformers reads them.
+"""Writes Hugging Face's format: configuration, tokenizer and weights as transformers reads them.
 
 The names and their order are those of the published Llama models, which versions 4 and 5 of transformers read.
 """
@@ -36,7 +36,7 @@ _KEPT_SETTINGS = {
 def write_huggingface(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress
 ) -> None:
-    """Write a model into a new directory. Raises `CheckpointError` for one that this form has no place for."""
+    """Write a model into a new directory. Raises `CheckpointError` for one that this format has no place for."""
     parts = tokenizer_parts(checkpoint)
     ids = _ids(parts, checkpoint.tokenizer)
     files = {

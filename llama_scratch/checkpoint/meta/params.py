@@ -124,7 +124,7 @@ def format_params(args: ModelArgs, name: str) -> str:
     if by_rule.max_seq_len != args.max_seq_len:
         params["context_length"] = args.max_seq_len
     if parse_params(json.dumps(params)) != args:
-        raise CheckpointError(f"the shape {sanitize(args, 300)} cannot be said in Meta's {PARAMS}; use another form.")
+        raise CheckpointError(f"the shape {sanitize(args, 300)} cannot be said in Meta's {PARAMS}; use another format.")
     return json.dumps(params, indent=2) + "\n"
 
 

@@ -1,12 +1,11 @@
-"""Writes Meta's form: `params.json`, `tokenizer.model`, `consolidated.00.pth`, and `checklist.chk` with their MD5s."""
+"""Writes Meta's format: `params.json`, `tokenizer.model` and `consolidated.00.pth`."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.meta.params import PARAMS, format_params
@@ -20,27 +19,26 @@ from llama_scratch.tokenizer import parse_tokenizer_model
 if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
 
-CHECKLIST = "checklist.chk"
 _RESERVED = "<|reserved_special_token_"
 
 
 def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress) -> None:
-    """Write a model into a new directory. Raises `CheckpointError` for one that Meta's form has no place for."""
-    files = {PARAMS: format_params(checkpoint.args, checkpoint.name).encode(), TOKENIZER: _tokenizer_model(checkpoint)}
+    """Write a model into a new directory. Raises `CheckpointError` for one that Meta's format has no place for."""
+    files = {
+        PARAMS: format_params(checkpoint.args, checkpoint.name).encode(),
+        TOKENIZER: _tokenizer_model(checkpoint),
+    }
     directory.mkdir()
-    sums = {}
     for name, content in files.items():
         (directory / name).write_bytes(content)
-        sums[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    sums[WEIGHTS] = _write_weights(weights, directory / WEIGHTS, progress)
-    (directory / CHECKLIST).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    _write_weights(weights, directory / WEIGHTS, progress)
 
 
 # --- tokenizer.model --------------------------------------------------------------------------
 
 
 def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
-    """`base64 rank` a line. The form says no more: its pattern and its special tokens are Llama 3's."""
+    """`base64 rank` a line. The format says no more: its pattern and its special tokens are Llama 3's."""
     own = checkpoint.tokenizer
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(own.ranks.items(), key=lambda x: x[1])]
     content = b"".join(lines)
@@ -57,7 +55,7 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     ):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
-            "form holds; --to hf and --to gguf hold any."
+            "format holds; --to hf and --to gguf hold any."
         )
     return content
 
@@ -74,8 +72,8 @@ def _same_layout(own: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
 # --- consolidated.00.pth ----------------------------------------------------------------------
 
 
-def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress) -> str:
-    """torch.save, in which a tied output shares the embedding's storage; returns the file's MD5."""
+def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
+    """torch.save, in which a tied output shares the embedding's storage."""
     import torch
 
     from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
@@ -88,35 +86,32 @@ def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress
     if is_tied(weights):
         tensors[OUTPUT] = tensors[EMBEDDING]
     with path.open("wb") as file:
-        summed = _Summed(file, lambda done: progress("writing", min(done, total), total))
+        reporting = _ReportingFile(file, lambda done: progress("writing", min(done, total), total))
         try:
-            torch.save(tensors, summed)  # type: ignore[arg-type]  # it writes and flushes
+            torch.save(tensors, reporting)  # type: ignore[arg-type]  # it writes and flushes
         except RuntimeError as error:  # torch's own, about the archive that it could not end
-            raise summed.failed or error from error
-    return summed.md5.hexdigest()
+            raise reporting.error or error from error
 
 
-class _Summed:
-    """A file that is written from its beginning to its end, with the MD5 of what was written.
+class _ReportingFile:
+    """A file that is written from its beginning to its end, and reports the bytes written so far.
 
-    failed: what ended it, an interrupt or the system's refusal.
+    error: what ended it, an interrupt or the system's refusal.
     """
 
-    def __init__(self, file: Any, report: Any):
-        self.md5 = hashlib.md5(usedforsecurity=False)
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]):
+        self.error: BaseException | None = None
         self._file = file
         self._report = report
         self._done = 0
-        self.failed: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             self._file.write(data)
-            self.md5.update(data)
             self._done += len(data)
             self._report(self._done)
         except BaseException as error:
-            self.failed = error
+            self.error = error
             raise
         return len(data)
 
