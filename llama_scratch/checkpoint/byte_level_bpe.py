@@ -233,7 +233,7 @@ def is_reachable(text: str, made: Collection[str]) -> bool:
 
 
 def is_hidden_control(text: str, made: Collection[str]) -> bool:
-    """Whether a token that is listed as an ordinary one is a control token by its spelling: `<|eot_id|>`, `</s>`, `[INST]`.
+    """Whether a token listed as an ordinary one is a control token by its spelling: `<|eot_id|>`, `</s>`, `[INST]`.
 
     Plain text cannot become it, so no model saw it as text.
     """

@@ -33,7 +33,7 @@ import torch
 
 from llama_scratch.errors import sanitize
 from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
 
@@ -239,13 +239,7 @@ def _cpu() -> list[str]:
 def _make_room(folder: Path) -> None:
     """Remove what ended programs left unfinished, and of the libraries those used longest ago."""
     remove_stale(folder, "*.part")
-    used = []
-    for path in folder.glob("*.so"):
-        with contextlib.suppress(OSError):  # another program makes room too
-            used.append((path.lstat().st_mtime_ns, path))
-    for _, path in sorted(used, reverse=True)[_MOST - 1 :]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    trim_folder(folder.glob("*.so"), max_files=_MOST - 1)
 
 
 # --- Compiling --------------------------------------------------------------------------------

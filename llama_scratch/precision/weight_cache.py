@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
-from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 
 _FORMAT = 4
 # All kept files together; the least recently used go first.
@@ -249,21 +249,11 @@ def _key(files: Sequence[Path], layouts: Sequence[Layout], what: str) -> str:
 
 def _make_room(folder: Path, size: int) -> None:
     """Remove stale .part files, and the least recently used files if `size` more bytes are too many."""
-    files = []
-    for path in folder.iterdir():
+    for path in folder.glob("*.part"):
         with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            if path.suffix == ".part" and time.time() - path.lstat().st_mtime > _STALE:
+            if time.time() - path.lstat().st_mtime > _STALE:
                 _remove(path)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files.append((status.st_mtime_ns, status.st_size, path))
-    total = sum(file_size for _, file_size, _ in files) + size
-    for _, file_size, path in sorted(files):
-        if total <= _MOST:
-            return
-        _remove(path)
-        if not os.path.lexists(path):
-            total -= file_size
+    trim_folder(folder.iterdir(), max_bytes=_MOST - size, remove=_remove)
 
 
 def _remove(path: Path) -> None:

@@ -1,9 +1,12 @@
-"""The user's folders for caches, models and history, as the system has them: XDG on Linux."""
+"""The user's folders for caches, models and history, where the system has them: XDG on Linux."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -24,3 +27,34 @@ def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
 def is_ours(status: os.stat_result) -> bool:
     """Whether a file or folder is this person's, and nobody else can write to it."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+
+
+def trim_folder(
+    files: Iterable[Path],
+    *,
+    max_files: int | None = None,
+    max_bytes: int | None = None,
+    remove: Callable[[Path], None] = Path.unlink,
+) -> None:
+    """Remove the least recently used files of a cache folder until the others are within the limits.
+
+    Args:
+        files: The files. Other processes may remove them at the same time.
+        max_files: The number of files that may stay.
+        max_bytes: The bytes that may stay.
+        remove: Removes a file, or leaves it if it is in use.
+    """
+    entries = []
+    for path in files:
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                entries.append((status.st_mtime_ns, status.st_size, path))
+    count, total = len(entries), sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if (max_files is None or count <= max_files) and (max_bytes is None or total <= max_bytes):
+            return
+        with contextlib.suppress(OSError):
+            remove(path)
+        if not os.path.lexists(path):
+            count, total = count - 1, total - size

@@ -339,7 +339,7 @@ def _stored(entries: Mapping[str, Entry], tied: bool) -> WeightStorage:
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
-    """The format's name of each weight → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
+    """Hugging Face's name → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
     found = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():
