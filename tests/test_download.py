@@ -514,7 +514,7 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     target = Path.home() / "x"
-    options: Any = {"right": full, "report": lambda done, total: None, "patience": QUICK}
+    options: Any = {"is_whole": full, "report": lambda done, total: None, "retry": QUICK}
     url = f"{server.url}{FOLDER}/{SHARDS[0]}"
     refused(lambda: fetch(open_session(url), url, target, **options), LlamaScratchError, "No space left", Path.home())
     assert target.with_name("x.part").stat().st_size == 700_000

@@ -131,20 +131,20 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
         CheckpointError: If a token has no merge, or a merge is repeated or out of order.
     """
     merged = len(vocab) - sum(char in vocab for char in _VISIBLE)
-    previous, made = -1, 0
+    previous, n_made = -1, 0
     seen: set[str] = set()  # left parts of the merges that make one token
     for left, right in merges:
         rank = vocab.get(left + right, -1)
         if rank != previous:
             seen.clear()
-            made += 1
+            n_made += 1
         if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
             merge = sanitize(f"{left} {right}".strip())
             raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
         seen.add(left)
         previous = rank
-    if made != merged:
-        raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
+    if n_made != merged:
+        raise CheckpointError(f"the merges make {n_made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
 
 
 def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:
@@ -168,10 +168,10 @@ def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, 
         return set()
     ranks = {pair: vocab[pair[0] + pair[1]] for pair in merges}
     order = dict.fromkeys(_VISIBLE, -1)  # of the tokens that are made for certain, and the merge that makes each
-    made: dict[str, tuple[str, str]] = {}
+    sources: dict[str, tuple[str, str]] = {}
     for pair, rank in ranks.items():
-        if (token := pair[0] + pair[1]) not in made and _comes_to(pair, rank, ranks, order, made):
-            made[token], order[token] = pair, rank
+        if (token := pair[0] + pair[1]) not in sources and _comes_to(pair, rank, ranks, order, sources):
+            sources[token], order[token] = pair, rank
     left = [token for token in vocab if token not in order]
     if sum(len(token) ** 2 for token in left) > _MAX_STEPS:
         raise CheckpointError("its merges make too few of its tokens; use another file.")
@@ -193,7 +193,7 @@ def _comes_to(
     rank: int,
     ranks: Mapping[tuple[str, str], int],
     order: Mapping[str, int],
-    made: Mapping[str, tuple[str, str]],
+    sources: Mapping[str, tuple[str, str]],
 ) -> bool:
     """Whether two tokens come to be neighbors before anything joins them: their merges undone, the latest first.
 
@@ -204,11 +204,11 @@ def _comes_to(
         return False
     while True:
         if order[left] > order[right]:
-            rank, left = order[left], made[left][1]
+            rank, left = order[left], sources[left][1]
             if ranks.get((left, right), rank) < rank:
                 return False
         elif order[right] >= 0:
-            rank, right = order[right], made[right][0]
+            rank, right = order[right], sources[right][0]
             if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges the first one comes first
                 return False
         else:
@@ -219,25 +219,25 @@ def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Merge the bytes of a token, the pair of the lowest rank first."""
     parts = list(token)
     while len(parts) > 1:
-        found = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
-        if (best := min(found)) == _NEVER:
+        pair_ranks = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
+        if (best := min(pair_ranks)) == _NEVER:
             break
-        i = found.index(best)
+        i = pair_ranks.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def is_reachable(text: str, made: Collection[str]) -> bool:
+def is_reachable(text: str, merged: Collection[str]) -> bool:
     """Whether plain text can become a token: a single byte, or one of the tokens that merges make."""
-    return text in made or text in _VISIBLE
+    return text in merged or text in _VISIBLE
 
 
-def is_hidden_control(text: str, made: Collection[str]) -> bool:
+def is_hidden_control(text: str, merged: Collection[str]) -> bool:
     """Whether a token listed as an ordinary one is a control token by its spelling: `<|eot_id|>`, `</s>`, `[INST]`.
 
     Plain text cannot become it, so no model saw it as text.
     """
-    return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, made)
+    return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, merged)
 
 
 def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]) -> str | None:

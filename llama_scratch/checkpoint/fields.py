@@ -17,12 +17,12 @@ _REQUIRED: Any = object()
 _LARGEST = 1 << 24
 
 
-def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         path: The file.
-        most: Maximum size in bytes.
+        max_bytes: Maximum size in bytes.
         required: Whether the file must exist; otherwise a missing one reads as an empty object.
 
     Raises:
@@ -30,7 +30,7 @@ def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> d
         CheckpointError: If the file holds anything else.
     """
     try:
-        data = read_bytes(path, most)
+        data = read_bytes(path, max_bytes)
     except FileNotFoundError:
         if required:
             raise
@@ -41,20 +41,20 @@ def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> d
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object that bytes of a file are. Raises `CheckpointError`, which names the file."""
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object; {REDOWNLOAD_HINT}")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object; {REDOWNLOAD_HINT}")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"'{sanitize(key)}' stands there twice")
-    return found
+    return content
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Fields:
             raise CheckpointError(f"the field {name} is missing.")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, most: int = _LARGEST) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _LARGEST) -> int:
         """A whole number, which some programs write as a float (8192.0)."""
         if (value := self._get(name, default)) is default:
             return cast(int, value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {most}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {limit}.")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:

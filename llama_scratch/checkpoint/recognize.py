@@ -234,13 +234,13 @@ def _several(path: Path, models: list[Path]) -> ModelNotFoundError:
 
 def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
     if not names:
-        found = "is an empty directory"
+        content = "is an empty directory"
     elif tokenizer := next(filter(_TOKENIZERS.__contains__, names), None):
-        found = f"holds a tokenizer ({tokenizer}) without a model"
+        content = f"holds a tokenizer ({tokenizer}) without a model"
     else:
         more = "…" if len(names) > _MAX_NAMED else ""
-        found = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
-    return ModelNotFoundError(f"{sanitize(path, 200)} {found}, {_EXPECTED}; name one.")
+        content = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
+    return ModelNotFoundError(f"{sanitize(path, 200)} {content}, {_EXPECTED}; name one.")
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -293,9 +293,9 @@ def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> 
     for name in names:
         suffix = ".onnx" if name == "onnx" else Path(name).suffix.lower()
         if kind := kinds.get(suffix):
-            found = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
+            content = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
             alone = " without its config.json" if suffix in _BARE else ""
-            raise CheckpointError(f"{sanitize(path, 200)} {found}{alone}, {_EXPECTED}; use one of the same model.")
+            raise CheckpointError(f"{sanitize(path, 200)} {content}{alone}, {_EXPECTED}; use one of the same model.")
 
 
 def _reject_old_quantization(model: FoundModel) -> None:

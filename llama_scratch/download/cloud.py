@@ -160,8 +160,8 @@ def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Prog
     size = part.stat().st_size
     if size != stat.size or (md5 is not None and file_digest(part, "md5", progress) != md5):
         part.unlink()
-        found = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
-        raise CheckpointError(f"{sanitize(address, 200)} {found}, so nothing of it was kept; try again.")
+        problem = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
+        raise CheckpointError(f"{sanitize(address, 200)} {problem}, so nothing of it was kept; try again.")
 
 
 @contextmanager

@@ -78,13 +78,13 @@ def fetch(
     url: str,
     target: Path,
     *,
-    right: Callable[[Path], bool],
+    is_whole: Callable[[Path], bool],
     report: Callable[[int, int], None],
-    patience: RetryPolicy,
-    most: int = _MAX_WEIGHTS,
+    retry: RetryPolicy,
+    limit: int = _MAX_WEIGHTS,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Fetch a large file; it appears under its name when it is whole and `right` says so.
+    """Fetch a large file; it appears under its name when it is whole and `is_whole` says so.
 
     What came so far is in TARGET.part and the version it belongs to in TARGET.part.tag, so that the next try goes
     on where this one ended, also after the process was killed. report: called with bytes here and bytes in all.
@@ -95,8 +95,8 @@ def fetch(
     with writing(target.parent):
         while True:
             try:
-                in_one_piece = _go_on(session, url, part, most, report, patience.timeout, headers or {})
-                if right(part):
+                in_one_piece = _go_on(session, url, part, limit, report, retry.timeout, headers or {})
+                if is_whole(part):
                     break
                 _drop(part)
                 if in_one_piece:
@@ -109,31 +109,31 @@ def fetch(
                 reached = _size(part)
                 failures = 0 if reached > furthest else failures + 1
                 furthest = max(furthest, reached)
-                if failures >= patience.tries:
+                if failures >= retry.tries:
                     raise LlamaScratchError(
                         f"{target.name} could not be fetched ({error}); check the connection and run it again, "
                         "it goes on from there."
                     ) from None
-                time.sleep(patience.pause * 2**failures)
+                time.sleep(retry.pause * 2**failures)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(target)
         _tag(part).unlink(missing_ok=True)
 
 
-def read_small(session: requests.Session, url: str, name: str, most: int, patience: RetryPolicy) -> bytes:
-    """A small file's content, of at most `most` bytes. Raises as `fetch` does."""
-    for attempt in range(patience.tries):
+def read_small(session: requests.Session, url: str, name: str, limit: int, retry: RetryPolicy) -> bytes:
+    """A small file's content, of at most `limit` bytes. Raises as `fetch` does."""
+    for attempt in range(retry.tries):
         if attempt:
-            time.sleep(patience.pause * 2 ** (attempt - 1))
+            time.sleep(retry.pause * 2 ** (attempt - 1))
         try:
-            with _answer(session, url, name, {}, patience.timeout) as response:
+            with _answer(session, url, name, {}, retry.timeout) as response:
                 data = b""
                 for chunk in _chunks(response):
                     data += chunk
-                    if len(data) > most:
+                    if len(data) > limit:
                         raise CheckpointError(
-                            f"What the server sends as {name} is longer than {most:,} bytes, expected far less; "
+                            f"What the server sends as {name} is longer than {limit:,} bytes, expected far less; "
                             "check the link."
                         )
                 if is_web_page(data):
@@ -148,7 +148,7 @@ def _go_on(
     session: requests.Session,
     url: str,
     part: Path,
-    most: int,
+    limit: int,
     report: Callable[[int, int], None],
     timeout: float,
     headers: Mapping[str, str],
@@ -165,8 +165,8 @@ def _go_on(
         if not fresh and (start != here or (tag and _version(response) not in ("", tag))):
             _drop(part)
             raise _TryAgainError("the server sent another part of it than was asked for")
-        if total > most:
-            raise CheckpointError(f"{name} would have {total:,} bytes, expected at most {most:,}; check the address.")
+        if total > limit:
+            raise CheckpointError(f"{name} would have {total:,} bytes, expected at most {limit:,}; check the address.")
         chunks = _chunks(response)
         first = next(chunks, b"")
         if fresh:

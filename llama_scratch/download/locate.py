@@ -43,8 +43,8 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
     if name == path.name and _is_there(fetched := os.path.join(CHECKPOINTS, name)):
         return Path(fetched).expanduser()
     if repository := Repository.named(name):
-        if found := repository.path:
-            return found
+        if fetched_path := repository.path:
+            return fetched_path
         if not name.endswith(".gguf"):
             raise _not_here(f"There is no directory {sanitize(name, 100)}, and the model of that name", name)
     return path

@@ -171,8 +171,8 @@ def memory_errors(what: str) -> Iterator[None]:
 
 def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
     """The refusal after an allocation failed: how much was asked for, where the error says it, and what is free."""
-    found = re.search(r"(\d+) bytes", str(error))
-    asked = f"{int(found[1]) / 1e9:.1f} GB more were asked for and " if found else ""
+    size = re.search(r"(\d+) bytes", str(error))
+    asked = f"{int(size[1]) / 1e9:.1f} GB more were asked for and " if size else ""
     # A GPU's memory is another one.
     left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{memory_limit()}"
     return OutOfMemoryError(f"{what} does not fit into this machine's memory; {left}")

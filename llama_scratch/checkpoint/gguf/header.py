@@ -171,9 +171,9 @@ def _read_header(path: Path, cursor: _Cursor) -> GGUFHeader:
         raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
     if version not in (2, 3):
         raise _unsupported_version(version)
-    for count, most, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
-        if count > most:
-            raise CheckpointError(f"{count:,} {name}, expected at most {most:,}; {REDOWNLOAD_HINT}")
+    for count, limit, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
+        if count > limit:
+            raise CheckpointError(f"{count:,} {name}, expected at most {limit:,}; {REDOWNLOAD_HINT}")
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
         key = cursor.string()

@@ -83,7 +83,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     names = weight_names(args)
     check_shapes(shapes, args, headers[0].path, names)
     license = metadata.get("general.license")
-    kept = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
+    general = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
         name=name_of(path),
@@ -97,7 +97,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         files=tuple(header.path for header in headers),
         license=sanitize(license) if isinstance(license, str) and license else None,
         warnings=(*warnings, *_contradictions(metadata, args)),
-        extras=replace(extras, metadata=kept, generation=_sampling(kept)),
+        extras=replace(extras, metadata=general, generation=_sampling(general)),
     )
 
 
@@ -199,7 +199,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
         raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {REDOWNLOAD_HINT}")
     args = ModelArgs(
         dim=fields.integer("llama.embedding_length"),
-        n_layers=fields.integer("llama.block_count", most=1024),
+        n_layers=fields.integer("llama.block_count", limit=1024),
         n_heads=n_heads,
         n_kv_heads=fields.integer("llama.attention.head_count_kv", default=n_heads),
         vocab_size=tensors["token_embd.weight"][1].shape[0],
@@ -228,17 +228,17 @@ def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -
 
     from llama_scratch.model import rope_frequencies
 
-    own = replace(args, rope_divisors=tuple(divisors))
+    by_divisors = replace(args, rope_divisors=tuple(divisors))
     rule = RopeScaling(math.inf, original_context=original_context)
     # The slowest pair tells the factor: what the rule makes of it is a line in 1/factor.
-    ends = [float(rope_frequencies(shape)[-1]) for shape in (args, own, replace(args, rope_scaling=rule))]
+    ends = [float(rope_frequencies(shape)[-1]) for shape in (args, by_divisors, replace(args, rope_scaling=rule))]
     if ends[0] == ends[1]:
-        return args if all(divisor == 1 for divisor in divisors) else own
+        return args if all(divisor == 1 for divisor in divisors) else by_divisors
     factor = (ends[0] - ends[2]) / (ends[1] - ends[2]) if ends[1] > ends[2] else 0
     by_rule = replace(args, rope_scaling=replace(rule, factor=round(factor, 3)))
-    if factor >= 1 and torch.allclose(rope_frequencies(by_rule), rope_frequencies(own), rtol=1e-5, atol=0):
+    if factor >= 1 and torch.allclose(rope_frequencies(by_rule), rope_frequencies(by_divisors), rtol=1e-5, atol=0):
         return by_rule
-    return own
+    return by_divisors
 
 
 def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> list[float]:
@@ -262,14 +262,14 @@ def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> l
 
 def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
     """The file's sampling defaults, under the names of generation_config.json."""
-    given = {field: general.get(key) for field, key in SAMPLING.items()}
+    values = {field: general.get(key) for field, key in SAMPLING.items()}
     # 0.6 is held as the float32 next to it.
-    found = {
+    defaults = {
         field: float(f"{value:.7g}") if isinstance(value, float) else value
-        for field, value in given.items()
+        for field, value in values.items()
         if type(value) in (int, float)
     }
-    return {"do_sample": True, **found} if found else {}
+    return {"do_sample": True, **defaults} if defaults else {}
 
 
 # --- The weights ------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
         theta, scaling = _rope(config, context)
         args = ModelArgs(
             dim=fields.integer("hidden_size"),
-            n_layers=fields.integer("num_hidden_layers", most=1024),
+            n_layers=fields.integer("num_hidden_layers", limit=1024),
             n_heads=n_heads,
             n_kv_heads=fields.integer("num_key_value_heads", default=n_heads),
             vocab_size=fields.integer("vocab_size"),
@@ -340,11 +340,11 @@ def _stored(entries: Mapping[str, Entry], tied: bool) -> WeightStorage:
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
     """Hugging Face's name → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
-    found = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
+    names = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():
-            found[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
-    return found
+            names[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return names
 
 
 def _part(name: str) -> str:

@@ -203,8 +203,8 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    kept = {name: weight for name, weight in weights.items() if name != OUTPUT or not is_tied(weights)}
-    sizes = {name: weight.numel() * weight.dtype.itemsize for name, weight in kept.items()}
+    stored = {name: weight for name, weight in weights.items() if name != OUTPUT or not is_tied(weights)}
+    sizes = {name: weight.numel() * weight.dtype.itemsize for name, weight in stored.items()}
     theirs = {metas: name for name, metas in weight_names(args).items()}
     shards = list(_shards(sizes))
     done, total = 0, sum(sizes.values())
@@ -213,7 +213,7 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in shard:
-            tensors[theirs[name]] = _tensor(name, kept[name], args)
+            tensors[theirs[name]] = _tensor(name, stored[name], args)
             done += sizes[name]
             progress("writing", done, total)
         try:

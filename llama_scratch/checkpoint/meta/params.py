@@ -66,7 +66,7 @@ def _model_args(fields: Fields) -> ModelArgs:
         scaling = RopeScaling(factor)
     return ModelArgs(
         dim=dim,
-        n_layers=fields.integer("n_layers", most=1024),
+        n_layers=fields.integer("n_layers", limit=1024),
         n_heads=n_heads,
         n_kv_heads=fields.integer("n_kv_heads"),
         vocab_size=fields.integer("vocab_size"),

@@ -86,13 +86,13 @@ def check_ahead(directory: Path) -> None:
 
 def _shards(directory: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
-    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
-    if not found:
+    files = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
+    if not files:
         raise ModelNotFoundError(_missing(directory, WEIGHTS))
-    names = [_shard(number) for number in range(len(found))]
-    if missing := [name for name in names if name not in found]:
+    names = [_shard(number) for number in range(len(files))]
+    if missing := [name for name in names if name not in files]:
         raise ModelNotFoundError(
-            f"There is no {missing[0]} in {directory}, which holds {max(found)}; fetch the missing shard."
+            f"There is no {missing[0]} in {directory}, which holds {max(files)}; fetch the missing shard."
         )
     return [directory / name for name in names]
 

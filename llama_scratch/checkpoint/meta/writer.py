@@ -39,19 +39,19 @@ def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory:
 
 def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     """`base64 rank` a line. The format says no more: its pattern and its special tokens are Llama 3's."""
-    own = checkpoint.tokenizer
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(own.ranks.items(), key=lambda x: x[1])]
-    content = b"".join(lines)
+    tokenizer = checkpoint.tokenizer
+    by_rank = sorted(tokenizer.ranks.items(), key=lambda entry: entry[1])
+    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
     try:
-        read = parse_tokenizer_model(content)
+        llama3 = parse_tokenizer_model(content)
     except CheckpointError:
-        read = None
+        llama3 = None
     if (
-        read is None
-        or (own.ranks, own.pattern, own.bos_id) != (read.ranks, read.pattern, read.bos_id)
-        or own.added_tokens
-        or own.merges
-        or not _same_layout(own.names, read.names)
+        llama3 is None
+        or (tokenizer.ranks, tokenizer.pattern, tokenizer.bos_id) != (llama3.ranks, llama3.pattern, llama3.bos_id)
+        or tokenizer.added_tokens
+        or tokenizer.merges
+        or not _same_layout(tokenizer.names, llama3.names)
     ):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
@@ -60,10 +60,10 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
     return content
 
 
-def _same_layout(own: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
+def _same_layout(ids: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
     """Whether the special tokens are Llama 3's: each release gave names to some that were reserved before."""
-    names = {id: name for name, id in own.items()}
-    return len(own) == len(llama3) and all(
+    names = {id: name for name, id in ids.items()}
+    return len(ids) == len(llama3) and all(
         names.get(id) == name or _RESERVED in names.get(id, "") or (_RESERVED in name and id in names)
         for name, id in llama3.items()
     )
