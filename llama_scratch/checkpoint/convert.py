@@ -40,7 +40,7 @@ FORMATS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf
 # What must go with a model wherever it goes.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What a tokenizer and the metadata take at most, in bytes.
-_SMALL_FILES = 50_000_000
+_SMALL_FILES_BYTES = 50_000_000
 # Keys of GGUF's metadata that say nothing which another format does not say in its own way.
 _OWN_METADATA = {
     *("general.architecture", "general.type", "general.name", "general.license", "general.alignment"),
@@ -136,7 +136,7 @@ def _place(source: Path, destination: Path, to: str) -> Path:
 
 def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> None:
     sizes = {id(weight): weight.numel() * weight.dtype.itemsize for weight in weights.values()}  # a tied output once
-    needed, free = sum(sizes.values()) + _SMALL_FILES, shutil.disk_usage(folder).free
+    needed, free = sum(sizes.values()) + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise LlamaScratchError(
             f"{sanitize(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "

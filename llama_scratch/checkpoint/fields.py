@@ -14,7 +14,7 @@ from llama_scratch.system.small_files import read_bytes, without_mark
 
 _REQUIRED: Any = object()
 # Larger than any model's, and small enough that no product of two overflows a tensor's size.
-_LARGEST = 1 << 24
+_MAX_INTEGER = 1 << 24
 
 
 def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Fields:
             raise CheckpointError(f"the field {name} is missing.")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _LARGEST) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _MAX_INTEGER) -> int:
         """A whole number, which some programs write as a float (8192.0)."""
         if (value := self._get(name, default)) is default:
             return cast(int, value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.small_files import read_start, without_mark
 
-_MAX = 1 << 16
+_MAX_BYTES = 1 << 16
 
 
 def read_license(directory: Path) -> str | None:
@@ -40,7 +40,7 @@ def _stated(directory: Path) -> str | None:
 def _text(path: Path) -> str:
     """The beginning of a file as text; empty if it cannot be read."""
     try:
-        start = without_mark(read_start(path, _MAX), path.name)
+        start = without_mark(read_start(path, _MAX_BYTES), path.name)
     except (OSError, CheckpointError):
         return ""
     return start.decode("utf-8", errors="replace").replace("\r\n", "\n")

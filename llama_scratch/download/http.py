@@ -95,7 +95,7 @@ def fetch(
     with writing(target.parent):
         while True:
             try:
-                in_one_piece = _go_on(session, url, part, limit, report, retry.timeout, headers or {})
+                in_one_piece = _resume(session, url, part, limit, report, retry.timeout, headers or {})
                 if is_whole(part):
                     break
                 _drop(part)
@@ -144,7 +144,7 @@ def read_small(session: requests.Session, url: str, name: str, limit: int, retry
     raise LlamaScratchError(f"{name} could not be fetched ({reason}); check the connection and run it again.")
 
 
-def _go_on(
+def _resume(
     session: requests.Session,
     url: str,
     part: Path,

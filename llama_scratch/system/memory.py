@@ -17,7 +17,7 @@ from llama_scratch.errors import OutOfMemoryError
 # Version 1 of control groups writes the largest number of whole pages where there is no limit.
 _UNLIMITED = 1 << 62
 # What torch, numpy and their threads take when they are imported, besides their libraries.
-_START = 300_000_000
+_START_BYTES = 300_000_000
 _NO_MEMORY = re.compile(
     "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
     re.IGNORECASE,
@@ -134,7 +134,7 @@ def require_start() -> None:
     if "torch" in sys.modules:
         return
     for left in _resource_limits():
-        needed = _START + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
+        needed = _START_BYTES + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
         if needed > left.free:
             raise OutOfMemoryError(f"Starting torch needs {needed / 1e9:.1f} GB of memory and {left}")
 
