@@ -80,7 +80,7 @@ def _header(role: str) -> list[ChatSegment]:
 class TemplateFormat:
     """A format that a model's files carry: a template in the language Jinja.
 
-    The template is untrusted code. It runs in a process of its own (`template_sandbox`), and is not read before it is used.
+    The template is untrusted code. It runs in a process of its own, `template_sandbox`, and is not read before its use.
 
     Args:
         source: The template.

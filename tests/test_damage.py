@@ -222,7 +222,7 @@ def said(result: subprocess.CompletedProcess[str], name: str) -> None:
 
 def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
     """Between two answers, which the library's own threads compute."""
-    place = "llama_scratch.inference.engine:Engine._start"
+    place = "llama_scratch.inference.engine:Engine._reset_to"
     options = ("--model-dir", str(model), "--precision", "bf16", "--quiet")
     result = shrinking(model / WEIGHTS, place, *options, stdin="the\n")
     said(result, WEIGHTS)

@@ -434,13 +434,13 @@ def test_a_known_model_that_has_other_weights_is_worth_a_note(
     """A fine-tuned one has; `checklist.chk` decides. The file is read once for both checksums."""
     if not listed:
         (model / CHECKLIST).unlink()
-    monkeypatch.setattr(module, "_LLAMA_3_2_1B", 3_093_248)
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B", 3_093_248)
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].result == "note"
     assert "is not that of Meta's Llama 3.2 1B or that of" in findings[WEIGHTS, "SHA-256"].sentence
     assert ((WEIGHTS, "MD5") in findings) == listed
     own = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
-    monkeypatch.setattr(module, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 is that of a test")
 
