@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.checkpoint.checksums import parse_checklist
 from llama_scratch.download.http import exclusively, require_disk_space, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
-from llama_scratch.system.atomic_files import remove_stale, write_atomically
+from llama_scratch.system.atomic_files import publish, remove_stale, write_atomically
 from llama_scratch.system.folders import is_ours, user_folder
 from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
@@ -149,10 +148,8 @@ def _copy_weights(
                 while block := source.read(_BLOCK):
                     file.write(block)
                     progress("fetching", before + file.tell(), total)
-                file.flush()
-                os.fsync(file.fileno())
             _check(part, stat, sums.get(name) or stat.md5, f"{base}/{name}", progress)
-            part.replace(target / name)
+            publish(part, target / name)
         before += stat.size
 
 

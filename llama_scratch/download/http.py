@@ -5,7 +5,6 @@ Nothing here shows or keeps a URL, for a signed link is a secret: that is why er
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError
-from llama_scratch.system.atomic_files import locked
+from llama_scratch.system.atomic_files import locked, publish
 from llama_scratch.system.small_files import is_web_page
 
 if TYPE_CHECKING:
@@ -115,9 +114,7 @@ def fetch(
                         "it goes on from there."
                     ) from None
                 time.sleep(retry.pause * 2**failures)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
+        publish(part, target)
         _tag(part).unlink(missing_ok=True)
 
 

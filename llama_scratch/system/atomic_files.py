@@ -64,6 +64,13 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
         part.replace(path)
 
 
+def publish(part: Path, path: Path) -> Path:
+    """Give a complete file its name, once its bytes are on the disk; returns the name."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    return part.replace(path)
+
+
 def remove_stale(folder: Path, pattern: str) -> None:
     """Remove files and folders of our own that no program is at work on."""
     for path in folder.glob(pattern):
