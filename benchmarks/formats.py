@@ -63,7 +63,7 @@ def quantized(folder: Path) -> list[dict[str, Any]]:
         path = folder / f"SmolLM2-{kind}.gguf"
         if kind != "F32":
             quantize_gguf(f32, path, kind)
-        types = open_checkpoint(path).inspect(silent).types
+        types = open_checkpoint(path).storage(silent).types
         rows.append({"kind": kind, "types": types, **against_llama_cpp(path, text())})
     return rows
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llama_scratch.config import ModelArgs
+from llama_scratch.checkpoint.meta.params import parse_params
 
 LLAMA_3_2_1B: dict[str, Any] = {
     "dim": 2048,
@@ -38,7 +38,7 @@ def make_checkpoint(directory: Path, params: dict[str, Any] = LLAMA_3_2_1B) -> N
     """Write params.json, tokenizer.model and consolidated.00.pth."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(params)
-    args = ModelArgs.from_params_json(text)
+    args = parse_params(text)
     (directory / "params.json").write_text(text)
     shutil.copyfile(meta_tokenizer(), directory / "tokenizer.model")
     generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pyte.screens import Char, Screen
 
 from benchmarks.make_checkpoint import LLAMA_3_2_1B
-from llama_scratch.config import ModelArgs
+from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attention
 from llama_scratch.microscope import patching as tracing
@@ -189,7 +189,7 @@ def _color(name: str, default: str) -> str:
 
 def architecture() -> Figure:
     """Llama 3.2 1B: every part with its true shapes."""
-    args = ModelArgs.from_params_json(json.dumps(LLAMA_3_2_1B))
+    args = parse_params(json.dumps(LLAMA_3_2_1B))
     shapes = {name: "×".join(f"{n:,}" for n in shape) for name, shape in args.weight_shapes().items()}
 
     def shape(name: str) -> str:

@@ -80,7 +80,7 @@ def _header(role: str) -> list[ChatSegment]:
 class TemplateFormat:
     """A format that a model's files carry: a template in the language Jinja.
 
-    The template is untrusted code. It runs in a process of its own, see `sandbox`, and is not read before it is used.
+    The template is untrusted code. It runs in a process of its own, `template_sandbox`, and is not read before its use.
 
     Args:
         source: The template.
@@ -116,7 +116,7 @@ class TemplateFormat:
 
     def _render(self, messages: list[dict[str, str]]) -> list[str]:
         """The conversation's text: plain text and the template's own special tokens in turn."""
-        from llama_scratch.system.template_process import RefusalError, TemplateError
+        from llama_scratch.system.template_errors import RefusalError, TemplateError
 
         # The variables that transformers gives.
         variables = {
@@ -132,15 +132,15 @@ class TemplateFormat:
             return self._process.render(self.source, list(self.special), messages, variables)
         except RefusalError as error:
             raise UsageError(
-                f"The model's chat template refuses this conversation ({_said(error)}). "
+                f"The model's chat template refuses this conversation ({_reason(error)}). "
                 "Leave out the system prompt, or begin anew."
             ) from error
         except TemplateError as error:
             raise CheckpointError(
-                f"The model's chat template fails ({_said(error)}). "
+                f"The model's chat template fails ({_reason(error)}). "
                 "Use another file of this model, or use it without chat."
             ) from error
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return sanitize(error, 100).rstrip(".")

@@ -1,14 +1,12 @@
-"""The shape of a network: Meta's `params.json` → a validated, frozen `ModelArgs`. Imports no torch."""
+"""The shape of a network: a validated, frozen `ModelArgs`. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError, sanitize
+from llama_scratch.errors import CheckpointError, UsageError
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 """The two weights that many models share, by Meta's names."""
@@ -123,147 +121,6 @@ class ModelArgs:
     def kv_bytes_per_token(self, bytes_each: int) -> int:
         """Bytes that the cache holds for one token: a key and a value in each layer, of numbers of so many bytes."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_each
-
-    @classmethod
-    def from_params_json(cls, text: str, path: str = "params.json") -> ModelArgs:
-        """Read the text of Meta's `params.json`; `path` is the name that errors give.
-
-        Raises `CheckpointError` where it is not JSON, lacks a field or holds an impossible value.
-        """
-        try:
-            params = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
-        if not isinstance(params, dict):
-            raise CheckpointError(
-                f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {REDOWNLOAD_HINT}"
-            )
-        if "quantization_args" in params:
-            raise UnsupportedError(
-                f"{path} is of Meta's quantized release {_release(params)}, expected bf16 weights; "
-                "use the release without that in its name."
-            )
-        try:
-            return cls._from_params(Fields(params))
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{path}: {error}") from error
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {REDOWNLOAD_HINT}") from error
-
-    @classmethod
-    def _from_params(cls, fields: Fields) -> ModelArgs:
-        if other := next((field for field in _OTHER_NETWORKS if fields.values.get(field)), None):
-            raise UnsupportedError(f"{other} belongs to another network than Llama 3's; use a Llama 3 text model.")
-        dim = fields.integer("dim")
-        n_heads = fields.integer("n_heads")
-        scaling = None
-        if fields.boolean("use_scaled_rope", default=False):
-            # Meta's file does not hold the factor. The 3.2 models (1B: dim 2048, 3B: 3072) were
-            # trained with 32, the larger ones with 8.
-            factor = fields.number("rope_scaling_factor", default=32.0 if dim <= 3072 else 8.0)
-            if factor < 1:
-                raise CheckpointError(f"rope_scaling_factor is {factor:g}, expected at least 1.")
-            scaling = RopeScaling(factor)
-        return cls(
-            dim=dim,
-            n_layers=fields.integer("n_layers", most=1024),
-            n_heads=n_heads,
-            n_kv_heads=fields.integer("n_kv_heads"),
-            vocab_size=fields.integer("vocab_size"),
-            ffn_dim=ffn_dim(
-                dim,
-                multiple_of=fields.integer("multiple_of"),
-                multiplier=fields.number("ffn_dim_multiplier", default=None),
-            ),
-            norm_eps=fields.number("norm_eps"),
-            rope_theta=fields.number("rope_theta"),
-            rope_scaling=scaling,
-            # Not Meta's: `convert` writes these two if the rules do not give them.
-            max_seq_len=fields.integer("context_length", default=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT),
-            head_dim=fields.integer("head_dim", default=0),
-        )
-
-
-# Fields of Meta's params.json that change the network: Llama 4's, and those of the vision models.
-_OTHER_NETWORKS = (
-    "moe_args",
-    "use_qk_norm",
-    "nope_layer_interval",
-    "attention_chunk_size",
-    "vision_args",
-    "vision_chunk_size",
-    "vision_num_cross_attention_layers",
-)
-
-
-def _release(params: Mapping[str, Any]) -> str:
-    """What Meta calls the quantized release that a params.json is of."""
-    arguments = params["quantization_args"]
-    if "lora_args" in params:
-        return "int4-qlora-eo8"
-    if isinstance(arguments, dict) and arguments.get("spinquant"):
-        return "int4-spinquant-eo8"
-    if isinstance(arguments, dict) and arguments.get("scheme") is None:
-        return "in int4"
-    return f"'{sanitize(arguments['scheme'] if isinstance(arguments, dict) else arguments)}'"
-
-
-def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
-    """Width of the feed-forward layer: 2/3 of 4·dim, stretched, rounded up to `multiple_of`.
-
-    Both truncations matter (1B: 5461 → 8191 → 8192). Source: `FeedForward` in Meta's llama-models.
-
-    >>> ffn_dim(2048, multiple_of=256, multiplier=1.5)
-    8192
-    """
-    hidden = int(2 * (4 * dim) / 3)
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
-
-
-_REQUIRED: Any = object()
-# Larger than any model's, and small enough that no product of two overflows a tensor's size.
-_LARGEST = 1 << 24
-
-
-@dataclass(frozen=True)
-class Fields:
-    """What a model file says of itself, field by field with its type; each refusal is one sentence."""
-
-    values: Mapping[str, Any]
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise CheckpointError(f"the field {name} is missing.")
-        return default
-
-    def integer(self, name: str, default: Any = _REQUIRED, *, most: int = _LARGEST) -> int:
-        """A whole number, which some programs write as a float (8192.0)."""
-        if (value := self._get(name, default)) is default:
-            return cast(int, value)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {most}.")
-        return value
-
-    def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self._get(name, default)
-        if value is None:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a positive number.")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")
-        return value
 
 
 def is_tied(weights: Mapping[str, object]) -> bool:

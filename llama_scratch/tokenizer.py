@@ -24,7 +24,7 @@ from llama_scratch.errors import (
     sanitize,
 )
 from llama_scratch.results import PromptWarning
-from llama_scratch.system.small_files import read_bytes, reject_stand_in, without_mark
+from llama_scratch.system.small_files import read_bytes, read_remote, without_mark
 
 # How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
 LLAMA3_PATTERN = (
@@ -105,14 +105,14 @@ class Tokenizer:
         self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
         self.added_tokens = dict(added_tokens or {})
-        self.unused_tokens = dict(unused_tokens or {})
+        self._unused_tokens = dict(unused_tokens or {})
         self.pattern = pattern
         self.unknown = unknown
         self.merges = None if merges is None else list(merges)
         self.whole_pieces = whole_pieces
         hidden = {token: self.ranks[token] for token in unmergeable}
         self._pieces = hidden if whole_pieces else {}
-        self.names = self.unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
+        self.names = self._unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
         self.bos_id = None if bos is None else self.names[bos]
         self.stop_ids = frozenset(self.names[stop] for stop in stops)
         _check_names(self.names)
@@ -143,21 +143,7 @@ class Tokenizer:
 
         Raises `ModelNotFoundError` where there is no such file, `CheckpointError` where it is damaged.
         """
-        return cls.from_meta_bytes(_read(path), path)
-
-    @classmethod
-    def from_meta_bytes(cls, data: bytes, path: str = "tokenizer.model") -> Tokenizer:
-        """The same from the file's content; `path` is the name that errors give."""
-        if b"<unk>" in data[:64]:
-            raise CheckpointError(
-                f"{path} is a SentencePiece vocabulary, as Llama 2 has it, expected tiktoken's of Llama 3 and later; "
-                "choose a later Llama."
-            )
-        ranks = _parse_ranks(data, path)
-        names = list(_LLAMA3_SPECIAL)
-        names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_N_LLAMA3_SPECIAL - len(names))]
-        special = {name: len(ranks) + i for i, name in enumerate(names)}
-        return cls(ranks, special, LLAMA3_PATTERN, bos="<|begin_of_text|>", stops=_LLAMA3_STOPS)
+        return parse_tokenizer_model(_read(path), path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -248,35 +234,25 @@ class Tokenizer:
     @cached_property
     def untypeable(self) -> frozenset[int]:
         """Ids that plain text never has: those of special and of unused tokens."""
-        return frozenset({*self.special_tokens.values(), *self.unused_tokens.values()} - set(self.ranks.values()))
+        return frozenset({*self.special_tokens.values(), *self._unused_tokens.values()} - set(self.ranks.values()))
 
     def warnings(self, text: str, *, special: bool = False) -> list[PromptWarning]:
-        """What `encode` does with a text that a person may not expect: one sentence each."""
-        found = []
+        """Describe what `encode` does with a text that a user may not expect, one sentence each."""
+        warnings = []
         clean = replace_surrogates(text)
         if clean.count("\ufffd") > text.count("\ufffd"):
-            found.append(
-                PromptWarning(
-                    "not Unicode",
-                    "The prompt holds characters that are not Unicode text; each was read as U+FFFD.",
-                )
-            )
+            sentence = "The prompt holds characters that are not Unicode text; each was read as U+FFFD."
+            warnings.append(PromptWarning("not Unicode", sentence))
         if self._missing and not self._missing.isdisjoint(clean.encode()):
-            found.append(
-                PromptWarning(
-                    "unknown bytes",
-                    f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self.unknown}.",
-                )
-            )
+            sentence = f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self.unknown}."
+            warnings.append(PromptWarning("unknown bytes", sentence))
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
-            found.append(
-                PromptWarning(
-                    "special tokens as text",
-                    f"The prompt holds {name}, which was read as plain text; "
-                    "--special, or /special on in the session, reads it as the special token.",
-                )
+            sentence = (
+                f"The prompt holds {name}, which was read as plain text; "
+                "--special, or /special on in the session, reads it as the special token."
             )
-        return found
+            warnings.append(PromptWarning("special tokens as text", sentence))
+        return warnings
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids → text; bytes that are not UTF-8 become U+FFFD, special tokens their names."""
@@ -292,10 +268,6 @@ class Tokenizer:
     def token_text(self, id: int) -> str:
         r"""One token's text; bytes that are not UTF-8 by themselves are written as `\xNN`."""
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
-
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes one id at a time and gives text in whole characters."""
-        return StreamDecoder(self)
 
 
 class StreamDecoder:
@@ -346,10 +318,13 @@ def _cuts(text: str) -> list[int]:
     return cuts
 
 
+# --- Meta's tokenizer.model -------------------------------------------------------------------
+
+
 def _read(path: str) -> bytes:
     name = sanitize(path, 200)
     try:
-        data = _read_remote(path) if "://" in path else read_bytes(path, _MAX_BYTES)
+        data = read_remote(path, _MAX_BYTES) if "://" in path else read_bytes(path, _MAX_BYTES)
     except LlamaScratchError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -371,15 +346,18 @@ def _read(path: str) -> bytes:
     return without_mark(data, name)
 
 
-def _read_remote(path: str) -> bytes:
-    import blobfile
-
-    with blobfile.BlobFile(path, "rb") as file:
-        data: bytes = file.read(_MAX_BYTES + 1)
-    reject_stand_in(data, path)
-    if len(data) > _MAX_BYTES:
-        raise CheckpointError(f"{path} is longer than {_MAX_BYTES:,} bytes, expected far less; {REDOWNLOAD_HINT}")
-    return data
+def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokenizer:
+    """Make the tokenizer of Llama 3 from the content of Meta's file; `path` is the name that errors give."""
+    if b"<unk>" in data[:64]:
+        raise CheckpointError(
+            f"{path} is a SentencePiece vocabulary, as Llama 2 has it, expected tiktoken's of Llama 3 and later; "
+            "choose a later Llama."
+        )
+    ranks = _parse_ranks(data, path)
+    names = list(_LLAMA3_SPECIAL)
+    names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_N_LLAMA3_SPECIAL - len(names))]
+    special = {name: len(ranks) + i for i, name in enumerate(names)}
+    return Tokenizer(ranks, special, LLAMA3_PATTERN, bos="<|begin_of_text|>", stops=_LLAMA3_STOPS)
 
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
@@ -395,9 +373,9 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             if base64.b64encode(token) != encoded or token in ranks or rank != b"%d" % len(ranks):
                 raise ValueError
         except (ValueError, binascii.Error):
-            shown = sanitize(line[:40].decode("utf-8", errors="backslashreplace"))
+            start = sanitize(line[:40].decode("utf-8", errors="backslashreplace"))
             raise CheckpointError(
-                f"{path}, line {number}: found '{shown}', expected a new token in base64 and the rank {len(ranks)}; "
+                f"{path}, line {number}: found '{start}', expected a new token in base64 and the rank {len(ranks)}; "
                 + REDOWNLOAD_HINT
             ) from None
         ranks[token] = len(ranks)

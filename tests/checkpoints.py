@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.config import ModelArgs
 
 # head_dim 64 and theta 500,000 as in Llama 3.2, so that the rotary embedding's scaling is the true one.
@@ -34,7 +35,7 @@ ro ic ne ea ra ce li ch
 
 def tiny_args(**changes: Any) -> ModelArgs:
     """The shape of `TINY_PARAMS`, with fields of params.json replaced; None removes one."""
-    return ModelArgs.from_params_json(json.dumps(tiny_params(**changes)))
+    return parse_params(json.dumps(tiny_params(**changes)))
 
 
 def tiny_params(**changes: Any) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def write_meta(
     """A whole Meta directory of `params` (by default `TINY_PARAMS`) with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
     params = TINY_PARAMS if params is None else params
-    args = ModelArgs.from_params_json(json.dumps(params))
+    args = parse_params(json.dumps(params))
     (directory / "params.json").write_text(json.dumps(params))
     (directory / "tokenizer.model").write_bytes(tokenizer_file())
     weights = {name: weight.to(dtype) for name, weight in random_weights(args, tied=False, seed=seed).items()}

@@ -13,6 +13,7 @@ from glob import glob
 from importlib import import_module
 from typing import Any
 
+from llama_scratch.errors import CheckpointError
 from llama_scratch.system import mapped_files
 
 
@@ -20,15 +21,15 @@ def main() -> None:
     """Put the knife into place and run the command line."""
     pattern, place = sys.argv[1:3]
     del sys.argv[1:3]
-    check, sentence = mapped_files.MappedFiles.check, mapped_files._sentence
+    check, changed_file = mapped_files.MappedFiles.check, mapped_files.changed_file
     if not place.endswith("!"):
         mapped_files.MappedFiles.check = lambda self: None  # type: ignore[method-assign]
 
-    def checked() -> str:
+    def checked() -> CheckpointError | None:
         mapped_files.MappedFiles.check = check  # type: ignore[method-assign]
-        return sentence()
+        return changed_file()
 
-    mapped_files._sentence = checked
+    mapped_files.changed_file = checked
     module, _, name = place.removesuffix("!").partition(":")
     home = import_module(module)
     for part in name.split(".")[:-1]:

@@ -375,9 +375,9 @@ def test_a_missing_pre_tokenizer(
 def open_tokenizer(path: Path) -> tuple[Tokenizer, tuple[str, ...]]:
     """A file's tokenizer and the warnings about it, whatever the size of its embedding."""
     from llama_scratch.checkpoint.gguf.header import read_header
-    from llama_scratch.checkpoint.gguf.reader import _tokenizer
+    from llama_scratch.checkpoint.gguf.tokenizer import read_tokenizer
 
-    tokenizer, _, warnings = _tokenizer(read_header(path).metadata)
+    tokenizer, _, warnings = read_tokenizer(read_header(path).metadata)
     return tokenizer, warnings
 
 

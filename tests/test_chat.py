@@ -34,6 +34,7 @@ from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import Sampling
 from llama_scratch.system import template_process, template_sandbox
+from llama_scratch.system.template_errors import TemplateError
 from tests.checkpoints import TINY_PARAMS, write_meta
 from tests.test_background import until
 from tests.test_checkpoint_gguf import refused, string, strings, whole_file
@@ -426,7 +427,7 @@ def test_every_filter_and_test_of_jinja_works_within_the_limits() -> None:
                 expected = template_sandbox.answer_to(source, [], [], {})
                 try:
                     found = {"pieces": format._process.render(source, [], [], {})}
-                except template_process.TemplateError as error:
+                except TemplateError as error:
                     found = {"failed": str(error)}  # type: ignore[dict-item]
                 if " at 0x" not in str(found):  # an object's address
                     assert found == expected

@@ -408,9 +408,9 @@ def test_begin_and_end_of_text(tmp_path: Path, file: File) -> None:
 
 def test_what_is_said_of_how_weights_are_stored(tmp_path: Path) -> None:
     """Tensors counted by type, and whether the output is the embedding; the data is not needed for it."""
-    stored = open_checkpoint(write_with_gguf(tmp_path / "a.gguf", Quant.Q8_0)).inspect(silent)
+    stored = open_checkpoint(write_with_gguf(tmp_path / "a.gguf", Quant.Q8_0)).storage(silent)
     assert (stored.types, stored.tied, stored.dtype) == ({"Q8_0": 15, "F32": 5}, True, torch.float32)
-    assert not open_checkpoint(write_with_gguf(tmp_path / "b.gguf", Quant.F16, tied=False)).inspect(silent).tied
+    assert not open_checkpoint(write_with_gguf(tmp_path / "b.gguf", Quant.F16, tied=False)).storage(silent).tied
 
 
 def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def test_logits_are_transformers(tmp_path: Path, dtype: torch.dtype, tied: bool,
     assert (len(checkpoint.files) > 1) == (shard == "100KB")
     assert all(file.is_file() for file in checkpoint.files)
     assert checkpoint.path == checkpoint.files[0]
-    weights, stored = checkpoint.load(silent), checkpoint.inspect(silent)
+    weights, stored = checkpoint.load(silent), checkpoint.storage(silent)
     assert {weight.dtype for weight in weights.values()} == {dtype} == {stored.dtype}
     assert is_tied(weights) is tied is stored.tied
     assert stored.types == {str(dtype).removeprefix("torch."): 2 * 9 + 2 + (not tied)}
@@ -321,7 +321,7 @@ def test_weights_are_believed_over_a_flag_that_ties_them(directory: Path, edit: 
     """The output in the file is used, as in transformers, with a warning."""
     checkpoint = open_huggingface(rewritten(change(directory, "config.json", tie_word_embeddings=True), edit))
     assert not is_tied(checkpoint.load(silent))
-    assert not checkpoint.inspect(silent).tied
+    assert not checkpoint.storage(silent).tied
     assert ["tie_word_embeddings" in sentence for sentence in checkpoint.warnings] == [True]
     if edit is not another_type:
         assert distance(logits(checkpoint), theirs(directory)) < 1e-5
@@ -337,7 +337,7 @@ def test_an_equal_output_is_tied(directory: Path, value: float) -> None:
 
     for flag in (True, False):
         checkpoint = open_huggingface(rewritten(change(directory, "config.json", tie_word_embeddings=flag), equal))
-        assert is_tied(checkpoint.load(silent)) is flag is checkpoint.inspect(silent).tied
+        assert is_tied(checkpoint.load(silent)) is flag is checkpoint.storage(silent).tied
         assert checkpoint.warnings == ()
 
 
@@ -359,7 +359,7 @@ def test_an_output_that_was_left_out_is_the_embedding(directory: Path, flag: boo
     change(directory, "config.json", tie_word_embeddings=flag)
     checkpoint = open_huggingface(rewritten(directory, lambda weights: weights.pop("lm_head.weight")))
     assert is_tied(checkpoint.load(silent))
-    assert checkpoint.inspect(silent).tied
+    assert checkpoint.storage(silent).tied
     assert len(checkpoint.warnings) == (flag is not True)
 
 

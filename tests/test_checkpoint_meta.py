@@ -30,7 +30,8 @@ from torch import Tensor
 
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.config import ModelArgs, is_tied
+from llama_scratch.checkpoint.meta.params import parse_params
+from llama_scratch.config import is_tied
 from llama_scratch.errors import (
     REDOWNLOAD_HINT,
     CheckpointError,
@@ -152,7 +153,7 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path, tied: bool) -> N
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=torch.float16, tied=tied)
     weights = dict(load(directory))
     weights["norm.weight"] = weights["norm.weight"].float()
-    stored = open_checkpoint(save(directory, weights)).inspect(silent)
+    stored = open_checkpoint(save(directory, weights)).storage(silent)
     assert (stored.types, stored.tied, stored.dtype) == ({"float16": 11, "float32": 1}, tied, torch.float16)
 
 
@@ -980,7 +981,7 @@ def test_params_nested_as_deep_as_python_can_read() -> None:
     for depth in range(1, 1100):
         text = json.dumps(SMALL).replace('"dim": 32', f'"dim": {"[" * depth + "]" * depth}')
         with pytest.raises(CheckpointError) as caught:
-            ModelArgs.from_params_json(text, "there/params.json")
+            parse_params(text, "there/params.json")
         is_sentence(caught.value, CheckpointError, "there/params.json")
 
 
@@ -1059,7 +1060,7 @@ json_values = st.recursive(
 def test_any_value_in_any_field(changes: dict[str, Any]) -> None:
     """Whatever JSON can say: a shape whose numbers are all possible, or one sentence."""
     try:
-        args = ModelArgs.from_params_json(json.dumps(SMALL | changes), "there/params.json")
+        args = parse_params(json.dumps(SMALL | changes), "there/params.json")
     except LlamaScratchError as error:
         is_sentence(error, CheckpointError, "there/params.json")
     else:

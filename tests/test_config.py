@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from llama_scratch.config import ModelArgs, RopeScaling, ffn_dim
+from llama_scratch.checkpoint.meta.params import ffn_dim, parse_params
+from llama_scratch.config import ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError
 from tests.checkpoints import TINY_PARAMS, tiny_args
 
@@ -40,7 +41,7 @@ def published(name: str) -> ModelArgs:
         "rope_theta": 500000.0,
         "use_scaled_rope": scaled,
     }
-    return ModelArgs.from_params_json(json.dumps(params))
+    return parse_params(json.dumps(params))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -131,7 +132,7 @@ def test_a_field_that_is_missing_or_no_size_is_refused(field: str, value: Any) -
     """The sentence names file and field."""
     params = {name: found for name, found in (TINY_PARAMS | {field: value}).items() if found is not None}
     with pytest.raises(CheckpointError, match=rf"^some/params\.json: the field {field} is "):
-        ModelArgs.from_params_json(json.dumps(params), "some/params.json")
+        parse_params(json.dumps(params), "some/params.json")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_numbers_that_do_not_fit_each_other_are_refused(changes: dict[str, Any],
 def test_what_is_no_object_is_refused(text: str) -> None:
     """A page of HTML in place of the file is the usual way to meet this."""
     with pytest.raises(CheckpointError, match=r"^params\.json (is not JSON|holds a JSON)"):
-        ModelArgs.from_params_json(text)
+        parse_params(text)
 
 
 def test_the_shape_is_read_without_torch() -> None:

@@ -261,11 +261,10 @@ def test_what_meta_wrote_comes_back_as_meta_writes_it(
 )
 def test_the_width_is_said_as_meta_says_it(dim: int, ffn_dim: int, expected: tuple[int, float | None]) -> None:
     """Meta's own numbers for Meta's models; for any other width numbers that give exactly that."""
-    from llama_scratch import config
-    from llama_scratch.checkpoint.meta.writer import _ffn_fields
+    from llama_scratch.checkpoint.meta import params
 
-    multiple_of, multiplier = _ffn_fields(dim, ffn_dim)
-    assert config.ffn_dim(dim, multiple_of=multiple_of, multiplier=multiplier) == ffn_dim
+    multiple_of, multiplier = params._ffn_fields(dim, ffn_dim)
+    assert params.ffn_dim(dim, multiple_of=multiple_of, multiplier=multiplier) == ffn_dim
     if expected[1] is not None:
         assert (multiple_of, multiplier) == expected
 

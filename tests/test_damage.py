@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint.checksums import write_checksums
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.verify import Finding, verify, write_checksums
+from llama_scratch.checkpoint.findings import Finding
+from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
@@ -220,7 +222,7 @@ def said(result: subprocess.CompletedProcess[str], name: str) -> None:
 
 def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
     """Between two answers, which the library's own threads compute."""
-    place = "llama_scratch.inference.engine:Engine._start"
+    place = "llama_scratch.inference.engine:Engine._reset_to"
     options = ("--model-dir", str(model), "--precision", "bf16", "--quiet")
     result = shrinking(model / WEIGHTS, place, *options, stdin="the\n")
     said(result, WEIGHTS)

@@ -21,7 +21,7 @@ import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.cli import run
-from llama_scratch.download.http import RetryPolicy, fetch, only_one, open_session
+from llama_scratch.download.http import RetryPolicy, exclusively, fetch, open_session
 from llama_scratch.download.locate import find_model
 from llama_scratch.download.meta import pull_meta
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
@@ -514,7 +514,7 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     target = Path.home() / "x"
-    options: Any = {"right": full, "report": lambda done, total: None, "patience": QUICK}
+    options: Any = {"is_whole": full, "report": lambda done, total: None, "retry": QUICK}
     url = f"{server.url}{FOLDER}/{SHARDS[0]}"
     refused(lambda: fetch(open_session(url), url, target, **options), LlamaScratchError, "No space left", Path.home())
     assert target.with_name("x.part").stat().st_size == 700_000
@@ -550,7 +550,7 @@ def test_two_at_once(server: Server) -> None:
 def test_the_lock_ends_with_the_work(tmp_path: Path) -> None:
     """Also with an error."""
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), only_one(tmp_path, "x"):
+        with pytest.raises(KeyboardInterrupt), exclusively(tmp_path, "x"):
             raise KeyboardInterrupt
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llama_scratch.repl.history import FileHistory
-from llama_scratch.system.atomic_files import lock, locked, remove_stale, unfinished_file, unfinished_folder
+from llama_scratch.system.atomic_files import lock, locked, remove_stale, temporary_file, temporary_folder
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +179,7 @@ def left(tmp_path: Path) -> Iterator[list[Path]]:
 
 def test_what_was_left_is_removed(tmp_path: Path, left: list[Path]) -> None:
     """But nothing that a link leads to."""
-    with unfinished_folder(tmp_path, ".x-") as folder:
+    with temporary_folder(tmp_path, ".x-") as folder:
         assert folder.is_dir()
         assert not any(path.exists() for path in left)
     assert not folder.exists()
@@ -189,14 +189,14 @@ def test_what_was_left_is_removed(tmp_path: Path, left: list[Path]) -> None:
 def test_what_somebody_is_at_work_on_stays(tmp_path: Path, left: list[Path], which: int) -> None:
     with locked(left[which]) as ours:
         assert ours
-        with unfinished_file(tmp_path, ".x-") as (file, path):
+        with temporary_file(tmp_path, ".x-") as (file, path):
             file.write(b"x")
             assert [path.exists() for path in left] == [i == which for i in range(2)]
     assert not path.exists()
 
 
 def test_two_at_work_keep_out_of_each_others_way(tmp_path: Path) -> None:
-    with unfinished_folder(tmp_path, ".x-") as first, unfinished_folder(tmp_path, ".x-") as second:
+    with temporary_folder(tmp_path, ".x-") as first, temporary_folder(tmp_path, ".x-") as second:
         assert first.is_dir()
         assert second.is_dir()
     assert not list(tmp_path.iterdir())
@@ -217,7 +217,7 @@ def test_without_locks_nothing_is_taken_for_left(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with unfinished_folder(tmp_path, ".x-") as folder:
+    with temporary_folder(tmp_path, ".x-") as folder:
         assert folder.is_dir()
     assert all(path.exists() for path in left)
 

@@ -217,7 +217,7 @@ def test_types_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
     kinds = {name: "Q6_K" if name in ("token_embd", "blk.0.attn_v", "blk.0.ffn_down") else "Q4_K" for name in MATRICES}
     path = model_file(lambda name, shape: blocks(kinds[name])(name, shape)).write(tmp_path / "a.gguf")
     checkpoint = open_checkpoint(path)
-    assert checkpoint.inspect(silent).types == {"Q6_K": 3, "Q4_K": 5, "F32": 3}
+    assert checkpoint.storage(silent).types == {"Q6_K": 3, "Q4_K": 5, "F32": 3}
     weights = checkpoint.load(silent)
     for name, (metas, shape) in MATRICES.items():
         assert np.array_equal(as_tensor(weights[f"{metas}.weight"]).numpy(), values(kinds[name], name, shape))
@@ -307,7 +307,7 @@ def test_plain_numbers_are_mapped_as_they_lie(tmp_path: Path, kind: str) -> None
 def test_the_embeddings_type_is_known_before_it_is_read(tmp_path: Path, kind: str) -> None:
     """It decides which precision is chosen."""
     checkpoint = open_checkpoint(model_file(plain(kind)).write(tmp_path / "a.gguf"))
-    assert checkpoint.inspect(silent).dtype == PLAIN[kind] == checkpoint.load(silent)["tok_embeddings.weight"].dtype
+    assert checkpoint.storage(silent).dtype == PLAIN[kind] == checkpoint.load(silent)["tok_embeddings.weight"].dtype
 
 
 # --- Where they lie ---------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama_scratch.download.http.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     refused(pull, LlamaScratchError, "No space left", "make room")
     monkeypatch.undo()
 

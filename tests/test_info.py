@@ -16,7 +16,7 @@ import torch
 
 from llama_scratch.checkpoint import describe as info
 from llama_scratch.checkpoint import open_checkpoint
-from llama_scratch.checkpoint.base import Stored
+from llama_scratch.checkpoint.base import WeightStorage
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.checkpoint.describe import describe
 from llama_scratch.errors import UsageError
@@ -114,7 +114,7 @@ def test_a_context_below_that_is_the_models(tiny_dir: Path, monkeypatch: pytest.
 def test_quantized_blocks_are_of_no_type(format: str, files: int, types: list[str], blocks: bool) -> None:
     """Shards are: they are multiplied where they are mapped."""
     checkpoint: Any = SimpleNamespace(format=format, files=("x",) * files)
-    found = info._dtype(checkpoint, Stored(dict.fromkeys(types, 1), True, torch.bfloat16))
+    found = info._dtype(checkpoint, WeightStorage(dict.fromkeys(types, 1), True, torch.bfloat16))
     assert found is (None if blocks else torch.bfloat16)
 
 
@@ -153,8 +153,8 @@ def test_blocks_that_no_kernel_knows_are_converted(
 ) -> None:
     """And so counted, also where others would be read as they lie."""
     monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 0)
-    stored = Stored({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
-    checkpoint = replace(open_checkpoint(smollm2_path), inspect=lambda _: stored)
+    stored = WeightStorage({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
+    checkpoint = replace(open_checkpoint(smollm2_path), storage=lambda _: stored)
     monkeypatch.setattr(info, "open_checkpoint", lambda *_: checkpoint)
     needed = describe(smollm2_path, None, None, silent, device="cpu")["memory"]["needed"]
     for precision, width in (("fp16", 2), ("fp32", 4)):

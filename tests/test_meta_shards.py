@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs, RopeScaling, is_tied
@@ -119,8 +120,8 @@ def test_the_joined_model_is_the_whole_one(tmp_path: Path, n: int, embedding: in
     checkpoint = open_checkpoint(parts)
     assert checkpoint.files == tuple(parts / shard(number) for number in range(n))
     assert checkpoint.path == parts / shard(0)
-    assert checkpoint.inspect(silent) == open_checkpoint(whole).inspect(silent)
-    assert checkpoint.inspect(silent).tied is tied
+    assert checkpoint.storage(silent) == open_checkpoint(whole).storage(silent)
+    assert checkpoint.storage(silent).tied is tied
 
 
 def test_an_output_that_is_the_embedding_of_each_shard_is_tied(tmp_path: Path) -> None:
@@ -479,7 +480,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, float | None, int]] = {
 def test_the_shape_of_every_published_model(name: str) -> None:
     """What params.json says, and what it does not say: the width, the factor and the context."""
     params, ffn_dim, factor, parameters = PUBLISHED[name]
-    args = ModelArgs.from_params_json(json.dumps(params))
+    args = parse_params(json.dumps(params))
     assert args == ModelArgs(
         dim=params["dim"],
         n_layers=params["n_layers"],
@@ -506,13 +507,11 @@ def test_the_shapes_are_those_of_metas_own_list() -> None:
     for model in models:
         if "quantization_args" in model.arch_args:
             with pytest.raises(CheckpointError, match=r"quantized release .*, expected bf16"):
-                ModelArgs.from_params_json(json.dumps(model.arch_args))
+                parse_params(json.dumps(model.arch_args))
             continue
         plain = model.descriptor().replace("-Instruct", "").replace(":bf16-mp8", "").replace("Llama-3-", "Llama3-")
         plain = {"Llama3.3-70B": "Llama3.3-70B-Instruct"}.get(plain, plain)
-        assert ModelArgs.from_params_json(json.dumps(model.arch_args)) == ModelArgs.from_params_json(
-            json.dumps(PUBLISHED[plain][0])
-        )
+        assert parse_params(json.dumps(model.arch_args)) == parse_params(json.dumps(PUBLISHED[plain][0]))
         seen.add(plain)
     assert seen == PUBLISHED.keys()
 

@@ -14,7 +14,7 @@ import pytest
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.recognize import Model, recognize
+from llama_scratch.checkpoint.recognize import FoundModel, recognize
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.download.hub import Repository
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
@@ -135,7 +135,7 @@ def test_a_path_that_means_a_model(
 def test_of_two_formats_the_named_file_decides(models: Path, tmp_path: Path, file: str, format: str) -> None:
     for directory in ("meta", "hf"):
         shutil.copytree(models / directory, tmp_path, dirs_exist_ok=True)
-    assert recognize(tmp_path / file) == Model(format, tmp_path)  # type: ignore[arg-type]
+    assert recognize(tmp_path / file) == FoundModel(format, tmp_path)  # type: ignore[arg-type]
     assert recognize(tmp_path).format == "meta"
 
 
@@ -152,7 +152,7 @@ def test_a_model_that_was_split(models: Path, tmp_path: Path) -> None:
     """It is one model, although it has two files, and the first of them names it."""
     for number in (1, 2):
         copy(models / "model.gguf", tmp_path / f"a-0000{number}-of-00002.gguf")
-    assert recognize(tmp_path) == Model("gguf", tmp_path / "a-00001-of-00002.gguf")
+    assert recognize(tmp_path) == FoundModel("gguf", tmp_path / "a-00001-of-00002.gguf")
 
 
 def test_a_gguf_repository_in_the_hubs_cache(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

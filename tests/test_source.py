@@ -104,7 +104,14 @@ def test_every_name_that_is_offered_leads_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [model.RMSNorm, model.KVCache.update, model.attend, config.ffn_dim, engine.Engine.forward_with_hooks]
+    "part",
+    [
+        model.RMSNorm,
+        model.KVCache.update,
+        model.attend,
+        config.ModelArgs.weight_shapes,
+        engine.Engine.forward_with_hooks,
+    ],
 )
 def test_the_text_is_that_of_the_part(part: type) -> None:
     """Byte for byte as Python's own inspection finds it, and at the lines that are named."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
-from llama_scratch.tokenizer import Tokenizer, replace_surrogates
+from llama_scratch.tokenizer import StreamDecoder, Tokenizer, parse_tokenizer_model, replace_surrogates
 from tests.checkpoints import tokenizer_file
 from tests.texts import FRAGMENTS
 
@@ -236,7 +236,7 @@ def test_an_id_outside_the_vocabulary_is_refused(llama3: Tokenizer, id: int) -> 
         lambda: llama3.decode([9906, id]),
         lambda: llama3.token_text(id),
         lambda: llama3.token_bytes(id),
-        lambda: llama3.stream().push(id),
+        lambda: StreamDecoder(llama3).push(id),
     ):
         with pytest.raises(UsageError, match=f"^{id} is not a token id of this model; ids go from 0 to 128255"):
             ask()
@@ -251,7 +251,7 @@ def test_no_id_goes_beyond_the_vocabulary(smollm2: Tokenizer) -> None:
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    stream = tokenizer.stream()
+    stream = StreamDecoder(tokenizer)
     return [stream.push(id, final=i == len(ids) - 1) for i, id in enumerate(ids)]
 
 
@@ -281,7 +281,7 @@ def test_a_stream_holds_a_character_back_until_it_is_whole(llama3: Tokenizer) ->
     ids = llama3.encode("\U00013080")
     parts = streamed(llama3, ids)
     assert parts == [""] * (len(ids) - 1) + ["\U00013080"]
-    stream = llama3.stream()
+    stream = StreamDecoder(llama3)
     assert stream.push(ids[0]) == ""
     assert stream.push(ids[0], final=True) == "\ufffd\ufffd"
 
@@ -336,7 +336,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_line(tmp_path: Path, data: 
 def test_a_whole_file_is_read_whatever_ends_its_lines() -> None:
     """The table above breaks this very file."""
     for data in (tokenizer_file(), tokenizer_file().rstrip(b"\n"), tokenizer_file().replace(b"\n", b"\r\n")):
-        tokenizer = Tokenizer.from_meta_bytes(data)
+        tokenizer = parse_tokenizer_model(data)
         assert tokenizer.n_vocab == 300 + 256
         assert tokenizer.encode("then") == [256, 264]
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_scratch.checkpoint import Checkpoint, open_checkpoint
+from llama_scratch.checkpoint import Checkpoint, checksums, open_checkpoint
 from llama_scratch.checkpoint import verify as module
 from llama_scratch.checkpoint.checksums import CHECKLIST
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.verify import Finding, Verification, verify
+from llama_scratch.checkpoint.findings import Finding, Verification
+from llama_scratch.checkpoint.verify import verify
 from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
@@ -336,14 +337,14 @@ def test_what_is_no_file_is_not_waited_for(model: Path) -> None:
 
 def test_a_file_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails in the middle: that file is wrong, and the others are checked."""
-    digests = module._digests
+    digests = checksums._digests
 
-    def failing(file: Path, kinds: set[str], meter: module._Meter) -> dict[str, str]:
+    def failing(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dict[str, str]:
         if file.name == "tokenizer.model":
             raise OSError(5, "Input/output error")
-        return digests(file, kinds, meter)
+        return digests(file, kinds, advance)
 
-    monkeypatch.setattr(module, "_digests", failing)
+    monkeypatch.setattr(checksums, "_digests", failing)
     found = verify(model)
     assert "cannot be read: Input/output error" in one_wrong(found, "tokenizer.model", "MD5")
     assert found.fetch_again == ["tokenizer.model"]
@@ -433,13 +434,13 @@ def test_a_known_model_that_has_other_weights_is_worth_a_note(
     """A fine-tuned one has; `checklist.chk` decides. The file is read once for both checksums."""
     if not listed:
         (model / CHECKLIST).unlink()
-    monkeypatch.setattr(module, "_LLAMA_3_2_1B", 3_093_248)
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B", 3_093_248)
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].result == "note"
     assert "is not that of Meta's Llama 3.2 1B or that of" in findings[WEIGHTS, "SHA-256"].sentence
     assert ((WEIGHTS, "MD5") in findings) == listed
     own = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
-    monkeypatch.setattr(module, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 is that of a test")
 
@@ -591,7 +592,7 @@ def test_an_interrupt_is_heard_at_once(model: Path, monkeypatch: pytest.MonkeyPa
         verify(model, progress=interrupted)
     assert threading.active_count() == before
     with pytest.raises(CancelledError):  # what the next block that is read comes upon
-        module._digests(model / WEIGHTS, {"md5"}, meters[0])
+        checksums._digests(model / WEIGHTS, {"md5"}, meters[0].advance)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,9 @@
-"""Files of a model on disk → a validated shape, its tokenizer and its weights. One module per format."""
+"""How do the files of a model become a validated shape, its tokenizer and its weights?
+
+`recognize` finds the model at a path, and one package per format (`meta`, `huggingface`, `gguf`) opens it as a
+`base.Checkpoint`, with the help of `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and
+`findings`) and `convert` work on any of them. Read `base` first, then one format's `reader`.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": 
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightStorage:
     """How a file holds its weights.
 
     types: number of tensors by type. tied: whether the output is the embedding itself.
@@ -55,7 +55,7 @@ class Checkpoint:
     """A model on disk whose small files were read and checked.
 
     path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
-    weights, under Meta's names. inspect: says how they are stored. chat: how the model was trained to read
+    weights, under Meta's names. storage: says how they are stored. chat: how the model was trained to read
     conversations, None for a base model. license: as the files state it. warnings: messages about the files, if they
     contradict each other or leave something to a guess. extras: facts that only converting needs. mapped: the files,
     as they were when this was made.
@@ -67,7 +67,7 @@ class Checkpoint:
     args: ModelArgs
     tokenizer: Tokenizer
     load: Callable[[Progress], Mapping[str, Weight]]
-    inspect: Callable[[Progress], Stored]
+    storage: Callable[[Progress], WeightStorage]
     chat: ChatFormat | None = None
     files: tuple[Path, ...] = ()
     license: str | None = None
@@ -131,12 +131,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_shapes(
-    found: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path, names: Mapping[str, str] | None = None
+    file_shapes: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path, names: Mapping[str, str] | None = None
 ) -> None:
     """Compare names and shapes of a file's weights with what `args` says; only the output may be missing.
 
     Args:
-        found: Name in the file → shape.
+        file_shapes: Name in the file → shape.
         args: The expected shape of the network.
         path: The file that errors name.
         names: Name in the file → Meta's name, if they differ.
@@ -149,8 +149,8 @@ def check_shapes(
     metas = args.weight_shapes()
     names = names or dict(zip(metas, metas, strict=True))
     shapes = {name: metas[meta] for name, meta in names.items()}
-    missing = [name for name in shapes if name not in found and names[name] != OUTPUT]
-    unknown = [name for name in found if name not in shapes]
+    missing = [name for name in shapes if name not in file_shapes and names[name] != OUTPUT]
+    unknown = [name for name in file_shapes if name not in shapes]
     if missing and not unknown:
         raise CheckpointError(
             f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by {by}; fetch the model again."
@@ -170,7 +170,7 @@ def check_shapes(
             f"{path} holds {_some(unknown)}, expected no weight of that name in a Llama of this shape; "
             "check that weights and params belong to the same model."
         )
-    for name, shape in found.items():
+    for name, shape in file_shapes.items():
         if shape != shapes[name]:
             raise CheckpointError(
                 f"{path}: {name} has the shape {shape}, expected {shapes[name]} by {by}; "

@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import pairwise
 
+from llama_scratch.chat_format import ChatFormat, Llama3Format, TemplateFormat
+from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 
@@ -128,20 +131,20 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
         CheckpointError: If a token has no merge, or a merge is repeated or out of order.
     """
     merged = len(vocab) - sum(char in vocab for char in _VISIBLE)
-    previous, made = -1, 0
+    previous, n_made = -1, 0
     seen: set[str] = set()  # left parts of the merges that make one token
     for left, right in merges:
         rank = vocab.get(left + right, -1)
         if rank != previous:
             seen.clear()
-            made += 1
+            n_made += 1
         if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
             merge = sanitize(f"{left} {right}".strip())
             raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
         seen.add(left)
         previous = rank
-    if made != merged:
-        raise CheckpointError(f"the merges make {made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
+    if n_made != merged:
+        raise CheckpointError(f"the merges make {n_made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
 
 
 def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:
@@ -165,10 +168,10 @@ def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, 
         return set()
     ranks = {pair: vocab[pair[0] + pair[1]] for pair in merges}
     order = dict.fromkeys(_VISIBLE, -1)  # of the tokens that are made for certain, and the merge that makes each
-    made: dict[str, tuple[str, str]] = {}
+    sources: dict[str, tuple[str, str]] = {}
     for pair, rank in ranks.items():
-        if (token := pair[0] + pair[1]) not in made and _comes_to(pair, rank, ranks, order, made):
-            made[token], order[token] = pair, rank
+        if (token := pair[0] + pair[1]) not in sources and _comes_to(pair, rank, ranks, order, sources):
+            sources[token], order[token] = pair, rank
     left = [token for token in vocab if token not in order]
     if sum(len(token) ** 2 for token in left) > _MAX_STEPS:
         raise CheckpointError("its merges make too few of its tokens; use another file.")
@@ -190,7 +193,7 @@ def _comes_to(
     rank: int,
     ranks: Mapping[tuple[str, str], int],
     order: Mapping[str, int],
-    made: Mapping[str, tuple[str, str]],
+    sources: Mapping[str, tuple[str, str]],
 ) -> bool:
     """Whether two tokens come to be neighbors before anything joins them: their merges undone, the latest first.
 
@@ -201,11 +204,11 @@ def _comes_to(
         return False
     while True:
         if order[left] > order[right]:
-            rank, left = order[left], made[left][1]
+            rank, left = order[left], sources[left][1]
             if ranks.get((left, right), rank) < rank:
                 return False
         elif order[right] >= 0:
-            rank, right = order[right], made[right][0]
+            rank, right = order[right], sources[right][0]
             if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges the first one comes first
                 return False
         else:
@@ -216,25 +219,25 @@ def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Merge the bytes of a token, the pair of the lowest rank first."""
     parts = list(token)
     while len(parts) > 1:
-        found = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
-        if (best := min(found)) == _NEVER:
+        pair_ranks = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
+        if (best := min(pair_ranks)) == _NEVER:
             break
-        i = found.index(best)
+        i = pair_ranks.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def is_reachable(text: str, made: Collection[str]) -> bool:
+def is_reachable(text: str, merged: Collection[str]) -> bool:
     """Whether plain text can become a token: a single byte, or one of the tokens that merges make."""
-    return text in made or text in _VISIBLE
+    return text in merged or text in _VISIBLE
 
 
-def is_hidden_control(text: str, made: Collection[str]) -> bool:
-    """Whether a token that is listed as an ordinary one is a control token by its form: `<|eot_id|>`, `</s>`, `[INST]`.
+def is_hidden_control(text: str, merged: Collection[str]) -> bool:
+    """Whether a token listed as an ordinary one is a control token by its spelling: `<|eot_id|>`, `</s>`, `[INST]`.
 
     Plain text cannot become it, so no model saw it as text.
     """
-    return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, made)
+    return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, merged)
 
 
 def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]) -> str | None:
@@ -275,3 +278,92 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
         pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return [("".join(map(char_of.__getitem__, a)), "".join(map(char_of.__getitem__, b))) for a, b in merges]
+
+
+# --- What the writers need --------------------------------------------------------------------
+
+# `Llama3Format` in the language of templates.
+LLAMA3_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+    "{%- endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """A tokenizer as Hugging Face and GGUF files hold it.
+
+    Args:
+        texts: Id → text, for ordinary tokens in GPT-2's alphabet. Without names that fill up the embedding.
+        special: Ids of special tokens.
+        added: Ids of added tokens that are not special.
+        pattern: Its name among `PATTERNS`, or None.
+        merges: The best first.
+        roles: As in `Extras`, with bos and eos if there are any.
+        adds_bos: Whether a prompt begins with bos.
+        template: The chat template.
+    """
+
+    texts: dict[int, str]
+    special: frozenset[int]
+    added: frozenset[int]
+    pattern: str | None
+    merges: list[str]
+    roles: dict[str, int]
+    adds_bos: bool
+    template: str | None
+
+    def text_of(self, role: str) -> str | None:
+        """The text of the token that has a role."""
+        return self.texts.get(self.roles.get(role, -1))
+
+
+def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
+    """Describe a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: If the name of an added token is also the visible form of another token.
+    """
+    tokenizer, chat = checkpoint.tokenizer, checkpoint.chat
+    visible = bytes_to_unicode()
+    texts = {id: "".join(map(visible.__getitem__, token)) for token, id in tokenizer.ranks.items()}
+    ids = {text: id for id, text in texts.items()}
+    names = {id: name for name, id in tokenizer.names.items() if name != f"[PAD{id}]" or id in tokenizer.stop_ids}
+    if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
+        raise CheckpointError(
+            f"{sanitize(checkpoint.name)} has the token '{sanitize(both)}' twice, as text and as a special token, "
+            "expected a vocabulary in which it is one of them; only `to=meta` could hold it."
+        )
+    roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}
+    roles |= {"unknown": tokenizer.names[tokenizer.unknown]} if tokenizer.unknown else {}
+    roles |= {"bos": tokenizer.bos_id} if tokenizer.bos_id is not None else {}
+    if isinstance(chat, Llama3Format):
+        roles["eos"] = tokenizer.names["<|eot_id|>"]
+    elif isinstance(chat, TemplateFormat):
+        roles |= {role: tokenizer.names[t] for role, t in (("eos", chat.eos),) if t in tokenizer.names}
+        roles = {role: tokenizer.names[t] for role, t in (("bos", chat.bos),) if t in tokenizer.names} | roles
+    if "eos" not in roles and tokenizer.stop_ids:
+        roles["eos"] = min(tokenizer.stop_ids)
+    added = frozenset(tokenizer.added_tokens.values())
+    return TokenizerParts(
+        texts=dict(sorted((texts | names).items())),
+        special=frozenset(tokenizer.special_tokens.values()),
+        added=added,
+        pattern=next((name for name, pattern in PATTERNS.items() if pattern == tokenizer.pattern), None),
+        merges=[f"{left} {right}" for left, right in tokenizer.merges or merges_of(tokenizer.ranks)],
+        roles=roles,
+        adds_bos=tokenizer.bos_id is not None,
+        template=template_of(chat),
+    )
+
+
+def template_of(chat: ChatFormat | None) -> str | None:
+    """A chat format in the language of templates; None for a base model."""
+    if isinstance(chat, TemplateFormat):
+        return chat.source
+    return None if chat is None else LLAMA3_TEMPLATE

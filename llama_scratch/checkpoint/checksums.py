@@ -1,18 +1,43 @@
-"""Checksums that are known of a model's files: Meta's `checklist.chk`, and those that were published."""
+"""Checksums that are known of a model's files, and whether the files have them.
+
+A checksum comes from a file beside the weights: `checklist.chk` in a directory of any format, as Meta's have it, or
+NAME.gguf.md5 beside a GGUF file. Hugging Face's cache names its files by their checksums, and a few published files are
+known here. None of these is secret: they show damage, and not who changed a file and its checksum.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
-from llama_scratch.system.small_files import without_mark
+from llama_scratch.checkpoint.base import reading
+from llama_scratch.checkpoint.findings import DIGEST_NAMES, Finding, missing_file
+from llama_scratch.config import ModelArgs
+from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, sanitize
+from llama_scratch.system.hashing import add_blocks, blocks_of, file_digest, new_digest
+from llama_scratch.system.small_files import read_bytes, without_mark
 
 CHECKLIST = "checklist.chk"
 # Bytes, several times those of the largest model; a line has some 60.
 MAX_CHECKLIST = 1 << 16
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(\S.*)")
+# What the cache calls a file: a large one by its SHA-256, a small one by the SHA-1 that Git has of it.
+_BLOB_NAMES = {64: "sha256", 40: "sha1"}
+# Of the only shape that they are known of, by the number of its parameters. Third parties recorded them of public
+# mirrors, so that another one is no more than worth a note.
+_LLAMA_3_2_1B = 1_235_814_400
+_LLAMA_3_2_1B_SHA256 = {
+    "cfa47fb7185ebd1c3712fff5fa04fdbb0675c1e345fc72e12f6c7b65b8da6f05": "that of Meta's Llama 3.2 1B",
+    "fc17d497df5e4175b3a8acb4f5865b26f7fc1b009b25bef814b95fde10e8a1f3": "that of Meta's Llama 3.2 1B Instruct",
+}
+_LLAMA_3_TOKENIZER_SIZE = 2_183_982
+_LLAMA_3_TOKENIZER_MD5 = {"08292403f8b173e7524d7fba7bbbd2d3": "that of Llama 3's tokenizer"}
+# Those of a directory's files that a model is read from.
+_MODEL_FILE = re.compile(r".*\.(?:pth|safetensors|gguf)|params\.json|tokenizer\.(?:model|json)|config\.json")
 
 
 @dataclass(frozen=True)
@@ -53,3 +78,157 @@ def parse_checklist(data: bytes) -> dict[str, str]:
     if not sums:
         raise CheckpointError(f"{CHECKLIST} names no file, expected those of the model; {REDOWNLOAD_HINT}")
     return sums
+
+
+def _read_checklist(file: Path) -> dict[str, str]:
+    data = read_bytes(file, MAX_CHECKLIST)
+    try:
+        return parse_checklist(data)
+    except CheckpointError as error:  # which speaks of the list by Meta's name of it
+        raise CheckpointError(str(error).replace(CHECKLIST, sanitize(file.name))) from error
+
+
+def checklist_of(path: Path, folder: Path) -> Path:
+    """The list of the MD5s of a model's files."""
+    return folder / CHECKLIST if path.is_dir() else path.with_name(f"{path.name}.md5")
+
+
+def write_checksums(path: Path) -> Path:
+    """Write the MD5 of each file beside a model, as `md5sum` does and `verify` reads it; returns the list's path."""
+    checklist = checklist_of(path, path)
+    files = sorted(file for file in path.iterdir() if file.is_file() and file != checklist) if path.is_dir() else [path]
+    text = "".join(f"{file_digest(file, 'md5')}  {file.name}\n" for file in files)
+    checklist.write_text(text, encoding="utf-8")
+    return checklist
+
+
+# --- Known checksums --------------------------------------------------------------------------
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size if os.path.isfile(file) else 0
+
+
+@dataclass(frozen=True)
+class KnownDigest:
+    """What a file's checksum should be. digests: any of these → where it is from. binding: another one is wrong.
+
+    size: in bytes, where it is known. again: how to fetch the file.
+    """
+
+    kind: str
+    digests: Mapping[str, str]
+    binding: bool = True
+    size: int | None = None
+    again: str = REDOWNLOAD_HINT
+
+
+KnownDigests = dict[Path, list[KnownDigest]]
+
+
+def known_digests(
+    path: Path,
+    folder: Path,
+    files: tuple[Path, ...],
+    args: ModelArgs | None,
+    published: Sequence[PublishedFile],
+) -> tuple[KnownDigests, list[Finding]]:
+    """The checksums that are known of a model's files, and what is wrong before one byte of them was read."""
+    known: KnownDigests = defaultdict(list)
+    checklist = checklist_of(path, folder)
+    listed, findings = _listed(checklist)
+    for name, digest in listed.items():
+        known[folder / name].append(KnownDigest("md5", {digest: f"the one in {sanitize(checklist.name)}"}))
+    if path.is_dir():
+        if args and args.n_parameters(tied=True) == _LLAMA_3_2_1B and files[0].name == "consolidated.00.pth":
+            known[files[0]].append(KnownDigest("sha256", _LLAMA_3_2_1B_SHA256, binding=False))
+        if size_of(folder / "tokenizer.model") == _LLAMA_3_TOKENIZER_SIZE:
+            known[folder / "tokenizer.model"].append(KnownDigest("md5", _LLAMA_3_TOKENIZER_MD5, binding=False))
+    for file in sorted({*files, *(folder.iterdir() if path.is_dir() else ())}):
+        if not file.is_symlink():
+            continue
+        blob = os.path.basename(os.readlink(file))
+        if re.fullmatch("[0-9a-f]+", blob) and (kind := _BLOB_NAMES.get(len(blob))):
+            if os.path.isfile(file):
+                known[file].append(KnownDigest(kind, {blob: "the one in its name in the cache"}))
+            else:
+                findings.append(missing_file(file.name, "it is a link to a file that is gone"))
+    for model in published:
+        if path.name == model.path.name and path.is_file():
+            is_fetched = model.path.exists() and path.samefile(model.path)
+            digests = {model.sha256: f"that of the published {model.name}"}
+            pull_hint = f"run 'llama-scratch pull {model.name}' to fetch it again."
+            again = pull_hint if is_fetched else REDOWNLOAD_HINT
+            known[path].append(KnownDigest("sha256", digests, is_fetched, model.size, again))
+    return known, findings
+
+
+def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
+    """Of the files that a list names those that are there, with their MD5; and what it shows to be wrong."""
+    if not os.path.lexists(checklist):
+        return {}, []
+    folder, listing = checklist.parent, sanitize(checklist.name)
+    try:
+        with reading(checklist):
+            entries = _read_checklist(checklist)
+    except LlamaScratchError as error:
+        return {}, [Finding(listing, "structure", "wrong", str(error), (listing,))]
+    there = {name: digest for name, digest in entries.items() if os.path.isfile(folder / name)}
+    findings = [missing_file(name, f"{listing} names it") for name in entries if name not in there]
+    model_files = {file.name for file in folder.iterdir() if _MODEL_FILE.fullmatch(file.name) and file.is_file()}
+    for name in sorted((model_files if checklist.name == CHECKLIST else {checklist.stem}) - entries.keys()):
+        findings.append(Finding(sanitize(name), "checksum", "note", f"{listing} does not list it."))
+    return there, findings
+
+
+def without_checksum(
+    files: tuple[Path, ...], known: KnownDigests, findings: list[Finding], checklist: Path
+) -> list[Finding]:
+    """A note for each file with weights of which no checksum is known."""
+    noted = {finding.part for finding in findings}
+    listed = "*" if checklist.name == CHECKLIST else checklist.stem
+    advice = f"'md5sum {listed} > {checklist.name}' beside it keeps one from now on"
+    sentence = f"bytes have no checksum to be compared with; {sanitize(advice, 200)}."
+    return [
+        Finding(name, "checksum", "note", f"Its {size_of(file):,} {sentence}")
+        for file in files
+        if file not in known and (name := sanitize(file.name)) not in noted
+    ]
+
+
+def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Callable[[int], None]) -> list[Finding]:
+    """Read a file once and compare all its checksums."""
+    name = sanitize(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
+    sizes = {known.size for known in sums} - {None, size_of(file)}
+    try:
+        with reading(file):
+            digests = {} if sizes else _digests(file, {known.kind for known in sums}, advance)
+    except LlamaScratchError as error:
+        return [Finding(name, DIGEST_NAMES[sums[0].kind], "wrong", str(error), (name,))]
+    return [_compare(name, size_of(file), digests.get(known.kind, ""), known) for known in sums]
+
+
+def _digests(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dict[str, str]:
+    digests = {kind: new_digest(kind) for kind in kinds}
+    if "sha1" in digests:  # Git hashes the size too
+        digests["sha1"].update(b"blob %d\0" % size_of(file))
+    with file.open("rb", buffering=0) as stream:
+        add_blocks(digests.values(), blocks_of(stream), advance)
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+
+
+def _compare(name: str, size: int, digest: str, known: KnownDigest) -> Finding:
+    kind = DIGEST_NAMES[known.kind]
+    if digest in known.digests:
+        return Finding(name, kind, "ok", f"Its {kind} is {known.digests[digest]} ({size:,} bytes).")
+    first, source = next(iter(known.digests.items()))
+    if known.size not in (None, size):
+        sentence = f"It has {size:,} bytes, expected the {known.size:,} of {source.removeprefix('that of ')}"
+    elif known.binding:
+        sentence = f"Its {kind} is {digest[:12]}…, expected {first[:12]}…, {source} ({size:,} bytes)"
+    else:
+        sources = " or ".join(known.digests.values())
+        sentence = f"Its {kind} is {digest[:12]}…, which is not {sources} ({size:,} bytes)"
+    if known.binding:
+        return Finding(name, kind, "wrong", f"{sentence}; {known.again}", (name,))
+    return Finding(name, kind, "note", f"{sentence}.")

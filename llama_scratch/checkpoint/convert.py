@@ -1,6 +1,6 @@
-"""A model in one form → the same model in another: the very weights, tokens, stops, rotary embedding and chat.
+"""A model in one format → the same model in another: the very weights, tokens, stops, rotary embedding and chat.
 
-What a form has no place for is refused where the model would compute something else without it, and told otherwise.
+What a format has no place for is refused where the model would compute something else without it, and told otherwise.
 A quantized GGUF file becomes float32, which is exactly what its blocks stand for.
 """
 
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.base import Checkpoint
+from llama_scratch.checkpoint.byte_level_bpe import template_of
+from llama_scratch.checkpoint.checksums import write_checksums
 from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.checkpoint.gguf.reader import SAMPLING
 from llama_scratch.checkpoint.gguf.writer import write_gguf
 from llama_scratch.checkpoint.huggingface.writer import write_huggingface
 from llama_scratch.checkpoint.meta.writer import write_meta
 from llama_scratch.checkpoint.recognize import recognize
-from llama_scratch.checkpoint.tokenizer_parts import template_of
-from llama_scratch.checkpoint.verify import write_checksums
 from llama_scratch.config import EMBEDDING, ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError, sanitize
-from llama_scratch.system.atomic_files import unfinished_folder
+from llama_scratch.system.atomic_files import temporary_folder
 from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.progress import Progress, silent
 from llama_scratch.tokenizer import Tokenizer
@@ -40,8 +40,8 @@ FORMATS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf
 # What must go with a model wherever it goes.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What a tokenizer and the metadata take at most, in bytes.
-_SMALL_FILES = 50_000_000
-# Keys of GGUF's metadata that say nothing which another form does not say in its own way.
+_SMALL_FILES_BYTES = 50_000_000
+# Keys of GGUF's metadata that say nothing which another format does not say in its own way.
 _OWN_METADATA = {
     *("general.architecture", "general.type", "general.name", "general.license", "general.alignment"),
     *("general.file_type", "general.quantization_version", "general.size_label", "general.basename"),
@@ -58,26 +58,26 @@ class Converted:
     """What was written. size: bytes of all files. notes: what is not as it was, a sentence each."""
 
     path: Path
-    form: str
+    format: str
     size: int
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The same for `--json`."""
-        return {"path": str(self.path), "form": self.form, "bytes": self.size, "notes": list(self.notes)}
+        return {"path": str(self.path), "form": self.format, "bytes": self.size, "notes": list(self.notes)}
 
 
 def convert(
     source: Path, destination: Path, to: str, progress: Progress = silent, *, tokenizer: str | None = None
 ) -> Converted:
-    """Write the model at `source` in another form: "meta", "hf" (both directories) or "gguf" (a file).
+    """Write the model at `source` in another format: "meta", "hf" (both directories) or "gguf" (a file).
 
     destination: appears when it is whole; a directory may be there and empty. tokenizer: a tokenizer.model elsewhere.
-    Raises `UsageError` for a form or a place that cannot be meant, `CheckpointError` for a model that cannot be read
-    or that the form does not hold, `LlamaScratchError` where the disk refuses.
+    Raises `UsageError` for a format or a place that cannot be meant, `CheckpointError` for a model that cannot be read
+    or that the format does not hold, `LlamaScratchError` where the disk refuses.
     """
     if to not in FORMATS:
-        raise UsageError(f"'{sanitize(to)}' is no form of a model, expected one of: {', '.join(FORMATS)} (`to`).")
+        raise UsageError(f"'{sanitize(to)}' is not a format of a model, expected one of: {', '.join(FORMATS)} (`to`).")
     source = recognize(source).path
     destination = _place(source, destination, to)
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
@@ -85,9 +85,9 @@ def convert(
     _require_space(checkpoint.name, weights, destination.parent)
     with (
         _writing(destination, checkpoint.mapped),
-        unfinished_folder(destination.parent, ".llama-scratch-converting-") as folder,
+        temporary_folder(destination.parent, ".llama-scratch-converting-") as folder,
     ):
-        # Meta's form knows by its name what a model was trained for, so it has the right one from the beginning.
+        # Meta's format knows by its name what a model was trained for, so it has the right one from the beginning.
         written = folder / destination.name
         FORMATS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
@@ -136,7 +136,7 @@ def _place(source: Path, destination: Path, to: str) -> Path:
 
 def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> None:
     sizes = {id(weight): weight.numel() * weight.dtype.itemsize for weight in weights.values()}  # a tied output once
-    needed, free = sum(sizes.values()) + _SMALL_FILES, shutil.disk_usage(folder).free
+    needed, free = sum(sizes.values()) + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise LlamaScratchError(
             f"{sanitize(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "
@@ -223,28 +223,30 @@ def _dequantized(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Itera
 
 
 def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """What the form could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
+    """What the format could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
     name, old, new = sanitize(before.name), before.tokenizer, after.tokenizer
     if not _same_network(before.args, after.args) or _cut(old) != _cut(new):
-        raise CheckpointError(f"{name} would not be the same model in this form, so it was not kept; use another form.")
+        raise CheckpointError(
+            f"{name} would not be the same model in this format, so it was not kept; use another format."
+        )
     if after.args.max_seq_len != before.args.max_seq_len:
         yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it reads as {after.args.max_seq_len:,}."
     if new.names != old.names:
-        yield "Special tokens that nothing uses have other names in this form."
+        yield "Special tokens that nothing uses have other names in this format."
     elif new.special_tokens != old.special_tokens:
-        yield "Special tokens are found in a text in another way in this form."
+        yield "Special tokens are found in a text in another way in this format."
     if new.stop_ids != old.stop_ids:
         ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
         yield f"The tokens that end a text are not kept: {ids[0]} read as {ids[1]}."
     yield from _lost_extras(before.extras, after.extras, {new.bos_id, *new.stop_ids, new.names.get(new.unknown or "")})
     if before.license and not after.license:
-        yield f"The license, {sanitize(before.license)}, is not written in this form; keep it with the model."
+        yield f"The license, {sanitize(before.license)}, is not written in this format; keep it with the model."
     templates = template_of(before.chat), template_of(after.chat)
     if templates[0] != templates[1]:
         if templates[1] is None:
-            yield "The chat format is not kept; Meta's form has one where the directory's name holds 'Instruct'."
+            yield "The chat format is not kept; Meta's format has one where the directory's name holds 'Instruct'."
         elif templates[0] is None:
-            yield "The directory's name makes a chat model of a base model; Meta's form knows them by 'Instruct'."
+            yield "The directory's name makes a chat model of a base model; Meta's format knows them by 'Instruct'."
         else:
             yield "The chat template is not kept: Meta's own chat format takes its place."
 
@@ -258,7 +260,7 @@ def _cut(tokenizer: Tokenizer) -> tuple[Any, ...]:
 
 
 def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -> Iterator[str]:
-    """Describe facts that only other programs use, and the form has no place for.
+    """Describe facts that only other programs use, and the format has no place for.
 
     Args:
         before: The facts.
@@ -267,18 +269,18 @@ def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -
     """
     roles = [role for role, id in before.roles.items() if after.roles.get(role) != id and id not in known]
     if roles:
-        yield f"The tokens for {_listed(roles)} are not named in this form."
+        yield f"The tokens for {_listed(roles)} are not named in this format."
     if before.flagged - after.flagged:
-        yield "Tokens that are special and ordinary at once are not called special in this form."
+        yield "Tokens that are special and ordinary at once are not called special in this format."
     settings = [name for name, value in before.generation.items() if after.generation.get(name) != value]
     if settings := [name for name in settings if name not in _NOT_SAMPLING]:
-        yield f"The sampling defaults are not kept in this form: {_listed(settings)}."
+        yield f"The sampling defaults are not kept in this format: {_listed(settings)}."
     metadata = [key for key, value in before.metadata.items() if key not in _OWN_METADATA and value not in ("", [])]
     if metadata := [key for key in metadata if key not in after.metadata and key not in SAMPLING.values()]:
-        yield f"Metadata of the GGUF file is not kept in this form: {_listed(metadata)}."
+        yield f"Metadata of the GGUF file is not kept in this format: {_listed(metadata)}."
     templates = before.settings.get("chat_template")
     if isinstance(templates, list) and after.settings.get("chat_template") != templates:
-        yield "Of several chat templates the default one alone is kept in this form."
+        yield "Of several chat templates the default one alone is kept in this format."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
-from llama_scratch.checkpoint.base import Stored, reading
+from llama_scratch.checkpoint.base import WeightStorage, reading
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs
 from llama_scratch.precision import PRECISIONS, kernels, resolve_device, resolve_precision, validate_precision
@@ -16,12 +16,15 @@ from llama_scratch.precision.dtypes import activation_type
 from llama_scratch.precision.lazy_weight import KERNEL_FORMATS
 from llama_scratch.precision.memory_estimate import memory_needed
 from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 # Tokens in the cache when the memory is stated, where the model has room for so many.
 _CONTEXT = 4096
+# Fields of `ModelArgs` that are the network's shape.
+_SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "norm_eps")
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
 
 
@@ -45,13 +48,10 @@ def describe(
     activation_type(activations, precision, target)
     checkpoint = open_checkpoint(path, tokenizer)
     args = checkpoint.args.with_rope_factor(rope_factor)
-    stored = checkpoint.inspect(progress)
-    scaling = None if args.rope_scaling is None else asdict(args.rope_scaling)
+    stored = checkpoint.storage(progress)
     files = checkpoint.files or (checkpoint.path,)
     with reading(checkpoint.path):
         sizes = [file.stat().st_size for file in files]
-    special = checkpoint.tokenizer.special_tokens
-    bos = checkpoint.tokenizer.bos_id
     return {
         "name": checkpoint.name,
         "format": checkpoint.format,
@@ -64,19 +64,10 @@ def describe(
         "parameters": args.n_parameters(tied=stored.tied),
         "parts": _parts(args, tied=stored.tied),
         "tied_output": stored.tied,
-        "shape": {
-            "dim": args.dim,
-            "n_layers": args.n_layers,
-            "n_heads": args.n_heads,
-            "n_kv_heads": args.n_kv_heads,
-            "head_dim": args.head_dim,
-            "ffn_dim": args.ffn_dim,
-            "vocab_size": args.vocab_size,
-            "norm_eps": args.norm_eps,
-        },
+        "shape": {field: getattr(args, field) for field in _SHAPE},
         "rope": {
             "theta": args.rope_theta,
-            "scaling": scaling,
+            "scaling": None if args.rope_scaling is None else asdict(args.rope_scaling),
             "divisors": args.rope_divisors,
             "by_option": args != checkpoint.args,
         },
@@ -85,14 +76,19 @@ def describe(
         "memory": _memory(checkpoint, args, stored, target, activations),
         "kernels": kernels.state(),
         "warnings": list(checkpoint.warnings),
-        "tokenizer": {
-            "kind": "byte-level BPE",
-            "pattern": next((n for n, pattern in PATTERNS.items() if pattern == checkpoint.tokenizer.pattern), None),
-            "tokens": checkpoint.tokenizer.n_vocab,
-            "special": len(special),
-            "bos": None if bos is None else checkpoint.tokenizer.token_text(bos),
-            "stops": sorted(map(checkpoint.tokenizer.token_text, checkpoint.tokenizer.stop_ids)),
-        },
+        "tokenizer": _tokenizer(checkpoint.tokenizer),
+    }
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    bos = tokenizer.bos_id
+    return {
+        "kind": "byte-level BPE",
+        "pattern": next((name for name, pattern in PATTERNS.items() if pattern == tokenizer.pattern), None),
+        "tokens": tokenizer.n_vocab,
+        "special": len(tokenizer.special_tokens),
+        "bos": None if bos is None else tokenizer.token_text(bos),
+        "stops": sorted(map(tokenizer.token_text, tokenizer.stop_ids)),
     }
 
 
@@ -102,13 +98,13 @@ def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
     whole = {EMBEDDING: "embedding", OUTPUT: "output"}
     for name, shape in args.weight_shapes().items():
         part = whole.get(name) or ("norms" if len(shape) == 1 else name.split(".")[2])  # layers.0.attention.wq.weight
-        counts[part] += prod(shape) * (not (tied and name == OUTPUT))
+        counts[part] += 0 if tied and name == OUTPUT else prod(shape)
     total = sum(counts.values())
     return {part: {"parameters": count, "share": count / total} for part, count in counts.items()}
 
 
 def _memory(
-    checkpoint: Checkpoint, args: ModelArgs, stored: Stored, device: torch.device, activations: str
+    checkpoint: Checkpoint, args: ModelArgs, stored: WeightStorage, device: torch.device, activations: str
 ) -> dict[str, Any]:
     """What each precision needs, by what it is for, and in all."""
     context = min(_CONTEXT, args.max_seq_len)
@@ -125,7 +121,7 @@ def _memory(
     }
 
 
-def _dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype | None:
+def _dtype(checkpoint: Checkpoint, stored: WeightStorage) -> torch.dtype | None:
     """The type of the matrices; None where some are GGUF's quantized blocks."""
     blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

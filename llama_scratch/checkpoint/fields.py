@@ -1,22 +1,28 @@
-"""JSON files of a model directory: of a bounded size, with each key once."""
+"""Untrusted fields of model files: JSON objects of a bounded size with each key once, and checked values in them."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.system.small_files import read_bytes, without_mark
 
+_REQUIRED: Any = object()
+# Larger than any model's, and small enough that no product of two overflows a tensor's size.
+_MAX_INTEGER = 1 << 24
 
-def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
+
+def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         path: The file.
-        most: Maximum size in bytes.
+        max_bytes: Maximum size in bytes.
         required: Whether the file must exist; otherwise a missing one reads as an empty object.
 
     Raises:
@@ -24,7 +30,7 @@ def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> d
         CheckpointError: If the file holds anything else.
     """
     try:
-        data = read_bytes(path, most)
+        data = read_bytes(path, max_bytes)
     except FileNotFoundError:
         if required:
             raise
@@ -35,17 +41,56 @@ def read_object(path: Path, most: int = 1 << 20, *, required: bool = False) -> d
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object that bytes of a file are. Raises `CheckpointError`, which names the file."""
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object; {REDOWNLOAD_HINT}")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object; {REDOWNLOAD_HINT}")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"'{sanitize(key)}' stands there twice")
-    return found
+    return content
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a model file says of itself, field by field with its type; each refusal is one sentence."""
+
+    values: Mapping[str, Any]
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise CheckpointError(f"the field {name} is missing.")
+        return default
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _MAX_INTEGER) -> int:
+        """A whole number, which some programs write as a float (8192.0)."""
+        if (value := self._get(name, default)) is default:
+            return cast(int, value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {limit}.")
+        return value
+
+    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        value = self._get(name, default)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a positive number.")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")
+        return value

@@ -19,7 +19,7 @@ from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, sanitize
 from llama_scratch.system.small_files import read_start, read_text
 
-Format = Literal["meta", "huggingface", "gguf"]
+FormatName = Literal["meta", "huggingface", "gguf"]
 
 _MAX_ENTRIES = 1000  # of a directory
 _MAX_NAMED = 5  # in a message
@@ -64,14 +64,14 @@ _STARTS = {
 }
 
 
-class Model(NamedTuple):
+class FoundModel(NamedTuple):
     """A model's format, and its directory or its .gguf file, the first if there are several."""
 
-    format: Format
+    format: FormatName
     path: Path
 
 
-def recognize(path: Path) -> Model:
+def recognize(path: Path) -> FoundModel:
     """Find the model that a path means.
 
     Args:
@@ -100,7 +100,7 @@ def recognize(path: Path) -> Model:
 # --- Directories ------------------------------------------------------------------------------
 
 
-def complete_model(directory: Path, prefer: Format | None = None) -> Model | None:
+def complete_model(directory: Path, prefer: FormatName | None = None) -> FoundModel | None:
     """The model whose files are all in a directory, or in its original/.
 
     Args:
@@ -110,9 +110,13 @@ def complete_model(directory: Path, prefer: Format | None = None) -> Model | Non
     Returns:
         The model; None if each one lacks files, or there are several .gguf files.
     """
-    candidates = [Model("meta", directory), Model("huggingface", directory), Model("meta", directory / "original")]
+    candidates = [
+        FoundModel("meta", directory),
+        FoundModel("huggingface", directory),
+        FoundModel("meta", directory / "original"),
+    ]
     if len(files := gguf_files(directory)) == 1:
-        candidates.append(Model("gguf", files[0]))
+        candidates.append(FoundModel("gguf", files[0]))
     candidates.sort(key=lambda model: model.format != prefer)
     whole = [model for model in candidates if _has_weights(model)]
     # A tokenizer can be named by itself, so its absence decides only between several.
@@ -138,7 +142,7 @@ def _has(directory: Path, *names: str) -> bool:
     return all((directory / name).is_file() for name in names)
 
 
-def _has_weights(model: Model) -> bool:
+def _has_weights(model: FoundModel) -> bool:
     """Whether the shape and the weights are there, as far as names tell."""
     format, path = model
     if format == "meta":
@@ -151,14 +155,14 @@ def _has_safetensors(directory: Path) -> bool:
     return _has(directory, "model.safetensors") or (index and any(map(_SHARD.fullmatch, _names(directory))))
 
 
-def _has_tokenizer(model: Model) -> bool:
+def _has_tokenizer(model: FoundModel) -> bool:
     format, path = model
     return (
         format == "gguf" or _has(path, "tokenizer.model") or (format == "huggingface" and _has(path, "tokenizer.json"))
     )
 
 
-def _in_directory(path: Path, prefer: Format | None = None) -> Model:
+def _in_directory(path: Path, prefer: FormatName | None = None) -> FoundModel:
     if model := complete_model(path, prefer):
         _reject_old_quantization(model)
         return model
@@ -171,23 +175,23 @@ def _in_directory(path: Path, prefer: Format | None = None) -> Model:
     # The reader of an incomplete model says which file is missing.
     pytorch = any(name.startswith("pytorch_model") for name in names)
     if any(map(_SAFETENSORS.fullmatch, names)) or (pytorch and "config.json" in names):
-        return Model("huggingface", path)
+        return FoundModel("huggingface", path)
     if any(map(_CONSOLIDATED.fullmatch, names)):
-        return Model("meta", path)
+        return FoundModel("meta", path)
     _reject_foreign(path, names, _FOREIGN)
     if any(map(_META_FILE.fullmatch, names)):
-        return Model("meta", path)
+        return FoundModel("meta", path)
     if "config.json" in names:
-        return Model("huggingface", path)
+        return FoundModel("huggingface", path)
     if "original" in names and any(map(_META_FILE.fullmatch, _names(path / "original"))):
-        return Model("meta", path / "original")
+        return FoundModel("meta", path / "original")
     if models := _models_in(path / "blobs" if {"blobs", "manifests"} <= {*names} else path):  # ollama's store
         raise _several(path, models)
     _reject_foreign(path, names, _BARE)
     raise _nothing(path, names)
 
 
-def _in_hub_cache(path: Path) -> Model:
+def _in_hub_cache(path: Path) -> FoundModel:
     """The model of a folder models--OWNER--REPO: of its main branch, or its only revision.
 
     Source: huggingface_hub's "Understand caching".
@@ -230,24 +234,24 @@ def _several(path: Path, models: list[Path]) -> ModelNotFoundError:
 
 def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
     if not names:
-        found = "is an empty directory"
+        content = "is an empty directory"
     elif tokenizer := next(filter(_TOKENIZERS.__contains__, names), None):
-        found = f"holds a tokenizer ({tokenizer}) without a model"
+        content = f"holds a tokenizer ({tokenizer}) without a model"
     else:
         more = "…" if len(names) > _MAX_NAMED else ""
-        found = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
-    return ModelNotFoundError(f"{sanitize(path, 200)} {found}, {_EXPECTED}; name one.")
+        content = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
+    return ModelNotFoundError(f"{sanitize(path, 200)} {content}, {_EXPECTED}; name one.")
 
 
 # --- Files ------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path) -> Model:
+def _from_file(path: Path) -> FoundModel:
     if path.suffix.lower() == ".gguf":
-        return Model("gguf", path)
+        return FoundModel("gguf", path)
     start = read_start(path)
     if start.startswith(b"GGUF"):
-        return Model("gguf", path)
+        return FoundModel("gguf", path)
     if _META_FILE.fullmatch(path.name):
         return _in_directory(path.parent, "meta")
     if _HUGGINGFACE_FILE.fullmatch(path.name):
@@ -289,12 +293,12 @@ def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> 
     for name in names:
         suffix = ".onnx" if name == "onnx" else Path(name).suffix.lower()
         if kind := kinds.get(suffix):
-            found = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
+            content = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
             alone = " without its config.json" if suffix in _BARE else ""
-            raise CheckpointError(f"{sanitize(path, 200)} {found}{alone}, {_EXPECTED}; use one of the same model.")
+            raise CheckpointError(f"{sanitize(path, 200)} {content}{alone}, {_EXPECTED}; use one of the same model.")
 
 
-def _reject_old_quantization(model: Model) -> None:
+def _reject_old_quantization(model: FoundModel) -> None:
     """Raise `CheckpointError` for early GPTQ and AWQ, whose config.json says nothing of it."""
     for name in ("quantize_config.json", "quant_config.json"):
         if model.format == "huggingface" and _has(model.path, name):

@@ -23,7 +23,7 @@ from llama_scratch.cli.process import (
 )
 from llama_scratch.cli.replay import replay
 from llama_scratch.errors import UsageError
-from llama_scratch.system import mapped_files
+from llama_scratch.system import crash_handler
 from llama_scratch.system.memory import require_start
 
 app = typer.Typer(
@@ -104,7 +104,7 @@ def main(
     if output.debug:
         ctx.with_resource(tracebacks())
     ctx.obj = consoles = Consoles.open(output)
-    mapped_files.install()
+    crash_handler.install()
     if ctx.invoked_subcommand != "pull":
         require_start()
     if ctx.invoked_subcommand is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_scratch.checkpoint.checksums import parse_checklist
-from llama_scratch.download.http import digest, only_one, require_disk_space, write_whole, writing
+from llama_scratch.download.http import exclusively, require_disk_space, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
-from llama_scratch.system.atomic_files import remove_stale
+from llama_scratch.system.atomic_files import publish, remove_stale, write_atomically
 from llama_scratch.system.folders import is_ours, user_folder
+from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def local_copy(address: str, progress: Progress) -> Path:
             raise LlamaScratchError(
                 f"{sanitize(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
             )
-        with only_one(folder, sanitize(address, 200)), writing(folder):
+        with exclusively(folder, sanitize(address, 200)), writing(folder):
             target.mkdir(parents=True, exist_ok=True)
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
@@ -131,7 +131,7 @@ def _copy_small(store: Context, address: str, target: Path, names: list[str]) ->
         if len(data) > _MAX_SMALL:
             raise CheckpointError(f"{address}/{name} is longer than {_MAX_SMALL:,} bytes, expected far less.")
         if not (target / name).is_file() or (target / name).read_bytes() != data:
-            write_whole(target / name, data)
+            write_atomically(target / name, data, mode=0o666)
     return parse_checklist((target / "checklist.chk").read_bytes()) if "checklist.chk" in names else {}
 
 
@@ -148,19 +148,17 @@ def _copy_weights(
                 while block := source.read(_BLOCK):
                     file.write(block)
                     progress("fetching", before + file.tell(), total)
-                file.flush()
-                os.fsync(file.fileno())
             _check(part, stat, sums.get(name) or stat.md5, f"{base}/{name}", progress)
-            part.replace(target / name)
+            publish(part, target / name)
         before += stat.size
 
 
 def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Progress) -> None:
     size = part.stat().st_size
-    if size != stat.size or (md5 is not None and digest(part, "md5", progress) != md5):
+    if size != stat.size or (md5 is not None and file_digest(part, "md5", progress) != md5):
         part.unlink()
-        found = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
-        raise CheckpointError(f"{sanitize(address, 200)} {found}, so nothing of it was kept; try again.")
+        problem = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
+        raise CheckpointError(f"{sanitize(address, 200)} {problem}, so nothing of it was kept; try again.")
 
 
 @contextmanager

@@ -5,14 +5,11 @@ Nothing here shows or keeps a URL, for a signed link is a secret: that is why er
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llama_scratch.errors import CheckpointError, LlamaScratchError
-from llama_scratch.system.progress import Progress
+from llama_scratch.system.atomic_files import locked, publish
 from llama_scratch.system.small_files import is_web_page
 
 if TYPE_CHECKING:
@@ -60,7 +57,7 @@ def open_session(url: str) -> requests.Session:
     """A session that follows redirects over https alone; plain http only to the host of `url`, where that has it."""
     import requests
 
-    class Session(requests.Session):
+    class HTTPSSession(requests.Session):
         def send(self, request: requests.PreparedRequest, **options: object) -> requests.Response:
             target = urlsplit(request.url or "")
             if target.scheme != "https" and (urlsplit(url).scheme != "http" or target.netloc != urlsplit(url).netloc):
@@ -69,7 +66,7 @@ def open_session(url: str) -> requests.Session:
                 ) from None
             return super().send(request, **options)
 
-    session = Session()
+    session = HTTPSSession()
     session.max_redirects = _MAX_REDIRECTS
     session.headers["Accept-Encoding"] = "identity"  # lengths and checksums are those of the file itself
     return session
@@ -80,13 +77,13 @@ def fetch(
     url: str,
     target: Path,
     *,
-    right: Callable[[Path], bool],
+    is_whole: Callable[[Path], bool],
     report: Callable[[int, int], None],
-    patience: RetryPolicy,
-    most: int = _MAX_WEIGHTS,
+    retry: RetryPolicy,
+    limit: int = _MAX_WEIGHTS,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Fetch a large file; it appears under its name when it is whole and `right` says so.
+    """Fetch a large file; it appears under its name when it is whole and `is_whole` says so.
 
     What came so far is in TARGET.part and the version it belongs to in TARGET.part.tag, so that the next try goes
     on where this one ended, also after the process was killed. report: called with bytes here and bytes in all.
@@ -97,8 +94,8 @@ def fetch(
     with writing(target.parent):
         while True:
             try:
-                in_one_piece = _go_on(session, url, part, most, report, patience.timeout, headers or {})
-                if right(part):
+                in_one_piece = _resume(session, url, part, limit, report, retry.timeout, headers or {})
+                if is_whole(part):
                     break
                 _drop(part)
                 if in_one_piece:
@@ -111,31 +108,29 @@ def fetch(
                 reached = _size(part)
                 failures = 0 if reached > furthest else failures + 1
                 furthest = max(furthest, reached)
-                if failures >= patience.tries:
+                if failures >= retry.tries:
                     raise LlamaScratchError(
                         f"{target.name} could not be fetched ({error}); check the connection and run it again, "
                         "it goes on from there."
                     ) from None
-                time.sleep(patience.pause * 2**failures)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
+                time.sleep(retry.pause * 2**failures)
+        publish(part, target)
         _tag(part).unlink(missing_ok=True)
 
 
-def read_small(session: requests.Session, url: str, name: str, most: int, patience: RetryPolicy) -> bytes:
-    """A small file's content, of at most `most` bytes. Raises as `fetch` does."""
-    for attempt in range(patience.tries):
+def read_small(session: requests.Session, url: str, name: str, limit: int, retry: RetryPolicy) -> bytes:
+    """A small file's content, of at most `limit` bytes. Raises as `fetch` does."""
+    for attempt in range(retry.tries):
         if attempt:
-            time.sleep(patience.pause * 2 ** (attempt - 1))
+            time.sleep(retry.pause * 2 ** (attempt - 1))
         try:
-            with _answer(session, url, name, {}, patience.timeout) as response:
+            with _answer(session, url, name, {}, retry.timeout) as response:
                 data = b""
                 for chunk in _chunks(response):
                     data += chunk
-                    if len(data) > most:
+                    if len(data) > limit:
                         raise CheckpointError(
-                            f"What the server sends as {name} is longer than {most:,} bytes, expected far less; "
+                            f"What the server sends as {name} is longer than {limit:,} bytes, expected far less; "
                             "check the link."
                         )
                 if is_web_page(data):
@@ -146,11 +141,11 @@ def read_small(session: requests.Session, url: str, name: str, most: int, patien
     raise LlamaScratchError(f"{name} could not be fetched ({reason}); check the connection and run it again.")
 
 
-def _go_on(
+def _resume(
     session: requests.Session,
     url: str,
     part: Path,
-    most: int,
+    limit: int,
     report: Callable[[int, int], None],
     timeout: float,
     headers: Mapping[str, str],
@@ -167,8 +162,8 @@ def _go_on(
         if not fresh and (start != here or (tag and _version(response) not in ("", tag))):
             _drop(part)
             raise _TryAgainError("the server sent another part of it than was asked for")
-        if total > most:
-            raise CheckpointError(f"{name} would have {total:,} bytes, expected at most {most:,}; check the address.")
+        if total > limit:
+            raise CheckpointError(f"{name} would have {total:,} bytes, expected at most {limit:,}; check the address.")
         chunks = _chunks(response)
         first = next(chunks, b"")
         if fresh:
@@ -287,38 +282,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def only_one(folder: Path, name: str) -> Iterator[None]:
+def exclusively(folder: Path, name: str) -> Iterator[None]:
     """A stretch of work in a folder that only one process does at a time; the lock ends with the process."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LlamaScratchError(f"{name} is being fetched by another process; wait until it has ended.") from None
-        except OSError:
-            pass  # a file system without locks
+    with ExitStack() as stack:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(locked(folder.resolve()))
+        if not alone:
+            raise LlamaScratchError(f"{name} is being fetched by another process; wait until it has ended.")
         yield
-    finally:
-        os.close(handle)
-
-
-def digest(path: Path, algorithm: str, progress: Progress) -> str:
-    """The checksum of a file in hexadecimal digits."""
-    found, size = hashlib.new(algorithm, usedforsecurity=False), path.stat().st_size
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-            progress("checking", file.tell(), size)
-    return found.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file: whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

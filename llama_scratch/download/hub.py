@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.fields import read_object
 from llama_scratch.checkpoint.recognize import complete_model, gguf_files
-from llama_scratch.download.http import RefusedError, RetryPolicy, digest, fetch, only_one, open_session, writing
+from llama_scratch.download.http import RefusedError, RetryPolicy, exclusively, fetch, open_session, writing
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, sanitize
+from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_text
 
@@ -86,13 +87,13 @@ def cache() -> Path:
 
 def _model_in(snapshot: Path) -> Path | None:
     """The model of a revision; of several .gguf files the directory, for the message that lists them."""
-    if found := complete_model(snapshot):
-        return found.path
+    if model := complete_model(snapshot):
+        return model.path
     return snapshot if gguf_files(snapshot) else None
 
 
 def pull_hub(
-    repository: Repository, progress: Progress, say: Callable[[str], None], patience: RetryPolicy | None = None
+    repository: Repository, progress: Progress, say: Callable[[str], None], retry: RetryPolicy | None = None
 ) -> Path:
     """Fetch what this program needs of a model into the hub's cache; returns the model's directory.
 
@@ -121,8 +122,8 @@ def pull_hub(
         snapshot = repository.folder / "snapshots" / commit
         size = sum(file.size or 0 for file in files)
         say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
-        with only_one(repository.folder / "blobs", repository.name):
-            _fetch_files(repository, commit, snapshot, files, progress, patience or RetryPolicy())
+        with exclusively(repository.folder / "blobs", repository.name):
+            _fetch_files(repository, commit, snapshot, files, progress, retry or RetryPolicy())
             # Also leaves a note of which commit the revision is, by which the model is found afterwards.
             _download(repository, files[0].rfilename, repository.revision)
     path = _model_in(snapshot)
@@ -167,9 +168,9 @@ def _wanted(repository: Repository, names: list[str]) -> list[str]:
             f"'hf download {repository.id} FILE.gguf' and name it with `source`."
         )
     other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
-    found = f"weights only as {sanitize(other)}" if other else "no weights"
+    content = f"weights only as {sanitize(other)}" if other else "no weights"
     raise CheckpointError(
-        f"{repository.name} holds {found}, expected config.json and model.safetensors; choose another repository or "
+        f"{repository.name} holds {content}, expected config.json and model.safetensors; choose another repository or "
         "revision of the model."
     )
 
@@ -186,7 +187,7 @@ def _fetch_files(
     snapshot: Path,
     files: list[RepoSibling],
     progress: Progress,
-    patience: RetryPolicy,
+    retry: RetryPolicy,
 ) -> None:
     """Bring each file into the cache. The large ones, whose SHA-256 the hub gives, by ourselves: huggingface_hub
     starts one anew that was interrupted (as of version 2.4) and does not compare checksums.
@@ -206,11 +207,11 @@ def _fetch_files(
                 def report(done: int, _: int, before: int = before) -> None:
                     progress("fetching", before + done, total)
 
-                def right(part: Path, sha256: str = sha256) -> bool:
-                    return digest(part, "sha256", progress) == sha256
+                def is_whole(part: Path, sha256: str = sha256) -> bool:
+                    return file_digest(part, "sha256", progress) == sha256
 
                 url = hf_hub_url(repository.id, name, revision=commit, endpoint=constants.ENDPOINT)
-                fetch(session, url, blob, right=right, report=report, patience=patience, headers=build_hf_headers())
+                fetch(session, url, blob, is_whole=is_whole, report=report, retry=retry, headers=build_hf_headers())
             _download(repository, name, commit)
         if name == "config.json":
             _check_architecture(repository, snapshot / name)
@@ -228,9 +229,9 @@ def _check_architecture(repository: Repository, path: Path) -> None:
     """Before gigabytes are fetched; what else there is to check is checked when the model is opened."""
     from llama_scratch.checkpoint.huggingface.reader import unsupported
 
-    if (found := unsupported(read_object(path, required=True))) is not None:
+    if (reason := unsupported(read_object(path, required=True))) is not None:
         raise CheckpointError(
-            f"The config.json of {repository.name} says {found}; choose another model, nothing else of this one was "
+            f"The config.json of {repository.name} says {reason}; choose another model, nothing else of this one was "
             "fetched."
         )
 

@@ -26,7 +26,7 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
     `$LLAMA_SCRATCH_MODEL_DIR`, then the usual places of Llama 3.2 1B, then the open model. Raises
     `ModelNotFoundError` for a model that was not fetched yet; `pull` mends that.
     """
-    source = _meant(source)
+    source = _source_or_default(source)
     name = os.fspath(source)
     if address := remote_address(name):
         return local_copy(address, progress)
@@ -43,8 +43,8 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
     if name == path.name and _is_there(fetched := os.path.join(CHECKPOINTS, name)):
         return Path(fetched).expanduser()
     if repository := Repository.named(name):
-        if found := repository.path:
-            return found
+        if fetched_path := repository.path:
+            return fetched_path
         if not name.endswith(".gguf"):
             raise _not_here(f"There is no directory {sanitize(name, 100)}, and the model of that name", name)
     return path
@@ -56,7 +56,7 @@ def _not_here(what: str, name: str) -> ModelNotFoundError:
     )
 
 
-def _meant(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+def _source_or_default(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if source is None:
         return os.environ.get(ENVIRONMENT) or next(filter(_is_there, USUAL_PLACES), DEFAULT_MODEL)
     if not os.fspath(source):
@@ -79,5 +79,5 @@ def _is_there(place: str) -> bool:
 
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
     """The name of the open model that `find_model(source)` would refuse because it was not fetched yet."""
-    model = OPEN_MODELS.get(os.fspath(_meant(source)))
+    model = OPEN_MODELS.get(os.fspath(_source_or_default(source)))
     return model.name if model and not _is_fetched(model) else None

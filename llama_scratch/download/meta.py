@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import json
 import re
@@ -17,15 +16,15 @@ from llama_scratch.checkpoint.checksums import MAX_CHECKLIST, parse_checklist
 from llama_scratch.download.http import (
     RefusedError,
     RetryPolicy,
-    digest,
+    exclusively,
     fetch,
-    only_one,
     open_session,
     read_small,
-    write_whole,
     writing,
 )
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
+from llama_scratch.system.atomic_files import write_atomically
+from llama_scratch.system.hashing import file_digest, new_digest
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_bytes
 
@@ -41,22 +40,22 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _SHARD = re.compile(r"consolidated\.\d\d\.pth")
 
 
-def pull_meta(name: str, link: str, progress: Progress, patience: RetryPolicy | None = None) -> tuple[Path, bool]:
+def pull_meta(name: str, link: str, progress: Progress, retry: RetryPolicy | None = None) -> tuple[Path, bool]:
     """Fetch a model of Meta's into ~/.llama/checkpoints/NAME; returns that folder and whether anything was fetched.
 
     name: Meta's descriptor, such as Llama3.2-1B. link: the one that Meta mails, with its `*`. Until all files are
     there and have the MD5s of checklist.chk they lie in a folder beside it, from which an interrupted fetch goes on.
     Raises `UsageError`, `CheckpointError` and `LlamaScratchError`.
     """
-    name, patience = _descriptor(name), patience or RetryPolicy()
+    name, retry = _descriptor(name), retry or RetryPolicy()
     root = folder_of_checkpoints()
     target, work = root / name, root / f".{name}.part"
     link = _checked(link)
-    with only_one(work, name), writing(work):
+    with exclusively(work, name), writing(work):
         if _is_whole(target, progress):
             _remove(work)
             return target, False
-        _fetch_all(name, link, target, work, progress, patience)
+        _fetch_all(name, link, target, work, progress, retry)
         if target.exists():
             for file in work.iterdir():
                 if file.suffix not in (".part", ".tag"):
@@ -143,15 +142,15 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
 
 def _matches(path: Path, md5: str | None, progress: Progress) -> bool:
     """Whether a file is there and, where its checksum is known, has it."""
-    return path.is_file() and (md5 is None or digest(path, "md5", progress) == md5)
+    return path.is_file() and (md5 is None or file_digest(path, "md5", progress) == md5)
 
 
-def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, patience: RetryPolicy) -> None:
+def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, retry: RetryPolicy) -> None:
     """Bring into `work` what `target` lacks."""
     session = open_session(link)
-    folder, checklist = _folder(name, link, session, patience)
+    folder, checklist = _folder(name, link, session, retry)
     sums = _checksums(checklist)
-    (work / "checklist.chk").write_bytes(checklist)
+    write_atomically(work / "checklist.chk", checklist, mode=0o666)
 
     def url(file: str) -> str:
         return link.replace("*", f"{folder}/{file}", 1)
@@ -159,9 +158,9 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
     def is_here(file: str) -> bool:
         return any(_matches(place / file, sums.get(file), progress) for place in (target, work))
 
-    for file, most in (("tokenizer.model", _MAX_TOKENIZER), ("params.json", _MAX_PARAMS)):
+    for file, limit in (("tokenizer.model", _MAX_TOKENIZER), ("params.json", _MAX_PARAMS)):
         if not is_here(file):
-            write_whole(work / file, _small(session, url(file), file, most, patience, sums.get(file)))
+            write_atomically(work / file, _small(session, url(file), file, limit, retry, sums.get(file)), mode=0o666)
     missing = [file for file in sorted(sums) if _SHARD.fullmatch(file) and not is_here(file)]
     before = 0
     for number, file in enumerate(missing):
@@ -173,15 +172,15 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
             reached = size
             progress(stage, before + done, before + size * (len(missing) - number))  # shards are equally long
 
-        def right(part: Path, file: str = file) -> bool:
-            return digest(part, "md5", progress) == sums[file]
+        def is_whole(part: Path, file: str = file) -> bool:
+            return file_digest(part, "md5", progress) == sums[file]
 
         with _explaining(name):
-            fetch(session, url(file), work / file, right=right, report=report, patience=patience)
+            fetch(session, url(file), work / file, is_whole=is_whole, report=report, retry=retry)
         before += reached
 
 
-def _folder(name: str, link: str, session: requests.Session, patience: RetryPolicy) -> tuple[str, bytes]:
+def _folder(name: str, link: str, session: requests.Session, retry: RetryPolicy) -> tuple[str, bytes]:
     """The folder on Meta's server, and its checklist.chk: Llama-3.2-1B for Llama3.2-1B, else the name itself.
 
     Source: `llama_meta_net_info` in llama-models.
@@ -190,18 +189,18 @@ def _folder(name: str, link: str, session: requests.Session, patience: RetryPoli
     with _explaining(name):
         try:
             url = link.replace("*", f"{first}/checklist.chk", 1)
-            return first, read_small(session, url, "checklist.chk", MAX_CHECKLIST, patience)
+            return first, read_small(session, url, "checklist.chk", MAX_CHECKLIST, retry)
         except RefusedError:
             if first == name:
                 raise
         url = link.replace("*", f"{name}/checklist.chk", 1)
-        return name, read_small(session, url, "checklist.chk", MAX_CHECKLIST, patience)
+        return name, read_small(session, url, "checklist.chk", MAX_CHECKLIST, retry)
 
 
-def _small(session: requests.Session, url: str, file: str, most: int, patience: RetryPolicy, md5: str | None) -> bytes:
+def _small(session: requests.Session, url: str, file: str, limit: int, retry: RetryPolicy, md5: str | None) -> bytes:
     with _explaining(file):
-        data = read_small(session, url, file, most, patience)
-    if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        data = read_small(session, url, file, limit, retry)
+    if md5 is not None and new_digest("md5", data).hexdigest() != md5:
         raise CheckpointError(f"{file} does not have the MD5 that checklist.chk gives for it; run it again.")
     if file == "params.json":
         try:
@@ -221,9 +220,9 @@ def _explaining(name: str) -> Iterator[None]:
             raise LlamaScratchError(
                 f"Meta's server has no {name} under this link; check the name, and that the link was mailed for it."
             ) from None
-        found = "with a web page" if error.status == 200 else f"with the status {error.status}"
+        answer = "with a web page" if error.status == 200 else f"with the status {error.status}"
         raise LlamaScratchError(
-            f"Meta's server refuses {name} {found}, so the link has expired (it is good for 24 hours) "
+            f"Meta's server refuses {name} {answer}, so the link has expired (it is good for 24 hours) "
             f"or was mailed for other models; ask for a new one at {ASK_FOR_A_LINK} and run it again, it goes on."
         ) from None
 

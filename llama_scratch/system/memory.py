@@ -17,7 +17,7 @@ from llama_scratch.errors import OutOfMemoryError
 # Version 1 of control groups writes the largest number of whole pages where there is no limit.
 _UNLIMITED = 1 << 62
 # What torch, numpy and their threads take when they are imported, besides their libraries.
-_START = 300_000_000
+_START_BYTES = 300_000_000
 _NO_MEMORY = re.compile(
     "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
     re.IGNORECASE,
@@ -134,7 +134,7 @@ def require_start() -> None:
     if "torch" in sys.modules:
         return
     for left in _resource_limits():
-        needed = _START + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
+        needed = _START_BYTES + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
         if needed > left.free:
             raise OutOfMemoryError(f"Starting torch needs {needed / 1e9:.1f} GB of memory and {left}")
 
@@ -171,8 +171,8 @@ def memory_errors(what: str) -> Iterator[None]:
 
 def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
     """The refusal after an allocation failed: how much was asked for, where the error says it, and what is free."""
-    found = re.search(r"(\d+) bytes", str(error))
-    asked = f"{int(found[1]) / 1e9:.1f} GB more were asked for and " if found else ""
+    size = re.search(r"(\d+) bytes", str(error))
+    asked = f"{int(size[1]) / 1e9:.1f} GB more were asked for and " if size else ""
     # A GPU's memory is another one.
     left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{memory_limit()}"
     return OutOfMemoryError(f"{what} does not fit into this machine's memory; {left}")

@@ -82,6 +82,18 @@ def read_text(
     return decode(read_bytes(path, limit, error=error, any_content=any_content), sanitize(path, 200), error)
 
 
+def read_remote(address: str, limit: int) -> bytes:
+    """Read a small file from gs:// or az:// through blobfile, which raises errors of many kinds."""
+    import blobfile
+
+    with blobfile.BlobFile(address, "rb") as file:
+        data: bytes = file.read(limit + 1)
+    reject_stand_in(data, address)
+    if len(data) > limit:
+        raise CheckpointError(f"{address} is longer than {limit:,} bytes, expected far less; {REDOWNLOAD_HINT}")
+    return data
+
+
 def read_start(
     path: str | os.PathLike[str],
     limit: int = START,

@@ -20,6 +20,7 @@ from typing import Any
 
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.system.processes import end_group
+from llama_scratch.system.template_errors import RefusalError, TemplateError
 
 # Seconds that a template may take, compiled and rendered. Real ones take milliseconds.
 MAX_SECONDS = 1.0
@@ -33,14 +34,6 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.system.te
 # A Python that was installed in an unusual place may not start without some of these.
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
 _OUT_OF_MEMORY = 3  # `template_sandbox.OUT_OF_MEMORY`
-
-
-class RefusalError(Exception):
-    """A template does not accept the messages; the reason is its own."""
-
-
-class TemplateError(Exception):
-    """A template is broken or exceeds a limit; the reason is a clause."""
 
 
 class TemplateProcess:

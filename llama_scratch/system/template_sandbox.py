@@ -10,7 +10,7 @@ or one wide number format are enough. So nothing is counted in here. All work wh
 this process, and a process that goes beyond its limits is ended.
 
 Requests come from standard input and answers go to standard output, one JSON object per line. This module imports
-nothing but Jinja and the standard library, so the process starts in some 60 ms.
+nothing but Jinja, the standard library and `template_errors`, so the process starts in some 60 ms.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from llama_scratch.system.template_errors import RefusalError
+
 # Characters of an answer, several times what the longest context holds; and special tokens in it.
 MAX_SIZE = 4_000_000
 MAX_SPECIAL = 100_000
@@ -40,10 +42,6 @@ MAX_MEMORY = 128 << 20
 # Exit code of a process that needs more.
 OUT_OF_MEMORY = 3
 READY = b"ready\n"
-
-
-class RefusalError(Exception):
-    """Raised by a template, through `raise_exception`, for messages that it does not accept."""
 
 
 class TooMuchError(Exception):
@@ -124,14 +122,14 @@ def answer_to(
     try:
         return {"pieces": pieces(source, tuple(special), messages, variables)}
     except RefusalError as error:
-        return {"refused": _said(error)}
+        return {"refused": _reason(error)}
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a template's code raises anything
-        return {"failed": _said(error)}
+        return {"failed": _reason(error)}
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error)[:1000] or type(error).__name__
 
 
@@ -164,20 +162,20 @@ def pieces(
     typed = "".join(message["content"] for message in messages)
     unused = (char for char in map(chr, range(0xF0000, 0x110000)) if char not in typed)
     stand_ins = {name: next(unused) for name in set(names.findall(typed))}
-    shown = [
+    marked = [
         message | {"content": names.sub(lambda match: stand_ins[match[0]], message["content"])} for message in messages
     ]
-    text = _template(source).render(messages=shown, **variables)
+    text = _template(source).render(messages=marked, **variables)
     if len(text) > MAX_SIZE:
         raise TooMuchError(f"it writes more than {MAX_SIZE:,} characters")
-    found = names.split(text, maxsplit=MAX_SPECIAL)
-    if len(found) > 2 * MAX_SPECIAL:
+    parts = names.split(text, maxsplit=MAX_SPECIAL)
+    if len(parts) > 2 * MAX_SPECIAL:
         raise TooMuchError(f"it writes {MAX_SPECIAL:,} special tokens or more")
     typed_again = {ord(char): name for name, char in stand_ins.items()}
-    found = [piece.translate(typed_again) for piece in found]
-    if sum(map(len, found)) > MAX_SIZE:
+    parts = [part.translate(typed_again) for part in parts]
+    if sum(map(len, parts)) > MAX_SIZE:
         raise TooMuchError(f"it writes more than {MAX_SIZE:,} characters")
-    return found
+    return parts
 
 
 @lru_cache(maxsize=1)

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from llama_scratch.checkpoint.checksums import CHECKLIST
+from llama_scratch.checkpoint.byte_level_bpe import template_of
+from llama_scratch.checkpoint.checksums import CHECKLIST, write_checksums
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.tokenizer_parts import template_of
-from llama_scratch.checkpoint.verify import Verification, verify, write_checksums
+from llama_scratch.checkpoint.findings import Verification
+from llama_scratch.checkpoint.verify import verify
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
 from tests.checkpoints import tiny_params, write_meta

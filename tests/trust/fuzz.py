@@ -51,17 +51,17 @@ from llama_scratch.checkpoint.gguf import reader as gguf
 from llama_scratch.checkpoint.huggingface import reader as huggingface
 from llama_scratch.checkpoint.huggingface import safetensors_file
 from llama_scratch.checkpoint.huggingface.tokenizer_json import read_tokenizer
+from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.checkpoint.meta.pickle_file import load_pth
 from llama_scratch.cli.app import app
 from llama_scratch.cli.config_file import read_config
-from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError, LlamaScratchError
 from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
 from llama_scratch.system.progress import silent
 from llama_scratch.system.template_process import TemplateProcess
-from llama_scratch.tokenizer import Tokenizer
+from llama_scratch.tokenizer import StreamDecoder, Tokenizer, parse_tokenizer_model
 from tests.checkpoints import tiny_params, tokenizer_file, write_meta
 from tests.trust import record
 
@@ -598,7 +598,7 @@ def _read_index(path: Path) -> None:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    return Tokenizer.from_meta_bytes(tokenizer_file())
+    return parse_tokenizer_model(tokenizer_file())
 
 
 def _read_gguf(path: Path) -> None:
@@ -654,7 +654,7 @@ def _read_text(path: Path) -> None:
         if tokenizer.decode(tokenizer.encode(text, special=special)) != text:
             raise ValueError("the text does not come back")
     tokenizer.warnings(text, special=True)
-    stream = tokenizer.stream()
+    stream = StreamDecoder(tokenizer)
     ids = tokenizer.encode(text)
     if "".join(stream.push(id, final=i == len(ids) - 1) for i, id in enumerate(ids)) != text:
         raise ValueError("the stream does not give the text back")
@@ -755,7 +755,7 @@ TARGETS = {
     "params.json": Target(
         lambda _: [json.dumps(PARAMS).encode()],
         change_json,
-        lambda path: (ModelArgs.from_params_json(path.read_text("utf-8", "replace"), str(path)), None)[1],
+        lambda path: (parse_params(path.read_text("utf-8", "replace"), str(path)), None)[1],
         "params.json",
     ),
     "tokenizer.model": Target(lambda _: [tokenizer_file()], change_lines, _read_tokenizer_model, "tokenizer.model"),

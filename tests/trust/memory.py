@@ -216,11 +216,11 @@ def cost(path: Path, precision: str) -> dict[str, Any]:
 
 def _cost(path: str, precision: str) -> dict[str, Any]:
     begun = time.perf_counter()
-    from llama_scratch.system import mapped_files, memory
+    from llama_scratch.system import crash_handler, mapped_files, memory
 
     before = time.perf_counter()
     memory.require_start()
-    mapped_files.install()
+    crash_handler.install()
     checks = time.perf_counter() - before
     from llama_scratch import Llama
 

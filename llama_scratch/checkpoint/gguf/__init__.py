@@ -1,4 +1,5 @@
-"""GGUF files, as llama.cpp uses them.
+"""How are GGUF files, as llama.cpp uses them, read and written?
 
-`reader` opens a file, `header` reads its table of contents, `writer` writes both.
+`header` reads the table of contents, `reader` makes the shape and the weights of it, `tokenizer` the tokenizer and the
+chat template. `writer` writes all of it. Read `header` first.
 """

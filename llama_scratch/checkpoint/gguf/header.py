@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_scratch.config import Fields
+from llama_scratch.checkpoint.fields import Fields
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, sanitize
 from llama_scratch.system.small_files import read_start
 
@@ -32,7 +32,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
+class GGUFHeader:
     """The metadata and table of tensors of the file at `path`; every place in it lies within the file."""
 
     path: Path
@@ -92,8 +92,8 @@ class _Cursor:
         return start
 
     def scalars(self, letter: str, count: int = 1) -> tuple[Any, ...]:
-        form = f"<{count}{letter}"
-        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))
+        layout = f"<{count}{letter}"
+        return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))
 
     def scalar(self, letter: str) -> Any:
         return self.scalars(letter)[0]
@@ -141,7 +141,7 @@ class _Cursor:
         return _SCALARS[kind]
 
 
-def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
+def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> GGUFHeader:
     """Read metadata and tensor table of a GGUF file, version 2 or 3.
 
     Args:
@@ -165,15 +165,15 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> Header:
                 raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
 
 
-def _read_header(path: Path, cursor: _Cursor) -> Header:
+def _read_header(path: Path, cursor: _Cursor) -> GGUFHeader:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF":
         raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
     if version not in (2, 3):
         raise _unsupported_version(version)
-    for count, most, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
-        if count > most:
-            raise CheckpointError(f"{count:,} {name}, expected at most {most:,}; {REDOWNLOAD_HINT}")
+    for count, limit, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
+        if count > limit:
+            raise CheckpointError(f"{count:,} {name}, expected at most {limit:,}; {REDOWNLOAD_HINT}")
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):  # each takes bytes of the file, so a lie about their number soon ends
         key = cursor.string()
@@ -209,7 +209,7 @@ def _read_header(path: Path, cursor: _Cursor) -> Header:
         raise CheckpointError(
             f"{len(cursor.data):,} bytes, expected {end:,} by its table of tensors; {REDOWNLOAD_HINT}"
         )
-    return Header(path, metadata, tensors)
+    return GGUFHeader(path, metadata, tensors)
 
 
 def _unsupported_version(version: int) -> CheckpointError:

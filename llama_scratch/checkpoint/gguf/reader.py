@@ -15,28 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_scratch.chat_format import ChatFormat, TemplateFormat
-from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
-from llama_scratch.checkpoint.byte_level_bpe import (
-    BEGIN_WITH_BOS,
-    CONTROL,
-    PATTERNS,
-    PRE_TOKENIZERS,
-    STOPS,
-    check_counts,
-    check_merges,
-    guess_pre_tokenizer,
-    is_hidden_control,
-    is_reachable,
-    ranks_of,
-    unmergeable,
-)
+from llama_scratch.checkpoint.base import Checkpoint, WeightStorage, check_shapes, name_of, reading, tie
 from llama_scratch.checkpoint.extras import Extras
-from llama_scratch.checkpoint.gguf.header import MAX_ELEMENTS, Header, TensorInfo, read_header
-from llama_scratch.config import ORIGINAL_CONTEXT, Fields, ModelArgs, RopeScaling
+from llama_scratch.checkpoint.fields import Fields
+from llama_scratch.checkpoint.gguf.header import MAX_ELEMENTS, GGUFHeader, TensorInfo, read_header
+from llama_scratch.checkpoint.gguf.tokenizer import read_chat, read_tokenizer
+from llama_scratch.config import ORIGINAL_CONTEXT, ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.progress import Progress
-from llama_scratch.tokenizer import Tokenizer, replace_surrogates
+from llama_scratch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,10 +49,6 @@ _LAYER_NAMES = {
 }
 # Divisors of the rotary embedding's frequencies, which Llama 3.1 and later ones come with.
 _ROPE_FREQS = "rope_freqs.weight"
-# Types of tokens.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_MERGES = "tokenizer.ggml.merges"
-_TOKEN_ID = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 # generation_config.json's fields, and GGUF's keys for them.
 SAMPLING = {
     "temperature": "general.sampling.temp",
@@ -74,8 +57,6 @@ SAMPLING = {
     "min_p": "general.sampling.min_p",
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
-# Tokens that a warning names.
-_MAX_NAMED = 3
 # model-00002-of-00003.gguf
 _NUMBERED = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)
 
@@ -91,8 +72,8 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     replacement = Tokenizer.from_meta(tokenizer) if tokenizer else None
     try:
         args = _model_args(headers)
-        own_tokenizer, extras, warnings = (replacement, Extras(), ()) if replacement else _tokenizer(metadata)
-        chat = _chat(metadata, own_tokenizer)
+        own_tokenizer, extras, warnings = (replacement, Extras(), ()) if replacement else read_tokenizer(metadata)
+        chat = read_chat(metadata, own_tokenizer)
     except UnsupportedError as error:
         raise UnsupportedError(f"{headers[0].path}: {error}") from error
     except CheckpointError as error:
@@ -102,7 +83,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
     names = weight_names(args)
     check_shapes(shapes, args, headers[0].path, names)
     license = metadata.get("general.license")
-    kept = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
+    general = {key: value for key, value in metadata.items() if key.startswith(("general.", "tokenizer.chat_template"))}
     return Checkpoint(
         # "SmolLM2-135M-Instruct.Q4_1" → "SmolLM2-135M-Instruct"
         name=name_of(path),
@@ -111,16 +92,16 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
         args=args,
         tokenizer=own_tokenizer,
         load=lambda progress: tie(_weights(headers, names, progress)),
-        inspect=lambda _: _stored(headers),
+        storage=lambda _: _stored(headers),
         chat=chat,
         files=tuple(header.path for header in headers),
         license=sanitize(license) if isinstance(license, str) and license else None,
         warnings=(*warnings, *_contradictions(metadata, args)),
-        extras=replace(extras, metadata=kept, generation=_sampling(kept)),
+        extras=replace(extras, metadata=general, generation=_sampling(general)),
     )
 
 
-def _read_headers(path: Path) -> list[Header]:
+def _read_headers(path: Path) -> list[GGUFHeader]:
     """The header of a file, and of those that belong to it where llama.cpp's gguf-split made several of one."""
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
@@ -132,7 +113,7 @@ def _read_headers(path: Path) -> list[Header]:
             f"{path} is one of {sanitize(count)} files of a split model, expected a name such as "
             "model-00001-of-00003.gguf; give the files the names that they came with."
         )
-    headers: list[Header] = []
+    headers: list[GGUFHeader] = []
     for number in range(1, count + 1):
         file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
@@ -206,7 +187,7 @@ def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[st
         )
 
 
-def _model_args(headers: Sequence[Header]) -> ModelArgs:
+def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
     metadata = headers[0].metadata
     _check_supported(metadata)
     fields = _LayerFields(metadata)
@@ -218,7 +199,7 @@ def _model_args(headers: Sequence[Header]) -> ModelArgs:
         raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {REDOWNLOAD_HINT}")
     args = ModelArgs(
         dim=fields.integer("llama.embedding_length"),
-        n_layers=fields.integer("llama.block_count", most=1024),
+        n_layers=fields.integer("llama.block_count", limit=1024),
         n_heads=n_heads,
         n_kv_heads=fields.integer("llama.attention.head_count_kv", default=n_heads),
         vocab_size=tensors["token_embd.weight"][1].shape[0],
@@ -247,20 +228,20 @@ def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -
 
     from llama_scratch.model import rope_frequencies
 
-    own = replace(args, rope_divisors=tuple(divisors))
+    by_divisors = replace(args, rope_divisors=tuple(divisors))
     rule = RopeScaling(math.inf, original_context=original_context)
     # The slowest pair tells the factor: what the rule makes of it is a line in 1/factor.
-    ends = [float(rope_frequencies(shape)[-1]) for shape in (args, own, replace(args, rope_scaling=rule))]
+    ends = [float(rope_frequencies(shape)[-1]) for shape in (args, by_divisors, replace(args, rope_scaling=rule))]
     if ends[0] == ends[1]:
-        return args if all(divisor == 1 for divisor in divisors) else own
+        return args if all(divisor == 1 for divisor in divisors) else by_divisors
     factor = (ends[0] - ends[2]) / (ends[1] - ends[2]) if ends[1] > ends[2] else 0
     by_rule = replace(args, rope_scaling=replace(rule, factor=round(factor, 3)))
-    if factor >= 1 and torch.allclose(rope_frequencies(by_rule), rope_frequencies(own), rtol=1e-5, atol=0):
+    if factor >= 1 and torch.allclose(rope_frequencies(by_rule), rope_frequencies(by_divisors), rtol=1e-5, atol=0):
         return by_rule
-    return own
+    return by_divisors
 
 
-def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[float]:
+def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> list[float]:
     """What each pair's frequency is divided by: head_dim/2 positive numbers."""
     from gguf import GGMLQuantizationType as Type
 
@@ -279,156 +260,35 @@ def _rope_divisors(header: Header, tensor: TensorInfo, args: ModelArgs) -> list[
     return divisors
 
 
-def _tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, ...]]:
-    """The tokenizer, what only converting needs of it, and warnings."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
-        raise CheckpointError(
-            f"the tokenizer is '{sanitize(kind)}' with the pattern '{sanitize(pre)}', expected 'gpt2' with "
-            f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with `tokenizer`, or use another file."
-        )
-    texts, warnings = _list(metadata, "tokenizer.ggml.tokens", str), []
-    types = [_NORMAL] * len(texts)
-    if "tokenizer.ggml.token_type" in metadata:
-        types = _list(metadata, "tokenizer.ggml.token_type", int)
-    if len(texts) != len(types):
-        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {REDOWNLOAD_HINT}")
-    if len(set(texts)) != len(texts) or "" in texts:
-        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {REDOWNLOAD_HINT}")
-    roles = _roles(metadata, len(texts))
-    merges = _list(metadata, _MERGES, str)
-    check_counts(texts, merges)
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    made = {left + right for left, right in pairs}
-    retyped = [
-        id
-        for id, (text, type_) in enumerate(zip(texts, types, strict=True))
-        if type_ == _NORMAL
-        and (is_hidden_control(text, made) or (id in roles.values() and not is_reachable(text, made)))
-    ]
-    if retyped:
-        shown = ", ".join(f"'{sanitize(texts[id])}'" for id in retyped[:_MAX_NAMED])
-        more = f" and {len(retyped) - _MAX_NAMED} more" if len(retyped) > _MAX_NAMED else ""
-        warnings.append(
-            f"The file gives control tokens the type of ordinary ones, or no type ({shown}{more}). "
-            "They are read as special tokens."
-        )
-    hidden, kinds = set(retyped), list(map(kind_of, texts, types))
-    special = {text: id for id, text in enumerate(texts) if id in hidden or kinds[id] == "special"}
-    added = {text: id for id, text in enumerate(texts) if kinds[id] == "added"}
-    named = {**special, **added}
-    ordinary = {
-        text: id
-        for id, text in enumerate(texts)
-        if is_reachable(text, made) or (kinds[id] == "ordinary" and text not in named)
-    }
-    unused = {text: id for id, text in enumerate(texts) if text not in named and text not in ordinary}
-    ranks = ranks_of((id, text) for text, id in ordinary.items())
-    check_merges(pairs, ordinary)
-
-    def make(pattern: str, bos: str | None = None, *, whole: bool = True) -> Tokenizer:
-        hidden = unmergeable(pairs, ordinary, whole=whole)
-        ends = {roles.get(role) for role in ("eos", "eot", "eom")}
-        unknown = next((text for text, id in named.items() if id == roles.get("unknown")), None)
-        stops = {text for text, id in named.items() if text in STOPS or id in ends}
-        return Tokenizer(
-            ranks,
-            special,
-            pattern,
-            added_tokens=added,
-            unused_tokens=unused,
-            bos=bos,
-            stops=stops,
-            unknown=unknown,
-            merges=pairs if hidden else None,
-            unmergeable=ranks_of((ordinary[text], text) for text in hidden),
-            whole_pieces=whole or not hidden,
-        )
-
-    if pre == "default":
-        guess = guess_pre_tokenizer(special, make)
-        if guess is None:
-            raise CheckpointError(
-                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits none that is known; "
-                "name a tokenizer.model with `tokenizer`, or use another file."
-            )
-        pre = guess
-        warnings.append(
-            f"The file does not name its pre-tokenizer (tokenizer.ggml.pre). By its vocabulary it is '{pre}'. "
-            "Use a newer file of this model if its answers are poor."
-        )
-    bos = next((text for text, id in named.items() if id == roles.get("bos")), None)
-    if metadata.get("tokenizer.ggml.add_bos_token", pre in BEGIN_WITH_BOS) is not True:  # as in llama.cpp
-        bos = None
-    tokenizer = make(PATTERNS[PRE_TOKENIZERS[pre]], bos, whole=pre in BEGIN_WITH_BOS)
-    return tokenizer, Extras(roles=roles, token_types=tuple(types)), tuple(warnings)
-
-
-def kind_of(text: str, type_: int) -> str:
-    """How a token is found in a text. As in llama.cpp, a token with the name of an end of text is special."""
-    if type_ == _USER_DEFINED:
-        return "special" if text in CONTROL else "added"
-    return {_NORMAL: "ordinary", _UNKNOWN: "special", _CONTROL: "special"}.get(type_, "unused")
-
-
-def _roles(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
-    """The tokens that the file names for a role: eos, padding, fim_pre and so on."""
-    fields = ((match[1], id) for key, id in metadata.items() if (match := _TOKEN_ID.fullmatch(key)))
-    return {role: id for role, id in fields if type(id) is int and 0 <= id < n_tokens}
-
-
-def _chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """The chat template that the file carries; a base model's file has none."""
-    template = metadata.get("tokenizer.chat_template")
-    if not template:
-        return None
-    if not isinstance(template, str):
-        raise CheckpointError(
-            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; "
-            + REDOWNLOAD_HINT
-        )
-    roles = _roles(metadata, tokenizer.n_vocab)
-    names = {id: text for text, id in tokenizer.names.items()}
-    bos, eos = (names.get(roles.get(role, -1), "") for role in ("bos", "eos"))
-    return TemplateFormat(replace_surrogates(template), bos, eos, tuple(tokenizer.special_tokens))
-
-
 def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
     """The file's sampling defaults, under the names of generation_config.json."""
-    given = {field: general.get(key) for field, key in SAMPLING.items()}
+    values = {field: general.get(key) for field, key in SAMPLING.items()}
     # 0.6 is held as the float32 next to it.
-    found = {
+    defaults = {
         field: float(f"{value:.7g}") if isinstance(value, float) else value
-        for field, value in given.items()
+        for field, value in values.items()
         if type(value) in (int, float)
     }
-    return {"do_sample": True, **found} if found else {}
-
-
-def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
-    value = metadata.get(key)
-    if not isinstance(value, list) or not all(type(element) is kind for element in value):
-        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {REDOWNLOAD_HINT}")
-    return value
+    return {"do_sample": True, **defaults} if defaults else {}
 
 
 # --- The weights ------------------------------------------------------------------------------
 
 
-def _stored(headers: Sequence[Header]) -> Stored:
+def _stored(headers: Sequence[GGUFHeader]) -> WeightStorage:
     import torch
     from gguf import GGMLQuantizationType as Type
 
     tensors = {tensor.name: Type(tensor.type) for header in headers for tensor in header.tensors}
     plain = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-    return Stored(
+    return WeightStorage(
         types=dict(Counter(type.name for type in tensors.values())),
         tied="output.weight" not in tensors,
         dtype=plain.get(tensors["token_embd.weight"], torch.float32),
     )
 
 
-def _weights(headers: Sequence[Header], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
+def _weights(headers: Sequence[GGUFHeader], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
     """All weights under Meta's names. q and k need no permutation: llama's GGUF holds Meta's layout."""
     import numpy as np
 

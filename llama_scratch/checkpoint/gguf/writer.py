@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
-from llama_scratch.checkpoint.gguf.reader import SAMPLING, kind_of, weight_names
-from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
+from llama_scratch.checkpoint.byte_level_bpe import TokenizerParts, tokenizer_parts
+from llama_scratch.checkpoint.gguf.reader import SAMPLING, weight_names
+from llama_scratch.checkpoint.gguf.tokenizer import kind_of
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress
@@ -31,7 +32,7 @@ _OURS = {"general.alignment", "general.file_type", "general.quantization_version
 
 
 def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
-    """Write a model into a new file. Raises `CheckpointError` for one that this form has no place for."""
+    """Write a model into a new file. Raises `CheckpointError` for one that this format has no place for."""
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 

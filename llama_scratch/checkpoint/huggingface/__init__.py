@@ -1,4 +1,5 @@
-"""Hugging Face's files: `config.json`, `tokenizer.json`, `*.safetensors`.
+"""How are Hugging Face's files (`config.json`, `tokenizer.json`, `*.safetensors`) read and written?
 
-`reader` opens a directory; `tokenizer_json` and `safetensors_file` read its larger files, `writer` writes them.
+`reader` opens a directory. `safetensors_file` reads the weights, `tokenizer_json` the tokenizer, whose cutting of text
+`tokenizer_steps` compares with the known patterns; `writer` writes all of it. Read `reader` first.
 """

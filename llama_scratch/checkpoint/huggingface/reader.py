@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.chat_format import ChatFormat, TemplateFormat
-from llama_scratch.checkpoint.base import Checkpoint, Stored, check_shapes, name_of, reading, tie
+from llama_scratch.checkpoint.base import Checkpoint, WeightStorage, check_shapes, name_of, reading, tie
 from llama_scratch.checkpoint.extras import Extras
-from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.checkpoint.fields import Fields, read_object
 from llama_scratch.checkpoint.huggingface.safetensors_file import Entry, find_weights
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ReadTokenizer, named_token, read_tokenizer_json
 from llama_scratch.checkpoint.license import read_license
-from llama_scratch.config import EMBEDDING, OUTPUT, Fields, ModelArgs, RopeScaling
+from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFoundError, UnsupportedError, sanitize
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress
@@ -79,7 +79,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
             args=args,
             tokenizer=read.tokenizer,
             load=lambda progress: _load(entries, args, tied, progress),
-            inspect=lambda _: _stored(entries, tied),
+            storage=lambda _: _stored(entries, tied),
             chat=_chat(directory, settings, read.tokenizer),
             files=files,
             license=read_license(directory),
@@ -112,7 +112,7 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
         theta, scaling = _rope(config, context)
         args = ModelArgs(
             dim=fields.integer("hidden_size"),
-            n_layers=fields.integer("num_hidden_layers", most=1024),
+            n_layers=fields.integer("num_hidden_layers", limit=1024),
             n_heads=n_heads,
             n_kv_heads=fields.integer("num_key_value_heads", default=n_heads),
             vocab_size=fields.integer("vocab_size"),
@@ -328,10 +328,10 @@ def in_pairs(weight: Tensor, n_heads: int) -> Tensor:
     return weight.view(n_heads, 2, rows // n_heads // 2, dim).transpose(1, 2).reshape(rows, dim)
 
 
-def _stored(entries: Mapping[str, Entry], tied: bool) -> Stored:
+def _stored(entries: Mapping[str, Entry], tied: bool) -> WeightStorage:
     import torch
 
-    return Stored(
+    return WeightStorage(
         types=dict(Counter(entry.dtype for entry in entries.values())),
         tied=tied or _OUTPUT not in entries,
         dtype=getattr(torch, entries[_EMBEDDING].dtype),
@@ -339,12 +339,12 @@ def _stored(entries: Mapping[str, Entry], tied: bool) -> Stored:
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
-    """The form's name of each weight → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
-    found = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
+    """Hugging Face's name → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
+    names = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():
-            found[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
-    return found
+            names[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{metas}.weight"
+    return names
 
 
 def _part(name: str) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from llama_scratch.checkpoint.byte_level_bpe import (
-    PATTERNS,
     STOPS,
     check_counts,
     check_merges,
@@ -28,6 +27,7 @@ from llama_scratch.checkpoint.byte_level_bpe import (
     unmergeable,
 )
 from llama_scratch.checkpoint.fields import read_object
+from llama_scratch.checkpoint.huggingface.tokenizer_steps import USE_ANOTHER, check_kind, pattern_of
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import Tokenizer
 
@@ -37,20 +37,6 @@ _MAX_ID = 1 << 24
 # Embeddings are made longer than the vocabulary to have a size that suits a GPU, or for tokens to come.
 _MAX_UNUSED = 1 << 12
 
-_ELSEWHERE = "name a tokenizer.model with `tokenizer`, or use another model."
-# Other expressions that cut every text as the known ones do: that of cl100k_base, and OpenAI's later ones of GPT-2's.
-_SPELLINGS = {pattern: pattern for pattern in PATTERNS.values()} | {
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": PATTERNS["llama-bpe"],
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": PATTERNS["gpt-2"],
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": PATTERNS["gpt-2"],
-}
-# Steps by their meaning, and the pattern that cuts as they do.
-_KNOWN: dict[tuple[str | None, ...], str] = {
-    ("GPT-2, bytes",): PATTERNS["gpt-2"],
-    ("digits", "GPT-2, bytes"): PATTERNS["smollm"],
-    **{(pattern, "bytes"): pattern for pattern in PATTERNS.values()},
-}
 # Fields of tokenizer_config.json that name a token, and GGUF's words for the roles.
 ROLES = {
     "bos_token": "bos",
@@ -121,28 +107,18 @@ def _tokenizer(
     parts: dict[str, Any], config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int
 ) -> ReadTokenizer:
     model = _field(parts, "model", dict)
-    _check_kind(parts, model)
-    pattern = _pattern(parts.get("pre_tokenizer"))
-    vocab = _field(model, "vocab", dict)
-    listed = _field(model, "merges", list)
-    check_counts(vocab, listed)
-    for tokens in (vocab, parts.get("added_tokens")):
-        if isinstance(tokens, Sized) and len(tokens) > vocab_size + _MAX_UNUSED:
-            raise CheckpointError(
-                f"it has {len(tokens):,} tokens and the model's embedding {vocab_size:,} rows, expected about as many; "
-                "use the tokenizer that came with the model."
-            )
-    _check_ids(list(vocab.values()))
-    merges = list(map(_merge, listed))
-    made = {left + right for left, right in merges}
+    check_kind(parts, model)
+    pattern = pattern_of(parts.get("pre_tokenizer"))
+    vocab, merges = _vocabulary(parts, model, vocab_size)
+    merged = {left + right for left, right in merges}
     added = _added_tokens(parts, vocab)
     special_elsewhere = _named_elsewhere(config, added, vocab)
     flags = {text: flag or text in special_elsewhere for text, (_, flag) in added.items()}
     names = {text: id for text, (id, _) in added.items()}
     # Tokens of the vocabulary that text never has: no merge makes them, and every pattern cuts their names.
-    unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, made)}
+    unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, merged)}
     ordinary = {text: id for text, id in vocab.items() if text not in unused}
-    ordinary = {text: id for text, id in ordinary.items() if text not in names or is_reachable(text, made)}
+    ordinary = {text: id for text, id in ordinary.items() if text not in names or is_reachable(text, merged)}
     both = names.keys() & ordinary.keys()
     ids = [*ordinary.values(), *unused.values(), *(id for text, id in names.items() if text not in both)]
     _check_ids(ids)
@@ -154,9 +130,7 @@ def _tokenizer(
     beyond = {text: id for text, id in names.items() if id >= vocab_size and text not in both}
     names = {text: id for text, id in names.items() if text not in beyond}
     unused |= _unused(set(ids), names.keys() | unused.keys(), vocab_size)
-    unknown = model.get("unk_token") or named_token(config, "unk_token")
-    if model.get("fuse_unk") and any(bytes([byte]) not in ranks for byte in range(256)):
-        raise CheckpointError(f"it joins unknown bytes (fuse_unk), expected one token for each byte; {_ELSEWHERE}")
+    unknown = _unknown(model, config, ranks)
     bos = _bos(parts.get("post_processor"), config, added)
     if bos in beyond:
         raise CheckpointError(
@@ -188,6 +162,30 @@ def _tokenizer(
         frozenset(id for text, id in names.items() if flags[text] and text in both),
         tuple(_beyond(beyond, vocab_size)),
     )
+
+
+def _vocabulary(
+    parts: dict[str, Any], model: dict[str, Any], vocab_size: int
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ordinary tokens, text → id, and the pairs that are merged; their numbers and the ids are checked."""
+    vocab = _field(model, "vocab", dict)
+    listed = _field(model, "merges", list)
+    check_counts(vocab, listed)
+    for tokens in (vocab, parts.get("added_tokens")):
+        if isinstance(tokens, Sized) and len(tokens) > vocab_size + _MAX_UNUSED:
+            raise CheckpointError(
+                f"it has {len(tokens):,} tokens and the model's embedding {vocab_size:,} rows, expected about as many; "
+                "use the tokenizer that came with the model."
+            )
+    _check_ids(list(vocab.values()))
+    return vocab, list(map(_merge, listed))
+
+
+def _unknown(model: Mapping[str, Any], config: Mapping[str, Any], ranks: Mapping[bytes, int]) -> Any:
+    """The token for bytes that the vocabulary lacks, as the files name it."""
+    if model.get("fuse_unk") and any(bytes([byte]) not in ranks for byte in range(256)):
+        raise CheckpointError(f"it joins unknown bytes (fuse_unk), expected one token for each byte; {USE_ANOTHER}")
+    return model.get("unk_token") or named_token(config, "unk_token")
 
 
 def _named_elsewhere(
@@ -232,10 +230,10 @@ def _named_elsewhere(
 def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
     """The warning about tokens that no row of the embedding belongs to."""
     if tokens:
-        shown = ", ".join(f"'{sanitize(text)}'" for text in list(tokens)[:_MAX_NAMED])
+        names = ", ".join(f"'{sanitize(text)}'" for text in list(tokens)[:_MAX_NAMED])
         more = f" and {len(tokens) - _MAX_NAMED} more" if len(tokens) > _MAX_NAMED else ""
         yield (
-            f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({shown}{more}). "
+            f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({names}{more}). "
             "The model cannot read or write them, so text that holds their names is read as plain text."
         )
 
@@ -254,83 +252,19 @@ def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _check_kind(parts: dict[str, Any], model: dict[str, Any]) -> None:
-    """Byte-level BPE writes every byte as a character of its own; what else is called BPE does otherwise."""
-    normalizer = parts.get("normalizer")
-    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and normalizer.get("normalizers") == []:
-        normalizer = None
-    if model.get("byte_fallback"):
-        raise CheckpointError(f"it is of SentencePiece's kind (byte_fallback), expected byte-level BPE; {_ELSEWHERE}")
-    if normalizer is not None:
-        raise CheckpointError(
-            f"it changes text before it cuts it ({_type(normalizer)}), expected no normalizer; {_ELSEWHERE}"
-        )
-    if _type(model) != "BPE":
-        raise CheckpointError(f"the model is of the type {_type(model)}, expected BPE; {_ELSEWHERE}")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(field):
-            raise CheckpointError(f"it has a {field} ({sanitize(model[field])}), expected none; {_ELSEWHERE}")
-
-
-def _type(part: Any) -> str:
-    """What a part of the chain is called: a sequence by what is in it."""
-    if not isinstance(part, dict):
-        return sanitize(part)
-    inner = next((part[key] for key in ("normalizers", "pretokenizers") if isinstance(part.get(key), list)), None)
-    if inner is None:
-        return sanitize(part.get("type"))
-    return sanitize(" + ".join(sanitize(step.get("type")) if isinstance(step, dict) else "?" for step in inner[:8]))
-
-
-def _pattern(part: Any) -> str:
-    """The expression that cuts text as the steps of a pre-tokenizer do."""
-    steps = part.get("pretokenizers") if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
-    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
-        if (pattern := _KNOWN.get(tuple(map(_meaning, steps)))) is not None:
-            return pattern
-        for step in steps:
-            if isinstance(step.get("pattern"), dict):
-                said = ", ".join(map(sanitize, step["pattern"].values()))
-                raise CheckpointError(
-                    f"it cuts text by the pattern '{sanitize(said, 100)}' ({_type(part)}), "
-                    f"expected that of Llama 3, SmolLM2 or GPT-2; {_ELSEWHERE}"
-                )
-    raise CheckpointError(
-        f"it cuts text by {_type(part)}, expected the steps of Llama 3, SmolLM2 or GPT-2 as they are; {_ELSEWHERE}"
-    )
-
-
-def _meaning(step: Mapping[str, Any]) -> str | None:
-    """A step by what it does to a text: "bytes", "GPT-2, bytes", "digits", or the pattern that it cuts by."""
-    kind = step.get("type")
-    if kind == "ByteLevel" and step.get("add_prefix_space") is False:
-        return "GPT-2, bytes" if step.get("use_regex", True) is True else "bytes"  # older files do not write it
-    if kind == "Digits" and step.get("individual_digits") is True:
-        return "digits"
-    pattern = step.get("pattern")
-    regex = pattern.get("Regex") if isinstance(pattern, dict) and len(pattern) == 1 else None
-    if kind != "Split" or not isinstance(regex, str):
-        return None
-    behavior, invert = step.get("behavior"), step.get("invert", False)
-    # The known expressions leave nothing of a text between their matches, so these keep the same pieces.
-    if behavior in ("Isolated", "MergedWithPrevious", "MergedWithNext") or (behavior, invert) == ("Removed", True):
-        return _SPELLINGS.get(regex)
-    return None
-
-
 def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
     """Tokens that are found in a text before it is cut: text → id, and whether it is special."""
-    found: dict[str, tuple[int, bool]] = {}
+    added: dict[str, tuple[int, bool]] = {}
     for token in _field(parts, "added_tokens", list) if parts.get("added_tokens") is not None else []:
         text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
-        if not isinstance(text, str) or type(id) is not int or text in found or vocab.get(text, id) != id:
+        if not isinstance(text, str) or type(id) is not int or text in added or vocab.get(text, id) != id:
             raise CheckpointError(
                 f"the added token {sanitize(text)} has the id {sanitize(id)}, expected a text with an id of its own "
                 f"that is the same in the vocabulary; {REDOWNLOAD_HINT}"
             )
         _check_found_by_its_text(text, token)
-        found[text] = (id, token.get("special") is True)
-    return found
+        added[text] = (id, token.get("special") is True)
+    return added
 
 
 def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
@@ -338,7 +272,7 @@ def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
     if not text or token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
         raise CheckpointError(
             f"the added token '{sanitize(text)}' takes white space or whole words alone, "
-            f"expected one that is found by its text; {_ELSEWHERE}"
+            f"expected one that is found by its text; {USE_ANOTHER}"
         )
 
 
@@ -377,7 +311,7 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
             if part["type"] not in ("ByteLevel", "TemplateProcessing"):
                 raise CheckpointError(
                     f"it puts special tokens around a text by {sanitize(part['type'])}, "
-                    f"expected TemplateProcessing; {_ELSEWHERE}"
+                    f"expected TemplateProcessing; {USE_ANOTHER}"
                 )
             templates += [part] if part["type"] == "TemplateProcessing" else []
         if not templates:
@@ -388,13 +322,13 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
             names = [piece.get("SpecialToken", {}).get("id") for piece in template["single"]]
             for name in names[: names.index(None)]:
                 front += template["special_tokens"][name]["ids"]
-        found = [text for text, (id, _) in added.items() if id in front[:2]]
+        tokens = [text for text, (id, _) in added.items() if id in front[:2]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the post_processor cannot be read ({sanitize(repr(error))}); {REDOWNLOAD_HINT}"
         ) from error
-    if len(front) > 1 or len(found) != len(front):
+    if len(front) > 1 or len(tokens) != len(front):
         raise CheckpointError(
-            f"the tokens {sanitize(front)} come in front of a text, expected one special token or none; {_ELSEWHERE}"
+            f"the tokens {sanitize(front)} come in front of a text, expected one special token or none; {USE_ANOTHER}"
         )
-    return found[0] if found else None
+    return tokens[0] if tokens else None

@@ -1,4 +1,4 @@
-"""Writes Hugging Face's form: configuration, tokenizer and weights as transformers reads them.
+"""Writes Hugging Face's format: configuration, tokenizer and weights as transformers reads them.
 
 The names and their order are those of the published Llama models, which versions 4 and 5 of transformers read.
 """
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.checkpoint.base import Checkpoint
-from llama_scratch.checkpoint.byte_level_bpe import is_hidden_control
+from llama_scratch.checkpoint.byte_level_bpe import TokenizerParts, is_hidden_control, tokenizer_parts
 from llama_scratch.checkpoint.huggingface.reader import weight_names
 from llama_scratch.checkpoint.huggingface.tokenizer_json import ROLES, named_token
-from llama_scratch.checkpoint.tokenizer_parts import TokenizerParts, tokenizer_parts
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.progress import Progress
@@ -37,7 +36,7 @@ _KEPT_SETTINGS = {
 def write_huggingface(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress
 ) -> None:
-    """Write a model into a new directory. Raises `CheckpointError` for one that this form has no place for."""
+    """Write a model into a new directory. Raises `CheckpointError` for one that this format has no place for."""
     parts = tokenizer_parts(checkpoint)
     ids = _ids(parts, checkpoint.tokenizer)
     files = {
@@ -134,7 +133,12 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     # Of the unused ones those whose names would read as ordinary tokens.
     unused = {
-        id for name, id in tokenizer.unused_tokens.items() if id in parts.texts and not is_hidden_control(name, ())
+        id
+        for name, id in tokenizer.names.items()
+        if name not in tokenizer.special_tokens
+        and name not in tokenizer.added_tokens
+        and id in parts.texts
+        and not is_hidden_control(name, ())
     }
     special = parts.special | checkpoint.extras.flagged | unused
     bos = parts.text_of("bos")
@@ -199,8 +203,8 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    kept = {name: weight for name, weight in weights.items() if name != OUTPUT or not is_tied(weights)}
-    sizes = {name: weight.numel() * weight.dtype.itemsize for name, weight in kept.items()}
+    stored = {name: weight for name, weight in weights.items() if name != OUTPUT or not is_tied(weights)}
+    sizes = {name: weight.numel() * weight.dtype.itemsize for name, weight in stored.items()}
     theirs = {metas: name for name, metas in weight_names(args).items()}
     shards = list(_shards(sizes))
     done, total = 0, sum(sizes.values())
@@ -209,7 +213,7 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in shard:
-            tensors[theirs[name]] = _tensor(name, kept[name], args)
+            tensors[theirs[name]] = _tensor(name, stored[name], args)
             done += sizes[name]
             progress("writing", done, total)
         try:

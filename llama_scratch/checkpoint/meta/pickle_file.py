@@ -165,9 +165,9 @@ class _WithShortTable(io.BufferedReader):
     """A file that does not give out more bytes at once than a model's table of contents has."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        most = _MAX_TABLE + 1
-        data = super().read(most if size is None or size < 0 else min(size, most))
-        if len(data) == most:
+        limit = _MAX_TABLE + 1
+        data = super().read(limit if size is None or size < 0 else min(size, limit))
+        if len(data) == limit:
             raise CheckpointError(
                 f"{sanitize(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, expected that of a "
                 f"model; {REDOWNLOAD_HINT}"

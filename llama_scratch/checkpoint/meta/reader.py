@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.chat_format import Llama3Format
 from llama_scratch.checkpoint.base import (
     Checkpoint,
-    Stored,
+    WeightStorage,
     check_shapes,
     name_of,
     reading,
@@ -21,6 +21,7 @@ from llama_scratch.checkpoint.base import (
     tie,
 )
 from llama_scratch.checkpoint.license import read_license
+from llama_scratch.checkpoint.meta.params import PARAMS, parse_params
 from llama_scratch.checkpoint.meta.pickle_file import begin_checks, load_pth
 from llama_scratch.config import EMBEDDING, OUTPUT, ModelArgs, is_tied
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, ModelNotFoundError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-PARAMS, TOKENIZER, WEIGHTS = "params.json", "tokenizer.model", "consolidated.00.pth"
+TOKENIZER, WEIGHTS = "tokenizer.model", "consolidated.00.pth"
 FP8_SCALES = "fp8_scales_0.pt"
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
@@ -61,7 +62,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
             "use the release with bf16 in its name."
         )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
-    args = ModelArgs.from_params_json(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
+    args = parse_params(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
     name = name_of(directory)
     return Checkpoint(
         name=name,
@@ -70,7 +71,7 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
         args=args,
         tokenizer=own_tokenizer,
         load=lambda progress: _load(shards, args, progress),
-        inspect=lambda progress: _stored(_load(shards, args, progress)),
+        storage=lambda progress: _stored(_load(shards, args, progress)),
         chat=Llama3Format() if _CHAT.search(name) else None,
         files=tuple(shards),
         license=read_license(directory),
@@ -85,13 +86,13 @@ def check_ahead(directory: Path) -> None:
 
 def _shards(directory: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
-    found = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
-    if not found:
+    files = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
+    if not files:
         raise ModelNotFoundError(_missing(directory, WEIGHTS))
-    names = [_shard(number) for number in range(len(found))]
-    if missing := [name for name in names if name not in found]:
+    names = [_shard(number) for number in range(len(files))]
+    if missing := [name for name in names if name not in files]:
         raise ModelNotFoundError(
-            f"There is no {missing[0]} in {directory}, which holds {max(found)}; fetch the missing shard."
+            f"There is no {missing[0]} in {directory}, which holds {max(files)}; fetch the missing shard."
         )
     return [directory / name for name in names]
 
@@ -221,8 +222,8 @@ def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
     return None
 
 
-def _stored(weights: Mapping[str, Weight]) -> Stored:
-    return Stored(
+def _stored(weights: Mapping[str, Weight]) -> WeightStorage:
+    return WeightStorage(
         types=dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in weights.values())),
         tied=is_tied(weights),
         dtype=weights[EMBEDDING].dtype,
