@@ -335,7 +335,8 @@ def main(
     from llama_scratch.repl.batch import Format, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.conversation import Chat, checked
     from llama_scratch.repl.loading import Loading
-    from llama_scratch.repl.session import Session, Settings
+    from llama_scratch.repl.session import Session
+    from llama_scratch.repl.state import Settings
     from llama_scratch.sampling import Sampling
 
     settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain, live, special)
@@ -364,13 +365,12 @@ def main(
         _opener(options),
         interactive=shown,
         lists_candidates=top is not None,
-        keeps_turns=commands,
+        records_turns=commands,
         debug=debug,
     )
-    session.explained.update(session.llama.warnings)  # `_load` printed them
+    session.screen.explained.update(session.llama.warnings)  # `_load` printed them
     if conversation:
-        session.chat = checked(session.llama, conversation.system)
-        session.first_system = conversation.system
+        session.update(chat=checked(session.llama, conversation.system), initial_system=conversation.system)
     if prompt in (None, "-") and sys.stdin.isatty():
         what = "the prompt" if prompt else "prompts, one per line,"
         screen.log.print(f"Reading {what} from the terminal. Ctrl-D ends.", soft_wrap=True)

@@ -13,8 +13,10 @@ from rich.text import Text
 from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
 from llama_scratch.render import lines
 from llama_scratch.render import text as terminal
+from llama_scratch.repl.answering import extend, say
 from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
-from llama_scratch.repl.session import Session, Turn
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Turn
 from llama_scratch.system.small_files import without_line_end, without_mark
 
 
@@ -74,7 +76,7 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
         try:
             # Without commands a slash is a character like any other.
             line = prompt if commands else escaped(prompt)
-            session.typed(line)
+            session.screen.echo(session.state.loading.name, line)
             output, reply = respond(session, line)
             _show(session, output, reply, form, log)
         except LlamaScratchError as error:
@@ -102,10 +104,10 @@ def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
         command, reply = run_command(session, line)
         output = {"command": command.name} | (reply.facts if reply else {})
     elif line:
-        output = session.say(unescaped(line))
+        output = say(session, unescaped(line))
     else:
-        output = session.extend(session.offered)
-    session.keep(Turn(line, output))
+        output = extend(session, session.state.offered)
+    session.record(Turn(line, output))
     return output, reply
 
 
@@ -115,23 +117,23 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: F
         _write(session, lines.json_line(output))
     elif reply and reply.view is not None:
         if form.kind == "terminal" or reply.note:
-            session.show(reply.view)
+            session.screen.show(reply.view)
         else:
             _write(session, terminal.as_text(reply.view))
     elif form.kind == "lines" and "next" in output:
         for sentence in output["warnings"]:
-            if sentence in session.explained:  # about the model, and printed before
+            if sentence in session.screen.explained:  # about the model, and printed before
                 continue
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
-        session.explained.update(session.llama.warnings)
+        session.screen.explained.update(session.llama.warnings)
         if "generated" in output:
             _write(session, output["generated"]["text"])
         else:
-            prediction = session.moments[-1].prediction
+            prediction = session.state.snapshots[-1].prediction
             for line in lines.answer_lines(prediction, all_candidates=session.lists_candidates):
                 _write(session, line)
 
 
 def _write(session: Session, line: str) -> None:
     print(line, flush=True)
-    session.record(Text(line))
+    session.screen.record_view(Text(line))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +18,8 @@ from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Turn
+from llama_scratch.repl.offers import offer
+from llama_scratch.repl.session import Session
 from llama_scratch.repl.session_file import (
     SessionFile,
     SessionHeader,
@@ -28,6 +29,8 @@ from llama_scratch.repl.session_file import (
     weights_sha256,
     whole_numbers,
 )
+from llama_scratch.repl.state import Turn
+from llama_scratch.repl.transitions import answer_again, intervene, switch
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -97,9 +100,9 @@ def run_again(
     session = Session(
         Loading.ended_with(llama),
         console,
-        replace(header.settings),
+        header.settings,
         open_model,
-        keeps_turns=False,
+        records_turns=False,
         chat=None if header.system is None else Chat(header.system),
     )
     differences = _model_differences(header, session)
@@ -153,7 +156,7 @@ def _model_differences(header: SessionHeader, session: Session) -> list[Differen
     old: dict[str, Any] = {"parameters": model.parameters}
     new: dict[str, Any] = {"parameters": llama.info.parameters}
     if llama.path is not None:
-        with session.progress() as progress:
+        with session.screen.progress() as progress:
             new["weights"] = weights_sha256(header.details, llama, progress)
         old["weights"] = model.sha256
     return [Difference(0, "", f"the model's {what}", a, b) for what, a, b in compare(old, new, 0)]
@@ -165,7 +168,7 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     if not turn.input and ids and session.now:
         # The candidate that was chosen, or the part of a continuation that came, is in the recording alone.
         before = session.ids
-        session.offer(ids[len(before) :] if ids[: len(before)] == before else ())
+        offer(session, ids[len(before) :] if ids[: len(before)] == before else ())
     if is_command(turn.input):
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
@@ -187,13 +190,13 @@ def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> N
     """
     path = output.get("model_path")
     if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
-        session.switch(path, session.llama.info.precision)
+        switch(session, path, session.llama.info.precision)
     labels = output.get("interventions")
-    kept = [one for one in session.interventions if isinstance(labels, list) and one.label in labels]
-    if len(kept) < len(session.interventions):
-        session.intervene(kept)
+    kept = [one for one in session.state.interventions if isinstance(labels, list) and one.label in labels]
+    if len(kept) < len(session.state.interventions):
+        intervene(session, kept)
     if session.now and session.ids == ids:
-        session.answer_again()
+        answer_again(session)
     elif ids:
         session.predict(ids)
 
@@ -201,7 +204,7 @@ def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> N
 def _keep_conversation(session: Session, question: list[int] | None, generated: Any) -> None:
     """In a chat, go on from the answer that was recorded, whatever the answer is this time."""
     answer = whole_numbers(generated.get("ids")) if isinstance(generated, dict) else None
-    if session.chat and question and answer and session.ids != [*question, *answer]:
+    if session.state.chat and question and answer and session.ids != [*question, *answer]:
         session.predict([*question, *answer])
 
 

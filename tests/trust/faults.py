@@ -42,7 +42,7 @@ from llama_scratch.precision import weight_cache
 from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
-from llama_scratch.repl.session import Settings, Turn
+from llama_scratch.repl.state import Settings, Turn
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import silent
 from tests.checkpoints import tiny_params, write_meta

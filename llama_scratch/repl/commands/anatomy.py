@@ -22,7 +22,7 @@ _LAYER = re.compile(r"[lL]?([0-9]{1,4})")
 
 
 def _layers(session: Session, _begun: str) -> Iterable[str]:
-    return map(str, range(session.llama.args.n_layers)) if session.loading.ended else ()
+    return map(str, range(session.llama.args.n_layers)) if session.state.loading.ended else ()
 
 
 @command("rope", "[POSITION] [LAYER.HEAD]")
@@ -41,7 +41,7 @@ def _rope(session: Session, argument: str) -> Reply:
             "both, the position first."
         )
     position, layer, head = (None if group is None else int(group) for group in matched.groups())
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = rope(session.llama, session.ids, position, layer or 0, head or 0, progress)
     return paged(session, found.as_json(), pages.page(found))
 
@@ -56,12 +56,12 @@ def _kv(session: Session, argument: str) -> Reply:
     from llama_scratch.render.pages import cache as pages
 
     llama, ids = session.llama, session.ids
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         if argument:
             found = cached_layer(llama, ids, _layer(argument, "kv"), progress)
             return paged(session, found.as_json(), pages.layer_page(found))
         whole = cache(llama, ids, progress)
-    timing = session.moments[-1].prediction.timing
+    timing = session.state.snapshots[-1].prediction.timing
     facts = {"reused_tokens": timing.reused_tokens, "new_tokens": timing.prompt_tokens - timing.reused_tokens}
     return paged(session, whole.as_json() | facts, pages.page(whole, timing))
 
@@ -78,7 +78,7 @@ def _neurons(session: Session, argument: str) -> Reply:
 
     layer, count = first_word(argument)
     number = whole_number(count, "COUNT") if count else 10
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = neurons(session.llama, session.ids, _layer(layer, "neurons"), number, progress)
     return paged(session, found.as_json(), pages.page(found))
 
@@ -110,7 +110,7 @@ def _numerics(session: Session, argument: str) -> Reply:
     def open(precision: str, progress: Progress) -> Llama:
         return session.open(str(llama.path), precision, progress)
 
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = numerics(llama, ids, open, argument.split() or USUAL, progress)
-    without = {"without": session.labels} if session.labels else {}
-    return paged(session, found.as_json() | without, pages.page(found, session.labels))
+    without = {"without": session.state.labels} if session.state.labels else {}
+    return paged(session, found.as_json() | without, pages.page(found, session.state.labels))

@@ -18,9 +18,9 @@ def _chat(session: Session, argument: str) -> Reply:
     back an answer and then its question, /generate lets an answer go on that was cut, /clear begins anew.
     """
     if argument and not on_or_off(argument, "/chat"):
-        session.chat = None
-    elif session.chat is None:
-        session.chat = checked(session.llama)
+        session.update(chat=None)
+    elif session.state.chat is None:
+        session.update(chat=checked(session.llama))
     return _said(session)
 
 
@@ -36,9 +36,9 @@ def _system(session: Session, argument: str) -> Reply:
 
 
 def _said(session: Session) -> Reply:
-    if session.chat is None:
+    if session.state.chat is None:
         sentence = "Chat is off: each line is a prompt."
         return note(sentence, chat=False)
-    system = session.chat.system
+    system = session.state.chat.system
     sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
     return note(terminal.readable(sentence), chat=True, system=system)

@@ -18,10 +18,13 @@ from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError,
 from llama_scratch.render import text as terminal
 from llama_scratch.render.lines import json_line
 from llama_scratch.repl import session_file as record
+from llama_scratch.repl.answering import show_answer
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.conversation import Chat
-from llama_scratch.repl.session import Past, Session
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Past
+from llama_scratch.repl.transitions import resume
 from llama_scratch.results import as_json
 from llama_scratch.tokenizer import replace_surrogates
 
@@ -83,10 +86,10 @@ def _load(session: Session, argument: str) -> Reply:
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
     # How this session was started holds for what is shown, unless a command changed it there.
-    started = session.first_settings
+    started = session.state.initial_settings
     live = end.settings.live if end.settings.live != header.settings.live else started.live
     settings = replace(end.settings, plain=session.settings.plain, live=live)
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         same = llama.path is None or record.same_model(header, llama, progress)
         if same and more:
             changes = _remade(more.changes, llama, progress)
@@ -102,21 +105,20 @@ def _load(session: Session, argument: str) -> Reply:
         chat = Chat(end.system, list(more.questions) if more else [])
         if not more:
             chat.recall(_asked(recorded), llama.tokenizer)
-    off = (
-        ["Changes to the network are off."] if (session.labels and not on) or (not more and _changed(recorded)) else []
-    )
-    answer = session.resume(
+    off = (session.state.labels and not on) or (not more and _changed(recorded))
+    answer = resume(
+        session,
         texts,
         on,
         settings=settings,
         chat=chat,
         turns=list(recorded.turns),
-        first_settings=replace(header.settings, plain=started.plain, live=started.live),
-        first_system=header.system,
-        first_model=record.origin(header, llama if same and end.model == header.model.sha256 else None),
+        initial_settings=replace(header.settings, plain=started.plain, live=started.live),
+        initial_system=header.system,
+        initial_model=record.origin(header, llama if same and end.model == header.model.sha256 else None),
     )
-    if answer and session.interactive:
-        session.show_answer(answer, added=len(answer.tokens))
+    if answer and session.screen.interactive:
+        show_answer(session, answer, added=len(answer.tokens))
     turns = len(recorded.turns)
     lines = [f"Loaded {turns} line{'s' if turns != 1 else ''} with their answers from {sanitize(path, 200)}."]
     lines += _model_notes(header, llama, same=same)
@@ -124,7 +126,7 @@ def _load(session: Session, argument: str) -> Reply:
         lines.append(
             f"Chat is off: {'its text is in the format of that model' if not same else 'this is a base model'}."
         )
-    facts = {"path": str(path), "turns": turns, "same_model": same, "interventions": session.labels}
+    facts = {"path": str(path), "turns": turns, "same_model": same, "interventions": session.state.labels}
     if not same:
         facts["model_path"] = str(llama.path and llama.path.absolute())
     if off:
@@ -208,7 +210,7 @@ def _export(session: Session, argument: str) -> Reply:
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
         raise UsageError(f"'{sanitize(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
-    if not session.turns or not (session.shown or path.suffix.lower() == ".json"):
+    if not session.state.turns or not (session.screen.views or path.suffix.lower() == ".json"):
         raise UsageError("There is nothing to export yet; give a prompt or a command first.")
     if os.path.lexists(path):
         raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
@@ -218,9 +220,9 @@ def _export(session: Session, argument: str) -> Reply:
 
 def _drawn(session: Session) -> Console:
     """The session's screen, drawn once more to be exported."""
-    width = session.console.width
+    width = session.screen.console.width
     console = Console(record=True, file=io.StringIO(), width=width, emoji=False)
-    for view in session.shown:
+    for view in session.screen.views:
         console.print(view, markup=False, highlight=False)
     return console
 
@@ -233,14 +235,14 @@ def _markdown(session: Session) -> str:
 
 
 def _title(session: Session) -> str:
-    return f"llama-scratch: {session.loading.name}"
+    return f"llama-scratch: {session.state.loading.name}"
 
 
 _EXPORTS: dict[str, Callable[[Session], str]] = {
     ".html": lambda session: _drawn(session).export_html(inline_styles=True),
     ".svg": lambda session: _drawn(session).export_svg(title=_title(session)),
     ".md": _markdown,
-    ".json": lambda session: json_line([vars(turn) for turn in session.turns]) + "\n",
+    ".json": lambda session: json_line([vars(turn) for turn in session.state.turns]) + "\n",
 }
 
 
@@ -254,8 +256,8 @@ def _history(session: Session, argument: str) -> Reply:
     On a terminal those of earlier sessions too.
     """
     count = whole_number(argument, "/history") if argument else 20
-    typed = _kept() if session.keyboard else []
-    typed = (typed or [turn.input for turn in session.turns if turn.input])[-count:]
+    typed = _kept() if session.screen.keyboard else []
+    typed = (typed or [turn.input for turn in session.state.turns if turn.input])[-count:]
     return Reply(
         {"history": typed},
         Group(*(Padding(Text(terminal.readable(line)), (0, 0, 0, 1), expand=False) for line in typed)),

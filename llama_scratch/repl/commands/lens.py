@@ -34,10 +34,10 @@ Draw = Callable[[str, int], Page]
 @contextmanager
 def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None]]]:
     """What to tell how far something is, and what is there of its page: shown on a terminal, and gone afterwards."""
-    console = session.console
-    watched = session.interactive and console.file.isatty() and not console.is_dumb_terminal
+    console = session.screen.console
+    watched = session.screen.interactive and console.file.isatty() and not console.is_dumb_terminal
     if not watched or session.settings.plain or console.height <= _AROUND:
-        with session.progress() as progress:
+        with session.screen.progress() as progress:
             yield progress, lambda draw: None
         return
     # Imported here, so that a prompt or an answer which needs it not does not wait for it.
@@ -100,10 +100,10 @@ def _attention(session: Session, argument: str) -> Reply:
 
     llama, ids = session.llama, session.ids
     if not argument:
-        with session.progress() as progress:
+        with session.screen.progress() as progress:
             found = heads(llama, ids, progress=progress)
         reply = paged(session, found.as_json(), attention_pages.heads(found))
-        session.page = attention_pages.heads(found, whole=True)  # a picture has room for all of them
+        session.update(page=attention_pages.heads(found, whole=True))  # a picture has room for all of them
         return reply
     name, where = first_word(argument)
     part = NetworkPart.named(name, llama.args)
@@ -113,7 +113,7 @@ def _attention(session: Session, argument: str) -> Reply:
             "and, if need be, a position."
         )
     position = whole_number(where, "the position", least=0) if where else None
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         if part.kind == "layer":
             found = heads(llama, ids, part.layer, progress)
             return paged(session, found.as_json(), attention_pages.heads(found))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
 from llama_scratch.render import text as terminal
+from llama_scratch.repl.answering import explain
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.transitions import switch
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
@@ -26,7 +28,7 @@ def _info(session: Session, _: str) -> Reply:
     scaling = llama.args.rope_scaling
     factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # as it runs now
     tokenizer = llama.options.get("tokenizer")
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         facts = describe(
             llama.path,
             None if tokenizer is None else str(tokenizer),
@@ -91,7 +93,7 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 def _model(session: Session, argument: str) -> Reply:
     """Go on with another model, and answer the text with it."""
     if argument:
-        session.switch(argument, session.llama.info.precision)
+        _switch(session, argument, session.llama.info.precision)
     return _said(session)
 
 
@@ -99,8 +101,14 @@ def _model(session: Session, argument: str) -> Reply:
 def _precision(session: Session, argument: str) -> Reply:
     """Go on in fp32, bf16, fp16, int8 or int4, and answer the text so."""
     if argument:
-        session.switch(None, argument)
+        _switch(session, None, argument)
     return _said(session)
+
+
+def _switch(session: Session, source: str | None, precision: str) -> None:
+    prediction = switch(session, source, precision)
+    if prediction and session.screen.interactive:
+        explain(session, prediction)
 
 
 def _said(session: Session) -> Reply:

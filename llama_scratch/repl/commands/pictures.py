@@ -42,8 +42,8 @@ def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> C
 
 def _last(session: Session) -> Page | None:
     """The view that was shown last, or the answer where there was none."""
-    if session.page is not None or session.now is None:
-        return session.page
+    if session.state.page is not None or session.now is None:
+        return session.state.page
     from llama_scratch.render.pages import texts
 
     return texts.answer(session.now.prediction)

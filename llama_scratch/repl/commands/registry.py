@@ -41,7 +41,7 @@ def note(sentence: str, **facts: Any) -> Reply:
 
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
     """A reply that shows a page, which /picture can draw afterwards."""
-    session.page = page
+    session.update(page=page)
     return Reply(facts, to_terminal.plain(page) if session.settings.plain else to_terminal.view(page))
 
 

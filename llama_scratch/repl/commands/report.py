@@ -30,7 +30,7 @@ def _report(session: Session, argument: str) -> Reply:
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
     session_file.write_whole(path, draw(page))
-    session.page = page
+    session.update(page=page)
     return note(f"Wrote the examination to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
@@ -44,8 +44,8 @@ def _examined(session: Session) -> Iterator[Page]:
     from llama_scratch.microscope.surprisal import per_character, surprisal
 
     llama, ids = session.llama, session.ids
-    with session.progress() as progress:
-        yield inspection_pages.page(Inspection(session.intact, ids, session.interventions))
+    with session.screen.progress() as progress:
+        yield inspection_pages.page(Inspection(session.intact, ids, session.state.interventions))
         scored = surprisal(llama, ids, session.settings.top, progress)
         yield text_pages.surprisal(scored, session.text_of(ids), per_character(llama, scored.tokens))
         yield lens_pages.page(lens(llama, ids, progress=progress))

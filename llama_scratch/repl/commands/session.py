@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llama_scratch.render import text as terminal
 from llama_scratch.repl.commands.registry import COMMANDS, Reply, command, unknown_command
+from llama_scratch.repl.live import is_live
 from llama_scratch.repl.session import Session
 
 KEYS = {
@@ -49,13 +50,13 @@ def _help(session: Session, argument: str) -> Reply:
 
 def _keys(session: Session) -> dict[str, str]:
     """The keys, and what they do in the session's mode."""
-    if session.keyboard is None:  # lines come from a pipe
+    if session.screen.keyboard is None:  # lines come from a pipe
         return {"//…": KEYS["//…"]}
     keys = dict(KEYS)
-    if not session.is_live:
+    if not is_live(session):
         keys["Tab, →"] = "On an empty line, bring the text back."
         keys["Shift-Tab"] = "On an empty line, offer the next candidate."
-    if session.chat:
+    if session.state.chat:
         del keys["Tab, →"]
         keys["Enter"] = "Send the message; on an empty line accept what is offered."
     return keys
@@ -65,9 +66,7 @@ def _keys(session: Session) -> dict[str, str]:
 def _clear(session: Session, _: str) -> Reply:
     """Forget the text and empty the screen."""
     session.forget()
-    session.shown = []
-    if session.interactive:
-        session.console.clear()
+    session.screen.clear()
     return Reply({}, note=True)
 
 

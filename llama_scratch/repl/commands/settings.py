@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from llama_scratch.repl.commands.registry import Reply, command, note, number, on_or_off, whole_number
+from llama_scratch.repl.live import why_not_live
 from llama_scratch.repl.session import Session
 
 
@@ -13,23 +14,28 @@ from llama_scratch.repl.session import Session
 def _top(session: Session, argument: str) -> Reply:
     """Show N candidates with each answer."""
     if argument:
-        session.settings.top = whole_number(argument, "/top")
+        session.change_settings(top=whole_number(argument, "/top"))
         session.lists_candidates = True
-    answer = "Each answer outside the chat" if session.chat else "Each answer"
+    answer = "Each answer outside the chat" if session.state.chat else "Each answer"
     return note(f"{answer} shows {session.settings.top} candidates.", top=session.settings.top)
 
 
 def _sampling(session: Session, **changes: Any) -> Reply:
     """Change how tokens are drawn, all or nothing, and say how they are from now on."""
-    session.settings.sampling = sampling = replace(session.settings.sampling, **changes)
+    sampling = replace(session.settings.sampling, **changes)
+    session.change_settings(sampling=sampling)
     if sampling.greedy:
         sentence = "Always the most probable token (temperature 0)."
     else:
         parts = [f"temperature {sampling.temperature:g}"]
-        parts += [f"top-k {sampling.top_k}"] * (sampling.top_k > 0)
-        parts += [f"top-p {sampling.top_p:g}"] * (sampling.top_p < 1)
-        parts += [f"min-p {sampling.min_p:g}"] * (sampling.min_p > 0)
-        parts += [f"seed {sampling.seed}"] * (sampling.seed is not None)
+        if sampling.top_k > 0:
+            parts.append(f"top-k {sampling.top_k}")
+        if sampling.top_p < 1:
+            parts.append(f"top-p {sampling.top_p:g}")
+        if sampling.min_p > 0:
+            parts.append(f"min-p {sampling.min_p:g}")
+        if sampling.seed is not None:
+            parts.append(f"seed {sampling.seed}")
         sentence = f"Tokens are drawn with {', '.join(parts)}."
     return note(sentence, **vars(sampling))
 
@@ -88,11 +94,11 @@ def _live(session: Session, argument: str) -> Reply:
     token, which is suggested after the cursor too. Not in a chat and not with --plain.
     """
     if argument:
-        session.settings.live = on_or_off(argument, "/live")
+        session.change_settings(live=on_or_off(argument, "/live"))
     state = "on" if session.settings.live else "off"
     sentence = f"Live prediction is {state}."
-    if session.not_live:
-        sentence = f"There is no live prediction {session.not_live}. Elsewhere it is {state}."
+    if reason := why_not_live(session):
+        sentence = f"There is no live prediction {reason}. Elsewhere it is {state}."
     return note(sentence, live=session.settings.live)
 
 
@@ -103,6 +109,6 @@ def _special(session: Session, argument: str) -> Reply:
     off: as plain text, which is how it begins.
     """
     if argument:
-        session.settings.special = on_or_off(argument, "/special")
+        session.change_settings(special=on_or_off(argument, "/special"))
     kind = "special tokens" if session.settings.special else "plain text"
     return note(f"Names of special tokens in a prompt are {kind}.", special=session.settings.special)

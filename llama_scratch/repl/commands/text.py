@@ -14,6 +14,8 @@ from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
+from llama_scratch.repl import transitions
+from llama_scratch.repl.answering import ask, extend, generate, show_answer
 from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token, as_json, generated_json
@@ -29,9 +31,9 @@ def _generate(session: Session, argument: str) -> Reply | None:
 
     They are drawn as /temperature and the others say. Enter then accepts them.
     """
-    generated = session.generate(whole_number(argument, "/generate") if argument else 20)
+    generated = generate(session, whole_number(argument, "/generate") if argument else 20)
     # What came bit by bit stands on the screen already.
-    return Reply(generated_json(generated), None if session.interactive else Text(generated.text))
+    return Reply(generated_json(generated), None if session.screen.interactive else Text(generated.text))
 
 
 def candidates(session: Session, _begun: str) -> Iterable[str]:
@@ -43,7 +45,7 @@ def candidates(session: Session, _begun: str) -> Iterable[str]:
 def _force(session: Session, argument: str) -> Reply | None:
     """Add a token of your choice: ␣Paris, " Paris" or #7042."""
     token = one_token(session, argument)
-    return Reply(session.extend([token.id]))
+    return Reply(extend(session, [token.id]))
 
 
 def one_token(session: Session, argument: str) -> Token:
@@ -83,25 +85,25 @@ def unquoted(argument: str) -> str:
 @command("undo")
 def _undo(session: Session, _: str) -> Reply:
     """Go back to the text before; nothing is computed again."""
-    moment = session.undo()
-    if session.interactive:
-        session.show_answer(moment.prediction, added=len(moment.ids))
-    return Reply(as_json(moment.prediction))
+    snapshot = transitions.undo(session)
+    if session.screen.interactive:
+        show_answer(session, snapshot.prediction, added=len(snapshot.ids))
+    return Reply(as_json(snapshot.prediction))
 
 
 @command("edit", replayed=False)
 def _edit(session: Session, _: str) -> Reply | None:
     """Edit the text in $EDITOR and answer it."""
-    if session.keyboard is None:
+    if session.screen.keyboard is None:
         raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
-    if session.chat:
+    if session.state.chat:
         raise UsageError("/edit opens the text, expected no chat, whose text has its format in it; /chat off ends it.")
     before = session.text_of(session.ids) if session.now else ""
-    with session.keyboard.given_away():
+    with session.screen.keyboard.given_away():
         after = _edited(before)
     if not after or after == before:
         return note("Nothing was changed.")
-    return Reply(session.ask(after))
+    return Reply(ask(session, after))
 
 
 def _edited(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import texts as pages
+from llama_scratch.repl import transitions
 from llama_scratch.repl.commands.registry import Reply, command, paged
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.session import Session
@@ -28,7 +29,7 @@ def _tokens(session: Session, argument: str) -> Reply:
     """How the text is cut into tokens: ids and bytes."""
     from llama_scratch.microscope.tokens import tokens
 
-    found = tokens(session.llama, session.meant(argument))
+    found = tokens(session.llama, session.ids_or_current(argument))
     return paged(session, found.as_json(), pages.tokens(found))
 
 
@@ -40,15 +41,15 @@ def _surprisal(session: Session, argument: str) -> Reply:
     """
     from llama_scratch.microscope.surprisal import per_character, surprisal
 
-    llama, ids = session.llama, session.meant(argument)
-    with session.progress() as progress:
+    llama, ids = session.llama, session.ids_or_current(argument)
+    with session.screen.progress() as progress:
         found = surprisal(llama, ids, session.settings.top, progress)
     text, bits = session.text_of(ids), per_character(llama, found.tokens)
     return paged(session, found.as_json(), pages.surprisal(found, text, bits))
 
 
 def _trees(session: Session, _begun: str) -> Iterable[str]:
-    return ["3x3", "2x6", "10x2", *([".."] if session.before else [])]
+    return ["3x3", "2x6", "10x2", *([".."] if session.state.before else [])]
 
 
 @command("tree", "[WIDTHxDEPTH] [PATH | ..]", complete=_trees)
@@ -69,12 +70,12 @@ def _tree(session: Session, argument: str) -> Reply:
     size = (int(width), int(depth)) if width else (3, 3)
     check_size(*size)
     llama = session.llama
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         ids = _place(session, where, progress)
         found = tree(llama, ids, *size, progress)
     # Only now, so that Ctrl-C leaves the text as it was.
     if where == "..":
-        session.undo()
+        transitions.undo(session)
     elif where:
         session.predict(ids)
     return paged(session, found.as_json(), pages.tree(found, session.text_of(ids)))
@@ -87,9 +88,9 @@ def _place(session: Session, where: str | None, progress: Progress) -> list[int]
     if where is None:
         return session.ids
     if where == "..":
-        if session.before is None:
+        if session.state.before is None:
             raise UsageError("There is no way back, expected an earlier text; /tree shows the tree from here.")
-        return session.before.ids
+        return session.state.before.ids
     return walk(session.llama, session.ids, [int(rank) for rank in where.split(".")], progress)
 
 
@@ -123,7 +124,7 @@ def _diff(session: Session, argument: str) -> Reply:
 
     first, second = map(session.encode, two_texts(argument, "/diff"))
     llama = session.llama
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = diff(llama, first, second, session.settings.top, progress)
     return paged(session, found.as_json(), pages.diff(found))
 
@@ -144,7 +145,7 @@ def _choices(session: Session, argument: str) -> Reply:
             f"'{sanitize(argument)}' was given for /choices, expected two or more texts with a | between them."
         )
     llama, ids = session.llama, session.ids
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = choices(llama, ids, texts, progress)
     return paged(session, found.as_json(), pages.choices(found))
 
@@ -164,7 +165,7 @@ def _compare(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope.compare import compare
 
     llama, ids = session.llama, session.ids
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         same = argument in (*PRECISIONS, "auto")
         source, precision = (str(llama.path), argument) if same else (argument, llama.info.precision)
         other = session.open(source, precision, progress)

@@ -59,8 +59,8 @@ def _step(session: Session, argument: str) -> Reply:
 
     On a terminal /step alone takes single keys: Enter or n, i, o, b, t 5, p q, and ? lists them.
     """
-    if not argument and session.keyboard:
-        return _with_keys(session, session.keyboard)
+    if not argument and session.screen.keyboard:
+        return _with_keys(session, session.screen.keyboard)
     return _take(session, argument)
 
 
@@ -73,12 +73,12 @@ def _take(session: Session, argument: str) -> Reply:
     if word not in ("", *_ACTIONS.values()):
         raise UsageError(f"'{sanitize(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
     if word == "end":
-        session.walk = None
+        session.update(walk=None)
         return note("The walk is over.", ended=True)
     walking, begins = _walking(session)
     walk, at = walking.walk, walking.at
     if word == "print":
-        with session.progress() as progress:
+        with session.screen.progress() as progress:
             found = execution.look(session.llama, walk, at, rest, progress)
         return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
     if word == "to":
@@ -92,7 +92,7 @@ def _take(session: Session, argument: str) -> Reply:
 
 
 def _kept(session: Session) -> _Walking | None:
-    walking: _Walking | None = session.walk
+    walking: _Walking | None = session.state.walk
     return walking
 
 
@@ -103,9 +103,9 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     llama, ids, kept = session.llama, session.ids, _kept(session)
     if kept and kept.walk.fits(llama, ids):
         return kept, ""
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         walking = _Walking(execution.walk(llama, ids, progress))
-    session.walk = walking
+    session.update(walk=walking)
     return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
 
 
@@ -137,11 +137,11 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         key_bindings=keys,
         erase_when_done=True,
         enable_suspend=True,
-        color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
+        color_depth=ColorDepth.DEPTH_1_BIT if session.screen.console.no_color or plain else None,
     )
     hint = FormattedText([("ansibrightblack", "Enter next, i into, o out, ? all")])
     reply = _take(session, "")
-    session.show(reply.view or "")
+    session.screen.show(reply.view or "")
     while True:
         try:
             with keyboard.released():
@@ -151,13 +151,13 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         if line in ("q", "end"):
             break
         if line == "?":
-            session.show(terminal.rows({"step>": _KEYS}))
+            session.screen.show(terminal.rows({"step>": _KEYS}))
             continue
         try:
             reply = _take(session, line or "next")
-            session.show(reply.view or "")
+            session.screen.show(reply.view or "")
         except LlamaScratchError as error:
-            session.show(terminal.error(str(error)))
+            session.screen.show(terminal.error(str(error)))
     return Reply(reply.facts)
 
 

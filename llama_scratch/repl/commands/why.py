@@ -34,7 +34,7 @@ def _why(session: Session, argument: str) -> Reply:
             )
         first = argument  # the token itself
     answer, versus = (_token(session, part) if part else None for part in (first, second))
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         found = why(llama, ids, answer, versus, progress)
     return paged(session, found.as_json(), pages.page(found))
 
