@@ -14,12 +14,13 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.render import text as terminal
-from llama_scratch.repl.batch import Format, answer_all, respond
+from llama_scratch.repl.batch import answer_all
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.commands.session import GROUPS
 from llama_scratch.repl.commands.text import _edited
 from llama_scratch.repl.conversation import Chat
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.live import is_live
 from llama_scratch.repl.loading import Loading
@@ -511,7 +512,7 @@ def test_live_is_not_said_to_be_on_where_it_is_not(session: Session) -> None:
 def test_a_pipe_exports_the_lines_that_were_answered(session: Session, tmp_path: Path) -> None:
     lines = ["The capital of France is", "/top 2", "The capital of France is", f"/export {tmp_path}/x.md"]
     log = Console(file=io.StringIO())
-    assert answer_all(session, lines, Format("lines"), commands=True, log=log) == 0
+    assert answer_all(session, lines, "lines", commands=True, log=log) == 0
     text = (tmp_path / "x.md").read_text()
     assert text.count("> The capital of France is") == 2
     assert text.count('" Paris"') == 2
@@ -520,5 +521,5 @@ def test_a_pipe_exports_the_lines_that_were_answered(session: Session, tmp_path:
 
 def test_a_pipe_without_commands_keeps_nothing_for_an_export(session: Session) -> None:
     session.screen.records_turns = False
-    answer_all(session, ["the"], Format("lines"), commands=False, log=Console(file=io.StringIO()))
+    answer_all(session, ["the"], "lines", commands=False, log=Console(file=io.StringIO()))
     assert session.screen.views == []

@@ -21,9 +21,9 @@ from llama_scratch.microscope.interventions import Intervention, ablate, changed
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Attention
 from llama_scratch.render import text as terminal
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.conversation import checked
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.editor import _changes, _message
 from llama_scratch.repl.live import LivePredictor
 from llama_scratch.repl.loading import Loading

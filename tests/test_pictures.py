@@ -12,8 +12,8 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
 from llama_scratch.render.page import Page, Paragraph
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.state import Settings

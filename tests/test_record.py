@@ -19,8 +19,8 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.offers import offer, offer_next
@@ -234,7 +234,7 @@ def test_there_must_be_something_to_save(tiny: Llama, tmp_path: Path) -> None:
 def test_a_session_that_no_load_would_take_is_not_written(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_file, "MOST", 1000)
+    monkeypatch.setattr(session_file, "MAX_BYTES", 1000)
     with pytest.raises(LlamaScratchError, match="expected at most 1,000"):
         saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     assert os.listdir(tmp_path) == []

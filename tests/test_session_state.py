@@ -22,9 +22,9 @@ from rich.console import Console
 from llama_scratch.cli.app import ModelOptions
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl import recording, session_file
 from llama_scratch.repl.conversation import Chat, Question
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.replay import Report, run_again
 from llama_scratch.repl.session import Session
@@ -310,7 +310,7 @@ def test_a_loaded_session_is_saved_and_run_again(llama: Llama, tmp_path: Path, l
 def test_a_file_that_is_saved_again_is_the_same(llama: Llama, tmp_path: Path) -> None:
     first, second = session_of(llama, *TEXT_LINES, generate=3), session_of(llama)
     save_and_load(first, second, tmp_path / "a.jsonl")
-    session_file.save(session_file.record(second), tmp_path / "b.jsonl")
+    session_file.save(recording.record(second), tmp_path / "b.jsonl")
     a, b = (json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0]) for name in "ab")
     a["end"]["settings"]["live"] = a["settings"]["live"] = b["settings"]["live"] = b["end"]["settings"]["live"]
     a["end"]["more"]["texts"][-1]["top"] = b["end"]["more"]["texts"][-1]["top"]

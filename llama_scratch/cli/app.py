@@ -332,7 +332,7 @@ def main(
         raise UsageError(f"{generate} tokens to generate were asked for, expected at least 0 (--generate).")
     if top is not None and top < 1:
         raise UsageError(f"{top} candidates were asked for, expected at least 1 (--top).")
-    from llama_scratch.repl.batch import Format, answer_all, stdin_lines, stdin_text
+    from llama_scratch.repl.batch import OutputFormat, answer_all, stdin_lines, stdin_text
     from llama_scratch.repl.conversation import Chat, checked
     from llama_scratch.repl.loading import Loading
     from llama_scratch.repl.session import Session
@@ -341,8 +341,8 @@ def main(
 
     settings = Settings(top or 5, generate, Sampling(temperature, top_k, top_p, min_p, seed), plain, live, special)
     conversation = Chat(system or "") if chat or system is not None else None
-    form = Format("json" if json else "terminal" if sys.stdout.isatty() else "lines")
-    if prompt is None and sys.stdin.isatty() and form.kind == "terminal":
+    form: OutputFormat = "json" if json else "terminal" if sys.stdout.isatty() else "lines"
+    if prompt is None and sys.stdin.isatty() and form == "terminal":
         from llama_scratch.repl import loop
 
         session = Session(
@@ -357,7 +357,7 @@ def main(
         loop.run(session)
         return
     # What commands print would break the data; it goes where notes go.
-    shown = form.kind == "terminal"
+    shown = form == "terminal"
     session = Session(
         Loading.ended_with(_load(options, screen)),
         screen.out if shown else screen.log,
@@ -602,8 +602,9 @@ def replay(
     """
     screen = ctx.obj.screen
     from llama_scratch.repl import session_file
+    from llama_scratch.repl.user_files import user_path
 
-    recorded = session_file.load(session_file.user_path(file))
+    recorded = session_file.load(user_path(file))
     # The recording takes precedence over the environment and the configuration file, which are about other sessions.
     # That an option was not given is a part of it, but version 0.1.0 did not record all of them.
     flags, then = _given(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)

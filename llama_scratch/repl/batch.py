@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
@@ -13,19 +12,13 @@ from rich.text import Text
 from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
 from llama_scratch.render import lines
 from llama_scratch.render import text as terminal
-from llama_scratch.repl.answering import extend, say
-from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
+from llama_scratch.repl.commands import Reply, escaped
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.session import Session
-from llama_scratch.repl.state import Turn
 from llama_scratch.system.small_files import without_line_end, without_mark
 
-
-@dataclass(frozen=True)
-class Format:
-    """How answers are written."""
-
-    kind: Literal["json", "lines", "terminal"]
-
+OutputFormat = Literal["json", "lines", "terminal"]
+"""How answers are written: one JSON object per prompt, lines of text, or as on a terminal."""
 
 # Bytes of a prompt: the longest context holds no more, whatever the text.
 _MAX_PROMPT = 1 << 24
@@ -62,7 +55,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", errors="surrogateescape")
 
 
-def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
+def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *, commands: bool, log: Console) -> int:
     """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
 
     commands: lines that begin with a slash are commands. log: where the prompts' warnings go.
@@ -78,7 +71,7 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
             line = prompt if commands else escaped(prompt)
             session.screen.echo(session.state.loading.name, line)
             output, reply = respond(session, line)
-            _show(session, output, reply, form, log)
+            _show(session, output, reply, format, log)
         except LlamaScratchError as error:
             print(f"llama-scratch: {escape_controls(str(error))}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
@@ -94,33 +87,16 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
     return exit_code
 
 
-def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
-    """Do what a line of a session says: the object that answers it and, of a command, its reply.
-
-    An empty line accepts what is offered. The turn is kept in the session.
-    """
-    reply = None
-    if is_command(line):
-        command, reply = run_command(session, line)
-        output = {"command": command.name} | (reply.facts if reply else {})
-    elif line:
-        output = say(session, unescaped(line))
-    else:
-        output = extend(session, session.state.offered)
-    session.record(Turn(line, output))
-    return output, reply
-
-
-def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: Format, log: Console) -> None:
+def _show(session: Session, output: dict[str, Any], reply: Reply | None, format: OutputFormat, log: Console) -> None:
     """What a line was answered, on standard output; what holds no data goes where notes go."""
-    if form.kind == "json":
+    if format == "json":
         _write(session, lines.json_line(output))
     elif reply and reply.view is not None:
-        if form.kind == "terminal" or reply.note:
+        if format == "terminal" or reply.note:
             session.screen.show(reply.view)
         else:
             _write(session, terminal.as_text(reply.view))
-    elif form.kind == "lines" and "next" in output:
+    elif format == "lines" and "next" in output:
         for sentence in output["warnings"]:
             if sentence in session.screen.explained:  # about the model, and printed before
                 continue

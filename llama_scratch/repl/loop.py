@@ -6,8 +6,8 @@ from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, unexpected
 from llama_scratch.render import text
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.conversation import checked
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.editor import PromptEditor
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.keyboard import Keyboard

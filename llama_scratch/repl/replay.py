@@ -13,22 +13,15 @@ from rich.console import Console
 from llama_scratch import __version__
 from llama_scratch.errors import sanitize
 from llama_scratch.render.lines import json_line
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.conversation import Chat
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.offers import offer
+from llama_scratch.repl.saved_model import shape_differences, versions, weights_sha256
 from llama_scratch.repl.session import Session
-from llama_scratch.repl.session_file import (
-    SessionFile,
-    SessionHeader,
-    ids_of,
-    shape_differences,
-    versions,
-    weights_sha256,
-    whole_numbers,
-)
+from llama_scratch.repl.session_file import SessionFile, SessionHeader, ids_of, whole_numbers
 from llama_scratch.repl.state import Turn
 from llama_scratch.repl.transitions import answer_again, intervene, switch
 from llama_scratch.system.progress import Progress

@@ -35,9 +35,9 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, remake, steer
 from llama_scratch.microscope.parts import NetworkPart
-from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl import recording, session_file
 from llama_scratch.repl.conversation import ANSWER
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.offers import offer_next
@@ -797,7 +797,7 @@ class Soak:
             self.step(("prompt", "the nation", self.says("the nation")))
         state, session = self.state, self.session
         path = self.folder / "process.session"
-        recorded = session_file.record(session)
+        recorded = recording.record(session)
         session_file.save(replace(recorded, turns=recorded.turns[-1:]), path)
         lines = [f"/precision {state.precision}", f"/load {path}", *(change.line or "" for change in state.on)]
         options = ["--model-dir", state.source, "--precision", "fp32", "--context", str(self.context)]

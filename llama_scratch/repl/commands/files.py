@@ -17,14 +17,23 @@ from rich.text import Text
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
 from llama_scratch.render.lines import json_line
-from llama_scratch.repl import session_file as record
+from llama_scratch.repl import recording, saved_model, session_file
 from llama_scratch.repl.answering import show_answer
 from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
 from llama_scratch.repl.commands.text import unquoted
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.session_file import (
+    SavedIntervention,
+    SavedState,
+    SavedStateExtension,
+    SessionFile,
+    SessionHeader,
+    ids_of,
+)
 from llama_scratch.repl.state import Past
 from llama_scratch.repl.transitions import resume
+from llama_scratch.repl.user_files import user_path, write_whole
 from llama_scratch.results import as_json
 from llama_scratch.tokenizer import replace_surrogates
 
@@ -55,7 +64,7 @@ def file_path(argument: str) -> Path:
     name = unquoted(argument)
     if name.endswith("/"):
         raise UsageError(f"'{sanitize(name)}' names a folder, expected a file; put its name behind the slash.")
-    return record.user_path(name)
+    return user_path(name)
 
 
 @command("save", "FILE", complete=paths, replayed=False)
@@ -65,8 +74,8 @@ def _save(session: Session, argument: str) -> Reply:
     'llama-scratch replay FILE' runs it again and reports every difference; /load FILE goes on from its end.
     """
     path = file_path(argument)
-    recorded = record.record(session)
-    record.save(recorded, path)
+    recorded = recording.record(session)
+    session_file.save(recorded, path)
     turns = len(recorded.turns)
     sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {sanitize(path, 200)}."
     if not recorded.header.repeatable:
@@ -82,7 +91,7 @@ def _load(session: Session, argument: str) -> Reply:
     model stays the one that is loaded here; if it is another one, the text is read anew, without chat and changes.
     """
     path = file_path(argument)
-    recorded = record.load(path)
+    recorded = session_file.load(path)
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
     # How this session was started holds for what is shown, unless a command changed it there.
@@ -90,7 +99,7 @@ def _load(session: Session, argument: str) -> Reply:
     live = end.settings.live if end.settings.live != header.settings.live else started.live
     settings = replace(end.settings, plain=session.settings.plain, live=live)
     with session.screen.progress() as progress:
-        same = llama.path is None or record.same_model(header, llama, progress)
+        same = llama.path is None or saved_model.same_model(header, llama, progress)
         if same and more:
             changes = _remade(more.changes, llama, progress)
             texts, on = _texts(path, end, more, changes), _chosen(path, changes, more.on)
@@ -115,7 +124,7 @@ def _load(session: Session, argument: str) -> Reply:
         turns=list(recorded.turns),
         initial_settings=replace(header.settings, plain=started.plain, live=started.live),
         initial_system=header.system,
-        initial_model=record.origin(header, llama if same and end.model == header.model.sha256 else None),
+        initial_model=saved_model.initial_model(header, llama if same and end.model == header.model.sha256 else None),
     )
     if answer and session.screen.interactive:
         show_answer(session, answer, added=len(answer.tokens))
@@ -134,14 +143,14 @@ def _load(session: Session, argument: str) -> Reply:
     return note("\n".join(lines), **facts, **(as_json(answer) if answer else {}))
 
 
-def _remade(changes: Sequence[record.Change], llama: Llama, progress: Progress) -> list[Intervention]:
+def _remade(changes: Sequence[SavedIntervention], llama: Llama, progress: Progress) -> list[Intervention]:
     """The interventions of a saved session, made again with this model."""
     from llama_scratch.microscope.interventions import remake
 
     return [replace(remake(llama, change.recipe, progress), label=sanitize(change.label)) for change in changes]
 
 
-def _texts(path: Path, end: record.State, more: record.Saved, changes: Sequence[Intervention]) -> list[Past]:
+def _texts(path: Path, end: SavedState, more: SavedStateExtension, changes: Sequence[Intervention]) -> list[Past]:
     """The texts of a saved session, the newest last: as what `end` has, with as many candidates as its settings say."""
     texts = [
         Past(
@@ -167,7 +176,7 @@ def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int])
     return tuple(changes[number] for number in numbers)
 
 
-def _model_notes(header: record.SessionHeader, llama: Llama, *, same: bool) -> Iterator[str]:
+def _model_notes(header: SessionHeader, llama: Llama, *, same: bool) -> Iterator[str]:
     """Sentences on how the model here differs from the one that the saved session ended with."""
     model, details = header.at_end
     if not same:
@@ -176,19 +185,19 @@ def _model_notes(header: record.SessionHeader, llama: Llama, *, same: bool) -> I
     if (precision := details.precision) and precision != llama.info.precision:
         shown = sanitize(precision)
         yield f"They ended in {shown}; from here on {llama.info.precision} answers. /precision {shown} changes that."
-    for name, old, new in record.shape_differences(details, llama):
+    for name, old, new in saved_model.shape_differences(details, llama):
         yield f"They were answered with {name} {old}, here it is {new}, so that answers differ."
 
 
-def _asked(recorded: record.SessionFile) -> list[tuple[str, list[int]]]:
+def _asked(recorded: SessionFile) -> list[tuple[str, list[int]]]:
     """What a session's chat was asked: each message with the ids that the model saw."""
     lines = [
         turn for turn in recorded.turns if "generated" in turn.output and turn.input and not is_command(turn.input)
     ]
-    return [(unescaped(turn.input), ids) for turn in lines if (ids := record.ids_of(turn.output))]
+    return [(unescaped(turn.input), ids) for turn in lines if (ids := ids_of(turn.output))]
 
 
-def _changed(recorded: record.SessionFile) -> bool:
+def _changed(recorded: SessionFile) -> bool:
     """Whether interventions were on at the end. Version 0.1.0 took them off at a /load, whose answer names none."""
     on = False
     for output in (turn.output for turn in recorded.turns):
@@ -214,7 +223,7 @@ def _export(session: Session, argument: str) -> Reply:
         raise UsageError("There is nothing to export yet; give a prompt or a command first.")
     if os.path.lexists(path):
         raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
-    record.write_whole(path, replace_surrogates(write(session)).encode())
+    write_whole(path, replace_surrogates(write(session)).encode())
     return note(f"Exported to {sanitize(path, 200)}.", path=str(path))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render.page import Page
-from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.user_files import write_whole
 
 
 @command("picture", "FILE.png | FILE.html", complete=paths, replayed=False)
@@ -24,7 +24,7 @@ def _picture(session: Session, argument: str) -> Reply:
     draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
-    session_file.write_whole(path, draw(page))
+    write_whole(path, draw(page))
     return note(f"Drew '{page.headline}' to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 

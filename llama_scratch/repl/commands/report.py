@@ -12,11 +12,11 @@ from llama_scratch.render.pages import inspection as inspection_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import texts as text_pages
-from llama_scratch.repl import session_file
 from llama_scratch.repl.commands.files import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
 from llama_scratch.repl.commands.registry import Reply, command, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.user_files import write_whole
 
 
 @command("report", "FILE.html", complete=paths, replayed=False)
@@ -29,7 +29,7 @@ def _report(session: Session, argument: str) -> Reply:
     path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
-    session_file.write_whole(path, draw(page))
+    write_whole(path, draw(page))
     session.update(page=page)
     return note(f"Wrote the examination to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
