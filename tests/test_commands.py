@@ -16,8 +16,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.render import text as terminal
 from llama_scratch.repl.batch import answer_all
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
-from llama_scratch.repl.commands.registry import split
-from llama_scratch.repl.commands.session import GROUPS
+from llama_scratch.repl.commands.registry import by_heading, split
 from llama_scratch.repl.commands.text import _edited
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.dispatch import respond
@@ -69,8 +68,15 @@ def refused(session: Session, line: str) -> str:
     return sentence
 
 
+HEADINGS = [
+    *("The text", "Looking at it", "Looking inside", "Changing it", "The network", "Drawing tokens", "Chat"),
+    *("The model", "The session"),
+]
+
+
 def test_every_command_is_listed_in_a_group_with_a_line_that_fits() -> None:
-    assert sorted(name for group in GROUPS.values() for name in group) == sorted(COMMANDS)
+    assert list(by_heading()) == HEADINGS
+    assert [command.name for group in by_heading().values() for command in group] == list(COMMANDS)
     assert {name: found.summary for name, found in COMMANDS.items() if not 10 < len(found.summary) <= 64} == {}
 
 

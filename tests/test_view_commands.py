@@ -25,7 +25,7 @@ from llama_scratch.render.page import Page
 from llama_scratch.render.pages import texts
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, run_command
-from llama_scratch.repl.commands.views import parts
+from llama_scratch.repl.commands.arguments import split_at_bars
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.state import Settings
@@ -197,7 +197,7 @@ def test_choices_get_a_space_in_front_unless_they_are_quoted(session: Session) -
     ],
 )
 def test_bars_part_texts_but_not_within_quotes(argument: str, expected: list[str]) -> None:
-    assert list(parts(argument)) == expected
+    assert list(split_at_bars(argument)) == expected
 
 
 @pytest.mark.slow

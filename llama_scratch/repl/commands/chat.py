@@ -1,11 +1,14 @@
-"""Talking with a model that was trained for it."""
+"""A conversation with a model that was trained for it."""
 
 from __future__ import annotations
 
 from llama_scratch.render import text as terminal
-from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
+from llama_scratch.repl.commands.arguments import on_or_off
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.session import Session
+
+command = commands_under("Chat")
 
 
 @command("chat", "[on | off]", complete=lambda _session, _begun: ["on", "off"])

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import patching
 from llama_scratch.repl import answering
-from llama_scratch.repl.commands.registry import Reply, command, first_word, note, number, paged, whole_number
-from llama_scratch.repl.commands.text import unquoted
-from llama_scratch.repl.commands.views import two_texts
+from llama_scratch.repl.commands.arguments import first_word, number, two_texts, unquoted, whole_number
+from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.transitions import intervene, rollback_on_interrupt
 
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
+
+
+command = commands_under("Changing it")
 
 _AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)
 

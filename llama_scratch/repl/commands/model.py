@@ -9,12 +9,15 @@ from llama_scratch.config import PRECISIONS
 from llama_scratch.errors import UsageError
 from llama_scratch.render import text as terminal
 from llama_scratch.repl.answering import explain
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.transitions import switch
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
+
+
+command = commands_under("The model")
 
 
 @command("info", replayed=False)
@@ -39,26 +42,6 @@ def _info(session: Session, _: str) -> Reply:
             activations=llama.options.get("activations") or "auto",
         )
     return Reply(facts, terminal.rows(terminal.model_facts(facts)))
-
-
-@command("context", replayed=False)
-def _context(session: Session, _: str) -> Reply:
-    """The text so far, its tokens, how many fit and are cached."""
-    llama = session.llama
-    ids = session.ids if session.now else []
-    facts = {
-        "text": session.text_of(ids),
-        "tokens": len(ids),
-        "context": llama.context,
-        "trained_for": llama.args.max_seq_len,
-        "cached": llama.engine.cached_tokens,
-    }
-    shown = {
-        "text": terminal.readable(session.text_of(ids)) or "(none yet)",
-        "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
-        "cached": f"{llama.engine.cached_tokens:,} tokens",
-    }
-    return Reply(facts, terminal.rows(shown))
 
 
 @command("memory", replayed=False)

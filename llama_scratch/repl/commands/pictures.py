@@ -1,4 +1,4 @@
-"""Views as pictures and pages: the last one, and the whole examination of a text."""
+"""The last view as a picture or a web page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render.page import Page
-from llama_scratch.repl.commands.files import file_path, paths
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.commands.arguments import file_path, paths
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.user_files import write_whole
+
+command = commands_under("The session")
 
 
 @command("picture", "FILE.png | FILE.html", complete=paths, replayed=False)
@@ -47,9 +49,6 @@ def _last(session: Session) -> Page | None:
     from llama_scratch.render.pages import texts
 
     return texts.answer(session.now.prediction)
-
-
-# Each brings more than a session's start can wait for.
 
 
 def _png(page: Page) -> bytes:

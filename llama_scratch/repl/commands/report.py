@@ -12,11 +12,13 @@ from llama_scratch.render.pages import inspection as inspection_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import texts as text_pages
-from llama_scratch.repl.commands.files import file_path, paths
+from llama_scratch.repl.commands.arguments import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.user_files import write_whole
+
+command = commands_under("The session")
 
 
 @command("report", "FILE.html", complete=paths, replayed=False)

@@ -1,4 +1,4 @@
-"""A walk through the forward pass, the source of any part, and the parts themselves."""
+"""A walk through the forward pass, line by line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import text as terminal
-from llama_scratch.render.pages import architecture as architecture_pages
 from llama_scratch.render.pages import execution as stepping_pages
-from llama_scratch.render.pages import source as source_pages
-from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
+from llama_scratch.repl.commands.arguments import first_word, whole_number
+from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -20,15 +19,18 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.execution import ExecutionTrace
     from llama_scratch.repl.keyboard import Keyboard
 
+
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
+command = commands_under("Looking inside")
+
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
+
+
 _KEYS = (
     "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
     "A number behind a word repeats it: next 3."
 )
-# The length that /arch takes where there is no text.
-_LENGTH = 1024
 
 
 @dataclass
@@ -37,9 +39,6 @@ class _Walking:
 
     walk: ExecutionTrace
     at: int = 0
-
-
-# --- /step ------------------------------------------------------------------------------------
 
 
 def _steps(session: Session, begun: str) -> Iterable[str]:
@@ -159,43 +158,3 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         except LlamaScratchError as error:
             session.screen.show(terminal.error(str(error)))
     return Reply(reply.facts)
-
-
-# --- /source and /arch ------------------------------------------------------------------------
-
-
-def _names(_session: Session, _begun: str) -> Iterable[str]:
-    from llama_scratch.microscope.source import names
-
-    return names()
-
-
-@command("source", "[NAME]", complete=_names)
-def _source(session: Session, argument: str) -> Reply:
-    """The source of any part: /source rope.
-
-    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens;
-    or what stands at a line: /source model.py:305. Without a name it lists the concepts.
-    """
-    from llama_scratch.microscope.source import concepts, source
-
-    if not argument:
-        listed = concepts()
-        facts = {concept: [passage.name for passage in passages] for concept, passages in listed.items()}
-        return paged(session, {"concepts": facts}, source_pages.contents(listed))
-    found = source(argument)
-    return paged(session, found.as_json(), source_pages.page(found))
-
-
-@command("arch", "[LENGTH]")
-def _arch(session: Session, argument: str) -> Reply:
-    """The network's parts: shapes, parameters, FLOPs and bytes.
-
-    What attention costs depends on how much there is to look at: the text so far, or a text of LENGTH tokens.
-    """
-    from llama_scratch.microscope.architecture import architecture
-
-    llama = session.llama
-    length = len(session.ids) if session.now else min(_LENGTH, llama.context)
-    found = architecture(llama, whole_number(argument, "the length") if argument else length)
-    return paged(session, found.as_json(), architecture_pages.page(found))

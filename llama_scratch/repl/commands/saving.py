@@ -1,26 +1,17 @@
-"""Files: the session saved and loaded, what stands on the screen exported, what was typed before."""
+"""The session saved to a file, and loaded from one."""
 
 from __future__ import annotations
 
-import io
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.text import Text
-
-from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError, sanitize
-from llama_scratch.render import text as terminal
-from llama_scratch.render.lines import json_line
+from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.repl import recording, saved_model, session_file
 from llama_scratch.repl.answering import show_answer
-from llama_scratch.repl.commands.registry import Reply, command, is_command, note, unescaped, whole_number
-from llama_scratch.repl.commands.text import unquoted
+from llama_scratch.repl.commands.arguments import file_path, paths
+from llama_scratch.repl.commands.registry import Reply, commands_under, is_command, note, unescaped
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.session_file import (
@@ -33,38 +24,15 @@ from llama_scratch.repl.session_file import (
 )
 from llama_scratch.repl.state import Past
 from llama_scratch.repl.transitions import resume
-from llama_scratch.repl.user_files import user_path, write_whole
 from llama_scratch.results import as_json
-from llama_scratch.tokenizer import replace_surrogates
+from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
     from llama_scratch.microscope.interventions import Intervention
-    from llama_scratch.system.progress import Progress
 
 
-def paths(_session: Session, begun: str) -> Iterator[str]:
-    """What lies where a path begins, folders with a slash behind them."""
-    folder, name = os.path.split(begun)
-    try:
-        found = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
-    except (OSError, ValueError):
-        return
-    for entry in found:
-        hidden = entry.name.startswith(".") and not name.startswith(".")
-        if entry.name.startswith(name) and entry.name.isprintable() and not hidden:
-            yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
-
-
-def file_path(argument: str) -> Path:
-    """The file that an argument names: as it is written, or in double quotes as JSON.
-
-    Raises `UsageError` if it names a folder, or a home that there is not.
-    """
-    name = unquoted(argument)
-    if name.endswith("/"):
-        raise UsageError(f"'{sanitize(name)}' names a folder, expected a file; put its name behind the slash.")
-    return user_path(name)
+command = commands_under("The session")
 
 
 @command("save", "FILE", complete=paths, replayed=False)
@@ -204,80 +172,3 @@ def _changed(recorded: SessionFile) -> bool:
         if "interventions" in output or output.get("command") == "load":
             on = bool(output.get("interventions"))
     return on
-
-
-# --- Exports ----------------------------------------------------------------------------------
-
-
-@command("export", "FILE.html | .svg | .md | .json", complete=paths, replayed=False)
-def _export(session: Session, argument: str) -> Reply:
-    """Write what stands on the screen to a page, a picture or a text.
-
-    FILE.html, .svg or .md; FILE.json has the lines and their answers.
-    """
-    path = file_path(argument)
-    write = _EXPORTS.get(path.suffix.lower())
-    if write is None:
-        raise UsageError(f"'{sanitize(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
-    if not session.state.turns or not (session.screen.views or path.suffix.lower() == ".json"):
-        raise UsageError("There is nothing to export yet; give a prompt or a command first.")
-    if os.path.lexists(path):
-        raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
-    write_whole(path, replace_surrogates(write(session)).encode())
-    return note(f"Exported to {sanitize(path, 200)}.", path=str(path))
-
-
-def _drawn(session: Session) -> Console:
-    """The session's screen, drawn once more to be exported."""
-    width = session.screen.console.width
-    console = Console(record=True, file=io.StringIO(), width=width, emoji=False)
-    for view in session.screen.views:
-        console.print(view, markup=False, highlight=False)
-    return console
-
-
-def _markdown(session: Session) -> str:
-    text = "\n".join(line.rstrip() for line in _drawn(session).export_text().splitlines())
-    # More backticks than stand in the text, so that nothing in it ends the block.
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
-def _title(session: Session) -> str:
-    return f"llama-scratch: {session.state.loading.name}"
-
-
-_EXPORTS: dict[str, Callable[[Session], str]] = {
-    ".html": lambda session: _drawn(session).export_html(inline_styles=True),
-    ".svg": lambda session: _drawn(session).export_svg(title=_title(session)),
-    ".md": _markdown,
-    ".json": lambda session: json_line([vars(turn) for turn in session.state.turns]) + "\n",
-}
-
-
-# --- What was typed ---------------------------------------------------------------------------
-
-
-@command("history", "[N]", replayed=False)
-def _history(session: Session, argument: str) -> Reply:
-    """The N lines that were typed last (20), the newest last.
-
-    On a terminal those of earlier sessions too.
-    """
-    count = whole_number(argument, "/history") if argument else 20
-    typed = _kept() if session.screen.keyboard else []
-    typed = (typed or [turn.input for turn in session.state.turns if turn.input])[-count:]
-    return Reply(
-        {"history": typed},
-        Group(*(Padding(Text(terminal.readable(line)), (0, 0, 0, 1), expand=False) for line in typed)),
-    )
-
-
-def _kept() -> list[str]:
-    """The lines of the history file, the oldest first; none where there is no such file to read."""
-    from llama_scratch.repl.history import FileHistory, history_path
-
-    try:
-        return list(FileHistory(history_path()).load_history_strings())[::-1]
-    except OSError:
-        return []
