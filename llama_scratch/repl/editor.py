@@ -238,9 +238,9 @@ class _Commands(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         line = document.text_before_cursor
         if is_command(line):
-            for found in completions(self._session, line):
-                shown = found.split(maxsplit=1)[-1]
-                yield Completion(found, start_position=-len(line), display=shown)
+            for completion in completions(self._session, line):
+                last_part = completion.split(maxsplit=1)[-1]
+                yield Completion(completion, start_position=-len(line), display=last_part)
 
 
 class _Surprise(Processor):
@@ -299,12 +299,12 @@ def _changes(labels: list[str], room: int) -> str:
         return ""
     for count in range(len(labels), 0, -1):
         more = f" +{len(labels) - count}" if count < len(labels) else ""
-        shown = " ".join(labels[:count])
-        if cell_len(shown + more) <= room:
+        text = " ".join(labels[:count])
+        if cell_len(text + more) <= room:
             break
     else:
-        shown = set_cell_size(shown, room - len(more) - 1).rstrip() + "…"
-    return f"[{shown}{more}]"
+        text = set_cell_size(text, room - len(more) - 1).rstrip() + "…"
+    return f"[{text}{more}]"
 
 
 def _stage(session: Session) -> FormattedText:

@@ -52,7 +52,7 @@ class Difference:
     def __str__(self) -> str:
         """One line for a person."""
         where = f"Turn {self.turn}, '{sanitize(self.input)}'" if self.turn else "The session"
-        return f"{where}: {sanitize(self.what)}: {_shown(self.old)} → {_shown(self.new)}"
+        return f"{where}: {sanitize(self.what)}: {_as_text(self.old)} → {_as_text(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        found = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
-        return found | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
+        report = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
+        return report | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
 
     def lines(self) -> list[str]:
         """The same for people: a line for each difference, and one for the whole."""
         count = len(self.differences)
-        found = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
+        summary = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
         return [
             *map(str, self.differences),
             *self.notes,
-            f"{self.compared} of {self.turns} answers compared: {found}; numbers are equal within {TOLERANCE:g}, "
+            f"{self.compared} of {self.turns} answers compared: {summary}; numbers are equal within {TOLERANCE:g}, "
             f"or {BETWEEN_PRECISIONS:g} where another precision answered.",
         ]
 
@@ -118,7 +118,7 @@ def run_again(
             drawn += 1
             old = {key: value for key, value in old.items() if key not in _GENERATED}
         tolerance = BETWEEN_PRECISIONS if between else TOLERANCE
-        differences += [Difference(number, turn.input, *found) for found in compare(old, new, tolerance)]
+        differences += [Difference(number, turn.input, *place) for place in compare(old, new, tolerance)]
     notes = _circumstances(header, llama)
     if left_out := len(recorded.turns) - compared:
         notes.append(f"Not run again, because files, the machine or a person answers them: {left_out} of the turns.")
@@ -137,7 +137,7 @@ def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
     for name, before, now in shape_differences(header.details, llama):
         old[name], new[name] = before, now
     return [
-        f"Recorded with {what} {_shown(old.get(what))}, run again with {_shown(now)}."
+        f"Recorded with {what} {_as_text(old.get(what))}, run again with {_as_text(now)}."
         for what, now in new.items()
         if old.get(what) != now
     ]
@@ -166,7 +166,7 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
             if command.name == "load":
-                _go_on(session, turn.output, ids)
+                _repeat_load(session, turn.output, ids)
             elif ids:  # the text that came of it, which the next lines go on from
                 session.predict(ids)
             return None
@@ -176,7 +176,7 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     return new
 
 
-def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
+def _repeat_load(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
     """Do what is left of a /load: the lines before it were those of the loaded session.
 
     Version 0.1.0 took the interventions off then, and its answer names none.
@@ -185,9 +185,9 @@ def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> N
     if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
         switch(session, path, session.llama.info.precision)
     labels = output.get("interventions")
-    kept = [one for one in session.state.interventions if isinstance(labels, list) and one.label in labels]
-    if len(kept) < len(session.state.interventions):
-        intervene(session, kept)
+    still_on = [one for one in session.state.interventions if isinstance(labels, list) and one.label in labels]
+    if len(still_on) < len(session.state.interventions):
+        intervene(session, still_on)
     if session.now and session.ids == ids:
         answer_again(session)
     elif ids:
@@ -241,5 +241,5 @@ def _equal(old: Any, new: Any, tolerance: float) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return sanitize(json_line(value))

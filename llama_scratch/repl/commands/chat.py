@@ -24,7 +24,7 @@ def _chat(session: Session, argument: str) -> Reply:
         session.update(chat=None)
     elif session.state.chat is None:
         session.update(chat=checked(session.llama))
-    return _said(session)
+    return _status(session)
 
 
 @command("system", "[TEXT | off]", complete=lambda _session, _begun: ["off"])
@@ -35,10 +35,10 @@ def _system(session: Session, argument: str) -> Reply:
     """
     if argument:
         session.forget(chat=checked(session.llama, "" if argument == "off" else argument))
-    return _said(session)
+    return _status(session)
 
 
-def _said(session: Session) -> Reply:
+def _status(session: Session) -> Reply:
     if session.state.chat is None:
         sentence = "Chat is off: each line is a prompt."
         return note(sentence, chat=False)

@@ -42,7 +42,7 @@ class _Walking:
 
 
 def _steps(session: Session, begun: str) -> Iterable[str]:
-    walking = _kept(session)
+    walking = _current(session)
     if begun.startswith("print ") and walking:
         return [f"print {name}" for name in walking.walk.stops[walking.at].alive]
     return _ACTIONS.values()
@@ -78,8 +78,8 @@ def _take(session: Session, argument: str) -> Reply:
     walk, at = walking.walk, walking.at
     if word == "print":
         with session.screen.progress() as progress:
-            found = execution.look(session.llama, walk, at, rest, progress)
-        return paged(session, {"stop": at, **found.as_json()}, stepping_pages.look(found, walk.stops[at]))
+            value = execution.look(session.llama, walk, at, rest, progress)
+        return paged(session, {"stop": at, **value.as_json()}, stepping_pages.look(value, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
@@ -90,7 +90,7 @@ def _take(session: Session, argument: str) -> Reply:
     return paged(session, facts, stepping_pages.page(walk, walking.at, begins))
 
 
-def _kept(session: Session) -> _Walking | None:
+def _current(session: Session) -> _Walking | None:
     walking: _Walking | None = session.state.walk
     return walking
 
@@ -99,13 +99,13 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     """The walk that goes on, or a new one, and what there is to say of that."""
     from llama_scratch.microscope import execution
 
-    llama, ids, kept = session.llama, session.ids, _kept(session)
-    if kept and kept.walk.fits(llama, ids):
-        return kept, ""
+    llama, ids, current = session.llama, session.ids, _current(session)
+    if current and current.walk.fits(llama, ids):
+        return current, ""
     with session.screen.progress() as progress:
         walking = _Walking(execution.walk(llama, ids, progress))
     session.update(walk=walking)
-    return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
+    return walking, "The text or the network is another one now, so the walk begins anew." if current else ""
 
 
 def _with_keys(session: Session, keyboard: Keyboard) -> Reply:

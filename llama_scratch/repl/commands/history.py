@@ -21,7 +21,7 @@ def _history(session: Session, argument: str) -> Reply:
     On a terminal those of earlier sessions too.
     """
     count = whole_number(argument, "/history") if argument else 20
-    typed = _kept() if session.screen.keyboard else []
+    typed = _earlier_lines() if session.screen.keyboard else []
     typed = (typed or [turn.input for turn in session.state.turns if turn.input])[-count:]
     return Reply(
         {"history": typed},
@@ -29,7 +29,7 @@ def _history(session: Session, argument: str) -> Reply:
     )
 
 
-def _kept() -> list[str]:
+def _earlier_lines() -> list[str]:
     """The lines of the history file, the oldest first; none where there is no such file to read."""
     from llama_scratch.repl.history import FileHistory, history_path
 

@@ -93,8 +93,8 @@ def _patch(session: Session, argument: str) -> Reply:
         raise UsageError("No text was given for /patch, expected another one: /patch The capital of Italy is.")
     llama, ids, other = session.llama, session.ids, session.encode(text)
     with session.screen.progress() as progress:
-        found = trace(llama, ids, other, progress)
-    return paged(session, found.as_json(), patching.trace(found))
+        traced = trace(llama, ids, other, progress)
+    return paged(session, traced.as_json(), patching.trace(traced))
 
 
 def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
@@ -117,8 +117,8 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
         there = _position(position, len(other), "the other text", every)
         positions = {here: there}
     with session.screen.progress() as progress:
-        found = patch(llama, part, other, positions, progress)
-    return _put(session, [found])
+        intervention = patch(llama, part, other, positions, progress)
+    return _put(session, [intervention])
 
 
 def _position(name: str, length: int, what: str, every: str) -> int:
@@ -147,8 +147,8 @@ def _steer(session: Session, argument: str) -> Reply:
     which, factor = whole_number(layer.lstrip("lL"), "a layer", least=0), number(scale, "the scale")
     toward, away = map(session.encode, two_texts(texts, "/steer"))
     with session.screen.progress() as progress:
-        found = steer(llama, which, factor, toward, away, progress)
-    return _put(session, [_named(session, found)])
+        direction = steer(llama, which, factor, toward, away, progress)
+    return _put(session, [_named(session, direction)])
 
 
 def _named(session: Session, new: Intervention) -> Intervention:
@@ -172,7 +172,7 @@ def _restore(session: Session, argument: str) -> Reply:
         raise UsageError(
             "Nothing is changed, expected an intervention that is on; /ablate, /patch and /steer make one."
         )
-    left = [found for found in session.state.interventions if argument and found.label != argument]
+    left = [change for change in session.state.interventions if argument and change.label != argument]
     if len(left) == len(session.state.interventions):
         raise UsageError(f"'{sanitize(argument)}' is not on, expected one of {', '.join(session.state.labels)}.")
     with rollback_on_interrupt(session):

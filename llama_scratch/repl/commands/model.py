@@ -57,13 +57,13 @@ def _memory(session: Session, _: str) -> Reply:
         "resident": resident(),
         "available": available_memory(),
     }
-    shown = {
+    rows = {
         "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",
         "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB; tokens in it: {facts['cached_tokens']:,}",
         "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
         "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
     }
-    return Reply(facts, terminal.rows(shown))
+    return Reply(facts, terminal.rows(rows))
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -77,7 +77,7 @@ def _model(session: Session, argument: str) -> Reply:
     """Go on with another model, and answer the text with it."""
     if argument:
         _switch(session, argument, session.llama.info.precision)
-    return _said(session)
+    return _status(session)
 
 
 @command("precision", "[NAME]", complete=lambda _session, _begun: [*PRECISIONS, "auto"])
@@ -85,7 +85,7 @@ def _precision(session: Session, argument: str) -> Reply:
     """Go on in fp32, bf16, fp16, int8 or int4, and answer the text so."""
     if argument:
         _switch(session, None, argument)
-    return _said(session)
+    return _status(session)
 
 
 def _switch(session: Session, source: str | None, precision: str) -> None:
@@ -94,7 +94,7 @@ def _switch(session: Session, source: str | None, precision: str) -> None:
         explain(session, prediction)
 
 
-def _said(session: Session) -> Reply:
+def _status(session: Session) -> Reply:
     llama: Llama = session.llama
     sentence = f"{llama.info.name}: {terminal.describe(llama.info)}, context {llama.context:,} tokens."
     return note(sentence, **vars(llama.info), path=str(llama.path))

@@ -20,8 +20,8 @@ command = commands_under("The network")
 
 
 def _variants(_session: Session, begun: str) -> Iterable[str]:
-    given = begun.split(" ")[:-1]
-    return [" ".join([*given, name]) for name in (*PRECISIONS[1:], "rope") if name not in given]
+    earlier = begun.split(" ")[:-1]
+    return [" ".join([*earlier, name]) for name in (*PRECISIONS[1:], "rope") if name not in earlier]
 
 
 @command("numerics", "[PRECISION …]", complete=_variants)

@@ -151,8 +151,8 @@ def _model_notes(header: SessionHeader, llama: Llama, *, same: bool) -> Iterator
         yield f"They are answers of another model, {sanitize(model.name)}; from here on {llama.info.name} answers."
         return
     if (precision := details.precision) and precision != llama.info.precision:
-        shown = sanitize(precision)
-        yield f"They ended in {shown}; from here on {llama.info.precision} answers. /precision {shown} changes that."
+        name = sanitize(precision)
+        yield f"They ended in {name}; from here on {llama.info.precision} answers. /precision {name} changes that."
     for name, old, new in saved_model.shape_differences(details, llama):
         yield f"They were answered with {name} {old}, here it is {new}, so that answers differ."
 

@@ -115,9 +115,9 @@ def _context(session: Session, _: str) -> Reply:
         "trained_for": llama.args.max_seq_len,
         "cached": llama.engine.cached_tokens,
     }
-    shown = {
+    rows = {
         "text": terminal.readable(session.text_of(ids)) or "(none yet)",
         "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
         "cached": f"{llama.engine.cached_tokens:,} tokens",
     }
-    return Reply(facts, terminal.rows(shown))
+    return Reply(facts, terminal.rows(rows))
