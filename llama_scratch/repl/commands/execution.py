@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 command = commands_under("Looking inside")
 
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
-
-
 _KEYS = (
     "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
     "A number behind a word repeats it: next 3."

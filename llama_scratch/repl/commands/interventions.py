@@ -18,7 +18,6 @@ from llama_scratch.repl.transitions import intervene, rollback_on_interrupt
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
 
-
 command = commands_under("Changing it")
 
 _AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)

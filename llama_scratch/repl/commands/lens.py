@@ -25,13 +25,10 @@ from llama_scratch.system.progress import Progress
 command = commands_under("Looking inside")
 
 _LENS = re.compile(r"(ranks)?(?:\s*\b([0-9]{1,9}))?")
-
-
-# Rows of a screen that a page which grows leaves to its title, its labels and what stands around them. What is taller
-# than the screen cannot be taken off it.
-_AROUND = 13
-
-
+# Rows of the screen for a growing page's title, its labels and the lines around it. A display taller than the screen
+# could not be erased.
+_ROWS_AROUND = 13
+# Draws the page of what is computed so far, from a line of progress and the number of rows that there is room for.
 Draw = Callable[[str, int], Page]
 
 
@@ -40,7 +37,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
     """What to tell how far something is, and what is there of its page: shown on a terminal, and gone afterwards."""
     console = session.screen.console
     watched = session.screen.interactive and console.file.isatty() and not console.is_dumb_terminal
-    if not watched or session.settings.plain or console.height <= _AROUND:
+    if not watched or session.settings.plain or console.height <= _ROWS_AROUND:
         with session.screen.progress() as progress:
             yield progress, lambda draw: None
         return
@@ -58,7 +55,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
         page = draw
 
     def view() -> RenderableType:
-        return to_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
+        return to_terminal.view(page(said, console.height - _ROWS_AROUND)) if page else Text(" " + said)
 
     with live_display(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
         yield report, show

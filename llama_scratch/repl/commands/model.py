@@ -16,7 +16,6 @@ from llama_scratch.repl.transitions import switch
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
 
-
 command = commands_under("The model")
 
 

@@ -51,6 +51,9 @@ def _last(session: Session) -> Page | None:
     return texts.answer(session.now.prediction)
 
 
+# Late imports: a session's start does not wait for them.
+
+
 def _png(page: Page) -> bytes:
     from llama_scratch.render.to_png import png
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from llama_scratch.llama import Llama
     from llama_scratch.microscope.interventions import Intervention
 
-
 command = commands_under("The session")
 
 
@@ -62,7 +61,7 @@ def _load(session: Session, argument: str) -> Reply:
     recorded = session_file.load(path)
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
-    # How this session was started holds for what is shown, unless a command changed it there.
+    # The options of this session apply to the display, unless a command changed it in the saved one.
     started = session.state.initial_settings
     live = end.settings.live if end.settings.live != header.settings.live else started.live
     settings = replace(end.settings, plain=session.settings.plain, live=live)
@@ -77,11 +76,7 @@ def _load(session: Session, argument: str) -> Reply:
             texts, on = [Past(ids, end.text, settings.top, None)] if ids else [], ()
     for id in {id for text in texts for id in (*text.ids, *(text.offered or ()))}:
         llama.token(id)  # raises for one that this model does not have
-    chat = None
-    if same and end.system is not None and llama.chat is not None:
-        chat = Chat(end.system, list(more.questions) if more else [])
-        if not more:
-            chat.recall(_asked(recorded), llama.tokenizer)
+    chat = _chat(recorded, llama) if same else None
     off = (session.state.labels and not on) or (not more and _changed(recorded))
     answer = resume(
         session,
@@ -109,6 +104,18 @@ def _load(session: Session, argument: str) -> Reply:
     if off:
         lines.append("Changes to the network are off.")
     return note("\n".join(lines), **facts, **(as_json(answer) if answer else {}))
+
+
+def _chat(recorded: SessionFile, llama: Llama) -> Chat | None:
+    """The conversation of a saved session; None if it had none, or the model takes none."""
+    end = recorded.header.end
+    if end.system is None or llama.chat is None:
+        return None
+    if end.more:
+        return Chat(end.system, list(end.more.questions))
+    chat = Chat(end.system)
+    chat.recall(_asked(recorded), llama.tokenizer)
+    return chat
 
 
 def _remade(changes: Sequence[SavedIntervention], llama: Llama, progress: Progress) -> list[Intervention]:
