@@ -137,7 +137,7 @@ def test_a_length_that_cannot_be(session: Session, length: str) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_it_fits_the_screen(session: Session, width: int, plain: bool) -> None:
     """Every part with its shape, and the total."""
-    session.settings.plain = plain
+    session.change_settings(plain=plain)
     reply = run_command(session, "/arch")[1]
     assert reply is not None
     screen = shown(reply.view or "", width)

@@ -476,8 +476,8 @@ def test_without_an_argument_it_shows_all_heads(session: Session) -> None:
     facts, view = answered(session, "/attention")
     assert facts == {"layer": None, "heads": [scores.as_json() for scores in head_scores(session.llama)]}
     assert "What kind each head looks like" in view
-    assert session.page is not None
-    (gallery,) = of(session.page, Gallery)
+    assert session.state.page is not None
+    (gallery,) = of(session.state.page, Gallery)
     assert len(gallery.maps) == 12  # a picture has them all
 
 
@@ -498,12 +498,12 @@ def test_a_head_by_its_names(session: Session, name: str) -> None:
 
 def test_a_position_is_where_the_map_begins(session: Session) -> None:
     answered(session, "/attention L1.H3 4")
-    assert session.page is not None
-    assert of(session.page, Heatmap)[0].first == 4
+    assert session.state.page is not None
+    assert of(session.state.page, Heatmap)[0].first == 4
     session.predict([60 + i % 90 for i in range(100)])
     assert answered(session, "/attention L1.H3 4")[0]["first"] == 4
     assert answered(session, "/attention L1.H3 50")[0]["first"] == 36
-    session.settings.plain = True
+    session.change_settings(plain=True)
     assert "L1.H3 looks like" in answered(session, "/attention L1.H3")[1]
 
 

@@ -87,7 +87,7 @@ def test_the_command_says_what_the_last_answer_reused(tiny: Llama) -> None:
     layer = run(session, "/kv L2")
     assert layer["layer"] == 2
     assert [len(row) for row in layer["key_norms"]] == [5, 5]
-    assert len(session.moments) == 2
+    assert len(session.state.snapshots) == 2
 
 
 def test_looking_changes_no_answer(tiny: Llama) -> None:

@@ -28,13 +28,15 @@ from llama_scratch import chat_format as chat
 from llama_scratch.chat_format import ChatFormat, Llama3Format, TemplateFormat
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ContextLengthError, LlamaScratchError, UsageError
+from llama_scratch.repl.answering import ask, extend, say
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
+from llama_scratch.repl.transitions import undo
 from llama_scratch.sampling import Sampling
-from llama_scratch.system import template_process, template_sandbox
-from llama_scratch.system.template_errors import TemplateError
+from llama_scratch.system import template_errors, template_process, template_sandbox
 from tests.checkpoints import TINY_PARAMS, write_meta
 from tests.test_background import until
 from tests.test_checkpoint_gguf import refused, string, strings, whole_file
@@ -427,7 +429,7 @@ def test_every_filter_and_test_of_jinja_works_within_the_limits() -> None:
                 expected = template_sandbox.answer_to(source, [], [], {})
                 try:
                     found = {"pieces": format._process.render(source, [], [], {})}
-                except TemplateError as error:
+                except template_errors.TemplateError as error:
                     found = {"failed": str(error)}  # type: ignore[dict-item]
                 if " at 0x" not in str(found):  # an object's address
                     assert found == expected
@@ -638,12 +640,12 @@ def start(llama: Llama, *, interactive: bool = False, generate: int = 0, chat: C
 
 
 def screen(session: Session) -> str:
-    return cast(io.StringIO, session.console.file).getvalue()
+    return cast(io.StringIO, session.screen.console.file).getvalue()
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2: Llama) -> None:
     """A real answer, which the model ends itself."""
-    answer = start(smollm2, generate=40, chat=Chat()).say(FRANCE)
+    answer = say(start(smollm2, generate=40, chat=Chat()), FRANCE)
     assert "Paris" in answer["generated"]["text"]
     assert answer["generated"]["finish_reason"] == "stop"
     assert answer["prompt"] == FRANCE
@@ -655,8 +657,8 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Llama) -> None:
 def test_the_conversation_goes_on_and_reads_nothing_twice(smollm2: Llama) -> None:
     """The second question is seen behind the first and its answer, which are in the cache."""
     session = start(smollm2, generate=40, chat=Chat("You answer questions about countries."))
-    first = session.say(FRANCE)
-    second = session.say("And of Italy?")
+    first = say(session, FRANCE)
+    second = say(session, "And of Italy?")
     messages = [
         Message("system", "You answer questions about countries."),
         Message("user", FRANCE),
@@ -671,23 +673,23 @@ def test_the_conversation_goes_on_and_reads_nothing_twice(smollm2: Llama) -> Non
 
 def test_an_answer_streams_to_a_person(smollm2: Llama) -> None:
     session = start(smollm2, interactive=True, generate=40, chat=Chat())
-    answer = session.say(FRANCE)
+    answer = say(session, FRANCE)
     assert " ".join(answer["generated"]["text"].split()) in " ".join(screen(session).split())
-    assert not session.offered  # a whole answer has nothing that Enter could add
+    assert not session.state.offered  # a whole answer has nothing that Enter could add
 
 
 def test_an_answer_that_is_cut_can_go_on(tiny_chat: Llama) -> None:
     """--generate is its length; what Enter or /generate then add belongs to it."""
     session = start(tiny_chat, generate=4, chat=Chat())
-    answer = session.say("the")
+    answer = say(session, "the")
     assert answer["generated"]["finish_reason"] == "length"
     assert len(answer["generated"]["ids"]) == 4
-    assert session.offered
-    session.extend(session.offered)
-    session.extend([tiny_chat.tokenizer.special_tokens["<|eot_id|>"]])  # the end of it is no part of its text
+    assert session.state.offered
+    extend(session, session.state.offered)
+    extend(session, [tiny_chat.tokenizer.special_tokens["<|eot_id|>"]])  # the end of it is no part of its text
     text = tiny_chat.tokenizer.decode(session.ids[len(answer["tokens"]) : -1])
-    assert session.chat is not None
-    assert session.chat.messages(session.ids, session.llama.tokenizer) == [
+    assert session.state.chat is not None
+    assert session.state.chat.messages(session.ids, session.llama.tokenizer) == [
         Message("user", "the"),
         Message("assistant", text),
     ]
@@ -704,7 +706,7 @@ def test_ctrl_c_keeps_what_came(tiny_chat: Llama, monkeypatch: pytest.MonkeyPatc
             yield step
 
     monkeypatch.setattr(tiny_chat, "continuation", interrupted)
-    answer = session.say("the")
+    answer = say(session, "the")
     assert len(answer["generated"]["ids"]) == 3
     assert session.ids == [token["id"] for token in answer["tokens"]] + answer["generated"]["ids"]
 
@@ -712,41 +714,41 @@ def test_ctrl_c_keeps_what_came(tiny_chat: Llama, monkeypatch: pytest.MonkeyPatc
 def test_undo_takes_back_the_answer_and_then_the_question(tiny_chat: Llama) -> None:
     """What is said next goes on from where the text then is."""
     session = start(tiny_chat, generate=4, chat=Chat("sys"))
-    chat = session.chat
+    chat = session.state.chat
     assert chat is not None
-    session.say("one")
+    say(session, "one")
     after_one = chat.messages(session.ids, session.llama.tokenizer)
     assert [message.role for message in after_one] == ["system", "user", "assistant"]
-    session.say("two")
-    session.undo()
+    say(session, "two")
+    undo(session)
     assert (
         chat.messages(session.ids, session.llama.tokenizer) == after_one
     )  # a question without an answer: the next line replaces it
-    session.say("other")
+    say(session, "other")
     assert chat.messages(session.ids, session.llama.tokenizer)[:-1] == [*after_one, Message("user", "other")]
     for _ in range(3):
-        session.undo()
+        undo(session)
     assert chat.messages(session.ids, session.llama.tokenizer) == after_one
 
 
 def test_another_text_is_another_conversation(tiny_chat: Llama) -> None:
     """After /clear, or a prompt in between."""
     session = start(tiny_chat, generate=4, chat=Chat("sys"))
-    session.say("one")
-    session.ask("the nation")
-    assert session.chat is not None
-    assert session.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
-    session.moments = []
-    assert session.chat.messages([], session.llama.tokenizer) == [Message("system", "sys")]
+    say(session, "one")
+    ask(session, "the nation")
+    assert session.state.chat is not None
+    assert session.state.chat.messages(session.ids, session.llama.tokenizer) == [Message("system", "sys")]
+    session.update(snapshots=())
+    assert session.state.chat.messages([], session.llama.tokenizer) == [Message("system", "sys")]
 
 
 def test_a_conversation_that_fills_the_context(tiny_chat: Llama) -> None:
     """There must be room for an answer; the session stays as it was."""
     session = start(tiny_chat, generate=4, chat=Chat())
-    session.say("the")
+    say(session, "the")
     before = list(session.ids)
     with pytest.raises(ContextLengthError) as caught:
-        session.say("x" * 400)
+        say(session, "x" * 400)
     assert "473 tokens" in str(caught.value)
     assert "under 400" in str(caught.value)
     assert session.ids == before
@@ -754,7 +756,7 @@ def test_a_conversation_that_fills_the_context(tiny_chat: Llama) -> None:
 
 def test_a_message_with_what_is_no_text(tiny_chat: Llama) -> None:
     """Read as U+FFFD, and said so; names of special tokens are plain text without a word."""
-    answer = start(tiny_chat, generate=1, chat=Chat()).say("caf\udce9 <|eot_id|>")
+    answer = say(start(tiny_chat, generate=1, chat=Chat()), "caf\udce9 <|eot_id|>")
     assert answer["prompt"] == "caf\ufffd <|eot_id|>"
     assert len(answer["warnings"]) == 1
     assert "U+FFFD" in answer["warnings"][0]
@@ -773,12 +775,12 @@ def facts(session: Session, line: str) -> dict[str, Any]:
 def test_chat_goes_on_and_off(tiny_chat: Llama) -> None:
     session = start(tiny_chat, generate=4)
     assert facts(session, "/chat") == {"chat": True, "system": ""}
-    session.say("one")
-    chat = session.chat
+    say(session, "one")
+    chat = session.state.chat
     assert facts(session, "/chat") == {"chat": True, "system": ""}
-    assert session.chat is chat  # to ask changes nothing
+    assert session.state.chat is chat  # to ask changes nothing
     assert facts(session, "/chat off") == {"chat": False}
-    assert session.say("the nation")["tokens"][1:] != []
+    assert say(session, "the nation")["tokens"][1:] != []
     assert session.ids == tiny_chat.encode("the nation")
     assert facts(session, "/chat on") == {"chat": True, "system": ""}
     with pytest.raises(UsageError, match="on or off"):
@@ -788,10 +790,10 @@ def test_chat_goes_on_and_off(tiny_chat: Llama) -> None:
 def test_a_system_prompt_begins_a_new_conversation(tiny_chat: Llama) -> None:
     session = start(tiny_chat, generate=4)
     assert facts(session, "/system You are brief.") == {"chat": True, "system": "You are brief."}
-    assert "You are brief." in tiny_chat.tokenizer.decode([t["id"] for t in session.say("one")["tokens"]])
+    assert "You are brief." in tiny_chat.tokenizer.decode([t["id"] for t in say(session, "one")["tokens"]])
     assert facts(session, "/system")["system"] == "You are brief."
     facts(session, "/system Other.")
-    seen = tiny_chat.tokenizer.decode([t["id"] for t in session.say("two")["tokens"]])
+    seen = tiny_chat.tokenizer.decode([t["id"] for t in say(session, "two")["tokens"]])
     assert "Other." in seen
     assert "brief" not in seen
     assert "one" not in seen
@@ -804,7 +806,7 @@ def test_a_base_model_takes_no_conversation(tiny_dir: Path, line: str) -> None:
     session = start(Llama.load(tiny_dir, device="cpu"))
     with pytest.raises(UsageError, match="base model"):
         run_command(session, line)
-    assert session.chat is None
+    assert session.state.chat is None
 
 
 @pytest.mark.slow

@@ -13,16 +13,18 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.render import text
-from llama_scratch.repl.batch import Format, answer_all, respond
+from llama_scratch.render.text import as_text
+from llama_scratch.repl.batch import answer_all
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
-from llama_scratch.repl.commands.registry import split
-from llama_scratch.repl.commands.session import GROUPS
+from llama_scratch.repl.commands.registry import by_heading, split
 from llama_scratch.repl.commands.text import _edited
 from llama_scratch.repl.conversation import Chat
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.keyboard import Keyboard
+from llama_scratch.repl.live import is_live
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.sampling import GREEDY
 from llama_scratch.system.progress import Progress, silent
 
@@ -56,18 +58,25 @@ def run(session: Session, *lines: str) -> dict[str, Any]:
 
 def refused(session: Session, line: str) -> str:
     """The sentence that a line is refused with; the session must be as it was."""
-    before = (session.moments, vars(session.settings).copy(), session.turns.copy())
+    before = (session.state.snapshots, vars(session.settings).copy(), session.state.turns.copy())
     with pytest.raises(LlamaScratchError) as caught:
         respond(session, line)
-    assert (session.moments, vars(session.settings), session.turns) == before
+    assert (session.state.snapshots, vars(session.settings), session.state.turns) == before
     sentence = str(caught.value)
     assert sentence.endswith((".", ")."))
     assert ". " not in sentence
     return sentence
 
 
+HEADINGS = [
+    *("The text", "Looking at it", "Looking inside", "Changing it", "The network", "Drawing tokens", "Chat"),
+    *("The model", "The session"),
+]
+
+
 def test_every_command_is_listed_in_a_group_with_a_line_that_fits() -> None:
-    assert sorted(name for group in GROUPS.values() for name in group) == sorted(COMMANDS)
+    assert list(by_heading()) == HEADINGS
+    assert [command.name for group in by_heading().values() for command in group] == list(COMMANDS)
     assert {name: found.summary for name, found in COMMANDS.items() if not 10 < len(found.summary) <= 64} == {}
 
 
@@ -134,9 +143,9 @@ def test_generate_draws_as_the_settings_say(session: Session, llama: Llama) -> N
 
 def test_a_new_conversation_has_no_view_to_draw_yet(session: Session) -> None:
     run(session, "The capital of France is", "/tokens")
-    assert session.page is not None
+    assert session.state.page is not None
     run(session, "/system Be brief.")
-    assert session.page is None
+    assert session.state.page is None
 
 
 def test_clear_forgets_the_text(session: Session) -> None:
@@ -259,12 +268,12 @@ def test_a_saved_chat_goes_on_after_it_is_loaded(session: Session, llama: Llama,
     run(session, f"/save {tmp_path / 'chat.jsonl'}")
     other = new_session(llama)
     run(other, f"/load {tmp_path / 'chat.jsonl'}")
-    assert session.chat is not None
-    assert other.chat is not None
-    assert other.chat.messages(other.ids, other.llama.tokenizer) == session.chat.messages(
+    assert session.state.chat is not None
+    assert other.state.chat is not None
+    assert other.state.chat.messages(other.ids, other.llama.tokenizer) == session.state.chat.messages(
         session.ids, session.llama.tokenizer
     )
-    assert [message.role for message in other.chat.messages(other.ids, other.llama.tokenizer)] == [
+    assert [message.role for message in other.state.chat.messages(other.ids, other.llama.tokenizer)] == [
         "system",
         *["user", "assistant"] * 2,
     ]
@@ -276,10 +285,10 @@ def test_another_precision_keeps_a_chat_and_another_model_ends_it(session: Sessi
     ids = session.ids
     run(session, "/precision fp32")
     assert session.ids == ids
-    assert session.chat is not None
-    assert len(session.chat.messages(session.ids, session.llama.tokenizer)) == 2
+    assert session.state.chat is not None
+    assert len(session.state.chat.messages(session.ids, session.llama.tokenizer)) == 2
     run(session, f"/model {tiny_dir}")
-    assert session.chat is None
+    assert session.state.chat is None
 
 
 # --- Completion ---
@@ -349,7 +358,7 @@ def test_a_long_number_and_a_long_name_are_refused(session: Session, tmp_path: P
 
 def test_switching_that_is_interrupted_changes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     run(session, "The capital of France is", "/force ␣Paris")
-    before = (session.loading, session.moments)
+    before = (session.state.loading, session.state.snapshots)
     closed: list[Llama] = []
     monkeypatch.setattr(Llama, "close", lambda llama: closed.append(llama))
 
@@ -359,7 +368,7 @@ def test_switching_that_is_interrupted_changes_nothing(session: Session, monkeyp
     monkeypatch.setattr(Llama, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         respond(session, "/precision bf16")
-    assert (session.loading, session.moments) == before
+    assert (session.state.loading, session.state.snapshots) == before
     assert len(closed) == 1
     assert closed[0] is not session.llama
 
@@ -369,9 +378,9 @@ def test_a_loaded_chat_takes_only_its_messages_as_such(session: Session, llama: 
     run(session, "/chat", "//bin is what?", "/generate 2", f"/save {tmp_path / 'chat.jsonl'}")
     other = new_session(llama)
     run(other, f"/load {tmp_path / 'chat.jsonl'}")
-    assert session.chat is not None
-    assert other.chat is not None
-    assert other.chat.messages(other.ids, other.llama.tokenizer) == session.chat.messages(
+    assert session.state.chat is not None
+    assert other.state.chat is not None
+    assert other.state.chat.messages(other.ids, other.llama.tokenizer) == session.state.chat.messages(
         session.ids, session.llama.tokenizer
     )
     lines = (tmp_path / "chat.jsonl").read_text().splitlines()
@@ -483,33 +492,33 @@ def said(session: Session, line: str) -> str:
     _, reply = respond(session, line)
     assert reply
     assert reply.view is not None
-    return text.as_text(reply.view)
+    return as_text(reply.view)
 
 
 def test_live_is_not_said_to_be_on_where_it_is_not(session: Session) -> None:
     assert "no live prediction in a pipe" in said(session, "/live on")
-    session.keyboard = cast(Keyboard, object())
+    session.screen.keyboard = cast(Keyboard, object())
     assert said(session, "/live on") == " Live prediction is on."
-    assert session.is_live
-    session.settings.plain = True
+    assert is_live(session)
+    session.change_settings(plain=True)
     assert "no live prediction with --plain" in said(session, "/live")
-    session.settings.plain = False
-    session.chat = Chat()
+    session.change_settings(plain=False)
+    session.update(chat=Chat())
     assert "no live prediction in a chat" in said(session, "/live")
     assert "outside the chat" in said(session, "/top")
     assert "bring the text back" not in said(session, "/help")
-    session.chat = None
+    session.update(chat=None)
     said(session, "/live off")
-    assert not session.is_live
+    assert not is_live(session)
     assert "suggested token" not in said(session, "/help")
-    session.keyboard = None
+    session.screen.keyboard = None
     assert "Alt-Enter" not in said(session, "/help")
 
 
 def test_a_pipe_exports_the_lines_that_were_answered(session: Session, tmp_path: Path) -> None:
     lines = ["The capital of France is", "/top 2", "The capital of France is", f"/export {tmp_path}/x.md"]
     log = Console(file=io.StringIO())
-    assert answer_all(session, lines, Format("lines"), commands=True, log=log) == 0
+    assert answer_all(session, lines, "lines", commands=True, log=log) == 0
     text = (tmp_path / "x.md").read_text()
     assert text.count("> The capital of France is") == 2
     assert text.count('" Paris"') == 2
@@ -517,6 +526,6 @@ def test_a_pipe_exports_the_lines_that_were_answered(session: Session, tmp_path:
 
 
 def test_a_pipe_without_commands_keeps_nothing_for_an_export(session: Session) -> None:
-    session.keeps_turns = False
-    answer_all(session, ["the"], Format("lines"), commands=False, log=Console(file=io.StringIO()))
-    assert session.shown == []
+    session.screen.records_turns = False
+    answer_all(session, ["the"], "lines", commands=False, log=Console(file=io.StringIO()))
+    assert session.screen.views == []

@@ -32,9 +32,10 @@ from llama_scratch.microscope import (
 )
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Transformer
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.results import ModelInfo
 from llama_scratch.sampling import Sampling, sample
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer

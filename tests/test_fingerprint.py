@@ -17,7 +17,7 @@ from llama_scratch.checkpoint.convert import convert
 from llama_scratch.errors import CheckpointError
 from llama_scratch.llama import Llama
 from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.system.progress import silent
 from tests import test_gguf_variants as gguf_files
 from tests import test_meta_shards as shards

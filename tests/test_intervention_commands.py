@@ -22,14 +22,15 @@ from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.model import Attention
 from llama_scratch.render.answer import before_and_after
 from llama_scratch.render.text import percent, visible
-from llama_scratch.repl import session as session_module
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.conversation import checked
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.editor import _changes, _message
 from llama_scratch.repl.live import LivePredictor
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
+from llama_scratch.repl.transitions import intervene
 from llama_scratch.sampling import GREEDY
 from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
@@ -86,7 +87,13 @@ def shown(view: Any, width: int = 80) -> str:
 
 
 def state(session: Session) -> tuple[Any, ...]:
-    return (session.moments, session.interventions, session.llama, session.turns.copy(), session.page)
+    return (
+        session.state.snapshots,
+        session.state.interventions,
+        session.llama,
+        session.state.turns.copy(),
+        session.state.page,
+    )
 
 
 def refused(session: Session, line: str) -> str:
@@ -135,7 +142,7 @@ def test_an_ablation_stays_on_and_each_answer_has_its_effect(real: Session, smol
 def test_without_a_text_it_is_on_for_the_first(session: Session) -> None:
     facts = run(session, "/ablate L1.H2 L2.ffn")
     assert facts == {"command": "ablate", "interventions": ["-L1.H2", "-L2.ffn"]}
-    assert session.moments == []
+    assert session.state.snapshots == ()
     assert run(session, PROMPT)["effect"]["interventions"] == ["-L1.H2", "-L2.ffn"]
 
 
@@ -151,9 +158,9 @@ def test_what_is_on_is_listed(session: Session) -> None:
 def test_the_same_once_more_takes_the_place_of_the_first(session: Session) -> None:
     """So that each label is one thing to take off."""
     run(session, PROMPT, "/ablate L1.H2 L1.H2", "/ablate L0", "/ablate L1.H2")
-    assert session.labels == ["-L0", "-L1.H2"]
+    assert session.state.labels == ["-L0", "-L1.H2"]
     run(session, "/steer 1 2 ab | ac", "/steer 1 2 ab | ac")
-    assert session.labels == ["-L0", "-L1.H2", "+2·(b−c)@L1"]
+    assert session.state.labels == ["-L0", "-L1.H2", "+2·(b−c)@L1"]
 
 
 def test_directions_with_the_same_name_add_up(session: Session) -> None:
@@ -161,12 +168,12 @@ def test_directions_with_the_same_name_add_up(session: Session) -> None:
     lines = ["/steer 1 2 ab | ac", "/steer 1 2 ab d | ac e", "/steer 1 2 ab f | ac g"]
     names = ["+2·(b−c)@L1", "+2·(b−c)@L1#2", "+2·(b−c)@L1#3"]
     run(session, PROMPT, *lines)
-    assert session.labels == names
-    assert len({intervention.meaning for intervention in session.interventions}) == 3
+    assert session.state.labels == names
+    assert len({intervention.meaning for intervention in session.state.interventions}) == 3
     run(session, lines[1])
-    assert session.labels == [names[0], names[2], names[1]]
+    assert session.state.labels == [names[0], names[2], names[1]]
     run(session, f"/restore {names[1]}")
-    assert session.labels == [names[0], names[2]]
+    assert session.state.labels == [names[0], names[2]]
 
 
 @pytest.mark.parametrize("name", ["L1", "L1.attn", "L1.ffn", "L1.H3", "L1.N9", "1.3"])
@@ -185,12 +192,12 @@ def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     assert completions(session, "/restore -L1") == ["/restore -L1.H2"]
     assert run(session, "/restore -L0.ffn")["interventions"] == ["-L1.H2", "-L2"]
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "head", 2)), ablate(tiny, NetworkPart(2, "layer"))])
-    assert session.moments[-1].prediction.next.logprob == pytest.approx(
+    assert session.state.snapshots[-1].prediction.next.logprob == pytest.approx(
         network.predict(session.ids).next.logprob, abs=1e-4
     )
     assert run(session, "/restore")["interventions"] == []
     assert session.llama is tiny
-    assert session.moments[-1].prediction.next.logprob == pytest.approx(plain["next"]["logprob"], abs=1e-4)
+    assert session.state.snapshots[-1].prediction.next.logprob == pytest.approx(plain["next"]["logprob"], abs=1e-4)
     assert "Nothing is changed" in refused(session, "/restore")
     assert "Nothing is changed" in refused(session, "/restore -L2")
 
@@ -211,7 +218,7 @@ def test_patch_puts_one_activation_in(session: Session) -> None:
     longer = run(session, f"/patch L2@-1 x{SAME_LENGTH}")
     assert longer["kl_bits"] > 0
     run(session, "/restore", f'/patch 1.H3@2 "{SAME_LENGTH}"')
-    assert session.labels == ["L1.H3@2"]
+    assert session.state.labels == ["L1.H3@2"]
 
 
 def test_patch_with_itself_changes_nothing(session: Session) -> None:
@@ -223,12 +230,12 @@ def test_patch_with_itself_changes_nothing(session: Session) -> None:
 def test_patch_without_a_place_is_the_map_of_all(session: Session) -> None:
     """It changes nothing in the session."""
     run(session, PROMPT)
-    before = session.moments
+    before = session.state.snapshots
     facts = run(session, f"/patch {SAME_LENGTH}")
     assert [len(row) for row in facts["moved"]] == [len(session.ids)] * 4
     assert facts["moved"][3][-1] == pytest.approx(1, abs=1e-4)
     assert facts["moved"][0][0] == pytest.approx(0, abs=1e-4)  # BOS is the same
-    assert (session.moments, session.interventions) == (before, ())
+    assert (session.state.snapshots, session.state.interventions) == (before, ())
 
 
 def test_steering_by_0_changes_nothing(session: Session) -> None:
@@ -243,9 +250,9 @@ def test_interventions_go_on_in_another_precision_and_end_with_another_model(
     session: Session, tiny: Llama, tmp_path: Path
 ) -> None:
     run(session, PROMPT, "/ablate L1.H2", f"/patch L2@3 {SAME_LENGTH}")
-    labels = session.labels
+    labels = session.state.labels
     run(session, "/precision int8")
-    assert session.labels == labels
+    assert session.state.labels == labels
     assert session.intact.info.precision == session.llama.info.precision == "int8"
     assert session.llama is not session.intact
     expected = effect(session.intact, session.llama, session.ids, labels).as_json()
@@ -259,7 +266,7 @@ def test_interventions_go_on_in_another_precision_and_end_with_another_model(
     assert not found[0].any()
     other = write_meta(tmp_path / "Other", seed=3)
     answer = run(session, f"/model {other}", PROMPT)
-    assert session.interventions == ()
+    assert session.state.interventions == ()
     assert session.llama is session.intact
     assert "effect" not in answer
     del tiny
@@ -275,7 +282,7 @@ def test_undo_goes_back_to_the_network_that_answered(session: Session, tiny: Lla
     """What is on and what is shown belong together, and nothing is computed again."""
     plain = run(session, PROMPT)
     run(session, "/ablate L1.H2")
-    ablated = session.moments[-1].prediction
+    ablated = session.state.snapshots[-1].prediction
     second = run(session, SAME_LENGTH)
     run(session, "/ablate L0.ffn", "/restore")
     cached = tiny.engine.cached_tokens
@@ -286,7 +293,7 @@ def test_undo_goes_back_to_the_network_that_answered(session: Session, tiny: Lla
         (plain["next"], []),
     ):
         answer = run(session, "/undo")
-        assert session.labels == labels
+        assert session.state.labels == labels
         assert expected is None or answer["next"]["id"] == expected["id"]
         found = session.llama.predict(session.ids).next if labels else tiny.predict(session.ids).next
         assert found.logprob == pytest.approx(answer["next"]["logprob"], abs=1e-4)
@@ -306,7 +313,7 @@ def test_what_goes_on_from_an_intervention_is_of_the_changed_network(session: Se
     assert accepted["effect"]["interventions"] == ["-L1"]
     assert [token["id"] for token in accepted["tokens"]][-6:] == list(expected)
     assert run(session, "/force #65")["effect"]["interventions"] == ["-L1"]
-    session.settings.generate = 3
+    session.change_settings(generate=3)
     answer = run(session, PROMPT)
     assert answer["generated"]["ids"] == list(network.complete(PROMPT, 3).ids)
     assert answer["effect"]["interventions"] == ["-L1"]
@@ -314,7 +321,7 @@ def test_what_goes_on_from_an_intervention_is_of_the_changed_network(session: Se
 
 def test_live_prediction_is_of_the_changed_network(session: Session, tiny: Llama) -> None:
     live = LivePredictor(session, lambda: None)
-    live._wanted = PROMPT
+    live._requested = PROMPT
     run(session, "/ablate L1")
     found = live._score(PROMPT).candidates
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
@@ -324,8 +331,8 @@ def test_live_prediction_is_of_the_changed_network(session: Session, tiny: Llama
 
 
 def test_a_chat_goes_on_with_them(real: Session, smollm2: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    real.chat = checked(real.llama)
-    real.settings.generate = 4
+    real.update(chat=checked(real.llama))
+    real.change_settings(generate=4)
     plain = run(real, "What is the capital of France?")
     run(real, "/ablate L28.ffn L29.ffn")
     changed_answer = run(real, "/chat on", "What is the capital of France?")
@@ -337,7 +344,7 @@ def test_a_chat_goes_on_with_them(real: Session, smollm2: Llama, monkeypatch: py
     monkeypatch.setattr(attribution, "LEFT_OUT", 2)
     found = run(real, "/why")
     assert [token["id"] for token in found["tokens"]] == real.ids
-    assert found["answer"]["id"] == real.moments[-1].prediction.next.id
+    assert found["answer"]["id"] == real.state.snapshots[-1].prediction.next.id
 
 
 # --- How it is shown --------------------------------------------------------------------------
@@ -382,7 +389,7 @@ def test_labels_that_do_not_fit_are_counted_or_cut(labels: list[str], room: int,
 def test_a_terminal_sees_before_and_after(smollm2: Llama, width: int) -> None:
     """Beneath the answer, and as the page of what was put on; the answer without it once it is off."""
     session = started(smollm2, width=width, interactive=True)
-    file = session.console.file
+    file = session.screen.console.file
     assert isinstance(file, io.StringIO)
     respond(session, "The capital of France is")
     reply = run_command(session, "/ablate L23.H4 L29.ffn")[1]
@@ -413,7 +420,7 @@ def test_an_effect_that_changes_the_answer_names_both(tiny: Llama) -> None:
 
 
 def test_a_screen_reader_gets_lines(session: Session) -> None:
-    session.settings.plain = True
+    session.change_settings(plain=True)
     run(session, PROMPT)
     for line in ("/why", "/ablate L1", f"/patch {SAME_LENGTH}"):
         reply = run_command(session, line)[1]
@@ -426,7 +433,7 @@ def test_a_screen_reader_gets_lines(session: Session) -> None:
 def test_completion_knows_parts_tokens_and_labels(session: Session) -> None:
     run(session, PROMPT)
     assert completions(session, "/why ") == [
-        f"/why {visible(c.text).plain}" for c in session.moments[-1].prediction.top
+        f"/why {visible(c.text).plain}" for c in session.state.snapshots[-1].prediction.top
     ]
     assert all(NetworkPart.named(line.split()[1], session.llama.args) for line in completions(session, "/ablate L"))
 
@@ -467,7 +474,7 @@ def test_why_is_about_the_answer_or_a_token_or_two(
 
 def test_why_with_an_intervention_is_of_the_changed_network(session: Session) -> None:
     facts = run(session, PROMPT, "/ablate L1.H2", "/why")
-    assert facts["answer"]["id"] == session.moments[-1].prediction.next.id
+    assert facts["answer"]["id"] == session.state.snapshots[-1].prediction.next.id
     assert {c["name"]: c["logit"] for c in facts["contributions"]}["L1.H2"] == 0
     assert "interventions" not in {c["name"] for c in facts["contributions"]}
     assert abs(facts["remainder"]) < 1e-3
@@ -573,12 +580,12 @@ def test_what_cannot_be_meant_is_a_sentence(session: Session, line: str, said: s
 def test_too_much_of_a_direction_is_refused_and_not_put_on(session: Session) -> None:
     """The network is not said to be damaged; without a text it is said of the first one, and can be taken off."""
     huge = Intervention("huge", "Much.", {"layers.1.resid_post": lambda value, _start: value * float("inf")})
-    session.intervene([huge])
+    intervene(session, [huge])
     assert "take them off, or choose a smaller scale." in refused(session, PROMPT)
     run(session, "/restore", PROMPT, "/ablate L1")
     with pytest.raises(UsageError, match="take them off, or choose a smaller scale"):
-        session.intervene([*session.interventions, huge])
-    assert session.labels == ["-L1"]
+        intervene(session, [*session.state.interventions, huge])
+    assert session.state.labels == ["-L1"]
     run(session, PROMPT)
 
 
@@ -586,7 +593,7 @@ def test_what_is_refused_leaves_those_that_are_on(session: Session) -> None:
     run(session, PROMPT, "/ablate L1.H2")
     for line in ("/ablate L9", "/patch L1@99 ab", "/steer 1 nan a | b", "/why two words", "/patch ab"):
         refused(session, line)
-    assert session.labels == ["-L1.H2"]
+    assert session.state.labels == ["-L1.H2"]
 
 
 # --- Interrupted ------------------------------------------------------------------------------
@@ -628,8 +635,8 @@ def test_an_interruption_anywhere_leaves_the_session_as_it_was(
             break
     assert at > 3
     monkeypatch.undo()
-    answer = session.moments[-1].prediction.next
-    fresh = changed(tiny, session.interventions)
+    answer = session.state.snapshots[-1].prediction.next
+    fresh = changed(tiny, session.state.interventions)
     assert float(fresh.engine.forward_with_hooks([session.ids], {})[0, 0].log_softmax(-1)[answer.id]) == pytest.approx(
         answer.logprob, abs=1e-4
     )
@@ -657,13 +664,13 @@ def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypa
         raise KeyboardInterrupt
 
     before = state(session)
-    monkeypatch.setattr("llama_scratch.render.pages.effect.page", interrupted)
+    monkeypatch.setattr("llama_scratch.render.pages.patching.effect", interrupted)
     for line in ("/ablate L1 mean", "/ablate L1", f"/patch L1@2 {SAME_LENGTH}", "/steer 1 2 ab | ac"):
         with pytest.raises(KeyboardInterrupt):
             respond(session, line)
         assert state(session) == before
-    monkeypatch.setattr(session, "interactive", True)
-    monkeypatch.setattr(session, "show_answer", interrupted)
+    monkeypatch.setattr(session.screen, "interactive", True)
+    monkeypatch.setattr("llama_scratch.repl.answering.show_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         respond(session, "/restore")
     assert state(session) == before
@@ -681,10 +688,10 @@ def test_load_takes_the_interventions_off_that_the_loaded_session_does_not_have(
     output, reply = respond(session, f"/load {path}")
     assert reply is not None
     assert "Changes to the network are off." in shown(reply.view)
-    assert session.interventions == ()
+    assert session.state.interventions == ()
     assert session.llama is tiny
     assert output["next"]["logprob"] == pytest.approx(plain["next"]["logprob"], abs=1e-4)
-    assert session.moments[-1].interventions == ()
+    assert session.state.snapshots[-1].interventions == ()
 
 
 def test_a_session_that_was_saved_with_interventions_on_is_loaded_with_them(
@@ -697,7 +704,7 @@ def test_a_session_that_was_saved_with_interventions_on_is_loaded_with_them(
     output, reply = respond(fresh, f"/load {path}")
     assert reply is not None
     assert "are off" not in shown(reply.view)
-    assert fresh.labels == output["interventions"] == ["-L1"]
+    assert fresh.state.labels == output["interventions"] == ["-L1"]
     assert output["next"]["logprob"] == pytest.approx(changed["next"]["logprob"], abs=1e-4)
     off = tmp_path / "off.jsonl"
     run(session, "/restore", f"/save {off}")
@@ -726,22 +733,22 @@ def test_a_recording_with_interventions_runs_again(session: Session, tiny: Llama
 
     report = run_again(session_file.load(path), tiny, never, Console(file=io.StringIO()))
     assert report.differences == []
-    assert report.compared == report.turns == len(session.turns) - 1
+    assert report.compared == report.turns == len(session.state.turns) - 1
 
 
 def test_what_is_on_is_of_one_session(tiny: Llama) -> None:
     """Another one on the same model has none."""
     one, other = started(tiny), started(tiny)
     run(one, PROMPT, "/ablate L1")
-    assert other.labels == []
+    assert other.state.labels == []
     assert "effect" not in run(other, PROMPT)
 
 
 def test_moments_stay_within_their_limit(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_MOMENTS", 3)
+    monkeypatch.setattr("llama_scratch.repl.state.MAX_SNAPSHOTS", 3)
     for line in (PROMPT, "/ablate L1", PROMPT, "/restore", "/ablate L2", "/precision fp16", "/precision fp32"):
         run(session, line)
-        assert len(session.moments) <= 3
+        assert len(session.state.snapshots) <= 3
 
 
 def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
@@ -763,8 +770,8 @@ def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session,
 
 def test_a_chats_answer_has_its_effect(real: Session) -> None:
     """Of its first token."""
-    real.chat = checked(real.llama)
-    real.settings.generate = 2
+    real.update(chat=checked(real.llama))
+    real.change_settings(generate=2)
     answer = run(real, "/ablate L28.ffn", "What is the capital of France?")
     assert answer["effect"]["interventions"] == ["-L28.ffn"]
     assert answer["effect"]["after"]["id"] == answer["next"]["id"]

@@ -308,17 +308,17 @@ def test_the_command_looks_at_the_text_so_far(session: Session) -> None:
     assert facts == lens(session.llama, session.ids).as_json()
     assert [token["id"] for token in facts["tokens"]] == session.ids
     assert "The best guess behind each layer" in view
-    assert session.page is not None
+    assert session.state.page is not None
     assert "The rank of what the network says" in answered(session, "/lens ranks")[1]
     assert answered(session, "/lens ranks 2")[0] == facts
-    session.settings.plain = True
+    session.change_settings(plain=True)
     assert '\nlayer 1, after "' in answered(session, "/lens 3")[1]
 
 
 def test_a_position_is_where_a_narrow_screen_begins(session: Session) -> None:
     answered(session, "/lens 4")
-    assert session.page is not None
-    assert [part.first for part in session.page.parts if isinstance(part, Heatmap)] == [4]
+    assert session.state.page is not None
+    assert [part.first for part in session.state.page.parts if isinstance(part, Heatmap)] == [4]
     session.predict([60 + i % 90 for i in range(100)])
     assert answered(session, "/lens 7")[0]["first"] == 7  # a window of its own
     assert len(answered(session, "/lens 7")[0]["tokens"]) == 64
@@ -390,8 +390,11 @@ def test_layers_are_shown_as_they_come_where_a_person_watches(
     """And nowhere else; nothing of it stays."""
     session = started(tiny)
     file = _Terminal() if terminal else io.StringIO()
-    session.console = Console(file=file, force_terminal=terminal, width=80, height=height, _environ={"TERM": "xterm"})
-    session.interactive, session.settings.plain = interactive, plain
+    session.screen.console = Console(
+        file=file, force_terminal=terminal, width=80, height=height, _environ={"TERM": "xterm"}
+    )
+    session.screen.interactive = interactive
+    session.change_settings(plain=plain)
     with _watched(session) as (progress, show):
         for found in growing(tiny, list(range(60, 70)), progress=progress):
             show(lambda note, rows, found=found: pages.growing(found, note, rows))  # type: ignore[misc]

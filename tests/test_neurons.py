@@ -128,7 +128,7 @@ def test_the_command(tiny: Llama) -> None:
     facts = run(session, "/neurons L2 3")
     assert (facts["layer"], len(facts["neurons"]), facts["of"]) == (2, 3, tiny.args.ffn_dim)
     assert len(neurons(tiny, IDS, 0, 100_000).neurons) == tiny.args.ffn_dim
-    assert len(session.moments) == 1
+    assert len(session.state.snapshots) == 1
 
 
 @pytest.mark.parametrize(

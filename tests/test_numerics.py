@@ -180,7 +180,7 @@ def test_the_command(tiny: Llama) -> None:
     facts = run(session, "/numerics fp16 rope")
     assert [row["name"] for row in facts["rows"]] == ["fp16", "RoPE 8"]
     assert facts["reference"]["answer"]["id"] == facts["rows"][0]["answer"]["id"]
-    assert len(session.moments) == 1
+    assert len(session.state.snapshots) == 1
     for argument in ("fp8", "fp32", "rope auto"):
         with pytest.raises(UsageError) as raised:
             run_command(session, f"/numerics {argument}")

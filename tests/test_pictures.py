@@ -12,10 +12,11 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
 from llama_scratch.render.page import Page, Paragraph
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.sampling import GREEDY
 from llama_scratch.system.progress import Progress
 
@@ -80,11 +81,13 @@ def test_after_another_answer_that_one_is_drawn(session: Session, tiny_dir: Path
         "/restore", f"/load {tmp_path / 'session.jsonl'}", f"/model {tiny_dir}",
     ):  # fmt: skip
         respond(session, "/tokens")
-        assert session.page is not None
-        assert session.page.title == "Tokens"
+        assert session.state.page is not None
+        assert session.state.page.title == "Tokens"
         respond(session, line)
-        assert (session.page and session.page.title) == ("Before and after" if "/ablate" in line else None), line
-        session.moments = session.moments * 2
+        assert (session.state.page and session.state.page.title) == (
+            "Before and after" if "/ablate" in line else None
+        ), line
+        session.update(snapshots=session.state.snapshots * 2)
     respond(session, "/tokens")
     respond(session, "/clear")
     with pytest.raises(LlamaScratchError, match="nothing to draw yet"):
@@ -105,7 +108,7 @@ def test_after_another_answer_that_one_is_drawn(session: Session, tiny_dir: Path
 def test_where_nothing_is_drawn(session: Session, argument: str, expected: str) -> None:
     Path("there.html").write_text("mine")
     Path("link.png").symlink_to("away")
-    session.page = Page("A view", (Paragraph("x"),))
+    session.update(page=Page("A view", (Paragraph("x"),)))
     with pytest.raises(LlamaScratchError) as error:
         run_command(session, f"/picture {argument}")
     assert expected in str(error.value)

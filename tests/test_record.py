@@ -19,12 +19,14 @@ from rich.console import Console
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.offers import offer, offer_next
 from llama_scratch.repl.replay import Report, compare, run_again
-from llama_scratch.repl.session import Session, Settings, Turn
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings, Turn
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress
 from tests.checkpoints import write_meta
@@ -128,7 +130,7 @@ def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -
     assert header["repeatable"] is True
     assert set(header["versions"]) == {"python", "torch", "platform"}
     assert [turn["input"] for turn in turns] == [*LINES[:-1], "caf\ufffd"]
-    assert turns[0]["output"] == json.loads(json.dumps(session.turns[0].output))
+    assert turns[0]["output"] == json.loads(json.dumps(session.state.turns[0].output))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
@@ -137,8 +139,8 @@ def test_a_file_is_read_as_it_was_written(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, *LINES[:-1])
     path = saved(session, tmp_path / "a.jsonl")
     found = session_file.load(path)
-    assert found.turns == session.turns[:-1]  # the last one is /save itself
-    assert found.header.settings == session.first_settings
+    assert found.turns == session.state.turns[:-1]  # the last one is /save itself
+    assert found.header.settings == session.state.initial_settings
     assert found.header.end.settings == session.settings
 
 
@@ -151,7 +153,7 @@ def test_a_path_from_here_is_kept_in_full(tiny_dir: Path, tmp_path: Path, monkey
 
 def test_numbers_that_are_none_survive(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the")
-    session.turns.append(Turn("/x", {"value": [float("-inf"), float("nan")]}))
+    session.state.turns.append(Turn("/x", {"value": [float("-inf"), float("nan")]}))
     low, none = session_file.load(saved(session, tmp_path / "a.jsonl")).turns[1].output["value"]
     assert low == float("-inf")
     assert none != none
@@ -232,7 +234,7 @@ def test_there_must_be_something_to_save(tiny: Llama, tmp_path: Path) -> None:
 def test_a_session_that_no_load_would_take_is_not_written(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_file, "MOST", 1000)
+    monkeypatch.setattr(session_file, "MAX_BYTES", 1000)
     with pytest.raises(LlamaScratchError, match="expected at most 1,000"):
         saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     assert os.listdir(tmp_path) == []
@@ -488,9 +490,9 @@ def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_pa
 
 def test_the_candidate_that_was_chosen_is_chosen_again(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the")
-    session.offer_next()
+    offer_next(session)
     respond(session, "")
-    second = session.turns[0].output["top"][1]["id"]
+    second = session.state.turns[0].output["top"][1]["id"]
     assert session.ids[-1] == second
     assert replayed(saved(session, tmp_path / "a.jsonl"), tiny).differences == []
 
@@ -538,11 +540,11 @@ def test_lines_go_on_from_the_text_that_an_editor_gave(tiny: Llama, tmp_path: Pa
 
 def test_of_what_was_interrupted_the_beginning_is_compared(tiny: Llama, tmp_path: Path) -> None:
     session = session_of(tiny, "the", "/generate 8")
-    whole = session.turns[-1].output
+    whole = session.state.turns[-1].output
     cut = {key: value[:3] for key, value in whole.items() if key in ("ids", "logprobs")}
     part = whole | cut | {"text": "cut", "finish_reason": "interrupted"}
-    session.turns[-1] = Turn("/generate 8", part)
-    session.offer(part["ids"])
+    session.state.turns[-1] = Turn("/generate 8", part)
+    offer(session, part["ids"])
     respond(session, "")
     path = saved(session, tmp_path / "a.jsonl")
     assert replayed(path, tiny).differences == []
@@ -627,9 +629,11 @@ def test_load_restores_text_settings_and_lines(tiny: Llama, tmp_path: Path) -> N
     output, _ = respond(second, f"/load {path}")
     assert output["same_model"] is True
     assert second.ids == first.ids
-    assert [candidate["id"] for candidate in output["top"]] == [c.id for c in first.moments[-1].prediction.top[:2]]
+    assert [candidate["id"] for candidate in output["top"]] == [
+        c.id for c in first.state.snapshots[-1].prediction.top[:2]
+    ]
     assert (second.settings.top, second.settings.sampling.seed, second.settings.live) == (2, 4, False)
-    assert [turn.input for turn in second.turns] == ["the nation", "", "/top 2", "/seed 4", f"/load {path}"]
+    assert [turn.input for turn in second.state.turns] == ["the nation", "", "/top 2", "/seed 4", f"/load {path}"]
     respond(second, "")
     assert replayed(saved(second, tmp_path / "b.jsonl"), tiny).differences == []
 
@@ -648,10 +652,10 @@ def test_a_load_that_fails_changes_nothing(tiny: Llama, tmp_path: Path, ids: lis
     path = saved(session_of(tiny, "the", "/top 2"), tmp_path / "a.jsonl")
     edited(path, lambda lines: lines[0]["end"].update(ids=ids))
     session = session_of(tiny, "in")
-    before = (session.ids, replace(session.settings), list(session.turns))
+    before = (session.ids, replace(session.settings), list(session.state.turns))
     with pytest.raises(UsageError):
         respond(session, f"/load {path}")
-    assert (session.ids, session.settings, session.turns) == before
+    assert (session.ids, session.settings, session.state.turns) == before
 
 
 # --- Exports and history ----------------------------------------------------------------------
@@ -661,7 +665,7 @@ def shown(llama: Llama) -> Session:
     """A session with something on its screen."""
     session = session_of(llama, interactive=True)
     for line in ("the nation", "", "``` <b> ```\x1b[31m"):
-        session.typed(line)
+        session.screen.echo(session.state.loading.name, line)
         respond(session, line)
     return session
 
@@ -685,7 +689,7 @@ def test_exports_hold_what_stands_on_the_screen(tiny: Llama, tmp_path: Path, mon
     assert "\x1b" not in page + picture + text
     turns = json.loads((tmp_path / "a.json").read_text())
     assert [turn["input"] for turn in turns[:2]] == ["the nation", ""]
-    assert turns[0]["output"] == json.loads(json.dumps(session.turns[0].output))
+    assert turns[0]["output"] == json.loads(json.dumps(session.state.turns[0].output))
 
 
 @pytest.mark.parametrize(
@@ -723,9 +727,9 @@ def test_history_of_a_pipe_is_that_of_the_session(tiny: Llama) -> None:
     output, reply = respond(session, "/history 2")
     assert output["history"] == ["/top 2", "/history"]
     assert reply is not None
-    session.console.print(respond(session, "/history")[1].view)  # type: ignore[union-attr]
-    assert isinstance(session.console.file, io.StringIO)
-    assert r"in\x1b[31m" in session.console.file.getvalue()
+    session.screen.console.print(respond(session, "/history")[1].view)  # type: ignore[union-attr]
+    assert isinstance(session.screen.console.file, io.StringIO)
+    assert r"in\x1b[31m" in session.screen.console.file.getvalue()
     with pytest.raises(UsageError, match="expected a whole number"):
         respond(session, "/history x")
 
@@ -734,7 +738,7 @@ def test_history_of_a_terminal_is_that_of_earlier_sessions_too(tiny: Llama) -> N
     from llama_scratch.repl.history import open_history
 
     session = session_of(tiny, interactive=True)
-    session.keyboard = cast(Keyboard, object())
+    session.screen.keyboard = cast(Keyboard, object())
     assert respond(session, "/history")[0]["history"] == []  # there is no file yet
     kept = open_history(session)
     for line in ("older", "two\nlines", "newer"):

@@ -13,7 +13,8 @@ from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.sampling import GREEDY
 
 HOSTILE = "</script><script>alert(1)</script> “capital” of \u202e &amp;"
@@ -45,8 +46,8 @@ def test_it_holds_every_part_of_the_examination(session: Session, tmp_path: Path
     assert headings[:4] == ["What comes next", "Surprisal", "Logit lens", "Why that token"]
     assert any(heading.startswith("Attention of L") for heading in headings)
     assert headings[-1] == "Attention heads"
-    assert session.page is not None
-    assert session.page.title == "What comes after “The capital of France is”"
+    assert session.state.page is not None
+    assert session.state.page.title == "What comes after “The capital of France is”"
 
 
 def test_a_text_in_it_is_a_text(session: Session, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_command(tiny: Llama, argument: str, expected: tuple[int, int, int])
     facts = run(session, f"/rope {argument}".strip())
     assert (facts["position"], facts["layer"], facts["head"]) == expected
     assert facts["scales"]
-    assert len(session.moments) == 1
+    assert len(session.state.snapshots) == 1
 
 
 @pytest.mark.parametrize(

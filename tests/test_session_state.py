@@ -22,30 +22,31 @@ from rich.console import Console
 from llama_scratch.cli.options import ModelOptions
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
-from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl import recording, session_file
 from llama_scratch.repl.conversation import Chat, Question
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.replay import Report, run_again
-from llama_scratch.repl.session import InitialModel, Past, Session, Settings, Snapshot
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import InitialModel, Past, Settings, Snapshot
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress
 from tests.checkpoints import tokenizer_file, write_meta
 from tests.test_cli import Runner, llama_scratch  # noqa: F401 - a fixture
 from tests.test_record import edited
 
-# Properties of `Session` that a file brings back.
+# Attributes of the state that a file brings back.
 RESTORED = {
     "settings",
-    "moments",
+    "snapshots",
     "past",
     "turns",
     "chat",
     "interventions",
-    "_changed",
-    "first_model",
-    "first_settings",
-    "first_system",
+    "changed",
+    "initial_model",
+    "initial_settings",
+    "initial_system",
 }
 # Those that it does not, each with the reason.
 KEPT = {
@@ -55,10 +56,10 @@ KEPT = {
     "interactive": "this terminal",
     "keyboard": "this terminal",
     "lists_candidates": "this command line (--top)",
-    "keeps_turns": "this command line (--commands)",
+    "records_turns": "this command line (--commands)",
     "debug": "this command line",
     "ended": "/quit ends this session",
-    "shown": "the screen of this terminal, for /export; /load adds the answer",
+    "views": "the screen of this terminal, for /export; /load adds the answer",
     "explained": "the warnings that this screen has explained",
 }
 # Those that neither session's value is right for.
@@ -145,9 +146,9 @@ def respond_or_skip(session: Session, line: str) -> None:
 
 def save_and_load(session: Session, into: Session, path: Path) -> None:
     respond(session, f"/save {path}")
-    session.turns.pop()  # /save itself, which no file holds
+    session.state.turns.pop()  # /save itself, which no file holds
     respond(into, f"/load {path}")
-    into.turns.pop()
+    into.state.turns.pop()
 
 
 def replayed(path: Path, llama: Llama) -> Report:
@@ -158,8 +159,16 @@ def texts(session: Session) -> list[Any]:
     """All texts that /undo goes back to, with the network that answered each."""
     return [
         (text.ids, text.prompt, tuple(text.offered or ()), [(i.label, i.meaning, i.recipe) for i in text.interventions])
-        for text in session.texts
+        for text in session.state.texts
     ]
+
+
+def attributes(session: Session) -> dict[str, Any]:
+    """All attributes of a session, of its screen and of its state by their names, each once."""
+    owners = [vars(session), vars(session.screen), vars(session.state)]
+    together = {name: value for owner in owners for name, value in owner.items()}
+    assert len(together) == sum(map(len, owners))
+    return {name: value for name, value in together.items() if name not in ("screen", "state")}
 
 
 def origin(found: InitialModel | None) -> dict[str, Any]:
@@ -177,19 +186,19 @@ def state(session: Session) -> dict[str, Any]:
     best = session.llama.predict(now.ids, top=session.settings.top) if now else None
     found = {
         "settings": {name: getattr(session.settings, name) for name in SETTINGS},
-        "moments": (texts(session), best and [(c.id, round(c.logprob, 4)) for c in best.top]),
-        "past": None,  # with the moments
-        "turns": [(turn.input, json.loads(json.dumps(turn.output))) for turn in session.turns],
-        "chat": session.chat
+        "snapshots": (texts(session), best and [(c.id, round(c.logprob, 4)) for c in best.top]),
+        "past": None,  # with the snapshots
+        "turns": [(turn.input, json.loads(json.dumps(turn.output))) for turn in session.state.turns],
+        "chat": session.state.chat
         and (
-            session.chat.system,
-            [q for q in session.chat.questions if any(q.ids == i[: len(q.ids)] for i, *_ in texts(session))],
+            session.state.chat.system,
+            [q for q in session.state.chat.questions if any(q.ids == i[: len(q.ids)] for i, *_ in texts(session))],
         ),
-        "interventions": [(i.label, i.meaning, i.recipe) for i in session.interventions],
-        "_changed": None if session._changed is None else sorted(session._changed.engine.hooks),
-        "first_model": origin(session.first_model),
-        "first_settings": replace(session.first_settings, live=True, plain=False),
-        "first_system": session.first_system,
+        "interventions": [(i.label, i.meaning, i.recipe) for i in session.state.interventions],
+        "changed": None if session.state.changed is None else sorted(session.state.changed.engine.hooks),
+        "initial_model": origin(session.state.initial_model),
+        "initial_settings": replace(session.state.initial_settings, live=True, plain=False),
+        "initial_system": session.state.initial_system,
     }
     assert found.keys() == RESTORED
     return found
@@ -199,7 +208,7 @@ def state(session: Session) -> dict[str, Any]:
 
 
 def test_every_property_has_a_decision(llama: Llama) -> None:
-    assert set(vars(session_of(llama))) == RESTORED | KEPT.keys() | BEGUN_ANEW.keys()
+    assert set(attributes(session_of(llama))) == RESTORED | KEPT.keys() | BEGUN_ANEW.keys()
     assert {field.name for field in fields(Settings)} == SETTINGS | SETTINGS_KEPT.keys()
     # Saved as a whole, with each of their fields.
     assert {field.name for field in fields(Chat)} == {"system", "questions"}
@@ -223,8 +232,8 @@ def test_nothing_is_as_it_would_be_without_a_file(llama: Llama, lines: list[str]
     for field in fields(Sampling):
         assert getattr(session.settings.sampling, field.name) != getattr(Sampling(), field.name), field.name
     ours, theirs = state(session), state(fresh)
-    same = {name for name in RESTORED if ours[name] == theirs[name]} - {"past", "first_model"}
-    assert same == {"first_system"} | ({"chat"} if lines is TEXT_LINES else set())
+    same = {name for name in RESTORED if ours[name] == theirs[name]} - {"past", "initial_model"}
+    assert same == {"initial_system"} | ({"chat"} if lines is TEXT_LINES else set())
 
 
 # --- Save, load, compare ----------------------------------------------------------------------
@@ -242,13 +251,13 @@ def test_the_state_after_load_is_the_one_before_save(
         second = session_of(
             llama, "/system Rhyme.", "x", "/ablate L2", "/seed 9", "/chat off", "in", "/step", "/tokens"
         )
-        assert second.walk is not None
-        assert second.page is not None
-    kept = {name: vars(second)[name] for name in KEPT}
+        assert second.state.walk is not None
+        assert second.state.page is not None
+    kept = {name: attributes(second)[name] for name in KEPT}
     save_and_load(first, second, tmp_path / "a.jsonl")
     assert state(second) == before
-    assert {name: vars(second)[name] for name in KEPT} == kept
-    assert {name: vars(second)[name] for name in BEGUN_ANEW} == {"page": None, "walk": None}
+    assert {name: attributes(second)[name] for name in KEPT} == kept
+    assert {name: attributes(second)[name] for name in BEGUN_ANEW} == {"page": None, "walk": None}
 
 
 def test_what_the_next_lines_do_is_the_same_too(llama: Llama, tmp_path: Path) -> None:
@@ -274,12 +283,12 @@ def summary(answer: dict[str, Any]) -> Any:
 def test_a_conversation_goes_on(llama: Llama, tmp_path: Path) -> None:
     first, second = session_of(llama, *CHAT_LINES, generate=3), session_of(llama)
     save_and_load(first, second, tmp_path / "a.jsonl")
-    assert first.chat
-    assert second.chat
-    assert second.chat.messages(second.ids, second.llama.tokenizer) == first.chat.messages(
+    assert first.state.chat
+    assert second.state.chat
+    assert second.state.chat.messages(second.ids, second.llama.tokenizer) == first.state.chat.messages(
         first.ids, first.llama.tokenizer
     )
-    roles = [message.role for message in second.chat.messages(second.ids, second.llama.tokenizer)]
+    roles = [message.role for message in second.state.chat.messages(second.ids, second.llama.tokenizer)]
     assert roles == ["system", *["user", "assistant"] * 2]
 
 
@@ -301,7 +310,7 @@ def test_a_loaded_session_is_saved_and_run_again(llama: Llama, tmp_path: Path, l
 def test_a_file_that_is_saved_again_is_the_same(llama: Llama, tmp_path: Path) -> None:
     first, second = session_of(llama, *TEXT_LINES, generate=3), session_of(llama)
     save_and_load(first, second, tmp_path / "a.jsonl")
-    session_file.save(session_file.record(second), tmp_path / "b.jsonl")
+    session_file.save(recording.record(second), tmp_path / "b.jsonl")
     a, b = (json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0]) for name in "ab")
     a["end"]["settings"]["live"] = a["settings"]["live"] = b["settings"]["live"] = b["end"]["settings"]["live"]
     a["end"]["more"]["texts"][-1]["top"] = b["end"]["more"]["texts"][-1]["top"]
@@ -480,7 +489,7 @@ def test_another_models_session_gives_its_text_and_says_what_is_off(llama: Llama
     assert "another model, Tiny-Instruct" in text
     assert "Chat is off" in text
     assert "Changes to the network are off" in text
-    assert (session.chat, session.labels, session.past) == (None, [], [])
+    assert (session.state.chat, session.state.labels, session.state.past) == (None, [], ())
 
 
 def test_the_model_at_the_end_counts(llama: Llama, other: Llama, tmp_path: Path) -> None:
@@ -562,14 +571,14 @@ def test_a_load_that_fails_changes_nothing(
     path = tmp_path / "a.jsonl"
     respond(session_of(llama, *TEXT_LINES), f"/save {path}")
     session = session_of(llama, *mode, generate=2)
-    before, settings = dict(vars(session)), asdict(session.settings)
-    turns, questions = list(session.turns), list(session.chat.questions) if session.chat else []
+    before, settings = attributes(session), asdict(session.settings)
+    turns, questions = list(session.state.turns), list(session.state.chat.questions) if session.state.chat else []
     with pytest.raises(LlamaScratchError):
         respond(session, f"/load {edited(path, change)}")
-    assert vars(session) == before
+    assert attributes(session) == before
     assert asdict(session.settings) == settings
-    assert session.turns == turns
-    assert (session.chat.questions if session.chat else []) == questions
+    assert session.state.turns == turns
+    assert (session.state.chat.questions if session.state.chat else []) == questions
 
 
 @pytest.mark.parametrize("stage", ["checking", "reading"])
@@ -579,7 +588,7 @@ def test_an_interrupted_load_changes_nothing(
     llama, path = load(directory), tmp_path / "a.jsonl"
     respond(session_of(load(directory), *TEXT_LINES), f"/save {path}")
     session = session_of(llama, "in", "/ablate L0")
-    before = dict(vars(session))
+    before = attributes(session)
 
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -588,7 +597,7 @@ def test_an_interrupted_load_changes_nothing(
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         respond(session, f"/load {path}")
-    assert vars(session) == before
+    assert attributes(session) == before
 
 
 @pytest.mark.parametrize("cut", ["in a line", "between two lines", "after the header"])
@@ -634,11 +643,9 @@ def test_an_old_file_is_loaded_and_saved_in_the_new_format(llama: Llama, release
     assert replace(session.settings, live=False) == replace(recorded.header.end.settings, live=False)
     assert ("are off" in str(reply.view if reply else "")) is (name == "first")
     if name == "chat":
-        assert session.chat
-        assert [message.content for message in session.chat.messages(session.ids, session.llama.tokenizer)][:2] == [
-            "Be brief.",
-            "a city?",
-        ]
+        assert session.state.chat
+        messages = session.state.chat.messages(session.ids, session.llama.tokenizer)
+        assert [message.content for message in messages][:2] == ["Be brief.", "a city?"]
     respond(session, "")
     respond(session, "/save new.jsonl")
     assert replayed(released / "new.jsonl", llama).differences == []

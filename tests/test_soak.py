@@ -136,11 +136,11 @@ def forgotten_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
     """/undo leaves the network as it is."""
 
     def undo(session: Session) -> Any:
-        moment = session.moments[-2]
-        session.moments = session.moments[:-1]
+        moment = session.state.snapshots[-2]
+        session.update(snapshots=session.state.snapshots[:-1])
         return moment
 
-    monkeypatch.setattr(Session, "undo", undo)
+    monkeypatch.setattr("llama_scratch.repl.transitions.undo", undo)
 
 
 def shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_the_command_and_its_completion(session: Session) -> None:
 @pytest.mark.parametrize("line", ["/source", "/source KVCache.update", "/source rope", "/source int8"])
 def test_it_fits_the_screen(session: Session, width: int, plain: bool, line: str) -> None:
     """With the place of each passage."""
-    session.settings.plain = plain
+    session.change_settings(plain=plain)
     reply = run_command(session, line)[1]
     assert reply is not None
     screen = shown(reply.view or "", width)

@@ -614,7 +614,7 @@ def test_without_a_text_there_is_nothing_to_walk_through(llama: Llama) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_stop_on_the_screen(session: Session, width: int, plain: bool) -> None:
     """The place, the marked line, what it made with its names; no line is wider than the screen."""
-    session.settings.plain = plain
+    session.change_settings(plain=plain)
     run(session, "/step to 2")
     reply = run_command(session, "/step next 6")[1]
     assert reply is not None
@@ -640,7 +640,7 @@ def test_completion_knows_what_is_alive(session: Session) -> None:
 def typed(session: Session, keys: str) -> dict[str, Any]:
     """What /step answers a person who types these keys."""
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        session.keyboard = cast(Keyboard, SimpleNamespace(input=pipe, released=nullcontext))
+        session.screen.keyboard = cast(Keyboard, SimpleNamespace(input=pipe, released=nullcontext))
         pipe.send_text(keys)
         reply = run_command(session, "/step")[1]
     assert reply is not None
@@ -668,7 +668,7 @@ def test_enter_does_not_go_into_a_call(session: Session, walked: ExecutionTrace)
 def test_keys_print_list_and_refuse(session: Session) -> None:
     """What cannot be meant is a sentence, and the walk goes on."""
     facts = typed(session, "p T\r?zzz\rp nothing\rt 1\rq")
-    screen = " ".join("".join(shown(view, 80) for view in session.shown).split())
+    screen = " ".join("".join(shown(view, 80) for view in session.screen.views).split())
     assert "T in Transformer.forward" in screen
     assert "Enter or n: next" in screen
     assert "'zzz' was given for /step" in screen

@@ -30,9 +30,10 @@ from llama_scratch.render.pages import tokens as tokens_page
 from llama_scratch.render.pages import tree as tree_page
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, run_command
-from llama_scratch.repl.commands.views import parts
+from llama_scratch.repl.commands.arguments import split_at_bars
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.results import Candidate, ModelInfo, Token
 from llama_scratch.sampling import GREEDY
 from llama_scratch.system.progress import Progress
@@ -94,12 +95,12 @@ def test_tokens_of_a_text_and_of_the_one_so_far(session: Session) -> None:
     ]
     assert [token["id"] for token in facts["tokens"]] == session.llama.encode("Hello,  you")
     assert [token["id"] for token in run(session, "/tokens")["tokens"]] == session.ids
-    assert len(session.moments) == 1
+    assert len(session.state.snapshots) == 1
 
 
 def test_tokens_know_special_ones_where_the_session_does(session: Session) -> None:
     assert len(run(session, "/tokens <|im_end|>")["tokens"]) > 1
-    session.settings.special = True
+    session.change_settings(special=True)
     assert [token["text"] for token in run(session, "/tokens <|im_end|>")["tokens"]] == ["<|im_end|>"]
 
 
@@ -130,7 +131,7 @@ def test_a_path_walks_into_its_branch_and_two_points_walk_out(session: Session) 
     inner = branch["children"][1]
     facts = run(session, "/tree 1.2")
     assert session.ids == [*before, branch["id"], inner["id"]]
-    assert session.offered == (facts["branches"][0]["id"],)
+    assert session.state.offered == (facts["branches"][0]["id"],)
     assert [b["id"] for b in facts["branches"]] == [b["id"] for b in inner["children"]]
     deeper = run(session, "/tree 2x2 1")
     assert (deeper["width"], deeper["depth"]) == (2, 2)
@@ -146,7 +147,7 @@ def test_a_tree_that_is_interrupted_leaves_the_text_as_it_was(
 ) -> None:
     """On the way in and on the way out."""
     run(session, "/tree 1x1 1")
-    moments = session.moments
+    moments = session.state.snapshots
     next_logits = session.llama.engine.next_logits
     for line in ("/tree 1", "/tree .."):
         calls = 0
@@ -161,7 +162,7 @@ def test_a_tree_that_is_interrupted_leaves_the_text_as_it_was(
         monkeypatch.setattr(session.llama.engine, "next_logits", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_command(session, line)
-        assert session.moments == moments
+        assert session.state.snapshots == moments
 
 
 def test_a_diff_of_two_texts(session: Session) -> None:
@@ -201,7 +202,7 @@ def test_choices_get_a_space_in_front_unless_they_are_quoted(session: Session) -
     ],
 )
 def test_bars_part_texts_but_not_within_quotes(argument: str, expected: list[str]) -> None:
-    assert list(parts(argument)) == expected
+    assert list(split_at_bars(argument)) == expected
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_what_cannot_be_meant_is_a_sentence(session: Session, line: str, said: s
         run_command(session, line)
     assert said in str(raised.value)
     assert_sentence(raised.value)
-    assert len(session.moments) == 1
+    assert len(session.state.snapshots) == 1
 
 
 def test_a_model_that_is_not_there(session: Session) -> None:
@@ -398,14 +399,14 @@ def test_a_plain_view_has_no_drawing(name: str) -> None:
     ["/tokens", "/surprisal", "/tree 2x2", "/diff a b | a c", "/choices a | b", "/compare fp16"],
 )
 def test_a_plain_session_gets_the_plain_view(session: Session, line: str) -> None:
-    session.settings.plain = True
+    session.change_settings(plain=True)
     reply = run_command(session, line)[1]
     assert reply is not None
     assert reply.view is not None
     text = shown(reply.view, 200)
     assert not [char for char in text if 0x2500 <= ord(char) < 0x2600]
     assert '"' in text
-    session.settings.plain = False
+    session.change_settings(plain=False)
     other = run_command(session, line)[1]
     assert other is not None
     assert other.view is not None

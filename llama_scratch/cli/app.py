@@ -117,17 +117,18 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
         raise UsageError(f"{answer.generate} tokens to generate were asked for, expected at least 0 (--generate).")
     if answer.top is not None and answer.top < 1:
         raise UsageError(f"{answer.top} candidates were asked for, expected at least 1 (--top).")
-    from llama_scratch.repl.batch import Format, answer_all
+    from llama_scratch.repl.batch import OutputFormat, answer_all
     from llama_scratch.repl.conversation import Chat, checked
     from llama_scratch.repl.loading import Loading
-    from llama_scratch.repl.session import Session, Settings
+    from llama_scratch.repl.session import Session
+    from llama_scratch.repl.state import Settings
     from llama_scratch.sampling import Sampling
 
     sampling = Sampling(answer.temperature, answer.top_k, answer.top_p, answer.min_p, answer.seed)
     settings = Settings(answer.top or 5, answer.generate, sampling, output.plain, answer.live, answer.special)
     chat = Chat(answer.system or "") if answer.chat or answer.system is not None else None
-    format = Format("json" if output.json else "terminal" if sys.stdout.isatty() else "lines")
-    if answer.prompt is None and sys.stdin.isatty() and format.kind == "terminal":
+    format: OutputFormat = "json" if output.json else "terminal" if sys.stdout.isatty() else "lines"
+    if answer.prompt is None and sys.stdin.isatty() and format == "terminal":
         from llama_scratch.repl import loop
 
         loading = load_in_background(options, consoles)
@@ -136,7 +137,7 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
         )
         loop.run(session)
         return 0
-    at_terminal = format.kind == "terminal"
+    at_terminal = format == "terminal"
     session = Session(
         Loading.ended_with(load(options, consoles)),
         consoles.out if at_terminal else consoles.log,  # the output of commands would break the data
@@ -144,13 +145,12 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
         opener(options),
         interactive=at_terminal,
         lists_candidates=answer.top is not None,
-        keeps_turns=answer.commands,
+        records_turns=answer.commands,
         debug=output.debug,
     )
-    session.explained.update(session.llama.warnings)  # `load` printed them
+    session.screen.explained.update(session.llama.warnings)  # `load` printed them
     if chat:
-        session.chat = checked(session.llama, chat.system)
-        session.first_system = chat.system
+        session.update(chat=checked(session.llama, chat.system), initial_system=chat.system)
     prompts = _prompts(answer.prompt, consoles)
     try:
         return answer_all(session, prompts, format, commands=answer.commands, log=consoles.log)

@@ -26,8 +26,9 @@ def replay(
     """
     consoles: Consoles = ctx.obj
     from llama_scratch.repl import session_file
+    from llama_scratch.repl.user_files import user_path
 
-    recorded = session_file.load(session_file.user_path(file))
+    recorded = session_file.load(user_path(file))
     # The recording takes precedence over the environment and the configuration file, which are about other sessions.
     # That an option was not given is a part of it, but version 0.1.0 did not record all of them.
     flags, recorded_options = model_options(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)

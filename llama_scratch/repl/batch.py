@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
@@ -13,17 +12,13 @@ from rich.text import Text
 from llama_scratch.errors import LlamaScratchError, UsageError, escape_controls, unexpected
 from llama_scratch.render import lines, text
 from llama_scratch.render.messages import user_message
-from llama_scratch.repl.commands import Reply, escaped, is_command, run_command, unescaped
-from llama_scratch.repl.session import Session, Turn
+from llama_scratch.repl.commands import Reply, escaped
+from llama_scratch.repl.dispatch import respond
+from llama_scratch.repl.session import Session
 from llama_scratch.system.small_files import without_line_end, without_mark
 
-
-@dataclass(frozen=True)
-class Format:
-    """How answers are written."""
-
-    kind: Literal["json", "lines", "terminal"]
-
+OutputFormat = Literal["json", "lines", "terminal"]
+"""How answers are written: one JSON object per prompt, lines of text, or as on a terminal."""
 
 # Bytes of a prompt: the longest context holds no more, whatever the text.
 _MAX_PROMPT = 1 << 24
@@ -60,7 +55,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", errors="surrogateescape")
 
 
-def answer_all(session: Session, prompts: Iterable[str], form: Format, *, commands: bool, log: Console) -> int:
+def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *, commands: bool, log: Console) -> int:
     """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
 
     commands: lines that begin with a slash are commands. log: where the prompts' warnings go.
@@ -74,9 +69,9 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
         try:
             # Without commands a slash is a character like any other.
             line = prompt if commands else escaped(prompt)
-            session.typed(line)
+            session.screen.echo(session.state.loading.name, line)
             output, reply = respond(session, line)
-            _show(session, output, reply, form, log)
+            _show(session, output, reply, format, log)
         except LlamaScratchError as error:
             print(f"llama-scratch: {escape_controls(user_message(error))}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
@@ -92,46 +87,29 @@ def answer_all(session: Session, prompts: Iterable[str], form: Format, *, comman
     return exit_code
 
 
-def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
-    """Do what a line of a session says: the object that answers it and, of a command, its reply.
-
-    An empty line accepts what is offered. The turn is kept in the session.
-    """
-    reply = None
-    if is_command(line):
-        command, reply = run_command(session, line)
-        output = {"command": command.name} | (reply.facts if reply else {})
-    elif line:
-        output = session.say(unescaped(line))
-    else:
-        output = session.extend(session.offered)
-    session.keep(Turn(line, output))
-    return output, reply
-
-
-def _show(session: Session, output: dict[str, Any], reply: Reply | None, form: Format, log: Console) -> None:
+def _show(session: Session, output: dict[str, Any], reply: Reply | None, format: OutputFormat, log: Console) -> None:
     """What a line was answered, on standard output; what holds no data goes where notes go."""
-    if form.kind == "json":
+    if format == "json":
         _write(session, lines.json_line(output))
     elif reply and reply.view is not None:
-        if form.kind == "terminal" or reply.note:
-            session.show(reply.view)
+        if format == "terminal" or reply.note:
+            session.screen.show(reply.view)
         else:
             _write(session, text.as_text(reply.view))
-    elif form.kind == "lines" and "next" in output:
+    elif format == "lines" and "next" in output:
         for sentence in output["warnings"]:
-            if sentence in session.explained:  # about the model, and printed before
+            if sentence in session.screen.explained:  # about the model, and printed before
                 continue
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
-        session.explained.update(session.llama.warnings)
+        session.screen.explained.update(session.llama.warnings)
         if "generated" in output:
             _write(session, output["generated"]["text"])
         else:
-            prediction = session.moments[-1].prediction
+            prediction = session.state.snapshots[-1].prediction
             for line in lines.answer_lines(prediction, all_candidates=session.lists_candidates):
                 _write(session, line)
 
 
 def _write(session: Session, line: str) -> None:
     print(line, flush=True)
-    session.record(Text(line))
+    session.screen.record_view(Text(line))

@@ -27,7 +27,8 @@ from llama_scratch.render.text import percent, visible
 from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.keyboard import Keyboard
-from llama_scratch.repl.live import LivePredictor, Reading
+from llama_scratch.repl.live import LivePredictor, Reading, is_live
+from llama_scratch.repl.offers import continued_text, offer_next, offer_text, typeable
 from llama_scratch.repl.session import Session
 
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
@@ -64,7 +65,7 @@ class PromptEditor:
             input_processors=[_Surprise(self._reading)],
             bottom_toolbar=None if plain else self._toolbar,
             style=_STYLE,
-            color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
+            color_depth=ColorDepth.DEPTH_1_BIT if session.screen.console.no_color or plain else None,
         )
         self._editor.default_buffer.on_text_changed += self._typed
 
@@ -102,7 +103,7 @@ class PromptEditor:
 
         It begins once the prompt is on the screen. A loading that failed ends the prompt, and so the session.
         """
-        app, loading = self._editor.app, self._session.loading
+        app, loading = self._editor.app, self._session.state.loading
         self._typed(self._editor.default_buffer)  # a line that was brought back
         loading.start()
         while not loading.ended:
@@ -115,7 +116,7 @@ class PromptEditor:
             self._typed(self._editor.default_buffer)
         elif not app.is_done:
             app.exit(result="")
-        while self._session.stage and not app.is_done:
+        while self._session.state.loading.background and not app.is_done:
             await asyncio.sleep(0.2)
             app.invalidate()
 
@@ -123,14 +124,14 @@ class PromptEditor:
         self._choice = 0
         line = buffer.text
         if is_command(line):
-            self.live.want(None)
+            self.live.request(None)
             longer = next((c for c in completions(self._session, line) if len(c) > len(line)), line)
             buffer.suggestion = Suggestion(longer[len(line) :])
-        elif line and self._session.is_live:
-            self.live.want(unescaped(line))
+        elif line and is_live(self._session):
+            self.live.request(unescaped(line))
             self._offer()
         else:
-            self.live.want(None)
+            self.live.request(None)
 
     def _from_live(self) -> None:
         """There is a new reading; called from its thread."""
@@ -154,12 +155,12 @@ class PromptEditor:
         buffer, reading = self._editor.default_buffer, self._reading()
         if reading and reading.line == unescaped(buffer.text):
             candidate = reading.candidates[self._choice % len(reading.candidates)]
-            buffer.suggestion = Suggestion(self._session.typeable([candidate.id]))
+            buffer.suggestion = Suggestion(typeable(self._session, [candidate.id]))
         self._editor.app.invalidate()
 
     def _toolbar(self) -> FormattedText:
         reading = self._reading()
-        if reading is None or not self._session.is_live:
+        if reading is None or not is_live(self._session):
             return FormattedText()
         current = reading.line == unescaped(self._editor.default_buffer.text)
         candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
@@ -171,7 +172,7 @@ class PromptEditor:
             (_GREY, " · Tab takes it"),
             (_GREY, ", Shift-Tab the next one"),
         ]
-        while sum(len(text) for _, text in parts) > self._session.console.width and len(parts) > 1:
+        while sum(len(text) for _, text in parts) > self._session.screen.console.width and len(parts) > 1:
             parts.pop()
         return FormattedText(parts)
 
@@ -210,8 +211,8 @@ class PromptEditor:
         @keys.add("tab", filter=typing & empty)
         @keys.add("right", filter=typing & empty)
         def _(event: KeyPressEvent) -> None:
-            if self._session.now and self._session.chat is None:
-                event.current_buffer.insert_text(escaped(self._session.continued_text))
+            if self._session.now and self._session.state.chat is None:
+                event.current_buffer.insert_text(escaped(continued_text(self._session)))
 
         @keys.add("s-tab", filter=typing & ~command & ~menu)
         def _(event: KeyPressEvent) -> None:
@@ -219,7 +220,7 @@ class PromptEditor:
                 self._choice += 1
                 self._offer()
             else:
-                self._session.offer_next()
+                offer_next(self._session)
 
         @keys.add("c-t", filter=typing & empty)
         def _(event: KeyPressEvent) -> None:
@@ -237,9 +238,9 @@ class _Commands(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         line = document.text_before_cursor
         if is_command(line):
-            for found in completions(self._session, line):
-                shown = found.split(maxsplit=1)[-1]
-                yield Completion(found, start_position=-len(line), display=shown)
+            for completion in completions(self._session, line):
+                last_part = completion.split(maxsplit=1)[-1]
+                yield Completion(completion, start_position=-len(line), display=last_part)
 
 
 class _Surprise(Processor):
@@ -285,10 +286,10 @@ _NARROW = 60
 
 
 def _message(session: Session) -> FormattedText:
-    name = session.loading.name if session.console.width >= _NARROW else ""
-    if session.chat:
+    name = session.state.loading.name if session.screen.console.width >= _NARROW else ""
+    if session.state.chat:
         name = f"{name} chat".lstrip()
-    changes = _changes(session.labels, session.console.width // 3)
+    changes = _changes(session.state.labels, session.screen.console.width // 3)
     return FormattedText([("bold ansicyan", name), ("bold ansimagenta", changes), ("", "> ")])
 
 
@@ -298,17 +299,17 @@ def _changes(labels: list[str], room: int) -> str:
         return ""
     for count in range(len(labels), 0, -1):
         more = f" +{len(labels) - count}" if count < len(labels) else ""
-        shown = " ".join(labels[:count])
-        if cell_len(shown + more) <= room:
+        text = " ".join(labels[:count])
+        if cell_len(text + more) <= room:
             break
     else:
-        shown = set_cell_size(shown, room - len(more) - 1).rstrip() + "…"
-    return f"[{shown}{more}]"
+        text = set_cell_size(text, room - len(more) - 1).rstrip() + "…"
+    return f"[{text}{more}]"
 
 
 def _stage(session: Session) -> FormattedText:
     """How far the loading, or what follows it, is, at the right end of the line; nothing of it stays."""
-    if get_app().is_done or (progress := session.stage) is None:
+    if get_app().is_done or (progress := session.state.loading.background) is None:
         return FormattedText()
     stage, done, total = progress
     # A screen reader would read every new number aloud.
@@ -320,11 +321,11 @@ def _placeholder(session: Session) -> FormattedText:
     """What an empty line offers, in gray; nothing of it stays once the line is sent or searched."""
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
-    room = session.console.width - len(to_plain_text(_message(session))) - 1
-    example = _FIRST_QUESTION if session.chat else _FIRST_HINT
+    room = session.screen.console.width - len(to_plain_text(_message(session))) - 1
+    example = _FIRST_QUESTION if session.state.chat else _FIRST_HINT
     hint = example if len(example) <= room else ""
-    if session.offered:
-        offer = visible(session.offer_text).plain
+    if session.state.offered:
+        offer = visible(offer_text(session)).plain
         hint = offer + "  (Enter accepts)"
         if len(hint) > room:
             hint = offer[: room - 2] + " ⏎"

@@ -45,7 +45,7 @@ def open_history(session: Session) -> History:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(0, "it is no file")
     except OSError as error:
-        session.console.print(
+        session.screen.console.print(
             text.warning(f"The history cannot be kept in {where} ({error.strerror}), so it ends with this session.")
         )
         return InMemoryHistory()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llama_scratch.results import Candidate
 
 # A reading that took longer makes the next one wait as long for the line to rest, up to some seconds.
-_QUICK_S, _PATIENCE_S = 0.1, 3.0
+_QUICK_S, _MAX_DEBOUNCE_S = 0.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ class Reading:
     n_tokens: int
 
 
+def why_not_live(session: Session) -> str:
+    """Where the session is that has no live prediction; "" if it can have one."""
+    if session.screen.keyboard is None:
+        return "in a pipe"
+    if session.screen.console.is_dumb_terminal:
+        return "on a terminal that cannot show it"
+    if session.settings.plain:  # a screen reader would never be silent
+        return "with --plain"
+    return "in a chat" if session.state.chat else ""  # a message is not a text that the model would continue
+
+
+def is_live(session: Session) -> bool:
+    """Whether the model predicts while a line is typed."""
+    return session.settings.live and not why_not_live(session)
+
+
 class _StaleError(Exception):
     """The line has changed, so its reading is of no use."""
 
@@ -41,7 +57,7 @@ class LivePredictor:
     """A thread that reads the newest line, and nothing else, with the session's engine.
 
     Each key only costs the tokens that it changed; work on a line that has changed since ends within a piece of
-    the network's work. `rest` must come before anybody else uses the engine.
+    the network's work. `pause` must come before anybody else uses the engine.
 
     changed: called from the thread when there is a new `reading`.
     """
@@ -50,23 +66,23 @@ class LivePredictor:
         self.reading: Reading | None = None
         self._session = session
         self._changed = changed
-        self._wanted: str | None = None
+        self._requested: str | None = None
         self._wake = Event()
         self._busy = False
         self._cost = 0.0  # seconds that the last reading took
         self._scorer: Scorer | None = None
         self._thread = Thread(target=self._run, name="live", daemon=True)
 
-    def want(self, line: str | None) -> None:
+    def request(self, line: str | None) -> None:
         """Read this line from now on, or none; comes back at once."""
         if line is not None and self._thread.ident is None:
             self._thread.start()
-        self._wanted = line
+        self._requested = line
         self._wake.set()
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Read nothing; comes back when the engine is free."""
-        self._wanted = None
+        self._requested = None
         while self._busy:
             time.sleep(0.001)  # which holds no lock that an interrupt could leave held
         if self._scorer and self._scorer.llama is not self._session.llama:
@@ -76,10 +92,10 @@ class LivePredictor:
         while True:
             self._wake.wait()
             self._wake.clear()
-            # In this order, so that `rest` sees that the engine is in use, or this that it must not be.
+            # In this order, so that `pause` sees that the engine is in use, or this that it must not be.
             self._busy = True
             try:
-                if (line := self._wanted) is not None:
+                if (line := self._requested) is not None:
                     self._read(line)
             except _StaleError:
                 pass
@@ -91,18 +107,18 @@ class LivePredictor:
 
     def _read(self, line: str) -> None:
         session = self._session
-        if not session.loading.ended:
+        if not session.state.loading.ended:
             return  # the loop asks again once it is there
-        self._wait_for_a_rest(line)
+        self._wait_for_quiet(line)
         start = time.perf_counter()
-        found = self._score(line)
+        reading = self._score(line)
         self._cost = time.perf_counter() - start
         self._check(line)
-        self.reading = found
+        self.reading = reading
         self._changed()
 
-    def _wait_for_a_rest(self, line: str) -> None:
-        end = time.monotonic() + (min(self._cost, _PATIENCE_S) if self._cost > _QUICK_S else 0)
+    def _wait_for_quiet(self, line: str) -> None:
+        end = time.monotonic() + (min(self._cost, _MAX_DEBOUNCE_S) if self._cost > _QUICK_S else 0)
         while time.monotonic() < end:
             self._check(line)
             time.sleep(0.005)
@@ -114,11 +130,11 @@ class LivePredictor:
         llama = self._session.llama
         if self._scorer is None or self._scorer.llama is not llama:
             self._scorer = Scorer(llama)
-        found = self._scorer(
+        scored = self._scorer(
             self._session.encode(line), top=self._session.settings.top, progress=lambda *_: self._check(line)
         )
-        return Reading(line, per_character(llama, found.tokens), found.next, found.entropy_bits, len(found.tokens))
+        return Reading(line, per_character(llama, scored.tokens), scored.next, scored.entropy_bits, len(scored.tokens))
 
     def _check(self, line: str) -> None:
-        if self._wanted is not line:
+        if self._requested is not line:
             raise _StaleError

@@ -63,6 +63,13 @@ class Loading:
         return self._llama is not None or self.error is not None
 
     @property
+    def background(self) -> tuple[str, int, int] | None:
+        """The stage of the work in the background, with how much of it is done and how much there is."""
+        if not self.ended:
+            return self.stage
+        return None if self.error else self.wait().preparing
+
+    @property
     def name(self) -> str:
         """What the model is called; while it is not there, by its path."""
         return self._name if self._llama is None else self._llama.info.name

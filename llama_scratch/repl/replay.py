@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,21 +14,17 @@ from llama_scratch import __version__
 from llama_scratch.errors import sanitize
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.messages import user_message
-from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import COMMANDS, is_command
 from llama_scratch.repl.commands.registry import split
 from llama_scratch.repl.conversation import Chat
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Turn
-from llama_scratch.repl.session_file import (
-    SessionFile,
-    SessionHeader,
-    ids_of,
-    shape_differences,
-    versions,
-    weights_sha256,
-    whole_numbers,
-)
+from llama_scratch.repl.offers import offer
+from llama_scratch.repl.saved_model import shape_differences, versions, weights_sha256
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.session_file import SessionFile, SessionHeader, ids_of, whole_numbers
+from llama_scratch.repl.state import Turn
+from llama_scratch.repl.transitions import answer_again, intervene, switch
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +53,7 @@ class Difference:
     def __str__(self) -> str:
         """One line for a person."""
         where = f"Turn {self.turn}, '{sanitize(self.input)}'" if self.turn else "The session"
-        return f"{where}: {sanitize(self.what)}: {_shown(self.old)} → {_shown(self.new)}"
+        return f"{where}: {sanitize(self.what)}: {_as_text(self.old)} → {_as_text(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -71,17 +67,17 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        found = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
-        return found | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
+        report = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
+        return report | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
 
     def lines(self) -> list[str]:
         """The same for people: a line for each difference, and one for the whole."""
         count = len(self.differences)
-        found = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
+        summary = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
         return [
             *map(str, self.differences),
             *self.notes,
-            f"{self.compared} of {self.turns} answers compared: {found}; numbers are equal within {TOLERANCE:g}, "
+            f"{self.compared} of {self.turns} answers compared: {summary}; numbers are equal within {TOLERANCE:g}, "
             f"or {BETWEEN_PRECISIONS:g} where another precision answered.",
         ]
 
@@ -98,9 +94,9 @@ def run_again(
     session = Session(
         Loading.ended_with(llama),
         console,
-        replace(header.settings),
+        header.settings,
         open_model,
-        keeps_turns=False,
+        records_turns=False,
         chat=None if header.system is None else Chat(header.system),
     )
     differences = _model_differences(header, session)
@@ -123,7 +119,7 @@ def run_again(
             drawn += 1
             old = {key: value for key, value in old.items() if key not in _GENERATED}
         tolerance = BETWEEN_PRECISIONS if between else TOLERANCE
-        differences += [Difference(number, turn.input, *found) for found in compare(old, new, tolerance)]
+        differences += [Difference(number, turn.input, *place) for place in compare(old, new, tolerance)]
     notes = _circumstances(header, llama)
     if left_out := len(recorded.turns) - compared:
         notes.append(f"Not run again, because files, the machine or a person answers them: {left_out} of the turns.")
@@ -142,7 +138,7 @@ def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
     for name, before, now in shape_differences(header.details, llama):
         old[name], new[name] = before, now
     return [
-        f"Recorded with {what} {_shown(old.get(what))}, run again with {_shown(now)}."
+        f"Recorded with {what} {_as_text(old.get(what))}, run again with {_as_text(now)}."
         for what, now in new.items()
         if old.get(what) != now
     ]
@@ -154,7 +150,7 @@ def _model_differences(header: SessionHeader, session: Session) -> list[Differen
     old: dict[str, Any] = {"parameters": model.parameters}
     new: dict[str, Any] = {"parameters": llama.info.parameters}
     if llama.path is not None:
-        with session.progress() as progress:
+        with session.screen.progress() as progress:
             new["weights"] = weights_sha256(header.details, llama, progress)
         old["weights"] = model.sha256
     return [Difference(0, "", f"the model's {what}", a, b) for what, a, b in compare(old, new, 0)]
@@ -166,12 +162,12 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     if not turn.input and ids and session.now:
         # The candidate that was chosen, or the part of a continuation that came, is in the recording alone.
         before = session.ids
-        session.offer(ids[len(before) :] if ids[: len(before)] == before else ())
+        offer(session, ids[len(before) :] if ids[: len(before)] == before else ())
     if is_command(turn.input):
         command = COMMANDS.get(split(turn.input)[0])
         if command is not None and not command.replayed:
             if command.name == "load":
-                _go_on(session, turn.output, ids)
+                _repeat_load(session, turn.output, ids)
             elif ids:  # the text that came of it, which the next lines go on from
                 session.predict(ids)
             return None
@@ -181,20 +177,20 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
     return new
 
 
-def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
+def _repeat_load(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
     """Do what is left of a /load: the lines before it were those of the loaded session.
 
     Version 0.1.0 took the interventions off then, and its answer names none.
     """
     path = output.get("model_path")
     if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
-        session.switch(path, session.llama.info.precision)
+        switch(session, path, session.llama.info.precision)
     labels = output.get("interventions")
-    kept = [one for one in session.interventions if isinstance(labels, list) and one.label in labels]
-    if len(kept) < len(session.interventions):
-        session.intervene(kept)
+    still_on = [one for one in session.state.interventions if isinstance(labels, list) and one.label in labels]
+    if len(still_on) < len(session.state.interventions):
+        intervene(session, still_on)
     if session.now and session.ids == ids:
-        session.answer_again()
+        answer_again(session)
     elif ids:
         session.predict(ids)
 
@@ -202,7 +198,7 @@ def _go_on(session: Session, output: dict[str, Any], ids: list[int] | None) -> N
 def _keep_conversation(session: Session, question: list[int] | None, generated: Any) -> None:
     """In a chat, go on from the answer that was recorded, whatever the answer is this time."""
     answer = whole_numbers(generated.get("ids")) if isinstance(generated, dict) else None
-    if session.chat and question and answer and session.ids != [*question, *answer]:
+    if session.state.chat and question and answer and session.ids != [*question, *answer]:
         session.predict([*question, *answer])
 
 
@@ -246,5 +242,5 @@ def _equal(old: Any, new: Any, tolerance: float) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return sanitize(json_line(value))

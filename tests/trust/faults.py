@@ -42,7 +42,7 @@ from llama_scratch.precision import weight_cache
 from llama_scratch.precision.weight_cache import PackedWeightCache
 from llama_scratch.repl import session_file
 from llama_scratch.repl.history import FileHistory
-from llama_scratch.repl.session import Settings, Turn
+from llama_scratch.repl.state import Settings, Turn
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import silent
 from tests.checkpoints import tiny_params, write_meta
@@ -183,11 +183,11 @@ class Sessions(Stage):
     @staticmethod
     def version(i: int) -> session_file.SessionFile:
         settings = Settings(5, 0, Sampling())
-        model = session_file.Model("Tiny", "meta", "/nowhere", "0" * 64, 1)
-        state = session_file.State(settings, None, "0" * 64, [1, 2], "text")
+        model = session_file.SavedModel("Tiny", "meta", "/nowhere", "0" * 64, 1)
+        state = session_file.SavedState(settings, None, "0" * 64, [1, 2], "text")
         turns = [Turn(f"{i}", {"text": "x" * 200}) for _ in range(1 + 100 * (i % 5))]
         header = session_file.SessionHeader(
-            "0.1.0", session_file.FORMAT, model, "fp32", "cpu", 1, 128, 1.0, settings, None, True, state, {}
+            "0.1.0", session_file.FORMAT_VERSION, model, "fp32", "cpu", 1, 128, 1.0, settings, None, True, state, {}
         )
         return session_file.SessionFile(replace(header, turns=len(turns)), turns)
 

@@ -35,12 +35,14 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, remake, steer
 from llama_scratch.microscope.parts import NetworkPart
-from llama_scratch.repl import session_file
-from llama_scratch.repl.batch import respond
+from llama_scratch.repl import recording, session_file
 from llama_scratch.repl.conversation import ANSWER
+from llama_scratch.repl.dispatch import respond
 from llama_scratch.repl.interrupts import Interrupts
 from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.offers import offer_next
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress, silent
 from tests.checkpoints import write_meta
@@ -344,7 +346,7 @@ class Soak:
 
     def _interrupted(self, state: State) -> list[State]:
         """A chat's answer that was interrupted: the offer that came of it, and the answer without its turn."""
-        moments = self.session.moments
+        moments = self.session.state.snapshots
         found = []
         for moment in moments[-2:]:
             if tuple(moment.ids) == state.now.ids and len(moment.offered) > 1:
@@ -693,16 +695,16 @@ class Soak:
 
     def _take(self, line: str) -> dict[str, Any]:
         if line == "\x00":
-            self.session.offer_next()
+            offer_next(self.session)
             return {}
         output, reply = respond(self.session, line)
         json.dumps(output, allow_nan=False)
         if reply and reply.view is not None:
-            self.session.show(reply.view)
-        if len(self.session.shown) > 200:  # what a screen keeps is not what is tested here
-            self.session.shown = self.session.shown[-20:]
-        self.session.console.file.seek(0)
-        self.session.console.file.truncate()
+            self.session.screen.show(reply.view)
+        if len(self.session.screen.views) > 200:  # what a screen keeps is not what is tested here
+            self.session.screen.views = self.session.screen.views[-20:]
+        self.session.screen.console.file.seek(0)
+        self.session.screen.console.file.truncate()
         return output
 
     def _keep_saved(self, kind: str, line: str, failed: object) -> None:
@@ -734,12 +736,12 @@ class Soak:
             "special": (settings.special, state.special),
             "model": (str(llama.path), state.source),
             "precision": (llama.info.precision, state.precision),
-            "interventions": (session.labels, [change.label for change in state.on]),
-            "chat": (session.chat and session.chat.system, state.chat and state.chat.system),
-            "texts": (len(session.texts), len(state.texts)),
+            "interventions": (session.state.labels, [change.label for change in state.on]),
+            "chat": (session.state.chat and session.state.chat.system, state.chat and state.chat.system),
+            "texts": (len(session.state.texts), len(state.texts)),
         }
         last = len(state.texts) if self.kinds.total() % 100 == 0 else 2
-        for n, (moment, said) in enumerate(zip(session.texts[-last:], state.texts[-last:], strict=False)):
+        for n, (moment, said) in enumerate(zip(session.state.texts[-last:], state.texts[-last:], strict=False)):
             checks[f"text {n}"] = tuple(moment.ids), said.ids
             checks[f"offer {n}"] = tuple(moment.offered or ()), said.offered
             on = [intervention.label for intervention in moment.interventions]
@@ -791,11 +793,11 @@ class Soak:
             self.step(("restore", f"/restore {change.label}", self._restored(change.label)))
         if self.state.chat:
             self.step(("chat", "/chat off", self.setting(chat=None)))
-        if not self.state.texts or not self.session.turns:
+        if not self.state.texts or not self.session.state.turns:
             self.step(("prompt", "the nation", self.says("the nation")))
         state, session = self.state, self.session
         path = self.folder / "process.session"
-        recorded = session_file.record(session)
+        recorded = recording.record(session)
         session_file.save(replace(recorded, turns=recorded.turns[-1:]), path)
         lines = [f"/precision {state.precision}", f"/load {path}", *(change.line or "" for change in state.on)]
         options = ["--model-dir", state.source, "--precision", "fp32", "--context", str(self.context)]

@@ -1,11 +1,14 @@
-"""Talking with a model that was trained for it."""
+"""A conversation with a model that was trained for it."""
 
 from __future__ import annotations
 
 from llama_scratch.render import text
-from llama_scratch.repl.commands.registry import Reply, command, note, on_or_off
+from llama_scratch.repl.commands.arguments import on_or_off
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.conversation import checked
 from llama_scratch.repl.session import Session
+
+command = commands_under("Chat")
 
 
 @command("chat", "[on | off]", complete=lambda _session, _begun: ["on", "off"])
@@ -18,10 +21,10 @@ def _chat(session: Session, argument: str) -> Reply:
     back an answer and then its question, /generate lets an answer go on that was cut, /clear begins anew.
     """
     if argument and not on_or_off(argument, "/chat"):
-        session.chat = None
-    elif session.chat is None:
-        session.chat = checked(session.llama)
-    return _said(session)
+        session.update(chat=None)
+    elif session.state.chat is None:
+        session.update(chat=checked(session.llama))
+    return _status(session)
 
 
 @command("system", "[TEXT | off]", complete=lambda _session, _begun: ["off"])
@@ -32,13 +35,13 @@ def _system(session: Session, argument: str) -> Reply:
     """
     if argument:
         session.forget(chat=checked(session.llama, "" if argument == "off" else argument))
-    return _said(session)
+    return _status(session)
 
 
-def _said(session: Session) -> Reply:
-    if session.chat is None:
+def _status(session: Session) -> Reply:
+    if session.state.chat is None:
         sentence = "Chat is off: each line is a prompt."
         return note(sentence, chat=False)
-    system = session.chat.system
+    system = session.state.chat.system
     sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
     return note(text.readable(sentence), chat=True, system=system)

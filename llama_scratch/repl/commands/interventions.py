@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import effect as effect_pages
 from llama_scratch.render.pages import patching
-from llama_scratch.repl.commands.registry import Reply, command, first_word, note, number, paged, whole_number
-from llama_scratch.repl.commands.text import unquoted
-from llama_scratch.repl.commands.views import two_texts
+from llama_scratch.repl import answering
+from llama_scratch.repl.commands.arguments import first_word, number, two_texts, unquoted, whole_number
+from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.transitions import intervene, rollback_on_interrupt
 
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
+
+command = commands_under("Changing it")
 
 _AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)
 
@@ -27,16 +30,18 @@ def _put(session: Session, more: Sequence[Intervention]) -> Reply:
     One that has the label of an earlier one takes its place, so that /restore knows which is meant.
     """
     new = {intervention.label: intervention for intervention in more}
-    with session.whole():
-        effect = session.intervene([*(old for old in session.interventions if old.label not in new), *new.values()])
+    with rollback_on_interrupt(session):
+        others = [intervention for intervention in session.state.interventions if intervention.label not in new]
+        effect = intervene(session, [*others, *new.values()])
         if effect is None:
-            return note(" ".join(intervention.meaning for intervention in new.values()), interventions=session.labels)
+            meanings = [intervention.meaning for intervention in new.values()]
+            return note(" ".join(meanings), interventions=session.state.labels)
         return paged(session, effect.as_json(), effect_pages.page(effect))
 
 
 def _listed(session: Session) -> Reply:
     """What is on."""
-    on = session.interventions
+    on = session.state.interventions
     sentence = (
         "\n".join(f"{i.label}  {i.meaning}" for i in on) or "Nothing is changed: the network is as it was loaded."
     )
@@ -66,7 +71,7 @@ def _ablate(session: Session, argument: str) -> Reply:
     parts = [NetworkPart.named(name, llama.args) for name in (names if mean else [*names, last])]
     if not parts:
         raise UsageError("'mean' was given for /ablate, expected a part in front of it, such as L5.H3 mean.")
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         more = [mean_ablate(llama, part, session.ids, progress) if mean else ablate(llama, part) for part in parts]
     return _put(session, more)
 
@@ -87,9 +92,9 @@ def _patch(session: Session, argument: str) -> Reply:
     if not (text := unquoted(argument)):
         raise UsageError("No text was given for /patch, expected another one: /patch The capital of Italy is.")
     llama, ids, other = session.llama, session.ids, session.encode(text)
-    with session.progress() as progress:
-        found = trace(llama, ids, other, progress)
-    return paged(session, found.as_json(), patching.page(found))
+    with session.screen.progress() as progress:
+        traced = trace(llama, ids, other, progress)
+    return paged(session, traced.as_json(), patching.page(traced))
 
 
 def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
@@ -111,9 +116,9 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
         # From the end where it is counted from there: the texts may differ in length.
         there = _position(position, len(other), "the other text", every)
         positions = {here: there}
-    with session.progress() as progress:
-        found = patch(llama, part, other, positions, progress)
-    return _put(session, [found])
+    with session.screen.progress() as progress:
+        intervention = patch(llama, part, other, positions, progress)
+    return _put(session, [intervention])
 
 
 def _position(name: str, length: int, what: str, every: str) -> int:
@@ -141,20 +146,20 @@ def _steer(session: Session, argument: str) -> Reply:
     llama = session.intact
     which, factor = whole_number(layer.lstrip("lL"), "a layer", least=0), number(scale, "the scale")
     toward, away = map(session.encode, two_texts(texts, "/steer"))
-    with session.progress() as progress:
-        found = steer(llama, which, factor, toward, away, progress)
-    return _put(session, [_named(session, found)])
+    with session.screen.progress() as progress:
+        direction = steer(llama, which, factor, toward, away, progress)
+    return _put(session, [_named(session, direction)])
 
 
 def _named(session: Session, new: Intervention) -> Intervention:
     """A direction under a name that no other one has: directions add up, so that one does not take another's place."""
-    on = {intervention.label: intervention.meaning for intervention in session.interventions}
+    on = {intervention.label: intervention.meaning for intervention in session.state.interventions}
     names = (new.label, *(f"{new.label}#{n}" for n in range(2, len(on) + 2)))
     return replace(new, label=next(name for name in names if on.get(name, new.meaning) == new.meaning))
 
 
 def _labels(session: Session, _begun: str) -> Iterable[str]:
-    return session.labels
+    return session.state.labels
 
 
 @command("restore", "[LABEL]", complete=_labels)
@@ -163,18 +168,18 @@ def _restore(session: Session, argument: str) -> Reply:
 
     LABEL is what stands in the prompt, such as -L5.H3.
     """
-    if not session.interventions:
+    if not session.state.interventions:
         raise UsageError(
             "Nothing is changed, expected an intervention that is on; /ablate, /patch and /steer make one."
         )
-    left = [found for found in session.interventions if argument and found.label != argument]
-    if len(left) == len(session.interventions):
-        raise UsageError(f"'{sanitize(argument)}' is not on, expected one of {', '.join(session.labels)}.")
-    with session.whole():
-        session.intervene(left)
-        if session.interactive and session.now:
-            session.show_answer(session.now.prediction)
+    left = [change for change in session.state.interventions if argument and change.label != argument]
+    if len(left) == len(session.state.interventions):
+        raise UsageError(f"'{sanitize(argument)}' is not on, expected one of {', '.join(session.state.labels)}.")
+    with rollback_on_interrupt(session):
+        intervene(session, left)
+        if session.screen.interactive and session.now:
+            answering.show_answer(session, session.now.prediction)
     return note(
-        "The network is as it was loaded." if not left else f"Still on: {', '.join(session.labels)}.",
-        interventions=session.labels,
+        "The network is as it was loaded." if not left else f"Still on: {', '.join(session.state.labels)}.",
+        interventions=session.state.labels,
     )

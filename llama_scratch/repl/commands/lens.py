@@ -1,4 +1,4 @@
-"""What each layer would say, and what each head looks at."""
+"""What each layer would predict: the logit lens, drawn as it is computed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from rich.text import Text
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render import to_terminal
 from llama_scratch.render.page import Page
-from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.progress import live_display
-from llama_scratch.repl.commands.registry import Reply, command, first_word, paged, whole_number
+from llama_scratch.repl.commands.arguments import window_start
+from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 from llama_scratch.system.progress import Progress
 
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
 
-_LENS = re.compile(r"(ranks)?(?:\s*\b([0-9]{1,9}))?")
-# Rows of a screen that a page which grows leaves to its title, its labels and what stands around them. What is taller
-# than the screen cannot be taken off it.
-_AROUND = 13
+command = commands_under("Looking inside")
 
+_LENS = re.compile(r"(ranks)?(?:\s*\b([0-9]{1,9}))?")
+# Rows of the screen for a growing page's title, its labels and the lines around it. A display taller than the screen
+# could not be erased.
+_ROWS_AROUND = 13
+# Draws the page of what is computed so far, from a line of progress and the number of rows that there is room for.
 Draw = Callable[[str, int], Page]
-"""A page of what is there so far: it gets a line that says how far it is, and the rows that there is room for."""
 
 
 @contextmanager
 def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None]]]:
     """What to tell how far something is, and what is there of its page: shown on a terminal, and gone afterwards."""
-    console = session.console
-    watched = session.interactive and console.file.isatty() and not console.is_dumb_terminal
-    if not watched or session.settings.plain or console.height <= _AROUND:
-        with session.progress() as progress:
+    console = session.screen.console
+    watched = session.screen.interactive and console.file.isatty() and not console.is_dumb_terminal
+    if not watched or session.settings.plain or console.height <= _ROWS_AROUND:
+        with session.screen.progress() as progress:
             yield progress, lambda draw: None
         return
     # Imported here, so that a prompt or an answer which needs it not does not wait for it.
@@ -54,7 +55,7 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
         page = draw
 
     def view() -> RenderableType:
-        return to_terminal.view(page(said, console.height - _AROUND)) if page else Text(" " + said)
+        return to_terminal.view(page(said, console.height - _ROWS_AROUND)) if page else Text(" " + said)
 
     with live_display(Live(get_renderable=view, console=console, refresh_per_second=8, transient=True)):
         yield report, show
@@ -78,53 +79,8 @@ def _lens(session: Session, argument: str) -> Reply:
         )
     llama, ids, ranks = session.llama, session.ids, bool(matched[1])
     position = int(matched[2]) if matched[2] else None
-    first = _window(position, len(ids), LENS_POSITIONS)
+    first = window_start(position, len(ids), LENS_POSITIONS)
     with _watched(session) as (progress, show):
-        for found in growing(llama, ids, first, progress=progress):
-            show(partial(lens_pages.growing, found, ranks=ranks))
-    return paged(session, found.as_json(), lens_pages.page(found, position, ranks=ranks))
-
-
-@command("attention", "[LAYER[.HEAD]] [POSITION]")
-def _attention(session: Session, argument: str) -> Reply:
-    """What attention heads look at, and what kind each looks like.
-
-    Without an argument all heads, with a layer (L5) that layer's, with a head (L5.H3) its map of the text; of a long
-    text the last tokens, or those from POSITION on, counted from 0.
-
-    Kinds: previous token, first token, duplicate token, and induction: a head that looks at what came after the same
-    token before. The scores that say so are measured on random tokens that come twice.
-    """
-    from llama_scratch.microscope.attention import MAP_POSITIONS, head, heads
-    from llama_scratch.microscope.parts import NetworkPart
-
-    llama, ids = session.llama, session.ids
-    if not argument:
-        with session.progress() as progress:
-            found = heads(llama, ids, progress=progress)
-        reply = paged(session, found.as_json(), attention_pages.heads(found))
-        session.page = attention_pages.heads(found, whole=True)  # a picture has room for all of them
-        return reply
-    name, where = first_word(argument)
-    part = NetworkPart.named(name, llama.args)
-    if part.kind not in ("layer", "head") or (where and part.kind == "layer"):
-        raise UsageError(
-            f"'{sanitize(argument)}' was given for /attention, expected a layer such as L5, or a head such as L5.H3 "
-            "and, if need be, a position."
-        )
-    position = whole_number(where, "the position", least=0) if where else None
-    with session.progress() as progress:
-        if part.kind == "layer":
-            found = heads(llama, ids, part.layer, progress)
-            return paged(session, found.as_json(), attention_pages.heads(found))
-        one = head(llama, ids, part.layer, part.index, _window(position, len(ids), MAP_POSITIONS), progress)
-    return paged(session, one.as_json(), attention_pages.head(one, position))
-
-
-def _window(position: int | None, length: int, window: int) -> int:
-    """Where the positions that are looked at begin.
-
-    A position among the last ones is a place to scroll to; one further in front has a window of its own.
-    """
-    last = max(0, length - window)
-    return last if position is None or last <= position < length else position
+        for grid in growing(llama, ids, first, progress=progress):
+            show(partial(lens_pages.growing, grid, ranks=ranks))
+    return paged(session, grid.as_json(), lens_pages.page(grid, position, ranks=ranks))

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.errors import UsageError
 from llama_scratch.precision import PRECISIONS
-from llama_scratch.render import reports, text
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.render import reports
+from llama_scratch.repl.answering import explain
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.transitions import switch
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
+
+command = commands_under("The model")
 
 
 @command("info", replayed=False)
@@ -26,7 +30,7 @@ def _info(session: Session, _: str) -> Reply:
     scaling = llama.args.rope_scaling
     factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # as it runs now
     tokenizer = llama.options.get("tokenizer")
-    with session.progress() as progress:
+    with session.screen.progress() as progress:
         facts = describe(
             llama.path,
             None if tokenizer is None else str(tokenizer),
@@ -37,26 +41,6 @@ def _info(session: Session, _: str) -> Reply:
             activations=llama.options.get("activations") or "auto",
         )
     return Reply(facts, reports.rows(reports.model_facts(facts)))
-
-
-@command("context", replayed=False)
-def _context(session: Session, _: str) -> Reply:
-    """The text so far, its tokens, how many fit and are cached."""
-    llama = session.llama
-    ids = session.ids if session.now else []
-    facts = {
-        "text": session.text_of(ids),
-        "tokens": len(ids),
-        "context": llama.context,
-        "trained_for": llama.args.max_seq_len,
-        "cached": llama.engine.cached_tokens,
-    }
-    shown = {
-        "text": text.readable(session.text_of(ids)) or "(none yet)",
-        "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
-        "cached": f"{llama.engine.cached_tokens:,} tokens",
-    }
-    return Reply(facts, reports.rows(shown))
 
 
 @command("memory", replayed=False)
@@ -72,13 +56,13 @@ def _memory(session: Session, _: str) -> Reply:
         "resident": resident(),
         "available": available_memory(),
     }
-    shown = {
+    rows = {
         "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",
         "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB; tokens in it: {facts['cached_tokens']:,}",
         "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
         "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
     }
-    return Reply(facts, reports.rows(shown))
+    return Reply(facts, reports.rows(rows))
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -91,19 +75,25 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 def _model(session: Session, argument: str) -> Reply:
     """Go on with another model, and answer the text with it."""
     if argument:
-        session.switch(argument, session.llama.info.precision)
-    return _said(session)
+        _switch(session, argument, session.llama.info.precision)
+    return _status(session)
 
 
 @command("precision", "[NAME]", complete=lambda _session, _begun: [*PRECISIONS, "auto"])
 def _precision(session: Session, argument: str) -> Reply:
     """Go on in fp32, bf16, fp16, int8 or int4, and answer the text so."""
     if argument:
-        session.switch(None, argument)
-    return _said(session)
+        _switch(session, None, argument)
+    return _status(session)
 
 
-def _said(session: Session) -> Reply:
+def _switch(session: Session, source: str | None, precision: str) -> None:
+    prediction = switch(session, source, precision)
+    if prediction and session.screen.interactive:
+        explain(session, prediction)
+
+
+def _status(session: Session) -> Reply:
     llama: Llama = session.llama
     sentence = f"{llama.info.name}: {reports.describe(llama.info)}, context {llama.context:,} tokens."
     return note(sentence, **vars(llama.info), path=str(llama.path))

@@ -1,4 +1,4 @@
-"""Views as pictures and pages: the last one, and the whole examination of a text."""
+"""The last view as a picture or a web page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render.page import Page
-from llama_scratch.repl import session_file
-from llama_scratch.repl.commands.files import file_path, paths
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.commands.arguments import file_path, paths
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.user_files import write_whole
+
+command = commands_under("The session")
 
 
 @command("picture", "FILE.png | FILE.html", complete=paths, replayed=False)
@@ -24,7 +26,7 @@ def _picture(session: Session, argument: str) -> Reply:
     draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
         raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
-    session_file.write_whole(path, draw(page))
+    write_whole(path, draw(page))
     return note(f"Drew '{page.headline}' to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
@@ -42,14 +44,14 @@ def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> C
 
 def _last(session: Session) -> Page | None:
     """The view that was shown last, or the answer where there was none."""
-    if session.page is not None or session.now is None:
-        return session.page
+    if session.state.page is not None or session.now is None:
+        return session.state.page
     from llama_scratch.render.pages import answer
 
     return answer.page(session.now.prediction)
 
 
-# Each brings more than a session's start can wait for.
+# Late imports: a session's start does not wait for them.
 
 
 def _png(page: Page) -> bytes:

@@ -1,4 +1,4 @@
-"""What a command is, and how a line becomes one."""
+"""What a command is, how a module adds one under a heading of /help, and how a line becomes one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import RenderableType
 
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render import text, to_plain, to_terminal
 from llama_scratch.render.page import Page
+from llama_scratch.repl.commands.arguments import first_word
 from llama_scratch.repl.session import Session
 
 Run = Callable[[Session, str], "Reply | None"]
@@ -40,18 +41,24 @@ def note(sentence: str, **facts: Any) -> Reply:
 
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
     """A reply that shows a page, which /picture can draw afterwards."""
-    session.page = page
+    session.update(page=page)
     return Reply(facts, to_plain.plain(page) if session.settings.plain else to_terminal.view(page))
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name without the slash, how its argument is written ("" for none), and what it does.
+    """A command.
 
-    complete: what the argument that was begun may become. An argument in brackets may be left out.
-    replayed: False where files, the machine or a person answer it, so that a replay does not run it again.
+    Args:
+        heading: The heading of /help under which it is listed.
+        name: Its name without the slash.
+        argument: How its argument is written, "" for none. An argument in brackets may be left out.
+        run: What it does.
+        complete: What an argument that was begun may become.
+        replayed: False if files, the machine or a user answer it, so that a replay does not run it again.
     """
 
+    heading: str
     name: str
     argument: str
     run: Run
@@ -74,23 +81,44 @@ class Command:
         return self.help.partition("\n")[0]
 
 
+# In the order in which the modules add them, which is the order of /help.
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, argument: str = "", complete: Complete = lambda _session, _begun: (), *, replayed: bool = True
-) -> Callable[[Run], Run]:
-    """Register a function as the command `/name`; its docstring is its help.
+class Register(Protocol):
+    """The decorator `@command("name", "ARGUMENT")`: registers a function, whose docstring is its help.
 
-    It gets the session and the text behind its name, and raises `UsageError` with a sentence where that cannot
-    be meant. What it returns is shown, or printed as JSON with the command's name in front.
+    The function gets the session and the text after the command's name, and raises `UsageError` if that text has no
+    meaning. Its reply is shown, or printed as JSON after the command's name.
     """
 
-    def register(run: Run) -> Run:
-        COMMANDS[name] = Command(name, argument, run, complete, replayed)
-        return run
+    def __call__(
+        self, name: str, argument: str = "", complete: Complete = ..., *, replayed: bool = True
+    ) -> Callable[[Run], Run]:
+        """Register a command."""
 
-    return register
+
+def commands_under(heading: str) -> Register:
+    """A module's `command` decorator, which lists its commands under this heading of /help."""
+
+    def command(
+        name: str, argument: str = "", complete: Complete = lambda _session, _begun: (), *, replayed: bool = True
+    ) -> Callable[[Run], Run]:
+        def register(run: Run) -> Run:
+            COMMANDS[name] = Command(heading, name, argument, run, complete, replayed)
+            return run
+
+        return register
+
+    return command
+
+
+def by_heading() -> dict[str, list[Command]]:
+    """The commands under each heading of /help."""
+    groups: dict[str, list[Command]] = {}
+    for command in COMMANDS.values():
+        groups.setdefault(command.heading, []).append(command)
+    return groups
 
 
 def is_command(line: str) -> bool:
@@ -113,23 +141,17 @@ def split(line: str) -> tuple[str, str]:
     return first_word(line[1:])
 
 
-def first_word(text: str) -> tuple[str, str]:
-    """A text → its first word and the rest. Any white space separates them, a tab or a line break too."""
-    word, rest = [*text.split(maxsplit=1), "", ""][:2]
-    return word, rest.strip()
-
-
 def run_command(session: Session, line: str) -> tuple[Command, Reply | None]:
-    """Run the command of a line that `is_command`. Raises `UsageError` where there is none of that name."""
+    """Run the command of a line that `is_command`. Raises `UsageError` if there is none of that name."""
     name, argument = split(line)
-    found = COMMANDS.get(name)
-    if found is None:
+    command = COMMANDS.get(name)
+    if command is None:
         raise unknown_command(name)
-    if argument and not found.argument:
+    if argument and not command.argument:
         raise UsageError(f"/{name} takes no argument, found '{sanitize(argument)}'.")
-    if not argument and found.argument and not found.argument.startswith("["):
-        raise UsageError(f"/{name} needs an argument, expected {found.usage}; /help {name} explains it.")
-    return found, found.run(session, argument)
+    if not argument and command.argument and not command.argument.startswith("["):
+        raise UsageError(f"/{name} needs an argument, expected {command.usage}; /help {name} explains it.")
+    return command, command.run(session, argument)
 
 
 def unknown_command(name: str) -> UsageError:
@@ -147,33 +169,7 @@ def completions(session: Session, line: str) -> list[str]:
     if begun is None:
         return [f"/{name}" for name in COMMANDS if name.startswith(line[1:])]
     name, space, argument = begun.groups()
-    found = COMMANDS.get(name)
-    if found is None:
+    command = COMMANDS.get(name)
+    if command is None:
         return []
-    return [f"/{name}{space}{value}" for value in found.complete(session, argument) if value.startswith(argument)]
-
-
-def whole_number(argument: str, what: str, least: int = 1) -> int:
-    """An argument as a whole number. Raises `UsageError` where it is none, or less than `least`."""
-    try:
-        value = int(argument)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a whole number of at least {least}.")
-    return value
-
-
-def number(argument: str, what: str) -> float:
-    """An argument as a number. Raises `UsageError` where it is none."""
-    try:
-        return float(argument)
-    except ValueError:
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a number.") from None
-
-
-def on_or_off(argument: str, what: str) -> bool:
-    """An argument as a switch. Raises `UsageError` where it is neither on nor off."""
-    if argument not in ("on", "off"):
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected on or off.")
-    return argument == "on"
+    return [f"/{name}{space}{value}" for value in command.complete(session, argument) if value.startswith(argument)]

@@ -12,11 +12,13 @@ from llama_scratch.render.pages import inspection as inspection_pages
 from llama_scratch.render.pages import lens as lens_pages
 from llama_scratch.render.pages import neurons as neuron_pages
 from llama_scratch.render.pages import surprisal as surprisal_pages
-from llama_scratch.repl import session_file
-from llama_scratch.repl.commands.files import file_path, paths
+from llama_scratch.repl.commands.arguments import file_path, paths
 from llama_scratch.repl.commands.pictures import drawer
-from llama_scratch.repl.commands.registry import Reply, command, note
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
+from llama_scratch.repl.user_files import write_whole
+
+command = commands_under("The session")
 
 
 @command("report", "FILE.html", complete=paths, replayed=False)
@@ -29,8 +31,8 @@ def _report(session: Session, argument: str) -> Reply:
     path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
-    session_file.write_whole(path, draw(page))
-    session.page = page
+    write_whole(path, draw(page))
+    session.update(page=page)
     return note(f"Wrote the examination to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
@@ -44,8 +46,8 @@ def _examined(session: Session) -> Iterator[Page]:
     from llama_scratch.microscope.surprisal import per_character, surprisal
 
     llama, ids = session.llama, session.ids
-    with session.progress() as progress:
-        yield inspection_pages.page(Inspection(session.intact, ids, session.interventions))
+    with session.screen.progress() as progress:
+        yield inspection_pages.page(Inspection(session.intact, ids, session.state.interventions))
         scored = surprisal(llama, ids, session.settings.top, progress)
         yield surprisal_pages.page(scored, session.text_of(ids), per_character(llama, scored.tokens))
         yield lens_pages.page(lens(llama, ids, progress=progress))

@@ -1,10 +1,13 @@
-"""The session itself: help, an empty screen, the end."""
+"""The session itself: help and the end."""
 
 from __future__ import annotations
 
 from llama_scratch.render import reports
-from llama_scratch.repl.commands.registry import COMMANDS, Reply, command, unknown_command
+from llama_scratch.repl.commands.registry import COMMANDS, Reply, by_heading, commands_under, unknown_command
+from llama_scratch.repl.live import is_live
 from llama_scratch.repl.session import Session
+
+command = commands_under("The session")
 
 KEYS = {
     "Enter": "Answer the prompt; on an empty line accept what is offered.",
@@ -19,56 +22,36 @@ KEYS = {
 }
 
 
-# What belongs together, in the order in which /help lists it.
-GROUPS = {
-    "The text": ("generate", "force", "undo", "edit", "clear", "context"),
-    "Looking at it": ("tokens", "surprisal", "tree", "choices", "diff", "compare"),
-    "Looking inside": ("lens", "attention", "why", "neurons", "step", "source"),
-    "Changing it": ("ablate", "patch", "steer", "restore"),
-    "The network": ("arch", "rope", "kv", "numerics"),
-    "Drawing tokens": ("temperature", "top-k", "top-p", "min-p", "seed", "greedy"),
-    "Chat": ("chat", "system"),
-    "The model": ("info", "memory", "model", "precision"),
-    "The session": ("top", "live", "special", "history", "save", "load", "export", "picture", "report", "help", "quit"),
-}
-
-
 @command("help", "[COMMAND]", complete=lambda _session, _begun: list(COMMANDS))
 def _help(session: Session, argument: str) -> Reply:
     """List the commands and the keys, or explain one command."""
     if not argument:
-        names = {f"/{found.name}": found.summary for found in COMMANDS.values()}
-        groups = {title: {f"/{name}": names[f"/{name}"] for name in group} for title, group in GROUPS.items()}
+        groups = {
+            heading: {f"/{command.name}": command.summary for command in commands}
+            for heading, commands in by_heading().items()
+        }
+        names = {name: summary for group in groups.values() for name, summary in group.items()}
         keys = _keys(session)
         return Reply({"commands": names, "keys": keys}, reports.groups(groups | {"Keys": keys}), note=True)
     name = argument.removeprefix("/")
-    if (found := COMMANDS.get(name)) is None:
+    if (explained := COMMANDS.get(name)) is None:
         raise unknown_command(name)
-    return Reply({"usage": found.usage, "help": found.help}, reports.explained(found.usage, found.help), note=True)
+    usage, text = explained.usage, explained.help
+    return Reply({"usage": usage, "help": text}, reports.explained(usage, text), note=True)
 
 
 def _keys(session: Session) -> dict[str, str]:
     """The keys, and what they do in the session's mode."""
-    if session.keyboard is None:  # lines come from a pipe
+    if session.screen.keyboard is None:  # lines come from a pipe
         return {"//…": KEYS["//…"]}
     keys = dict(KEYS)
-    if not session.is_live:
+    if not is_live(session):
         keys["Tab, →"] = "On an empty line, bring the text back."
         keys["Shift-Tab"] = "On an empty line, offer the next candidate."
-    if session.chat:
+    if session.state.chat:
         del keys["Tab, →"]
         keys["Enter"] = "Send the message; on an empty line accept what is offered."
     return keys
-
-
-@command("clear")
-def _clear(session: Session, _: str) -> Reply:
-    """Forget the text and empty the screen."""
-    session.forget()
-    session.shown = []
-    if session.interactive:
-        session.console.clear()
-    return Reply({}, note=True)
 
 
 @command("quit")

@@ -1,23 +1,27 @@
-"""The text so far: going on, going back, taking another way."""
+"""The text so far: continue it, go back, take another way."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.text import Text
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
-from llama_scratch.render.text import SPACE, visible
-from llama_scratch.repl.commands.registry import Reply, command, note, whole_number
+from llama_scratch.render import reports
+from llama_scratch.render.text import readable
+from llama_scratch.repl import transitions
+from llama_scratch.repl.answering import ask, extend, generate, show_answer
+from llama_scratch.repl.commands.arguments import candidates, one_token, whole_number
+from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
-from llama_scratch.results import Token, as_json
+from llama_scratch.results import as_json
 from llama_scratch.system.small_files import read_bytes, without_line_end, without_mark
+
+command = commands_under("The text")
 
 # Bytes of an edited text, more than any context holds.
 _MAX_TEXT = 1 << 24
@@ -29,79 +33,40 @@ def _generate(session: Session, argument: str) -> Reply | None:
 
     They are drawn as /temperature and the others say. Enter then accepts them.
     """
-    generated = session.generate(whole_number(argument, "/generate") if argument else 20)
+    generated = generate(session, whole_number(argument, "/generate") if argument else 20)
     # What came bit by bit stands on the screen already.
-    return Reply(generated.as_json(), None if session.interactive else Text(generated.text))
-
-
-def candidates(session: Session, _begun: str) -> Iterable[str]:
-    """The last answer's candidates, as /force takes them."""
-    return [visible(c.text).plain for c in session.now.prediction.top] if session.now else []
+    return Reply(generated.as_json(), None if session.screen.interactive else Text(generated.text))
 
 
 @command("force", "TOKEN", complete=candidates)
 def _force(session: Session, argument: str) -> Reply | None:
     """Add a token of your choice: ␣Paris, " Paris" or #7042."""
     token = one_token(session, argument)
-    return Reply(session.extend([token.id]))
-
-
-def one_token(session: Session, argument: str) -> Token:
-    """The token that an argument names: as the answer shows it, by its id as #7042, or by its text."""
-    llama = session.llama
-    if argument.startswith("#") and argument[1:].isdecimal():
-        return llama.token(whole_number(argument[1:], "a token's id", least=0))
-    if session.now:  # as it stands in the answer, escapes and all
-        for candidate in session.now.prediction.top:
-            if visible(candidate.text).plain == argument:
-                return candidate
-    text = unquoted(argument).replace(SPACE, " ")
-    ids = llama.encode(text, bos=False, special=True)
-    if not ids:
-        raise UsageError(f"'{sanitize(argument)}' is an empty text, expected one token, by its text or as #7042.")
-    if len(ids) != 1:
-        parts = " ".join(visible(llama.token(id).text).plain for id in ids[:8])
-        raise UsageError(
-            f"'{sanitize(argument)}' is {len(ids)} tokens ({sanitize(parts)}), expected one; "
-            "write a space in front as ␣, or give the token's id as #7042."
-        )
-    return llama.token(ids[0])
-
-
-def unquoted(argument: str) -> str:
-    """The text that is meant: between double quotes as in JSON, else as it stands."""
-    if len(argument) > 1 and argument[0] == argument[-1] == '"':
-        try:
-            text = json.loads(argument)
-        except ValueError:
-            return argument
-        if isinstance(text, str):
-            return text
-    return argument
+    return Reply(extend(session, [token.id]))
 
 
 @command("undo")
 def _undo(session: Session, _: str) -> Reply:
     """Go back to the text before; nothing is computed again."""
-    moment = session.undo()
-    if session.interactive:
-        session.show_answer(moment.prediction, added=len(moment.ids))
-    return Reply(as_json(moment.prediction))
+    snapshot = transitions.undo(session)
+    if session.screen.interactive:
+        show_answer(session, snapshot.prediction, added=len(snapshot.ids))
+    return Reply(as_json(snapshot.prediction))
 
 
 @command("edit", replayed=False)
 def _edit(session: Session, _: str) -> Reply | None:
     """Edit the text in $EDITOR and answer it."""
-    if session.keyboard is None:
+    if session.screen.keyboard is None:
         raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
-    if session.chat:
+    if session.state.chat:
         raise UsageError("/edit opens the text, expected no chat, whose text has its format in it; /chat off ends it.")
     before = session.text_of(session.ids) if session.now else ""
-    with session.keyboard.given_away():
+    with session.screen.keyboard.given_away():
         after = _edited(before)
     if not after or after == before:
         return note("Nothing was changed.")
-    return Reply(session.ask(after))
+    return Reply(ask(session, after))
 
 
 def _edited(text: str) -> str:
@@ -129,3 +94,31 @@ def _edited(text: str) -> str:
             raise LlamaScratchError("The editor left no file behind, so the text stays as it was.") from error
         after = without_mark(data, "The edited text", LlamaScratchError).decode("utf-8", errors="replace")
         return without_line_end(after)  # editors end the last line, which does not belong to the text
+
+
+@command("clear")
+def _clear(session: Session, _: str) -> Reply:
+    """Forget the text and empty the screen."""
+    session.forget()
+    session.screen.clear()
+    return Reply({}, note=True)
+
+
+@command("context", replayed=False)
+def _context(session: Session, _: str) -> Reply:
+    """The text so far, its tokens, how many fit and are cached."""
+    llama = session.llama
+    ids = session.ids if session.now else []
+    facts = {
+        "text": session.text_of(ids),
+        "tokens": len(ids),
+        "context": llama.context,
+        "trained_for": llama.args.max_seq_len,
+        "cached": llama.engine.cached_tokens,
+    }
+    rows = {
+        "text": readable(session.text_of(ids)) or "(none yet)",
+        "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
+        "cached": f"{llama.engine.cached_tokens:,} tokens",
+    }
+    return Reply(facts, reports.rows(rows))

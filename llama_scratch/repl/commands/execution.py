@@ -1,4 +1,4 @@
-"""A walk through the forward pass, the source of any part, and the parts themselves."""
+"""A walk through the forward pass, line by line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import reports, text
-from llama_scratch.render.pages import architecture as architecture_pages
 from llama_scratch.render.pages import execution as execution_pages
-from llama_scratch.render.pages import source as source_pages
 from llama_scratch.render.pages import value_view as value_pages
-from llama_scratch.repl.commands.registry import Reply, command, first_word, note, paged, whole_number
+from llama_scratch.repl.commands.arguments import first_word, whole_number
+from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
 from llama_scratch.repl.session import Session
 
 if TYPE_CHECKING:
@@ -21,15 +20,16 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.execution import ExecutionTrace
     from llama_scratch.repl.keyboard import Keyboard
 
+
 # The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+
+command = commands_under("Looking inside")
 
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
 _KEYS = (
     "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
     "A number behind a word repeats it: next 3."
 )
-# The length that /arch takes where there is no text.
-_LENGTH = 1024
 
 
 @dataclass
@@ -40,11 +40,8 @@ class _Walking:
     at: int = 0
 
 
-# --- /step ------------------------------------------------------------------------------------
-
-
 def _steps(session: Session, begun: str) -> Iterable[str]:
-    walking = _kept(session)
+    walking = _current(session)
     if begun.startswith("print ") and walking:
         return [f"print {name}" for name in walking.walk.stops[walking.at].in_scope]
     return _ACTIONS.values()
@@ -60,8 +57,8 @@ def _step(session: Session, argument: str) -> Reply:
 
     On a terminal /step alone takes single keys: Enter or n, i, o, b, t 5, p q, and ? lists them.
     """
-    if not argument and session.keyboard:
-        return _with_keys(session, session.keyboard)
+    if not argument and session.screen.keyboard:
+        return _with_keys(session, session.screen.keyboard)
     return _take(session, argument)
 
 
@@ -74,28 +71,27 @@ def _take(session: Session, argument: str) -> Reply:
     if word not in ("", *_ACTIONS.values()):
         raise UsageError(f"'{sanitize(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
     if word == "end":
-        session.walk = None
+        session.update(walk=None)
         return note("The walk is over.", ended=True)
     walking, begins = _walking(session)
     walk, at = walking.walk, walking.at
     if word == "print":
-        with session.progress() as progress:
-            found = execution.look(session.llama, walk, at, rest, progress)
-        return paged(session, {"stop": at, **found.as_json()}, value_pages.page(found, walk.stops[at]))
+        with session.screen.progress() as progress:
+            value = execution.look(session.llama, walk, at, rest, progress)
+        return paged(session, {"stop": at, **value.as_json()}, value_pages.page(value, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
         count = whole_number(rest, "the number of steps") if rest else 1
-        walking.at = {"next": walk.next, "into": walk.step_into, "out": walk.step_out, "back": walk.back}[word](
-            at, count
-        )
+        step = {"next": walk.next, "into": walk.step_into, "out": walk.step_out, "back": walk.back}[word]
+        walking.at = step(at, count)
     stop = walk.stops[walking.at]
     facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
     return paged(session, facts, execution_pages.page(walk, walking.at, begins))
 
 
-def _kept(session: Session) -> _Walking | None:
-    walking: _Walking | None = session.walk
+def _current(session: Session) -> _Walking | None:
+    walking: _Walking | None = session.state.walk
     return walking
 
 
@@ -103,13 +99,13 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     """The walk that goes on, or a new one, and what there is to say of that."""
     from llama_scratch.microscope import execution
 
-    llama, ids, kept = session.llama, session.ids, _kept(session)
-    if kept and kept.walk.fits(llama, ids):
-        return kept, ""
-    with session.progress() as progress:
+    llama, ids, current = session.llama, session.ids, _current(session)
+    if current and current.walk.fits(llama, ids):
+        return current, ""
+    with session.screen.progress() as progress:
         walking = _Walking(execution.walk(llama, ids, progress))
-    session.walk = walking
-    return walking, "The text or the network is another one now, so the walk begins anew." if kept else ""
+    session.update(walk=walking)
+    return walking, "The text or the network is another one now, so the walk begins anew." if current else ""
 
 
 def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
@@ -140,11 +136,11 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         key_bindings=keys,
         erase_when_done=True,
         enable_suspend=True,
-        color_depth=ColorDepth.DEPTH_1_BIT if session.console.no_color or plain else None,
+        color_depth=ColorDepth.DEPTH_1_BIT if session.screen.console.no_color or plain else None,
     )
     hint = FormattedText([("ansibrightblack", "Enter next, i into, o out, ? all")])
     reply = _take(session, "")
-    session.show(reply.view or "")
+    session.screen.show(reply.view or "")
     while True:
         try:
             with keyboard.released():
@@ -154,51 +150,11 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
         if line in ("q", "end"):
             break
         if line == "?":
-            session.show(reports.rows({"step>": _KEYS}))
+            session.screen.show(reports.rows({"step>": _KEYS}))
             continue
         try:
             reply = _take(session, line or "next")
-            session.show(reply.view or "")
+            session.screen.show(reply.view or "")
         except LlamaScratchError as error:
-            session.show(text.error(str(error)))
+            session.screen.show(text.error(str(error)))
     return Reply(reply.facts)
-
-
-# --- /source and /arch ------------------------------------------------------------------------
-
-
-def _names(_session: Session, _begun: str) -> Iterable[str]:
-    from llama_scratch.microscope.source import names
-
-    return names()
-
-
-@command("source", "[NAME]", complete=_names)
-def _source(session: Session, argument: str) -> Reply:
-    """The source of any part: /source rope.
-
-    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens;
-    or what stands at a line: /source model.py:305. Without a name it lists the concepts.
-    """
-    from llama_scratch.microscope.source import concepts, source
-
-    if not argument:
-        listed = concepts()
-        facts = {concept: [passage.name for passage in passages] for concept, passages in listed.items()}
-        return paged(session, {"concepts": facts}, source_pages.contents(listed))
-    found = source(argument)
-    return paged(session, found.as_json(), source_pages.page(found))
-
-
-@command("arch", "[LENGTH]")
-def _arch(session: Session, argument: str) -> Reply:
-    """The network's parts: shapes, parameters, FLOPs and bytes.
-
-    What attention costs depends on how much there is to look at: the text so far, or a text of LENGTH tokens.
-    """
-    from llama_scratch.microscope.architecture import architecture
-
-    llama = session.llama
-    length = len(session.ids) if session.now else min(_LENGTH, llama.context)
-    found = architecture(llama, whole_number(argument, "the length") if argument else length)
-    return paged(session, found.as_json(), architecture_pages.page(found))

@@ -1,4 +1,4 @@
-"""Why that token: attribution."""
+"""Why a token is predicted: attribution to components and to words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import SPACE
-from llama_scratch.repl.commands.registry import Reply, command, paged
-from llama_scratch.repl.commands.text import candidates, one_token
+from llama_scratch.repl.commands.arguments import candidates, one_token
+from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
+
+# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+
+command = commands_under("Looking inside")
 
 
 @command("why", "[TOKEN [vs TOKEN]]", complete=candidates)
@@ -34,9 +38,9 @@ def _why(session: Session, argument: str) -> Reply:
             )
         first = argument  # the token itself
     answer, versus = (_token(session, part) if part else None for part in (first, second))
-    with session.progress() as progress:
-        found = why(llama, ids, answer, versus, progress)
-    return paged(session, found.as_json(), pages.page(found))
+    with session.screen.progress() as progress:
+        reasons = why(llama, ids, answer, versus, progress)
+    return paged(session, reasons.as_json(), pages.page(reasons))
 
 
 def _token(session: Session, name: str) -> int:

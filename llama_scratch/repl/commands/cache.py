@@ -1,0 +1,31 @@
+"""What the key-value cache holds."""
+
+from __future__ import annotations
+
+from llama_scratch.repl.commands.arguments import layer_number, layers
+from llama_scratch.repl.commands.registry import Reply, commands_under, paged
+from llama_scratch.repl.session import Session
+
+# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+
+command = commands_under("The network")
+
+
+@command("kv", "[LAYER]", complete=layers)
+def _kv(session: Session, argument: str) -> Reply:
+    """What the key-value cache holds: tokens, bytes, lengths.
+
+    With a layer: how long its keys and values are, head by head and token by token.
+    """
+    from llama_scratch.microscope.cache import cache, cached_layer
+    from llama_scratch.render.pages import cache as pages
+
+    llama, ids = session.llama, session.ids
+    with session.screen.progress() as progress:
+        if argument:
+            layer_cache = cached_layer(llama, ids, layer_number(argument, "kv"), progress)
+            return paged(session, layer_cache.as_json(), pages.layer_page(layer_cache))
+        whole = cache(llama, ids, progress)
+    timing = session.state.snapshots[-1].prediction.timing
+    facts = {"reused_tokens": timing.reused_tokens, "new_tokens": timing.prompt_tokens - timing.reused_tokens}
+    return paged(session, whole.as_json() | facts, pages.page(whole, timing))
