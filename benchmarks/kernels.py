@@ -34,7 +34,7 @@ from llama_scratch.precision import kernels
 from llama_scratch.precision.linear import panel_shapes
 from llama_scratch.precision.network import DTYPES
 
-SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
+SOURCE = Path(__file__).parent.parent / "tests" / "precision" / "kernels_alone.cpp"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from benchmarks.make_checkpoint import meta_tokenizer
-from tests.checkpoints import write_meta
+from tests.helpers import ROOT
+from tests.helpers.checkpoints import write_meta
 
 # The open model is fetched once and kept beside the sources, not in the home.
-CACHE = Path(__file__).parent.parent / ".cache"
+CACHE = ROOT / ".cache"
 SMOLLM2_FP32 = CACHE / "SmolLM2-135M-Instruct.F32.gguf"
 os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -14,7 +14,7 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.llama import Llama
 from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.system.progress import silent
-from tests import reference
+from tests.helpers import reference
 
 # English, code and other scripts, with digits, quotes and white space in between: some 600 tokens.
 TEXTS = {

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
-from tests.checkpoints import tokenizer_file
-from tests.texts import FRAGMENTS
+from tests.helpers.checkpoints import tokenizer_file
+from tests.helpers.texts import FRAGMENTS
 
 Encode = Callable[[str], list[int]]
 

@@ -31,7 +31,7 @@ from llama_scratch.checkpoint.tokenizer_parts import template_of
 from llama_scratch.checkpoint.verify import Verification, verify, write_checksums
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
-from tests.checkpoints import tiny_params, write_meta
+from tests.helpers.checkpoints import tiny_params, write_meta
 from tests.trust.record import write
 
 FORMS = ("meta", "hf", "gguf")
