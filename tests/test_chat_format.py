@@ -34,12 +34,13 @@ from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import Sampling
 from llama_scratch.system import template_process, template_sandbox
-from tests.checkpoint.gguf.test_reader import refused, string, strings, whole_file
-from tests.checkpoint.meta.test_reader import is_sentence
-from tests.cli.test_app import Runner, llama_scratch  # noqa: F401 - a fixture
+from tests.checkpoint.gguf.test_reader import refused
 from tests.helpers import ROOT
+from tests.helpers.assertions import is_sentence
 from tests.helpers.checkpoints import TINY_PARAMS, write_meta
-from tests.system.test_jobs import until
+from tests.helpers.command_line import Runner
+from tests.helpers.gguf_files import string, strings, whole_file
+from tests.helpers.processes import until
 
 CONVERSATIONS = {
     "question": [Message("user", "What is the capital of France?")],
@@ -807,7 +808,7 @@ def test_a_base_model_takes_no_conversation(tiny_dir: Path, line: str) -> None:
 
 
 @pytest.mark.slow
-def test_each_line_of_a_pipe_is_a_message(llama_scratch: Runner, smollm2_path: Path) -> None:  # noqa: F811
+def test_each_line_of_a_pipe_is_a_message(llama_scratch: Runner, smollm2_path: Path) -> None:
     """With --chat; the second is seen with the first."""
     model = ("--model-dir", str(smollm2_path), "--precision", "fp32", "--generate", "40")
     stdin = f"{FRANCE}\nAnd of Italy?\n".encode()
@@ -824,7 +825,7 @@ def test_each_line_of_a_pipe_is_a_message(llama_scratch: Runner, smollm2_path: P
 
 
 @pytest.mark.slow
-def test_chat_begins_in_a_pipe(llama_scratch: Runner, smollm2_path: Path) -> None:  # noqa: F811
+def test_chat_begins_in_a_pipe(llama_scratch: Runner, smollm2_path: Path) -> None:
     """With --commands, by /chat; /undo is a command of it."""
     stdin = f"/chat\n{FRANCE}\n/chat off\nThe capital of France is\n".encode()
     result = llama_scratch("--model-dir", str(smollm2_path), "--generate", "40", "--commands", "--json", stdin=stdin)
@@ -835,7 +836,7 @@ def test_chat_begins_in_a_pipe(llama_scratch: Runner, smollm2_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [["--chat"], ["--system", "x"]])
-def test_the_option_with_a_base_model(llama_scratch: Runner, tiny_dir: Path, options: list[str]) -> None:  # noqa: F811
+def test_the_option_with_a_base_model(llama_scratch: Runner, tiny_dir: Path, options: list[str]) -> None:
     result = llama_scratch("--model-dir", str(tiny_dir), *options, "--prompt", "Hi")
     assert result.code == 2
     assert result.out == ""

@@ -19,9 +19,9 @@ from llama_scratch.checkpoint.gguf.reader import open_gguf
 from llama_scratch.checkpoint.huggingface.reader import open_huggingface
 from llama_scratch.errors import CheckpointError
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
-from tests.checkpoint.gguf.test_reader import MERGES, File, ints, string, strings, uint, vocabulary
-from tests.checkpoint.gguf.test_reader import file as gguf_file
-from tests.checkpoint.huggingface.test_reader import (
+from tests.helpers.command_line import Runner
+from tests.helpers.gguf_files import MERGES, File, ints, string, strings, uint, vocabulary, whole_file
+from tests.helpers.huggingface_files import (
     BYTE_LEVEL,
     N_VOCAB,
     PRE,
@@ -35,10 +35,7 @@ from tests.checkpoint.huggingface.test_reader import (
     witness,
     write,
 )
-from tests.cli.test_app import Runner, llama_scratch
 from tests.helpers.texts import CORPUS
-
-__all__ = ["gguf_file", "llama_scratch"]  # fixtures
 
 THINK = N_VOCAB
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -54,6 +51,11 @@ def add(values: dict[str, Any], *texts: str, special: bool = False) -> None:
         added, vocab = values["added_tokens"], values["model"]["vocab"]
         id = vocab.get(text, 1 + max([*vocab.values(), *(token["id"] for token in added)]))
         added.append({"id": id, "content": text, **FLAGS, "special": special})
+
+
+@pytest.fixture
+def gguf_file() -> File:
+    return whole_file()
 
 
 @pytest.fixture(scope="module")

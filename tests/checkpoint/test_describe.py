@@ -25,10 +25,8 @@ from llama_scratch.llama import Llama
 from llama_scratch.precision.network import memory_needed
 from llama_scratch.render.text import as_text, model_facts, rows, size
 from llama_scratch.system.progress import Progress, silent
-from tests.cli.test_app import Runner, llama_scratch
 from tests.helpers.checkpoints import tiny_args, write_meta
-
-__all__ = ["llama_scratch"]  # a fixture
+from tests.helpers.command_line import Runner
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from llama_scratch.llama import Llama
 from llama_scratch.repl import session_file
 from llama_scratch.repl.batch import respond
 from llama_scratch.system.progress import silent
-from tests.checkpoint.gguf import test_variants as gguf_files
-from tests.checkpoint.meta import test_shards as shards
-from tests.repl.test_session_file import edited, replayed, saved, session_of
+from tests.helpers import gguf_files
+from tests.helpers import meta_files as shards
+from tests.helpers.session_files import edited, replayed, saved, session_of
 
 Kept = tuple[Path, list[str]]
 """A model, and the names of its weight files in order."""

@@ -24,10 +24,10 @@ from llama_scratch.microscope.rope import rope
 from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.precision.network import memory_needed
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta import test_shards as shards
-from tests.checkpoint.meta.test_reader import same
+from tests.helpers import meta_files as shards
 from tests.helpers.checkpoints import tiny_args, tiny_params, write_meta
 from tests.helpers.reference import forward
+from tests.helpers.weights import same
 
 # Wider in all heads than the residual stream, and narrower; heads that do not divide dim; scaled RoPE.
 WIDE = tiny_params(dim=192, n_heads=4, n_kv_heads=2, head_dim=64, n_layers=2)

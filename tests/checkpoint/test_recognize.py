@@ -19,8 +19,7 @@ from llama_scratch.checkpoint.verify import verify
 from llama_scratch.download.hub import Repository
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.progress import silent
-from tests.helpers.checkpoints import tiny_params, write_meta
-from tests.system.test_small_files import PAGE, POINTER
+from tests.helpers.checkpoints import PAGE, POINTER, tiny_params, write_meta
 
 COMMIT = "a" * 40
 

@@ -27,11 +27,10 @@ from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
 from llama_scratch.render.text import as_text
 from llama_scratch.render.verify import verify_table
 from llama_scratch.system.progress import Progress
-from tests.checkpoint.gguf.test_reader import whole_file
-from tests.cli.test_app import Runner, llama_scratch, one_sentence
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.command_line import Runner, one_sentence
+from tests.helpers.gguf_files import whole_file
 
-__all__ = ["llama_scratch"]  # a fixture
 WEIGHTS = "consolidated.00.pth"
 FILES = ("params.json", "tokenizer.model", WEIGHTS)
 

@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import pytest
 
-from llama_scratch.cli.app import run
 from llama_scratch.errors import escape_controls
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.command_line import Runner, one_sentence
 from tests.helpers.terminal import PROGRAM
-
-
-class Result(NamedTuple):
-    """What a run gave."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Runner(Protocol):
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> Result: ...
-
-
-@pytest.fixture
-def llama_scratch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Runner:
-    """Run the command line with the given arguments and standard input, none of the streams a terminal."""
-
-    def runner(*arguments: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = run(list(arguments))
-        return Result(code, *capfd.readouterr())
-
-    return runner
 
 
 @pytest.fixture
 def tiny(tiny_dir: Path) -> tuple[str, str]:
     """The option that names the small random model."""
     return ("--model-dir", str(tiny_dir))
-
-
-def one_sentence(result: Result) -> str:
-    """The error of a run that printed nothing else."""
-    assert result.out == ""
-    assert result.err.startswith("llama-scratch: ")
-    assert result.err.count("\n") == 1
-    assert ". " not in result.err
-    assert "Traceback" not in result.err
-    return result.err
 
 
 # --- Formats ----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 
 from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.download.pypi import OPEN_MODELS
+from tests.helpers.processes import loaded_after
 from tests.helpers.terminal import PROGRAM, Terminal
-from tests.repository.test_imports import loaded_after
 
 SHELLS = ["bash", "zsh", "fish"]
 

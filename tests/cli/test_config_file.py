@@ -12,7 +12,7 @@ import pytest
 
 from llama_scratch.cli.config_file import default_path
 from llama_scratch.repl.session import Session
-from tests.cli.test_app import Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
+from tests.helpers.command_line import Runner, one_sentence
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def model(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tiny_dir)
 
 
-def candidates(llama_scratch: Runner, *arguments: str) -> int:  # noqa: F811 - pytest gives it
+def candidates(llama_scratch: Runner, *arguments: str) -> int:
     """How many candidates an answer lists."""
     result = llama_scratch(*arguments, "--json", stdin=b"the\n")
     assert result.err == ""
@@ -39,7 +39,7 @@ def candidates(llama_scratch: Runner, *arguments: str) -> int:  # noqa: F811 - p
 
 
 def test_flags_over_the_environment_over_the_file_over_the_default(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     model: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -53,7 +53,7 @@ def test_flags_over_the_environment_over_the_file_over_the_default(
 
 
 def test_another_file(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     model: str,
     tmp_path: Path,
@@ -67,7 +67,7 @@ def test_another_file(
     assert candidates(llama_scratch, "--config", str(tmp_path / "third.toml")) == 2
 
 
-def test_every_kind_of_option(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:  # noqa: F811
+def test_every_kind_of_option(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:
     """Text, a number, a fraction, a switch, and a switch that is on unless it is turned off."""
     options = ["generate = 2", "temperature = 1.5", "seed = 1", "json = true", "live = false", "no-color = true"]
     config.write_text("\n".join([f'model-dir = "{tiny_dir}"', *options]))
@@ -78,7 +78,7 @@ def test_every_kind_of_option(llama_scratch: Runner, config: Path, tiny_dir: Pat
 
 @pytest.mark.parametrize(("given", "live"), [([], False), (["--live"], True), (["--no-live"], False)])
 def test_live_and_special_reach_the_session(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     model: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +99,7 @@ def test_live_and_special_reach_the_session(
 
 
 def test_the_file_names_the_activations(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     tiny_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +119,7 @@ def test_the_file_names_the_activations(
     assert llama_scratch(stdin=b"the\n").code == 2
 
 
-def test_a_subcommand_has_a_table(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:  # noqa: F811
+def test_a_subcommand_has_a_table(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:
     config.write_text(f'[info]\njson = true\nmodel-dir = "{tiny_dir}"')
     assert json.loads(llama_scratch("info").out)["name"] == tiny_dir.name
 
@@ -142,7 +142,7 @@ def test_a_subcommand_has_a_table(llama_scratch: Runner, config: Path, tiny_dir:
     ],
 )
 def test_what_is_said_last_names_the_model(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     tiny_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,14 +159,14 @@ def test_what_is_said_last_names_the_model(
     assert f"name: {tiny_dir.name}\n" in result.out, result.err
 
 
-def test_both_in_one_place_are_still_refused(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+def test_both_in_one_place_are_still_refused(llama_scratch: Runner, config: Path, model: str) -> None:
     config.write_text(f'model = "smollm2"\nmodel-dir = "{model}"')
     assert llama_scratch(stdin=b"x\n").code == 0  # the environment names one
     config.write_text("")
     assert "expected one of them" in one_sentence(llama_scratch("--model", "smollm2", "--model-dir", model))
 
 
-def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) -> None:  # noqa: F811
+def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) -> None:
     config.write_text('model = "smollm2"\nmodel-dir = "here"')
     assert "expected one of them" in one_sentence(llama_scratch(stdin=b"x\n"))
 
@@ -203,7 +203,7 @@ def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) ->
     ],
 )
 def test_a_wrong_file_is_one_sentence_with_its_name(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     text: str,
     expected: str,
@@ -215,7 +215,7 @@ def test_a_wrong_file_is_one_sentence_with_its_name(
     assert str(config) in result.err
 
 
-def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_path: Path) -> None:
     """One that was named must be there; the usual one need not."""
     config.unlink()
     assert llama_scratch("pull", "none").err.startswith("llama-scratch: There is no model 'none'")
@@ -226,13 +226,13 @@ def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_pat
         assert str(path) in result.err
 
 
-def test_a_byte_order_mark_and_dos_line_ends(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+def test_a_byte_order_mark_and_dos_line_ends(llama_scratch: Runner, config: Path, model: str) -> None:
     config.write_bytes(b"\xef\xbb\xbftop = 3\r\nquiet = true\r\n")
     assert candidates(llama_scratch) == 3
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16(llama_scratch: Runner, config: Path, encoding: str) -> None:  # noqa: F811
+def test_utf_16(llama_scratch: Runner, config: Path, encoding: str) -> None:
     config.write_bytes("top = 3\n".encode(encoding))
     result = llama_scratch(stdin=b"x\n")
     assert result.code == 2
@@ -259,7 +259,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("text", SLOW.values(), ids=SLOW)
-def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path, text: str) -> None:  # noqa: F811
+def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path, text: str) -> None:
     """A dotted key of 30,000 parts took 40 s."""
     config.write_text(text)
     start = time.process_time()
@@ -269,7 +269,7 @@ def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path,
     assert str(config) in one_sentence(result)
 
 
-def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) -> None:
     """Ordinary prompts have fewer in a line."""
     config.write_text('prompt = """' + "A line. It goes on. " * 100 + '\n..."""')
     config.write_text(config.read_text().replace(" It", "\nIt"))
@@ -277,7 +277,7 @@ def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) ->
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
-def test_a_named_file_that_is_not_one(llama_scratch: Runner, tmp_path: Path) -> None:  # noqa: F811
+def test_a_named_file_that_is_not_one(llama_scratch: Runner, tmp_path: Path) -> None:
     """A pipe is not waited for, and a device not read."""
     os.mkfifo(tmp_path / "pipe")
     for file in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
@@ -286,14 +286,14 @@ def test_a_named_file_that_is_not_one(llama_scratch: Runner, tmp_path: Path) -> 
         assert file in one_sentence(result)
 
 
-def test_the_null_device_is_an_empty_file(llama_scratch: Runner, config: Path, model: str) -> None:  # noqa: F811
+def test_the_null_device_is_an_empty_file(llama_scratch: Runner, config: Path, model: str) -> None:
     config.write_text("top = 3")
     assert candidates(llama_scratch, "--config", "/dev/null") == 5
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
 def test_a_file_that_nobody_named_and_that_cannot_be_read_is_absent(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     model: str,
     error: OSError,
@@ -316,7 +316,7 @@ def test_a_file_that_nobody_named_and_that_cannot_be_read_is_absent(
 
 
 def test_a_wrong_environment_is_one_sentence(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -326,7 +326,7 @@ def test_a_wrong_environment_is_one_sentence(
     assert "--top" in one_sentence(result)
 
 
-def test_help_and_version_need_no_whole_file(llama_scratch: Runner, config: Path) -> None:  # noqa: F811
+def test_help_and_version_need_no_whole_file(llama_scratch: Runner, config: Path) -> None:
     """So that a person who has broken it finds out how it should be."""
     config.write_text("broken")
     assert llama_scratch("--version").code == 0
@@ -338,7 +338,7 @@ def test_help_and_version_need_no_whole_file(llama_scratch: Runner, config: Path
 
 @pytest.mark.parametrize("place", ["flag", "environment", "file"])
 def test_debug_from_each_place(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
     place: str,

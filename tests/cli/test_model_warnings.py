@@ -11,9 +11,7 @@ import pytest
 from llama_scratch import llama
 from llama_scratch.checkpoint import describe, open_checkpoint, verify
 from llama_scratch.render.text import model_facts
-from tests.cli.test_app import Runner, llama_scratch
-
-__all__ = ["llama_scratch"]  # a fixture
+from tests.helpers.command_line import Runner
 
 WARNING = "The files contradict each other. The weights were believed."
 

@@ -23,7 +23,7 @@ from llama_scratch.download.hub import Repository, pull_hub
 from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta.test_reader import is_sentence
+from tests.helpers.assertions import is_sentence
 from tests.helpers.loopback import HTML, Answer, File, Server, serving, wait_for
 
 ID, COMMIT, OTHER = "some-org/Tiny-Llama", "a" * 40, "b" * 40

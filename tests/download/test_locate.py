@@ -23,7 +23,7 @@ from llama_scratch.download.pypi import OPEN_MODELS, OpenModel, pull
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
 from llama_scratch.system.atomic_files import locked
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta.test_reader import is_sentence
+from tests.helpers.assertions import is_sentence
 
 MEMBER = "some_package/Some-Model.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 4000

@@ -26,7 +26,7 @@ from llama_scratch.download.locate import find_model
 from llama_scratch.download.meta import pull_meta
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta.test_reader import is_sentence
+from tests.helpers.assertions import is_sentence
 from tests.helpers.loopback import HTML, XML, Answer, File, Server, serving, wait_for
 
 NAME, FOLDER = "Llama3.2-1B", "/Llama-3.2-1B"

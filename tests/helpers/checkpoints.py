@@ -82,3 +82,7 @@ def write_meta(
         weights["output.weight"] = weights["tok_embeddings.weight"]
     torch.save(weights, directory / "consolidated.00.pth")
     return directory
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 2471676205\n"
+PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"

@@ -17,7 +17,7 @@ from typing import Self, cast
 import pexpect
 import pyte
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMOLLM2_FP32
 
 PROGRAM = (sys.executable, "-m", "llama_scratch")
 KEYS = {
@@ -232,3 +232,34 @@ class Slow(Terminal):
         """Let the continuation go on with these tokens; None ends it."""
         with self._tokens.open("a") as file:
             file.writelines(json.dumps(token) + "\n" for token in tokens)
+
+
+# Mapped float32, so that no start turns 4 bits into it.
+MODEL = ("--model-dir", str(SMOLLM2_FP32))
+
+
+def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
+    """A session whose model is loaded."""
+    terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
+    terminal.wait_for("lists the commands")
+    terminal.settle(0.5)
+    return terminal
+
+
+# What stands under every answer, plain ones too ("Entropy").
+ANSWERED = "ntropy "
+
+
+def ask(terminal: Terminal, prompt: str) -> str:
+    """Type a prompt and return the screen once the answer is there."""
+    answers = terminal.seen(ANSWERED)
+    terminal.type(prompt, "enter")
+    terminal.wait_for_more(ANSWERED, answers)
+    terminal.settle()
+    return terminal.text
+
+
+def candidates(text: str) -> list[list[str]]:
+    """The token, its probability and the % of each candidate on a screen, the first without its frame."""
+    rows = (line.replace("│", " ").split() for line in text.splitlines())
+    return [row[:3] for row in rows if len(row) > 2 and row[2] == "%"]

@@ -25,3 +25,4 @@ drawn = st.lists(
     max_size=20,
     unique=True,
 )
+UNWRITTEN = [*"\x04\x06\x13\x14\x16\x1d", "\U00040000", "\U0008abcd", "\U000bffff"]

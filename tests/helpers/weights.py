@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 from torch import Tensor
 
-from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight
+from llama_scratch.checkpoint import open_checkpoint
+from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
+from llama_scratch.system.progress import silent
 from tests.helpers import gguf_reference
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,3 +50,14 @@ def quantized(form: str, blocks: Tensor) -> GGUFBlockWeight:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     return GGUFBlockWeight((len(blocks), blocks.shape[1] // n_bytes * size), blocks, form, dequantize)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return {name: as_tensor(weight) for name, weight in open_checkpoint(path).load(silent).items()}
+
+
+def same(a: Mapping[str, Weight], b: Mapping[str, Weight]) -> bool:
+    """Whether two sets of weights are equal to the last bit."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(as_tensor(a[k]), as_tensor(b[k])) for k in a
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_scratch.inference import long_attention
 from llama_scratch.inference.long_attention import attend_by_kernels
 from llama_scratch.model import attend, causal_mask
-from tests.conftest import KERNELS
+from tests.helpers import KERNELS
 
 CPU = torch.device("cpu")
 # New tokens and all tokens: on both sides of the spans of 256 keys and of the blocks of 16 tokens.

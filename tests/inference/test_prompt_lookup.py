@@ -19,7 +19,7 @@ from llama_scratch.model import RMSNorm
 from llama_scratch.results import Step
 from llama_scratch.sampling import GREEDY, Sampling
 from llama_scratch.system.jobs import BackgroundJobs
-from tests.conftest import KERNELS
+from tests.helpers import KERNELS
 
 CYCLE = [5, 6, 7, 8, 9, 10]
 SAMPLED = Sampling(temperature=0.02, top_k=5, seed=3)

@@ -20,7 +20,7 @@ from llama_scratch.render.pages.architecture import short
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.session import Session
 from tests.helpers.checkpoints import tiny_args, write_meta
-from tests.repl.commands.test_views import run, shown, started
+from tests.helpers.sessions import run, shown, started
 
 
 @pytest.fixture(scope="module")

@@ -40,10 +40,9 @@ from llama_scratch.render.page import Gallery, Heatmap, Page, Table
 from llama_scratch.render.pages import attention as pages
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.session import Session
-from tests import test_smollm2 as smollm2
-from tests.helpers import ROOT
+from tests.helpers import ROOT, smollm2
 from tests.helpers.checkpoints import tiny_params, write_meta
-from tests.repl.commands.test_views import shown, started
+from tests.helpers.sessions import shown, started
 
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 IDS = [60 + i % 90 for i in range(40)]

@@ -23,8 +23,7 @@ from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import percent
-from tests import test_smollm2 as smollm2
-from tests.helpers import reference
+from tests.helpers import reference, smollm2
 from tests.helpers.checkpoints import write_meta
 
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces

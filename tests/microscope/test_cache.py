@@ -16,7 +16,7 @@ from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import cache as pages
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.results import Timing
-from tests.repl.commands.test_views import assert_sentence, run, shown, started
+from tests.helpers.sessions import assert_sentence, run, shown, started
 
 IDS = list(range(40, 50))
 

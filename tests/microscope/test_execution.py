@@ -37,7 +37,7 @@ from llama_scratch.microscope.execution import (
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
-from tests.repl.commands.test_views import run, shown, started
+from tests.helpers.sessions import run, shown, started
 
 TEXT = "the reader and the other"
 

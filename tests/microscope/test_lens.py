@@ -23,8 +23,8 @@ from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.commands.lens import _watched
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token
-from tests import test_smollm2 as smollm2
-from tests.repl.commands.test_views import shown, started
+from tests.helpers import smollm2
+from tests.helpers.sessions import shown, started
 
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 PROMPT = "The capital of France is"

@@ -28,7 +28,7 @@ from llama_scratch.microscope.surprisal import Scored, Scorer, Surprisal, per_ch
 from llama_scratch.microscope.tokens import tokens
 from llama_scratch.microscope.tree import Branch, tree, walk
 from llama_scratch.system import memory
-from tests import test_smollm2 as smollm2
+from tests.helpers import smollm2
 from tests.helpers.checkpoints import write_meta
 
 # SmolLM2 in fp32, and transformers on the same weights: nothing is shared but the file.

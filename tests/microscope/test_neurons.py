@@ -16,7 +16,7 @@ from llama_scratch.model import TransformerBlock
 from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import neurons as pages
 from llama_scratch.repl.commands import run_command
-from tests.repl.commands.test_views import assert_sentence, run, shown, started
+from tests.helpers.sessions import assert_sentence, run, shown, started
 
 IDS = list(range(40, 56))
 LAYER = 1

@@ -21,7 +21,7 @@ from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.system import memory
 from llama_scratch.system.progress import Progress
 from tests.helpers.checkpoints import tiny_args
-from tests.repl.commands.test_views import assert_sentence, run, shown, started
+from tests.helpers.sessions import assert_sentence, run, shown, started
 
 IDS = [(40 + 37 * i) % 300 for i in range(40)]
 

@@ -22,7 +22,7 @@ from llama_scratch.render import to_terminal
 from llama_scratch.render.pages import rope as pages
 from llama_scratch.repl.commands import run_command
 from tests.helpers.checkpoints import tiny_args
-from tests.repl.commands.test_views import assert_sentence, run, shown, started
+from tests.helpers.sessions import assert_sentence, run, shown, started
 
 IDS = list(range(40, 60))
 LAYER, HEAD = 1, 3  # of two query heads a key head: the second key head's

@@ -19,8 +19,8 @@ from llama_scratch.render.page import Table
 from llama_scratch.render.pages import source as pages
 from llama_scratch.repl.commands import COMMANDS, completions, run_command
 from llama_scratch.repl.session import Session
-from tests.repl.commands.test_views import run, shown, started
-from tests.repository.test_imports import loaded_after
+from tests.helpers.processes import loaded_after
+from tests.helpers.sessions import run, shown, started
 
 ROOT = Path(llama_scratch.__file__).parent.parent
 

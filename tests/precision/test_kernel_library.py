@@ -19,7 +19,7 @@ from llama_scratch.precision import kernels
 from llama_scratch.system.atomic_files import locked
 from llama_scratch.system.jobs import BackgroundJobs
 from tests.helpers import ROOT
-from tests.system.test_jobs import until
+from tests.helpers.processes import until
 
 
 @pytest.fixture(autouse=True)

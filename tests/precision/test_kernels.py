@@ -22,8 +22,7 @@ from llama_scratch.precision import quantize as quantize_module
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, as_tensor
 from llama_scratch.precision.linear import from_panels, panel_shapes, panels_of, to_panels
 from llama_scratch.precision.quantize import quantize_blocks, quantize_panels
-from tests.conftest import KERNELS
-from tests.helpers import weights
+from tests.helpers import KERNELS, weights
 from tests.helpers.weights import FORMS, columns_per_block
 
 ALONE = Path(__file__).parent / "kernels_alone.cpp"

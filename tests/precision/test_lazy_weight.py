@@ -20,9 +20,6 @@ from llama_scratch.precision.linear import Embedding, Rows
 from llama_scratch.precision.network import build, memory_needed
 from tests.helpers import weights
 from tests.helpers.checkpoints import random_weights, tiny_args
-from tests.precision.test_linear import way
-
-__all__ = ["way"]
 
 CPU = torch.device("cpu")
 

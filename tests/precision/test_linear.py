@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.precision import kernels, linear
+from llama_scratch.precision import linear
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
 from llama_scratch.precision.linear import (
     Differentiable,
@@ -21,8 +21,7 @@ from llama_scratch.precision.linear import (
     Rows,
     weight_bytes,
 )
-from tests.conftest import KERNELS
-from tests.helpers import gguf_reference
+from tests.helpers import KERNELS, gguf_reference
 from tests.helpers.weights import FLOATS, FORMS, columns_per_block, quantized, weight
 
 # (out, in), the second in blocks: a usual one, others that are no multiple of 8, 16 or 64, and a long row.
@@ -31,16 +30,6 @@ BLOCKS = [(9, 1), (50, 3), (33, 41)]
 ROWS = [0, 1, 2, 3, 33, 200]
 # Numbers of rows on both sides of each way to multiply them.
 TOGETHER = [1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 200]
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What multiplies: the kernels, or torch's operators without them."""
-    if request.param == "kernels":
-        request.getfixturevalue("built_kernels")
-    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS if request.param == "kernels" else "0")
-    assert kernels.ready() == (request.param == "kernels")
-    return str(request.param)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_scratch.config import ACTIVATIONS, PRECISIONS, ModelArgs
+from llama_scratch.config import ACTIVATIONS, PRECISIONS
 from llama_scratch.errors import CheckpointError, UsageError
 from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
@@ -24,7 +24,6 @@ from llama_scratch.precision.linear import (
     FusedLinearPart,
     Panels,
     Rows,
-    WeightFormat,
     format_of,
     to_panels,
     weight_bytes,
@@ -39,12 +38,10 @@ from llama_scratch.precision.network import (
     validate_precision,
 )
 from llama_scratch.system.memory import trim_heap
-from tests.conftest import KERNELS
+from tests.helpers import KERNELS
 from tests.helpers.checkpoints import TINY_PARAMS, random_weights, tiny_args, write_meta
+from tests.helpers.networks import CPU, CUDA, IDS, MPS, forms, reference, relative, run, stored
 from tests.trust.memory import anonymous
-
-CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
-IDS = torch.randint(556, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -65,46 +62,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _wi
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def weights(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     return stored(tiny_args(), tied=request.param)
-
-
-def stored(args: ModelArgs, dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> dict[str, Tensor]:
-    """Random weights as a file would hold them; a tied output is the embedding itself."""
-    weights = random_weights(args, tied=False)
-    held = {
-        name: (weight if "wq" not in name and "wk" not in name else weight / 3).to(dtype)
-        for name, weight in weights.items()
-    }
-    return held | {"output.weight": held["tok_embeddings.weight"]} if tied else held
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The file that quantized weights are kept for."""
-    path = tmp_path / "weights"
-    path.write_bytes(b"weights")
-    return path
-
-
-def run(model: Transformer, ids: Tensor = IDS) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(ids, all_positions=True)[0]
-        return logits
-
-
-def reference(weights: dict[str, Tensor], args: ModelArgs | None = None) -> Tensor:
-    """What torch's own layers say in float32."""
-    model = Transformer(args or tiny_args())
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return run(model)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-
-
-def forms(model: Transformer) -> list[WeightFormat]:
-    """Each once: four of a layer, and the output's."""
-    return list({id(form): form for form in map(format_of, model.modules()) if form is not None}.values())
 
 
 def rows(model: Transformer) -> Iterator[Rows]:

@@ -32,13 +32,10 @@ from llama_scratch.precision.network import BITS, CalibrationText, build, memory
 from llama_scratch.precision.quantize import BLOCK, dequantize, quantize_blocks
 from llama_scratch.system import memory
 from llama_scratch.system.jobs import BackgroundJobs
-from tests.conftest import KERNELS
-from tests.helpers import ROOT
+from tests.helpers import KERNELS, ROOT
 from tests.helpers.checkpoints import tiny_args, write_meta
-from tests.precision.test_network import CPU, forms, reference, relative, run, source, stored
-from tests.system.test_jobs import until
-
-__all__ = ["source"]
+from tests.helpers.networks import CPU, forms, reference, relative, run, stored
+from tests.helpers.processes import until
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
 BOUNDS = {"int8": 0.04, "int4": 0.4}

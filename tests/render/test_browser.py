@@ -14,7 +14,7 @@ import pytest
 
 from llama_scratch.render.page import Cell, Page, Running, Table
 from llama_scratch.render.to_html import html
-from tests.render.test_page import EVERYTHING, HOSTILE, ramp
+from tests.helpers.pages import EVERYTHING, HOSTILE, ramp
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

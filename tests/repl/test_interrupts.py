@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.terminal import Terminal
-from tests.repl.test_live import start
-from tests.repl.test_loop import ask, candidates
+from tests.helpers.terminal import Terminal, ask, candidates, start
 
 LONG = "word " * 700 + "end"
 STAGES = {"prefill": LONG, "decode": "/generate 400", "tree": "/tree 5x4", "surprisal": f"/surprisal {LONG}"}

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMOLLM2_FP32
-from tests.helpers.terminal import Terminal
+from tests.helpers.terminal import Terminal, start
 
 PROMPT = "SmolLM2-135M-Instruct> "
 # Of the bottom line alone.
 BELOW = "· entropy"
-# Mapped float32, so that no start turns 4 bits into it.
-MODEL = ("--model-dir", str(SMOLLM2_FP32))
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +27,6 @@ def session(shared: Terminal) -> Terminal:
     shared.type("ctrl-c", "/clear", "enter")
     shared.settle()
     return shared
-
-
-def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
-    """A session whose model is loaded."""
-    terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
-    terminal.wait_for("lists the commands")
-    terminal.settle(0.5)
-    return terminal
 
 
 def typed(terminal: Terminal, text: str, following: str) -> str:

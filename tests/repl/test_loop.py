@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMOLLM2_FP32
-from tests.helpers.terminal import Terminal
+from tests.helpers import SMOLLM2_FP32
+from tests.helpers.terminal import ANSWERED, Terminal, ask, candidates
 
-# What stands under every answer, plain ones too ("Entropy").
-ANSWERED = "ntropy "
 # Mapped float32: not turned from 4 bits at each start.
 MODEL = ("--model-dir", str(SMOLLM2_FP32), "--precision", "fp32")
 
@@ -47,21 +45,6 @@ def start(state: dict[str, str], *arguments: str, columns: int = 80) -> Terminal
     terminal.wait_for("\n\n")  # the line below the banner
     terminal.wait_for(">")
     return terminal
-
-
-def ask(terminal: Terminal, prompt: str) -> str:
-    """Type a prompt and return the screen once the answer is there."""
-    answers = terminal.seen(ANSWERED)
-    terminal.type(prompt, "enter")
-    terminal.wait_for_more(ANSWERED, answers)
-    terminal.settle()
-    return terminal.text
-
-
-def candidates(text: str) -> list[list[str]]:
-    """The token, its probability and the % of each candidate on a screen, the first without its frame."""
-    rows = (line.replace("│", " ").split() for line in text.splitlines())
-    return [row[:3] for row in rows if len(row) > 2 and row[2] == "%"]
 
 
 def test_a_prompt_is_answered_with_the_token_and_its_probability(session: Terminal) -> None:

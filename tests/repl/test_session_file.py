@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
@@ -22,13 +21,12 @@ from llama_scratch.repl import session_file
 from llama_scratch.repl.batch import respond
 from llama_scratch.repl.commands import completions
 from llama_scratch.repl.keyboard import Keyboard
-from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.replay import Report, compare, run_again
-from llama_scratch.repl.session import Session, Settings, Turn
+from llama_scratch.repl.replay import compare
+from llama_scratch.repl.session import Session, Turn
 from llama_scratch.sampling import Sampling
-from llama_scratch.system.progress import Progress
-from tests.cli.test_app import Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.command_line import Runner, one_sentence
+from tests.helpers.session_files import edited, replayed, saved, session_of
 
 LINES = [
     "the nation",
@@ -58,10 +56,6 @@ def tiny(tiny_dir: Path) -> Llama:
     return loaded(tiny_dir)
 
 
-def other_model(_source: str, _precision: str, _progress: Progress) -> Llama:
-    raise UsageError("There is no other model here, expected the one.")
-
-
 def is_sentence(error: LlamaScratchError) -> str:
     """An error, as it is printed: one sentence that no terminal obeys."""
     text = str(error)
@@ -69,39 +63,6 @@ def is_sentence(error: LlamaScratchError) -> str:
     assert text.endswith((".", "?"))
     assert ". " not in text
     return text
-
-
-def session_of(llama: Llama, *lines: str, interactive: bool = False, **settings: Any) -> Session:
-    """A session in which some lines were typed."""
-    session = Session(
-        Loading.ended_with(llama),
-        Console(file=io.StringIO(), width=60),
-        replace(Settings(5, 0, Sampling()), **settings),
-        other_model,
-        interactive=interactive,
-    )
-    for line in lines:
-        respond(session, line)
-    return session
-
-
-def saved(session: Session, path: Path) -> Path:
-    """The session's file."""
-    respond(session, f"/save {path}")
-    return path
-
-
-def replayed(path: Path, llama: Llama) -> Report:
-    """What a replay of a file finds."""
-    return run_again(session_file.load(path), llama, other_model, Console(file=io.StringIO()))
-
-
-def edited(path: Path, change: Callable[[list[Any]], object]) -> Path:
-    """A session file with its lines, as JSON values, changed."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    change(lines)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 # --- What is written --------------------------------------------------------------------------
@@ -763,7 +724,7 @@ def test_file_names_are_completed(tiny: Llama, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_save_and_replay_by_the_open_model(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
@@ -785,7 +746,7 @@ def test_save_and_replay_by_the_open_model(
 
 @pytest.mark.slow
 def test_a_conversation_goes_on_from_the_recorded_answer(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
@@ -801,7 +762,7 @@ def test_a_conversation_goes_on_from_the_recorded_answer(
 
 
 def test_flags_go_over_the_recording_and_that_over_the_environment(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     tiny: Llama,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -820,7 +781,7 @@ def test_flags_go_over_the_recording_and_that_over_the_environment(
 
 
 def test_what_replay_refuses(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     tiny: Llama,
     tmp_path: Path,
 ) -> None:

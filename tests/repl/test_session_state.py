@@ -30,9 +30,9 @@ from llama_scratch.repl.replay import Report, run_again
 from llama_scratch.repl.session import InitialModel, Past, Session, Settings, Snapshot
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress
-from tests.cli.test_app import Runner, llama_scratch  # noqa: F401 - a fixture
 from tests.helpers.checkpoints import tokenizer_file, write_meta
-from tests.repl.test_session_file import edited
+from tests.helpers.command_line import Runner
+from tests.helpers.session_files import edited
 
 # Properties of `Session` that a file brings back.
 RESTORED = {
@@ -372,7 +372,7 @@ def test_a_context_that_nobody_asked_for_is_not_asked_for_by_a_replay(directory:
 
 
 def test_a_replay_rounds_activations_as_the_session_did(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     directory: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -391,7 +391,7 @@ def test_a_replay_rounds_activations_as_the_session_did(
 
 
 def test_options_that_were_not_given_are_not_taken_from_the_environment(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     directory: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -410,7 +410,7 @@ def test_options_that_were_not_given_are_not_taken_from_the_environment(
 
 
 def test_another_model_has_its_own_tokenizer_and_rope(
-    llama_scratch: Runner,  # noqa: F811
+    llama_scratch: Runner,
     directory: Path,
     other: Llama,
     tmp_path: Path,

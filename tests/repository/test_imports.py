@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 
 import llama_scratch
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.processes import loaded_after
 
 PACKAGE = Path(llama_scratch.__file__).parent
 # The packages and the modules beside them, from the top down: each imports from those that come later.
@@ -185,17 +182,6 @@ def test_the_low_rooms_know_no_terminal_and_no_format(below: str, library: str) 
     found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     found += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     assert library not in {name.split(".")[0] for name in found} - allowed
-
-
-def loaded_after(code: str) -> set[str]:
-    """Names of the modules that a fresh Python holds after some code."""
-    script = f"{code}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
-    # The folder that this package was imported from: the test is about it, not about one installed elsewhere.
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    output = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment
-    )
-    return set(json.loads(output.stdout.splitlines()[-1]))
 
 
 OPEN = "from pathlib import Path; from llama_scratch.checkpoint import open_checkpoint; open_checkpoint(Path("

@@ -11,16 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from llama_scratch.system.jobs import BackgroundJobs, Job, report_progress
-
-SOON = 10.0  # seconds after which what should have happened will not
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Come back when it holds; fails where it does not in time."""
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+from tests.helpers.processes import SOON, until
 
 
 def void(_: object) -> None:

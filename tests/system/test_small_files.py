@@ -12,10 +12,8 @@ import pytest
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
 from llama_scratch.system.small_files import decode, read_bytes, read_start, read_text, without_line_end
 from llama_scratch.tokenizer import Tokenizer
-from tests.helpers.checkpoints import tokenizer_file
+from tests.helpers.checkpoints import PAGE, POINTER, tokenizer_file
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 2471676205\n"
-PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
 MARK = b"\xef\xbb\xbf"
 
 Reader = Callable[[Path], object]

@@ -556,7 +556,7 @@ def servers() -> Iterator[str]:
 
 
 def _serve(tell: int, parent: int) -> None:
-    from tests.download.test_cloud import Storage
+    from tests.helpers.cloud_storage import Storage
 
     with serving() as server:
         storage = Storage(server)
@@ -579,7 +579,7 @@ def stages(place: Path | None = None) -> Iterator[list[Stage]]:
     """All stages, each in a home of its own below `place`."""
     from blobfile._common import global_pool_director
 
-    from tests.download.test_cloud import Pool
+    from tests.helpers.cloud_storage import Pool
 
     torch.set_num_threads(1)
     os.environ["BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH"] = "1"

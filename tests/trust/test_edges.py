@@ -38,8 +38,8 @@ from llama_scratch.repl.session import Session, Settings
 from llama_scratch.results import ModelInfo
 from llama_scratch.sampling import Sampling, sample
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
-from tests.cli.test_app import Result, Runner, llama_scratch, one_sentence  # noqa: F401 - a fixture
 from tests.helpers.checkpoints import random_weights, tiny_args, write_meta
+from tests.helpers.command_line import Result, Runner, one_sentence
 from tests.helpers.reference import forward
 from tests.helpers.terminal import Terminal
 
@@ -59,7 +59,7 @@ def weights(tiny_dir: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def ask(llama_scratch: Runner, tiny_dir: Path) -> Callable[..., Result]:  # noqa: F811
+def ask(llama_scratch: Runner, tiny_dir: Path) -> Callable[..., Result]:
     """The command line on the small model, with --json; each line that it prints is strict JSON."""
 
     def run(*arguments: str, stdin: bytes = b"", model: Path = tiny_dir) -> Result:

@@ -15,9 +15,9 @@ import torch
 
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.system.progress import silent
-from tests.checkpoint.gguf.test_reader import string, whole_file
-from tests.checkpoint.meta.test_reader import Danger
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.gguf_files import string, whole_file
+from tests.helpers.meta_files import Danger
 
 # In a process of its own, because an audit hook cannot be taken off again. Starting a program, loading a library,
 # leaving the machine and reading a pickle without limits are reported from the moment at which torch is there. The one

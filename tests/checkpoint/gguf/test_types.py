@@ -21,8 +21,9 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 from llama_scratch.system.progress import silent
-from tests.checkpoint.gguf.test_reader import File, refused, uint, whole_file
+from tests.checkpoint.gguf.test_reader import refused
 from tests.helpers import reference
+from tests.helpers.gguf_files import File, uint, whole_file
 from tests.helpers.gguf_reference import KINDS, OTHERS, Floats, dequantize, digest, random_blocks
 
 # Rows of one or two blocks of 256.

@@ -24,64 +24,33 @@ from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFou
 from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
-from tests.checkpoint.gguf.test_reader import (
+from tests.checkpoint.gguf.test_reader import refused
+from tests.helpers import reference
+from tests.helpers.assertions import is_sentence, little_time_and_memory
+from tests.helpers.gguf_files import (
     ARGS,
     NAMES,
     File,
     arrays,
+    cut,
     ints,
-    little_time_and_memory,
-    refused,
+    place,
+    short,
     string,
     strings,
     uint,
+    whole,
     whole_file,
+    write,
     write_with_gguf,
 )
-from tests.checkpoint.meta.test_reader import is_sentence, same
-from tests.helpers import reference
 from tests.helpers.texts import FRAGMENTS, drawn
+from tests.helpers.weights import same
 
 # --- Several files ----------------------------------------------------------------------------
 
 IDS = [0, 5, 260, 271, 17, 17]
 BOOL = struct.pack("<I?", 7, True)
-
-
-def short(value: int) -> bytes:
-    """As gguf-split writes the number and the count."""
-    return struct.pack("<IH", 2, value)
-
-
-def whole(value: int) -> bytes:
-    """As it writes the number of tensors."""
-    return struct.pack("<Ii", 5, value)
-
-
-def cut(*sizes: int) -> list[File]:
-    """The small model in files of so many tensors; the first has the metadata. As gguf-split cuts it."""
-    original = whole_file()
-    files, ends = [], [*(offset for *_, offset in original.tensors), len(original.data)]
-    first = 0
-    for number, size in enumerate(sizes):
-        file = File(metadata=list(original.metadata) if number == 0 else [])
-        file.set("split.no", short(number)).set("split.count", short(len(sizes)))
-        file.set("split.tensors.count", whole(sum(sizes)))
-        start = ends[first]
-        file.tensors = [(n, d, k, o - start) for n, d, k, o in original.tensors[first : first + size]]
-        file.data = original.data[start : ends[first + size]]
-        first += size
-        files.append(file)
-    return files
-
-
-def place(directory: Path, number: int, count: int = 3) -> Path:
-    return directory / f"small-{number:05}-of-{count:05}.gguf"
-
-
-def write(directory: Path, files: Sequence[File]) -> list[Path]:
-    """Under the names that gguf-split gives them."""
-    return [file.write(place(directory, i, len(files))) for i, file in enumerate(files, start=1)]
 
 
 def refused_at_each(paths: Sequence[Path], *says: object, kind: type[LlamaScratchError] = CheckpointError) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import struct
 import subprocess
@@ -32,7 +31,6 @@ from llama_scratch import Llama
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
-    REDOWNLOAD_HINT,
     CheckpointError,
     LlamaScratchError,
     ModelNotFoundError,
@@ -42,13 +40,16 @@ from llama_scratch.errors import (
 )
 from llama_scratch.model import Transformer
 from llama_scratch.precision.calibration import GROUPS
-from llama_scratch.precision.lazy_weight import Weight, as_tensor
+from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.precision.linear import Rows, format_of
 from llama_scratch.precision.network import memory_needed
 from llama_scratch.system.progress import silent
+from tests.helpers.assertions import is_sentence
 from tests.helpers.checkpoints import TINY_PARAMS, random_weights, tiny_args, tiny_params, tokenizer_file, write_meta
+from tests.helpers.meta_files import Danger
+from tests.helpers.processes import mappings
+from tests.helpers.weights import load, same
 
-EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, UnsupportedError: 4, OutOfMemoryError: 5}
 WEIGHTS, TOKENIZER, PARAMS = "consolidated.00.pth", "tokenizer.model", "params.json"
 # Small enough that a damaged copy loads in milliseconds.
 SMALL = tiny_params(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, multiple_of=16)
@@ -56,36 +57,11 @@ SMALL_ARGS = tiny_args(**SMALL)
 PREFIX = "consolidated.00"
 
 
-def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: object) -> str:
-    """Check an error: its class, its exit code, and one short printable line that holds every part of `says`."""
-    message = str(error)
-    assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
-    assert not (isinstance(error, UnsupportedError) and REDOWNLOAD_HINT in message), message
-    assert error.exit_code == EXIT_CODES.get(kind, 1)
-    assert message.isprintable(), message
-    assert message.endswith("."), message
-    assert len(message) < 1000
-    for part in says:
-        assert str(part) in message, message
-    return message
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    return {name: as_tensor(weight) for name, weight in open_checkpoint(path).load(silent).items()}
-
-
 def refused(path: Path, kind: type[LlamaScratchError], *says: object) -> str:
     """Load a directory that must be refused, and check the error."""
     with pytest.raises(LlamaScratchError) as caught:
         load(path)
     return is_sentence(caught.value, kind, *says)
-
-
-def same(a: Mapping[str, Weight], b: Mapping[str, Weight]) -> bool:
-    """Whether two sets of weights are equal to the last bit."""
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(as_tensor(a[k]), as_tensor(b[k])) for k in a
-    )
 
 
 def save(directory: Path, weights: object) -> Path:
@@ -217,23 +193,6 @@ def test_progress_counts_every_byte_once(good_dir: Path) -> None:
     assert {call[0] for call in calls} == {"checking"}
     assert done == sorted(done)
     assert done[-1] == calls[-1][2] > 0
-
-
-def mappings(path: Path) -> Iterator[tuple[range, dict[str, int]]]:
-    """This process's mappings of a file: addresses, and the kernel's figures about each in KiB."""
-    found: range | None = None
-    figures: dict[str, int] = {}
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) .*? (/.*)?$", line):
-            if found is not None:
-                yield found, figures
-            found, figures = None, {}
-            if match[3] == str(path.resolve()):
-                found = range(int(match[1], 16), int(match[2], 16))
-        elif match := re.match(r"(\w+): +(\d+) kB", line):
-            figures[match[1]] = int(match[2])
-    if found is not None:
-        yield found, figures
 
 
 def matrices(llama: Llama) -> list[Tensor]:
@@ -601,16 +560,6 @@ def test_a_record_that_is_smaller_than_its_tensor(small_dir: Path, record: str, 
     """The mapping would go on into the next record and take its bytes for weights."""
     repack(small_dir / WEIGHTS, {record: bytes(size)})
     refused(small_dir, CheckpointError, small_dir / WEIGHTS)
-
-
-class Danger:
-    """Pickles as a call of `function` with `arguments`."""
-
-    def __init__(self, function: Callable[..., object], *arguments: object):
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.call
 
 
 @pytest.mark.parametrize("place", ["alone", "beside the weights", "as a name", "in a list"])

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,63 +25,23 @@ from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
 from llama_scratch.precision.lazy_weight import ShardedWeight, as_tensor
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta.test_reader import load, mappings, refused, same
-from tests.cli.test_app import Runner, llama_scratch, one_sentence
-from tests.helpers.checkpoints import TINY_MERGES, random_weights, tiny_args, tiny_params, tokenizer_file
-
-__all__ = ["llama_scratch"]  # a fixture
-
-# Everything divides by 8: heads, key-value heads, the feed-forward layer and the vocabulary.
-TOKENIZER = tokenizer_file() + b"dGhl 300\naGVy 301\nYW5k 302\naW5n 303\n"
-VOCABULARY = 256 + len(TINY_MERGES) + 4 + 256
-PARAMS = tiny_params(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=VOCABULARY)
-ARGS = tiny_args(**PARAMS)
-TIED, UNTIED = True, False
-Weights = dict[str, Tensor]
-
-
-def shard(number: int) -> str:
-    return f"consolidated.{number:02}.pth"
-
-
-def axis_of(name: str, embedding: int) -> int | None:
-    """ColumnParallelLinear cuts the outputs, which are rows, RowParallelLinear the inputs; norms are whole.
-
-    embedding: 0 for Llama 3's VocabParallelEmbedding, 1 for Llama 2's ParallelEmbedding.
-    """
-    part = name.split(".")[-2]
-    axes = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0) | {"wo": 1, "w2": 1, "tok_embeddings": embedding}
-    return axes.get(part)
-
-
-def split(weights: Mapping[str, Tensor], n: int, embedding: int = 0) -> list[Weights]:
-    """What each of `n` ranks saves."""
-    shards: list[Weights] = [{} for _ in range(n)]
-    for name, weight in weights.items():
-        axis = axis_of(name, embedding)
-        pieces = [weight] * n if axis is None else weight.chunk(n, axis)
-        for part, piece in zip(shards, pieces, strict=True):
-            part[name] = piece.clone()
-    return shards
-
-
-def weights_of(args: ModelArgs = ARGS, dtype: torch.dtype = torch.bfloat16, *, tied: bool = TIED) -> Weights:
-    """Random ones; a tied output is left out."""
-    weights = {name: weight.to(dtype) for name, weight in random_weights(args, tied=False).items()}
-    if tied:
-        del weights["output.weight"]
-    return weights
-
-
-def write(directory: Path, shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any] = PARAMS) -> Path:
-    """A directory of Meta's with these shards."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "params.json").write_text(json.dumps(dict(params)))
-    (directory / "tokenizer.model").write_bytes(TOKENIZER)
-    for number, part in enumerate(shards):
-        (directory / shard(number)).unlink(missing_ok=True)
-        torch.save(dict(part), directory / shard(number))
-    return directory
+from tests.checkpoint.meta.test_reader import refused
+from tests.helpers.checkpoints import tiny_args
+from tests.helpers.command_line import Runner, one_sentence
+from tests.helpers.meta_files import (
+    ARGS,
+    PARAMS,
+    TIED,
+    UNTIED,
+    VOCABULARY,
+    axis_of,
+    shard,
+    split,
+    weights_of,
+    write,
+)
+from tests.helpers.processes import mappings
+from tests.helpers.weights import load, same
 
 
 @pytest.fixture(scope="module")

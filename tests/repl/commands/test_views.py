@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
-from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, UsageError
+from llama_scratch.errors import ModelNotFoundError, UsageError
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.choices import Choice, Choices
 from llama_scratch.microscope.compare import ComparedToken, Comparison, ModelPrediction
@@ -26,11 +24,9 @@ from llama_scratch.render.pages import texts
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.commands.views import parts
-from llama_scratch.repl.loading import Loading
-from llama_scratch.repl.session import Session, Settings
+from llama_scratch.repl.session import Session
 from llama_scratch.results import Candidate, ModelInfo, Token
-from llama_scratch.sampling import GREEDY
-from llama_scratch.system.progress import Progress
+from tests.helpers.sessions import assert_sentence, run, shown, started
 
 PROMPT = "The opposite of hot is"
 
@@ -46,34 +42,6 @@ def session(llama: Llama) -> Session:
     session = started(llama)
     session.predict(PROMPT)
     return session
-
-
-def started(llama: Llama) -> Session:
-    """A session without a text, whose console nobody sees."""
-
-    def open(source: str, precision: str, progress: Progress) -> Llama:
-        return Llama.load(source, precision=precision, device="cpu", progress=progress)
-
-    console = Console(file=io.StringIO(), width=80)
-    return Session(loading=Loading.ended_with(llama), console=console, settings=Settings(5, 0, GREEDY), open=open)
-
-
-def run(session: Session, line: str) -> dict[str, Any]:
-    """The facts that a command answers, which are JSON; its view can be printed, and is not empty."""
-    reply = run_command(session, line)[1]
-    assert reply is not None
-    assert reply.view is not None
-    assert shown(reply.view, 80).strip()
-    facts: dict[str, Any] = json.loads(json.dumps(reply.facts, allow_nan=False))
-    return facts
-
-
-def shown(view: RenderableType, width: int, **how: Any) -> str:
-    """What a terminal shows of a view."""
-    console = Console(file=io.StringIO(), width=width, **how)
-    with console.capture() as captured:
-        console.print(view, markup=False, highlight=False)
-    return captured.get()
 
 
 # --- What they answer -------------------------------------------------------------------------
@@ -269,12 +237,6 @@ def test_without_a_text_there_is_nothing_to_look_into(llama: Llama, line: str) -
     with pytest.raises(UsageError, match="There is no text yet") as raised:
         run_command(started(llama), line)
     assert_sentence(raised.value)
-
-
-def assert_sentence(error: LlamaScratchError) -> None:
-    """One sentence, as people read it."""
-    assert str(error).endswith(".")
-    assert ". " not in str(error)
 
 
 def test_completions(session: Session) -> None:

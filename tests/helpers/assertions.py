@@ -1,0 +1,47 @@
+"""Checks of errors, time and memory that many tests make."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llama_scratch.errors import (
+    REDOWNLOAD_HINT,
+    CheckpointError,
+    LlamaScratchError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedError,
+    UsageError,
+)
+
+EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, UnsupportedError: 4, OutOfMemoryError: 5}
+
+
+def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: object) -> str:
+    """Check an error: its class, its exit code, and one short printable line that holds every part of `says`."""
+    message = str(error)
+    assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
+    assert not (isinstance(error, UnsupportedError) and REDOWNLOAD_HINT in message), message
+    assert error.exit_code == EXIT_CODES.get(kind, 1)
+    assert message.isprintable(), message
+    assert message.endswith("."), message
+    assert len(message) < 1000
+    for part in says:
+        assert str(part) in message, message
+    return message
+
+
+@contextmanager
+def little_time_and_memory(seconds: float = 1.0, mebibytes: float = 16.0) -> Iterator[None]:
+    """What is inside must end soon and hold little at any moment."""
+    tracemalloc.start()
+    start = time.process_time()  # which other programs on the machine do not change
+    try:
+        yield
+        assert time.process_time() - start < seconds
+        assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
+    finally:
+        tracemalloc.stop()
