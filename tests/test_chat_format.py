@@ -34,12 +34,11 @@ from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session, Settings
 from llama_scratch.sampling import Sampling
 from llama_scratch.system import template_process, template_sandbox
-from tests.checkpoint.gguf.test_reader import refused
 from tests.helpers import ROOT
 from tests.helpers.assertions import is_sentence
 from tests.helpers.checkpoints import TINY_PARAMS, write_meta
 from tests.helpers.command_line import Runner
-from tests.helpers.gguf_files import string, strings, whole_file
+from tests.helpers.gguf_files import load_rejected, string, strings, whole_file
 from tests.helpers.processes import until
 
 CONVERSATIONS = {
@@ -593,7 +592,7 @@ def test_a_gguf_file_without_a_template_is_a_base_model(tmp_path: Path) -> None:
 
 def test_a_gguf_files_template_is_no_text(tmp_path: Path) -> None:
     path = whole_file().set("tokenizer.chat_template", strings(["x"])).write(tmp_path / "a.gguf")
-    refused(path, "tokenizer.chat_template")
+    load_rejected(path, "tokenizer.chat_template")
 
 
 def test_a_broken_template_does_not_keep_a_model_from_answering_prompts(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llama_scratch.checkpoint.verify import verify
 from llama_scratch.download.hub import Repository
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.progress import silent
+from tests.helpers.assertions import assert_rejected
 from tests.helpers.checkpoints import PAGE, POINTER, tiny_params, write_meta
 
 COMMIT = "a" * 40
@@ -170,36 +171,30 @@ def test_a_gguf_repository_in_the_hubs_cache(models: Path, tmp_path: Path, monke
 # --- What does not ----------------------------------------------------------------------------
 
 
-def rejected(path: Path, error: type[LlamaScratchError], *words: str) -> None:
-    """Every command that takes a model rejects it alike, in one line that names what is there."""
+def rejected_by_all(path: Path, error: type[LlamaScratchError], *words: str) -> None:
+    """Every command that takes a model rejects it alike, and names what is there."""
     commands: list[Callable[[], object]] = [
         lambda: open_checkpoint(path),
         lambda: verify(path),
         lambda: convert(path, path.parent / "out", "hf"),
     ]
     for command in commands:
-        with pytest.raises(error) as caught:
-            command()
-        message = str(caught.value)
-        assert type(caught.value) is error
-        assert message.isprintable()
-        for word in (str(path), *words):
-            assert word in message, message
+        assert_rejected(command, error, path, *words)
 
 
 def test_several_models_are_listed(models: Path, tmp_path: Path) -> None:
     for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
         copy(models / "model.gguf", tmp_path / "both" / name)
-    rejected(tmp_path / "both", ModelNotFoundError, "2 models", "a-Q4_0.gguf", "a-Q8_0.gguf")
+    rejected_by_all(tmp_path / "both", ModelNotFoundError, "2 models", "a-Q4_0.gguf", "a-Q8_0.gguf")
 
 
 def test_the_directory_above_models_lists_them(models: Path, tmp_path: Path) -> None:
     """That of Meta's downloads, and the hub's cache."""
     above = tmp_path / "checkpoints"
     copy(models / "meta", above / "Llama3.2-1B")
-    rejected(above, ModelNotFoundError, "Llama3.2-1B")
+    rejected_by_all(above, ModelNotFoundError, "Llama3.2-1B")
     make(models, above)
-    rejected(above, ModelNotFoundError, "2 models", "Llama3.2-1B", "models--meta-llama--Llama-3.2-1B")
+    rejected_by_all(above, ModelNotFoundError, "2 models", "Llama3.2-1B", "models--meta-llama--Llama-3.2-1B")
 
 
 def test_several_revisions_are_listed(models: Path, tmp_path: Path) -> None:
@@ -207,14 +202,14 @@ def test_several_revisions_are_listed(models: Path, tmp_path: Path) -> None:
     copy(models / "hf", repository / "snapshots" / ("b" * 40))
     assert recognize(repository).path.name == COMMIT
     (repository / "refs" / "main").unlink()
-    rejected(repository, ModelNotFoundError, COMMIT, "b" * 40)
+    rejected_by_all(repository, ModelNotFoundError, COMMIT, "b" * 40)
 
 
 def test_ollamas_store_lists_its_models(models: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "manifests").mkdir(parents=True)
     copy(models / "model.gguf", tmp_path / "store" / "blobs" / "sha256-1234")
     (tmp_path / "store" / "blobs" / "sha256-5678").write_text("a template")
-    rejected(tmp_path / "store", ModelNotFoundError, "sha256-1234")
+    rejected_by_all(tmp_path / "store", ModelNotFoundError, "sha256-1234")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +229,7 @@ def test_an_adapter_names_its_base_model(tmp_path: Path, config: dict[str, str],
     (directory / "adapter_config.json").write_text(json.dumps(config))
     (directory / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     (directory / "tokenizer.json").write_text("{}")
-    rejected(directory, CheckpointError, *words)
+    rejected_by_all(directory, CheckpointError, *words)
     with pytest.raises(CheckpointError, match="adapter"):
         recognize(directory / "adapter_model.safetensors")
 
@@ -255,8 +250,8 @@ def test_another_format_is_named(tmp_path: Path, file: str) -> None:
     """Both the directory that holds it and the file."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / file).write_bytes(b"\x08\x07\x12\x07")
-    rejected(tmp_path / "model", CheckpointError, FILES[file], file)
-    rejected(tmp_path / "model" / file, CheckpointError, FILES[file])
+    rejected_by_all(tmp_path / "model", CheckpointError, FILES[file], file)
+    rejected_by_all(tmp_path / "model" / file, CheckpointError, FILES[file])
 
 
 def test_pytorch_weights_are_named(models: Path, tmp_path: Path) -> None:
@@ -292,22 +287,22 @@ def test_archives_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "a", "a")
     for name, kind in [("model.zip", "zip"), ("model.tar", "tar"), ("model.tar.gz", "gzip")]:
-        rejected(tmp_path / name, CheckpointError, f"{kind} archive", "unpack")
+        rejected_by_all(tmp_path / name, CheckpointError, f"{kind} archive", "unpack")
 
 
 def test_nothing_that_is_a_model(tmp_path: Path) -> None:
     """An empty directory, a tokenizer alone, other files; an empty file, and one of another kind."""
     for name in ("empty", "tokenizer", "other"):
         (tmp_path / name).mkdir()
-    rejected(tmp_path / "empty", ModelNotFoundError, "empty directory")
+    rejected_by_all(tmp_path / "empty", ModelNotFoundError, "empty directory")
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-    rejected(tmp_path / "tokenizer", ModelNotFoundError, "tokenizer.json", "without a model")
+    rejected_by_all(tmp_path / "tokenizer", ModelNotFoundError, "tokenizer.json", "without a model")
     (tmp_path / "other" / "notes.txt").write_text("a")
-    rejected(tmp_path / "other", ModelNotFoundError, "no model", "notes.txt")
+    rejected_by_all(tmp_path / "other", ModelNotFoundError, "no model", "notes.txt")
     (tmp_path / "file").write_bytes(b"")
-    rejected(tmp_path / "file", CheckpointError, "without content")
-    rejected(tmp_path / "other" / "notes.txt", CheckpointError, "b'a'")
-    rejected(Path("/dev/zero"), CheckpointError, "device")
+    rejected_by_all(tmp_path / "file", CheckpointError, "without content")
+    rejected_by_all(tmp_path / "other" / "notes.txt", CheckpointError, "b'a'")
+    rejected_by_all(Path("/dev/zero"), CheckpointError, "device")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
-from tests.helpers.assertions import is_sentence
+from tests.helpers.assertions import assert_rejected
 from tests.helpers.cloud_storage import Pool, Storage
 from tests.helpers.loopback import Answer, serving
 
@@ -38,12 +38,6 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
             storage.put(f"models/Tiny-Llama/{name}", data)
         storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS)
         yield storage
-
-
-def refused(action: Callable[[], object], kind: type[LlamaScratchError], *says: object) -> str:
-    with pytest.raises(LlamaScratchError) as caught:
-        action()
-    return is_sentence(caught.value, kind, *says)
 
 
 def cached() -> set[str]:
@@ -176,7 +170,9 @@ def test_a_dropped_connection(storage: Storage) -> None:
 def test_weights_that_are_not_what_the_store_says(storage: Storage, content: bytes) -> None:
     """Size and MD5; nothing is kept of them."""
     storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS).data = content
-    refused(lambda: local_copy(AT, silent), CheckpointError, f"{AT}/consolidated.00.pth", "nothing of it was kept")
+    assert_rejected(
+        lambda: local_copy(AT, silent), CheckpointError, f"{AT}/consolidated.00.pth", "nothing of it was kept"
+    )
     assert not any("consolidated" in name for name in cached())
 
 
@@ -189,20 +185,20 @@ def test_the_checklist_decides_where_the_store_has_no_checksum(storage: Storage)
         if whole:
             local_copy(AT, silent)
         else:
-            refused(lambda: local_copy(AT, silent), CheckpointError, "MD5")
+            assert_rejected(lambda: local_copy(AT, silent), CheckpointError, "MD5")
 
 
 def test_a_small_file_that_is_large(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read up to a bound."""
     monkeypatch.setattr("llama_scratch.download.cloud._MAX_SMALL", 1000)
     storage.put("models/Tiny-Llama/tokenizer.model", bytes(1001))
-    refused(lambda: local_copy(AT, silent), CheckpointError, "tokenizer.model", "1,000")
+    assert_rejected(lambda: local_copy(AT, silent), CheckpointError, "tokenizer.model", "1,000")
 
 
 def test_no_room(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before the weights are fetched."""
     monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: Room())
-    refused(lambda: local_copy(AT, silent), LlamaScratchError, "room for 0.0 GB")
+    assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, "room for 0.0 GB")
     assert "consolidated.00.pth" not in storage.fetched()
 
 
@@ -217,7 +213,7 @@ class Room:
 )
 def test_nothing_there(storage: Storage, address: str) -> None:
     """Named as it was given."""
-    refused(lambda: local_copy(address, silent), ModelNotFoundError, address)
+    assert_rejected(lambda: local_copy(address, silent), ModelNotFoundError, address)
 
 
 @pytest.mark.parametrize("status", [401, 403, 400])
@@ -225,7 +221,7 @@ def test_a_store_that_refuses(storage: Storage, status: int, capfd: pytest.Captu
     """The address, the reason and how to log in, in one sentence; blobfile prints nothing of its own."""
     storage.server.files.clear()
     storage.server.otherwise = Answer(status, b"{}")
-    refused(lambda: local_copy(AT, silent), LlamaScratchError, AT, str(status), "gcloud auth", "az login")
+    assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, AT, str(status), "gcloud auth", "az login")
     assert capfd.readouterr() == ("", "")
 
 
@@ -234,7 +230,7 @@ def test_no_connection(storage: Storage, capfd: pytest.CaptureFixture[str], monk
     with serving() as other:
         pool = Pool(other.url)
     monkeypatch.setattr("blobfile._common.global_pool_director.get_http_pool", lambda: pool)
-    refused(lambda: local_copy(AT, silent), LlamaScratchError, AT)
+    assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, AT)
     assert capfd.readouterr() == ("", "")
 
 

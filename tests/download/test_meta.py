@@ -26,7 +26,7 @@ from llama_scratch.download.locate import find_model
 from llama_scratch.download.meta import pull_meta
 from llama_scratch.errors import CheckpointError, LlamaScratchError, UsageError
 from llama_scratch.system.progress import silent
-from tests.helpers.assertions import is_sentence
+from tests.helpers.assertions import assert_rejected
 from tests.helpers.loopback import HTML, XML, Answer, File, Server, serving, wait_for
 
 NAME, FOLDER = "Llama3.2-1B", "/Llama-3.2-1B"
@@ -82,11 +82,16 @@ def is_whole() -> None:
         assert (folder() / name).read_bytes() == data
 
 
-def refused(action: Callable[[], object], kind: type[LlamaScratchError], *says: object) -> str:
-    with pytest.raises(LlamaScratchError) as caught:
-        action()
-    assert SECRET not in "".join(traceback.format_exception(caught.value))  # which --debug shows
-    return is_sentence(caught.value, kind, *says)
+def rejected_without_secret(action: Callable[[], object], error: type[LlamaScratchError], *words: object) -> str:
+    """Like `assert_rejected`; nor is the secret in the traceback, which --debug shows."""
+
+    def watched() -> None:
+        with pytest.raises(LlamaScratchError) as caught:
+            action()
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+        raise caught.value
+
+    return assert_rejected(watched, error, *words)
 
 
 def no_secret_is_kept() -> None:
@@ -183,7 +188,7 @@ def test_many_drops_on_the_way(server: Server) -> None:
 def test_a_server_that_only_drops(server: Server) -> None:
     """It ends, says so, keeps what came, and the next run goes on from there."""
     weights(server).drops = [300_000] + [0] * 100
-    refused(lambda: pull(server), LlamaScratchError, SHARDS[0], "dropped", "goes on")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0], "dropped", "goes on")
     part = folder().parent / f".{NAME}.part" / f"{SHARDS[0]}.part"
     assert part.stat().st_size == 300_000
     assert not folder().exists()
@@ -216,7 +221,9 @@ def test_a_server_that_is_not_there() -> None:
     """One sentence after some tries."""
     with serving() as server:
         address = link(server)
-    refused(lambda: pull_meta(NAME, address, silent, QUICK), LlamaScratchError, "no connection", "checklist.chk")
+    rejected_without_secret(
+        lambda: pull_meta(NAME, address, silent, QUICK), LlamaScratchError, "no connection", "checklist.chk"
+    )
     assert not folder().exists()
 
 
@@ -233,7 +240,7 @@ def test_a_file_that_changes_between_two_tries(server: Server, identity: tuple[s
     if identity[0] == "etag":
         file.etag = '"1"'
     file.drops = [300_000] + [0] * 10
-    refused(lambda: pull(server), LlamaScratchError)
+    rejected_without_secret(lambda: pull(server), LlamaScratchError)
     tag = folder().parent / f".{NAME}.part" / f"{SHARDS[0]}.part.tag"
     assert tag.read_text() == getattr(file, identity[0])
     file.data, file.drops = new, []
@@ -251,7 +258,7 @@ def test_a_file_that_changes_unnoticed(server: Server) -> None:
     file = weights(server)
     new, file.data, file.etag = file.data, bytes(700_000), ""
     file.drops = [300_000] + [0] * 10
-    refused(lambda: pull(server), LlamaScratchError)
+    rejected_without_secret(lambda: pull(server), LlamaScratchError)
     file.data, file.drops = new, []
     server.requests.clear()
     pull(server)
@@ -294,7 +301,7 @@ def test_a_part_that_is_all_of_it(server: Server) -> None:
 def test_a_length_that_is_too_short(server: Server) -> None:
     """The announced bytes alone do not have the checksum; nothing is kept."""
     weights(server).length = "500000"
-    refused(lambda: pull(server), CheckpointError, SHARDS[0], "checksum")
+    rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[0], "checksum")
     assert not any(SHARDS[0] in name for name in here())
 
 
@@ -308,21 +315,21 @@ def test_a_length_that_is_too_long(server: Server) -> None:
 def test_a_length_that_is_too_long_without_ranges(server: Server) -> None:
     """Nobody can say that this was all: it ends after some tries."""
     weights(server).length, weights(server).ranges = "900000", False
-    refused(lambda: pull(server), LlamaScratchError, SHARDS[0])
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0])
 
 
 @pytest.mark.parametrize("length", ["", "-5", "1e9", "9" * 30])
 def test_no_length(server: Server, length: str) -> None:
     """Of a large file nothing is taken before its length is known."""
     weights(server).length, weights(server).endless = length, True
-    refused(lambda: pull(server), LlamaScratchError, SHARDS[0])
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0])
     assert not any(SHARDS[0] in name for name in here())
 
 
 def test_an_absurd_length(server: Server) -> None:
     """It is refused before anything is written."""
     weights(server).length = "9" * 17
-    refused(lambda: pull(server), CheckpointError, SHARDS[0], "at most")
+    rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[0], "at most")
 
 
 @pytest.mark.parametrize("name", ["checklist.chk", "params.json", "tokenizer.model"])
@@ -331,14 +338,14 @@ def test_a_small_file_that_never_ends(server: Server, name: str) -> None:
     file = server.files[f"{FOLDER}/{name}"]
     assert isinstance(file, File)
     file.endless, file.length = True, ""
-    refused(lambda: pull(server), CheckpointError, name, "longer than")
+    rejected_without_secret(lambda: pull(server), CheckpointError, name, "longer than")
 
 
 @pytest.mark.parametrize("name", ["params.json", "tokenizer.model"])
 def test_a_small_file_with_another_content(server: Server, name: str) -> None:
     """checklist.chk decides."""
     server.files[f"{FOLDER}/{name}"] = File(b"{}")
-    refused(lambda: pull(server), CheckpointError, name, "MD5")
+    rejected_without_secret(lambda: pull(server), CheckpointError, name, "MD5")
 
 
 def test_params_that_no_checklist_names(server: Server) -> None:
@@ -346,7 +353,7 @@ def test_params_that_no_checklist_names(server: Server) -> None:
     rest = b"".join(line for line in CHECKLIST.splitlines(True) if b"params" not in line)
     server.files[f"{FOLDER}/checklist.chk"] = File(rest)
     server.files[f"{FOLDER}/params.json"] = File(b"[" * 100_000)
-    refused(lambda: pull(server), CheckpointError, "params.json", "JSON")
+    rejected_without_secret(lambda: pull(server), CheckpointError, "params.json", "JSON")
     server.files[f"{FOLDER}/params.json"] = File(CONTENT["params.json"])
     pull(server)
     assert json.loads((folder() / "params.json").read_bytes()) == {"dim": 2048}
@@ -355,7 +362,7 @@ def test_params_that_no_checklist_names(server: Server) -> None:
 def test_weights_with_another_content(server: Server) -> None:
     """Nothing of them is kept, the good files are."""
     weights(server, 1).data = bytes(700_000)
-    refused(lambda: pull(server), CheckpointError, SHARDS[1], "checksum")
+    rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[1], "checksum")
     assert not folder().exists()
     assert (folder().parent / f".{NAME}.part" / SHARDS[0]).read_bytes() == CONTENT[SHARDS[0]]
 
@@ -377,7 +384,7 @@ def test_weights_with_another_content(server: Server) -> None:
 def test_a_checklist_that_is_none(server: Server, checklist: bytes) -> None:
     """Its names decide what is fetched: shards without a gap, at most 64 of them."""
     server.files[f"{FOLDER}/checklist.chk"] = File(checklist)
-    refused(lambda: pull(server), CheckpointError, "checklist.chk")
+    rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk")
     assert not folder().exists()
 
 
@@ -385,7 +392,7 @@ def test_names_in_the_checklist_that_are_none_of_a_model(server: Server, tmp_pat
     """They are neither fetched nor written; one that leads to another folder is in no list of Meta's."""
     for name in ("../../evil", "/evil", "a/../../evil"):
         server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  {name}\n".encode())
-        refused(lambda: pull(server), CheckpointError, "checklist.chk", name, "of this directory")
+        rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk", name, "of this directory")
         assert not folder().exists()
     server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  a/evil\n{'1' * 32} *x.sh\n".encode())
     pull(server)
@@ -403,7 +410,9 @@ def test_an_expired_link(server: Server, answer: Answer, at: str) -> None:
     file = server.files[f"{FOLDER}/{at}"]
     assert isinstance(file, File)
     file.first = [answer]
-    refused(lambda: pull(server), LlamaScratchError, "expired", "24 hours", "https://www.llama.com/llama-downloads/")
+    rejected_without_secret(
+        lambda: pull(server), LlamaScratchError, "expired", "24 hours", "https://www.llama.com/llama-downloads/"
+    )
     no_secret_is_kept()
     pull(server)
     is_whole()
@@ -414,7 +423,7 @@ def test_a_link_that_expires_on_the_way(server: Server, answer: Answer) -> None:
     """What came before is kept, and the new link goes on from there."""
     weights(server).drops = [300_000]
     weights(server).sent = lambda count: weights(server).first.append(answer) if count > 250_000 else None
-    refused(lambda: pull(server), LlamaScratchError, "expired", "goes on")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, "expired", "goes on")
     weights(server).sent, weights(server).first = lambda count: None, []
     server.requests.clear()
     pull(server)
@@ -425,7 +434,7 @@ def test_a_link_that_expires_on_the_way(server: Server, answer: Answer) -> None:
 def test_a_model_that_the_link_is_not_for(server: Server) -> None:
     """404."""
     server.otherwise = Answer(404)
-    refused(lambda: pull(server, "Llama3.1-8B"), LlamaScratchError, "Llama3.1-8B", "check the name")
+    rejected_without_secret(lambda: pull(server, "Llama3.1-8B"), LlamaScratchError, "Llama3.1-8B", "check the name")
 
 
 @pytest.mark.parametrize(
@@ -447,7 +456,7 @@ def test_a_model_that_the_link_is_not_for(server: Server) -> None:
 )
 def test_a_link_that_is_none(given: str, says: str) -> None:
     """What is wrong with it; nothing is asked of any server."""
-    refused(lambda: pull_meta(NAME, given, silent, QUICK), UsageError, says, "single quotes")
+    rejected_without_secret(lambda: pull_meta(NAME, given, silent, QUICK), UsageError, says, "single quotes")
     assert not folder().exists()
 
 
@@ -463,20 +472,22 @@ def test_a_link_with_what_shells_and_mails_add(server: Server) -> None:
 )
 def test_a_name_that_climbs(server: Server, name: str) -> None:
     """It is a folder's name and a part of an address: letters, digits, hyphens, single dots."""
-    refused(lambda: pull(server, name), UsageError, "Llama3.2-1B")
+    rejected_without_secret(lambda: pull(server, name), UsageError, "Llama3.2-1B")
     assert server.requests == []
 
 
 def test_a_quantized_release(server: Server) -> None:
     """Refused before gigabytes are fetched."""
-    refused(lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantized", "int4-qlora-eo8")
+    rejected_without_secret(
+        lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantized", "int4-qlora-eo8"
+    )
     assert server.requests == []
 
 
 @pytest.mark.parametrize("name", ["Llama3.1-405B", "Llama-3.1-405B-Instruct"])
 def test_the_model_whose_plain_name_means_quantized_weights(server: Server, name: str) -> None:
     """Half a terabyte that could not be run; the bf16 release lies in a folder of its own."""
-    refused(lambda: pull(server, name), UsageError, "fp8", f"name {name}:bf16-mp8")
+    rejected_without_secret(lambda: pull(server, name), UsageError, "fp8", f"name {name}:bf16-mp8")
     assert server.requests == []
     for file, data in {**CONTENT, "checklist.chk": CHECKLIST}.items():
         server.files[f"/Llama-3.1-{name[name.index('405B') :]}-MP8/{file}"] = File(data)
@@ -494,10 +505,10 @@ def test_a_redirection(server: Server) -> None:
     shutil.rmtree(folder())
     with serving() as other:
         weights(server).first = [Answer(302, headers={"Location": f"{other.url}/x"})]
-        refused(lambda: pull(server), LlamaScratchError, "without https")
+        rejected_without_secret(lambda: pull(server), LlamaScratchError, "without https")
         assert other.requests == []
     weights(server).first = [Answer(302, headers={"Location": f"{FOLDER}/{SHARDS[0]}"})] * 10
-    refused(lambda: pull(server), LlamaScratchError, "TooManyRedirects")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, "TooManyRedirects")
 
 
 # --- The disk, and others at work -------------------------------------------------------------
@@ -507,7 +518,7 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known before: the numbers. On the way: what was written stays."""
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: usage(free=100_000))
-    refused(lambda: pull(server), LlamaScratchError, "room for 0.0 GB", SHARDS[0])
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, "room for 0.0 GB", SHARDS[0])
     monkeypatch.undo()
 
     def full(path: Path) -> bool:
@@ -516,14 +527,16 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Path.home() / "x"
     options: Any = {"right": full, "report": lambda done, total: None, "patience": QUICK}
     url = f"{server.url}{FOLDER}/{SHARDS[0]}"
-    refused(lambda: fetch(open_session(url), url, target, **options), LlamaScratchError, "No space left", Path.home())
+    rejected_without_secret(
+        lambda: fetch(open_session(url), url, target, **options), LlamaScratchError, "No space left", Path.home()
+    )
     assert target.with_name("x.part").stat().st_size == 700_000
 
 
 def test_a_folder_that_cannot_be_written(server: Server) -> None:
     """A file in its place: named."""
     (Path.home() / ".llama").write_bytes(b"")
-    refused(lambda: pull(server), LlamaScratchError, Path.home() / ".llama")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, Path.home() / ".llama")
 
 
 def test_two_at_once(server: Server) -> None:
@@ -540,7 +553,7 @@ def test_two_at_once(server: Server) -> None:
     thread = threading.Thread(target=lambda: results.append(pull(server, patience=patient)))
     thread.start()
     assert reached.wait(20)
-    refused(lambda: pull(server), LlamaScratchError, NAME, "another process")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, NAME, "another process")
     report_progress.set()
     thread.join()
     assert results == [(folder(), True)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import pytest
 
 from llama_scratch.errors import (
     REDOWNLOAD_HINT,
     CheckpointError,
+    ContextLengthError,
     LlamaScratchError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -17,11 +20,21 @@ from llama_scratch.errors import (
     UsageError,
 )
 
-EXIT_CODES = {UsageError: 2, ModelNotFoundError: 3, CheckpointError: 4, UnsupportedError: 4, OutOfMemoryError: 5}
+EXIT_CODES = {
+    UsageError: 2,
+    ContextLengthError: 2,
+    ModelNotFoundError: 3,
+    CheckpointError: 4,
+    UnsupportedError: 4,
+    OutOfMemoryError: 5,
+}
 
 
-def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: object) -> str:
-    """Check an error: its class, its exit code, and one short printable line that holds every part of `says`."""
+def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *words: object) -> str:
+    """Check an error: its class, its exit code, and one short printable line that holds all `words`; the message.
+
+    kind: the exact class; `CheckpointError` stands for `UnsupportedError` too.
+    """
     message = str(error)
     assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
     assert not (isinstance(error, UnsupportedError) and REDOWNLOAD_HINT in message), message
@@ -29,9 +42,21 @@ def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *says: 
     assert message.isprintable(), message
     assert message.endswith("."), message
     assert len(message) < 1000
-    for part in says:
-        assert str(part) in message, message
+    for word in words:
+        assert str(word) in message, message
     return message
+
+
+def assert_rejected(
+    action: Callable[[], object], error: type[LlamaScratchError], *words: object, exact: bool = True
+) -> str:
+    """Run an action that must fail with such an error, see `is_sentence`; the message.
+
+    exact: or else a class below `error` will do.
+    """
+    with pytest.raises(error) as caught:
+        action()
+    return is_sentence(caught.value, error if exact else type(caught.value), *words)
 
 
 @contextmanager

@@ -12,8 +12,12 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quant
 
+from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.byte_level_bpe import bytes_to_unicode
 from llama_scratch.config import ModelArgs
+from llama_scratch.errors import CheckpointError, LlamaScratchError
+from llama_scratch.system.progress import silent
+from tests.helpers.assertions import assert_rejected, little_time_and_memory
 
 ARGS = ModelArgs(
     dim=64,
@@ -208,3 +212,9 @@ def place(directory: Path, number: int, count: int = 3) -> Path:
 def write(directory: Path, files: Sequence[File]) -> list[Path]:
     """Under the names that gguf-split gives them."""
     return [file.write(place(directory, i, len(files))) for i, file in enumerate(files, start=1)]
+
+
+def load_rejected(path: Path, *words: object, error: type[LlamaScratchError] = CheckpointError) -> str:
+    """Load a file that must be rejected, soon; the message names it."""
+    with little_time_and_memory():
+        return assert_rejected(lambda: open_checkpoint(path).load(silent), error, path, *words)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_scratch.errors import ContextLengthError, LlamaScratchError, OutOfMemoryError, UsageError
+from llama_scratch.errors import ContextLengthError, OutOfMemoryError, UsageError
 from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import diff as diff_module
@@ -30,6 +30,7 @@ from llama_scratch.microscope.tree import Branch, tree, walk
 from llama_scratch.system import memory
 from tests.helpers import smollm2
 from tests.helpers.checkpoints import write_meta
+from tests.helpers.sessions import assert_sentence
 
 # SmolLM2 in fp32, and transformers on the same weights: nothing is shared but the file.
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
@@ -73,12 +74,6 @@ def counted(llama: Llama) -> Iterator[list[int]]:
 def assert_json(found: Any) -> None:
     """Its object is JSON, strictly."""
     assert json.loads(json.dumps(found.as_json(), allow_nan=False)) == found.as_json()
-
-
-def assert_sentence(error: LlamaScratchError) -> None:
-    """One sentence, as people read it."""
-    assert str(error).endswith(".")
-    assert ". " not in str(error)
 
 
 # --- Distributions ----------------------------------------------------------------------------

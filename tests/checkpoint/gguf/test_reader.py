@@ -44,6 +44,7 @@ from tests.helpers.gguf_files import (
     File,
     arrays,
     ints,
+    load_rejected,
     string,
     strings,
     text,
@@ -71,13 +72,6 @@ for _layer in (0, 1):
 @pytest.fixture
 def file() -> File:
     return whole_file()
-
-
-def refused(path: Path, *says: object, kind: type[LlamaScratchError] = CheckpointError) -> str:
-    """Load a file that must be refused, soon; check the error, which names the file."""
-    with little_time_and_memory(), pytest.raises(LlamaScratchError) as caught:
-        open_checkpoint(path).load(silent)
-    return is_sentence(caught.value, kind, path, *says)
 
 
 # --- The open model ---------------------------------------------------------------------------
@@ -294,7 +288,7 @@ def test_another_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None
     """Empty, too short, and what other programs write."""
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
-    refused(path, says, "again")
+    load_rejected(path, says, "again")
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 32, 2**32 - 1])
@@ -302,7 +296,7 @@ def test_another_version(tmp_path: Path, file: File, version: int) -> None:
     """Version 1 counts differently, and another may come; a number that no version will have is damage."""
     file.version = version
     kind = UnsupportedError if version in (1, 4) else CheckpointError
-    message = refused(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", kind=kind)
+    message = load_rejected(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", error=kind)
     assert ("not a whole" in message) == (kind is CheckpointError)
 
 
@@ -313,13 +307,13 @@ def test_a_big_endian_file(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    message = refused(tmp_path / "a.gguf", "version", "big-endian", "gguf-convert-endian", kind=UnsupportedError)
+    message = load_rejected(tmp_path / "a.gguf", "version", "big-endian", "gguf-convert-endian", error=UnsupportedError)
     assert "not a whole" not in message
 
 
 def test_no_file_by_that_name(tmp_path: Path) -> None:
     """Missing is not corrupt."""
-    refused(tmp_path / "a.gguf", kind=ModelNotFoundError)
+    load_rejected(tmp_path / "a.gguf", error=ModelNotFoundError)
 
 
 def test_another_ending(tmp_path: Path, file: File) -> None:
@@ -336,7 +330,7 @@ def test_a_file_that_the_system_does_not_give_out(tmp_path: Path, file: File, mo
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", denied)
-    refused(path, "ermission", kind=LlamaScratchError)
+    load_rejected(path, "ermission", error=LlamaScratchError)
 
 
 def test_a_file_that_changes_after_opening(tmp_path: Path, file: File) -> None:
@@ -479,7 +473,7 @@ def test_absurd_numbers_in_a_tiny_file(tmp_path: Path, build: Callable[[int], by
     path = tmp_path / "a.gguf"
     path.write_bytes(build(count))
     assert path.stat().st_size < 200
-    refused(path)
+    load_rejected(path)
 
 
 def test_the_43_bytes_that_keep_the_gguf_package_busy(tmp_path: Path) -> None:
@@ -489,7 +483,7 @@ def test_the_43_bytes_that_keep_the_gguf_package_busy(tmp_path: Path) -> None:
         whole = File(n_metadata=1).header()[:24] + text("") + struct.pack("<IIQ", 9, kind, 2**64 - 1)
         for size in (43, len(whole)):
             path.write_bytes(whole[:size])
-            refused(path)
+            load_rejected(path)
 
 
 def test_arrays_within_arrays(tmp_path: Path) -> None:
@@ -497,7 +491,7 @@ def test_arrays_within_arrays(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10_000
     path.write_bytes(File(n_metadata=1).header()[:24] + text("k") + nested)
-    refused(path, "type 9")
+    load_rejected(path, "type 9")
 
 
 def test_a_large_array_takes_little_room(tmp_path: Path) -> None:
@@ -514,20 +508,20 @@ def test_many_tensors_over_the_same_bytes(tmp_path: Path) -> None:
     file = minimal_file()
     file.tensors += [(f"x{i}", (1 << 20,), 0, 0) for i in range(4_000)]
     file.data += bytes(4 << 20)
-    refused(file.write(tmp_path / "a.gguf"))
+    load_rejected(file.write(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize("key", ["general.architecture", "llama.rope.freq_base", "tokenizer.ggml.tokens"])
 def test_a_key_that_stands_there_twice(tmp_path: Path, file: File, key: str) -> None:
     """Which of the two is meant cannot be known."""
     file.metadata.append((key, uint(1)))
-    refused(file.write(tmp_path / "a.gguf"), key, "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), key, "twice")
 
 
 def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
     """The same for weights."""
     file.change("blk.1.attn_q.weight", name="blk.0.attn_q.weight")
-    refused(file.write(tmp_path / "a.gguf"), "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), "twice")
 
 
 @pytest.mark.parametrize(
@@ -547,7 +541,7 @@ def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
 def test_a_type_that_was_removed_or_is_to_come(tmp_path: Path, file: File, kind: int, name: str, instead: str) -> None:
     """The type is named, and one to use instead; the file is whole."""
     path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
-    message = refused(path, "blk.0.attn_q.weight", kind, name, f" {instead}", kind=UnsupportedError)
+    message = load_rejected(path, "blk.0.attn_q.weight", kind, name, f" {instead}", error=UnsupportedError)
     assert "not a whole" not in message
 
 
@@ -555,14 +549,14 @@ def test_a_type_that_was_removed_or_is_to_come(tmp_path: Path, file: File, kind:
 def test_a_type_that_cannot_be(tmp_path: Path, file: File, kind: int) -> None:
     """Damage."""
     path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
-    refused(path, "blk.0.attn_q.weight", kind, "again")
+    load_rejected(path, "blk.0.attn_q.weight", kind, "again")
 
 
 @pytest.mark.parametrize("kind", [13, 100, 2**32 - 1])
 def test_an_unknown_type_of_metadata(tmp_path: Path, file: File, kind: int) -> None:
     """How long such a value is cannot be known."""
     file.set("some.key", struct.pack("<II", kind, 1))
-    refused(file.write(tmp_path / "a.gguf"), kind)
+    load_rejected(file.write(tmp_path / "a.gguf"), kind)
 
 
 @pytest.mark.parametrize("kind", [24, 25, 26, 27, 28])
@@ -570,21 +564,21 @@ def test_a_type_that_is_no_weight(tmp_path: Path, file: File, kind: int) -> None
     """Whole numbers and doubles have a size and no place in a Llama."""
     file.change("output_norm.weight", kind=kind)
     file.data += bytes(1024)
-    refused(file.write(tmp_path / "a.gguf"))
+    load_rejected(file.write(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.1.ffn_up.weight", "output_norm.weight"])
 def test_a_tensor_beyond_the_end(tmp_path: Path, file: File, tensor: str) -> None:
     """Its last four bytes would lie behind the file's end."""
     start = next(len(file.data) - 4 * math.prod(dims) + 4 for name, dims, _, _ in file.tensors if name == tensor)
-    refused(file.change(tensor, offset=start).write(tmp_path / "a.gguf"))
+    load_rejected(file.change(tensor, offset=start).write(tmp_path / "a.gguf"))
 
 
 def test_a_tensor_in_the_place_of_another(tmp_path: Path, file: File) -> None:
     """Two tensors that share their bytes: one of them is wrong."""
     place = {name: offset for name, _, _, offset in file.tensors}
     file.change("blk.1.ffn_up.weight", offset=place["blk.0.ffn_up.weight"])
-    refused(file.write(tmp_path / "a.gguf"), "blk.1.ffn_up.weight")
+    load_rejected(file.write(tmp_path / "a.gguf"), "blk.1.ffn_up.weight")
 
 
 @pytest.mark.parametrize(
@@ -592,13 +586,13 @@ def test_a_tensor_in_the_place_of_another(tmp_path: Path, file: File) -> None:
 )
 def test_a_wrong_shape(tmp_path: Path, file: File, dims: tuple[int, ...]) -> None:
     """The weight is named."""
-    refused(file.change("blk.1.attn_q.weight", dims=dims).write(tmp_path / "a.gguf"), "1.att")
+    load_rejected(file.change("blk.1.attn_q.weight", dims=dims).write(tmp_path / "a.gguf"), "1.att")
 
 
 @pytest.mark.parametrize("tensor", NAMES)
 def test_a_missing_tensor(tmp_path: Path, tensor: str) -> None:
     """It is named, as the file names it or as Meta does."""
-    message = refused(whole_file(without=tensor).write(tmp_path / "a.gguf"))
+    message = load_rejected(whole_file(without=tensor).write(tmp_path / "a.gguf"))
     assert tensor in message or NAMES[tensor] in message
 
 
@@ -606,7 +600,7 @@ def test_a_missing_tensor(tmp_path: Path, tensor: str) -> None:
 def test_bytes_that_no_tensor_claims(tmp_path: Path, file: File, tensor: str) -> None:
     """A tensor that is gone from the table while its data is still there."""
     file.tensors = [entry for entry in file.tensors if entry[0] != tensor]
-    refused(file.write(tmp_path / "a.gguf"))
+    load_rejected(file.write(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -618,7 +612,7 @@ def test_an_unknown_tensor(tmp_path: Path, file: File, name: str) -> None:
     """It is named, and the name can neither break the line nor fill the screen."""
     file.tensors.append((name, (32,), 0, len(file.data)))
     file.data += bytes(128)
-    refused(file.write(tmp_path / "a.gguf"), name[:1])
+    load_rejected(file.write(tmp_path / "a.gguf"), name[:1])
 
 
 def test_unknown_tensors_are_refused_before_the_long_part(tmp_path: Path, file: File) -> None:
@@ -638,7 +632,7 @@ def test_unknown_tensors_are_refused_before_the_long_part(tmp_path: Path, file: 
 def test_another_architecture(tmp_path: Path, file: File, architecture: str) -> None:
     """Found and expected."""
     file.set("general.architecture", string(architecture))
-    refused(file.write(tmp_path / "a.gguf"), ascii(architecture[:20])[1:-1], "'llama'")
+    load_rejected(file.write(tmp_path / "a.gguf"), ascii(architecture[:20])[1:-1], "'llama'")
 
 
 REQUIRED = [
@@ -670,7 +664,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_field(tmp_path: Path, file: File, key: str) -> None:
     """The field is named, or for the tokenizer's kind what is found in its place."""
-    message = refused(file.set(key, None).write(tmp_path / "a.gguf"))
+    message = load_rejected(file.set(key, None).write(tmp_path / "a.gguf"))
     assert key in message or "None" in message
 
 
@@ -686,7 +680,7 @@ def test_a_missing_field(tmp_path: Path, file: File, key: str) -> None:
 )
 def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: str) -> None:
     """Numbers where text is needed, text where numbers are, and numbers that cannot be: one printable line."""
-    refused(file.set(key, BAD_VALUES[value]).write(tmp_path / "a.gguf"))
+    load_rejected(file.set(key, BAD_VALUES[value]).write(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -712,7 +706,7 @@ def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: 
 )
 def test_a_shape_that_is_not_a_plain_llamas(tmp_path: Path, file: File, key: str, value: bytes, says: str) -> None:
     """What this network does not compute, and numbers that contradict the tensors."""
-    refused(file.set(key, value).write(tmp_path / "a.gguf"), says)
+    load_rejected(file.set(key, value).write(tmp_path / "a.gguf"), says)
 
 
 @pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
@@ -722,9 +716,11 @@ def test_a_number_for_each_layer(tmp_path: Path, file: File, name: str) -> None:
     number = read_header(file.write(tmp_path / "one.gguf")).metadata[key]
     path = file.set(key, ints([number] * ARGS.n_layers)).write(tmp_path / "a.gguf")
     assert open_checkpoint(path).args == open_checkpoint(tmp_path / "one.gguf").args
-    refused(file.set(key, ints([number, number + 1])).write(tmp_path / "b.gguf"), key, "layers", kind=UnsupportedError)
-    refused(file.set(key, ints([number] * 3)).write(tmp_path / "c.gguf"), key, "3 values", "2 layers", "again")
-    refused(file.set(key, ints([])).write(tmp_path / "d.gguf"), key, "0 values", "again")
+    load_rejected(
+        file.set(key, ints([number, number + 1])).write(tmp_path / "b.gguf"), key, "layers", error=UnsupportedError
+    )
+    load_rejected(file.set(key, ints([number] * 3)).write(tmp_path / "c.gguf"), key, "3 values", "2 layers", "again")
+    load_rejected(file.set(key, ints([])).write(tmp_path / "d.gguf"), key, "0 values", "again")
 
 
 def test_numbers_that_are_whole_floats(tmp_path: Path, file: File) -> None:
@@ -748,7 +744,7 @@ def test_heads_and_layers_of_other_networks(tmp_path: Path, file: File, fields: 
     """Named as not supported, and not as damage."""
     for name, number in fields.items():
         file.set(f"llama.{name}", uint(number))
-    refused(file.write(tmp_path / "a.gguf"), says, kind=UnsupportedError)
+    load_rejected(file.write(tmp_path / "a.gguf"), says, error=UnsupportedError)
 
 
 def test_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
@@ -771,7 +767,7 @@ def test_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
 def test_a_file_without_weights(tmp_path: Path, file: File) -> None:
     """llama.cpp has such files of vocabularies alone: whole, and not a model."""
     file.tensors, file.data = [], b""
-    refused(file.write(tmp_path / "a.gguf"), "no weights", kind=UnsupportedError)
+    load_rejected(file.write(tmp_path / "a.gguf"), "no weights", error=UnsupportedError)
 
 
 def test_a_vocabulary_size_that_the_embedding_contradicts(tmp_path: Path, file: File) -> None:
@@ -853,7 +849,7 @@ def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> No
 )
 def test_an_unknown_tokenizer(tmp_path: Path, file: File, key: str, value: str, says: str) -> None:
     """What was found, what is known, and the way out."""
-    refused(file.set(key, string(value)).write(tmp_path / "a.gguf"), says, "'gpt2'", "'smollm'", "--tokenizer")
+    load_rejected(file.set(key, string(value)).write(tmp_path / "a.gguf"), says, "'gpt2'", "'smollm'", "--tokenizer")
 
 
 def test_a_tokenizer_from_elsewhere(tmp_path: Path, file: File) -> None:
@@ -910,7 +906,7 @@ def test_a_vocabulary_that_cannot_be(tmp_path: Path, file: File, changes: dict[s
     """Tokens, types and merges that contradict each other, or that tiktoken would read as another vocabulary."""
     for key, value in changes.items():
         file.set(f"tokenizer.ggml.{key}", value)
-    refused(file.write(tmp_path / "a.gguf"), says)
+    load_rejected(file.write(tmp_path / "a.gguf"), says)
 
 
 @pytest.mark.parametrize("field_name", ["unknown", "eos", "bos"])

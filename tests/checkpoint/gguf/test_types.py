@@ -21,9 +21,8 @@ from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
 from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 from llama_scratch.system.progress import silent
-from tests.checkpoint.gguf.test_reader import refused
 from tests.helpers import reference
-from tests.helpers.gguf_files import File, uint, whole_file
+from tests.helpers.gguf_files import File, load_rejected, uint, whole_file
 from tests.helpers.gguf_reference import KINDS, OTHERS, Floats, dequantize, digest, random_blocks
 
 # Rows of one or two blocks of 256.
@@ -168,7 +167,7 @@ def test_no_other_type_is_taken_for_one_of_these(tmp_path: Path, kind: Quant) ->
     try:
         theirs = gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(256, -1), kind)
     except NotImplementedError:
-        refused(path, f"blk.0.ffn_down.weight is in {kind.name}", "another quantization")
+        load_rejected(path, f"blk.0.ffn_down.weight is in {kind.name}", "another quantization")
     else:
         ours = as_tensor(open_checkpoint(path).load(silent)["layers.0.feed_forward.w2.weight"])
         assert np.array_equal(ours.numpy(), theirs)
@@ -232,7 +231,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path, kind: str) -> None:
     columns = 512 + held.weights // 2
     file.change("blk.0.ffn_down.weight", dims=(columns, 256), kind=held.number)
     file.data += bytes(columns * 256)
-    refused(file.write(tmp_path / "a.gguf"), f"'blk.0.ffn_down.weight' of shape (256, {columns})")
+    load_rejected(file.write(tmp_path / "a.gguf"), f"'blk.0.ffn_down.weight' of shape (256, {columns})")
 
 
 @pytest.mark.filterwarnings("error")
@@ -319,7 +318,7 @@ def test_an_alignment_that_the_format_does_not_allow(tmp_path: Path, alignment: 
     """It is a power of two and at least 8: numbers of four bytes must not be mapped across a boundary."""
     file = whole_file().set("general.alignment", uint(alignment))
     file.alignment = alignment
-    refused(file.write(tmp_path / "a.gguf"), "general.alignment", alignment)
+    load_rejected(file.write(tmp_path / "a.gguf"), "general.alignment", alignment)
 
 
 def test_a_tensor_of_a_million_dimensions(tmp_path: Path) -> None:
@@ -327,7 +326,7 @@ def test_a_tensor_of_a_million_dimensions(tmp_path: Path) -> None:
     dims = struct.pack("<Q", 1 << 40) * (1 << 20)
     path = tmp_path / "a.gguf"
     path.write_bytes(File(n_tensors=1).header()[:24] + struct.pack("<Q1sI", 1, b"t", 1 << 20) + dims + bytes(64))
-    refused(path, "1048576 dimensions")
+    load_rejected(path, "1048576 dimensions")
 
 
 def test_the_smallest_alignment(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import struct
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from llama_scratch.errors import CheckpointError, LlamaScratchError, ModelNotFou
 from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.system.progress import silent
 from llama_scratch.tokenizer import Tokenizer
-from tests.checkpoint.gguf.test_reader import refused
 from tests.helpers import reference
-from tests.helpers.assertions import is_sentence, little_time_and_memory
+from tests.helpers.assertions import assert_rejected, is_sentence, little_time_and_memory
 from tests.helpers.gguf_files import (
     ARGS,
     NAMES,
@@ -34,6 +34,7 @@ from tests.helpers.gguf_files import (
     arrays,
     cut,
     ints,
+    load_rejected,
     place,
     short,
     string,
@@ -45,7 +46,7 @@ from tests.helpers.gguf_files import (
     write_with_gguf,
 )
 from tests.helpers.texts import FRAGMENTS, drawn
-from tests.helpers.weights import same
+from tests.helpers.weights import load, same
 
 # --- Several files ----------------------------------------------------------------------------
 
@@ -53,12 +54,11 @@ IDS = [0, 5, 260, 271, 17, 17]
 BOOL = struct.pack("<I?", 7, True)
 
 
-def refused_at_each(paths: Sequence[Path], *says: object, kind: type[LlamaScratchError] = CheckpointError) -> None:
+def rejected_at_each(paths: Sequence[Path], *words: object, error: type[LlamaScratchError] = CheckpointError) -> None:
     """Whichever of the files is named, soon."""
     for path in paths:
-        with little_time_and_memory(), pytest.raises(LlamaScratchError) as caught:
-            open_checkpoint(path).load(silent)
-        is_sentence(caught.value, kind, *says)
+        with little_time_and_memory():
+            assert_rejected(partial(load, path), error, *words)
 
 
 @pytest.mark.parametrize("sizes", [(7, 1, 12), (20,), (0, 20), (1,) * 20])
@@ -132,9 +132,9 @@ def test_a_missing_file(tmp_path: Path, missing: int) -> None:
     paths = write(tmp_path, cut(7, 1, 12))
     gone = paths.pop(missing - 1)
     gone.unlink()
-    refused_at_each(paths, gone, "3 files", "again", kind=ModelNotFoundError)
+    rejected_at_each(paths, gone, "3 files", "again", error=ModelNotFoundError)
     gone.mkdir()
-    refused_at_each(paths, gone, kind=ModelNotFoundError)
+    rejected_at_each(paths, gone, error=ModelNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_file_of_another_model(tmp_path: Path, changed: int, key: str, value: 
     files[changed - 1].set(key, value)
     paths = write(tmp_path, files)
     del paths[changed - 1]
-    refused_at_each(paths, "is no part of the model of the files beside it", place(tmp_path, changed), "again")
-    refused_at_each([place(tmp_path, changed)], tmp_path)
+    rejected_at_each(paths, "is no part of the model of the files beside it", place(tmp_path, changed), "again")
+    rejected_at_each([place(tmp_path, changed)], tmp_path)
 
 
 def test_files_that_changed_places(tmp_path: Path) -> None:
     """The second under the third's name."""
     files = cut(7, 1, 12)
-    refused_at_each(write(tmp_path, [files[0], files[2], files[1]]), place(tmp_path, 2), "another part")
+    rejected_at_each(write(tmp_path, [files[0], files[2], files[1]]), place(tmp_path, 2), "another part")
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
@@ -177,14 +177,14 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     files[1].data += files[0].data[:size]
     for file in files:
         file.set("split.tensors.count", whole(21))
-    refused_at_each(write(tmp_path, files), "'token_embd.weight' is in two of the files", "again")
+    rejected_at_each(write(tmp_path, files), "'token_embd.weight' is in two of the files", "again")
 
 
 @pytest.mark.parametrize("count", [None, whole(0), whole(19), whole(21), whole(-1), string("20"), ints([20])])
 def test_another_number_of_tensors(tmp_path: Path, count: bytes | None) -> None:
     """Than all files agree that there is."""
     files = [file.set("split.tensors.count", count) for file in cut(7, 1, 12)]
-    refused_at_each(write(tmp_path, files), "the 3 files hold 20 tensors", "again")
+    rejected_at_each(write(tmp_path, files), "the 3 files hold 20 tensors", "again")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_file_that_was_renamed(tmp_path: Path, name: str) -> None:
     write(tmp_path, cut(7, 1, 12))
     place(tmp_path, 2).rename(tmp_path / name)
     cut(7, 1, 12)[1].write(place(tmp_path, 2))
-    refused(tmp_path / name, "model-00001-of-00003.gguf")
+    load_rejected(tmp_path / name, "model-00001-of-00003.gguf")
 
 
 ABSURD = {
@@ -230,15 +230,15 @@ def test_an_absurd_number_of_files(tmp_path: Path, count: bytes) -> None:
     files = cut(7, 1, 12)
     for file in files:
         file.set("split.count", count)
-    refused_at_each(write(tmp_path, files), "files of a split model", "model-00001-of-00003.gguf")
-    refused(whole_file().set("split.count", count).write(tmp_path / "a.gguf"), "files of a split model")
+    rejected_at_each(write(tmp_path, files), "files of a split model", "model-00001-of-00003.gguf")
+    load_rejected(whole_file().set("split.count", count).write(tmp_path / "a.gguf"), "files of a split model")
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_of_several_files_that_calls_itself_the_only_one(tmp_path: Path, count: int) -> None:
     """The rest is missing, whichever it is."""
     files = [file.set("split.count", short(count)) for file in cut(7, 1, 12)]
-    refused_at_each(write(tmp_path, files))
+    rejected_at_each(write(tmp_path, files))
 
 
 @pytest.mark.parametrize("number", [2, 65535])
@@ -249,7 +249,7 @@ def test_very_many_files_of_which_few_are_there(tmp_path: Path, number: int) -> 
         file.set("split.count", short(65535)).write(place(tmp_path, i, 65535))
     files[1].set("split.no", short(number - 1)).write(place(tmp_path, number, 65535))
     path = place(tmp_path, number, 65535)
-    refused_at_each([path], place(tmp_path, 3, 65535), "65535 files", kind=ModelNotFoundError)
+    rejected_at_each([path], place(tmp_path, 3, 65535), "65535 files", error=ModelNotFoundError)
 
 
 @pytest.mark.parametrize("size", [0, 10, 24, 60, -100, -1])
@@ -259,7 +259,7 @@ def test_a_later_file_that_was_cut_short(tmp_path: Path, size: int) -> None:
     content = paths[1].read_bytes()
     paths[1].unlink()
     paths[1].write_bytes(content[:size])
-    refused_at_each(paths, paths[1], "again")
+    rejected_at_each(paths, paths[1], "again")
 
 
 def test_a_later_file_that_changes_after_opening(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_weight_under_metas_name(tmp_path: Path, name: str, instead: bool) -> 
         dims = next(dims for n, dims, *_ in file.tensors if n == theirs)
         file.tensors.append((name, dims, 0, len(file.data)))
         file.data += bytes(4 * math.prod(dims))
-    refused(file.write(tmp_path / "a.gguf"), theirs if instead else name)
+    load_rejected(file.write(tmp_path / "a.gguf"), theirs if instead else name)
 
 
 # --- Rotary embedding -------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_a_divisor_that_cannot_be(tmp_path: Path, bad: float, at: int) -> None:
     """It would make angles that are no numbers, or none at all."""
     divisors = converters(8)
     divisors[at] = bad
-    refused(scaled(divisors).write(tmp_path / "a.gguf"), "rope_freqs.weight holds", f"{bad:g}", "again")
+    load_rejected(scaled(divisors).write(tmp_path / "a.gguf"), "rope_freqs.weight holds", f"{bad:g}", "again")
 
 
 @pytest.mark.parametrize(
@@ -435,13 +435,13 @@ def test_a_divisor_that_cannot_be(tmp_path: Path, bad: float, at: int) -> None:
 )
 def test_divisors_of_another_kind(tmp_path: Path, divisors: list[float], kind: int, form: str, says: str) -> None:
     """Too few, too many, and what llama.cpp does not write."""
-    refused(scaled(divisors, kind, form).write(tmp_path / "a.gguf"), "rope_freqs.weight", says, "(16,) in F32")
+    load_rejected(scaled(divisors, kind, form).write(tmp_path / "a.gguf"), "rope_freqs.weight", says, "(16,) in F32")
 
 
 def test_divisors_in_two_dimensions(tmp_path: Path) -> None:
     """(1, 16) is not (16,)."""
     file = scaled([1.0] * 16).change("rope_freqs.weight", dims=(16, 1))
-    refused(file.write(tmp_path / "a.gguf"), "rope_freqs.weight", "(1, 16)")
+    load_rejected(file.write(tmp_path / "a.gguf"), "rope_freqs.weight", "(1, 16)")
 
 
 FLOAT = {value: struct.pack("<If", 6, value) for value in (0.0, 1.0, 4.0, 0.25, -1.0, math.nan)}
@@ -468,7 +468,7 @@ def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
     file = whole_file()
     for field, value in fields.items():
         file.set(f"llama.rope.{field}", value)
-    refused(file.write(tmp_path / "a.gguf"), "scaled RoPE", kind=UnsupportedError)
+    load_rejected(file.write(tmp_path / "a.gguf"), "scaled RoPE", error=UnsupportedError)
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_what_scales_nothing(tmp_path: Path, fields: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("value", [uint(0), BOOL, string("8192"), FLOAT[0.25], struct.pack("<Ii", 5, -1)])
 def test_an_original_context_that_cannot_be(tmp_path: Path, value: bytes) -> None:
     """Only looked at where there are divisors."""
-    refused(scaled(converters(8)).set(KEY, value).write(tmp_path / "a.gguf"), KEY)
+    load_rejected(scaled(converters(8)).set(KEY, value).write(tmp_path / "a.gguf"), KEY)
 
 
 # --- Tokenizer --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from llama_scratch.config import ModelArgs, RopeScaling, is_tied
 from llama_scratch.errors import CheckpointError, ModelNotFoundError
 from llama_scratch.precision.lazy_weight import ShardedWeight, as_tensor
 from llama_scratch.system.progress import silent
-from tests.checkpoint.meta.test_reader import refused
+from tests.helpers.assertions import assert_rejected
 from tests.helpers.checkpoints import tiny_args
 from tests.helpers.command_line import Runner, one_sentence
 from tests.helpers.meta_files import (
@@ -159,8 +159,13 @@ def test_key_value_heads_that_were_doubled(tmp_path: Path) -> None:
     expected, found = (Llama.load(d, precision="fp32", device="cpu").logits(ids) for d in (whole, parts))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     write(parts, [], PARAMS)
-    refused(
-        parts, CheckpointError, "consolidated.00.pth to consolidated.15.pth", "wk.weight", "(128, 128)", "(64, 128)"
+    assert_rejected(
+        lambda: load(parts),
+        CheckpointError,
+        "consolidated.00.pth to consolidated.15.pth",
+        "wk.weight",
+        "(128, 128)",
+        "(64, 128)",
     )
 
 
@@ -181,7 +186,7 @@ def test_any_name_of_a_directory(four: Path, name: str, llama_scratch: Runner) -
 def test_no_shard_at_all(four: Path) -> None:
     for number in range(4):
         (four / shard(number)).unlink()
-    refused(four, ModelNotFoundError, shard(0), four, "tokenizer.model")
+    assert_rejected(lambda: load(four), ModelNotFoundError, shard(0), four, "tokenizer.model")
 
 
 @pytest.mark.parametrize("missing", [[0], [1], [2], [3], [0, 1], [1, 3], [2, 3], [0, 1, 2], [1, 2, 3]], ids=str)
@@ -189,7 +194,9 @@ def test_a_missing_shard(four: Path, missing: list[int], llama_scratch: Runner) 
     """The first that is missing is named, the last one too, by the shapes in the others."""
     for number in missing:
         (four / shard(number)).unlink()
-    message = refused(four, ModelNotFoundError, f"no {shard(missing[0])}", four, "fetch the missing")
+    message = assert_rejected(
+        lambda: load(four), ModelNotFoundError, f"no {shard(missing[0])}", four, "fetch the missing"
+    )
     last = max(number for number in range(4) if number not in missing)
     assert last < missing[0] or f"holds {shard(last)}" in message
     result = llama_scratch("--model-dir", str(four), "--prompt", "x")
@@ -204,7 +211,7 @@ def test_what_is_no_file_is_a_missing_shard(four: Path, kind: str) -> None:
         (four / shard(1)).mkdir()
     else:
         (four / shard(1)).symlink_to("gone")
-    refused(four, ModelNotFoundError, shard(1))
+    assert_rejected(lambda: load(four), ModelNotFoundError, shard(1))
 
 
 def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +224,7 @@ def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch
         return load_pth(path, *rest)
 
     monkeypatch.setattr("llama_scratch.checkpoint.meta.reader.load_pth", loaded)
-    refused(four, ModelNotFoundError, shard(3))
+    assert_rejected(lambda: load(four), ModelNotFoundError, shard(3))
     assert read == [shard(0)]
 
 
@@ -225,13 +232,13 @@ def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch
 def test_a_shard_that_is_there_twice(four: Path, number: int) -> None:
     """Its norms are right, but its matrices are another shard's. Two that changed places cannot be told."""
     shutil.copyfile(four / shard(0), four / shard(number))
-    refused(four, CheckpointError, four / shard(number), shard(0), "same weights")
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(number), shard(0), "same weights")
 
 
 def test_a_shard_beyond_the_last(four: Path) -> None:
     """Of another model, or a copy."""
     shutil.copyfile(four / shard(1), four / shard(4))
-    refused(four, CheckpointError, four / shard(4), "32 of 128 rows")
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(4), "32 of 128 rows")
 
 
 def test_shards_of_less_than_a_head(tmp_path: Path) -> None:
@@ -247,7 +254,7 @@ def test_a_shard_of_another_model(four: Path, file: int, tmp_path: Path) -> None
     """Of the same shape: its norms are others. The first shard is the one that the others are compared with."""
     other = split({n: w.flip(0) for n, w in weights_of().items()}, 4)
     torch.save(other[file], four / shard(file))
-    refused(four, CheckpointError, four / shard(max(file, 1)), "of another one", shard(0))
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(max(file, 1)), "of another one", shard(0))
 
 
 def test_one_norm_alone_tells(four: Path) -> None:
@@ -255,7 +262,7 @@ def test_one_norm_alone_tells(four: Path) -> None:
     norm = torch.load(four / shard(2))["layers.1.ffn_norm.weight"]
     norm.view(torch.int16)[-1] ^= 1
     change(four, 2, layers_1_ffn_norm_weight=norm)
-    refused(four, CheckpointError, four / shard(2), "of another one")
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(2), "of another one")
 
 
 @pytest.mark.parametrize(
@@ -276,23 +283,27 @@ def test_one_norm_alone_tells(four: Path) -> None:
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_shard_with_other_names_shapes_or_types(four: Path, number: int, changes: dict[str, Tensor | None]) -> None:
     change(four, number, **changes)
-    refused(four, CheckpointError, four / shard(max(number, 1)), shard(0))
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(max(number, 1)), shard(0))
 
 
 def test_a_shard_with_one_more_name(four: Path) -> None:
     """In one of them, and in all."""
     weights = torch.load(four / shard(1))
     torch.save({**weights, "x": torch.ones(2)}, four / shard(1))
-    refused(four, CheckpointError, four / shard(1), "of another one")
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(1), "of another one")
     for number in range(4):
         torch.save({**torch.load(four / shard(number)), "x": torch.ones(2)}, four / shard(number))
-    refused(four, CheckpointError, f"{shard(0)} to {shard(3)} holds 'x'")
+    assert_rejected(lambda: load(four), CheckpointError, f"{shard(0)} to {shard(3)} holds 'x'")
 
 
 @pytest.mark.parametrize("name", [*ARGS.weight_shapes()][:10])
 def test_a_weight_that_all_shards_lack(tmp_path: Path, name: str) -> None:
     weights = {n: w for n, w in weights_of(tied=UNTIED).items() if n != name}
-    refused(write(tmp_path / "m", split(weights, 2)), CheckpointError, f"{shard(0)} to {shard(1)} lacks '{name}'")
+    assert_rejected(
+        lambda: load(write(tmp_path / "m", split(weights, 2))),
+        CheckpointError,
+        f"{shard(0)} to {shard(1)} lacks '{name}'",
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in ARGS.weight_shapes() if "layers.1" not in n and "tok_emb" not in n])
@@ -304,7 +315,7 @@ def test_a_weight_that_was_cut_along_the_other_axis(tmp_path: Path, name: str, n
     axis = axis_of(name, 0)
     for part, piece in zip(shards, weights[name].chunk(n, 0 if axis is None else 1 - axis), strict=True):
         part[name] = piece.clone()
-    refused(write(tmp_path / "m", shards), CheckpointError, shard(0), f"{name} has the shape")
+    assert_rejected(lambda: load(write(tmp_path / "m", shards)), CheckpointError, shard(0), f"{name} has the shape")
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (560,), (70, 128, 1), (0, 128)])
@@ -313,7 +324,7 @@ def test_an_embedding_of_another_shape_in_all(tmp_path: Path, shape: tuple[int, 
     shards = split(weights_of(), 2)
     for part in shards:
         part["tok_embeddings.weight"] = torch.ones(shape, dtype=torch.bfloat16)
-    refused(write(tmp_path / "m", shards), CheckpointError, "tok_embeddings.weight has the shape")
+    assert_rejected(lambda: load(write(tmp_path / "m", shards)), CheckpointError, "tok_embeddings.weight has the shape")
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (32,), (0, 0), (32, 128, 1), (3, 128)])
@@ -322,7 +333,9 @@ def test_a_matrix_of_another_shape_in_all(tmp_path: Path, part: str, shape: tupl
     name, shards = f"layers.0.{part}.weight", split(weights_of(), 4)
     for weights in shards:
         weights[name] = torch.ones(shape, dtype=torch.bfloat16)
-    refused(write(tmp_path / "m", shards), CheckpointError, f"{name} has the shape", shard(0), shard(3))
+    assert_rejected(
+        lambda: load(write(tmp_path / "m", shards)), CheckpointError, f"{name} has the shape", shard(0), shard(3)
+    )
 
 
 def test_a_wrong_shape_is_not_taken_for_missing_shards(tmp_path: Path) -> None:
@@ -331,20 +344,24 @@ def test_a_wrong_shape_is_not_taken_for_missing_shards(tmp_path: Path) -> None:
     for part in shards:
         part["layers.0.attention.wq.weight"] = torch.ones(16, 64, dtype=torch.bfloat16)
         part["layers.0.attention.wo.weight"] = torch.ones(128, 16, dtype=torch.bfloat16)
-    refused(write(tmp_path / "m", shards), CheckpointError, "layers.0.attention.wq.weight has the shape (64, 64)")
+    assert_rejected(
+        lambda: load(write(tmp_path / "m", shards)),
+        CheckpointError,
+        "layers.0.attention.wq.weight has the shape (64, 64)",
+    )
 
 
 @pytest.mark.parametrize("params", [{"dim": 256}, {"n_layers": 3}, {"n_layers": 1}, {"n_kv_heads": 16}, {"dim": 64}])
 def test_params_of_another_model(four: Path, params: dict[str, int]) -> None:
     write(four, [], PARAMS | params)
-    refused(four, CheckpointError, f"{shard(0)} to {shard(3)}", "params")
+    assert_rejected(lambda: load(four), CheckpointError, f"{shard(0)} to {shard(3)}", "params")
 
 
 def test_a_file_that_is_one_of_several(four: Path) -> None:
     """Alone under the name of a whole model."""
     for number in (1, 2, 3):
         (four / shard(number)).unlink()
-    refused(four, ModelNotFoundError, f"no {shard(1)}", "32 of 128 rows of wq")
+    assert_rejected(lambda: load(four), ModelNotFoundError, f"no {shard(1)}", "32 of 128 rows of wq")
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -359,7 +376,7 @@ def test_a_file_that_is_one_of_several(four: Path) -> None:
 )
 def test_a_damaged_shard_is_named(four: Path, number: int, damage: Callable[[Path], None], said: str) -> None:
     damage(four / shard(number))
-    refused(four, CheckpointError, four / shard(number), said)
+    assert_rejected(lambda: load(four), CheckpointError, four / shard(number), said)
 
 
 def test_a_shard_that_vanishes(four: Path) -> None:
