@@ -21,6 +21,8 @@ from tests.helpers import reference
 from tests.helpers.checkpoints import random_weights, tiny_args, tiny_params
 from tests.helpers.reference import Run
 
+pytestmark = pytest.mark.reference
+
 CONTEXT = 131_072
 SHAPES: dict[str, dict[str, Any]] = {
     "two queries a key": {},

@@ -16,6 +16,8 @@ from llama_scratch.system.progress import silent
 from tests.helpers import reference, smollm2
 from tests.helpers.smollm2 import SHAPE, TEXTS
 
+pytestmark = pytest.mark.reference
+
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 
 

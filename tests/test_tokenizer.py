@@ -21,6 +21,8 @@ from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 from tests.helpers.checkpoints import tokenizer_file
 from tests.helpers.texts import FRAGMENTS, UNWRITTEN
 
+pytestmark = pytest.mark.reference
+
 Encode = Callable[[str], list[int]]
 
 many = settings(max_examples=500, deadline=None, derandomize=True)

@@ -37,6 +37,8 @@ from tests.helpers.huggingface_files import (
 )
 from tests.helpers.texts import CORPUS
 
+pytestmark = pytest.mark.reference
+
 THINK = N_VOCAB
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}

@@ -32,6 +32,8 @@ from llama_scratch.tokenizer import Tokenizer
 from tests.helpers.assertions import assert_rejected
 from tests.helpers.checkpoints import tiny_params, tokenizer_file, write_meta
 
+pytestmark = pytest.mark.reference
+
 SMALL = tiny_params(dim=128, n_heads=2, n_kv_heads=1, n_layers=2)  # head_dim 64, as in Llama 3.2
 TEXTS = [
     "",

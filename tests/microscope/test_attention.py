@@ -44,6 +44,8 @@ from tests.helpers import ROOT, smollm2
 from tests.helpers.checkpoints import tiny_params, write_meta
 from tests.helpers.sessions import shown, started
 
+pytestmark = pytest.mark.reference
+
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 IDS = [60 + i % 90 for i in range(40)]
 

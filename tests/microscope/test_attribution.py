@@ -26,6 +26,8 @@ from llama_scratch.render.text import percent
 from tests.helpers import reference, smollm2
 from tests.helpers.checkpoints import write_meta
 
+pytestmark = pytest.mark.reference
+
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 PROMPT = "The capital of France is"
 

@@ -32,6 +32,8 @@ from llama_scratch.render.pages import patching
 from tests.helpers import reference
 from tests.helpers.checkpoints import tiny_args
 
+pytestmark = pytest.mark.reference
+
 IDS = [300, *range(60, 71)]  # BOS and eleven others
 OTHER = [300, *range(90, 101)]
 T = len(IDS)

@@ -26,6 +26,8 @@ from llama_scratch.results import Token
 from tests.helpers import smollm2
 from tests.helpers.sessions import shown, started
 
+pytestmark = pytest.mark.reference
+
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 PROMPT = "The capital of France is"
 

@@ -32,6 +32,8 @@ from tests.helpers import smollm2
 from tests.helpers.checkpoints import write_meta
 from tests.helpers.sessions import assert_sentence
 
+pytestmark = pytest.mark.reference
+
 # SmolLM2 in fp32, and transformers on the same weights: nothing is shared but the file.
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 PROMPT = "The capital of France is"

@@ -21,6 +21,8 @@ from llama_scratch.microscope.lens import lens
 from llama_scratch.microscope.neurons import neurons
 from tests.helpers.checkpoints import write_meta
 
+pytestmark = pytest.mark.reference
+
 transformer_lens: Any = pytest.importorskip("transformer_lens")
 try:
     transformer_lens.HookedTransformer  # noqa: B018

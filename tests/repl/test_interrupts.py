@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers.terminal import Terminal, ask, candidates, start
 
+pytestmark = pytest.mark.terminal
+
 LONG = "word " * 700 + "end"
 STAGES = {"prefill": LONG, "decode": "/generate 400", "tree": "/tree 5x4", "surprisal": f"/surprisal {LONG}"}
 

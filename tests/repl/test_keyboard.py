@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers.terminal import Slow, Terminal
 
+pytestmark = pytest.mark.terminal
+
 PROMPT = "Slow-Llama> "
 
 

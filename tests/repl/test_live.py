@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.terminal import Terminal, start
 
+pytestmark = pytest.mark.terminal
+
 PROMPT = "SmolLM2-135M-Instruct> "
 # Of the bottom line alone.
 BELOW = "· entropy"

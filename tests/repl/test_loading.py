@@ -16,6 +16,8 @@ from llama_scratch.repl.loading import Loading
 from llama_scratch.system.progress import Progress
 from tests.helpers.terminal import Slow, Terminal
 
+pytestmark = pytest.mark.terminal
+
 LOADING = "No torch yet 42 %"
 BANNER = "1 M parameters"
 ANSWER = "␣comes"

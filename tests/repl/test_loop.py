@@ -14,6 +14,8 @@ import pytest
 from tests.helpers import SMOLLM2_FP32
 from tests.helpers.terminal import ANSWERED, Terminal, ask, candidates
 
+pytestmark = pytest.mark.terminal
+
 # Mapped float32: not turned from 4 bits at each start.
 MODEL = ("--model-dir", str(SMOLLM2_FP32), "--precision", "fp32")
 

@@ -55,6 +55,8 @@ from tests.helpers.gguf_files import (
 )
 from tests.helpers.weights import same
 
+pytestmark = pytest.mark.reference
+
 for _layer in (0, 1):
     NAMES |= {
         f"blk.{_layer}.attn_norm.weight": f"layers.{_layer}.attention_norm.weight",

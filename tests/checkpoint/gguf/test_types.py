@@ -25,6 +25,8 @@ from tests.helpers import reference
 from tests.helpers.gguf_files import File, load_rejected, uint, whole_file
 from tests.helpers.gguf_reference import KINDS, OTHERS, Floats, dequantize, digest, random_blocks
 
+pytestmark = pytest.mark.reference
+
 # Rows of one or two blocks of 256.
 ARGS = ModelArgs(256, 1, 4, 2, 272, 512, 2**-17, 10_000.0, None, 512)
 # GGUF's name → Meta's, and the shape.

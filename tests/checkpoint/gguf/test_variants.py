@@ -48,6 +48,8 @@ from tests.helpers.gguf_files import (
 from tests.helpers.texts import FRAGMENTS, drawn
 from tests.helpers.weights import load, same
 
+pytestmark = pytest.mark.reference
+
 # --- Several files ----------------------------------------------------------------------------
 
 IDS = [0, 5, 260, 271, 17, 17]

@@ -57,6 +57,8 @@ from tests.helpers.huggingface_files import (
 )
 from tests.helpers.texts import CORPUS, UNWRITTEN, drawn
 
+pytestmark = pytest.mark.reference
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BOS = N_VOCAB - 2
 LLAMA3_SCALING = {
