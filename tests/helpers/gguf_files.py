@@ -33,6 +33,18 @@ ARGS = ModelArgs(
 )
 # GGUF's name → Meta's, written out by hand for the two layers.
 NAMES = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight"}
+for _layer in (0, 1):
+    NAMES |= {
+        f"blk.{_layer}.attn_norm.weight": f"layers.{_layer}.attention_norm.weight",
+        f"blk.{_layer}.attn_q.weight": f"layers.{_layer}.attention.wq.weight",
+        f"blk.{_layer}.attn_k.weight": f"layers.{_layer}.attention.wk.weight",
+        f"blk.{_layer}.attn_v.weight": f"layers.{_layer}.attention.wv.weight",
+        f"blk.{_layer}.attn_output.weight": f"layers.{_layer}.attention.wo.weight",
+        f"blk.{_layer}.ffn_norm.weight": f"layers.{_layer}.ffn_norm.weight",
+        f"blk.{_layer}.ffn_gate.weight": f"layers.{_layer}.feed_forward.w1.weight",
+        f"blk.{_layer}.ffn_down.weight": f"layers.{_layer}.feed_forward.w2.weight",
+        f"blk.{_layer}.ffn_up.weight": f"layers.{_layer}.feed_forward.w3.weight",
+    }
 MERGES = ["t h", "e r", "i n", "th e", "o n", "a t", "e n", "th in", "o u", "s t", "a r", "h e", "i s", "e d"]
 
 
