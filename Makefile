@@ -25,8 +25,8 @@ ONLY_AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCT
 instruction-sets:  ## the tests as a CPU without AVX-512 runs them; then the kernels in plain C++
 	@$(PYTHON) tools/install.py .venv-test plot test
 	$(ONLY_AVX2) TEST_KERNELS=avx2 $(PYTEST)
-	TEST_KERNELS=plain $(PYTEST) tests/test_kernels.py tests/test_linear.py tests/test_attention.py tests/test_panels.py \
-		tests/test_speculation.py
+	TEST_KERNELS=plain $(PYTEST) tests/precision/test_kernels.py tests/precision/test_linear.py \
+		tests/precision/test_panels.py tests/inference/test_long_attention.py tests/inference/test_prompt_lookup.py
 
 images:  ## make the README's pictures from real runs
 	@$(PYTHON) tools/install.py .venv-test plot test

@@ -34,8 +34,8 @@ from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.checkpoint.convert import convert
 from llama_scratch.download.locate import find_model
 from llama_scratch.system.progress import silent
-from tests.checkpoints import tiny_params, write_meta
-from tests.texts import CORPUS, drawn
+from tests.helpers.checkpoints import tiny_params, write_meta
+from tests.helpers.texts import CORPUS, drawn
 
 POSITIONS = 256
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M", "Q6_K")

@@ -35,7 +35,7 @@ from llama_scratch.precision import kernels
 from llama_scratch.precision.dtypes import DTYPES
 from llama_scratch.precision.panels import panel_shapes
 
-SOURCE = Path(__file__).parent.parent / "tests" / "kernels_alone.cpp"
+SOURCE = Path(__file__).parent.parent / "tests" / "precision" / "kernels_alone.cpp"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from statistics import quantiles
 from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
 from benchmarks.startup import LOADED, until
-from tests.terminal import Terminal
+from tests.helpers.terminal import Terminal
 
 INTERVAL_S = 0.06
 TEXTS = (

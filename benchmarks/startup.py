@@ -27,7 +27,7 @@ from benchmarks.report import FOLDER, versions, write_report
 from llama_scratch.checkpoint.base import name_of
 from llama_scratch.download.locate import find_model
 from llama_scratch.precision import kernels
-from tests.terminal import PROGRAM, Terminal
+from tests.helpers.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"
 TYPING_INTERVAL = 0.05  # seconds between keystrokes, as a fast typist's

@@ -30,7 +30,7 @@ from llama_scratch.microscope import patching as tracing
 from llama_scratch.render.pages import attention as attention_pages
 from llama_scratch.render.pages import patching
 from llama_scratch.render.to_png import png
-from tests.terminal import Terminal
+from tests.helpers.terminal import Terminal
 
 FOLDER = Path(__file__).parent.parent / "OutputImages"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

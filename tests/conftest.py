@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,15 +12,12 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from benchmarks.make_checkpoint import meta_tokenizer
-from tests.checkpoints import write_meta
+from tests.helpers import CACHE, KERNELS, SMOLLM2_FP32
+from tests.helpers.checkpoints import write_meta
+from tests.helpers.command_line import Runner
 
-# The open model is fetched once and kept beside the sources, not in the home.
-CACHE = Path(__file__).parent.parent / ".cache"
-SMOLLM2_FP32 = CACHE / "SmolLM2-135M-Instruct.F32.gguf"
 os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The instruction set that tests compile the kernels for, see `make instruction-sets`.
-KERNELS = os.environ.get("TEST_KERNELS", "native")
 for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
     del os.environ[name]
 # A compiler's seconds in each home are too many; tests of the kernels turn them on.
@@ -86,3 +85,17 @@ def meta_tokenizer_path() -> Path:
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Meta directory with a small random model in bf16. Not to be written to."""
     return write_meta(tmp_path_factory.mktemp("tiny") / "Tiny-Llama")
+
+
+@pytest.fixture
+def llama_scratch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Runner:
+    """Run the command line with the given arguments and standard input, none of the streams a terminal."""
+    from llama_scratch.cli.app import run
+    from tests.helpers.command_line import Result
+
+    def runner(*arguments: str, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        code = run(list(arguments))
+        return Result(code, *capfd.readouterr())
+
+    return runner

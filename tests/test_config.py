@@ -13,7 +13,7 @@ import pytest
 from llama_scratch.checkpoint.meta.params import ffn_dim, parse_params
 from llama_scratch.config import ModelArgs, RopeScaling
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, UsageError
-from tests.checkpoints import TINY_PARAMS, tiny_args
+from tests.helpers.checkpoints import TINY_PARAMS, tiny_args
 
 # dim, n_layers, n_heads, ffn_dim_multiplier, multiple_of, use_scaled_rope → FFN width, factor, parameters, tied
 PUBLISHED = {

@@ -18,7 +18,7 @@ from llama_scratch.errors import OutOfMemoryError
 from llama_scratch.inference.prompt_warnings import _cut_differently
 from llama_scratch.microscope.choices import choices
 from llama_scratch.precision.panels import to_panels
-from tests.checkpoints import write_meta
+from tests.helpers.checkpoints import write_meta
 
 
 @pytest.fixture(scope="module")

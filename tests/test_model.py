@@ -1,4 +1,4 @@
-"""The network against three others: tests/reference.py, Hugging Face's and Meta's own."""
+"""The network against three others: tests/helpers/reference.py, Hugging Face's and Meta's own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from llama_scratch import model
 from llama_scratch.config import ModelArgs
 from llama_scratch.model import KVCache, RMSNorm, Transformer, apply_rotary_emb, rope_frequencies, rotations
-from tests import reference
-from tests.checkpoints import random_weights, tiny_args, tiny_params
-from tests.reference import Run
+from tests.helpers import reference
+from tests.helpers.checkpoints import random_weights, tiny_args, tiny_params
+from tests.helpers.reference import Run
+
+pytestmark = pytest.mark.reference
 
 CONTEXT = 131_072
 SHAPES: dict[str, dict[str, Any]] = {

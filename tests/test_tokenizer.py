@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from llama_scratch.checkpoint import open_checkpoint
 from llama_scratch.errors import CheckpointError, ModelNotFoundError, UsageError
 from llama_scratch.tokenizer import StreamDecoder, Tokenizer, parse_tokenizer_model, replace_surrogates
-from tests.checkpoints import tokenizer_file
-from tests.texts import FRAGMENTS
+from tests.helpers.checkpoints import tokenizer_file
+from tests.helpers.texts import FRAGMENTS, UNWRITTEN
+
+pytestmark = pytest.mark.reference
 
 Encode = Callable[[str], list[int]]
 
@@ -374,7 +376,6 @@ def test_a_vocabulary_without_a_byte_needs_an_unknown_token() -> None:
 # Bytes of which SmolLM2's vocabulary has no token. Below 192 they are control characters; 241 and 242
 # begin the characters of U+40000 to U+BFFFF, and the others are in no UTF-8 at all.
 LACKING = {4, 6, 19, 20, 22, 29, 192, 193, 241, 242, *range(245, 256)}
-UNWRITTEN = [*"\x04\x06\x13\x14\x16\x1d", "\U00040000", "\U0008abcd", "\U000bffff"]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from llama_scratch.checkpoint.findings import Verification
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.errors import LlamaScratchError
 from llama_scratch.llama import Llama
-from tests.checkpoints import tiny_params, write_meta
+from tests.helpers.checkpoints import tiny_params, write_meta
 from tests.trust.record import write
 
 FORMS = ("meta", "hf", "gguf")

@@ -23,7 +23,7 @@ from llama_scratch.precision import PRECISIONS, kernels
 from llama_scratch.results import as_json
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import silent
-from tests.terminal import PROGRAM, Terminal
+from tests.helpers.terminal import PROGRAM, Terminal
 from tests.trust.record import write
 
 PROMPTS = ("The capital of France is", "Once upon a time", "def f(x):", "1 + 1 =", "caf\u00e9 \U0001f389")

@@ -45,8 +45,8 @@ from llama_scratch.repl.history import FileHistory
 from llama_scratch.repl.state import Settings, Turn
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import silent
-from tests.checkpoints import tiny_params, write_meta
-from tests.loopback import File, serving
+from tests.helpers.checkpoints import tiny_params, write_meta
+from tests.helpers.loopback import File, serving
 from tests.trust import record
 
 SEED = 7
@@ -556,7 +556,7 @@ def servers() -> Iterator[str]:
 
 
 def _serve(tell: int, parent: int) -> None:
-    from tests.test_remote import Storage
+    from tests.helpers.cloud_storage import Storage
 
     with serving() as server:
         storage = Storage(server)
@@ -579,7 +579,7 @@ def stages(place: Path | None = None) -> Iterator[list[Stage]]:
     """All stages, each in a home of its own below `place`."""
     from blobfile._common import global_pool_director
 
-    from tests.test_remote import Pool
+    from tests.helpers.cloud_storage import Pool
 
     torch.set_num_threads(1)
     os.environ["BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH"] = "1"

@@ -62,7 +62,7 @@ from llama_scratch.repl.history import FileHistory
 from llama_scratch.system.progress import silent
 from llama_scratch.system.template_process import TemplateProcess
 from llama_scratch.tokenizer import StreamDecoder, Tokenizer, parse_tokenizer_model
-from tests.checkpoints import tiny_params, tokenizer_file, write_meta
+from tests.helpers.checkpoints import tiny_params, tokenizer_file, write_meta
 from tests.trust import record
 
 CASES = Path(__file__).parent / "cases"

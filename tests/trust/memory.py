@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llama_scratch.precision import PRECISIONS
-from tests.checkpoints import write_meta
+from tests.helpers.checkpoints import write_meta
 from tests.trust.record import RESULTS, read, write
 
 if TYPE_CHECKING:

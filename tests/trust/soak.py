@@ -45,7 +45,7 @@ from llama_scratch.repl.session import Session
 from llama_scratch.repl.state import Settings
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress, silent
-from tests.checkpoints import write_meta
+from tests.helpers.checkpoints import write_meta
 from tests.trust.record import write
 
 # Relative L2 distance of logits, a session's from a fresh engine's: rounding of the precision, in another order.

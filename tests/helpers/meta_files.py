@@ -1,0 +1,82 @@
+"""Meta's directories of one or several shards, cut as fairscale cuts them; and pickles that run code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_scratch.config import ModelArgs
+from tests.helpers.checkpoints import (
+    TINY_MERGES,
+    random_weights,
+    tiny_args,
+    tiny_params,
+    tokenizer_file,
+)
+
+# Everything divides by 8: heads, key-value heads, the feed-forward layer and the vocabulary.
+TOKENIZER = tokenizer_file() + b"dGhl 300\naGVy 301\nYW5k 302\naW5n 303\n"
+VOCABULARY = 256 + len(TINY_MERGES) + 4 + 256
+PARAMS = tiny_params(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=VOCABULARY)
+ARGS = tiny_args(**PARAMS)
+TIED, UNTIED = True, False
+Weights = dict[str, Tensor]
+
+
+def shard(number: int) -> str:
+    return f"consolidated.{number:02}.pth"
+
+
+def axis_of(name: str, embedding: int) -> int | None:
+    """ColumnParallelLinear cuts the outputs, which are rows, RowParallelLinear the inputs; norms are whole.
+
+    embedding: 0 for Llama 3's VocabParallelEmbedding, 1 for Llama 2's ParallelEmbedding.
+    """
+    part = name.split(".")[-2]
+    axes = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0) | {"wo": 1, "w2": 1, "tok_embeddings": embedding}
+    return axes.get(part)
+
+
+def split(weights: Mapping[str, Tensor], n: int, embedding: int = 0) -> list[Weights]:
+    """What each of `n` ranks saves."""
+    shards: list[Weights] = [{} for _ in range(n)]
+    for name, weight in weights.items():
+        axis = axis_of(name, embedding)
+        pieces = [weight] * n if axis is None else weight.chunk(n, axis)
+        for part, piece in zip(shards, pieces, strict=True):
+            part[name] = piece.clone()
+    return shards
+
+
+def weights_of(args: ModelArgs = ARGS, dtype: torch.dtype = torch.bfloat16, *, tied: bool = TIED) -> Weights:
+    """Random ones; a tied output is left out."""
+    weights = {name: weight.to(dtype) for name, weight in random_weights(args, tied=False).items()}
+    if tied:
+        del weights["output.weight"]
+    return weights
+
+
+def write(directory: Path, shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any] = PARAMS) -> Path:
+    """A directory of Meta's with these shards."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "params.json").write_text(json.dumps(dict(params)))
+    (directory / "tokenizer.model").write_bytes(TOKENIZER)
+    for number, part in enumerate(shards):
+        (directory / shard(number)).unlink(missing_ok=True)
+        torch.save(dict(part), directory / shard(number))
+    return directory
+
+
+class Danger:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object):
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call

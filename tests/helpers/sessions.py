@@ -1,0 +1,52 @@
+"""Sessions without a terminal, and what their commands answer and show."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from llama_scratch.errors import LlamaScratchError
+from llama_scratch.llama import Llama
+from llama_scratch.repl.commands import run_command
+from llama_scratch.repl.loading import Loading
+from llama_scratch.repl.session import Session
+from llama_scratch.repl.state import Settings
+from llama_scratch.sampling import GREEDY
+from llama_scratch.system.progress import Progress
+
+
+def started(llama: Llama) -> Session:
+    """A session without a text, whose console nobody sees."""
+
+    def open(source: str, precision: str, progress: Progress) -> Llama:
+        return Llama.load(source, precision=precision, device="cpu", progress=progress)
+
+    console = Console(file=io.StringIO(), width=80)
+    return Session(loading=Loading.ended_with(llama), console=console, settings=Settings(5, 0, GREEDY), open=open)
+
+
+def run(session: Session, line: str) -> dict[str, Any]:
+    """The facts that a command answers, which are JSON; its view can be printed, and is not empty."""
+    reply = run_command(session, line)[1]
+    assert reply is not None
+    assert reply.view is not None
+    assert shown(reply.view, 80).strip()
+    facts: dict[str, Any] = json.loads(json.dumps(reply.facts, allow_nan=False))
+    return facts
+
+
+def shown(view: RenderableType, width: int, **how: Any) -> str:
+    """What a terminal shows of a view."""
+    console = Console(file=io.StringIO(), width=width, **how)
+    with console.capture() as captured:
+        console.print(view, markup=False, highlight=False)
+    return captured.get()
+
+
+def assert_sentence(error: LlamaScratchError) -> None:
+    """One sentence, as people read it."""
+    assert str(error).endswith(".")
+    assert ". " not in str(error)

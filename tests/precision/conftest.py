@@ -1,0 +1,28 @@
+"""Fixtures of the tests of precisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llama_scratch.precision import kernels
+from tests.helpers import KERNELS
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies: the kernels, or torch's operators without them."""
+    if request.param == "kernels":
+        request.getfixturevalue("built_kernels")
+    monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS if request.param == "kernels" else "0")
+    assert kernels.ready() == (request.param == "kernels")
+    return str(request.param)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The file that quantized weights are kept for."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    return path

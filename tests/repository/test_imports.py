@@ -1,0 +1,271 @@
+"""The rooms: imports go one way, and `import llama_scratch` brings nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import llama_scratch
+from tests.helpers.checkpoints import write_meta
+from tests.helpers.processes import loaded_after
+
+PACKAGE = Path(llama_scratch.__file__).parent
+# The packages and the modules beside them, from the top down: each imports from those that come later.
+ORDER = [
+    "__main__",
+    "cli",
+    "repl",
+    "render",
+    "llama",
+    "microscope",
+    "inference",
+    "download",
+    "checkpoint",
+    "precision",
+    "hooks",
+    "chat_format",
+    "model",
+    "sampling",
+    "tokenizer",
+    "config",
+    "system",
+    "results",
+    "errors",
+    "__init__",  # the version; its public names come from their homes when they are asked for
+]
+# The same within two packages.
+INNER = {
+    "inference": [
+        "speed",
+        "generation",
+        "loaded_model",
+        "loading",
+        "prompt_warnings",
+        "prompt_text",
+        "engine",
+        "cuda_graph",
+        "fused_layers",
+        "long_attention",
+        "prompt_lookup",
+    ],
+    "precision": [
+        "network",
+        "packing",
+        "memory_estimate",
+        "calibration",
+        "linear",
+        "panels",
+        "rows",
+        "weight_cache",
+        "quantize",
+        "dtypes",
+        "kernels",
+        "lazy_weight",
+    ],
+}
+# The only import upwards, within a function: a result displays itself.
+UPWARD = {"llama_scratch.microscope.display": {"llama_scratch.render.display"}}
+FLOOR = {room: floor for floor, room in enumerate(ORDER)}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """llama_scratch/checkpoint/base.py → llama_scratch.checkpoint.base"""
+    parts = (PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def room(module: str) -> str:
+    """llama_scratch.checkpoint.base → checkpoint; the package itself is its `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
+    """The modules of this package that one import statement names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    else:
+        base = node.module or ""
+        if node.level:
+            above = module.split(".")
+            above = above[: len(above) - node.level + is_package]
+            base = ".".join([*above, *filter(None, [node.module])])
+        names = []
+        for alias in node.names:
+            full = f"{base}.{alias.name}"
+            if base == PACKAGE.name and full not in MODULES:
+                # A name of the public interface comes from its home; the version is no room's.
+                if alias.name == "__version__":
+                    continue
+                full = f"{PACKAGE.name}.{llama_scratch._HOMES[alias.name]}"
+            names.append(full)
+    for name in names:
+        if name.split(".")[0] == PACKAGE.name:
+            yield name
+
+
+def statements(source: str, module: str, is_package: bool = False) -> set[str]:
+    """What a module imports of this package, at its top, within functions and under TYPE_CHECKING alike."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {target for node in nodes for target in targets(node, module, is_package)}
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Rooms that a module imports, but for its own."""
+    return {room(target) for target in statements(source, module, is_package)} - {room(module)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module: str) -> None:
+    """Every module lies in a known room, and imports from rooms below its own alone."""
+    file = MODULES[module]
+    own = FLOOR[room(module)]
+    if module == PACKAGE.name:  # whose types are those of the public names
+        return
+    upward = {other for other in imports(file.read_text(), module, file.name == "__init__.py") if FLOOR[other] <= own}
+    assert upward == {room(other) for other in UPWARD.get(module, ())}, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize("package", INNER)
+def test_imports_within_a_package_go_downwards(package: str) -> None:
+    """The modules of a package are read from the last to the first."""
+    order = INNER[package]
+    own = {name: file for name, file in MODULES.items() if room(name) == package and name.count(".") == 2}
+    assert {name.rpartition(".")[2] for name in own} == set(order)
+    for name, file in own.items():
+        module = name.rpartition(".")[2]
+        for other in statements(file.read_text(), name):
+            if other.startswith(f"{PACKAGE.name}.{package}.") and (below := other.split(".")[2]) in order:
+                assert order.index(below) > order.index(module), f"{module} imports {below}"
+
+
+def test_no_circle_of_imports() -> None:
+    """At the top of a module, within functions and under TYPE_CHECKING alike, but for the one in `UPWARD`."""
+    graph: dict[str, set[str]] = {}
+    for name, file in MODULES.items():
+        others = statements(file.read_text(), name, file.name == "__init__.py")
+        graph[name] = {other if other in MODULES else other.rpartition(".")[0] for other in others} - {name}
+        graph[name] -= UPWARD.get(name, set())
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import llama_scratch.inference.engine", {"inference"}),
+        ("import llama_scratch.checkpoint.meta.reader as m, llama_scratch.config", {"config"}),
+        ("from llama_scratch.model import Transformer", {"model"}),
+        ("from llama_scratch import model", {"model"}),
+        ("from llama_scratch import Llama, Token", {"llama", "results"}),
+        ("from llama_scratch import __version__", set()),
+        ("from . import reader", set()),
+        ("from .header import checked", set()),
+        ("from .. import verify", set()),
+        ("from ...hooks import Hook", {"hooks"}),
+        ("def f():\n    from llama_scratch.inference.engine import Engine", {"inference"}),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import llama_scratch.llama", {"llama"}),
+        ("import llama_scratch", {"__init__"}),
+        ("import torch, os", set()),
+        ("from llama_scratch_other import x", set()),
+    ],
+)
+def test_the_test_above_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
+    """Each way to write an import, from within the room `checkpoint`."""
+    assert imports(source, "llama_scratch.checkpoint.gguf.reader") == expected
+
+
+def test_every_room_exists() -> None:
+    """The list above names no room that was removed or renamed."""
+    assert set(FLOOR) == {room(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy", "rich", "prompt_toolkit", "typer", "gguf", "tiktoken"])
+@pytest.mark.parametrize("below", ["model", "config", "results", "errors", "tokenizer"])
+def test_the_low_rooms_know_no_terminal_and_no_format(below: str, library: str) -> None:
+    """The network needs torch alone and the tokenizer tiktoken alone; the others nothing but Python."""
+    allowed = {"model": {"torch"}, "tokenizer": {"tiktoken"}}.get(below, set())
+    nodes = list(ast.walk(ast.parse((PACKAGE / f"{below}.py").read_text())))
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    found += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert library not in {name.split(".")[0] for name in found} - allowed
+
+
+OPEN = "from pathlib import Path; from llama_scratch.checkpoint import open_checkpoint; open_checkpoint(Path("
+HEAVY = {"torch", "numpy", "rich", "prompt_toolkit", "typer", "tiktoken", "gguf", "blobfile", "psutil", "matplotlib"}
+HEAVY |= {"requests", "urllib3", "huggingface_hub", "safetensors"}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """`import llama_scratch` and its errors take milliseconds."""
+    loaded = loaded_after("import llama_scratch; llama_scratch.CheckpointError, llama_scratch.Prediction")
+    assert "llama_scratch.errors" in loaded
+    assert not HEAVY & loaded
+
+
+def test_the_names_of_the_precisions_come_without_torch() -> None:
+    """The command line checks and completes them before torch is imported."""
+    loaded = loaded_after("from llama_scratch.precision import PRECISIONS, resolve_precision, validate_precision")
+    assert not HEAVY & loaded
+
+
+def test_the_public_interface_loads_torch_when_it_is_used() -> None:
+    """The test above would notice: `Llama` does import torch."""
+    assert "torch" in loaded_after("from llama_scratch import Llama")
+
+
+def test_opening_a_model_imports_no_torch(tmp_path: Path) -> None:
+    """The small files are read and checked while torch is still to come: mistakes are told at once."""
+    directory = write_meta(tmp_path / "m")
+    loaded = loaded_after(OPEN + repr(str(directory)) + "))")
+    assert "llama_scratch.checkpoint.meta.reader" in loaded
+    assert not {"torch", "numpy", "gguf", "rich", "typer"} & loaded
+
+
+def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
+    """The same for GGUF, which takes its table of block sizes from the gguf package."""
+    loaded = loaded_after(OPEN + repr(str(smollm2_path)) + "))")
+    assert "llama_scratch.checkpoint.gguf.reader" in loaded
+    assert not {"torch", "rich", "typer"} & loaded
+
+
+def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
+    """Neither line editing nor bars; and its options are checked before torch is imported."""
+    command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
+    loaded = loaded_after(command.format(str(tiny_dir), 1))
+    assert "torch" in loaded
+    assert not {"prompt_toolkit", "rich.progress", "llama_scratch.repl.loop"} & loaded
+    assert "torch" not in loaded_after(command.format(str(tiny_dir), 2))
+
+
+@pytest.mark.parametrize("name", llama_scratch.__all__)
+def test_the_public_interface(name: str) -> None:
+    """Each public name leads to a class that says what it is, as do its public methods and properties."""
+    value = getattr(llama_scratch, name)
+    assert inspect.isclass(value)
+    assert value.__name__ == name
+    # A dataclass without a docstring gets its signature for one.
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}(")
+    for attribute, member in vars(value).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not attribute.startswith("_") and inspect.isfunction(function):
+            assert function.__doc__, f"{name}.{attribute}"
+
+
+def test_a_name_that_is_not_public() -> None:
+    """A typing error is Python's usual error."""
+    with pytest.raises(AttributeError, match="Lama"):
+        llama_scratch.Lama  # noqa: B018
+    assert sorted(llama_scratch.__all__) == llama_scratch.__all__
+    assert llama_scratch.__version__
