@@ -59,8 +59,36 @@ _HOMES = {
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 
+# Modules that moved into packages. `llama_scratch.engine` and the like keep working until 0.3.
+_MOVED = {
+    "attention": "inference.long_attention",
+    "background": "system.jobs",
+    "bench": "inference.speed",
+    "calibration": "precision.calibration",
+    "chat": "chat_format",
+    "cuda": "inference.cuda_graph",
+    "engine": "inference.engine",
+    "folders": "system.folders",
+    "guard": "system.mapped_files",
+    "kept": "precision.weight_cache",
+    "kernels": "precision.kernels",
+    "lazy": "precision.lazy_weight",
+    "linear": "precision.linear",
+    "quantise": "precision.quantize",
+    "sandbox": "system.template_sandbox",
+    "speculation": "inference.prompt_lookup",
+    "step": "inference.fused_layers",
+    "taps": "hooks",
+    "unfinished": "system.atomic_files",
+}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        home = f"llama_scratch.{_MOVED[name]}"
+        warnings = import_module("warnings")
+        warnings.warn(f"llama_scratch.{name} is {home} now.", DeprecationWarning, stacklevel=2)
+        return import_module(home)
     if name in _HOMES:
         return getattr(import_module(f"llama_scratch.{_HOMES[name]}"), name)
     if name == "__version__":

@@ -146,8 +146,7 @@ class Tokenizer:
         return parse_tokenizer_model(_read(path), path)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the rules by which text becomes ids, in hexadecimal: equal for one tokenizer in any format."""
+    def _fingerprint(self) -> str:
         ranks, special, added = (
             sorted(tokens.items(), key=lambda entry: entry[1])
             for tokens in (self.ranks, self.special_tokens, self.added_tokens)
@@ -265,9 +264,18 @@ class Tokenizer:
         except KeyError:
             raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {self.n_vocab - 1}.") from None
 
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that come one by one."""
+        return StreamDecoder(self)
+
     def token_text(self, id: int) -> str:
         r"""One token's text; bytes that are not UTF-8 by themselves are written as `\xNN`."""
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
+
+
+def fingerprint_of(tokenizer: Tokenizer) -> str:
+    """The SHA-256 of the rules that turn text into ids, in hexadecimal: equal for one tokenizer in any format."""
+    return tokenizer._fingerprint
 
 
 class StreamDecoder:

@@ -1,4 +1,8 @@
-"""What every format becomes: a shape, a tokenizer and, on demand, weights under Meta's names."""
+"""What every format becomes: a shape, a tokenizer and, on demand, weights under Meta's names.
+
+To add a format, write a package beside `gguf/` whose `reader` returns a `Checkpoint`. Add its files to `recognize` and
+its reader to `open_checkpoint`. To write the format too, add its writer to `FORMATS` in `convert`.
+"""
 
 from __future__ import annotations
 

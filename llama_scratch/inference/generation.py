@@ -9,7 +9,6 @@ from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.inference.prompt_lookup import NGramDrafter
 from llama_scratch.results import Step
 from llama_scratch.sampling import Sampling, sample
-from llama_scratch.tokenizer import StreamDecoder
 
 
 def continue_ids(
@@ -17,7 +16,7 @@ def continue_ids(
 ) -> Iterator[Step]:
     """The tokens that follow `ids`, one by one, see `Llama.generate`."""
     generator = sampling.generator()
-    stream = StreamDecoder(llama.tokenizer)
+    stream = llama.tokenizer.stream()
     end = min(len(ids) + max_new_tokens, llama.context)
     drafts = NGramDrafter()
     while len(ids) < end:

@@ -33,8 +33,8 @@ from llama_scratch.repl.session import Session
 
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
 # Of the sixteen colors that each terminal's theme makes legible on its own background.
-_GREY = "ansibrightblack"
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GREY})
+_GRAY = "ansibrightblack"
+_STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GRAY})
 
 
 class PromptEditor:
@@ -165,12 +165,12 @@ class PromptEditor:
         current = reading.line == unescaped(self._editor.default_buffer.text)
         candidate = reading.candidates[self._choice % len(reading.candidates) if current else 0]
         parts = [
-            ("bold" if current else _GREY, f" {visible(candidate.text).plain}"),
-            ("" if current else _GREY, f" {percent(candidate.probability)}"),
-            (_GREY, f" · entropy {reading.entropy_bits:.2f} bits"),
-            (_GREY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
-            (_GREY, " · Tab takes it"),
-            (_GREY, ", Shift-Tab the next one"),
+            ("bold" if current else _GRAY, f" {visible(candidate.text).plain}"),
+            ("" if current else _GRAY, f" {percent(candidate.probability)}"),
+            (_GRAY, f" · entropy {reading.entropy_bits:.2f} bits"),
+            (_GRAY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
+            (_GRAY, " · Tab takes it"),
+            (_GRAY, ", Shift-Tab the next one"),
         ]
         while sum(len(text) for _, text in parts) > self._session.screen.console.width and len(parts) > 1:
             parts.pop()
@@ -314,7 +314,7 @@ def _stage(session: Session) -> FormattedText:
     stage, done, total = progress
     # A screen reader would read every new number aloud.
     share = f" {100 * done // total} %" if total and not session.settings.plain else " …"
-    return FormattedText([(_GREY, stage.capitalize() + share)])
+    return FormattedText([(_GRAY, stage.capitalize() + share)])
 
 
 def _placeholder(session: Session) -> FormattedText:
@@ -329,4 +329,4 @@ def _placeholder(session: Session) -> FormattedText:
         hint = offer + "  (Enter accepts)"
         if len(hint) > room:
             hint = offer[: room - 2] + " ⏎"
-    return FormattedText([(_GREY, hint)])
+    return FormattedText([(_GRAY, hint)])

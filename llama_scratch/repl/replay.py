@@ -26,6 +26,7 @@ from llama_scratch.repl.session_file import SessionFile, SessionHeader, ids_of, 
 from llama_scratch.repl.state import Turn
 from llama_scratch.repl.transitions import answer_again, intervene, switch
 from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import fingerprint_of
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
@@ -134,7 +135,7 @@ def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
     new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
     old, new = old | header.versions, new | versions()
     if header.details.tokenizer is not None:
-        old["tokenizer"], new["tokenizer"] = header.details.tokenizer, llama.tokenizer.fingerprint
+        old["tokenizer"], new["tokenizer"] = header.details.tokenizer, fingerprint_of(llama.tokenizer)
     for name, before, now in shape_differences(header.details, llama):
         old[name], new[name] = before, now
     return [

@@ -14,6 +14,7 @@ from llama_scratch.repl.session_file import ModelDetails, SavedOptions, SessionH
 from llama_scratch.repl.state import InitialModel
 from llama_scratch.results import ModelInfo
 from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import fingerprint_of
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
@@ -32,7 +33,7 @@ def same_model(header: SessionHeader, llama: Llama, progress: Progress) -> bool:
     Raises as `Mapped.sha256` does.
     """
     model, details = header.at_end
-    if details.tokenizer not in (None, llama.tokenizer.fingerprint):
+    if details.tokenizer not in (None, fingerprint_of(llama.tokenizer)):
         return False
     return weights_sha256(details, llama, progress) == model.sha256
 

@@ -51,7 +51,7 @@ class ModelDetails:
     Args:
         files: The number of weight files that `SavedModel.sha256` covers. Version 0.1.0 read one of them.
         shape: The fields of `ModelArgs` as it ran.
-        tokenizer: `Tokenizer.fingerprint`.
+        tokenizer: `fingerprint_of` the tokenizer.
         precision: How the weights were stored.
     """
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.sampling import Sampling
 from llama_scratch.system.progress import Progress
+from llama_scratch.tokenizer import fingerprint_of
 
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
@@ -138,7 +139,7 @@ class InitialModel:
             options=llama.options,
             files=len(files.names),
             shape=asdict(llama.args),
-            tokenizer=lambda: tokenizer.fingerprint,
+            tokenizer=lambda: fingerprint_of(tokenizer),
             sha256=files.sha256,
         )
 

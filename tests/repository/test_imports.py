@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -269,3 +271,12 @@ def test_a_name_that_is_not_public() -> None:
         llama_scratch.Lama  # noqa: B018
     assert sorted(llama_scratch.__all__) == llama_scratch.__all__
     assert llama_scratch.__version__
+
+
+@pytest.mark.parametrize("name", llama_scratch._MOVED)
+def test_a_module_that_moved_is_found_by_its_old_name(name: str) -> None:
+    """With a warning that names its new place."""
+    home = f"llama_scratch.{llama_scratch._MOVED[name]}"
+    with pytest.warns(DeprecationWarning, match=re.escape(home)):
+        module = getattr(llama_scratch, name)
+    assert module is importlib.import_module(home)

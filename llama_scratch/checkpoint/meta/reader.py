@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-TOKENIZER, WEIGHTS = "tokenizer.model", "consolidated.00.pth"
+TOKENIZER, FIRST_SHARD = "tokenizer.model", "consolidated.00.pth"
 FP8_SCALES = "fp8_scales_0.pt"
 # Older checkpoints carry the rotation table, which is computed here.
 _IGNORED = {"rope.freqs"}
@@ -88,7 +88,7 @@ def _shards(directory: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
     files = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
     if not files:
-        raise ModelNotFoundError(_missing(directory, WEIGHTS))
+        raise ModelNotFoundError(_missing(directory, FIRST_SHARD))
     names = [_shard(number) for number in range(len(files))]
     if missing := [name for name in names if name not in files]:
         raise ModelNotFoundError(
@@ -141,12 +141,12 @@ def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: Mode
         return  # of another model, as `check_shapes` says
     if rows * len(shards) < q_dim:
         raise ModelNotFoundError(
-            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {WEIGHTS} holds {rows} of {q_dim} rows "
-            "of wq; fetch the missing shards."
+            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {FIRST_SHARD} holds {rows} of {q_dim} "
+            "rows of wq; fetch the missing shards."
         )
     if rows * len(shards) > q_dim:
         raise CheckpointError(
-            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {WEIGHTS} holds {rows} of {q_dim} "
+            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {FIRST_SHARD} holds {rows} of {q_dim} "
             "rows of wq; remove what is of another model."
         )
 
@@ -231,7 +231,7 @@ def _stored(weights: Mapping[str, Weight]) -> WeightStorage:
 
 
 def _missing(directory: Path, file: str) -> str:
-    advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {WEIGHTS}."
+    advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {FIRST_SHARD}."
     if file == TOKENIZER:
         advice = "copy it there from the model's download, or name it with `tokenizer`."
     return f"There is no {file} in {directory}; {advice}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.checkpoint.meta.params import PARAMS, format_params
-from llama_scratch.checkpoint.meta.reader import TOKENIZER, WEIGHTS
+from llama_scratch.checkpoint.meta.reader import FIRST_SHARD, TOKENIZER
 from llama_scratch.config import EMBEDDING, OUTPUT, is_tied
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.memory import require_memory
@@ -31,7 +31,7 @@ def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory:
     directory.mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)
-    _write_weights(weights, directory / WEIGHTS, progress)
+    _write_weights(weights, directory / FIRST_SHARD, progress)
 
 
 # --- tokenizer.model --------------------------------------------------------------------------
