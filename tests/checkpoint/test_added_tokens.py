@@ -463,7 +463,7 @@ def test_a_hugging_face_directory_again(thinking: Path, tmp_path: Path) -> None:
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:
-    fields = ["ranks", "special_tokens", "added_tokens", "unused_tokens", "pattern", "bos_id", "stop_ids", "unknown"]
+    fields = ["ranks", "special_tokens", "added_tokens", "_unused_tokens", "pattern", "bos_id", "stop_ids", "unknown"]
     tokenizers = [open_checkpoint(path).tokenizer for path in (one, other)]
     return all(getattr(tokenizers[0], field) == getattr(tokenizers[1], field) for field in fields)
 

@@ -192,8 +192,8 @@ def test_closing_before_the_start_runs_nothing() -> None:
 
 PROGRAM = """
 import time
-from llama_scratch.system.jobs import Background
-background = Background("packing", [(lambda: time.sleep(0.1), 1)] * 300, threads=2)
+from llama_scratch.system.jobs import BackgroundJobs
+background = BackgroundJobs("packing", [(lambda: time.sleep(0.1), 1)] * 300, threads=2)
 background.start()
 {}
 """

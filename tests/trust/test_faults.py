@@ -11,6 +11,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,8 +292,7 @@ def test_a_pipe_for_a_history_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "llama-scratch").mkdir()
     os.mkfifo(tmp_path / "llama-scratch/history")
 
-    class Asked:
-        console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-
-    assert not isinstance(room.open_history(Asked()), FileHistory)  # type: ignore[arg-type]
-    assert "cannot be kept" in Asked.console.export_text()
+    console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    session = SimpleNamespace(screen=SimpleNamespace(console=console))
+    assert not isinstance(room.open_history(session), FileHistory)  # type: ignore[arg-type]
+    assert "cannot be kept" in console.export_text()

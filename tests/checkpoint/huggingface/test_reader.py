@@ -1205,7 +1205,7 @@ def test_a_name_that_a_row_without_a_token_would_get(tmp_path: Path) -> None:
 def test_metas_tokenizer_is_taken_where_there_is_no_other(directory: Path, meta_tokenizer_path: Path) -> None:
     """Beside the weights, or elsewhere by its name; without any it is said what is missing."""
     (directory / "tokenizer.json").unlink()
-    load_rejected(directory, "There is no tokenizer.json in", "--tokenizer", error=ModelNotFoundError)
+    load_rejected(directory, "There is no tokenizer.json in", "`tokenizer`", error=ModelNotFoundError)
     shutil.copy(meta_tokenizer_path, directory / "tokenizer.model")
     load_rejected(directory, "the tokenizer has 128256 tokens and the model's embedding 267")
     with pytest.raises(CheckpointError, match="the tokenizer has 128256 tokens"):

@@ -660,7 +660,7 @@ def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypa
         raise KeyboardInterrupt
 
     before = state(session)
-    monkeypatch.setattr("llama_scratch.render.pages.patching.effect", interrupted)
+    monkeypatch.setattr("llama_scratch.render.pages.effect.page", interrupted)
     for line in ("/ablate L1 mean", "/ablate L1", f"/patch L1@2 {SAME_LENGTH}", "/steer 1 2 ab | ac"):
         with pytest.raises(KeyboardInterrupt):
             respond(session, line)
