@@ -212,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--directory", type=Path, help="where models are written (.cache/benchmark)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and results.md are written")
     parser.add_argument("--engines", nargs="*", default=[], metavar="NAME", help="only those that begin so (all)")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="NAME", help="not these, by their full names")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help=f"of {', '.join(FULL.cases)} (all)")
     parser.add_argument("--rounds", type=int, help="rounds over all engines (5)")
     parser.add_argument("--long-rounds", type=int, help="rounds of the long case among them (3)")
@@ -238,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     cases = {name: case for name, case in plan.cases.items() if not options.cases or name in options.cases}
     run = Run(plan, cases, directory, options.threads, options.ik)
-    entries = selected(options.engines)
+    entries = selected(options.engines, options.leave_out)
+    run.left_out |= dict.fromkeys(options.leave_out, "left out of this run")
     theirs = [entry for entry in entries if entry.kind == "ik_llama.cpp"]
     if options.ik:
         try:

@@ -94,10 +94,15 @@ ENTRIES = (
 )
 
 
-def selected(names: Sequence[str]) -> list[Entry]:
-    """The entries whose names begin with one of `names`, all if it is empty; AVX2 twice only if the CPU has more."""
+def selected(names: Sequence[str], left_out: Sequence[str] = ()) -> list[Entry]:
+    """Choose the entries of a run.
+
+    Args:
+        names: Beginnings of names. All entries if it is empty. AVX2 counts separately only if the CPU has more.
+        left_out: Full names of entries that are not measured.
+    """
     twice = has_more_than_avx2(features())
-    entries = [entry for entry in ENTRIES if twice or not entry.avx2]
+    entries = [entry for entry in ENTRIES if (twice or not entry.avx2) and entry.name not in left_out]
     return [entry for entry in entries if not names or any(entry.name.startswith(name) for name in names)]
 
 
