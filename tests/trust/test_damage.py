@@ -289,8 +289,8 @@ def test_a_library_has_no_handler() -> None:
     code = (
         "import os, signal, sys\n"
         "import llama_scratch.llama\n"
-        "from llama_scratch import guard\n"
-        "if len(sys.argv) > 1: guard.install()\n"
+        "from llama_scratch.system import crash_handler\n"
+        "if len(sys.argv) > 1: crash_handler.install()\n"
         "os.kill(os.getpid(), signal.SIGBUS)\n"
     )
     run = [sys.executable, "-c", code]
