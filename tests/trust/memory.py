@@ -85,7 +85,7 @@ def _cache(kernels: bool) -> Path:
     _homes.append(TemporaryDirectory())
     home = Path(_homes[-1].name)
     if kernels:
-        build = "from llama_scratch import kernels; assert kernels.build(), kernels.state()"
+        build = "from llama_scratch.precision import kernels; assert kernels.build(), kernels.state()"
         subprocess.run([sys.executable, "-c", build], env=os.environ | _switch(home, kernels), check=True)
     return home
 
