@@ -552,7 +552,7 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
     monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(500_000_000))
     monkeypatch.setattr(memory_estimate, "_HESSIAN_BYTES", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
-    said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
+    said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*Hessian [^)]*\) and 0\.5 GB are free; [^.]*\.$"
     llama.prepare(wait=False)
     until(lambda: llama.engine.packing.error is not None)
     for ask in (lambda: llama.predict("the nation"), llama.prepare):
@@ -565,7 +565,7 @@ def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:
     """Whatever it is at; it says what that is."""
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
     llama.prepare(wait=False)
-    until(lambda: llama.preparing is not None and llama.preparing[0] in ("imagining", "calibrating"))
+    until(lambda: llama.preparing is not None and llama.preparing[0] in ("sampling", "calibrating"))
     start = time.monotonic()
     llama.close()
     assert time.monotonic() - start < 5

@@ -223,7 +223,7 @@ def test_what_is_no_number_is_refused(bits: int, value: float) -> None:
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     """96 inputs are three blocks of 32, and none of 64."""
     assert quantize_blocks(random(2, 96), 8)[1].shape == (2, 3)
-    with pytest.raises(ValueError, match="rows of 96 weights, expected a multiple of 64"):
+    with pytest.raises(ValueError, match="rows have 96 weights, expected a multiple of 64"):
         quantize_blocks(random(2, 96), 4)
 
 
