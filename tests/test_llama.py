@@ -139,7 +139,7 @@ def test_the_engine_takes_whole_numbers_alone(llama: Llama, ids: Any) -> None:
         llama.engine.all_logits,
         lambda ids: llama.engine.forward_with_hooks([ids], {}),
     ):
-        with pytest.raises(UsageError, match=r"A token id is no whole number; ids of this model go from 0 to 555."):
+        with pytest.raises(UsageError, match=r"Token ids of this model must be integers from 0 to 555\."):
             call(ids)
 
 

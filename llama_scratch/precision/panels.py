@@ -1,6 +1,6 @@
 """Panels: the memory layout of 8- and 4-bit weights, shared with cpp/panels.h.
 
-A panel interleaves `PANEL` rows: it has `GROUP` inputs of each row, then the next `GROUP` inputs of each row, and so on.
+A panel interleaves `PANEL` rows: `GROUP` inputs of each row, then the next `GROUP` inputs of each row, and so on.
 With this layout, the kernels read a weight sequentially and multiply 16 rows at a time. The scales, one per row and
 block, are a separate tensor.
 """

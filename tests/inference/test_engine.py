@@ -253,7 +253,7 @@ def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float)
     network = Transformer(args)
     network.load_state_dict(weights)
     for ask in (Engine(network, CONTEXT).next_logits, Engine(network, CONTEXT).all_logits):
-        with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
+        with pytest.raises(CheckpointError, match="NaN or infinity, so its weights are damaged"):
             ask([0, 1, 2])
 
 
