@@ -8,8 +8,8 @@ replace activations, see `hooks`.
     repeated n_layers times:
         x = x + attention(norm(x))          add information from this token and earlier ones
         x = x + feed_forward(norm(x))       process each token separately
-    logits = output(norm(x))                one score per token of the vocabulary; their softmax is the
-                                            probability that it comes next
+    logits = output(norm(x))                one score per token of the vocabulary; their softmax gives the
+                                            probabilities of the next token
 
 Notation
     B    batch size                       n_heads      number of query heads
@@ -162,7 +162,7 @@ class KVCache:
         return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
 
     def growth(self, length: int) -> int:
-        """Bytes to allocate before `length` tokens fit; 0 if the cache is still empty."""
+        """Bytes to allocate for `length` tokens; 0, because unknown, before the first token."""
         held = self._layers[0]
         if held is None or length <= self.capacity:
             return 0

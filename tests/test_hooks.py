@@ -243,7 +243,7 @@ def test_the_stream_is_what_its_parts_add_up_to(llama: Llama) -> None:
 def test_a_long_text_comes_in_pieces_with_their_positions(
     llama: Llama, logits: Tensor, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys and attention grow from chunk to chunk; the logits are those of a single pass."""
+    """Keys and attention grow from chunk to chunk; the logits match a single pass."""
     monkeypatch.setattr(engine_module, "CHUNK", 5)
     seen: list[tuple[int, tuple[int, ...]]] = []
     found = run(llama, {place: lambda value, start: seen.append((start, tuple(value.shape)))})

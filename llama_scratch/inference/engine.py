@@ -159,8 +159,8 @@ class Engine:
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
         """Compute the logits after `ids` and after each token of a draft in one pass.
 
-        If `max_draft_length` allows the draft, logits and cache are bit-identical to those of single steps with
-        `next_logits`, see `FusedLayers`.
+        If `max_draft_length` allows the draft, logits and cache are bit-identical to single steps with `next_logits`,
+        see `FusedLayers`.
 
         Args:
             ids: The tokens so far. All but the last are in the cache.
@@ -327,7 +327,7 @@ def require_device_memory(needed: dict[str, int], what: str, device: torch.devic
 
     Args:
         needed: Purpose → bytes.
-        what: What needs the memory, for the error message.
+        what: Subject of the error message.
         device: The device that the memory is for.
 
     Raises:

@@ -1,8 +1,8 @@
 """Run all layers for a few tokens in one C++ call, without per-operator overhead.
 
-The result is that of model.py. Decoding with a small model is not memory-bound: most of the time goes to calling over a
-thousand operators. cpp/layer.h computes each row independently, so several tokens at once are bit-identical to the same
-tokens one by one.
+The computation is the same as in model.py. Decoding with a small model is not memory-bound: the overhead of over a
+thousand operator calls dominates. cpp/layer.h computes each row independently, so several tokens at once are
+bit-identical to the same tokens one by one.
 """
 
 from __future__ import annotations

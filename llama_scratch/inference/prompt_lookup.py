@@ -6,7 +6,7 @@ that differs from the sampled token:
 
     … the cat sat on the mat . The dog saw the cat sat on          the last tokens occurred before:
           └──────────┘ └─────┘                 └──────────┘        draft what followed them, "the mat ."
-    one pass:   on → the ✓   the → mat ✓   mat → !                 "." is not what the network predicts: rejected
+    one pass:   on → the ✓   the → mat ✓   mat → !                 the network does not predict ".": rejected
 
 The result is bit-identical to decoding without drafts, see `Engine.verify`.
 
@@ -56,7 +56,7 @@ class NGramDrafter:
         """Return a draft; empty if guesses were wrong or drafts do not save time.
 
         Args:
-            ids: The text so far, which must extend that of the previous call.
+            ids: The text so far, an extension of the previous one.
             max_length: Maximum number of tokens.
         """
         for id in ids[len(self._ids) :]:

@@ -43,7 +43,7 @@ _MAX_LIBRARIES = 4  # in the cache; the least recently used are removed
 _RETRY_AFTER_S = 24 * 3600  # after a failed compilation
 _COMPILE_TIMEOUT_S = 300  # also the time to wait for another process
 _CHECK_TIMEOUT_S = 10  # to check a compiler for C++20
-_NO_COMPILER = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
+_NO_COMPILER = "they are not available on Windows" if os.name == "nt" else "no C++ compiler was found"
 _NO_COMPILER_HINT = "; with one (Debian: apt-get install g++) answers would be faster"
 
 # $LLAMA_SCRATCH_KERNELS → flags. By default, the compiler uses all instructions of this CPU.
@@ -70,7 +70,7 @@ def load() -> bool:
     """Load a library from the cache or the package, without compiling one.
 
     Returns:
-        False if there is no usable library.
+        False without a usable library.
     """
     return _wanted() and (_loaded or any(map(_load, _libraries())))
 
@@ -99,7 +99,7 @@ def build() -> bool:
             with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
                 loaded = _load(compile_into(Path(folder)))
         if not loaded:
-            raise _FailedError("what was compiled could not be loaded")
+            raise _FailedError("the compiled library could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
         if _candidates() and _program_runs():
@@ -278,7 +278,7 @@ def _build_into_cache(folder: Path) -> bool:
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
         time.sleep(0.05)
-    raise _FailedError("another program did not end compiling them")
+    raise _FailedError("another process took too long to compile them")
 
 
 def _program_runs() -> bool:
@@ -310,7 +310,7 @@ def _knows_cpp20(command: str, path: str) -> str:
         code, _ = _run(check, _CHECK_TIMEOUT_S)
     except _FailedError as failure:
         return f"{sanitize(command, 200)} does not work ({failure})"
-    return f"{sanitize(command, 200)} knows no C++20" if code else ""
+    return f"{sanitize(command, 200)} does not support C++20" if code else ""
 
 
 def _find(commands: list[str]) -> str:

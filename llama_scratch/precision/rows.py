@@ -18,7 +18,7 @@ from llama_scratch.precision import kernels
 from llama_scratch.precision.lazy_weight import Weight, kernel_operands
 
 WEIGHTS_PER_BLOCK = 1 << 20
-"""Weights to convert to float32 at a time: 4 MB, most of which the product then finds in the CPU's cache."""
+"""Weights to convert to float32 at a time: 4 MB, which mostly stay in the CPU's cache for the product."""
 
 PRODUCT_BYTES = 4 * (6 << 20)
 """Temporary memory of a product with one such block, including oneDNN's copy."""

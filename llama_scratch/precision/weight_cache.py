@@ -192,7 +192,7 @@ def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
 
 
 def _take_over(part: Path, size: int) -> BinaryIO:
-    """Lock the .part file of an ended process. Raises OSError if there is none, or a process still writes it."""
+    """Lock the .part file of an ended process. Raises OSError if it does not exist or is still being written."""
     file = _open_ours(part, size, os.O_RDWR)
     if not lock(file.fileno(), part, certain=True):
         file.close()

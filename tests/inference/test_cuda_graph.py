@@ -60,7 +60,7 @@ def spoil(cache: KVCache) -> None:
 
 
 def test_a_static_cache_is_the_growing_one_token_by_token(network: Transformer) -> None:
-    """In the growing cache's memory, after a prompt, the logits of every token are those of a single pass."""
+    """In the growing cache's memory, after a prompt, the logits of every token match a single pass."""
     tokens = ids(60)
     cache = KVCache(network.args, 100)
     network(tokens[:, :20], cache)

@@ -51,7 +51,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def assert_answers(engine: Engine, prompt: Sequence[int], reused: int) -> None:
-    """Check the number of reused tokens, and that the logits are those of a fresh engine."""
+    """Check the number of reused tokens, and that the logits match a fresh engine."""
     logits = engine.next_logits(prompt)
     assert logits.reused_tokens == reused
     assert logits.values.shape == (engine.model.args.vocab_size,)
@@ -61,7 +61,7 @@ def assert_answers(engine: Engine, prompt: Sequence[int], reused: int) -> None:
 
 
 def test_a_first_prompt_reuses_nothing(engine: Engine) -> None:
-    """The logits are those of a single pass."""
+    """The logits match a single pass."""
     assert_answers(engine, ids(50), 0)
 
 

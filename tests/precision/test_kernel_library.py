@@ -121,7 +121,7 @@ def test_a_compiler_that_is_too_old(folder: Path, use: Callable[..., Path], monk
     assert not kernels.build()
     again()
     assert not kernels.possible()
-    assert f"{os.environ['CXX'].split('/')[-1]} knows no C++20" in kernels.state()
+    assert f"{os.environ['CXX'].split('/')[-1]} does not support C++20" in kernels.state()
     assert calls(log) == 0
 
 
@@ -151,7 +151,7 @@ def test_a_compiler_that_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest
     again()
     assert not kernels.possible()
     assert not kernels.build()
-    assert ("took too long" if then == "wait" else "knows no C++20") in kernels.state()
+    assert ("took too long" if then == "wait" else "does not support C++20") in kernels.state()
     assert time.monotonic() - start < 5
     shell, child = map(int, log.read_text().split())  # a single run
     until(lambda: not is_running(shell) and not is_running(child))
@@ -319,7 +319,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(
     assert not kernels.build()
     assert not kernels.build()
     assert calls(log) == 2
-    assert kernels.state() == "none, because what was compiled could not be loaded"
+    assert kernels.state() == "none, because the compiled library could not be loaded"
 
 
 @pytest.mark.parametrize("change", ["source", "header", "torch", "CPU", "flags"])
@@ -351,7 +351,7 @@ def test_what_was_made_from_or_for_something_else_is_not_taken(
 
 
 def test_the_least_recently_used_go_first(folder: Path, use: Callable[..., Path], tmp_path: Path) -> None:
-    """Files of ended processes are removed too, but not those of a running one."""
+    """Files of ended processes are removed too, but not files of a running one."""
     use()
     folder.mkdir(parents=True, mode=0o700)
     for age in range(6):

@@ -1,4 +1,4 @@
-"""Lazy weights: their rows are those of the whole tensor, and a network with them gives the same results."""
+"""Lazy weights: their rows equal the rows of a tensor, and a network with them gives the same results."""
 
 from __future__ import annotations
 

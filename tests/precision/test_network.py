@@ -249,7 +249,7 @@ def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> N
 def test_quantized_blocks_are_read_as_they_lie(
     smollm2_path: Path, smollm2_fp32_path: Path, kernels: bool, precision: str
 ) -> None:
-    """A token reads the file's bytes, and the logits are those of the same weights in a float32 file.
+    """A token reads the file's bytes, and the logits match the same weights in a float32 file.
 
     Without kernels that would be slow, so the blocks of a small model are converted to fp16.
     """

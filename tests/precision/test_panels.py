@@ -361,7 +361,7 @@ calibrated(Path(path))
 def test_a_killed_calibration_is_continued(
     tmp_path: Path, finished: int, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only missing pieces are quantized. File and logits are bit-identical to those of an uninterrupted run."""
+    """Only missing pieces are quantized. File and logits are bit-identical to an uninterrupted run."""
     path = write_meta(tmp_path / "Tiny")
     library = next(path for path in torch.ops.loaded_libraries if Path(path).name.startswith("kernels-"))
     arguments = [str(path), str(finished), library, KERNELS]

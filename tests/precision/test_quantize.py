@@ -135,7 +135,7 @@ def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.85), (4, 0.92)])
 def test_search_gains(bits: int, share: float) -> None:
-    """For normal weights, the squared error is at least 15 % (8 bits) or 8 % (4 bits) below that of nearest."""
+    """For normal weights, the squared error is at least 15 % (8 bits) or 8 % (4 bits) below nearest."""
     weight = random(256, 512)
     error = missed(weight, *quantize_blocks(weight, bits))
     assert error < share * float((weight - nearest(weight, bits)).double().square().sum())

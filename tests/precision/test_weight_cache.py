@@ -416,7 +416,7 @@ def begin(source: Path, *indices: int) -> PackedWeightCache:
 
 @pytest.mark.parametrize("finished", [[0], [2], [0, 1], [2, 0]])
 def test_finished_pieces_outlive_their_process(source: Path, folder: Path, finished: list[int]) -> None:
-    """The next process reuses them and adds the others. The file equals that of an uninterrupted run."""
+    """The next process reuses them and adds the others. The file is the same as without interruption."""
     begin(source, *finished)
     (part,) = files(folder)
     assert part.suffix == ".part"
