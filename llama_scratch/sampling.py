@@ -86,7 +86,12 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Mask of the k largest of (vocab_size,) logits, or of all if k is 0."""
+    """Return the mask of the k most probable tokens, (vocab_size,) bool.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        k: Number of tokens. 0 keeps all.
+    """
     if k == 0 or k >= logits.numel():
         return _all(logits)
     keep = ~_all(logits)
@@ -95,9 +100,13 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Mask of the nucleus: the smallest set of tokens with total probability p.
+    """Return the mask of the nucleus: the smallest set of tokens with total probability p.
 
-    The most probable token is always kept. Source: Holtzman et al. 2020, arXiv:1904.09751.
+    Source: Holtzman et al. 2020, arXiv:1904.09751.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        p: Total probability. At least the most probable token is kept.
     """
     if p >= 1:
         return _all(logits)
@@ -111,9 +120,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Mask of the tokens with at least p times the best token's probability.
+    """Return the mask of tokens with at least p times the best token's probability.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        p: Fraction of the best token's probability.
     """
     probabilities = logits.softmax(-1)
     return probabilities >= p * probabilities.max()

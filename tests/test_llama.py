@@ -88,7 +88,7 @@ def test_generation_ends_where_the_context_is_full(tiny_dir: Path) -> None:
 
 
 def test_the_prompt_may_end_in_the_middle_of_a_token(llama: Llama) -> None:
-    """"th" is a token of the small vocabulary: "t" followed by "h" would be tokenized differently."""
+    """Because "th" is a token of the small vocabulary, "t" followed by "h" is tokenized differently."""
     (h,) = llama.tokenizer.encode("h")
     assert _cut_differently(llama.tokenizer, "in t", llama.encode("in t"), Token(h, "h"), special=False)
     (x,) = llama.tokenizer.encode("x")

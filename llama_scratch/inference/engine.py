@@ -268,8 +268,7 @@ class Engine:
                 "Remove the interventions, or choose a smaller scale."
             )
         raise CheckpointError(
-            f"The network computes NaN or infinity, so its weights are damaged ({self.files}); "
-            + REDOWNLOAD_HINT
+            f"The network computes NaN or infinity, so its weights are damaged ({self.files}); " + REDOWNLOAD_HINT
         )
 
     @property
@@ -314,9 +313,7 @@ class Engine:
                 operator.index(sum(ids)),
             )  # of integers only
         except TypeError:
-            raise UsageError(
-                f"Token ids of this model must be integers from 0 to {vocab_size - 1}."
-            ) from None
+            raise UsageError(f"Token ids of this model must be integers from 0 to {vocab_size - 1}.") from None
         for id in (lowest, highest):
             if not 0 <= id < vocab_size:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")

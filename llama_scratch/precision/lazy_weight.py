@@ -35,7 +35,11 @@ class LazyWeight(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the rows from `start` to `stop`, (stop − start, in) of `dtype`.
+        """Convert a range of rows: (stop − start, in) of `dtype`.
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
 
         Raises:
             CheckpointError: If the file is damaged.
@@ -140,5 +144,10 @@ def kernel_operands(weight: Weight) -> list[tuple[Tensor, str]]:
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the whole weight as a tensor, by default with its own dtype."""
+    """Return the whole weight as a tensor.
+
+    Args:
+        weight: The weight.
+        dtype: Dtype of the result. By default, the weight's own.
+    """
     return weight.to(dtype or weight.dtype)

@@ -87,9 +87,7 @@ def calibration_memory(weights: Mapping[str, Weight], args: ModelArgs) -> dict[s
         "int8 network": reader["weights"] + reader["activations"],
         "examples": 4 * CALIBRATION_TOKENS * args.dim,
         # The Hessian is computed first and then used for quantization.
-        "Hessian": max(
-            _HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION
-        ),
+        "Hessian": max(_HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION),
     }
 
 

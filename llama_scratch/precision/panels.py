@@ -81,7 +81,12 @@ def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tu
 
 
 def panel_bytes(shape: tuple[int, int], bits: int) -> int:
-    """Return the size in bytes of a weight (out, in) in panels, scales included."""
+    """Return the size of a weight in panels in bytes, including scales.
+
+    Args:
+        shape: (out, in) of the weight.
+        bits: 8 or 4.
+    """
     values, scales = panel_shapes(shape, bits)
     return math.prod(values) + 2 * math.prod(scales)
 
@@ -137,7 +142,12 @@ def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_panels(values: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize panels: (panels · 16, in) float32."""
+    """Dequantize panels: (panels · 16, in) float32.
+
+    Args:
+        values: Values from `to_panels`.
+        scales: Scales from `to_panels`.
+    """
     if values.dtype == torch.uint8:
         values = torch.stack([values & 15, values >> 4], dim=2).flatten(1, 2)
     return dequantize(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))

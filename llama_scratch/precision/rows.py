@@ -87,6 +87,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x·Wᵀ for tensors of the same dtype: (M, in) and (out, in) → (M, out).
 
     On a CPU, this calls oneDNN. torch would call MKL, which runs at half speed on x86 CPUs not made by Intel.
+
+    Args:
+        x: Activations, (M, in).
+        weight: The weight, (out, in).
     """
     if x.device.type == "cpu" and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
