@@ -156,7 +156,7 @@ class Llama(LoadedModel):
             self.chat.close()
 
     def inspect(self, prompt: Prompt) -> Inspection:
-        """Examine a prompt: residual stream, attention, lenses, attribution, interventions.
+        """Examine a prompt: activations, attention, lenses, attribution, interventions.
 
         Raises:
             UsageError: As for `predict`.
@@ -215,7 +215,13 @@ class Llama(LoadedModel):
         return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
 
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """`generate` with its sampling options in one object."""
+        """Same as `generate`, with all sampling options in one object.
+
+        Args:
+            prompt: A text, or token ids.
+            max_new_tokens: Maximum number of tokens to generate.
+            sampling: Sampling options.
+        """
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (`max_new_tokens`).")
         ids = self.encode(prompt)

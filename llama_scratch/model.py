@@ -162,7 +162,7 @@ class KVCache:
         return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
 
     def growth(self, length: int) -> int:
-        """Bytes to allocate for `length` tokens; 0, because unknown, before the first token."""
+        """Bytes to allocate for `length` tokens, or 0 (unknown) before the first token."""
         held = self._layers[0]
         if held is None or length <= self.capacity:
             return 0

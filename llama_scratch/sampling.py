@@ -100,7 +100,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Return the mask of the nucleus: the smallest set of tokens with total probability p.
+    """Return the mask of the nucleus, the smallest set with total probability p.
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
 
