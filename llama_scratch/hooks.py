@@ -1,26 +1,26 @@
-"""Hooks that read and replace values at named places of the network, without a change to model.py.
+"""Hooks that read and replace activations, without changes to model.py.
 
-A hook is a function of the value at a place. It returns a new value, or None to keep it. Hooks use torch's own hooks,
-so a network without any runs at full speed.
+A hook is a function of the value at a place in the network. It returns a new value, or None to keep it. They are based
+on torch's module hooks, so a network without hooks runs at full speed.
 
     place                              shape
-    embedding                          (B, T, dim)                   the tokens' vectors
+    embedding                          (B, T, dim)                   token embeddings
     layers.5.resid_pre                 (B, T, dim)                   the residual stream before the layer
     layers.5.attention.q               (B, n_heads, T, head_dim)     queries, rotated by their positions
     layers.5.attention.k               (B, n_kv_heads, S, head_dim)  keys, those in the cache first
     layers.5.attention.v               (B, n_kv_heads, S, head_dim)  values, likewise
-    layers.5.attention.probs           (B, n_heads, T, S)            attention weights; rows add up to 1
+    layers.5.attention.probs           (B, n_heads, T, S)            attention weights; rows sum to 1
     layers.5.attention.heads           (B, T, n_heads, head_dim)     output of each head, before wo
-    layers.5.attention.out             (B, T, dim)                   the output that attention adds to the stream
+    layers.5.attention.out             (B, T, dim)                   attention's output, added to the stream
     layers.5.resid_mid                 (B, T, dim)                   the stream between attention and feed-forward
     layers.5.feed_forward.neurons      (B, T, ffn_dim)               silu(w1 x) · w3 x, before w2
-    layers.5.feed_forward.out          (B, T, dim)                   the output that it adds to the stream
+    layers.5.feed_forward.out          (B, T, dim)                   its output, added to the stream
     layers.5.resid_post                (B, T, dim)                   the stream after the layer
-    norm                               (B, T or 1, dim)              the last vector, normed
+    norm                               (B, T or 1, dim)              the final RMSNorm's output
     logits                             (B, T or 1, vocab_size)
 
 resid_pre, resid_mid and resid_post are named as in TransformerLens (Nanda & Bloom 2022). Its names for q, k, v, probs,
-heads and neurons are hook_rot_q, hook_rot_k, hook_v, hook_pattern, hook_z and mlp.hook_post; its hook_q and hook_k come
+heads and neurons are hook_rot_q, hook_rot_k, hook_v, hook_pattern, hook_z and mlp.hook_post. Its hook_q and hook_k are
 before the rotation.
 """
 
@@ -37,7 +37,7 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.model import Attention, Transformer, TransformerBlock, attend_with, attention_probs
 
 Hook = Callable[[Tensor, int], Tensor | None]
-"""Called with the value at a place and the position of its first new token. Returns a new value, or None to keep it."""
+"""A function of a value and the position of its first new token. Returns a new value, or None to keep the old one."""
 
 _WHOLE = ("embedding", "norm", "logits")
 _ATTENTION = ("q", "k", "v", "probs")
@@ -52,14 +52,20 @@ _LAYER = (
 
 
 def places(n_layers: int) -> list[str]:
-    """All places of a network, in order of execution."""
+    """List all places of a network, in order of execution."""
     layers = [f"layers.{layer}.{place}" for layer in range(n_layers) for place in _LAYER]
     return ["embedding", *layers, "norm", "logits"]
 
 
 @contextmanager
 def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    """Let the network call hooks within this context. Hooks at the same place are called in the order of attachment.
+    """Attach hooks to a network within this context.
+
+    Nested contexts can hook the same place. Their hooks are called in the order of attachment.
+
+    Args:
+        model: The network.
+        hooks: Place → hook.
 
     Raises:
         UsageError: If a place does not exist.
@@ -77,15 +83,15 @@ def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
                 stack.callback(_attach(model, place, partial(position.call, hook)))
             yield
     finally:
-        # This comes first: Ctrl-C can fall between attaching a hook and noting how to detach it. A hook that is left
-        # attached does nothing then.
+        # Ctrl-C can arrive after a hook is attached, but before its removal is registered. A hook that stays attached
+        # must do nothing.
         position.over = True
         for attention, attend in zip(attentions, attends, strict=True):
             attention.attend = attend
 
 
 class _Position:
-    """The position of the network in its text. over: the hooks are no longer called."""
+    """Passes the position of a forward pass to the hooks. After `over` is set, hooks are no longer called."""
 
     def __init__(self) -> None:
         self._start = 0
@@ -103,7 +109,7 @@ _Call = Callable[[Tensor], Tensor | None]
 
 
 def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
-    """Attach a hook; returns the function that detaches it."""
+    """Attach a hook and return the function that detaches it."""
     if place in _WHOLE:
         return _output({"embedding": model.tok_embeddings, "norm": model.norm, "logits": model.output}[place], call)
     layers, _, rest = place.partition(".")
@@ -111,7 +117,7 @@ def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
     n_layers = model.args.n_layers
     if layers != "layers" or name not in _LAYER or not number.isdecimal() or int(number) >= n_layers:
         raise UsageError(
-            f"There is no place '{sanitize(place)}' in this network, expected one such as "
+            f"There is no place '{sanitize(place)}' in this network. Choose one such as "
             f"layers.{n_layers - 1}.resid_post, with a layer from 0 to {n_layers - 1}."
         )
     block = cast(TransformerBlock, model.layers[int(number)])
@@ -156,7 +162,7 @@ def _in_place(module: nn.Module, call: _Call) -> Callable[[], None]:
 
 
 def _heads(attention: Attention, call: _Call) -> Callable[[], None]:
-    """The input of wo, cut into heads."""
+    """Hook the input of wo, split into heads."""
 
     def cut(x: Tensor) -> Tensor | None:
         new = call(x.unflatten(-1, (-1, attention.head_dim)))  # (B, T, n_heads, head_dim)
@@ -166,7 +172,7 @@ def _heads(attention: Attention, call: _Call) -> Callable[[], None]:
 
 
 class _Attend:
-    """Replaces a layer's `attend` while there are hooks within attention."""
+    """Replaces a layer's `attend` while hooks for q, k, v or probs are attached."""
 
     def __init__(self, attention: Attention):
         self._attention = attention
@@ -175,7 +181,7 @@ class _Attend:
 
     @classmethod
     def of(cls, attention: Attention) -> _Attend:
-        """The layer's `_Attend`, or a new one."""
+        """Return the layer's `_Attend`, or install a new one."""
         probe = attention.attend if isinstance(attention.attend, cls) else cls(attention)
         attention.attend = probe
         return probe

@@ -1,6 +1,6 @@
-"""`Llama`, the façade: find a model, open its checkpoint, build its network, and answer prompts.
+"""`Llama`, the entry point: load a model and answer prompts.
 
-Each step is a function of another room: `find_model`, `open_checkpoint`, `load_network`, `Engine`, `continue_ids`.
+The steps are in other packages: `find_model`, `open_checkpoint`, `load_network`, `Engine`, `continue_ids`.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from llama_scratch.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama_scratch.microscope.inspection import Inspection
 
-# More threads only slow each other down.
+# More threads only compete for the cores.
 _MAX_THREADS_PER_CORE = 8
 
 
 class Llama(LoadedModel):
-    """A model in memory. Make one with `Llama.load`.
+    """A model in memory, created by `Llama.load`.
 
     Attributes:
-        args: The shape of the network.
+        args: Dimensions of the network.
         tokenizer: Text ↔ ids.
         info: Name, format, precision, device and number of parameters.
         path: The model's directory or file.
         context: Maximum number of tokens of a prompt and its continuation together.
         engine: Ids → logits, with the KV cache.
-        load_s: How long loading took, in seconds.
-        chat: The conversation format that the model was trained for; None for a base model.
-        speculate: Whether `generate` may compute guessed tokens ahead, see `prompt_lookup`. The result is the same.
-        warnings: Messages about the model's files, which each prediction repeats.
-        options: The arguments of `load` that change the model and that no other attribute holds, as they were given.
+        load_s: Loading time in seconds.
+        chat: The model's chat format; None for a base model.
+        speculate: Whether `generate` uses prompt lookup decoding, see `prompt_lookup`. The output is the same.
+        warnings: Messages about the model's files. Every prediction includes them.
+        options: The arguments of `load` that change the model and are not in another attribute.
     """
 
     speculate = True
@@ -98,21 +98,24 @@ class Llama(LoadedModel):
         """Load a model.
 
         Args:
-            source: A directory of Meta's or Hugging Face's files, or a .gguf file. Or a name that `llama-scratch pull`
-                knows: "smollm2", OWNER/REPO[@REVISION] of the Hugging Face hub, or Meta's, such as "Llama3.2-1B". Or a
-                directory at gs:// or az://, whose files are downloaded. None looks in the usual places, see
-                `find_model`.
-            precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto", the file's own type; see `PRECISIONS`.
-            activations: Type of the activations: "fp32", "bf16", as in Meta's own code, or "auto", float32 on a CPU.
+            source: A directory with a model in Meta's or Hugging Face's format, or a .gguf file. Or a model to
+                download: "smollm2", OWNER/REPO[@REVISION] on the Hugging Face hub, one of Meta's, such as
+                "Llama3.2-1B", or a gs:// or az:// directory. None searches the usual places, see `find_model`.
+            precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto" for the file's dtype; see `PRECISIONS`.
+            activations: Dtype of the activations: "fp32", "bf16" (as in Meta's code), or "auto", float32 on a CPU.
             device: "cpu", "cuda", "mps", or "auto": CUDA if there is a GPU, else the CPU.
-            rope_factor: Replaces the factor of Llama's RoPE scaling (32 for 3.2's 1B and 3B, 8 for larger ones).
-            tokenizer: A tokenizer.model in another place.
-            context: Maximum number of tokens; by default the number that the model was trained for.
-            threads: CPU threads; by default torch's choice.
-            calibration: A file of text that int4 is to be best at; see `calibration_text` for the default.
-            progress: Called with a stage, how much is done and how much there is.
+            rope_factor: Override the factor of Llama's RoPE scaling (32 for 3.2 1B and 3B, 8 for larger models).
+            tokenizer: Path of the tokenizer.model, if it is not with the weights.
+            context: Maximum number of tokens. By default, the context length that the model was trained for.
+            threads: Number of CPU threads. By default, torch's choice.
+            calibration: A text file to calibrate int4 with. See `calibration_text` for the default.
+            progress: Called with a stage, the amount done and the total.
 
-        Raises `ModelNotFoundError`, `CheckpointError`, `UsageError` or `OutOfMemoryError`.
+        Raises:
+            ModelNotFoundError: If there is no model at `source`, or `calibration` cannot be read.
+            CheckpointError: If a file is damaged or not supported.
+            UsageError: If an argument is invalid.
+            OutOfMemoryError: If the model does not fit into memory.
         """
         start = time.perf_counter()
         path = find_model(source, progress)
@@ -121,7 +124,7 @@ class Llama(LoadedModel):
         tokens = _context(context, args)
         _set_threads(threads)
         storage = StorageOptions(precision, activations, device, calibration)
-        # The cache grows as it is used; a context that was not asked for is no reason to reject a model.
+        # The cache grows as needed, so the default context must not reject a model that fits with a shorter one.
         model, packing, info = load_network(checkpoint, args, storage, min(tokens, context or 4096), progress)
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
         return cls(
@@ -140,39 +143,44 @@ class Llama(LoadedModel):
         )
 
     def fingerprint(self, progress: Progress = silent) -> str:
-        """Return the SHA-256 of the weight files that this model was loaded from, see `Checkpoint.fingerprint`."""
+        """Return the SHA-256 of the weight files, see `Checkpoint.fingerprint`."""
         return self.engine.files.sha256(progress)
 
     def close(self) -> None:
-        """End the background jobs and the chat template's process. Without this they end with the program."""
+        """End the background jobs and the chat template's process.
+
+        Otherwise, they end with the program.
+        """
         super().close()
         if self.chat is not None:
             self.chat.close()
 
     def inspect(self, prompt: Prompt) -> Inspection:
-        """Look at a prompt under the microscope: residual stream, attention, lenses, attribution, interventions.
+        """Examine a prompt: activations, attention, lenses, attribution, interventions.
 
-        Raises as `predict` does.
+        Raises:
+            UsageError: As for `predict`.
+            ContextLengthError: As for `predict`.
         """
-        # Imported here, so that a first answer does not wait for the microscope's import.
+        # Imported here to keep it out of the time to the first answer.
         from llama_scratch.microscope.inspection import Inspection
 
         return Inspection(self, prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Encode a conversation in the format that the model was trained for, up to the beginning of its answer.
+        """Encode a conversation in the model's chat format, up to the start of its answer.
 
-        Messages are plain text: `<|eot_id|>` and the like in them are not read as special tokens.
+        Messages are plain text: `<|eot_id|>` and similar names in them are not special tokens.
 
         Raises:
             UsageError: If this is a base model, or its format does not accept the messages.
             ContextLengthError: If a long conversation has more tokens than the context.
-            CheckpointError: If the file's own format is broken.
+            CheckpointError: If the file's chat template is broken.
         """
         if self.chat is None:
             raise UsageError(
-                f"{sanitize(self.info.name)} is a base model, which goes on with a text and was not trained for chat, "
-                "expected one that was; choose an Instruct model, such as `source=smollm2`."
+                f"{sanitize(self.info.name)} is a base model, which continues a text and was not trained for chat. "
+                "Choose an Instruct model, such as `source=smollm2`."
             )
         return encode_conversation(self.tokenizer, self.chat, messages, self.context)
 
@@ -187,15 +195,33 @@ class Llama(LoadedModel):
         min_p: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[Step]:
-        """Continue a prompt token by token: greedy, or sampled if a temperature is given.
+        """Continue a prompt token by token.
 
-        Ends before a stop token, after `max_new_tokens`, or when the context is full. Raises as `predict` does, and
-        `UsageError` if a sampling option is out of its range.
+        Generation ends before a stop token, after `max_new_tokens`, or when the context is full.
+
+        Args:
+            prompt: A text, or token ids.
+            max_new_tokens: Maximum number of tokens to generate.
+            temperature: Divisor of the logits. 0 decodes greedily.
+            top_k: Sample from the k most probable tokens.
+            top_p: Sample from the nucleus with this total probability.
+            min_p: Sample from tokens with at least this fraction of the best token's probability.
+            seed: Random seed.
+
+        Raises:
+            UsageError: As for `predict`, or if a sampling option is out of range.
+            ContextLengthError: As for `predict`.
         """
         return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
 
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """`generate`, with the sampling options in one value."""
+        """Same as `generate`, with all sampling options in one object.
+
+        Args:
+            prompt: A text, or token ids.
+            max_new_tokens: Maximum number of tokens to generate.
+            sampling: Sampling options.
+        """
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (`max_new_tokens`).")
         ids = self.encode(prompt)
@@ -203,7 +229,16 @@ class Llama(LoadedModel):
         return continue_ids(self, ids, max_new_tokens, sampling, speculate=self.speculate)
 
     def complete(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling = GREEDY) -> Generated:
-        """Return the whole continuation at once, with the reason for its end."""
+        """Generate a whole continuation.
+
+        Args:
+            prompt: A text, or token ids.
+            max_new_tokens: Maximum number of tokens to generate.
+            sampling: Sampling options.
+
+        Returns:
+            The continuation, with its finish reason and decoding time.
+        """
         ids = self.encode(prompt)
         room = min(max_new_tokens, self.context - len(ids))
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Logits → token, greedy by default. Pure functions with an explicit random generator."""
+"""Sample a token from logits: pure functions with an explicit random generator."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or value == math.inf:  # integers may be beyond the range of a float
+    if not low <= value <= high or value == math.inf:  # integers can exceed the range of a float
         limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
         raise UsageError(f"{name} is {sanitize(value)}, expected a number {limits}.")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Sampling options for the next token, greedy by default.
 
-    The temperature is applied first, then top_k, top_p and min_p, each to the tokens that the one before has left.
+    The temperature is applied first, then top_k, top_p and min_p, each to the tokens that the previous filter kept.
 
     Attributes:
-        temperature: Divides the logits: below 1 sharper, above 1 flatter. 0 takes the most probable token.
+        temperature: Divisor of the logits: below 1 sharper, above 1 flatter. 0 takes the most probable token.
         top_k: Keep the k most probable tokens. 0 keeps all.
         top_p: Keep the smallest set of tokens with this total probability. 1 keeps all.
-        min_p: Keep tokens with at least this share of the best token's probability. 0 keeps all.
-        seed: Random seed; None for a random one.
+        min_p: Keep tokens with at least this fraction of the best token's probability. 0 keeps all.
+        seed: Random seed. None chooses one at random.
     """
 
     temperature: float = 0.0
@@ -53,8 +53,8 @@ class Sampling:
         return self.temperature == 0
 
     def generator(self) -> torch.Generator:
-        """A random generator with the seed."""
-        import torch  # here, so that the options are checked before torch is imported
+        """Create a random generator with this seed."""
+        import torch  # here, so that options are validated before torch is imported
 
         generator = torch.Generator()
         if self.seed is None:
@@ -68,10 +68,16 @@ GREEDY = Sampling()
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token id from logits, (vocab_size,) float32."""
+    """Draw one token id.
+
+    Args:
+        logits: The logits, (vocab_size,) float32. They are not changed.
+        sampling: Temperature and filters.
+        generator: The source of randomness. Not used if sampling is greedy.
+    """
     if sampling.greedy:
         return int(logits.argmax())
-    # The largest is subtracted first, so that no temperature, however small, overflows.
+    # Subtract the maximum first: otherwise a small temperature could overflow.
     logits = (logits.double().cpu() - logits.max().item()) / sampling.temperature
     logits = logits.masked_fill(~top_k(logits, sampling.top_k), -math.inf)
     logits = logits.masked_fill(~top_p(logits, sampling.top_p), -math.inf)
@@ -80,7 +86,12 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Mask of the k largest of (vocab_size,) logits; all of them for k = 0."""
+    """Return the mask of the k most probable tokens, (vocab_size,) bool.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        k: Number of tokens. 0 keeps all.
+    """
     if k == 0 or k >= logits.numel():
         return _all(logits)
     keep = ~_all(logits)
@@ -89,14 +100,18 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Mask of the nucleus: the smallest set of tokens with the total probability p, at least one.
+    """Return the mask of the nucleus, the smallest set with total probability p.
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        p: Total probability. At least the most probable token is kept.
     """
     if p >= 1:
         return _all(logits)
     probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # of all more probable tokens
+    before = probabilities.cumsum(-1) - probabilities  # total of all more probable tokens
     in_nucleus = before < p
     in_nucleus[0] = True
     keep = ~_all(logits)
@@ -105,9 +120,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Mask of the tokens with at least p times the probability of the best one.
+    """Return the mask of tokens with at least p times the best token's probability.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
+
+    Args:
+        logits: The logits, (vocab_size,).
+        p: Fraction of the best token's probability.
     """
     probabilities = logits.softmax(-1)
     return probabilities >= p * probabilities.max()

@@ -1,4 +1,4 @@
-"""Named places in the network: what is read there, what replacing it does, and that nothing is left behind."""
+"""Hooks: values at every place, the effect of replacing them, and complete removal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def llama(tiny_dir: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def logits(llama: Llama) -> Tensor:
-    """Without any tap."""
+    """Logits without hooks."""
     return llama.engine.forward_with_hooks([IDS], {}, all_positions=True)
 
 
@@ -38,7 +38,7 @@ PLACES = places(3)
 
 
 def expected_shape(llama: Llama, place: str) -> tuple[int, ...]:
-    """As the table in `hooks` has it."""
+    """Shape of a place as documented in `hooks`."""
     args = llama.args
     return {
         "q": (1, args.n_heads, T, args.head_dim),
@@ -56,7 +56,7 @@ def run(llama: Llama, hooks: dict[str, Hook]) -> Tensor:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Relative L2."""
+    """Relative L2 distance."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
@@ -92,7 +92,7 @@ def test_places_are_in_the_order_in_which_a_token_comes_by(llama: Llama) -> None
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place_is_read_and_replaced(llama: Llama, logits: Tensor, place: str) -> None:
-    """Its shape is the documented one; a copy of itself changes nothing; another value changes the answer."""
+    """Values have the documented shape. A copy changes nothing; another value changes the logits."""
     shapes: list[tuple[int, ...]] = []
 
     def read(value: Tensor, _start: int) -> None:
@@ -104,7 +104,7 @@ def test_every_place_is_read_and_replaced(llama: Llama, logits: Tensor, place: s
     def other(value: Tensor, _start: int) -> Tensor:
         return value * torch.linspace(0.5, 1.5, value.shape[-1])
 
-    explicit = place.endswith("probs")  # the softmax in two steps rounds otherwise
+    explicit = place.endswith("probs")  # the explicit softmax rounds differently
     assert apart(run(llama, {place: read}), logits) <= (1e-5 if explicit else 0)
     assert shapes == [expected_shape(llama, place)]
     assert apart(run(llama, {place: same}), logits) <= (1e-5 if explicit else 0)
@@ -115,7 +115,7 @@ def test_every_place_is_read_and_replaced(llama: Llama, logits: Tensor, place: s
 
 @pytest.mark.parametrize("place", PLACES)
 def test_what_a_tap_returns_is_what_the_network_goes_on_with(llama: Llama, place: str) -> None:
-    """A value of zeros is read as zeros by whoever is tapped behind it at the same place."""
+    """The network continues with the returned value, and later hooks at the same place see it."""
     found: list[Tensor] = []
 
     def zeros(value: Tensor, _start: int) -> Tensor:
@@ -156,7 +156,7 @@ def test_taps_at_one_place_run_in_the_order_in_which_they_were_put_there(llama: 
 
 
 def test_an_intervened_networks_own_taps_come_before_those_that_look_at_it(llama: Llama) -> None:
-    """So a view shows what the network went on with; and further interventions come behind the earlier ones."""
+    """Views show the values after interventions, and later interventions run after earlier ones."""
     place = "layers.1.resid_post"
     changed = llama.intervened({place: lambda value, _start: torch.zeros_like(value)})
     twice = changed.intervened({place: lambda value, _start: value + 1})
@@ -172,7 +172,7 @@ def test_an_intervened_networks_own_taps_come_before_those_that_look_at_it(llama
 
 
 def test_the_explicit_softmax_is_the_fused_one(llama: Llama, logits: Tensor) -> None:
-    """In every layer at once; and each row of it adds up to 1 and sees nothing that comes later."""
+    """Explicit and fused attention agree in every layer; each row sums to 1 and is causal."""
     found: list[Tensor] = []
     hooks: dict[str, Hook] = {
         f"layers.{layer}.attention.probs": lambda value, _start: found.append(value[0]) for layer in range(3)
@@ -185,7 +185,7 @@ def test_the_explicit_softmax_is_the_fused_one(llama: Llama, logits: Tensor) -> 
 
 
 def test_mid_stream_is_replaced_for_both_of_its_readers(llama: Llama) -> None:
-    """The feed-forward reads it through its norm, and the stream goes on from it."""
+    """Both the feed-forward's norm and the residual connection see the replaced value."""
     x = torch.randn(1, T, llama.args.dim, generator=torch.Generator().manual_seed(1))
     outputs: list[Tensor] = []
     run(
@@ -234,7 +234,7 @@ def test_the_stream_is_what_its_parts_add_up_to(llama: Llama) -> None:
     assert torch.allclose(found["norm"], llama.engine.model.norm(stream), atol=1e-6)
 
 
-# --- Pieces -----------------------------------------------------------------------------------
+# --- Chunks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_stream_is_what_its_parts_add_up_to(llama: Llama) -> None:
 def test_a_long_text_comes_in_pieces_with_their_positions(
     llama: Llama, logits: Tensor, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys and what is looked at grow from piece to piece; the answer is that of one piece."""
+    """Keys and attention grow from chunk to chunk; the logits match a single pass."""
     monkeypatch.setattr(engine_module, "CHUNK", 5)
     seen: list[tuple[int, tuple[int, ...]]] = []
     found = run(llama, {place: lambda value, start: seen.append((start, tuple(value.shape)))})
@@ -256,7 +256,7 @@ def test_a_long_text_comes_in_pieces_with_their_positions(
 
 
 def test_positions_go_on_behind_what_is_cached(llama: Llama) -> None:
-    """What answers a session reuses the cache: a tap is called for the new tokens alone, with their position."""
+    """With a prefix cache hit, hooks are called only for the new tokens, with their position."""
     starts: list[int] = []
     changed = llama.intervened({"layers.1.resid_mid": lambda _value, start: starts.append(start)})
     changed.predict(IDS[:7])
@@ -276,7 +276,7 @@ def test_a_value_replaced_at_some_positions_is_so_in_pieces_too(llama: Llama, mo
     assert apart(run(llama, {"layers.1.resid_post": at_six}), whole) <= 1e-5
 
 
-# --- Nothing is left behind -------------------------------------------------------------------
+# --- Removal ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -294,8 +294,10 @@ def test_nothing_is_left_when_a_run_raises(
 
 
 def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, logits: Tensor) -> None:
-    """Python hears Ctrl-C when a function of its own begins and when one of C's comes back: at each of these in turn,
-    while hooks are hung up, called and taken down."""
+    """Interrupt at every point while hooks are attached, called and detached.
+
+    Python handles Ctrl-C when a Python function starts and when a C function returns.
+    """
     changed = ("attention.probs", "attention.v", "resid_post")
     hooks: dict[str, Hook] = {f"layers.1.{place}": lambda value, _start: value * 0 for place in changed}
     files = {taps_module.__file__, contextlib.__file__}
@@ -322,7 +324,7 @@ def test_an_interrupt_at_any_point_leaves_the_network_as_it_was(llama: Llama, lo
             sys.setprofile(before)
         assert torch.equal(run(llama, {}), logits), at
         assert all(block(llama, layer).attention.attend is attend_by_kernels for layer in range(3)), at
-        for module in modules_with_hooks(llama):  # which do nothing any more
+        for module in modules_with_hooks(llama):  # these no longer do anything
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
     assert at > 50
@@ -338,14 +340,13 @@ def test_a_place_that_there_is_not_is_refused_and_leaves_none_behind(llama: Llam
     with pytest.raises(UsageError) as raised:
         run(llama, hooks | {place: lambda _value, _start: None})
     message = str(raised.value)
-    assert "expected one such as layers.2.resid_post, with a layer from 0 to 2." in message
-    assert ". " not in message
+    assert "layers.2.resid_post, with a layer from 0 to 2." in message
     assert message.isprintable()
     assert is_untapped(llama)
 
 
 def test_taps_in_differentiable_networks_take_gradients(llama: Llama) -> None:
-    """Of a logit with respect to what stands in the middle of a layer, as finite differences say."""
+    """The gradient of a logit with respect to an activation agrees with finite differences."""
     model = llama.differentiable()
     place = "layers.1.resid_mid"
     shift = torch.zeros(1, T, llama.args.dim, requires_grad=True)

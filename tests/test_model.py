@@ -1,4 +1,4 @@
-"""The network against three others: tests/helpers/reference.py, Hugging Face's and Meta's own."""
+"""The network against three others: tests/helpers/reference.py, Hugging Face's and Meta's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LENGTH = 96
 
 
 def angle_errors(args: ModelArgs, factor: float | None, positions: range) -> Tensor:
-    """How far the network's rotations are from float64's at each position, in radians of the worst pair."""
+    """Error of the rotations against float64 at each position: the largest over the pairs, in radians."""
     ours = rotations(rope_frequencies(args), torch.tensor(positions)).to(torch.complex128)
     angles = reference.rope_angles(positions, args.head_dim, args.rope_theta, factor)
     return (ours * torch.polar(torch.ones_like(angles), -angles)).angle().abs().amax(-1)
@@ -46,24 +46,24 @@ def angle_errors(args: ModelArgs, factor: float | None, positions: range) -> Ten
 
 @pytest.mark.parametrize("factor", [None, 8, 32])
 def test_rotations_are_those_of_float64_at_every_position(factor: float | None) -> None:
-    """All that is left is float32's rounding of m·θ: nothing at the start, under 1e-2 rad at 131,071."""
+    """The only error is float32's rounding of m·θ: under 1e-2 rad at position 131,071."""
     args = tiny_args().with_rope_factor(factor or 1)
     for start in range(0, CONTEXT, CONTEXT // 8):
         positions = range(start, start + CONTEXT // 8)
         errors = angle_errors(args, factor, positions)
         assert errors.max() <= 1e-2
-        # Two roundings of at most half a bit each, that of the frequency and that of the product.
+        # Two roundings of at most half an ulp each: of the frequency and of the product.
         assert (errors <= 1e-6 + 2 * 2**-24 * torch.arange(start, positions.stop)).all()
     assert angle_errors(args, factor, range(8)).max() <= 1e-6
 
 
 def test_rotations_are_unit_numbers() -> None:
-    """A rotation changes no vector's length."""
+    """Rotations preserve the length of vectors."""
     assert (rotations(rope_frequencies(tiny_args()), torch.arange(4096)).abs() - 1).abs().max() <= 1e-6
 
 
 def test_factor_8_fails_where_32_is_right() -> None:
-    """Short prompts hide the wrong factor: it is 0.0015 rad at position 16 and more than a turn at 80,000."""
+    """Short prompts hide a wrong factor: the error is 0.0015 rad at position 16, but over a turn at 80,000."""
     wrong, right = (rope_frequencies(tiny_args().with_rope_factor(factor)).double() for factor in (8, 32))
     assert float((wrong - right).abs().max() * 16) == pytest.approx(0.0015, abs=0.0001)
     assert float((wrong - right).abs().max() * 80_000) > 7
@@ -72,7 +72,7 @@ def test_factor_8_fails_where_32_is_right() -> None:
 
 
 def test_scaling_leaves_fast_pairs_and_divides_slow_ones() -> None:
-    """With 32 pairs and theta 500,000: 15 untouched, 3 between, 14 divided by the factor."""
+    """Of 32 pairs with theta 500,000, 15 are unchanged, 3 interpolated and 14 divided by the factor."""
     args = tiny_args()
     assert (args.head_dim, args.rope_theta) == (64, 500_000)
     slowed = rope_frequencies(args.with_rope_factor(1)) / rope_frequencies(args)
@@ -83,7 +83,7 @@ def test_scaling_leaves_fast_pairs_and_divides_slow_ones() -> None:
 
 
 def test_a_turned_score_depends_on_the_distance_alone() -> None:
-    """The same query and key give the same product wherever they stand, at the same distance."""
+    """A query and a key have the same dot product at all positions with the same distance."""
     q, k = torch.randn(2, 1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
     table = rotations(rope_frequencies(tiny_args()), torch.arange(1024))
     near, far = (
@@ -95,7 +95,7 @@ def test_a_turned_score_depends_on_the_distance_alone() -> None:
 
 
 def test_the_table_stays_in_float32() -> None:
-    """In bfloat16 far positions would be off by whole turns, so `.to` must not reach it, nor a checkpoint."""
+    """bfloat16 angles would be off by whole turns: `.to` must not convert them, nor a checkpoint replace them."""
     network = Transformer(tiny_args(n_layers=1))
     before = network.freqs.clone()
     network.to(torch.bfloat16)
@@ -107,7 +107,7 @@ def test_the_table_stays_in_float32() -> None:
 
 
 def test_the_table_holds_data_when_the_network_holds_none() -> None:
-    """Models are built under the meta device and filled from the file; the table is in no file."""
+    """Networks are built on the meta device and filled from a file, which does not contain the frequencies."""
     with torch.device("meta"):
         network = Transformer(tiny_args())
     assert network.norm.weight.device.type == "meta"
@@ -126,18 +126,18 @@ def build(args: ModelArgs, weights: Mapping[str, Tensor]) -> Transformer:
 
 
 def right_factor(changes: dict[str, Any]) -> float | None:
-    """What a network of this width was trained with."""
+    """The RoPE factor that networks of this width were trained with."""
     return 32 if changes.get("use_scaled_rope", True) else None
 
 
 def numbers(args: ModelArgs, factor: float | None) -> dict[str, Any]:
-    """The shape as the reference takes it, with the RoPE factor that is right."""
+    """The arguments for the reference, with the correct RoPE factor."""
     names = ("n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta")
     return {name: getattr(args, name) for name in names} | {"rope_factor": factor}
 
 
 def mild_weights(args: ModelArgs) -> dict[str, Tensor]:
-    """Random weights without the tripled q and k, which make the softmax so sharp that it magnifies rounding."""
+    """Random weights without tripled q and k, which would sharpen the softmax and amplify rounding."""
     return {
         name: weight / 3 if ".wq." in name or ".wk." in name else weight
         for name, weight in random_weights(args).items()
@@ -149,7 +149,7 @@ def random_ids(args: ModelArgs, length: int = LENGTH, seed: int = 0) -> list[int
 
 
 def watched(layers: nn.ModuleList, run: Callable[[], Tensor]) -> Run:
-    """The logits that `run` returns and what each layer put out meanwhile."""
+    """Return the logits of `run` and each layer's output."""
     residuals: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,7 +168,7 @@ def run_ours(network: Transformer, ids: Sequence[int], cache: KVCache | None = N
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2: the length of the difference in lengths of what is right."""
+    """Relative L2 distance: the norm of the difference divided by the norm of the expected value."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
@@ -181,7 +181,7 @@ def assert_same(ours: Run, theirs: Run, bound: float = 1e-4) -> None:
 
 @pytest.fixture(scope="module")
 def metas() -> Iterator[ModuleType]:
-    """Meta's own network, with plain layers where it wants fairscale's; gone again afterwards."""
+    """Meta's own network, with plain layers in place of fairscale's; removed after the test."""
 
     class Linear(nn.Linear):
         def __init__(self, inputs: int, outputs: int, bias: bool, **parallel: object):
@@ -214,7 +214,7 @@ def build_metas(metas: ModuleType, weights: Mapping[str, Tensor], length: int, p
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_every_layer_is_that_of_the_reference(changes: dict[str, Any]) -> None:
-    """Fused attention in float32 against the softmax written out in float64."""
+    """Fused attention in float32 agrees with an explicit softmax in float64."""
     args = tiny_args(**changes)
     weights, ids = random_weights(args), random_ids(args)
     expected = reference.forward(weights, numbers(args, right_factor(changes)), ids)
@@ -223,7 +223,7 @@ def test_every_layer_is_that_of_the_reference(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_every_layer_is_that_of_transformers(changes: dict[str, Any]) -> None:
-    """Hugging Face's network in float32, with the factor 32 that its configuration for 3.2 gives."""
+    """Hugging Face's network in float32, with factor 32 as in its configuration for Llama 3.2."""
     args = tiny_args(**changes)
     weights, ids = random_weights(args, tied=False), random_ids(args)
     theirs = reference.transformers_llama(weights, numbers(args, right_factor(changes)))
@@ -233,7 +233,7 @@ def test_every_layer_is_that_of_transformers(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_every_layer_is_that_of_metas_code(metas: ModuleType, changes: dict[str, Any]) -> None:
-    """Meta's network in float32, which fixes the factor at 8."""
+    """Meta's network in float32, which has a fixed factor of 8."""
     args = tiny_args(**changes)
     args = args.with_rope_factor(8 if args.rope_scaling else None)
     weights, ids = random_weights(args), random_ids(args)
@@ -242,11 +242,11 @@ def test_every_layer_is_that_of_metas_code(metas: ModuleType, changes: dict[str,
 
 
 def test_far_positions_are_those_of_the_others(metas: ModuleType) -> None:
-    """Behind 100,000 tokens: Meta's code rounds angles as we do, the reference does not at all."""
+    """After 100,000 tokens. Meta's code rounds angles like ours; the reference does not round them."""
     changes = {"dim": 128, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
     args = tiny_args(**changes).with_rope_factor(8)
     weights, ids, far = random_weights(args), random_ids(args, 64), 100_000
-    # Values large enough that the mean of so many is not lost beside the rest of the stream.
+    # Large values, because their mean over many tokens must be visible in the residual stream.
     past = torch.randn(2, 1, 1, far, 64, generator=torch.Generator().manual_seed(0))
     past *= torch.tensor([3.0, 30.0]).view(2, 1, 1, 1, 1)
     cache = KVCache(args)
@@ -267,7 +267,7 @@ def test_far_positions_are_those_of_the_others(metas: ModuleType) -> None:
 
 
 def test_bfloat16_is_as_true_as_metas_code(metas: ModuleType) -> None:
-    """Eight bits of mantissa leave each about 1.3 % from float64, and no farther than that from each other."""
+    """With 8 bits of mantissa, both are about 1.3 % from float64, and no further from each other."""
     args = tiny_args().with_rope_factor(8)
     weights = {name: weight.bfloat16() for name, weight in mild_weights(args).items()}
     ids = random_ids(args)
@@ -280,7 +280,7 @@ def test_bfloat16_is_as_true_as_metas_code(metas: ModuleType) -> None:
 
 
 def test_the_norm_rounds_before_the_weight(metas: ModuleType) -> None:
-    """The order matters in bfloat16 alone: there it must be Meta's, bit for bit."""
+    """In bfloat16 the order matters: the result must be bit-identical to Meta's."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 256, generator=generator).bfloat16()
     ours, theirs = RMSNorm(256, 1e-5), metas.RMSNorm(256, 1e-5)
@@ -290,7 +290,7 @@ def test_the_norm_rounds_before_the_weight(metas: ModuleType) -> None:
 
 
 def test_no_token_sees_a_later_one() -> None:
-    """Another last token changes nothing before it, in one pass or behind a cache."""
+    """Changing the last token does not affect earlier ones, with or without a cache."""
     args = tiny_args()
     network, ids = build(args, random_weights(args)), random_ids(args)
     other = [*ids[:-1], (ids[-1] + 1) % args.vocab_size]
@@ -303,7 +303,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 def test_a_batch_is_its_rows() -> None:
-    """Two sequences side by side do not touch each other."""
+    """The sequences of a batch are independent."""
     args = tiny_args()
     network = build(args, random_weights(args))
     rows = [random_ids(args, seed=seed) for seed in (0, 1)]
@@ -313,7 +313,7 @@ def test_a_batch_is_its_rows() -> None:
 
 
 def test_the_last_position_is_the_last_of_all() -> None:
-    """By default only the last position goes through the output projection."""
+    """By default, only the last position goes through the output projection."""
     args = tiny_args()
     network, tokens = build(args, random_weights(args)), torch.tensor([random_ids(args)])
     last, every = network(tokens), network(tokens, all_positions=True)
@@ -324,13 +324,13 @@ def test_the_last_position_is_the_last_of_all() -> None:
 
 
 def test_the_network_can_be_read_in_one_sitting() -> None:
-    """The source is the textbook; longer than this it would not be one."""
+    """The source is the textbook, so its length is limited."""
     assert len(Path(model.__file__).read_text(encoding="utf-8").splitlines()) < 350
 
 
 # --- The cache --------------------------------------------------------------------------------
 
-# More than the cache's first 256 places, so that it grows on the way.
+# More than the cache's initial 256 tokens, so that it grows.
 LONG = 300
 
 
@@ -341,7 +341,7 @@ def network() -> Transformer:
 
 
 def piecewise(network: Transformer, ids: Sequence[int], sizes: Sequence[int], cache: KVCache | None = None) -> Tensor:
-    """Logits after every token, computed in pieces of these sizes."""
+    """Logits after every token, computed in chunks of these sizes."""
     cache = cache or KVCache(network.args)
     parts = torch.split(torch.tensor([ids]), list(sizes), dim=1)
     return torch.cat([network(part, cache, all_positions=True)[0] for part in parts])
@@ -353,7 +353,7 @@ def piecewise(network: Transformer, ids: Sequence[int], sizes: Sequence[int], ca
     ids=["one shot", "token by token", "uneven", "full, then one", "across the first 256"],
 )
 def test_any_way_to_cut_a_text_gives_the_same_logits(network: Transformer, sizes: list[int]) -> None:
-    """The cache holds exactly what a pass over the whole text would compute again."""
+    """Chunks with a cache give the same logits as a single pass."""
     ids = random_ids(network.args, LONG)
     cache = KVCache(network.args)
     assert relative(piecewise(network, ids, sizes, cache), run_ours(network, ids).logits) <= 1e-5
@@ -361,7 +361,7 @@ def test_any_way_to_cut_a_text_gives_the_same_logits(network: Transformer, sizes
 
 
 def test_a_rewound_cache_goes_on_as_if_nothing_had_followed(network: Transformer) -> None:
-    """Back to 100 tokens and on with others, shorter and longer than what was forgotten."""
+    """Rewind to 100 tokens and continue with other tokens, fewer and more than were removed."""
     ids, others = random_ids(network.args, LONG), random_ids(network.args, LONG, seed=1)
     cache = KVCache(network.args)
     piecewise(network, ids, [LONG], cache)
@@ -374,7 +374,7 @@ def test_a_rewound_cache_goes_on_as_if_nothing_had_followed(network: Transformer
 
 
 def test_growing_keeps_what_was_there() -> None:
-    """The first 256 places are exchanged for more when the 257th token comes."""
+    """The cache grows from its initial 256 tokens at the 257th token."""
     args = tiny_args(n_layers=1)
     cache = KVCache(args)
     k, v = torch.randn(2, 1, args.n_kv_heads, LONG, args.head_dim, generator=torch.Generator().manual_seed(0))
@@ -386,7 +386,7 @@ def test_growing_keeps_what_was_there() -> None:
 
 
 def test_more_tokens_than_the_cache_may_hold_are_refused(network: Transformer) -> None:
-    """And the cache is as good as before."""
+    """The cache is still usable after the error."""
     ids = random_ids(network.args, 11)
     cache = KVCache(network.args, max_seq_len=10)
     piecewise(network, ids[:6], [6], cache)
@@ -399,7 +399,7 @@ def test_more_tokens_than_the_cache_may_hold_are_refused(network: Transformer) -
 
 @pytest.mark.parametrize("length", [-1, 7])
 def test_rewinding_to_what_is_not_held_is_refused(network: Transformer, length: int) -> None:
-    """Places beyond `length` hold what was forgotten or nothing at all."""
+    """Memory beyond `length` contains removed tokens or is uninitialized."""
     cache = KVCache(network.args)
     piecewise(network, random_ids(network.args, 6), [6], cache)
     with pytest.raises(ValueError, match="the cache holds 6 tokens"):
@@ -409,7 +409,7 @@ def test_rewinding_to_what_is_not_held_is_refused(network: Transformer, length: 
 
 @pytest.mark.parametrize("layer", range(3))
 def test_a_pass_that_fails_in_the_middle_leaves_the_cache_whole(network: Transformer, layer: int) -> None:
-    """Some layers have written by then, and the cache has grown; the next call must not see it."""
+    """Some layers have already written, and the cache has grown. The next call must not see that."""
     ids, others = random_ids(network.args, LONG), random_ids(network.args, LONG, seed=1)
     cache = KVCache(network.args)
     piecewise(network, ids[:200], [200], cache)
@@ -426,7 +426,7 @@ def test_a_pass_that_fails_in_the_middle_leaves_the_cache_whole(network: Transfo
 
 
 def test_the_cache_costs_what_its_description_says() -> None:
-    """Keys and values of the shared heads alone: for Llama 3.2 1B in bfloat16, 32 KiB a token."""
+    """Only the key/value heads count: 32 KiB per token for Llama 3.2 1B in bfloat16."""
     args = tiny_args(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8)
     cache = KVCache(args)
     new = torch.zeros(1, args.n_kv_heads, 256, args.head_dim, dtype=torch.bfloat16)

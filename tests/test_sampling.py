@@ -1,4 +1,4 @@
-"""Logits → token, against the definitions written out in plain Python."""
+"""Sampling, against plain Python implementations of the definitions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llama_scratch.errors import UsageError
 from llama_scratch.sampling import Sampling, min_p, sample, top_k, top_p
 
 many = settings(max_examples=300, deadline=None, derandomize=True)
-# Far enough apart that no rounding decides which of two is the larger.
+# Far enough apart for rounding not to change the order.
 distinct = st.lists(st.integers(-400, 400), min_size=1, max_size=30, unique=True).map(lambda xs: [x / 20 for x in xs])
 probability = st.integers(0, 1000).map(lambda n: n / 1000)
 
 PROBABILITIES = [0.5, 0.2, 0.15, 0.1, 0.04, 0.01]
-# Shuffled, so that no order of the vocabulary can pass for the order of the probabilities.
+# Shuffled, because the order of the vocabulary must differ from the order of probabilities.
 ORDER = [3, 0, 5, 2, 4, 1]
 SHUFFLED = [PROBABILITIES[i] for i in ORDER]
 LOGITS = torch.tensor(SHUFFLED).log() + 7
@@ -34,7 +34,7 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def kept(mask: torch.Tensor) -> set[float]:
-    """The probabilities of those tokens of `LOGITS` that a filter keeps."""
+    """Probabilities of the tokens of `LOGITS` that a filter keeps."""
     return {p for p, keep in zip(SHUFFLED, mask.tolist(), strict=True) if keep}
 
 
@@ -44,11 +44,11 @@ def draws(n: int, logits: torch.Tensor = LOGITS, **options: Any) -> list[int]:
     return [sample(logits, sampling, generator) for _ in range(n)]
 
 
-# --- Which tokens stay ------------------------------------------------------------------------
+# --- Filters ----------------------------------------------------------------------------------
 
 
 def test_top_k_keeps_the_k_most_probable() -> None:
-    """0 and more than there are keep all."""
+    """0 and numbers beyond the vocabulary size keep all tokens."""
     for k in range(1, 8):
         assert kept(top_k(LOGITS, k)) == set(PROBABILITIES[:k])
     assert kept(top_k(LOGITS, 0)) == set(PROBABILITIES)
@@ -58,20 +58,20 @@ def test_top_k_keeps_the_k_most_probable() -> None:
     ("p", "n"), [(0.0, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.699, 2), (0.701, 3), (0.96, 5), (0.995, 6), (1.0, 6)]
 )
 def test_top_p_keeps_the_fewest_that_reach_it(p: float, n: int) -> None:
-    """The one that crosses the line stays; at least one always does."""
+    """The token that reaches p is kept, and at least one token always is."""
     assert kept(top_p(LOGITS, p)) == set(PROBABILITIES[:n])
 
 
 @pytest.mark.parametrize(("p", "n"), [(0.0, 6), (0.019, 6), (0.021, 5), (0.21, 3), (0.39, 2), (0.41, 1), (1.0, 1)])
 def test_min_p_keeps_those_with_a_share_of_the_best(p: float, n: int) -> None:
-    """The 0.01 is 0.02 of the best, the 0.04 is 0.08 of it, and so on."""
+    """A probability of 0.01 is 0.02 of the best, 0.04 is 0.08 of it, and so on."""
     assert kept(min_p(LOGITS, p)) == set(PROBABILITIES[:n])
 
 
 @many
 @given(logits=distinct, k=st.integers(0, 40))
 def test_top_k_is_its_definition(logits: list[float], k: int) -> None:
-    """The first k of the sorted list."""
+    """The first k tokens in sorted order."""
     best = sorted(logits, reverse=True)[: k or None]
     assert top_k(torch.tensor(logits), k).tolist() == [x in best for x in logits]
 
@@ -79,7 +79,7 @@ def test_top_k_is_its_definition(logits: list[float], k: int) -> None:
 @many
 @given(logits=distinct, p=probability)
 def test_top_p_is_its_definition(logits: list[float], p: float) -> None:
-    """Adding up from the best until p is reached."""
+    """Add probabilities from the best token on until they reach p."""
     by_size = sorted(range(len(logits)), key=lambda i: -logits[i])
     expected, total = set(), 0.0
     for i in by_size:
@@ -95,18 +95,18 @@ def test_top_p_is_its_definition(logits: list[float], p: float) -> None:
 @many
 @given(logits=distinct, p=probability)
 def test_min_p_is_its_definition(logits: list[float], p: float) -> None:
-    """At least p times the probability of the best."""
+    """At least p times the best token's probability."""
     shares = [math.exp(x - max(logits)) for x in logits]
     assume(all(abs(share - p) > 1e-9 or p == share == 1 for share in shares))
     assert min_p(torch.tensor(logits, dtype=torch.float64), p).tolist() == [share >= p for share in shares]
 
 
-# --- What is drawn ----------------------------------------------------------------------------
+# --- Sampling ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_come_as_often_as_they_are_probable(temperature: float) -> None:
-    """20,000 draws at p^(1/T): a frequency is off by more than five deviations once in a million tries."""
+    """20,000 draws at p^(1/T): a deviation of over five sigma has a probability of one in a million."""
     n = 20_000
     powers = np.array(SHUFFLED) ** (1 / temperature)
     expected = powers / powers.sum()
@@ -128,20 +128,20 @@ def test_tokens_come_as_often_as_they_are_probable(temperature: float) -> None:
     ],
 )
 def test_only_tokens_that_stay_are_drawn_and_share_what_the_others_had(options: dict[str, Any], n: int) -> None:
-    """Each filter alone and several together; what is left is scaled to 1."""
+    """Single and combined filters; the kept probabilities are renormalized."""
     counts = Counter(SHUFFLED[id] for id in draws(4000, **options))
     assert set(counts) == set(PROBABILITIES[:n])
     assert counts[0.5] / 4000 == pytest.approx(0.5 / sum(PROBABILITIES[:n]), abs=0.04)
 
 
 def test_temperature_comes_before_top_p() -> None:
-    """At 0.5 the best has 0.76 already, so that it reaches 0.7 alone; before the temperature it had 0.5."""
+    """At temperature 0.5 the best token has 0.76, enough for top-p 0.7; without it, only 0.5."""
     assert set(draws(500, temperature=0.5, top_p=0.7)) == {SHUFFLED.index(0.5)}
     assert len(set(draws(500, temperature=1.0, top_p=0.7 + 1e-6))) > 1
 
 
 def test_zero_temperature_takes_the_best_whatever_the_seed() -> None:
-    """And also the first of two that are equal, as argmax does."""
+    """Of two equal tokens the first one, like argmax."""
     assert Sampling().greedy
     for seed in range(20):
         assert draws(1, temperature=0.0, seed=seed, top_p=0.1, top_k=3) == [SHUFFLED.index(0.5)]
@@ -150,31 +150,31 @@ def test_zero_temperature_takes_the_best_whatever_the_seed() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-300])
 def test_a_tiny_temperature_is_as_good_as_zero(temperature: float) -> None:
-    """Nothing overflows, not even with the filters and with logits that are large."""
+    """Nothing overflows, even with filters and large logits."""
     assert set(draws(200, temperature=temperature)) == {SHUFFLED.index(0.5)}
     options = {"top_k": 3, "top_p": 0.9, "min_p": 0.1}
     assert set(draws(50, torch.tensor([-3e38, 3e38, 2e38]), temperature=temperature, **options)) == {1}
 
 
 def test_a_large_temperature_makes_all_equal() -> None:
-    """1,000 draws each are expected, with a deviation of 29."""
+    """1,000 draws per token are expected, with a standard deviation of 29."""
     counts = Counter(draws(6000, temperature=1e9))
     assert min(counts[id] for id in range(6)) > 800
 
 
 def test_a_seed_reproduces_and_another_does_not() -> None:
-    """100 draws of either."""
+    """100 draws with each seed."""
     assert draws(100, seed=3) == draws(100, seed=3)
     assert draws(100, seed=3) != draws(100, seed=4)
 
 
 def test_without_a_seed_each_time_is_different() -> None:
-    """Two generators that agree on 100 draws would have the same start."""
+    """Generators that agree on 100 draws would have the same seed."""
     assert draws(100, seed=None) != draws(100, seed=None)
 
 
 def test_chance_comes_from_the_generator_alone() -> None:
-    """Torch's global state is neither read nor moved, so nothing else of a program changes a text."""
+    """torch's global random state is neither used nor changed."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = draws(50, seed=3)
@@ -184,13 +184,13 @@ def test_chance_comes_from_the_generator_alone() -> None:
 
 
 def test_drawing_leaves_the_logits_alone() -> None:
-    """The caller still shows them."""
+    """The caller still displays them."""
     logits = LOGITS.clone()
     draws(5, logits, top_k=2, top_p=0.5, min_p=0.1)
     assert torch.equal(logits, LOGITS)
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_drawing_leaves_the_logits_alone() -> None:
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
-    """In a sentence that names the option and its limits."""
+    """The error names the option and its limits."""
     with pytest.raises(UsageError, match=f"^{says}"):
         Sampling(**options)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_every_seed_that_is_accepted_works(seed: int) -> None:
-    """Also the smallest and the largest."""
+    """The smallest and the largest seed."""
     assert draws(3, seed=seed) == draws(3, seed=seed)

@@ -1,4 +1,4 @@
-"""Trained weights and real text: SmolLM2 through this package and through two others that share nothing with it."""
+"""Trained weights and real text: SmolLM2 in this package and in two independent implementations."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfa
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    """Logits within 1e-4 relative L2, and the same five candidates in the same order after every token.
+    """Check for logits within 1e-4 relative L2, and the same five candidates in the same order after every token.
 
-    No two of the first six are nearer than 4e-4 in these texts, and rounding moves a logit by under 1.2e-4.
+    The six best logits differ by at least 4e-4 in these texts, and rounding changes a logit by less than 1.2e-4.
     """
     assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) <= 1e-4
     assert torch.equal(ours.topk(5).indices, theirs.topk(5).indices)
 
 
 def test_the_texts_are_long_enough_to_matter(llama: Llama) -> None:
-    """Together some 560 tokens."""
+    """About 560 tokens in total."""
     assert sum(len(llama.encode(text)) for text in TEXTS.values()) >= 500
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_real_text_gets_the_logits_of_transformers(llama: Llama, huggingfaces: Any, text: str) -> None:
-    """On the same dequantized weights, fed our ids."""
+    """With the same dequantized weights and our token ids."""
     ids = llama.encode(text)
     assert_same(llama.logits(text), huggingfaces(torch.tensor([ids])).logits[0])
 
 
 def test_real_text_gets_the_logits_of_the_reference(llama: Llama, weights: dict[str, Tensor]) -> None:
-    """In float64, on a short one."""
+    """In float64, for a short text."""
     text = "The opposite of hot is cold, and 2 + 2 = 4. Она сказала: «да»."
     assert_same(llama.logits(text), reference.forward(weights, SHAPE, llama.encode(text)).logits)
 
 
 def test_the_weights_are_those_that_the_gguf_package_reads(smollm2_path: Path, weights: dict[str, Tensor]) -> None:
-    """Bit for bit, by their names."""
+    """Bit-identical weights under the same names."""
     ours = open_checkpoint(smollm2_path).load(silent)
     assert ours.keys() == weights.keys()
     for name, weight in weights.items():
@@ -58,7 +58,7 @@ def test_the_weights_are_those_that_the_gguf_package_reads(smollm2_path: Path, w
 
 
 def test_the_shape_is_the_published_one(llama: Llama) -> None:
-    """Read from the file, each field."""
+    """Each field as read from the file."""
     args = llama.args
     assert {name: getattr(args, name) for name in SHAPE if name != "rope_factor"} == pytest.approx(
         {name: value for name, value in SHAPE.items() if name != "rope_factor"}
@@ -77,14 +77,14 @@ def test_the_shape_is_the_published_one(llama: Llama) -> None:
     ],
 )
 def test_known_prompts_get_their_known_answer(llama: Llama, prompt: str, text: str, probability: float) -> None:
-    """Three decimals of the probability, through the public API."""
+    """Three decimals of the probability through the public API."""
     prediction = llama.predict(prompt)
     assert prediction.next.text == text
     assert round(prediction.next.probability, 3) == probability
 
 
 def test_the_second_best_is_known_too(llama: Llama) -> None:
-    """The candidates come best first."""
+    """Candidates are sorted, best first."""
     second = llama.predict("The capital of France is").top[1]
     assert second.text == " the"
     assert round(second.probability, 3) == 0.065
@@ -105,7 +105,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_packed_weights_keep_their_promise_on_real_text(llama: Llama, packed: Llama) -> None:
-    """fp16: logits within 1e-3 of fp32's. int8: a distribution that is hardly another, in spite of real outliers."""
+    """fp16 logits are within 1e-3 of fp32; int8 has almost the same distribution despite real outliers."""
     ours, theirs = packed.logits(TEXTS["facts"]), llama.logits(TEXTS["facts"])
     relative = float((ours - theirs).norm() / theirs.norm())
     kl = float(divergence(ours, theirs).mean())
@@ -121,11 +121,11 @@ def test_packed_weights_keep_their_promise_on_real_text(llama: Llama, packed: Ll
 
 @pytest.mark.slow
 def test_the_first_answer_of_real_weights_is_in_8_bits(llama: Llama, smollm2_path: Path) -> None:
-    """It waits until they are packed, and says the same as the next one."""
+    """The first answer waits for packing and agrees with the next one."""
     other = Llama.load(smollm2_path, precision="int8", device="cpu")
     first, again = (other.predict("The capital of France is") for _ in range(2))
     assert first.model.precision == "int8"
     expected = llama.predict("The capital of France is").next
     assert first.next.id == expected.id
     assert 1e-4 < abs(first.next.logprob - expected.logprob) < 0.1
-    assert first.next.logprob == pytest.approx(again.next.logprob, abs=1e-2)  # a row beside others, and alone
+    assert first.next.logprob == pytest.approx(again.next.logprob, abs=1e-2)  # in a batch of rows, and alone

@@ -1,8 +1,8 @@
-"""Decoding on an NVIDIA GPU: one step, recorded once as a CUDA graph and replayed for each token.
+"""Decode on an NVIDIA GPU with a CUDA graph, recorded once and then replayed.
 
-A GPU multiplies one row faster than Python can ask it to; a graph asks for the whole network at once. It
-replays the same kernels on the same addresses, so whatever changes from token to token (the token, its
-position) must lie in a tensor, and the cache may not grow under it.
+Launching the kernels from Python takes longer than running them for a single token. A graph launches all of them at
+once. A replay uses the recorded memory addresses. Therefore, everything that changes from token to token (the token and
+its position) must be in a tensor, and the cache must not be reallocated.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from llama_scratch.model import KVCache, Transformer
 
 
 class StaticCache(KVCache):
-    """The memory of another cache, all of it, with the position in a tensor: for one new token at a time.
+    """A cache of fixed shape for one new token at a time, on another cache's memory.
 
-    Tokens after `position` are masked instead of cut off, so no shape depends on the number of tokens.
+    The position is in a tensor. Tokens after it are masked instead of cut off, so shapes do not depend on the number of
+    tokens.
     """
 
     def __init__(self, cache: KVCache, device: torch.device):
         self._layers = list(cache._layers)
         for held in self._layers:
-            for store in held or ():  # unwritten memory may be NaN, and 0 · NaN = NaN
+            for store in held or ():  # uninitialized memory may be NaN, and 0 · NaN = NaN
                 store[:, :, cache.length :] = 0
         self.max_seq_len = self.length = cache.capacity
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -36,17 +37,20 @@ class StaticCache(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         held = self._layers[layer]
         if held is None:
-            raise ValueError("a static cache needs the memory of one that was used")
+            raise ValueError("the original cache has no memory yet; run the network with it first")
         for store, new in zip(held, (k, v), strict=True):
             store.index_copy_(2, self.position, new)
         return held
 
     def advance(self, T: int) -> None:
-        """The position is set from outside."""
+        """Do nothing: `DecodeGraph` sets the position."""
 
 
 class DecodeGraph:
-    """Runs a network for one token after those in `cache`; records the graph again if the cache has grown."""
+    """Runs a network for one token after those in a cache.
+
+    If the cache has grown, the graph is recorded again.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
@@ -54,11 +58,14 @@ class DecodeGraph:
         self._capacity = 0
 
     def fits(self) -> bool:
-        """Whether the next token fits into the cache as it is. Otherwise the network runs without a graph."""
+        """Whether the next token fits into the allocated cache.
+
+        Otherwise the network has to run without a graph.
+        """
         return 0 < self._cache.length < self._cache.capacity
 
     def __call__(self, id: int) -> Tensor:
-        """Logits after one more token, (1, 1, vocab_size) float32; they are overwritten by the next call."""
+        """Return the logits after one more token, (1, 1, vocab_size) float32. The next call overwrites them."""
         if self._capacity != self._cache.capacity:
             self._record()
         self._token.fill_(id)
@@ -70,11 +77,11 @@ class DecodeGraph:
     def _record(self) -> None:
         device = self._model.tok_embeddings.weight.device
         self._static = StaticCache(self._cache, device)
-        self._static.position.fill_(self._cache.length)  # what warming up writes there is overwritten by the replay
+        self._static.position.fill_(self._cache.length)  # the replay overwrites the values from the warm-up
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries that set themselves up must not do so while recording
+        with torch.cuda.stream(aside):  # warm-up: libraries must not initialize while recording
             for _ in range(2):
                 self._model(self._token, self._static)
         torch.cuda.current_stream().wait_stream(aside)

@@ -1,4 +1,4 @@
-"""Token ids in, logits out, with one KV cache: each prompt reuses the longest common prefix. Knows no text."""
+"""Run a network on token ids, with a KV cache that keeps the common prefix."""
 
 from __future__ import annotations
 
@@ -23,22 +23,27 @@ from llama_scratch.system.mapped_files import MappedFiles
 from llama_scratch.system.memory import memory_errors, require_memory
 from llama_scratch.system.progress import Progress, silent
 
-# More guessed tokens are rarely right.
+# Longer drafts are rarely accepted.
 _MAX_DRAFT_LENGTH = 15
-# Positions whose logits are in memory at a time: 66 MB for a vocabulary of 128,256.
+# Positions per chunk of logits: 66 MB for a vocabulary of 128,256.
 _LOGITS_PER_CHUNK = 128
 
 
 @dataclass(frozen=True)
 class Logits:
-    """The logits after the last token, (vocab_size,) float32, and how many tokens of the prompt were cached."""
+    """The logits for the next token.
+
+    Attributes:
+        values: Logits, (vocab_size,) float32.
+        reused_tokens: Number of tokens of the prompt that were in the cache.
+    """
 
     values: Tensor
     reused_tokens: int
 
 
 class Engine:
-    """Run a `Transformer` on token ids, with one KV cache that successive prompts reuse.
+    """Runs a `Transformer` on token ids, with one KV cache for successive prompts.
 
     The engine stays consistent if it is interrupted: `cache.length` advances only after a complete chunk, and
     `_ids[:cache.length]` are always the tokens in the cache.
@@ -67,20 +72,23 @@ class Engine:
         self._cache = KVCache(model.args, context)
         self._ids: list[int] = []
         self._device = model.tok_embeddings.weight.device
-        # A graph replays what was recorded, without hooks.
+        # A recorded graph does not call hooks.
         self._graph = DecodeGraph(model, self._cache) if self._device.type == "cuda" and not hooks else None
         self._fused = FusedLayers(model, self._cache) if self._device.type == "cpu" and not hooks else None
 
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
-        """Logits of the token after `ids`. Computes only the tokens after the prefix that is in the cache.
+        """Return the logits for the token after `ids`.
+
+        Only the tokens after the longest prefix in the cache are computed.
 
         Args:
             ids: The tokens.
-            progress: Called between the chunks of a long prompt with "reading" and numbers of tokens.
+            progress: Called between the chunks of a long prompt, with "reading" and numbers of tokens.
 
         Raises:
-            ContextLengthError: If there are more ids than the context holds.
-            UsageError: If there are no ids, or one is not of this model.
+            ContextLengthError: If there are more ids than fit into the context.
+            UsageError: If there are no ids, or one is not in the vocabulary.
+            CheckpointError: If the network computes NaN or infinity, or a weight file has changed.
         """
         self.check(ids)
         # The last token is always computed: its logits are not cached.
@@ -96,30 +104,33 @@ class Engine:
 
     @contextmanager
     def weights(self, progress: Progress = silent) -> Iterator[None]:
-        """Make sure that the weights are ready for the next answer: wait until they are packed."""
+        """Wait until the weights are packed, and check that their files have not changed."""
         self.files.check()
         if not self.packing.done:
             with memory_errors("Packing the weights"):
                 self.packing.wait(progress)
             if not self.packing.done:
-                raise UsageError("The model was closed before its weights were packed; load it again.")
+                raise UsageError("The model was closed before its weights were packed. Load it again.")
         yield
         self.files.check()
 
     def all_logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of `ids`, (T, vocab_size) float32."""
+        """Return the logits after every token of `ids`, (T, vocab_size) float32."""
         return torch.cat(list(self.logits_from(ids, 0)))
 
     def logits_from(self, ids: Sequence[int], start: int, progress: Progress = silent) -> Iterator[Tensor]:
-        """Yield the logits after each token from position `start` on, in pieces of (n, vocab_size) float32.
+        """Yield the logits after each token from `start` on, in chunks.
 
-        Tokens before `start` that are in the cache are not computed again. Do not use the engine before the last
-        piece is taken.
+        Cached tokens before `start` are not computed again. The engine must not be used for anything else before the
+        iterator is exhausted.
 
         Args:
             ids: The tokens.
-            start: The first position whose logits are wanted.
-            progress: As for `next_logits`. What it raises ends the work between two pieces.
+            start: Position of the first logits to return.
+            progress: As for `next_logits`. It can raise to cancel between two chunks.
+
+        Yields:
+            Logits, (n, vocab_size) float32.
         """
         self.check(ids)
         reused = min(_common_prefix(self._ids, ids), self._cache.length, start)
@@ -133,20 +144,30 @@ class Engine:
                 yield self._finite(self._forward_cached(chunk, all_positions=True)[0], [ids])
 
     def max_draft_length(self, ids: Sequence[int]) -> int:
-        """Number of tokens that `verify` takes after `ids`: 0 if its bits could differ, or if the cache is full."""
+        """Return the maximum draft length for `verify` after `ids`.
+
+        It is 0 if the result might not be bit-identical, or if the cache is full.
+        """
         before = len(ids) - 1
         if self._fused is None or not self.packing.done or not self._fused.fits():
             return 0
         if self._cache.length != before or _common_prefix(self._ids, ids) < before:
             return 0
-        # The cache does not grow for tokens that may be rejected.
+        # Do not grow the cache for tokens that may be rejected.
         return max(0, min(_MAX_DRAFT_LENGTH, self._cache.capacity - before - 1))
 
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Tensor:
-        """Logits after `ids` and after each token of a draft that follows, in one pass: (1 + len(draft), vocab_size).
+        """Compute the logits after `ids` and after each token of a draft in one pass.
 
-        They are bit-identical to those of `next_logits` for each of these texts in turn, and so is the cache, if
-        `max_draft_length` allows the draft, see `FusedLayers`. Only the first row if a draft leads to NaN.
+        If `max_draft_length` allows the draft, logits and cache are bit-identical to single steps with `next_logits`,
+        see `FusedLayers`.
+
+        Args:
+            ids: The tokens so far. All but the last are in the cache.
+            draft: Guesses at the tokens that follow.
+
+        Returns:
+            Logits, (1 + len(draft), vocab_size), or only the first row if the draft leads to NaN.
         """
         self.check(both := [*ids, *draft])
         self._reset_to(both, len(ids) - 1)
@@ -169,14 +190,14 @@ class Engine:
         all_positions: bool = False,
         progress: Progress = silent,
     ) -> Tensor:
-        """Run texts of equal length through the network with further hooks, from the first token on.
+        """Run a batch of texts of equal length through the network with additional hooks.
 
-        The cache is neither used nor changed. Long texts are run in chunks, and a hook is called for each chunk with
-        its position.
+        The cache is neither used nor changed. Long texts are processed in chunks, and hooks are called for each chunk
+        with its position.
 
         Args:
-            rows: The texts' ids.
-            hooks: Hooks by their places, after the engine's own.
+            rows: Token ids of each text.
+            hooks: Place → hook. The engine's own hooks run first.
             all_positions: Return the logits after every token.
             progress: As for `next_logits`.
 
@@ -211,7 +232,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward_cached(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
-        # A graph replays the weights that it was recorded with.
+        # A graph always uses the weights that it was recorded with.
         if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
             return self._graph(ids[0]).cpu()
         return self._forward([ids], self._cache, {}, all_positions=all_positions)
@@ -229,7 +250,7 @@ class Engine:
         if self._fused and cache is self._cache and not hooks and self.packing.done and self._fused.fits():
             with memory_errors(text):
                 return self._fused(tokens, all_positions=all_positions)
-        # The engine's own hooks first: later ones see the changed network.
+        # The engine's own hooks come first, so later ones see the changed network.
         with memory_errors(text), hooked(self.model, self.hooks), hooked(self.model, hooks):
             return self.model(tokens, cache, all_positions=all_positions).cpu()
 
@@ -238,17 +259,16 @@ class Engine:
     ) -> Tensor:
         if math.isfinite(logits.sum()):  # one NaN makes the sum NaN
             return logits
-        self._cache.rewind(0)  # NaN spreads to earlier tokens of a chunk too, because 0 · NaN = NaN
+        self._cache.rewind(0)  # NaN also spreads to earlier tokens of the chunk, because 0 · NaN = NaN
         if self.hooks or hooks:
-            for ids in rows:  # raises the error below if the hooks are not at fault
+            for ids in rows:  # raises the error below if the hooks are not the cause
                 Engine(self.model, self.context, self.packing, files=self.files).next_logits(ids)
             raise UsageError(
-                "With its interventions the network computes values that are not numbers, expected smaller changes; "
-                "take them off, or choose a smaller scale."
+                "With its interventions the network computes NaN or infinity. "
+                "Remove the interventions, or choose a smaller scale."
             )
         raise CheckpointError(
-            f"The network computed values that are not numbers, so its weights are damaged ({self.files}); "
-            + REDOWNLOAD_HINT
+            f"The network computes NaN or infinity, so its weights are damaged ({self.files}); " + REDOWNLOAD_HINT
         )
 
     @property
@@ -258,30 +278,34 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the keys and values."""
+        """Memory of the cached keys and values in bytes."""
         return self._cache.nbytes
 
     def cached(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's cached keys, rotated by their positions, and values: (n_kv_heads, tokens, head_dim) each.
+        """Return views of a layer's cached keys and values.
 
-        They are views of the cache. Raises `UsageError` if it is empty.
+        Returns:
+            Keys, rotated by their positions, and values, (n_kv_heads, tokens, head_dim) each.
+
+        Raises:
+            UsageError: If the cache is empty.
         """
         if (held := self._cache._layers[layer]) is None:
-            raise UsageError("The cache holds no tokens yet, expected a text before it is looked into.")
+            raise UsageError("The cache holds no tokens yet. Run a prompt first.")
         keys, values = (store[0, :, : self._cache.length] for store in held)
         return keys, values
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raise `UsageError` or `ContextLengthError` if a sequence cannot be run."""
+        """Raise `UsageError` or `ContextLengthError` if a sequence is not valid."""
         if not ids:
             raise UsageError("The prompt is empty, expected at least one token.")
         if len(ids) > self.context:
             raise ContextLengthError(
-                f"The prompt has {len(ids)} tokens, expected at most {self.context}; "
-                "shorten it, or raise `context` where the model allows it."
+                f"The prompt has {len(ids)} tokens, expected at most {self.context}. "
+                "Shorten it, or raise `context` if the model allows it."
             )
         vocab_size = self.model.args.vocab_size
-        # This runs for each new token, over all that came before it: at the speed of C.
+        # In C, because this runs over all previous tokens for each new token.
         try:
             lowest, highest, _ = (
                 min(ids),
@@ -289,22 +313,29 @@ class Engine:
                 operator.index(sum(ids)),
             )  # of integers only
         except TypeError:
-            raise UsageError(
-                f"A token id is no whole number; ids of this model go from 0 to {vocab_size - 1}."
-            ) from None
+            raise UsageError(f"Token ids of this model must be integers from 0 to {vocab_size - 1}.") from None
         for id in (lowest, highest):
             if not 0 <= id < vocab_size:
                 raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {vocab_size - 1}.")
 
 
 def require_device_memory(needed: dict[str, int], what: str, device: torch.device) -> None:
-    """`require_memory`, except on a GPU, which has its own memory and reports itself that it is full."""
+    """Call `require_memory`, except for a GPU, which has its own memory.
+
+    Args:
+        needed: Purpose → bytes.
+        what: Subject of the error message.
+        device: The device that the memory is for.
+
+    Raises:
+        OutOfMemoryError: If less memory is free.
+    """
     if device.type != "cuda":
         require_memory(needed, what)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:  # in C: generation compares all tokens for each new one
+    if a[:n] == b[:n]:  # in C, because generation compares all tokens for each new one
         return n
     return next((i for i in range(n) if a[i] != b[i]), n)  # a list never equals a tuple

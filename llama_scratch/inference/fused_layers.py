@@ -1,7 +1,8 @@
-"""Run all layers for a few tokens in one C++ call: the computation of model.py without per-operator overhead.
+"""Run all layers for a few tokens in one C++ call, without per-operator overhead.
 
-A small model's token is not bound by the memory but by calling some thousand operators. In cpp/layer.h each row is
-computed by itself, so several tokens at once are bit-identical to the same tokens one by one.
+The computation is the same as in model.py. Decoding with a small model is not memory-bound: the overhead of over a
+thousand operator calls dominates. cpp/layer.h computes each row independently, so several tokens at once are
+bit-identical to the same tokens one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from llama_scratch.precision.panels import PANEL, Panels
 
 
 class FusedLayers:
-    """Runs a network for the tokens after those in `cache`, if the kernels know the formats of all its weights."""
+    """Runs a network in C++ for the tokens after those in a cache.
+
+    The kernels must support the formats of all weights.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache):
         self._model = model
@@ -39,17 +43,17 @@ class FusedLayers:
         return bool(self._norms)
 
     def __call__(self, tokens: Tensor, *, all_positions: bool) -> Tensor:
-        """As the network's own call, for one text: (1, T) → (1, T or 1, vocab_size)."""
+        """Same as calling the network, for a batch size of 1: (1, T) → (1, T or 1, vocab_size)."""
         model, cache, args, T = self._model, self._cache, self._model.args, tokens.shape[1]
         end = cache.length + T
         x = model.tok_embeddings(tokens[0])  # (T, dim), a copy
         like = x.new_empty(1, args.n_kv_heads, 0, args.head_dim)
-        # An interrupted text may have made room in the first layers only; none has more than the first.
+        # An interrupted run may have grown only the first layers. No layer has more capacity than the first.
         room = max(end, cache.capacity)
         held = [store[0] for i in range(args.n_layers) for store in cache.reserve(i, room, like)]
         if len(self._freqs) < end:
             turned = rotations(model.freqs, torch.arange(cache.capacity))
-            self._freqs = torch.view_as_real(turned).flatten(1)  # (capacity, head_dim): cosine and sine in turn
+            self._freqs = torch.view_as_real(turned).flatten(1)  # (capacity, head_dim): alternating cosine and sine
         freqs = self._freqs[cache.length : end]
         weights = self._weights, self._types, self._parts
         torch.ops.llama_scratch.layers(x, self._norms, *weights, freqs, held, cache.length, args.n_heads, args.norm_eps)
@@ -57,7 +61,7 @@ class FusedLayers:
         return model.output(model.norm(x if all_positions else x[-1:]))[None]
 
     def _collect(self) -> None:
-        """Collect norms and weights in the order of `Layer`; no norms if the kernels do not know a weight's format."""
+        """Collect norms and weights in the order of `Layer`. No norms if the kernels do not support a weight."""
         args = self._model.args
         if args.dim % PANEL or args.head_dim % PANEL or args.ffn_dim % PANEL:
             return

@@ -1,4 +1,4 @@
-"""Continue a text token by token: sample the next one, verify drafts, and end at a stop token."""
+"""Generate token by token: sample, verify drafts, and end at a stop token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from llama_scratch.sampling import Sampling, sample
 def continue_ids(
     llama: LoadedModel, ids: list[int], max_new_tokens: int, sampling: Sampling, *, speculate: bool
 ) -> Iterator[Step]:
-    """The tokens that follow `ids`, one by one, see `Llama.generate`."""
+    """Yield the tokens that follow `ids`, see `Llama.generate`.
+
+    Args:
+        llama: The model.
+        ids: The prompt.
+        max_new_tokens: Maximum number of tokens to generate.
+        sampling: Sampling options.
+        speculate: Whether to use prompt lookup decoding.
+    """
     generator = sampling.generator()
     stream = llama.tokenizer.stream()
     end = min(len(ids) + max_new_tokens, llama.context)
@@ -38,5 +46,5 @@ def continue_ids(
             yield Step(id, stream.push(id, final=len(ids) == end), logprob)
             if id != guess:
                 break
-        if max_length:  # otherwise it read the prompt, or waited for the weights
+        if max_length:  # otherwise, the pass read the prompt or waited for the weights
             drafts.record_cost(len(draft), len(ids) - before, seconds)

@@ -1,4 +1,4 @@
-"""A model in memory, ready to answer: what the microscope works on, and `Llama` loads."""
+"""A model in memory that can predict and generate: the base class of `Llama`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
 
 class LoadedModel:
-    """A tokenizer and a network that answer prompts.
+    """A network and its tokenizer.
 
     Args:
         tokenizer: Text ↔ ids.
         info: Name, format, precision, device and number of parameters.
         engine: Ids → logits, with the KV cache.
-        load_s: How long loading took, in seconds.
-        warnings: Messages about the model's files, which each prediction repeats.
+        load_s: Loading time in seconds.
+        warnings: Messages about the model's files. Every prediction includes them.
         weights: Reads the file's own weights again, for gradients.
 
     Attributes:
-        args: The shape of the network.
+        args: Dimensions of the network.
         context: Maximum number of tokens of a prompt and its continuation together.
     """
 
@@ -61,20 +61,20 @@ class LoadedModel:
         self.load_s = load_s
         self.warnings = warnings
         self._weights = weights
-        self._differentiable: list[Transformer] = []  # none or one, shared with the models that `intervened` returns
+        self._differentiable: list[Transformer] = []  # at most one, shared with the copies by `intervened`
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
-        """Pack the weights of int8 and int4, and compile the kernels, unless an earlier run did.
+        """Pack int8 and int4 weights and compile the kernels, if not cached.
 
-        Without this the first answer in int8 or int4 waits for the packing, and kernels are not compiled for other
-        precisions.
+        Otherwise, the first answer in int8 or int4 packs the weights, and in other precisions the kernels are not
+        compiled.
 
         Args:
-            progress: Called with the stage, how much is done and how much there is.
+            progress: Called with the stage, the amount done and the total.
             wait: False to work in the background.
 
         Raises:
-            OutOfMemoryError: If packing needs more memory than there is.
+            OutOfMemoryError: If there is not enough memory to pack the weights.
         """
         if wait:
             with memory_errors(self.info.name):
@@ -84,19 +84,19 @@ class LoadedModel:
 
     @property
     def preparing(self) -> tuple[str, int, int] | None:
-        """The stage of the background jobs, how much is done and how much there is; None if they are done."""
+        """Stage, amount done and total of the background jobs; None if they are done."""
         packing = self.engine.packing
         return packing.progress if packing.running else None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that one token reads, as they are stored now."""
+        """Bytes of weights read per token, in their current format."""
         return weight_bytes(self.engine.model)
 
     def intervened(self, hooks: Mapping[str, Hook]) -> Self:
-        """Return the same model with hooks in its network: it answers, caches and generates with the changed network.
+        """Return a copy of this model with additional hooks.
 
-        It shares the weights with this model, which does not change. This model's own hooks come first.
+        The copy shares the weights, but not the KV cache. This model is not changed, and its own hooks run first.
         """
         changed = copy(self)
         both = {place: _one_after_the_other(self.engine.hooks.get(place), hooks.get(place)) for place in hooks}
@@ -105,38 +105,42 @@ class LoadedModel:
         return changed
 
     def differentiable(self, progress: Progress = silent) -> Transformer:
-        """The network that gradients go through: the file's own weights, multiplied in float32.
+        """Return a network for gradients: the file's own weights, computed in float32.
 
-        It is read from the file at the first call and then stays in memory. Raises as `load` does, and `UsageError` if
-        the weights are not from a file.
+        The first call reads it from the file; it then stays in memory.
+
+        Raises:
+            UsageError: If the weights are not from a file.
+            CheckpointError: If the file is damaged.
+            OutOfMemoryError: If the network does not fit into memory.
         """
         if not self._differentiable:
             model = self.engine.model
-            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:  # as it was made
+            if isinstance(model.output, nn.Linear) and model.output.weight.dtype == torch.float32:  # not replaced
                 self._differentiable.append(model)
             elif self._weights is None:
-                raise UsageError("The weights of this model lie in no file, expected a model that `Llama.load` loaded.")
+                raise UsageError("The weights of this model are not from a file. Load a model with `Llama.load`.")
             else:
                 with memory_errors(self.info.name):
                     self._differentiable.append(differentiable(self._weights(progress), self.args))
         return self._differentiable[0]
 
     def close(self) -> None:
-        """End the background jobs. Without this they end with the program."""
+        """End the background jobs. Otherwise, they end with the program."""
         self.engine.packing.close()
 
     def encode(self, prompt: Prompt, *, bos: bool = True, special: bool = False) -> list[int]:
-        """The ids that the model sees for a prompt.
+        """Convert a prompt to token ids.
 
         A text that is far too long for the context is rejected before all of it is tokenized.
 
         Args:
             prompt: A text, or token ids.
-            bos: Begin a text with the beginning-of-text token, if the model has one.
-            special: Read `<|eot_id|>` and the like in a text as the special tokens; otherwise they are plain text.
+            bos: Prepend the BOS token to a text, if the model has one.
+            special: Parse special tokens, such as `<|eot_id|>`, in a text. Otherwise, they are plain text.
 
         Raises:
-            UsageError: If the prompt is neither a text nor whole numbers.
+            UsageError: If the prompt is neither a text nor a sequence of integers.
             ContextLengthError: If a long text has more tokens than the context.
         """
         if isinstance(prompt, str):
@@ -146,7 +150,7 @@ class LoadedModel:
         return [id if type(id) is int else self._id(id) for id in prompt]
 
     def token(self, id: int) -> Token:
-        """A token of the vocabulary. Raises `UsageError` if the id does not exist."""
+        """Return a token of the vocabulary. Raises `UsageError` if the id does not exist."""
         return Token(id := self._id(id), self.tokenizer.token_text(id))
 
     def _id(self, id: object) -> int:
@@ -157,7 +161,12 @@ class LoadedModel:
         return number
 
     def candidates(self, logits: Tensor, top: int) -> tuple[Candidate, ...]:
-        """The `top` most probable tokens by their logits, (vocab_size,): best first, softmax in float64."""
+        """Return the most probable tokens, best first. The softmax is in float64.
+
+        Args:
+            logits: Logits, (vocab_size,).
+            top: Number of tokens.
+        """
         logprobs = logits.double().log_softmax(-1)  # (vocab_size,)
         best = logprobs.topk(min(top, logprobs.numel()))
         return tuple(
@@ -168,7 +177,7 @@ class LoadedModel:
     def predict(
         self, prompt: Prompt, top: int = 5, *, special: bool = False, progress: Progress = silent
     ) -> Prediction:
-        """The most probable next token after a prompt, and the `top` candidates with their probabilities.
+        """Predict the next token: the most probable candidates with their probabilities.
 
         Probabilities are the softmax of the logits in float64.
 
@@ -179,8 +188,9 @@ class LoadedModel:
             progress: Called while a long prompt is read, with "reading" and numbers of tokens.
 
         Raises:
-            UsageError: If the prompt is empty.
+            UsageError: If the prompt is empty, or an id is not in the vocabulary.
             ContextLengthError: If it is longer than the context.
+            CheckpointError: If the weights are damaged, or their file has changed.
         """
         if top < 1:
             raise UsageError(f"{top} candidates were asked for, expected at least 1 (`top`).")
@@ -201,7 +211,7 @@ class LoadedModel:
         )
 
     def logits(self, prompt: Prompt) -> Tensor:
-        """The logits after every token of a prompt: (T, vocab_size) float32."""
+        """Return the logits after every token of a prompt, (T, vocab_size) float32."""
         return self.engine.all_logits(self.encode(prompt))
 
     def _warnings(self, prompt: Prompt, ids: Sequence[int], next: Token, special: bool) -> tuple[PromptWarning, ...]:
@@ -212,7 +222,7 @@ class LoadedModel:
 
 
 def _one_after_the_other(first: Hook | None, second: Hook | None) -> Hook:
-    """One hook for a place that has two."""
+    """Combine two hooks for the same place."""
 
     def both(value: Tensor, start: int) -> Tensor:
         for hook in filter(None, (first, second)):
@@ -224,6 +234,6 @@ def _one_after_the_other(first: Hook | None, second: Hook | None) -> Hook:
 
 
 def entropy_bits(logits: Tensor) -> Tensor:
-    """Shannon entropy of distributions, (…, vocab_size) logits or log-probabilities → (…) bits."""
+    """Shannon entropy in bits: (…, vocab_size) logits or log-probabilities → (…)."""
     nats: Tensor = torch.special.entr(logits.double().softmax(-1)).sum(-1)
     return nats / math.log(2)

@@ -1,4 +1,4 @@
-"""A checkpoint's weights → a network in memory, in the precision that was asked for."""
+"""Load a checkpoint's weights into a network, in a given precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_scratch.system.progress import Progress
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How a network's weights are to be stored and multiplied: the arguments of `Llama.load` with these names."""
+    """How to store and multiply weights: arguments of `Llama.load` with these names."""
 
     precision: str
     activations: str
@@ -37,19 +37,19 @@ def load_network(
     """Build the network of a checkpoint.
 
     Args:
-        checkpoint: Where the weights come from.
-        args: The network's shape.
-        options: How the weights are to be stored.
-        context: Tokens in the cache that there must be memory for.
+        checkpoint: The files to load.
+        args: The network's dimensions.
+        options: How to store the weights.
+        context: Number of tokens in the cache that must fit into memory.
         progress: Called while the weights are read.
 
     Returns:
-        The network, the jobs that are left to do before it answers, or answers fast, and its description.
+        The network, its background jobs (see `build`) and its description.
 
     Raises:
-        OutOfMemoryError: If the network does not fit; this is known before it is built.
+        OutOfMemoryError: If the network does not fit into memory, according to an estimate before it is built.
         UsageError: If an option is unknown, or this machine does not have the device.
-        ModelNotFoundError: If the text for calibration cannot be read.
+        ModelNotFoundError: If the calibration text cannot be read.
         CheckpointError: If the weights are damaged.
     """
     device, activations = resolve_device(options.device), options.activations

@@ -1,6 +1,6 @@
-"""Attention by the kernels in place of the network's own: the same result, and memory-bound for long contexts.
+"""Compute attention with the kernels, so that long contexts are memory-bound.
 
-It is bit-identical to the attention of the fused layers, so hooks do not change an answer.
+The result is bit-identical to the attention of the fused layers, so adding hooks does not change an answer.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from llama_scratch.precision.panels import PANEL
 
 
 def use_kernels(model: Transformer) -> None:
-    """Replace the attention of a network on a CPU by that of the kernels."""
+    """Let a network on a CPU compute attention with the kernels."""
     for block in model.layers:
         cast(TransformerBlock, block).attention.attend = attend_by_kernels
 
 
 def attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute the same as `attend`, for one text with the mask of `causal_mask`."""
+    """Compute `attend` with the kernels, or with torch for unsupported inputs.
+
+    Args:
+        q: Queries, (B, n_heads, T, head_dim).
+        k: Keys, (B, n_kv_heads, S, head_dim).
+        v: Values, (B, n_kv_heads, S, head_dim).
+        mask: The `causal_mask`. The kernels do not support other masks.
+    """
     if not kernels.ready() or len(q) > 1 or q.dtype != torch.float32 or q.shape[-1] % PANEL:
         return attend(q, k, v, mask)
     tokens = q[0].transpose(0, 1).contiguous()  # (T, n_heads, head_dim)

@@ -1,45 +1,45 @@
-"""Prompt lookup decoding: draft the tokens that followed the last few tokens the previous time.
+"""Prompt lookup decoding: draft tokens from an earlier occurrence in the text.
 
-Decoding is memory-bound, and one pass reads the weights for several tokens in little more time than for one. So a few
-guessed tokens, the draft, go through the network together with the last token. They are accepted up to the first that
-the sampler does not take:
+Decoding is memory-bound: a forward pass for several tokens takes little more time than for one. Therefore, a few
+guessed tokens, the draft, go through the network together with the last token. They are accepted up to the first one
+that differs from the sampled token:
 
-    … the cat sat on the mat . The dog saw the cat sat on          the last tokens were here before:
+    … the cat sat on the mat . The dog saw the cat sat on          the last tokens occurred before:
           └──────────┘ └─────┘                 └──────────┘        draft what followed them, "the mat ."
-    one pass:   on → the ✓   the → mat ✓   mat → !                 "." is not what the network predicts: rejected
+    one pass:   on → the ✓   the → mat ✓   mat → !                 the network does not predict ".": rejected
 
 The result is bit-identical to decoding without drafts, see `Engine.verify`.
 
-Source: Leviathan et al. 2022, arXiv:2211.17192, here with the text itself in place of a small model: prompt lookup
-decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
+Sources: Leviathan et al. 2022, arXiv:2211.17192 (speculative decoding); Saxena 2023, with the text itself in place of
+a draft model, github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Lengths of the n-grams that are looked up.
+# Lengths of the n-grams to look up.
 _MAX_NGRAM, _MIN_NGRAM = 4, 2
-# Correct guesses in a row before a token is computed ahead. A wrong guess divides the streak.
+# Consecutive correct guesses required for a draft. A wrong guess divides the streak.
 _MIN_STREAK, _STREAK_DIVISOR = 2, 3
-# The balance of gains and losses, in passes for a single token. It begins with a small credit, earns a share of each
-# pass, and is limited, so that a text that no longer repeats itself does not spend all gains of before.
+# The balance of gains and losses, in units of a single-token pass. It starts with a small credit and earns a fraction
+# of each pass. The maximum keeps a text that stops repeating itself from spending all earlier gains.
 _INITIAL_BALANCE, _ALLOWED_LOSS, _MAX_BALANCE = 0.5, 0.01, 4.0
-# Cost of a drafted token, in passes for a single token, until it is measured.
+# Initial estimate of the cost of a drafted token, in units of a single-token pass.
 _INITIAL_ROW_COST = 0.25
 # Weight of the newest value in a moving average.
 _NEWEST_WEIGHT = 0.2
 
 
 class NGramDrafter:
-    """Drafts tokens that may follow a text: as many as were guessed correctly before, and none if drafts do not pay.
+    """Drafts tokens that may follow a text, as long as drafts save time.
 
-    Every next token is guessed and compared with the actual one, even if no draft is computed: that costs next to
-    nothing and says when to begin. The cost of a pass with a draft, compared to passes for single tokens, is recorded.
-    The balance never falls far below zero, so a text that does not repeat itself loses about `_ALLOWED_LOSS` of its
-    time.
+    A draft is as long as the current streak of correct guesses. Every next token is guessed and compared with the
+    actual one, even without a draft, because that costs almost nothing and shows when to start. The balance compares
+    the cost of passes with drafts to single-token passes. It never falls far below zero, so a text that does not repeat
+    itself loses about `_ALLOWED_LOSS` of its time.
 
-    Finding a draft takes constant time in the length of the text.
+    The time to find a draft does not depend on the length of the text.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class NGramDrafter:
         self._balance = _INITIAL_BALANCE
 
     def propose(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """Return the tokens to compute ahead; none if guesses were wrong or do not pay.
+        """Return a draft; empty if guesses were wrong or drafts do not save time.
 
         Args:
-            ids: The text so far, which grows with each call.
+            ids: The text so far, an extension of the previous one.
             max_length: Maximum number of tokens.
         """
         for id in ids[len(self._ids) :]:
@@ -68,26 +68,32 @@ class NGramDrafter:
         return [followed[i % len(followed)] for i in range(count)]  # wraps around at the end of the text
 
     def record_cost(self, drafted: int, accepted: int, seconds: float) -> None:
-        """Record a pass: the number of drafted tokens, how many of them were accepted, and its time in seconds."""
+        """Record a forward pass.
+
+        Args:
+            drafted: Number of drafted tokens.
+            accepted: Number of accepted tokens.
+            seconds: Duration of the pass.
+        """
         if not drafted:
-            # A pass that something else delayed says little about the next one.
+            # Limit the effect of outliers, such as a pass delayed by another program.
             self._single_s = _average(self._single_s, min(seconds, 2 * self._single_s)) if self._single_s else seconds
             self._balance = min(_MAX_BALANCE, self._balance + _ALLOWED_LOSS)
             return
-        # A row does not cost more than a pass of its own.
+        # A drafted token never costs more than its own pass.
         took = min(seconds / self._single_s, 1.0 + drafted)
         self._row = max(0.01, _average(self._row, (took - 1) / drafted))
         self._balance = max(-_INITIAL_BALANCE, min(_MAX_BALANCE, self._balance + accepted + 1 - took))
 
     def _push(self, id: int) -> None:
-        """Append a token of the text, and look up the guess at the next one."""
+        """Append a token of the text, and guess the next one."""
         source = self._source
         right = source is not None and self._ids[source] == id
         self._streak = self._streak + 1 if right else self._streak // _STREAK_DIVISOR
         self._ids.append(id)
         end = len(self._ids)
         ngrams = [tuple(self._ids[end - n :]) for n in range(min(_MAX_NGRAM, end), _MIN_NGRAM - 1, -1)]
-        # If no n-gram occurred before, the token may replace the guessed one: guess what followed that one.
+        # If no n-gram occurred before, assume that this token replaces the guessed one, and continue after that.
         replaced = None if source is None else source + 1
         self._source = next((self._after[ngram] for ngram in ngrams if ngram in self._after), replaced)
         for ngram in ngrams:

@@ -1,4 +1,4 @@
-"""A prompt → token ids. A text far longer than the context is rejected before all of it is tokenized."""
+"""Encode prompts, and reject texts far beyond the context early."""
 
 from __future__ import annotations
 
@@ -12,14 +12,25 @@ from llama_scratch.errors import ContextLengthError
 from llama_scratch.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-"""A text, which gets the beginning-of-text token if the model wants one, or token ids, which do not."""
+"""A text, to which the model's BOS token is added, or token ids, which are used unchanged."""
 
-# Texts of up to so many characters are tokenized to the end, in half a second at most, whatever the context.
+# Up to this many characters, texts are always tokenized completely, which takes at most half a second.
 _TOKENIZED_IN_FULL = 1_000_000
 
 
 def encode_text(tokenizer: Tokenizer, text: str, context: int, *, bos: bool, special: bool) -> list[int]:
-    """The ids of a text, see `LoadedModel.encode`."""
+    """Encode a text, see `LoadedModel.encode`.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        context: Maximum number of tokens.
+        bos: Add the BOS token, if the model has one.
+        special: Parse special tokens.
+
+    Raises:
+        ContextLengthError: If a long text has more tokens than the context.
+    """
     limit = _token_limit(tokenizer, context, len(text))
     ids = tokenizer.encode(text, bos=bos, special=special, limit=limit)
     if limit is not None and len(ids) > limit:
@@ -28,7 +39,17 @@ def encode_text(tokenizer: Tokenizer, text: str, context: int, *, bos: bool, spe
 
 
 def encode_conversation(tokenizer: Tokenizer, chat: ChatFormat, messages: Sequence[Message], context: int) -> list[int]:
-    """The ids of a conversation up to where its answer begins, see `Llama.encode_chat`."""
+    """Encode a conversation up to the start of the answer, see `Llama.encode_chat`.
+
+    Args:
+        tokenizer: The tokenizer.
+        chat: The chat format.
+        messages: The conversation.
+        context: Maximum number of tokens.
+
+    Raises:
+        ContextLengthError: If a long conversation has more tokens than the context.
+    """
     _token_limit(tokenizer, context, sum(len(message.content) for message in messages))
     parts = chat.parts(messages)
     size = sum(len(part.text) for part in parts)
@@ -39,13 +60,13 @@ def encode_conversation(tokenizer: Tokenizer, chat: ChatFormat, messages: Sequen
         ids += [id] if id is not None else tokenizer.encode(part.text, special=part.special, limit=limit)
         if limit is not None and len(ids) > limit:
             raise _too_long(context, size)
-    # Some templates write the beginning of the text and some leave it to the tokenizer.
+    # Some templates add the BOS token, others leave it to the tokenizer.
     bos = tokenizer.bos_id
     return [*([] if bos is None else [bos]), *dropwhile(lambda id: id == bos, ids)]
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of any type (NumPy's and torch's too) as Python's; None for anything else, True and False too."""
+    """Convert any integer, such as NumPy's, to int. None for bool and other types."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -53,9 +74,9 @@ def whole_number(value: Any) -> int | None:
 
 
 def _token_limit(tokenizer: Tokenizer, context: int, size: int) -> int | None:
-    """The number of tokens after which a text of `size` characters need not be tokenized further; None if it is short.
+    """Return the number of tokens after which tokenizing `size` characters can stop; None for a short text.
 
-    Raises `ContextLengthError` if so many characters cannot fit into the context.
+    Raises `ContextLengthError` if that many characters cannot fit into the context.
     """
     if size <= _TOKENIZED_IN_FULL:
         return None
@@ -66,6 +87,6 @@ def _token_limit(tokenizer: Tokenizer, context: int, size: int) -> int | None:
 
 def _too_long(context: int, size: int) -> ContextLengthError:
     return ContextLengthError(
-        f"The text has {size:,} characters, which are more than the {context:,} tokens of the context. "
+        f"The text has {size:,} characters, which do not fit into the context of {context:,} tokens. "
         "Shorten it, or raise `context` if the model allows it."
     )

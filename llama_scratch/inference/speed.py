@@ -1,7 +1,7 @@
-"""How fast a model runs on this machine, and how near that comes to what the memory allows.
+"""Benchmark a model on this machine, relative to the memory bandwidth.
 
-Decoding one token reads every weight once and the whole cache, so no program can do it faster than the
-memory delivers them. Reading a prompt reads the weights once for many tokens: there the arithmetic decides.
+Decoding is memory-bound: each token reads every weight and the whole KV cache, so the bandwidth limits the speed.
+Prefill reads the weights once for many tokens and is compute-bound.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_scratch.precision.dtypes import activation_bytes
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 
-# What read_bandwidth reads: far more than any cache holds.
+# Size of the array for read_bandwidth: far larger than any CPU cache.
 BANDWIDTH_BYTES = 1_000_000_000
 
 
@@ -35,21 +35,30 @@ def measure(
     runs: int = 3,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure a loaded model; plain values, times in seconds.
+    """Benchmark a loaded model.
 
-    prefill: lengths of prompts. decode_at: tokens in the cache where decoding begins. tokens: decoded in each
-    measurement. runs: how often each is measured; the median counts. Sizes that the context has no room for
-    are left out, and named in `left_out`. All numbers are at least 1.
+    All numbers must be at least 1.
+
+    Args:
+        llama: The model.
+        prefill: Prompt lengths in tokens.
+        decode_at: Numbers of cached tokens at the start of decoding.
+        tokens: Tokens to decode per measurement.
+        runs: Measurements per size. The result is their median.
+        progress: Called with a stage, the amount done and the total.
+
+    Returns:
+        Plain values, with times in seconds. `left_out` lists sizes that do not fit into the context.
     """
     prompts = [size for size in prefill if size <= llama.context]
     contexts = [size for size in decode_at if size + tokens <= llama.context]
     start = time.perf_counter()
     llama.prepare(progress)
     prepare_s = time.perf_counter() - start
-    timed(llama, random_ids(llama.args.vocab_size, 2, seed=0), 1)  # what only a first call does
+    timed(llama, random_ids(llama.args.vocab_size, 2, seed=0), 1)  # warm-up
     read = _time_prefill(llama, prompts, runs, progress)
     decoded = _time_decode(llama, contexts, tokens, runs, progress)
-    peak = peak_memory()  # before the bandwidth, whose own buffer is no part of the model
+    peak = peak_memory()  # before the bandwidth measurement, whose buffer does not count
     bandwidth = read_bandwidth(BANDWIDTH_BYTES, max(3, runs))
     return {
         "model": asdict(llama.info),
@@ -75,9 +84,16 @@ def measure(
 
 
 def read_bandwidth(size: int, runs: int = 3) -> float:
-    """Bytes that the threads in use read a second from `size` bytes, the median of several runs.
+    """Measure the memory's read bandwidth with torch's threads.
 
-    The product of a vector with itself reads each byte once and computes next to nothing.
+    The dot product of a vector with itself reads each byte once and is memory-bound.
+
+    Args:
+        size: Size of the vector in bytes.
+        runs: Number of measurements. The result is their median.
+
+    Returns:
+        Bytes per second.
     """
     require_memory(size, "Measuring the bandwidth")
     numbers = torch.ones(size // 4)
@@ -86,18 +102,35 @@ def read_bandwidth(size: int, runs: int = 3) -> float:
         start = time.perf_counter()
         torch.dot(numbers, numbers)
         seconds.append(time.perf_counter() - start)
-    return numbers.nbytes / median(seconds[1:])  # the first one may wake the threads
+    return numbers.nbytes / median(seconds[1:])  # the first run may start the threads
 
 
 def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
-    """Ids that serve as a text; those of two seeds differ in the first, so that no cache serves both."""
+    """Return random token ids.
+
+    The first one is the seed, so the cache cannot reuse any tokens of another seed.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        count: Number of ids.
+        seed: Random seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(vocab_size, (count,), generator=generator).tolist()
     return [seed % vocab_size, *ids[1:]]
 
 
 def timed(llama: LoadedModel, ids: Sequence[int], new: int) -> tuple[float, float]:
-    """Seconds for reading all but the last `new` of `ids`, and for the others one by one."""
+    """Time a forward pass over a prompt, then decoding token by token.
+
+    Args:
+        llama: The model.
+        ids: Prompt and continuation.
+        new: Number of tokens in the continuation.
+
+    Returns:
+        Seconds for the prompt and for the continuation.
+    """
     engine, first = llama.engine, len(ids) - new
     start = time.perf_counter()
     engine.next_logits(ids[:first])
@@ -108,7 +141,7 @@ def timed(llama: LoadedModel, ids: Sequence[int], new: int) -> tuple[float, floa
 
 
 def _time_prefill(llama: LoadedModel, sizes: Sequence[int], runs: int, progress: Progress) -> dict[int, float]:
-    """Size → median seconds of reading a prompt. The sizes take turns."""
+    """Return size → median seconds to read a prompt. Sizes are interleaved."""
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     done, total = 0, runs * sum(seconds)
     for run in range(runs):
@@ -122,7 +155,7 @@ def _time_prefill(llama: LoadedModel, sizes: Sequence[int], runs: int, progress:
 def _time_decode(
     llama: LoadedModel, contexts: Sequence[int], tokens: int, runs: int, progress: Progress
 ) -> dict[int, float]:
-    """Context → median seconds a token. The context is read once; every run goes on from it with other tokens."""
+    """Return context → median seconds per token. The context is read once, and each run continues it differently."""
     seconds: dict[int, float] = {}
     for context in contexts:
         before = random_ids(llama.args.vocab_size, context, seed=0)
@@ -139,12 +172,12 @@ def _time_decode(
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory, mapped pages of files among them."""
-    # Linux counts in KiB, macOS in bytes.
+    """Return this process's peak resident memory in bytes, mapped pages included."""
+    # In KiB on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# --- What it means ----------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------
 
 
 def _prefill(args: ModelArgs, size: int, seconds: float) -> dict[str, Any]:
@@ -173,17 +206,29 @@ def _decode(llama: LoadedModel, context: int, seconds: float, bandwidth: float) 
 
 
 def decode_flops(args: ModelArgs, context: int) -> int:
-    """Multiplications and additions for one token behind `context` others."""
+    """Return the FLOP for one token after `context` others.
+
+    Args:
+        args: The network's dimensions.
+        context: Number of tokens in the cache.
+    """
     return 2 * args.linear_parameters() + _attention_flops(args, context + 1)
 
 
 def prefill_flops(args: ModelArgs, tokens: int) -> int:
-    """The same for a whole prompt; only its last token goes through the output projection."""
+    """Return the FLOP for a whole prompt.
+
+    Only the last token goes through the output projection.
+
+    Args:
+        args: The network's dimensions.
+        tokens: Length of the prompt.
+    """
     output = args.dim * args.vocab_size
-    pairs = tokens * (tokens + 1) // 2  # each token looks at itself and at all before it
+    pairs = tokens * (tokens + 1) // 2  # each token attends to itself and all earlier ones
     return 2 * ((args.linear_parameters() - output) * tokens + output) + _attention_flops(args, pairs)
 
 
 def _attention_flops(args: ModelArgs, pairs: int) -> int:
-    """Query times key and share times value, for each layer, head and pair of tokens."""
+    """Query · key and weight · value, for each layer, head and pair of tokens."""
     return 4 * args.n_layers * args.n_heads * args.head_dim * pairs

@@ -1,11 +1,11 @@
-"""How are weights stored, and how are they multiplied?
+"""Weight formats: how weights are stored and multiplied in each precision.
 
-Read `network` first, which builds a network in a given precision, then `linear` with its two weight formats `rows` and
-`panels`, then `packing`, `quantize` and `calibration`, which make 8 and 4 bits of a file's weights. `kernels.cpp`
-computes the same as `rows` and `panels` faster; `weight_cache` keeps packed weights between runs, and `memory_estimate`
-says beforehand what all of it takes.
+Start with `network`, which builds a network in a given precision. Then read `linear` and its two weight formats, `rows`
+and `panels`, and `packing`, `quantize` and `calibration`, which quantize a file's weights to 8 or 4 bits. `kernels.cpp`
+is a faster implementation of `rows` and `panels`. `weight_cache` keeps packed weights between runs, and
+`memory_estimate` estimates the memory of all this in advance.
 
-Importing this package imports no torch.
+Importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-"""How weights can be stored and multiplied:
+"""Precisions of the weights:
 
-| name | weights                                       | promise                                                      |
+| name | weights                                       | accuracy                                                     |
 | ---- | --------------------------------------------- | ------------------------------------------------------------ |
 | fp32 | float32                                       | the reference                                                |
-| bf16 | bfloat16, read where the file is mapped       | equal to fp32 of the same file within 1e-5                   |
-| fp16 | float16, mapped if the file holds it          | logits within 1e-3 of fp32                                   |
-| int8 | 8 bits, a scale per 32; activations alike     | half the bytes; no further from fp32 than llama.cpp's Q8_0   |
-| int4 | 4 bits, a scale per 64; activations in 8 bits | a quarter; nearer to fp32 than llama.cpp's Q4_0, see quantize |
+| bf16 | bfloat16, memory-mapped                       | within 1e-5 of fp32 for the same file                        |
+| fp16 | float16, memory-mapped from a float16 file    | logits within 1e-3 of fp32                                   |
+| int8 | 8 bits, group size 32; activations likewise   | as close to fp32 as llama.cpp's Q8_0, or closer              |
+| int4 | 4 bits, group size 64; activations in 8 bits  | closer to fp32 than llama.cpp's Q4_0, see `quantize`         |
 
-A GGUF file's quantized blocks are read as the file holds them in fp32 and fp16, which loses nothing. 32 and 16 bits
-answer as soon as the file is mapped. int8 and int4 are packed into panels once, and kept for the next run.
+fp32 and fp16 multiply GGUF's quantized blocks directly and without loss. With 32 and 16 bits, the first answer needs
+only the mapped file. For int8 and int4, weights are packed into panels once and cached for later runs.
 """
 
 ACTIVATIONS = ("fp32", "bf16")
-"""Number types of the activations between the layers. By default float32 on a CPU, and the weights' type on a GPU."""
+"""Dtypes of the activations between layers. The default is float32 on a CPU and the weights' dtype on a GPU."""
 
 _NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
@@ -47,12 +47,12 @@ def validate_precision(precision: str) -> None:
 
 
 def resolve_precision(precision: str, file_dtype: torch.dtype | None, device: torch.device | None = None) -> str:
-    """Return the precision to run in: the named one, or for "auto" the file's own type.
+    """Return the precision to run in: the given one, or the file's dtype for "auto".
 
     Args:
         precision: One of `PRECISIONS`, or "auto".
-        file_dtype: Type of the file's weights; None for GGUF's quantized blocks, which run in fp16.
-        device: The device that multiplies. By default the CPU, which multiplies all types.
+        file_dtype: Dtype of the file's weights; None for GGUF's quantized blocks, which run in fp16.
+        device: The device to run on. By default the CPU, which supports all dtypes.
     """
     if precision != "auto":
         return precision
@@ -65,7 +65,7 @@ def resolve_precision(precision: str, file_dtype: torch.dtype | None, device: to
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA if there is a GPU, else the CPU.
+    """Return the torch device for a name; "auto" is CUDA if available, else the CPU.
 
     Raises:
         UsageError: If this machine does not have the device.
@@ -85,7 +85,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself."""
+    """Whether a device supports bfloat16 in hardware."""
     import torch
 
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Collect the inputs of a network's linear layers from examples, which tell `quantize` which errors matter.
+"""Calibrate int4 quantization with examples of the linear layers' inputs.
 
-Examples are windows of tokens. The best is text of the kind that the model will read. Without one, half of the tokens
-are Python's documentation, which every installation has, and half are sampled from the model after random first
-tokens: subjects and languages that the model was trained on, in about the same shares.
+Examples are windows of tokens. Text of the kind that the model will read is best. By default, half of the tokens come
+from Python's documentation, which is part of every installation. The other half is sampled from the model after random
+first tokens, and so has about the same mix of subjects and languages as its training data.
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, arXiv:2305.17888 (a model's own text).
 """
@@ -32,7 +32,7 @@ from llama_scratch.system.small_files import read_start, reject_pointer, without
 from llama_scratch.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 16_384
-"""Tokens of all examples. Twice as many gain a few percent, half as many lose 10 %."""
+"""Total tokens in the examples. With twice as many, the error is a few percent lower; with half, 10 % higher."""
 
 LINEARS_BY_INPUT = (
     ("attention.wq", "attention.wk", "attention.wv"),
@@ -46,17 +46,17 @@ LINEARS_BY_INPUT = (
 def collect_hessians(
     model: Transformer, windows: Sequence[Tensor], progress: Progress = silent
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Compute H = E[x xᵀ] of the inputs x of all linear layers, in order of execution.
+    """Compute H = E[x xᵀ] for the inputs x of all linear layers.
 
-    Holds one vector per token, and the products of one block at a time.
+    Keeps one vector per token in memory, and the sums for one block at a time.
 
     Args:
-        model: The network. Nothing else may use it meanwhile.
+        model: The network. It must not be used for anything else until all H are computed.
         windows: Examples, (B, T) int64 each, read from an empty context.
         progress: Called with "calibrating" and numbers of windows.
 
     Yields:
-        The names of the layers that read the same x, and their H, (in, in) float32.
+        The names of the layers that share an input x, and H, (in, in) float32, in order of execution.
     """
     device, tokens = model.freqs.device, sum(window.numel() for window in windows)
     streams: list[Tensor] = [model.tok_embeddings(window.to(device)) for window in windows]  # (B, T, dim)
@@ -80,7 +80,7 @@ def collect_hessians(
     yield ["output"], output.mean(tokens)
 
 
-# Rows of H that are computed at a time, from the diagonal on, because H is symmetric.
+# Rows of H to compute at a time, from the diagonal to the right: H is symmetric.
 _ROWS_PER_PRODUCT = 1024
 
 
@@ -91,10 +91,10 @@ def _forward_block(block: TransformerBlock, x: Tensor, model: Transformer, layer
 
 
 class _Products:
-    """A hook that adds up x xᵀ over all inputs of a module."""
+    """A hook that sums x xᵀ over all inputs of a module."""
 
     def __init__(self) -> None:
-        self._upper = torch.empty(0, 0)  # the upper triangle, and parts of the lower one
+        self._upper = torch.empty(0, 0)  # the upper triangle and parts of the lower one
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
@@ -113,18 +113,18 @@ class _Products:
 
 # --- Examples ---------------------------------------------------------------------------------
 
-_MAX_CHARACTERS_PER_TOKEN = 32  # the rest of a longer token is not looked at
-_WINDOW_TOKENS = 1024  # tokens that are read from an empty context
-_SAMPLED_TOKENS = 256  # length of a text that the model samples
+_MAX_CHARACTERS_PER_TOKEN = 32  # limits how much of a file is read
+_WINDOW_TOKENS = 1024  # read from an empty context
+_SAMPLED_TOKENS = 256  # length of each text that is sampled from the model
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text that 4-bit weights are calibrated with.
+    """A text to calibrate 4-bit weights with.
 
     Attributes:
-        name: Identifies the text, so that weights calibrated with another one are not reused.
-        windows: Returns its tokens as windows for `collect_hessians`, for the network that reads them.
+        name: Identifies the text in the cache of packed weights.
+        windows: Returns windows for `collect_hessians`, given the network that reads them.
     """
 
     name: str
@@ -132,11 +132,15 @@ class CalibrationText:
 
 
 def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
-    """Return the text of a file, or if there is none, the one that the model and Python provide, see `examples`.
+    """Return the calibration text from a file, or the default of `examples`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        path: A text file; None for the default.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
-        UsageError: If it is not a text, or too short.
+        UsageError: If it is not a text file, or too short.
     """
     if path is None:
         name = f"its own words and Python {platform.python_version()}'s"
@@ -149,9 +153,16 @@ def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) 
 def examples(
     model: Transformer, tokenizer: Tokenizer, tokens: int = CALIBRATION_TOKENS, progress: Progress = silent
 ) -> list[Tensor]:
-    """Windows for `collect_hessians`, (B, T) int64: half from Python's documentation, half sampled from the model.
+    """Create the default windows for `collect_hessians`, (B, T) int64 each.
 
-    Deterministic for a model and a version of Python.
+    Half of the tokens come from Python's documentation, half are sampled from the model. They depend only on the model
+    and the version of Python.
+
+    Args:
+        model: The network to sample from.
+        tokenizer: Its tokenizer.
+        tokens: Total number of tokens.
+        progress: Called with "sampling" and numbers of tokens.
     """
     read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
     missing = tokens - sum(window.numel() for window in read)
@@ -160,11 +171,11 @@ def examples(
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read the text to calibrate with. Only the beginning of a long file is used.
+    """Read a text to calibrate with. Only the beginning of a long file is used.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
-        UsageError: If it is not a file of UTF-8 text.
+        UsageError: If it is not a UTF-8 text file.
     """
     name, limit = (
         sanitize(os.fspath(path), 200),
@@ -184,24 +195,32 @@ def read_text(path: str | os.PathLike[str]) -> str:
             without_mark(start, name, UsageError), final=len(start) < limit
         )
     except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8, expected text (`calibration`); save it as UTF-8.") from None
+        raise UsageError(f"{name} is not UTF-8 text (`calibration`). Save it as UTF-8.") from None
     if "\0" in text:
-        raise UsageError(f"{name} holds zero bytes, expected text (`calibration`); name another file.")
+        raise UsageError(f"{name} contains zero bytes, so it is not text (`calibration`). Choose another file.")
     return text[: _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def windows(tokenizer: Tokenizer, text: str, tokens: int = CALIBRATION_TOKENS) -> list[Tensor]:
-    """Windows for `collect_hessians` from the beginning of a text, (1, T) int64.
+    """Cut the beginning of a text into windows for `collect_hessians`, (1, T) int64.
 
-    Raises `UsageError` if the text is shorter than one.
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+        tokens: Total number of tokens.
+
+    Raises:
+        UsageError: If the text is shorter than one window.
     """
     if not (chunks := _cut(tokenizer, text[: _MAX_CHARACTERS_PER_TOKEN * tokens], tokens)):
-        raise UsageError(f"The text for calibration is shorter than {_WINDOW_TOKENS:,} tokens, expected some pages.")
+        raise UsageError(
+            f"The calibration text is shorter than {_WINDOW_TOKENS:,} tokens. Choose a text of several pages."
+        )
     return chunks
 
 
 def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
-    """The first windows, `tokens` ids in all, or fewer if the text is short. Each begins with the BOS token."""
+    """Return whole windows, `tokens` ids in all or fewer if the text is short. Each begins with the BOS token."""
     ids, start = tokenizer.encode(text), _start(tokenizer)
     width = _WINDOW_TOKENS - len(start)
     count = min(-(-tokens // _WINDOW_TOKENS), len(ids) // width)
@@ -215,14 +234,18 @@ def _start(tokenizer: Tokenizer) -> list[int]:
 def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (), progress: Progress = silent) -> Tensor:
     """Sample texts from the model after random first tokens: (count, 256) int64.
 
-    start: ids before the random one.
+    Args:
+        model: The network.
+        count: Number of texts.
+        start: Ids before the random one.
+        progress: Called with "sampling" and numbers of tokens.
     """
     chance = torch.Generator().manual_seed(0)
     first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
     ids = torch.cat([torch.tensor([start], dtype=torch.long).expand(count, -1), first], 1)
     cache, new = KVCache(model.args, _SAMPLED_TOKENS), ids
     while ids.shape[1] < _SAMPLED_TOKENS:
-        progress("imagining", ids.shape[1], _SAMPLED_TOKENS)
+        progress("sampling", ids.shape[1], _SAMPLED_TOKENS)
         probabilities = model(new.to(model.freqs.device), cache)[:, -1].softmax(-1).cpu()
         new = torch.multinomial(probabilities, 1, generator=chance)
         ids = torch.cat([ids, new], 1)
@@ -230,9 +253,9 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
 
 
 def stdlib_documentation(characters: int) -> str:
-    """Docstrings of Python's standard library in a random but fixed order.
+    """Return docstrings of Python's standard library in a random but fixed order.
 
-    Fewer characters if there are no more; none if the library was installed without its source.
+    The text is shorter than `characters` if the library does not have enough, and empty without its source files.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in library.rglob("*.py") if not _SKIPPED_FOLDERS & {*file.relative_to(library).parts})
@@ -247,9 +270,9 @@ def stdlib_documentation(characters: int) -> str:
     return "\n\n".join(texts)[:characters]
 
 
-# Third-party packages, code without prose, and pydoc_data, which the benchmarks measure with.
+# Third-party packages, code with few docstrings, and pydoc_data, because the benchmarks evaluate on it.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
-_MIN_DOCSTRING = 400  # characters; shorter ones mostly repeat the name of a function
+_MIN_DOCSTRING = 400  # characters; shorter ones often only repeat the function's name
 
 
 def _docstrings(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The dtypes that a precision's name stands for: of weights in memory, of a file's weights, and of activations."""
+"""Dtypes of weights in memory, of weights in a file, and of activations."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from llama_scratch.precision import ACTIVATIONS, computes_bf16
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, kernel_operands
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtype of the weights in memory, for the precisions that do not quantize."""
+"""Precision → dtype of the weights, without the quantized precisions."""
 
 BITS = {"int8": 8, "int4": 4}
-"""Bits per weight, for the precisions that quantize."""
+"""Quantized precision → bits per weight."""
 
 
 def file_type(weights: Mapping[str, Weight]) -> torch.dtype | None:
-    """The dtype of a file's weights; None if some are quantized blocks."""
+    """Return the dtype of a file's weights, or None if some are quantized blocks."""
     return None if any(isinstance(weight, GGUFBlockWeight) for weight in weights.values()) else weights[EMBEDDING].dtype
 
 
 def all_known(weights: Mapping[str, Weight]) -> bool:
-    """Whether the kernels know the formats of all quantized blocks."""
+    """Whether the kernels support the formats of all quantized blocks."""
     return all(bool(kernel_operands(weight)) for weight in weights.values() if isinstance(weight, GGUFBlockWeight))
 
 
 def activation_type(activations: str, precision: str, device: torch.device) -> torch.dtype:
-    """Dtype of the activations: the named one, or for "auto" float32 on a CPU, and the weights' dtype on a GPU.
+    """Return the dtype of the activations.
+
+    Args:
+        activations: One of `ACTIVATIONS`, or "auto": float32 on a CPU, the weights' dtype on a GPU.
+        precision: One of `PRECISIONS`.
+        device: The device that the network runs on.
 
     Raises:
         UsageError: If `activations` is neither "auto" nor one of `ACTIVATIONS`.
@@ -47,5 +52,5 @@ def activation_type(activations: str, precision: str, device: torch.device) -> t
 
 
 def activation_bytes(model: Transformer) -> int:
-    """Bytes of each number that a network passes from layer to layer, and so of each number in its cache."""
+    """Return the bytes per number in a network's residual stream and KV cache."""
     return model.norm.weight.dtype.itemsize

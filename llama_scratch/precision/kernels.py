@@ -1,13 +1,13 @@
-"""Compile `kernels.cpp` with the machine's C++ compiler, once, and load the library from the user's cache.
+"""Compile `kernels.cpp` once per machine, and load the library from the cache.
 
-Nothing is compiled or loaded before `build` or `load` is called. Without a compiler, torch's own operators do the work.
-A library's name contains a hash of its inputs (the source, torch, the CPU, the flags) and its own checksum, because a
-damaged library could crash the process. The compiler is not part of the hash: all compilers produce the same bits, and
-a library may outlive its compiler.
+Nothing is compiled or loaded until `build` or `load` is called. Without a C++ compiler, torch's operators are used.
+A library's name contains a hash of its inputs (source, torch, CPU, flags) and its own checksum, because a damaged
+library could crash the process. The hash does not include the compiler: all compilers produce the same results, and the
+library remains usable if the compiler is removed.
 
     kernels-<key>-<sha256>.so    a complete library that no other user can write
-    kernels-<key>.failed         the reason why compiling failed
-    kernels-<key>.part/          the folder in which one process compiles while the others wait for its library
+    kernels-<key>.failed         the reason for a failed compilation
+    kernels-<key>.part/          working folder of the one process that compiles while others wait
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from llama_scratch.system.processes import end_group
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 _MAX_LIBRARIES = 4  # in the cache; the least recently used are removed
-_RETRY_AFTER_S = 24 * 3600  # when a compiler that failed is tried again
-_COMPILE_TIMEOUT_S = 300  # also for the compiler of another process
-_CHECK_TIMEOUT_S = 10  # for a compiler to say whether it knows C++20
-_NO_COMPILER = "they are not made for Windows" if os.name == "nt" else "no C++ compiler was found"
+_RETRY_AFTER_S = 24 * 3600  # after a failed compilation
+_COMPILE_TIMEOUT_S = 300  # also the time to wait for another process
+_CHECK_TIMEOUT_S = 10  # to check a compiler for C++20
+_NO_COMPILER = "they are not available on Windows" if os.name == "nt" else "no C++ compiler was found"
 _NO_COMPILER_HINT = "; with one (Debian: apt-get install g++) answers would be faster"
 
-# $LLAMA_SCRATCH_KERNELS → flags; by default the compiler takes all that this CPU has.
+# $LLAMA_SCRATCH_KERNELS → flags. By default, the compiler uses all instructions of this CPU.
 INSTRUCTION_SETS = {"avx2": ["-march=x86-64-v3"], "plain": ["-DLLAMA_SCRATCH_PLAIN"]}
 
-_loading = threading.Lock()  # never held while something is compiled
+_loading = threading.Lock()  # not held during compilation
 _loaded = False
-_failure = ""  # why compiling failed, if it was tried
+_failure = ""  # the reason for a failed compilation in this process
 
 
 class _FailedError(Exception):
-    """Compiling failed; the message is a clause."""
+    """Compilation failed. The message is a clause."""
 
 
 # --- Interface --------------------------------------------------------------------------------
@@ -67,23 +67,27 @@ def ready() -> bool:
 
 
 def load() -> bool:
-    """Load a library from the cache, or one built with the package. False if there is none. Compiles nothing."""
+    """Load a library from the cache or the package, without compiling one.
+
+    Returns:
+        False without a usable library.
+    """
     return _wanted() and (_loaded or any(map(_load, _libraries())))
 
 
 def possible() -> bool:
-    """Whether the kernels are loaded, or `build` may succeed. Starts no compiler."""
+    """Whether the kernels are loaded, or `build` may succeed. Does not run a compiler."""
     return load() or (_wanted() and not _failed() and bool(_candidates()))
 
 
 def build() -> bool:
-    """Load a library, or compile one: some seconds on one core, at the lowest priority.
+    """Load a library, or compile one at the lowest priority.
 
-    Only one of several processes compiles. The compiler ends with the process, or with the job that calls this; files
-    of a killed process are removed by the next one.
+    Compilation takes a few seconds on one core. If several processes call this, only one compiles. The compiler ends
+    with the process or the job that called this function. The next process removes the files of a killed one.
 
     Returns:
-        False if compiling failed. It is not tried again for a day.
+        False if the compilation failed. It is retried after a day.
     """
     global _failure
     if load() or not _wanted() or _failed():
@@ -91,11 +95,11 @@ def build() -> bool:
     try:
         try:
             loaded = _build_into_cache(user_folder("cache") / "kernels")
-        except OSError:  # no home, or it cannot be written to
+        except OSError:  # no home directory, or it is not writable
             with tempfile.TemporaryDirectory(prefix="llama-scratch-") as folder:
                 loaded = _load(compile_into(Path(folder)))
         if not loaded:
-            raise _FailedError("what was compiled could not be loaded")
+            raise _FailedError("the compiled library could not be loaded")
     except (_FailedError, OSError) as failure:
         _failure = str(failure)
         if _candidates() and _program_runs():
@@ -105,9 +109,9 @@ def build() -> bool:
 
 
 def compiler() -> str | None:
-    """The command of a C++ compiler that supports C++20: $CXX, or else the first of c++, g++ and clang++.
+    """Return the command of a C++20 compiler: $CXX, c++, g++ or clang++.
 
-    Starts each of them, for at most `_CHECK_TIMEOUT_S`, until one succeeds.
+    Runs each of them for at most `_CHECK_TIMEOUT_S` until one succeeds.
     """
     with contextlib.suppress(_FailedError):
         return _find(_candidates())
@@ -115,7 +119,10 @@ def compiler() -> str | None:
 
 
 def state() -> str:
-    """Describe the kernels, or why there are none, as a clause. Loads nothing and starts no compiler."""
+    """Describe the kernels, or the reason for not using them, as a clause.
+
+    Does not load a library or run a compiler.
+    """
     if not _wanted():
         return "switched off by LLAMA_SCRATCH_KERNELS=0"
     if _loaded:
@@ -128,8 +135,13 @@ def state() -> str:
 
 
 def compile_into(folder: Path) -> Path:
-    """Compile a library into a folder, and name it once it is complete. Raises `_FailedError` and OSError."""
-    path = folder / f"{secrets.token_hex(4)}.so"  # a random name: a killed process's compiler may still run
+    """Compile a library into a folder, and rename it after it is complete.
+
+    Raises:
+        _FailedError: If the compilation fails.
+        OSError: If the folder is not writable.
+    """
+    path = folder / f"{secrets.token_hex(4)}.so"  # random: the compiler of a killed process may still be running
     try:
         code, said = _run([*_command(), "-o", str(path)], _COMPILE_TIMEOUT_S, folder)
         if code:
@@ -145,7 +157,7 @@ def compile_into(folder: Path) -> Path:
 
 
 def _failed() -> str:
-    """Why these compilers failed, in this process or another one, within a day; "" if none was tried."""
+    """Return the reason if this or another process failed to compile within a day; otherwise ""."""
     with contextlib.suppress(OSError, ValueError):
         if not _failure and time.time() - _reason().stat().st_mtime < _RETRY_AFTER_S:
             commands, _, failure = _reason().read_text("utf-8").partition("\n")
@@ -154,7 +166,7 @@ def _failed() -> str:
 
 
 def _reason() -> Path:
-    """The file with the reason. Raises OSError if there is no home."""
+    """Return the path of the file with the reason. Raises OSError without a home directory."""
     return user_folder("cache") / "kernels" / f"{_key()}.failed"
 
 
@@ -166,27 +178,27 @@ def _wanted() -> bool:
 
 
 def _setting() -> str:
-    """$LLAMA_SCRATCH_KERNELS: "0" switches the kernels off, a name of `INSTRUCTION_SETS` limits them."""
+    """$LLAMA_SCRATCH_KERNELS: "0" disables the kernels, a name in `INSTRUCTION_SETS` limits them."""
     return os.environ.get("LLAMA_SCRATCH_KERNELS", "")
 
 
 def _libraries() -> Iterator[Path]:
-    """Libraries for this machine: beside the source, and in the cache."""
-    with contextlib.suppress(OSError):  # no home, or no source
+    """Yield the libraries for this machine: in the package, then in the cache."""
+    with contextlib.suppress(OSError):  # no home directory, or no source
         yield from SOURCE.parent.glob(f"{_key()}-*.so")
         yield from (user_folder("cache") / "kernels").glob(f"{_key()}-*.so")
 
 
 def _load(path: Path) -> bool:
-    """Load a complete library; remove one that is damaged, or cannot be loaded in spite of its name."""
+    """Load a library. Remove it from the cache if it is damaged or cannot be loaded."""
     global _loaded
     with _loading:
-        # Registering the same operators twice would end the process.
+        # Registering the same operators twice aborts the process.
         if _loaded or hasattr(torch.ops.llama_scratch, "linear"):
             _loaded = True
         elif _is_whole(path):
             with contextlib.suppress(OSError):
-                os.utime(path)  # used just now
+                os.utime(path)  # mark as used
             with contextlib.suppress(OSError, RuntimeError):
                 torch.ops.load_library(path)
                 _loaded = True
@@ -197,17 +209,17 @@ def _load(path: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether no other user could have written a library, and its checksum is the one in its name."""
+    """Whether a library matches the checksum in its name, and no other user could have written it."""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
         status = os.fstat(file.fileno())
-        # A library beside the source is as trustworthy as the source.
+        # A library in the package is as trustworthy as the source.
         ours = path.parent == SOURCE.parent or (is_ours(status) and is_ours(path.parent.stat()))
         return ours and stat.S_ISREG(status.st_mode) and path.stem.endswith(hashlib.sha256(file.read()).hexdigest())
     return False
 
 
 def _key() -> str:
-    """The first part of a library's name: a hash of the source, torch, the CPU and the flags."""
+    """Return the first part of a library's name: a hash of source, torch, CPU and flags."""
     return _key_of(*_flags())
 
 
@@ -225,7 +237,7 @@ def _key_of(*flags: str) -> str:
 
 
 def _cpu() -> list[str]:
-    """The model of the CPU, and its instruction sets."""
+    """Return the CPU's model and instruction sets."""
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu"]
         return [subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout]
@@ -238,7 +250,7 @@ def _cpu() -> list[str]:
 
 
 def _limit_cache(folder: Path) -> None:
-    """Remove what ended processes left unfinished, and of the libraries the least recently used."""
+    """Remove stale .part folders and the least recently used libraries."""
     remove_stale(folder, "*.part")
     trim_folder(folder.glob("*.so"), max_files=_MAX_LIBRARIES - 1)
 
@@ -247,7 +259,7 @@ def _limit_cache(folder: Path) -> None:
 
 
 def _build_into_cache(folder: Path) -> bool:
-    """Compile into the cache, or wait for the process that does, and load. Raises OSError if it cannot be written."""
+    """Compile into the cache, or wait for the process that does, and load. Raises OSError if not writable."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(folder.stat()):
         raise PermissionError
@@ -256,17 +268,17 @@ def _build_into_cache(folder: Path) -> bool:
     while time.monotonic() < until and _program_runs():
         report_progress()
         part.mkdir(0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # gone: another process has just finished
+        with contextlib.suppress(FileNotFoundError), locked(part) as alone:  # another process has just finished
             if alone:
                 try:
-                    if load():  # the other process made it
+                    if load():  # another process compiled it
                         return True
                     library = compile_into(part)
                     return _load(library.replace(folder / library.name))
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
         time.sleep(0.05)
-    raise _FailedError("another program did not end compiling them")
+    raise _FailedError("another process took too long to compile them")
 
 
 def _program_runs() -> bool:
@@ -274,7 +286,7 @@ def _program_runs() -> bool:
 
 
 def _candidates() -> list[str]:
-    """The commands of C++ compilers on this machine, the best first. Starts none of them."""
+    """Return the commands of installed C++ compilers, in order of preference. Does not run them."""
     if os.name == "nt":
         return []
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
@@ -282,8 +294,8 @@ def _candidates() -> list[str]:
 
 
 def _program(command: str) -> str | None:
-    """The path of a command's program; None if it does not exist."""
-    with contextlib.suppress(ValueError):  # quotes that do not match
+    """Return the path of a command's program, or None if it does not exist."""
+    with contextlib.suppress(ValueError):  # unbalanced quotes
         words = shlex.split(command)
         return shutil.which(words[0]) if words else None
     return None
@@ -291,18 +303,18 @@ def _program(command: str) -> str | None:
 
 @functools.cache
 def _knows_cpp20(command: str, path: str) -> str:
-    """Why a compiler cannot be used, "" if it can. path: $PATH, by which the command is found."""
-    # The oldest that succeed are GCC 10 and Clang 10.
+    """Return the reason if a compiler cannot be used, else "". path: $PATH, as part of the cache key."""
+    # GCC 10 and Clang 10 are the oldest that succeed.
     check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
     try:
         code, _ = _run(check, _CHECK_TIMEOUT_S)
     except _FailedError as failure:
         return f"{sanitize(command, 200)} does not work ({failure})"
-    return f"{sanitize(command, 200)} knows no C++20" if code else ""
+    return f"{sanitize(command, 200)} does not support C++20" if code else ""
 
 
 def _find(commands: list[str]) -> str:
-    """The first compiler that supports C++20. Raises `_FailedError` with the reason of the last one."""
+    """Return the first compiler that supports C++20. Raises `_FailedError` with the reason for the last one."""
     why = _NO_COMPILER
     for command in commands:
         if not (why := _knows_cpp20(command, os.environ.get("PATH", ""))):
@@ -311,7 +323,7 @@ def _find(commands: list[str]) -> str:
 
 
 def _flags() -> list[str]:
-    """Compiler flags. Contraction is off: a·b + c is rounded twice on every machine."""
+    """Return the compiler flags. Without contraction, every machine rounds a·b + c twice."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     instructions = INSTRUCTION_SETS.get(_setting(), [native])
     flags = ["-std=c++20", "-O3", *instructions, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
@@ -322,9 +334,9 @@ def _flags() -> list[str]:
 
 
 def _command() -> list[str]:
-    """The command, without the path of the library."""
+    """Return the command, without the path of the output."""
     command = _find(_candidates())
-    # As in `torch.utils.cpp_extension`, which is not imported because it needs setuptools.
+    # As in `torch.utils.cpp_extension`, which requires setuptools.
     home = Path(torch.__file__).parent
     quietly = ["nice", "-n", "19"] if shutil.which("nice") else []
     includes = [f"-I{home / path}" for path in ("include", "include/torch/csrc/api/include")]
@@ -333,18 +345,18 @@ def _command() -> list[str]:
 
 
 def _run(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int, str]:
-    """Run a compiler. It ends with all that it started, at the latest when the job or the program ends.
+    """Run a compiler. It and its child processes end with the job or the program, if not before.
 
     Args:
         command: The program and its arguments.
-        seconds: The time after which it is ended.
-        folder: A folder for its temporary files.
+        seconds: Timeout.
+        folder: Folder for temporary files.
 
     Returns:
-        Its exit code and what it wrote to stderr.
+        The exit code and the output on stderr.
 
     Raises:
-        _FailedError: If it cannot be started or takes too long.
+        _FailedError: If the compiler cannot be started or takes too long.
     """
     try:
         process = subprocess.Popen(
@@ -355,7 +367,7 @@ def _run(command: list[str], seconds: float, folder: Path | None = None) -> tupl
             text=True,
             errors="replace",
             env=os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {}),
-            process_group=0,  # Ctrl-C is meant for an answer, not for this
+            process_group=0,  # so that Ctrl-C does not end it
         )
     except OSError as error:
         raise _FailedError(f"the C++ compiler could not be started ({sanitize(str(error))})") from None
@@ -368,7 +380,7 @@ def _run(command: list[str], seconds: float, folder: Path | None = None) -> tupl
                 return process.returncode, said
             except subprocess.TimeoutExpired:
                 if process.poll() is not None:
-                    end_group(process)  # what it left running has stderr open
+                    end_group(process)  # its child processes have stderr open
                 elif not _program_runs() or time.monotonic() > until:
                     raise _FailedError("the C++ compiler took too long") from None
     finally:

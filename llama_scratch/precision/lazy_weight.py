@@ -1,7 +1,7 @@
-"""Weights that stay as their file holds them: rows become a tensor only when they are used.
+"""Weights in their file's format, converted row by row when they are used.
 
-A mapped bfloat16 tensor does not need this. GGUF's quantized blocks do, because they would take four times as much
-memory as float32, and so do the shards of a large model, because joining several files would copy them.
+GGUF's quantized blocks need this, because as float32 they would take several times the memory. So do the shards of a
+large model, because joining them would copy them. A mapped bfloat16 tensor does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-# Weights that are converted at a time: 4 MB of float32, which fit into a CPU's cache.
+# Weights to convert at a time: 4 MB of float32, which fit into a CPU's cache.
 _WEIGHTS_PER_BLOCK = 1 << 20
 
 
@@ -22,8 +22,8 @@ class LazyWeight(ABC):
 
     Attributes:
         shape: (out, in).
-        dtype: The type of the tensors that it returns.
-        nbytes: Its size in the file.
+        dtype: Dtype of the tensors that it returns.
+        nbytes: Size in the file.
     """
 
     device = torch.device("cpu")
@@ -35,7 +35,15 @@ class LazyWeight(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return some rows, (stop − start, in) of `dtype`. Raises `CheckpointError` if the file is damaged."""
+        """Convert a range of rows: (stop − start, in) of `dtype`.
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -45,12 +53,12 @@ class LazyWeight(ABC):
         return self.shape[0] * self.shape[1]
 
     def split(self, n: int) -> list[LazyWeight]:
-        """Parts of `n` rows; the last one can have fewer."""
+        """Split into parts of `n` rows. The last one can have fewer."""
         starts = range(0, len(self), n)
         return [_RowRange(self, start, min(start + n, len(self))) for start in starts]
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight, converted to `dtype` a block at a time."""
+        """Return the whole weight as a tensor, converted block by block."""
         step = max(1, _WEIGHTS_PER_BLOCK // self.shape[1])
         if len(self) <= step:
             return self.rows(0, len(self)).to(dtype)
@@ -61,7 +69,7 @@ class LazyWeight(ABC):
 
 
 class _RowRange(LazyWeight):
-    """Some rows of another weight."""
+    """A range of rows of another weight."""
 
     def __init__(self, whole: LazyWeight, start: int, stop: int):
         count = stop - start
@@ -74,12 +82,12 @@ class _RowRange(LazyWeight):
 
 
 class GGUFBlockWeight(LazyWeight):
-    """Rows of blocks in one of GGUF's formats.
+    """Rows of quantized blocks in one of GGUF's formats.
 
     Args:
         shape: (out, in).
-        blocks: The bytes of the blocks, (out, bytes per row) uint8.
-        format: The name of the format, such as "Q4_1".
+        blocks: The blocks' bytes, (out, bytes per row) uint8.
+        format: Name of the format, such as "Q4_1".
         dequantize: Converts the rows `start` to `stop` to float32, (stop − start, in).
     """
 
@@ -94,7 +102,7 @@ class GGUFBlockWeight(LazyWeight):
 
 
 class ShardedWeight(LazyWeight):
-    """Pieces of one weight in several files: below each other (axis 0) or side by side (axis 1)."""
+    """A weight that is split along an axis over several files, as if concatenated."""
 
     def __init__(self, pieces: Sequence[Tensor], axis: int):
         rows, columns = pieces[0].shape
@@ -117,15 +125,15 @@ class ShardedWeight(LazyWeight):
 
 Weight = Tensor | LazyWeight
 
-# Types that the kernels multiply as a file holds them, see cpp/rows.h.
+# Dtypes that the kernels multiply without conversion, see cpp/rows.h.
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 KERNEL_FORMATS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 
 def kernel_operands(weight: Weight) -> list[tuple[Tensor, str]]:
-    """A weight as the kernels read it: the tensors below each other that hold it, with their types.
+    """Return the tensors of a weight for the kernels, with the names of their formats.
 
-    Empty if the kernels do not know a type.
+    The tensors are stacked along the rows. The list is empty if the kernels do not support a format.
     """
     if isinstance(weight, GGUFBlockWeight):
         return [(weight.blocks, weight.format)] if weight.format in KERNEL_FORMATS else []
@@ -136,5 +144,10 @@ def kernel_operands(weight: Weight) -> list[tuple[Tensor, str]]:
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole weight, by default in its own type."""
+    """Return the whole weight as a tensor.
+
+    Args:
+        weight: The weight.
+        dtype: Dtype of the result. By default, the weight's own.
+    """
     return weight.to(dtype or weight.dtype)

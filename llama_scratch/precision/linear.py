@@ -1,13 +1,13 @@
-"""Modules that replace torch's `nn.Linear` and `nn.Embedding`, and multiply weights in their own format.
+"""Replacements for `nn.Linear` and `nn.Embedding` that use weights in any format.
 
-Decoding one token reads every weight once, so its speed is the memory's bandwidth divided by the bytes per weight.
-A `WeightFormat` is a function x → x·Wᵀ, (…, in) → (…, out), that knows its size. There are two:
+Decoding is memory-bound: each token reads every weight once, so the speed is bandwidth divided by bytes per weight.
+A `WeightFormat` is a function x → x·Wᵀ, (…, in) → (…, out), that knows its size. There are two formats:
 
-    Rows       32 and 16 bits, and GGUF's blocks: as the file holds them, mapped and not copied (cpp/rows.h)
-    Panels     8 or 4 bits and a scale per block, activations in blocks of 8 bits too (cpp/panels.h)
+    Rows       32 and 16 bits, and GGUF's blocks: memory-mapped, in the file's format (cpp/rows.h)
+    Panels     8 or 4 bits with a scale per block; activations are rounded to 8 bits in blocks too (cpp/panels.h)
 
-On a CPU both multiply in float32 whatever the type of x, with our kernels or, without them, with torch's operators;
-on a GPU in the type of x.
+On a CPU, products are computed in float32 whatever the dtype of x, with our kernels or else with torch's operators.
+On a GPU, they are computed in the dtype of x.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class WeightFormat(Protocol):
     """A weight in some format, as a function x → x·Wᵀ.
 
     Attributes:
-        nbytes: Bytes that it reads for one row of x.
-        kernel_operands: The weights below each other, as the kernels read them. Empty if no kernel knows them.
+        nbytes: Bytes to read for one row of x.
+        kernel_operands: The weights for the kernels, stacked along the rows. Empty if the kernels do not support them.
     """
 
     nbytes: int
@@ -39,7 +39,7 @@ class WeightFormat(Protocol):
 
 
 class PackedLinear(nn.Module):
-    """Replaces an `nn.Linear`. Its format can be exchanged at any time for an equal one."""
+    """Replaces an `nn.Linear`. Its weight format can be exchanged at any time."""
 
     def __init__(self, format: WeightFormat):
         super().__init__()
@@ -50,21 +50,26 @@ class PackedLinear(nn.Module):
 
 
 class FusedOutput:
-    """One product for linear layers that read the same x, such as wq, wk and wv, whose weights are read in one go.
+    """One fused product for linear layers with the same input, such as wq, wk and wv.
 
-    model.py calls these layers one by one with the same tensor. The first call computes the outputs of all, and each
-    other call takes its own out of `_pending`. If that is not there, because x is another tensor or the output was
-    taken already, the product is computed again: so results do not depend on the order of the calls, only time does.
+    model.py calls these layers one by one with the same tensor x. The first call computes the outputs of all of them,
+    and the other calls take theirs from `_pending`. If an output is missing there, because x is another tensor or the
+    output was already taken, the product is computed again. So the order of the calls affects only speed.
     """
 
     def __init__(self, format: WeightFormat, sizes: Sequence[int]):
         self.format = format
         self._sizes = list(sizes)
         self._input: Tensor | None = None  # the x that `_pending` was computed from
-        self._pending: dict[int, Tensor] = {}  # outputs that were not taken yet, by the layer's index
+        self._pending: dict[int, Tensor] = {}  # index of a layer → output that it has not taken yet
 
     def take(self, x: Tensor, part: int) -> Tensor:
-        """Return the output of one of the layers, by its index."""
+        """Return the output of one of the layers.
+
+        Args:
+            x: The input of all layers, (…, in).
+            part: Index of the layer.
+        """
         if self._input is not x or part not in self._pending:
             self._pending = dict(enumerate(self.format(x).split(self._sizes, dim=-1)))
             self._input = x
@@ -75,7 +80,7 @@ class FusedOutput:
 
 
 class FusedLinearPart(nn.Module):
-    """Replaces one of several `nn.Linear`s that read the same x."""
+    """Replaces one of several `nn.Linear`s with the same input."""
 
     def __init__(self, fused: FusedOutput, part: int):
         super().__init__()
@@ -87,17 +92,17 @@ class FusedLinearPart(nn.Module):
 
 
 def format_of(layer: nn.Module) -> WeightFormat | None:
-    """The weight format of a layer that replaced a linear layer; fused layers share one."""
+    """Return the weight format of a replaced linear layer. Fused layers share one."""
     if isinstance(layer, FusedLinearPart):
         return layer.fused.format
     return layer.format if isinstance(layer, PackedLinear) else None
 
 
 class Differentiable(nn.Module):
-    """Replaces an `nn.Linear` if gradients are wanted: with respect to x, never to the weight.
+    """Replaces an `nn.Linear` for gradients with respect to x, but not to the weight.
 
-    x: (…, in) → (…, out). The weight stays as the file holds it, and one block at a time is float32, in the forward and
-    in the backward pass.
+    x: (…, in) → (…, out). The weight stays in the file's format. The forward and the backward pass convert one block
+    at a time to float32.
     """
 
     def __init__(self, weight: Tensor):
@@ -109,7 +114,7 @@ class Differentiable(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x·Wᵀ with the gradient g·W. The kernels' products have no gradient, and torch's own would keep W as float32."""
+    """x·Wᵀ with the gradient g·W. The kernels do not compute gradients, and torch's would keep W as float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -125,14 +130,14 @@ class _Product(torch.autograd.Function):
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that the linear layers of a network read for one token."""
+    """Return the bytes of weights that a network's linear layers read per token."""
     linear = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
     formats = {id(format): format.nbytes for format in map(format_of, model.modules()) if format is not None}
     return linear + sum(formats.values())
 
 
 class Embedding(nn.Module):
-    """Replaces an `nn.Embedding`: rows of the table as it is stored, converted to `dtype`."""
+    """Replaces an `nn.Embedding`: looks up rows in the stored format, then converts."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype):
         super().__init__()

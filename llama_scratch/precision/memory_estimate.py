@@ -1,4 +1,4 @@
-"""Memory that a network takes, estimated before it is built: what does not fit is rejected, and not killed later."""
+"""Estimate a network's memory, to reject one that does not fit before it is built."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llama_scratch.precision.panels import PACKING_BYTES, panel_bytes
 from llama_scratch.precision.quantize import WEIGHTS_PER_CALIBRATION
 from llama_scratch.precision.rows import PRODUCT_BYTES, reads_gguf_blocks
 
-# Prompts go through the network in chunks of so many tokens, so that Ctrl-C is heard between them, and activations and
-# the attention mask stay small.
+# Tokens per chunk of a prompt. Ctrl-C takes effect between chunks, and chunks limit the size of activations and
+# attention masks.
 CHUNK = 512
 
-# Bytes for each product of two inputs while a Hessian is made of them, and for each weight that is calibrated.
+# Bytes per element of a Hessian while it is computed, and per weight in calibration.
 _HESSIAN_BYTES, _CALIBRATION_BYTES = 24, 16
 
 
@@ -34,27 +34,30 @@ def memory_needed(
     activations: str = "auto",
     known: bool = True,
 ) -> dict[str, int]:
-    """Bytes that a network takes besides the file's own weights, by what they are for.
+    """Estimate the memory of a network, without its mapped weights.
 
     Args:
-        args: The network's shape.
+        args: The network's dimensions.
         precision: One of `PRECISIONS`.
         file_dtype: The file's `file_type`.
         context: Tokens in the cache.
         device: The device that the network runs on.
         tied: Whether embedding and output share a weight.
         activations: See `activation_type`.
-        known: Whether the kernels know all formats of the file's quantized blocks, see `all_known`. If not, all
+        known: Whether the kernels support all formats of the file's quantized blocks, see `all_known`. If not, all
             weights count as converted.
+
+    Returns:
+        Purpose → bytes.
     """
     itemsize = activation_type(activations, precision, device).itemsize
     has_kernels = device.type == "cpu" and kernels.load()
     cache = context * args.kv_bytes_per_token(itemsize)
     packing = PACKING_BYTES * torch.get_num_threads() if precision in BITS else 0
     if not has_kernels:
-        # It is over long before a cache of its size is full; but what the kernels' search took is given back late.
+        # Packing ends long before the cache is full, but the memory of the kernels' search is returned late.
         packing = max(0, packing - cache)
-    # With kernels and float32, the layers run in C++.
+    # With kernels and float32 activations, the layers run in C++.
     activation_memory = (
         _activations_of_kernels(args)
         if has_kernels and itemsize == 4
@@ -69,16 +72,22 @@ def memory_needed(
 
 
 def calibration_memory(weights: Mapping[str, Weight], args: ModelArgs) -> dict[str, int]:
-    """Bytes that calibrating int4 takes beside the network that answers, by what they are for."""
+    """Estimate the memory for int4 calibration, in addition to the network's own.
+
+    Args:
+        weights: The file's weights.
+        args: The network's dimensions.
+
+    Returns:
+        Purpose → bytes.
+    """
     reader = memory_needed(args, "int8", file_type(weights), 0, torch.device("cpu"), tied=is_tied(weights))
     width = max(args.dim, args.n_heads * args.head_dim, args.ffn_dim)
     return {
-        "the int8 network that reads examples": reader["weights"] + reader["activations"],
+        "int8 network": reader["weights"] + reader["activations"],
         "examples": 4 * CALIBRATION_TOKENS * args.dim,
-        # First the Hessian is made, then weights are quantized by it.
-        "products of inputs": max(
-            _HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION
-        ),
+        # The Hessian is computed first and then used for quantization.
+        "Hessian": max(_HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION),
     }
 
 
@@ -91,7 +100,7 @@ def _weights(
     tied: bool,
     known: bool,
 ) -> int:
-    """Bytes of weights that are not mapped from the file."""
+    """Bytes of the weights that are not mapped from the file."""
     if bits := BITS.get(precision):
         shapes = [shape for name, shape in args.weight_shapes().items() if len(shape) == 2 and name != EMBEDDING]
         return sum(panel_bytes((out, width), bits) for out, width in shapes)
@@ -103,13 +112,13 @@ def _weights(
 
 
 def _activations_of_kernels(args: ModelArgs) -> int:
-    """Bytes of `Space` in cpp/layer.h; the scores of a long context take little."""
+    """Bytes of `Space` in cpp/layer.h. The scores of a long context are negligible."""
     heads = args.n_heads * args.head_dim
     return 4 * CHUNK * (4 * args.dim + 2 * heads + 2 * args.n_kv_heads * args.head_dim + 3 * args.ffn_dim)
 
 
 def _activations_of_torch(args: ModelArgs, context: int, itemsize: int, file_dtype: torch.dtype | None) -> int:
-    """Bytes that torch's operators take for one chunk at the end of a context."""
+    """Bytes that torch's operators use for the last chunk of a full context."""
     numbers = CHUNK * (4 * args.ffn_dim + 8 * max(args.dim, args.n_heads * args.head_dim))
     mask = CHUNK * context * (3 + itemsize)
     return 4 * numbers + mask + (0 if file_dtype == torch.float32 else PRODUCT_BYTES)

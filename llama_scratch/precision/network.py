@@ -1,6 +1,6 @@
-"""Build a network of a file's weights, in the precision that was asked for, see `PRECISIONS`.
+"""Build a network from a file's weights in a given precision, see `PRECISIONS`.
 
-`build` makes the network that answers, `differentiable` the one that gradients go through.
+`build` creates the network for inference, `differentiable` the network for gradients.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ def build(
     text: CalibrationText | None = None,
     activations: str = "auto",
 ) -> tuple[Transformer, BackgroundJobs]:
-    """Build a network, and the jobs that are left to do before it answers, or answers fast.
+    """Build a network for inference.
 
-    It is built without memory and filled with the file's own tensors, so that there is never a second copy.
+    The network is created on the meta device and then filled with the file's own tensors, to avoid a second copy.
 
     Args:
         weights: The file's weights, by Meta's names.
-        args: The network's shape.
+        args: The network's dimensions.
         precision: One of `PRECISIONS`.
         device: The device that the network runs on.
-        files: The files that the weights come from; quantized weights are cached under these.
-        text: Text that int4 is calibrated with. Without one, its scales are searched for.
+        files: The weight files, as a key for the cache of quantized weights.
+        text: Text to calibrate int4 with. Without it, scales are found by search.
         activations: See `activation_type`.
+
+    Returns:
+        The network and its background jobs: quantization, which the first answer waits for, and kernel compilation.
     """
     dtype = activation_type(activations, precision, device)
     kernels.load()
@@ -66,7 +69,7 @@ def build(
     model.freqs = model.freqs.to(device)
     jobs: list[Job] = []
     if device.type == "cpu" and not kernels.ready() and kernels.possible():
-        jobs.append((kernels.build, 0))  # answers do not wait for it
+        jobs.append((kernels.build, 0))  # answers do not wait for jobs of size 0
     if precision in BITS:
         hessians, recipe = None, ""
         if precision == "int4" and text and device.type == "cpu":
@@ -78,7 +81,7 @@ def build(
 
 
 def _reader(weights: Mapping[str, Weight], args: ModelArgs, files: Sequence[Path]) -> Transformer:
-    """A second network that reads the calibration text, as the first one is in use: int8, fast and accurate enough."""
+    """Build a second network to read the calibration text: int8, which is fast and accurate enough."""
     require_memory(calibration_memory(weights, args), "Calibrating int4")
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
     try:
@@ -89,7 +92,7 @@ def _reader(weights: Mapping[str, Weight], args: ModelArgs, files: Sequence[Path
 
 
 def _in_precision(weight: Weight, args: ModelArgs, precision: str, device: torch.device) -> Weight:
-    """A weight in the dtype of a precision: the file's own if it has that dtype. Norms keep theirs."""
+    """Convert a weight to a precision's dtype, unless it has that dtype or is a norm's weight."""
     if precision in BITS or len(weight.shape) == 1:
         return weight if device.type == "cpu" else as_tensor(weight).to(device)
     dtype = DTYPES[precision]
@@ -98,19 +101,24 @@ def _in_precision(weight: Weight, args: ModelArgs, precision: str, device: torch
         if reads_gguf_blocks(precision, args) if blocks else weight.dtype == dtype:
             return weight
     converted = weight.to(dtype)
-    # Weights that are too large for float16, on either side of 0, stay as they are.
+    # A weight with values beyond the range of float16 keeps its dtype.
     fits = dtype != torch.float16 or all(bound.isfinite() for bound in converted.aminmax())
     return (converted if fits else as_tensor(weight)).to(device)
 
 
 def _map_weights(weights: Mapping[str, Weight], convert: Callable[[Weight], Weight]) -> dict[str, Weight]:
-    """Convert all weights; a tied pair stays one object."""
+    """Convert all weights. Tied weights stay tied."""
     converted = {id(weight): convert(weight) for weight in {id(weight): weight for weight in weights.values()}.values()}
     return {name: converted[id(weight)] for name, weight in weights.items()}
 
 
 def differentiable(weights: Mapping[str, Weight], args: ModelArgs) -> Transformer:
-    """Build a network that gradients go through, with the file's own weights, multiplied in float32."""
+    """Build a network for gradients with respect to activations, computed in float32.
+
+    Args:
+        weights: The file's weights, by Meta's names. They are not copied.
+        args: The network's dimensions.
+    """
     tensors = cast(dict[str, Tensor], _map_weights(weights, as_tensor))
     with torch.device("meta"):
         model = Transformer(args)

@@ -1,8 +1,8 @@
-"""Pack the weights of linear layers into panels of 8 or 4 bits, in the background, while the network is in memory.
+"""Pack the weights of linear layers into panels of 8 or 4 bits in the background.
 
-`replace_linears` first gives each linear layer the file's own weights, to be multiplied as they are mapped. Each
-`PackTarget` is one piece of work: `BlockPacker` quantizes its weights, or takes them from the cache of an earlier run,
-and exchanges its format. For int4 `hessians_in_turn` calibrates the pieces one after the other.
+`replace_linears` first replaces each linear layer by a module that multiplies the mapped weights. Each `PackTarget` is
+one unit of work: `BlockPacker` quantizes its weights, or reads them from the cache of an earlier run, and exchanges the
+layer's format. For int4, `hessians_in_turn` provides the calibration data of one target after another.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from llama_scratch.system.jobs import report_progress
 
 @dataclass(frozen=True)
 class PackTarget:
-    """A replaced linear layer, or several that were fused, and its weights in the file.
+    """A replaced linear layer, or several fused ones, with the weights to pack.
 
     Attributes:
-        layer: The layer whose format is to be exchanged.
-        weights: Its weights below each other, (out, in) in all.
+        layer: The layer whose format will be exchanged.
+        weights: Its weights in the file, stacked along the rows: (out, in) in total.
     """
 
     layer: FusedOutput | PackedLinear
@@ -49,14 +49,21 @@ class PackTarget:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of all weights together."""
+        """(out, in) of the stacked weights."""
         return sum(map(len, self.weights)), self.weights[0].shape[1]
 
 
 def replace_linears(model: Transformer, weights: Mapping[str, Weight]) -> list[PackTarget]:
-    """Replace the linear layers by modules that multiply the file's weights; those that read the same x are fused.
+    """Replace the linear layers by modules that multiply the file's weights.
 
-    Returns the replaced layers in the order in which a token passes them.
+    Layers with the same input are fused.
+
+    Args:
+        model: The network.
+        weights: The file's weights, by Meta's names.
+
+    Returns:
+        The replaced layers, in order of execution.
     """
     targets = []
     for i in range(len(model.layers)):
@@ -73,14 +80,14 @@ def replace_linears(model: Transformer, weights: Mapping[str, Weight]) -> list[P
 
 
 class BlockPacker:
-    """Packs the weights of targets into panels, or takes those that an earlier run packed.
+    """Packs the weights of targets into panels, or reads them from the cache.
 
     Args:
-        files: The files that the weights come from.
+        files: The weight files.
         targets: All layers to pack.
         bits: 8 or 4.
-        hessians: See `hessians_in_turn`; None to quantize each target by itself.
-        recipe: What else decides the result, such as the text that it is calibrated with.
+        hessians: See `hessians_in_turn`. None for quantization without calibration.
+        recipe: Other inputs that determine the result, such as the calibration text.
     """
 
     def __init__(
@@ -96,11 +103,16 @@ class BlockPacker:
         layouts = [tuple(zip(panel_shapes(target.shape, bits), types, strict=True)) for target in targets]
         self._cache = PackedWeightCache(files, cast(list[Layout], layouts), recipe)
         self._hessians = hessians
-        self._calibrated: dict[int, PackedPiece | None] = {}  # pieces that no `pack` took yet
+        self._calibrated: dict[int, PackedPiece | None] = {}  # index → piece that `pack` has not taken yet
         self._lock = threading.Lock()
 
     def pack(self, i: int, target: PackTarget) -> None:
-        """Exchange the format of target number i. Weights that cannot be quantized keep theirs."""
+        """Pack a target and exchange its format, unless its weights cannot be quantized.
+
+        Args:
+            i: Index of the target.
+            target: The target.
+        """
         piece = self._cache.get(i)
         if piece is None:
             if self._hessians is None:
@@ -116,7 +128,7 @@ class BlockPacker:
     def _calibrate_up_to(self, i: int, hessians: Iterator[CalibrationStep]) -> PackedPiece | None:
         with self._lock:
             while i not in self._calibrated:
-                j, target, hessian = next(hessians)  # its forward passes run even if the piece is in the cache
+                j, target, hessian = next(hessians)  # runs its forward passes even if the piece is in the cache
                 self._calibrated[j] = self._cache.get(j) or quantize_piece(target, self._bits, hessian())
             return self._calibrated.pop(i)
 
@@ -124,11 +136,20 @@ class BlockPacker:
 PackedPiece = tuple[Tensor, Tensor]
 """Values and scales in panels."""
 CalibrationStep = tuple[int, PackTarget, Callable[[], Hessian | None]]
-"""A target's index, the target, and a function that makes its Hessian."""
+"""The index of a target, the target, and a function that returns its Hessian."""
 
 
 def quantize_piece(target: PackTarget, bits: int, hessian: Hessian | None = None) -> PackedPiece | None:
-    """A target's weights in panels; None if a weight is not finite or too large."""
+    """Quantize a target's weights.
+
+    Args:
+        target: The target.
+        bits: 8 or 4.
+        hessian: Its Hessian, for calibration.
+
+    Returns:
+        The weights in panels; None if a weight is NaN or too large.
+    """
     try:
         return to_panels(target.weights, bits, hessian, report_progress)
     except ValueError:
@@ -138,12 +159,12 @@ def quantize_piece(target: PackTarget, bits: int, hessian: Hessian | None = None
 def hessians_in_turn(
     targets: Sequence[PackTarget], text: CalibrationText, reader: Callable[[], Transformer]
 ) -> Iterator[CalibrationStep]:
-    """Run a text through a network, and yield the Hessian of each target's inputs, in the order of the layers.
+    """Run the calibration text through a network, and yield each target's Hessian.
 
     Args:
-        targets: All layers, as `replace_linears` returns them.
-        text: The text to calibrate with.
-        reader: Makes the network that reads the text.
+        targets: All layers, as returned by `replace_linears`.
+        text: The calibration text.
+        reader: Builds the network that reads the text.
     """
     model = reader()
     products_by_target = collect_hessians(model, text.windows(model), report_progress)

@@ -1,7 +1,8 @@
-"""The layout of 8- and 4-bit weights in memory, shared with cpp/panels.h: `PANEL` rows side by side.
+"""Panels: the memory layout of 8- and 4-bit weights, shared with cpp/panels.h.
 
-A panel holds `GROUP` inputs of each of its rows, then the next `GROUP` inputs of each. The kernels read a weight from
-beginning to end that way, and multiply 16 rows at a time. Scales are a tensor of their own, one per row and block.
+A panel interleaves `PANEL` rows: `GROUP` inputs of each row, then the next `GROUP` inputs of each row, and so on.
+With this layout, the kernels read a weight sequentially and multiply 16 rows at a time. The scales, one per row and
+block, are a separate tensor.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from llama_scratch.precision.quantize import (
 from llama_scratch.precision.rows import WEIGHTS_PER_BLOCK, KernelOperand, kernels_product, product, product_type
 
 PANEL = 16
-"""Rows of a panel. The kernels want every dimension of a network to be a multiple of it."""
+"""Rows per panel. For the kernels, every dimension of a network must be a multiple of it."""
 GROUP = 4
-"""Inputs of a row that are next to each other in a panel."""
+"""Adjacent inputs of the same row in a panel."""
 
 WEIGHTS_PER_PIECE = 1 << 22
-"""Weights that are packed at a time: packing takes some times as much memory as they do."""
+"""Weights to pack at a time, which limits the temporary memory."""
 PACKING_BYTES = 4 * WEIGHTS_PER_PIECE
-"""Memory that packing one piece takes, on each thread."""
+"""Temporary memory to pack one piece, per thread."""
 
 
 class Panels:
-    """A weight of 8 or 4 bits, multiplied as in cpp/panels.h; without kernels, as float32.
+    """A weight of 8 or 4 bits in panels, multiplied by the kernels or else in float32.
 
     Args:
-        values: From `to_panels`.
-        scales: From `to_panels`.
+        values: Values from `to_panels`.
+        scales: Scales from `to_panels`.
         shape: (out, in) of the weight, without padding.
     """
 
@@ -52,7 +53,7 @@ class Panels:
         self.nbytes = values.nbytes + scales.nbytes
         bits = 8 if values.dtype == torch.int8 else 4
         self.kernel_operands: list[KernelOperand] = [((values, scales), f"int{bits}")]
-        # Whether every panel and block is full, which `layers` in kernels.cpp needs.
+        # Whether there is no padding, as `layers` in kernels.cpp requires.
         self.whole = panel_shapes(shape, bits)[0][0] * PANEL == shape[0] and shape[1] % BLOCK_SIZE[bits] == 0
         self._padding = -shape[1] % BLOCK_SIZE[bits]
 
@@ -69,13 +70,23 @@ class Panels:
 
 
 def panel_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a weight's values and scales in panels, see cpp/panels.h; padded to whole panels and blocks."""
+    """Return the shapes of values and scales in panels, see cpp/panels.h.
+
+    Args:
+        shape: (out, in) of the weight, which is padded to whole panels and blocks.
+        bits: 8 or 4.
+    """
     panels, blocks = -(-shape[0] // PANEL), -(-shape[1] // BLOCK_SIZE[bits])
     return (panels, blocks * BLOCK_SIZE[bits] * bits // (8 * GROUP), PANEL, GROUP), (panels, blocks, PANEL)
 
 
 def panel_bytes(shape: tuple[int, int], bits: int) -> int:
-    """Bytes of a weight's values and scales in panels."""
+    """Return the size of a weight in panels in bytes, including scales.
+
+    Args:
+        shape: (out, in) of the weight.
+        bits: 8 or 4.
+    """
     values, scales = panel_shapes(shape, bits)
     return math.prod(values) + 2 * math.prod(scales)
 
@@ -86,13 +97,16 @@ def to_panels(
     hessian: Hessian | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize weights, (out, in) each and below each other, in the order in which the kernels read them.
+    """Quantize weights into panels.
 
     Args:
-        weights: The weights.
+        weights: Weights, (out, in) each, to stack along the rows.
         bits: 8 or 4.
-        hessian: Of the inputs, padded to whole blocks.
-        before_each: Called before each piece of rows. What it raises ends the work.
+        hessian: Hessian of the inputs, padded to whole blocks, for calibration.
+        before_each: Called before each piece of rows. It can raise to cancel the work.
+
+    Returns:
+        Values and scales, with the shapes of `panel_shapes`.
 
     Raises:
         ValueError: As for `quantize_blocks`.
@@ -113,7 +127,12 @@ def to_panels(
 
 
 def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Reorder numbers (out, in) and scales (out, in/block), as `quantize_blocks` returns them, to panels."""
+    """Reorder the result of `quantize_blocks` into panels.
+
+    Args:
+        numbers: The quantized weights, (out, in).
+        scales: The scales, (out, in/block).
+    """
     missing = -len(numbers) % PANEL
     numbers, scales = F.pad(numbers, (0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
     groups = numbers.view(-1, PANEL, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
@@ -123,14 +142,19 @@ def panels_of(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_panels(values: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize panels, (panels · 16, in) float32."""
+    """Dequantize panels: (panels · 16, in) float32.
+
+    Args:
+        values: Values from `to_panels`.
+        scales: Scales from `to_panels`.
+    """
     if values.dtype == torch.uint8:
         values = torch.stack([values & 15, values >> 4], dim=2).flatten(1, 2)
     return dequantize(values.transpose(1, 2).flatten(2).flatten(0, 1), scales.transpose(1, 2).flatten(0, 1))
 
 
 class _PaddedWeight(LazyWeight):
-    """Weights below each other, with columns padded by zeros to a whole number of blocks."""
+    """Weights stacked along the rows, with zero padding to a whole number of blocks per row."""
 
     def __init__(self, weights: Sequence[Weight], bits: int):
         out, width = sum(map(len, weights)), weights[0].shape[1]

@@ -1,23 +1,24 @@
-"""Round weights to 8 or 4 bits, so that the rounding error matters least.
+"""Quantize weights to 8 or 4 bits with the least effect on a layer's output.
 
-A weight (out, in) is cut along its inputs into blocks. A block holds small integers and one float16 scale:
+Each row of a weight (out, in) is split into blocks. A block consists of small integers and one float16 scale:
 
     bits   numbers      block size   weight                 bits per weight
     8      −127 … 127   32           scale · number         8.5
     4      0 … 15       64           scale · (number − 8)   4.25
 
-In 4 bits a scale may be negative. The range is −8 to 7, and the sign puts −8 on the side of the largest weight.
+With 4 bits, a scale can be negative: the range −8 to 7 is asymmetric, and the sign of the scale maps −8 to the side of
+the largest weight.
 
-There are three methods, each more accurate than the one before:
+There are three methods, in order of increasing accuracy:
 
-    nearest      the largest weight of a block sets its scale, and each weight is rounded to the nearest step
-    search       the scale, out of many, with the least Σ(w − ŵ)²: the best possible without knowing the inputs
-    calibrated   minimizes the error of the output, given examples of the inputs x. If ŵ replaces a row w, the output
-                 changes by (w − ŵ)·x. With H = E[x xᵀ] the mean square of that is
+    nearest      the largest weight of a block determines its scale, and each weight is rounded to the nearest step
+    search       the scale with the least Σ(w − ŵ)² out of many candidates: the best choice if the inputs are unknown
+    calibrated   minimizes the error of the output for examples of the inputs x. If ŵ replaces a row w, the output
+                 changes by (w − ŵ)·x. With H = E[x xᵀ], the mean square of this change is
 
                      E[((w − ŵ)·x)²] = (w − ŵ) H (w − ŵ)ᵀ
 
-                 Inputs are correlated, so other weights can compensate one weight's error: `_gptq` and `_descend`
+                 Because inputs are correlated, weights can compensate each other's errors: `_gptq` and `_descend`
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (GPTQ); Chee et al. 2023, arXiv:2307.13304 (the same without an inverse);
 Behdin et al. 2023, arXiv:2309.01885 (descent); `make_qx_quants` in ggml-org/llama.cpp (search, negative scales).
@@ -33,33 +34,33 @@ from torch import Tensor
 from llama_scratch.precision.lazy_weight import Weight
 
 BLOCK_SIZE = {8: 32, 4: 64}
-"""Inputs that share a scale, by bits."""
+"""Bits → inputs per scale (the group size)."""
 
 _GRID = {8: (-127, 127), 4: (-8, 7)}
-# Candidate scales, as the largest weight of a block divided by the scale; the first is `nearest`. In 4 bits, few steps
-# clip nothing and more steps are finer. In 8 bits hardly anything is clipped, but some scales happen to fit better.
+# Candidate scales, as the largest weight of a block divided by the scale. The first one is `nearest`. With 4 bits,
+# fewer steps avoid clipping and more steps are finer. With 8 bits, little is clipped, but some scales fit better.
 _STEPS = {
     8: [127.0, *torch.linspace(127.4, 122, 15).tolist()],
     4: [-8.0, *torch.linspace(-9, -6, 15).tolist(), *torch.linspace(5.6, 7.9, 16).tolist()],
 }
 _MAX_FLOAT16 = torch.finfo(torch.float16).max
-_UNSEEN_INPUT_WEIGHT = 1e-3  # weight of an input that was always zero, as a share of the mean diagonal
-_SWEEPS = 2  # of the descent; more of them gain less than 1 %
-_WEIGHTS_PER_SEARCH = 1 << 19  # as many weights as fit into a CPU's cache
+_UNSEEN_INPUT_WEIGHT = 1e-3  # for inputs that were always zero, relative to the mean diagonal
+_SWEEPS = 2  # of the descent; more sweeps gain less than 1 %
+_WEIGHTS_PER_SEARCH = 1 << 19  # these fit into a CPU's cache
 WEIGHTS_PER_CALIBRATION = 1 << 24
-"""Weights that are calibrated at a time. Many rows, because the work per input is large."""
+"""Weights to calibrate at a time: many rows, because the work per input is large."""
 
 
 class Hessian:
-    """H = E[x xᵀ] of a layer's inputs, damped, and its Cholesky factor. Computed in float64.
+    """Damped H = E[x xᵀ] for a layer's inputs, with its Cholesky factor.
 
-    Layers that read the same inputs share one.
+    Computed in float64. Layers with the same input share one.
 
     Args:
-        products: H, (in, in), up to a factor.
-        damping: Share by which each element of the diagonal is increased, as if noise were added to the inputs: few
-            examples tell their variances better than their correlations. GPTQ adds a share of the mean instead, which
-            the few very large inputs of a Llama dominate; SmolLM2's divergence from float32 was twice as large with it.
+        products: H, (in, in), up to a constant factor.
+        damping: Relative increase of the diagonal, as if noise were added to the inputs: a few examples estimate
+            variances better than correlations. GPTQ adds a fraction of the mean diagonal instead, but a few very large
+            inputs of Llama models dominate the mean. SmolLM2's divergence from float32 was twice as large with that.
     """
 
     def __init__(self, products: Tensor, damping: float = 0.5):
@@ -67,26 +68,26 @@ class Hessian:
         damped /= products.diagonal().mean().clamp_min(1e-30)
         damped.diagonal().mul_(1 + damping).add_(_UNSEEN_INPUT_WEIGHT)
         self.matrix = damped.float()  # H
-        # R, upper triangular, with R Rᵀ = H: the lower Cholesky factor of H flipped, flipped back.
+        # Upper triangular R with R Rᵀ = H: flip H, take the lower Cholesky factor, flip back.
         damped = damped.flip(0, 1)
         self.factor = torch.linalg.cholesky(damped).float().flip(0, 1)
 
 
 def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to 8 or 4 bits: calibrated if there is a Hessian, else by search.
+    """Quantize a weight to 8 or 4 bits, by search or with calibration.
 
-    Only some rows are float32 at a time.
+    Only a range of rows is float32 at a time.
 
     Args:
         weight: The weight, (out, in).
         bits: 8 or 4.
-        hessian: Of the weight's inputs, (in, in).
+        hessian: Hessian of the weight's inputs, (in, in), for calibration.
 
     Returns:
-        The numbers, (out, in) int8 or, for 4 bits, uint8; and the scales, (out, in/block) float16.
+        The numbers, (out, in) int8 for 8 bits and uint8 for 4 bits, and the scales, (out, in/block) float16.
 
     Raises:
-        ValueError: If rows are not a whole number of blocks, or weights are NaN or too large for a float16 scale.
+        ValueError: If rows are not a whole number of blocks, or a weight is NaN or too large for a float16 scale.
     """
     (out, width), block, largest = weight.shape, BLOCK_SIZE[bits], _MAX_FLOAT16 * _GRID[bits][1]
     _check_width(width, bits)
@@ -95,7 +96,7 @@ def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -
     start = 0
     for part in weight.split(max(1, (WEIGHTS_PER_CALIBRATION if hessian else _WEIGHTS_PER_SEARCH) // width)):
         rows = part.to(torch.float32)  # (rows, in)
-        if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # nor is NaN
+        if not torch.linalg.vector_norm(rows, torch.inf) <= largest:  # also false for NaN
             raise _too_large(bits)
         blocks = rows.view(len(rows), -1, block)
         if hessian is None:
@@ -110,16 +111,16 @@ def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -
 
 
 def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize a weight on the CPU by the search of `quantize_blocks`, but in C++ and straight into panels.
+    """Quantize a weight with the kernels' search, directly into panels.
 
-    Needs the kernels. The whole weight is float32 at once.
+    Converts the whole weight to float32 at once. The kernels must be loaded.
 
     Args:
-        weight: The weight, (out, in).
+        weight: The weight, (out, in), on a CPU.
         bits: 8 or 4.
 
     Returns:
-        Values and scales in the layout that kernels.cpp describes, filled up with zeros to whole panels.
+        Values and scales in the layout of cpp/panels.h, zero-padded to whole panels.
 
     Raises:
         ValueError: As for `quantize_blocks`.
@@ -134,16 +135,21 @@ def quantize_panels(weight: Weight, bits: int) -> tuple[Tensor, Tensor]:
 
 def _check_width(width: int, bits: int) -> None:
     if width % BLOCK_SIZE[bits]:
-        raise ValueError(f"rows of {width} weights, expected a multiple of {BLOCK_SIZE[bits]}")
+        raise ValueError(f"rows have {width} weights, expected a multiple of {BLOCK_SIZE[bits]}")
 
 
 def _too_large(bits: int) -> ValueError:
     largest = _MAX_FLOAT16 * _GRID[bits][1]
-    return ValueError(f"a weight is not finite or beyond ±{largest:,.0f}, expected what float16 scales can hold")
+    return ValueError(f"a weight is NaN or beyond ±{largest:,.0f}, the range of float16 scales")
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The weights that `quantize_blocks`' numbers and scales stand for, (out, in) float32."""
+    """Dequantize the result of `quantize_blocks`: (out, in) float32.
+
+    Args:
+        numbers: The quantized weights, (out, in).
+        scales: The scales, (out, in/block).
+    """
     steps = numbers.float() - (8 if numbers.dtype == torch.uint8 else 0)
     return (steps.view(*scales.shape, -1) * scales.float()[..., None]).flatten(1)
 
@@ -152,35 +158,40 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a scale of 0, so that all weights become 0."""
+    """Return 1 / scale, or 0 for a scale of 0, so that its weights become 0."""
     return torch.where(scale == 0, 0, 1 / scale)
 
 
 def _round(x: Tensor, inverse: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """Round x · inverse to the numbers of the grid. out: a tensor for the result."""
+    """Round x · inverse to the numbers of the grid. out: tensor for the result."""
     return torch.mul(x, inverse, out=out).round_().clamp_(*_GRID[bits])
 
 
 def _as_scale(x: Tensor) -> Tensor:
-    """Round to a float16, as float32."""
+    """Round to float16 precision. The result is float32."""
     return x.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).half().float()
 
 
 def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
-    """Scales with the least Σ(c · (w − ŵ))², (…, block) → (…). cost: c, the weight of each error, (block,).
+    """Find the scales with the least Σ(c · (w − ŵ))², (…, block) → (…).
 
-    Without a cost the kernels do the same faster, see cpp/search.h.
+    Without costs, the kernels do the same faster, see cpp/search.h.
+
+    Args:
+        blocks: Weights w, (…, block).
+        bits: 8 or 4.
+        cost: Cost c of an error at each index, (block,).
     """
     maximum, minimum = blocks.amax(-1), blocks.amin(-1)
     largest = torch.where(maximum > -minimum, maximum, -minimum if bits == 8 else minimum)
     best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    space = torch.empty_like(blocks)  # allocated once: fresh memory costs more than the sums
+    space = torch.empty_like(blocks)  # reused: allocating memory would take longer than the sums
     for steps in (*_STEPS[bits], None):
         if steps is not None:
             scale = largest / steps
-        else:  # last, the scale that fits the numbers n of the best one: Σ c² n w / Σ c² n²
+        else:  # last, the least-squares scale for the best candidate's numbers n: Σ c² n w / Σ c² n²
             numbers = _round(blocks, _inverse(best)[..., None], bits, out=space).mul_(cost)
-            scale = (numbers * blocks * cost).sum(-1) / numbers.square().sum(-1)  # NaN for zeros: never less
+            scale = (numbers * blocks * cost).sum(-1) / numbers.square().sum(-1)  # NaN for zeros, which is never less
         scale = _as_scale(scale)
         numbers = _round(blocks, _inverse(scale)[..., None], bits, out=space)
         missed = torch.addcmul(blocks, numbers, scale[..., None], value=-1, out=space).mul_(cost)
@@ -194,14 +205,17 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 
 
 def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Numbers, (rows, in/block, block), and scales, (rows, in/block): each compensates the errors of those before it.
+    """Quantize one input after another, so that each number compensates the errors of the previous ones.
 
-    With R Rᵀ = H and e = w − ŵ the cost e H eᵀ is ‖eR‖², and R is zero below its diagonal, so that
+    With R Rᵀ = H and e = w − ŵ, the cost e H eᵀ is ‖eR‖². R is zero below its diagonal, so
 
         (eR)_j = R_jj · (e_j + Σ_{i<j} e_i R_ij / R_jj)
 
-    depends only on the errors up to j. Once those before j are known, the best number for j is the one nearest to
-    w_j + Σ_{i<j} e_i R_ij / R_jj. A block's scale is searched for the weights that would compensate everything.
+    depends only on the errors up to j. Given the errors before j, the best number for j is the one nearest to
+    w_j + Σ_{i<j} e_i R_ij / R_jj. The scale of a block is searched for the weights that would compensate exactly.
+
+    Returns:
+        Numbers, (rows, in/block, block), and scales, (rows, in/block).
     """
     R, block = hessian.factor, blocks.shape[-1]
     numbers, scales = torch.empty_like(blocks), blocks.new_empty(blocks.shape[:2])
@@ -209,10 +223,10 @@ def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
     for b in range(blocks.shape[1]):
         start, end = b * block, (b + 1) * block
         block_R = R[start:end, start:end]
-        carried = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the blocks before, (rows, block)
+        carried = errors[:, :start] @ R[:start, start:end]  # Σ e_i R_ij over the previous blocks, (rows, block)
         ideal = blocks[:, b] + torch.linalg.solve_triangular(block_R, carried, upper=True, left=False)
         scales[:, b] = scale = _search(ideal, bits, block_R.diagonal())
-        # Transposed, (block, rows): the loop reads one input at a time, which is contiguous then.
+        # Transposed, (block, rows), because the loop reads one input of all rows at a time.
         carried, weights = carried.T.contiguous(), blocks[:, b].T.contiguous()
         taken, error, inverse = torch.empty_like(carried), torch.empty_like(carried), _inverse(scale)
         for j, R_jj in enumerate(block_R.diagonal().tolist()):
@@ -224,17 +238,17 @@ def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Coordinate descent: move each number and scale to its best value while all others stay, `_SWEEPS` times.
+    """Improve numbers and scales by coordinate descent: optimize each with all others fixed, `_SWEEPS` times.
 
-    The cost is e H eᵀ, and g = e H half its gradient. The best weight is ŵ_j + g_j / H_jj, and the best scale of a
-    block with the numbers n is s + g·n / n H nᵀ. No move increases the cost, except by rounding a scale to float16.
+    The cost is e H eᵀ, and g = e H is half its gradient. The best weight is ŵ_j + g_j / H_jj, and the best scale of a
+    block with numbers n is s + g·n / n H nᵀ. No step increases the cost, except by rounding a scale to float16.
     """
     H, block = hessian.matrix, blocks.shape[-1]
     errors = blocks - numbers * scales[..., None]  # e
     for b in list(range(blocks.shape[1])) * _SWEEPS:
         inputs = slice(b * block, (b + 1) * block)
         block_H, taken, scale = H[inputs, inputs], numbers[:, b], scales[:, b]
-        slope = errors.flatten(1) @ H[inputs].T  # g, for H is symmetric
+        slope = errors.flatten(1) @ H[inputs].T  # g, because H is symmetric
         bend = ((taken @ block_H) * taken).sum(1)  # n H nᵀ
         better = _as_scale(scale + (slope * taken).sum(1) / bend.clamp_min(1e-30))
         slope -= (taken * (better - scale)[:, None]) @ block_H

@@ -1,6 +1,6 @@
-"""Weights of 32 and 16 bits, and GGUF's blocks: multiplied as the file holds them, mapped and not copied.
+"""Multiply mapped weights in their file's format: 32 and 16 bits, GGUF's blocks.
 
-The kernels compute these products as cpp/rows.h does. Without kernels, torch's operators do.
+The kernels in cpp/rows.h compute these products, or else torch's operators.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from llama_scratch.precision import kernels
 from llama_scratch.precision.lazy_weight import Weight, kernel_operands
 
 WEIGHTS_PER_BLOCK = 1 << 20
-"""Weights that become float32 at a time: 4 MB, so that the product finds most of them in the CPU's cache."""
+"""Weights to convert to float32 at a time: 4 MB, which mostly stay in the CPU's cache for the product."""
 
 PRODUCT_BYTES = 4 * (6 << 20)
-"""Memory that a product takes for one such block, with the copy that oneDNN makes of it."""
+"""Temporary memory of a product with one such block, including oneDNN's copy."""
 
-# Precisions in which GGUF's quantized blocks are read as the file holds them: neither loses anything of them.
+# Precisions that multiply GGUF's quantized blocks directly, without loss.
 _READ_BLOCKS = ("fp32", "fp16")
-_SMALL_MODEL = 1 << 28  # weights: half a GB of float16
+_SMALL_MODEL = 1 << 28  # number of weights: half a GB in float16
 
 KernelOperand = tuple[tuple[Tensor, ...], str]
-"""A weight as the kernels read it: its rows, or its panels' values and scales; and the name of that format."""
+"""A weight for the kernels: its rows, or its panels' values and scales, and the name of the format."""
 
 
 class Rows:
-    """Weights as their file holds them, (out, in) each and below each other."""
+    """Weights in their file's format, (out, in) each, stacked along the rows."""
 
     def __init__(self, weights: Sequence[Weight]):
         self.weights = list(weights)
@@ -46,7 +46,7 @@ class Rows:
         if self.kernel_operands and kernels.ready() and x.device.type == "cpu":
             return kernels_product(x, self.kernel_operands)
         rows = x.reshape(-1, x.shape[-1]).to(product_type(x))  # (M, in)
-        # A GPU has no use for small blocks, and each costs it a launch.
+        # On a GPU, small blocks have no advantage, and each takes a kernel launch.
         step = max(1, WEIGHTS_PER_BLOCK // x.shape[-1]) if x.device.type == "cpu" else max(map(len, self.weights))
         blocks = (block for weight in self.weights for block in weight.split(step))
         out = torch.cat([product(rows, block.to(rows.dtype)) for block in blocks], dim=-1)  # (M, out)
@@ -54,15 +54,24 @@ class Rows:
 
 
 def reads_gguf_blocks(precision: str, args: ModelArgs) -> bool:
-    """Whether GGUF's quantized blocks are multiplied as the file holds them.
+    """Whether GGUF's quantized blocks are multiplied directly.
 
-    Without kernels that would be slow, so the blocks of a small model are converted then.
+    That is slow without kernels, so the blocks of a small model are then converted instead.
+
+    Args:
+        precision: One of `PRECISIONS`.
+        args: The network's dimensions.
     """
     return precision in _READ_BLOCKS and (kernels.load() or args.n_parameters(tied=False) > _SMALL_MODEL)
 
 
 def kernels_product(x: Tensor, operands: Sequence[KernelOperand]) -> Tensor:
-    """x·Wᵀ by the kernels, of weights below each other: (…, in) → (…, out), in the type of x."""
+    """Compute x·Wᵀ with the kernels: (…, in) → (…, out) in the dtype of x.
+
+    Args:
+        x: Activations, (…, in).
+        operands: Weights, stacked along the rows.
+    """
     tensors = [tensor for parts, _ in operands for tensor in parts]
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     out = torch.ops.llama_scratch.linear(rows, tensors, [name for _, name in operands])
@@ -70,14 +79,18 @@ def kernels_product(x: Tensor, operands: Sequence[KernelOperand]) -> Tensor:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The dtype that products of x are computed in: float32 on a CPU, on a GPU that of x."""
+    """Return the dtype for products of x: float32 on a CPU, the dtype of x on a GPU."""
     return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x·Wᵀ of plain tensors in float32: (M, in) and (out, in) → (M, out).
+    """Compute x·Wᵀ for tensors of the same dtype: (M, in) and (out, in) → (M, out).
 
-    Torch asks MKL for it, which gives x86 CPUs that are not Intel's half of their speed; oneDNN does not.
+    On a CPU, this calls oneDNN. torch would call MKL, which runs at half speed on x86 CPUs not made by Intel.
+
+    Args:
+        x: Activations, (M, in).
+        weight: The weight, (out, in).
     """
     if x.device.type == "cpu" and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -1,9 +1,9 @@
-"""Cache packed weights between runs in files of the user's cache folder, which are memory-mapped.
+"""Cache packed weights between runs in memory-mapped files.
 
-A file holds the pieces of one model's weights in the order in which they are packed: a table with each piece's
-checksum, then values and scales. Its name is a hash of its inputs. Until all pieces are finished it is a .part file
-that only one process writes, and the next process continues the .part file of one that has ended. Damaged pieces are
-packed again. Files that another user could have written are not read.
+A file contains the pieces of one model's weights in packing order: a table with the checksum of each piece, then values
+and scales. Its name is a hash of its inputs. Until all pieces are finished, it is a .part file that only one process
+writes. If that process ends early, the next one continues the .part file. Damaged pieces are packed again. Files that
+another user could have written are not read.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from llama_scratch.system.atomic_files import NO_LINK, lock, remove_stale
 from llama_scratch.system.folders import is_ours, trim_folder, user_folder
 
 _FORMAT_VERSION = 4
-# Of all files together; the least recently used are removed first.
+# Total size of all files. The least recently used ones are removed first.
 _MAX_BYTES = 16 << 30
-_STALE_AFTER_S = 7 * 24 * 3600  # when a .part file that no process writes is removed
+_STALE_AFTER_S = 7 * 24 * 3600  # age at which unlocked .part files are removed
 # Added to the checksum of a finished piece, because a checksum can be 0.
 _FINISHED = 1 << 32
-# Values and scales are aligned to the CPU's cache lines: vectors across two lines are read at half the speed.
+# Alignment of values and scales: vector loads across two cache lines have half the speed.
 _CACHE_LINE = 64
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]
-"""Shape and type of a piece's values and of its scales."""
+"""Shape and dtype of a piece's values and of its scales."""
 
 
 class PackedWeightCache:
-    """Pieces of packed weights: read from the cache, or written to it when they are finished.
+    """The cached pieces of one model's packed weights.
 
     Args:
-        files: The files that the weights come from.
+        files: The weight files.
         layouts: The layout of each piece.
-        recipe: What else the pieces depend on, such as the text that they are calibrated with.
+        recipe: Other inputs that the pieces depend on, such as the calibration text.
     """
 
     def __init__(self, files: Sequence[Path], layouts: Sequence[Layout], recipe: str = ""):
         self._layouts = list(layouts)
         sizes = [sum(_lines(_nbytes(*part)) for part in layout) for layout in self._layouts]
         self._starts = np.cumsum([_lines(8 * len(sizes)), *sizes]).tolist()
-        self._path: Path | None = None  # None if nothing can be written
-        with contextlib.suppress(FileNotFoundError):  # no home
+        self._path: Path | None = None  # None if the cache is not writable
+        with contextlib.suppress(FileNotFoundError):  # no home directory
             self._path = user_folder("cache") / "weights" / _key(files, self._layouts, recipe)
         self._lock = threading.Lock()
         self._opened = False
         self._data: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
         self._writing: BinaryIO | None = None  # the .part file, locked
-        self._table = np.zeros(len(sizes), dtype="<u8")  # 0 for a piece that is missing
+        self._table = np.zeros(len(sizes), dtype="<u8")  # 0 for a missing piece
 
     def get(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Values and scales of a piece; None if it is missing or damaged, and so has to be packed."""
+        """Return values and scales of a piece, or None if it is missing or damaged."""
         with self._lock:
             self._open()
             entry, unfinished = int(self._table[i]), self._writing is not None
@@ -85,7 +85,15 @@ class PackedWeightCache:
         )
 
     def put(self, i: int, values: Tensor, scales: Tensor) -> None:
-        """Write a piece; the last one makes the file visible. If one cannot be written, no other is."""
+        """Write a piece. After the last piece, the file is renamed to its final name.
+
+        If a piece cannot be written, no further pieces are written.
+
+        Args:
+            i: Index of the piece.
+            values: Its values.
+            scales: Its scales.
+        """
         parts = [part.contiguous().view(torch.uint8).flatten().numpy().data for part in (values, scales)]
         piece = [data for part in parts for data in (part, bytes(_lines(part.nbytes) - part.nbytes))]
         with self._lock:
@@ -102,20 +110,20 @@ class PackedWeightCache:
             file = self._writing = _begin(path, self._starts[-1])
         file.seek(self._starts[i])
         file.writelines(piece)
-        file.flush()  # before the table says that it is finished
+        file.flush()  # before the table marks it as finished
         self._enter(file, i, reduce(lambda crc, part: zlib.crc32(part, crc), piece, 0) + _FINISHED)
         if self._table.all():
             self._complete(path, file)
 
     def _enter(self, file: BinaryIO, i: int, entry: int) -> None:
-        """Write a piece's entry of the table."""
+        """Write a piece's entry in the table."""
         self._table[i] = entry
         file.seek(8 * i)
         file.write(self._table[i].tobytes())
         file.flush()
 
     def _complete(self, path: Path, file: BinaryIO) -> None:
-        """Make the file visible."""
+        """Rename the .part file to its final name."""
         os.fsync(file.fileno())
         _part(path).replace(path)
         self._writing = None
@@ -133,7 +141,7 @@ class PackedWeightCache:
             self._give_up(self._path)
 
     def _give_up(self, path: Path) -> None:
-        """Write no more pieces, and remove the .part file."""
+        """Stop writing pieces, and remove the .part file."""
         self._path = None
         if self._writing is not None:
             with contextlib.suppress(OSError):
@@ -143,7 +151,7 @@ class PackedWeightCache:
             self._writing = None
 
     def _open(self) -> None:
-        """Once: map the complete file, or else lock and map the .part file that an ended process left."""
+        """On the first call, map the complete file, or else lock and map the .part file of an ended process."""
         if self._path is None or self._opened:
             return
         self._opened = True
@@ -153,13 +161,13 @@ class PackedWeightCache:
             except OSError:
                 self._writing = _take_over(_part(self._path), self._starts[-1])
                 self._map(_part(self._path))
-                if self._table.all():  # it ended just before it made the file visible
+                if self._table.all():  # the process ended just before renaming it
                     self._complete(self._path, self._writing)
 
     def _map(self, path: Path) -> None:
-        # A file of its own, because a map holds its file's lock.
+        # Opened separately, because a memory map keeps its file's lock.
         with _open_ours(path, self._starts[-1], os.O_RDONLY) as file:
-            # Copy on write, because torch needs writable memory. It is never written.
+            # Copy-on-write, because torch requires writable memory. It is never written to.
             self._data = np.memmap(file, dtype=np.uint8, mode="c")
         self._table[:] = self._data[: self._table.nbytes].view("<u8")
 
@@ -169,7 +177,7 @@ def _part(path: Path) -> Path:
 
 
 def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
-    """Open a file that no other user can write, and mark it as used. Raises OSError if its size is another."""
+    """Open a file that no other user can write, and mark it as used. Raises OSError if its size differs."""
     file = open(os.open(path, flags | NO_LINK), "rb" if flags == os.O_RDONLY else "r+b")  # noqa: SIM115 - kept open
     try:
         status = os.fstat(file.fileno())
@@ -184,7 +192,7 @@ def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
 
 
 def _take_over(part: Path, size: int) -> BinaryIO:
-    """Lock the .part file of an ended process. Raises OSError if there is none, or a process still writes it."""
+    """Lock the .part file of an ended process. Raises OSError if it does not exist or is still being written."""
     file = _open_ours(part, size, os.O_RDWR)
     if not lock(file.fileno(), part, certain=True):
         file.close()
@@ -193,10 +201,10 @@ def _take_over(part: Path, size: int) -> BinaryIO:
 
 
 def _reopen(path: Path, size: int) -> BinaryIO:
-    """Make a complete file a locked .part file again. Raises OSError if it cannot be; the file is removed then."""
+    """Turn a complete file into a locked .part file again. If that fails, remove it and raise OSError."""
     try:
         file = _take_over(path, size)
-        if os.path.lexists(_part(path)):  # another process makes a new one
+        if os.path.lexists(_part(path)):  # another process is writing a new one
             file.close()
             raise FileExistsError
         path.replace(_part(path))
@@ -207,7 +215,7 @@ def _reopen(path: Path, size: int) -> BinaryIO:
 
 
 def _begin(path: Path, size: int) -> BinaryIO:
-    """Begin a .part file, locked. Raises OSError if it cannot be written, or another process writes it."""
+    """Create and lock a .part file. Raises OSError if it is not writable, or another process is writing it."""
     if size > _MAX_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -235,7 +243,7 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
-    """A file's name: a hash of the model files as they are now, of torch and of the CPU."""
+    """Return a file's name: a hash of the weight files' state, the layouts, torch and the CPU."""
     origin = (
         _FORMAT_VERSION,
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -248,16 +256,16 @@ def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
 
 
 def _limit_cache(folder: Path, size: int) -> None:
-    """Remove stale .part files, and the least recently used files if `size` more bytes are too many."""
+    """Make room for `size` bytes: remove stale .part files and the least recently used files."""
     for part in folder.glob("*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another process limits the folder too
+        with contextlib.suppress(FileNotFoundError):  # another process is doing the same
             if time.time() - part.lstat().st_mtime > _STALE_AFTER_S:
                 _remove(part)
     trim_folder(folder.iterdir(), max_bytes=_MAX_BYTES - size, remove=_remove)
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, but not a .part file that a process writes."""
+    """Remove a file, unless it is a .part file that a process is writing."""
     if path.suffix == ".part":
         remove_stale(path.parent, glob.escape(path.name))
     else:

@@ -1,4 +1,4 @@
-"""The static cache that a CUDA graph needs, tested on the CPU, and the graph itself where there is a GPU."""
+"""The static cache for a CUDA graph on the CPU, and the graph itself if there is a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 
 @pytest.fixture(scope="module")
 def network() -> Transformer:
-    # Without the tripled q and k, which magnify the rounding that another order of sums brings.
+    # Without tripled q and k, which would amplify rounding from a different order of sums.
     weights = random_weights(tiny_args())
     calm = {name: weight / 3 if ".wq." in name or ".wk." in name else weight for name, weight in weights.items()}
     network = Transformer(tiny_args())
@@ -45,7 +45,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def step(network: Transformer, cache: KVCache, static: StaticCache, token: Tensor) -> Tensor:
-    """One token, as `DecodeGraph` does it."""
+    """Run one token, like `DecodeGraph`."""
     static.position.fill_(cache.length)
     logits: Tensor = network(token, static)
     cache.advance(1)
@@ -53,14 +53,14 @@ def step(network: Transformer, cache: KVCache, static: StaticCache, token: Tenso
 
 
 def spoil(cache: KVCache) -> None:
-    """Memory that was never written may hold anything; here it is what does most harm."""
+    """Uninitialized memory can contain any value; fill it with the most harmful one."""
     for held in cache._layers:
         for store in held or ():
             store[:, :, cache.length :] = torch.nan
 
 
 def test_a_static_cache_is_the_growing_one_token_by_token(network: Transformer) -> None:
-    """In the growing one's own memory, behind a prompt, and every token's logits are those of one pass."""
+    """In the growing cache's memory, after a prompt, the logits of every token match a single pass."""
     tokens = ids(60)
     cache = KVCache(network.args, 100)
     network(tokens[:, :20], cache)
@@ -71,12 +71,12 @@ def test_a_static_cache_is_the_growing_one_token_by_token(network: Transformer) 
         logits = step(network, cache, static, tokens[:, position : position + 1])
         assert relative(logits[0, 0], expected[position]) <= 1e-5
     assert cache.length == 60
-    after = network(ids(10, seed=1), cache)  # the growing one goes on with what the static one wrote
+    after = network(ids(10, seed=1), cache)  # the growing cache continues from the tokens that the static one wrote
     assert relative(after, network(torch.cat([tokens, ids(10, seed=1)], 1))) <= 1e-5
 
 
 def test_a_static_cache_is_made_anew_when_the_cache_has_grown(network: Transformer) -> None:
-    """From 256 tokens to 512: what was held was copied, and the old one is of no use."""
+    """After growth from 256 to 512 tokens, the contents have been copied and the old static cache is invalid."""
     tokens = ids(280)
     cache = KVCache(network.args, 600)
     network(tokens[:, :250], cache)
@@ -96,7 +96,7 @@ def test_a_static_cache_is_made_anew_when_the_cache_has_grown(network: Transform
 
 
 def test_what_was_rewound_is_not_seen(network: Transformer) -> None:
-    """Tokens behind the position, of a prompt that was longer."""
+    """Tokens after the position, from a longer previous prompt, are masked."""
     tokens = ids(40)
     cache = KVCache(network.args, 100)
     network(tokens, cache)
@@ -109,7 +109,7 @@ def test_what_was_rewound_is_not_seen(network: Transformer) -> None:
 
 
 def test_a_static_cache_changes_no_shape(network: Transformer) -> None:
-    """What a graph records must be the same for each position, and the cache stays where it is."""
+    """A graph needs the same shapes and the same memory at each position."""
     cache = KVCache(network.args, 100)
     network(ids(20), cache)
     static = StaticCache(cache, CPU)
@@ -125,13 +125,13 @@ def test_a_static_cache_changes_no_shape(network: Transformer) -> None:
 
 
 def test_a_static_cache_needs_memory(network: Transformer) -> None:
-    """A cache that was never used has none to write to."""
+    """A cache that was never used has no memory to write to."""
     with pytest.raises(ValueError, match="memory of one that was used"):
         network(ids(1), StaticCache(KVCache(network.args, 100), CPU))
 
 
 def test_a_token_fits_where_the_cache_has_room_and_was_used(network: Transformer) -> None:
-    """The first prompt and a token that makes the cache grow go through the network as usual."""
+    """The first prompt and tokens that grow the cache run without a graph."""
     cache = KVCache(network.args, 300)
     graph = DecodeGraph(network, cache)
     assert not graph.fits()
@@ -143,7 +143,7 @@ def test_a_token_fits_where_the_cache_has_room_and_was_used(network: Transformer
 
 
 def test_the_engine_uses_a_graph_on_a_gpu_alone(network: Transformer) -> None:
-    """The CPU has no launches to save."""
+    """On a CPU, there is no launch overhead to save."""
     assert Engine(network, 100)._graph is None
 
 
@@ -167,7 +167,7 @@ def greedy(engine: Engine, prompt: Sequence[int], steps: int) -> tuple[list[int]
 
 @needs_cuda
 def test_a_replayed_graph_says_what_the_network_says(on_gpu: Transformer) -> None:
-    """Across the cache's growth at 256 tokens, and after a rewind."""
+    """Including growth of the cache at 256 tokens, and after a rewind."""
     engine, plain = Engine(on_gpu, 600), Engine(on_gpu, 600)
     assert engine._graph is not None
     plain._graph = None
@@ -181,7 +181,7 @@ def test_a_replayed_graph_says_what_the_network_says(on_gpu: Transformer) -> Non
 @pytest.mark.parametrize("activations", ["auto", "fp32", "bf16"])
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
 def test_every_precision_generates_on_a_gpu(tiny_dir: Path, precision: str, activations: str) -> None:
-    """As the CPU does in fp32, by the first token's probability."""
+    """Compare the first token's probability with fp32 on the CPU."""
     llama = Llama.load(tiny_dir, precision=precision, activations=activations, device="cuda")
     expected = Llama.load(tiny_dir, precision="fp32", device="cpu").predict("the nation").next
     assert llama.info.precision == ("bf16" if precision == "auto" else precision)

@@ -1,4 +1,4 @@
-"""Reuse, pieces and interruptions change how much is computed and never what comes out."""
+"""Prefix reuse, chunks and interruptions change the amount of work, but never the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTEXT = 400
 @pytest.fixture(scope="module")
 def network() -> Transformer:
     args = tiny_args()
-    # Without the tripled q and k, which magnify the rounding that other pieces bring.
+    # Without tripled q and k, which would amplify rounding from a different chunk size.
     weights = {
         name: weight / 3 if ".wq." in name or ".wk." in name else weight
         for name, weight in random_weights(args).items()
@@ -40,7 +40,7 @@ def engine(network: Transformer) -> Engine:
 
 
 def ids(length: int, seed: int = 0) -> list[int]:
-    """Random ids; the same seed gives the same beginning whatever the length."""
+    """Random ids. A longer sequence with the same seed starts with the shorter one."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[int] = torch.randint(256, (CONTEXT + 1,), generator=generator).tolist()
     return drawn[:length]
@@ -51,35 +51,35 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def assert_answers(engine: Engine, prompt: Sequence[int], reused: int) -> None:
-    """The engine reuses so many tokens and says what one that never saw another prompt says."""
+    """Check the number of reused tokens, and that the logits match a fresh engine."""
     logits = engine.next_logits(prompt)
     assert logits.reused_tokens == reused
     assert logits.values.shape == (engine.model.args.vocab_size,)
     assert logits.values.dtype == torch.float32
-    # One pass without any cache is what all of it is measured by.
+    # The reference is a single pass without a cache.
     assert relative(logits.values, engine.model(torch.tensor([list(prompt)]))[0, -1]) <= 1e-5
 
 
 def test_a_first_prompt_reuses_nothing(engine: Engine) -> None:
-    """And is answered as by one pass over it."""
+    """The logits match a single pass."""
     assert_answers(engine, ids(50), 0)
 
 
 def test_the_same_prompt_again_reuses_all_but_its_last_token(engine: Engine) -> None:
-    """The last one is computed again, because logits are not kept."""
+    """The last token is computed again, because logits are not cached."""
     for reused in (0, 49, 49):
         assert_answers(engine, ids(50), reused)
 
 
 def test_another_last_word_reuses_all_before_it(engine: Engine) -> None:
-    """To the token: 49 of 50, and 47 where the last three differ."""
+    """The reuse is exact to the token: 49 of 50, or 47 if the last three differ."""
     engine.next_logits(ids(50))
     assert_answers(engine, [*ids(49), 300], 49)
     assert_answers(engine, [*ids(47), 300, 301], 47)
 
 
 def test_an_edit_in_the_middle_reuses_what_is_before_it(engine: Engine) -> None:
-    """What follows stands behind other tokens now, although the ids are the same."""
+    """The tokens after the edit have the same ids, but a different context."""
     engine.next_logits(ids(50))
     edited = [*ids(20), 300, *ids(50)[21:]]
     assert_answers(engine, edited, 20)
@@ -87,20 +87,20 @@ def test_an_edit_in_the_middle_reuses_what_is_before_it(engine: Engine) -> None:
 
 
 def test_a_shorter_prompt_reuses_its_own_length_less_one(engine: Engine) -> None:
-    """The cache is rewound, and what the longer prompt left behind is gone."""
+    """The cache is rewound, and the rest of the longer prompt is removed."""
     engine.next_logits(ids(50))
     assert_answers(engine, ids(30), 29)
     assert_answers(engine, ids(50), 30)
 
 
 def test_a_prompt_of_one_token_reuses_nothing(engine: Engine) -> None:
-    """Also when it is asked again."""
+    """Even if the same prompt is repeated."""
     for _ in range(2):
         assert_answers(engine, ids(1), 0)
 
 
 def test_generation_computes_one_token_a_step_and_the_next_prompt_reuses_it(engine: Engine) -> None:
-    """Step by step greedily, then the same prompt with a tail that begins as the continuation did."""
+    """Decode greedily, then repeat the prompt with a suffix that starts like the continuation."""
     prompt = ids(50)
     sequence = prompt
     for step in range(10):
@@ -112,7 +112,7 @@ def test_generation_computes_one_token_a_step_and_the_next_prompt_reuses_it(engi
 
 
 def test_logits_of_every_position_are_those_of_one_pass(engine: Engine) -> None:
-    """Whatever was asked before; and the next prompt reuses them."""
+    """With any cache contents; the next prompt reuses the tokens."""
     engine.next_logits(ids(30))
     every = engine.all_logits(ids(50))
     assert every.shape == (50, engine.model.args.vocab_size)
@@ -122,7 +122,7 @@ def test_logits_of_every_position_are_those_of_one_pass(engine: Engine) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 50, 51, 512])
 def test_pieces_of_any_size_give_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Also where the prompt is a whole number of pieces, and where the reuse ends inside of one."""
+    """Including prompts of whole chunks, and a reused prefix that ends within a chunk."""
     monkeypatch.setattr(engine_module, "CHUNK", chunk)
     assert_answers(engine, ids(50), 0)
     assert_answers(engine, [*ids(33), *ids(48, seed=1)], 33)
@@ -130,7 +130,7 @@ def test_pieces_of_any_size_give_the_same(engine: Engine, monkeypatch: pytest.Mo
 
 
 def test_a_long_prompt_goes_through_in_pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pass is longer than a piece, and together they are what was not reused."""
+    """No pass is longer than a chunk, and the total is the number of tokens that were not reused."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     lengths: list[int] = []
     with engine.model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1])):
@@ -140,7 +140,7 @@ def test_a_long_prompt_goes_through_in_pieces(engine: Engine, monkeypatch: pytes
 
 
 def test_progress_counts_the_tokens_that_are_not_reused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before each piece but the last, whose end is the answer itself."""
+    """Progress is reported before each chunk except the last."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     told: list[tuple[str, int, int]] = []
     for prompt in (ids(50), [*ids(20), *ids(40, seed=1)], ids(10)):
@@ -153,7 +153,7 @@ def test_progress_counts_the_tokens_that_are_not_reused(engine: Engine, monkeypa
 def test_an_interruption_anywhere_leaves_every_answer_right(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, piece: int, layer: int
 ) -> None:
-    """Ctrl-C in a piece and layer of the second prompt; then the first, the second and a third one."""
+    """Interrupt a chunk and layer of the second prompt; then repeat the first and the second, and a third."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     first, second = ids(50), [*ids(20), *ids(60, seed=1)]
     engine.next_logits(first)
@@ -167,7 +167,7 @@ def test_an_interruption_anywhere_leaves_every_answer_right(
 
     with engine.model.layers[layer].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
         engine.next_logits(second)
-    done = 20 + 16 * piece  # the pieces before the one that was interrupted are kept
+    done = 20 + 16 * piece  # chunks before the interrupted one are kept
     assert_answers(engine, second, done)
     with engine.model.layers[layer].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
         engine.next_logits(ids(70, seed=2))
@@ -179,7 +179,7 @@ def test_an_interruption_anywhere_leaves_every_answer_right(
 def test_an_interruption_at_the_rewind_leaves_every_answer_right(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, rewound: bool
 ) -> None:
-    """The ids must not name another prompt while the cache still holds the old one, nor the other way."""
+    """The ids must never name another prompt than the cached one."""
     first, second = ids(50), [*ids(20), *ids(60, seed=1)]
     engine.next_logits(first)
     rewind = KVCache.rewind
@@ -200,7 +200,7 @@ def test_an_interruption_at_the_rewind_leaves_every_answer_right(
 def test_an_interruption_in_all_positions_leaves_every_answer_right(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two pieces of 16 tokens were done by then, and they are reused."""
+    """By then, two chunks of 16 tokens are complete, and they are reused."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     passes = 0
 
@@ -217,7 +217,7 @@ def test_an_interruption_in_all_positions_leaves_every_answer_right(
 
 
 def test_a_prompt_as_long_as_the_context_is_answered_and_a_longer_one_refused(engine: Engine) -> None:
-    """Refused before anything is computed: what was cached is still of use."""
+    """The error is raised before any computation, so the cached tokens are still reused."""
     assert_answers(engine, ids(CONTEXT), 0)
     for ask in (engine.next_logits, engine.all_logits):
         with pytest.raises(ContextLengthError, match=f"{CONTEXT + 1} tokens, expected at most {CONTEXT}"):
@@ -230,7 +230,7 @@ def test_a_prompt_as_long_as_the_context_is_answered_and_a_longer_one_refused(en
     [([], "The prompt is empty"), ([1, -1, 2], "-1 is not a token id"), ([1, 556], "556 is not a token id")],
 )
 def test_a_prompt_that_is_none_is_refused(engine: Engine, prompt: list[int], says: str) -> None:
-    """And the cache is as it was."""
+    """The cache is unchanged."""
     engine.next_logits(ids(50))
     for ask in (engine.next_logits, engine.all_logits):
         with pytest.raises(UsageError, match=says):
@@ -239,21 +239,21 @@ def test_a_prompt_that_is_none_is_refused(engine: Engine, prompt: list[int], say
 
 
 def test_the_first_and_the_last_id_are_answered(engine: Engine) -> None:
-    """The vocabulary goes from 0 to vocab_size − 1."""
+    """Valid ids are 0 to vocab_size − 1."""
     assert_answers(engine, [0, 555], 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "norm.weight", "tok_embeddings.weight"])
 def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float) -> None:
-    """A single number that is none spoils all that is computed with it."""
+    """A single NaN spreads to all results."""
     args = tiny_args()
     weights = random_weights(args, tied=False)
     weights[name].view(-1)[7] = value
     network = Transformer(args)
     network.load_state_dict(weights)
     for ask in (Engine(network, CONTEXT).next_logits, Engine(network, CONTEXT).all_logits):
-        with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
+        with pytest.raises(CheckpointError, match="NaN or infinity, so its weights are damaged"):
             ask([0, 1, 2])
 
 
@@ -261,7 +261,7 @@ def test_damaged_weights_are_an_error_and_not_an_answer(name: str, value: float)
 
 
 def packing(*jobs: Callable[[], object]) -> BackgroundJobs:
-    """So many jobs of the same size."""
+    """Background jobs of equal size."""
     return BackgroundJobs("packing", [(job, 1) for job in jobs])
 
 
@@ -276,7 +276,7 @@ ASKS: list[Callable[[Engine], object]] = [
 def test_the_first_answer_waits_until_the_weights_are_packed(
     network: Transformer, ask: Callable[[Engine], object]
 ) -> None:
-    """Whatever is asked: no layer runs before the last job has ended."""
+    """For every kind of request, no layer runs before the last job has ended."""
     done: list[str] = []
 
     def job() -> None:
@@ -294,7 +294,7 @@ def test_the_first_answer_waits_until_the_weights_are_packed(
 
 
 def test_an_answer_that_waits_says_how_far_the_packing_is(network: Transformer) -> None:
-    """With the numbers of the jobs; the next answer has nothing to wait for."""
+    """Progress counts jobs; the next answer does not wait."""
     engine = Engine(network, CONTEXT, packing(*[lambda: time.sleep(0.05)] * 3))
     told: list[tuple[str, int, int]] = []
     engine.next_logits(ids(5), progress=lambda *report: told.append(report))
@@ -307,7 +307,7 @@ def test_an_answer_that_waits_says_how_far_the_packing_is(network: Transformer) 
 
 
 def test_what_is_no_part_of_the_weights_is_not_waited_for(network: Transformer) -> None:
-    """Jobs of size 0: the compiler, which only makes answers faster."""
+    """Jobs of size 0 do not delay answers, such as the compilation, which only affects speed."""
     release = threading.Event()
     jobs = BackgroundJobs("packing", [(lambda: release.wait(10), 0)])
     engine = Engine(network, CONTEXT, jobs)
@@ -321,7 +321,7 @@ def test_what_is_no_part_of_the_weights_is_not_waited_for(network: Transformer) 
 
 
 def test_an_interrupted_wait_holds_nothing_back(network: Transformer) -> None:
-    """Packing goes on afterwards, and the next answer waits for what is left of it."""
+    """Packing continues in the background, and the next answer waits for the rest of it."""
     release = threading.Event()
     done: list[int] = []
     engine = Engine(network, CONTEXT, packing(lambda: release.wait(10), lambda: done.append(1)))
@@ -349,7 +349,7 @@ def test_an_interrupted_wait_holds_nothing_back(network: Transformer) -> None:
 def test_an_error_of_the_packing_is_that_of_each_answer(
     network: Transformer, ask: Callable[[Engine], object], error: Exception, expected: type[Exception], says: str
 ) -> None:
-    """Never an answer from half of the weights."""
+    """No answer is computed with partially packed weights."""
 
     def fail() -> None:
         raise error
@@ -361,7 +361,7 @@ def test_an_error_of_the_packing_is_that_of_each_answer(
 
 
 def test_packing_that_was_closed_is_an_error_and_not_other_weights_answer(network: Transformer) -> None:
-    """What was packed before that answers on."""
+    """If packing was complete before that, answers still work."""
     closed, whole = packing(lambda: None), packing(lambda: None)
     whole.wait()
     for jobs in (closed, whole):
@@ -373,7 +373,7 @@ def test_packing_that_was_closed_is_an_error_and_not_other_weights_answer(networ
 
 
 def test_reuse_goes_through_all_that_was_asked(engine: Engine) -> None:
-    """A prompt, what was generated behind it, an edit in the middle of both, the first one cut short, and all again."""
+    """A prompt, its continuation, an edit in the middle, the truncated first prompt, and all of them again."""
     prompt = ids(50)
     generated = prompt
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""Attention by the kernels against the network's own and against float64, on both sides of every limit."""
+"""The kernels' attention against the network's and against float64, at every boundary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_scratch.model import attend, causal_mask
 from tests.helpers import KERNELS
 
 CPU = torch.device("cpu")
-# New tokens and all tokens: on both sides of the spans of 256 keys and of the blocks of 16 tokens.
+# (new tokens, all tokens) around the boundaries of 256-key spans and 16-token blocks.
 LENGTHS = [(1, 1), (1, 255), (1, 256), (1, 257), (1, 700), (2, 257), (5, 258), (15, 15), (16, 272), (17, 300), (40, 40)]
 LENGTHS += [(33, 512), (100, 131), (200, 700), (300, 300)]
 HEADS = [(4, 2), (3, 3), (8, 1), (10, 2)]
@@ -42,11 +42,11 @@ def inputs(T: int, S: int, heads: tuple[int, int], head_dim: int = 64) -> tuple[
     generator = torch.Generator().manual_seed(S)
     shapes = (T, heads[0]), (heads[1], S), (heads[1], S)
     q, k, v = (torch.randn(*shape, head_dim, generator=generator) for shape in shapes)
-    return 3 * q, k, v  # sharp shares, so that a token too many would be seen
+    return 3 * q, k, v  # sharp attention, so that a single extra token would be noticed
 
 
 def in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every head by itself, with all scores at once."""
+    """Each head separately, with all scores at once."""
     T, S, group = len(q), k.shape[1], q.shape[1] // len(k)
     k, v = (part.double().repeat_interleave(group, 0) for part in (k, v))
     scores = q.double().transpose(0, 1) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -61,7 +61,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("T", "S"), LENGTHS)
 def test_it_is_attention(ops: Any, T: int, S: int, head_dim: int) -> None:
-    """Within 1e-5 of float64 and of the network's own, with groups of one to eight query heads."""
+    """Within 1e-5 of float64 and of the network's attention, with one to eight query heads per group."""
     for heads in HEADS:
         q, k, v = inputs(T, S, heads, head_dim)
         out = ops.attention(q, k, v)
@@ -75,7 +75,7 @@ def test_it_is_attention(ops: Any, T: int, S: int, head_dim: int) -> None:
 @pytest.mark.parametrize("start", [0, 1, 239, 255, 256, 300, 700])
 @pytest.mark.usefixtures("_threads")
 def test_a_token_is_the_same_alone_and_with_others(ops: Any, start: int, head_dim: int) -> None:
-    """To the bit, however the text is cut and on any number of threads."""
+    """Bit-identical for any chunk sizes and numbers of threads."""
     for heads in ((4, 2), (9, 3)):
         q, k, v = inputs(50, start + 50, heads, head_dim)
         torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def test_a_token_is_the_same_alone_and_with_others(ops: Any, start: int, head_di
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_keys_and_values_may_be_a_part_of_the_cache(ops: Any, heads: tuple[int, int]) -> None:
-    """With other strides, and nothing is read of what follows them."""
+    """Strided views work, and memory after them is not read."""
     q, k, v = inputs(20, 300, heads)
     wide = [torch.full((heads[1], 512, 64), torch.nan) for _ in range(2)]
     for cache, part in zip(wide, (k, v), strict=True):
@@ -105,7 +105,7 @@ def test_keys_and_values_may_be_a_part_of_the_cache(ops: Any, heads: tuple[int, 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e3, 1e18])
 def test_scores_of_every_size(ops: Any, scale: float) -> None:
-    """Equal shares, and some tokens that take all; no score is too large for the exponential."""
+    """Equal weights, and single tokens with all the weight; large scores do not overflow."""
     q, k, v = inputs(5, 600, (4, 2))
     q, k = torch.zeros_like(q), torch.zeros_like(k)
     q[..., 0], k[..., 0] = scale, torch.arange(600) % 7
@@ -113,7 +113,7 @@ def test_scores_of_every_size(ops: Any, scale: float) -> None:
 
 
 def test_nan_stays_visible(ops: Any) -> None:
-    """In a query for its head and token; in keys and values for all later tokens, if a whole span is NaN too."""
+    """NaN in a query affects its head and token; in keys or values, all later tokens, if a whole span is NaN."""
     q, k, v = inputs(3, 600, (4, 2))
     usual = ops.attention(q, k, v)
     bad = q.clone()
@@ -132,7 +132,7 @@ def test_nan_stays_visible(ops: Any) -> None:
 
 
 def test_what_does_not_fit_is_an_error(ops: Any) -> None:
-    """And nothing is read beyond an end."""
+    """Nothing is read out of bounds."""
     q, k, v = inputs(3, 20, (4, 2))
     wrong = [
         (q[0], k, v),
@@ -153,11 +153,11 @@ def test_what_does_not_fit_is_an_error(ops: Any) -> None:
             ops.attention(*arguments)
 
 
-# --- In the place of the network's own --------------------------------------------------------
+# --- As the network's attention ---------------------------------------------------------------
 
 
 def asked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-    """`attend_by_kernels`, what is expected of it, and how often it asked the network's own."""
+    """`attend_by_kernels`, the expected result, and the number of calls to the network's attention."""
     mask, calls = causal_mask(q.shape[2], k.shape[2], CPU), []
 
     def counted(*arguments: Any) -> Tensor:
@@ -175,7 +175,7 @@ def batch(B: int, head_dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_one_text_goes_to_the_kernels(ops: Any) -> None:
-    """In the shapes of the network."""
+    """With the network's shapes."""
     out, expected, calls = asked(*batch(1))
     assert calls == 0
     assert out.shape == expected.shape
@@ -183,7 +183,7 @@ def test_one_text_goes_to_the_kernels(ops: Any) -> None:
 
 
 def test_all_else_goes_the_usual_way(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several sequences, activations of 16 bits, heads that fill no register; and everything without kernels."""
+    """Several sequences, 16-bit activations, head sizes that do not fill a register, and no kernels."""
     for q, k, v in (batch(2), batch(1, 24), tuple(part.bfloat16() for part in batch(1))):
         out, expected, calls = asked(q, k, v)
         assert calls == 1

@@ -1,4 +1,4 @@
-"""Drafts from the text itself: which ones, when there are none, and that no bit of what comes out depends on them."""
+"""Drafts by prompt lookup, and bit-identical results with and without them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANY = 99
 
 
 def fed(before: list[int], after: list[int]) -> NGramDrafter:
-    """Drafts behind a text whose last tokens came one by one, in a second each."""
+    """A drafter after a text whose last tokens were added one by one, in one second each."""
     drafts = NGramDrafter()
     drafts.propose(before, MANY)
     for n in range(len(after)):
@@ -47,16 +47,16 @@ def test_a_draft_goes_round_with_a_text_that_does() -> None:
 
 
 def test_of_two_places_the_one_that_agrees_longer_then_the_newer() -> None:
-    """3 4 was followed by 5 at first and by 6 the last time; with 2 in front it was 5, with 9 in front never."""
+    """3 4 was first followed by 5, then by 6. 2 3 4 was followed by 5; 9 3 4 never occurred."""
     assert fed([2, 3, 4, 5, 1, 3, 4, 6, 2, 3, 4], [])._source == 3
     assert fed([2, 3, 4, 5, 1, 3, 4, 6, 9, 3, 4], [])._source == 7
 
 
 def test_no_draft_before_guesses_were_right_nor_where_nothing_stood_before() -> None:
     text = [*CYCLE, 1, 2, 3, *CYCLE[:3]]
-    assert fed(text[:-3], text[-3:]).propose(text, 2) == []  # one guess, and it was right
+    assert fed(text[:-3], text[-3:]).propose(text, 2) == []  # a single guess, which was correct
     assert fed([], list(range(50))).propose(list(range(50)), MANY) == []
-    assert NGramDrafter().propose(CYCLE * 3, MANY) == []  # what a pass takes is not known
+    assert NGramDrafter().propose(CYCLE * 3, MANY) == []  # the cost of a pass is not known yet
 
 
 def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
@@ -75,7 +75,7 @@ def test_drafts_grow_while_they_are_right_up_to_the_room() -> None:
 
 
 def test_a_wrong_guess_leaves_a_third_and_goes_on_beside_it() -> None:
-    """Another word in the same place, as in a table: behind 300 comes what came behind the 5 that it stands for."""
+    """Another word in the same place, as in a table: 300 replaces 5, and the draft continues as after 5."""
     text = 6 * CYCLE
     drafts = fed(text[:12], text[12:])
     for _ in range(8):
@@ -87,11 +87,11 @@ def test_a_wrong_guess_leaves_a_third_and_goes_on_beside_it() -> None:
 
 
 def test_what_does_not_pay_ends_and_is_tried_again_later() -> None:
-    """Each drafted token costs a pass of its own and none is taken: about 1 % is lost, whatever is guessed."""
+    """If each drafted token costs a full pass and is never accepted, about 1 % of the time is lost."""
     text = CYCLE * 340
     drafts, singles, lost = fed(text[:12], text[12:18]), 0, 0
     for at in range(18, 2018):
-        draft = drafts.propose(text[:at], _MAX_DRAFT_LENGTH)  # guesses are right, so that it always would
+        draft = drafts.propose(text[:at], _MAX_DRAFT_LENGTH)  # correct guesses: the streak allows it
         drafts.record_cost(len(draft), 0, 1.0 + len(draft))
         singles += not draft
         lost += len(draft)
@@ -105,7 +105,7 @@ def test_one_delayed_pass_changes_little() -> None:
 
 
 def test_the_last_norm_takes_each_row_by_itself() -> None:
-    """To the bit, in each number of rows, for widths that are no whole number of vectors too."""
+    """Bit-identical for any number of rows, also for sizes that are not a multiple of the vector width."""
     torch.manual_seed(0)
     for dim in (16, 33, 256, 300, 576, 2048, 4096):
         norm, x = RMSNorm(dim, 1e-5), torch.randn(16, dim) * torch.rand(16, 1) * 20
@@ -120,7 +120,7 @@ def test_the_last_norm_takes_each_row_by_itself() -> None:
 def loaded(
     built_kernels: None, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Llama:
-    """A small random network in panels, or as its file holds it."""
+    """A small random network, in panels or in its file's format."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -131,14 +131,14 @@ def loaded(
 
 @pytest.fixture
 def packed(loaded: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
-    """The same, with the kernels at hand; no token ends a text."""
+    """The same with kernels, and without stop tokens."""
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
     monkeypatch.setattr(loaded.tokenizer, "stop_ids", frozenset())
     return loaded
 
 
 def run(llama: Llama, ids: list[int], count: int, sampling: Sampling, speculate: bool) -> tuple[list[Step], list[int]]:
-    """What is generated from an empty cache, and the tokens of each pass."""
+    """Generate with an empty cache. Returns the steps and the number of tokens in each pass."""
     llama.engine.trim([])
     llama.speculate = speculate
     widths: list[int] = []
@@ -162,7 +162,7 @@ def keys(llama: Llama) -> list[torch.Tensor]:
 def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
     packed: Llama, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right and wrong drafts of each length; ids, texts, log probabilities, and what is held for the next one."""
+    """Correct and wrong drafts of each length: compare ids, texts, log probabilities and the cache."""
     ids = [*CYCLE, *CYCLE, 40, *CYCLE]
     plain, single = run(packed, ids, 300, sampling, False)
     held, length = keys(packed), packed.engine.cached_tokens
@@ -188,7 +188,7 @@ def test_generation_is_the_same_to_the_last_bit_and_so_is_the_cache(
 
 
 def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer passes, and the same logits. A random network says nothing twice, so it is told what to say."""
+    """Fewer passes with the same logits. The sampler is replaced, because a random network does not repeat text."""
     record_cost, found = NGramDrafter.record_cost, []
     monkeypatch.setattr(
         NGramDrafter, "record_cost", lambda self, drafted, right, _: record_cost(self, drafted, right, 1 + drafted / 10)
@@ -204,7 +204,7 @@ def test_it_speculates_by_itself_on_a_text_that_repeats_itself(packed: Llama, mo
 
 
 def test_an_end_amid_a_draft(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop token leaves what plain decoding leaves; a reader who stops leaves only what a longer text can use."""
+    """A stop token leaves the cache as plain decoding does; an abandoned iterator leaves reusable tokens."""
     plain, _ = run(packed, CYCLE, 30, GREEDY, False)
     truth = [*CYCLE, *(step.id for step in plain)]
     monkeypatch.setattr(NGramDrafter, "propose", lambda self, ids, room: truth[len(ids) :][: min(room, 8)])
@@ -225,7 +225,7 @@ def test_an_end_amid_a_draft(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_draft_of_damaged_weights_spoils_no_other_token(packed: Llama) -> None:
-    """What the text itself leads to comes; where that is no number it is said, as without a draft."""
+    """NaN from a draft does not affect accepted tokens. NaN from the text is an error, as without a draft."""
     engine = packed.engine
     expected = engine.next_logits([*CYCLE, 1]).values
     embedded = engine.model.tok_embeddings.forward
@@ -238,12 +238,12 @@ def test_a_draft_of_damaged_weights_spoils_no_other_token(packed: Llama) -> None
         engine.trim(CYCLE)
         assert torch.equal(engine.verify([*CYCLE, 1], [2, 300, 3]), expected[None])
         assert engine.cached_tokens == len(CYCLE) + 1
-        with pytest.raises(CheckpointError, match="not numbers"):
+        with pytest.raises(CheckpointError, match="NaN or infinity"):
             engine.verify([*CYCLE, 1, 300], [2])
 
 
 def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Llama) -> None:
-    engine = Engine(packed.engine.model, 400, packed.engine.packing)  # one that has taken no memory yet
+    engine = Engine(packed.engine.model, 400, packed.engine.packing)  # without allocated memory
     for length, room in ((1, _MAX_DRAFT_LENGTH), (250, 6), (256, 0), (257, _MAX_DRAFT_LENGTH), (395, 5), (400, 0)):
         ids = (CYCLE * 70)[:length]
         engine.next_logits(ids)
@@ -252,7 +252,7 @@ def test_room_ends_with_the_memory_that_is_taken_and_with_the_context(packed: Ll
 
 
 def test_off_where_bits_could_differ(packed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are not packed yet, interventions, another text than the cache's, and all without kernels."""
+    """Unpacked weights, interventions, a text other than the cached one, and no kernels."""
     assert packed.path is not None
     engine = packed.engine
     engine.next_logits(CYCLE)

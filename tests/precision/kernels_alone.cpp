@@ -1,4 +1,4 @@
-// The kernels without torch: a library for the tests, and a program that the sanitizers watch.
+// The kernels without torch: a library for tests, and a program to run under sanitizers.
 
 #define LLAMA_SCRATCH_ALONE
 #include "../../llama_scratch/precision/kernels.cpp"
@@ -20,7 +20,7 @@ void round_rows(const float* x, int64_t T, int64_t in, int64_t bits, int8_t* val
   std::copy(rows.sums, rows.sums + T * rows.blocks, sums);
 }
 
-// type: its place in `Type`. scales: only of panels.
+// type: index in `Type`. scales: only for panels.
 void product_of(const float* x, int64_t T, const void* data, const uint16_t* scales, int64_t type, int64_t out, int64_t in, float* y,
                 int64_t add) {
   product(Matrix{{Weight{Type(type), data, scales, out, in}}}, x, T, y, add);
@@ -43,13 +43,13 @@ bool search_of(const float* rows, int64_t out, int64_t in, int64_t bits, const f
 }
 }
 
-// --- Under the sanitizers: each buffer as long as it has to be, and no longer -----------------
+// --- For the sanitizers: every buffer has exactly the required size ---------------------------
 
 std::mt19937 generator(0);
 
 int64_t any(int64_t least, int64_t most) { return least + generator() % (most - least + 1); }
 
-// Usual numbers; in hard cases also the largest, the smallest, zeros, infinity and NaN.
+// Normal numbers, and for hard cases also the largest, the smallest, zeros, infinity and NaN.
 std::vector<float> numbers(int64_t count, bool hard) {
   constexpr float odd[] = {0, -0.0f, FLT_MAX, -FLT_MAX, FLT_MIN, 1e-44f, INFINITY, -INFINITY, NAN, 127.5f};
   std::vector<float> x(count);
@@ -82,7 +82,7 @@ struct Stored {
   }
 };
 
-// Weights below each other that have `out` rows in all.
+// Stacked weights with `out` rows in total.
 struct Several {
   std::vector<Stored> stored;
   Matrix matrix;
@@ -94,7 +94,7 @@ struct Several {
       if (in % block_of(type)) continue;
       int64_t rows = panels ? out : any(1, out);
       stored.emplace_back(type, rows, in, hard);
-      matrix.parts.push_back(stored.back().weight);  // a vector's memory stays where it is when it is moved
+      matrix.parts.push_back(stored.back().weight);  // moving a vector keeps its memory
       out -= rows;
     }
   }

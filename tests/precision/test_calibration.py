@@ -1,4 +1,4 @@
-"""The inputs of every linear layer, against those that hooks of a test's own see; the examples they come from."""
+"""Hessians of every linear layer, against independent hooks, and the calibration examples."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def llama(tiny_dir: Path) -> Llama:
 
 
 def some_windows(llama: Llama) -> list[Tensor]:
-    """One alone and two beside each other, of other lengths."""
+    """A single window and a batch of two with another length."""
     ids = torch.randint(llama.args.vocab_size, (80,), generator=torch.Generator().manual_seed(0))
     return [ids[:20].view(1, 20), ids[20:].view(2, 30)]
 
 
 def test_hessians(llama: Llama) -> None:
-    """E[x xᵀ] of every linear layer, of all windows together, and each layer once; the network is left as it was."""
+    """E[x xᵀ] for every linear layer over all windows; each layer occurs once, and the network is unchanged."""
     model, some = llama.engine.model, some_windows(llama)
     seen: dict[str, list[Tensor]] = {}
     linear = {name: module for name, module in model.named_modules() if format_of(module)}
@@ -64,7 +64,7 @@ def test_hessians(llama: Llama) -> None:
 
 
 def test_hooks_are_gone_after_an_interrupt(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ends it."""
+    """Hooks are removed after any exception."""
     model = llama.engine.model
 
     def interrupted(*_: object) -> Tensor:
@@ -77,13 +77,13 @@ def test_hooks_are_gone_after_an_interrupt(llama: Llama, monkeypatch: pytest.Mon
 
 
 def test_what_the_model_says(llama: Llama) -> None:
-    """Drawn by its own probabilities, behind a start and a random token each; the same every time."""
+    """Texts are sampled from the model after the start and a random token each, and are deterministic."""
     said = sample_model_text(llama.engine.model, 3, [7, 9])
     assert said.shape == (3, 256)
     assert said[:, :2].tolist() == [[7, 9]] * 3
     assert len(set(said[:, 2].tolist())) == 3
     assert torch.equal(said, sample_model_text(llama.engine.model, 3, [7, 9]))
-    # A model that is sure of everything says what is most probable, each time by all that came before.
+    # A model with all probability on one token always samples the most probable continuation.
     model = Llama.load(llama.path, precision="fp32").engine.model
     form = format_of(model.output)
     assert isinstance(form, Rows)
@@ -95,7 +95,7 @@ def test_what_the_model_says(llama: Llama) -> None:
 
 
 def test_documentation() -> None:
-    """Prose of the standard library, as much as was asked for, the same each time; not what benchmarks measure with."""
+    """Text of the standard library with the requested length, always the same, and without benchmark data."""
     from pydoc_data.topics import topics
 
     text = stdlib_documentation(100_000)
@@ -108,7 +108,7 @@ def test_documentation() -> None:
 
 
 def test_documentation_without_the_librarys_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing where there are no files, and files that are no Python are passed over."""
+    """Empty without source files. Files that are not valid Python are skipped."""
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert stdlib_documentation(1000) == ""
     (tmp_path / "a.py").write_text('"""' + "words " * 100 + '"""')
@@ -120,7 +120,7 @@ def test_documentation_without_the_librarys_source(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_examples(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of them read and half said; the beginning of a text stands before each."""
+    """Half documentation, half sampled text; each window starts with the BOS token."""
     bos = llama.tokenizer.bos_id
     assert bos is not None
     read, *rest = found = examples(llama.engine.model, llama.tokenizer, tokens=2048)
@@ -134,7 +134,7 @@ def test_examples(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_windows_of_a_text(llama: Llama) -> None:
-    """Whole ones, no more than asked for; a text with less than one is refused."""
+    """Whole windows, at most the requested number. A text shorter than one window is rejected."""
     ids = llama.tokenizer.encode(text := stdlib_documentation(50_000))
     found = windows(llama.tokenizer, text, tokens=2048)
     assert [window.shape for window in found] == [(1, 1024), (1, 1024)]
@@ -157,7 +157,7 @@ def test_windows_of_a_text(llama: Llama) -> None:
     ids=["plain", "mark", "line ends", "a page", "long", "cut within a character"],
 )
 def test_a_file_to_calibrate_with(tmp_path: Path, content: bytes, text: str) -> None:
-    """Its text without a byte order mark; of a long one the beginning, which is all that is used."""
+    """The byte order mark is removed, and only the beginning of a long file is read."""
     (tmp_path / "text").write_bytes(content)
     assert read_text(tmp_path / "text") == text
 
@@ -179,7 +179,7 @@ def test_a_file_that_is_not_text(tmp_path: Path, content: bytes, says: str) -> N
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_what_cannot_be_calibrated_with(tmp_path: Path) -> None:
-    """A pipe is not waited for, a device and a sparse file of 20 GB take no memory."""
+    """Reading does not block on a pipe, and a device or a sparse 20 GB file does not fill the memory."""
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(20 << 30)

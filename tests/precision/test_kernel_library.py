@@ -1,4 +1,4 @@
-"""A library of kernels: compiled once, kept safely, never trusted blindly, and never waited for by an import."""
+"""The kernel library: compiled once, stored safely, verified before use, and never compiled on import."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where libraries are kept, with nothing loaded yet. What is loaded is noted in place of torch's own operators."""
+    """The cache folder of the libraries, with nothing loaded and `load_library` replaced."""
     monkeypatch.setattr(kernels, "_loaded", False)
     monkeypatch.setattr(kernels, "_failure", "")
     monkeypatch.setattr(torch.ops, "llama_scratch", SimpleNamespace(machine=lambda: "a test"), raising=False)
@@ -48,7 +48,7 @@ echo "a library of $(basename $(dirname $0))" > "$2"
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Have a compiler that only writes down that it was called, and then does some work."""
+    """Use a fake compiler that only logs its call and then runs these commands."""
 
     def use(work: str = "", knows: int = 0) -> Path:
         path, log = tmp_path / "bin" / f"c++{len(list(tmp_path.glob('bin/*')))}", tmp_path / "log"
@@ -66,7 +66,7 @@ def calls(log: Path) -> int:
 
 
 def again() -> None:
-    """As in the next program."""
+    """Reset the state, as if in a new process."""
     kernels._loaded, kernels._failure = False, ""
 
 
@@ -91,7 +91,7 @@ def test_it_is_compiled_once_and_for_its_owner_alone(folder: Path, use: Callable
 
 
 def test_they_can_be_switched_off(folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when they are loaded already."""
+    """Even after they were loaded."""
     log = use()
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", "0")
     assert (kernels.build(), kernels.load(), kernels.ready(), calls(log)) == (False, False, False, 0)
@@ -103,7 +103,7 @@ def test_they_can_be_switched_off(folder: Path, use: Callable[..., Path], monkey
 
 
 def test_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said once what would be gained."""
+    """The message says once that a compiler would make answers faster."""
     monkeypatch.setenv("CXX", "")
     monkeypatch.setenv("PATH", "/nowhere")
     assert kernels.compiler() is None
@@ -114,14 +114,14 @@ def test_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_compiler_that_is_too_old(folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked once, also by the next programs of a day."""
+    """It is run only once per day, also by other processes."""
     log = use(knows=1)
     monkeypatch.setattr(kernels, "_candidates", lambda: [os.environ["CXX"]])
     assert kernels.compiler() is None
     assert not kernels.build()
     again()
     assert not kernels.possible()
-    assert f"{os.environ['CXX'].split('/')[-1]} knows no C++20" in kernels.state()
+    assert f"{os.environ['CXX'].split('/')[-1]} does not support C++20" in kernels.state()
     assert calls(log) == 0
 
 
@@ -136,7 +136,7 @@ echo $! >> "{log}"
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at processes")
 @pytest.mark.parametrize("then", ["wait", "exit 1"])
 def test_a_compiler_that_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
-    """Nothing but the job behind the answers waits for it, once in a day, and it leaves no process."""
+    """Only the background job waits for it, once per day, and no child process remains."""
     log, command = tmp_path / "log", tmp_path / "hanging c++"
     command.write_text(HANGS.format(log=log, then=then))
     command.chmod(0o755)
@@ -151,9 +151,9 @@ def test_a_compiler_that_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest
     again()
     assert not kernels.possible()
     assert not kernels.build()
-    assert ("took too long" if then == "wait" else "knows no C++20") in kernels.state()
+    assert ("took too long" if then == "wait" else "does not support C++20") in kernels.state()
     assert time.monotonic() - start < 5
-    shell, child = map(int, log.read_text().split())  # one run of it
+    shell, child = map(int, log.read_text().split())  # a single run
     until(lambda: not is_running(shell) and not is_running(child))
 
 
@@ -189,7 +189,7 @@ def test_the_next_compiler_is_taken_for_one_that_is_not_there(monkeypatch: pytes
     ],
 )
 def test_a_compiler_that_fails_is_asked_once(folder: Path, use: Callable[..., Path], work: str, said: str) -> None:
-    """Also by the next programs of a day. Its error is in the sentence, and nothing else of it is left."""
+    """Once per day, also for other processes. The message contains its error, and no other files remain."""
     log = use(work)
     assert kernels.possible()
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_a_compiler_that_fails_is_asked_once(folder: Path, use: Callable[..., Pa
     assert not kernels.build()
     assert calls(log) == 2
     again()
-    use("sleep 0.01")  # another compiler
+    use("sleep 0.01")  # a different compiler
     assert kernels.build()
 
 
@@ -244,14 +244,14 @@ def link(library: Path) -> None:
 def pipe(library: Path) -> None:
     library.unlink()
     os.mkfifo(library)
-    os.open(library, os.O_RDWR | os.O_NONBLOCK)  # somebody might write into it
+    os.open(library, os.O_RDWR | os.O_NONBLOCK)  # another process could write to it
 
 
 @pytest.mark.parametrize("spoil", [flip, cut, open_to_all, link, pipe])
 def test_what_is_not_whole_or_not_ours_is_made_again(
     folder: Path, use: Callable[..., Path], spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is never loaded."""
+    """Such a library is never loaded."""
     log = use()
     assert kernels.build()
     (library,) = folder.iterdir()
@@ -269,7 +269,7 @@ def test_what_is_not_whole_or_not_ours_is_made_again(
 def test_a_library_or_folder_of_someone_else(
     folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Is not loaded, and one for this program alone is made where nobody else writes."""
+    """It is not loaded. A new library is compiled in a temporary folder for this process."""
     log = use()
     assert kernels.build()
     loaded: list[Path] = []
@@ -307,7 +307,7 @@ def test_without_a_place_to_keep_it(
 def test_a_library_that_cannot_be_loaded_is_made_again(
     folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once in a program; then it is said."""
+    """It is compiled again once per process, and then reported."""
     log = use()
     assert kernels.build()
 
@@ -319,7 +319,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(
     assert not kernels.build()
     assert not kernels.build()
     assert calls(log) == 2
-    assert kernels.state() == "none, because what was compiled could not be loaded"
+    assert kernels.state() == "none, because the compiled library could not be loaded"
 
 
 @pytest.mark.parametrize("change", ["source", "header", "torch", "CPU", "flags"])
@@ -351,7 +351,7 @@ def test_what_was_made_from_or_for_something_else_is_not_taken(
 
 
 def test_the_least_recently_used_go_first(folder: Path, use: Callable[..., Path], tmp_path: Path) -> None:
-    """And what ended programs left; a running one's stays."""
+    """Files of ended processes are removed too, but not files of a running one."""
     use()
     folder.mkdir(parents=True, mode=0o700)
     for age in range(6):
@@ -376,7 +376,7 @@ def test_the_least_recently_used_go_first(folder: Path, use: Callable[..., Path]
 def test_what_was_built_with_the_package_is_taken_first(
     folder: Path, use: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where it is whole; it may be another person's, as the source beside it is."""
+    """If it is intact. Like the source next to it, it can belong to another user."""
     log = use()
     package = tmp_path / "package"
     package.mkdir()
@@ -422,7 +422,7 @@ def program(*arguments: str, log: Path) -> subprocess.Popen[str]:
 
 
 def test_of_two_programs_one_compiles(folder: Path, use: Callable[..., Path]) -> None:
-    """And both have the library."""
+    """Both processes load the library."""
     log = use("sleep 1")
     programs = [program("wait", log=log) for _ in range(2)]
     assert [running.communicate(timeout=60)[0] for running in programs] == ["True\n", "True\n"]
@@ -439,7 +439,7 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at processes")
 def test_the_compiler_ends_with_the_program(folder: Path, use: Callable[..., Path]) -> None:
-    """In the middle of its work, with all that it started; and it worked at the lowest priority."""
+    """The compiler and its child processes run at the lowest priority and end with the program."""
     log = use('sleep 60 & echo $! >> "$0.child"; nice > "$0.nice"; wait')
     running = program(log=log)
     assert running.communicate(timeout=30)[0] == "ends\nFalse\n"
@@ -454,7 +454,7 @@ def test_the_compiler_ends_with_the_program(folder: Path, use: Callable[..., Pat
 
 
 def test_a_killed_program_leaves_nothing_that_matters(folder: Path, use: Callable[..., Path]) -> None:
-    """The next one compiles at once, although the other's compiler goes on for a while."""
+    """The next process compiles immediately, even if the killed one's compiler is still running."""
     log = use("sleep 3")
     running = program("wait", log=log)
     while not log.exists():

@@ -1,4 +1,4 @@
-"""The kernels on each set of instructions: panels to the last bit, rows and attention to rounding; and the layers."""
+"""The kernels for each instruction set: panels bit for bit, rows and attention to rounding, whole layers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantized(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Activations (T, in) as whole numbers (T, blocks, block) and scales (T, blocks), all in float32."""
+    """Quantize activations (T, in) to integers (T, blocks, block) and scales (T, blocks), all as float32."""
     blocks = x.view(len(x), x.shape[1] // block, block)
     most = blocks.abs().amax(-1)
     finite = most.isfinite()
@@ -50,9 +50,9 @@ def quantized(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, q: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """x·Wᵀ in the order that is promised: the sum of a block is exact, and blocks are added one after the other.
+    """Compute x·Wᵀ in the guaranteed order: the sum of a block is exact, and blocks are added in sequence.
 
-    q: (out, in), whole numbers; scales: (out, blocks) float16.
+    q: (out, in), integers; scales: (out, blocks) float16.
     """
     values, steps = quantized(x, BLOCK[bits])
     q = q.double().view(len(q), -1, BLOCK[bits])
@@ -64,7 +64,7 @@ def product(x: Tensor, q: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def packed(q: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Panels of 16 rows, as cpp/panels.h describes them."""
+    """Panels of 16 rows, in the layout of cpp/panels.h."""
     out, columns = q.shape
     if bits == 8:
         panels = q.to(torch.int8).view(out // 16, 16, columns // 4, 4)
@@ -75,7 +75,7 @@ def packed(q: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def weight(out: int, columns: int, bits: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random whole numbers (out, in), and scales (out, blocks) of both signs."""
+    """Random integers (out, in), and scales (out, blocks) of both signs."""
     least, most = (-127, 128) if bits == 8 else (-8, 8)
     q = torch.randint(least, most, (out, columns), generator=generator)
     scales = torch.randn(out, columns // BLOCK[bits], generator=generator) / 100
@@ -83,13 +83,13 @@ def weight(out: int, columns: int, bits: int, generator: torch.Generator) -> tup
 
 
 def tensor_of(held: Weight) -> Tensor:
-    """What the kernels read of a weight."""
+    """The tensors of a weight that the kernels read."""
     assert isinstance(held, Tensor | GGUFBlockWeight)
     return held.blocks if isinstance(held, GGUFBlockWeight) else held
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """To the bit; of what is no number there is one kind."""
+    """Bit-identical, except that all NaN are equal."""
     odd = a.isnan()
     return torch.equal(odd, b.isnan()) and torch.equal(a[~odd].view(torch.int32), b[~odd].view(torch.int32))
 
@@ -131,7 +131,7 @@ TYPES = [
 
 
 class Alone:
-    """The functions of kernels_alone.cpp, with tensors."""
+    """The functions of kernels_alone.cpp, called with tensors."""
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
@@ -157,7 +157,7 @@ class Alone:
         return y
 
     def rows_product(self, x: Tensor, form: str, held: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Of x and a weight as a file holds it."""
+        """Product of x and a weight in its file's format."""
         y = torch.empty(len(x), len(held)) if onto is None else onto.clone()
         self._call(
             "product_of", x, len(x), held, 0, TYPES.index(form), *y.shape[1:], x.shape[1], y, int(onto is not None)
@@ -165,13 +165,13 @@ class Alone:
         return y
 
     def rows(self, form: str, held: Tensor, columns: int) -> Tensor:
-        """The numbers of a weight."""
+        """Dequantized rows of a weight."""
         y = torch.empty(len(held), columns)
         self._call("rows_of", held, TYPES.index(form), *y.shape, y)
         return y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As the operator does it."""
+        """Same as the operator."""
         out, (T, n_heads, head_dim), (n_kv_heads, S, _) = torch.empty_like(q), q.shape, k.shape
         self._call("attention_of", q, T, k, v, S, S - T, n_heads, n_kv_heads, head_dim, out)
         return out
@@ -199,14 +199,14 @@ def alone(machines: dict[str, Alone], request: pytest.FixtureRequest) -> Alone:
 
 
 def test_each_set_of_instructions_is_meant(machines: dict[str, Alone]) -> None:
-    """The flags above lead to different code."""
+    """The flags above compile to different code."""
     assert machines["plain"].machine == "any machine"
     assert machines["native"].machine != "any machine" or platform.machine() not in ("x86_64", "aarch64")
     assert "avx2" not in machines or machines["avx2"].machine == "AVX2"
 
 
 def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLAMA_SCRATCH_KERNELS names it; each has flags of its own, and so a library of its own."""
+    """LLAMA_SCRATCH_KERNELS selects it. Each one has its own flags, and so its own library."""
     keys = set()
     for name in ("avx2", "plain", "native", ""):
         monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", name)
@@ -220,7 +220,7 @@ def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("panels", [1, 2, 3, 5])
 def test_products_are_equal_to_the_last_bit(alone: Alone, bits: int, panels: int) -> None:
-    """For each number of rows from none to seventeen, and inputs of one block to five."""
+    """Zero to seventeen rows, and inputs of one to five blocks."""
     generator = torch.Generator().manual_seed(panels)
     for T, blocks in ((T, (1, 2, 3, 5)[T % 4]) for T in range(18)):
         columns = blocks * BLOCK[bits]
@@ -233,7 +233,7 @@ def rows_of(kind: str, T: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     usual = torch.randn(T, columns, generator=generator)
     sign = usual.sign()
-    # Every 127th is a whole number of steps and a half: the even neighbor is taken.
+    # Ties, n + 0.5 steps, which are rounded to even.
     halves = torch.arange(T * columns).view(T, columns).remainder(127) + 0.5
     halves[:, ::32] = 127
     mixed = usual.clone()
@@ -262,7 +262,7 @@ KINDS += ["around the smallest", "huge", "the largest there is", "an outlier", "
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_every_kind(alone: Alone, kind: str, bits: int) -> None:
-    """Their blocks are the reference's; what is no number makes its block no number, and nothing else."""
+    """Blocks are equal to the reference. NaN and infinity affect only their own block."""
     x = rows_of(kind, 5, 192)
     values, scales, sums = alone.round(x, bits)
     expected, steps = quantized(x, BLOCK[bits])
@@ -275,7 +275,7 @@ def test_activations_of_every_kind(alone: Alone, kind: str, bits: int) -> None:
     assert same(y, product(x, q, weight_scales, bits))
     if kind == "no numbers":
         assert y.isnan().all(1).tolist() == [True, True, True, True, False]
-    elif kind not in ("huge", "the largest there is"):  # whose products may be larger than a float32 can be
+    elif kind not in ("huge", "the largest there is"):  # their products can exceed the range of float32
         assert y.isfinite().all()
 
 
@@ -283,7 +283,7 @@ def test_activations_of_every_kind(alone: Alone, kind: str, bits: int) -> None:
 @pytest.mark.parametrize("number", ["least", "most", "zero", "in turn"])
 @pytest.mark.parametrize("kind", ["all the largest", "all the smallest", "both"])
 def test_weights_at_the_ends(alone: Alone, bits: int, number: str, kind: str) -> None:
-    """Sums as large as they can be: −127 and 127, nibbles 0 and 15."""
+    """The largest possible sums: −127 and 127, and 4-bit values 0 and 15."""
     least, most = (-127, 127) if bits == 8 else (-8, 7)
     turns = torch.tensor([least, most]).repeat(32, 96)
     q = {"least": turns * 0 + least, "most": turns * 0 + most, "zero": turns * 0, "in turn": turns}[number]
@@ -294,7 +294,7 @@ def test_weights_at_the_ends(alone: Alone, bits: int, number: str, kind: str) ->
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_scales_of_every_kind(alone: Alone, bits: int) -> None:
-    """All 65,536 float16: subnormal, negative, zeros, infinite ones and those that are no numbers."""
+    """All 65,536 float16 values: subnormal, negative, zero, infinity and NaN."""
     scales = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 1)
     q = torch.randint(-7, 8, (65536, BLOCK[bits]), generator=torch.Generator().manual_seed(0))
     x = rows_of("both", 1, BLOCK[bits]) / 3
@@ -302,7 +302,7 @@ def test_scales_of_every_kind(alone: Alone, bits: int) -> None:
 
 
 def test_a_weight_of_minus_128_is_exact_too(alone: Alone) -> None:
-    """Quantization makes none below −127, but a file could hold one: |−128| is 128 as an unsigned byte."""
+    """Quantization stops at −127, but a file could contain −128: |−128| is 128 as an unsigned byte."""
     q, scales = torch.full((16, 32), -128), torch.ones(16, 1).half()
     for x in (torch.full((1, 32), 127.0), torch.full((1, 32), -127.0)):
         assert same(alone.product(x, q, scales, 8), product(x, q, scales, 8))
@@ -319,7 +319,7 @@ def test_a_product_on_top_of_what_is_there(alone: Alone, bits: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("blocks", [1, 3, 41])
 def test_rows_are_the_same_whatever_rows_go_along(alone: Alone, form: str, blocks: int) -> None:
-    """To the bit on each machine, within 1e-6 of float64, on top of what is there too; and the numbers are exact."""
+    """Bit-identical in any batch, within 1e-6 of float64, also if added to y; dequantized rows are exact."""
     columns = blocks * columns_per_block(form)
     weight = weights.weight(form, 31, columns)
     held, numbers = tensor_of(weight), as_tensor(weight, torch.float32)
@@ -329,14 +329,14 @@ def test_rows_are_the_same_whatever_rows_go_along(alone: Alone, form: str, block
     assert (y - expected).norm() <= 1e-6 * expected.norm()
     for T in (0, 1, 2, 3, 4, 5, 15, 16, 17):
         assert same(alone.rows_product(x[:T], form, held), y[:T]), T
-    assert same(alone.rows_product(x, form, held, onto=y), y + y) or columns > 512  # spans are added one by one
+    assert same(alone.rows_product(x, form, held, onto=y), y + y) or columns > 512  # spans are added in sequence
     assert (alone.rows_product(x, form, held, onto=y) - 2 * expected).norm() <= 2e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("start", [0, 250, 600])
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
 def test_attention_is_the_same_whatever_tokens_go_along(alone: Alone, head_dim: int, start: int) -> None:
-    """To the bit on each machine, and within 1e-5 of float64."""
+    """Bit-identical on each machine, and within 1e-5 of float64."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(20, 6, head_dim, generator=generator)
     k, v = torch.randn(2, 2, start + 20, head_dim, generator=generator)
@@ -355,7 +355,7 @@ def test_attention_is_the_same_whatever_tokens_go_along(alone: Alone, head_dim: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
-    """Addresses and undefined behavior, over random and extreme products, attention and layers."""
+    """Address and undefined-behavior sanitizers, on random and extreme products, attention and layers."""
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS", "-O1"]
     try:
         program = compile_alone(tmp_path, "program", *sanitizers, *MACHINES[name])
@@ -369,7 +369,7 @@ def test_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
 
 
 def weights_of(kind: str, bits: int) -> Tensor:
-    """Weights (40, 256): two whole panels and half of one."""
+    """Weights (40, 256): two and a half panels."""
     usual = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
     largest = 65504 * (127 if bits == 8 else 7)
     return {
@@ -399,9 +399,9 @@ def squared_error(rows: Tensor, values: Tensor, scales: Tensor) -> float:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_the_search_is_that_of_python(alone: Alone, kind: str, bits: int) -> None:
-    """The total error is equal within a millionth, and 99.9 % of numbers and scales are equal.
+    """The total error agrees within a millionth, and 99.9 % of numbers and scales are equal.
 
-    The sums of a block are added up in another order, which decides between scales that are equally good.
+    The order of summation differs, which decides between scales with equal errors.
     """
     rows = weights_of(kind, bits)
     found = alone.search(rows, bits)
@@ -416,7 +416,7 @@ def test_the_search_is_that_of_python(alone: Alone, kind: str, bits: int) -> Non
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_each_set_of_instructions_finds_the_same_bits(machines: dict[str, Alone], bits: int) -> None:
-    """Rows are added up alike on each machine, so a kept file does not depend on it."""
+    """The order of summation is the same on each machine, so cached files do not depend on it."""
     for kind in WEIGHTS:
         found = [machine.search(weights_of(kind, bits), bits) for machine in machines.values()]
         for other in found[1:]:
@@ -429,7 +429,7 @@ def test_each_set_of_instructions_finds_the_same_bits(machines: dict[str, Alone]
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("place", [(0, 0), (17, 101), (39, 255)])
 def test_the_search_rejects_nan_and_too_large_weights(alone: Alone, bits: int, place: tuple[int, int]) -> None:
-    """Wherever they are; the largest that fits is taken."""
+    """At any index. The largest weight that fits is accepted."""
     largest = 65504.0 * (127 if bits == 8 else 7)
     for value, fits in [(largest, True), (largest * (1 + 1e-6), False), (torch.inf, False), (torch.nan, False)]:
         for sign in (1, -1):
@@ -440,7 +440,7 @@ def test_the_search_rejects_nan_and_too_large_weights(alone: Alone, bits: int, p
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_float16_scales_are_rounded_to_the_nearest(alone: Alone, bits: int) -> None:
-    """As torch rounds them, in blocks of one weight: all float16, halfway between two, and close to halfway."""
+    """Rounding as in torch, with a block size of one: all float16, ties, and values close to ties."""
     block, step = BLOCK[bits], 127 if bits == 8 else 7
     halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
     between = (halves[1:] + halves[:-1]) / 2  # exact in float32
@@ -456,12 +456,12 @@ def test_float16_scales_are_rounded_to_the_nearest(alone: Alone, bits: int) -> N
     assert torch.equal(found[0], expected[0])
 
 
-# --- As torch calls them ----------------------------------------------------------------------
+# --- As torch operators -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ops(built_kernels: None) -> Any:
-    """The operators."""
+    """The kernels' operators."""
     assert kernels.ready()
     machine = torch.ops.llama_scratch.machine()
     assert kernels.state() == f"compiled for {machine}"
@@ -480,7 +480,7 @@ def _threads() -> Iterator[None]:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.usefixtures("_threads")
 def test_a_row_depends_on_no_other_and_on_no_number_of_threads(ops: Any, bits: int) -> None:
-    """The reference, to the bit, however many rows and threads."""
+    """Bit-identical to the reference for any number of rows and threads."""
     generator = torch.Generator().manual_seed(0)
     q, scales = weight(16 * 7, 192, bits, generator)
     x = torch.randn(17, 192, generator=generator)
@@ -493,7 +493,7 @@ def test_a_row_depends_on_no_other_and_on_no_number_of_threads(ops: Any, bits: i
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_what_does_not_fit_is_an_error(ops: Any, T: int) -> None:
-    """And nothing is read or written beyond an end."""
+    """Nothing is read or written out of bounds."""
     panels, scales = packed(*weight(32, 128, 8, torch.Generator().manual_seed(0)), 8)
     x, w, blocks = torch.randn(T, 128), torch.randn(7, 128), torch.zeros(7, 72, dtype=torch.uint8)
     one = ["float32"]
@@ -545,7 +545,7 @@ def test_what_does_not_fit_is_an_error(ops: Any, T: int) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.usefixtures("_threads")
 def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From rows of any type, of several weights, on any number of threads; not on top of a curvature."""
+    """For all dtypes, several weights and any number of threads, but not with a Hessian."""
     rows = weights_of("normal", bits)
     for held in ([rows], [rows.bfloat16()], [rows[:5], rows[5:]], [rows[:, :200]], [rows[:3, :7].half()]):
         with monkeypatch.context() as patch:
@@ -566,7 +566,7 @@ def test_panels_are_searched_for_by_the_kernels(ops: Any, bits: int, monkeypatch
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_kernels_raise_what_python_raises(ops: Any, bits: int) -> None:
-    """The same message, for the same weights."""
+    """The same message for the same weights."""
     for value in (torch.nan, torch.inf, -torch.inf, 1e7):
         rows = weights_of("normal", bits)
         rows[37, 101] = value
@@ -586,7 +586,7 @@ def test_the_kernels_raise_what_python_raises(ops: Any, bits: int) -> None:
 
 
 class Rounding(nn.Module):
-    """x·Wᵀ in float64, with activations as the kernels see them: rounded for weights of 8 and 4 bits."""
+    """x·Wᵀ in float64. For 8- and 4-bit weights, activations are rounded as in the kernels."""
 
     def __init__(self, weight: Tensor, form: str):
         super().__init__()
@@ -601,7 +601,7 @@ class Rounding(nn.Module):
 
 
 class Case:
-    """A layer with random weights, as a block of model.py and as the kernels want it, behind `start` tokens."""
+    """A layer with random weights after `start` tokens, as a block of model.py and as operands of the kernels."""
 
     def __init__(self, form: str, head_dim: int, group: int, start: int, T: int, layers: int = 1, width: int = 0):
         generator = torch.Generator().manual_seed(start + T)
@@ -642,7 +642,7 @@ class Case:
         self.freqs_cis = rotations(rope_frequencies(self.args), torch.arange(start, start + T))
 
     def _add(self, form: str, outs: list[int], columns: int, seed: int, generator: torch.Generator) -> Sequence[Tensor]:
-        """Add weights below each other for the kernels. Returns their numbers."""
+        """Append stacked weights to the kernels' operands. Returns their number."""
         if form in FORMS:
             made = [weights.weight(form, out, columns, seed + 100 * i) for i, out in enumerate(outs)]
             self.weights += map(tensor_of, made)
@@ -658,7 +658,7 @@ class Case:
         return torch.split(q * scales.float().repeat_interleave(BLOCK[bits], 1), outs)
 
     def cache(self) -> list[Tensor]:
-        """The kernels' cache, just as long as it has to be."""
+        """The kernels' cache, with the minimum capacity."""
         n_kv_heads, head_dim = self.args.n_kv_heads, self.args.head_dim
         held = [torch.full((n_kv_heads, self.start + self.T, head_dim), torch.nan) for _ in self.past]
         for new, old in zip(held, self.past, strict=True):
@@ -711,7 +711,7 @@ EACH = pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "Q4_1"
 @pytest.mark.parametrize(("head_dim", "group"), [(16, 4), (32, 2), (64, 3), (64, 1), (128, 2)])
 @pytest.mark.parametrize(("start", "T"), [(0, 1), (0, 5), (254, 4), (255, 1), (256, 2), (600, 3), (3, 40)])
 def test_a_layer_is_that_of_the_network(ops: Any, form: str, head_dim: int, group: int, start: int, T: int) -> None:
-    """Within 1e-5; the cache too."""
+    """The output and the cache are within 1e-5."""
     compared(Case(form, head_dim, group, start, T), ops)
 
 
@@ -726,7 +726,7 @@ def test_heads_together_wider_or_narrower_than_the_residual_stream(
 def compared(case: Case, ops: Any) -> None:
     """Run a layer in the kernels and in the network, and compare.
 
-    Of activations in blocks of 8 bits a few may be rounded to the other side, as the two add up in different orders.
+    A few 8-bit activations may be rounded differently, because the order of summation differs.
     """
     start, panels = case.start, case.types[0].startswith("int")
     x, cache = called(ops, case)
@@ -744,7 +744,7 @@ def compared(case: Case, ops: Any) -> None:
 
 
 def in_pieces(ops: Any, case: Case, sizes: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
-    """The tokens in pieces of these sizes, each through all layers."""
+    """Run the tokens in chunks of these sizes, each through all layers."""
     whole, x, t = case.arguments(), case.x.clone(), 0
     for size in sizes:
         part = {"x": x[t : t + size], "freqs_cis": whole["freqs_cis"][t : t + size], "start": case.start + t}
@@ -766,7 +766,7 @@ PLACES = [
 @pytest.mark.parametrize(("head_dim", "start"), PLACES)
 @pytest.mark.usefixtures("_threads")
 def test_layers_are_the_same_to_the_bit_in_any_pieces(ops: Any, form: str, head_dim: int, start: int) -> None:
-    """20 tokens one by one, at once or in other pieces, through two layers, on one thread or two."""
+    """20 tokens in chunks of any size through two layers, with one or two threads."""
     case = Case(form, head_dim, 2, start, 20, layers=2)
     torch.set_num_threads(1)
     x, cache = in_pieces(ops, case, [1] * 20)
@@ -793,7 +793,7 @@ def test_layers_may_be_run_one_by_one(ops: Any) -> None:
 
 @pytest.mark.parametrize("form", ["int8", "bfloat16"])
 def test_a_layer_that_does_not_fit_is_an_error(ops: Any, form: str) -> None:
-    """And writes nothing beyond the cache's end."""
+    """Nothing is written beyond the cache's end."""
     case = Case(form, 32, 2, 10, 2)
     usual, w = case.arguments(), case.weights
     wrong: list[dict[str, Any]] = [
@@ -833,7 +833,7 @@ def test_a_layer_that_does_not_fit_is_an_error(ops: Any, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["int8", "bfloat16"])
 def test_activations_that_are_nan_stay_visible(ops: Any, form: str) -> None:
-    """In their own token and after it, through a whole layer; token by token those before it are as they were."""
+    """NaN spreads to its token and later ones through a layer. Token by token, earlier ones are unaffected."""
     case = Case(form, 32, 2, 0, 3)
     x, _ = called(ops, case)
     case.x[1, 7] = torch.nan

@@ -1,4 +1,4 @@
-"""Weights that are no tensors yet: their rows are the whole's, and a network of them answers as one of tensors."""
+"""Lazy weights: their rows equal the rows of a tensor, and a network with them gives the same results."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ CPU = torch.device("cpu")
 
 
 def lazy(weight: Tensor) -> LazyWeight:
-    """The weight as it would be in blocks."""
+    """The weight as if in quantized blocks."""
     shape = weight.shape[0], weight.shape[1]
-    blocks = torch.empty(shape, dtype=torch.uint8)  # a byte for each
+    blocks = torch.empty(shape, dtype=torch.uint8)  # one byte each
     return GGUFBlockWeight(shape, blocks, "a test", lambda start, stop: weight[start:stop].clone())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("sizes", [[3, 5, 1], [4], [1, 1]])
 def test_joined_pieces_are_the_whole(axis: int, sizes: list[int]) -> None:
-    """Every stretch of rows, whether it lies in one piece or in several."""
+    """Any range of rows, within one shard or across several."""
     pieces = [torch.randn((size, 6) if axis == 0 else (6, size)).bfloat16() for size in sizes]
     whole, joined = torch.cat(pieces, axis), ShardedWeight(pieces, axis)
     assert (joined.shape, joined.dtype, joined.nbytes) == (whole.shape, whole.dtype, whole.nbytes)
@@ -56,14 +56,14 @@ def test_joined_pieces_are_the_whole(axis: int, sizes: list[int]) -> None:
 
 
 def test_pieces_that_lie_in_one_file_are_not_copied() -> None:
-    """Rows of one shard are a view of it."""
+    """Rows of one shard are a view."""
     pieces = [torch.randn(4, 3), torch.randn(4, 3)]
     assert ShardedWeight(pieces, 0).rows(5, 7).data_ptr() == pieces[1][1:].data_ptr()
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 10, 100])
 def test_parts_are_the_whole(n: int) -> None:
-    """Parts know their share of the bytes, and parts of parts too are what they are called."""
+    """Parts know their fraction of the bytes; parts of parts work too."""
     weight = torch.randn(10, 4)
     parts = lazy(weight).split(n)
     assert [len(part) for part in parts] == [min(n, 10 - start) for start in range(0, 10, n)]
@@ -74,7 +74,7 @@ def test_parts_are_the_whole(n: int) -> None:
 
 
 def test_a_large_weight_is_turned_in_blocks() -> None:
-    """No more than a few million numbers are float32 at a time on the way to another type."""
+    """At most a few million numbers are float32 at a time during the conversion to another dtype."""
     asked: list[int] = []
     weight = torch.randn(40, 1 << 17)
 
@@ -90,7 +90,7 @@ def test_a_large_weight_is_turned_in_blocks() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_multiply_what_is_lazy(rows: int) -> None:
-    """Mixed with tensors, in the order in which they stand, and with more blocks than threads."""
+    """Mixed with tensors, in the given order, and with more blocks than threads."""
     weights = [torch.randn(5, 1 << 19), torch.randn(3, 1 << 19), torch.randn(40, 1 << 19)]
     x = torch.randn(rows, 1 << 19)
     form = Rows([lazy(weights[0]), weights[1].bfloat16(), lazy(weights[2])])
@@ -99,7 +99,7 @@ def test_rows_multiply_what_is_lazy(rows: int) -> None:
 
 
 def test_an_error_while_rows_are_made_is_raised_where_they_are_multiplied() -> None:
-    """Though another thread made them."""
+    """Even if another thread converts the rows."""
 
     def rows(start: int, stop: int) -> Tensor:
         raise CheckpointError("damaged.")
@@ -110,7 +110,7 @@ def test_an_error_while_rows_are_made_is_raised_where_they_are_multiplied() -> N
 
 @pytest.mark.parametrize("form", ["Q8_0", "Q6_K", "a test"])
 def test_an_embedding_of_what_is_lazy(way: str, form: str) -> None:
-    """Rows in the order of the tokens, one that comes twice too."""
+    """Rows in the order of the tokens, including duplicates."""
     weight = lazy(torch.randn(20, 256)) if form == "a test" else weights.weight(form, 20, 256)
     tokens = torch.tensor([[7, 0, 7, 19]])
     for dtype in (torch.float32, torch.bfloat16):
@@ -118,7 +118,7 @@ def test_an_embedding_of_what_is_lazy(way: str, form: str) -> None:
 
 
 def test_the_weights_that_the_kernels_take() -> None:
-    """Contiguous tensors of 32 and 16 bits, those that stand below each other, and blocks of known formats."""
+    """Contiguous tensors of 32 and 16 bits, shards stacked along the rows, and blocks in known formats."""
     plain = torch.randn(6, 4)
     for name, dtype in weights.FLOATS.items():
         tensor = plain.to(dtype)
@@ -152,7 +152,7 @@ def names(parts: Sequence[tuple[Tensor, str]]) -> list[tuple[int, str]]:
 def test_a_network_of_them_answers_as_one_of_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, precision: str, small: bool
 ) -> None:
-    """Before and after packing, tied as it was, and kept lazy where that saves memory, or where the kernels take it."""
+    """Before and after packing, with tied weights, and lazy if that saves memory or the kernels support it."""
     if not small:
         monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 0)
     (tmp_path / "weights").write_bytes(b"")
@@ -179,7 +179,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
         found, lazily = logits(turned, precision, pack)
         assert lazily or not (some or precision == "int8")
         assert not (lazily and precision == "bf16")
-        # Blocks that stay lose nothing.
+        # Blocks that are not converted are exact.
         expected, never = logits(tensors, "fp32" if lazily and precision == "fp16" else precision, pack)
         assert not never
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -187,7 +187,7 @@ def test_a_network_of_them_answers_as_one_of_tensors(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_quantized_weights_take_no_more_memory_than_int8_needs(smollm2_path: Path) -> None:
-    """At no moment between the file and the answer in int8: never all of it as float32."""
+    """Peak memory from the file to an answer in int8: the whole weights are never float32."""
     program = """
 import sys, threading, time
 from pathlib import Path
@@ -217,6 +217,6 @@ print(found, most - before)
     token, found = result.stdout.split()
     assert token == "Paris"
     needed = memory_needed(open_checkpoint(smollm2_path).args, "int8", None, 512, CPU, tied=True)
-    assert needed["weights"] < 143_500_000  # 135 million weights, a scale of 2 bytes for 32 of them
-    tables = 50_000_000  # of the vocabulary, which every precision has
+    assert needed["weights"] < 143_500_000  # 135 million weights, and 2 bytes of scale per 32 weights
+    tables = 50_000_000  # of the vocabulary, in every precision
     assert int(found) < min(1.05 * sum(needed.values()) + tables, 345_000_000)

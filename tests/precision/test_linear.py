@@ -1,4 +1,4 @@
-"""The forms of a linear layer against a product in float64, and the one product that three projections share."""
+"""Weight formats against a product in float64, and the fused product of three projections."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from llama_scratch.precision.rows import Rows
 from tests.helpers import KERNELS, gguf_reference
 from tests.helpers.weights import FLOATS, FORMS, columns_per_block, quantized, weight
 
-# (out, in), the second in blocks: a usual one, others that are no multiple of 8, 16 or 64, and a long row.
+# (out, in), the second in blocks: a typical size, sizes that are not multiples of 8, 16 or 64, and a long row.
 SHAPES = [(96, 64), (1, 1), (7, 13), (33, 65), (130, 200), (17, 8), (256, 2048)]
 BLOCKS = [(9, 1), (50, 3), (33, 41)]
 ROWS = [0, 1, 2, 3, 33, 200]
-# Numbers of rows on both sides of each way to multiply them.
+# Numbers of rows around the boundaries between implementations.
 TOGETHER = [1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 200]
 
 
@@ -61,7 +61,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def activations(rows: int, columns: int, *, outlier: bool = False) -> Tensor:
-    """Random rows, one of them zeros where there are several; with an outlier one column is 1000 times as large."""
+    """Random rows, including a row of zeros if there are several. With `outlier`, one column is 1000 times as large."""
     x = random(rows, columns, seed=1)
     if rows > 1:
         x[1] = 0
@@ -84,7 +84,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @EACH
 def test_rows_give_the_product_with_the_weights_that_they_hold(way: str, form: str, shape: tuple[int, int]) -> None:
-    """Only float32's rounding is lost, for any number of rows."""
+    """The only error is float32's rounding, for any number of rows."""
     held = weight(form, *shape)
     for rows in ROWS:
         for outlier in (False, True):
@@ -99,7 +99,7 @@ def test_rows_give_the_product_with_the_weights_that_they_hold(way: str, form: s
 @EACH
 @pytest.mark.usefixtures("_threads")
 def test_a_row_is_the_same_alone_and_with_others(ops: Any, form: str, shape: tuple[int, int]) -> None:
-    """To the bit, on any number of threads."""
+    """Bit-identical, with any number of threads."""
     held = Rows([weight(form, *shape)])
     x = activations(max(TOGETHER), shape[1], outlier=True)
     alone = torch.cat([held(row[None]) for row in x])
@@ -111,7 +111,7 @@ def test_a_row_is_the_same_alone_and_with_others(ops: Any, form: str, shape: tup
 
 @pytest.mark.parametrize("rows", [1, 3, 33])
 def test_weights_below_each_other_give_what_each_gives_alone(way: str, rows: int) -> None:
-    """Of all types together, in 1 to 40 rows each."""
+    """Weights of all formats stacked along the rows, with 1 to 40 rows each."""
     weights = [weight(form, 1 + 13 * i % 40, 512, seed=i) for i, form in enumerate(FORMS)]
     x = activations(rows, 512)
     together, alone = Rows(weights)(x), torch.cat([Rows([held])(x) for held in weights], dim=-1)
@@ -121,7 +121,7 @@ def test_weights_below_each_other_give_what_each_gives_alone(way: str, rows: int
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_a_weight_are_its_numbers_to_the_bit(ops: Any, form: str) -> None:
-    """In the order of the ids, some of them twice, for an embedding."""
+    """Rows for an embedding, in the order of the ids, including duplicates."""
     for shape in shapes(form):
         held = weight(form, *shape)
         ids = torch.randint(shape[0], (20,), generator=torch.Generator().manual_seed(0))
@@ -131,7 +131,7 @@ def test_rows_of_a_weight_are_its_numbers_to_the_bit(ops: Any, form: str) -> Non
 
 @pytest.mark.parametrize("form", gguf_reference.KINDS)
 def test_blocks_with_scales_of_every_kind(ops: Any, form: str) -> None:
-    """All 65,536 float16 in each of a block's places: the same numbers to the bit; NaN or infinity stays so."""
+    """All 65,536 float16 values at each position of a scale give identical numbers, including NaN and infinity."""
     kind = gguf_reference.KINDS[form]
     for place in kind.halves:
         data = bytearray(gguf_reference.random_blocks(form, 256, kind.weights, spread=1) * 256)
@@ -147,7 +147,7 @@ def test_blocks_with_scales_of_every_kind(ops: Any, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["float32", "float16", "bfloat16"])
 def test_floats_of_every_kind(ops: Any, form: str) -> None:
-    """All numbers of 16 bits, and float32 with these as their upper half; subnormal ones, infinity and NaN too."""
+    """All 16-bit numbers, and float32 with these as the upper half, including subnormals, infinity and NaN."""
     bits = torch.arange(1 << 16, dtype=torch.int32)
     upper = (bits << 16).view(torch.float32) if form == "float32" else bits.to(torch.uint16).view(FLOATS[form])
     held = upper.view(-1, 1).repeat(1, 17)
@@ -158,7 +158,7 @@ def test_floats_of_every_kind(ops: Any, form: str) -> None:
 
 @pytest.mark.parametrize("leading", [(1,), (2, 3), (1, 2, 5)], ids=str)
 def test_leading_dimensions_stay(way: str, leading: tuple[int, ...]) -> None:
-    """(…, in) → (…, out), each row as if it were alone, of any strides; and x is left alone."""
+    """(…, in) → (…, out), each row independently, with any strides; x is not changed."""
     form = Rows([weight("bfloat16", 33, 65)])
     x = random(*leading, 2, 65, seed=1)[..., 0, :]
     before = x.clone()
@@ -170,7 +170,7 @@ def test_leading_dimensions_stay(way: str, leading: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("form", ["bfloat16", "Q4_K"])
 def test_activations_of_16_bits_give_outputs_of_16_bits(way: str, form: str) -> None:
-    """The product in between is float32's."""
+    """The product is computed in float32."""
     held = weight(form, 33, 256)
     x = random(3, 256, seed=1).bfloat16()
     out = Rows([held])(x)
@@ -180,14 +180,14 @@ def test_activations_of_16_bits_give_outputs_of_16_bits(way: str, form: str) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_hide_no_damage(way: str, value: float) -> None:
-    """An activation that is NaN or infinite makes all of its row so, and no other row."""
+    """A NaN or infinite activation affects all of its row, but no other row."""
     x = random(3, 64)
     x[1, 7] = value
     assert Rows([weight("float16", 5, 64)])(x).isfinite().all(1).tolist() == [True, False, True]
 
 
 def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without kernels, of several weights of any type."""
+    """Without kernels, with several weights of any dtype."""
     x = activations(3, 65)
     for block in (1, 65 * 3, 1 << 19):
         monkeypatch.setattr(rows_module, "WEIGHTS_PER_BLOCK", block)
@@ -197,7 +197,7 @@ def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_hold_the_given_tensors(ops: Any) -> None:
-    """Mapped weights are not copied, and the bytes that one row of x reads are counted."""
+    """Mapped weights are not copied; `nbytes` counts the bytes that one row of x reads."""
     weights = [random(4, 8), random(3, 8).half()]
     form = Rows(weights)
     assert [as_tensor(held).data_ptr() for held in form.weights] == [held.data_ptr() for held in weights]
@@ -209,7 +209,7 @@ def test_rows_hold_the_given_tensors(ops: Any) -> None:
 
 
 def test_one_weight_that_the_kernels_do_not_know_sends_all_through_torch(way: str) -> None:
-    """As one that is transposed."""
+    """For example, a transposed weight."""
     weights = [weight("Q4_0", 5, 64), random(64, 9).T]
     form = Rows(weights)
     assert form.kernel_operands == []
@@ -221,7 +221,7 @@ def test_one_weight_that_the_kernels_do_not_know_sends_all_through_torch(way: st
 
 
 class Counted:
-    """A form that counts how often it is asked."""
+    """A format that counts its calls."""
 
     def __init__(self, weight: Tensor):
         self.form = Rows([weight])
@@ -246,7 +246,7 @@ def shared_parts() -> tuple[Counted, FusedOutput, Sequence[FusedLinearPart], Seq
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
 def test_three_projections_of_one_x_are_computed_once(order: tuple[int, ...]) -> None:
-    """In whatever order they are asked; again for another x; and nothing is held afterwards."""
+    """In any order, and again for another x. Afterwards, nothing is kept in memory."""
     counted, shared, parts, weights = shared_parts()
     for call, x in enumerate([random(2, 64), random(2, 64, seed=5), random(7, 64)], start=1):
         for part in order:
@@ -257,7 +257,7 @@ def test_three_projections_of_one_x_are_computed_once(order: tuple[int, ...]) ->
 
 
 def test_the_same_x_again_is_computed_again() -> None:
-    """Nothing was kept of the first time, and the weights may have become others."""
+    """No outputs are kept, because the weights may have changed."""
     counted, _, parts, _ = shared_parts()
     x = random(2, 64)
     for _ in range(2):
@@ -267,7 +267,7 @@ def test_the_same_x_again_is_computed_again() -> None:
 
 
 def test_a_projection_that_asks_twice_gets_an_answer() -> None:
-    """What was taken is computed again rather than missing."""
+    """An output that was already taken is computed again."""
     _, _, parts, weights = shared_parts()
     x = random(2, 64)
     for part in (0, 0, 1, 2, 1):
@@ -275,7 +275,7 @@ def test_a_projection_that_asks_twice_gets_an_answer() -> None:
 
 
 def test_what_an_interruption_left_behind_answers_no_other_x() -> None:
-    """The first projection of one x, then all three of another, as after Ctrl-C between wq and wk."""
+    """The first projection of one x, then all three of another x, as after Ctrl-C between wq and wk."""
     counted, shared, parts, weights = shared_parts()
     parts[0](random(2, 64))
     x = random(2, 64, seed=5)
@@ -289,14 +289,14 @@ def test_what_an_interruption_left_behind_answers_no_other_x() -> None:
 
 
 def test_weight_bytes_counts_each_weight_once() -> None:
-    """Torch's own layers, a projection, and three projections that share one."""
+    """torch's own layers, a single projection, and three fused projections."""
     _, _, parts, _ = shared_parts()
     model = nn.ModuleList([nn.Linear(8, 4, bias=False), PackedLinear(Rows([random(3, 8).half()])), *parts])
     assert weight_bytes(model) == 4 * 8 * 4 + 2 * 3 * 8 + 4 * sum(SIZES) * 64
 
 
 def test_an_embedding_gives_rows_of_the_table_as_another_type() -> None:
-    """And does not copy the table."""
+    """The table is not copied."""
     table = random(10, 4).bfloat16()
     embedding = Embedding(table, torch.float32)
     ids = torch.tensor([[3, 3, 9]])
@@ -313,7 +313,7 @@ def test_an_embedding_gives_rows_of_the_table_as_another_type() -> None:
 def test_a_differentiable_layer_is_a_linear_layer(
     monkeypatch: pytest.MonkeyPatch, leading: tuple[int, ...], dtype: torch.dtype, limit: int
 ) -> None:
-    """In its value and its gradient, on the weights as they are stored, however many blocks they come in."""
+    """Value and gradient, with weights in their stored format and any number of blocks."""
     for module in (rows_module, linear):  # forward and backward
         monkeypatch.setattr(module, "WEIGHTS_PER_BLOCK", limit)
     weight = (random(33, 65) / 65**0.5).to(dtype)

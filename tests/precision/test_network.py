@@ -1,4 +1,4 @@
-"""Each precision against fp32 on a whole network, with our kernels and without; and which one is chosen."""
+"""Each precision against fp32 for a whole network, with and without kernels, and the choice of precision."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.trust.memory import anonymous
 
 @pytest.fixture(autouse=True)
 def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test does not ask for them."""
+    """Disable the kernels, unless a test enables them."""
     monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", "0")
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "kernels"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _without_kernels: None) -> bool:
-    """Whether our kernels multiply, or torch's operators."""
+    """Whether products are computed by the kernels or torch's operators."""
     if request.param:
         request.getfixturevalue("built_kernels")
         monkeypatch.setenv("LLAMA_SCRATCH_KERNELS", KERNELS)
@@ -57,14 +57,14 @@ def rows(model: Transformer) -> Iterator[Rows]:
         yield form
 
 
-# --- The promises -----------------------------------------------------------------------------
+# --- Accuracy ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-5), ("fp16", 1e-3), ("int8", 0.03)])
 def test_a_precision_keeps_its_promise_from_the_first_answer_on(
     weights: dict[str, Tensor], source: Path, kernels: bool, precision: str, bound: float
 ) -> None:
-    """Through an engine, which waits for packed weights; the bare network is as near."""
+    """With an engine, which waits for packed weights; the bare network is as accurate."""
     model, packing = build(weights, tiny_args(), precision, CPU, [source])
     expected = reference(weights)
     engine = Engine(model, 100, packing)
@@ -75,14 +75,14 @@ def test_a_precision_keeps_its_promise_from_the_first_answer_on(
 
 
 def test_fp16_rounds_float32_weights_to_within_1e_3(source: Path, kernels: bool) -> None:
-    """They do not fit into float16 as bfloat16 ones do, and still the promise holds."""
+    """Unlike bfloat16, float32 weights are rounded to float16, but the accuracy is still within bounds."""
     weights = stored(tiny_args(), torch.float32)
     model, _ = build(weights, tiny_args(), "fp16", CPU, [source])
     assert 1e-5 < relative(run(model), reference(weights)) <= 1e-3
 
 
 def quantized_by_torch(weights: dict[str, Tensor]) -> Transformer:
-    """8 bits as torch's dynamic quantization has them: one scale a weight and one for all activations."""
+    """8 bits as in torch's dynamic quantization: one scale per weight and one for all activations."""
 
     class Naive(nn.Module):
         def __init__(self, weight: Tensor):
@@ -106,7 +106,7 @@ def quantized_by_torch(weights: dict[str, Tensor]) -> Transformer:
 
 
 def test_int8_is_much_closer_than_one_scale_for_all(source: Path) -> None:
-    """On activations with outliers, as a trained network has them: some norm weights are 50 times the others."""
+    """Activations with outliers, as in a trained network: some norm weights are 50 times as large as others."""
     weights = stored(tiny_args())
     for name, weight in weights.items():
         if name.endswith("_norm.weight"):
@@ -121,7 +121,7 @@ def test_int8_is_much_closer_than_one_scale_for_all(source: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bits_answer_as_32_of_the_same_file(source: Path, kernels: bool, precision: str) -> None:
-    """Only the order of sums differs: the weights are numbers of either type, and activations are float32."""
+    """Only the order of summation differs: both dtypes contain the weights exactly, and activations are float32."""
     weights = stored(tiny_args(), torch.bfloat16 if precision == "bf16" else torch.float16)
     first, second = (build(weights, tiny_args(), name, CPU, [source])[0] for name in (precision, "fp32"))
     assert relative(run(first), run(second)) <= 1e-5
@@ -129,7 +129,7 @@ def test_16_bits_answer_as_32_of_the_same_file(source: Path, kernels: bool, prec
 
 
 def test_activations_in_bf16_are_rounded_between_the_layers(source: Path, kernels: bool) -> None:
-    """Each projection gives what torch's own layer gives in bfloat16, but for the order in which it sums."""
+    """Each projection agrees with torch's bfloat16 layer, except for the order of summation."""
     weights = stored(tiny_args())
     model, packing = build(weights, tiny_args(), "bf16", CPU, [source], activations="bf16")
     assert packing.done or kernels
@@ -146,14 +146,14 @@ def test_activations_in_bf16_are_rounded_between_the_layers(source: Path, kernel
     for module in model.modules():
         module.register_forward_hook(lambda *args: seen.add(args[-1].dtype) if isinstance(args[-1], Tensor) else None)
     logits = run(model)
-    assert seen == {torch.bfloat16, torch.float32}  # float32 are the logits alone
+    assert seen == {torch.bfloat16, torch.float32}  # only the logits are float32
     assert 1e-4 < relative(logits, reference(weights)) <= 0.05
     assert relative(logits, run(metas)) <= 0.05
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_activations_are_chosen_apart_from_the_weights(source: Path, precision: str) -> None:
-    """In bfloat16 the cache takes half, and the answers are as far off as that type rounds."""
+    """With bfloat16, the cache has half the size, and logits are off by that dtype's rounding."""
     weights = stored(tiny_args(n_layers=1))
     expected = reference(weights, tiny_args(n_layers=1))
     found = {}
@@ -177,7 +177,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def test_weights_of_the_type_are_those_of_the_file(
     weights: dict[str, Tensor], source: Path, kernels: bool, precision: str, dtype: torch.dtype
 ) -> None:
-    """Nothing is packed and nothing copied; one token reads each weight once."""
+    """Nothing is packed or copied, and one token reads each weight once."""
     held = {name: weight.to(dtype) for name, weight in weights.items()}
     if weights["output.weight"] is weights["tok_embeddings.weight"]:
         held["output.weight"] = held["tok_embeddings.weight"]
@@ -195,7 +195,7 @@ def test_weights_of_the_type_are_those_of_the_file(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fp16_converts_each_weight_once(weights: dict[str, Tensor], source: Path, dtype: torch.dtype) -> None:
-    """When it is built; a tied pair stays one tensor, and the file's own stay what they are."""
+    """At construction. A tied pair stays tied, and the file's own tensors are unchanged."""
     held = {name: weight.to(dtype) for name, weight in weights.items()}
     if tied := weights["output.weight"] is weights["tok_embeddings.weight"]:
         held["output.weight"] = held["tok_embeddings.weight"]
@@ -213,7 +213,7 @@ def test_fp16_converts_each_weight_once(weights: dict[str, Tensor], source: Path
 
 
 def test_8_bits_are_packed_beside_the_files_weights(source: Path, kernels: bool) -> None:
-    """The embedding stays the file's; a token reads a byte of each weight, and a scale of two per 32."""
+    """The embedding stays in the file's format. A token reads one byte per weight, plus 2 bytes per 32 weights."""
     weights = stored(tiny_args(), torch.float32)
     before = {name: weight.clone() for name, weight in weights.items()}
     model, packing = build(weights, tiny_args(), "int8", CPU, [source])
@@ -223,17 +223,17 @@ def test_8_bits_are_packed_beside_the_files_weights(source: Path, kernels: bool)
     assert {type(form) for form in forms(model)} == {Panels}
     assert model.tok_embeddings.weight.data_ptr() == weights["tok_embeddings.weight"].data_ptr()
     shapes = [weight.shape for name, weight in weights.items() if weight.ndim == 2 and "tok_" not in name]
-    whole = sum(-(-out // 16) * 16 * width for out, width in shapes)  # rows are filled up to panels
+    whole = sum(-(-out // 16) * 16 * width for out, width in shapes)  # rows are padded to whole panels
     assert weight_bytes(model) == whole + whole // 32 * 2
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> None:
-    """Of a file of 61 MB; torch's operators turn blocks of it into float32."""
+    """For a file of 61 MB. torch's operators convert blocks of it to float32."""
     shape = TINY_PARAMS | {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4}
     path = write_meta(tmp_path / "Llama", params=shape)
-    Llama.load(path, precision="bf16", device="cpu", context=256).predict([1] * 8)  # its threads are there
+    Llama.load(path, precision="bf16", device="cpu", context=256).predict([1] * 8)  # starts its threads
     trim_heap()
     before = anonymous()
     llama = Llama.load(path, precision="bf16", device="cpu", context=256)
@@ -249,9 +249,9 @@ def test_bf16_takes_little_memory_of_its_own(tmp_path: Path, kernels: bool) -> N
 def test_quantized_blocks_are_read_as_they_lie(
     smollm2_path: Path, smollm2_fp32_path: Path, kernels: bool, precision: str
 ) -> None:
-    """A token reads the file's bytes, and the answers are those of the same weights in a file of float32.
+    """A token reads the file's bytes, and the logits match the same weights in a float32 file.
 
-    Without kernels a small model's would be slow, so they are converted: auto is fp16.
+    Without kernels that would be slow, so the blocks of a small model are converted to fp16.
     """
     ids = [1, 504, 3575, 282, 4649, 314]
     expected = Llama.load(smollm2_fp32_path, precision="fp32", device="cpu", context=64).logits(ids)
@@ -266,7 +266,7 @@ def test_quantized_blocks_are_read_as_they_lie(
     if kernels:
         assert all(isinstance(weight, GGUFBlockWeight) for weight in used)
         assert 0.95 * smollm2_path.stat().st_size < llama.weight_bytes < smollm2_path.stat().st_size
-        assert anonymous() - before < matrices  # half of float16
+        assert anonymous() - before < matrices  # half the size of float16
         assert relative(found, expected) <= 1e-5
     else:
         dtype = TYPES[llama.info.precision]
@@ -277,7 +277,7 @@ def test_quantized_blocks_are_read_as_they_lie(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_blocks_that_no_kernel_knows_are_converted(source: Path, kernels: bool, precision: str) -> None:
-    """One matrix in Q2_K beside others in Q8_0, which stay what they are if there are kernels."""
+    """One matrix in Q2_K among others in Q8_0, which are not converted if there are kernels."""
     args = tiny_args(n_layers=1)
     weights: dict[str, Weight] = dict(stored(args, torch.float32))
     plain = as_tensors(weights)
@@ -302,13 +302,13 @@ def as_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 
 def q8_0(weight: Tensor) -> Tensor:
-    """Numbers of a 2,048th, as blocks of a scale and 32 of them."""
+    """Multiples of 1/2048, in blocks of a scale and 32 integers."""
     numbers = (weight * 2048).round().to(torch.int8).view(len(weight), -1, 32)
     scales = torch.full((*numbers.shape[:2], 1), 1 / 2048, dtype=torch.float16).view(torch.int8)
     return torch.cat([scales, numbers], dim=-1).flatten(1).view(torch.uint8)
 
 
-# --- Weights that float16 has no number for ---------------------------------------------------
+# --- Weights beyond the range of float16 ------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [1e6, -1e6])
@@ -316,7 +316,7 @@ def q8_0(weight: Tensor) -> Tensor:
 def test_weights_beyond_float16_stay_what_they_are(
     source: Path, kernels: bool, dtype: torch.dtype, value: float
 ) -> None:
-    """fp16 multiplies such a matrix as the file holds it, and the others in float16."""
+    """fp16 multiplies such a matrix in the file's dtype, and the others in float16."""
     args = tiny_args(n_layers=1)
     weights = {name: weight.to(dtype) for name, weight in stored(args, tied=False).items()}
     beyond = weights["layers.0.attention.wo.weight"]
@@ -344,21 +344,21 @@ def test_weights_beyond_float16_stay_what_they_are(
     ],
 )
 def test_damaged_weights_are_an_error_in_every_form(source: Path, precision: str, value: float, name: str) -> None:
-    """A number that is none spoils each answer, the first one and the next."""
+    """A single NaN makes every answer an error, the first one and the next."""
     weights = stored(tiny_args(), tied=False)
     weights[name].view(-1)[7] = value
     model, packing = build(weights, tiny_args(), precision, CPU, [source])
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
+        with pytest.raises(CheckpointError, match="NaN or infinity, so its weights are damaged"):
             Engine(model, 100, packing).next_logits([0, 1, 2])
 
 
-# --- While it is packed -----------------------------------------------------------------------
+# --- During packing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_the_first_answer_comes_from_packed_weights(source: Path, kernels: bool, precision: str) -> None:
-    """To the bit those that come after the packing, and as right in the next run, which maps what was kept."""
+    """It is bit-identical to later ones, also in the next run, which maps the cached weights."""
     weights, ids = stored(tiny_args(n_layers=1)), IDS[0].tolist()
     answers = []
     for _ in range(2):
@@ -373,7 +373,7 @@ def test_the_first_answer_comes_from_packed_weights(source: Path, kernels: bool,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_every_answer_names_the_precision_that_was_asked_for(tiny_dir: Path, precision: str) -> None:
-    """The first one and those after `prepare`, which are the same."""
+    """The first answer and those after `prepare`, which are identical."""
     llama = Llama.load(tiny_dir, precision=precision, device="cpu")
     first = llama.predict("the nation")
     assert first.model.precision == llama.info.precision == precision
@@ -386,7 +386,7 @@ def test_every_answer_names_the_precision_that_was_asked_for(tiny_dir: Path, pre
 def test_an_interrupted_wait_leaves_the_next_answer_right(
     source: Path, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while the first answer waits: packing goes on, and the answer that is asked for next waits again."""
+    """Ctrl-C during the wait of the first answer: packing continues, and the next answer waits again."""
     weights, ids = stored(tiny_args(n_layers=1)), IDS[0].tolist()
     begin, pack = threading.Event(), to_panels
     monkeypatch.setattr(packing_module, "to_panels", lambda *args: begin.wait(10) and pack(*args))
@@ -411,7 +411,7 @@ def test_an_interrupted_wait_leaves_the_next_answer_right(
 
 
 def test_an_interruption_between_the_projections_leaves_the_next_answer_right(source: Path) -> None:
-    """Ctrl-C after wq was computed with wk and wv; then the same prompt and another one."""
+    """Ctrl-C after wq was computed together with wk and wv; then the same prompt and another one."""
     weights = stored(tiny_args())
     model, _ = build(weights, tiny_args(), "bf16", CPU, [source])
     expected, other = reference(weights), IDS.flip(1)
@@ -429,7 +429,7 @@ def test_an_interruption_between_the_projections_leaves_the_next_answer_right(so
     assert all(module.fused._input is None for module in shared)
 
 
-# --- Which one --------------------------------------------------------------------------------
+# --- Choice of precision ----------------------------------------------------------------------
 
 FILES = [torch.bfloat16, torch.float16, torch.float32, None]
 
@@ -437,7 +437,7 @@ FILES = [torch.bfloat16, torch.float16, torch.float32, None]
 @pytest.mark.parametrize("stored", FILES, ids=str)
 @pytest.mark.parametrize("asked", PRECISIONS)
 def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype | None) -> None:
-    """Everywhere."""
+    """On every device."""
     validate_precision(asked)
     for device in (CPU, CUDA, MPS, None):
         assert resolve_precision(asked, stored, device) == asked
@@ -457,7 +457,7 @@ def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype | No
 def test_auto_is_the_files_own_type(
     monkeypatch: pytest.MonkeyPatch, device: torch.device | None, able: bool, expected: list[str]
 ) -> None:
-    """able: a GPU computes in bfloat16. A CPU multiplies all types."""
+    """able: whether a GPU supports bfloat16. A CPU supports all dtypes."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: able)
     monkeypatch.setattr("torch.backends.mps.is_macos_or_newer", lambda *_: able)
     assert [resolve_precision("auto", stored, device) for stored in FILES] == expected
@@ -465,7 +465,7 @@ def test_auto_is_the_files_own_type(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_type_of_a_file_is_that_of_its_matrices(dtype: torch.dtype) -> None:
-    """Norms in float32 beside them change nothing; one matrix in quantized blocks does."""
+    """float32 norms do not change it; one matrix in quantized blocks does."""
     weights = {name: w if w.ndim == 1 else w.to(dtype) for name, w in random_weights(tiny_args()).items()}
     assert file_type(weights) == dtype
     blocks = GGUFBlockWeight(
@@ -476,7 +476,7 @@ def test_the_type_of_a_file_is_that_of_its_matrices(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "", "FP16", "int2"])
 def test_another_name_is_a_usage_error(name: str) -> None:
-    """With those that there are."""
+    """The error lists the valid names."""
     validate_precision("auto")
     with pytest.raises(UsageError) as caught:
         validate_precision(name)
@@ -486,7 +486,7 @@ def test_another_name_is_a_usage_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fp16", "", "BF16", "int8"])
 def test_other_activations_are_a_usage_error(tiny_dir: Path, name: str) -> None:
-    """Before anything is loaded."""
+    """The error is raised before anything is loaded."""
     with pytest.raises(UsageError) as caught:
         Llama.load(tiny_dir, activations=name, device="cpu")
     assert str(caught.value) == f"The activations are {name!r}, expected one of auto, fp32, bf16 (`activations`)."
@@ -494,7 +494,7 @@ def test_other_activations_are_a_usage_error(tiny_dir: Path, name: str) -> None:
 
 @pytest.mark.parametrize("able", [True, False])
 def test_activations_by_default(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
-    """float32 on a CPU whatever the weights are; on a GPU their type, and bfloat16 for few bits."""
+    """float32 on a CPU for any weights. On a GPU, the dtype of the weights, or bfloat16 for quantized ones."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: able)
     assert {activation_type("auto", precision, CPU) for precision in PRECISIONS} == {torch.float32}
     found = {precision: activation_type("auto", precision, CUDA) for precision in PRECISIONS}
@@ -512,7 +512,7 @@ def test_activations_by_default(monkeypatch: pytest.MonkeyPatch, able: bool) -> 
 def test_the_differentiable_network_is_the_reference_with_gradients(
     weights: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Of the logits with respect to the tokens' vectors, as torch's own layers give them; no weight is copied."""
+    """Gradients of logits with respect to token embeddings agree with torch's layers; weights are not copied."""
     held = {name: weight.to(dtype) for name, weight in weights.items()}
     if weights["output.weight"] is weights["tok_embeddings.weight"]:
         held["output.weight"] = held["tok_embeddings.weight"]
@@ -539,7 +539,7 @@ def test_the_differentiable_network_is_the_reference_with_gradients(
     assert relative(gradients[0], gradients[1]) <= 1e-5
     assert relative(run(model), run(plain)) <= 1e-5
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    # The same memory for all that is large, and nothing in the file's own tensors was changed.
+    # Large weights share the file's memory, and the file's tensors are unchanged.
     for name, module in model.named_modules():
         if isinstance(module, Differentiable):
             assert module.weight.data_ptr() == held[f"{name}.weight"].data_ptr()

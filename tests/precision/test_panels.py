@@ -1,4 +1,4 @@
-"""int8 and int4 in panels: products, packing, the step of all layers, what is kept, and what damage does."""
+"""int8 and int4 panels: products, packing, the fused layers, the cache, and damage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compi
 BOUNDS = {"int8": 0.04, "int4": 0.4}
 """Relative distance of the logits from fp32's, in a random network."""
 PRECISIONS = pytest.mark.parametrize("precision", BITS)
-# No whole panel, no whole block; and some of each.
+# With and without partial panels and blocks.
 SHAPES = pytest.mark.parametrize("shape", [(16, 64), (5, 64), (37, 33), (48, 200), (1, 1)])
 
 
@@ -63,7 +63,7 @@ def panels(weight: Tensor, bits: int) -> Panels:
 
 
 def held(form: Panels) -> Tensor:
-    """The weights that panels stand for, without what fills them up."""
+    """Dequantized weights of panels, without padding."""
     return from_panels(form.values, form.scales)[: form.shape[0], : form.shape[1]]
 
 
@@ -73,7 +73,7 @@ def held(form: Panels) -> Tensor:
 @SHAPES
 @pytest.mark.parametrize("bits", BLOCK_SIZE)
 def test_panels_hold_what_was_quantized(shape: tuple[int, int], bits: int) -> None:
-    """There and back, whatever fills them up; and as many bytes as were foretold."""
+    """A round trip with any padding, and the predicted number of bytes."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     form = panels(weight, bits)
     filled = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK_SIZE[bits]))
@@ -92,7 +92,10 @@ def test_panels_hold_what_was_quantized(shape: tuple[int, int], bits: int) -> No
 def test_products_are_off_by_no_more_than_activations_are_rounded(
     shape: tuple[int, int], bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each activation by half a step of its block, and so an output by Σ |ŵ| · half a step; without kernels by none."""
+    """The error is within the rounding of activations; without kernels, activations are not rounded.
+
+    Rounding moves an activation by up to half a step of its block, and an output by up to Σ |ŵ| · half a step.
+    """
     generator = torch.Generator().manual_seed(rows)
     form = panels(torch.randn(shape, generator=generator), bits)
     x = torch.randn(rows, shape[1], generator=generator) * torch.rand(shape[1], generator=generator).pow(6) * 30
@@ -119,7 +122,7 @@ def test_leading_dimensions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(
     source: Path, precision: str, args: ModelArgs | None = None, weights: dict[str, Tensor] | None = None
 ) -> tuple[Transformer, BackgroundJobs, dict[str, Tensor]]:
-    """A network and its packing, done; and the weights of its file."""
+    """A network with completed packing, and the weights of its file."""
     args = args or tiny_args()
     weights = weights or stored(args)
     model, packing = build(weights, args, precision, CPU, [source])
@@ -137,7 +140,7 @@ def test_the_network_keeps_its_promise(source: Path, precision: str) -> None:
 @PRECISIONS
 @pytest.mark.parametrize("tied", [True, False])
 def test_shapes_that_fill_no_block_and_no_panel(source: Path, precision: str, *, tied: bool) -> None:
-    """Heads of 10 and a vocabulary of 555: the readable network runs, for the step needs whole panels."""
+    """Heads of size 10 and a vocabulary of 555: model.py runs, because the fused layers need whole panels."""
     args = tiny_args(dim=40, n_heads=4, n_kv_heads=2, vocab_size=555, multiple_of=6)
     model, packing, weights = built(source, precision, args, stored(args, tied=tied))
     ids = torch.arange(40)[None]
@@ -152,8 +155,11 @@ def test_shapes_that_fill_no_block_and_no_panel(source: Path, precision: str, *,
 
 @PRECISIONS
 def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
-    """With the same panels. What differs is how floats are added up, and so which way activations happen to be rounded:
-    less than the precision's own error in one layer, and as much after some."""
+    """The fused layers agree with model.py on the same panels.
+
+    Only the order of summation differs, and so the rounding of some activations. In a single layer, the difference is
+    smaller than the precision's error; after several layers, it is about as large.
+    """
     model, packing, _ = built(source, precision, tiny_args(n_layers=1))
     ids = torch.randint(556, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     engine = Engine(model, 300, packing)
@@ -162,7 +168,7 @@ def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
     stepped = engine.all_logits(ids)
     read = run(model, torch.tensor([ids]))
     assert 0 < relative(stepped, read) <= BOUNDS["int8"] / 4
-    # What it leaves in the cache is what the network would have left.
+    # The cached keys and values agree too.
     cache = KVCache(model.args, len(ids))
     with torch.inference_mode():
         model(torch.tensor([ids]), cache)
@@ -173,7 +179,7 @@ def test_the_step_is_the_readable_network(source: Path, precision: str) -> None:
 
 
 def cut(engine: Engine, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Logits of all tokens, read in pieces of so many."""
+    """Logits of all tokens, computed in chunks of these lengths."""
     found, start = [], 0
     for length in lengths:
         found += list(engine.logits_from(ids[: start + length], start))
@@ -186,7 +192,7 @@ def cut(engine: Engine, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
 def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
     source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one go, token by token, in uneven pieces, and after going back."""
+    """In one chunk, token by token, in uneven chunks, and after rewinding."""
     monkeypatch.setattr(engine_module, "CHUNK", 100)
     monkeypatch.setattr(engine_module, "_LOGITS_PER_CHUNK", 100)
     model, packing, _ = built(source, precision)
@@ -197,14 +203,14 @@ def test_however_a_text_is_cut_the_logits_are_the_same_to_the_bit(
     engine = Engine(model, 300, packing)
     other = [*ids[:50], *reversed(ids[50:])]
     engine.all_logits(other)
-    assert torch.equal(engine.next_logits(ids[:70]).values, once[69])  # behind the first 50
+    assert torch.equal(engine.next_logits(ids[:70]).values, once[69])  # after the first 50
     assert engine.next_logits(ids).reused_tokens == 70
     assert torch.equal(engine.next_logits(ids).values, once[-1])
     assert torch.equal(engine.next_logits(ids[:20]).values, once[19])
 
 
 def test_room_that_an_interrupted_text_left(source: Path) -> None:
-    """In the first layers more than in the others, or only there: the next text finds all that it needs."""
+    """An interrupted run can grow only the first layers of the cache. The next text must fit into all layers."""
     model, packing, _ = built(source, "int8")
     ids = list(range(40))
     expected = Engine(model, 2000, packing).next_logits(ids).values
@@ -217,14 +223,14 @@ def test_room_that_an_interrupted_text_left(source: Path) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, model.layers[1].register_forward_hook(interrupt):
-            patch.setattr(FusedLayers, "fits", lambda *_: False)  # as before the weights are packed
+            patch.setattr(FusedLayers, "fits", lambda *_: False)  # as before packing
             with pytest.raises(KeyboardInterrupt):
                 engine.next_logits([5] * 600)
         assert torch.equal(engine.next_logits(ids).values, expected)
 
 
 def test_taps_see_the_readable_network(tiny_dir: Path) -> None:
-    """A tap that changes nothing leaves the answer, to rounding; so does the microscope."""
+    """A hook that changes nothing gives the same logits up to rounding."""
     llama = Llama.load(tiny_dir, precision="int8", device="cpu")
     llama.prepare()
     plain = llama.logits("the nation")
@@ -240,7 +246,7 @@ def test_taps_see_the_readable_network(tiny_dir: Path) -> None:
     assert tapped.engine._fused is None
 
 
-# --- What is kept -----------------------------------------------------------------------------
+# --- Cache ------------------------------------------------------------------------------------
 
 
 def kept() -> list[Path]:
@@ -250,7 +256,7 @@ def kept() -> list[Path]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One for each weight that is quantized."""
+    """A list with one entry per quantized weight."""
     calls: list[int] = []
 
     def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -263,7 +269,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @PRECISIONS
 def test_the_second_start_packs_nothing(source: Path, precision: str, made: list[int]) -> None:
-    """From the same file, which lies there mapped; another precision has one of its own."""
+    """It maps the cached file. Another precision has its own file."""
     first = run(built(source, precision)[0])
     (file,) = kept()
     assert len(made) == 13  # four groups of projections in each of three layers, and the output
@@ -271,14 +277,14 @@ def test_the_second_start_packs_nothing(source: Path, precision: str, made: list
     assert len(made) == 13
     assert torch.equal(run(model), first)
     size = sum(form.nbytes for form in forms(model) if isinstance(form, Panels)) / 13
-    assert file.stat().st_size >= 13 * size / 2  # shared projections count more than once
+    assert file.stat().st_size >= 13 * size / 2  # fused projections count more than once
     built(source, "int4" if precision == "int8" else "int8")
     assert len(kept()) == 2
 
 
 @PRECISIONS
 def test_a_damaged_file_is_made_again(source: Path, precision: str, made: list[int]) -> None:
-    """Its whole pieces are taken, the others made; the next start keeps a whole one."""
+    """Intact pieces are reused and the others packed again. The next start maps a complete file."""
     first = run(built(source, precision)[0])
     (file,) = kept()
     whole = file.read_bytes()
@@ -295,7 +301,7 @@ TEXT = "The nation that has its own heart and hands. " * 200
 
 
 def calibrated(path: Path) -> Tensor:
-    """Logits of the calibrated model in a folder, all packed."""
+    """Logits of the calibrated model with this cache folder, after packing."""
     (text := path.parent / "text.txt").write_text(TEXT)
     llama = Llama.load(path, precision="int4", device="cpu", calibration=text)
     llama.prepare()
@@ -306,13 +312,13 @@ def calibrated(path: Path) -> Tensor:
 
 
 def kept_last() -> Path:
-    """The file of the calibrated weights; that of int8, which reads the examples, is older."""
+    """The file of calibrated weights. The file of the int8 network, which reads the examples, is older."""
     return max(kept(), key=lambda path: path.stat().st_mtime_ns)
 
 
 @pytest.mark.slow
 def test_of_a_damaged_calibrated_file_one_piece_is_made_again(tmp_path: Path, made: list[int]) -> None:
-    """The forward passes run again, but the other pieces are taken; the same start keeps a whole file."""
+    """The forward passes run again, but the other pieces are reused, and a complete file is written."""
     path = write_meta(tmp_path / "Tiny")
     first = calibrated(path)
     file = kept_last()
@@ -355,7 +361,7 @@ calibrated(Path(path))
 def test_a_killed_calibration_is_continued(
     tmp_path: Path, finished: int, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the missing pieces are made, and file and answers are those of an uninterrupted one, to the bit."""
+    """Only missing pieces are quantized. File and logits are bit-identical to an uninterrupted run."""
     path = write_meta(tmp_path / "Tiny")
     library = next(path for path in torch.ops.loaded_libraries if Path(path).name.startswith("kernels-"))
     arguments = [str(path), str(finished), library, KERNELS]
@@ -373,7 +379,7 @@ def test_a_killed_calibration_is_continued(
 
 @pytest.mark.slow
 def test_two_calibrations_at_once(tmp_path: Path, made: list[int]) -> None:
-    """The second makes all pieces for itself, and the first keeps its own."""
+    """The second one quantizes all pieces itself, and only the first one writes the cache."""
     path = write_meta(tmp_path / "Tiny")
     expected: list[Tensor] = []
     threads = [threading.Thread(target=lambda: expected.append(calibrated(path))) for _ in range(2)]
@@ -388,14 +394,14 @@ def test_two_calibrations_at_once(tmp_path: Path, made: list[int]) -> None:
 
 
 def test_a_failed_piece_is_not_taken_for_another(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that goes on after an error in another one uses and keeps no piece in the wrong place."""
+    """After an error in one thread, another thread that continues must not use or cache a piece at a wrong index."""
     args, weights = tiny_args(), stored(tiny_args())
     calls: list[int] = []
 
     def fails(*arguments: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
         if len(calls) == 16:  # 13 of int8, which reads the examples, and two of int4
-            time.sleep(0.5)  # until the other thread waits for its turn
+            time.sleep(0.5)  # until the other thread is waiting
             raise MemoryError
         return to_panels(*arguments)
 
@@ -425,14 +431,14 @@ def test_what_is_calibrated_with_another_network_is_another_file(tmp_path: Path)
         llama = Llama.load(path, precision="int4", device="cpu", calibration=text, rope_factor=factor)
         llama.prepare()
         llama.close()
-    assert len(kept()) == 3  # that of int8, which reads the examples, is of the weights alone
+    assert len(kept()) == 3  # the int8 file, for reading the examples, depends only on the weights
 
 
 @PRECISIONS
 def test_without_kernels_the_kept_panels_are_multiplied(
     source: Path, precision: str, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's operators, and again by the kernels."""
+    """By torch's operators, and then again by the kernels."""
     in_panels = run(built(source, precision)[0])
     with pytest.MonkeyPatch.context() as patch:
         without_kernels(patch)
@@ -445,27 +451,27 @@ def test_without_kernels_the_kept_panels_are_multiplied(
     assert len(made) == 13
 
 
-# --- What goes wrong --------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------
 
 
 @PRECISIONS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["norm", "layers.1.feed_forward.w2", "layers.0.attention.wk", "output"])
 def test_damaged_weights_are_an_error(source: Path, precision: str, value: float, name: str) -> None:
-    """Before and after packing, and at the next start."""
+    """Before and after packing, and in the next run."""
     weights = stored(tiny_args(), tied=False)
     weights[f"{name}.weight"].view(-1)[7] = value
     for _ in range(2):
         model, packing = build(weights, tiny_args(), precision, CPU, [source])
         for _ in range(2):
-            with pytest.raises(CheckpointError, match="not numbers, so its weights are damaged"):
+            with pytest.raises(CheckpointError, match="NaN or infinity, so its weights are damaged"):
                 Engine(model, 100, packing).next_logits([0, 1, 2])
             packing.wait()
 
 
 @PRECISIONS
 def test_weights_beyond_a_scale_stay_what_they_are(source: Path, precision: str) -> None:
-    """What float16's scales cannot hold is multiplied as the file has it; all else is in panels."""
+    """Weights beyond the range of float16 scales are multiplied in the file's format, all others in panels."""
     args = tiny_args(n_layers=1)
     weights = stored(args, torch.float32, tied=False)
     weights["layers.0.feed_forward.w2.weight"][3, 5] = 1e8
@@ -478,7 +484,7 @@ def test_weights_beyond_a_scale_stay_what_they_are(source: Path, precision: str)
 def test_answers_come_where_nothing_can_be_compiled(
     source: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler that is there and fails: the panels are multiplied in float32, and closer to it."""
+    """If the compiler fails, panels are multiplied in float32, which is closer to fp32."""
     monkeypatch.setattr(kernels, "_loaded", False)
     monkeypatch.setattr(kernels, "load", lambda: False)
     monkeypatch.setattr(kernels, "build", lambda: False)
@@ -492,7 +498,7 @@ def test_answers_come_where_nothing_can_be_compiled(
 
 @PRECISIONS
 def test_an_interrupt_while_it_packs_leaves_what_is_packed(source: Path, precision: str) -> None:
-    """The session goes on, the rest is packed at the next asking, and no half of a file is kept."""
+    """The session continues, the next answer packs the rest, and no incomplete file remains."""
     args = tiny_args()
     weights = stored(args)
     model, packing = build(weights, args, precision, CPU, [source])
@@ -511,7 +517,7 @@ def test_an_interrupt_while_it_packs_leaves_what_is_packed(source: Path, precisi
 
 @PRECISIONS
 def test_a_whole_model(tmp_path: Path, precision: str) -> None:
-    """From its files to a text, and again from what was kept, to the bit."""
+    """From a model's files to generated text, and bit-identical from the cache."""
     path = write_meta(tmp_path / "Tiny")
     text = tmp_path / "text.txt"
     text.write_text("The nation that has its own heart and hands. " * 200)
@@ -522,7 +528,7 @@ def test_a_whole_model(tmp_path: Path, precision: str) -> None:
         llama.prepare()
         assert llama.predict("the nation").model.precision == precision
         answers.append(llama.logits("the nation"))
-        assert relative(answers[-1], exact) <= 2 * BOUNDS[precision]  # its attention is sharper
+        assert relative(answers[-1], exact) <= 2 * BOUNDS[precision]  # sharper attention amplifies the error
         assert len(list(llama.generate("the nation", 8))) == 8
         llama.close()
     assert torch.equal(*answers)
@@ -530,7 +536,7 @@ def test_a_whole_model(tmp_path: Path, precision: str) -> None:
 
 @pytest.mark.slow
 def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To fp32, on another text of the same kind."""
+    """It is closer to fp32 on another text of the same kind."""
     path = write_meta(tmp_path / "Tiny")
     drawn = random.Random(0)
     words = ["the", "nation", "that", "has", "its", "own", "heart", "and", "hands"]
@@ -548,11 +554,11 @@ def test_a_calibrated_network_is_nearer(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a sentence, at the next answer too; the model itself fits."""
+    """Every answer raises the error. The model itself fits into memory."""
     monkeypatch.setattr(memory, "memory_limit", lambda: memory.MemoryLimit(500_000_000))
     monkeypatch.setattr(memory_estimate, "_HESSIAN_BYTES", 1 << 16)
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
-    said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*products of inputs [^)]*\) and 0\.5 GB are free; [^.]*\.$"
+    said = r"^Calibrating int4 needs \d+\.\d GB of memory \(.*Hessian [^)]*\) and 0\.5 GB are free; [^.]*\.$"
     llama.prepare(wait=False)
     until(lambda: llama.engine.packing.error is not None)
     for ask in (lambda: llama.predict("the nation"), llama.prepare):
@@ -562,15 +568,15 @@ def test_a_calibration_that_does_not_fit_is_refused(tiny_dir: Path, monkeypatch:
 
 
 def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:
-    """Whatever it is at; it says what that is."""
+    """At any stage, and progress names the stage."""
     llama = Llama.load(tiny_dir, precision="int4", device="cpu")
     llama.prepare(wait=False)
-    until(lambda: llama.preparing is not None and llama.preparing[0] in ("imagining", "calibrating"))
+    until(lambda: llama.preparing is not None and llama.preparing[0] in ("sampling", "calibrating"))
     start = time.monotonic()
     llama.close()
     assert time.monotonic() - start < 5
     assert not llama.engine.packing.done
-    assert len(kept()) <= 1  # that of int8, which reads the examples
+    assert len(kept()) <= 1  # the int8 file, for reading the examples
 
 
 @PRECISIONS
@@ -578,7 +584,7 @@ def test_a_calibration_ends_with_the_model(tiny_dir: Path) -> None:
 def test_the_weights_that_are_predicted_are_those_that_lie_in_panels(
     source: Path, precision: str, sizes: dict[str, int]
 ) -> None:
-    """Those that fill a panel are counted for each weight, and taken for those that stand together."""
+    """Padding is estimated per weight, but applied to stacked weights."""
     args = tiny_args(**sizes)
     model, *_ = built(source, precision, args)
     stacks = {id(form): form for form in forms(model) if isinstance(form, Panels)}.values()

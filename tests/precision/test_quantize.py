@@ -1,4 +1,4 @@
-"""Eight and four bits: what lies on the grid stays, what is best by its own measure is best, the edges are defined."""
+"""Quantization to 8 and 4 bits: exact on the grid, optimal by its own measure, and defined at the limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inputs(width: int, tokens: int = 4000) -> Tensor:
-    """Vectors whose places go together, one of them 30 times as large as the others, as in a Llama: (tokens, width)."""
+    """Correlated vectors with one feature 30 times as large as the others, as in Llama models: (tokens, width)."""
     x = random(tokens, width // 4, seed=1) @ random(width // 4, width, seed=2) + random(tokens, width, seed=3)
     x[:, 5] *= 30
     return x
@@ -33,7 +33,7 @@ def products(x: Tensor) -> Tensor:
 
 
 def nearest(weight: Tensor, bits: int) -> Tensor:
-    """Round to nearest with the scale of the largest weight, written as plainly as can be: (out, in)."""
+    """Plain round-to-nearest with the scale of the largest weight: (out, in)."""
     made = []
     for row in weight.view(-1, BLOCK_SIZE[bits]):
         largest = row[row.abs().argmax()]
@@ -51,7 +51,7 @@ def missed(weight: Tensor, numbers: Tensor, scales: Tensor) -> float:
 
 @BITS
 def test_types_and_shapes(bits: int) -> None:
-    """Whole numbers within their range and a float16 scale a block; both ends of the range are used."""
+    """Integers within their range, and one float16 scale per block. Both ends of the range are used."""
     numbers, scales = quantize_blocks(random(48, 256), bits)
     assert numbers.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert numbers.shape == (48, 256)
@@ -64,10 +64,10 @@ def test_types_and_shapes(bits: int) -> None:
 @BITS
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None:
-    """What has been quantized once is found again to the last bit, though scales are searched for."""
+    """Quantizing dequantized weights is bit-identical, even though scales are searched."""
     low, high = RANGE[bits]
     numbers = torch.randint(low, high + 1, (32, 128), generator=torch.Generator().manual_seed(0))
-    numbers[:, :: BLOCK_SIZE[bits]] = 127 if bits == 8 else 0  # the end that a largest weight is put on
+    numbers[:, :: BLOCK_SIZE[bits]] = 127 if bits == 8 else 0  # the end of the range for the largest weight
     numbers = numbers.to(torch.int8 if bits == 8 else torch.uint8)
     scales = (
         torch.linspace(0.5, 2, 32 * 128 // BLOCK_SIZE[bits]).view(32, -1).half()
@@ -80,7 +80,7 @@ def test_weights_on_a_grid_stay_as_they_are(bits: int, calibrated: bool) -> None
 
 @BITS
 def test_dequantize(bits: int) -> None:
-    """Scale times number, in four bits times number − 8, for each block with its own scale."""
+    """Scale × number, or scale × (number − 8) for 4 bits, with the scale of each block."""
     numbers = torch.arange(16, dtype=torch.uint8 if bits == 4 else torch.int8).repeat(2, 8)  # (2, 128)
     scales = torch.arange(1, 2 * 128 // BLOCK_SIZE[bits] + 1).view(2, -1).half() / 4
     weight = dequantize(numbers, scales)
@@ -93,7 +93,7 @@ def test_dequantize(bits: int) -> None:
 @BITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_are_quantized_alone_in_any_type(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the rows gives the same as all of them, however many are worked on at a time."""
+    """Rows give the same result in any batch of rows, for any dtype."""
     weight = random(40, 128).to(dtype)
     numbers, scales = quantize_blocks(weight, bits)
     monkeypatch.setattr(quantize, "_WEIGHTS_PER_SEARCH", 7 * 128)
@@ -103,7 +103,7 @@ def test_rows_are_quantized_alone_in_any_type(bits: int, dtype: torch.dtype, mon
 
 
 def test_what_is_no_tensor_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only some rows are a tensor at a time."""
+    """Only a range of rows of a lazy weight is a tensor at a time."""
     weight, asked = random(40, 128), []
 
     class Rows(LazyWeight):
@@ -123,7 +123,7 @@ def test_what_is_no_tensor_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 @BITS
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
 def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None:
-    """In normal and heavy-tailed blocks, and in those whose scales float16 holds with few bits."""
+    """For normal and heavy-tailed blocks, and blocks with subnormal float16 scales."""
     for weight in (random(64, 256), random(64, 256) ** 3):
         weight = weight * size
         found = dequantize(*quantize_blocks(weight, bits))
@@ -135,7 +135,7 @@ def test_no_block_is_further_off_than_by_nearest(bits: int, size: float) -> None
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.85), (4, 0.92)])
 def test_search_gains(bits: int, share: float) -> None:
-    """On normal weights at least 15 and 8 hundredths of the squared error of nearest."""
+    """For normal weights, the squared error is at least 15 % (8 bits) or 8 % (4 bits) below nearest."""
     weight = random(256, 512)
     error = missed(weight, *quantize_blocks(weight, bits))
     assert error < share * float((weight - nearest(weight, bits)).double().square().sum())
@@ -143,16 +143,16 @@ def test_search_gains(bits: int, share: float) -> None:
 
 @BITS
 def test_a_place_that_costs_more_is_hit(bits: int) -> None:
-    """The scale fits the numbers, by what errors in their places cost."""
+    """The error is small at an index with a high cost."""
     blocks, cost = random(200, BLOCK_SIZE[bits]), torch.ones(BLOCK_SIZE[bits])
     cost[7] = 1000
     scales = quantize._search(blocks, bits, cost)
     missed = (blocks - quantize._round(blocks, quantize._inverse(scales)[:, None], bits) * scales[:, None])[:, 7]
-    assert float(missed.abs().quantile(0.9)) < 2**-10  # as near as a scale in float16 comes
+    assert float(missed.abs().quantile(0.9)) < 2**-10  # the resolution of a float16 scale
 
 
 def test_a_scale_takes_the_sign_of_the_larger_side() -> None:
-    """Eight steps go one way and seven the other."""
+    """There are eight steps in one direction and seven in the other."""
     weight = torch.linspace(-8, 7, 64).round()[None]
     for sign in (1, -1):
         numbers, scales = quantize_blocks(sign * weight, 4)
@@ -162,7 +162,7 @@ def test_a_scale_takes_the_sign_of_the_larger_side() -> None:
 
 @BITS
 def test_zeros(bits: int) -> None:
-    """A block of zeros stays one, with or without other blocks beside it."""
+    """A block of zeros stays zero, with or without other blocks in the row."""
     weight = random(4, 256)
     weight[1] = 0
     weight[2, 64:128] = 0
@@ -174,7 +174,7 @@ def test_zeros(bits: int) -> None:
 
 @BITS
 def test_one_outlier(bits: int) -> None:
-    """It is kept to within a step, and spoils its own block alone."""
+    """The outlier is accurate to within a step, and affects only its own block."""
     weight = random(4, 256)
     plain = dequantize(*quantize_blocks(weight, bits))
     weight[2, 70] = 5000
@@ -188,7 +188,7 @@ def test_one_outlier(bits: int) -> None:
 
 @BITS
 def test_tiny_weights(bits: int) -> None:
-    """Below what float16 can hold as a scale they are off by no more than half its least step times the range."""
+    """Below the smallest float16 scale, the error is at most half that scale times the range."""
     weight = random(8, 128) * 1e-7
     found = dequantize(*quantize_blocks(weight, bits))
     assert bool(found.isfinite().all())
@@ -198,7 +198,7 @@ def test_tiny_weights(bits: int) -> None:
 
 @BITS
 def test_the_largest_weights(bits: int) -> None:
-    """Up to what the largest float16 reaches as a scale; nothing overflows on the way."""
+    """Up to the limit of float16 scales, without overflow in between."""
     largest = 65504 * (127 if bits == 8 else 7)
     weight = torch.full((2, 64), float(largest))
     weight[1] *= torch.linspace(-1, 1, 64)
@@ -213,7 +213,7 @@ def test_the_largest_weights(bits: int) -> None:
 @BITS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_refused(bits: int, value: float) -> None:
-    """Wherever it stands: a rounded one would be taken for a weight."""
+    """NaN at any index is rejected, because its rounded value would look like a valid weight."""
     weight = random(40, 128)
     weight[37, 101] = value
     with pytest.raises(ValueError, match="not finite"):
@@ -221,9 +221,9 @@ def test_what_is_no_number_is_refused(bits: int, value: float) -> None:
 
 
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
-    """96 inputs are three blocks of 32, and none of 64."""
+    """96 inputs are three blocks of 32, but not a whole number of blocks of 64."""
     assert quantize_blocks(random(2, 96), 8)[1].shape == (2, 3)
-    with pytest.raises(ValueError, match="rows of 96 weights, expected a multiple of 64"):
+    with pytest.raises(ValueError, match="rows have 96 weights, expected a multiple of 64"):
         quantize_blocks(random(2, 96), 4)
 
 
@@ -231,7 +231,7 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
 
 
 def test_the_factor() -> None:
-    """R Rᵀ is the damped H over its mean diagonal, R upper triangular, also where an input was always zero."""
+    """R Rᵀ is the damped H over its mean diagonal, with R upper triangular, even if an input was always zero."""
     H = products(inputs(64))
     H[3] = H[:, 3] = 0
     curvature = Hessian(H * 1e-12, damping=0.25)
@@ -246,7 +246,7 @@ def test_the_factor() -> None:
 
 @BITS
 def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
-    """‖XWᵀ − XŴᵀ‖ on the examples, and on others of the same kind: GPTQ below search, the descent below GPTQ."""
+    """‖XWᵀ − XŴᵀ‖ on the examples and on similar ones: GPTQ is better than search, descent better than GPTQ."""
     x, weight = inputs(256), random(96, 256)
     H = products(x[:2000])
     curvature = Hessian(H)
@@ -265,13 +265,13 @@ def test_calibration_lowers_the_error_of_the_output(bits: int) -> None:
 
 
 def test_gptq_is_gptq() -> None:
-    """Number by number what the paper's own algorithm makes: with the inverse of H, weights changed on the way."""
+    """The same numbers as the paper's algorithm, with the inverse of H and weights updated in place."""
     weight, curvature = random(16, 128), Hessian(products(inputs(128)))
     numbers, scales = quantize._gptq(weight.view(16, 2, 64), curvature, 4)
     inverse = torch.linalg.cholesky(torch.linalg.inv(curvature.matrix.double()), upper=True)
     left, expected = weight.double(), torch.empty(16, 128, dtype=torch.float64)
     for j in range(128):
-        if j % 64 == 0:  # the scale is that of the weights as they are when their block's turn comes
+        if j % 64 == 0:  # the scale depends on the weights as updated so far
             cost = 1 / inverse.diagonal()[j : j + 64].float()
             assert torch.allclose(
                 scales[:, j // 64], quantize._search(left[:, j : j + 64].float(), 4, cost), rtol=2**-10
@@ -284,7 +284,7 @@ def test_gptq_is_gptq() -> None:
 
 
 def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scale by scale and number by number as by the plainest means: the one of all numbers that costs least."""
+    """Each step finds the optimal scale or number, compared with brute force."""
     weight, curvature = random(8, 128).double(), Hessian(products(inputs(128)))
     H = curvature.matrix.double()
     numbers, scales = torch.zeros(8, 2, 64), torch.full((8, 2), 0.4).half().float()
@@ -300,7 +300,7 @@ def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None
     for b in range(2):
         unit = torch.zeros_like(scales)
         unit[:, b] = 1
-        # A parabola through three scales, and its lowest point.
+        # The minimum of a parabola through three scales.
         low, middle, high = (cost(numbers, scales + move * unit) for move in (-1, 0, 1))
         scales[:, b] += ((low - high) / (2 * (low + high - 2 * middle))).float()
         scales = scales.half().float()
@@ -315,7 +315,7 @@ def test_the_descent_goes_straight_down(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_sweep_of_the_descent_is_one_upwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And from a bad start they come far."""
+    """The cost never increases, and falls far from a bad start."""
     weight, curvature = random(24, 128), Hessian(products(inputs(128)))
     H = curvature.matrix.double()
     numbers, scales = torch.zeros(24, 2, 64), torch.full((24, 2), 0.4).half().float()
@@ -332,7 +332,7 @@ def test_no_sweep_of_the_descent_is_one_upwards(monkeypatch: pytest.MonkeyPatch)
 
 @BITS
 def test_the_same_weights_give_the_same_bits(bits: int) -> None:
-    """Whatever was computed in between, on one thread as on several."""
+    """Whatever was computed in between, with any number of threads."""
     weight, H = random(64, 256), products(inputs(256))
     threads = torch.get_num_threads()
     found = []

@@ -1,4 +1,4 @@
-"""Quantized weights that are kept between runs: used if they are whole, else made again without a message."""
+"""The cache of packed weights: intact pieces are used, all others are packed again silently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.checkpoints import write_meta
 SHAPES = [(5, 8), (3, 7), (1, 1)]
 LAYOUTS: list[Layout] = [((shape, torch.int8), (shape[:1], torch.float32)) for shape in SHAPES]
 TABLE = 8 * len(SHAPES)
-# Where each piece begins, at a line of the cache; values come first, then the scales.
+# Start of each piece, aligned to a cache line. Values come first, then scales.
 STARTS = [64, 192, 320]
 SIZE = 448
 PROMPT = [1, 2, 3, 4]
@@ -36,7 +36,7 @@ PROMPT = [1, 2, 3, 4]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The file that the weights come from."""
+    """The weight file."""
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     return path
@@ -44,12 +44,12 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files are kept; it does not exist before the first is."""
+    """The cache folder, which does not exist before the first file."""
     return Path(os.environ["XDG_CACHE_HOME"]) / "llama-scratch" / "weights"
 
 
 def random_piece(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Values and scales."""
+    """Random values and scales."""
     values = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
     return values, torch.randn(shape[0], generator=generator)
 
@@ -78,7 +78,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_what_was_kept_is_what_comes_back(source: Path, folder: Path) -> None:
-    """To the bit and in the same types, from one file of the size that its pieces have."""
+    """Bit-identical and with the same dtypes, from one file of the expected size."""
     assert [PackedWeightCache([source], LAYOUTS).get(i) for i in range(3)] == [None] * 3
     keep(source)
     (file,) = files(folder)
@@ -92,7 +92,7 @@ def test_what_was_kept_is_what_comes_back(source: Path, folder: Path) -> None:
 
 
 def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) -> None:
-    """The values lie in the file; putting them again changes nothing."""
+    """The values are memory-mapped; putting them again changes nothing."""
     keep(source)
     (file,) = files(folder)
     before = file.read_bytes()
@@ -101,13 +101,13 @@ def test_what_is_kept_is_mapped_and_never_written(source: Path, folder: Path) ->
     assert back is not None
     assert isinstance(keeping._data, np.memmap)
     assert back[0].data_ptr() == keeping._data.ctypes.data + STARTS[0]
-    back[0].zero_()  # a copy of the page, not the file
+    back[0].zero_()  # changes a copy of the page, not the file
     keeping.put(0, *made(seed=1)[0])
     assert file.read_bytes() == before
 
 
 def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> None:
-    """Before that it is a .part file, which no other process reads while it is written."""
+    """Until then, it is a .part file that no other process reads."""
     keeping = PackedWeightCache([source], LAYOUTS)
     for i, piece in enumerate(made()[:2]):
         keeping.put(i, *piece)
@@ -121,14 +121,14 @@ def test_a_file_is_not_seen_before_it_is_whole(source: Path, folder: Path) -> No
 
 
 def test_only_the_person_reads_the_folder(source: Path, folder: Path) -> None:
-    """As the weights may be no one else's business."""
+    """The weights may be confidential."""
     keep(source)
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("byte", [*range(TABLE), *range(STARTS[0], SIZE)])
 def test_a_flipped_byte_anywhere_is_noticed(source: Path, folder: Path, byte: int) -> None:
-    """In the table, in the values and in the scales: this piece is made again, the others are used as they are."""
+    """In the table, values or scales: only this piece is packed again, the others are used."""
     keep(source)
     (file,) = files(folder)
     whole = file.read_bytes()
@@ -159,11 +159,11 @@ def empty(file: Path) -> None:
 
 
 def link(file: Path) -> None:
-    """To a whole file, which someone else might change."""
+    """A link to a complete file, which another user could change."""
     file.rename(file.parent.parent / "elsewhere")
     target = "../elsewhere"
     file.symlink_to("./" * ((SIZE - len(target)) // 2) + target)
-    assert file.lstat().st_size == SIZE  # a link is as long as its target's path
+    assert file.lstat().st_size == SIZE  # the size of a link is the length of its target's path
 
 
 def dangling(file: Path) -> None:
@@ -173,7 +173,7 @@ def dangling(file: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [cut, lengthen, empty, link, dangling])
 def test_what_is_no_whole_file_is_replaced(source: Path, folder: Path, spoil: Callable[[Path], None]) -> None:
-    """It is not read, and the next pieces take its place."""
+    """It is not read, and the next pieces replace it."""
     keep(source)
     (file,) = files(folder)
     spoil(file)
@@ -185,7 +185,7 @@ def test_what_is_no_whole_file_is_replaced(source: Path, folder: Path, spoil: Ca
 
 
 def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> None:
-    """Nothing can be kept then, which is no error."""
+    """Then nothing can be cached, which is not an error."""
     keep(source)
     (file,) = files(folder)
     file.unlink()
@@ -197,14 +197,14 @@ def test_a_directory_in_its_place_is_left_alone(source: Path, folder: Path) -> N
 
 
 def test_a_file_of_someone_else_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their cache may be right, but it is not ours to trust."""
+    """It may be correct, but it is not trusted."""
     keep(source)
     assert PackedWeightCache([source], LAYOUTS).get(0) is not None
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
-# --- What a file is named after ---------------------------------------------------------------
+# --- File names -------------------------------------------------------------------------------
 
 
 def touch(source: Path, patch: pytest.MonkeyPatch) -> None:
@@ -234,14 +234,14 @@ def other_format(source: Path, patch: pytest.MonkeyPatch) -> None:
 def test_pieces_of_something_else_are_not_used(
     source: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, pytest.MonkeyPatch], None]
 ) -> None:
-    """Of an older file, or made with another torch or on another CPU."""
+    """From an older weight file, another version of torch or another CPU."""
     keep(source)
     change(source, monkeypatch)
     assert PackedWeightCache([source], LAYOUTS).get(0) is None
 
 
 def test_pieces_of_other_shapes_or_of_another_file_are_not_used(source: Path, tmp_path: Path) -> None:
-    """Even where as many bytes are expected."""
+    """Even if the number of bytes is the same."""
     keep(source)
     assert PackedWeightCache([source], LAYOUTS).get(0) is not None
     assert PackedWeightCache([source], [LAYOUTS[i] for i in (1, 0, 2)]).get(0) is None
@@ -250,7 +250,7 @@ def test_pieces_of_other_shapes_or_of_another_file_are_not_used(source: Path, tm
 
 
 def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative, or through a link."""
+    """A relative path, or a link."""
     keep(source)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(source)
@@ -263,7 +263,7 @@ def test_a_file_is_the_same_by_every_path_to_it(source: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("age", [6, 8])
 def test_a_stale_part_file_is_removed(source: Path, folder: Path, age: int) -> None:
-    """After a week, and not while a process writes it: it holds a lock."""
+    """After a week, unless a process is writing it and so holds its lock."""
     folder.mkdir(parents=True, mode=0o700)
     left, running = (folder / f"{letter * 32}.part" for letter in "ab")
     for part in (left, running):
@@ -277,7 +277,7 @@ def test_a_stale_part_file_is_removed(source: Path, folder: Path, age: int) -> N
 
 
 def test_part_files_make_room_too(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest go first, but not one that a process writes."""
+    """The oldest are removed first, except one that a process is writing."""
     folder.mkdir(parents=True, mode=0o700)
     running, left, newer = (folder / f"{letter * 32}.part" for letter in "abc")
     for age, part in enumerate((newer, left, running)):
@@ -293,7 +293,7 @@ def test_part_files_make_room_too(source: Path, folder: Path, monkeypatch: pytes
 
 
 def test_one_program_at_a_time_keeps_a_model(source: Path, folder: Path) -> None:
-    """The other's pieces go nowhere, and neither waits."""
+    """The other one's pieces are not cached, and neither waits."""
     first, second = PackedWeightCache([source], LAYOUTS), PackedWeightCache([source], LAYOUTS)
     first.put(0, *made()[0])
     second.put(0, *made(seed=1)[0])
@@ -332,7 +332,7 @@ def test_a_pipe_in_its_place_is_not_waited_for(source: Path, folder: Path) -> No
 def test_the_least_recently_used_go_first(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """The new file counts, and reading one is using it."""
+    """The new file counts, and reading a file counts as use."""
     monkeypatch.setattr(weight_cache, "_MAX_BYTES", most)
     sources = [tmp_path / name for name in "abcd"]
     names = []
@@ -341,11 +341,11 @@ def test_the_least_recently_used_go_first(
         path = PackedWeightCache([source], LAYOUTS)._path
         assert path is not None
         names.append(path)
-    for age, source in enumerate(sources[:3]):  # a is the oldest of three
+    for age, source in enumerate(sources[:3]):  # the first is the oldest of three
         monkeypatch.setattr(weight_cache, "_MAX_BYTES", 1 << 30)
         keep(source)
         os.utime(names[age], (1000 + age, 1000 + age))
-    assert PackedWeightCache([sources[0]], LAYOUTS).get(0) is not None  # and now the newest
+    assert PackedWeightCache([sources[0]], LAYOUTS).get(0) is not None  # now the most recently used
     monkeypatch.setattr(weight_cache, "_MAX_BYTES", most)
     keep(sources[3])
     fit = most // SIZE
@@ -354,7 +354,7 @@ def test_the_least_recently_used_go_first(
 
 
 def test_what_is_too_large_is_not_kept(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And takes no other's place."""
+    """It does not displace other files."""
     (other := tmp_path / "other").write_bytes(b"weights")
     keep(other)
     monkeypatch.setattr(weight_cache, "_MAX_BYTES", SIZE - 1)
@@ -366,7 +366,7 @@ def test_what_is_too_large_is_not_kept(tmp_path: Path, source: Path, monkeypatch
 @pytest.mark.skipif(os.name == "nt", reason="permissions are other ones on Windows")
 @pytest.mark.parametrize("how", ["a file", "below a file", "read-only"])
 def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path, how: str) -> None:
-    """Every run makes its own pieces then."""
+    """Then every run packs its weights itself."""
     folder.parent.mkdir(parents=True)
     if how == "a file":
         folder.write_bytes(b"")
@@ -386,7 +386,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(source: Path, folder: Path,
 
 
 def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
-    """A piece that was not written is missing, so the file never becomes visible, and what was begun is gone."""
+    """After a failed write, the file is never renamed to its final name, and the .part file is removed."""
     keeping = PackedWeightCache([source], LAYOUTS)
     keeping.put(0, *made()[0])
     assert len(files(folder)) == 1
@@ -405,7 +405,7 @@ def test_a_disk_that_fills_up_keeps_nothing(source: Path, folder: Path) -> None:
 
 
 def begin(source: Path, *indices: int) -> PackedWeightCache:
-    """Keep some pieces, and end as if killed: what was written is left, and the lock is free."""
+    """Put some pieces, and end as if killed: the written data stays, and the lock is released."""
     keeping = PackedWeightCache([source], LAYOUTS)
     for i in indices:
         keeping.put(i, *made()[i])
@@ -416,7 +416,7 @@ def begin(source: Path, *indices: int) -> PackedWeightCache:
 
 @pytest.mark.parametrize("finished", [[0], [2], [0, 1], [2, 0]])
 def test_finished_pieces_outlive_their_process(source: Path, folder: Path, finished: list[int]) -> None:
-    """The next one takes them, makes the others, and keeps the same file as an uninterrupted one."""
+    """The next process reuses them and adds the others. The file is the same as without interruption."""
     begin(source, *finished)
     (part,) = files(folder)
     assert part.suffix == ".part"
@@ -453,7 +453,7 @@ def begin_again(keeping: PackedWeightCache, i: int) -> None:
 
 
 def test_a_piece_without_an_entry_is_not_finished(source: Path, folder: Path) -> None:
-    """The process ended between the piece and its entry. A checksum of 0 is an entry, too."""
+    """The process ended after the piece and before its entry. A checksum of 0 is a valid entry."""
     begin(source, 0, 1)
     (part,) = files(folder)
     data = bytearray(part.read_bytes())
@@ -473,7 +473,7 @@ def test_a_checksum_of_zero_is_an_entry(source: Path, folder: Path, monkeypatch:
 
 
 def test_ended_before_it_became_visible(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pieces are finished: the next process makes the file visible."""
+    """All pieces are finished, so the next process renames the file."""
     with monkeypatch.context() as patch:
         patch.setattr(PackedWeightCache, "_complete", lambda *_: None)
         begin(source, 0, 1, 2)
@@ -485,7 +485,7 @@ def test_ended_before_it_became_visible(source: Path, folder: Path, monkeypatch:
 
 @pytest.mark.parametrize("byte", [*range(TABLE), *range(STARTS[0], SIZE, 7)])
 def test_damage_in_a_part_file_is_noticed(source: Path, folder: Path, byte: int) -> None:
-    """Only the damaged piece is made again, and the file becomes whole."""
+    """Only the damaged piece is packed again, and the file is completed."""
     begin(source, 0, 2)
     (part,) = files(folder)
     data = bytearray(part.read_bytes())
@@ -520,7 +520,7 @@ def part_folder(part: Path) -> None:
 def test_a_part_file_that_cannot_be_continued_is_replaced(
     source: Path, folder: Path, spoil: Callable[[Path], None]
 ) -> None:
-    """Of another size, or one that others could have written, or not a file."""
+    """One of another size, one that others could have written, or one that is not a regular file."""
     begin(source, 0, 2)
     (part,) = files(folder)
     spoil(part)
@@ -534,7 +534,7 @@ def test_a_part_file_that_cannot_be_continued_is_replaced(
 
 @pytest.mark.parametrize("spoil", [link, dangling])
 def test_a_link_is_not_followed(source: Path, folder: Path, spoil: Callable[[Path], None]) -> None:
-    """Nothing is read from its target or written to it; nothing is kept while it is there."""
+    """Its target is neither read nor written, and nothing is cached as long as it exists."""
     begin(source, 0, 2)
     (part,) = files(folder)
     spoil(part)
@@ -555,7 +555,7 @@ def test_a_part_file_of_someone_else_is_not_read(source: Path, monkeypatch: pyte
 
 
 def test_a_disk_that_fills_up_ends_a_continued_file(source: Path, folder: Path) -> None:
-    """What was taken from it stays valid."""
+    """Pieces that were already read stay valid."""
     begin(source, 0)
     keeping = PackedWeightCache([source], LAYOUTS)
     back = keeping.get(0)
@@ -572,7 +572,7 @@ def test_a_disk_that_fills_up_ends_a_continued_file(source: Path, folder: Path) 
 
 
 def test_a_part_file_that_is_written_is_left_alone(source: Path, folder: Path) -> None:
-    """A second process reads nothing from it and keeps nothing, in whatever order the two go on."""
+    """A second process neither reads it nor caches anything, in any order of events."""
     begin(source, 0)
     first = PackedWeightCache([source], LAYOUTS)
     assert first.get(0) is not None
@@ -587,7 +587,7 @@ def test_a_part_file_that_is_written_is_left_alone(source: Path, folder: Path) -
 
 
 def test_two_that_find_the_same_damage(source: Path, folder: Path) -> None:
-    """One of them mends the file, the other makes the piece for itself."""
+    """One of them repairs the file, the other packs the piece only for itself."""
     keep(source)
     (file,) = files(folder)
     whole = file.read_bytes()
@@ -603,7 +603,7 @@ def test_two_that_find_the_same_damage(source: Path, folder: Path) -> None:
 
 
 def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system without locks another process may still write the .part file, or read a damaged one."""
+    """Without file locks, another process could still be writing the .part file, or read a damaged one."""
 
     def fails(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -617,7 +617,7 @@ def test_without_locks_nothing_is_continued(source: Path, folder: Path, monkeypa
     (file,) = files(folder)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert PackedWeightCache([source], LAYOUTS).get(2) is None
-    assert not files(folder)  # the next run keeps a whole one
+    assert not files(folder)  # the next run writes a complete one
 
 
 KILLED = """
@@ -655,7 +655,7 @@ for i, piece in enumerate(pieces): keeping.put(i, *piece)
 
 @pytest.mark.slow
 def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Path) -> None:
-    """One at a time keeps them, and what stays is whole."""
+    """Only one writes at a time, and the resulting file is complete."""
     ready, go = [tmp_path / f"ready{i}" for i in range(2)], tmp_path / "go"
     programs = [
         subprocess.Popen([sys.executable, "-c", KEEPER, str(source), str(path), str(go)], cwd=ROOT) for path in ready
@@ -669,7 +669,7 @@ def test_two_programs_that_keep_at_once(source: Path, folder: Path, tmp_path: Pa
 
 
 def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
-    """As packing does: a piece each, in any order."""
+    """As in packing: one piece each, in any order."""
     layouts: list[Layout] = [(((4, 16), torch.int8), ((4,), torch.float32))] * 40
     pieces = [random_piece((4, 16), torch.Generator().manual_seed(i)) for i in range(40)]
     keeping = PackedWeightCache([source], layouts)
@@ -691,7 +691,7 @@ def test_threads_that_keep_at_once(source: Path, folder: Path) -> None:
 
 
 def test_two_of_one_program_leave_a_whole_file_at_least(source: Path, folder: Path) -> None:
-    """One of them writes, and the other's pieces are not mixed with its."""
+    """One of them writes, and pieces of the other are not mixed in."""
     first, second = PackedWeightCache([source], LAYOUTS), PackedWeightCache([source], LAYOUTS)
     for i in range(3):
         first.put(i, *made()[i])
@@ -712,7 +712,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(directory: Path) -> Tensor:
-    """Logits of 8-bit weights, all packed."""
+    """Logits with packed 8-bit weights."""
     llama = Llama.load(directory, precision="int8", device="cpu")
     llama.prepare()
     logits = llama.logits(PROMPT)
@@ -721,7 +721,7 @@ def answer(directory: Path) -> Tensor:
 
 
 def test_the_second_run_quantizes_nothing(model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And answers the same to the bit, from the same bytes."""
+    """The logits are bit-identical, from the same file."""
     first = answer(model_dir)
     (file,) = files(folder)
     before = file.read_bytes()
@@ -735,7 +735,7 @@ def test_the_second_run_quantizes_nothing(model_dir: Path, folder: Path, monkeyp
 
 
 def test_a_damaged_file_changes_no_answer(model_dir: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It is made again behind the answers, without a word, and is whole again for the run after the next."""
+    """It is repaired silently in the background, and complete in the run after the next."""
     first = answer(model_dir)
     capfd.readouterr()
     (file,) = files(folder)
@@ -750,7 +750,7 @@ def test_a_damaged_file_changes_no_answer(model_dir: Path, folder: Path, capfd: 
 
 
 def test_a_model_that_cannot_be_kept_answers(model_dir: Path, folder: Path) -> None:
-    """Where the cache folder is a file, as on a disk that is full."""
+    """If the cache folder is a file, or the disk is full."""
     first = answer(model_dir)
     (file,) = files(folder)
     file.unlink()
