@@ -234,7 +234,7 @@ def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
         values["post_processor"]["special_tokens"]["<|begin|>"]["ids"] = [N_VOCAB]
 
     edited(directory, begin)
-    with pytest.raises(CheckpointError, match="'<start>', whose id 267 is beyond"):
+    with pytest.raises(CheckpointError, match="'<start>' has the id 267, beyond"):
         open_checkpoint(directory)
 
 

@@ -564,22 +564,22 @@ def test_places_that_are_taken(sources: dict[str, Path], tmp_path: Path, form: s
     source = shutil.copytree(sources["bf16"], tmp_path / "in.gguf" / "m.gguf")
     (tmp_path / "file.gguf").write_text("mine")
     (tmp_path / "link.gguf").symlink_to(source)
-    assert_rejected(lambda: convert.convert(source, tmp_path / "file.gguf", form), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "file.gguf", form), UsageError, "already exists")
     assert_rejected(lambda: convert.convert(source, source, form), UsageError, "itself")
     assert_rejected(lambda: convert.convert(source, tmp_path / "link.gguf", form), UsageError, "itself")
     assert_rejected(lambda: convert.convert(source, source.parent, form), UsageError, "holds the model")
-    assert_rejected(lambda: convert.convert(source, tmp_path / "no" / "m.gguf", form), ModelNotFoundError, "no folder")
-    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "name another")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "no" / "m.gguf", form), ModelNotFoundError, "not exist")
+    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "Name another")
     assert (tmp_path / "file.gguf").read_text() == "mine"
     (tmp_path / "full.gguf").mkdir()
     (tmp_path / "full.gguf" / "x").touch()
-    assert_rejected(lambda: convert.convert(source, tmp_path / "full.gguf", form), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "full.gguf", form), UsageError, "already exists")
 
 
 def test_an_empty_directory(sources: dict[str, Path], tmp_path: Path) -> None:
     """It may be there for the forms that are directories; GGUF's is a file, with its ending."""
     (tmp_path / "m.gguf").mkdir()
-    assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m.gguf", "gguf"), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m.gguf", "gguf"), UsageError, "already exists")
     assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m", "gguf"), UsageError, ".gguf")
     assert convert.convert(sources["bf16"], tmp_path / "m.gguf", "hf").path == tmp_path / "m.gguf"
     assert (tmp_path / "m.gguf" / "config.json").is_file()
@@ -615,7 +615,7 @@ def test_a_disk_that_becomes_full(sources: dict[str, Path], tmp_path: Path, form
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1, result.stderr
     assert str(target) in result.stderr
-    assert "make room" in result.stderr
+    assert "Free up disk space" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

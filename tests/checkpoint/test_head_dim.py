@@ -150,5 +150,5 @@ def test_shards(models: dict[str, Path], tmp_path: Path) -> None:
     read = open_checkpoint(directory).load(silent)
     assert all(torch.equal(as_tensor(read[name]), weight) for name, weight in weights.items())
     (directory / shards.shard(1)).unlink()
-    with pytest.raises(ModelNotFoundError, match="fetch the missing shards"):
+    with pytest.raises(ModelNotFoundError, match="Fetch the missing shards"):
         open_checkpoint(directory).load(silent)

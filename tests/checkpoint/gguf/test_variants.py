@@ -160,7 +160,7 @@ def test_a_file_of_another_model(tmp_path: Path, changed: int, key: str, value: 
     files[changed - 1].set(key, value)
     paths = write(tmp_path, files)
     del paths[changed - 1]
-    rejected_at_each(paths, "is no part of the model of the files beside it", place(tmp_path, changed), "again")
+    rejected_at_each(paths, "belongs to another model", place(tmp_path, changed), "again")
     rejected_at_each([place(tmp_path, changed)], tmp_path)
 
 

@@ -196,7 +196,7 @@ def test_a_missing_shard(four: Path, missing: list[int], llama_scratch: Runner) 
     for number in missing:
         (four / shard(number)).unlink()
     message = assert_rejected(
-        lambda: load(four), ModelNotFoundError, f"no {shard(missing[0])}", four, "fetch the missing"
+        lambda: load(four), ModelNotFoundError, f"{shard(missing[0])} not found", four, "Fetch the missing"
     )
     last = max(number for number in range(4) if number not in missing)
     assert last < missing[0] or f"holds {shard(last)}" in message
@@ -370,7 +370,7 @@ def test_a_file_that_is_one_of_several(four: Path) -> None:
     ("damage", "said"),
     [
         (lambda file: os.truncate(file, 100_000), "cut short"),
-        (lambda file: file.write_bytes(b""), "begins with b''"),
+        (lambda file: file.write_bytes(b""), "starts with b''"),
         (lambda file: file.write_bytes(b"<html>expired</html>"), "web page"),
         (lambda file: torch.save([1], file), "list"),
     ],
