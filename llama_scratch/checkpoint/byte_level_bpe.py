@@ -183,7 +183,7 @@ def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, 
 
 
 def _count_splits(vocab: Mapping[str, int]) -> int:
-    """Count the ways to split a token into two other tokens."""
+    """Count the ways to split tokens of a vocabulary into two others."""
     count = 0
     for token in vocab:
         for i in range(1, len(token)):
@@ -232,7 +232,12 @@ def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
 
 
 def is_reachable(text: str, merged: Collection[str]) -> bool:
-    """Whether plain text can produce a token: a single byte or the result of a merge."""
+    """Whether plain text can produce a token: a single byte or the result of a merge.
+
+    Args:
+        text: The token as visible characters.
+        merged: The tokens that merges produce.
+    """
     return text in merged or text in _VISIBLE
 
 
@@ -240,6 +245,10 @@ def is_hidden_control(text: str, merged: Collection[str]) -> bool:
     """Whether an ordinary token is in fact a control token.
 
     It looks like one (`<|eot_id|>`, `</s>`, `[INST]`), and plain text cannot produce it.
+
+    Args:
+        text: The token as visible characters.
+        merged: The tokens that merges produce.
     """
     return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, merged)
 

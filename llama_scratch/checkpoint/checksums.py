@@ -99,7 +99,12 @@ def _read_checklist(file: Path) -> dict[str, str]:
 
 
 def checklist_of(path: Path, folder: Path) -> Path:
-    """Return the path of the list of MD5s for a model."""
+    """Return the path of the list of MD5s for a model.
+
+    Args:
+        path: The model's directory or file.
+        folder: Its directory.
+    """
     return folder / CHECKLIST if path.is_dir() else path.with_name(f"{path.name}.md5")
 
 
@@ -116,6 +121,7 @@ def write_checksums(path: Path) -> Path:
 
 
 def size_of(file: Path) -> int:
+    """Return a file's size in bytes; 0 if it does not exist."""
     return file.stat().st_size if os.path.isfile(file) else 0
 
 
@@ -210,7 +216,14 @@ def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
 def without_checksum(
     files: tuple[Path, ...], known: KnownDigests, findings: list[Finding], checklist: Path
 ) -> list[Finding]:
-    """Return a note for each weight file without a known checksum."""
+    """Return a note for each weight file without a known checksum.
+
+    Args:
+        files: The weight files.
+        known: The known checksums.
+        findings: Findings so far; files with a finding are skipped.
+        checklist: Path of the list of MD5s that the note recommends.
+    """
     noted = {finding.part for finding in findings}
     listed = "*" if checklist.name == CHECKLIST else checklist.stem
     advice = f"Run 'md5sum {listed} > {checklist.name}' beside it to record one"

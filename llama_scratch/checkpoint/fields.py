@@ -83,7 +83,16 @@ class Fields:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _MAX_INTEGER) -> int:
-        """Return an integer from 1 to `limit`; some programs write it as a float (8192.0)."""
+        """Return an integer from 1 to `limit`; some programs write it as a float (8192.0).
+
+        Args:
+            name: Name of the field.
+            default: Returned if the field is missing or null. Without a default, the field is required.
+            limit: Maximum value.
+
+        Raises:
+            CheckpointError: If the field is missing or has another value.
+        """
         if (value := self._get(name, default)) is default:
             return cast(int, value)
         if isinstance(value, float) and value.is_integer():
@@ -93,6 +102,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        """Return a positive number; arguments and errors as in `integer`."""
         value = self._get(name, default)
         if value is None:
             return None
@@ -101,6 +111,7 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
+        """Return true or false; arguments and errors as in `integer`."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")

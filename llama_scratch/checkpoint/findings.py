@@ -120,5 +120,6 @@ def finding_of(error: LlamaScratchError, file: str) -> Finding:
 
 
 def missing_file(name: str, why: str) -> Finding:
+    """Return the finding for a missing file; `why` says who refers to it."""
     name = sanitize(name)
     return Finding(name, "presence", "wrong", f"It is missing: {why}; {REDOWNLOAD_HINT}", (name,))

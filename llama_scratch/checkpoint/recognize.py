@@ -65,7 +65,12 @@ _STARTS = {
 
 
 class FoundModel(NamedTuple):
-    """A model's format, and its directory or its (first) .gguf file."""
+    """A model found at a path.
+
+    Args:
+        format: The format.
+        path: The model's directory or .gguf file, the first one if there are several.
+    """
 
     format: FormatName
     path: Path

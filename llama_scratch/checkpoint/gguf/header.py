@@ -183,7 +183,7 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> GGUFHeader:
 def _read_header(path: Path, cursor: _Cursor) -> GGUFHeader:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF":
-        raise CheckpointError(f"it begins with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it starts with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
     if version not in (2, 3):
         raise _unsupported_version(version)
     for count, limit, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):

@@ -168,6 +168,10 @@ def kind_of(text: str, type_: int) -> str:
     """Return how a token is matched: "special", "added", "ordinary" or "unused".
 
     As in llama.cpp, tokens with the name of a control token are special.
+
+    Args:
+        text: The token's text.
+        type_: GGUF's type of the token.
     """
     if type_ == _USER_DEFINED:
         return "special" if text in CONTROL else "added"
@@ -191,7 +195,15 @@ def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def read_chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """Read the file's chat template; None for a base model."""
+    """Read the file's chat template; None for a base model.
+
+    Args:
+        metadata: The file's metadata.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        CheckpointError: If the template is not text.
+    """
     template = metadata.get("tokenizer.chat_template")
     if not template:
         return None

@@ -302,7 +302,7 @@ def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: P
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
     names = weight_names(args)
     copied = sum(entry.nbytes for name, entry in entries.items() if _part(names[name]) in heads)
-    require_memory(copied, "The copy of wq and wk in Meta's order")
+    require_memory(copied, "Copying wq and wk in Meta's order")
     weights: dict[str, Weight] = {}
     for file in dict.fromkeys(entry.file for entry in entries.values()):
         try:

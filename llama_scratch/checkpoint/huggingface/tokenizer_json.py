@@ -96,7 +96,12 @@ def read_tokenizer_json(
 
 
 def named_token(config: Mapping[str, Any], field: str) -> str | None:
-    """Return the text of a special token from a field such as "bos_token"."""
+    """Return the text of a special token.
+
+    Args:
+        config: Content of tokenizer_config.json.
+        field: A field such as "bos_token". Its value is text, or an object with `content`.
+    """
     token = config.get(field)
     if isinstance(token, dict):
         token = token.get("content")

@@ -154,6 +154,11 @@ def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
     2/3 of 4·dim, times `multiplier`, rounded up to `multiple_of`. Both truncations matter (1B: 5461 → 8191 → 8192).
     Source: `FeedForward` in Meta's llama-models.
 
+    Args:
+        dim: Width of the residual stream.
+        multiple_of: As in params.json.
+        multiplier: `ffn_dim_multiplier` in params.json.
+
     >>> ffn_dim(2048, multiple_of=256, multiplier=1.5)
     8192
     """

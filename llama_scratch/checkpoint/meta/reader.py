@@ -130,7 +130,7 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     views = {name: weight for name, weight in weights.items() if not weight.is_contiguous()}
     if not views:
         return dict(weights)
-    require_memory(sum(view.nbytes for view in views.values()), "The copy of weights stored as views")
+    require_memory(sum(view.nbytes for view in views.values()), "Copying weights that are stored as views")
     output, embedding = views.get(OUTPUT), views.get(EMBEDDING)
     copies = {name: view.contiguous() for name, view in views.items()}
     if output is not None and embedding is not None and same_view(output, embedding):
