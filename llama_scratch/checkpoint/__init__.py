@@ -1,8 +1,8 @@
-"""How do the files of a model become a validated shape, its tokenizer and its weights?
+"""Model files: reading the three formats, verification and conversion.
 
 `recognize` finds the model at a path, and one package per format (`meta`, `huggingface`, `gguf`) opens it as a
-`base.Checkpoint`, with the help of `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and
-`findings`) and `convert` work on any of them. Read `base` first, then one format's `reader`.
+`base.Checkpoint`, using `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and `findings`) and
+`convert` work with any of them. Read `base` first, then the `reader` of one format.
 """
 
 from __future__ import annotations
