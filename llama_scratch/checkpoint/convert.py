@@ -150,7 +150,7 @@ def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> No
     needed, free = sum(sizes.values()) + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise LlamaScratchError(
-            f"{sanitize(name)} needs {needed / 1e9:.1f} GB of disk space, but {free / 1e9:.1f} GB are free in "
+            f"{sanitize(name)} needs {needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free in "
             f"{sanitize(folder, 200)}. Free up disk space, or name another path."
         )
 

@@ -1,7 +1,7 @@
 """GGUF files of the `llama` architecture: shape, tokenizer and weights.
 
-A model is one file or several numbered ones. Quantized blocks stay as they are until a matrix is multiplied, and are
-then dequantized by the gguf package (see `lazy_weight`). Other tensors are memory-mapped.
+A model is one file or several numbered ones. All tensors are memory-mapped. Quantized blocks are dequantized only when
+a matrix is multiplied (see `lazy_weight`), as the gguf package defines it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
 
 
 def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -> ModelArgs:
-    """Add divisors to a shape, as Llama 3.1's rule if they match it up to float32 rounding."""
+    """Apply divisors to a shape, as Llama 3.1's rule if they match it within rounding."""
     import torch
 
     from llama_scratch.model import rope_frequencies
@@ -261,7 +261,7 @@ def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> l
         divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
     # 1 means unscaled; the range is far wider than any real factor.
     if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
-        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors from 1 to 100; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected about 1 to 100; {REDOWNLOAD_HINT}")
     return divisors
 
 

@@ -45,7 +45,7 @@ def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
     if "quantization_args" in params:
         raise UnsupportedError(
             f"{path} belongs to Meta's quantized release {_release(params)}, which is not supported. "
-            "Use the release in bf16, without that in its name."
+            "Use the bf16 release of the model."
         )
     try:
         return _model_args(Fields(params))

@@ -1,4 +1,4 @@
-"""Writer of Meta's format: `params.json`, `tokenizer.model`, consolidated.00.pth."""
+"""Writer of Meta's format: `params.json`, `tokenizer.model` and the weights."""
 
 from __future__ import annotations
 
