@@ -1,8 +1,8 @@
-"""How do the files of a model become a validated shape, its tokenizer and its weights?
+"""Model files: reading the three formats, verification and conversion.
 
 `recognize` finds the model at a path, and one package per format (`meta`, `huggingface`, `gguf`) opens it as a
-`base.Checkpoint`, with the help of `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and
-`findings`) and `convert` work on any of them. Read `base` first, then one format's `reader`.
+`base.Checkpoint`, using `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and `findings`) and
+`convert` work with any of them. Read `base` first, then the `reader` of one format.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ def open_checkpoint(path: Path, tokenizer: str | None = None) -> Checkpoint:
     """Open a model: read everything except the weights, without importing torch.
 
     Args:
-        path: Whatever `recognize` finds a model by: a directory, a .gguf file, or one of a model's files.
-        tokenizer: A tokenizer.model elsewhere.
+        path: Any path that `recognize` accepts: a directory, a .gguf file, or one of a model's files.
+        tokenizer: Path of a tokenizer.model that replaces the model's own tokenizer.
 
     Raises:
         ModelNotFoundError: If there is no model, or one of its files is missing.
-        CheckpointError: If a file is damaged, or the model is of a kind that is not supported.
+        CheckpointError: If a file is damaged or the model is not supported.
     """
     format, path = recognize(path)
-    # Each format's module is imported where it is needed, so that starting up reads only one.
+    # Imported on demand: only one format's module is loaded at startup.
     with reading(path):
         if format == "gguf":
             from llama_scratch.checkpoint.gguf.reader import open_gguf

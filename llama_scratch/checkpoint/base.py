@@ -1,7 +1,8 @@
-"""What every format becomes: a shape, a tokenizer and, on demand, weights under Meta's names.
+"""The `Checkpoint` that all formats share: shape, tokenizer and lazy weights.
 
-To add a format, write a package beside `gguf/` whose `reader` returns a `Checkpoint`. Add its files to `recognize` and
-its reader to `open_checkpoint`. To write the format too, add its writer to `FORMATS` in `convert`.
+Weights have Meta's names, whatever the format. To add a format, write a package beside `gguf/` whose `reader` returns
+a `Checkpoint`. Add its files to `recognize` and its reader to `open_checkpoint`. To write the format too, add its
+writer to `FORMATS` in `convert`.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-# No file can have such a path: there is none, a folder in it is a file, it is too long, its links form a circle.
+# The path does not exist: no such file, a parent that is a file, a name that is too long, a loop of symbolic links.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-# What says which shapes the weights of a file have, by the file's ending.
+# The file that defines the shapes of the weights, by the suffix of the weight file.
 _DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": "config.json"}
 
 
 @dataclass(frozen=True)
 class WeightStorage:
-    """How a file holds its weights.
+    """How a file stores its weights.
 
-    types: number of tensors by type. tied: whether the output is the embedding itself.
-    dtype: what `Checkpoint.load` gives the embedding as.
+    Args:
+        types: Number of tensors per type.
+        tied: Whether the output is the embedding itself.
+        dtype: Type of the embedding that `Checkpoint.load` returns.
     """
 
     types: dict[str, int]
@@ -56,13 +59,22 @@ class WeightStorage:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk whose small files were read and checked.
+    """A model on disk, with its small files read and checked.
 
-    path: the file with the weights, the first where there are several. files: all of them. load: reads and checks the
-    weights, under Meta's names. storage: says how they are stored. chat: how the model was trained to read
-    conversations, None for a base model. license: as the files state it. warnings: messages about the files, if they
-    contradict each other or leave something to a guess. extras: facts that only converting needs. mapped: the files,
-    as they were when this was made.
+    Args:
+        name: Name of the model.
+        format: "meta", "huggingface" or "gguf".
+        path: The weight file, or the first one if there are several.
+        args: Shape of the network.
+        tokenizer: The tokenizer.
+        load: Reads and checks the weights, and returns them under Meta's names.
+        storage: Returns how the weights are stored.
+        chat: The model's chat format; None for a base model.
+        files: All weight files.
+        license: The license that the files state.
+        warnings: Messages about files that contradict each other or require a guess.
+        extras: Facts that only conversion needs.
+        mapped: State of the weight files when the checkpoint was opened.
     """
 
     name: str
@@ -82,41 +94,41 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if self.tokenizer.n_vocab != self.args.vocab_size:
             raise CheckpointError(
-                f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens and the model's embedding "
-                f"{self.args.vocab_size}, expected the same number; use the tokenizer that came with the model."
+                f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens, but the model's embedding has "
+                f"{self.args.vocab_size} rows. Use the tokenizer that came with the model."
             )
         object.__setattr__(self, "mapped", MappedFiles(self.files))
 
     def fingerprint(self, progress: Progress) -> str:
-        """Return the SHA-256 of all weight files, one after the other in the order of their names.
+        """Return the SHA-256 of all weight files, concatenated in order of their names.
 
-        For a model in one file it is that file's own checksum. See `MappedFiles.sha256`.
+        For a model in one file, this is the checksum of that file. See `MappedFiles.sha256`.
         """
         return self.mapped.sha256(progress)
 
 
 def name_of(path: Path) -> str:
-    """What the model at a path is called: its directory's name, or its file's without the type of the weights."""
+    """Return a model's name: its directory's, or its file's without the weight type."""
     if path.suffix.lower() == ".gguf":
         # "SmolLM2-135M-Instruct.Q4_1-00001-of-00003" → "SmolLM2-135M-Instruct"
         ending = r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?$"
         return re.sub(ending, "", path.stem, count=1, flags=re.IGNORECASE)
     path = path.resolve()
     directory = path.parent if path.name == "original" else path
-    if directory.parent.name == "snapshots":  # of the hub's cache: models--OWNER--REPO/snapshots/COMMIT
+    if directory.parent.name == "snapshots":  # Hugging Face cache: models--OWNER--REPO/snapshots/COMMIT
         directory = directory.parent.parent
     return directory.name.rpartition("--")[2] or "Llama"
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system into a message that names the file.
+    """Turn an operating system error into a message that names the file.
 
     Args:
-        path: The file that is named if the error names none.
+        path: The file to name if the error does not name one.
 
     Raises:
-        ModelNotFoundError: If the file does not exist, also if it was removed after it had been found.
+        ModelNotFoundError: If the file does not exist, or was removed after it was found.
         OutOfMemoryError: If it cannot be mapped.
         LlamaScratchError: If it cannot be read for another reason.
     """
@@ -126,28 +138,28 @@ def reading(path: Path) -> Iterator[None]:
         if is_memory_error(error):
             raise does_not_fit(sanitize(path, 200), error) from error
         name = sanitize(error.filename or path, 200)
-        # safetensors raises FileNotFoundError without a number.
+        # safetensors raises FileNotFoundError without an errno.
         absent = error.errno in _ABSENT or isinstance(error, FileNotFoundError)
         kind = ModelNotFoundError if absent else LlamaScratchError
         raise kind(
-            f"{name} cannot be read: {error.strerror or error}; check that it is there for you to read."
+            f"{name} cannot be read: {error.strerror or error}. Check that it exists and that you may read it."
         ) from error
 
 
 def check_shapes(
     file_shapes: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path, names: Mapping[str, str] | None = None
 ) -> None:
-    """Compare names and shapes of a file's weights with what `args` says; only the output may be missing.
+    """Check the names and shapes of a file's weights; only the output may be missing.
 
     Args:
         file_shapes: Name in the file → shape.
         args: The expected shape of the network.
-        path: The file that errors name.
+        path: The file to name in errors.
         names: Name in the file → Meta's name, if they differ.
 
     Raises:
         UnsupportedError: If the linear layers have biases.
-        CheckpointError: If any other weight is missing, unknown or of another shape; names the first one.
+        CheckpointError: If a weight is missing, unknown or has another shape; names the first one.
     """
     by = _DESCRIBED_BY.get(path.suffix, "its header")
     metas = args.weight_shapes()
@@ -157,33 +169,33 @@ def check_shapes(
     unknown = [name for name in file_shapes if name not in shapes]
     if missing and not unknown:
         raise CheckpointError(
-            f"{path} lacks {_some(missing)}, expected {len(shapes)} weights by {by}; fetch the model again."
+            f"{path} lacks {_some(missing)} of the {len(shapes)} weights in {by}. Fetch the model again."
         )
     if missing:
         raise CheckpointError(
-            f"{path} lacks {_some(missing)} and holds {_some(unknown)}, expected {len(shapes)} weights by {by}; "
-            "check that weights and params belong to the same model."
+            f"{path} lacks {_some(missing)} and holds {_some(unknown)}, unlike the {len(shapes)} weights in {by}. "
+            "Check that weights and configuration belong to the same model."
         )
     if unknown and all(name.endswith(".bias") for name in unknown):
         raise UnsupportedError(
-            f"{path} holds {_some(unknown)}, but linear layers with a bias are not supported; "
-            "use a model without biases."
+            f"{path} holds {_some(unknown)}, but linear layers with a bias are not supported. "
+            "Use a model without biases."
         )
     if unknown:
         raise CheckpointError(
-            f"{path} holds {_some(unknown)}, expected no weight of that name in a Llama of this shape; "
-            "check that weights and params belong to the same model."
+            f"{path} holds {_some(unknown)}, but a Llama of this shape has no weight of that name. "
+            "Check that weights and configuration belong to the same model."
         )
     for name, shape in file_shapes.items():
         if shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: {name} has the shape {shape}, expected {shapes[name]} by {by}; "
-                "check that weights and params belong to the same model."
+                f"{path}: {name} has the shape {shape}, expected {shapes[name]} as in {by}. "
+                "Check that weights and configuration belong to the same model."
             )
 
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Let the output be the embedding itself if it is missing or the same view of the embedding's storage."""
+    """Tie the output to the embedding if it is missing or views the same storage."""
     from llama_scratch.precision.lazy_weight import LazyWeight
 
     embedding = weights[EMBEDDING]
@@ -194,7 +206,7 @@ def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same numbers of one storage, in the same order."""
+    """Whether two tensors are the same view of one storage."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 

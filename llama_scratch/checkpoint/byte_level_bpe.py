@@ -1,9 +1,9 @@
-"""Byte-level BPE as GGUF and Hugging Face files write it ↔ tiktoken's table of ranks.
+"""Byte-level BPE: merge lists in GGUF and Hugging Face files ↔ tiktoken's ranks.
 
-Those files hold each token's bytes as visible characters and a list of merges, the best first. tiktoken holds one
-number per token, its rank, and joins the two tokens that are the token of the lowest rank. Both give the same ids if
-the merges are in the order of the tokens that they make (`check_merges`), if the list makes every token of its own
-bytes (`unmergeable`), and if the same pattern cuts the text into pieces first, which is known by its name.
+The files write each token's bytes as visible characters and list the merges in order of priority. tiktoken has one
+number per token, its rank, and merges the adjacent pair whose result has the lowest rank. Both give the same ids if
+the merges are in the order of the tokens that they produce (`check_merges`), if they can produce every token from its
+bytes (`unmergeable`), and if the same pre-tokenizer pattern, identified by its name, splits the text first.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 
-# GPT-2's own, and the same behind a step that makes each digit a piece of its own, in one expression.
+# GPT-2's pattern, and the same pattern after a step that splits off single digits, as one expression.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-# By the names that llama.cpp gave them.
+# By llama.cpp's names.
 PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "smollm": SMOLLM_PATTERN, "gpt-2": GPT2_PATTERN}
-# llama.cpp's other names for these three. Without jina-v1-en, jina-v2-code and roberta-bpe, which put a separator
-# after each text. Source: `llama_vocab::impl::load` in ggml-org/llama.cpp, src/llama-vocab.cpp.
+# llama.cpp's aliases of these three, except jina-v1-en, jina-v2-code and roberta-bpe, which append a separator to each
+# text. Source: `llama_vocab::impl::load` in ggml-org/llama.cpp, src/llama-vocab.cpp.
 PRE_TOKENIZERS = {
     **{name: name for name in PATTERNS},
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), "llama-bpe"),
@@ -35,25 +35,25 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion"), "gpt-2"),
     "granite-docling": "gpt-2",
 }
-# Those with which a prompt begins with BOS unless the file says otherwise. With them alone, a piece that is a token
-# becomes that token whether or not merges make it.
+# Pre-tokenizers that add BOS unless the file says otherwise. Only with these, a piece that equals a token becomes that
+# token even if no merges produce it.
 BEGIN_WITH_BOS = {
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 }
-# Twice as many as the largest vocabularies have.
+# Twice the size of the largest vocabularies.
 MAX_TOKENS, MAX_LENGTH = 1 << 19, 1 << 22
-# Steps that `_merged` may take for one vocabulary.
+# Limit of the work that `_merged` does for one vocabulary.
 _MAX_STEPS = 1 << 22
 _NEVER = 1 << 62
-# SHA-256 of lists of merges that `unmergeable` found nothing in: of Llama 3 (as whole pieces) and SmolLM2. It saves
-# their many users a tenth of a second or more.
+# SHA-256 of merge lists for which `unmergeable` returns nothing: Llama 3 (with whole=True) and SmolLM2. Skipping the
+# check saves at least 0.1 s when these common models are loaded.
 _MADE_BY_THEIR_MERGES = {
     "0cd100e0ab7dbd83c3b668a7cfb2aed1f63f2aec66dae6ec4b63de2c552bb82d": True,
     "aea6ed50becdb3beed814d2fde2dea2e655d1039addf269d74a4708ce2ed4d63": False,
 }
-# Special tokens that end a text in the models that have them, beside those that a file names.
+# Stop tokens in every model that has them, in addition to those that a file names.
 STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
-# Names that llama.cpp takes for control tokens, whatever type the file gives them.
+# Names that llama.cpp treats as control tokens, whatever type the file gives them.
 CONTROL = STOPS | {
     "<|end|>",
     "<|return|>",
@@ -69,9 +69,9 @@ _LLAMA3_BEGIN = "<|begin_of_text|>"
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's way to write any byte as one visible character: byte → character.
+    """Return GPT-2's mapping from each byte to one visible character.
 
-    Printable Latin-1 stands for itself; the others take the characters from U+0100 on, in order.
+    Printable Latin-1 maps to itself; the other bytes map to the characters from U+0100 on, in order.
     Source: `bytes_to_unicode` in openai/gpt-2, src/encoder.py.
     """
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
@@ -80,32 +80,36 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 _VISIBLE = frozenset(bytes_to_unicode().values())
-# Visible characters → bytes as Latin-1. The Latin-1 characters that are not visible become one that is not Latin-1.
+# Visible characters → bytes as Latin-1. Invisible Latin-1 characters map outside of Latin-1, so that encoding fails.
 _TO_LATIN_1 = dict.fromkeys(range(256), 0x3000) | {ord(char): byte for byte, char in bytes_to_unicode().items()}
 
 
 def check_counts(tokens: Collection[str], merges: Sized) -> None:
-    """Reject lists of tokens and merges of impossible lengths before looking at each.
+    """Reject lists of tokens and merges that are too long, before any entry is read.
 
     Args:
         tokens: All tokens.
-        merges: All merges. A token of n bytes can be made of two others in n - 1 ways.
+        merges: All merges. A token of n bytes can be split into two others in n - 1 ways.
 
     Raises:
         CheckpointError: If one of the lists is too long.
     """
     if len(tokens) > MAX_TOKENS:
-        raise CheckpointError(f"it has {len(tokens):,} tokens, expected at most {MAX_TOKENS:,}; use another file.")
+        raise CheckpointError(f"it has {len(tokens):,} tokens, expected at most {MAX_TOKENS:,}. Use another file.")
     if (length := sum(map(len, tokens))) > MAX_LENGTH:
-        raise CheckpointError(f"its tokens have {length:,} bytes, expected at most {MAX_LENGTH:,}; use another file.")
+        raise CheckpointError(f"its tokens have {length:,} bytes, expected at most {MAX_LENGTH:,}. Use another file.")
     if len(merges) > length:
         raise CheckpointError(
-            f"it has {len(merges):,} merges, so that some are repeated or make no token; {REDOWNLOAD_HINT}"
+            f"it has {len(merges):,} merges, so some are repeated or do not produce a token; {REDOWNLOAD_HINT}"
         )
 
 
 def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
-    """Ordinary tokens as visible characters, each with its id → bytes → rank. Raises `CheckpointError`."""
+    """Convert (id, visible characters) of ordinary tokens to bytes → rank.
+
+    Raises:
+        CheckpointError: If a token is empty, repeated, or not in GPT-2's byte alphabet.
+    """
     ranks: dict[bytes, int] = {}
     for id, text in texts:
         try:
@@ -115,24 +119,24 @@ def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
                 f"the token {id}, '{sanitize(text)}', is not in GPT-2's byte alphabet; {REDOWNLOAD_HINT}"
             ) from None
         if not token or token in ranks:
-            raise CheckpointError(f"the token {id} of the vocabulary is empty or stands there twice; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"the token {id} of the vocabulary is empty or repeated; {REDOWNLOAD_HINT}")
         ranks[token] = id
     return ranks
 
 
 def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) -> None:
-    """Check that merging by rank, as tiktoken does, is merging in the order of a list of merges.
+    """Check that merges are in rank order, so that tiktoken's merging is equivalent.
 
     Args:
-        merges: Pairs of tokens as visible characters, the best first.
-        vocab: Ordinary tokens as visible characters → rank. A token may have one merge or several.
+        merges: Pairs of tokens as visible characters, highest priority first.
+        vocab: Ordinary tokens as visible characters → rank. Several merges may produce the same token.
 
     Raises:
         CheckpointError: If a token has no merge, or a merge is repeated or out of order.
     """
     merged = len(vocab) - sum(char in vocab for char in _VISIBLE)
     previous, n_made = -1, 0
-    seen: set[str] = set()  # left parts of the merges that make one token
+    seen: set[str] = set()  # left halves of the merges that produce the current token
     for left, right in merges:
         rank = vocab.get(left + right, -1)
         if rank != previous:
@@ -140,46 +144,46 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
             n_made += 1
         if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
             merge = sanitize(f"{left} {right}".strip())
-            raise CheckpointError(f"the merge '{merge}' is out of the order of the token ids; use another file.")
+            raise CheckpointError(f"the merge '{merge}' is not in the order of the token ids. Use another file.")
         seen.add(left)
         previous = rank
     if n_made != merged:
-        raise CheckpointError(f"the merges make {n_made} tokens of {merged}, expected all of them; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the merges produce only {n_made} of {merged} tokens; {REDOWNLOAD_HINT}")
 
 
 def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:
-    """Find the tokens that the merges of a list do not make of their own bytes.
+    """Find the tokens that a list of merges cannot produce from their own bytes.
 
-    tiktoken makes a token of any two that are it, a list of merges only of those that it names. If the merges make
-    each token of its own bytes, both are the same for every text: what two neighbors can become depends only on the
-    bytes that they cover, and those end in the token by a merge of the list.
+    tiktoken merges any two neighbors whose concatenation is a token; a list of merges only the pairs that it contains.
+    If the list can produce each token from its bytes, the two agree on every text: whether two neighbors can merge
+    depends only on the bytes that they cover, and the list merges those bytes into the token.
 
     Args:
-        merges: As for `check_merges`, which has passed.
+        merges: As for `check_merges`, which must have passed.
         vocab: As for `check_merges`.
-        whole: Whether a piece that is a token becomes that token at once, so that the tokens which no pair of
-            others can make do not matter. Those of Llama 3 are the only ones that its list does not make.
+        whole: Whether a piece that equals a token becomes that token at once. Then tokens that are not the
+            concatenation of two others do not matter; in Llama 3 these are the only ones that the list cannot produce.
 
     Raises:
-        CheckpointError: If the vocabulary is built so that finding out takes too long.
+        CheckpointError: If the check would take too long.
     """
     digest = hashlib.sha256("\n".join(map(" ".join, merges)).encode(errors="surrogatepass")).hexdigest()
     if _MADE_BY_THEIR_MERGES.get(digest) in (False, whole) or (whole and len(merges) == _count_splits(vocab)):
         return set()
     ranks = {pair: vocab[pair[0] + pair[1]] for pair in merges}
-    order = dict.fromkeys(_VISIBLE, -1)  # of the tokens that are made for certain, and the merge that makes each
+    order = dict.fromkeys(_VISIBLE, -1)  # tokens that are certain to be produced → rank of the merge
     sources: dict[str, tuple[str, str]] = {}
     for pair, rank in ranks.items():
         if (token := pair[0] + pair[1]) not in sources and _comes_to(pair, rank, ranks, order, sources):
             sources[token], order[token] = pair, rank
     left = [token for token in vocab if token not in order]
     if sum(len(token) ** 2 for token in left) > _MAX_STEPS:
-        raise CheckpointError("its merges make too few of its tokens; use another file.")
+        raise CheckpointError("its merges produce too few of its tokens. Use another file.")
     return {token for token in left if _merged(token, ranks) != [token]}
 
 
 def _count_splits(vocab: Mapping[str, int]) -> int:
-    """How many pairs of tokens are a third one."""
+    """Count the ways to split tokens of a vocabulary into two others."""
     count = 0
     for token in vocab:
         for i in range(1, len(token)):
@@ -195,9 +199,9 @@ def _comes_to(
     order: Mapping[str, int],
     sources: Mapping[str, tuple[str, str]],
 ) -> bool:
-    """Whether two tokens come to be neighbors before anything joins them: their merges undone, the latest first.
+    """Whether two tokens can become neighbors without an earlier merge across their border.
 
-    Source: `is_valid_token_pair` in github/rust-gems, crates/bpe.
+    Undoes their merges, the latest first. Source: `is_valid_token_pair` in github/rust-gems, crates/bpe.
     """
     left, right = pair
     if left not in order or right not in order:
@@ -209,14 +213,14 @@ def _comes_to(
                 return False
         elif order[right] >= 0:
             rank, right = order[right], sources[right][0]
-            if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges the first one comes first
+            if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges, the left one is first
                 return False
         else:
             return True
 
 
 def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Merge the bytes of a token, the pair of the lowest rank first."""
+    """Merge the bytes of a token, lowest rank first."""
     parts = list(token)
     while len(parts) > 1:
         pair_ranks = [ranks.get(pair, _NEVER) for pair in pairwise(parts)]
@@ -228,30 +232,39 @@ def _merged(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
 
 
 def is_reachable(text: str, merged: Collection[str]) -> bool:
-    """Whether plain text can become a token: a single byte, or one of the tokens that merges make."""
+    """Whether plain text can produce a token: a single byte or the result of a merge.
+
+    Args:
+        text: The token as visible characters.
+        merged: The tokens that merges produce.
+    """
     return text in merged or text in _VISIBLE
 
 
 def is_hidden_control(text: str, merged: Collection[str]) -> bool:
-    """Whether a token listed as an ordinary one is a control token by its spelling: `<|eot_id|>`, `</s>`, `[INST]`.
+    """Whether an ordinary token is in fact a control token.
 
-    Plain text cannot become it, so no model saw it as text.
+    It looks like one (`<|eot_id|>`, `</s>`, `[INST]`), and plain text cannot produce it.
+
+    Args:
+        text: The token as visible characters.
+        merged: The tokens that merges produce.
     """
     return _CONTROL_LOOKING.fullmatch(text) is not None and not is_reachable(text, merged)
 
 
 def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]) -> str | None:
-    """Find the pre-tokenizer of a vocabulary whose file does not name it.
+    """Guess the pre-tokenizer of a vocabulary if its file does not name one.
 
-    Llama 3 is known by its special tokens. Otherwise it is the narrowest pattern that leaves every token in one
-    piece, because a vocabulary that was trained behind a pattern has no token across its cuts.
+    Llama 3 is recognized by its special tokens. Otherwise the guess is the narrowest pattern that keeps every token in
+    one piece: no token of a vocabulary can cross a boundary of the pattern that it was trained with.
 
     Args:
-        names: The names of special tokens.
-        make: Makes the tokenizer with a pattern.
+        names: Names of special tokens.
+        make: Returns the tokenizer with a given pattern.
 
     Returns:
-        One of the names of `PATTERNS`, or None if no pattern is possible.
+        A name in `PATTERNS`, or None if no pattern fits.
     """
     if _LLAMA3_BEGIN in names:
         return "llama-bpe"
@@ -267,9 +280,9 @@ def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """The merges that make a table of ranks: of each token all pairs of tokens that are it, in its order.
+    """Derive merges from ranks: all ways to split each token into two, in rank order.
 
-    Source: `TikTokenConverter` in transformers, which made the list of Llama 3.
+    Source: `TikTokenConverter` in transformers, which created Llama 3's list.
     """
     char_of = bytes_to_unicode()
     merges = []
@@ -280,9 +293,9 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
     return [("".join(map(char_of.__getitem__, a)), "".join(map(char_of.__getitem__, b))) for a, b in merges]
 
 
-# --- What the writers need --------------------------------------------------------------------
+# --- For the writers --------------------------------------------------------------------------
 
-# `Llama3Format` in the language of templates.
+# `Llama3Format` as a Jinja template.
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -296,16 +309,16 @@ LLAMA3_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """A tokenizer as Hugging Face and GGUF files hold it.
+    """A tokenizer as Hugging Face and GGUF files describe it.
 
     Args:
-        texts: Id → text, for ordinary tokens in GPT-2's alphabet. Without names that fill up the embedding.
+        texts: Id → text; ordinary tokens in GPT-2's alphabet. Without placeholders for unused rows of the embedding.
         special: Ids of special tokens.
         added: Ids of added tokens that are not special.
-        pattern: Its name among `PATTERNS`, or None.
-        merges: The best first.
-        roles: As in `Extras`, with bos and eos if there are any.
-        adds_bos: Whether a prompt begins with bos.
+        pattern: Name of the pattern in `PATTERNS`, or None.
+        merges: Merges, highest priority first.
+        roles: As in `Extras`, with bos and eos if they exist.
+        adds_bos: Whether a prompt starts with bos.
         template: The chat template.
     """
 
@@ -319,7 +332,7 @@ class TokenizerParts:
     template: str | None
 
     def text_of(self, role: str) -> str | None:
-        """The text of the token that has a role."""
+        """Return the text of the token with a role."""
         return self.texts.get(self.roles.get(role, -1))
 
 
@@ -337,7 +350,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
     if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has the token '{sanitize(both)}' twice, as text and as a special token, "
-            "expected a vocabulary in which it is one of them; only `to=meta` could hold it."
+            "which this format cannot hold. Only `to=meta` might hold it."
         )
     roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}
     roles |= {"unknown": tokenizer.names[tokenizer.unknown]} if tokenizer.unknown else {}
@@ -363,7 +376,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
 
 
 def template_of(chat: ChatFormat | None) -> str | None:
-    """A chat format in the language of templates; None for a base model."""
+    """Return a chat format as a Jinja template; None for a base model."""
     if isinstance(chat, TemplateFormat):
         return chat.source
     return None if chat is None else LLAMA3_TEMPLATE

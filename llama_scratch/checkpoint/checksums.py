@@ -1,8 +1,8 @@
-"""Checksums that are known of a model's files, and whether the files have them.
+"""Known checksums of a model's files, and their comparison with the files.
 
-A checksum comes from a file beside the weights: `checklist.chk` in a directory of any format, as Meta's have it, or
-NAME.gguf.md5 beside a GGUF file. Hugging Face's cache names its files by their checksums, and a few published files are
-known here. None of these is secret: they show damage, and not who changed a file and its checksum.
+Checksums come from a file beside the weights: Meta's `checklist.chk` in a directory of any format, or NAME.gguf.md5
+beside a GGUF file. Files in the Hugging Face cache are named after their checksums, and those of a few published files
+are known here. Checksums detect damage, not tampering: whoever changes a file can change its checksum too.
 """
 
 from __future__ import annotations
@@ -22,27 +22,34 @@ from llama_scratch.system.hashing import add_blocks, blocks_of, file_digest, new
 from llama_scratch.system.small_files import read_bytes, without_mark
 
 CHECKLIST = "checklist.chk"
-# Bytes, several times those of the largest model; a line has some 60.
+# Maximum size in bytes, several times that of the largest model; a line has about 60.
 MAX_CHECKLIST = 1 << 16
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(\S.*)")
-# What the cache calls a file: a large one by its SHA-256, a small one by the SHA-1 that Git has of it.
+# The cache names large files after their SHA-256, small files after Git's SHA-1.
 _BLOB_NAMES = {64: "sha256", 40: "sha1"}
-# Of the only shape that they are known of, by the number of its parameters. Third parties recorded them of public
-# mirrors, so that another one is no more than worth a note.
+# Parameter count of the only model with known checksums. They were recorded by third parties from public mirrors, so a
+# different checksum gets only a note.
 _LLAMA_3_2_1B = 1_235_814_400
 _LLAMA_3_2_1B_SHA256 = {
-    "cfa47fb7185ebd1c3712fff5fa04fdbb0675c1e345fc72e12f6c7b65b8da6f05": "that of Meta's Llama 3.2 1B",
-    "fc17d497df5e4175b3a8acb4f5865b26f7fc1b009b25bef814b95fde10e8a1f3": "that of Meta's Llama 3.2 1B Instruct",
+    "cfa47fb7185ebd1c3712fff5fa04fdbb0675c1e345fc72e12f6c7b65b8da6f05": "Meta's Llama 3.2 1B",
+    "fc17d497df5e4175b3a8acb4f5865b26f7fc1b009b25bef814b95fde10e8a1f3": "Meta's Llama 3.2 1B Instruct",
 }
 _LLAMA_3_TOKENIZER_SIZE = 2_183_982
-_LLAMA_3_TOKENIZER_MD5 = {"08292403f8b173e7524d7fba7bbbd2d3": "that of Llama 3's tokenizer"}
-# Those of a directory's files that a model is read from.
+_LLAMA_3_TOKENIZER_MD5 = {"08292403f8b173e7524d7fba7bbbd2d3": "Llama 3's tokenizer"}
+# The files of a directory that a model is read from.
 _MODEL_FILE = re.compile(r".*\.(?:pth|safetensors|gguf)|params\.json|tokenizer\.(?:model|json)|config\.json")
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A model's file whose checksum was published. path: its place if this package fetched it. size: in bytes."""
+    """A model file with a published checksum.
+
+    Args:
+        name: Name of the model.
+        path: Path of the file if this package downloaded it.
+        size: Size in bytes.
+        sha256: Published SHA-256, in hexadecimal.
+    """
 
     name: str
     path: Path
@@ -51,12 +58,15 @@ class PublishedFile:
 
 
 def parse_checklist(data: bytes) -> dict[str, str]:
-    """File → MD5, in lower case. A name may begin with ./, and must not leave the directory.
+    """Parse a list of MD5s in the format of md5sum: file → MD5 in lower case.
 
-    Source: the format of md5sum. Raises `CheckpointError` for anything else, and where no file is named.
+    A name may start with ./ but must not leave the directory.
+
+    Raises:
+        CheckpointError: If a line has another format, or the list is empty.
     """
     if len(data) > MAX_CHECKLIST:
-        raise CheckpointError(f"{CHECKLIST} is too long, expected at most {MAX_CHECKLIST:,} bytes; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{CHECKLIST} is longer than {MAX_CHECKLIST:,} bytes; {REDOWNLOAD_HINT}")
     sums: dict[str, str] = {}
     for number, line in enumerate(without_mark(data, CHECKLIST).decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip():
@@ -64,19 +74,19 @@ def parse_checklist(data: bytes) -> dict[str, str]:
         if not (match := _LINE.fullmatch(line.strip())):
             raise CheckpointError(
                 f"Line {number} of {CHECKLIST} is '{sanitize(line)}', "
-                f"expected an MD5, two spaces and a file's name; {REDOWNLOAD_HINT}"
+                f"expected an MD5, two spaces and a file name; {REDOWNLOAD_HINT}"
             )
         md5, name = match[1].lower(), match[2].removeprefix("./")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts or not name.isprintable():
             raise CheckpointError(
                 f"Line {number} of {CHECKLIST} names '{sanitize(name)}', "
-                f"expected a file of this directory; {REDOWNLOAD_HINT}"
+                f"expected a file in this directory; {REDOWNLOAD_HINT}"
             )
         if sums.setdefault(name, md5) != md5:
-            raise CheckpointError(f"{CHECKLIST} has two MD5s of '{sanitize(name)}', expected one; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{CHECKLIST} has two different MD5s of '{sanitize(name)}'; {REDOWNLOAD_HINT}")
     if not sums:
-        raise CheckpointError(f"{CHECKLIST} names no file, expected those of the model; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{CHECKLIST} does not list any files; {REDOWNLOAD_HINT}")
     return sums
 
 
@@ -84,17 +94,22 @@ def _read_checklist(file: Path) -> dict[str, str]:
     data = read_bytes(file, MAX_CHECKLIST)
     try:
         return parse_checklist(data)
-    except CheckpointError as error:  # which speaks of the list by Meta's name of it
+    except CheckpointError as error:  # its message has Meta's name of the list
         raise CheckpointError(str(error).replace(CHECKLIST, sanitize(file.name))) from error
 
 
 def checklist_of(path: Path, folder: Path) -> Path:
-    """The list of the MD5s of a model's files."""
+    """Return the path of the list of MD5s for a model.
+
+    Args:
+        path: The model's directory or file.
+        folder: Its directory.
+    """
     return folder / CHECKLIST if path.is_dir() else path.with_name(f"{path.name}.md5")
 
 
 def write_checksums(path: Path) -> Path:
-    """Write the MD5 of each file beside a model, as `md5sum` does and `verify` reads it; returns the list's path."""
+    """Write the MD5s of a model's files, as `md5sum` does, and return the list's path."""
     checklist = checklist_of(path, path)
     files = sorted(file for file in path.iterdir() if file.is_file() and file != checklist) if path.is_dir() else [path]
     text = "".join(f"{file_digest(file, 'md5')}  {file.name}\n" for file in files)
@@ -106,14 +121,20 @@ def write_checksums(path: Path) -> Path:
 
 
 def size_of(file: Path) -> int:
+    """Return a file's size in bytes; 0 if it does not exist."""
     return file.stat().st_size if os.path.isfile(file) else 0
 
 
 @dataclass(frozen=True)
 class KnownDigest:
-    """What a file's checksum should be. digests: any of these → where it is from. binding: another one is wrong.
+    """The expected checksum of a file.
 
-    size: in bytes, where it is known. again: how to fetch the file.
+    Args:
+        kind: hashlib's name of the digest.
+        digests: Acceptable digest → its source.
+        binding: Whether a different digest is an error; otherwise it gets a note.
+        size: Size in bytes, if known.
+        again: How to fetch the file again.
     """
 
     kind: str
@@ -133,12 +154,23 @@ def known_digests(
     args: ModelArgs | None,
     published: Sequence[PublishedFile],
 ) -> tuple[KnownDigests, list[Finding]]:
-    """The checksums that are known of a model's files, and what is wrong before one byte of them was read."""
+    """Collect the known checksums of a model's files, without reading the files.
+
+    Args:
+        path: The model's directory or file.
+        folder: Its directory.
+        files: Its weight files.
+        args: Its shape, if it could be read.
+        published: Files with published checksums.
+
+    Returns:
+        The checksums, and findings such as missing files.
+    """
     known: KnownDigests = defaultdict(list)
     checklist = checklist_of(path, folder)
     listed, findings = _listed(checklist)
     for name, digest in listed.items():
-        known[folder / name].append(KnownDigest("md5", {digest: f"the one in {sanitize(checklist.name)}"}))
+        known[folder / name].append(KnownDigest("md5", {digest: sanitize(checklist.name)}))
     if path.is_dir():
         if args and args.n_parameters(tied=True) == _LLAMA_3_2_1B and files[0].name == "consolidated.00.pth":
             known[files[0]].append(KnownDigest("sha256", _LLAMA_3_2_1B_SHA256, binding=False))
@@ -150,13 +182,13 @@ def known_digests(
         blob = os.path.basename(os.readlink(file))
         if re.fullmatch("[0-9a-f]+", blob) and (kind := _BLOB_NAMES.get(len(blob))):
             if os.path.isfile(file):
-                known[file].append(KnownDigest(kind, {blob: "the one in its name in the cache"}))
+                known[file].append(KnownDigest(kind, {blob: "its name in the cache"}))
             else:
-                findings.append(missing_file(file.name, "it is a link to a file that is gone"))
+                findings.append(missing_file(file.name, "the symbolic link points to a file that does not exist"))
     for model in published:
         if path.name == model.path.name and path.is_file():
             is_fetched = model.path.exists() and path.samefile(model.path)
-            digests = {model.sha256: f"that of the published {model.name}"}
+            digests = {model.sha256: f"the published {model.name}"}
             pull_hint = f"run 'llama-scratch pull {model.name}' to fetch it again."
             again = pull_hint if is_fetched else REDOWNLOAD_HINT
             known[path].append(KnownDigest("sha256", digests, is_fetched, model.size, again))
@@ -164,7 +196,7 @@ def known_digests(
 
 
 def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
-    """Of the files that a list names those that are there, with their MD5; and what it shows to be wrong."""
+    """Return the MD5s of the listed files that exist, and findings about the list."""
     if not os.path.lexists(checklist):
         return {}, []
     folder, listing = checklist.parent, sanitize(checklist.name)
@@ -174,7 +206,7 @@ def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
     except LlamaScratchError as error:
         return {}, [Finding(listing, "structure", "wrong", str(error), (listing,))]
     there = {name: digest for name, digest in entries.items() if os.path.isfile(folder / name)}
-    findings = [missing_file(name, f"{listing} names it") for name in entries if name not in there]
+    findings = [missing_file(name, f"{listing} lists it") for name in entries if name not in there]
     model_files = {file.name for file in folder.iterdir() if _MODEL_FILE.fullmatch(file.name) and file.is_file()}
     for name in sorted((model_files if checklist.name == CHECKLIST else {checklist.stem}) - entries.keys()):
         findings.append(Finding(sanitize(name), "checksum", "note", f"{listing} does not list it."))
@@ -184,11 +216,18 @@ def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
 def without_checksum(
     files: tuple[Path, ...], known: KnownDigests, findings: list[Finding], checklist: Path
 ) -> list[Finding]:
-    """A note for each file with weights of which no checksum is known."""
+    """Return a note for each weight file without a known checksum.
+
+    Args:
+        files: The weight files.
+        known: The known checksums.
+        findings: Findings so far; files with a finding are skipped.
+        checklist: Path of the list of MD5s that the note recommends.
+    """
     noted = {finding.part for finding in findings}
     listed = "*" if checklist.name == CHECKLIST else checklist.stem
-    advice = f"'md5sum {listed} > {checklist.name}' beside it keeps one from now on"
-    sentence = f"bytes have no checksum to be compared with; {sanitize(advice, 200)}."
+    advice = f"Run 'md5sum {listed} > {checklist.name}' beside it to record one"
+    sentence = f"bytes have no known checksum. {sanitize(advice, 200)}."
     return [
         Finding(name, "checksum", "note", f"Its {size_of(file):,} {sentence}")
         for file in files
@@ -197,7 +236,14 @@ def without_checksum(
 
 
 def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Callable[[int], None]) -> list[Finding]:
-    """Read a file once and compare all its checksums."""
+    """Read a file once and compare it with all its known checksums.
+
+    Args:
+        file: The file.
+        sums: Its known checksums.
+        folder: The model's directory.
+        advance: Called with the number of bytes read.
+    """
     name = sanitize(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
     sizes = {known.size for known in sums} - {None, size_of(file)}
     try:
@@ -220,15 +266,15 @@ def _digests(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dic
 def _compare(name: str, size: int, digest: str, known: KnownDigest) -> Finding:
     kind = DIGEST_NAMES[known.kind]
     if digest in known.digests:
-        return Finding(name, kind, "ok", f"Its {kind} is {known.digests[digest]} ({size:,} bytes).")
+        return Finding(name, kind, "ok", f"Its {kind} matches {known.digests[digest]} ({size:,} bytes).")
     first, source = next(iter(known.digests.items()))
     if known.size not in (None, size):
-        sentence = f"It has {size:,} bytes, expected the {known.size:,} of {source.removeprefix('that of ')}"
+        sentence = f"It has {size:,} bytes, expected {known.size:,} as in {source}"
     elif known.binding:
-        sentence = f"Its {kind} is {digest[:12]}…, expected {first[:12]}…, {source} ({size:,} bytes)"
+        sentence = f"Its {kind} is {digest[:12]}…, expected {first[:12]}… from {source} ({size:,} bytes)"
     else:
         sources = " or ".join(known.digests.values())
-        sentence = f"Its {kind} is {digest[:12]}…, which is not {sources} ({size:,} bytes)"
+        sentence = f"Its {kind} is {digest[:12]}…, which does not match {sources} ({size:,} bytes)"
     if known.binding:
         return Finding(name, kind, "wrong", f"{sentence}; {known.again}", (name,))
     return Finding(name, kind, "note", f"{sentence}.")

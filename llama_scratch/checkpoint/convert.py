@@ -1,7 +1,8 @@
-"""A model in one format → the same model in another: the very weights, tokens, stops, rotary embedding and chat.
+"""Conversion between formats, lossless in everything that affects the output.
 
-What a format has no place for is refused where the model would compute something else without it, and told otherwise.
-A quantized GGUF file becomes float32, which is exactly what its blocks stand for.
+Weights, tokens, stop tokens, rotary embedding and chat format stay the same. If the target format cannot hold one of
+them, the conversion is rejected; other losses are reported as notes. Quantized GGUF weights become float32, with
+exactly the values of their blocks.
 """
 
 from __future__ import annotations
@@ -37,25 +38,32 @@ if TYPE_CHECKING:
 
 _Write = Callable[[Checkpoint, Mapping[str, "Weight"], Path, Progress], None]
 FORMATS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
-# What must go with a model wherever it goes.
+# Legal files that must accompany every copy of a model.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# What a tokenizer and the metadata take at most, in bytes.
+# Upper bound of the size of tokenizer and metadata, in bytes.
 _SMALL_FILES_BYTES = 50_000_000
-# Keys of GGUF's metadata that say nothing which another format does not say in its own way.
+# Keys of GGUF's metadata that every other format expresses in its own way.
 _OWN_METADATA = {
     *("general.architecture", "general.type", "general.name", "general.license", "general.alignment"),
     *("general.file_type", "general.quantization_version", "general.size_label", "general.basename"),
     *("general.finetune", "tokenizer.chat_template"),
 }
-# Fields of generation_config.json that do not say how to sample.
+# Fields of generation_config.json that are not sampling parameters.
 _NOT_SAMPLING = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
-# Names that a note lists.
+# Maximum number of names in a note.
 _MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. size: bytes of all files. notes: what is not as it was, a sentence each."""
+    """The result of a conversion.
+
+    Args:
+        path: The file or directory that was written.
+        format: Its format, as in `FORMATS`.
+        size: Total size in bytes.
+        notes: Losses and other differences, one sentence each.
+    """
 
     path: Path
     format: str
@@ -63,21 +71,29 @@ class Converted:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The same for `--json`."""
+        """Return the object that `convert --json` prints."""
         return {"path": str(self.path), "form": self.format, "bytes": self.size, "notes": list(self.notes)}
 
 
 def convert(
     source: Path, destination: Path, to: str, progress: Progress = silent, *, tokenizer: str | None = None
 ) -> Converted:
-    """Write the model at `source` in another format: "meta", "hf" (both directories) or "gguf" (a file).
+    """Convert a model to another format. The result appears atomically, once complete.
 
-    destination: appears when it is whole; a directory may be there and empty. tokenizer: a tokenizer.model elsewhere.
-    Raises `UsageError` for a format or a place that cannot be meant, `CheckpointError` for a model that cannot be read
-    or that the format does not hold, `LlamaScratchError` where the disk refuses.
+    Args:
+        source: The model.
+        destination: A new path; for a directory, also an existing empty one.
+        to: "meta" or "hf" for a directory, "gguf" for a file.
+        progress: Called while reading and writing.
+        tokenizer: Path of a tokenizer.model that replaces the model's own.
+
+    Raises:
+        UsageError: If the format is unknown or the destination is not usable.
+        CheckpointError: If the model cannot be read, or the format cannot hold it.
+        LlamaScratchError: If the result cannot be written.
     """
     if to not in FORMATS:
-        raise UsageError(f"'{sanitize(to)}' is not a format of a model, expected one of: {', '.join(FORMATS)} (`to`).")
+        raise UsageError(f"'{sanitize(to)}' is not a model format. Use one of: {', '.join(FORMATS)} (`to`).")
     source = recognize(source).path
     destination = _place(source, destination, to)
     checkpoint = _with_short_numbers(open_checkpoint(source, tokenizer))
@@ -87,7 +103,7 @@ def convert(
         _writing(destination, checkpoint.mapped),
         temporary_folder(destination.parent, ".llama-scratch-converting-") as folder,
     ):
-        # Meta's format knows by its name what a model was trained for, so it has the right one from the beginning.
+        # Named as the destination from the start: Meta's format detects chat models by the directory's name.
         written = folder / destination.name
         FORMATS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
@@ -104,62 +120,57 @@ def convert(
 
 
 def _place(source: Path, destination: Path, to: str) -> Path:
-    """The destination in full, once something can be written there."""
+    """Return the absolute destination after checking that it can be written."""
     try:
         source, destination = source.resolve(), destination.expanduser().resolve()
         if source.is_relative_to(destination):
-            what = "is the model itself" if source == destination else "holds the model that is to be converted"
-            raise UsageError(f"{sanitize(destination, 200)} {what}, expected another place for the result.")
+            what = "is the model itself" if source == destination else "holds the model to convert"
+            raise UsageError(f"{sanitize(destination, 200)} {what}. Name another path for the result.")
         if to == "gguf":
             if destination.suffix.lower() != ".gguf":
                 raise UsageError(
-                    f"{sanitize(destination, 200)} was named for `to=gguf`, expected a file's name that ends in .gguf."
+                    f"{sanitize(destination, 200)} is not a file name for `to=gguf`. Name a file that ends in .gguf."
                 )
             free = not destination.exists()
         else:
             free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
         if not free:
-            raise UsageError(
-                f"{sanitize(destination, 200)} is there already, expected a place where nothing is; "
-                "name another, or remove it first."
-            )
+            raise UsageError(f"{sanitize(destination, 200)} already exists. Name another path, or remove it first.")
         if not destination.parent.is_dir():
-            raise ModelNotFoundError(
-                f"There is no folder {sanitize(destination.parent, 200)} to write into; make it first."
-            )
-    except (OSError, RuntimeError, ValueError) as error:  # names that are too long, loops of links, ~ without a home
+            raise ModelNotFoundError(f"The folder {sanitize(destination.parent, 200)} does not exist. Create it first.")
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a loop of links, ~ without a home
         raise UsageError(
-            f"{sanitize(destination, 200)} cannot be written ({sanitize(error, 100)}); name another place."
+            f"{sanitize(destination, 200)} cannot be written ({sanitize(error, 100)}). Name another path."
         ) from error
     return destination
 
 
 def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> None:
-    sizes = {id(weight): weight.numel() * weight.dtype.itemsize for weight in weights.values()}  # a tied output once
+    sizes = {id(weight): weight.numel() * weight.dtype.itemsize for weight in weights.values()}  # tied ones once
     needed, free = sum(sizes.values()) + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise LlamaScratchError(
-            f"{sanitize(name)} takes {needed / 1e9:.1f} GB on the disk and {free / 1e9:.1f} GB are free in "
-            f"{sanitize(folder, 200)}; make room there or name another place."
+            f"{sanitize(name)} needs {needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free in "
+            f"{sanitize(folder, 200)}. Free up disk space, or name another path."
         )
 
 
 @contextmanager
 def _writing(destination: Path, source: MappedFiles) -> Iterator[None]:
-    """Turn the system's refusal to write into a sentence; it also refuses to write from a file that was cut short."""
+    """Turn a write error into a message. A truncated source file causes one too."""
     try:
         yield
     except OSError as error:
         source.check()
         raise LlamaScratchError(
-            f"{sanitize(destination, 200)} cannot be written ({sanitize(error.strerror or error, 100)}); "
-            "make room there or name another place."
+            f"{sanitize(destination, 200)} cannot be written ({sanitize(error.strerror or error, 100)}). "
+            "Free up disk space, or name another path."
         ) from error
 
 
 @contextmanager
 def _beside(sums: Path, destination: Path) -> Iterator[None]:
-    """The checksum lies beside a file before the file is there, so that no other one's is found with it."""
+    """Move the checksums into place before the file, so that stale ones never match."""
     place = destination.with_name(sums.name)
     try:
         sums.replace(place)
@@ -170,7 +181,7 @@ def _beside(sums: Path, destination: Path) -> Iterator[None]:
 
 
 def _copy_legal(source: Path, written: Path) -> None:
-    """The license and what belongs to it, from a directory into a directory."""
+    """Copy the license and related files, if both models are directories."""
     if source.is_dir() and written.is_dir():
         folders = [source.parent, source] if source.name == "original" else [source]
         for file in [file for folder in folders for name in _LEGAL for file in folder.glob(name) if file.is_file()]:
@@ -178,7 +189,7 @@ def _copy_legal(source: Path, written: Path) -> None:
 
 
 def _flushed(file: Path) -> int:
-    """Bytes of a file that are on the disk now, and not only on the way."""
+    """Flush a file to the disk and return its size in bytes."""
     with file.open("rb+") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size
@@ -188,7 +199,7 @@ def _flushed(file: Path) -> int:
 
 
 def _with_short_numbers(checkpoint: Checkpoint) -> Checkpoint:
-    """GGUF holds 1e-5 as the float32 next to it: the shortest number that has the same float32 is what was meant."""
+    """Undo GGUF's float32 rounding of numbers such as 1e-5: take the shortest decimal."""
     if checkpoint.format != "gguf":
         return checkpoint
     import numpy as np
@@ -202,7 +213,7 @@ def _with_short_numbers(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
-    """GGUF holds norms as float32: they get the type of the other weights where that changes no value."""
+    """Convert GGUF's float32 norms to the type of the other weights if that is exact."""
     import torch
 
     from llama_scratch.precision.lazy_weight import as_tensor
@@ -219,40 +230,44 @@ def _dequantized(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Itera
     from llama_scratch.precision.lazy_weight import GGUFBlockWeight
 
     if any(isinstance(weight, GGUFBlockWeight) for weight in weights.values()):
-        yield f"{sanitize(checkpoint.name)} was quantized; its weights became float32, exactly what they stand for."
+        yield f"{sanitize(checkpoint.name)} was quantized; its weights became float32 with exactly the same values."
 
 
 def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """What the format could not keep, a sentence each; raises `CheckpointError` where the model is another one."""
+    """Describe what the format could not keep, one sentence each.
+
+    Raises:
+        CheckpointError: If the result computes something else.
+    """
     name, old, new = sanitize(before.name), before.tokenizer, after.tokenizer
     if not _same_network(before.args, after.args) or _cut(old) != _cut(new):
         raise CheckpointError(
-            f"{name} would not be the same model in this format, so it was not kept; use another format."
+            f"{name} would not be the same model in this format, so the result was discarded. Use another format."
         )
     if after.args.max_seq_len != before.args.max_seq_len:
-        yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it reads as {after.args.max_seq_len:,}."
+        yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it becomes {after.args.max_seq_len:,}."
     if new.names != old.names:
-        yield "Special tokens that nothing uses have other names in this format."
+        yield "Unused special tokens have other names in this format."
     elif new.special_tokens != old.special_tokens:
-        yield "Special tokens are found in a text in another way in this format."
+        yield "Special tokens are matched differently in text in this format."
     if new.stop_ids != old.stop_ids:
         ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
-        yield f"The tokens that end a text are not kept: {ids[0]} read as {ids[1]}."
+        yield f"The stop tokens are not kept: {ids[0]} become {ids[1]}."
     yield from _lost_extras(before.extras, after.extras, {new.bos_id, *new.stop_ids, new.names.get(new.unknown or "")})
     if before.license and not after.license:
-        yield f"The license, {sanitize(before.license)}, is not written in this format; keep it with the model."
+        yield f"This format does not state the license ({sanitize(before.license)}). Keep it with the model."
     templates = template_of(before.chat), template_of(after.chat)
     if templates[0] != templates[1]:
         if templates[1] is None:
-            yield "The chat format is not kept; Meta's format has one where the directory's name holds 'Instruct'."
+            yield "The chat format is not kept: Meta's format has one only if the directory's name holds 'Instruct'."
         elif templates[0] is None:
-            yield "The directory's name makes a chat model of a base model; Meta's format knows them by 'Instruct'."
+            yield "The base model becomes a chat model, because the directory's name marks it as one in Meta's format."
         else:
-            yield "The chat template is not kept: Meta's own chat format takes its place."
+            yield "The chat template is replaced by Meta's own chat format."
 
 
 def _cut(tokenizer: Tokenizer) -> tuple[Any, ...]:
-    """All that decides which ids a plain text has."""
+    """Return everything that determines how plain text is tokenized."""
     return (
         *(tokenizer.ranks, tokenizer.pattern, tokenizer.merges, tokenizer.whole_pieces),
         *(tokenizer.added_tokens, tokenizer.bos_id, tokenizer.unknown),
@@ -260,18 +275,18 @@ def _cut(tokenizer: Tokenizer) -> tuple[Any, ...]:
 
 
 def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -> Iterator[str]:
-    """Describe facts that only other programs use, and the format has no place for.
+    """Describe facts for other programs that the format cannot hold.
 
     Args:
-        before: The facts.
-        after: The facts that the result has.
-        known: Ids whose role the result's tokenizer knows.
+        before: Facts of the source.
+        after: Facts of the result.
+        known: Ids with a role in the result's tokenizer.
     """
     roles = [role for role, id in before.roles.items() if after.roles.get(role) != id and id not in known]
     if roles:
-        yield f"The tokens for {_listed(roles)} are not named in this format."
+        yield f"The roles of special tokens are not kept in this format: {_listed(roles)}."
     if before.flagged - after.flagged:
-        yield "Tokens that are special and ordinary at once are not called special in this format."
+        yield "Tokens that are both special and ordinary are not marked as special in this format."
     settings = [name for name, value in before.generation.items() if after.generation.get(name) != value]
     if settings := [name for name in settings if name not in _NOT_SAMPLING]:
         yield f"The sampling defaults are not kept in this format: {_listed(settings)}."
@@ -280,7 +295,7 @@ def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -
         yield f"Metadata of the GGUF file is not kept in this format: {_listed(metadata)}."
     templates = before.settings.get("chat_template")
     if isinstance(templates, list) and after.settings.get("chat_template") != templates:
-        yield "Of several chat templates the default one alone is kept in this format."
+        yield "Only the default one of several chat templates is kept in this format."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -289,7 +304,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _same_network(a: ModelArgs, b: ModelArgs) -> bool:
-    """Whether two shapes compute the same, within the rounding of the numbers in a GGUF file."""
+    """Whether two shapes compute the same, up to the rounding in a GGUF file."""
     import torch
 
     from llama_scratch.model import rope_frequencies

@@ -1,4 +1,4 @@
-"""What is in a model, as plain values."""
+"""A description of a model as plain values."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from llama_scratch.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-# Tokens in the cache when the memory is stated, where the model has room for so many.
+# Number of cached tokens for the memory estimate, if the model's context is that long.
 _CONTEXT = 4096
-# Fields of `ModelArgs` that are the network's shape.
+# The fields of `ModelArgs` that define the network's shape.
 _SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "norm_eps")
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
 
@@ -38,10 +38,19 @@ def describe(
     device: str = "auto",
     activations: str = "auto",
 ) -> dict[str, Any]:
-    """The facts of the model at `path`; `rope_factor` is the one asked for in place of the model's own.
+    """Describe a model: files, shape, tokenizer and memory.
 
-    precision, device and activations: what it would run in. Sizes are in bytes; None: the files do not state it.
-    `memory` is what a network takes besides the files themselves, which are mapped. Raises as `open_checkpoint` does.
+    Args:
+        path: The model.
+        tokenizer: Path of a tokenizer.model that replaces the model's own.
+        rope_factor: RoPE scaling factor that replaces the model's own.
+        progress: Called while files are read.
+        precision: Precision to run in.
+        device: Device to run on.
+        activations: Dtype of the activations.
+
+    Returns:
+        Values for JSON, sizes in bytes. `memory` does not include the mapped files.
     """
     validate_precision(precision)
     target = resolve_device(device)
@@ -93,7 +102,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
-    """How the parameters are shared out; a tied output has none of its own."""
+    """Count the parameters of each part; a tied output has 0."""
     counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
     whole = {EMBEDDING: "embedding", OUTPUT: "output"}
     for name, shape in args.weight_shapes().items():
@@ -106,7 +115,7 @@ def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
 def _memory(
     checkpoint: Checkpoint, args: ModelArgs, stored: WeightStorage, device: torch.device, activations: str
 ) -> dict[str, Any]:
-    """What each precision needs, by what it is for, and in all."""
+    """Estimate the memory that each precision needs, by purpose and in total."""
     context = min(_CONTEXT, args.max_seq_len)
     dtype = _dtype(checkpoint, stored)
     known = dtype is not None or stored.types.keys() <= KERNEL_FORMATS | _PLAIN
@@ -122,6 +131,6 @@ def _memory(
 
 
 def _dtype(checkpoint: Checkpoint, stored: WeightStorage) -> torch.dtype | None:
-    """The type of the matrices; None where some are GGUF's quantized blocks."""
+    """Return the dtype of the matrices; None if some are GGUF's quantized blocks."""
     blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

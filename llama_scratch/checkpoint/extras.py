@@ -1,4 +1,4 @@
-"""Facts in a model's files that no answer depends on. Converting keeps them."""
+"""Facts in a model's files that conversion keeps but the output does not need."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Extras:
-    """What a checkpoint's files say beyond shape, tokenizer and weights.
+    """Facts in a checkpoint's files beyond shape, tokenizer and weights.
 
     Args:
-        roles: Ids of the tokens that the files name, by GGUF's word for the role: bos, eos, eot, eom, unknown,
-            padding, seperator, mask and so on. Whether a prompt begins with bos is the tokenizer's `bos_id`.
-        flagged: Ids that the files call special although plain text makes them.
+        roles: GGUF's name of a role → token id: bos, eos, eot, eom, unknown, padding, seperator, mask and so on.
+            Whether a prompt starts with bos depends on the tokenizer's `bos_id`.
+        flagged: Ids that the files mark as special although plain text can produce them.
         token_types: GGUF's type of each token.
-        generation: generation_config.json, or a GGUF file's sampling defaults under its names.
+        generation: generation_config.json, or a GGUF file's sampling defaults under the same names.
         settings: tokenizer_config.json.
         ids: The fields of config.json that name a token, such as eos_token_id.
         metadata: GGUF's metadata about the model and its chat templates.

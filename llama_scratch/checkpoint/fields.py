@@ -1,4 +1,7 @@
-"""Untrusted fields of model files: JSON objects of a bounded size with each key once, and checked values in them."""
+"""Untrusted fields of model files: bounded JSON objects and checked values.
+
+A JSON object must be within a size limit and must not repeat a key.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.system.small_files import read_bytes, without_mark
 
 _REQUIRED: Any = object()
-# Larger than any model's, and small enough that no product of two overflows a tensor's size.
+# Larger than in any model, and small enough that a product of two cannot overflow a tensor's size.
 _MAX_INTEGER = 1 << 24
 
 
@@ -27,7 +30,7 @@ def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False)
 
     Raises:
         FileNotFoundError: If a required file does not exist.
-        CheckpointError: If the file holds anything else.
+        CheckpointError: If the file does not hold a JSON object.
     """
     try:
         data = read_bytes(path, max_bytes)
@@ -39,7 +42,15 @@ def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False)
 
 
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object that bytes of a file are. Raises `CheckpointError`, which names the file."""
+    """Parse a JSON object.
+
+    Args:
+        data: Content of the file, in UTF-8.
+        path: The file to name in errors.
+
+    Raises:
+        CheckpointError: If the data is not a JSON object, or repeats a key.
+    """
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -53,13 +64,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"'{sanitize(key)}' stands there twice")
+        raise ValueError(f"the key '{sanitize(key)}' is repeated")
     return content
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What a model file says of itself, field by field with its type; each refusal is one sentence."""
+    """The fields of a model file, checked as they are read; errors are one sentence."""
 
     values: Mapping[str, Any]
 
@@ -72,16 +83,26 @@ class Fields:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _MAX_INTEGER) -> int:
-        """A whole number, which some programs write as a float (8192.0)."""
+        """Return an integer from 1 to `limit`; some programs write it as a float (8192.0).
+
+        Args:
+            name: Name of the field.
+            default: Returned if the field is missing or null. Without a default, the field is required.
+            limit: Maximum value.
+
+        Raises:
+            CheckpointError: If the field is missing or has another value.
+        """
         if (value := self._get(name, default)) is default:
             return cast(int, value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected a whole number from 1 to {limit}.")
+            raise CheckpointError(f"the field {name} is {sanitize(value)}, expected an integer from 1 to {limit}.")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        """Return a positive number; arguments and errors as in `integer`."""
         value = self._get(name, default)
         if value is None:
             return None
@@ -90,6 +111,7 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
+        """Return true or false; arguments and errors as in `integer`."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")

@@ -1,4 +1,4 @@
-"""What the checks of a model found, and the verdict on it."""
+"""The findings of a model's checks, and the verdict."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from llama_scratch.errors import (
     sanitize,
 )
 
-# Digests by hashlib's names, and by those that a finding has.
+# hashlib's name of a digest → its name in a finding.
 DIGEST_NAMES = {"md5": "MD5", "sha256": "SHA-256", "sha1": "Git's SHA-1"}
-# A verdict and `verify` name so many files or tensors.
+# Maximum number of files or tensors that a verdict or `verify` names.
 MAX_NAMED = 8
-# A file's name in a sentence about it.
+# A file name in an error message.
 _FILE_NAME = re.compile(r"[\w.+-]+\.(?:pth|safetensors|gguf|json|model|chk|md5)\b(?!/)")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    part: the file or the part of the model. check: "MD5", "SHA-256", "Git's SHA-1", "presence", "checksum",
-    "structure", "support", "values", "tied" or "factor". sentence: what was found. fetch: files to fetch again.
+    Args:
+        part: The file, or the part of the model.
+        check: "MD5", "SHA-256", "Git's SHA-1", "presence", "checksum", "structure", "support", "values", "tied" or
+            "factor".
+        result: Whether the check passed, failed, or found something that is not an error.
+        sentence: Message for the user.
+        fetch: Files to fetch again.
     """
 
     part: str
@@ -41,7 +46,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found in the model at `path`. format: None where it could not even be opened."""
+    """The result of `verify`.
+
+    Args:
+        name: Name of the model.
+        format: Its format; None if it could not be opened.
+        path: The model's directory or file.
+        findings: The result of each check.
+    """
 
     name: str
     format: str | None
@@ -50,35 +62,35 @@ class Verification:
 
     @property
     def wrong(self) -> int:
-        """How many checks failed."""
+        """Number of failed checks."""
         return sum(finding.result == "wrong" for finding in self.findings)
 
     @property
     def fetch_again(self) -> list[str]:
-        """The files to fetch again; a file whose checksum is the published one would come back as it is."""
+        """The files to fetch again, except those that already have the published checksum."""
         whole = {f.part for f in self.findings if f.result == "ok" and f.check in DIGEST_NAMES.values()}
         again = dict.fromkeys(name for f in self.findings if f.result == "wrong" for name in f.fetch)
         return [name for name in again if name not in whole]
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """A summary of all findings in one or two sentences."""
         notes = sum(finding.result == "note" for finding in self.findings)
         if not self.wrong:
-            noted = f", {notes} worth a note" if notes else ""
-            return f"Whole: of {len(self.findings)} checks nothing is wrong{noted}."
+            noted = f", {notes} with a note" if notes else ""
+            return f"Intact: none of {len(self.findings)} checks failed{noted}."
         if all(finding.check == "support" for finding in self.findings if finding.result == "wrong"):
-            return f"Not supported: {self.wrong} of {len(self.findings)} checks failed, none of them for damage."
+            return f"Not supported: {self.wrong} of {len(self.findings)} checks failed, but no file is damaged."
         names = self.fetch_again[:MAX_NAMED]
         others = len(self.fetch_again) - len(names)
         more = f" and {others} more" if others else ""
-        advice = f"; fetch {', '.join(names)}{more} again" if names else ""
+        advice = f". Fetch {', '.join(names)}{more} again" if names else ""
         if not names and any(finding.fetch for finding in self.findings if finding.result == "wrong"):
-            advice = "; its files are as they were written, so choose another model"
+            advice = ". Its files are as they were published, so use another model"
         return f"Damaged: {self.wrong} of {len(self.findings)} checks failed{advice}."
 
     def as_json(self) -> dict[str, Any]:
-        """As `verify --json` prints it."""
+        """Return the object that `verify --json` prints."""
         findings = [{name: value for name, value in asdict(f).items() if name != "fetch"} for f in self.findings]
         return {
             "name": self.name,
@@ -92,7 +104,12 @@ class Verification:
 
 
 def finding_of(error: LlamaScratchError, file: str) -> Finding:
-    """What an error while opening or loading says; it names the file as a rule. Others than about files are raised."""
+    """Turn an error from opening or loading a model into a finding.
+
+    Args:
+        error: The error. Errors that are not about files are raised again.
+        file: The part to name if the message does not name a file.
+    """
     if isinstance(error, UsageError | OutOfMemoryError):
         raise error
     named = _FILE_NAME.search(str(error))
@@ -103,5 +120,6 @@ def finding_of(error: LlamaScratchError, file: str) -> Finding:
 
 
 def missing_file(name: str, why: str) -> Finding:
+    """Return the finding for a missing file; `why` says who refers to it."""
     name = sanitize(name)
-    return Finding(name, "presence", "wrong", f"It is missing, and {why}; {REDOWNLOAD_HINT}", (name,))
+    return Finding(name, "presence", "wrong", f"It is missing: {why}; {REDOWNLOAD_HINT}", (name,))

@@ -12,10 +12,10 @@ _MAX_BYTES = 1 << 16
 
 
 def read_license(directory: Path) -> str | None:
-    """What the front matter of README.md names, or else the first line of LICENSE; None where neither says any.
+    """Return the license in README.md's front matter, else the first line of LICENSE.
 
-    Beside `original/`, where Hugging Face's repositories of Meta's models have Meta's own files, it is the directory
-    above that says it. Never an error: a file that cannot be read states nothing.
+    For `original/`, which holds Meta's own files in Hugging Face's repositories, the parent directory is searched too.
+    Files that cannot be read are skipped. Returns None if no license is stated.
     """
     if license := _stated(directory):
         return license
@@ -26,7 +26,7 @@ def _stated(directory: Path) -> str | None:
     front = re.match(r"---[ \t]*\n(.*?)\n---", _text(directory / "README.md"), re.DOTALL)
     fields = dict(re.findall(r"^(license\w*):[ \t]*(?:\n[ \t]*- )?(.+)$", front[1] if front else "", re.MULTILINE))
     license = fields.get("license")
-    if license in (None, "other"):  # then the name says more, where there is one
+    if license in (None, "other"):  # then license_name is more specific
         license = fields.get("license_name", license)
     try:
         files = sorted(directory.glob("LICENSE*"))
@@ -38,7 +38,7 @@ def _stated(directory: Path) -> str | None:
 
 
 def _text(path: Path) -> str:
-    """The beginning of a file as text; empty if it cannot be read."""
+    """Return the start of a file as text; empty if it cannot be read."""
     try:
         start = without_mark(read_start(path, _MAX_BYTES), path.name)
     except (OSError, CheckpointError):

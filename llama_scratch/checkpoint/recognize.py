@@ -1,7 +1,7 @@
-"""Find the model at a path, or name the other thing that is there.
+"""Find the model at a path, or name what is there instead.
 
-People name the directory above a model, one file of it, a folder of the hub's cache, or a file without its ending. If
-that means one complete model, it is taken; otherwise the error says what was found.
+Users may name the directory above a model, one of its files, a folder of the Hugging Face cache, or a file without its
+extension. If exactly one complete model matches, it is used; otherwise the error names what was found.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ FormatName = Literal["meta", "huggingface", "gguf"]
 
 _MAX_ENTRIES = 1000  # of a directory
 _MAX_NAMED = 5  # in a message
-_EXPECTED = "expected a GGUF file, or a directory of Hugging Face's safetensors or of Meta's files"
+_EXPECTED = "a GGUF file, or a directory with Hugging Face's safetensors or Meta's files"
 
 # model-00002-of-00003.gguf
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _CONSOLIDATED = re.compile(r"consolidated\.\d\d\.pth")
-# Files that belong to one format's directory, so that naming the file names the directory.
+# Files of one format only: naming the file names its directory.
 _META_FILE = re.compile(rf"params\.json|checklist\.chk|{_CONSOLIDATED.pattern}")
 _HUGGINGFACE_FILE = re.compile(rf"(config|generation_config|tokenizer|tokenizer_config)\.json|{_SAFETENSORS.pattern}")
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"}
 
-# Formats that are not read here, by the ending of a name.
+# Unsupported formats, by file extension.
 _FOREIGN = {
     ".onnx": "an ONNX model",
     ".h5": "TensorFlow weights",
@@ -48,9 +48,9 @@ _FOREIGN = {
     ".nemo": "a NeMo archive",
     ".llamafile": "a llamafile",
 }
-# Weights whose shape is in another file.
+# Weight files that do not describe the network's shape.
 _BARE = {".bin": "PyTorch weights", ".pt": "PyTorch weights", ".pth": "PyTorch weights", ".safetensors": "weights"}
-# By the first bytes.
+# Unsupported formats, by their first bytes.
 _STARTS = {
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "a gzip archive",
@@ -65,26 +65,31 @@ _STARTS = {
 
 
 class FoundModel(NamedTuple):
-    """A model's format, and its directory or its .gguf file, the first if there are several."""
+    """A model found at a path.
+
+    Args:
+        format: The format.
+        path: The model's directory or .gguf file, the first one if there are several.
+    """
 
     format: FormatName
     path: Path
 
 
 def recognize(path: Path) -> FoundModel:
-    """Find the model that a path means.
+    """Find the model at a path.
 
     Args:
         path: A model's directory or .gguf file, one of a model's files, a directory with one .gguf file, or a folder of
-            the Hugging Face hub's cache.
+            the Hugging Face cache.
 
     Returns:
-        The format and the path to open. The files can still turn out to be damaged.
+        The format and the path to open. The files may still be damaged.
 
     Raises:
-        ModelNotFoundError: If there is nothing, no model, or more than one.
-        CheckpointError: If it is something else, or a model in a format that is not supported.
-        LlamaScratchError: If the system does not give it out.
+        ModelNotFoundError: If the path does not exist, or has no model or more than one.
+        CheckpointError: If it is another kind of file, or a model in an unsupported format.
+        LlamaScratchError: If it cannot be read.
     """
     with reading(path):
         if path.is_dir():
@@ -92,8 +97,8 @@ def recognize(path: Path) -> FoundModel:
         if path.exists():
             return _from_file(path)
     raise ModelNotFoundError(
-        f"There is no model at {sanitize(path, 200)}; name an existing directory, "
-        "or run 'llama-scratch pull smollm2' for an open one."
+        f"There is no model at {sanitize(path, 200)}. Name an existing file or directory, "
+        "or run 'llama-scratch pull smollm2' to download an open model."
     )
 
 
@@ -101,14 +106,14 @@ def recognize(path: Path) -> FoundModel:
 
 
 def complete_model(directory: Path, prefer: FormatName | None = None) -> FoundModel | None:
-    """The model whose files are all in a directory, or in its original/.
+    """Find the model whose files are all in a directory, or in its original/.
 
     Args:
         directory: An existing directory.
         prefer: The format to take if several are complete.
 
     Returns:
-        The model; None if each one lacks files, or there are several .gguf files.
+        The model; None if no model is complete, or there are several .gguf files.
     """
     candidates = [
         FoundModel("meta", directory),
@@ -119,12 +124,12 @@ def complete_model(directory: Path, prefer: FormatName | None = None) -> FoundMo
         candidates.append(FoundModel("gguf", files[0]))
     candidates.sort(key=lambda model: model.format != prefer)
     whole = [model for model in candidates if _has_weights(model)]
-    # A tokenizer can be named by itself, so its absence decides only between several.
+    # A tokenizer can be given separately, so a missing one only breaks ties.
     return next(filter(_has_tokenizer, whole), whole[0] if whole else None)
 
 
 def gguf_files(directory: Path) -> list[Path]:
-    """The .gguf files of a directory; of a model that was split into several, the first."""
+    """List the .gguf files of a directory; for a split model, only the first file."""
     models: dict[str, Path] = {}
     for name in _names(directory):
         if name.lower().endswith(".gguf") and not name.startswith("."):
@@ -143,7 +148,7 @@ def _has(directory: Path, *names: str) -> bool:
 
 
 def _has_weights(model: FoundModel) -> bool:
-    """Whether the shape and the weights are there, as far as names tell."""
+    """Whether the shape and the weights exist, judging by file names."""
     format, path = model
     if format == "meta":
         return _has(path, "params.json", "consolidated.00.pth")
@@ -172,7 +177,7 @@ def _in_directory(path: Path, prefer: FormatName | None = None) -> FoundModel:
         raise _several(path, models)
     names = _names(path)
     _reject_adapter(path, names)
-    # The reader of an incomplete model says which file is missing.
+    # The reader reports which file of an incomplete model is missing.
     pytorch = any(name.startswith("pytorch_model") for name in names)
     if any(map(_SAFETENSORS.fullmatch, names)) or (pytorch and "config.json" in names):
         return FoundModel("huggingface", path)
@@ -192,7 +197,7 @@ def _in_directory(path: Path, prefer: FormatName | None = None) -> FoundModel:
 
 
 def _in_hub_cache(path: Path) -> FoundModel:
-    """The model of a folder models--OWNER--REPO: of its main branch, or its only revision.
+    """Find the model in a models--OWNER--REPO folder: main, or its only revision.
 
     Source: huggingface_hub's "Understand caching".
     """
@@ -207,11 +212,11 @@ def _in_hub_cache(path: Path) -> FoundModel:
         return _in_directory(snapshots / commits[0])
     if commits:
         raise _several(path, [snapshots / commit for commit in commits])
-    raise ModelNotFoundError(f"{sanitize(path, 200)} is a folder of the hub's cache without a model; {REDOWNLOAD_HINT}")
+    raise ModelNotFoundError(f"{sanitize(path, 200)} is a Hugging Face cache folder without a model; {REDOWNLOAD_HINT}")
 
 
 def _models_in(directory: Path) -> list[Path]:
-    """Models among the entries of a directory."""
+    """List the models among the entries of a directory."""
     models = []
     for name in _names(directory):
         entry = directory / name
@@ -228,8 +233,8 @@ def _several(path: Path, models: list[Path]) -> ModelNotFoundError:
     more = len(models) - _MAX_NAMED
     names = ", ".join(sanitize(model, 200) for model in models[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
     if len(models) == 1:
-        return ModelNotFoundError(f"{sanitize(path, 200)} is the directory above a model; name the model: {names}.")
-    return ModelNotFoundError(f"{sanitize(path, 200)} holds {len(models)} models; name one of them: {names}.")
+        return ModelNotFoundError(f"{sanitize(path, 200)} is the directory above a model. Name the model: {names}.")
+    return ModelNotFoundError(f"{sanitize(path, 200)} holds {len(models)} models. Name one of them: {names}.")
 
 
 def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
@@ -239,8 +244,8 @@ def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
         content = f"holds a tokenizer ({tokenizer}) without a model"
     else:
         more = "…" if len(names) > _MAX_NAMED else ""
-        content = f"holds no model (but {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
-    return ModelNotFoundError(f"{sanitize(path, 200)} {content}, {_EXPECTED}; name one.")
+        content = f"does not hold a model (only {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
+    return ModelNotFoundError(f"{sanitize(path, 200)} {content}. Name {_EXPECTED}.")
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -264,17 +269,17 @@ def _from_file(path: Path) -> FoundModel:
     if kind is None and start[257:262] == b"ustar":
         kind = "a tar archive"
     if kind:
-        advice = "unpack it and name the model in it" if "archive" in kind else "use a file of a supported format"
-        raise CheckpointError(f"{sanitize(path, 200)} is {kind}, {_EXPECTED}; {advice}.")
-    content = f"that begins with {start[:8]!r}" if start else "without content"
-    raise CheckpointError(f"{sanitize(path, 200)} is a file {content}, {_EXPECTED}; name one.")
+        advice = "Unpack it and name the model in it" if "archive" in kind else "Use a file in a supported format"
+        raise CheckpointError(f"{sanitize(path, 200)} is {kind}, expected {_EXPECTED}. {advice}.")
+    content = f"is not a model (it starts with {start[:8]!r})" if start else "is an empty file"
+    raise CheckpointError(f"{sanitize(path, 200)} {content}. Name {_EXPECTED}.")
 
 
 # --- Models of other kinds --------------------------------------------------------------------
 
 
 def _reject_adapter(directory: Path, names: Iterable[str]) -> None:
-    """Raise `CheckpointError` if there are files of a PEFT adapter."""
+    """Raise `CheckpointError` for a PEFT adapter."""
     if not any(name.startswith("adapter_") for name in names):
         return
     config = read_object(directory / "adapter_config.json")
@@ -283,26 +288,28 @@ def _reject_adapter(directory: Path, names: Iterable[str]) -> None:
     base = config.get("base_model_name_or_path") or config.get("model")
     of = f" for {sanitize(base, 100)}" if base else ""
     raise CheckpointError(
-        f"{sanitize(directory, 200)} holds a {name}{of}, which is not a model by itself; "
-        "merge it into its base model with PEFT (merge_and_unload), or name the base model."
+        f"{sanitize(directory, 200)} holds a {name}{of}, which is not a complete model. "
+        "Merge it into its base model with PEFT (merge_and_unload), or name the base model."
     )
 
 
 def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> None:
-    """Raise `CheckpointError` if a file's name has one of these endings."""
+    """Raise `CheckpointError` if a file has one of these extensions."""
     for name in names:
         suffix = ".onnx" if name == "onnx" else Path(name).suffix.lower()
         if kind := kinds.get(suffix):
             content = f"is {kind}" if name == path.name else f"holds {kind} ({sanitize(name)})"
-            alone = " without its config.json" if suffix in _BARE else ""
-            raise CheckpointError(f"{sanitize(path, 200)} {content}{alone}, {_EXPECTED}; use one of the same model.")
+            alone = " without config.json" if suffix in _BARE else ""
+            raise CheckpointError(
+                f"{sanitize(path, 200)} {content}{alone}, which is not supported. Use the same model as {_EXPECTED}."
+            )
 
 
 def _reject_old_quantization(model: FoundModel) -> None:
-    """Raise `CheckpointError` for early GPTQ and AWQ, whose config.json says nothing of it."""
+    """Raise `CheckpointError` for early GPTQ and AWQ, not marked in config.json."""
     for name in ("quantize_config.json", "quant_config.json"):
         if model.format == "huggingface" and _has(model.path, name):
             raise CheckpointError(
-                f"{sanitize(model.path, 200)} is quantized by GPTQ or AWQ ({name}), expected bf16, fp16 or fp32; "
-                "use the unquantized model, or a GGUF file of it."
+                f"{sanitize(model.path, 200)} is quantized by GPTQ or AWQ ({name}), which is not supported. "
+                "Use the unquantized model (bf16, fp16 or fp32), or a GGUF file of it."
             )

@@ -1,6 +1,6 @@
-"""Whether a model is whole: the checksums of its files, and what its weights hold.
+"""Verify that a model is intact: checksums, structure and values.
 
-Without a checksum (see `checksums`), a weight with a flipped bit is a weight like any other.
+A flipped bit usually leaves a valid weight, so only a checksum (see `checksums`) can show it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llama_scratch.system.progress import Progress, silent
 if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
 
-# Numbers that are checked at a time.
+# Number of values to check at a time.
 _BLOCK = 1 << 20
 
 
@@ -47,11 +47,19 @@ def verify(
     progress: Progress = silent,
     published: Sequence[PublishedFile] = (),
 ) -> Verification:
-    """Check a model in every way there is: checksums, structure, values, what it would run with.
+    """Check a model's checksums, structure and values. Damage is reported, not raised.
 
-    tokenizer and rope_factor: as `Llama.load` takes them. published: files whose checksums are known. What is wrong
-    with the model is found and not raised. Raises `ModelNotFoundError` where there is none, `UsageError` as
-    `open_checkpoint` does, `OutOfMemoryError`.
+    Args:
+        path: The model.
+        tokenizer: As for `Llama.load`.
+        rope_factor: As for `Llama.load`.
+        progress: Called with the number of bytes checked.
+        published: Files with published checksums.
+
+    Raises:
+        ModelNotFoundError: If there is no model.
+        UsageError: As `open_checkpoint` does.
+        OutOfMemoryError: If the model does not fit into memory.
     """
     model, checkpoint, args, findings = None, None, None, []
     try:
@@ -60,7 +68,7 @@ def verify(
         checkpoint = open_checkpoint(path, tokenizer)
         args = checkpoint.args.with_rope_factor(rope_factor)
     except LlamaScratchError as error:
-        # A file that is not a model, and a directory without a list of files or a shape, have nothing to verify.
+        # A file that is not a model, or a directory without a checklist or a shape: nothing to verify.
         if not (_describes_model(path) if os.path.isdir(path) else model):
             raise
         findings.append(finding_of(error, path.name))
@@ -70,7 +78,7 @@ def verify(
     file_findings += without_checksum(files, known, file_findings, checklist_of(path, folder))
 
     weights = sum(size_of(file) for file in files) if checkpoint else 0
-    meter = _Meter(progress, sum(map(size_of, known)) + 2 * weights)  # hashed, loaded and looked through
+    meter = _Meter(progress, sum(map(size_of, known)) + 2 * weights)  # hashed, loaded and scanned
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         try:
             hashed = [pool.submit(check_file, file, sums, folder, meter.advance) for file, sums in known.items()]
@@ -87,12 +95,12 @@ def verify(
 
 
 def _describes_model(directory: Path) -> bool:
-    """Whether a directory has a file that says what else belongs there."""
+    """Whether a directory has a file that implies which others belong there."""
     return any(os.path.lexists(directory / mark) for mark in (CHECKLIST, "params.json", "config.json"))
 
 
 class _Meter:
-    """Counts bytes for the progress, from several threads."""
+    """Counts bytes for the progress callback. Thread-safe."""
 
     def __init__(self, progress: Progress, total: int):
         self.stopped = False
@@ -100,7 +108,7 @@ class _Meter:
         self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
-        """`count` bytes more are done. Raises where nobody waits for the rest."""
+        """Add `count` bytes. Raises `CancelledError` if the work was stopped."""
         if self.stopped:
             raise CancelledError
         with self._lock:
@@ -108,7 +116,7 @@ class _Meter:
             self._progress("verifying", self._done, self._total)
 
     def share(self, size: int) -> Progress:
-        """For what reports its own progress: all of it is `size` bytes here."""
+        """Return a progress callback whose total counts as `size` bytes."""
         seen = 0
 
         def report(_: str, done: int, total: int) -> None:
@@ -124,7 +132,7 @@ class _Meter:
 
 
 def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
-    """Nothing, unless a file changed while it was checked."""
+    """Return a finding if a file changed while it was checked."""
     try:
         checkpoint.mapped.check()
     except CheckpointError as error:
@@ -135,14 +143,14 @@ def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
 def _check_weights(
     checkpoint: Checkpoint, args: ModelArgs, pool: ThreadPoolExecutor, meter: _Meter, size: int
 ) -> list[Finding]:
-    """Whether every tensor is there, has its shape, and holds numbers."""
+    """Check that all tensors are present, with the right shapes and only finite values."""
     try:
         weights = checkpoint.load(meter.share(size))
     except LlamaScratchError as error:
         return [finding_of(error, checkpoint.path.name)]
     tensors: dict[int, tuple[str, Weight]] = {}
     for name, weight in weights.items():
-        tensors.setdefault(id(weight), (name, weight))  # a tied pair once
+        tensors.setdefault(id(weight), (name, weight))  # a tied pair only once
     sentence = f"All {len(tensors)} tensors have the names, shapes and types of a Llama with {args.n_layers} layers."
     findings = [Finding("weights", "structure", "ok", sentence)]
     parameters = sum(weight.numel() for _, weight in tensors.values())
@@ -150,16 +158,16 @@ def _check_weights(
     bad = [finding for scan in scans if (finding := scan.result())]
     findings += bad[:MAX_NAMED]
     if len(bad) > MAX_NAMED:
-        more = f"{len(bad) - MAX_NAMED} more tensors hold values that are no numbers."
+        more = f"{len(bad) - MAX_NAMED} more tensors hold NaN or infinity."
         findings.append(Finding("weights", "values", "wrong", more, bad[0].fetch))
     if not bad:
         findings.append(Finding("weights", "values", "ok", f"None of {parameters:,} values is NaN or infinite."))
-    tied = "is the embedding itself (tied)" if is_tied(weights) else "has weights of its own (untied)"
+    tied = "is tied to the embedding" if is_tied(weights) else "has its own weights (untied)"
     return [*findings, Finding("output", "tied", "ok", f"The output projection {tied}.")]
 
 
 def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> Finding | None:
-    """Look for NaN and infinity a block of rows at a time: the smallest and the largest value show both."""
+    """Scan a weight for NaN and infinity in blocks of rows; aminmax propagates both."""
     import torch
 
     from llama_scratch.precision.lazy_weight import LazyWeight
@@ -184,12 +192,12 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
         return None
     files = _holders(weight, checkpoint) or files
     counted = " and ".join(f"{n:,} {kind}" for n, kind in ((nans, "NaN"), (infinite, "infinite")) if n)
-    sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}, expected none."
+    sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}."
     return Finding(name, "values", "wrong", sentence, files)
 
 
 def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Of the shards that each hold a piece of a weight those whose piece has a value that is no number."""
+    """Return the names of the shards whose piece of a weight holds NaN or infinity."""
     import torch
 
     from llama_scratch.precision.lazy_weight import ShardedWeight
@@ -203,12 +211,12 @@ def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
-    """What was checked when the model was opened, and the RoPE factor that it would run with."""
-    tokens = f"It has {checkpoint.tokenizer.n_vocab:,} tokens, as many as the embedding has rows."
+    """Report the checks done while opening the model, and its RoPE factor."""
+    tokens = f"It has {checkpoint.tokenizer.n_vocab:,} tokens, equal to the embedding's number of rows."
     rope = f"The base is {args.rope_theta:,.0f}, {scaling_in_words(args)}"
     changed = args != checkpoint.args
     if changed:
-        rope += f", by `rope_factor`; in the files it is {scaling_in_words(checkpoint.args)}"
+        rope += f" by `rope_factor`; in the files it is {scaling_in_words(checkpoint.args)}"
     return [
         Finding("tokenizer", "structure", "ok", tokens),
         Finding("RoPE", "factor", "note" if changed else "ok", f"{rope}."),
@@ -217,7 +225,7 @@ def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
 
 
 def scaling_in_words(args: ModelArgs) -> str:
-    """How the rotary embedding is stretched."""
+    """Describe the scaling of the rotary embedding."""
     if divisors := args.rope_divisors:
-        return f"each pair divided by a number of its own, {min(divisors):g} to {max(divisors):g}"
+        return f"each pair's frequency divided by its own factor, {min(divisors):g} to {max(divisors):g}"
     return f"scaled by a factor of {args.rope_scaling.factor:g}" if args.rope_scaling else "not scaled"

@@ -1,4 +1,7 @@
-"""Added, special and unused tokens in each format: ids of the formats' own programs, and converting keeps them."""
+"""Added, special and unused tokens in each format: the same ids as the formats' own programs.
+
+Conversion keeps them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def add(values: dict[str, Any], *texts: str, special: bool = False) -> None:
-    """Further added tokens, behind the others or with the id that they have in the vocabulary."""
+    """Add tokens, after the others or with the id that they have in the vocabulary."""
     for text in texts:
         added, vocab = values["added_tokens"], values["model"]["vocab"]
         id = vocab.get(text, 1 + max([*vocab.values(), *(token["id"] for token in added)]))
@@ -87,7 +90,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_added_token_is_found_in_plain_text(thinking: Path) -> None:
-    """As the `tokenizers` package finds it; special tokens stay plain text unless they are asked for."""
+    """As in the `tokenizers` package; special tokens stay plain text unless they are allowed."""
     tokenizer, theirs = open_checkpoint(thinking).tokenizer, witness(thinking / "tokenizer.json")
     for text in ("a<think>b</think>", "<think><think>", "the <think>", "<thin<think>k>", "a<|im_end|><think>"):
         assert tokenizer.encode(text, bos=True, special=True) == theirs(text)
@@ -110,7 +113,7 @@ def test_an_added_token_is_found_in_plain_text(thinking: Path) -> None:
 )
 def test_added_tokens_of_all_kinds(base: Path, texts: list[str], text: str) -> None:
     values = tokenizer_json()
-    if texts[0] == "é":  # which has another visible form in the vocabulary
+    if texts[0] == "é":  # has another visible form in the vocabulary
         values["model"]["vocab"].pop("é", None)
         texts = ["日本"]
     edited(base, lambda values: add(values, *texts))
@@ -122,7 +125,7 @@ def opened_as_it_is(directory: Path) -> Tokenizer:
 
 
 def test_a_special_token_that_is_ordinary_too(base: Path) -> None:
-    """Plain text makes it anyway, so nothing gates it: the ids are those of the `tokenizers` package."""
+    """Plain text produces it anyway, so nothing blocks it: the ids match the `tokenizers` package."""
     edited(base, lambda values: add(values, "!", special=True))
     tokenizer = opened_as_it_is(base)
     for text in ("hi!! the !", "!"):
@@ -132,7 +135,7 @@ def test_a_special_token_that_is_ordinary_too(base: Path) -> None:
 
 
 def test_a_name_beyond_a_cut_is_found(llama3_like: Tokenizer) -> None:
-    """Very long runs are cut, but not within an added token."""
+    """Very long runs are split, but not within an added token."""
     text = "a" * 24_997 + "<think>" + "a" * 30_000
     assert llama3_like.encode(text).count(999) == 1
 
@@ -159,7 +162,7 @@ def test_names_that_are_no_names(name: str, kind: str) -> None:
 
 
 def test_a_second_turn_is_what_the_model_generated(thinking: Path) -> None:
-    """The chat's ids are those of transformers' apply_chat_template, but special names that are typed are text."""
+    """The ids match transformers' apply_chat_template, but special names in user messages stay text."""
     from transformers import AutoTokenizer
 
     llama = Llama.load(thinking, precision="fp32", threads=1)
@@ -194,7 +197,7 @@ def settings(**fields: Any) -> dict[str, Any]:
 def test_tokenizer_config_adds_tokens_and_calls_them_special(
     base: Path, config: dict[str, Any], special: set[str], added: set[str]
 ) -> None:
-    """As transformers reads it, beside tokenizer.json."""
+    """In addition to tokenizer.json, as in transformers."""
     edited(base, lambda values: None)
     write(base, "tokenizer_config.json", config)
     tokenizer = opened_as_it_is(base)
@@ -204,7 +207,7 @@ def test_tokenizer_config_adds_tokens_and_calls_them_special(
 
 
 def test_older_directories_name_special_tokens_elsewhere(base: Path) -> None:
-    """In special_tokens_map.json; tokenizer_config.json comes first."""
+    """In special_tokens_map.json; tokenizer_config.json takes precedence."""
     edited(base, lambda values: add(values, "<end>"))
     write(base, "special_tokens_map.json", {"eos_token": {"content": "<end>"}, "bos_token": "<|im_end|>"})
     write(base, "tokenizer_config.json", {"bos_token": "<|begin|>", "eos_token": None})
@@ -215,7 +218,7 @@ def test_older_directories_name_special_tokens_elsewhere(base: Path) -> None:
 
 
 def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
-    """They are left out with a warning, and text with their names is plain text. The first token of a text must be."""
+    """They are dropped with a warning, and their names in a text are plain text. BOS must be in range."""
     directory = save(random_model(), tmp_path / "Short")
     write(directory, "tokenizer_config.json", {"pad_token": "[PAD]"})
     edited(directory, lambda values: add(values, "[PAD]", "<more>"))
@@ -234,7 +237,7 @@ def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
         values["post_processor"]["special_tokens"]["<|begin|>"]["ids"] = [N_VOCAB]
 
     edited(directory, begin)
-    with pytest.raises(CheckpointError, match="'<start>', whose id 267 is beyond"):
+    with pytest.raises(CheckpointError, match="'<start>' has the id 267, beyond"):
         open_checkpoint(directory)
 
 
@@ -258,7 +261,7 @@ def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
     ],
 )
 def test_steps_of_the_same_meaning(base: Path, pre: dict[str, Any]) -> None:
-    """Where a description of the steps is accepted, its ids are those of the `tokenizers` package."""
+    """If a description of the steps is accepted, the ids match the `tokenizers` package."""
     edited(base, lambda values: values.update(pre_tokenizer=pre, normalizer={"type": "Sequence", "normalizers": []}))
     write(base, "tokenizer_config.json", {})
     tokenizer, theirs = opened_as_it_is(base), witness(base / "tokenizer.json")
@@ -272,7 +275,7 @@ def test_steps_of_the_same_meaning(base: Path, pre: dict[str, Any]) -> None:
 
 
 def test_a_control_token_of_the_vocabulary_alone(base: Path) -> None:
-    """No merge makes it and nothing adds it, so that text never has it, for the `tokenizers` package too."""
+    """No merge produces it and no list adds it, so text never does, as in the `tokenizers` package."""
     edited(base, lambda values: values["model"]["vocab"].update({"<|hidden|>": THINK}))
     tokenizer = opened_as_it_is(base)
     assert tokenizer.token_text(THINK) == "<|hidden|>"
@@ -302,7 +305,7 @@ def test_a_damaged_tokenizer_is_rejected_soon(base: Path, edit: Edit) -> None:
 
 @pytest.mark.parametrize("field", ["chat_template", "bos_token", "eos_token", "pad_token"])
 def test_settings_that_are_not_unicode(base: Path, tmp_path: Path, field: str) -> None:
-    """A lone surrogate in tokenizer_config.json becomes U+FFFD, also in what is written from it."""
+    """A lone surrogate in tokenizer_config.json becomes U+FFFD, also when written again."""
     edited(base, lambda values: None)
     write(base, "tokenizer_config.json", {"chat_template": "{{ bos_token }}x", field: "\ud800"})
     for to, name in (("hf", "hf"), ("gguf", "a.gguf")):
@@ -332,7 +335,7 @@ LLAMA_CPP = {
 
 
 def test_llama_cpps_table_of_pre_tokenizers(tmp_path: Path, gguf_file: File) -> None:
-    """All of its names for the known patterns; a prompt begins with BOS where llama.cpp begins it so."""
+    """All names of the known patterns, with llama.cpp's default of BOS for each."""
     expected = {name: key for key, names in LLAMA_CPP.items() for name in names.split()}
     assert {name: (known, name in BEGIN_WITH_BOS) for name, known in PRE_TOKENIZERS.items()} == expected
     gguf_file.set("tokenizer.ggml.bos_token_id", uint(270))
@@ -358,7 +361,7 @@ def test_llama_cpps_table_of_pre_tokenizers(tmp_path: Path, gguf_file: File) -> 
 def test_a_missing_pre_tokenizer(
     tmp_path: Path, gguf_file: File, pre: bytes | None, more: list[str], special: str, expected: str | None
 ) -> None:
-    """Llama 3 is known by its special tokens, others by the narrowest pattern that cuts no token; with a warning."""
+    """Llama 3 is recognized by special tokens, others by the narrowest pattern that splits no token; with a warning."""
     merges = [*MERGES, *more]
     texts = [*TEXTS[:270], *(merge.replace(" ", "") for merge in more), special, "<|unknown|>"]
     types = [1] * (len(texts) - 2) + [3, 3]
@@ -377,7 +380,7 @@ def test_a_missing_pre_tokenizer(
 
 
 def open_tokenizer(path: Path) -> tuple[Tokenizer, tuple[str, ...]]:
-    """A file's tokenizer and the warnings about it, whatever the size of its embedding."""
+    """Return a file's tokenizer and its warnings, ignoring the size of its embedding."""
     from llama_scratch.checkpoint.gguf.header import read_header
     from llama_scratch.checkpoint.gguf.tokenizer import read_tokenizer
 
@@ -386,7 +389,7 @@ def open_tokenizer(path: Path) -> tuple[Tokenizer, tuple[str, ...]]:
 
 
 def test_the_vocabularies_of_models_tell_their_patterns(smollm2_path: Path, meta_tokenizer_path: Path) -> None:
-    """Of Llama 3 and SmolLM2, also without the names of their special tokens."""
+    """For Llama 3 and SmolLM2, also without the names of their special tokens."""
     from llama_scratch.checkpoint.byte_level_bpe import guess_pre_tokenizer
 
     for tokenizer, expected in (
@@ -403,7 +406,7 @@ def test_the_vocabularies_of_models_tell_their_patterns(smollm2_path: Path, meta
 
 @pytest.mark.parametrize("types", [None, [1] * 272])
 def test_control_tokens_without_their_type(tmp_path: Path, gguf_file: File, types: list[int] | None) -> None:
-    """Token types that are missing, or of ordinary tokens: special by their form, with a warning."""
+    """If token types are missing or ordinary, a token's form makes it special, with a warning."""
     gguf_file.set("tokenizer.ggml.token_type", None if types is None else ints(types))
     found = open_gguf(gguf_file.write(tmp_path / "a.gguf"))
     assert set(found.tokenizer.special_tokens) == {"<|endoftext|>", "<|unknown|>"}
@@ -412,7 +415,7 @@ def test_control_tokens_without_their_type(tmp_path: Path, gguf_file: File, type
 
 
 def test_a_control_token_that_only_its_role_tells(tmp_path: Path, gguf_file: File) -> None:
-    """Without brackets; and a token that merges make stays an ordinary one, whatever role it has."""
+    """Without brackets; a token that merges produce stays ordinary, whatever its role."""
     gguf_file.set("tokenizer.ggml.tokens", strings([*TEXTS[:270], "EOT", "<|unknown|>"]))
     gguf_file.set("tokenizer.ggml.token_type", ints([1] * 272)).set("tokenizer.ggml.padding_token_id", uint(0))
     found = open_gguf(gguf_file.write(tmp_path / "a.gguf"))
@@ -423,11 +426,11 @@ def test_a_control_token_that_only_its_role_tells(tmp_path: Path, gguf_file: Fil
 
 
 def test_types_of_tokens(tmp_path: Path, gguf_file: File) -> None:
-    """User-defined is always found, control where it is asked for, unused and byte never; ordinary ones stay so."""
+    """User-defined tokens always match, control tokens only if allowed, unused and byte tokens never."""
     special = {"<think>": 4, "<|x|>": 3, "<u>": 5, "<0x0A>": 6, "<|im_end|>": 4}
     texts = [*TEXTS[:267], *special]
     merges = MERGES[:11]
-    types = [3, 5, *TYPES[2:267], *special.values()]  # "!" is a control token, '"' an unused one
+    types = [3, 5, *TYPES[2:267], *special.values()]  # "!" is a control token, '"' is unused
     for key, value in (("tokens", strings(texts)), ("token_type", ints(types)), ("merges", strings(merges))):
         gguf_file.set(f"tokenizer.ggml.{key}", value)
     tokenizer = open_gguf(gguf_file.write(tmp_path / "a.gguf")).tokenizer
@@ -438,7 +441,7 @@ def test_types_of_tokens(tmp_path: Path, gguf_file: File) -> None:
     assert 271 in tokenizer.stop_ids
 
 
-# --- Converting -------------------------------------------------------------------------------
+# --- Conversion --------------------------------------------------------------------------------
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -446,7 +449,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 
 def test_a_hugging_face_directory_again(thinking: Path, tmp_path: Path) -> None:
-    """Flags, roles, sampling defaults and settings are as they were; transformers decodes the same."""
+    """Flags, roles, sampling defaults and settings are kept; transformers decodes the same text."""
     from transformers import AutoTokenizer
 
     found = convert.convert(thinking, tmp_path / "hf", "hf")
@@ -469,7 +472,7 @@ def same_tokenizer(one: Path, other: Path) -> bool:
 
 
 def test_through_gguf_and_back(thinking: Path, tmp_path: Path) -> None:
-    """Token types, padding and sampling defaults, as llama.cpp's converter writes them."""
+    """Token types, padding and sampling defaults, as written by llama.cpp's converter."""
     file = convert.convert(thinking, tmp_path / "a.gguf", "gguf")
     assert file.notes == ()
     fields = metadata_of(file.path)
@@ -486,7 +489,7 @@ def test_through_gguf_and_back(thinking: Path, tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_again(tmp_path: Path, gguf_file: File) -> None:
-    """All token types, roles and metadata are as they were; Hugging Face's form says which it does not hold."""
+    """All token types, roles and metadata are kept; converting to Hugging Face reports the lost ones."""
     texts, types = [*TEXTS[:268], "<0x0A>", "<u>", "<think>", "<|unknown|>"], [*TYPES[:268], 6, 5, 4, 2]
     kept = {
         "tokenizer.ggml.fim_pre_token_id": uint(270),
@@ -516,7 +519,7 @@ def test_a_gguf_file_again(tmp_path: Path, gguf_file: File) -> None:
 def test_a_form_that_cannot_hold_it_says_so(
     thinking: Path, tiny_dir: Path, tmp_path: Path, llama_scratch: Runner
 ) -> None:
-    """On stderr: sampling defaults in GGUF that it has no key for. Meta's form rejects added tokens."""
+    """On stderr: sampling defaults without a key in GGUF. Meta's format rejects added tokens."""
     before = json.loads((thinking / "generation_config.json").read_text())
     write(thinking, "generation_config.json", before | {"typical_p": 0.5})
     try:
@@ -537,7 +540,7 @@ def test_a_form_that_cannot_hold_it_says_so(
 
 
 def random_merges(chance: random.Random) -> tuple[list[str], list[list[str]]]:
-    """A vocabulary that nothing trained: many of its tokens are made by no merge of their own bytes."""
+    """An untrained vocabulary, with many tokens that no merges produce from their bytes."""
     texts, known = list(bytes_to_unicode().values()), list("abcĠ")
     pairs: list[list[str]] = []
     for _ in range(chance.randint(3, 40)):
@@ -554,7 +557,7 @@ def random_merges(chance: random.Random) -> tuple[list[str], list[list[str]]]:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_merges_that_nothing_trained(tmp_path: Path, whole: bool) -> None:
-    """Ids are those of the `tokenizers` package, before and after converting, whatever `ignore_merges` says."""
+    """The ids match the `tokenizers` package, before and after conversion, for both values of `ignore_merges`."""
     base = save(random_model(vocab_size=300), tmp_path / "Untrained")
     chance, hidden = random.Random(f"merges {whole}"), 0
     for number in range(25):

@@ -1,4 +1,4 @@
-"""Conversion: a model goes through every form and comes back bit by bit; other programs read what was written."""
+"""Conversion: a round trip through all formats is lossless, and other programs read the results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between the models that go round."""
+    """The differences between the models that are converted."""
 
     dtype: torch.dtype
     tied: bool
@@ -71,7 +71,7 @@ ORDERS = [("hf", "gguf", "meta"), ("gguf", "hf", "meta")]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Meta directory of each kind."""
+    """A Meta directory for each kind."""
     folder = tmp_path_factory.mktemp("sources")
     found = {}
     for seed, (name, kind) in enumerate(KINDS.items()):
@@ -85,7 +85,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rounds(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], list[Path]]:
-    """Each kind's way through the forms, in each order: the source, then what came of it one after the other."""
+    """Each kind's path through the formats, in each order: the source, then each result."""
     found: dict[tuple[str, ...], list[Path]] = {}
     for name, source in sources.items():
         for order in ORDERS:
@@ -103,24 +103,24 @@ WAYS = [(name, *order) for name in KINDS for order in ORDERS]
 
 
 def written(rounds: dict[tuple[str, ...], list[Path]], name: str, form: str) -> Path:
-    """What was made of a Meta directory in one step."""
+    """The result of a single conversion from a Meta directory."""
     return next(steps[1] for way, steps in rounds.items() if way[:2] == (name, form))
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
-    """All weights as tensors under Meta's names."""
+    """Read all weights as tensors under Meta's names."""
     return {name: as_tensor(weight) for name, weight in open_checkpoint(path).load(silent).items()}
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Names, types and every bit, the sign of a zero too."""
+    """Compare names, types and all bits, including the sign of zero."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and a[name].view(torch.uint8).equal(b[name].view(torch.uint8)) for name in a
     )
 
 
 def chat_ids(path: Path) -> list[int] | None:
-    """The ids of a conversation in the model's own format."""
+    """The ids of a conversation in the model's own chat format."""
     messages = [Message("system", "Be <|eot_id|> it."), Message("user", "the"), Message("assistant", " in\n")]
     llama = Llama.load(str(path), precision="fp32")
     return llama.encode_chat([*messages, Message("user", "on")]) if llama.chat else None
@@ -128,7 +128,7 @@ def chat_ids(path: Path) -> list[int] | None:
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_a_model_goes_round_and_comes_back(rounds: dict[tuple[str, ...], list[Path]], way: tuple[str, ...]) -> None:
-    """Through all forms: every bit of every weight, the shape with RoPE and context, tokens, stops, BOS, chat."""
+    """All bits of all weights, the shape with RoPE and context, tokens, stop tokens, BOS and chat are kept."""
     steps = [open_checkpoint(path) for path in rounds[way]]
     first, last = steps[0], steps[-1]
     assert [step.format for step in steps] == [{"hf": "huggingface"}.get(form, form) for form in ("meta", *way[1:])]
@@ -147,13 +147,13 @@ def test_a_model_goes_round_and_comes_back(rounds: dict[tuple[str, ...], list[Pa
 
 
 def vars_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that says how a tokenizer works."""
+    """Everything that determines how a tokenizer works."""
     names = ("ranks", "special_tokens", "pattern", "bos_id", "stop_ids", "unknown", "n_vocab")
     return {name: getattr(tokenizer, name) for name in names}
 
 
 def test_every_form_gives_the_same_logits(rounds: dict[tuple[str, ...], list[Path]]) -> None:
-    """One random model in all forms."""
+    """A random model in all formats."""
     prompt = TEXTS[2]
     for way in WAYS:
         first, *others = [Llama.load(str(path), precision="fp32").logits(prompt) for path in rounds[way]]
@@ -161,12 +161,12 @@ def test_every_form_gives_the_same_logits(rounds: dict[tuple[str, ...], list[Pat
             assert (other - first).norm() <= 1e-5 * first.norm()
 
 
-# --- Hugging Face's form ----------------------------------------------------------------------
+# --- Hugging Face's format ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_transformers_computes_the_same(rounds: dict[tuple[str, ...], list[Path]], name: str) -> None:
-    """Loaded by the classes that people use, in float32: logits, tokens, stops, chat, context, type of the weights."""
+    """Loaded by transformers' own classes in float32: logits, tokens, stop tokens, chat, context, dtype."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     path = written(rounds, name, "hf")
@@ -195,7 +195,7 @@ def test_transformers_computes_the_same(rounds: dict[tuple[str, ...], list[Path]
 
 
 def test_shards_with_an_index(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model larger than one file: as many files as it needs, each within the limit, and none left out."""
+    """A model larger than one file: the minimal number of files, each within the limit, and complete."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(writer, "SHARD", 300_000)
@@ -217,7 +217,7 @@ def test_shards_with_an_index(sources: dict[str, Path], tmp_path: Path, monkeypa
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_files_are_readable_as_others_are(rounds: dict[tuple[str, ...], list[Path]]) -> None:
-    """The folder and all files have the permissions that new files have."""
+    """The directory and all files have the default permissions."""
     path = written(rounds, "bf16", "hf")
     umask = os.umask(0)
     os.umask(umask)
@@ -225,13 +225,13 @@ def test_files_are_readable_as_others_are(rounds: dict[tuple[str, ...], list[Pat
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
 
 
-# --- Meta's form ------------------------------------------------------------------------------
+# --- Meta's format -----------------------------------------------------------------------------
 
 
 def test_what_meta_wrote_comes_back_as_meta_writes_it(
     rounds: dict[tuple[str, ...], list[Path]], sources: dict[str, Path]
 ) -> None:
-    """tokenizer.model byte by byte, params.json but for what it leaves to a rule, MD5s, one storage for both ends."""
+    """tokenizer.model byte by byte, params.json except for defaults, MD5s, one storage for a tied output."""
     source, path = sources["fp32"], rounds["fp32", "hf", "gguf", "meta"][-1]
     assert (path / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     params = json.loads((path / "params.json").read_text())
@@ -263,7 +263,7 @@ def test_what_meta_wrote_comes_back_as_meta_writes_it(
     ],
 )
 def test_the_width_is_said_as_meta_says_it(dim: int, ffn_dim: int, expected: tuple[int, float | None]) -> None:
-    """Meta's own numbers for Meta's models; for any other width numbers that give exactly that."""
+    """Meta's own numbers for Meta's models; numbers that give the exact width for others."""
     from llama_scratch.checkpoint.meta import params
 
     multiple_of, multiplier = params._ffn_fields(dim, ffn_dim)
@@ -277,7 +277,7 @@ def test_the_width_is_said_as_meta_says_it(dim: int, ffn_dim: int, expected: tup
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_gguf_package_reads_the_file(rounds: dict[tuple[str, ...], list[Path]], name: str) -> None:
-    """What llama.cpp looks for: names, types, norms in F32, the RoPE divisors as its own conversion computes them."""
+    """Everything that llama.cpp reads: names, types, F32 norms, RoPE divisors as in its own converter."""
     kind, path = KINDS[name], written(rounds, name, "gguf")
     reader = gguf.GGUFReader(path)
     args = open_checkpoint(path).args
@@ -310,7 +310,7 @@ def test_the_gguf_package_reads_the_file(rounds: dict[tuple[str, ...], list[Path
 
 
 def llama_cpp_divisors(args: ModelArgs) -> Tensor:
-    """As `LlamaModel.generate_extra_tensors` in convert_hf_to_gguf.py has it."""
+    """As in `LlamaModel.generate_extra_tensors` in convert_hf_to_gguf.py."""
     assert args.rope_scaling is not None
     factor, low, high, context = (
         args.rope_scaling.factor,
@@ -332,7 +332,7 @@ def llama_cpp_divisors(args: ModelArgs) -> Tensor:
 
 
 def test_norms_that_need_float32_keep_it(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Only norms whose every value fits get the matrices' type on the way back from GGUF."""
+    """On the way back from GGUF, norms get the matrices' type only if all values fit."""
     source = shutil.copytree(sources["bf16"], tmp_path / "m")
     weights = torch.load(source / "consolidated.00.pth", weights_only=True)
     weights["norm.weight"] = weights["norm.weight"].float() + 2**-20
@@ -347,7 +347,7 @@ def test_norms_that_need_float32_keep_it(sources: dict[str, Path], tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[convert.Converted, ...]]:
-    """SmolLM2 as a Hugging Face directory, and that as a GGUF file; half a gigabyte each, so not left behind."""
+    """SmolLM2 as a Hugging Face directory, and as a GGUF file; half a gigabyte each, so removed at the end."""
     folder = tmp_path_factory.mktemp("smollm2")
     there = convert.convert(smollm2_path, folder / "hf", "hf")
     yield there, convert.convert(there.path, folder / "smollm2.gguf", "gguf")
@@ -356,7 +356,7 @@ def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.mark.slow
 def test_the_open_model_in_all_forms(smollm2: tuple[convert.Converted, ...], smollm2_path: Path) -> None:
-    """Quantized → float32, said so, and from there on lossless; tokens as `tokenizers` and as before."""
+    """From quantized to float32 with a note, then lossless; ids match `tokenizers` and the source."""
     from tokenizers import Tokenizer as TheirTokenizer
 
     there, back = smollm2
@@ -382,9 +382,9 @@ def test_the_open_model_in_all_forms(smollm2: tuple[convert.Converted, ...], smo
 
 
 def test_a_token_that_no_merges_make(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 3 has hundreds: a piece that is a token is that token, for tiktoken, `tokenizers` and GGUF's pattern alike.
+    """Llama 3 has hundreds: a piece that equals a token becomes it, in tiktoken, `tokenizers` and llama.cpp.
 
-    Ids that no token has are among them: they get names of their own.
+    Ids without a token are included: they get placeholder names.
     """
     from tokenizers import Tokenizer as TheirTokenizer
 
@@ -401,11 +401,11 @@ def test_a_token_that_no_merges_make(sources: dict[str, Path], tmp_path: Path, m
     assert open_checkpoint(file).tokenizer.token_text(270) == "[PAD270]"
 
 
-# --- What a form does not hold ----------------------------------------------------------------
+# --- Models that a format cannot hold ----------------------------------------------------------
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, source: Path, **changes: Any) -> None:
-    """Let the source be read with fields of its `Checkpoint` replaced."""
+    """Replace fields of the source's `Checkpoint`."""
 
     def open_changed(path: Path, tokenizer: str | None = None) -> Checkpoint:
         checkpoint = open_checkpoint(path, tokenizer)
@@ -415,7 +415,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, source: Path, **changes: Any) -> No
 
 
 def retokenized(source: Path, **changes: Any) -> Tokenizer:
-    """The source's tokenizer with arguments of `Tokenizer` replaced."""
+    """The source's tokenizer with some arguments of `Tokenizer` replaced."""
     tokenizer = open_checkpoint(source).tokenizer
     arguments: dict[str, Any] = {
         "ranks": tokenizer.ranks,
@@ -428,7 +428,7 @@ def retokenized(source: Path, **changes: Any) -> Tokenizer:
 
 
 def renamed(source: Path, old: str, new: str) -> dict[str, int]:
-    """The source's special tokens with one of them under another name."""
+    """The source's special tokens with one of them renamed."""
     return {new if name == old else name: id for name, id in open_checkpoint(source).tokenizer.special_tokens.items()}
 
 
@@ -464,7 +464,7 @@ OWN: dict[str, Callable[[Path], dict[str, Any]]] = {
 def test_a_model_that_a_form_does_not_hold(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, form: str, words: list[str]
 ) -> None:
-    """It is refused in a sentence that names a form that does, and nothing stays behind."""
+    """The error names a format that can hold it, and no files remain."""
     changed(monkeypatch, sources["bf16"], **OWN[what](sources["bf16"]))
     assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m.gguf", form), CheckpointError, *words)
     assert list(tmp_path.iterdir()) == []
@@ -485,7 +485,7 @@ def test_a_model_that_a_form_does_not_hold(
 def test_a_form_that_does_hold_it(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, form: str
 ) -> None:
-    """Where another form refuses: the same tokens and the same logits."""
+    """If another format rejects a model: the same tokens and logits."""
     source = sources["bf16"]
     changes = OWN[what](source)
     changed(monkeypatch, source, **changes)
@@ -501,7 +501,7 @@ def test_a_form_that_does_hold_it(
 def test_reserved_names_of_other_releases(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hugging Face's files of the same models call unused tokens otherwise: taken, and told."""
+    """Hugging Face has other names for unused tokens: accepted, with a note."""
     special = renamed(sources["bf16"], "<|image|>", "<|reserved_special_token_900|>")
     changed(monkeypatch, sources["bf16"], tokenizer=retokenized(sources["bf16"], special_tokens=special))
     (note,) = convert.convert(sources["bf16"], tmp_path / "m", "meta").notes
@@ -515,13 +515,13 @@ def test_reserved_names_of_other_releases(
 def test_a_name_that_says_something_else(
     rounds: dict[tuple[str, ...], list[Path]], tmp_path: Path, name: str, target: str, words: list[str]
 ) -> None:
-    """Meta's form knows a chat model by its name alone: where that changes, a note says so."""
+    """Meta's format marks a chat model only by its name: if that changes, there is a note."""
     (note,) = convert.convert(written(rounds, name, "hf"), tmp_path / target, "meta").notes
     assert all(word in note for word in words)
 
 
 def test_a_template_that_is_not_metas(rounds: dict[tuple[str, ...], list[Path]], tmp_path: Path) -> None:
-    """It is kept by the two forms that have a place for it and given up, with a note, by Meta's."""
+    """Two formats keep it; Meta's drops it with a note."""
     source = shutil.copytree(written(rounds, "fp32", "hf"), tmp_path / "m-Instruct")
     settings = json.loads((source / "tokenizer_config.json").read_text())
     template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -534,7 +534,7 @@ def test_a_template_that_is_not_metas(rounds: dict[tuple[str, ...], list[Path]],
 
 
 def test_the_license_goes_along(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Its file from a directory into a directory, its name into GGUF's metadata and back; Meta's form says none."""
+    """Its file between directories, its name to GGUF's metadata and back; Meta's format cannot state it."""
     source = shutil.copytree(sources["bf16"], tmp_path / "m")
     (source / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n…\n")
     (source / "USE_POLICY.md").write_text("be good")
@@ -549,44 +549,44 @@ def test_the_license_goes_along(sources: dict[str, Path], tmp_path: Path) -> Non
     assert "LLAMA 3.2" in note
 
 
-# --- Places and failures ----------------------------------------------------------------------
+# --- Destinations and failures -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["", "pytorch", "META", "huggingface", "gguf\n"])
 def test_a_form_that_is_none(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """The three are listed."""
+    """The error lists the three formats."""
     assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m", form), UsageError, "meta, hf, gguf")
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_places_that_are_taken(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """A file, a directory with something in it, the model itself, a directory around it, a folder that is not there."""
+    """A file, a non-empty directory, the model itself, a directory around it, a missing parent directory."""
     source = shutil.copytree(sources["bf16"], tmp_path / "in.gguf" / "m.gguf")
     (tmp_path / "file.gguf").write_text("mine")
     (tmp_path / "link.gguf").symlink_to(source)
-    assert_rejected(lambda: convert.convert(source, tmp_path / "file.gguf", form), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "file.gguf", form), UsageError, "already exists")
     assert_rejected(lambda: convert.convert(source, source, form), UsageError, "itself")
     assert_rejected(lambda: convert.convert(source, tmp_path / "link.gguf", form), UsageError, "itself")
     assert_rejected(lambda: convert.convert(source, source.parent, form), UsageError, "holds the model")
-    assert_rejected(lambda: convert.convert(source, tmp_path / "no" / "m.gguf", form), ModelNotFoundError, "no folder")
-    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "name another")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "no" / "m.gguf", form), ModelNotFoundError, "not exist")
+    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "Name another")
     assert (tmp_path / "file.gguf").read_text() == "mine"
     (tmp_path / "full.gguf").mkdir()
     (tmp_path / "full.gguf" / "x").touch()
-    assert_rejected(lambda: convert.convert(source, tmp_path / "full.gguf", form), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(source, tmp_path / "full.gguf", form), UsageError, "already exists")
 
 
 def test_an_empty_directory(sources: dict[str, Path], tmp_path: Path) -> None:
-    """It may be there for the forms that are directories; GGUF's is a file, with its ending."""
+    """It may exist for the formats that are directories; GGUF needs a file name with its extension."""
     (tmp_path / "m.gguf").mkdir()
-    assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m.gguf", "gguf"), UsageError, "there already")
+    assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m.gguf", "gguf"), UsageError, "already exists")
     assert_rejected(lambda: convert.convert(sources["bf16"], tmp_path / "m", "gguf"), UsageError, ".gguf")
     assert convert.convert(sources["bf16"], tmp_path / "m.gguf", "hf").path == tmp_path / "m.gguf"
     assert (tmp_path / "m.gguf" / "config.json").is_file()
 
 
 def test_a_disk_that_is_too_small(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before anything is written, with both numbers."""
+    """Reported before anything is written, with both numbers."""
     usage = shutil._ntuple_diskusage(10**9, 10**9, 10_300_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert_rejected(
@@ -609,13 +609,13 @@ sys.exit(run(sys.argv[1:]))
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limits")
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_disk_that_becomes_full(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """The system refuses in the middle: a sentence that names the place, exit code 1, and nothing stays behind."""
+    """An error while writing names the path, with exit code 1, and no files remain."""
     target = tmp_path / "m.gguf"
     command = [sys.executable, "-c", FULL, "convert", str(sources["bf16"]), str(target), "--to", form]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1, result.stderr
     assert str(target) in result.stderr
-    assert "make room" in result.stderr
+    assert "Free up disk space" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -623,7 +623,7 @@ def test_a_disk_that_becomes_full(sources: dict[str, Path], tmp_path: Path, form
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_interrupt(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """Ctrl-C in the middle of the weights: nothing stays behind, and an empty directory stays what it was."""
+    """Ctrl-C while weights are written: no files remain, and an empty directory stays empty."""
     if form != "gguf":
         (tmp_path / "m.gguf").mkdir()
 
@@ -639,7 +639,7 @@ def test_an_interrupt(sources: dict[str, Path], tmp_path: Path, form: str) -> No
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_progress(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """Writing goes from something to all of it."""
+    """Progress grows until everything is written."""
     seen = []
     convert.convert(sources["bf16"], tmp_path / "m.gguf", form, lambda *report: seen.append(report))
     writing = [report for report in seen if report[0] == "writing"]
@@ -649,7 +649,7 @@ def test_progress(sources: dict[str, Path], tmp_path: Path, form: str) -> None:
 
 
 def test_a_broken_source(sources: dict[str, Path], tmp_path: Path) -> None:
-    """What reading refuses is refused with its own sentence, before anything is written."""
+    """Errors of reading are raised before anything is written."""
     source = shutil.copytree(sources["bf16"], tmp_path / "m")
     (source / "tokenizer.model").write_bytes(tokenizer_file()[:-20])
     assert_rejected(lambda: convert.convert(source, tmp_path / "x", "hf"), CheckpointError, "tokenizer.model")
@@ -663,7 +663,7 @@ def test_a_broken_source(sources: dict[str, Path], tmp_path: Path) -> None:
 def test_the_command(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last line on stderr is a command that runs what was written; --json is one object; bad calls are told."""
+    """The last line on stderr is a command that runs the result; --json is one object; bad calls are reported."""
     from llama_scratch.cli import run
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`info`: what is in a model, as JSON for programs and as a table for people."""
+"""`info`: a description of a model as JSON for programs and as a table for users."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.helpers.command_line import Runner
 
 @pytest.fixture(scope="module")
 def facts(tiny_dir: Path) -> dict[str, Any]:
-    """What `info` says of the small random model."""
+    """The output of `info` for the small random model."""
     return describe(tiny_dir, None, None, silent, device="cpu")
 
 
 def test_the_parts_are_all_parameters_once(facts: dict[str, Any]) -> None:
-    """Each weight counts in the part that its name says; a tied output has none."""
+    """Each weight counts once, in the part given by its name; a tied output counts as 0."""
     counts = {part: value["parameters"] for part, value in facts["parts"].items()}
     assert list(counts) == ["embedding", "attention", "feed_forward", "norms", "output"]
     assert counts["embedding"] == 556 * 256
@@ -59,7 +59,7 @@ def test_an_untied_output_is_a_part_too(tmp_path: Path) -> None:
 
 
 def test_files_and_their_bytes(tiny_dir: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several files all count; the path is the first one's."""
+    """All files count; the path is the first one's."""
     weights = tiny_dir / "consolidated.00.pth"
     assert facts["files"] == [{"name": weights.name, "bytes": weights.stat().st_size}]
     assert facts["bytes"] == weights.stat().st_size
@@ -80,14 +80,14 @@ def test_a_license_that_is_not_stated(facts: dict[str, Any]) -> None:
 
 
 def test_memory_is_what_loading_asks_for(facts: dict[str, Any]) -> None:
-    """For each precision the same sum, with the smaller of 4,096 tokens and the context."""
+    """For each precision the same total as in loading, for 4,096 tokens or the context if it is smaller."""
     memory = facts["memory"]
     assert (memory["context"], memory["device"]) == (4096, "cpu")
     assert list(memory["needed"]) == list(PRECISIONS)
     for name, parts in memory["needed"].items():
         own = memory_needed(tiny_args(), name, torch.bfloat16, 4096, torch.device("cpu"), tied=True)
         assert parts == {**own, "total": sum(own.values())}
-    assert memory["needed"]["bf16"]["weights"] == 0  # as in the file, mapped
+    assert memory["needed"]["bf16"]["weights"] == 0  # as in the file, memory-mapped
     assert "bf16 " in model_facts(facts)["memory"]
     assert "with 4,096 tokens on cpu" in model_facts(facts)["memory"]
 
@@ -110,7 +110,7 @@ def test_a_context_below_that_is_the_models(tiny_dir: Path, monkeypatch: pytest.
     ],
 )
 def test_quantized_blocks_are_of_no_type(format: str, files: int, types: list[str], blocks: bool) -> None:
-    """Shards are: they are multiplied where they are mapped."""
+    """Unlike shards, which are multiplied while mapped."""
     checkpoint: Any = SimpleNamespace(format=format, files=("x",) * files)
     found = info._dtype(checkpoint, WeightStorage(dict.fromkeys(types, 1), True, torch.bfloat16))
     assert found is (None if blocks else torch.bfloat16)
@@ -120,7 +120,7 @@ def test_quantized_blocks_are_of_no_type(format: str, files: int, types: list[st
     ("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")]
 )
 def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
-    """In each format; what is of the file's type takes no memory of its own."""
+    """In each format; weights in the file's type take no extra memory."""
     meta = write_meta(tmp_path / "Meta", dtype=dtype)
     formats = {"meta": meta, "huggingface": tmp_path / "HF", "gguf": tmp_path / "model.gguf"}
     convert(meta, formats["huggingface"], "hf")
@@ -133,7 +133,7 @@ def test_auto_is_what_loading_makes_of_it(tmp_path: Path, dtype: torch.dtype, pr
 
 
 def test_auto_of_quantized_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which reads them as they lie, as fp32 does, except those of a small model without kernels."""
+    """fp16 and fp32 multiply the mapped blocks, except for a small model without kernels."""
     for small in (True, False):
         monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 1 << 28 if small else 0)
         facts = describe(smollm2_path, None, None, silent, device="cpu")
@@ -149,7 +149,7 @@ def test_auto_of_quantized_blocks_is_fp16(smollm2_path: Path, monkeypatch: pytes
 def test_blocks_that_no_kernel_knows_are_converted(
     smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
 ) -> None:
-    """And so counted, also where others would be read as they lie."""
+    """They are counted as converted, even if others are multiplied while mapped."""
     monkeypatch.setattr("llama_scratch.precision.rows._SMALL_MODEL", 0)
     stored = WeightStorage({"F32": 61, "Q4_K": 3, kind: 208}, True, torch.float32)
     checkpoint = replace(open_checkpoint(smollm2_path), storage=lambda _: stored)
@@ -160,7 +160,7 @@ def test_blocks_that_no_kernel_knows_are_converted(
 
 
 def test_activations_are_checked_and_counted(tiny_dir: Path) -> None:
-    """In bfloat16 the cache takes half."""
+    """In bfloat16, the cache takes half the memory."""
     auto, rounded = (
         describe(tiny_dir, None, None, silent, device="cpu", activations=name)["memory"]["needed"]["bf16"]["KV cache"]
         for name in ("auto", "bf16")
@@ -184,7 +184,7 @@ def test_the_tokenizer_and_the_chat_format(tiny_dir: Path, facts: dict[str, Any]
 
 
 def test_texts_of_a_file_cannot_command_the_terminal(facts: dict[str, Any]) -> None:
-    """A special token may be any text."""
+    """A special token may be any text, including control characters."""
     names = {"bos": "\x1b[2J", "stops": ["\x1b]0;x\x07"]}
     shown = model_facts({**facts, "name": "\x1b[31m", "path": "/\x1b[0m", "tokenizer": facts["tokenizer"] | names})
     assert all(value.isprintable() for value in shown.values())
@@ -211,7 +211,7 @@ def test_the_rope_factor_in_force_and_where_it_is_from(
 
 
 def test_divisors_of_their_own(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF file may hold a number for each pair, by no rule."""
+    """A GGUF file may have an arbitrary divisor for each pair."""
     opened = open_checkpoint(tiny_dir)
     args = replace(opened.args, rope_scaling=None, rope_divisors=tuple(range(1, 33)))
     monkeypatch.setattr(info, "open_checkpoint", lambda *_: replace(opened, args=args))
@@ -264,7 +264,7 @@ def test_sizes_for_people(count: int, text: str) -> None:
 def test_bringing_a_remote_model_here_shows_progress(
     llama_scratch: Runner, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """In the bar of the command itself."""
+    """In the progress bar of the command."""
     seen: list[str] = []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint: the files that it covers, their order, and sessions of models in any format."""
+"""The fingerprint of a checkpoint: the files, their order, and saved sessions in each format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def huggingface(tiny: Path, place: Path) -> Kept:
 
 
 def huggingface_shards(tiny: Path, place: Path) -> Kept:
-    """In two files; the index names the second one first."""
+    """Two files; the index lists the second one first."""
     path, _ = huggingface(tiny, place)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weights = load_file(path / "model.safetensors")
@@ -46,7 +46,7 @@ def huggingface_shards(tiny: Path, place: Path) -> Kept:
 
 
 def hub_cache(tiny: Path, place: Path) -> Kept:
-    """A snapshot's files are links to blobs."""
+    """A snapshot whose files are links to blobs."""
     path, names = huggingface_shards(tiny, place)
     root = place / "models--someone--Tiny"
     snapshot, blobs = root / "snapshots" / "0123abc", root / "blobs"
@@ -77,7 +77,7 @@ def gguf(tiny: Path, place: Path) -> Kept:
 
 
 def gguf_parts(_tiny: Path, place: Path) -> Kept:
-    """Named by the second of three files."""
+    """Three files, opened by the second one."""
     paths = gguf_files.write(place, gguf_files.cut(6, 8, 6))
     return paths[1], [path.name for path in paths]
 
@@ -86,7 +86,7 @@ EACH = [huggingface, huggingface_shards, hub_cache, in_original, meta, meta_shar
 
 
 def folder(path: Path) -> Path:
-    """The folder of the weight files."""
+    """The directory of the weight files."""
     if path.is_file():
         return path.parent
     return path / "original" if (path / "original").is_dir() else path
@@ -100,7 +100,7 @@ def load(path: Path) -> Llama:
 def test_a_fingerprint_covers_all_weight_files(
     make: Callable[[Path, Path], Kept], tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """It is that of `cat FILES | sha256sum`, and sessions can be saved, loaded and run again."""
+    """It equals `cat FILES | sha256sum`, and sessions can be saved, loaded and replayed."""
     path, names = make(tiny_dir, tmp_path)
     expected = hashlib.sha256(b"".join((folder(path) / name).read_bytes() for name in names)).hexdigest()
     assert open_checkpoint(path).fingerprint(silent) == expected
@@ -157,7 +157,7 @@ def test_a_file_that_was_written_to_is_noticed(tiny_dir: Path, tmp_path: Path) -
 
 
 def old(lines: list[dict[str, object]]) -> dict[str, object]:
-    """A header as version 0.1.0 wrote it."""
+    """A header as written by version 0.1.0."""
     header, *_ = lines
     for name in ("details", "turns", "asked"):
         del header[name]
@@ -169,7 +169,7 @@ def old(lines: list[dict[str, object]]) -> dict[str, object]:
 def test_an_old_checksum_of_one_file_keeps_its_meaning(
     make: Callable[[Path, Path], Kept], tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """Version 0.1.0 read the first of Meta's shards, and of a split GGUF file the one that was named."""
+    """Version 0.1.0 hashed only the first of Meta's shards, or the named file of a split GGUF model."""
     path, names = make(tiny_dir, tmp_path)
     file = saved(session_of(load(path), "the"), tmp_path / "a.jsonl")
     first = path if path.is_file() else path / names[0]

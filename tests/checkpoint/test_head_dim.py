@@ -1,4 +1,4 @@
-"""Models whose heads have a width of their own: head_dim · n_heads is not dim.
+"""Models with an explicit head width: head_dim · n_heads differs from dim.
 
 Real ones are Llama-3.1-Nemotron-Nano-4B (32 heads of 128 in 3,072) and Minitron-4B-Width.
 """
@@ -29,7 +29,7 @@ from tests.helpers.checkpoints import tiny_args, tiny_params, write_meta
 from tests.helpers.reference import forward
 from tests.helpers.weights import same
 
-# Wider in all heads than the residual stream, and narrower; heads that do not divide dim; scaled RoPE.
+# All heads together wider or narrower than the residual stream; heads that do not divide dim; scaled RoPE.
 WIDE = tiny_params(dim=192, n_heads=4, n_kv_heads=2, head_dim=64, n_layers=2)
 NARROW = tiny_params(dim=192, n_heads=4, n_kv_heads=1, head_dim=32, n_layers=2)
 UNEVEN = tiny_params(dim=128, n_heads=3, n_kv_heads=3, head_dim=64, n_layers=2)
@@ -39,7 +39,7 @@ IDS = [(7 * i * i + 3 * i) % 256 for i in range(80)]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One directory per shape. Not to be written to."""
+    """One directory per shape. Read only."""
     folder = tmp_path_factory.mktemp("heads")
     return {name: write_meta(folder / name, params=params) for name, params in SHAPES.items()}
 
@@ -58,7 +58,7 @@ def distance(found: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-5), ("fp16", 1e-3), ("int8", 0.1)])
 def test_logits_are_the_references(models: dict[str, Path], name: str, precision: str, bound: float) -> None:
-    """In one piece, and token by token behind a cache."""
+    """As one chunk, and token by token with a cache."""
     llama = Llama.load(models[name], precision=precision, device="cpu")
     reference = expected(models[name])
     assert distance(llama.logits(IDS), reference) < bound
@@ -69,7 +69,7 @@ def test_logits_are_the_references(models: dict[str, Path], name: str, precision
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_form_holds_it(models: dict[str, Path], name: str, tmp_path: Path) -> None:
-    """Meta → Hugging Face → GGUF → Meta: the same shape and weights; `verify` finds nothing wrong in any."""
+    """Meta → Hugging Face → GGUF → Meta: the same shape and weights, and `verify` passes in each format."""
     source = open_checkpoint(models[name])
     at = models[name]
     for form, place in (("hf", "hf"), ("gguf", "a.gguf"), ("meta", f"{name}-back")):
@@ -90,7 +90,7 @@ def test_every_form_holds_it(models: dict[str, Path], name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["wide", "narrow"])
 def test_transformers_reads_what_is_written(models: dict[str, Path], name: str, tmp_path: Path) -> None:
-    """It wants hidden_size to be a multiple of the heads, whatever head_dim is."""
+    """It requires that hidden_size is a multiple of the number of heads, whatever head_dim is."""
     from transformers import LlamaForCausalLM
 
     convert(models[name], tmp_path / "hf", "hf")
@@ -102,7 +102,7 @@ def test_transformers_reads_what_is_written(models: dict[str, Path], name: str, 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_microscope(models: dict[str, Path], name: str) -> None:
-    """Shapes, and sums that must come out: parts add up to the logits, shares to 1."""
+    """Shapes and sums: the components add up to the logits, the shares to 1."""
     llama = Llama.load(models[name], precision="fp32", device="cpu")
     args = llama.args
     seen = llama.inspect(IDS[:12])
@@ -122,7 +122,7 @@ def test_the_microscope(models: dict[str, Path], name: str) -> None:
 
 
 def test_memory_counts_the_heads(models: dict[str, Path]) -> None:
-    """The cache is of keys that are head_dim wide, and activations as wide as all queries."""
+    """The cache has keys of width head_dim, and activations are as wide as all queries."""
     wide = tiny_args(**WIDE)
     assert wide.kv_bytes_per_token(4) == 2 * wide.n_layers * 2 * 64 * 4
     derived = tiny_args(**WIDE | {"head_dim": None})
@@ -132,7 +132,7 @@ def test_memory_counts_the_heads(models: dict[str, Path]) -> None:
 
 
 def test_a_shape_is_said_and_compared() -> None:
-    """A head_dim that is dim / n_heads is the same shape, whether it is said or not."""
+    """head_dim = dim / n_heads is the same shape whether it is stated or not."""
     assert tiny_args(head_dim=64) == tiny_args()
     assert tiny_args(head_dim=32) != tiny_args()
     assert ModelArgs(64, 1, 3, 1, 9, 8, 1e-5, 1e4, None, 9, head_dim=16).weight_shapes()[
@@ -143,12 +143,12 @@ def test_a_shape_is_said_and_compared() -> None:
 
 
 def test_shards(models: dict[str, Path], tmp_path: Path) -> None:
-    """Each holds a part of the heads; the rows of wq tell how many shards there are."""
+    """Each holds some of the heads; the rows of wq reveal the number of shards."""
     weights = torch.load(models["wide"] / "consolidated.00.pth")
     directory = shards.write(tmp_path / "m", shards.split(weights, 2), params=WIDE)
     shutil.copy(models["wide"] / "tokenizer.model", directory)
     read = open_checkpoint(directory).load(silent)
     assert all(torch.equal(as_tensor(read[name]), weight) for name, weight in weights.items())
     (directory / shards.shard(1)).unlink()
-    with pytest.raises(ModelNotFoundError, match="fetch the missing shards"):
+    with pytest.raises(ModelNotFoundError, match="Fetch the missing shards"):
         open_checkpoint(directory).load(silent)

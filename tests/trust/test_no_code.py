@@ -105,7 +105,7 @@ def index_that_climbs(directory: Path, proof: Path) -> None:
 
 Fill = Callable[[Path, Path], None]
 PLACES: dict[str, tuple[str, Fill, str]] = {
-    "pickle in .pth": ("meta", meta, "do not use this file"),
+    "pickle in .pth": ("meta", meta, "Do not use this file"),
     "pickle without an archive": ("meta", meta_protocol_0, "CheckpointError"),
     "auto_map and evil.py": ("hf", code_of_its_own, "answered"),
     "chat template": ("hf", chat_template, "chat template fails"),

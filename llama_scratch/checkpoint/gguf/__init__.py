@@ -1,5 +1,5 @@
-"""How are GGUF files, as llama.cpp uses them, read and written?
+"""GGUF, the file format of llama.cpp.
 
-`header` reads the table of contents, `reader` makes the shape and the weights of it, `tokenizer` the tokenizer and the
-chat template. `writer` writes all of it. Read `header` first.
+`header` reads metadata and the table of tensors. From these, `reader` builds the shape and the weights, and `tokenizer`
+the tokenizer and the chat template. `writer` writes all of it. Read `header` first.
 """

@@ -1,7 +1,7 @@
-"""GGUF files of the `llama` architecture: shape, tokenizer and weights in one file, or in several numbered ones.
+"""GGUF files of the `llama` architecture: shape, tokenizer and weights.
 
-What the blocks of each quantization mean is the gguf package's knowledge; they become float32 when they are
-multiplied (see `lazy`), and tensors of plain numbers are mapped as they lie.
+A model is one file or several numbered ones. All tensors are memory-mapped. Quantized blocks are dequantized only when
+a matrix is multiplied (see `lazy_weight`), as the gguf package defines it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-# GGUF's names of weights, and of those of a layer, → Meta's.
+# GGUF's names of weights → Meta's, outside and inside of a layer.
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
     "output_norm.weight": "norm.weight",
@@ -47,9 +47,9 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
-# Divisors of the rotary embedding's frequencies, which Llama 3.1 and later ones come with.
+# Divisors of the rotary embedding's frequencies, in Llama 3.1 and later.
 _ROPE_FREQS = "rope_freqs.weight"
-# generation_config.json's fields, and GGUF's keys for them.
+# Fields of generation_config.json → GGUF's keys.
 SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -62,10 +62,15 @@ _NUMBERED = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)
 
 
 def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Read and check the header; `tokenizer` is a tokenizer.model that replaces the file's own.
+    """Open a GGUF model: read and check the header.
 
-    path: the file, any one of them where a model was split. Raises `CheckpointError`, and `ModelNotFoundError`
-    where one of them is missing.
+    Args:
+        path: The file, or any of the files of a split model.
+        tokenizer: Path of a tokenizer.model that replaces the file's own tokenizer.
+
+    Raises:
+        ModelNotFoundError: If one of the files is missing.
+        CheckpointError: If a file is damaged or not supported.
     """
     headers = _read_headers(path)
     metadata = headers[0].metadata
@@ -102,7 +107,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def _read_headers(path: Path) -> list[GGUFHeader]:
-    """The header of a file, and of those that belong to it where llama.cpp's gguf-split made several of one."""
+    """Read the header of a file, or of all files if llama.cpp's gguf-split split the model."""
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
     if type(count) is int and count in (0, 1):
@@ -111,39 +116,40 @@ def _read_headers(path: Path) -> list[GGUFHeader]:
     if type(count) is not int or not match or int(match[4]) != count or not 1 <= int(match[2]) <= count:
         raise CheckpointError(
             f"{path} is one of {sanitize(count)} files of a split model, expected a name such as "
-            "model-00001-of-00003.gguf; give the files the names that they came with."
+            "model-00001-of-00003.gguf. Rename the files to their original names."
         )
     headers: list[GGUFHeader] = []
     for number in range(1, count + 1):
         file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
-            raise ModelNotFoundError(f"There is no {file}, one of the {count} files of this model; {REDOWNLOAD_HINT}")
+            raise ModelNotFoundError(f"{file} not found, one of the {count} files of this model; {REDOWNLOAD_HINT}")
         left = MAX_ELEMENTS - sum(other.elements for other in headers)
         headers.append(header if file == path else read_header(file, left))
         split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
         if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
             raise CheckpointError(
-                f"{file} is no part of the model of the files beside it, or another part; {REDOWNLOAD_HINT}"
+                f"{file} belongs to another model than the files beside it, or is another part; {REDOWNLOAD_HINT}"
             )
     names = Counter(tensor.name for header in headers for tensor in header.tensors)
     if twice := next((name for name, times in names.items() if times > 1), None):
         raise CheckpointError(f"{path}: the tensor '{sanitize(twice)}' is in two of the files; {REDOWNLOAD_HINT}")
     if names.total() != header.metadata.get("split.tensors.count"):
         raise CheckpointError(
-            f"{path}: the {count} files hold {names.total()} tensors, not as many as they say; {REDOWNLOAD_HINT}"
+            f"{path}: the {count} files hold {names.total()} tensors, which is not the number that they state; "
+            + REDOWNLOAD_HINT
         )
     return headers
 
 
-# --- What the header says ---------------------------------------------------------------------
+# --- Metadata ---------------------------------------------------------------------------------
 
 
-# Fields that llama.cpp reads as one value or as one per layer.
+# Fields with one value, or one per layer, as in llama.cpp.
 _PER_LAYER = {"llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length"}
 
 
 class _LayerFields(Fields):
-    """Metadata in which some fields may have one value per layer, as long as all layers have the same."""
+    """Metadata with optional per-layer fields, whose values must be equal in all layers."""
 
     def _get(self, name: str, default: Any) -> Any:
         value = super()._get(name, default)
@@ -152,16 +158,16 @@ class _LayerFields(Fields):
         if len(value) != (n_layers := self.integer("llama.block_count")):
             raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {REDOWNLOAD_HINT}")
         if any(other != value[0] for other in value):
-            raise UnsupportedError(f"{name} differs between layers; use a model whose layers all have one shape.")
+            raise UnsupportedError(f"{name} differs between layers. Use a model whose layers all have the same shape.")
         return value[0]
 
 
 def _check_supported(metadata: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedError` if the metadata asks for more than a plain Llama computes."""
+    """Raise `UnsupportedError` if the metadata describes more than a plain Llama."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UnsupportedError(f"the architecture is '{sanitize(architecture)}', expected 'llama'; use another model.")
-    # As in llama.cpp: the type is linear if there is none, and a factor of 0 is 1.
+        raise UnsupportedError(f"the architecture is '{sanitize(architecture)}', expected 'llama'. Use another model.")
+    # As in llama.cpp: the type defaults to linear, and a factor of 0 means 1.
     kind = metadata.get("llama.rope.scaling.type", "linear")
     factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
     factor = next((factor for factor in factors if factor not in (0, 1)), 1)
@@ -169,21 +175,21 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
     if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
         raise UnsupportedError(
             f"it has scaled RoPE of the type '{sanitize(kind)}' (factor {sanitize(factor)}), expected Llama "
-            "3.1's or none; use a model without it, or run this one in llama.cpp."
+            "3.1's or none. Use a model without it, or run this one in llama.cpp."
         )
     if experts := metadata.get("llama.expert_count"):
-        raise UnsupportedError(f"it has {sanitize(experts)} experts, expected a plain Llama; use another model.")
+        raise UnsupportedError(f"it has {sanitize(experts)} experts, expected a dense Llama. Use another model.")
     if metadata.get("llama.attention.causal", True) is not True:
-        raise UnsupportedError("its tokens look at later ones too (llama.attention.causal); use a generating model.")
+        raise UnsupportedError("its attention is not causal (llama.attention.causal). Use a generative model.")
 
 
 def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
-    """Warn about metadata that the tensors contradict; the tensors are believed."""
+    """Warn about metadata that contradicts the tensors; the tensors win."""
     stated = metadata.get("llama.vocab_size", args.vocab_size)
     if stated != args.vocab_size:
         yield (
             f"llama.vocab_size is {sanitize(stated)}, but the embedding has {args.vocab_size} rows; "
-            "the embedding's number is used."
+            f"{args.vocab_size} is used."
         )
 
 
@@ -193,7 +199,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
     fields = _LayerFields(metadata)
     tensors = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
     if not tensors:
-        raise UnsupportedError("the file has a tokenizer and no weights; use the file of the whole model.")
+        raise UnsupportedError("the file has a tokenizer but no weights. Use the file of the complete model.")
     n_heads = fields.integer("llama.attention.head_count")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {REDOWNLOAD_HINT}")
@@ -213,8 +219,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
     for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (size := fields.integer(field, default=args.head_dim)) != args.head_dim:
             raise UnsupportedError(
-                f"{field} is {size} and the keys of a head have {args.head_dim} numbers, expected as many; "
-                "use another model."
+                f"{field} is {size}, expected {args.head_dim}, the size of a head's keys. Use another model."
             )
     if _ROPE_FREQS in tensors:
         original = fields.integer("llama.rope.scaling.original_context_length", default=ORIGINAL_CONTEXT)
@@ -223,14 +228,14 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
 
 
 def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -> ModelArgs:
-    """The shape with such divisors: by Llama 3.1's rule where they are the rule's within float32's rounding."""
+    """Apply divisors to a shape, as Llama 3.1's rule if they match it within rounding."""
     import torch
 
     from llama_scratch.model import rope_frequencies
 
     by_divisors = replace(args, rope_divisors=tuple(divisors))
     rule = RopeScaling(math.inf, original_context=original_context)
-    # The slowest pair tells the factor: what the rule makes of it is a line in 1/factor.
+    # The slowest pair reveals the factor: under the rule, its frequency is linear in 1/factor.
     ends = [float(rope_frequencies(shape)[-1]) for shape in (args, by_divisors, replace(args, rope_scaling=rule))]
     if ends[0] == ends[1]:
         return args if all(divisor == 1 for divisor in divisors) else by_divisors
@@ -242,7 +247,7 @@ def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -
 
 
 def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> list[float]:
-    """What each pair's frequency is divided by: head_dim/2 positive numbers."""
+    """Read the divisor of each pair's frequency: head_dim/2 positive numbers."""
     from gguf import GGMLQuantizationType as Type
 
     size = args.head_dim // 2
@@ -254,16 +259,16 @@ def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> l
     with header.path.open("rb") as file:
         file.seek(tensor.start)
         divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
-    # From far below the 1 of a pair that is left alone to far above any factor.
+    # 1 means unscaled; the range is far wider than any real factor.
     if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
-        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected divisors of about 1 to 100; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected about 1 to 100; {REDOWNLOAD_HINT}")
     return divisors
 
 
 def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's sampling defaults, under the names of generation_config.json."""
+    """Return the file's sampling defaults under the names in generation_config.json."""
     values = {field: general.get(key) for field, key in SAMPLING.items()}
-    # 0.6 is held as the float32 next to it.
+    # Undo the rounding of 0.6 to float32.
     defaults = {
         field: float(f"{value:.7g}") if isinstance(value, float) else value
         for field, value in values.items()
@@ -272,7 +277,7 @@ def _sampling(general: Mapping[str, Any]) -> dict[str, Any]:
     return {"do_sample": True, **defaults} if defaults else {}
 
 
-# --- The weights ------------------------------------------------------------------------------
+# --- Weights ----------------------------------------------------------------------------------
 
 
 def _stored(headers: Sequence[GGUFHeader]) -> WeightStorage:
@@ -289,14 +294,14 @@ def _stored(headers: Sequence[GGUFHeader]) -> WeightStorage:
 
 
 def _weights(headers: Sequence[GGUFHeader], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
-    """All weights under Meta's names. q and k need no permutation: llama's GGUF holds Meta's layout."""
+    """Return all weights under Meta's names; GGUF already has Meta's layout of q and k."""
     import numpy as np
 
     weights: dict[str, Weight] = {}
     total = sum(len(header.tensors) for header in headers)
     for header in headers:
         with reading(header.path):
-            # Copy on write, because torch wants memory that can be written; nothing ever is.
+            # Copy on write, because torch requires writable memory; nothing is ever written.
             data = np.memmap(header.path, dtype=np.uint8, mode="c")
         for tensor in header.tensors:
             if tensor.name != _ROPE_FREQS:
@@ -315,7 +320,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
 
     raw, type = data[tensor.start : tensor.start + tensor.size], Type(tensor.type)
     if raw.size != tensor.size:
-        raise CheckpointError(f"{path} became shorter while it was read, at {tensor.name}; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} became shorter while {tensor.name} was read; {REDOWNLOAD_HINT}")
     plain = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
     if type in plain:
         return torch.from_numpy(raw).view(plain[type]).view(tensor.shape)
@@ -325,14 +330,14 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
         with np.errstate(all="ignore"):
             values = dequantize(blocks[start:stop], type)
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{path}: {tensor.name} holds values that are not numbers; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{path}: {tensor.name} holds NaN or infinity; {REDOWNLOAD_HINT}")
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     try:
         read_rows(0, 1)
     except NotImplementedError as error:
         raise UnsupportedError(
-            f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read; use another quantization "
+            f"{path}: {tensor.name} is in {type.name}, which the gguf package cannot read. Use another quantization "
             "of the model, such as Q8_0 or Q4_K_M."
         ) from error
     if len(tensor.shape) == 1:
@@ -341,7 +346,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
-    """The file's name of each weight → Meta's: blk.3.attn_q.weight → layers.3.attention.wq.weight"""
+    """Map GGUF's names to Meta's: blk.3.attn_q.weight → layers.3.attention.wq.weight"""
     names = dict(_NAMES)
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template that a GGUF file's metadata describe."""
+"""The tokenizer and the chat template in a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from llama_scratch.checkpoint.extras import Extras
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 
-# Types of tokens.
+# GGUF's token types.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _MERGES = "tokenizer.ggml.merges"
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
-# Tokens that a warning names.
+# Maximum number of tokens that a warning names.
 _MAX_NAMED = 3
 
 
 def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, ...]]:
-    """Read the tokenizer, the facts about it that only converting needs, and warnings.
+    """Read the tokenizer, the facts about it that only conversion needs, and warnings.
 
     Raises:
-        CheckpointError: If the metadata is damaged, or describes a tokenizer that cuts text in another way.
+        CheckpointError: If the metadata is damaged, or the tokenizer is of another kind.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
         raise CheckpointError(
             f"the tokenizer is '{sanitize(kind)}' with the pattern '{sanitize(pre)}', expected 'gpt2' with "
-            f"{' or '.join(map(repr, PATTERNS))}; name a tokenizer.model with `tokenizer`, or use another file."
+            f"{' or '.join(map(repr, PATTERNS))}. Name a tokenizer.model with `tokenizer`, or use another file."
         )
     vocabulary = _read_vocabulary(metadata)
     warnings = [_retyped_warning(vocabulary)] if vocabulary.retyped else []
@@ -52,12 +52,12 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[s
         guess = guess_pre_tokenizer(vocabulary.special, vocabulary.tokenizer)
         if guess is None:
             raise CheckpointError(
-                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits none that is known; "
-                "name a tokenizer.model with `tokenizer`, or use another file."
+                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits no known one. "
+                "Name a tokenizer.model with `tokenizer`, or use another file."
             )
         pre = guess
         warnings.append(
-            f"The file does not name its pre-tokenizer (tokenizer.ggml.pre). By its vocabulary it is '{pre}'. "
+            f"The file does not name its pre-tokenizer (tokenizer.ggml.pre). Judging by its vocabulary, it is '{pre}'. "
             "Use a newer file of this model if its answers are poor."
         )
     bos = vocabulary.name_of("bos")
@@ -67,15 +67,15 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[s
     return tokenizer, Extras(roles=vocabulary.roles, token_types=tuple(vocabulary.types)), tuple(warnings)
 
 
-# --- The vocabulary ---------------------------------------------------------------------------
+# --- Vocabulary -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The tokens of a file, sorted by how they are found in a text.
+    """The tokens of a file, grouped by how they are matched in text.
 
-    texts and types: by id. retyped: ids of control tokens that the file lists as ordinary ones. special, added,
-    unused and ordinary: text → id. ranks: as `Tokenizer` takes them.
+    texts and types are indexed by id. retyped has the ids of control tokens that the file lists as ordinary. special,
+    added, unused and ordinary are text → id. ranks are as for `Tokenizer`.
     """
 
     texts: list[str]
@@ -90,12 +90,12 @@ class _Vocabulary:
     ranks: dict[bytes, int]
 
     def name_of(self, role: str) -> str | None:
-        """The text of the special or added token that has a role."""
+        """Return the text of the special or added token with a role."""
         named = {**self.special, **self.added}
         return next((text for text, id in named.items() if id == self.roles.get(role)), None)
 
     def tokenizer(self, pattern: str, bos: str | None = None, *, whole: bool = True) -> Tokenizer:
-        """The tokenizer with a pattern. whole: as for `unmergeable`."""
+        """Build the tokenizer with a pattern; `whole` is as for `unmergeable`."""
         hidden = unmergeable(self.merges, self.ordinary, whole=whole)
         ends = {self.roles.get(role) for role in ("eos", "eot", "eom")}
         named = {**self.special, **self.added}
@@ -120,9 +120,9 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
     if "tokenizer.ggml.token_type" in metadata:
         types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(texts) != len(types):
-        raise CheckpointError(f"{len(texts)} tokens with {len(types)} types, expected one each; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it has {len(texts)} tokens but {len(types)} token types; {REDOWNLOAD_HINT}")
     if len(set(texts)) != len(texts) or "" in texts:
-        raise CheckpointError(f"a token of the vocabulary is empty or stands there twice; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"a token of the vocabulary is empty or repeated; {REDOWNLOAD_HINT}")
     roles = _roles(metadata, len(texts))
     lines = _list(metadata, _MERGES, str)
     check_counts(texts, lines)
@@ -145,7 +145,7 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
 
 
 def _retyped(texts: list[str], types: list[int], roles: Mapping[str, int], merged: Collection[str]) -> list[int]:
-    """The ids of control tokens that the file lists as ordinary ones: plain text cannot become them."""
+    """Find control tokens listed as ordinary ones: plain text cannot produce them."""
     role_ids = set(roles.values())
     return [
         id
@@ -159,20 +159,27 @@ def _retyped_warning(vocabulary: _Vocabulary) -> str:
     others = len(vocabulary.retyped) - _MAX_NAMED
     more = f" and {others} more" if others > 0 else ""
     return (
-        f"The file gives control tokens the type of ordinary ones, or no type ({names}{more}). "
-        "They are read as special tokens."
+        f"The file marks control tokens as ordinary ones, or has no token types ({names}{more}). "
+        "They are treated as special tokens."
     )
 
 
 def kind_of(text: str, type_: int) -> str:
-    """How a token is found in a text. As in llama.cpp, a token with the name of an end of text is special."""
+    """Return how a token is matched: "special", "added", "ordinary" or "unused".
+
+    As in llama.cpp, tokens with the name of a control token are special.
+
+    Args:
+        text: The token's text.
+        type_: GGUF's type of the token.
+    """
     if type_ == _USER_DEFINED:
         return "special" if text in CONTROL else "added"
     return {_NORMAL: "ordinary", _UNKNOWN: "special", _CONTROL: "special"}.get(type_, "unused")
 
 
 def _roles(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
-    """The tokens that the file names for a role: eos, padding, fim_pre and so on."""
+    """Read the ids of tokens with a role: eos, padding, fim_pre and so on."""
     fields = ((match[1], id) for key, id in metadata.items() if (match := _TOKEN_ID.fullmatch(key)))
     return {role: id for role, id in fields if type(id) is int and 0 <= id < n_tokens}
 
@@ -184,11 +191,19 @@ def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
     return value
 
 
-# --- The chat template ------------------------------------------------------------------------
+# --- Chat template ----------------------------------------------------------------------------
 
 
 def read_chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """The chat template that the file carries; a base model's file has none."""
+    """Read the file's chat template; None for a base model.
+
+    Args:
+        metadata: The file's metadata.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        CheckpointError: If the template is not text.
+    """
     template = metadata.get("tokenizer.chat_template")
     if not template:
         return None

@@ -1,6 +1,6 @@
-"""Writes a GGUF file of the `llama` architecture, with the metadata that llama.cpp's own conversion writes.
+"""Writer of GGUF files of the `llama` architecture.
 
-Matrices keep their type and norms become float32, which llama.cpp wants.
+The metadata are those of llama.cpp's converter. Matrices keep their type; norms become float32, as llama.cpp requires.
 Source: convert_hf_to_gguf.py in ggml-org/llama.cpp.
 """
 
@@ -27,12 +27,22 @@ if TYPE_CHECKING:
     from llama_scratch.precision.lazy_weight import Weight
 
 _ROPE_FREQS = "rope_freqs.weight"
-# What the file says of itself, whatever it was made from.
+# Metadata that describes the new file and is not copied from the source.
 _OURS = {"general.alignment", "general.file_type", "general.quantization_version", "tokenizer.chat_template"}
 
 
 def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
-    """Write a model into a new file. Raises `CheckpointError` for one that this format has no place for."""
+    """Write a model into a new GGUF file.
+
+    Args:
+        checkpoint: The model.
+        weights: Its weights, under Meta's names.
+        path: The new file.
+        progress: Called with the number of tensors written.
+
+    Raises:
+        CheckpointError: If GGUF cannot hold the model.
+    """
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
@@ -70,7 +80,7 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
 
 
 def _plain(data: Any) -> Any:
-    """An array that writes itself plainly: numpy's `tofile` makes a TypeError of an interrupt that falls into it."""
+    """Make an array write itself with `file.write`: numpy's `tofile` turns Ctrl-C into a TypeError."""
     import numpy as np
 
     class Plain(np.ndarray[Any, Any]):
@@ -81,14 +91,14 @@ def _plain(data: Any) -> Any:
 
 
 def _stored_type(weight: Weight) -> Any:
-    """The torch type that a weight is written in."""
+    """Return the torch dtype that a weight is written in."""
     import torch
 
     return torch.float32 if len(weight.shape) == 1 else weight.dtype
 
 
 def _rope_divisors(args: ModelArgs) -> Tensor | None:
-    """What each pair's frequency is divided by, (head_dim/2,) float32; None without scaling."""
+    """Return each pair's frequency divisor, (head_dim/2,) float32; None without scaling."""
     from llama_scratch.model import rope_frequencies
 
     if args.rope_scaling is None and args.rope_divisors is None:
@@ -125,20 +135,20 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     tokenizer, parts = checkpoint.tokenizer, tokenizer_parts(checkpoint)
     if parts.pattern is None:
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} cuts text by the pattern '{sanitize(tokenizer.pattern)}', expected one "
-            "that GGUF has a name for; `to=hf` holds it."
+            f"{sanitize(checkpoint.name)} splits text by the pattern '{sanitize(tokenizer.pattern)}', which GGUF has "
+            "no name for. Use `to=hf`."
         )
     ids = range(tokenizer.n_vocab)
     writer.add_tokenizer_model("gpt2")
-    # Only with "llama-bpe" a piece that is a token becomes that token whatever the merges make of it.
+    # Only with "llama-bpe", a piece that equals a token becomes that token regardless of merges.
     pre = "smaug-bpe" if parts.pattern == "llama-bpe" and not tokenizer.whole_pieces else parts.pattern
     if tokenizer.merges and tokenizer.whole_pieces and pre != "llama-bpe":
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} has tokens that no merge makes, which GGUF does not hold with the "
-            f"pattern '{pre}'; `to=hf` holds them."
+            f"{sanitize(checkpoint.name)} has tokens that no merge produces, which GGUF cannot hold with the "
+            f"pattern '{pre}'. Use `to=hf`."
         )
     writer.add_tokenizer_pre(pre)
-    # Ids without a token get a name that no text has.
+    # Ids without a token get a placeholder name.
     texts = [parts.texts.get(id, f"[PAD{id}]") for id in ids]
     writer.add_token_list(texts)
     writer.add_token_types(_token_types(checkpoint, parts, texts))
@@ -150,7 +160,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[str]) -> list[int]:
-    """The type of each token: the one that a GGUF file gave it, if that says the same."""
+    """Return each token's type; the source GGUF file's type is kept if it is equivalent."""
     from gguf import TokenType
 
     by_kind: dict[str, int] = {
@@ -178,14 +188,14 @@ def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[
 
 
 def _roles(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens that the file names for a role, among them up to three stops: eos, the end of a turn, of a message."""
+    """Return the ids of tokens with a role, among them up to three stops: eos, eot, eom."""
     stops = {parts.texts[id]: id for id in sorted(tokenizer.stop_ids)}
     ends = {"eom": stops.get("<|eom_id|>"), "eot": stops.get("<|eot_id|>", stops.get("<|im_end|>"))}
     return {**{role: id for role, id in ends.items() if id is not None}, **parts.roles}
 
 
 def _add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Sampling defaults, and what a GGUF file said of the model."""
+    """Write sampling defaults, and the metadata of the source if it was a GGUF file."""
     generation, metadata = checkpoint.extras.generation, dict(checkpoint.extras.metadata)
     if generation.get("do_sample") is True:
         metadata |= {key: generation[field] for field, key in SAMPLING.items() if field in generation}

@@ -1,5 +1,5 @@
-"""How are Hugging Face's files (`config.json`, `tokenizer.json`, `*.safetensors`) read and written?
+"""Hugging Face's format: `config.json`, `tokenizer.json` and `*.safetensors`.
 
-`reader` opens a directory. `safetensors_file` reads the weights, `tokenizer_json` the tokenizer, whose cutting of text
-`tokenizer_steps` compares with the known patterns; `writer` writes all of it. Read `reader` first.
+`reader` opens a directory. `safetensors_file` reads the weights and `tokenizer_json` the tokenizer, whose
+pre-tokenizer `tokenizer_steps` compares with the known patterns. `writer` writes all of it. Read `reader` first.
 """

@@ -1,6 +1,6 @@
-"""Hugging Face's model directory: `config.json`, `model.safetensors` or its shards, and `tokenizer.json`.
+"""Hugging Face's model directory: `config.json`, `tokenizer.json`, safetensors.
 
-Source: `LlamaConfig` and `LlamaForCausalLM` in transformers, whose files these are.
+Source: `LlamaConfig` and `LlamaForCausalLM` in transformers.
 """
 
 from __future__ import annotations
@@ -45,20 +45,26 @@ _LAYER_NAMES = {
 }
 _MAX_TEMPLATE = 1 << 20
 _ORIGINAL = "original_max_position_embeddings"
-# RoPE scalings that leave all frequencies alone if their factor is 1.
+# Types of RoPE scaling that do nothing if their factor is 1.
 _PLAIN_AT_1 = ("linear", "dynamic", "yarn", "llama3")
-# Fields of config.json that name a token, and GGUF's words for the roles.
+# Fields of config.json with a token id → GGUF's name of the role.
 _ID_ROLES = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Read and check all but the weights; `tokenizer` is a tokenizer.model elsewhere.
+    """Open a model in Hugging Face's format: read and check all but the weights.
 
-    Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
+    Args:
+        directory: The model's directory.
+        tokenizer: Path of a tokenizer.model that replaces the model's own.
+
+    Raises:
+        ModelNotFoundError: If a file is missing.
+        CheckpointError: If a file is damaged or not supported.
     """
     with reading(directory):
         if not (directory / CONFIG).is_file():
-            raise ModelNotFoundError(f"There is no {CONFIG} in {directory}; name the directory that holds the model.")
+            raise ModelNotFoundError(f"{CONFIG} not found in {directory}. Name the directory that holds the model.")
         config = read_object(directory / CONFIG, required=True)
         args, says_tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
@@ -98,13 +104,13 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
         )
 
 
-# --- The shape --------------------------------------------------------------------------------
+# --- Shape ------------------------------------------------------------------------------------
 
 
 def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
-    """The shape, and whether the output is the embedding. What transformers leaves out has its defaults."""
+    """Return the shape and whether the output is tied, with transformers' defaults."""
     if (found := unsupported(config)) is not None:
-        raise UnsupportedError(f"{path} says {found}; use another model.")
+        raise UnsupportedError(f"{path} says {found}. Use another model.")
     fields = Fields(config)
     try:
         n_heads = fields.integer("num_attention_heads")
@@ -131,11 +137,11 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
-    """What a config names that the network here has not, and what was expected."""
+    """Describe the first feature in a config that is not supported, or return None."""
     kind, architectures = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or architectures != ["LlamaForCausalLM"]:
         return (
-            f"the architecture {sanitize(architectures)} of the type '{sanitize(kind)}', "
+            f"that the architecture is {sanitize(architectures)} of the type '{sanitize(kind)}', "
             "expected LlamaForCausalLM of the type 'llama'"
         )
     if (quantized := config.get("quantization_config")) is not None:
@@ -143,16 +149,16 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         return f"that the weights are quantized (quantization_config, {sanitize(method)}), expected bf16, fp16 or fp32"
     if config.get("quantization") is not None:
         return "that MLX quantized the weights (quantization), expected bf16, fp16 or fp32"
-    if config.get("hidden_act") not in (None, "silu", "swish"):  # two names of one function
-        return f"hidden_act '{sanitize(config['hidden_act'])}', expected silu"
+    if config.get("hidden_act") not in (None, "silu", "swish"):  # two names of the same function
+        return f"that hidden_act is '{sanitize(config['hidden_act'])}', expected silu"
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            return f"{field} {sanitize(config[field])}, expected linear layers without a bias"
+            return f"that {field} is {sanitize(config[field])}, expected linear layers without a bias"
     return None
 
 
 def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling | None]:
-    """theta and the scaling, from `rope_scaling`, or since transformers 5 both from `rope_parameters`."""
+    """Read theta and scaling from `rope_scaling`, or transformers 5's `rope_parameters`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"the field rope_scaling is {sanitize(rope)}, expected an object.")
@@ -161,7 +167,7 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
         raise UnsupportedError(
-            "only a part of each head is turned (partial_rotary_factor), expected all of it; use another model."
+            "only a part of each head is rotated (partial_rotary_factor), which is not supported. Use another model."
         )
     if kind == "default":
         return theta, None
@@ -170,26 +176,26 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
         return theta, None
     if kind != "llama3":
         raise UnsupportedError(
-            f"the RoPE scaling is '{sanitize(kind)}', expected 'llama3' or none; use a model with that, "
+            f"the RoPE scaling is '{sanitize(kind)}', expected 'llama3' or none. Use a model with that, "
             "or run this one in transformers."
         )
     factor, low, high = (fields.number(field) for field in ("factor", "low_freq_factor", "high_freq_factor"))
     if factor < 1 or low >= high:
         raise CheckpointError(
             f"the RoPE scaling has the factor {factor:g} between {low:g} and {high:g}, "
-            "expected one of at least 1, and low_freq_factor below high_freq_factor."
+            "expected at least 1, and low_freq_factor below high_freq_factor."
         )
     original = Fields(rope | _outer_original(config)).integer(_ORIGINAL, default=context)
     return theta, RopeScaling(factor, low, high, original)
 
 
 def _outer_original(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The original context if it is beside `rope_scaling`; transformers prefers it to the one within."""
+    """Return the original context beside `rope_scaling`; transformers prefers it."""
     return {} if config.get(_ORIGINAL) is None else {_ORIGINAL: config[_ORIGINAL]}
 
 
 def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
-    """Warn about fields of the rotary embedding that contradict each other; transformers' choice is taken."""
+    """Warn about contradictory RoPE fields; the choice between them is transformers'."""
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     if scaling and parameters:
         try:
@@ -207,21 +213,21 @@ def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator
 
 
 def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, path: Path) -> Iterator[str]:
-    """Warn if `tie_word_embeddings` is not what the weights are; the weights are believed."""
+    """Warn if `tie_word_embeddings` contradicts the weights; the weights win."""
     if output is None and not says_tied:
         yield f"{path.name} has no {_OUTPUT}, though {CONFIG} does not tie it to the embedding; the embedding is used."
     if output is not None and says_tied and not tied:
         yield (
-            f"{CONFIG} says that {_OUTPUT} is the embedding (tie_word_embeddings), but {path.name} holds another one; "
-            "the file's is used."
+            f"{CONFIG} ties {_OUTPUT} to the embedding (tie_word_embeddings), but {path.name} holds another one; "
+            "the one in the file is used."
         )
 
 
-# --- Tokenizer and conversations --------------------------------------------------------------
+# --- Tokenizer and chat format ----------------------------------------------------------------
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json. Older directories name their special tokens in special_tokens_map.json alone."""
+    """Read tokenizer_config.json, completed by special_tokens_map.json of older models."""
     named = read_object(directory / "special_tokens_map.json")
     settings = read_object(directory / "tokenizer_config.json")
     return {**named, **{name: value for name, value in settings.items() if value is not None}}
@@ -235,7 +241,7 @@ def _tokenizer(
         stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
         read = read_tokenizer_json(path, settings, stops, args.vocab_size)
         given = {role: config.get(name) for name, role in _ID_ROLES.items()}
-        # Configurations that nobody completed begin texts with token 1 and end them with token 2.
+        # Unedited default configurations have bos 1 and eos 2, whatever those tokens are.
         named = set(read.tokenizer.names.values())
         by_id = {
             role: id
@@ -246,23 +252,23 @@ def _tokenizer(
     if metas.is_file():
         return ReadTokenizer(Tokenizer.from_meta(str(metas)), {}, frozenset(), ())
     raise ModelNotFoundError(
-        f"There is no tokenizer.json in {directory}; copy it there from where the model came from, "
+        f"tokenizer.json not found in {directory}. Copy it there from where the model came from, "
         "or name a tokenizer.model with `tokenizer`."
     )
 
 
 def _ids(value: Any, directory: Path) -> list[int]:
-    """One id or several."""
+    """Return one id, or a list of them, as a list."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id) is int for id in ids):
         raise CheckpointError(
-            f"{directory}: eos_token_id is {sanitize(value)}, expected a number or several; {REDOWNLOAD_HINT}"
+            f"{directory}: eos_token_id is {sanitize(value)}, expected one or several integers; {REDOWNLOAD_HINT}"
         )
     return ids
 
 
 def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """The chat template, from a file of its own or from tokenizer_config.json; a base model has none."""
+    """Read the chat template from its own file or tokenizer_config.json; None for a base model."""
     file = directory / "chat_template.jinja"
     template: Any
     if file.is_file():
@@ -272,7 +278,7 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
         template = settings.get("chat_template")
         if template is None:
             template = read_object(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several under names
+    if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     if template is None or template == "":
@@ -286,17 +292,17 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
     return TemplateFormat(template, bos, eos, tuple(tokenizer.special_tokens))
 
 
-# --- The weights ------------------------------------------------------------------------------
+# --- Weights ----------------------------------------------------------------------------------
 
 
 def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: Progress) -> dict[str, Weight]:
-    """Map the tensors under Meta's names. Only q and k are copied, with their rows in Meta's order."""
+    """Map the tensors under Meta's names. Only wq and wk are copied, to reorder their rows."""
     from safetensors import SafetensorError, safe_open
 
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
     names = weight_names(args)
     copied = sum(entry.nbytes for name, entry in entries.items() if _part(names[name]) in heads)
-    require_memory(copied, "the copy of wq and wk in Meta's order")
+    require_memory(copied, "Copying wq and wk in Meta's order")
     weights: dict[str, Weight] = {}
     for file in dict.fromkeys(entry.file for entry in entries.values()):
         try:
@@ -318,11 +324,15 @@ def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: P
 
 
 def in_pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """The rows of wq or wk, (n_heads·head_dim, dim), from Hugging Face's order of a head into Meta's.
+    """Reorder the rows of wq or wk from Hugging Face's order to Meta's.
 
-    Theirs turns the numbers j and j + head_dim/2 of a head together, Meta's 2j and 2j + 1: transformers' rows of a
-    head are all first numbers of the pairs and then all second ones. A copy.
-    Source: `permute` in transformers' convert_llama_weights_to_hf.py, undone.
+    RoPE rotates the components j and j + head_dim/2 of a head together in transformers, but 2j and 2j + 1 in Meta's
+    code. So transformers stores the first components of all pairs of a head, then the second ones. Returns a copy.
+    Source: the inverse of `permute` in transformers' convert_llama_weights_to_hf.py.
+
+    Args:
+        weight: (n_heads·head_dim, dim), in Hugging Face's order.
+        n_heads: Number of heads.
     """
     rows, dim = weight.shape
     return weight.view(n_heads, 2, rows // n_heads // 2, dim).transpose(1, 2).reshape(rows, dim)
@@ -339,7 +349,10 @@ def _stored(entries: Mapping[str, Entry], tied: bool) -> WeightStorage:
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
-    """Hugging Face's name → Meta's: model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight"""
+    """Map Hugging Face's names of weights to Meta's.
+
+    model.layers.3.self_attn.q_proj.weight → layers.3.attention.wq.weight
+    """
     names = {_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", _OUTPUT: OUTPUT}
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():

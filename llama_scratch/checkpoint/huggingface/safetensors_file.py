@@ -1,7 +1,7 @@
-"""Safetensors files: which tensors they hold, from their headers, every place checked against the files.
+"""The headers of safetensors files, with every offset checked against the file.
 
-A file is the length of a JSON header, 8 bytes little-endian, the header, and the tensors one behind the other. A model
-of several files has an index, which says for each tensor in which of them it lies.
+A file consists of the header's length (8 bytes, little-endian), a JSON header, and the tensors, contiguous. A model in
+several files has an index that maps each tensor to its file.
 Source: the format's description in huggingface/safetensors, README.md.
 """
 
@@ -18,21 +18,29 @@ from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFound
 from llama_scratch.system.small_files import read_start
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The format's name of a type → torch's, and its bytes.
+# The format's name of a type → torch's name and size in bytes.
 TYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
-# A header takes some 120 bytes a tensor, and the largest Llama has 1,138.
+# A header takes about 120 bytes per tensor, and the largest Llama has 1,138.
 _MAX_HEADER = 1 << 22
 _MAX_TENSORS = 1 << 12
 _MAX_DIM = 1 << 40
-# Bytes that are compared at a time.
+# Number of bytes to compare at a time.
 _BLOCK = 1 << 20
-# Older files carry the rotation table, which is computed here.
+# Older files store RoPE's frequencies, which are computed here instead.
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its shape, torch's name of its type, its bytes, its file, and the place of its first byte there."""
+    """A tensor in a file.
+
+    Args:
+        shape: Its shape.
+        dtype: torch's name of its type.
+        nbytes: Size in bytes.
+        file: The file.
+        start: Offset in the file, in bytes.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +49,7 @@ class Entry:
     start: int
 
     def holds_the_same_as(self, other: Entry) -> bool:
-        """Whether two tensors are equal byte by byte; NaN too. Reads no further than to the first difference."""
+        """Compare two tensors bitwise, NaN included. Stops at the first difference."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
         with self.file.open("rb") as own, other.file.open("rb") as its:
@@ -54,9 +62,17 @@ class Entry:
 
 
 def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
-    """What describes the weights, the only file or the index, and all tensors by their names in it.
+    """Find all tensors of a model.
 
-    Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
+    Args:
+        directory: The model's directory.
+
+    Returns:
+        The single weight file or the index, and the tensors by name.
+
+    Raises:
+        ModelNotFoundError: If a file is missing.
+        CheckpointError: If a file is damaged or not supported.
     """
     path, index = directory / WEIGHTS, directory / INDEX
     if path.is_file():
@@ -65,18 +81,18 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
         return index, _read_index(index)
     if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
         raise UnsupportedError(
-            f"{directory} holds its weights as pytorch_model.bin alone, expected {WEIGHTS}; "
-            "save the model again with transformers, which writes that."
+            f"{directory} holds its weights only as pytorch_model.bin, expected {WEIGHTS}. "
+            "Save the model again with transformers, which writes safetensors."
         )
-    raise ModelNotFoundError(f"There is no {WEIGHTS} in {directory}, nor its index; fetch the model again.")
+    raise ModelNotFoundError(f"{WEIGHTS} and its index not found in {directory}. Fetch the model again.")
 
 
 def _read_index(path: Path) -> dict[str, Entry]:
     places = read_object(path, _MAX_HEADER, required=True).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} has no weight_map, expected each tensor's file in it; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} has no weight_map, which maps each tensor to its file; {REDOWNLOAD_HINT}")
     for file in places.values():
-        # A plain name: nothing that leads to another folder.
+        # A plain file name, which cannot lead to another directory.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file):
             raise CheckpointError(
                 f"{path} names the file '{sanitize(file)}', expected one beside it; {REDOWNLOAD_HINT}"
@@ -85,13 +101,11 @@ def _read_index(path: Path) -> dict[str, Entry]:
     for file in dict.fromkeys(places.values()):
         shard = path.parent / file
         if not shard.is_file():
-            raise ModelNotFoundError(f"There is no {file} in {path.parent}, which {path.name} names; fetch it again.")
+            raise ModelNotFoundError(f"{file} not found in {path.parent}, but {path.name} names it. Fetch it again.")
         found = read_header(shard)
         if twice := entries.keys() & found:
             other = entries[min(twice)].file.name
-            raise CheckpointError(
-                f"{path}: '{sanitize(min(twice))}' is in {other} and in {file}, expected it once; {REDOWNLOAD_HINT}"
-            )
+            raise CheckpointError(f"{path}: '{sanitize(min(twice))}' is in both {other} and {file}; {REDOWNLOAD_HINT}")
         entries |= found
         _check_count(path, len(entries))
     wanted = {name: file for name, file in places.items() if not _IGNORED.fullmatch(name)}
@@ -107,15 +121,20 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, the rotation table of older ones left out. Raises `CheckpointError`."""
-    read_start(path)  # a git-lfs pointer or a web page is named for what it is
+    """Read the tensors of one file, except RoPE's frequencies in older ones.
+
+    Raises:
+        UnsupportedError: If a tensor has an unsupported type.
+        CheckpointError: If the file is damaged.
+    """
+    read_start(path)  # raises a specific error for a git-lfs pointer or a web page
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
             raise CheckpointError(
-                f"{path} begins with {start!r} and has {size:,} bytes, expected a safetensors header; {REDOWNLOAD_HINT}"
+                f"{path} starts with {start!r} and has {size:,} bytes, expected a safetensors header; {REDOWNLOAD_HINT}"
             )
         header = parse_object(file.read(length), path)
     header.pop("__metadata__", None)
@@ -134,18 +153,18 @@ def _check_count(path: Path, count: int) -> None:
 
 
 def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, Entry]:
-    """The tensors must follow each other without a gap and fill the file to its end."""
+    """Check that the tensors are contiguous and fill the file."""
     size = file_size - data_start
     entries = {name: _place(name, value) for name, value in header.items()}
     end = 0
     for name, (_, _, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if start != end:
             raise CheckpointError(
-                f"'{sanitize(name)}' begins at byte {start:,} of the data, expected {end:,}; {REDOWNLOAD_HINT}"
+                f"'{sanitize(name)}' starts at byte {start:,} of the data, expected {end:,}; {REDOWNLOAD_HINT}"
             )
         end = stop
     if end != size:
-        raise CheckpointError(f"{size:,} bytes of data, expected {end:,} by its header; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it has {size:,} bytes of data, expected {end:,} from its header; {REDOWNLOAD_HINT}")
     return {
         name: Entry(shape, dtype, stop - start, path, data_start + start)
         for name, (shape, dtype, start, stop) in entries.items()
@@ -154,13 +173,13 @@ def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size
 
 
 def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
-    """(shape, torch's name of the type, first byte, byte behind the last one) of one tensor."""
+    """Return a tensor's (shape, torch's name of its type, start offset, end offset)."""
     value = value if isinstance(value, dict) else {}
     kind, shape, place = (value.get(field) for field in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and kind not in TYPES:
         raise UnsupportedError(
-            f"'{sanitize(name)}' is stored as {sanitize(kind)}, expected {', '.join(TYPES)}; "
-            "use the unquantized model, or a GGUF file of it."
+            f"'{sanitize(name)}' is stored as {sanitize(kind)}, expected {', '.join(TYPES)}. "
+            "Use the unquantized model, or a GGUF file of it."
         )
     if not (isinstance(kind, str) and _are_sizes(shape) and _are_sizes(place) and len(place) == 2):
         raise CheckpointError(
@@ -171,12 +190,12 @@ def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
     start, stop = place
     if stop - start != (needed := math.prod(shape) * each):
         raise CheckpointError(
-            f"'{sanitize(name)}' has {stop - start:,} bytes, expected {needed:,} for {kind} of the shape "
-            f"{tuple(shape)}; {REDOWNLOAD_HINT}"
+            f"'{sanitize(name)}' has {stop - start:,} bytes, expected {needed:,} for the shape {tuple(shape)} in "
+            f"{kind}; {REDOWNLOAD_HINT}"
         )
     return tuple(shape), dtype, start, stop
 
 
 def _are_sizes(values: Any) -> bool:
-    """Whether something is a short list of numbers that can be sizes."""
+    """Whether a value is a short list of integers that can be sizes."""
     return isinstance(values, list) and len(values) <= 8 and all(type(n) is int and 0 <= n <= _MAX_DIM for n in values)

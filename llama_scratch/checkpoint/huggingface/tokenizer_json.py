@@ -1,13 +1,13 @@
-"""Hugging Face's tokenizer.json → `Tokenizer`, where the two cut every text alike.
+"""Hugging Face's tokenizer.json → `Tokenizer`, if both tokenize every text alike.
 
-That file describes a chain: a normalizer, a pre-tokenizer that cuts text into pieces, a model that merges within
-them, and a post-processor that puts special tokens around. Byte-level BPE behind one of the known patterns is what
-tiktoken does; anything else is refused in a sentence that says what it is.
+The file describes a pipeline: a normalizer, a pre-tokenizer that splits text into pieces, a model that merges within
+pieces, and a post-processor that adds special tokens. tiktoken implements byte-level BPE after a pattern; with one of
+the known patterns the two are equivalent. Anything else is rejected with an error that names it.
 
-`ignore_merges` says that a piece that is a token becomes that token at once, as in tiktoken. Llama 3's vocabulary
-needs it for 588 of its tokens. The merges of a vocabulary that was trained in one go make each of its tokens anyway;
-of others `unmergeable` finds the tokens that they do not make.
-Source: the `tokenizers` package, whose JSON it is.
+With `ignore_merges`, a piece that equals a token becomes that token at once, as in tiktoken. Llama 3 needs this for
+588 tokens. If a vocabulary was trained in one run, its merges produce all of its tokens anyway; for other vocabularies,
+`unmergeable` finds the tokens that they cannot produce.
+Source: the `tokenizers` package.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from llama_scratch.checkpoint.huggingface.tokenizer_steps import USE_ANOTHER, ch
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import Tokenizer
 
-# Llama 3's has 9 to 17 MB, depending on how it writes its merges.
+# Llama 3's file has 9 to 17 MB, depending on how merges are written.
 _MAX_BYTES = 1 << 25
 _MAX_ID = 1 << 24
-# Embeddings are made longer than the vocabulary to have a size that suits a GPU, or for tokens to come.
+# Embeddings may have more rows than tokens, as padding for GPUs or for future tokens.
 _MAX_UNUSED = 1 << 12
 
-# Fields of tokenizer_config.json that name a token, and GGUF's words for the roles.
+# Fields of tokenizer_config.json with a token → GGUF's name of the role.
 ROLES = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -47,13 +47,13 @@ ROLES = {
     "mask_token": "mask",
     "cls_token": "cls",
 }
-# Tokens that a warning names.
+# Maximum number of tokens that a warning names.
 _MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
 class ReadTokenizer:
-    """A tokenizer.json that was read.
+    """The content of a tokenizer.json.
 
     Args:
         tokenizer: The tokenizer.
@@ -69,7 +69,7 @@ class ReadTokenizer:
 
 
 def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> Tokenizer:
-    """Read the tokenizer alone. See `read_tokenizer_json`."""
+    """Read only the tokenizer; arguments and errors as in `read_tokenizer_json`."""
     return read_tokenizer_json(path, config, stop_ids, vocab_size).tokenizer
 
 
@@ -81,12 +81,12 @@ def read_tokenizer_json(
     Args:
         path: The file.
         config: tokenizer_config.json, completed by special_tokens_map.json.
-        stop_ids: Ids of tokens that end a text, from other files.
-        vocab_size: Rows of the embedding. Ids without a token get names such as `[PAD128300]`, as llama.cpp's
-            converter gives them. Added tokens beyond the last row are left out, with a warning.
+        stop_ids: Ids of stop tokens in other files.
+        vocab_size: Number of rows of the embedding. Ids without a token get names such as `[PAD128300]`, as in
+            llama.cpp's converter. Added tokens beyond the last row are dropped with a warning.
 
     Raises:
-        CheckpointError: If the file is damaged, or describes a tokenizer that cuts text in another way.
+        CheckpointError: If the file is damaged, or the tokenizer is of another kind.
     """
     parts = read_object(path, _MAX_BYTES, required=True)
     try:
@@ -96,7 +96,12 @@ def read_tokenizer_json(
 
 
 def named_token(config: Mapping[str, Any], field: str) -> str | None:
-    """The text of a special token that tokenizer_config.json names in a field, such as "bos_token"."""
+    """Return the text of a special token.
+
+    Args:
+        config: Content of tokenizer_config.json.
+        field: A field such as "bos_token". Its value is text, or an object with `content`.
+    """
     token = config.get(field)
     if isinstance(token, dict):
         token = token.get("content")
@@ -115,7 +120,7 @@ def _tokenizer(
     special_elsewhere = _named_elsewhere(config, added, vocab)
     flags = {text: flag or text in special_elsewhere for text, (_, flag) in added.items()}
     names = {text: id for text, (id, _) in added.items()}
-    # Tokens of the vocabulary that text never has: no merge makes them, and every pattern cuts their names.
+    # Tokens that text never produces: no merge makes them, and every pattern splits their names.
     unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, merged)}
     ordinary = {text: id for text, id in vocab.items() if text not in unused}
     ordinary = {text: id for text, id in ordinary.items() if text not in names or is_reachable(text, merged)}
@@ -134,8 +139,8 @@ def _tokenizer(
     bos = _bos(parts.get("post_processor"), config, added)
     if bos in beyond:
         raise CheckpointError(
-            f"a text begins with '{sanitize(bos)}', whose id {beyond[bos]} is beyond the model's embedding of "
-            f"{vocab_size:,} rows; use the tokenizer that came with the model."
+            f"the BOS token '{sanitize(bos)}' has the id {beyond[bos]}, beyond the model's embedding of "
+            f"{vocab_size:,} rows. Use the tokenizer that came with the model."
         )
     eos = named_token(config, "eos_token")
     special = {text: id for text, id in names.items() if flags[text] and text not in both}
@@ -167,39 +172,39 @@ def _tokenizer(
 def _vocabulary(
     parts: dict[str, Any], model: dict[str, Any], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ordinary tokens, text → id, and the pairs that are merged; their numbers and the ids are checked."""
+    """Return the vocabulary (text → id) and the merges, after checking counts and ids."""
     vocab = _field(model, "vocab", dict)
     listed = _field(model, "merges", list)
     check_counts(vocab, listed)
     for tokens in (vocab, parts.get("added_tokens")):
         if isinstance(tokens, Sized) and len(tokens) > vocab_size + _MAX_UNUSED:
             raise CheckpointError(
-                f"it has {len(tokens):,} tokens and the model's embedding {vocab_size:,} rows, expected about as many; "
-                "use the tokenizer that came with the model."
+                f"it has {len(tokens):,} tokens, but the model's embedding has {vocab_size:,} rows. "
+                "Use the tokenizer that came with the model."
             )
     _check_ids(list(vocab.values()))
     return vocab, list(map(_merge, listed))
 
 
 def _unknown(model: Mapping[str, Any], config: Mapping[str, Any], ranks: Mapping[bytes, int]) -> Any:
-    """The token for bytes that the vocabulary lacks, as the files name it."""
+    """Return the token for bytes that are not in the vocabulary."""
     if model.get("fuse_unk") and any(bytes([byte]) not in ranks for byte in range(256)):
-        raise CheckpointError(f"it joins unknown bytes (fuse_unk), expected one token for each byte; {USE_ANOTHER}")
+        raise CheckpointError(f"it fuses unknown bytes (fuse_unk), expected one token per byte. {USE_ANOTHER}")
     return model.get("unk_token") or named_token(config, "unk_token")
 
 
 def _named_elsewhere(
     config: Mapping[str, Any], added: dict[str, tuple[int, bool]], vocab: Mapping[str, int]
 ) -> set[str]:
-    """Read tokenizer_config.json's own list of added tokens, and its names for roles, as transformers does.
+    """Read added tokens and roles from tokenizer_config.json, as transformers does.
 
     Args:
-        config: The file.
-        added: The tokens of tokenizer.json. Those that it does not have are added to it.
-        vocab: The vocabulary of tokenizer.json.
+        config: Content of the file.
+        added: Added tokens of tokenizer.json. Missing ones are inserted.
+        vocab: Vocabulary of tokenizer.json.
 
     Returns:
-        The texts that are special by this file.
+        The texts that the file marks as special.
     """
     listed = config.get("added_tokens_decoder")
     special = set()
@@ -228,19 +233,19 @@ def _named_elsewhere(
 
 
 def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
-    """The warning about tokens that no row of the embedding belongs to."""
+    """Warn about tokens without a row in the embedding."""
     if tokens:
         names = ", ".join(f"'{sanitize(text)}'" for text in list(tokens)[:_MAX_NAMED])
         more = f" and {len(tokens) - _MAX_NAMED} more" if len(tokens) > _MAX_NAMED else ""
         yield (
             f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({names}{more}). "
-            "The model cannot read or write them, so text that holds their names is read as plain text."
+            "The model cannot read or write them, so their names in a text are read as plain text."
         )
 
 
 def _check_ids(ids: list[Any]) -> None:
     if not all(type(id) is int and 0 <= id < _MAX_ID for id in ids) or len(set(ids)) != len(ids):
-        raise CheckpointError(f"the ids of the tokens are no numbers, or one stands there twice; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"a token id is not an integer, or is repeated; {REDOWNLOAD_HINT}")
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -253,14 +258,14 @@ def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Tokens that are found in a text before it is cut: text → id, and whether it is special."""
+    """Read the tokens that are matched before text is split: text → (id, whether special)."""
     added: dict[str, tuple[int, bool]] = {}
     for token in _field(parts, "added_tokens", list) if parts.get("added_tokens") is not None else []:
         text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
         if not isinstance(text, str) or type(id) is not int or text in added or vocab.get(text, id) != id:
             raise CheckpointError(
-                f"the added token {sanitize(text)} has the id {sanitize(id)}, expected a text with an id of its own "
-                f"that is the same in the vocabulary; {REDOWNLOAD_HINT}"
+                f"the added token {sanitize(text)} has the id {sanitize(id)}, expected a unique text with the same id "
+                f"as in the vocabulary; {REDOWNLOAD_HINT}"
             )
         _check_found_by_its_text(text, token)
         added[text] = (id, token.get("special") is True)
@@ -268,41 +273,41 @@ def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
-    """Raise for a token that takes white space around it, or is not found within a word."""
+    """Reject a token that strips whitespace, or that is not matched within a word."""
     if not text or token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
         raise CheckpointError(
-            f"the added token '{sanitize(text)}' takes white space or whole words alone, "
-            f"expected one that is found by its text; {USE_ANOTHER}"
+            f"the added token '{sanitize(text)}' strips whitespace or matches only whole words, "
+            f"which is not supported. {USE_ANOTHER}"
         )
 
 
 def _merge(merge: Any) -> tuple[str, str]:
-    """Two tokens, written "a b" or, since merges may hold spaces, ["a", "b"]."""
+    """Parse a merge: "a b" or, because tokens may have spaces, ["a", "b"]."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise CheckpointError(f"the merge '{sanitize(merge)}' is not of two tokens; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the merge '{sanitize(merge)}' does not have two tokens; {REDOWNLOAD_HINT}")
     return pair[0], pair[1]
 
 
 def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
-    """Names for the rows of the embedding that no token has: none is ever in a text, but a model can give one."""
+    """Name the rows of the embedding without a token: never in a text, but a model can generate them."""
     if vocab_size - len(ids) > _MAX_UNUSED:
         raise CheckpointError(
-            f"it has {len(ids):,} tokens and the model's embedding {vocab_size:,}, expected about as many; "
-            "use the tokenizer that came with the model."
+            f"it has {len(ids):,} tokens, but the model's embedding has {vocab_size:,} rows. "
+            "Use the tokenizer that came with the model."
         )
     unused = {f"[PAD{id}]": id for id in range(vocab_size) if id not in ids}
     if twice := names & unused.keys():
         raise CheckpointError(
-            f"the added token '{sanitize(min(twice))}' has an id that is not its own; {REDOWNLOAD_HINT}"
+            f"the added token '{sanitize(min(twice))}' has the placeholder name of another id; {REDOWNLOAD_HINT}"
         )
     return unused
 
 
 def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) -> str | None:
-    """The token that the post-processor puts in front of a text; what it puts behind ends one.
+    """Return the token that the post-processor puts before a text.
 
-    Without a template in it, tokenizer_config.json says whether its bos_token comes first.
+    If it has no template, `add_bos_token` in tokenizer_config.json decides. Tokens after a text are ignored.
     """
     try:
         parts = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
@@ -310,8 +315,7 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         for part in filter(None, parts):
             if part["type"] not in ("ByteLevel", "TemplateProcessing"):
                 raise CheckpointError(
-                    f"it puts special tokens around a text by {sanitize(part['type'])}, "
-                    f"expected TemplateProcessing; {USE_ANOTHER}"
+                    f"it adds special tokens by {sanitize(part['type'])}, expected TemplateProcessing. {USE_ANOTHER}"
                 )
             templates += [part] if part["type"] == "TemplateProcessing" else []
         if not templates:
@@ -329,6 +333,6 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         ) from error
     if len(front) > 1 or len(tokens) != len(front):
         raise CheckpointError(
-            f"the tokens {sanitize(front)} come in front of a text, expected one special token or none; {USE_ANOTHER}"
+            f"it puts the tokens {sanitize(front)} before a text, expected at most one special token. {USE_ANOTHER}"
         )
     return tokens[0] if tokens else None

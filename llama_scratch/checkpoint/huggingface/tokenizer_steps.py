@@ -1,4 +1,4 @@
-"""The steps of a tokenizer.json that change and cut a text → the known pattern that cuts alike."""
+"""The normalizer and pre-tokenizer of a tokenizer.json → an equivalent pattern."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.errors import CheckpointError, sanitize
 
-USE_ANOTHER = "name a tokenizer.model with `tokenizer`, or use another model."
-# Other expressions that cut every text as the known ones do: that of cl100k_base, and OpenAI's later ones of GPT-2's.
+USE_ANOTHER = "Name a tokenizer.model with `tokenizer`, or use another model."
+# Expressions that are equivalent to the known ones: cl100k_base's, and OpenAI's later versions of GPT-2's.
 _SPELLINGS = {pattern: pattern for pattern in PATTERNS.values()} | {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": PATTERNS["llama-bpe"],
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": PATTERNS["gpt-2"],
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": PATTERNS["gpt-2"],
 }
-# Steps by their meaning, and the pattern that cuts as they do.
+# Steps, as described by `_meaning` → the equivalent pattern.
 _KNOWN: dict[tuple[str | None, ...], str] = {
     ("GPT-2, bytes",): PATTERNS["gpt-2"],
     ("digits", "GPT-2, bytes"): PATTERNS["smollm"],
@@ -25,25 +25,35 @@ _KNOWN: dict[tuple[str | None, ...], str] = {
 
 
 def check_kind(parts: dict[str, Any], model: dict[str, Any]) -> None:
-    """Byte-level BPE writes every byte as a character of its own; what else is called BPE does otherwise."""
+    """Check that a tokenizer is byte-level BPE without a normalizer.
+
+    Args:
+        parts: Content of tokenizer.json.
+        model: Its model.
+
+    Raises:
+        CheckpointError: If it is of another kind.
+    """
     normalizer = parts.get("normalizer")
     if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and normalizer.get("normalizers") == []:
         normalizer = None
     if model.get("byte_fallback"):
-        raise CheckpointError(f"it is of SentencePiece's kind (byte_fallback), expected byte-level BPE; {USE_ANOTHER}")
+        raise CheckpointError(f"it is a SentencePiece BPE (byte_fallback), expected byte-level BPE. {USE_ANOTHER}")
     if normalizer is not None:
-        raise CheckpointError(
-            f"it changes text before it cuts it ({_type(normalizer)}), expected no normalizer; {USE_ANOTHER}"
-        )
+        raise CheckpointError(f"it normalizes text ({_type(normalizer)}), expected no normalizer. {USE_ANOTHER}")
     if _type(model) != "BPE":
-        raise CheckpointError(f"the model is of the type {_type(model)}, expected BPE; {USE_ANOTHER}")
+        raise CheckpointError(f"the model is of the type {_type(model)}, expected BPE. {USE_ANOTHER}")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise CheckpointError(f"it has a {field} ({sanitize(model[field])}), expected none; {USE_ANOTHER}")
+            raise CheckpointError(f"it has a {field} ({sanitize(model[field])}), which is not supported. {USE_ANOTHER}")
 
 
 def pattern_of(part: Any) -> str:
-    """The expression that cuts text as the steps of a pre-tokenizer do."""
+    """Return the pattern that is equivalent to the steps of a pre-tokenizer.
+
+    Raises:
+        CheckpointError: If it is not one of the known ones.
+    """
     steps = part.get("pretokenizers") if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
     if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
         if (pattern := _KNOWN.get(tuple(map(_meaning, steps)))) is not None:
@@ -52,19 +62,19 @@ def pattern_of(part: Any) -> str:
             if isinstance(step.get("pattern"), dict):
                 patterns = ", ".join(map(sanitize, step["pattern"].values()))
                 raise CheckpointError(
-                    f"it cuts text by the pattern '{sanitize(patterns, 100)}' ({_type(part)}), "
-                    f"expected that of Llama 3, SmolLM2 or GPT-2; {USE_ANOTHER}"
+                    f"it splits text by the pattern '{sanitize(patterns, 100)}' ({_type(part)}), "
+                    f"expected that of Llama 3, SmolLM2 or GPT-2. {USE_ANOTHER}"
                 )
     raise CheckpointError(
-        f"it cuts text by {_type(part)}, expected the steps of Llama 3, SmolLM2 or GPT-2 as they are; {USE_ANOTHER}"
+        f"it splits text by {_type(part)}, expected exactly the steps of Llama 3, SmolLM2 or GPT-2. {USE_ANOTHER}"
     )
 
 
 def _meaning(step: Mapping[str, Any]) -> str | None:
-    """A step by what it does to a text: "bytes", "GPT-2, bytes", "digits", or the pattern that it cuts by."""
+    """Describe a step: "bytes", "GPT-2, bytes", "digits", or the pattern that it splits by."""
     kind = step.get("type")
     if kind == "ByteLevel" and step.get("add_prefix_space") is False:
-        return "GPT-2, bytes" if step.get("use_regex", True) is True else "bytes"  # older files do not write it
+        return "GPT-2, bytes" if step.get("use_regex", True) is True else "bytes"  # missing in older files
     if kind == "Digits" and step.get("individual_digits") is True:
         return "digits"
     pattern = step.get("pattern")
@@ -72,14 +82,14 @@ def _meaning(step: Mapping[str, Any]) -> str | None:
     if kind != "Split" or not isinstance(regex, str):
         return None
     behavior, invert = step.get("behavior"), step.get("invert", False)
-    # The known expressions leave nothing of a text between their matches, so these keep the same pieces.
+    # The matches of the known expressions cover the whole text, so these behaviors are equivalent.
     if behavior in ("Isolated", "MergedWithPrevious", "MergedWithNext") or (behavior, invert) == ("Removed", True):
         return _SPELLINGS.get(regex)
     return None
 
 
 def _type(part: Any) -> str:
-    """What a part of the chain is called: a sequence by what is in it."""
+    """Return the type of a part of the pipeline; for a sequence, the types of its parts."""
     if not isinstance(part, dict):
         return sanitize(part)
     inner = next((part[key] for key in ("normalizers", "pretokenizers") if isinstance(part.get(key), list)), None)

@@ -1,6 +1,6 @@
-"""Writes Hugging Face's format: configuration, tokenizer and weights as transformers reads them.
+"""Writer of Hugging Face's format: configuration, tokenizer and weights.
 
-The names and their order are those of the published Llama models, which versions 4 and 5 of transformers read.
+Fields and their order are those of the published Llama models, which transformers 4 and 5 can read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-# Bytes of weights in one file, as the published models have them.
+# Maximum size of the weights in one file in bytes, as in the published models.
 SHARD = 5_000_000_000
-# Fields of tokenizer_config.json that stay as they were.
+# Fields of tokenizer_config.json that are copied unchanged.
 _KEPT_SETTINGS = {
     *("clean_up_tokenization_spaces", "model_input_names", "model_max_length", "padding_side", "truncation_side")
 }
@@ -36,7 +36,17 @@ _KEPT_SETTINGS = {
 def write_huggingface(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress
 ) -> None:
-    """Write a model into a new directory. Raises `CheckpointError` for one that this format has no place for."""
+    """Write a model into a new directory in Hugging Face's format.
+
+    Args:
+        checkpoint: The model.
+        weights: Its weights, under Meta's names.
+        directory: The new directory.
+        progress: Called with the number of bytes written.
+
+    Raises:
+        CheckpointError: If the format cannot hold the model.
+    """
     parts = tokenizer_parts(checkpoint)
     ids = _ids(parts, checkpoint.tokenizer)
     files = {
@@ -61,8 +71,8 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
     args = checkpoint.args
     if args.rope_divisors:
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} scales its rotary embedding in a way of its own, expected that of "
-            "Llama 3.1 for Hugging Face's config.json; `to=gguf` holds it."
+            f"{sanitize(checkpoint.name)} scales its rotary embedding in another way than Llama 3.1, which "
+            "Hugging Face's config.json cannot express. Use `to=gguf`."
         )
     scaling = args.rope_scaling and {
         "rope_type": "llama3",
@@ -88,7 +98,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
         "num_key_value_heads": args.n_kv_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": args.norm_eps,
-        # The spelling before version 5, which that version reads too.
+        # The name before transformers 5, which still reads it.
         "rope_scaling": scaling,
         "rope_theta": args.rope_theta,
         "tie_word_embeddings": is_tied(weights),
@@ -99,7 +109,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
 
 
 def _ids(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Where texts begin and end, and what fills them up."""
+    """Return the ids of bos, eos and padding."""
     stops = sorted(tokenizer.stop_ids)
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id if parts.adds_bos else parts.roles.get("bos")}
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
@@ -118,7 +128,7 @@ def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str
         "clean_up_tokenization_spaces": False,
         "model_max_length": checkpoint.args.max_seq_len,
         **{name: value for name, value in settings.items() if name in _KEPT_SETTINGS},
-        # An ordinary token that is named here would become an added one.
+        # Naming an ordinary token here would turn it into an added one.
         **{field: text for field, role in ROLES.items() if (text := parts.text_of(role)) in names},
     }
     more = settings.get("additional_special_tokens")
@@ -128,10 +138,10 @@ def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str
 
 
 def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer.json as the package tokenizers reads it."""
+    """Build tokenizer.json as the tokenizers package reads it."""
     tokenizer = checkpoint.tokenizer
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    # Of the unused ones those whose names would read as ordinary tokens.
+    # Unused tokens whose names would be read as ordinary tokens.
     unused = {
         id
         for name, id in tokenizer.names.items()
@@ -162,7 +172,7 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": tokenizer.whole_pieces,  # as in tiktoken, a piece that is a token is that token
+            "ignore_merges": tokenizer.whole_pieces,  # a piece that equals a token becomes it, as in tiktoken
             "vocab": {text: id for id, text in parts.texts.items()},
             "merges": parts.merges,
         },
@@ -170,7 +180,7 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _byte_level(*, regex: bool) -> dict[str, Any]:
-    """Bytes as visible characters. regex: cut by GPT-2's pattern before."""
+    """Build a ByteLevel step; with `regex` it splits by GPT-2's pattern first."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
 
 
@@ -184,7 +194,7 @@ def _pre_tokenizers(name: str | None, pattern: str) -> list[dict[str, Any]]:
 
 
 def _bos_in_front(bos: str | None, id: int | None) -> dict[str, Any]:
-    """In front of a text, and of each of two."""
+    """Build the post-processor that puts bos before a text, or before each of a pair."""
     special = [{"SpecialToken": {"id": bos, "type_id": type_id}} for type_id in (0, 1)]
     texts = [{"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB")]
     return {
@@ -199,7 +209,7 @@ def _bos_in_front(bos: str | None, id: int | None) -> dict[str, Any]:
 
 
 def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Path, progress: Progress) -> None:
-    """model.safetensors, or several files of up to 5 GB with an index; only one of them is in memory at a time."""
+    """Write model.safetensors, or several files with an index; one at a time is in memory."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -218,9 +228,9 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
             progress("writing", done, total)
         try:
             save_file(tensors, directory / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # what it makes of the system's refusals
+        except SafetensorError as error:  # wraps operating system errors
             raise OSError(str(error)) from error
-        shutil.copymode(directory / "config.json", directory / file)  # it makes files that their owner alone reads
+        shutil.copymode(directory / "config.json", directory / file)  # safetensors creates owner-only files
         places |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -228,7 +238,7 @@ def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Pa
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in their order, as many together as `SHARD` bytes hold."""
+    """Group names, in order, into shards of at most `SHARD` bytes."""
     names: list[str] = []
     for name in sizes:
         if names and sum(sizes[other] for other in names) + sizes[name] > SHARD:
@@ -239,10 +249,10 @@ def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _tensor(name: str, weight: Weight, args: ModelArgs) -> Tensor:
-    """The whole weight, with the rows of q and k in Hugging Face's order.
+    """Return a weight as a tensor, with the rows of wq and wk in Hugging Face's order.
 
-    Meta's heads have the two numbers of a rotated pair next to each other; Hugging Face's have all first ones, then
-    all second ones. Source: `permute` in transformers, convert_llama_weights_to_hf.py.
+    In a head, Meta stores the two components of a rotated pair next to each other; Hugging Face stores all first
+    components, then all second ones. Source: `permute` in transformers, convert_llama_weights_to_hf.py.
     """
     from llama_scratch.precision.lazy_weight import as_tensor
 

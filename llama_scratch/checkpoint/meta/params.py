@@ -1,4 +1,4 @@
-"""Meta's `params.json` ↔ `ModelArgs`: the shape of a network in Meta's words."""
+"""Meta's `params.json` ↔ `ModelArgs`, the shape of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_scratch.config import ORIGINAL_CONTEXT, SCALED_CONTEXT, ModelArgs, Ro
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, sanitize
 
 PARAMS = "params.json"
-# Fields of Meta's params.json that change the network: Llama 4's, and those of the vision models.
+# Fields of Llama 4 and of the vision models, which are other networks.
 _OTHER_NETWORKS = (
     "moe_args",
     "use_qk_norm",
@@ -21,27 +21,31 @@ _OTHER_NETWORKS = (
     "vision_chunk_size",
     "vision_num_cross_attention_layers",
 )
-# `multiple_of` and `ffn_dim_multiplier` of Meta's models: 3.2 1B, 3.2 3B, 70B, 8B, and those before.
+# `multiple_of` and `ffn_dim_multiplier` of Meta's models: 3.2 1B, 3.2 3B, 70B, 8B, and earlier ones.
 _USUAL: list[tuple[int, float | None]] = [(256, 1.5), (256, 1.0), (4096, 1.3), (1024, 1.3), (256, None)]
 
 
 def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
-    """Read the text of Meta's `params.json`; `path` is the name that errors give.
+    """Parse Meta's `params.json`.
 
-    Raises `CheckpointError` where it is not JSON, lacks a field or holds an impossible value.
+    Args:
+        text: Content of the file.
+        path: The file to name in errors.
+
+    Raises:
+        UnsupportedError: If the network or its quantization is not supported.
+        CheckpointError: If the text is not JSON, lacks a field or has an invalid value.
     """
     try:
         params = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
     if not isinstance(params, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(params).__name__}, expected an object with the shape; {REDOWNLOAD_HINT}"
-        )
+        raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object; {REDOWNLOAD_HINT}")
     if "quantization_args" in params:
         raise UnsupportedError(
-            f"{path} is of Meta's quantized release {_release(params)}, expected bf16 weights; "
-            "use the release without that in its name."
+            f"{path} belongs to Meta's quantized release {_release(params)}, which is not supported. "
+            "Use the bf16 release of the model."
         )
     try:
         return _model_args(Fields(params))
@@ -53,13 +57,13 @@ def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
 
 def _model_args(fields: Fields) -> ModelArgs:
     if other := next((field for field in _OTHER_NETWORKS if fields.values.get(field)), None):
-        raise UnsupportedError(f"{other} belongs to another network than Llama 3's; use a Llama 3 text model.")
+        raise UnsupportedError(f"{other} belongs to another network than Llama 3. Use a Llama 3 text model.")
     dim = fields.integer("dim")
     n_heads = fields.integer("n_heads")
     scaling = None
     if fields.boolean("use_scaled_rope", default=False):
-        # Meta's file does not hold the factor. The 3.2 models (1B: dim 2048, 3B: 3072) were
-        # trained with 32, the larger ones with 8.
+        # Meta's file does not state the factor. The 3.2 models (1B: dim 2048, 3B: 3072) were
+        # trained with 32, larger ones with 8.
         factor = fields.number("rope_scaling_factor", default=32.0 if dim <= 3072 else 8.0)
         if factor < 1:
             raise CheckpointError(f"rope_scaling_factor is {factor:g}, expected at least 1.")
@@ -78,14 +82,14 @@ def _model_args(fields: Fields) -> ModelArgs:
         norm_eps=fields.number("norm_eps"),
         rope_theta=fields.number("rope_theta"),
         rope_scaling=scaling,
-        # Not Meta's: `convert` writes these two if the rules do not give them.
+        # Not Meta's: `convert` writes these two if they differ from the defaults.
         max_seq_len=fields.integer("context_length", default=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT),
         head_dim=fields.integer("head_dim", default=0),
     )
 
 
 def _release(params: Mapping[str, Any]) -> str:
-    """What Meta calls the quantized release that a params.json is of."""
+    """Return Meta's name of a quantized release."""
     arguments = params["quantization_args"]
     if "lora_args" in params:
         return "int4-qlora-eo8"
@@ -97,7 +101,15 @@ def _release(params: Mapping[str, Any]) -> str:
 
 
 def format_params(args: ModelArgs, name: str) -> str:
-    """Write the text from which `parse_params` makes the same shape; `name` is the model's, for errors."""
+    """Format a shape as Meta's `params.json`, the inverse of `parse_params`.
+
+    Args:
+        args: The shape.
+        name: The model to name in errors.
+
+    Raises:
+        CheckpointError: If Meta's format cannot express the shape.
+    """
     multiple_of, multiplier = _ffn_fields(args.dim, args.ffn_dim)
     params: dict[str, Any] = {
         "dim": args.dim,
@@ -116,30 +128,36 @@ def format_params(args: ModelArgs, name: str) -> str:
         params |= {"use_scaled_rope": True, "rope_scaling_factor": args.rope_scaling.factor}
     if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):
         raise CheckpointError(
-            f"{sanitize(name)} scales its rotary embedding in a way of its own, expected that of "
-            f"Llama 3.1 for Meta's {PARAMS}; `to=gguf` holds it."
+            f"{sanitize(name)} scales its rotary embedding in another way than Llama 3.1, which Meta's {PARAMS} "
+            "cannot express. Use `to=gguf`."
         )
     params = {field: value for field, value in params.items() if value is not None}
     by_rule = parse_params(json.dumps(params))
     if by_rule.max_seq_len != args.max_seq_len:
         params["context_length"] = args.max_seq_len
     if parse_params(json.dumps(params)) != args:
-        raise CheckpointError(f"the shape {sanitize(args, 300)} cannot be said in Meta's {PARAMS}; use another format.")
+        raise CheckpointError(f"Meta's {PARAMS} cannot express the shape {sanitize(args, 300)}. Use another format.")
     return json.dumps(params, indent=2) + "\n"
 
 
 def _ffn_fields(dim: int, width: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ffn_dim` give this width: Meta's own where they do."""
+    """Find `multiple_of` and `ffn_dim_multiplier` for a width, preferably Meta's own."""
     usual = (pair for pair in _USUAL if ffn_dim(dim, multiple_of=pair[0], multiplier=pair[1]) == width)
     hidden = ffn_dim(dim, multiple_of=1, multiplier=None)
-    # Any number up to the width is rounded up to it.
+    # With multiple_of = width, any smaller number is rounded up to the width.
     return next(usual, (width, None if hidden <= width else width / hidden))
 
 
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
-    """Width of the feed-forward layer: 2/3 of 4·dim, stretched, rounded up to `multiple_of`.
+    """Compute the width of the feed-forward layer.
 
-    Both truncations matter (1B: 5461 → 8191 → 8192). Source: `FeedForward` in Meta's llama-models.
+    2/3 of 4·dim, times `multiplier`, rounded up to `multiple_of`. Both truncations matter (1B: 5461 → 8191 → 8192).
+    Source: `FeedForward` in Meta's llama-models.
+
+    Args:
+        dim: Width of the residual stream.
+        multiple_of: As in params.json.
+        multiplier: `ffn_dim_multiplier` in params.json.
 
     >>> ffn_dim(2048, multiple_of=256, multiplier=1.5)
     8192

@@ -1,4 +1,7 @@
-"""Meta's weight files, `consolidated.NN.pth`: zip-format `torch.save`, checked, mapped, and no code of it run."""
+"""Meta's weight files, `consolidated.NN.pth`, in the zip format of `torch.save`.
+
+The files are untrusted: they are checked and memory-mapped, and their pickles cannot run code.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,15 @@ from llama_scratch.system.small_files import read_start
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The description of a checkpoint's tensors takes some hundred bytes a tensor.
+# The pickle takes some hundred bytes per tensor.
 _MAX_PICKLE = 1 << 20
-_MAX_TUPLES = 1 << 16  # some five a tensor
-_MAX_OPCODES = 1 << 17  # some 40 a tensor
-# The largest Llama has 1,138 tensors, and the table of contents some 100 bytes for each.
+_MAX_TUPLES = 1 << 16  # about 5 per tensor
+_MAX_OPCODES = 1 << 17  # about 40 per tensor
+# The largest Llama has 1,138 tensors, and the central directory about 100 bytes per tensor.
 _MAX_RECORDS, _MAX_TABLE = 1 << 12, 1 << 20
-# What torch.save began its files with before version 1.6.
+# Start of torch.save's files before version 1.6.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# What torch.save's description of tensors calls: storages, types, and what makes a tensor of them.
+# The globals in torch.save's pickles of tensors: storages, dtypes, and functions that rebuild tensors.
 _CALLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
     r"|torch (float|bfloat|complex|u?int|q?u?int)\d+\w{0,10}|torch (Size|device)|torch\.nn\.parameter Parameter"
@@ -46,10 +49,19 @@ _CALLED = re.compile(
 
 
 def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
-    """Map the tensors of a zip-format `torch.save` file: nothing is copied and none of its code is run.
+    """Memory-map the tensors of a `torch.save` file without running code from it.
 
-    Every byte is compared with the file's own checksums first, if it has any, because the mapping skips them; that
-    also brings the file into the page cache. The tensors may be views of any strides.
+    The content is first compared with the archive's checksums, if it has any, because mapping skips them. This also
+    brings the file into the page cache. The tensors may be views with any strides.
+
+    Args:
+        path: The file.
+        progress: Called with the number of bytes checked.
+
+    Raises:
+        UnsupportedError: If the file is not a state dict of dense float tensors.
+        CheckpointError: If the file is damaged or would run code.
+        OutOfMemoryError: If it cannot be mapped.
     """
     records = _check_archive(path)
     _check_checksums(path, records, progress)
@@ -63,7 +75,7 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
         return weights
     except LlamaScratchError:
         raise
-    except Exception as error:  # torch raises many kinds for a hostile file
+    except Exception as error:  # torch raises many types of errors for a malicious file
         if is_memory_error(error):
             raise does_not_fit(sanitize(path, 200), error) from error
         if match := re.search(r"GLOBAL (\S+)", str(error)):
@@ -72,18 +84,18 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
 
 
 def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
-    """The tensors of a dictionary, without what a file can attach to them: an attribute may shadow a method."""
+    """Return the tensors without attributes from the file, which could shadow methods."""
     import torch
 
     if not isinstance(loaded, dict):
         raise UnsupportedError(
-            f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors; {_SAVE_ALONE}"
+            f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors. {_SAVE_ALONE}"
         )
     weights = {}
-    for name, tensor in dict.items(loaded):  # whatever a subclass claims of itself
+    for name, tensor in dict.items(loaded):  # not a method of a subclass
         if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedError(
-                f"{path} holds a {type(tensor).__name__} under '{sanitize(name)}', expected tensors under names; "
+                f"{path} holds a {type(tensor).__name__} under '{sanitize(name)}', expected only named tensors. "
                 + _SAVE_ALONE
             )
         weights[name] = torch.Tensor.detach(tensor)
@@ -91,14 +103,14 @@ def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
     return weights
 
 
-_SAVE_ALONE = "save the state dict alone with torch.save."
+_SAVE_ALONE = "Save only the state dict with torch.save."
 
 
 def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
-    """Walk through the pickle without running it: it may call what makes tensors, and nest no deeper than they do.
+    """Scan the pickle without running it: allowed globals only, and limited nesting.
 
-    torch's own check comes afterwards; but before it refuses, a few bytes can ask for gigabytes, and
-    tuples nested a hundred thousand deep overflow the stack of Python itself.
+    torch has its own check, but before it fails, a few bytes can allocate gigabytes, and 100,000 nested tuples
+    overflow Python's stack.
     """
     with zipfile.ZipFile(path) as archive:
         data = next(archive.read(record) for record in records if record.filename.endswith("/data.pkl"))
@@ -109,15 +121,14 @@ def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
                 raise _code(path, str(argument).replace(" ", "."))
             tuples += "TUPLE" in opcode.name
             if tuples > _MAX_TUPLES or count > _MAX_OPCODES:
-                raise CheckpointError(f"{path} is not described as torch.save describes tensors; {REDOWNLOAD_HINT}")
-    except (ValueError, IndexError) as error:  # opcodes that are none
+                raise CheckpointError(f"{path} has a pickle that torch.save does not write; {REDOWNLOAD_HINT}")
+    except (ValueError, IndexError) as error:  # invalid opcodes
         raise _unreadable(path, error) from error
 
 
 def _code(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} wants to run the code '{sanitize(name)}' when it is loaded, "
-        "expected tensors and nothing else; do not use this file."
+        f"{path} would run the code '{sanitize(name)}' when loaded, expected only tensors. Do not use this file."
     )
 
 
@@ -127,21 +138,21 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
-    """Each storage must have a record of its very size: the mapping would read on into what lies behind it."""
+    """Check that each storage has a record of the same size; the mapping could read past it."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
         raise CheckpointError(
-            f"{path} speaks of a tensor of {next(iter(excess)):,} bytes, expected one of its records to be that long; "
+            f"{path} describes a tensor of {next(iter(excess)):,} bytes, but no record has that size; "
             + REDOWNLOAD_HINT
         )
 
 
-# What zipfile raises for an archive that is none or is damaged.
+# Errors that zipfile raises for a damaged archive.
 _DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError, RuntimeError, OSError)
 
 
 def _raise_unless_damage(error: Exception) -> None:
-    """The system's own refusals pass; a place before the file's beginning (EINVAL) is damage."""
+    """Re-raise operating system errors, except EINVAL: an offset before the file's start is damage."""
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         raise error
 
@@ -152,41 +163,41 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UnsupportedError(
             f"{path}: '{sanitize(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense one with "
-            "data; save the model again from dense weights."
+            "data. Save the model again from dense weights."
         )
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UnsupportedError(
-            f"{path}: '{sanitize(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32; "
-            "use the model in one of these types, or a GGUF file of it."
+            f"{path}: '{sanitize(name)}' is a {tensor.dtype} tensor, expected bfloat16, float16 or float32. "
+            "Use the model in one of these types, or a GGUF file of it."
         )
 
 
 class _WithShortTable(io.BufferedReader):
-    """A file that does not give out more bytes at once than a model's table of contents has."""
+    """A file that limits each read to the size of a model's central directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         limit = _MAX_TABLE + 1
         data = super().read(limit if size is None or size < 0 else min(size, limit))
         if len(data) == limit:
             raise CheckpointError(
-                f"{sanitize(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, expected that of a "
+                f"{sanitize(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, too large for a "
                 f"model; {REDOWNLOAD_HINT}"
             )
         return data
 
 
 def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
-    """The records of an archive, once its table of contents is one that `torch.save` wrote."""
+    """Check that `torch.save` wrote an archive, and return its records."""
     size = path.stat().st_size
     start = read_start(path)
     if start.startswith(_LEGACY):
         raise UnsupportedError(
-            f"{path} is in the format of torch before 1.6, expected a zip-format torch.save file; "
-            "load it with torch.load and save it again with torch.save."
+            f"{path} is in the format of torch before 1.6, expected a zip-format torch.save file. "
+            "Load it with torch.load and save it again with torch.save."
         )
     if not start.startswith(b"PK\x03\x04"):
         raise CheckpointError(
-            f"{path} begins with {start[:8]!r}, expected a zip-format torch.save file; {REDOWNLOAD_HINT}"
+            f"{path} starts with {start[:8]!r}, expected a zip-format torch.save file; {REDOWNLOAD_HINT}"
         )
     try:
         with _WithShortTable(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
@@ -194,7 +205,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
     except _DAMAGE as error:
         _raise_unless_damage(error)
         raise CheckpointError(
-            f"{path} has {size:,} bytes without the table of contents that belongs at its end, "
+            f"{path} ({size:,} bytes) has no valid table of contents at its end, "
             f"so it was cut short or damaged; {REDOWNLOAD_HINT}"
         ) from error
     if len(records) > _MAX_RECORDS:
@@ -205,7 +216,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
     folder = names[0].partition("/")[0] if names else ""
     known = re.compile(re.escape(folder) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
     if f"{folder}/constants.pkl" in names:
-        raise UnsupportedError(f"{path} is a TorchScript program, expected weights alone; {_SAVE_ALONE}")
+        raise UnsupportedError(f"{path} is a TorchScript program, expected only weights. {_SAVE_ALONE}")
     pickles = [record for record in records if record.filename.endswith("data.pkl")]
     if (
         not all(map(known.fullmatch, names))
@@ -220,17 +231,17 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
     )
     if not plain or sum(record.file_size for record in records) > size:
         raise UnsupportedError(
-            f"{path} holds compressed records, expected the plain ones of torch.save; unpack the archive, "
+            f"{path} holds compressed records, expected the uncompressed ones of torch.save. Unpack the archive, "
             "or load the file with torch.load and save it again."
         )
     if not any(record.CRC for record in records):  # saved with torch.serialization.set_crc32_options(False)
         for record in records:
-            record.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
+            record.CRC = None  # type: ignore[assignment]  # zipfile then skips the comparison
     return records
 
 
 def begin_checks(paths: Sequence[Path]) -> None:
-    """Begin to compare files with their checksums in the background; what is wrong is raised when they are loaded."""
+    """Start comparing checksums in the background; `load_pth` raises the errors."""
     for path in paths:
         with contextlib.suppress(LlamaScratchError, OSError):
             future: Future[None] = Future()
@@ -238,7 +249,7 @@ def begin_checks(paths: Sequence[Path]) -> None:
             Thread(target=_check_in_background, args=(path, future), daemon=True).start()
 
 
-# Checks that were begun, by what the files were then.
+# Background checks, by the identity of the file when they were started.
 _ahead: dict[tuple[object, ...], Future[None]] = {}
 
 
@@ -254,12 +265,12 @@ def _check_in_background(path: Path, future: Future[None]) -> None:
             for record in records:
                 _check_record(path, archive, data, record)
         future.set_result(None)
-    except BaseException as error:  # noqa: BLE001 - it is raised where the file is loaded
+    except BaseException as error:  # noqa: BLE001 - raised again when the file is loaded
         future.set_exception(error)
 
 
 def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progress) -> None:
-    """Compare every record with its checksum, several at a time; or wait for what `begin_checks` began."""
+    """Compare all records with their checksums in parallel, or wait for `begin_checks`."""
     if begun := _ahead.pop(_identity(path), None):
         return begun.result()
     done, total = 0, sum(record.file_size for record in records)
@@ -280,7 +291,7 @@ def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progr
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, mapped: a checksum of them runs without Python's lock and copies nothing."""
+    """Map a file, so that checksums release the GIL and do not copy."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)
         try:
@@ -291,7 +302,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 def _check_record(path: Path, archive: zipfile.ZipFile, data: memoryview, record: zipfile.ZipInfo) -> int:
     try:
-        archive.open(record).close()  # which checks the header in front of the record
+        archive.open(record).close()  # checks the record's local header
         name, extra = struct.unpack_from("<HH", data, record.header_offset + 26)
         start = record.header_offset + 30 + name + extra
         with data[start : start + record.file_size] as content:

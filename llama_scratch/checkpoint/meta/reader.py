@@ -1,4 +1,4 @@
-"""Meta's model directory: `params.json`, `tokenizer.model` and `consolidated.00.pth`, or several shards of it."""
+"""Meta's model directory: `params.json`, `tokenizer.model`, `consolidated.NN.pth`."""
 
 from __future__ import annotations
 
@@ -37,20 +37,26 @@ if TYPE_CHECKING:
 
 TOKENIZER, FIRST_SHARD = "tokenizer.model", "consolidated.00.pth"
 FP8_SCALES = "fp8_scales_0.pt"
-# Older checkpoints carry the rotation table, which is computed here.
+# Older checkpoints store RoPE's frequencies, which are computed here instead.
 _IGNORED = {"rope.freqs"}
 _MAX_PARAMS = 1 << 20
-# Nothing in the files says what a model was trained for; what Meta calls it does.
+# The files do not state whether a model was trained for chat, but Meta's name of it does.
 _CHAT = re.compile("instruct|chat", re.IGNORECASE)
-# Which axis of a weight the shards share out: its outputs, or its inputs. Norms are whole in each.
+# The shards split these weights along their outputs (rows) or inputs (columns). Each has all norms.
 _BY_ROWS = re.compile(r".*\.(wq|wk|wv|w1|w3)\.weight|output\.weight")
 _BY_COLUMNS = re.compile(r".*\.(wo|w2)\.weight")
 
 
 def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Read and check the small files; `tokenizer` is a tokenizer.model elsewhere.
+    """Open a model in Meta's format: read and check the small files.
 
-    Raises `ModelNotFoundError` where a file is missing and `CheckpointError` where one is wrong.
+    Args:
+        directory: The model's directory.
+        tokenizer: Path of a tokenizer.model that replaces the model's own.
+
+    Raises:
+        ModelNotFoundError: If a file is missing.
+        CheckpointError: If a file is damaged or not supported.
     """
     for file in [PARAMS] if tokenizer else [PARAMS, TOKENIZER]:
         if not (directory / file).is_file():
@@ -58,8 +64,8 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
     shards = _shards(directory)
     if (directory / FP8_SCALES).exists():
         raise CheckpointError(
-            f"{directory} holds {FP8_SCALES}, so it is Meta's quantized release in fp8, expected bf16 weights; "
-            "use the release with bf16 in its name."
+            f"{directory} holds {FP8_SCALES}, so it is Meta's quantized release in fp8, which is not supported. "
+            "Use the release with bf16 in its name."
         )
     own_tokenizer = Tokenizer.from_meta(tokenizer or str(directory / TOKENIZER))
     args = parse_params(read_text(directory / PARAMS, _MAX_PARAMS), str(directory / PARAMS))
@@ -79,20 +85,20 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def check_ahead(directory: Path) -> None:
-    """Begin to compare the weights with their checksums, if Meta's files are there; see `begin_checks`."""
+    """Start `begin_checks` for the weights, if the directory has Meta's files."""
     with contextlib.suppress(LlamaScratchError, OSError):
         begin_checks(_shards(directory))
 
 
 def _shards(directory: Path) -> list[Path]:
-    """consolidated.00.pth, consolidated.01.pth, … as many as there are, none of them missing between the others."""
+    """List consolidated.00.pth, consolidated.01.pth, …; their numbers must have no gap."""
     files = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
     if not files:
         raise ModelNotFoundError(_missing(directory, FIRST_SHARD))
     names = [_shard(number) for number in range(len(files))]
     if missing := [name for name in names if name not in files]:
         raise ModelNotFoundError(
-            f"There is no {missing[0]} in {directory}, which holds {max(files)}; fetch the missing shard."
+            f"{missing[0]} not found in {directory}, which holds {max(files)}. Fetch the missing shard."
         )
     return [directory / name for name in names]
 
@@ -106,7 +112,7 @@ def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[s
     for number, shard in enumerate(shards):
 
         def report(stage: str, done: int, total: int, before: int = number) -> None:
-            progress(stage, before * total + done, len(shards) * total)  # shards are equally long
+            progress(stage, before * total + done, len(shards) * total)  # shards have equal sizes
 
         with reading(shard):
             weights = load_pth(shard, report)
@@ -120,11 +126,11 @@ def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[s
 
 
 def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy what is stored as a transposed or strided view, into rows one after the other; all else stays mapped."""
+    """Copy transposed and strided views into contiguous rows; all others stay mapped."""
     views = {name: weight for name, weight in weights.items() if not weight.is_contiguous()}
     if not views:
         return dict(weights)
-    require_memory(sum(view.nbytes for view in views.values()), "The copy of weights that are stored as views")
+    require_memory(sum(view.nbytes for view in views.values()), "Copying weights that are stored as views")
     output, embedding = views.get(OUTPUT), views.get(EMBEDDING)
     copies = {name: view.contiguous() for name, view in views.items()}
     if output is not None and embedding is not None and same_view(output, embedding):
@@ -133,28 +139,28 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: ModelArgs) -> None:
-    """Compare how many shards there are with the number that the first one's share of layer 0's attention tells."""
+    """Compare the number of shards with the first one's share of layer 0's wq."""
     wq, wo = (part.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wo"))
     q_dim = args.n_heads * args.head_dim
     rows = q_dim if wq is None or wq.dim() != 2 else len(wq)
     if wq is None or wo is None or wq.shape != (rows, args.dim) or wo.shape != (args.dim, rows):
-        return  # of another model, as `check_shapes` says
+        return  # another model: `check_shapes` raises
     if rows * len(shards) < q_dim:
         raise ModelNotFoundError(
-            f"There is no {_shard(len(shards))} in {shards[0].parent}, where {FIRST_SHARD} holds {rows} of {q_dim} "
-            "rows of wq; fetch the missing shards."
+            f"{_shard(len(shards))} not found in {shards[0].parent}, but {FIRST_SHARD} holds only {rows} of {q_dim} "
+            "rows of wq. Fetch the missing shards."
         )
     if rows * len(shards) > q_dim:
         raise CheckpointError(
-            f"{shards[-1]} is one of {len(shards)} shards, expected fewer, for {FIRST_SHARD} holds {rows} of {q_dim} "
-            "rows of wq; remove what is of another model."
+            f"{shards[-1]} is one of {len(shards)} shards, expected fewer: {FIRST_SHARD} holds {rows} of {q_dim} "
+            "rows of wq. Remove the shards of the other model."
         )
 
 
 def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: ModelArgs) -> dict[str, Weight]:
-    """The weights of a model whose shards each hold a part of every matrix; they stay where they are.
+    """Join the weights of shards that each hold a part of every matrix, without copying.
 
-    Source: `fairscale`'s parallel layers, which Meta's reference code is built of.
+    Source: `fairscale`'s parallel layers, used in Meta's reference code.
     """
     from llama_scratch.precision.lazy_weight import ShardedWeight
 
@@ -177,7 +183,7 @@ def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: Mo
 
 
 def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Shards of one model have equal names, shapes and types."""
+    """Check that all shards have the same names, shapes and types."""
     first = {name: (weight.shape, weight.dtype) for name, weight in parts[0].items()}
     for shard, part in zip(shards, parts, strict=True):
         if {name: (weight.shape, weight.dtype) for name, weight in part.items()} != first:
@@ -186,12 +192,12 @@ def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) 
 
 def _of_another_model(shard: Path, first: Path) -> CheckpointError:
     return CheckpointError(
-        f"{shard} does not hold the same parts of a model as {first.name}, so it is of another one; {REDOWNLOAD_HINT}"
+        f"{shard} belongs to another model than {first.name}: it does not hold the same parts; {REDOWNLOAD_HINT}"
     )
 
 
 def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Shards of one model have equal norms, and no two of them hold the same part."""
+    """Check that all shards have the same norms, and no two the same part of the model."""
     for shard, part in zip(shards, parts, strict=True):
         if not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
             raise _of_another_model(shard, shards[0])
@@ -203,21 +209,21 @@ def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit, so that NaN is equal to itself: it is for `verify` to find."""
+    """Compare bits, so that NaN equals itself; `verify` reports NaN."""
     import torch
 
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
-    """The axis along which the shards' parts of a weight lie side by side; None: each holds all of it."""
+    """Return the axis that the shards split a weight along; None if each has all of it."""
     if piece.dim() != 2:
         return None
     if _BY_ROWS.fullmatch(name):
         return 0
     if _BY_COLUMNS.fullmatch(name):
         return 1
-    if name == EMBEDDING:  # Llama 2 shared out its columns, later ones its rows
+    if name == EMBEDDING:  # Llama 2 split its columns, later models its rows
         return int(len(piece) * shards != args.vocab_size)
     return None
 
@@ -231,7 +237,7 @@ def _stored(weights: Mapping[str, Weight]) -> WeightStorage:
 
 
 def _missing(directory: Path, file: str) -> str:
-    advice = f"name the directory that holds {PARAMS}, {TOKENIZER} and {FIRST_SHARD}."
+    advice = f"Name the directory that holds {PARAMS}, {TOKENIZER} and {FIRST_SHARD}."
     if file == TOKENIZER:
-        advice = "copy it there from the model's download, or name it with `tokenizer`."
-    return f"There is no {file} in {directory}; {advice}"
+        advice = "Copy it there from the model's download, or name it with `tokenizer`."
+    return f"{file} not found in {directory}. {advice}"

@@ -1,4 +1,4 @@
-"""Writes Meta's format: `params.json`, `tokenizer.model` and `consolidated.00.pth`."""
+"""Writer of Meta's format: `params.json`, `tokenizer.model` and the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ _RESERVED = "<|reserved_special_token_"
 
 
 def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory: Path, progress: Progress) -> None:
-    """Write a model into a new directory. Raises `CheckpointError` for one that Meta's format has no place for."""
+    """Write a model into a new directory in Meta's format.
+
+    Args:
+        checkpoint: The model.
+        weights: Its weights, under Meta's names.
+        directory: The new directory.
+        progress: Called with the number of bytes written.
+
+    Raises:
+        CheckpointError: If Meta's format cannot hold the model.
+    """
     files = {
         PARAMS: format_params(checkpoint.args, checkpoint.name).encode(),
         TOKENIZER: _tokenizer_model(checkpoint),
@@ -38,7 +48,10 @@ def write_meta(checkpoint: Checkpoint, weights: Mapping[str, Weight], directory:
 
 
 def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
-    """`base64 rank` a line. The format says no more: its pattern and its special tokens are Llama 3's."""
+    """Format tokenizer.model: `base64 rank` per line.
+
+    The file has no pattern and no special tokens, so they must be Llama 3's.
+    """
     tokenizer = checkpoint.tokenizer
     by_rank = sorted(tokenizer.ranks.items(), key=lambda entry: entry[1])
     content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
@@ -54,14 +67,14 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
         or not _same_layout(tokenizer.names, llama3.names)
     ):
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, which is the only one that Meta's "
-            "form holds; `to=hf` and `to=gguf` hold any."
+            f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, the only one that Meta's format can "
+            "hold. Use `to=hf` or `to=gguf`."
         )
     return content
 
 
 def _same_layout(ids: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
-    """Whether the special tokens are Llama 3's: each release gave names to some that were reserved before."""
+    """Whether the special tokens are Llama 3's, whose releases each renamed reserved ones."""
     names = {id: name for name, id in ids.items()}
     return len(ids) == len(llama3) and all(
         names.get(id) == name or _RESERVED in names.get(id, "") or (_RESERVED in name and id in names)
@@ -73,12 +86,12 @@ def _same_layout(ids: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
 
 
 def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
-    """torch.save, in which a tied output shares the embedding's storage."""
+    """Write the weights with torch.save; a tied output shares the embedding's storage."""
     import torch
 
     from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 
-    # torch.save takes them all at once; those that are mapped need no memory.
+    # torch.save needs all weights at once; mapped ones take no memory.
     unmapped = [w.numel() * w.dtype.itemsize for w in weights.values() if isinstance(w, LazyWeight)]
     require_memory(sum(unmapped), f"Writing {path.name}")
     tensors = {name: as_tensor(w).contiguous() for name, w in weights.items() if name != OUTPUT or not is_tied(weights)}
@@ -89,14 +102,14 @@ def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress
         reporting = _ReportingFile(file, lambda done: progress("writing", min(done, total), total))
         try:
             torch.save(tensors, reporting)  # type: ignore[arg-type]  # it writes and flushes
-        except RuntimeError as error:  # torch's own, about the archive that it could not end
+        except RuntimeError as error:  # torch's own, because it could not finish the archive
             raise reporting.error or error from error
 
 
 class _ReportingFile:
-    """A file that is written from its beginning to its end, and reports the bytes written so far.
+    """A file written sequentially, which reports the number of bytes written so far.
 
-    error: what ended it, an interrupt or the system's refusal.
+    `error` is the exception that ended the writing: an interrupt or an operating system error.
     """
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]):

@@ -1,4 +1,4 @@
-"""GGUF files: what is read is what the gguf package reads; a broken header is neither believed nor pondered."""
+"""Read GGUF files as the gguf package does, and reject broken headers quickly."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def file() -> File:
 
 
 def test_smollm2s_header_is_what_the_gguf_package_reads(smollm2_path: Path) -> None:
-    """All metadata, and every tensor's name, shape, type, place and size."""
+    """All metadata, and the name, shape, type, offset and size of every tensor match the gguf package's."""
     header = read_header(smollm2_path)
     reader = gguf.GGUFReader(smollm2_path)
     expected = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("GGUF.")}
@@ -82,7 +82,7 @@ def test_smollm2s_header_is_what_the_gguf_package_reads(smollm2_path: Path) -> N
 
 @pytest.mark.slow
 def test_smollm2s_weights_are_what_the_gguf_package_dequantizes(smollm2_path: Path) -> None:
-    """Each of the 272 tensors, to the last bit, under the name that the network gives it."""
+    """All 272 tensors are bitwise equal, under Meta's names."""
     weights = open_checkpoint(smollm2_path).load(silent)
     parts = {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv"}
     parts |= {"ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3"}
@@ -101,7 +101,7 @@ def test_smollm2s_weights_are_what_the_gguf_package_dequantizes(smollm2_path: Pa
 
 
 def test_smollm2s_shape(smollm2_path: Path) -> None:
-    """The numbers that are known of it, its name without the kind of quantization, and no token at the beginning."""
+    """The known shape, a name without the quantization type, and no BOS token."""
     checkpoint = open_checkpoint(smollm2_path)
     expected = ModelArgs(576, 30, 9, 3, 49152, 1536, checkpoint.args.norm_eps, 100_000.0, None, 8192)
     assert checkpoint.args == expected
@@ -112,7 +112,7 @@ def test_smollm2s_shape(smollm2_path: Path) -> None:
 
 
 def test_opening_smollm2_reads_no_weights(smollm2_path: Path) -> None:
-    """The header alone is read: the file's 98 MB do not pass through memory."""
+    """Only the header is read: the file's 98 MB do not pass through memory."""
     with little_time_and_memory(seconds=10, mebibytes=60):
         open_checkpoint(smollm2_path)
 
@@ -125,7 +125,7 @@ def test_opening_smollm2_reads_no_weights(smollm2_path: Path) -> None:
     "quant", [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1]
 )
 def test_files_of_the_gguf_packages_writer(tmp_path: Path, quant: Quant, tied: bool) -> None:
-    """Each kind of quantization that the package writes loads as what it reads, with and without an output."""
+    """Each quantization that the package can write loads as the package reads it, with and without an output."""
     path = write_with_gguf(tmp_path / f"small-{quant.name}.gguf", quant, tied=tied)
     checkpoint = open_checkpoint(path)
     weights = checkpoint.load(silent)
@@ -136,12 +136,12 @@ def test_files_of_the_gguf_packages_writer(tmp_path: Path, quant: Quant, tied: b
         expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
         meta = NAMES.get(name, name)
         assert np.array_equal(as_tensor(weights[meta], torch.float32).numpy(), expected), name
-        assert np.abs(expected - array).max() < 0.1  # and is close to what was meant
+        assert np.abs(expected - array).max() < 0.1  # and is close to the original values
 
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_file_by_hand_is_the_same_as_the_writers(tmp_path: Path, file: File, version: int) -> None:
-    """The files that the tests below break are whole ones before; versions 2 and 3 differ in nothing here."""
+    """The files that the tests below damage are valid before; versions 2 and 3 are equivalent here."""
     file.version = version
     by_hand = open_checkpoint(file.write(tmp_path / "hand.gguf"))
     written = open_checkpoint(write_with_gguf(tmp_path / "written.gguf", Quant.F32))
@@ -151,7 +151,7 @@ def test_a_file_by_hand_is_the_same_as_the_writers(tmp_path: Path, file: File, v
 
 
 def test_a_small_file_answers(tmp_path: Path) -> None:
-    """Through `Llama.load` it computes what the same weights compute that were in no file."""
+    """`Llama.load` computes the same as the weights that the file was made from."""
     llama = Llama.load(write_with_gguf(tmp_path / "small.gguf", Quant.F32), device="cpu")
     model = Transformer(ARGS)
     weights = {NAMES[name]: torch.from_numpy(array) for name, array in arrays().items()}
@@ -167,7 +167,7 @@ def test_a_small_file_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alignment", [32, 64, 256])
 def test_the_alignment_that_a_file_asks_for(tmp_path: Path, file: File, alignment: int) -> None:
-    """The data begins at the next multiple of `general.alignment`."""
+    """The data starts at the next multiple of `general.alignment`."""
     expected = open_checkpoint(file.write(tmp_path / "a.gguf")).load(silent)
     file.set("general.alignment", uint(alignment)).alignment = alignment
     offset = 0
@@ -182,7 +182,7 @@ def test_the_alignment_that_a_file_asks_for(tmp_path: Path, file: File, alignmen
 
 
 def test_every_kind_of_metadata_value(tmp_path: Path) -> None:
-    """Numbers of each width, booleans, strings, arrays and the empty array, beside what is needed."""
+    """Numbers of each width, booleans, strings, arrays and an empty array, in addition to the required keys."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_uint8("a.u8", 255)
     writer.add_int8("a.i8", -128)
@@ -224,7 +224,7 @@ def test_every_kind_of_metadata_value(tmp_path: Path) -> None:
 
 
 def test_begin_and_end_of_text(tmp_path: Path, file: File) -> None:
-    """A beginning only where the file asks for one, and the named end among the stops."""
+    """BOS is added only if the file asks for it, and the named EOS is a stop token."""
     for add, expected in ((None, None), (False, None), (True, 271)):
         file.set("tokenizer.ggml.bos_token_id", uint(271))
         file.set("tokenizer.ggml.add_bos_token", None if add is None else struct.pack("<I?", 7, add))
@@ -234,14 +234,14 @@ def test_begin_and_end_of_text(tmp_path: Path, file: File) -> None:
 
 
 def test_what_is_said_of_how_weights_are_stored(tmp_path: Path) -> None:
-    """Tensors counted by type, and whether the output is the embedding; the data is not needed for it."""
+    """Tensors counted by type, and whether the output is tied, without reading the data."""
     stored = open_checkpoint(write_with_gguf(tmp_path / "a.gguf", Quant.Q8_0)).storage(silent)
     assert (stored.types, stored.tied, stored.dtype) == ({"Q8_0": 15, "F32": 5}, True, torch.float32)
     assert not open_checkpoint(write_with_gguf(tmp_path / "b.gguf", Quant.F16, tied=False)).storage(silent).tied
 
 
 def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks take as float32 is known from the header; nothing is dequantized to find out."""
+    """The memory of dequantized blocks follows from the header; nothing is dequantized to compute it."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000))
     monkeypatch.setattr(
         "llama_scratch.precision.lazy_weight.GGUFBlockWeight.rows", lambda *_: pytest.fail("it was dequantized")
@@ -253,7 +253,7 @@ def test_too_little_memory_is_noticed_first(tmp_path: Path, file: File, monkeypa
 
 
 def test_progress_counts_tensors(tmp_path: Path, file: File) -> None:
-    """The progress bar grows by one a tensor and ends full."""
+    """The progress bar advances by one per tensor and ends full."""
     calls: list[tuple[str, int, int]] = []
     open_checkpoint(file.write(tmp_path / "a.gguf")).load(lambda *call: calls.append(call))
     assert calls == [("reading", i, len(NAMES)) for i in range(1, len(NAMES) + 1)]
@@ -274,7 +274,7 @@ def test_progress_counts_tensors(tmp_path: Path, file: File) -> None:
     ],
 )
 def test_another_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None:
-    """Empty, too short, and what other programs write."""
+    """Empty files, files that are too short, and files of other programs."""
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     load_rejected(path, says, "again")
@@ -282,37 +282,37 @@ def test_another_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None
 
 @pytest.mark.parametrize("version", [0, 1, 4, 32, 2**32 - 1])
 def test_another_version(tmp_path: Path, file: File, version: int) -> None:
-    """Version 1 counts differently, and another may come; a number that no version will have is damage."""
+    """Version 1 has another layout and version 4 may come, but an impossible version number means damage."""
     file.version = version
     kind = UnsupportedError if version in (1, 4) else CheckpointError
     message = load_rejected(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", error=kind)
-    assert ("not a whole" in message) == (kind is CheckpointError)
+    assert ("not a complete" in message) == (kind is CheckpointError)
 
 
 def test_a_big_endian_file(tmp_path: Path) -> None:
-    """As the gguf package's own writer writes it; named, and how to convert it."""
+    """Written by the gguf package itself; the error names the byte order and how to convert the file."""
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     message = load_rejected(tmp_path / "a.gguf", "version", "big-endian", "gguf-convert-endian", error=UnsupportedError)
-    assert "not a whole" not in message
+    assert "not a complete" not in message
 
 
 def test_no_file_by_that_name(tmp_path: Path) -> None:
-    """Missing is not corrupt."""
+    """A missing file is not reported as damaged."""
     load_rejected(tmp_path / "a.gguf", error=ModelNotFoundError)
 
 
 def test_another_ending(tmp_path: Path, file: File) -> None:
-    """A file is taken for GGUF by its name's ending, whatever its case, and by its first bytes."""
+    """A file is recognized as GGUF by its extension in any case, and by its first bytes."""
     assert open_checkpoint(file.write(tmp_path / "A.GGUF")).args == ARGS
     assert open_checkpoint(file.write(tmp_path / "a.bin")).args == ARGS
 
 
 def test_a_file_that_the_system_does_not_give_out(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions and failing disks end in a sentence that names the file."""
+    """Permission errors and failing disks are reported with the file's name."""
     path = file.write(tmp_path / "a.gguf")
 
     def denied(self: Path, *_: Any, **__: Any) -> Any:
@@ -323,7 +323,7 @@ def test_a_file_that_the_system_does_not_give_out(tmp_path: Path, file: File, mo
 
 
 def test_a_file_that_changes_after_opening(tmp_path: Path, file: File) -> None:
-    """Removed or cut short between the two steps: a sentence, neither the system's error nor numpy's."""
+    """Removed or truncated between opening and loading: a clear error, not one from the system or numpy."""
     path = file.write(tmp_path / "a.gguf")
     checkpoint = open_checkpoint(path)
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-100]), path.unlink):
@@ -334,7 +334,7 @@ def test_a_file_that_changes_after_opening(tmp_path: Path, file: File) -> None:
 
 
 def test_a_header_that_was_cut_short(tmp_path: Path, file: File) -> None:
-    """Refused at each of 300 places over the header, at all of the first and last 100, and within the data."""
+    """Rejected at each of 300 places in the header, at the first and last 100 bytes, and within the data."""
     whole = file.header() + file.data
     end = len(file.header())
     ends = {*range(100), *range(0, end, end // 300), *range(end - 100, end), end + 1, len(whole) // 2, len(whole) - 1}
@@ -347,9 +347,9 @@ def test_a_header_that_was_cut_short(tmp_path: Path, file: File) -> None:
 
 
 def minimal_file() -> File:
-    """The smallest whole model: a vocabulary of four tokens and one layer, so that each byte can be tried."""
+    """The smallest complete model, with four tokens and one layer, so that every byte can be tried."""
     file = File()
-    # Each tensor is longer than the alignment, so that none can shrink without the next one moving.
+    # Each tensor is longer than the alignment, so none can shrink without moving the next one.
     shape = {"context_length": 16, "embedding_length": 16, "block_count": 1, "feed_forward_length": 3}
     shape |= {"attention.head_count": 1, "attention.head_count_kv": 1}
     file.metadata = [
@@ -376,10 +376,10 @@ def minimal_file() -> File:
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF, 0x20])
 def test_no_changed_byte_of_the_header_changes_a_weight_unnoticed(tmp_path: Path, mask: int) -> None:
-    """Each byte of the header in turn: refused within a second, or all weights are what they were.
+    """Change each byte of the header: the file is rejected within a second, or no weight changes.
 
-    GGUF has no checksum, so a number such as the RoPE base may change; but tensors that lie one behind
-    the other, and fill the file, cannot be looked for in a wrong place.
+    GGUF has no checksum, so a number such as the RoPE base may change. But the tensors are contiguous and fill the
+    file, so they cannot be read from a wrong offset.
     """
     file = minimal_file()
     path = file.write(tmp_path / "a.gguf")
@@ -404,7 +404,7 @@ def test_no_changed_byte_of_the_header_changes_a_weight_unnoticed(tmp_path: Path
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(data=st.data())
 def test_a_header_with_several_changes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Bytes replaced, removed and put in: never anything but a sentence or a model of the shape that it says."""
+    """Replace, remove and insert bytes: the file is rejected, or has exactly the shape that it states."""
     damaged = bytearray(minimal_file().header() + minimal_file().data)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, 1100))
@@ -455,9 +455,9 @@ HUGE = [2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
     ],
 )  # fmt: skip
 def test_absurd_numbers_in_a_tiny_file(tmp_path: Path, build: Callable[[int], bytes], count: int) -> None:
-    """A file of some dozen bytes that speaks of billions is refused at once, without room for them.
+    """A tiny file with counts in the billions is rejected at once, without allocating memory for them.
 
-    The gguf package's own reader is busy with some of these for ever.
+    The gguf package's own reader loops forever on some of these.
     """
     path = tmp_path / "a.gguf"
     path.write_bytes(build(count))
@@ -466,7 +466,7 @@ def test_absurd_numbers_in_a_tiny_file(tmp_path: Path, build: Callable[[int], by
 
 
 def test_the_43_bytes_that_keep_the_gguf_package_busy(tmp_path: Path) -> None:
-    """An array of 2⁶⁴ − 1 elements of each type behind an empty key, whole and cut to 43 bytes."""
+    """An array of 2⁶⁴ − 1 elements of each type after an empty key, complete and cut to 43 bytes."""
     path = tmp_path / "a.gguf"
     for kind in range(13):
         whole = File(n_metadata=1).header()[:24] + text("") + struct.pack("<IIQ", 9, kind, 2**64 - 1)
@@ -476,7 +476,7 @@ def test_the_43_bytes_that_keep_the_gguf_package_busy(tmp_path: Path) -> None:
 
 
 def test_arrays_within_arrays(tmp_path: Path) -> None:
-    """Ten thousand of them, each of one element: refused, and not by running out of stack."""
+    """Ten thousand nested arrays of one element are rejected without a stack overflow."""
     path = tmp_path / "a.gguf"
     nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10_000
     path.write_bytes(File(n_metadata=1).header()[:24] + text("k") + nested)
@@ -484,7 +484,7 @@ def test_arrays_within_arrays(tmp_path: Path) -> None:
 
 
 def test_a_large_array_takes_little_room(tmp_path: Path) -> None:
-    """Eight million bytes in an array, far more than any vocabulary, must not become as many Python objects."""
+    """An array of eight million bytes, far larger than any vocabulary, does not become Python objects."""
     path = tmp_path / "a.gguf"
     n = 8_000_000
     path.write_bytes(File(n_metadata=1).header()[:24] + text("k") + struct.pack("<IIQ", 9, 0, n) + bytes(n))
@@ -493,7 +493,7 @@ def test_a_large_array_takes_little_room(tmp_path: Path) -> None:
 
 
 def test_many_tensors_over_the_same_bytes(tmp_path: Path) -> None:
-    """A file of 4 MB whose tensors overlap would become 16 GB of weights; refused before any is made."""
+    """Overlapping tensors in 4 MB would become 16 GB of weights; the file is rejected before any is created."""
     file = minimal_file()
     file.tensors += [(f"x{i}", (1 << 20,), 0, 0) for i in range(4_000)]
     file.data += bytes(4 << 20)
@@ -502,15 +502,15 @@ def test_many_tensors_over_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["general.architecture", "llama.rope.freq_base", "tokenizer.ggml.tokens"])
 def test_a_key_that_stands_there_twice(tmp_path: Path, file: File, key: str) -> None:
-    """Which of the two is meant cannot be known."""
+    """A repeated key is ambiguous."""
     file.metadata.append((key, uint(1)))
-    load_rejected(file.write(tmp_path / "a.gguf"), key, "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), key, "repeated")
 
 
 def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
-    """The same for weights."""
+    """A repeated tensor is ambiguous."""
     file.change("blk.1.attn_q.weight", name="blk.0.attn_q.weight")
-    load_rejected(file.write(tmp_path / "a.gguf"), "twice")
+    load_rejected(file.write(tmp_path / "a.gguf"), "repeated")
 
 
 @pytest.mark.parametrize(
@@ -528,29 +528,29 @@ def test_a_tensor_that_stands_there_twice(tmp_path: Path, file: File) -> None:
     ],
 )
 def test_a_type_that_was_removed_or_is_to_come(tmp_path: Path, file: File, kind: int, name: str, instead: str) -> None:
-    """The type is named, and one to use instead; the file is whole."""
+    """The error names the type and a replacement; the file is not reported as damaged."""
     path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
     message = load_rejected(path, "blk.0.attn_q.weight", kind, name, f" {instead}", error=UnsupportedError)
-    assert "not a whole" not in message
+    assert "not a complete" not in message
 
 
 @pytest.mark.parametrize("kind", [256, 2**31, 2**32 - 1])
 def test_a_type_that_cannot_be(tmp_path: Path, file: File, kind: int) -> None:
-    """Damage."""
+    """An impossible type number means damage."""
     path = file.change("blk.0.attn_q.weight", kind=kind).write(tmp_path / "a.gguf")
     load_rejected(path, "blk.0.attn_q.weight", kind, "again")
 
 
 @pytest.mark.parametrize("kind", [13, 100, 2**32 - 1])
 def test_an_unknown_type_of_metadata(tmp_path: Path, file: File, kind: int) -> None:
-    """How long such a value is cannot be known."""
+    """The length of a value of an unknown type is unknown."""
     file.set("some.key", struct.pack("<II", kind, 1))
     load_rejected(file.write(tmp_path / "a.gguf"), kind)
 
 
 @pytest.mark.parametrize("kind", [24, 25, 26, 27, 28])
 def test_a_type_that_is_no_weight(tmp_path: Path, file: File, kind: int) -> None:
-    """Whole numbers and doubles have a size and no place in a Llama."""
+    """Integers and doubles have a size, but a Llama does not use them."""
     file.change("output_norm.weight", kind=kind)
     file.data += bytes(1024)
     load_rejected(file.write(tmp_path / "a.gguf"))
@@ -558,13 +558,13 @@ def test_a_type_that_is_no_weight(tmp_path: Path, file: File, kind: int) -> None
 
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.1.ffn_up.weight", "output_norm.weight"])
 def test_a_tensor_beyond_the_end(tmp_path: Path, file: File, tensor: str) -> None:
-    """Its last four bytes would lie behind the file's end."""
+    """Its last four bytes would be after the end of the file."""
     start = next(len(file.data) - 4 * math.prod(dims) + 4 for name, dims, _, _ in file.tensors if name == tensor)
     load_rejected(file.change(tensor, offset=start).write(tmp_path / "a.gguf"))
 
 
 def test_a_tensor_in_the_place_of_another(tmp_path: Path, file: File) -> None:
-    """Two tensors that share their bytes: one of them is wrong."""
+    """Two tensors that share bytes cannot both be right."""
     place = {name: offset for name, _, _, offset in file.tensors}
     file.change("blk.1.ffn_up.weight", offset=place["blk.0.ffn_up.weight"])
     load_rejected(file.write(tmp_path / "a.gguf"), "blk.1.ffn_up.weight")
@@ -574,20 +574,20 @@ def test_a_tensor_in_the_place_of_another(tmp_path: Path, file: File) -> None:
     "dims", [(), (0,), (64, 0), (64, 64, 1, 1, 1), (4096,), (64, 63), (128, 32), (64, 64, 1), (1, 64, 64), (32, 128)]
 )
 def test_a_wrong_shape(tmp_path: Path, file: File, dims: tuple[int, ...]) -> None:
-    """The weight is named."""
+    """The error names the weight."""
     load_rejected(file.change("blk.1.attn_q.weight", dims=dims).write(tmp_path / "a.gguf"), "1.att")
 
 
 @pytest.mark.parametrize("tensor", NAMES)
 def test_a_missing_tensor(tmp_path: Path, tensor: str) -> None:
-    """It is named, as the file names it or as Meta does."""
+    """The error has the file's or Meta's name of the tensor."""
     message = load_rejected(whole_file(without=tensor).write(tmp_path / "a.gguf"))
     assert tensor in message or NAMES[tensor] in message
 
 
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"])
 def test_bytes_that_no_tensor_claims(tmp_path: Path, file: File, tensor: str) -> None:
-    """A tensor that is gone from the table while its data is still there."""
+    """A tensor is missing in the table, but its data is still in the file."""
     file.tensors = [entry for entry in file.tensors if entry[0] != tensor]
     load_rejected(file.write(tmp_path / "a.gguf"))
 
@@ -598,14 +598,14 @@ def test_bytes_that_no_tensor_claims(tmp_path: Path, file: File, tensor: str) ->
     ids=lambda name: repr(name[:20]),
 )
 def test_an_unknown_tensor(tmp_path: Path, file: File, name: str) -> None:
-    """It is named, and the name can neither break the line nor fill the screen."""
+    """The error names it; the name can neither break the line nor fill the screen."""
     file.tensors.append((name, (32,), 0, len(file.data)))
     file.data += bytes(128)
     load_rejected(file.write(tmp_path / "a.gguf"), name[:1])
 
 
 def test_unknown_tensors_are_refused_before_the_long_part(tmp_path: Path, file: File) -> None:
-    """Names and shapes are in the header: nothing is dequantized to find out that they are wrong."""
+    """Names and shapes are in the header: nothing is dequantized before they are checked."""
     file.tensors.append(("extra", (32,), 0, len(file.data)))
     file.data += bytes(128)
     calls: list[tuple[str, int, int]] = []
@@ -614,12 +614,12 @@ def test_unknown_tensors_are_refused_before_the_long_part(tmp_path: Path, file: 
     assert calls == []
 
 
-# --- What the file says of the model ----------------------------------------------------------
+# --- Metadata ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "", "Llama", "llama\n", "x" * 5000])
 def test_another_architecture(tmp_path: Path, file: File, architecture: str) -> None:
-    """Found and expected."""
+    """The error names both the architecture and the expected one."""
     file.set("general.architecture", string(architecture))
     load_rejected(file.write(tmp_path / "a.gguf"), ascii(architecture[:20])[1:-1], "'llama'")
 
@@ -652,7 +652,7 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_field(tmp_path: Path, file: File, key: str) -> None:
-    """The field is named, or for the tokenizer's kind what is found in its place."""
+    """The error names the field, or the tokenizer's type if that is missing."""
     message = load_rejected(file.set(key, None).write(tmp_path / "a.gguf"))
     assert key in message or "None" in message
 
@@ -668,7 +668,7 @@ def test_a_missing_field(tmp_path: Path, file: File, key: str) -> None:
     ],
 )
 def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: str) -> None:
-    """Numbers where text is needed, text where numbers are, and numbers that cannot be: one printable line."""
+    """Numbers instead of text, text instead of numbers, impossible numbers: one printable line."""
     load_rejected(file.set(key, BAD_VALUES[value]).write(tmp_path / "a.gguf"))
 
 
@@ -694,13 +694,13 @@ def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: 
     ],
 )
 def test_a_shape_that_is_not_a_plain_llamas(tmp_path: Path, file: File, key: str, value: bytes, says: str) -> None:
-    """What this network does not compute, and numbers that contradict the tensors."""
+    """Features that this network does not have, and numbers that contradict the tensors."""
     load_rejected(file.set(key, value).write(tmp_path / "a.gguf"), says)
 
 
 @pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
 def test_a_number_for_each_layer(tmp_path: Path, file: File, name: str) -> None:
-    """An array of equal numbers is one number, as in llama.cpp; layers of different shapes are not supported."""
+    """An array of equal numbers counts as one number, as in llama.cpp; different shapes are not supported."""
     key = f"llama.{name}"
     number = read_header(file.write(tmp_path / "one.gguf")).metadata[key]
     path = file.set(key, ints([number] * ARGS.n_layers)).write(tmp_path / "a.gguf")
@@ -713,7 +713,7 @@ def test_a_number_for_each_layer(tmp_path: Path, file: File, name: str) -> None:
 
 
 def test_numbers_that_are_whole_floats(tmp_path: Path, file: File) -> None:
-    """Written as float32 by some programs."""
+    """Some programs write integers as float32."""
     expected = open_checkpoint(file.write(tmp_path / "one.gguf")).args
     for name in ("block_count", "embedding_length", "attention.head_count", "context_length", "feed_forward_length"):
         number = read_header(tmp_path / "one.gguf").metadata[f"llama.{name}"]
@@ -730,14 +730,14 @@ def test_numbers_that_are_whole_floats(tmp_path: Path, file: File) -> None:
     ],
 )
 def test_heads_and_layers_of_other_networks(tmp_path: Path, file: File, fields: dict[str, int], says: str) -> None:
-    """Named as not supported, and not as damage."""
+    """Reported as not supported, not as damage."""
     for name, number in fields.items():
         file.set(f"llama.{name}", uint(number))
     load_rejected(file.write(tmp_path / "a.gguf"), says, error=UnsupportedError)
 
 
 def test_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
-    """`key_length` need not be embedding_length / heads: the weights and the shape are those that were written."""
+    """`key_length` may differ from embedding_length / heads: weights and shape are the ones written."""
     args = replace(ARGS, head_dim=16)
     weights = random_weights(args)
     file = whole_file()
@@ -754,13 +754,13 @@ def test_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_file_without_weights(tmp_path: Path, file: File) -> None:
-    """llama.cpp has such files of vocabularies alone: whole, and not a model."""
+    """llama.cpp has files with only a vocabulary: valid, but not a model."""
     file.tensors, file.data = [], b""
     load_rejected(file.write(tmp_path / "a.gguf"), "no weights", error=UnsupportedError)
 
 
 def test_a_vocabulary_size_that_the_embedding_contradicts(tmp_path: Path, file: File) -> None:
-    """The tensors are believed, with a warning."""
+    """The tensors win, with a warning."""
     rows = open_checkpoint(file.write(tmp_path / "one.gguf")).args.vocab_size
     for stated, warnings in ((rows, 0), (rows + 1, 1)):
         checkpoint = open_checkpoint(file.set("llama.vocab_size", uint(stated)).write(tmp_path / "a.gguf"))
@@ -790,7 +790,7 @@ SLOW: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("case", SLOW)
 def test_a_header_that_keeps_a_reader_busy(tmp_path: Path, case: str) -> None:
-    """As many of each as the file really holds: rejected within 2 s of CPU time, far above any model."""
+    """The file really has as many entries as it states: rejected within 2 s of CPU time."""
     path = tmp_path / "a.gguf"
     path.write_bytes(SLOW[case]())
     start = time.process_time()
@@ -801,7 +801,7 @@ def test_a_header_that_keeps_a_reader_busy(tmp_path: Path, case: str) -> None:
 
 
 def test_the_vocabulary_of_a_large_model(tmp_path: Path) -> None:
-    """128,256 tokens, their types and 280,147 merges are within the bounds."""
+    """128,256 tokens, their types and 280,147 merges are within the limits."""
     file = File()
     file.metadata = [
         ("tokens", struct.pack("<IIQ", 9, 8, 128_256) + text("ab") * 128_256),
@@ -816,7 +816,7 @@ def test_the_vocabulary_of_a_large_model(tmp_path: Path) -> None:
 
 
 def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> None:
-    """The longest context that may be claimed costs nothing until it is used."""
+    """The longest allowed context takes no memory until it is used."""
     path = file.set("llama.context_length", uint(1 << 24)).write(tmp_path / "a.gguf")
     with little_time_and_memory(seconds=5):
         llama = Llama.load(path, device="cpu")
@@ -824,7 +824,7 @@ def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> No
     assert llama.context == 1 << 24
 
 
-# --- The tokenizer ----------------------------------------------------------------------------
+# --- Tokenizer ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -837,12 +837,12 @@ def test_a_context_of_millions_takes_no_memory(tmp_path: Path, file: File) -> No
     ],
 )
 def test_an_unknown_tokenizer(tmp_path: Path, file: File, key: str, value: str, says: str) -> None:
-    """What was found, what is known, and the way out."""
+    """The error names the tokenizer, the supported ones, and what to do."""
     load_rejected(file.set(key, string(value)).write(tmp_path / "a.gguf"), says, "'gpt2'", "'smollm'", "`tokenizer`")
 
 
 def test_a_tokenizer_from_elsewhere(tmp_path: Path, file: File) -> None:
-    """`--tokenizer` replaces one that is unknown; of another size it is refused with both numbers."""
+    """`--tokenizer` replaces an unknown tokenizer; one of another size is rejected with both numbers."""
     from tests.helpers.checkpoints import tokenizer_file
 
     path = file.set("tokenizer.ggml.pre", string("qwen2")).write(tmp_path / "a.gguf")
@@ -865,11 +865,11 @@ TEXTS, TYPES = vocabulary()
         ({"tokens": strings([*TEXTS[:260], "中文", *TEXTS[261:]])}, "token 260"),
         ({"tokens": strings([*TEXTS[:260], "a\nb", *TEXTS[261:]])}, "token 260"),
         ({"tokens": strings([*TEXTS[:260], "", *TEXTS[261:]])}, "empty"),
-        ({"tokens": strings([*TEXTS[:260], TEXTS[5], *TEXTS[261:]])}, "twice"),
-        ({"tokens": strings([*TEXTS[:271], "<|endoftext|>"])}, "twice"),
+        ({"tokens": strings([*TEXTS[:260], TEXTS[5], *TEXTS[261:]])}, "repeated"),
+        ({"tokens": strings([*TEXTS[:271], "<|endoftext|>"])}, "repeated"),
         ({"tokens": strings([*TEXTS[:271], ""])}, "empty"),
-        ({"tokens": strings(TEXTS[:-1])}, "271 tokens with 272 types"),
-        ({"token_type": ints(TYPES[:-1])}, "272 tokens with 271 types"),
+        ({"tokens": strings(TEXTS[:-1])}, "271 tokens but 272 token types"),
+        ({"token_type": ints(TYPES[:-1])}, "272 tokens but 271 token types"),
         ({"token_type": struct.pack("<IIQ272f", 9, 6, 272, *map(float, TYPES))}, "token_type"),
         ({"tokens": strings(TEXTS[:-1]), "token_type": ints(TYPES[:-1])}, "271"),
         ({"tokens": strings([*TEXTS, "<|more|>"]), "token_type": ints([*TYPES, 3])}, "273"),
@@ -892,7 +892,7 @@ TEXTS, TYPES = vocabulary()
     ],
 )
 def test_a_vocabulary_that_cannot_be(tmp_path: Path, file: File, changes: dict[str, bytes | None], says: str) -> None:
-    """Tokens, types and merges that contradict each other, or that tiktoken would read as another vocabulary."""
+    """Tokens, types and merges that contradict each other, or that tiktoken would read differently."""
     for key, value in changes.items():
         file.set(f"tokenizer.ggml.{key}", value)
     load_rejected(file.write(tmp_path / "a.gguf"), says)
@@ -901,13 +901,13 @@ def test_a_vocabulary_that_cannot_be(tmp_path: Path, file: File, changes: dict[s
 @pytest.mark.parametrize("field_name", ["unknown", "eos", "bos"])
 @pytest.mark.parametrize("value", [uint(2**32 - 1), struct.pack("<Ii", 5, -1), string("x"), ints([270])])
 def test_special_ids_that_point_nowhere(tmp_path: Path, file: File, field_name: str, value: bytes) -> None:
-    """They are left out, where nothing depends on them: the vocabulary here has all bytes."""
+    """They are dropped if nothing depends on them; this vocabulary has all bytes."""
     path = file.set(f"tokenizer.ggml.{field_name}_token_id", value).write(tmp_path / "a.gguf")
     assert open_checkpoint(path).tokenizer.encode("the") == [259]
 
 
 def test_bytes_without_a_token_become_the_unknown_one(tmp_path: Path, file: File) -> None:
-    """As in SmolLM2, which lacks 21 of the 256."""
+    """As in SmolLM2, which lacks 21 of the 256 bytes."""
     texts = ["<|gone|>", *TEXTS[1:]]
     gone = TEXTS[0]
     file.set("tokenizer.ggml.tokens", strings(texts)).set("tokenizer.ggml.token_type", ints([3, *TYPES[1:]]))
@@ -918,7 +918,7 @@ def test_bytes_without_a_token_become_the_unknown_one(tmp_path: Path, file: File
 
 @pytest.mark.parametrize("special", ["", "x" * 5_000_000], ids=["empty", "long"])
 def test_a_special_token_that_no_text_can_hold(tmp_path: Path, file: File, special: str) -> None:
-    """tiktoken would look for the empty one for ever, and cannot look for one of megabytes."""
+    """tiktoken would search forever for an empty token, and cannot search for one of megabytes."""
     file.set("tokenizer.ggml.tokens", strings([*TEXTS[:271], special]))
     path = file.write(tmp_path / "a.gguf")
     with pytest.raises(CheckpointError) as caught:
@@ -930,9 +930,9 @@ def test_a_special_token_that_no_text_can_hold(tmp_path: Path, file: File, speci
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("tensor", ["token_embd", "blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v", "blk.0.ffn_down"])
 def test_scales_that_are_not_numbers(tmp_path: Path, tensor: str, value: float) -> None:
-    """A damaged block never leads to an answer, and numpy does not remark on it before the sentence.
+    """A damaged block never leads to an answer, and numpy does not warn before the error.
 
-    Waiting for the logits is not enough: torch's attention answers zeros where a query is not a number.
+    Checking only the logits would miss it: torch's attention returns zeros if a query is NaN.
     """
     path = write_with_gguf(tmp_path / "a.gguf", Quant.Q8_0)
     start = next(t.start for t in read_header(path).tensors if t.name == f"{tensor}.weight")
@@ -945,7 +945,7 @@ def test_scales_that_are_not_numbers(tmp_path: Path, tensor: str, value: float) 
 
 
 def test_opening_twice_gives_the_same(tmp_path: Path, file: File) -> None:
-    """Nothing is kept from one reading to the next: a file that was replaced counts."""
+    """Nothing is cached between two readings, so a replaced file is read again."""
     path = file.write(tmp_path / "a.gguf")
     first = open_checkpoint(path).load(silent)
     shutil.copy(path, tmp_path / "b.gguf")

@@ -1,4 +1,4 @@
-"""The types of GGUF's tensors: each block means what ggml says, and plain numbers stay where they lie."""
+"""GGUF's tensor types: blocks are dequantized as in ggml, and plain numbers are memory-mapped."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.helpers.gguf_reference import KINDS, OTHERS, Floats, dequantize, dige
 
 pytestmark = pytest.mark.reference
 
-# Rows of one or two blocks of 256.
+# Rows have one or two blocks of 256.
 ARGS = ModelArgs(256, 1, 4, 2, 272, 512, 2**-17, 10_000.0, None, 512)
-# GGUF's name → Meta's, and the shape.
+# GGUF's name → Meta's name and the shape.
 MATRICES = {
     "token_embd": ("tok_embeddings", (272, 256)),
     "blk.0.attn_q": ("layers.0.attention.wq", (256, 256)),
@@ -42,7 +42,7 @@ MATRICES = {
 }
 NORMS = {"blk.0.attn_norm": "layers.0.attention_norm", "blk.0.ffn_norm": "layers.0.ffn_norm", "output_norm": "norm"}
 IDS = [0, 7, 7, 255, 256, 271, 100, 64, 3]
-# What ggml's own functions make of `random_blocks(kind, 4, 512)`: tests.helpers.gguf_reference says how they are asked.
+# Results of ggml's own functions for `random_blocks(kind, 4, 512)`; see tests.helpers.gguf_reference.
 GGML = {
     "Q4_0": "5b3795b4802274e0",
     "Q4_1": "0a0921d421fec956",
@@ -70,7 +70,7 @@ Content = Callable[[str, tuple[int, int]], tuple[int, bytes]]
 
 
 def model_file(content: Content) -> File:
-    """A model whose matrices hold `content` of name and shape: the type's number and bytes. Norms are about 1."""
+    """A model whose matrices have the given content (type number and bytes, by name and shape). Norms are about 1."""
     file = whole_file()
     for key, value in {
         "embedding_length": ARGS.dim,
@@ -92,13 +92,13 @@ def model_file(content: Content) -> File:
 
 
 def some_rows(kind: str, name: str, columns: int) -> bytes:
-    """17 rows of random blocks, other ones for each name, that give weights up to about 0.2."""
+    """17 rows of random blocks, different for each name, that give weights up to about 0.2."""
     spread = {"4_0": 0.02, "4_1": 0.01, "5_0": 0.01, "5_1": 0.005, "8_0": 0.001, "4_K": 2e-4, "5_K": 1e-4}
     return random_blocks(kind, 17, columns, seed=name, spread=spread.get(kind[1:], 5e-5))
 
 
 def blocks(kind: str) -> Content:
-    """All matrices in one type, of these rows over and over: one after the other is what takes the reference time."""
+    """All matrices in one type, with these rows repeated: dequantizing unique rows in the reference is slow."""
 
     def content(name: str, shape: tuple[int, int]) -> tuple[int, bytes]:
         rows, columns = shape
@@ -109,7 +109,7 @@ def blocks(kind: str) -> Content:
 
 
 def values(kind: str, name: str, shape: tuple[int, int]) -> Floats:
-    """The numbers of that content."""
+    """The dequantized values of that content."""
     rows, columns = shape
     found = dequantize(kind, some_rows(kind, name, columns)).reshape(17, columns)
     return np.resize(found, (rows, columns))
@@ -120,13 +120,13 @@ def values(kind: str, name: str, shape: tuple[int, int]) -> Floats:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_says_what_ggml_says(kind: str) -> None:
-    """To the last bit, as ggml's own functions were asked once."""
+    """Bitwise equal to recorded results of ggml's own functions."""
     assert digest(dequantize(kind, random_blocks(kind, 4, 512))) == GGML[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_become_the_numbers_that_ggml_defines(tmp_path: Path, kind: str) -> None:
-    """To the last bit of float32, in all of it and in any stretch of rows; nothing is a tensor before."""
+    """Bitwise equal in float32, for all rows and any range of rows; nothing is dequantized before."""
     weights = open_checkpoint(model_file(blocks(kind)).write(tmp_path / "a.gguf")).load(silent)
     chance = random.Random(0)
     for name, (metas, shape) in MATRICES.items():
@@ -144,7 +144,7 @@ def test_blocks_become_the_numbers_that_ggml_defines(tmp_path: Path, kind: str) 
 
 @pytest.mark.parametrize("kind", KINDS | OTHERS)
 def test_a_weight_of_any_type_of_blocks(tmp_path: Path, kind: str) -> None:
-    """ggml's own result on the same bytes, of the types beyond those that are promised too."""
+    """ggml's own result for the same bytes, also for types that are not officially supported."""
     data = random_blocks(kind, 4, 512)
     rows = [data[i * len(data) // 4 :][: len(data) // 4] for i in range(4)]
     file = model_file(
@@ -159,7 +159,7 @@ def test_a_weight_of_any_type_of_blocks(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in Quant if kind.name not in {*GGML, "F32", "F16", "BF16"}])
 def test_no_other_type_is_taken_for_one_of_these(tmp_path: Path, kind: Quant) -> None:
-    """Either the gguf package knows the blocks, or a sentence names the tensor and its type."""
+    """Either the gguf package supports the type, or an error names the tensor and its type."""
     size, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     data = bytes(range(64)) * (256 * 512 // size * n_bytes // 64)
     file = model_file(
@@ -178,9 +178,9 @@ def test_no_other_type_is_taken_for_one_of_these(tmp_path: Path, kind: Quant) ->
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, "BF16", "F16"])
 def test_a_norm_in_any_type(tmp_path: Path, kind: str, padded: bool) -> None:
-    """llama.cpp keeps them in F32; others need not, and a norm becomes a tensor at once.
+    """llama.cpp keeps norms in F32, other programs need not; a norm is dequantized at once.
 
-    It is the last one, behind which writers fill the file up to the next multiple of the alignment, or do not.
+    It is the last tensor, after which writers may or may not pad the file to the alignment.
     """
     file = model_file(blocks("Q4_0"))
     numbers = np.linspace(0.5, 1.5, 256, dtype=np.float32)
@@ -199,7 +199,7 @@ def test_a_norm_in_any_type(tmp_path: Path, kind: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_1"])
 def test_a_quantized_model_answers_as_its_numbers_do(tmp_path: Path, kind: str) -> None:
-    """Logits of the reference on what the blocks mean, in float64."""
+    """The logits match the float64 reference on the dequantized values."""
     path = model_file(blocks(kind)).write(tmp_path / "a.gguf")
     llama = Llama.load(path, precision="fp32", device="cpu")
     weights = {
@@ -215,7 +215,7 @@ def test_a_quantized_model_answers_as_its_numbers_do(tmp_path: Path, kind: str) 
 
 
 def test_types_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
-    """Q4_K_M has some of its matrices in Q6_K; each is read by its own type, and both are counted."""
+    """Q4_K_M has some matrices in Q6_K; each is read by its own type, and both are counted."""
     kinds = {name: "Q6_K" if name in ("token_embd", "blk.0.attn_v", "blk.0.ffn_down") else "Q4_K" for name in MATRICES}
     path = model_file(lambda name, shape: blocks(kinds[name])(name, shape)).write(tmp_path / "a.gguf")
     checkpoint = open_checkpoint(path)
@@ -227,7 +227,7 @@ def test_types_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_rows_that_are_no_whole_blocks(tmp_path: Path, kind: str) -> None:
-    """A block never goes over the end of a row: such a shape is refused with the tensor's name."""
+    """A block never spans two rows: such a shape is rejected with the tensor's name."""
     file = model_file(blocks("Q4_0"))
     held = (KINDS | OTHERS)[kind]
     columns = 512 + held.weights // 2
@@ -240,7 +240,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_scale_that_is_no_number(tmp_path: Path, kind: str, value: float) -> None:
-    """Each of a block's float16 scales, in the last block of a row: rows before it are good, this one is refused."""
+    """NaN in each float16 scale of a row's last block: earlier rows are valid, this one is rejected."""
     for place in KINDS[kind].halves:
         file = model_file(blocks(kind))
         start = next(offset for name, _, _, offset in file.tensors if name == "blk.0.ffn_gate.weight")
@@ -274,17 +274,17 @@ def plain(kind: str) -> Content:
 
 @pytest.fixture
 def warned_each_time() -> Iterator[None]:
-    """torch says most things once in a process."""
+    """Make torch repeat warnings that it normally shows once per process."""
     torch.set_warn_always(True)
     yield
     torch.set_warn_always(False)
 
 
-@pytest.mark.filterwarnings("error")  # torch warns of memory that it must not write to
+@pytest.mark.filterwarnings("error")  # torch warns about memory that is not writable
 @pytest.mark.usefixtures("warned_each_time")
 @pytest.mark.parametrize("kind", PLAIN)
 def test_plain_numbers_are_mapped_as_they_lie(tmp_path: Path, kind: str) -> None:
-    """Each bit and the type stay, and nothing is copied: what is then written into the file is seen in the weights."""
+    """Bits and type stay the same without a copy: later writes to the file are visible in the weights."""
     content = plain(kind)
     path = model_file(content).write(tmp_path / "a.gguf")
     weights = open_checkpoint(path).load(silent)
@@ -307,24 +307,24 @@ def test_plain_numbers_are_mapped_as_they_lie(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_embeddings_type_is_known_before_it_is_read(tmp_path: Path, kind: str) -> None:
-    """It decides which precision is chosen."""
+    """It decides the default precision."""
     checkpoint = open_checkpoint(model_file(plain(kind)).write(tmp_path / "a.gguf"))
     assert checkpoint.storage(silent).dtype == PLAIN[kind] == checkpoint.load(silent)["tok_embeddings.weight"].dtype
 
 
-# --- Where they lie ---------------------------------------------------------------------------
+# --- Alignment and offsets ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 4, 12, 24])
 def test_an_alignment_that_the_format_does_not_allow(tmp_path: Path, alignment: int) -> None:
-    """It is a power of two and at least 8: numbers of four bytes must not be mapped across a boundary."""
+    """A power of two of at least 8: four-byte numbers must not be mapped across a boundary."""
     file = whole_file().set("general.alignment", uint(alignment))
     file.alignment = alignment
     load_rejected(file.write(tmp_path / "a.gguf"), "general.alignment", alignment)
 
 
 def test_a_tensor_of_a_million_dimensions(tmp_path: Path) -> None:
-    """Refused before they are numbers."""
+    """Rejected before the dimensions are read."""
     dims = struct.pack("<Q", 1 << 40) * (1 << 20)
     path = tmp_path / "a.gguf"
     path.write_bytes(File(n_tensors=1).header()[:24] + struct.pack("<Q1sI", 1, b"t", 1 << 20) + dims + bytes(64))
@@ -332,7 +332,7 @@ def test_a_tensor_of_a_million_dimensions(tmp_path: Path) -> None:
 
 
 def test_the_smallest_alignment(tmp_path: Path) -> None:
-    """8 bytes."""
+    """An alignment of 8 bytes."""
     file = whole_file()
     wanted = open_checkpoint(file.write(tmp_path / "a.gguf")).load(silent)
     file.set("general.alignment", uint(8)).alignment = 8

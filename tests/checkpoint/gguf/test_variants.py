@@ -1,4 +1,4 @@
-"""GGUF files in several pieces, with divisors of the rotary embedding, and with each way to cut text."""
+"""GGUF files that are split, with divisors of the rotary embedding, and with each pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BOOL = struct.pack("<I?", 7, True)
 
 
 def rejected_at_each(paths: Sequence[Path], *words: object, error: type[LlamaScratchError] = CheckpointError) -> None:
-    """Whichever of the files is named, soon."""
+    """Check that opening any of the files is rejected quickly."""
     for path in paths:
         with little_time_and_memory():
             assert_rejected(partial(load, path), error, *words)
@@ -65,7 +65,7 @@ def rejected_at_each(paths: Sequence[Path], *words: object, error: type[LlamaScr
 
 @pytest.mark.parametrize("sizes", [(7, 1, 12), (20,), (0, 20), (1,) * 20])
 def test_several_files_are_the_whole_one(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    """Whichever of them is named: shape, tokens, every weight, and the list of files."""
+    """Whichever file is named: the same shape, tokens, weights and list of files."""
     expected = open_checkpoint(whole_file().write(tmp_path / "whole.gguf"))
     weights, ids = expected.load(silent), expected.tokenizer.encode("the thin é")
     paths = write(tmp_path, cut(*sizes))
@@ -82,7 +82,7 @@ def test_several_files_are_the_whole_one(tmp_path: Path, sizes: tuple[int, ...])
 def test_files_that_the_gguf_package_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: Quant, first_is_small: bool
 ) -> None:
-    """Its own writer's, with and without tensors in the first; through `Llama.load` with the same logits."""
+    """Files of its own writer, with and without tensors in the first one, give the same logits."""
     expected = Llama.load(write_with_gguf(tmp_path / "whole.gguf", quant), device="cpu", precision="fp32").logits(IDS)
     writer = gguf.GGUFWriter
 
@@ -98,7 +98,7 @@ def test_files_that_the_gguf_package_split(
 
 
 def test_each_file_is_mapped(tmp_path: Path) -> None:
-    """What is then written into one of them is seen in its weights; nothing is copied."""
+    """Later writes to any of the files are visible in the weights; nothing is copied."""
     paths = write(tmp_path, cut(7, 1, 12))
     calls: list[tuple[str, int, int]] = []
     weights = open_checkpoint(paths[1]).load(lambda *call: calls.append(call))
@@ -114,7 +114,7 @@ def test_each_file_is_mapped(tmp_path: Path) -> None:
 
 
 def test_files_with_an_ending_in_capitals(tmp_path: Path) -> None:
-    """Names are the first one's but for the number."""
+    """The other files' names are derived from the first one's."""
     files = cut(7, 1, 12)
     paths = [file.write(tmp_path / f"S-0000{i}-OF-00003.GGUF") for i, file in enumerate(files, start=1)]
     for path in paths:
@@ -122,7 +122,7 @@ def test_files_with_an_ending_in_capitals(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_the_only_one(tmp_path: Path) -> None:
-    """A count of 0 or 1 needs no name of the kind."""
+    """If the count is 0 or 1, the file name does not matter."""
     for count in (0, 1):
         file = whole_file().set("split.count", short(count))
         assert open_checkpoint(file.write(tmp_path / "a.gguf")).files == (tmp_path / "a.gguf",)
@@ -130,7 +130,7 @@ def test_a_file_that_is_the_only_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
 def test_a_missing_file(tmp_path: Path, missing: int) -> None:
-    """It is named, and missing is not corrupt."""
+    """The error names it; a missing file is not reported as damaged."""
     paths = write(tmp_path, cut(7, 1, 12))
     gone = paths.pop(missing - 1)
     gone.unlink()
@@ -155,23 +155,23 @@ def test_a_missing_file(tmp_path: Path, missing: int) -> None:
     ],
 )
 def test_a_file_of_another_model(tmp_path: Path, changed: int, key: str, value: bytes | None) -> None:
-    """One of the three does not say what the others do; also when that one is opened."""
+    """One of the three files contradicts the others; also if that file is opened."""
     files = cut(7, 1, 12)
     files[changed - 1].set(key, value)
     paths = write(tmp_path, files)
     del paths[changed - 1]
-    rejected_at_each(paths, "is no part of the model of the files beside it", place(tmp_path, changed), "again")
+    rejected_at_each(paths, "belongs to another model", place(tmp_path, changed), "again")
     rejected_at_each([place(tmp_path, changed)], tmp_path)
 
 
 def test_files_that_changed_places(tmp_path: Path) -> None:
-    """The second under the third's name."""
+    """The second file has the third one's name."""
     files = cut(7, 1, 12)
     rejected_at_each(write(tmp_path, [files[0], files[2], files[1]]), place(tmp_path, 2), "another part")
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    """Which of the two is meant cannot be known."""
+    """A repeated tensor is ambiguous."""
     files = cut(7, 1, 12)
     name, dims, kind, _ = files[0].tensors[0]
     size = 4 * math.prod(dims)
@@ -184,7 +184,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [None, whole(0), whole(19), whole(21), whole(-1), string("20"), ints([20])])
 def test_another_number_of_tensors(tmp_path: Path, count: bytes | None) -> None:
-    """Than all files agree that there is."""
+    """The files hold another number of tensors than they all state."""
     files = [file.set("split.tensors.count", count) for file in cut(7, 1, 12)]
     rejected_at_each(write(tmp_path, files), "the 3 files hold 20 tensors", "again")
 
@@ -202,7 +202,7 @@ def test_another_number_of_tensors(tmp_path: Path, count: bytes | None) -> None:
     ],
 )
 def test_a_file_that_was_renamed(tmp_path: Path, name: str) -> None:
-    """Where the others are cannot be known from it; a number beyond the count is none of theirs."""
+    """The other files cannot be found from its name; a number above the count is invalid."""
     write(tmp_path, cut(7, 1, 12))
     place(tmp_path, 2).rename(tmp_path / name)
     cut(7, 1, 12)[1].write(place(tmp_path, 2))
@@ -228,7 +228,7 @@ ABSURD = {
 
 @pytest.mark.parametrize("count", ABSURD.values(), ids=ABSURD)
 def test_an_absurd_number_of_files(tmp_path: Path, count: bytes) -> None:
-    """In all three files, in one of them, and in a file that is whole by itself."""
+    """In all three files, in one of them, and in a model of a single file."""
     files = cut(7, 1, 12)
     for file in files:
         file.set("split.count", count)
@@ -238,14 +238,14 @@ def test_an_absurd_number_of_files(tmp_path: Path, count: bytes) -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_of_several_files_that_calls_itself_the_only_one(tmp_path: Path, count: int) -> None:
-    """The rest is missing, whichever it is."""
+    """Whichever file it is, the rest is missing."""
     files = [file.set("split.count", short(count)) for file in cut(7, 1, 12)]
     rejected_at_each(write(tmp_path, files))
 
 
 @pytest.mark.parametrize("number", [2, 65535])
 def test_very_many_files_of_which_few_are_there(tmp_path: Path, number: int) -> None:
-    """The first that is missing ends it."""
+    """Reading stops at the first missing file."""
     files = cut(7, 13)
     for i, file in enumerate(files, start=1):
         file.set("split.count", short(65535)).write(place(tmp_path, i, 65535))
@@ -256,7 +256,7 @@ def test_very_many_files_of_which_few_are_there(tmp_path: Path, number: int) -> 
 
 @pytest.mark.parametrize("size", [0, 10, 24, 60, -100, -1])
 def test_a_later_file_that_was_cut_short(tmp_path: Path, size: int) -> None:
-    """In its header or in its data: that file is named."""
+    """Truncated in its header or its data: the error names that file."""
     paths = write(tmp_path, cut(7, 1, 12))
     content = paths[1].read_bytes()
     paths[1].unlink()
@@ -265,7 +265,7 @@ def test_a_later_file_that_was_cut_short(tmp_path: Path, size: int) -> None:
 
 
 def test_a_later_file_that_changes_after_opening(tmp_path: Path) -> None:
-    """Cut short or gone between the two steps."""
+    """Truncated or removed between opening and loading."""
     paths = write(tmp_path, cut(7, 1, 12))
     checkpoint = open_checkpoint(paths[0])
     paths[2].write_bytes(paths[2].read_bytes()[:-100])
@@ -281,7 +281,7 @@ def test_a_later_file_that_changes_after_opening(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.attention.wq.weight", "tok_embeddings.weight"])
 @pytest.mark.parametrize("instead", [True, False])
 def test_a_weight_under_metas_name(tmp_path: Path, name: str, instead: bool) -> None:
-    """It is unknown in this format, and never takes the place of the one that is meant."""
+    """It is unknown in this format, and never replaces the right one."""
     file = whole_file()
     theirs = next(theirs for theirs, metas in NAMES.items() if metas == name)
     if instead:
@@ -300,7 +300,7 @@ KEY = "llama.rope.scaling.original_context_length"
 
 
 def converters(factor: float, original: int = 8192, low: float = 1, high: float = 4) -> list[float]:
-    """What llama.cpp's conversion writes for Llama 3.1's rule, by wavelength.
+    """Compute the divisors for Llama 3.1's rule as llama.cpp's converter does, by wavelength.
 
     Source: `generate_extra_tensors` of `LlamaModel` in convert_hf_to_gguf.py, ggml-org/llama.cpp.
     """
@@ -318,7 +318,7 @@ def converters(factor: float, original: int = 8192, low: float = 1, high: float 
 
 
 def scaled(divisors: Sequence[float], kind: int = 0, form: str = "f") -> File:
-    """The small model with such divisors as the first tensor."""
+    """The small model with these divisors as its first tensor."""
     file = whole_file().set("llama.rope.freq_base", struct.pack("<If", 6, THETA))
     data = struct.pack(f"<{len(divisors)}{form}", *divisors)
     data += bytes(-len(data) % 32)
@@ -336,9 +336,9 @@ def rope(path: Path) -> tuple[RopeScaling | None, tuple[float, ...] | None]:
 @pytest.mark.parametrize("factor", [8.0, 32.0, 2.5, 1.5, 20.0])
 @pytest.mark.parametrize("original", [8192, 4096, 131_072])
 def test_llama_3_1s_rule_is_recognized(tmp_path: Path, factor: float, original: int) -> None:
-    """With its factor; the context before it was stretched is Llama 3's where a file does not say."""
+    """With its factor; the original context defaults to Llama 3's if the file does not state it."""
     divisors = converters(factor, original)
-    assert len(set(divisors)) >= 3  # some are left alone, some blended, some divided
+    assert len(set(divisors)) >= 3  # some frequencies stay, some are blended, some divided
     file = scaled(divisors)
     if original != 8192:
         file.set(KEY, uint(original))
@@ -368,7 +368,7 @@ def test_llama_3_1s_rule_is_recognized(tmp_path: Path, factor: float, original: 
     ],
 )  # fmt: skip
 def test_divisors_of_no_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, divisors: list[float]) -> None:
-    """They are kept as they are, and the network turns by them: against the reference's own angles."""
+    """They are kept, and the network rotates by them: compared with the reference's own angles."""
     path = scaled(divisors).write(tmp_path / "a.gguf")
     assert rope(path) == (None, tuple(np.array(divisors, np.float32).tolist()))
     shape = {
@@ -392,19 +392,19 @@ def test_divisors_of_no_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, di
     expected = reference.forward(weights, shape, ids).logits
     found = Llama.load(path, precision="fp32", device="cpu").logits(ids).double()
     assert (found - expected).norm() / expected.norm() < 1e-5
-    # That divisors matter is seen where they are those of pairs that turn within these 200 tokens.
+    # Divisors matter only for pairs that rotate visibly within these 200 tokens.
     if divisors[:4] != [1.0] * 4:
         assert (plain - expected).norm() / expected.norm() > 1e-3
 
 
 def test_divisors_that_divide_nothing(tmp_path: Path) -> None:
-    """All of them 1, which is what a factor of 1 gives."""
+    """All are 1, as with a factor of 1."""
     assert rope(scaled([1.0] * 16).write(tmp_path / "a.gguf")) == (None, None)
     assert rope(scaled(converters(1.0)).write(tmp_path / "a.gguf")) == (None, None)
 
 
 def test_divisors_in_a_later_file(tmp_path: Path) -> None:
-    """They are read from the file that they lie in."""
+    """They are read from the file that holds them."""
     files = cut(7, 1, 12)
     divisors = [1.0 + i for i in range(16)]
     files[1].tensors.append(("rope_freqs.weight", (16,), 0, len(files[1].data)))
@@ -417,7 +417,7 @@ def test_divisors_in_a_later_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.0, -8.0, 1e9, 1e-30, 3e38])
 @pytest.mark.parametrize("at", [0, 15])
 def test_a_divisor_that_cannot_be(tmp_path: Path, bad: float, at: int) -> None:
-    """It would make angles that are no numbers, or none at all."""
+    """Its angles would be NaN, infinite or 0."""
     divisors = converters(8)
     divisors[at] = bad
     load_rejected(scaled(divisors).write(tmp_path / "a.gguf"), "rope_freqs.weight holds", f"{bad:g}", "again")
@@ -436,12 +436,12 @@ def test_a_divisor_that_cannot_be(tmp_path: Path, bad: float, at: int) -> None:
     ],
 )
 def test_divisors_of_another_kind(tmp_path: Path, divisors: list[float], kind: int, form: str, says: str) -> None:
-    """Too few, too many, and what llama.cpp does not write."""
+    """Too few, too many, and types that llama.cpp does not write."""
     load_rejected(scaled(divisors, kind, form).write(tmp_path / "a.gguf"), "rope_freqs.weight", says, "(16,) in F32")
 
 
 def test_divisors_in_two_dimensions(tmp_path: Path) -> None:
-    """(1, 16) is not (16,)."""
+    """The shape (1, 16) is not (16,)."""
     file = scaled([1.0] * 16).change("rope_freqs.weight", dims=(16, 1))
     load_rejected(file.write(tmp_path / "a.gguf"), "rope_freqs.weight", "(1, 16)")
 
@@ -466,7 +466,7 @@ FLOAT = {value: struct.pack("<If", 6, value) for value in (0.0, 1.0, 4.0, 0.25, 
     ],
 )
 def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
-    """This network has none of them; llama.cpp takes a factor without a type for a linear one."""
+    """This network does not support these; llama.cpp treats a factor without a type as linear."""
     file = whole_file()
     for field, value in fields.items():
         file.set(f"llama.rope.{field}", value)
@@ -489,7 +489,7 @@ def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
     ],
 )
 def test_what_scales_nothing(tmp_path: Path, fields: dict[str, bytes]) -> None:
-    """As llama.cpp reads it; its conversion writes no type for Llama 3, only the divisors."""
+    """As llama.cpp reads it; for Llama 3 its converter writes only divisors, not a type."""
     for file in (whole_file(), scaled(converters(8))):
         for field, value in fields.items():
             file.set(f"llama.rope.{field}", value)
@@ -498,13 +498,13 @@ def test_what_scales_nothing(tmp_path: Path, fields: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("value", [uint(0), BOOL, string("8192"), FLOAT[0.25], struct.pack("<Ii", 5, -1)])
 def test_an_original_context_that_cannot_be(tmp_path: Path, value: bytes) -> None:
-    """Only looked at where there are divisors."""
+    """It is only read if there are divisors."""
     load_rejected(scaled(converters(8)).set(KEY, value).write(tmp_path / "a.gguf"), KEY)
 
 
 # --- Tokenizer --------------------------------------------------------------------------------
 
-# Each token is what its own merges make, so that merging by rank and by the list are the same.
+# Its merges can produce each token from its bytes, so merging by rank and by list agree.
 MERGES = [
     *["t h", "e r", "i n", "th e", "r e", "Ġ the", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ", "ĉ ĉ", "č Ċ"],
     *["1 2", "12 3", "0 0", "00 0", "Ġ 1", "Ġ 0", "ĠĠ 1"],
@@ -526,7 +526,7 @@ def place_of(special: str) -> bytes:
 
 
 def with_tokens(pattern: str, **fields: bytes | None) -> File:
-    """A file with this vocabulary, cut by a named pattern; its embedding is padded with zeros to the new size."""
+    """A file with this vocabulary and a named pre-tokenizer; the embedding is padded with zeros."""
     file = copy.deepcopy(SMALL)
     for key in ("eos_token_id", "unknown_token_id"):
         file.set(f"tokenizer.ggml.{key}", None)
@@ -548,7 +548,7 @@ SMALL = whole_file()
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
-    """By the pattern's name: the file's, and the `tokenizers` package's with the pre-tokenizer of that name."""
+    """Tokenizers by pattern: the file's, and the `tokenizers` package's with the same pre-tokenizer."""
     from tokenizers import Regex, models, pre_tokenizers
     from tokenizers import Tokenizer as Theirs
 
@@ -590,7 +590,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Toke
 def test_the_same_tokens_cut_by_each_pattern(
     tokenizers: dict[str, tuple[Tokenizer, Any]], text: str, expected: dict[str, str]
 ) -> None:
-    """Digits alone, in threes or all; contractions in either case; white space before what follows it."""
+    """Single or up to three digits, contractions in either case, and white space before a word."""
     for name, parts in expected.items():
         ours, theirs = tokenizers[name]
         assert "|".join(ours.token_text(id) for id in ours.encode(text)) == parts, name
@@ -599,7 +599,7 @@ def test_the_same_tokens_cut_by_each_pattern(
 
 @pytest.mark.parametrize("name", ["llama-bpe", "smollm", "gpt-2"])
 def test_any_text_has_the_tokenizers_packages_ids(tokenizers: dict[str, tuple[Tokenizer, Any]], name: str) -> None:
-    """Some hundred texts drawn at random, and all pairs of fragments where tokenizers part company."""
+    """About a hundred random texts, and all pairs of fragments on which tokenizers often disagree."""
     ours, theirs = tokenizers[name]
     pairs = [first + second for first in FRAGMENTS for second in FRAGMENTS]
 
@@ -618,7 +618,7 @@ def test_any_text_has_the_tokenizers_packages_ids(tokenizers: dict[str, tuple[To
 @pytest.mark.parametrize("add", [None, True, False])
 @pytest.mark.parametrize("named", [True, False])
 def test_the_beginning_of_a_text(tmp_path: Path, pattern: str, add: bool | None, named: bool) -> None:
-    """llama.cpp puts it in front for llama-bpe where a file does not say, and for the others not."""
+    """If the file does not say, llama.cpp adds BOS for llama-bpe only."""
     file = with_tokens(
         pattern,
         bos_token_id=place_of("<|start|>") if named else None,
@@ -643,7 +643,7 @@ def test_the_beginning_of_a_text(tmp_path: Path, pattern: str, add: bool | None,
     ],
 )
 def test_where_a_text_ends(tmp_path: Path, fields: dict[str, str], expected: list[str]) -> None:
-    """At what a file names, and at the names that models use; beginning, padding and unknown are no ends."""
+    """Stop tokens are those that the file names and those with known names; not BOS, padding or unknown."""
     file = with_tokens("smollm", **{f"{field}_token_id": place_of(name) for field, name in fields.items()})
     tokenizer = open_checkpoint(file.write(tmp_path / "a.gguf")).tokenizer
     ends = {*expected, "<|endoftext|>", "<|eot_id|>"}
@@ -653,13 +653,13 @@ def test_where_a_text_ends(tmp_path: Path, fields: dict[str, str], expected: lis
 
 @pytest.mark.parametrize("value", [uint(1), string("true"), struct.pack("<If", 6, 1.0)])
 def test_a_wish_for_a_beginning_that_is_no_bool(tmp_path: Path, value: bytes) -> None:
-    """The format has true and false for it; whatever else stands there adds nothing."""
+    """The field must be a boolean; any other value adds nothing."""
     file = with_tokens("llama-bpe", bos_token_id=place_of("<|start|>"), add_bos_token=value)
     assert open_checkpoint(file.write(tmp_path / "a.gguf")).tokenizer.bos_id is None
 
 
 def test_a_file_that_names_no_end(tmp_path: Path) -> None:
-    """Nor has a token of a known name: a text ends where the context does."""
+    """Without a stop token, a text ends at the context's limit."""
     texts = ["<|x|>" if text == "<|endoftext|>" else "<|y|>" if text == "<|eot_id|>" else text for text in tokens()]
     file = with_tokens("gpt-2", tokens=strings(texts))
     assert open_checkpoint(file.write(tmp_path / "a.gguf")).tokenizer.stop_ids == set()

@@ -1,4 +1,4 @@
-"""Hugging Face directories: transformers' logits, the `tokenizers` package's ids, and a sentence for what is broken."""
+"""Hugging Face directories: logits of transformers, ids of `tokenizers`, and errors for broken files."""
 
 from __future__ import annotations
 
@@ -65,32 +65,32 @@ LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # so that it matters within the first hundred tokens
+    "original_max_position_embeddings": 64,  # to make it matter within the first hundred tokens
 }
 IDS = [(7 * i * i + 3 * i) % 256 for i in range(160)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an output of its own. Not to be written to."""
+    """A directory with an untied output. Read only."""
     return save(random_model(), tmp_path_factory.mktemp("hf") / "Small")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in several files. Not to be written to."""
+    """The same model in several files. Read only."""
     return save(random_model(), tmp_path_factory.mktemp("hf") / "Sharded", max_shard_size="100KB")
 
 
 @pytest.fixture
 def directory(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
+    """A copy to damage."""
     return shutil.copytree(whole, tmp_path / "Small")
 
 
 @pytest.fixture
 def shards(sharded: Path, tmp_path: Path) -> Path:
-    """A copy in several files to be broken."""
+    """A copy in several files, to damage."""
     return shutil.copytree(sharded, tmp_path / "Sharded")
 
 
@@ -102,12 +102,12 @@ def change(directory: Path, file: str, **changes: Any) -> Path:
 
 
 def load_rejected(directory: Path, *words: object, error: type[LlamaScratchError] = CheckpointError) -> None:
-    """Load a directory that must be rejected; the message names it."""
+    """Load a directory that must be rejected with an error that names it."""
     assert_rejected(lambda: open_huggingface(directory).load(silent), error, directory, *words)
 
 
 def logits(checkpoint: Checkpoint, ids: list[int] = IDS) -> Tensor:
-    """What the checkpoint's network computes in float32, (T, vocab_size)."""
+    """Compute the checkpoint's logits in float32, (T, vocab_size)."""
     model = Transformer(checkpoint.args)
     model.load_state_dict({name: as_tensor(w).float() for name, w in checkpoint.load(silent).items()})
     with torch.inference_mode():
@@ -116,12 +116,12 @@ def logits(checkpoint: Checkpoint, ids: list[int] = IDS) -> Tensor:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative L2."""
+    """Relative L2 distance."""
     return float((found - expected).norm() / expected.norm())
 
 
 def theirs(directory: Path) -> Tensor:
-    """The same of transformers, which reads the same files."""
+    """Compute the same logits with transformers, from the same files."""
     from transformers import LlamaForCausalLM
 
     model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -130,14 +130,14 @@ def theirs(directory: Path) -> Tensor:
     return found
 
 
-# --- The network ------------------------------------------------------------------------------
+# --- Network -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shard", ["5GB", "100KB"])
 def test_logits_are_transformers(tmp_path: Path, dtype: torch.dtype, tied: bool, shard: str) -> None:
-    """In each type, in one file or in several, with and without an output of its own."""
+    """In each type, in one or several files, tied and untied."""
     directory = save(random_model(dtype, tie_word_embeddings=tied), tmp_path / "Small", max_shard_size=shard)
     checkpoint = open_huggingface(directory)
     assert (len(checkpoint.files) > 1) == (shard == "100KB")
@@ -159,7 +159,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("spelling", ROPES)
 def test_scaled_rope_in_each_spelling(directory: Path, spelling: str) -> None:
-    """The same shape, and transformers' logits where it reads the same file; without the scaling they are far off."""
+    """The same shape and transformers' logits for each way to write the scaling; unscaled logits differ."""
     change(directory, "config.json", **{"rope_parameters": None} | ROPES[spelling])
     checkpoint = open_huggingface(directory)
     assert checkpoint.args.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
@@ -181,20 +181,20 @@ def test_scaled_rope_in_each_spelling(directory: Path, spelling: str) -> None:
     ],
 )
 def test_plain_rope_in_each_spelling(directory: Path, fields: dict[str, Any]) -> None:
-    """No scaling, or the one that is none; what `rope_parameters` says comes before what stands beside it."""
+    """No scaling, or one without effect; fields in `rope_parameters` take precedence over those beside it."""
     args = open_huggingface(change(directory, "config.json", **{"rope_parameters": None} | fields)).args
     assert (args.rope_theta, args.rope_scaling) == (1234.0, None)
 
 
 def test_a_config_with_all_its_fields(whole: Path) -> None:
-    """Each where it belongs."""
+    """Each field ends up in the right place."""
     checkpoint = open_huggingface(whole)
     assert checkpoint.args == ModelArgs(64, 2, 4, 2, N_VOCAB, 96, 1e-5, 10000.0, None, 512)
     assert (checkpoint.name, checkpoint.format, checkpoint.chat) == ("Small", "huggingface", None)
 
 
 def test_a_config_with_only_what_is_needed(tmp_path: Path) -> None:
-    """What is left out has transformers' defaults: as many key heads as heads, ε 1e-6, θ 10,000, not tied."""
+    """Missing fields have transformers' defaults: as many KV heads as heads, ε 1e-6, θ 10,000, untied."""
     directory = save(random_model(num_key_value_heads=4), tmp_path / "Small")
     left = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     write(directory, "config.json", {"model_type": "llama"} | {name: CONFIG[name] for name in left})
@@ -214,7 +214,7 @@ def rewritten(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> P
 
 
 def another_output(weights: dict[str, Tensor]) -> None:
-    """Leave the output as it is, which is not the embedding."""
+    """Keep the output, which differs from the embedding."""
 
 
 def another_last_value(weights: dict[str, Tensor]) -> None:
@@ -239,7 +239,7 @@ def test_weights_are_believed_over_a_flag_that_ties_them(directory: Path, edit: 
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_an_equal_output_is_tied(directory: Path, value: float) -> None:
-    """Byte by byte, so that NaN is equal to itself. Without the flag it stays an output of its own."""
+    """Compared bitwise, so NaN equals itself. Without the flag the output stays untied."""
 
     def equal(weights: dict[str, Tensor]) -> None:
         weights["model.embed_tokens.weight"][3, 5] = value
@@ -252,7 +252,7 @@ def test_an_equal_output_is_tied(directory: Path, value: float) -> None:
 
 
 def test_nan_in_an_output_that_a_flag_ties(directory: Path, tmp_path: Path) -> None:
-    """`verify` finds it, and `convert` keeps the output."""
+    """`verify` reports it, and `convert` keeps the output."""
     change(directory, "config.json", tie_word_embeddings=True)
     rewritten(directory, lambda weights: weights["lm_head.weight"][3, 5].fill_(float("nan")))
     found = verify(directory)
@@ -265,7 +265,7 @@ def test_nan_in_an_output_that_a_flag_ties(directory: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_an_output_that_was_left_out_is_the_embedding(directory: Path, flag: bool | None) -> None:
-    """Never a random one; with a warning if the config does not tie it."""
+    """Never random values; with a warning if the config does not tie it."""
     change(directory, "config.json", tie_word_embeddings=flag)
     checkpoint = open_huggingface(rewritten(directory, lambda weights: weights.pop("lm_head.weight")))
     assert is_tied(checkpoint.load(silent))
@@ -275,7 +275,7 @@ def test_an_output_that_was_left_out_is_the_embedding(directory: Path, flag: boo
 
 @pytest.mark.parametrize(("dim", "heads", "kv_heads", "head_dim"), [(64, 4, 2, 32), (64, 4, 2, 8), (96, 2, 1, 64)])
 def test_heads_of_a_width_of_their_own(tmp_path: Path, dim: int, heads: int, kv_heads: int, head_dim: int) -> None:
-    """`head_dim` need not be hidden_size / heads."""
+    """`head_dim` may differ from hidden_size / heads."""
     shape: dict[str, Any] = {
         "hidden_size": dim,
         "num_attention_heads": heads,
@@ -289,7 +289,7 @@ def test_heads_of_a_width_of_their_own(tmp_path: Path, dim: int, heads: int, kv_
 
 
 def test_numbers_that_are_whole_floats(directory: Path, whole: Path) -> None:
-    """Some programs write 64.0 for 64."""
+    """Some programs write 64 as 64.0."""
     fields = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
     fields += ["vocab_size", "intermediate_size", "max_position_embeddings"]
     config = json.loads((directory / "config.json").read_text())
@@ -309,7 +309,7 @@ def test_numbers_that_are_whole_floats(directory: Path, whole: Path) -> None:
     ],
 )
 def test_a_scaling_by_a_factor_of_1(directory: Path, scaling: dict[str, Any]) -> None:
-    """It scales nothing, in transformers too."""
+    """It has no effect, as in transformers."""
     change(directory, "config.json", rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
     checkpoint = open_huggingface(directory)
     assert checkpoint.args.rope_scaling is None
@@ -334,7 +334,7 @@ PARAMETERS = {"rope_type": "llama3", "rope_theta": 10000.0} | LLAMA3_SCALING
 def test_a_rope_that_contradicts_itself(
     directory: Path, fields: dict[str, Any], says: str, theta: float, original: int
 ) -> None:
-    """transformers' choice, with a warning; what is said twice in two spellings is no contradiction."""
+    """transformers' choice is used, with a warning, unless the two fields agree."""
     change(directory, "config.json", **fields)
     checkpoint = open_huggingface(directory)
     assert checkpoint.args.rope_theta == theta
@@ -346,13 +346,13 @@ def test_a_rope_that_contradicts_itself(
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"])
 def test_biases_that_the_config_does_not_speak_of(directory: Path, name: str) -> None:
-    """Not dropped: rejected, and not as damage."""
+    """They are not dropped: the model is rejected as not supported, not as damaged."""
     rewritten(directory, lambda weights: weights.update({name: torch.ones(64)}))
     load_rejected(directory, name, "bias", error=UnsupportedError)
 
 
 def test_a_header_of_very_many_tensors(directory: Path) -> None:
-    """Rejected soon, in a file and in an index."""
+    """Rejected quickly, in a file and in an index."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"{n}": entry for n in range(60_000)}, separators=(",", ":")).encode()
     (directory / WEIGHTS).unlink()
@@ -368,7 +368,7 @@ def test_a_header_of_very_many_tensors(directory: Path) -> None:
 
 
 def test_the_rotation_table_of_older_files_is_ignored(directory: Path) -> None:
-    """It is computed here."""
+    """RoPE's frequencies are computed here."""
     before = open_huggingface(directory).load(silent)
     tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
     after = open_huggingface(rewritten(directory, lambda weights: weights.update(tables))).load(silent)
@@ -376,7 +376,7 @@ def test_the_rotation_table_of_older_files_is_ignored(directory: Path) -> None:
 
 
 def test_only_q_and_k_are_sorted_anew(whole: Path) -> None:
-    """The rows 2j and 2j + 1 of a head are transformers' rows j and j + head_dim/2; all else is as in the file."""
+    """Rows 2j and 2j + 1 of a head are transformers' rows j and j + head_dim/2; all else is unchanged."""
     stored = safetensors.torch.load_file(whole / WEIGHTS)
     weights = open_huggingface(whole).load(silent)
     for name, heads in (("q_proj", 4), ("k_proj", 2)):
@@ -392,7 +392,7 @@ def test_only_q_and_k_are_sorted_anew(whole: Path) -> None:
 
 
 def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
-    """Loading 150 MB takes none of them into memory; reading them afterwards does, so the measure sees it."""
+    """Loading 150 MB takes no memory; reading the weights afterwards does, so the measurement works."""
     directory = save(random_model(intermediate_size=200_000, num_hidden_layers=1), tmp_path / "Wide")
     assert (directory / WEIGHTS).stat().st_size > 150e6
     checkpoint = open_huggingface(directory)
@@ -407,7 +407,7 @@ def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
 
 
 def test_opening_imports_no_torch(whole: Path) -> None:
-    """Shape, tokenizer and the places of all tensors are known without it."""
+    """Shape, tokenizer and tensor offsets are read without torch."""
     code = (
         "import sys; from pathlib import Path; from llama_scratch.checkpoint import open_checkpoint; "
         f"open_checkpoint(Path({str(whole)!r})); print({{'torch', 'safetensors', 'numpy'}} & set(sys.modules))"
@@ -417,18 +417,18 @@ def test_opening_imports_no_torch(whole: Path) -> None:
 
 
 def test_a_directory_answers(whole: Path) -> None:
-    """Through `Llama.load` it computes transformers' logits."""
+    """`Llama.load` computes transformers' logits."""
     llama = Llama.load(whole, device="cpu", precision="fp32")
     assert distance(llama.logits(IDS), theirs(whole)) < 1e-5
     assert llama.info.format == "huggingface"
     assert llama.tokenizer.decode(llama.encode("the thin 123 é")) == "the thin 123 é"
 
 
-# --- Weights that are broken ------------------------------------------------------------------
+# --- Broken weights ----------------------------------------------------------------------------
 
 
 def with_header(directory: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """Edit the header of a directory's only file and leave its data."""
+    """Edit the header of a directory's only file and keep its data."""
     path = directory / WEIGHTS
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -447,7 +447,7 @@ def entry(**changes: Any) -> Callable[[dict[str, Any]], object]:
 
 
 def longer(header: dict[str, Any]) -> None:
-    """A tensor that lies beyond the end."""
+    """A tensor that extends past the end of the file."""
     header["more"] = {"dtype": "F32", "shape": [2**37], "data_offsets": [sizes(header), sizes(header) + 2**39]}
 
 
@@ -469,13 +469,13 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "one offset": (entry(data_offsets=[0]), f"entry for '{Q}' is "),
     "a shape of another size": (
         entry(shape=[64, 65]),
-        f"'{Q}' has 16,384 bytes, expected 16,640 for F32 of the shape (64",
+        f"'{Q}' has 16,384 bytes, expected 16,640 for the shape (64",
     ),
-    "a type of another size": (entry(dtype="F16"), f"'{Q}' has 16,384 bytes, expected 8,192 for F16"),
+    "a type of another size": (entry(dtype="F16"), f"'{Q}' has 16,384 bytes, expected 8,192 for the shape"),
     "an entry that is none": (lambda header: header.update({Q: 7}), f"entry for '{Q}' is "),
     "tensors over each other": (
         lambda header: header[Q].update(data_offsets=[0, 16384]),
-        "begins at byte 0 of the data, expected",
+        "starts at byte 0 of the data, expected",
     ),
     "a hole": (lambda header: header.pop(Q), "of the data, expected"),
     "a tensor behind the end": (longer, "bytes of data, expected 549,"),
@@ -486,7 +486,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "Meta's name": (
         lambda header: header.update({"output.weight": header.pop("lm_head.weight")}),
-        "holds 'output.weight', expected no weight of that name",
+        "holds 'output.weight', but a Llama of this shape",
     ),
     "a name for a terminal": (
         lambda header: header.update({"\x1b[2J": header.pop("lm_head.weight")}),
@@ -497,13 +497,13 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_broken_header_is_refused(directory: Path, case: str) -> None:
-    """Each in a sentence that names the file and the tensor."""
+    """The error names the file and the tensor."""
     edit, says = HEADERS[case]
     load_rejected(with_header(directory, edit), WEIGHTS, says)
 
 
 def test_a_header_with_what_it_may_have(directory: Path) -> None:
-    """The headers above are broken by what was changed in them, and by nothing else."""
+    """The headers above are invalid only because of the change."""
     before = open_huggingface(directory).args
     with_header(directory, lambda header: header.update({"__metadata__": {"format": "pt"}}))
     checkpoint = open_huggingface(directory)
@@ -517,7 +517,7 @@ RAW: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a header that is cut": (lambda data: data[:100], "has 100 bytes, expected a safetensors header"),
     "data that are cut": (lambda data: data[:-1], "bytes of data, expected"),
     "data too many": (lambda data: data + b"\0", "bytes of data, expected"),
-    "an absurd length": (lambda data: b"\xff" * 8 + data[8:], r"begins with b'\xff\xff"),
+    "an absurd length": (lambda data: b"\xff" * 8 + data[8:], r"starts with b'\xff\xff"),
     "a long length": (lambda data: struct.pack("<Q", 5_000_000) + b" " * 6_000_000, "expected a safetensors header"),
     "a web page": (lambda data: b"<!DOCTYPE html><html>" + data, "is a web page"),
     "a git-lfs pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
@@ -528,13 +528,13 @@ RAW: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no tensors": (lambda data: struct.pack("<Q", 2) + b"{}", "lacks 'model.embed_tokens.weight' and 19 more"),
     "deep JSON": (lambda data: struct.pack("<Q", 200_000) + b"[" * 200_000, "is not JSON"),
     "a number of 5000 digits": (lambda data: struct.pack("<Q", 5006) + b'{"a":' + b"9" * 5000 + b"}", "is not JSON"),
-    "a name twice": (lambda data: struct.pack("<Q", 20) + b'{"a": {}, "a": {}  }', "stands there twice"),
+    "a name twice": (lambda data: struct.pack("<Q", 20) + b'{"a": {}, "a": {}  }', "is repeated"),
 }
 
 
 @pytest.mark.parametrize("case", RAW)
 def test_a_broken_file_is_refused(directory: Path, case: str) -> None:
-    """Whatever lies where the weights should."""
+    """Any other content in place of the weights."""
     edit, says = RAW[case]
     path = directory / WEIGHTS
     data = edit(path.read_bytes())
@@ -546,7 +546,7 @@ def test_a_broken_file_is_refused(directory: Path, case: str) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(place=st.integers(0, 1500), value=st.integers(0, 255))
 def test_any_byte_of_a_header_can_be_wrong(whole: Path, place: int, value: int) -> None:
-    """It is refused in a sentence, or makes no difference to what is read."""
+    """The file is rejected, or the result does not change."""
     from llama_scratch.checkpoint.huggingface.safetensors_file import read_header
 
     data = bytearray((whole / WEIGHTS).read_bytes())
@@ -604,19 +604,19 @@ def edited_index(shards: Path, edit: Callable[[dict[str, str]], object]) -> Path
     ],
 )
 def test_an_index_that_leads_elsewhere_is_refused(shards: Path, file: Any) -> None:
-    """Only a plain name is taken."""
+    """Only plain file names are allowed."""
     load_rejected(edited_index(shards, lambda places: places.update({Q: file})), INDEX, "names the file '", "beside it")
 
 
 def test_an_index_that_names_a_missing_file(shards: Path) -> None:
-    """As after a download that was not finished."""
+    """As after an interrupted download."""
     name = json.loads((shards / INDEX).read_text())["weight_map"][Q]
     (shards / name).unlink()
-    load_rejected(shards, f"There is no {name} in", INDEX, error=ModelNotFoundError)
+    load_rejected(shards, f"{name} not found in", INDEX, error=ModelNotFoundError)
 
 
 def test_shards_that_are_not_what_the_index_says(shards: Path) -> None:
-    """A tensor that its shard lacks, one in two of them, one that the index lacks, and a shard of another model."""
+    """A tensor missing in its shard, in two shards, or missing in the index; a shard of another model."""
     places = json.loads((shards / INDEX).read_text())["weight_map"]
     other = next(file for file in places.values() if file != places[Q])
     load_rejected(
@@ -629,7 +629,7 @@ def test_shards_that_are_not_what_the_index_says(shards: Path) -> None:
     weights = safetensors.torch.load_file(shards / other)
     (shards / other).unlink()
     safetensors.torch.save_file(weights | {Q: torch.zeros(64, 64)}, shards / other)
-    load_rejected(shards, f"'{Q}' is in ", "expected it once")
+    load_rejected(shards, f"'{Q}' is in both ")
     weights = {name: torch.zeros(3, 3) for name in weights}
     (shards / other).unlink()
     safetensors.torch.save_file(weights, shards / other)
@@ -637,7 +637,7 @@ def test_shards_that_are_not_what_the_index_says(shards: Path) -> None:
 
 
 def places_of(shards: Path, name: str) -> str:
-    """In which shard a tensor really is."""
+    """Return the shard that a tensor is in."""
     for path in sorted(shards.glob("*.safetensors")):
         with safetensors.safe_open(path, framework="pt") as opened:
             if name in opened.keys():  # noqa: SIM118
@@ -647,12 +647,12 @@ def places_of(shards: Path, name: str) -> str:
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}])
 def test_an_index_without_places_is_refused(shards: Path, index: Any) -> None:
-    """An object, but not of the kind that is needed."""
+    """An object without the required map."""
     load_rejected(write(shards, INDEX, index), INDEX, "has no weight_map")
 
 
 def test_a_shard_that_is_cut_is_refused(shards: Path) -> None:
-    """It is the shard that the sentence names."""
+    """The error names the shard."""
     path = shards / places_of(shards, Q)
     data = path.read_bytes()
     path.unlink()
@@ -661,7 +661,7 @@ def test_a_shard_that_is_cut_is_refused(shards: Path) -> None:
 
 
 def test_links_are_followed(sharded: Path, tmp_path: Path) -> None:
-    """The hub's cache is made of them."""
+    """The Hugging Face cache consists of symbolic links."""
     (tmp_path / "Linked").mkdir()
     for file in sharded.iterdir():
         (tmp_path / "Linked" / file.name).symlink_to(file)
@@ -669,15 +669,15 @@ def test_links_are_followed(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_there(directory: Path) -> None:
-    """None at all, or only as a pickle."""
+    """No weights at all, or only a pickle."""
     (directory / WEIGHTS).unlink()
-    load_rejected(directory, "There is no model.safetensors in", error=ModelNotFoundError)
+    load_rejected(directory, "model.safetensors and its index not found in", error=ModelNotFoundError)
     (directory / "pytorch_model.bin").write_bytes(b"")
-    load_rejected(directory, "holds its weights as pytorch_model.bin alone, expected model.safetensors")
+    load_rejected(directory, "holds its weights only as pytorch_model.bin, expected model.safetensors")
 
 
 def test_a_file_that_changes_after_it_was_opened(directory: Path) -> None:
-    """What was checked is not what is there."""
+    """The file differs from the one that was checked."""
     checkpoint = open_huggingface(directory)
     path = directory / WEIGHTS
     weights = safetensors.torch.load_file(path)
@@ -688,7 +688,7 @@ def test_a_file_that_changes_after_it_was_opened(directory: Path) -> None:
     is_sentence(caught.value, CheckpointError, path, "has changed")
 
 
-# --- A config that is not for this network ----------------------------------------------------
+# --- Unsupported configs -----------------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "Mistral": (
@@ -697,7 +697,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Qwen": ({"model_type": "qwen2"}, "of the type 'qwen2', expected LlamaForCausalLM of the type 'llama'"),
     "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "['LlamaForSequenceClassification']"),
-    "architectures that are text": ({"architectures": "LlamaForCausalLM"}, "the architecture LlamaForCausalLM"),
+    "architectures that are text": ({"architectures": "LlamaForCausalLM"}, "the architecture is LlamaForCausalLM"),
     "no type": ({"model_type": None}, "the type 'None'"),
     "fp8": (
         {"quantization_config": {"quant_method": "fp8"}},
@@ -705,9 +705,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(quantization_config, gptq)"),
     "quantized somehow": ({"quantization_config": 7}, "(quantization_config, 7)"),
-    "a bias in attention": ({"attention_bias": True}, "attention_bias True, expected linear layers without a bias"),
-    "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias True"),
-    "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected silu"),
+    "a bias in attention": ({"attention_bias": True}, "attention_bias is True, expected linear layers without a bias"),
+    "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias is True"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
     "linear": (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         "the RoPE scaling is 'linear', expected 'llama3' or none",
@@ -722,14 +722,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": LLAMA3_SCALING | {"type": "llama3", "high_freq_factor": 1}},
         "low_freq_factor below",
     ),
-    "a part of the head": ({"partial_rotary_factor": 0.5}, "(partial_rotary_factor), expected all of it"),
+    "a part of the head": ({"partial_rotary_factor": 0.5}, "(partial_rotary_factor), which is not supported"),
     "heads of an odd width": ({"head_dim": 33}, "head_dim is 33, expected an even number"),
     "heads that do not fit": (
         {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
         "does not divide into 5 heads",
     ),
     "no width": ({"hidden_size": None}, "the field hidden_size is missing"),
-    "layers as text": ({"num_hidden_layers": "2"}, "the field num_hidden_layers is 2, expected a whole number"),
+    "layers as text": ({"num_hidden_layers": "2"}, "the field num_hidden_layers is 2, expected an integer"),
     "absurd layers": ({"num_hidden_layers": 10**9}, "the field num_hidden_layers is 1000000000"),
     "an epsilon of nothing": ({"rms_norm_eps": 0}, "the field rms_norm_eps is 0, expected a positive"),
     "an infinite theta": ({"rope_parameters": {"rope_theta": float("inf")}}, "the field rope_theta is inf"),
@@ -739,7 +739,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_config_that_is_not_for_this_network_is_refused(directory: Path, case: str) -> None:
-    """By the name of what it asks for."""
+    """The error names the unsupported feature."""
     fields, says = CONFIGS[case]
     load_rejected(change(directory, "config.json", **{"rope_parameters": None} | fields), "config.json", says)
 
@@ -753,7 +753,7 @@ def test_a_config_that_is_not_for_this_network_is_refused(directory: Path, case:
         (b"", "is not JSON"),
         (b"\xff{", "is not JSON"),
         (b"[1]", "holds a JSON list, expected an object"),
-        (b'{"a": 1, "a": 2}', "is not JSON ('a' stands there twice)"),
+        (b'{"a": 1, "a": 2}', "is not JSON (the key 'a' is repeated)"),
         (b'{"a": ' + b"[" * 100_000, "is not JSON"),
     ],
     ids=["empty", "not UTF-8", "a list", "a key twice", "deep"],
@@ -775,7 +775,7 @@ def test_a_file_that_is_no_json_object_is_refused(shards: Path, file: str, conte
     ],
 )
 def test_a_file_of_an_absurd_size_is_not_read(shards: Path, file: str, most: int) -> None:
-    """Not even begun, so that a file with a hole of any size takes no memory."""
+    """Reading does not even start, so a sparse file of any size takes no memory."""
     with (shards / file).open("wb") as opened:
         opened.truncate(1 << 36)
     load_rejected(shards, file, f"has 68,719,476,736 bytes, expected at most {most:,}")
@@ -785,7 +785,7 @@ JUNK: list[Any] = [None, True, -1, 2**70, 1.5, "", "x" * 99, [], [[]], [None], {
 
 
 def replacements(value: Any, path: tuple[Any, ...] = ()) -> Iterable[tuple[Any, ...]]:
-    """The places of a JSON value, the first ones of long lists and objects."""
+    """Paths of the values in a JSON document; only the first ones in long lists and objects."""
     if path:
         yield path
     items = (
@@ -797,7 +797,7 @@ def replacements(value: Any, path: tuple[Any, ...] = ()) -> Iterable[tuple[Any, 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
 def test_any_field_can_be_of_any_type(directory: Path, file: str) -> None:
-    """It is refused in a sentence or has no bearing on what is read; nothing else is raised."""
+    """The file is rejected, or the result does not change; no other error is raised."""
     whole = json.loads((directory / file).read_text())
     whole["post_processor"] = {"type": "Sequence", "processors": [BYTE_LEVEL, template("<|begin|>")]}
     places = list(replacements(whole))
@@ -815,7 +815,7 @@ def test_any_field_can_be_of_any_type(directory: Path, file: str) -> None:
                 is_sentence(error, CheckpointError, directory)
 
 
-# --- The tokenizer ----------------------------------------------------------------------------
+# --- Tokenizer ---------------------------------------------------------------------------------
 
 
 def opened(directory: Path, **changes: Any) -> Tokenizer:
@@ -824,7 +824,7 @@ def opened(directory: Path, **changes: Any) -> Tokenizer:
 
 
 def gguf_tokenizer(path: Path) -> Any:
-    """SmolLM2's, built from the metadata that the gguf package reads."""
+    """SmolLM2's tokenizer, built from the metadata that the gguf package reads."""
     from gguf import GGUFReader
     from tokenizers import Tokenizer as HuggingFaces
     from tokenizers import models, pre_tokenizers
@@ -845,7 +845,7 @@ def gguf_tokenizer(path: Path) -> Any:
 
 
 def llama3_tokenizer(path: Path) -> Any:
-    """Llama 3's, as transformers' converter makes it of Meta's file, with the token that comes first."""
+    """Llama 3's tokenizer, as transformers converts it from Meta's file, with BOS."""
     from tokenizers import Regex, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as HuggingFaces
 
@@ -871,7 +871,7 @@ Pair = tuple[Tokenizer, Callable[[str], list[int]]]
 
 @pytest.fixture(scope="module")
 def pairs(smollm2_path: Path, meta_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """For each of the two vocabularies: ours and the witness, both from one tokenizer.json."""
+    """For each of the two vocabularies: our tokenizer and the reference, from the same tokenizer.json."""
     from llama_scratch.checkpoint.huggingface.tokenizer_json import read_tokenizer
 
     folder = tmp_path_factory.mktemp("vocabularies")
@@ -894,7 +894,7 @@ def same_ids(pairs: dict[str, Pair], text: str) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
-    """Plain Unicode and where tokenizers part company, but for the names of special tokens; each text counts once."""
+    """Random Unicode and fragments on which tokenizers disagree, without special tokens; each text once."""
     seen: set[str] = set()
 
     @settings(max_examples=650, deadline=None, derandomize=True)
@@ -910,7 +910,7 @@ def test_ten_thousand_texts_have_their_ids(pairs: dict[str, Pair]) -> None:
 
 @pytest.mark.slow
 def test_a_corpus_of_code_and_many_scripts_has_its_ids(pairs: dict[str, Pair]) -> None:
-    """Line by line, as a whole, with the line ends of Windows, and with what SmolLM2 cannot write."""
+    """By line, as a whole, with CRLF line ends, and with characters that SmolLM2 cannot encode."""
     assert len(CORPUS) > 2000
     for text in [*CORPUS.splitlines(keepends=True), CORPUS, CORPUS.replace("\n", "\r\n"), *UNWRITTEN]:
         same_ids(pairs, text)
@@ -919,7 +919,7 @@ def test_a_corpus_of_code_and_many_scripts_has_its_ids(pairs: dict[str, Pair]) -
 
 
 def test_special_tokens_have_their_ids(pairs: dict[str, Pair], meta_tokenizer_path: Path) -> None:
-    """All of them, where they are asked for; and for Llama 3 the tokenizer is Meta's in every part."""
+    """All special tokens, if allowed; Llama 3's tokenizer equals Meta's in every part."""
     for ours, encode in pairs.values():
         text = "a".join(ours.special_tokens)
         assert ours.encode(text, bos=True, special=True) == encode(text)
@@ -930,7 +930,7 @@ def test_special_tokens_have_their_ids(pairs: dict[str, Pair], meta_tokenizer_pa
 
 
 def test_smollm2s_is_that_of_its_gguf_file(pairs: dict[str, Pair], smollm2_path: Path) -> None:
-    """One vocabulary in two forms."""
+    """The same vocabulary in two formats."""
     ours, other = pairs["smollm2"][0], open_checkpoint(smollm2_path).tokenizer
     for part in ("ranks", "special_tokens", "pattern", "bos_id", "unknown", "n_vocab"):
         assert getattr(ours, part) == getattr(other, part), part
@@ -941,7 +941,7 @@ HARD = "they're the 1234 thing  12 x\n\n 7 thé 'S   ١٢٣ the123"
 
 @pytest.mark.parametrize("name", PRE)
 def test_each_pattern_is_recognized(directory: Path, name: str) -> None:
-    """And cuts a text as the `tokenizers` package does by the same file."""
+    """And splits text as the `tokenizers` package does with the same file."""
     tokenizer = opened(directory, pre_tokenizer=PRE[name])
     assert tokenizer.pattern == PATTERNS[name]
     assert tokenizer.encode(HARD) == witness(directory / "tokenizer.json")(HARD)
@@ -949,14 +949,14 @@ def test_each_pattern_is_recognized(directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_pattern_that_is_written_out_is_recognized(directory: Path, name: str) -> None:
-    """As an expression of a step of its own."""
+    """The pattern as an explicit Split step."""
     tokenizer = opened(directory, pre_tokenizer=sequence(split(PATTERNS[name]), BYTE_LEVEL | {"use_regex": False}))
     assert tokenizer.pattern == PATTERNS[name]
     assert tokenizer.encode(HARD) == witness(directory / "tokenizer.json")(HARD)
 
 
 def test_byte_level_of_older_files(directory: Path) -> None:
-    """They do not say that its own pattern is used, nor all that is left to its default."""
+    """Older files omit `use_regex` and other fields with defaults."""
     older = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     assert opened(directory, pre_tokenizer=older).pattern == PATTERNS["gpt-2"]
 
@@ -972,7 +972,7 @@ def test_merges_in_both_spellings(directory: Path) -> None:
 
 
 def test_the_ids_of_a_whole_piece_do_not_need_ignore_merges(directory: Path) -> None:
-    """The flag that Llama 3's file sets changes nothing where each token comes of its merges."""
+    """Llama 3's flag has no effect if the merges can produce every token."""
 
     def ignore(values: dict[str, Any]) -> None:
         values["model"]["ignore_merges"] = True
@@ -989,7 +989,7 @@ def test_the_ids_of_a_whole_piece_do_not_need_ignore_merges(directory: Path) -> 
         (template(), {}, None),
         (template("<|begin|>"), {}, BOS),
         ({"type": "Sequence", "processors": [BYTE_LEVEL, template("<|begin|>")]}, {}, BOS),
-        (template("<|begin|>"), {"add_bos_token": False, "bos_token": "<|begin|>"}, BOS),  # as transformers 5 reads it
+        (template("<|begin|>"), {"add_bos_token": False, "bos_token": "<|begin|>"}, BOS),  # as in transformers 5
         (None, {"add_bos_token": True, "bos_token": "<|begin|>"}, BOS),
         (None, {"add_bos_token": True, "bos_token": {"content": "<|begin|>"}}, BOS),
         (None, {"add_bos_token": False, "bos_token": "<|begin|>"}, None),
@@ -998,7 +998,7 @@ def test_the_ids_of_a_whole_piece_do_not_need_ignore_merges(directory: Path) -> 
     ],
 )
 def test_what_comes_first(directory: Path, processor: Any, settings: dict[str, Any], expected: int | None) -> None:
-    """The post-processor says it, or where it says nothing tokenizer_config.json."""
+    """The post-processor decides about BOS; if it does not, tokenizer_config.json does."""
     write(directory, "tokenizer_config.json", settings)
     assert opened(directory, post_processor=processor).bos_id == expected
     if processor:
@@ -1006,7 +1006,7 @@ def test_what_comes_first(directory: Path, processor: Any, settings: dict[str, A
 
 
 def test_what_comes_behind_a_text_is_no_part_of_a_prompt(directory: Path) -> None:
-    """A template that puts an end behind a text puts none behind a prompt here."""
+    """If a template adds a token after a text, it is not added to a prompt."""
     both = template("<|begin|>")
     both["single"].append({"SpecialToken": {"id": "<|im_end|>", "type_id": 0}})
     assert opened(directory, post_processor=both).encode("a", bos=True) == [BOS, *opened(directory).encode("a")]
@@ -1025,7 +1025,7 @@ def test_what_comes_behind_a_text_is_no_part_of_a_prompt(directory: Path) -> Non
     ],
 )
 def test_what_ends_a_text(directory: Path, generation: Any, config: Any, settings: Any, more: set[int]) -> None:
-    """All that any file names, and those that are known by their names."""
+    """Stop tokens are those that any file names, and those with known names."""
     write(directory, "generation_config.json", generation)
     write(directory, "tokenizer_config.json", settings)
     change(directory, "config.json", eos_token_id=config)
@@ -1034,14 +1034,14 @@ def test_what_ends_a_text(directory: Path, generation: Any, config: Any, setting
 
 @pytest.mark.parametrize("value", ["2", [1, "2"], {"a": 1}, 1.5, True])
 def test_an_end_that_is_no_number_is_refused(directory: Path, value: Any) -> None:
-    """Or several."""
+    """`eos_token_id` must be one or several integers."""
     load_rejected(
         write(directory, "generation_config.json", {"eos_token_id": value}), "eos_token_id is", "expected a number"
     )
 
 
 def without_a_byte(values: dict[str, Any]) -> None:
-    """The token of byte 4 becomes one of two letters that nothing makes but its merge."""
+    """Replace the token of byte 4 by one of two letters that only its merge produces."""
     vocab, merges = values["model"]["vocab"], values["model"]["merges"]
     vocab["ee"] = vocab.pop(bytes_to_unicode()[4])
     values["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
@@ -1049,7 +1049,7 @@ def without_a_byte(values: dict[str, Any]) -> None:
 
 
 def test_bytes_that_a_vocabulary_lacks(directory: Path) -> None:
-    """They are read as the unknown token that the model or tokenizer_config.json names, as the package reads them."""
+    """They become the unknown token of the model or tokenizer_config.json, as in the `tokenizers` package."""
     edited(directory, without_a_byte)
     load_rejected(directory, "no token for the byte 0x04 and no unknown token")
     write(directory, "tokenizer_config.json", {"unk_token": "<|begin|>"})
@@ -1069,11 +1069,11 @@ def test_bytes_that_a_vocabulary_lacks(directory: Path) -> None:
         unknown(values)
         values["model"]["fuse_unk"] = True
 
-    load_rejected(edited(directory, fused), "joins unknown bytes (fuse_unk)")
+    load_rejected(edited(directory, fused), "fuses unknown bytes (fuse_unk)")
 
 
 def test_rows_of_the_embedding_that_no_token_has(tmp_path: Path) -> None:
-    """They get names of their own, so that whatever the model gives has a text; behind the tokens or among them."""
+    """They get placeholder names, so that every generated id has a text; after the tokens or among them."""
     directory = save(random_model(vocab_size=N_VOCAB + 5), tmp_path / "Padded")
     edited(directory, lambda values: values["added_tokens"][2].update(id=N_VOCAB + 1))
     tokenizer = open_huggingface(directory).tokenizer
@@ -1082,15 +1082,15 @@ def test_rows_of_the_embedding_that_no_token_has(tmp_path: Path) -> None:
         tokenizer.decode([N_VOCAB + 4, N_VOCAB - 1, N_VOCAB + 1]) == f"[PAD{N_VOCAB + 4}][PAD{N_VOCAB - 1}]<|im_end|>"
     )
     text = f"[PAD{N_VOCAB + 4}]"
-    assert max(tokenizer.encode(text)) < 256  # typed, it is plain text
+    assert max(tokenizer.encode(text)) < 256  # in a prompt, it is plain text
 
 
 def test_an_embedding_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Far more rows than tokens, or fewer, are no padding."""
+    """Far more rows than tokens, or fewer, cannot be padding."""
     directory = save(random_model(vocab_size=N_VOCAB + 5000), tmp_path / "Padded")
-    load_rejected(directory, "it has 267 tokens and the model's embedding 5,267, expected about as many")
+    load_rejected(directory, "it has 267 tokens, but the model's embedding has 5,267 rows")
     directory = save(random_model(vocab_size=N_VOCAB - 4), tmp_path / "Short")
-    load_rejected(directory, "the tokenizer has 264 tokens and the model's embedding 263, expected the same number")
+    load_rejected(directory, "the tokenizer has 264 tokens, but the model's embedding has 263 rows")
 
 
 def model(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -1109,70 +1109,73 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first
 SENTENCEPIECE = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace"}]}
 OTHER = r"\p{N}{1,2}|\w+|\s+"
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "SentencePiece": (model(byte_fallback=True), "of SentencePiece's kind (byte_fallback), expected byte-level BPE"),
+    "SentencePiece": (model(byte_fallback=True), "a SentencePiece BPE (byte_fallback), expected byte-level BPE"),
     "its normalizers": (
         part(normalizer=SENTENCEPIECE),
-        "it changes text before it cuts it (Prepend + Replace), expected",
+        "it normalizes text (Prepend + Replace), expected",
     ),
-    "NFC": (part(normalizer={"type": "NFC"}), "it changes text before it cuts it (NFC), expected no normalizer"),
+    "NFC": (part(normalizer={"type": "NFC"}), "it normalizes text (NFC), expected no normalizer"),
     "Metaspace": (
         part(pre_tokenizer=METASPACE),
-        "it cuts text by Metaspace, expected the steps of Llama 3, SmolLM2 or GPT-2",
+        "it splits text by Metaspace, expected exactly the steps of Llama 3, SmolLM2 or GPT-2",
     ),
     "a pattern": (
         part(pre_tokenizer=sequence(split(OTHER), BYTE_LEVEL | {"use_regex": False})),
-        f"it cuts text by the pattern '{OTHER}' (Split + ByteLevel), expected that of Llama 3",
+        f"it splits text by the pattern '{OTHER}' (Split + ByteLevel), expected that of Llama 3",
     ),
     "a pattern for a terminal": (part(pre_tokenizer=split("\x1b[2J" + "x" * 500)), r"by the pattern '\x1b[2Jxxx"),
     "pieces that are joined": (
         part(pre_tokenizer=sequence(split(LLAMA3_PATTERN, behavior="Contiguous"), BYTE_LEVEL | {"use_regex": False})),
-        "it cuts text by the pattern '(?i:",
+        "it splits text by the pattern '(?i:",
     ),
     "pieces that are dropped": (
         part(pre_tokenizer=sequence(split(LLAMA3_PATTERN, behavior="Removed"), BYTE_LEVEL | {"use_regex": False})),
-        "it cuts text by the pattern '(?i:",
+        "it splits text by the pattern '(?i:",
     ),
-    "two patterns": (part(pre_tokenizer=sequence(split(LLAMA3_PATTERN), BYTE_LEVEL)), "it cuts text by the pattern"),
-    "a pattern without bytes": (part(pre_tokenizer=split(LLAMA3_PATTERN)), "it cuts text by the pattern"),
+    "two patterns": (part(pre_tokenizer=sequence(split(LLAMA3_PATTERN), BYTE_LEVEL)), "it splits text by the pattern"),
+    "a pattern without bytes": (part(pre_tokenizer=split(LLAMA3_PATTERN)), "it splits text by the pattern"),
     "digits in groups": (
         part(pre_tokenizer=sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL)),
-        "it cuts text by Digits + ByteLevel, expected the steps",
+        "it splits text by Digits + ByteLevel, expected exactly the steps",
     ),
     "a space in front": (
         part(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}),
-        "it cuts text by ByteLevel, expected",
+        "it splits text by ByteLevel, expected",
     ),
-    "bytes without a pattern": (part(pre_tokenizer=BYTE_LEVEL | {"use_regex": False}), "it cuts text by ByteLevel"),
-    "no pre-tokenizer": (part(pre_tokenizer=None), "it cuts text by None"),
+    "bytes without a pattern": (part(pre_tokenizer=BYTE_LEVEL | {"use_regex": False}), "it splits text by ByteLevel"),
+    "no pre-tokenizer": (part(pre_tokenizer=None), "it splits text by None"),
     "WordPiece": (model(type="WordPiece"), "the model is of the type WordPiece, expected BPE"),
-    "dropout": (model(dropout=0.1), "it has a dropout (0.1), expected none"),
+    "dropout": (model(dropout=0.1), "it has a dropout (0.1), which is not supported"),
     "a prefix of parts": (model(continuing_subword_prefix="##"), "it has a continuing_subword_prefix (##)"),
     "an end of words": (model(end_of_word_suffix="</w>"), "it has a end_of_word_suffix (</w>)"),
     "no model": (part(model=None), "the field model is None, expected a JSON dict"),
     "no vocabulary": (model(vocab=None), "the field vocab is None, expected a JSON dict"),
     "no merges": (model(merges=None), "the field merges is None, expected a JSON list"),
-    "a merge of three": (model(merges=["a b c"]), "the merge 'a b c' is not of two tokens"),
-    "a merge that is a number": (model(merges=[1]), "the merge '1' is not of two tokens"),
-    "a merge of what is none": (model(merges=[["a", 1]]), "is not of two tokens"),
-    "merges out of order": (model(merges=MERGES[::-1]), "is out of the order of the token ids"),
-    "a merge that is missing": (model(merges=MERGES[:-1]), "the merges make 7 tokens of 8"),
-    "an id twice": (lambda values: values["model"]["vocab"].update(the=5), "or one stands there twice"),
-    "an id as text": (lambda values: values["model"]["vocab"].update(a="5"), "the ids of the tokens are no numbers"),
-    "an absurd id": (lambda values: values["model"]["vocab"].update(the=2**40), "the ids of the tokens are no numbers"),
-    "a negative id": (added(id=-1), "the ids of the tokens are no numbers"),
+    "a merge of three": (model(merges=["a b c"]), "the merge 'a b c' does not have two tokens"),
+    "a merge that is a number": (model(merges=[1]), "the merge '1' does not have two tokens"),
+    "a merge of what is none": (model(merges=[["a", 1]]), "does not have two tokens"),
+    "merges out of order": (model(merges=MERGES[::-1]), "is not in the order of the token ids"),
+    "a merge that is missing": (model(merges=MERGES[:-1]), "the merges produce only 7 of 8 tokens"),
+    "an id twice": (lambda values: values["model"]["vocab"].update(the=5), "or is repeated"),
+    "an id as text": (lambda values: values["model"]["vocab"].update(a="5"), "a token id is not an integer"),
+    "an absurd id": (lambda values: values["model"]["vocab"].update(the=2**40), "a token id is not an integer"),
+    "a negative id": (added(id=-1), "a token id is not an integer"),
     "a token of no bytes": (
         lambda values: values["model"]["vocab"].update({"日": 300}),
         "is not in GPT-2's byte alphabet",
     ),
-    "an added token with another id": (added(content="the"), "has the id 264, expected a text with an id of its own"),
+    "an added token with another id": (added(content="the"), "has the id 264, expected a unique text"),
     "an added token twice": (added(content="<|im_end|>"), "the added token <|im_end|> has the id"),
     "an added token without a text": (added(content=None), "the added token None has the id 264"),
-    "an added token of nothing": (added(content=""), "the added token '' takes white space or whole words"),
-    "an added token that takes spaces": (added(lstrip=True), "the added token '<|endoftext|>' takes white space"),
+    "an added token of nothing": (
+        added(content=""),
+        "the added token '' strips whitespace or matches",
+    ),
+    "an added token that takes spaces": (added(lstrip=True), "the added token '<|endoftext|>' strips whitespace"),
     "added tokens that are none": (part(added_tokens=7), "the field added_tokens is 7, expected a JSON list"),
     "two tokens in front": (
         part(post_processor=template("<|begin|>", "<|im_end|>")),
-        "come in front of a text, expected one",
+        "before a text, expected at most one",
     ),
     "an unknown token in front": (
         part(post_processor=template("<|begin|>") | {"special_tokens": {}}),
@@ -1180,7 +1183,7 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "BERT's": (
         part(post_processor={"type": "BertProcessing"}),
-        "around a text by BertProcessing, expected TemplateProcessing",
+        "adds special tokens by BertProcessing, expected TemplateProcessing",
     ),
     "a post-processor that is text": (part(post_processor="x"), "the post_processor cannot be read"),
 }
@@ -1188,31 +1191,31 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_tokenizer_that_is_another_or_broken_is_refused(directory: Path, case: str) -> None:
-    """In a sentence that says which it is."""
+    """The error names the unsupported or broken part."""
     edit, says = TOKENIZERS[case]
     load_rejected(edited(directory, edit), "tokenizer.json", says)
 
 
 def test_a_name_that_a_row_without_a_token_would_get(tmp_path: Path) -> None:
-    """Two ids cannot have one name."""
+    """Two ids cannot have the same name."""
     directory = save(random_model(vocab_size=N_VOCAB + 1), tmp_path / "Padded")
     load_rejected(
         edited(directory, lambda v: v["added_tokens"][0].update(content=f"[PAD{N_VOCAB}]")),
-        f"'[PAD{N_VOCAB}]' has an id",
+        f"'[PAD{N_VOCAB}]' has the placeholder name",
     )
 
 
 def test_metas_tokenizer_is_taken_where_there_is_no_other(directory: Path, meta_tokenizer_path: Path) -> None:
-    """Beside the weights, or elsewhere by its name; without any it is said what is missing."""
+    """Beside the weights, or given as an argument; without any, the error names the missing file."""
     (directory / "tokenizer.json").unlink()
-    load_rejected(directory, "There is no tokenizer.json in", "`tokenizer`", error=ModelNotFoundError)
+    load_rejected(directory, "tokenizer.json not found in", "`tokenizer`", error=ModelNotFoundError)
     shutil.copy(meta_tokenizer_path, directory / "tokenizer.model")
-    load_rejected(directory, "the tokenizer has 128256 tokens and the model's embedding 267")
+    load_rejected(directory, "the tokenizer has 128256 tokens, but the model's embedding has 267 rows")
     with pytest.raises(CheckpointError, match="the tokenizer has 128256 tokens"):
         open_huggingface(write(directory, "tokenizer.json", tokenizer_json()), str(meta_tokenizer_path))
 
 
-# --- Conversations and the license ------------------------------------------------------------
+# --- Chat template and license -----------------------------------------------------------------
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -1235,7 +1238,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token
     ids=["a setting", "several under names", "a JSON file", "a file, which comes first"],
 )
 def test_a_chat_template_is_found(directory: Path, place: Callable[[Path], object]) -> None:
-    """Wherever it stands, with the texts of the first and the last token, which become special."""
+    """In any of its places, with the texts of BOS and EOS, which become special."""
     place(directory)
     chat = open_huggingface(directory).chat
     assert isinstance(chat, TemplateFormat)
@@ -1252,14 +1255,14 @@ SETTINGS: dict[str, Any] = {"bos_token": "<|begin|>", "eos_token": {"content": "
 
 @pytest.mark.parametrize("chat_template", [None, "", [], [{"name": "tool_use", "template": "x"}]])
 def test_a_base_model_has_no_chat(directory: Path, chat_template: Any) -> None:
-    """No template, an empty one, or only those for something else."""
+    """No template, an empty one, or only templates for other purposes."""
     write(directory, "tokenizer_config.json", {"chat_template": chat_template})
     assert open_huggingface(directory).chat is None
 
 
 @pytest.mark.parametrize("chat_template", [7, {"a": 1}, [{"name": "default", "template": 7}]])
 def test_a_template_that_is_no_text_is_refused(directory: Path, chat_template: Any) -> None:
-    """In a sentence."""
+    """A template must be text."""
     load_rejected(
         write(directory, "tokenizer_config.json", {"chat_template": chat_template}), "chat_template is", "expected text"
     )
@@ -1286,14 +1289,14 @@ def test_a_template_that_is_no_text_is_refused(directory: Path, chat_template: A
 def test_the_license_is_what_the_files_state(
     tmp_path: Path, files: dict[str, str | bytes], expected: str | None
 ) -> None:
-    """The README's front matter, or else the license's own first line; short and printable."""
+    """The README's front matter, or else the first line of the license file; short and printable."""
     for name, text in files.items():
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert read_license(tmp_path) == expected
 
 
 def test_a_license_that_cannot_be_read_is_no_error(directory: Path) -> None:
-    """Neither a directory in its place, nor a pipe that nobody writes to."""
+    """A directory in its place, or a named pipe without a writer."""
     (directory / "LICENSE").mkdir()
     os.mkfifo(directory / "LICENSE.txt")
     assert open_huggingface(directory).license is None
@@ -1303,7 +1306,7 @@ def test_a_license_that_cannot_be_read_is_no_error(directory: Path) -> None:
 
 @pytest.mark.parametrize("text", ["---" + "\n" * 60_000, "---\nlicense: a" + " " * 60_000 + "b\n---\n"])
 def test_a_readme_that_keeps_a_reader_busy(tmp_path: Path, text: str) -> None:
-    """Its length matters, and not the square of it."""
+    """Time grows linearly with its length, not quadratically."""
     (tmp_path / "README.md").write_text(text)
     start = time.thread_time()
     read_license(tmp_path)

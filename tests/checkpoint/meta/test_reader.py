@@ -1,4 +1,4 @@
-"""Meta's directories: good ones load without a copy, and every kind of bad one is refused in a sentence."""
+"""Meta's directories: good ones load without a copy, and every kind of bad one is rejected."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ from tests.helpers.processes import mappings
 from tests.helpers.weights import load, same
 
 WEIGHTS, TOKENIZER, PARAMS = "consolidated.00.pth", "tokenizer.model", "params.json"
-# Small enough that a damaged copy loads in milliseconds.
+# Small, so that a damaged copy loads in milliseconds.
 SMALL = tiny_params(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, multiple_of=16)
 SMALL_ARGS = tiny_args(**SMALL)
 PREFIX = "consolidated.00"
 
 
 def save(directory: Path, weights: object) -> Path:
-    """Put other weights in place, as a new file: the tensors to save may be mapped from the old one."""
+    """Replace the weights with a new file: the tensors to save may be mapped from the old one."""
     (directory / WEIGHTS).unlink()
     torch.save(weights, directory / WEIGHTS)
     return directory
@@ -72,7 +72,7 @@ def change_params(directory: Path, **changes: Any) -> Path:
 
 
 def repack(path: Path, changes: Mapping[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write the archive anew, its checksums right, with records replaced or left out (None)."""
+    """Rewrite the archive with correct checksums, with records replaced or removed (None)."""
     with zipfile.ZipFile(path) as archive:
         content: dict[str, bytes | None] = {info.filename: archive.read(info) for info in archive.infolist()}
     content |= {f"{PREFIX}/{name}": data for name, data in changes.items()}
@@ -82,14 +82,14 @@ def repack(path: Path, changes: Mapping[str, bytes | None], compression: int = z
 def write_zip(path: Path, records: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
     path.unlink()
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # zipfile remarks on names that stand there twice
+        warnings.simplefilter("ignore")  # zipfile warns about repeated names
         for name, data in records:
             archive.writestr(name, data)
 
 
 @pytest.fixture(scope="module")
 def good_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole directory of the `SMALL` shape. Not to be written to."""
+    """A valid directory of the `SMALL` shape. Read only."""
     return write_meta(tmp_path_factory.mktemp("good") / "Small", params=SMALL)
 
 
@@ -105,7 +105,7 @@ def small_dir(good_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_was_saved_is_what_loads(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
-    """Each type of weight, with and without a tied output, comes back to the last bit under its name."""
+    """Weights of each type, tied and untied, load bitwise equal under their names."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=dtype, tied=tied)
     weights = load(directory)
     expected = {k: w.to(dtype) for k, w in random_weights(SMALL_ARGS, tied=False).items()}
@@ -118,7 +118,7 @@ def test_what_was_saved_is_what_loads(tmp_path: Path, dtype: torch.dtype, tied: 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_said_of_how_weights_are_stored(tmp_path: Path, tied: bool) -> None:
-    """Tensors counted by type, and whether the output is the embedding."""
+    """Tensors counted by type, and whether the output is tied."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=torch.float16, tied=tied)
     weights = dict(load(directory))
     weights["norm.weight"] = weights["norm.weight"].float()
@@ -127,7 +127,7 @@ def test_what_is_said_of_how_weights_are_stored(tmp_path: Path, tied: bool) -> N
 
 
 def test_a_file_without_an_output_uses_the_embedding(small_dir: Path) -> None:
-    """Some exports leave `output.weight` out; it must be the embedding, never random."""
+    """Some exports omit `output.weight`; the embedding is used, never random values."""
     weights = load(small_dir)
     del weights["output.weight"]
     again = load(save(small_dir, weights))
@@ -136,7 +136,7 @@ def test_a_file_without_an_output_uses_the_embedding(small_dir: Path) -> None:
 
 
 def test_two_tensors_over_one_storage_are_tied(small_dir: Path) -> None:
-    """Meta's files hold two tensors that share their bytes, not one tensor twice; they become one again."""
+    """Meta's files have two tensors with the same storage; they become one tensor again."""
     weights = load(small_dir)
     weights["output.weight"] = weights["tok_embeddings.weight"].detach()
     assert weights["output.weight"] is not weights["tok_embeddings.weight"]
@@ -147,41 +147,41 @@ def test_two_tensors_over_one_storage_are_tied(small_dir: Path) -> None:
 
 
 def test_equal_output_in_its_own_storage_stays_untied(small_dir: Path) -> None:
-    """Tied means one storage, not equal numbers: nothing compares the contents."""
+    """Tied means the same storage, not equal values, which are never compared."""
     weights = load(small_dir)
     weights["output.weight"] = weights["output.weight"].clone()
     assert not is_tied(load(save(small_dir, weights)))
 
 
 def test_the_rotation_table_of_older_files_is_ignored(small_dir: Path) -> None:
-    """`rope.freqs` is left out by name, and changes nothing else."""
+    """`rope.freqs` is skipped by name and has no effect."""
     weights = load(small_dir)
     again = load(save(small_dir, weights | {"rope.freqs": torch.ones(8)}))
     assert same(again, weights)
 
 
 def test_parameters_are_as_good_as_tensors(small_dir: Path) -> None:
-    """A state dict that was saved as `nn.Parameter`s holds the same weights."""
+    """A state dict of `nn.Parameter`s holds the same weights."""
     weights = load(small_dir)
     parameters = {name: torch.nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
     assert same(load(save(small_dir, parameters)), weights)
 
 
 def test_name_and_format(small_dir: Path) -> None:
-    """The model is called as its directory is, and Hugging Face's `original` as the directory above."""
+    """The model has its directory's name, or that of the parent if it is Hugging Face's `original`."""
     assert (open_checkpoint(small_dir).name, open_checkpoint(small_dir).format) == ("Small", "meta")
     inner = Path(shutil.copytree(small_dir, small_dir.parent / "Llama-3.2-1B" / "original"))
     assert open_checkpoint(inner).name == "Llama-3.2-1B"
 
 
 def test_a_tokenizer_from_elsewhere(small_dir: Path, tmp_path: Path) -> None:
-    """`--tokenizer` is used in place of the directory's own, which need not exist."""
+    """`--tokenizer` replaces the directory's own tokenizer, which need not exist."""
     elsewhere = Path(shutil.move(small_dir / TOKENIZER, tmp_path / "other.model"))
     assert open_checkpoint(small_dir, str(elsewhere)).tokenizer.n_vocab == SMALL["vocab_size"]
 
 
 def test_progress_counts_every_byte_once(good_dir: Path) -> None:
-    """The progress bar only grows and ends full."""
+    """The progress bar never goes back and ends full."""
     calls: list[tuple[str, int, int]] = []
     open_checkpoint(good_dir).load(lambda *call: calls.append(call))
     done = [call[1] for call in calls]
@@ -191,7 +191,7 @@ def test_progress_counts_every_byte_once(good_dir: Path) -> None:
 
 
 def matrices(llama: Llama) -> list[Tensor]:
-    """The matrices that a loaded model multiplies in 32 or 16 bits, as they are stored: the embedding, then others."""
+    """The matrices that a loaded model multiplies in 32 or 16 bits, as stored, the embedding first."""
     model = llama.engine.model
     found = [model.tok_embeddings.weight]
     for form in {id(form): form for form in map(format_of, model.modules()) if form is not None}.values():
@@ -207,7 +207,7 @@ def matrices(llama: Llama) -> list[Tensor]:
     ids=str,
 )
 def test_weights_are_the_file_itself(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
-    """Every weight of a loaded model lies in a mapping of the file, and answering copied none of its pages."""
+    """Every weight of a loaded model is in a mapping of the file, and generating copies none of its pages."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=dtype)
     llama = Llama.load(directory, precision=precision, device="cpu")
     llama.predict("The the")
@@ -222,7 +222,7 @@ def test_weights_are_the_file_itself(tmp_path: Path, dtype: torch.dtype, precisi
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
 def test_loading_changes_no_file(small_dir: Path, precision: str) -> None:
-    """A model is only read, whatever it is converted to."""
+    """A model's files are only read, whatever precision it is converted to."""
 
     def digests() -> dict[str, str]:
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small_dir.iterdir()}
@@ -244,7 +244,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.mark.parametrize("stored", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("asked", ["auto", *DTYPES])
 def test_precision(tmp_path: Path, stored: torch.dtype, asked: str, tied: bool) -> None:
-    """Every weight has the precision asked for, rounded once; a tied output stays one tensor, counted once."""
+    """Every weight has the requested precision, rounded once; a tied output stays one tensor and is counted once."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=stored, tied=tied)
     llama = Llama.load(directory, precision=asked, device="cpu")
     dtype = stored if asked == "auto" else DTYPES[asked]
@@ -266,7 +266,7 @@ def test_precision(tmp_path: Path, stored: torch.dtype, asked: str, tied: bool) 
     ("precision", "bound"), [("auto", 1e-5), ("fp32", 1e-5), ("bf16", 0.05), ("fp16", 1e-3), ("int8", 0.1)]
 )
 def test_answers_in_each_precision(tmp_path: Path, stored: torch.dtype, precision: str, bound: float) -> None:
-    """From the first one on, beside those of fp32; weights that are rounded to bfloat16 lose the most of 16 bits."""
+    """From the first token on, compared with fp32; bfloat16 loses the most of the 16-bit types."""
     directory = write_meta(tmp_path / "m", params=SMALL, dtype=stored)
     llama = Llama.load(directory, precision=precision, device="cpu")
     ids = list(range(40, 60))
@@ -278,7 +278,7 @@ def test_answers_in_each_precision(tmp_path: Path, stored: torch.dtype, precisio
 
 
 def test_answers_are_those_of_the_weights(tmp_path: Path) -> None:
-    """A loaded fp32 model computes what the same weights compute that never were in a file."""
+    """A loaded fp32 model computes the same as the weights that were never in a file."""
     directory = write_meta(tmp_path / "m", params=TINY_PARAMS, dtype=torch.float32)
     model = Transformer(tiny_args())
     model.load_state_dict(random_weights(tiny_args()))
@@ -290,7 +290,7 @@ def test_answers_are_those_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_only_a_conversion_needs_memory(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mapped weights load where there is room for the cache alone; a conversion is refused before it begins."""
+    """Mapped weights load with memory for only the cache; a conversion is rejected before it starts."""
     needed = memory_needed(SMALL_ARGS, "bf16", torch.bfloat16, 4096, torch.device("cpu"), tied=True)
     assert needed["weights"] == 0
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=sum(needed.values())))
@@ -301,7 +301,7 @@ def test_only_a_conversion_needs_memory(small_dir: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_precision_is_refused_before_the_weights_are_read(small_dir: Path) -> None:
-    """A typing error costs no minutes: the damaged file is never looked at."""
+    """A typo costs no time: the damaged file is not read."""
     (small_dir / WEIGHTS).write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(UsageError) as caught:
         Llama.load(small_dir, precision="fp8", device="cpu")
@@ -312,7 +312,7 @@ def test_an_unknown_precision_is_refused_before_the_weights_are_read(small_dir: 
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:
-    """The path that was looked for, and how to come by a model."""
+    """The error has the path and how to get a model."""
     assert_rejected(
         lambda: load(tmp_path / "nowhere"), ModelNotFoundError, tmp_path / "nowhere", "llama-scratch pull smollm2"
     )
@@ -320,13 +320,13 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
 def test_a_file_in_place_of_a_directory(good_dir: Path, file: str) -> None:
-    """One of a model's files means the model."""
+    """Naming one of a model's files names the model."""
     assert open_checkpoint(good_dir / file).files == open_checkpoint(good_dir).files
 
 
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
 def test_a_missing_file(small_dir: Path, file: str) -> None:
-    """Which file is missing from which directory."""
+    """The error names the missing file and its directory."""
     (small_dir / file).unlink()
     assert_rejected(lambda: load(small_dir), ModelNotFoundError, file, small_dir)
 
@@ -340,7 +340,7 @@ def test_a_directory_in_place_of_a_file(small_dir: Path, file: str) -> None:
 
 
 def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
-    """Someone who names the repository gets the model inside it, under the repository's name."""
+    """Naming the repository opens the model inside, under the repository's name."""
     outer = small_dir.parent / "Llama-3.2-1B"
     shutil.copytree(small_dir, outer / "original")
     checkpoint = open_checkpoint(outer)
@@ -349,7 +349,7 @@ def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
 
 
 def test_the_license_beside_original(small_dir: Path) -> None:
-    """It stands in the repository's own files."""
+    """It is in the repository's own files."""
     small_dir.rename(small_dir.parent / "original")
     assert open_checkpoint(small_dir.parent).license is None
     (small_dir.parent / "README.md").write_text("---\nlicense: llama3.2\n---\n")
@@ -359,7 +359,7 @@ def test_the_license_beside_original(small_dir: Path) -> None:
 
 
 def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
-    """Removed or unreadable between the two steps: a sentence too, not the operating system's error."""
+    """Removed or unreadable between opening and loading: a clear error, not the operating system's."""
     checkpoint = open_checkpoint(small_dir)
     (small_dir / WEIGHTS).unlink()
     with pytest.raises(LlamaScratchError) as caught:
@@ -369,7 +369,7 @@ def test_weights_that_vanish_after_opening(small_dir: Path) -> None:
 
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
 def test_a_file_that_the_system_does_not_give_out(small_dir: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions and failing disks end in a sentence that names the file."""
+    """Permission errors and failing disks are reported with the file's name."""
     original = os.open
     path = small_dir / file
 
@@ -394,7 +394,7 @@ def test_a_file_that_the_system_does_not_give_out(small_dir: Path, file: str, mo
     ],
 )
 def test_a_web_page_saved_as_weights(small_dir: Path, content: bytes) -> None:
-    """An expired link often leaves one; it is called by its name."""
+    """An expired link often leaves one; the error says that it is a web page."""
     (small_dir / WEIGHTS).write_bytes(content)
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, "web page", "again")
 
@@ -409,7 +409,7 @@ def test_no_weights_at_all(small_dir: Path, content: bytes) -> None:
 
 
 def test_a_download_that_was_cut_short(small_dir: Path) -> None:
-    """Refused wherever it ends: at 80 places over the file, at the seams, and within the last bytes."""
+    """Rejected at 80 places over the file, at record boundaries, and within the last bytes."""
     path = small_dir / WEIGHTS
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -419,18 +419,18 @@ def test_a_download_that_was_cut_short(small_dir: Path) -> None:
     for end in sorted(ends, reverse=True):
         os.truncate(path, end)
         message = assert_rejected(lambda: load(small_dir), CheckpointError, path, "again")
-        assert end == 0 or "cut short" in message or "begins with" in message
+        assert end == 0 or "cut short" in message or "starts with" in message
 
 
 def flipped_at(small_dir: Path, bits: list[int], original: dict[str, Tensor]) -> list[int]:
-    """Flip one bit of the weights' file at a time; the bits whose damage was noticed."""
+    """Flip one bit of the weight file at a time; return the bits whose damage was noticed."""
     path = small_dir / WEIGHTS
     data = path.read_bytes()
     noticed = []
     for bit in bits:
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
-        # A new file each time: tensors of the last one may still be mapped.
+        # A new file each time: tensors of the previous one may still be mapped.
         path.unlink()
         path.write_bytes(damaged)
         try:
@@ -445,7 +445,7 @@ def flipped_at(small_dir: Path, bits: list[int], original: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_flipped_bit_changes_a_weight_unnoticed(small_dir: Path, good_dir: Path, seed: int) -> None:
-    """100 bits anywhere in the file: each is refused, or lies where nothing depends on it."""
+    """100 bits anywhere in the file: each is rejected or has no effect."""
     size = (small_dir / WEIGHTS).stat().st_size
     bits = random.Random(seed).sample(range(8 * size), 100)
     noticed = flipped_at(small_dir, bits, load(good_dir))
@@ -454,7 +454,7 @@ def test_no_flipped_bit_changes_a_weight_unnoticed(small_dir: Path, good_dir: Pa
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_flipped_bit_of_the_archives_structure_gets_through(small_dir: Path, good_dir: Path, seed: int) -> None:
-    """The same for 150 bits outside of the weights: the description, the records' headers, the table at the end."""
+    """The same for 150 bits outside of the weights: pickle, record headers, central directory."""
     with zipfile.ZipFile(small_dir / WEIGHTS) as archive:
         end_of_pickle = archive.getinfo(f"{PREFIX}/data/0").header_offset
         table = archive.getinfo(f"{PREFIX}/version").header_offset
@@ -467,16 +467,16 @@ def test_no_flipped_bit_of_the_archives_structure_gets_through(small_dir: Path, 
 
 @pytest.mark.parametrize("flag", range(16))
 def test_every_flag_of_a_record(small_dir: Path, good_dir: Path, flag: int) -> None:
-    """zip's flag bits (encrypted, patched, strong encryption, …) on the first weight: refused or without effect."""
+    """zip's flag bits (encrypted, patched, strong encryption, …) on the first weight: rejected or no effect."""
     path = small_dir / WEIGHTS
     with zipfile.ZipFile(path) as archive:
         table = archive.start_dir
-    entry = path.read_bytes().index(b"data/0", table) - len(PREFIX) - 1 - 46  # where its line in the table begins
+    entry = path.read_bytes().index(b"data/0", table) - len(PREFIX) - 1 - 46  # its central directory entry
     flipped_at(small_dir, [8 * (entry + 8) + flag], load(good_dir))
 
 
 def test_the_checksum_is_compared_before_a_tensor_is_made(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged weight is named, and torch never sees the file."""
+    """The error names the damaged weight, and torch never reads the file."""
     path = small_dir / WEIGHTS
     with zipfile.ZipFile(path) as archive:
         record = archive.getinfo(f"{PREFIX}/data/7")
@@ -487,7 +487,7 @@ def test_the_checksum_is_compared_before_a_tensor_is_made(small_dir: Path, monke
     assert_rejected(lambda: load(small_dir), CheckpointError, path, record.filename, "checksum", "again")
 
 
-# --- Archives that torch.save did not write, or not for us ------------------------------------
+# --- Archives that torch.save did not write, or of other content -------------------------------
 
 
 @pytest.mark.parametrize(
@@ -517,13 +517,13 @@ def test_an_archive_that_is_no_checkpoint(small_dir: Path, records: list[tuple[s
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_compressed_archive(small_dir: Path, compression: int) -> None:
-    """Zipped anew it cannot be mapped; a bomb of zeros is not unpacked to find out."""
+    """A compressed archive cannot be mapped; a zip bomb is not unpacked to find out."""
     repack(small_dir / WEIGHTS, {}, compression)
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, "compressed", "torch.save")
 
 
 def test_one_compressed_record(small_dir: Path) -> None:
-    """Among plain ones, and of bytes that compression makes longer: the mapping would take it for the weight itself."""
+    """Among plain ones, with bytes that grow by compression: mapping would read it as the weight itself."""
     path = small_dir / WEIGHTS
     with zipfile.ZipFile(path) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
@@ -536,7 +536,7 @@ def test_one_compressed_record(small_dir: Path) -> None:
 
 
 def test_a_record_that_stands_there_twice(small_dir: Path) -> None:
-    """Two readers may see two different files in such an archive."""
+    """Two readers could see two different files in such an archive."""
     path = small_dir / WEIGHTS
     with zipfile.ZipFile(path) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
@@ -546,7 +546,7 @@ def test_a_record_that_stands_there_twice(small_dir: Path) -> None:
 
 @pytest.mark.parametrize("record", ["data/0", "data/10"])
 def test_a_record_that_is_missing(small_dir: Path, record: str) -> None:
-    """The description names a weight that the archive does not hold."""
+    """The pickle names a weight that is missing in the archive."""
     repack(small_dir / WEIGHTS, {record: None})
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS)
 
@@ -554,7 +554,7 @@ def test_a_record_that_is_missing(small_dir: Path, record: str) -> None:
 @pytest.mark.parametrize("record", ["data/0", "data/5", "data/10"])
 @pytest.mark.parametrize("size", [0, 2, 62])
 def test_a_record_that_is_smaller_than_its_tensor(small_dir: Path, record: str, size: int) -> None:
-    """The mapping would go on into the next record and take its bytes for weights."""
+    """The mapping would continue into the next record and read its bytes as weights."""
     repack(small_dir / WEIGHTS, {record: bytes(size)})
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS)
 
@@ -562,7 +562,7 @@ def test_a_record_that_is_smaller_than_its_tensor(small_dir: Path, record: str, 
 @pytest.mark.parametrize("place", ["alone", "beside the weights", "as a name", "in a list"])
 @pytest.mark.parametrize("name", ["system", "eval"])
 def test_weights_that_want_to_run_code(small_dir: Path, tmp_path: Path, name: str, place: str) -> None:
-    """The code is named and did not run."""
+    """The error names the code, which does not run."""
     proof = tmp_path / "proof"
     danger = Danger(os.system, f"touch {proof}") if name == "system" else Danger(eval, f"open({str(proof)!r}, 'w')")
     weights = load(small_dir)
@@ -573,12 +573,12 @@ def test_weights_that_want_to_run_code(small_dir: Path, tmp_path: Path, name: st
         "in a list": weights | {"norm.weight": [danger]},
     }
     save(small_dir, saved[place])
-    assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, name, "do not use this file")
+    assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, name, "Do not use this file")
     assert not proof.exists()
 
 
 def test_the_danger_is_real(small_dir: Path, tmp_path: Path) -> None:
-    """The test above would notice: a loader without care does run that code."""
+    """The test above would notice: a naive loader does run that code."""
     proof = tmp_path / "proof"
     save(small_dir, Danger(os.system, f"touch {proof}"))
     torch.load(small_dir / WEIGHTS, weights_only=False)
@@ -586,14 +586,14 @@ def test_the_danger_is_real(small_dir: Path, tmp_path: Path) -> None:
 
 
 def pickled(directory: Path, description: bytes) -> Path:
-    """A directory whose archive describes its tensors by these opcodes."""
+    """A directory whose archive has these opcodes as its pickle."""
     records = [("a/data.pkl", b"\x80\x02" + description), ("a/version", b"3\n"), ("a/data/0", bytes(256))]
     write_zip(directory / WEIGHTS, records)
     return directory
 
 
-# Pickle's opcodes: } an empty dictionary, ) an empty tuple, \x85 a tuple of one, c a global, R a call,
-# X a text, K J \x8a numbers of 1, 4 and any number of bytes, s puts an item into a dictionary, . the end.
+# Pickle's opcodes: } empty dictionary, ) empty tuple, \x85 tuple of one, c global, R call,
+# X text, K J \x8a integers of 1, 4 and any number of bytes, s sets a dictionary item, . end.
 @pytest.mark.parametrize(
     "description",
     [
@@ -617,7 +617,7 @@ def pickled(directory: Path, description: bytes) -> Path:
     ],
 )  # fmt: skip
 def test_a_description_meant_to_harm(small_dir: Path, description: bytes) -> None:
-    """Whatever the opcodes build, it ends in a short sentence, soon, and without room for what they ask for."""
+    """Whatever the opcodes build, it ends quickly in a short error, without the memory that they ask for."""
     pickled(small_dir, description)
     start = time.process_time()
     with little_memory():
@@ -627,7 +627,7 @@ def test_a_description_meant_to_harm(small_dir: Path, description: bytes) -> Non
 
 @contextmanager
 def little_memory(mebibytes: float = 32) -> Iterator[None]:
-    """What is inside never holds more than this at once."""
+    """Limit the memory that is allocated inside."""
     tracemalloc.start()
     try:
         yield
@@ -637,7 +637,7 @@ def little_memory(mebibytes: float = 32) -> Iterator[None]:
 
 
 def test_a_description_meant_to_overflow_the_stack(small_dir: Path) -> None:
-    """A million tuples within each other as a name: Python itself would crash when it takes the name's hash."""
+    """A million nested tuples as a name: Python itself would crash when it hashes the name."""
     pickled(small_dir, b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
     code = (
         "from llama_scratch.checkpoint import open_checkpoint\nfrom pathlib import Path\n"
@@ -649,7 +649,7 @@ def test_a_description_meant_to_overflow_the_stack(small_dir: Path) -> None:
 
 
 def test_an_archive_of_many_records(small_dir: Path) -> None:
-    """Checking takes time by the record: the archive's table of contents is not read anew for each."""
+    """Time grows with the number of records: the central directory is read only once."""
     records = [("a/data.pkl", b"\x80\x02}."), ("a/version", b"3\n")]
     write_zip(small_dir / WEIGHTS, records + [(f"a/data/{i}", b"ab") for i in range(2000)])
     start = time.process_time()
@@ -659,7 +659,7 @@ def test_an_archive_of_many_records(small_dir: Path) -> None:
 
 @pytest.mark.parametrize("count", [5_000, 60_000])
 def test_an_archive_of_very_many_records(small_dir: Path, count: int) -> None:
-    """Far more than a model has: rejected within 2 s of CPU time, before they are looked at."""
+    """Far more than in any model: rejected within 2 s of CPU time, before they are read."""
     records = [("a/data.pkl", b"\x80\x02}."), ("a/version", b"3\n")]
     write_zip(small_dir / WEIGHTS, records + [(f"a/data/{i}", b"") for i in range(count)])
     start = time.process_time()
@@ -671,13 +671,13 @@ def test_a_description_of_very_many_steps(small_dir: Path) -> None:
     """A megabyte of opcodes that build nothing."""
     pickled(small_dir, b"}" + b"N0" * ((1 << 19) - 10) + b".")
     start = time.process_time()
-    assert_rejected(lambda: load(small_dir), CheckpointError, "not described as torch.save describes tensors")
+    assert_rejected(lambda: load(small_dir), CheckpointError, "a pickle that torch.save does not write")
     assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("content", ["legacy", "pickle"])
 def test_pickles_outside_of_an_archive(small_dir: Path, content: str) -> None:
-    """What torch.save wrote before version 1.6, and plain pickles."""
+    """Files of torch.save before version 1.6, and plain pickles."""
     path = small_dir / WEIGHTS
     if content == "legacy":
         torch.save(random_weights(SMALL_ARGS), path, _use_new_zipfile_serialization=False)
@@ -692,7 +692,7 @@ def test_pickles_outside_of_an_archive(small_dir: Path, content: str) -> None:
     [([1, 2], "list"), (torch.ones(2), "Tensor"), (3, "int"), (None, "None"), ((1, 2), "tuple")],
 )
 def test_no_dictionary(small_dir: Path, saved: object, found: str) -> None:
-    """Something else than names with tensors."""
+    """Anything other than a dictionary of named tensors."""
     save(small_dir, saved)
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, found, "expected a dictionary")
 
@@ -709,11 +709,9 @@ def test_no_dictionary(small_dir: Path, saved: object, found: str) -> None:
     ],
 )
 def test_a_dictionary_of_something_else(small_dir: Path, entry: dict[Any, Any], found: str) -> None:
-    """A whole training state, or single values, under a name."""
+    """A whole training state, or single values."""
     save(small_dir, load(small_dir) | entry)
-    assert_rejected(
-        lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, found, "expected tensors under names"
-    )
+    assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, found, "expected only named tensors")
 
 
 ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -739,18 +737,18 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ODD_TENSORS)
 def test_tensors_that_are_not_plain(small_dir: Path, kind: str) -> None:
-    """Other types and layouts; the name of the weight is in the sentence."""
+    """Other types and layouts; the error names the weight."""
     weights = load(small_dir)
-    name = "layers.0.attention.wq.weight"  # square, so that it keeps its shape whatever is done
+    name = "layers.0.attention.wq.weight"  # square, so that every change keeps its shape
     save(small_dir, weights | {name: ODD_TENSORS[kind](weights[name])})
     message = assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS)
-    # Where what makes such a tensor is refused before there is one, that is named instead.
+    # If its rebuild function is rejected first, the error names that instead.
     assert name in message or "torch._utils" in message or kind in ("quantized", "float8")
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_weight_that_is_a_view(small_dir: Path, view: str) -> None:
-    """torch.save keeps strides and offsets: the numbers are the same, in rows one after the other."""
+    """torch.save keeps strides and offsets: the values are the same, in contiguous rows."""
     weights = load(small_dir)
     for name in ("layers.0.attention.wq.weight", "layers.0.feed_forward.w2.weight", "tok_embeddings.weight"):
         weights[name] = VIEWS[view](weights[name])
@@ -763,7 +761,7 @@ def test_a_weight_that_is_a_view(small_dir: Path, view: str) -> None:
 
 
 def test_another_view_of_the_embedding_is_not_tied(tmp_path: Path) -> None:
-    """It begins at the same byte and has the same shape, and its numbers are in another order."""
+    """It has the same first byte and shape, but another order of values."""
     directory = write_meta(tmp_path / "m", params=SMALL | {"vocab_size": 556, "dim": 556 * 2, "n_heads": 2})
     weights = load(directory)
     store = weights["tok_embeddings.weight"].clone().reshape(-1)
@@ -775,7 +773,7 @@ def test_another_view_of_the_embedding_is_not_tied(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_much_larger_than_its_file(small_dir: Path) -> None:
-    """A number that claims to be terabytes: its shape is compared before a copy is made."""
+    """A number expanded to terabytes: its shape is checked before a copy is made."""
     weights = load(small_dir) | {"norm.weight": torch.ones(1, dtype=torch.bfloat16).expand(10**13)}
     with little_memory():
         assert_rejected(lambda: load(save(small_dir, weights)), CheckpointError, "norm.weight has the shape")
@@ -808,7 +806,7 @@ def test_a_file_without_checksums(small_dir: Path, n: int | None) -> None:
     ["is_contiguous", "untyped_storage", "detach", "data_ptr", "shape", "stride", "__class__", "grad", "data"],
 )
 def test_an_attribute_that_shadows_a_method(small_dir: Path, attribute: str) -> None:
-    """A pickle can attach anything to a parameter: it is ignored, or the file is rejected."""
+    """A pickle can attach attributes to a parameter: they are ignored, or the file is rejected."""
     weights = load(small_dir)
     parameter = torch.nn.Parameter(weights["norm.weight"], requires_grad=False)
     parameter.odd = "odd"  # type: ignore[attr-defined]
@@ -826,7 +824,7 @@ def test_an_attribute_that_shadows_a_method(small_dir: Path, attribute: str) -> 
 
 @pytest.mark.parametrize("name", SMALL_ARGS.weight_shapes())
 def test_a_wrong_shape(small_dir: Path, name: str) -> None:
-    """Each weight's shape is compared: found and expected, and the weight by name."""
+    """Each weight's shape is checked: the error has the weight, its shape and the expected one."""
     weights = load(small_dir)
     if name == "tok_embeddings.weight":
         weights["output.weight"] = weights["output.weight"].clone()
@@ -838,7 +836,7 @@ def test_a_wrong_shape(small_dir: Path, name: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (32, 1), (1, 32), (0, 10**15)])
 def test_a_norm_of_another_shape(small_dir: Path, shape: tuple[int, ...]) -> None:
-    """Shapes that would broadcast, and such as hold nothing."""
+    """Shapes that would broadcast, and empty ones."""
     weights = load(small_dir)
     save(small_dir, weights | {"norm.weight": torch.ones(shape)})
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / WEIGHTS, "norm.weight", shape, (32,))
@@ -846,7 +844,7 @@ def test_a_norm_of_another_shape(small_dir: Path, shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("name", [name for name in SMALL_ARGS.weight_shapes() if name != "output.weight"])
 def test_a_missing_weight(small_dir: Path, name: str) -> None:
-    """It is named; an untied output does not stand in for the embedding."""
+    """The error names it; an untied output does not replace the embedding."""
     weights = load(small_dir)
     del weights[name]
     assert_rejected(
@@ -855,7 +853,7 @@ def test_a_missing_weight(small_dir: Path, name: str) -> None:
 
 
 def test_no_weights_in_the_dictionary(small_dir: Path) -> None:
-    """An empty one: the first missing and how many more."""
+    """An empty dictionary: the error names the first missing weight and counts the others."""
     assert_rejected(
         lambda: load(save(small_dir, {})), CheckpointError, small_dir / WEIGHTS, "tok_embeddings.weight", "more weights"
     )
@@ -867,7 +865,7 @@ def test_no_weights_in_the_dictionary(small_dir: Path) -> None:
     ids=lambda name: repr(name[:20]),
 )
 def test_an_unknown_weight(small_dir: Path, name: str) -> None:
-    """It is named, and the name can neither break the line nor fill the screen."""
+    """The error names it; the name can neither break the line nor fill the screen."""
     assert_rejected(
         lambda: load(save(small_dir, load(small_dir) | {name: torch.ones(2)})),
         CheckpointError,
@@ -878,17 +876,17 @@ def test_an_unknown_weight(small_dir: Path, name: str) -> None:
 
 @pytest.mark.parametrize("change", [{"n_layers": 2}, {"dim": 64}, {"n_kv_heads": 2}, {"multiple_of": 512}])
 def test_params_of_another_model(small_dir: Path, change: dict[str, int]) -> None:
-    """Weights and params that do not belong together, whichever of them is wrong."""
+    """Weights and params of different models, whichever of them is wrong."""
     assert_rejected(lambda: load(change_params(small_dir, **change)), CheckpointError, small_dir / WEIGHTS, "params")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own remarks about odd tensors
+@pytest.mark.filterwarnings("ignore")  # torch's own warnings about odd tensors
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(data=st.data())
 def test_a_description_that_was_tampered_with(
     tmp_path_factory: pytest.TempPathFactory, good_dir: Path, data: st.DataObject
 ) -> None:
-    """Bytes of the description changed and its checksum made right again: refused, or tensors of the right shape."""
+    """Bytes of the pickle changed, with a correct checksum: rejected, or tensors of the right shape."""
     with zipfile.ZipFile(good_dir / WEIGHTS) as archive:
         description = bytearray(archive.read(f"{PREFIX}/data.pkl"))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -926,13 +924,13 @@ def test_a_description_that_was_tampered_with(
     ],
 )
 def test_params_that_are_no_object(small_dir: Path, content: bytes, found: str) -> None:
-    """Not JSON, not text, not an object, not small."""
+    """Not JSON, not text, not an object, too large."""
     (small_dir / PARAMS).write_bytes(content)
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / PARAMS, found)
 
 
 def test_params_nested_as_deep_as_python_can_read() -> None:
-    """A value that is just not too deep to be read must not be too deep to be named."""
+    """A value that can just be parsed must not be too deep for the error message."""
     for depth in range(1, 1100):
         text = json.dumps(SMALL).replace('"dim": 32', f'"dim": {"[" * depth + "]" * depth}')
         with pytest.raises(CheckpointError) as caught:
@@ -954,7 +952,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("field", [field for field in SMALL if field not in OPTIONAL])
 @pytest.mark.parametrize("how", ["absent", "null"])
 def test_params_that_lack_a_field(small_dir: Path, field: str, how: str) -> None:
-    """The field is named, whether it is left out or null."""
+    """The error names the field, whether it is missing or null."""
     params = {k: v for k, v in SMALL.items() if k != field} | ({field: None} if how == "null" else {})
     (small_dir / PARAMS).write_text(json.dumps(params))
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / PARAMS, field, "missing", "again")
@@ -962,7 +960,7 @@ def test_params_that_lack_a_field(small_dir: Path, field: str, how: str) -> None
 
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES, ids=repr)
 def test_params_with_an_impossible_value(small_dir: Path, field: str, value: Any) -> None:
-    """Field, what was found and what was expected."""
+    """The error has the field, its value and the expected range."""
     found = value[0] if isinstance(value, str) else value
     assert_rejected(
         lambda: load(change_params(small_dir, **{field: value})),
@@ -985,7 +983,7 @@ def test_params_with_an_impossible_value(small_dir: Path, field: str, value: Any
     ],
 )
 def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, Any], found: str) -> None:
-    """Each number is possible and the shape is not."""
+    """Each number is possible, but the shape is not."""
     assert_rejected(lambda: load(change_params(small_dir, **changes)), CheckpointError, small_dir / PARAMS, found)
 
 
@@ -1000,13 +998,13 @@ def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, A
     ],
 )
 def test_quantized_releases_are_not_supported(small_dir: Path, arguments: dict[str, Any], release: str) -> None:
-    """Meta's SpinQuant and QLoRA files hold other tensors; said before anything else is tried."""
+    """Meta's SpinQuant and QLoRA files hold other tensors; the error is raised before anything else."""
     change_params(small_dir, **arguments)
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / PARAMS, release, "bf16")
 
 
 def test_fields_that_nobody_knows_are_ignored(small_dir: Path, good_dir: Path) -> None:
-    """Newer files may say more."""
+    """Newer files may have more fields."""
     assert same(load(change_params(small_dir, model_type="llama3")), load(good_dir))
 
 
@@ -1020,7 +1018,7 @@ json_values = st.recursive(
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(changes=st.dictionaries(st.sampled_from([*SMALL, "rope_scaling_factor"]), json_values, min_size=1, max_size=3))
 def test_any_value_in_any_field(changes: dict[str, Any]) -> None:
-    """Whatever JSON can say: a shape whose numbers are all possible, or one sentence."""
+    """Any JSON value gives a shape of possible numbers, or an error."""
     try:
         args = parse_params(json.dumps(SMALL | changes), "there/params.json")
     except LlamaScratchError as error:
@@ -1056,7 +1054,7 @@ def test_any_value_in_any_field(changes: dict[str, Any]) -> None:
     ],
 )
 def test_a_bad_line_in_the_tokenizer(small_dir: Path, line: int, bad: bytes) -> None:
-    """The line is named by its number, with what it should hold."""
+    """The error has the line number and the expected content."""
     path = small_dir / TOKENIZER
     lines = path.read_bytes().splitlines()
     lines[line - 1] = bad
@@ -1065,21 +1063,21 @@ def test_a_bad_line_in_the_tokenizer(small_dir: Path, line: int, bad: bytes) -> 
 
 
 def test_an_empty_tokenizer(small_dir: Path) -> None:
-    """No token for any byte."""
+    """A tokenizer without tokens."""
     (small_dir / TOKENIZER).write_bytes(b"")
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir / TOKENIZER, "0x00", "0 lines")
 
 
 @pytest.mark.parametrize("lines", [256, 299, 301])
 def test_a_tokenizer_that_does_not_fit(small_dir: Path, lines: int) -> None:
-    """One token more or fewer than the embedding has rows: both numbers are given."""
+    """One token more or fewer than the embedding's rows: the error has both numbers."""
     whole = (tokenizer_file() + b"Y2hh 300\n").splitlines(keepends=True)
     (small_dir / TOKENIZER).write_bytes(b"".join(whole[:lines]))
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir, lines + 256, SMALL["vocab_size"], "tokenizer")
 
 
 def test_the_tokenizer_is_read_anew_each_time(small_dir: Path) -> None:
-    """tiktoken's own reader keeps a copy of the first one it saw; a repaired file must count."""
+    """tiktoken's own reader caches the first file; a repaired file must be read again."""
     good = (small_dir / TOKENIZER).read_bytes()
     (small_dir / TOKENIZER).write_bytes(good[:-20])
     assert_rejected(lambda: load(small_dir), CheckpointError, small_dir)

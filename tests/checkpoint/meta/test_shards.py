@@ -1,6 +1,6 @@
-"""Meta's directories of several shards: cut as fairscale cuts them they are the one model; broken ones are none.
+"""Meta's directories with several shards, split as in fairscale: joined, or rejected if broken.
 
-And every dense text model that Meta published, by its params.json.
+Also the params.json of every dense text model that Meta published.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tests.helpers.weights import load, same
 
 @pytest.fixture(scope="module")
 def four_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in four shards. Not to be written to."""
+    """The model in four shards. Read only."""
     return write(tmp_path_factory.mktemp("four") / "Four", split(weights_of(), 4))
 
 
@@ -58,7 +58,7 @@ def four(four_dir: Path, tmp_path: Path) -> Path:
 
 
 def change(directory: Path, number: int, **changes: Tensor | None) -> None:
-    """Put other tensors into one shard, dots of their names as underscores; None takes one out."""
+    """Replace tensors in one shard, dots in names as underscores; None removes one."""
     weights = torch.load(directory / shard(number))
     for name, tensor in changes.items():
         full = next(n for n in weights if n.replace(".", "_") == name)
@@ -73,7 +73,7 @@ def change(directory: Path, number: int, **changes: Tensor | None) -> None:
 @pytest.mark.parametrize("embedding", [0, 1])
 @pytest.mark.parametrize("tied", [TIED, UNTIED])
 def test_the_joined_model_is_the_whole_one(tmp_path: Path, n: int, embedding: int, tied: bool) -> None:
-    """Bit by bit, whichever way the embedding was cut, and what is tied stays so."""
+    """Bitwise equal, whichever axis of the embedding was split; ties are kept."""
     whole = write(tmp_path / "whole", [weights_of(tied=tied)])
     parts = write(tmp_path / "parts", split(weights_of(tied=tied), n, embedding))
     assert same(load(parts), load(whole))
@@ -85,7 +85,7 @@ def test_the_joined_model_is_the_whole_one(tmp_path: Path, n: int, embedding: in
 
 
 def test_an_output_that_is_the_embedding_of_each_shard_is_tied(tmp_path: Path) -> None:
-    """Saved as one storage, as Meta's single files have it. Equal numbers in storages of their own stay two."""
+    """If they share one storage, as in Meta's single files. Equal values in separate storages stay untied."""
     shards = split(weights_of(), 2)
     parts = [{**part, "output.weight": part["tok_embeddings.weight"]} for part in shards]
     assert is_tied(open_checkpoint(write(tmp_path / "one", parts)).load(silent))
@@ -94,7 +94,7 @@ def test_an_output_that_is_the_embedding_of_each_shard_is_tied(tmp_path: Path) -
 
 
 def test_an_output_in_the_embeddings_storage_but_of_another_shape_is_its_own(tmp_path: Path) -> None:
-    """Cut by columns the embedding of a shard has as many numbers as the output, in another order."""
+    """If the embedding is split by columns, it has as many values as the output, in another order."""
     shards = split(weights_of(), 2, embedding=1)
     parts = [{**part, "output.weight": part["tok_embeddings.weight"].view(-1, 128)} for part in shards]
     weights = open_checkpoint(write(tmp_path / "m", parts)).load(silent)
@@ -103,7 +103,7 @@ def test_an_output_in_the_embeddings_storage_but_of_another_shape_is_its_own(tmp
 
 
 def test_the_rotation_table_of_older_shards_is_ignored(four: Path) -> None:
-    """It may be in some of them only."""
+    """Only some shards may have it."""
     expected = load(four)
     weights = torch.load(four / shard(2))
     torch.save({**weights, "rope.freqs": torch.ones(4)}, four / shard(2))
@@ -113,7 +113,7 @@ def test_the_rotation_table_of_older_shards_is_ignored(four: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_answers_are_those_of_the_whole_model(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
-    """Whatever multiplies rows that lie in several files."""
+    """For every operation that multiplies rows from several files."""
     weights, ids = weights_of(dtype=dtype, tied=UNTIED), list(range(40, 80))
     whole = Llama.load(write(tmp_path / "whole", [weights]), precision=precision, device="cpu")
     parts = Llama.load(write(tmp_path / "parts", split(weights, 8)), precision=precision, device="cpu")
@@ -123,7 +123,7 @@ def test_answers_are_those_of_the_whole_model(tmp_path: Path, precision: str, dt
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux shows a process its mappings")
 def test_shards_stay_mapped_until_they_are_used(four: Path) -> None:
-    """Each piece lies in the mapping of its own file, and rows of one shard are a view of it."""
+    """Each piece is in the mapping of its own file, and rows of one shard are a view of it."""
     weights = open_checkpoint(four).load(silent)
     areas = [[area for area, _ in mappings(four / shard(number))] for number in range(4)]
     matrices = [weight for weight in weights.values() if len(weight.shape) == 2]
@@ -139,7 +139,7 @@ def test_shards_stay_mapped_until_they_are_used(four: Path) -> None:
 
 
 def test_progress_grows_over_all_shards(four: Path) -> None:
-    """It does not begin anew with each of them, and ends full."""
+    """It does not restart with each shard, and ends full."""
     calls: list[tuple[int, int]] = []
     open_checkpoint(four).load(lambda _, done, total: calls.append((done, total)))
     assert calls == sorted(calls)
@@ -148,7 +148,7 @@ def test_progress_grows_over_all_shards(four: Path) -> None:
 
 
 def test_key_value_heads_that_were_doubled(tmp_path: Path) -> None:
-    """Llama 3.1 405B in 16 shards has each of its 8 heads twice, and says 16: the same answers. 8 would be wrong."""
+    """Llama 3.1 405B in 16 shards has each of its 8 KV heads twice, and states 16: the same answers."""
     weights = weights_of(dtype=torch.float32, tied=UNTIED)
     doubled = {
         name: w.view(8, 8, 128).repeat_interleave(2, dim=0).reshape(128, 128) if ".wk." in name or ".wv." in name else w
@@ -172,7 +172,7 @@ def test_key_value_heads_that_were_doubled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Llama3.1-70B:bf16-mp4", "Llama 3.1 70B", "[x]*", "ラマ"])
 def test_any_name_of_a_directory(four: Path, name: str, llama_scratch: Runner) -> None:
-    """Also around original/, as Hugging Face has it."""
+    """Also for `original/` in Hugging Face's repositories."""
     for inner in ("", "original"):
         outer = four.parent / f"{inner}-" / name
         shutil.copytree(four, outer / inner)
@@ -181,7 +181,7 @@ def test_any_name_of_a_directory(four: Path, name: str, llama_scratch: Runner) -
     assert json.loads(llama_scratch("info", str(outer), "--json").out)["name"] == name
 
 
-# --- Broken ones ------------------------------------------------------------------------------
+# --- Broken directories ------------------------------------------------------------------------
 
 
 def test_no_shard_at_all(four: Path) -> None:
@@ -192,11 +192,11 @@ def test_no_shard_at_all(four: Path) -> None:
 
 @pytest.mark.parametrize("missing", [[0], [1], [2], [3], [0, 1], [1, 3], [2, 3], [0, 1, 2], [1, 2, 3]], ids=str)
 def test_a_missing_shard(four: Path, missing: list[int], llama_scratch: Runner) -> None:
-    """The first that is missing is named, the last one too, by the shapes in the others."""
+    """The error names the first missing shard; the shapes of the others reveal a missing last one."""
     for number in missing:
         (four / shard(number)).unlink()
     message = assert_rejected(
-        lambda: load(four), ModelNotFoundError, f"no {shard(missing[0])}", four, "fetch the missing"
+        lambda: load(four), ModelNotFoundError, f"{shard(missing[0])} not found", four, "Fetch the missing"
     )
     last = max(number for number in range(4) if number not in missing)
     assert last < missing[0] or f"holds {shard(last)}" in message
@@ -216,7 +216,7 @@ def test_what_is_no_file_is_a_missing_shard(four: Path, kind: str) -> None:
 
 
 def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven of eight shards are more than a hundred gigabytes."""
+    """Seven of eight shards can have more than a hundred gigabytes."""
     (four / shard(3)).unlink()
     read: list[str] = []
 
@@ -231,19 +231,19 @@ def test_nothing_is_read_where_one_is_seen_to_be_missing(four: Path, monkeypatch
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_shard_that_is_there_twice(four: Path, number: int) -> None:
-    """Its norms are right, but its matrices are another shard's. Two that changed places cannot be told."""
+    """Its norms match, but its matrices are another shard's. Swapped shards cannot be detected."""
     shutil.copyfile(four / shard(0), four / shard(number))
     assert_rejected(lambda: load(four), CheckpointError, four / shard(number), shard(0), "same weights")
 
 
 def test_a_shard_beyond_the_last(four: Path) -> None:
-    """Of another model, or a copy."""
+    """From another model, or a copy."""
     shutil.copyfile(four / shard(1), four / shard(4))
     assert_rejected(lambda: load(four), CheckpointError, four / shard(4), "32 of 128 rows")
 
 
 def test_shards_of_less_than_a_head(tmp_path: Path) -> None:
-    """More of them than key-value heads are there for: cut all the same, as any rows are."""
+    """More shards than key-value heads: rows are split all the same."""
     params = {**PARAMS, "n_heads": 4, "n_kv_heads": 2}
     weights = weights_of(tiny_args(**params))
     parts = write(tmp_path / "m", split(weights, 8), params)
@@ -252,14 +252,14 @@ def test_shards_of_less_than_a_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [0, 1, 3])
 def test_a_shard_of_another_model(four: Path, file: int, tmp_path: Path) -> None:
-    """Of the same shape: its norms are others. The first shard is the one that the others are compared with."""
+    """The same shape, but other norms. The first shard is the reference for the others."""
     other = split({n: w.flip(0) for n, w in weights_of().items()}, 4)
     torch.save(other[file], four / shard(file))
     assert_rejected(lambda: load(four), CheckpointError, four / shard(max(file, 1)), "of another one", shard(0))
 
 
 def test_one_norm_alone_tells(four: Path) -> None:
-    """By one bit in one shard."""
+    """A single bit in one shard."""
     norm = torch.load(four / shard(2))["layers.1.ffn_norm.weight"]
     norm.view(torch.int16)[-1] ^= 1
     change(four, 2, layers_1_ffn_norm_weight=norm)
@@ -288,7 +288,7 @@ def test_a_shard_with_other_names_shapes_or_types(four: Path, number: int, chang
 
 
 def test_a_shard_with_one_more_name(four: Path) -> None:
-    """In one of them, and in all."""
+    """In one shard, and in all."""
     weights = torch.load(four / shard(1))
     torch.save({**weights, "x": torch.ones(2)}, four / shard(1))
     assert_rejected(lambda: load(four), CheckpointError, four / shard(1), "of another one")
@@ -310,7 +310,7 @@ def test_a_weight_that_all_shards_lack(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in ARGS.weight_shapes() if "layers.1" not in n and "tok_emb" not in n])
 @pytest.mark.parametrize("n", [2, 8])
 def test_a_weight_that_was_cut_along_the_other_axis(tmp_path: Path, name: str, n: int) -> None:
-    """Each shape is compared, and a norm is not cut. Square ones too: their pieces are not square."""
+    """Each shape is checked, and norms are not split. Also square matrices: their pieces are not square."""
     weights = weights_of(tied=UNTIED)
     shards = split(weights, n)
     axis = axis_of(name, 0)
@@ -321,7 +321,7 @@ def test_a_weight_that_was_cut_along_the_other_axis(tmp_path: Path, name: str, n
 
 @pytest.mark.parametrize("shape", [(), (0,), (560,), (70, 128, 1), (0, 128)])
 def test_an_embedding_of_another_shape_in_all(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Nothing to count rows of, too."""
+    """Also an embedding without rows to count."""
     shards = split(weights_of(), 2)
     for part in shards:
         part["tok_embeddings.weight"] = torch.ones(shape, dtype=torch.bfloat16)
@@ -340,7 +340,7 @@ def test_a_matrix_of_another_shape_in_all(tmp_path: Path, part: str, shape: tupl
 
 
 def test_a_wrong_shape_is_not_taken_for_missing_shards(tmp_path: Path) -> None:
-    """Half of the rows that a shard should have, but not of this width."""
+    """Half of a shard's rows, but with another width."""
     shards = split(weights_of(), 4)
     for part in shards:
         part["layers.0.attention.wq.weight"] = torch.ones(16, 64, dtype=torch.bfloat16)
@@ -359,7 +359,7 @@ def test_params_of_another_model(four: Path, params: dict[str, int]) -> None:
 
 
 def test_a_file_that_is_one_of_several(four: Path) -> None:
-    """Alone under the name of a whole model."""
+    """A single shard under the name of a complete model."""
     for number in (1, 2, 3):
         (four / shard(number)).unlink()
     assert_rejected(lambda: load(four), ModelNotFoundError, f"no {shard(1)}", "32 of 128 rows of wq")
@@ -370,7 +370,7 @@ def test_a_file_that_is_one_of_several(four: Path) -> None:
     ("damage", "said"),
     [
         (lambda file: os.truncate(file, 100_000), "cut short"),
-        (lambda file: file.write_bytes(b""), "begins with b''"),
+        (lambda file: file.write_bytes(b""), "starts with b''"),
         (lambda file: file.write_bytes(b"<html>expired</html>"), "web page"),
         (lambda file: torch.save([1], file), "list"),
     ],
@@ -391,7 +391,7 @@ def test_a_shard_that_vanishes(four: Path) -> None:
 
 
 def test_a_value_that_is_no_number_blames_its_shard(four: Path) -> None:
-    """Of rows and of columns, and a norm, which is read from the first. The row is that of the whole weight."""
+    """In rows, in columns, and in a norm, which is read from the first shard. Rows are counted in the whole weight."""
     assert verify(four).wrong == 0
     shards = [torch.load(four / shard(number)) for number in range(4)]
     shards[1]["layers.0.attention.wq.weight"][5, 7] = torch.nan
@@ -410,7 +410,7 @@ def test_a_value_that_is_no_number_blames_its_shard(four: Path) -> None:
 
 
 def test_a_norm_that_is_no_number_in_all_shards(tmp_path: Path) -> None:
-    """NaN is no reason to call a shard another model's."""
+    """NaN does not make a shard count as another model's."""
     weights = weights_of()
     weights["norm.weight"][3] = torch.nan
     found = verify(write(tmp_path / "m", split(weights, 2)))
@@ -455,7 +455,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, float | None, int]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shape_of_every_published_model(name: str) -> None:
-    """What params.json says, and what it does not say: the width, the factor and the context."""
+    """From params.json, and its defaults: the width, the RoPE factor and the context."""
     params, ffn_dim, factor, parameters = PUBLISHED[name]
     args = parse_params(json.dumps(params))
     assert args == ModelArgs(
@@ -475,7 +475,7 @@ def test_the_shape_of_every_published_model(name: str) -> None:
 
 
 def test_the_shapes_are_those_of_metas_own_list() -> None:
-    """Every dense text release of Llama 3 in llama-models, base and Instruct: nothing of them is missing above."""
+    """Every dense text release of Llama 3 in llama-models, base and Instruct, is in the list above."""
     types = importlib.import_module("llama_models.sku_types")
     families = [types.ModelFamily[name] for name in ("llama3", "llama3_1", "llama3_2", "llama3_3")]
     models = importlib.import_module("llama_models.sku_list").all_registered_models()
@@ -495,14 +495,14 @@ def test_the_shapes_are_those_of_metas_own_list() -> None:
 
 @pytest.mark.parametrize(("name", "talks"), [("Llama3.1-8B", False), ("Llama3.1-8B-Instruct", True)])
 def test_instruct_models_talk(four: Path, name: str, talks: bool) -> None:
-    """Their params.json is the base model's; the name tells."""
+    """Their params.json equals the base model's; only the name differs."""
     directory = four.rename(four.parent / name)
     assert (open_checkpoint(directory).chat is not None) is talks
 
 
 @pytest.mark.parametrize("name", ["Llama3.2-1B-Instruct:int4-qlora-eo8", "Llama3.2-3B-Instruct:int4-spinquant-eo8"])
 def test_quantized_releases_are_refused_by_name(four: Path, name: str, llama_scratch: Runner) -> None:
-    """In directories that Meta's downloader names so, before the weights are read."""
+    """In directories with the names from Meta's downloader, before the weights are read."""
     more: dict[str, Any] = {"quantization_args": {"group_size": 32, "spinquant": "spinquant" in name}}
     if "qlora" in name:
         more["lora_args"] = {"rank": 16, "scale": 2.0}
@@ -514,7 +514,7 @@ def test_quantized_releases_are_refused_by_name(four: Path, name: str, llama_scr
 
 
 def test_the_release_in_fp8_is_refused(four: Path) -> None:
-    """Its params.json is that of the one in bf16; scales lie beside the shards."""
+    """Its params.json equals that of the bf16 release, but there are scales beside the shards."""
     (four / "fp8_scales_0.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"fp8_scales_0.pt.*fp8, expected bf16 weights; .*bf16 in its name\.$"):
         open_checkpoint(four)
@@ -522,7 +522,7 @@ def test_the_release_in_fp8_is_refused(four: Path) -> None:
 
 @pytest.mark.parametrize("size", ["7B", "70B-chat"])
 def test_llama_2_is_refused_by_its_tokenizer(tmp_path: Path, size: str, llama_scratch: Runner) -> None:
-    """Whatever else is there: its params.json has no vocab_size."""
+    """Its params.json has no vocab_size."""
     params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
     directory = write(tmp_path / f"Llama-2-{size}", [], params)
     (directory / shard(0)).write_bytes(b"never read")
