@@ -1,4 +1,4 @@
-"""llama-scratch: a microscope for next-token prediction with Llama 3, in pure torch.
+"""llama-scratch: a microscope for next-token prediction with Llama 3.
 
 >>> from llama_scratch import Llama
 >>> llama = Llama.load("smollm2")  # doctest: +SKIP

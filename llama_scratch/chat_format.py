@@ -1,4 +1,4 @@
-"""Chat formats: convert messages to the text and special tokens that a model was trained on."""
+"""Chat formats: messages → text and special tokens, as in a model's training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatSegment:
-    """A piece of a conversation that is tokenized separately. `special`: read names in it as special tokens."""
+    """A piece of a conversation that is tokenized separately.
+
+    `special`: whether names of special tokens in it are read as such.
+    """
 
     text: str
     special: bool = False
@@ -38,7 +41,7 @@ class ChatFormat(Protocol):
     """The format of conversations that a model was trained on."""
 
     def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
-        """Format a conversation up to the point at which the assistant's next answer begins.
+        """Format a conversation up to the beginning of the assistant's next answer.
 
         Only the format's own text contains special tokens; messages are plain text.
 
@@ -54,7 +57,10 @@ class ChatFormat(Protocol):
 
 @dataclass(frozen=True)
 class Llama3Format:
-    """The format of Meta's Instruct models since Llama 3. Source: `ChatFormat` in llama-models."""
+    """The format of Meta's Instruct models since Llama 3.
+
+    Source: `ChatFormat` in llama-models.
+    """
 
     def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """See `ChatFormat.parts`."""

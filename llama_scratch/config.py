@@ -18,7 +18,7 @@ SCALED_CONTEXT = 131_072
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's RoPE scaling: pairs with a low frequency rotate `factor` times slower.
+    """Llama 3.1's RoPE scaling: slowly rotating pairs become `factor` times slower.
 
     If a pair makes fewer than `low_freq_factor` full turns within `original_context` tokens, its
     frequency is divided by `factor`. If it makes more than `high_freq_factor` turns, it stays as it
@@ -77,7 +77,7 @@ class ModelArgs:
             )
 
     def with_rope_factor(self, factor: float | None) -> ModelArgs:
-        """Return the same shape with another RoPE factor. 1 turns scaling off, None changes nothing."""
+        """Replace the RoPE factor. 1 turns scaling off, None changes nothing."""
         if factor is None:
             return self
         if not (math.isfinite(factor) and factor >= 1):
@@ -106,20 +106,26 @@ class ModelArgs:
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
     def n_parameters(self, *, tied: bool) -> int:
-        """Number of parameters. If the output is `tied` to the embedding, it is counted once."""
+        """Number of parameters. An output that is `tied` to the embedding counts once."""
         shapes = self.weight_shapes()
         if tied:
             del shapes["output.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
     def linear_parameters(self) -> int:
-        """Number of parameters in all linear layers, including the output: each decoded token reads all of them."""
+        """Number of parameters in all linear layers, including the output.
+
+        Each decoded token reads all of them.
+        """
         shapes = self.weight_shapes()
         del shapes["tok_embeddings.weight"]
         return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
     def kv_bytes_per_token(self, bytes_each: int) -> int:
-        """Bytes per token in the KV cache: a key and a value in each layer, with `bytes_each` bytes per number."""
+        """Bytes per token in the KV cache, with `bytes_each` bytes per number.
+
+        Each layer has a key and a value per token.
+        """
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_each
 
 

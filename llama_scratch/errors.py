@@ -9,7 +9,7 @@ REDOWNLOAD_HINT = "fetch the file again from where the model came from."
 
 
 def sanitize(value: object, limit: int = 60) -> str:
-    """Make an untrusted value safe for a message: short, on one line, and without control characters.
+    """Make an untrusted value safe for a message: short, printable, on one line.
 
     Args:
         value: The value, such as a string from a file.
@@ -31,7 +31,7 @@ def escape_controls(message: str) -> str:
 
 def unexpected(error: BaseException) -> str:
     """The message for an unexpected exception."""
-    return f"Unexpected error: {sanitize(repr(error), 200)}. Run again with --debug for a traceback."
+    return f"An unexpected error occurred ({sanitize(repr(error), 200)}). Run again with --debug for a traceback."
 
 
 class LlamaScratchError(Exception):
@@ -63,7 +63,7 @@ class CheckpointError(LlamaScratchError):
 
 
 class UnsupportedError(CheckpointError):
-    """A model file is undamaged, but not supported. The message says which model to use instead."""
+    """A model file is undamaged, but not supported. The message has an alternative."""
 
 
 class OutOfMemoryError(LlamaScratchError):

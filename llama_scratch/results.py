@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 
 
 def to_json(value: Any) -> Any:
-    """Convert a value for `json.dumps`: dataclasses to objects, tuples to lists, bytes to hexadecimal digits.
+    """Convert a value for `json.dumps`.
 
-    An object has the dataclass's fields in order, or the attributes in its class's `json_fields`. An entry such as
-    "theta as rope_theta" there means the attribute `theta` under the key "rope_theta".
+    Dataclasses become objects, tuples lists, and bytes hexadecimal digits. An object has the dataclass's fields in
+    order, or the attributes in its class's `json_fields`. An entry such as "theta as rope_theta" there means the
+    attribute `theta` under the key "rope_theta".
     """
     if isinstance(value, JsonResult):
         return value.as_json()
@@ -28,7 +29,10 @@ def to_json(value: Any) -> Any:
 
 
 class JsonResult:
-    """Base class of results with a JSON form. `json_fields` lists its attributes; `as_json` can be overridden."""
+    """Base class of results with a JSON form.
+
+    `json_fields` lists the attributes. Override `as_json` for any other form.
+    """
 
     json_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -45,7 +49,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Token:
-    r"""One token: its exact id, and its text, with `\xNN` for bytes that are not valid UTF-8."""
+    r"""One token: its exact id, and its text, with `\xNN` for invalid UTF-8."""
 
     id: int
     text: str
@@ -78,7 +82,10 @@ class Step(Token):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that computed a result. `parameters` counts tied weights once."""
+    """The model that was used.
+
+    `format` is "meta", "huggingface" or "gguf". `parameters` counts tied weights once.
+    """
 
     name: str
     format: str
@@ -89,7 +96,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Timing:
-    """Durations in seconds. `reused_tokens` of the `prompt_tokens` were in the prefix cache."""
+    """Durations in seconds, and the number of prompt tokens from the prefix cache."""
 
     load_s: float = 0.0
     prompt_tokens: int = 0
@@ -99,7 +106,10 @@ class Timing:
 
 
 class PromptWarning(str):
-    """A warning for the user about a prompt. `cause` is its kind, so that each kind is explained only once."""
+    """A warning for the user about a prompt.
+
+    `cause` is its kind, so that each kind is explained only once.
+    """
 
     cause: str
 
@@ -141,7 +151,10 @@ class Prediction(JsonResult):
 
 @dataclass(frozen=True)
 class Generated(JsonResult):
-    """A continuation. `finish_reason` is "stop" for a stop token, or "length" if the maximum length was reached."""
+    """A continuation.
+
+    `finish_reason` is "stop" for a stop token, or "length" if the maximum length was reached.
+    """
 
     json_fields = ("text", "ids", "logprobs", "finish_reason")
 
@@ -153,7 +166,12 @@ class Generated(JsonResult):
 
 
 def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:
-    """The object that `--json` prints for a prediction, with its continuation if there is one."""
+    """The object that `--json` prints.
+
+    Args:
+        prediction: The prediction.
+        generated: Its continuation, if any.
+    """
     answer = prediction.as_json()
     if generated is None:
         return answer

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: byte-pair encoding by tiktoken, plus the rules of Llama's vocabularies."""
+"""Text ↔ token ids: tiktoken's byte-pair encoding with Llama's special rules."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Tokenizer:
 
     @classmethod
     def from_meta(cls, path: str) -> Tokenizer:
-        """Read Meta's `tokenizer.model` from a local path, or from gs:// or az:// with blobfile.
+        """Read Meta's `tokenizer.model` from a local path, gs:// or az://.
 
         Raises `ModelNotFoundError` if the file does not exist and `CheckpointError` if it is damaged.
         """
@@ -246,15 +246,12 @@ class Tokenizer:
             sentence = f"The prompt contains bytes that are not in this vocabulary; each was read as {self.unknown}."
             warnings.append(PromptWarning("unknown bytes", sentence))
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
-            sentence = (
-                f"The prompt contains {name}, which was read as plain text. "
-                "Turn on `special` to read it as a special token."
-            )
+            sentence = f"The prompt contains {name}, which was read as plain text. Turn on `special` to change that."
             warnings.append(PromptWarning("special tokens as text", sentence))
         return warnings
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Convert ids to text. Invalid UTF-8 becomes U+FFFD, and special tokens become their names."""
+        """Convert ids to text. Invalid UTF-8 becomes U+FFFD, special tokens their names."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
@@ -274,19 +271,24 @@ class Tokenizer:
 
 
 def fingerprint_of(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the rules of a tokenizer, in hexadecimal. It does not depend on the file format."""
+    """SHA-256 of a tokenizer's rules, in hexadecimal, for any file format."""
     return tokenizer._fingerprint
 
 
 class StreamDecoder:
-    """Decodes ids one by one. A character that spans several tokens is returned once it is complete."""
+    """Decodes ids one by one, and returns each character once it is complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int, *, final: bool = False) -> str:
-        """Return the characters that this id completes. `final` also returns an incomplete one, as U+FFFD."""
+        """Return the characters that an id completes.
+
+        Args:
+            id: The next token.
+            final: Whether it is the last one, so that an incomplete character becomes U+FFFD.
+        """
         return self._utf8.decode(self._tokenizer.token_bytes(id), final)
 
 
@@ -355,7 +357,7 @@ def _read(path: str) -> bytes:
 
 
 def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokenizer:
-    """Create Llama 3's tokenizer from the content of Meta's file. `path` is its name for errors."""
+    """Create Llama 3's tokenizer from Meta's file. `path` is its name for errors."""
     if b"<unk>" in data[:64]:
         raise CheckpointError(
             f"{path} is a SentencePiece vocabulary, as in Llama 2, which is not supported. Choose Llama 3 or later."

@@ -1,4 +1,7 @@
-"""Models at gs:// and az://: weights are downloaded to the user's cache once, small files each time."""
+"""Models at gs:// and az://, downloaded to the user's cache.
+
+Weights are downloaded once, small files each time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _RETRIES = 4
 
 
 def remote_address(source: str) -> str | None:
-    """Normalize the address of a remote directory or file. A local path has no address.
+    """Normalize the address of a remote directory or file; None for a local path.
 
     Also accepts an address that was converted to a `Path`, which drops one slash.
     """

@@ -62,7 +62,10 @@ class _TryAgainError(Exception):
 
 
 def open_session(url: str) -> requests.Session:
-    """Open a session that only uses https, except for the host of `url` if that is itself plain http."""
+    """Open a session that only follows redirects to https.
+
+    The exception is the host of `url`, if `url` itself is plain http.
+    """
     import requests
 
     class HTTPSSession(requests.Session):
@@ -294,7 +297,7 @@ def _drop(part: Path) -> None:
 
 
 def require_disk_space(folder: Path, name: str, needed: int) -> None:
-    """Raise `LlamaScratchError` if a folder has less free space than a download still needs.
+    """Raise `LlamaScratchError` if a folder has too little free space for a download.
 
     Args:
         folder: The folder.
@@ -323,7 +326,9 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusively(folder: Path, name: str) -> Iterator[None]:
-    """Lock a folder, so that only one process at a time works in it. The lock ends with the process.
+    """Lock a folder, so that only one process at a time works in it.
+
+    The lock ends with the process.
 
     Args:
         folder: The folder, created if necessary.

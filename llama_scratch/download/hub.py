@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub: found in its cache, and downloaded to it with resume."""
+"""Models from the Hugging Face Hub, in its cache, with resumable downloads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """The repository's folder in the hub's cache. Source: huggingface_hub's "Understand caching"."""
+        """The repository's folder in the hub's cache.
+
+        Source: huggingface_hub's "Understand caching".
+        """
         return cache() / f"models--{self.id.replace('/', '--')}"
 
     @property
@@ -73,9 +76,9 @@ class Repository:
 
 
 def cache() -> Path:
-    """The hub's cache, which other programs share. Raises FileNotFoundError without a home directory.
+    """The hub's cache, which other programs share.
 
-    Source: huggingface_hub's environment variables.
+    Raises FileNotFoundError without a home directory. Source: huggingface_hub's environment variables.
     """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")

@@ -1,4 +1,4 @@
-"""Find a model by its path, by the name under which it was downloaded, or in the usual places."""
+"""Find a model by its path, by its name, or in the usual places."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def _is_there(place: str) -> bool:
 
 
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
-    """The open model that `find_model(source)` needs but that has not been downloaded, if any."""
+    """The open model that `find_model(source)` needs, unless it has been downloaded."""
     model = OPEN_MODELS.get(os.fspath(_source_or_default(source)))
     return model.name if model and not _is_fetched(model) else None

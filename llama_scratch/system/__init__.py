@@ -1,4 +1,4 @@
-"""Files, memory, threads, processes and signals: everything from the operating system that is not about a model.
+"""Operating system: files, memory, threads, processes and signals.
 
 `small_files` reads untrusted files, `atomic_files` writes files atomically, `mapped_files` detects changes of
 memory-mapped files, `hashing` computes checksums and `folders` locates the user's folders. `memory`, `jobs`,

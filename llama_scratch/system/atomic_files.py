@@ -1,7 +1,8 @@
-"""Atomic writes: a new file is a locked temporary file until it is complete. Stale temporary files are removed.
+"""Atomic writes: a new file is a locked temporary file until it is complete.
 
-The lock (flock) ends with the process that holds it, even if that is killed or runs in another container. If the
-system or the file system does not support locks, no file counts as stale.
+Stale temporary files of killed processes are removed. The lock (flock) ends with the process that holds it, even if
+that is killed or runs in another container. If the system or the file system does not support locks, no file counts as
+stale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 
 @contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Create a temporary folder in `parent`, after removing stale ones. It is removed on exit."""
+    """Create a temporary folder, which is removed on exit.
+
+    Args:
+        parent: Its parent folder, from which stale temporary folders are removed first.
+        prefix: The beginning of its name.
+    """
     remove_stale(parent, f"{prefix}*")
     while True:
         with _gone_afterwards(parent / f"{prefix}{secrets.token_hex(4)}") as folder:
@@ -35,11 +41,11 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tuple[BinaryIO, Path]]:
-    """Create a temporary file in `parent`, after removing stale ones. It is removed on exit unless it was renamed.
+    """Create a temporary file, which is removed on exit unless it was renamed.
 
     Args:
-        parent: The folder.
-        prefix: How its name begins.
+        parent: Its folder, from which stale temporary files are removed first.
+        prefix: The beginning of its name.
         mode: Its permissions, before the umask. By default only the user can access it.
 
     Yields:
@@ -56,7 +62,7 @@ def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tup
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically: it has either the new content or the old one, never a part.
+    """Write a file atomically: it has either its old or its new content.
 
     Args:
         path: The file.
@@ -74,14 +80,27 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def publish(part: Path, path: Path) -> Path:
-    """Flush a complete file to disk and rename it to `path`. Returns `path`."""
+    """Flush a complete file to disk and rename it.
+
+    Args:
+        part: The temporary file.
+        path: The final path.
+
+    Returns:
+        The final path.
+    """
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     return part.replace(path)
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Remove the user's temporary files and folders that no process has locked."""
+    """Remove the user's temporary files and folders that no process has locked.
+
+    Args:
+        folder: The folder to search.
+        pattern: A glob pattern for their names.
+    """
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError), locked(path, certain=True) as ours:
             if ours:
@@ -111,7 +130,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, certain: bool = False) -> Iterator[bool]:
-    """Lock a file or folder. Yields whether this process has the lock; see `lock`.
+    """Lock a file or folder. Yields whether this process has the lock.
+
+    Args:
+        path: The file or folder.
+        certain: See `lock`.
 
     Raises:
         OSError: If it cannot be opened, or is a symlink.

@@ -28,10 +28,11 @@ _terminal: tuple[int, list[Any]] | None = None
 
 
 def install() -> None:
-    """Install the handlers: SIGBUS prints a message, restores the terminal and exits with `CheckpointError.exit_code`.
+    """Install the handlers for SIGBUS and for crashes.
 
-    A crash restores the terminal, then takes its default action. Only the command line calls this, since a library
-    must not change the signal handlers of its host. Does nothing if the system has no SIGBUS or `faulthandler` is on.
+    SIGBUS prints a message, restores the terminal and exits with `CheckpointError.exit_code`. A crash restores the
+    terminal, then takes its default action. Only the command line calls this, since a library must not change the
+    signal handlers of its host. Does nothing if the system has no SIGBUS or `faulthandler` is on.
     """
     global _handler, _terminal
     import faulthandler

@@ -1,4 +1,4 @@
-"""The user's folders for caches, models and history, by the conventions of the system (XDG on Linux)."""
+"""The user's folders for caches, models and history (XDG on Linux)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Literal
 
 
 def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
-    """The program's folder of a kind. Raises FileNotFoundError without a home directory, as in some containers."""
+    """The program's folder of a kind.
+
+    Raises FileNotFoundError without a home directory, as in some containers.
+    """
     import platformdirs
 
     try:
@@ -25,7 +28,7 @@ def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
 
 
 def is_ours(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, and no other user can write to it."""
+    """Whether a file or folder belongs to this user, and only this user can write."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
@@ -36,7 +39,7 @@ def trim_folder(
     max_bytes: int | None = None,
     remove: Callable[[Path], None] = Path.unlink,
 ) -> None:
-    """Remove the least recently used files of a cache folder until the others are within the limits.
+    """Remove the least recently used files of a cache until it is within the limits.
 
     Args:
         files: The files. Other processes may remove them at the same time.

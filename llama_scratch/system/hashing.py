@@ -17,7 +17,12 @@ BLOCK_BYTES = 1 << 20
 
 
 def new_digest(algorithm: str, data: bytes = b"") -> _Hash:
-    """Create a digest. MD5 works even if a policy forbids it for security: here it only detects damage."""
+    """Create a digest. MD5 works even if a policy forbids it for security.
+
+    Args:
+        algorithm: A name for hashlib, such as "md5". Here it only has to detect damage.
+        data: The first bytes to hash.
+    """
     return hashlib.new(algorithm, data, usedforsecurity=False)
 
 

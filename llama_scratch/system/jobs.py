@@ -1,4 +1,4 @@
-"""Background jobs: long-running work in threads, while the program answers prompts."""
+"""Background jobs: long-running work in threads."""
 
 from __future__ import annotations
 
@@ -90,14 +90,23 @@ class BackgroundJobs:
         return self._reported or (self.stage, self._done, self._total)
 
     def report_progress(self, stage: str, done: int, total: int) -> None:
-        """See the function `report_progress`."""
+        """See the function `report_progress`.
+
+        Args:
+            stage: The name of the stage, or "" to only check for cancellation.
+            done: The work done.
+            total: The total work.
+        """
         if self._closed or not _program_runs():
             raise JobCancelledError
         if stage:
             self._reported = stage, done, total
 
     def wait(self, progress: Progress = silent) -> None:
-        """Start the jobs if necessary and wait until they are done. Raises the error of a job that failed."""
+        """Start the jobs if necessary and wait until they are done.
+
+        Raises the error of a job that failed.
+        """
         self.start()
         while self._running and not self.error:
             progress(*self.progress)

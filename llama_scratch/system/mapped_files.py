@@ -35,7 +35,10 @@ class MappedFiles:
         return " and ".join(sanitize(path.name) for path, _ in self._files.values()) or "in no file"
 
     def check(self) -> None:
-        """Raise `CheckpointError` if a file was written to or truncated. Takes a microsecond per file."""
+        """Raise `CheckpointError` if a file was written to or truncated.
+
+        This takes a microsecond per file.
+        """
         for descriptor, (path, before) in self._files.items():
             now = os.fstat(descriptor)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -52,10 +55,10 @@ class MappedFiles:
         return sorted(path.name for path, _ in self._files.values())
 
     def sha256(self, progress: Callable[[str, int, int], None], name: str | None = None) -> str:
-        """Return the SHA-256 of the files' bytes in hexadecimal, as `cat FILES | sha256sum` prints it.
+        """Compute the SHA-256 of the files' bytes, in hexadecimal.
 
-        The result is cached, and refers to the files that were opened: a file that later replaced one of them does
-        not count.
+        It equals the output of `cat FILES | sha256sum`. The result is cached, and refers to the files that were
+        opened: a file that later replaced one of them does not count.
 
         Args:
             progress: Called with "checking", the bytes read so far and the total bytes.

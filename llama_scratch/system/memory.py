@@ -48,7 +48,7 @@ def available_memory() -> int:
 
 
 def memory_limit() -> MemoryLimit:
-    """Find the tightest limit: the machine's free memory, resource limits or control groups."""
+    """Find the tightest limit: free memory, resource limits or control groups."""
     import psutil
 
     return min(
@@ -157,20 +157,23 @@ def _size_of_torch() -> int:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether an error of Python, torch, the loader or the system (for a mapping or a thread) means out of memory."""
+    """Whether an error means out of memory.
+
+    Recognizes errors of Python, torch, the dynamic loader and the system (mappings and threads).
+    """
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | OSError | ImportError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def refusal() -> str:
-    """The message if memory runs out in an unexpected place, so the needed size is not known."""
+    """The message if memory runs out before the needed size is known."""
     return f"Out of memory: {memory_limit()}"
 
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Turn a failed allocation, on the CPU or a GPU, into an `OutOfMemoryError` about `what`."""
+    """Turn a failed allocation on CPU or GPU into an `OutOfMemoryError` about `what`."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
@@ -180,11 +183,11 @@ def memory_errors(what: str) -> Iterator[None]:
 
 
 def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
-    """Create the error for a failed allocation, with the requested size (if the cause has it) and the free memory.
+    """Create the error for a failed allocation.
 
     Args:
         what: The subject of the message.
-        error: The cause.
+        error: The cause. If it has the requested size, the message has it too.
     """
     size = re.search(r"(\d+) bytes", str(error))
     asked = f"{int(size[1]) / 1e9:.1f} GB more were requested, and " if size else ""
@@ -194,7 +197,10 @@ def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system. glibc keeps it per thread: some hundred MB after packing."""
+    """Return freed memory to the system.
+
+    glibc keeps it per thread: some hundred MB after packing.
+    """
     if sys.platform.startswith("linux"):
         with suppress(AttributeError, OSError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -9,4 +9,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """A `Progress` that does nothing."""
+    """A `Progress` that does nothing.
+
+    Args:
+        stage: The name of the stage.
+        done: The work done.
+        total: The total work.
+    """

@@ -73,7 +73,13 @@ def read_text(
     error: type[LlamaScratchError] = CheckpointError,
     any_content: bool = False,
 ) -> str:
-    """Read a small UTF-8 file without its byte order mark. The arguments are those of `read_bytes`.
+    """Read a small UTF-8 file without its byte order mark.
+
+    Args:
+        path: See `read_bytes`, like all arguments.
+        limit: Maximum size in bytes.
+        error: The class to raise for a file that cannot be the right one.
+        any_content: Accept git-lfs pointers and web pages like any other content.
 
     Raises:
         OSError: If the file cannot be read.
@@ -110,7 +116,14 @@ def read_start(
     error: type[LlamaScratchError] = CheckpointError,
     any_content: bool = False,
 ) -> bytes:
-    """Read at most `limit` bytes from the beginning of a file of any size. Otherwise like `read_bytes`."""
+    """Read the beginning of a file of any size. Otherwise like `read_bytes`.
+
+    Args:
+        path: A regular file, or a pipe that this process inherited.
+        limit: Maximum number of bytes to read.
+        error: The class to raise for a file that cannot be the right one.
+        any_content: Accept git-lfs pointers and web pages like any other content.
+    """
     with _open(path, error) as file:
         start = file.read(limit)
     if not any_content:
@@ -180,7 +193,9 @@ def reject_stand_in(
 def reject_pointer(
     start: bytes, path: str | os.PathLike[str], error: type[LlamaScratchError] = CheckpointError
 ) -> None:
-    """Reject a git-lfs or git-annex pointer, which a clone without these programs has in place of a file.
+    """Reject a git-lfs or git-annex pointer.
+
+    A clone without these programs has a pointer in place of a large file.
 
     Args:
         start: At least the first `START` bytes, or a whole shorter file.

@@ -1,10 +1,13 @@
-"""Errors of chat templates. Has no imports, because the process that runs the template imports it too."""
+"""Errors of chat templates.
+
+This module has no imports, because the process that runs the template imports it too.
+"""
 
 from __future__ import annotations
 
 
 class RefusalError(Exception):
-    """A template called `raise_exception` to reject the messages. The message is the template's own."""
+    """A template rejected the messages with `raise_exception`, and its own message."""
 
 
 class TemplateError(Exception):

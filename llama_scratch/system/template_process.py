@@ -1,6 +1,7 @@
-"""The process that runs an untrusted chat template: started once, reused, and killed if it exceeds its limits.
+"""The process that runs an untrusted chat template.
 
-It runs `template_sandbox.py` in a new Python interpreter, not a fork, so it does not inherit threads or open files.
+It is started once, reused, and killed if it exceeds its limits. It runs `template_sandbox.py` in a new Python
+interpreter, not a fork, so it does not inherit threads or open files.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ _OUT_OF_MEMORY = 3  # `template_sandbox.OUT_OF_MEMORY`
 
 
 class TemplateProcess:
-    """Runs templates in one process, which starts with the first request and ends with this object.
+    """Runs templates in one process, which ends with this object.
 
-    It is thread-safe. If a request is interrupted, the process is killed, and the next request starts a new one.
+    The first request starts the process. The class is thread-safe. If a request is interrupted, the process is killed,
+    and the next request starts a new one.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class TemplateProcess:
     def render(
         self, source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
     ) -> list[str]:
-        """Render a conversation, and split it at the special tokens that the template wrote.
+        """Render a conversation, and split it at the template's special tokens.
 
         Args:
             source: The template.

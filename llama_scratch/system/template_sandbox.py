@@ -1,4 +1,4 @@
-"""Renders conversations with the chat template of a model file, which is untrusted code.
+"""Renders conversations with the untrusted chat template of a model file.
 
 This module runs in a child process, which `system/template_process.py` starts, supervises and kills. There are two
 layers of protection:
@@ -140,7 +140,7 @@ def _reason(error: Exception) -> str:
 def pieces(
     source: str, special: tuple[str, ...], messages: list[dict[str, str]], variables: dict[str, Any]
 ) -> list[str]:
-    """Render a conversation, and split it at the special tokens that the template itself wrote.
+    """Render a conversation, and split it at the template's own special tokens.
 
     While the template runs, each special token's name in a message is replaced by a character that no message
     contains. All names in the output are therefore the template's own.
