@@ -132,7 +132,7 @@ def test_a_file_that_changed_gives_no_answer(model: Path, change: Callable[[Path
     steps = llama.generate("the", 5)
     next(steps)
     change(model / WEIGHTS)
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} changed while .* \(it .*\), expected .*; load the model"):
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} changed while .* \(.*\)\. Load the model"):
         llama.predict("the one")
     for ask in (lambda: next(steps), lambda: llama.logits("on"), lambda: llama.intervened({}).predict("the")):
         with pytest.raises(CheckpointError, match="changed while it was in use"):
