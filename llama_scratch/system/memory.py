@@ -75,7 +75,7 @@ def _resource_limits() -> Iterator[MemoryLimit]:
 def _cgroups(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[MemoryLimit]:
-    """Yield the memory that the control groups of this process leave, and all groups above them.
+    """Yield the memory that is left in the control groups of this process, and in the groups above them.
 
     Inactive pages of cached files count as free, because the kernel reclaims them before the limit takes effect.
     """

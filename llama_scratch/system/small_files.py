@@ -76,7 +76,7 @@ def read_text(
     """Read a small UTF-8 file without its byte order mark.
 
     Args:
-        path: See `read_bytes`, like all arguments.
+        path: A regular file, or a pipe that this process inherited.
         limit: Maximum size in bytes.
         error: The class to raise for a file that cannot be the right one.
         any_content: Accept git-lfs pointers and web pages like any other content.
