@@ -1,11 +1,11 @@
-"""llama-scratch: next-token prediction with Llama 3, rebuilt by hand in pure torch.
+"""llama-scratch: a microscope for next-token prediction with Llama 3.
 
 >>> from llama_scratch import Llama
 >>> llama = Llama.load("smollm2")  # doctest: +SKIP
 >>> llama.predict("The capital of France is").next.text  # doctest: +SKIP
 ' Paris'
 
-Importing the package imports no torch; the first use of `Llama` does.
+Importing the package does not import torch; the first use of `Llama` does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _HOMES = {
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 
-# Modules that moved into packages. `llama_scratch.engine` and the like keep working until 0.3.
+# Modules that were moved into packages. The old names, such as `llama_scratch.engine`, work until 0.3.
 _MOVED = {
     "attention": "inference.long_attention",
     "background": "system.jobs",
@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if name in _MOVED:
         home = f"llama_scratch.{_MOVED[name]}"
         warnings = import_module("warnings")
-        warnings.warn(f"llama_scratch.{name} is {home} now.", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"llama_scratch.{name} has moved to {home}.", DeprecationWarning, stacklevel=2)
         return import_module(home)
     if name in _HOMES:
         return getattr(import_module(f"llama_scratch.{_HOMES[name]}"), name)

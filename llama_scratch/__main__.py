@@ -11,9 +11,9 @@ import threading
 from types import FrameType
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-# The signals that asked the program to end.
+# The termination signals that were received.
 _received: list[int] = []
-# Seconds that leaving may take before the signal is raised again.
+# Seconds to exit before the signal is raised again.
 EXIT_GRACE_S = 5
 
 
@@ -24,35 +24,35 @@ def main() -> None:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not under nohup
             signal.signal(number, _leave)
     try:
-        # Imported here, so that Ctrl-C is no traceback even while the program is still being read.
+        # Imported here, so that Ctrl-C during the import does not print a traceback.
         from llama_scratch.cli import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = 130
-    except MemoryError:  # before the command line itself was read
-        os.write(2, b"llama-scratch: The limit of memory is too low to start the program; raise it (ulimit -v).\n")
+    except MemoryError:  # before the command line was parsed
+        os.write(2, b"llama-scratch: The memory limit is too low to start the program. Raise it (ulimit -v).\n")
         code = 5
     except SystemExit as error:
         code = int(error.code or 0)
-    if _received:  # whatever a library has made of it
+    if _received:  # even if a library swallowed it
         code = 128 + _received[0]
-    # What is left is Python's own clean-up; Ctrl-C there would show a traceback and end nothing sooner.
+    # Only Python's cleanup remains. Ctrl-C there would print a traceback without exiting sooner.
     for number in (signal.SIGINT, *_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     _raise_again(0, 0)
     if threading.active_count() > 1 or code > 128:
         _leave_threads(code)
-    # Else that clean-up searches all that torch brought for cycles, which takes most of half a second.
+    # Otherwise the cleanup collects cycles among all objects of torch, which takes almost half a second.
     gc.freeze()
     sys.exit(code)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    """End by the way of Ctrl-C: what was being written is removed, and the terminal is as it was.
+    """Exit like Ctrl-C: partial files are removed, and the terminal is restored.
 
-    A window that closes sends more than one signal, so the next ones are ignored. But a library may have swallowed
-    this one, so it is raised once more after a while.
+    A closing window sends several signals, so later ones are ignored. A library may swallow the exception, so it is
+    raised again after a while.
     """
     _received.append(number)
     if number == signal.SIGINT:
@@ -60,11 +60,11 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     for other in _SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     _raise_again(number, EXIT_GRACE_S)
-    raise SystemExit(128 + number)  # which asyncio lets through, as it does Ctrl-C
+    raise SystemExit(128 + number)  # which asyncio propagates, as it does KeyboardInterrupt
 
 
 def _raise_again_if_lost(lost: sys.UnraisableHookArgs) -> None:
-    """What told us to end fell into a finalizer, where nothing can be raised: it is raised again in a moment."""
+    """Raise the exit again in a moment if it occurred in a finalizer, where Python ignores exceptions."""
     if _received and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
         _raise_again(_received[-1], 0.1)
     else:
@@ -74,14 +74,14 @@ def _raise_again_if_lost(lost: sys.UnraisableHookArgs) -> None:
 def _raise_again(number: int, seconds: float) -> None:
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda _, frame: _leave(number, frame))
-        signal.setitimer(signal.ITIMER_REAL, seconds, EXIT_GRACE_S)  # again where that is lost, too
+        signal.setitimer(signal.ITIMER_REAL, seconds, EXIT_GRACE_S)  # and again if that is lost too
 
 
 def _leave_threads(code: int) -> None:
-    """Exit without Python's clean-up, as where a thread still loads a model.
+    """Exit without Python's cleanup, for instance while a thread is loading a model.
 
-    Within torch's own code it cannot be told to stop; Python's clean-up would wait for it, or end what it
-    works with and so crash it.
+    A thread inside torch's code cannot be stopped. Python's cleanup would wait for it, or crash it by freeing objects
+    that it uses.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the terminal is gone

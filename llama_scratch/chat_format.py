@@ -1,4 +1,4 @@
-"""Conversations as a model was trained to read them: messages in, text and special tokens out, in its own format."""
+"""Chat formats: messages → text and special tokens, as in a model's training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llama_scratch.errors import CheckpointError, ContextLengthError, UsageError
 if TYPE_CHECKING:
     from llama_scratch.system.template_process import TemplateProcess
 
-# Several times the longest template that models come with.
+# Maximum characters of a template: several times the longest published one.
 _MAX_TEMPLATE = 1 << 17
-# Characters of a conversation, as many as the template may write (`sandbox.MAX_SIZE`).
+# Maximum characters of a conversation, the same as of a template's output (`template_sandbox.MAX_SIZE`).
 _MAX_CONVERSATION = 4_000_000
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. role: "system", "user" or "assistant"."""
+    """One message of a conversation. `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
@@ -28,19 +28,22 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatSegment:
-    """A piece of a conversation that becomes tokens by itself. special: names of special tokens in it are those."""
+    """A piece of a conversation that is tokenized separately.
+
+    `special`: whether names of special tokens in it are read as such.
+    """
 
     text: str
     special: bool = False
 
 
 class ChatFormat(Protocol):
-    """How a model was trained to read conversations."""
+    """The format of conversations that a model was trained on."""
 
     def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
-        """A conversation up to where the assistant's next answer begins.
+        """Format a conversation up to the beginning of the assistant's next answer.
 
-        Only the format's own text is ever special; a message is plain text.
+        Only the format's own text contains special tokens; messages are plain text.
 
         Raises:
             UsageError: If the format does not accept these messages.
@@ -49,12 +52,15 @@ class ChatFormat(Protocol):
         """
 
     def close(self) -> None:
-        """End the process that the format runs in, if it has one. The next `parts` starts it again."""
+        """End the process that runs the format, if any. The next `parts` starts it again."""
 
 
 @dataclass(frozen=True)
 class Llama3Format:
-    """The format of Meta's Instruct models since Llama 3. Source: `ChatFormat` in llama-models."""
+    """The format of Meta's Instruct models since Llama 3.
+
+    Source: `ChatFormat` in llama-models.
+    """
 
     def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """See `ChatFormat.parts`."""
@@ -64,7 +70,7 @@ class Llama3Format:
         return parts + _header("assistant")
 
     def close(self) -> None:
-        """See `ChatFormat.close`: there is no process."""
+        """See `ChatFormat.close`. This format has no process."""
 
 
 def _header(role: str) -> list[ChatSegment]:
@@ -78,14 +84,14 @@ def _header(role: str) -> list[ChatSegment]:
 
 @dataclass(frozen=True)
 class TemplateFormat:
-    """A format that a model's files carry: a template in the language Jinja.
+    """The chat template of a model's files, in Jinja.
 
-    The template is untrusted code. It runs in a process of its own, `template_sandbox`, and is not read before its use.
+    The template is untrusted code. It runs in a separate process (`template_sandbox`), and is not parsed before use.
 
     Args:
         source: The template.
-        bos: The text that it writes for the beginning of a text.
-        eos: The text that it writes for the end of a text.
+        bos: The text of its variable `bos_token`.
+        eos: The text of its variable `eos_token`.
         special: The names of the vocabulary's special tokens.
     """
 
@@ -98,7 +104,7 @@ class TemplateFormat:
         """See `ChatFormat.parts`."""
         if (size := sum(len(message.content) for message in messages)) > _MAX_CONVERSATION:
             raise ContextLengthError(
-                f"The conversation has {size:,} characters; at most {_MAX_CONVERSATION:,} fit into the chat template. "
+                f"The conversation has {size:,} characters, and the chat template takes at most {_MAX_CONVERSATION:,}. "
                 "Shorten it."
             )
         pieces = self._render([{"role": message.role, "content": message.content} for message in messages])
@@ -110,15 +116,15 @@ class TemplateFormat:
 
     @cached_property
     def _process(self) -> TemplateProcess:
-        from llama_scratch.system.template_process import TemplateProcess  # only conversations need it
+        from llama_scratch.system.template_process import TemplateProcess  # not needed without a conversation
 
         return TemplateProcess()
 
     def _render(self, messages: list[dict[str, str]]) -> list[str]:
-        """The conversation's text: plain text and the template's own special tokens in turn."""
+        """Render the conversation as plain text and the template's special tokens, alternating."""
         from llama_scratch.system.template_errors import RefusalError, TemplateError
 
-        # The variables that transformers gives.
+        # The same variables as in transformers.
         variables = {
             "tools": None,
             "documents": None,
@@ -132,8 +138,8 @@ class TemplateFormat:
             return self._process.render(self.source, list(self.special), messages, variables)
         except RefusalError as error:
             raise UsageError(
-                f"The model's chat template refuses this conversation ({_reason(error)}). "
-                "Leave out the system prompt, or begin anew."
+                f"The model's chat template rejects this conversation ({_reason(error)}). "
+                "Leave out the system prompt, or start a new conversation."
             ) from error
         except TemplateError as error:
             raise CheckpointError(

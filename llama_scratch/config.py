@@ -1,4 +1,4 @@
-"""The shape of a network: a validated, frozen `ModelArgs`. Imports no torch."""
+"""The shape of a network: a validated, frozen `ModelArgs`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from llama_scratch.errors import CheckpointError, UsageError
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
-"""The two weights that many models share, by Meta's names."""
+"""Meta's names of the two weights that are tied in many models."""
 
-# The context that Llama 3 was trained with before 3.1 stretched it, and the one after.
+# Llama 3's context, and the context since Llama 3.1 with RoPE scaling.
 ORIGINAL_CONTEXT = 8192
 SCALED_CONTEXT = 131_072
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary embedding: slow pairs turn `factor` times slower.
+    """Llama 3.1's RoPE scaling: slowly rotating pairs become `factor` times slower.
 
-    A pair that makes fewer than `low_freq_factor` full turns within `original_context` tokens is
-    slowed down by `factor`, one that makes more than `high_freq_factor` turns is left alone, and
-    those between are blended. Source: `apply_scaling` in Meta's llama-models, with the factor that
-    each release was trained with (8 for 3.1 and 3.3, 32 for 3.2), which Meta's code fixes at 8.
+    If a pair makes fewer than `low_freq_factor` full turns within `original_context` tokens, its
+    frequency is divided by `factor`. If it makes more than `high_freq_factor` turns, it stays as it
+    is. Pairs in between are interpolated. Source: `apply_scaling` in Meta's llama-models, but with
+    each release's own factor (8 for 3.1 and 3.3, 32 for 3.2), which is always 8 in Meta's code.
     """
 
     factor: float
@@ -34,13 +34,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Everything that is needed to build the network; field names are Meta's.
+    """The hyperparameters of the network. Field names are Meta's.
 
     Attributes:
         ffn_dim: Width of the feed-forward layer.
-        max_seq_len: The longest context, in tokens.
-        rope_scaling: None if the rotary embedding is not scaled. A factor of 1 becomes None.
-        rope_divisors: One divisor per pair's frequency, head_dim/2 numbers, instead of `rope_scaling`.
+        max_seq_len: Maximum context in tokens.
+        rope_scaling: RoPE scaling, if any. A factor of 1 becomes None.
+        rope_divisors: A divisor for each pair's frequency, head_dim/2 numbers, instead of `rope_scaling`.
         head_dim: Width of one attention head. 0 becomes dim / n_heads, as in most models.
     """
 
@@ -69,15 +69,15 @@ class ModelArgs:
                     f"dim {self.dim} does not divide into {self.n_heads} heads of an even size (n_heads)."
                 )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        if self.head_dim < 0 or self.head_dim % 2:  # the rotary embedding turns pairs
+        if self.head_dim < 0 or self.head_dim % 2:  # RoPE rotates pairs
             raise CheckpointError(f"head_dim is {self.head_dim}, expected an even number.")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
-                f"{self.n_heads} query heads (n_heads) do not divide among {self.n_kv_heads} (n_kv_heads)."
+                f"{self.n_heads} query heads (n_heads) do not divide among {self.n_kv_heads} KV heads (n_kv_heads)."
             )
 
     def with_rope_factor(self, factor: float | None) -> ModelArgs:
-        """The same shape with another RoPE factor; 1 turns the scaling off, None changes nothing."""
+        """Replace the RoPE factor. 1 turns scaling off, None changes nothing."""
         if factor is None:
             return self
         if not (math.isfinite(factor) and factor >= 1):
@@ -88,7 +88,7 @@ class ModelArgs:
         return replace(self, rope_scaling=scaling, rope_divisors=None)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every weight, under the names of Meta's checkpoints."""
+        """Name → shape of each weight, with the names in Meta's checkpoints."""
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
@@ -106,23 +106,29 @@ class ModelArgs:
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
     def n_parameters(self, *, tied: bool) -> int:
-        """Number of weights; a `tied` output shares the embedding's and is not counted again."""
+        """Number of parameters. An output that is `tied` to the embedding counts once."""
         shapes = self.weight_shapes()
         if tied:
             del shapes["output.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
     def linear_parameters(self) -> int:
-        """Weights of all linear layers, the output projection among them: one decoded token reads each."""
+        """Number of parameters in all linear layers, including the output.
+
+        Each decoded token reads all of them.
+        """
         shapes = self.weight_shapes()
         del shapes["tok_embeddings.weight"]
         return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
     def kv_bytes_per_token(self, bytes_each: int) -> int:
-        """Bytes that the cache holds for one token: a key and a value in each layer, of numbers of so many bytes."""
+        """Bytes per token in the KV cache, with `bytes_each` bytes per number.
+
+        Each layer has a key and a value per token.
+        """
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_each
 
 
 def is_tied(weights: Mapping[str, object]) -> bool:
-    """Whether the output projection is the embedding itself."""
+    """Whether the output projection shares the embedding's tensor."""
     return weights[OUTPUT] is weights[EMBEDDING]

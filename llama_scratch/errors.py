@@ -1,18 +1,23 @@
-"""The exceptions of this package: a message for the user, and the exit code of the command line.
+"""The exceptions of this package, with the exit codes of the command line.
 
-Every message says what was found, what was expected and what to do. It names arguments of the library in backticks,
-such as `context`; the command line and the session replace them by their options and commands, see render/messages.py.
+Each message says what happened, then what to do. It has the library's arguments in backticks, such as `context`. The
+command line and the session replace them with their own options and commands; see render/messages.py.
 """
 
-# What to do about a file that is damaged.
+# Advice for a damaged file, never for one that is not supported.
 REDOWNLOAD_HINT = "fetch the file again from where the model came from."
 
 
 def sanitize(value: object, limit: int = 60) -> str:
-    """A value from a file as text for a sentence: short, on one line, and nothing in it that a terminal obeys."""
+    """Make an untrusted value safe for a message: short, printable, on one line.
+
+    Args:
+        value: The value, such as a string from a file.
+        limit: Maximum length.
+    """
     try:
         text = str(value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply, or an integer with thousands of digits
         text = type(value).__name__
     if not text.isprintable():
         text = repr(text)[1:-1]
@@ -20,48 +25,48 @@ def sanitize(value: object, limit: int = 60) -> str:
 
 
 def escape_controls(message: str) -> str:
-    """A message with escapes for the characters that a terminal would obey, such as those in a file's name."""
+    """Escape control characters in a message, which could come from a file name."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
 
 
 def unexpected(error: BaseException) -> str:
-    """The sentence for an error that nothing foresaw."""
-    return f"Something unexpected went wrong ({sanitize(repr(error), 200)}); with --debug it shows where."
+    """The message for an unexpected exception."""
+    return f"An unexpected error occurred ({sanitize(repr(error), 200)}). Run again with --debug for a traceback."
 
 
 class LlamaScratchError(Exception):
-    """Anything that this package refuses to do; the message is one sentence for a person."""
+    """Base class of all errors of this package. The message is for the user."""
 
     exit_code = 1
 
 
 class UsageError(LlamaScratchError):
-    """An option, a prompt or a call that cannot be meant as it stands."""
+    """An invalid option, prompt or argument."""
 
     exit_code = 2
 
 
 class ContextLengthError(UsageError):
-    """More tokens than the context holds."""
+    """More tokens than the context allows."""
 
 
 class ModelNotFoundError(LlamaScratchError):
-    """A model, one of its files or a saved session is not where it was looked for."""
+    """A model, one of its files or a saved session does not exist."""
 
     exit_code = 3
 
 
 class CheckpointError(LlamaScratchError):
-    """A file of a model or a saved session that is corrupt, or of a kind that is not supported."""
+    """A model file or a saved session is damaged or not supported."""
 
     exit_code = 4
 
 
 class UnsupportedError(CheckpointError):
-    """A model file that is not damaged, but of a kind that this package does not run; says what to use instead."""
+    """A model file is undamaged, but not supported. The message has an alternative."""
 
 
 class OutOfMemoryError(LlamaScratchError):
-    """The model or its cache does not fit into this machine's memory."""
+    """The model or its cache does not fit into memory."""
 
     exit_code = 5

@@ -1,4 +1,4 @@
-"""What the engine's answers look like: plain, frozen values without torch, and their JSON."""
+"""Results: frozen dataclasses without torch, and their JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 
 
 def to_json(value: Any) -> Any:
-    """A value as `json.dumps` takes it: dataclasses as objects, tuples as lists, bytes as hexadecimal digits.
+    """Convert a value for `json.dumps`.
 
-    An object has the fields of its dataclass in their order, or the attributes that its class lists as `json_fields`;
-    there "theta as rope_theta" is the attribute `theta` under the key "rope_theta".
+    Dataclasses become objects, tuples lists, and bytes hexadecimal digits. An object has the dataclass's fields in
+    order, or the attributes in its class's `json_fields`. An entry such as "theta as rope_theta" there means the
+    attribute `theta` under the key "rope_theta".
     """
     if isinstance(value, JsonResult):
         return value.as_json()
@@ -28,7 +29,10 @@ def to_json(value: Any) -> Any:
 
 
 class JsonResult:
-    """A dataclass whose JSON a user can ask for. A class whose JSON is not a list of attributes overrides `as_json`."""
+    """Base class of results with a JSON form.
+
+    `json_fields` lists the attributes. Override `as_json` for any other form.
+    """
 
     json_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -45,7 +49,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Token:
-    r"""One token: its id, which is exact, and its text, in which bytes that are not UTF-8 read `\xNN`."""
+    r"""One token: its exact id, and its text, with `\xNN` for invalid UTF-8."""
 
     id: int
     text: str
@@ -53,7 +57,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Candidate(Token):
-    """A token that may come next, with the natural logarithm of its probability."""
+    """A candidate for the next token, with the natural logarithm of its probability."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("id", "text", "probability", "logprob")
 
@@ -61,16 +65,16 @@ class Candidate(Token):
 
     @property
     def probability(self) -> float:
-        """Between 0 and 1."""
+        """The probability, between 0 and 1."""
         return math.exp(self.logprob)
 
 
 @dataclass(frozen=True)
 class Step(Token):
-    """One generated token. `text` is what it adds in whole characters, so it can be empty; a character
-    that is incomplete where a stop token follows is dropped.
+    """One generated token.
 
-    `logprob` is the model's own, before temperature and the other sampling options.
+    `text` has the complete characters that it adds, so it can be empty. An incomplete character before a stop token
+    is dropped. `logprob` is the model's own, before temperature and other sampling options.
     """
 
     logprob: float
@@ -78,7 +82,10 @@ class Step(Token):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that gave an answer. `format` is "meta" or "gguf", `parameters` counts each weight once."""
+    """The model that was used.
+
+    `format` is "meta", "huggingface" or "gguf". `parameters` counts tied weights once.
+    """
 
     name: str
     format: str
@@ -89,7 +96,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time went, in seconds. `reused_tokens` of the prompt's tokens came from the cache."""
+    """Durations in seconds, and the number of prompt tokens from the prefix cache."""
 
     load_s: float = 0.0
     prompt_tokens: int = 0
@@ -99,29 +106,37 @@ class Timing:
 
 
 class PromptWarning(str):
-    """A sentence for a person about a prompt. `cause`: what kind of thing it is about, to explain each only once."""
+    """A warning for the user about a prompt.
+
+    `cause` is its kind, so that each kind is explained only once.
+    """
 
     cause: str
 
     def __new__(cls, cause: str, sentence: str) -> Self:
-        """A sentence, and its cause."""
+        """Create a warning from its cause and its message."""
         caution = super().__new__(cls, sentence)
         caution.cause = cause
         return caution
 
 
-# Causes that lie in how a prompt ends: it can be measured what difference that makes.
+# Causes at the end of a prompt, whose effect can be measured.
 ENDS_IN_SPACE, ENDS_IN_A_WORD = "ends in a space", "ends inside of a word"
 
 
 @dataclass(frozen=True)
 class Prediction(JsonResult):
-    """What a model says would come next after a prompt.
+    """A model's prediction of the next token after a prompt.
 
-    tokens: what the model saw, the beginning-of-text token included.
-    top: the most probable tokens, best first; `next` is the first of them.
-    entropy_bits: how open the question is; 0 where one token has all the probability.
-    warnings: messages for the user about this prompt, and about the model's files.
+    Attributes:
+        prompt: The prompt.
+        tokens: The model's input, including the beginning-of-text token.
+        next: The most probable token.
+        top: The most probable tokens, best first.
+        entropy_bits: Entropy of the distribution in bits; 0 if one token has all the probability.
+        warnings: Messages for the user about this prompt and about the model's files.
+        model: The model.
+        timing: Durations.
     """
 
     prompt: str
@@ -136,7 +151,10 @@ class Prediction(JsonResult):
 
 @dataclass(frozen=True)
 class Generated(JsonResult):
-    """A continuation. `finish_reason`: "stop" before a stop token, "length" where the number of tokens ran out."""
+    """A continuation.
+
+    `finish_reason` is "stop" for a stop token, or "length" if the maximum length was reached.
+    """
 
     json_fields = ("text", "ids", "logprobs", "finish_reason")
 
@@ -148,7 +166,12 @@ class Generated(JsonResult):
 
 
 def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:
-    """One answer as the object that `--json` prints."""
+    """The object that `--json` prints.
+
+    Args:
+        prediction: The prediction.
+        generated: Its continuation, if any.
+    """
     answer = prediction.as_json()
     if generated is None:
         return answer

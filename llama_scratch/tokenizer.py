@@ -1,4 +1,4 @@
-"""Text ↔ token ids: byte-pair encoding by tiktoken, with the rules that Llama's vocabularies need around it."""
+"""Text ↔ token ids: tiktoken's byte-pair encoding with Llama's special rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llama_scratch.errors import (
 from llama_scratch.results import PromptWarning
 from llama_scratch.system.small_files import read_bytes, read_remote, without_mark
 
-# How Meta cuts text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
+# Pre-tokenization: splits text into pieces before the merges. Source: `Tokenizer.pat_str` in llama-models.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,43 +48,43 @@ _LLAMA3_SPECIAL = (
 )
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _N_LLAMA3_SPECIAL = 256
-# Of a tokenizer.model: several times Llama 4's, which has 3.6 MB.
+# Maximum size of a tokenizer.model. Llama 4's has 3.6 MB.
 _MAX_BYTES = 1 << 24
 
-# Longer stretches overflow tiktoken's regex engine, and longer runs of one kind (white space, or
-# anything else) take it quadratic time. The same limits as in Meta's `Tokenizer.encode`.
+# Longer texts overflow tiktoken's regex engine, and it takes quadratic time for longer runs of
+# whitespace or of non-whitespace. The same limits as in Meta's `Tokenizer.encode`.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
-# Characters of all names together. Compiling the expression that finds them takes 3 µs per character.
+# Total characters of all names. Compiling the regular expression for them takes 3 µs per character.
 _MAX_NAMES = 1 << 18
-# Lines of a tokenizer.model: Llama 4's has 200,000.
+# Maximum lines of a tokenizer.model. Llama 4's has 200,000.
 _MAX_RANKS = 1 << 18
 
 
 class Tokenizer:
-    """A tiktoken encoding with the tokens that are added to it under names.
+    """A tiktoken encoding plus named tokens.
 
-    A named token is found in text as a whole, before the text is cut into pieces: an added token always, a special
-    token only if the caller allows it, an unused token never.
+    Named tokens are matched before the text is split into pieces: added tokens always, special tokens only if the
+    caller allows it, unused tokens never.
 
     Args:
-        ranks: Bytes of each ordinary token → its id, which is also the order in which pairs are merged.
+        ranks: Bytes of each ordinary token → its id, which is also its merge priority.
         special_tokens: Name of each special token → its id.
-        pattern: The regular expression that cuts text into the pieces within which pairs are merged.
+        pattern: The regular expression that splits text into pieces. Merges never cross pieces.
         added_tokens: Name of each added token that is not special, such as `<think>`, → its id. A token that is also
             ordinary has the same id in both.
-        unused_tokens: Names for ids that no text has, such as the padding rows of an embedding.
-        bos: The token that a prompt starts with, None for models that were trained without one.
+        unused_tokens: Names for ids that never occur in text, such as the padding rows of an embedding.
+        bos: The token that a prompt starts with, if the model was trained with one.
         stops: Tokens that end a text.
-        unknown: The token for bytes that the vocabulary lacks, if it lacks any.
-        merges: The pairs of tokens that are merged, in order, as visible characters. None if any two tokens are
-            merged that are a third, which is the same for a vocabulary that was trained.
-        unmergeable: Tokens that these merges do not make of their own bytes.
-        whole_pieces: Whether such a token stands for a piece that is it.
+        unknown: The token for bytes that are missing from the vocabulary, if any are.
+        merges: The pairs of tokens to merge, in order, as visible characters. By default two tokens are merged if
+            their concatenation is a token, which is equivalent for a trained vocabulary.
+        unmergeable: Tokens that these merges cannot produce from their own bytes.
+        whole_pieces: Whether a piece that equals such a token is encoded as that token.
 
     Raises:
-        CheckpointError: If a name is empty, not Unicode text, or long beyond reason, or a byte has no token.
+        CheckpointError: If a name is empty, not valid Unicode or too long, or if a byte has no token.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Tokenizer:
         self.whole_pieces = whole_pieces
         hidden = {token: self.ranks[token] for token in unmergeable}
         self._pieces = hidden if whole_pieces else {}
-        self.names = self._unused_tokens | self.added_tokens | self.special_tokens  # of all kinds → id
+        self.names = self._unused_tokens | self.added_tokens | self.special_tokens  # all named tokens → id
         self.bos_id = None if bos is None else self.names[bos]
         self.stop_ids = frozenset(self.names[stop] for stop in stops)
         _check_names(self.names)
@@ -120,8 +120,8 @@ class Tokenizer:
         self._bytes |= {id: token for token, id in ranks.items()}
         self.n_vocab = max(self._bytes) + 1
         self.max_token_bytes = max(map(len, self._bytes.values()))
-        # tiktoken panics on a byte that has no token: give each its own id beyond the vocabulary,
-        # where no merge reaches it, and turn those ids into the unknown token afterwards.
+        # tiktoken panics on a byte without a token. Each gets an id beyond the vocabulary, which cannot
+        # be merged, and `encode` replaces those ids with the unknown token.
         self._missing = frozenset(_missing_bytes(ranks))
         if self._missing and unknown is None:
             raise CheckpointError(
@@ -134,14 +134,14 @@ class Tokenizer:
                 **{token: id for token, id in ranks.items() if token not in hidden},
                 **{bytes([byte]): self.n_vocab + byte for byte in self._missing},
             },
-            special_tokens={},  # `encode` finds them itself: tiktoken takes no order of those that begin alike
+            special_tokens={},  # `encode` matches them: tiktoken does not prefer the longest match
         )
 
     @classmethod
     def from_meta(cls, path: str) -> Tokenizer:
-        """Read Meta's `tokenizer.model`: a local path, or gs:// and az:// through blobfile.
+        """Read Meta's `tokenizer.model` from a local path, gs:// or az://.
 
-        Raises `ModelNotFoundError` where there is no such file, `CheckpointError` where it is damaged.
+        Raises `ModelNotFoundError` if the file does not exist and `CheckpointError` if it is damaged.
         """
         return parse_tokenizer_model(_read(path), path)
 
@@ -156,18 +156,18 @@ class Tokenizer:
         return hashlib.sha256(repr(rules).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False, limit: int | None = None) -> list[int]:
-        """Convert text to ids, in time linear in its length.
+        """Convert text to token ids, in linear time.
 
-        Lone surrogates become U+FFFD and bytes that the vocabulary lacks the unknown token; see `warnings`.
+        Lone surrogates become U+FFFD, and bytes without a token become the unknown token; see `warnings`.
 
         Args:
-            text: Any text. Added tokens that are not special are found in it by their names.
-            bos: Begin with the beginning-of-text token, if the model has one.
-            special: Read `<|eot_id|>` and the like as the special tokens; otherwise they are plain text.
-            limit: The rest of the text may be left out once there are more ids than this.
+            text: Any text. Names of added tokens that are not special are always read as these tokens.
+            bos: Start with the beginning-of-text token, if the model has one.
+            special: Read names such as `<|eot_id|>` as special tokens instead of plain text.
+            limit: Stop early once there are more ids than this.
 
         Returns:
-            The ids: all of them, or more than `limit`.
+            All ids, or more than `limit` of them.
 
         >>> tokenizer.encode("Hello", bos=True)  # doctest: +SKIP
         [128000, 9906]
@@ -183,7 +183,7 @@ class Tokenizer:
         return [id if id < self.n_vocab else unknown_id for id in ids]
 
     def _parts(self, text: str, special: bool) -> Iterator[list[int]]:
-        """The ids of a text, part by part."""
+        """Yield the ids of a text, part by part."""
         cuts = _cuts(text)
         start = 0
         for name in self._named(text, special, cuts):
@@ -193,7 +193,7 @@ class Tokenizer:
         yield from self._ordinary(text, start, len(text), cuts)
 
     def _named(self, text: str, special: bool, cuts: list[int]) -> Iterator[re.Match[str]]:
-        """The named tokens in a text. As in Meta's tokenizer, a special one is not found across a cut."""
+        """Find the named tokens in a text. As in Meta's tokenizer, a special token never spans a cut."""
         names, start = self._special_names if special else self._added_names, 0
         while names and (name := names.search(text, start)):
             start = name.end()
@@ -203,7 +203,7 @@ class Tokenizer:
             yield name
 
     def _ordinary(self, text: str, start: int, stop: int, cuts: list[int]) -> Iterator[list[int]]:
-        """The ids of a stretch of a text without named tokens, cut by cut."""
+        """Yield the ids of a span without named tokens, cut by cut."""
         inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
         for begin, end in pairwise([start, *inside, stop]):
             if self._pieces:
@@ -212,8 +212,8 @@ class Tokenizer:
                 yield self._encoding.encode_ordinary(text[begin:end])
 
     def _by_piece(self, text: str) -> Iterator[int]:
-        """The ids of a text where some pieces are tokens that tiktoken must not make of others."""
-        import regex  # type: ignore[import-untyped]  # tiktoken's own choice for its expressions
+        """Yield the ids of a text in which some pieces are tokens that cannot be produced by merges."""
+        import regex  # type: ignore[import-untyped]  # supports tiktoken's patterns
 
         for piece in regex.findall(self.pattern, text):
             token = piece.encode()
@@ -232,73 +232,75 @@ class Tokenizer:
 
     @cached_property
     def untypeable(self) -> frozenset[int]:
-        """Ids that plain text never has: those of special and of unused tokens."""
+        """Ids that plain text never has: special and unused tokens."""
         return frozenset({*self.special_tokens.values(), *self._unused_tokens.values()} - set(self.ranks.values()))
 
     def warnings(self, text: str, *, special: bool = False) -> list[PromptWarning]:
-        """Describe what `encode` does with a text that a user may not expect, one sentence each."""
+        """Warn about behavior of `encode` for a text that a user may not expect."""
         warnings = []
         clean = replace_surrogates(text)
         if clean.count("\ufffd") > text.count("\ufffd"):
-            sentence = "The prompt holds characters that are not Unicode text; each was read as U+FFFD."
+            sentence = "The prompt contains invalid Unicode; each such character was read as U+FFFD."
             warnings.append(PromptWarning("not Unicode", sentence))
         if self._missing and not self._missing.isdisjoint(clean.encode()):
-            sentence = f"The prompt holds bytes that this model's vocabulary lacks; each was read as {self.unknown}."
+            sentence = f"The prompt contains bytes that are not in this vocabulary; each was read as {self.unknown}."
             warnings.append(PromptWarning("unknown bytes", sentence))
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
-            sentence = (
-                f"The prompt holds {name}, which was read as plain text; "
-                "--special, or /special on in the session, reads it as the special token."
-            )
+            sentence = f"The prompt contains {name}, which was read as plain text. Turn on `special` to change that."
             warnings.append(PromptWarning("special tokens as text", sentence))
         return warnings
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids → text; bytes that are not UTF-8 become U+FFFD, special tokens their names."""
+        """Convert ids to text. Invalid UTF-8 becomes U+FFFD, special tokens their names."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that one token stands for. Raises `UsageError` for an id outside the vocabulary."""
+        """The bytes of one token. Raises `UsageError` for an id outside the vocabulary."""
         try:
             return self._bytes[id]
         except KeyError:
             raise UsageError(f"{id} is not a token id of this model; ids go from 0 to {self.n_vocab - 1}.") from None
 
     def stream(self) -> StreamDecoder:
-        """A decoder for ids that come one by one."""
+        """Create a decoder for ids that arrive one by one."""
         return StreamDecoder(self)
 
     def token_text(self, id: int) -> str:
-        r"""One token's text; bytes that are not UTF-8 by themselves are written as `\xNN`."""
+        r"""The text of one token. Bytes that are not valid UTF-8 become `\xNN`."""
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
 
 def fingerprint_of(tokenizer: Tokenizer) -> str:
-    """The SHA-256 of the rules that turn text into ids, in hexadecimal: equal for one tokenizer in any format."""
+    """SHA-256 of a tokenizer's rules, in hexadecimal, for any file format."""
     return tokenizer._fingerprint
 
 
 class StreamDecoder:
-    """Ids one by one → text: a character that spans several tokens comes out once it is complete."""
+    """Decodes ids one by one, and returns each character once it is complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int, *, final: bool = False) -> str:
-        """The characters that this id completes; `final` also gives out what is left incomplete, as U+FFFD."""
+        """Return the characters that an id completes.
+
+        Args:
+            id: The next token.
+            final: Whether it is the last one, so that an incomplete character becomes U+FFFD.
+        """
         return self._utf8.decode(self._tokenizer.token_bytes(id), final)
 
 
 def replace_surrogates(text: str) -> str:
-    """Join surrogate pairs into their character and turn lone surrogates into U+FFFD."""
+    """Replace surrogate pairs with their character, and lone surrogates with U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace")
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """An expression that finds the first of some names in a text, of those that begin there the longest."""
+    """Compile a pattern that matches any of the names, preferring the longest."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
@@ -306,16 +308,16 @@ def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
 def _check_names(names: Mapping[str, int]) -> None:
     for name, id in names.items():
         if not name or replace_surrogates(name) != name:
-            raise CheckpointError(f"the name of the token {id}, '{sanitize(name)}', is not a text; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"the name of token {id}, '{sanitize(name)}', is not valid text; {REDOWNLOAD_HINT}")
     if (total := sum(map(len, names))) > _MAX_NAMES:
         raise CheckpointError(
             f"the names of its {len(names):,} special and added tokens have {total:,} characters, expected at most "
-            f"{_MAX_NAMES:,}; use another file."
+            f"{_MAX_NAMES:,}. Use another file."
         )
 
 
 def _cuts(text: str) -> list[int]:
-    """Where Meta's tokenizer cuts text: every 400,000 characters, and within runs of over 25,000."""
+    """The positions at which Meta's tokenizer cuts a text: every 400,000 characters, and in runs of over 25,000."""
     if len(text) <= _MAX_RUN:
         return []
     cuts = []
@@ -337,29 +339,28 @@ def _read(path: str) -> bytes:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelNotFoundError(
-            f"There is no tokenizer at {name}; it belongs beside the weights, or name it with `tokenizer`."
+            f"There is no tokenizer at {name}. Put it next to the weights, or pass its path as `tokenizer`."
         ) from error
     except IsADirectoryError as error:
         if (inside := Path(path) / "tokenizer.model").is_file():
             return _read(str(inside))
-        raise ModelNotFoundError(f"{name} is a directory, expected Meta's tokenizer.model itself.") from error
-    except Exception as error:  # blobfile and the clouds' clients raise their own kinds
+        raise ModelNotFoundError(f"{name} is a directory without tokenizer.model. Name the file itself.") from error
+    except Exception as error:  # blobfile and the cloud clients raise their own classes
         reason = getattr(error, "strerror", None) or sanitize(error, 200) or type(error).__name__
-        raise LlamaScratchError(f"{name} cannot be read: {reason}; check that it is there for you to read.") from error
+        raise LlamaScratchError(f"{name} cannot be read: {reason}. Check the path and its permissions.") from error
     if data.lstrip().startswith(b"{"):
         raise CheckpointError(
-            f"{name} is JSON, such as Hugging Face's tokenizer.json, expected Meta's tokenizer.model; "
-            "name that, or the directory of Hugging Face's files as the model."
+            f"{name} is JSON, such as Hugging Face's tokenizer.json, instead of Meta's tokenizer.model. "
+            "Name that file, or load the directory with Hugging Face's files as a model."
         )
     return without_mark(data, name)
 
 
 def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokenizer:
-    """Make the tokenizer of Llama 3 from the content of Meta's file; `path` is the name that errors give."""
+    """Create Llama 3's tokenizer from Meta's file. `path` is its name for errors."""
     if b"<unk>" in data[:64]:
         raise CheckpointError(
-            f"{path} is a SentencePiece vocabulary, as Llama 2 has it, expected tiktoken's of Llama 3 and later; "
-            "choose a later Llama."
+            f"{path} is a SentencePiece vocabulary, as in Llama 2, which is not supported. Choose Llama 3 or later."
         )
     ranks = _parse_ranks(data, path)
     names = list(_LLAMA3_SPECIAL)
@@ -369,7 +370,7 @@ def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokeniz
 
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
-    """`base64 rank` a line → bytes → rank; ranks count up from 0, and all 256 single bytes are there."""
+    """Parse lines of `base64 rank` to bytes → rank. Ranks count up from 0, and all 256 bytes must have one."""
     ranks: dict[bytes, int] = {}
     lines = data.splitlines()
     if len(lines) > _MAX_RANKS:
@@ -389,7 +390,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
         raise CheckpointError(
-            f"{path}: no token for the byte {missing[0]:#04x} among {len(ranks)} lines, expected all 256; "
+            f"{path}: no token for the byte {missing[0]:#04x} in {len(ranks)} lines, expected all 256 bytes; "
             + REDOWNLOAD_HINT
         )
     return ranks

@@ -1,4 +1,4 @@
-"""`params.json` → the shape: the published models come out as they are, and what cannot be is refused in a sentence."""
+"""`params.json` → the shape: correct for the published models, with an error for invalid values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def published(name: str) -> ModelArgs:
-    """The shape that a published model's params.json gives."""
+    """The shape from a published model's params.json."""
     dim, n_layers, n_heads, multiplier, multiple_of, scaled = PUBLISHED[name][:6]
     params = {
         "dim": dim,
@@ -46,7 +46,7 @@ def published(name: str) -> ModelArgs:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_published_shape(name: str) -> None:
-    """FFN width, RoPE factor, context and the number of parameters, to the last one."""
+    """FFN width, RoPE factor, context, and the exact number of parameters."""
     width, factor, parameters, tied = PUBLISHED[name][6:]
     args = published(name)
     assert args.ffn_dim == width
@@ -66,14 +66,14 @@ def test_published_models_have_their_published_shape(name: str) -> None:
     ],
 )
 def test_other_networks_are_named_and_not_called_damaged(field: dict[str, Any]) -> None:
-    """Llama 4, vision models and quantized releases."""
+    """Llama 4, vision models and quantized releases are unsupported, not damaged."""
     with pytest.raises(UnsupportedError) as caught:
         tiny_args(**field)
     assert REDOWNLOAD_HINT not in str(caught.value)
 
 
 def test_a_scaling_by_a_factor_of_1_is_none() -> None:
-    """One shape, however it is said."""
+    """Both ways to turn scaling off give the same shape."""
     args = dataclasses.replace(tiny_args(), rope_scaling=RopeScaling(1.0))
     assert args.rope_scaling is None
     assert args == tiny_args().with_rope_factor(1)
@@ -81,7 +81,7 @@ def test_a_scaling_by_a_factor_of_1_is_none() -> None:
 
 @pytest.mark.parametrize(("dim", "factor"), [(256, 32), (3072, 32), (3136, 8), (4096, 8)])
 def test_the_factor_goes_by_the_width_alone(dim: int, factor: int) -> None:
-    """Meta's file does not hold it: 32 for up to 3B's width, 8 above, whatever the other numbers."""
+    """Meta's file does not have the factor: it is 32 up to 3B's width and 8 above, independent of the other fields."""
     for others in ({}, {"n_layers": 80}, {"n_heads": 32, "n_kv_heads": 8}, {"vocab_size": 128256}):
         scaling = tiny_args(dim=dim, **others).rope_scaling
         assert scaling is not None
@@ -89,7 +89,7 @@ def test_the_factor_goes_by_the_width_alone(dim: int, factor: int) -> None:
 
 
 def test_a_factor_in_the_file_wins_and_one_asked_for_wins_over_it() -> None:
-    """Some exports write `rope_scaling_factor` beside Meta's fields."""
+    """Some exports write `rope_scaling_factor` in addition to Meta's fields."""
     args = tiny_args(rope_scaling_factor=16)
     assert args.rope_scaling == RopeScaling(16)
     assert args.with_rope_factor(8).rope_scaling == RopeScaling(8)
@@ -97,7 +97,7 @@ def test_a_factor_in_the_file_wins_and_one_asked_for_wins_over_it() -> None:
 
 
 def test_a_factor_of_1_turns_the_scaling_off() -> None:
-    """Nothing is divided, so nothing is scaled; nothing else changes."""
+    """Scaling is off, and nothing else changes."""
     args = tiny_args()
     off = args.with_rope_factor(1)
     assert off.rope_scaling is None
@@ -105,13 +105,13 @@ def test_a_factor_of_1_turns_the_scaling_off() -> None:
 
 
 def test_a_factor_turns_the_scaling_on() -> None:
-    """Also where the file asks for none."""
+    """Also if the file does not."""
     assert tiny_args(use_scaled_rope=None).with_rope_factor(8).rope_scaling == RopeScaling(8)
 
 
 @pytest.mark.parametrize("factor", [0, 0.5, -8, float("nan"), float("inf")])
 def test_a_factor_that_makes_no_sense_is_refused(factor: float) -> None:
-    """In a sentence that names the option."""
+    """The error names the argument."""
     with pytest.raises(UsageError, match=r"expected a number of at least 1 \(`rope_factor`\)"):
         tiny_args().with_rope_factor(factor)
 
@@ -129,7 +129,7 @@ def test_the_feed_forward_width_is_truncated_twice_and_rounded_up() -> None:
 @pytest.mark.parametrize("field", ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps"])
 @pytest.mark.parametrize("value", [None, 0, -1, "64", True, [], float("nan"), 10**30])
 def test_a_field_that_is_missing_or_no_size_is_refused(field: str, value: Any) -> None:
-    """The sentence names file and field."""
+    """The error names the file and the field."""
     params = {name: found for name, found in (TINY_PARAMS | {field: value}).items() if found is not None}
     with pytest.raises(CheckpointError, match=rf"^some/params\.json: the field {field} is "):
         parse_params(json.dumps(params), "some/params.json")
@@ -149,19 +149,19 @@ def test_a_field_that_is_missing_or_no_size_is_refused(field: str, value: Any) -
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], says: str) -> None:
-    """Before anything is built of them."""
+    """Before the network is built."""
     with pytest.raises(CheckpointError, match=says):
         tiny_args(**changes)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "<html>", "[" * 100_000])
 def test_what_is_no_object_is_refused(text: str) -> None:
-    """A page of HTML in place of the file is the usual way to meet this."""
+    """Often this is an HTML page in place of the file."""
     with pytest.raises(CheckpointError, match=r"^params\.json (is not JSON|holds a JSON)"):
         parse_params(text)
 
 
 def test_the_shape_is_read_without_torch() -> None:
-    """Importing torch takes seconds, and a wrong option should be refused at once."""
+    """Importing torch takes seconds, and a wrong option should fail at once."""
     code = "import sys, llama_scratch.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

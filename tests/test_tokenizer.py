@@ -1,4 +1,4 @@
-"""Text ↔ ids: equal to Meta's tokenizer and, for SmolLM2, to Hugging Face's; nothing typed can make it fall."""
+"""Text ↔ ids: equal to Meta's tokenizer and, for SmolLM2, to Hugging Face's; no input makes it fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ many = settings(max_examples=500, deadline=None, derandomize=True)
 
 mixed = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=2), max_size=40).map("".join)
 texts = st.text(max_size=100) | mixed
-# Lone and paired surrogates among other characters, as a broken terminal or JSON can bring them.
+# Lone and paired surrogates among other characters, as a misconfigured terminal or JSON can produce them.
 broken_texts = st.lists(
     st.sampled_from(["\ud83d", "\ude42", "\ud83d\ude42", "\udfff", "\ud800", "a", " ", "é", "🙂"]), max_size=12
 ).map("".join)
@@ -42,7 +42,7 @@ def llama3(meta_tokenizer_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def metas(meta_tokenizer_path: Path) -> Any:
-    """Meta's own `Tokenizer` on the same file."""
+    """Meta's own `Tokenizer` with the same file."""
     return importlib.import_module("llama_models.llama3.tokenizer").Tokenizer(meta_tokenizer_path)
 
 
@@ -53,7 +53,7 @@ def smollm2(smollm2_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["llama3", "smollm2"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """Either vocabulary."""
+    """Each of the two vocabularies."""
     found: Tokenizer = request.getfixturevalue(request.param)
     return found
 
@@ -64,14 +64,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 @many
 @given(text=st.text())
 def test_any_text_has_metas_ids(llama3: Tokenizer, metas: Any, text: str) -> None:
-    """Whatever Unicode holds."""
+    """Any Unicode text."""
     assert llama3.encode(text) == metas.encode(text, bos=False, eos=False)
 
 
 @many
 @given(text=mixed)
 def test_hard_text_has_metas_ids(llama3: Tokenizer, metas: Any, text: str) -> None:
-    """Plain, with the special tokens read as such, and with the beginning of text in front."""
+    """As plain text, with special tokens, and with the beginning-of-text token."""
     plain = metas.encode(text, bos=False, eos=False)
     assert llama3.encode(text) == plain
     assert llama3.encode(text, bos=True) == metas.encode(text, bos=True, eos=False) == [128000, *plain]
@@ -100,21 +100,21 @@ def long_text(seed: int) -> str:
     ids=[*(f"runs {seed}" for seed in range(6)), "prose", "across 400,000", "three runs"],
 )
 def test_long_text_is_cut_where_meta_cuts_it(llama3: Tokenizer, metas: Any, text: str) -> None:
-    """Over 400,000 characters, and runs of white space or of anything else over 25,000."""
+    """Texts over 400,000 characters, and runs of whitespace or non-whitespace over 25,000."""
     assert len(text) > 400_000
     assert llama3.encode(text) == metas.encode(text, bos=False, eos=False)
     assert llama3.encode(text, special=True) == metas.encode(text, bos=False, eos=False, allowed_special="all")
 
 
 def test_known_words_have_their_known_ids(llama3: Tokenizer) -> None:
-    """The README's own examples."""
+    """The examples in the README."""
     assert llama3.encode("Hello") == [9906]
     assert llama3.encode("My name is", bos=True) == [128000, 5159, 836, 374]
     assert llama3.decode([128000, 9906]) == "<|begin_of_text|>Hello"
 
 
 def test_the_beginning_of_text_comes_once(llama3: Tokenizer) -> None:
-    """Once in front where asked for, and never because somebody typed its name."""
+    """Once at the beginning with `bos`, and never because a user typed its name."""
     for text in ("", "Hello", "<|begin_of_text|>", "<|begin_of_text|>Hello", "a <|begin_of_text|>", "x" * 500_000):
         assert llama3.encode(text, bos=True)[0] == 128000
         assert llama3.encode(text, bos=True).count(128000) == 1
@@ -122,7 +122,7 @@ def test_the_beginning_of_text_comes_once(llama3: Tokenizer) -> None:
 
 
 def test_special_tokens_have_their_places(llama3: Tokenizer, metas: Any) -> None:
-    """The 256 behind the ranks, those of Llama 3.1 and later among them."""
+    """The 256 ids after the ranks, including those of Llama 3.1 and later."""
     assert llama3.special_tokens == metas.special_tokens
     assert llama3.n_vocab == metas.n_words == 128_256
     assert llama3.bos_id == metas.bos_id == 128_000
@@ -147,7 +147,7 @@ def test_special_tokens_have_their_places(llama3: Tokenizer, metas: Any) -> None
 
 
 def test_a_special_token_that_is_typed_is_plain_text(llama3: Tokenizer) -> None:
-    """Unless special tokens are asked for; tiktoken by itself raises."""
+    """Unless `special` is on. tiktoken itself raises an error."""
     typed = llama3.encode("a<|eot_id|>b")
     assert max(typed) < 128_000
     assert llama3.decode(typed) == "a<|eot_id|>b"
@@ -160,7 +160,7 @@ def test_a_special_token_that_is_typed_is_plain_text(llama3: Tokenizer) -> None:
 @many
 @given(text=st.text(max_size=60) | mixed)
 def test_text_comes_back_as_it_was(llama3: Tokenizer, text: str) -> None:
-    """As text and byte for byte, and nothing is warned of."""
+    """As text and byte for byte, without a warning."""
     assert llama3.decode(llama3.encode(text)) == text
     assert b"".join(map(llama3.token_bytes, llama3.encode(text))) == text.encode()
     assert llama3.warnings(text, special=True) == []
@@ -172,7 +172,7 @@ def test_a_million_of_one_character_take_linear_time(tokenizer: Tokenizer, chara
 
     def seconds(n: int) -> float:
         times = []
-        for _ in range(2):  # the better one counts: a machine is never slow by being idle
+        for _ in range(2):  # the minimum, which other load affects least
             start = time.thread_time()
             ids = tokenizer.encode(character * n)
             times.append(time.thread_time() - start)
@@ -188,7 +188,7 @@ def test_a_million_of_one_character_take_linear_time(tokenizer: Tokenizer, chara
 @example(text="\ude42\ud83d")
 @example(text="\ud83d\ud83d\ude42a\ud83d")
 def test_surrogates_become_what_they_stand_for(llama3: Tokenizer, text: str) -> None:
-    """A pair its character, a lone one U+FFFD, and nothing else changes."""
+    """A pair becomes its character, a lone surrogate U+FFFD; nothing else changes."""
     paired = re.sub(
         "[\ud800-\udbff][\udc00-\udfff]",
         lambda pair: chr(0x10000 + (ord(pair[0][0]) - 0xD800 << 10) + ord(pair[0][1]) - 0xDC00),
@@ -201,15 +201,15 @@ def test_surrogates_become_what_they_stand_for(llama3: Tokenizer, text: str) -> 
 
 
 def test_a_lone_surrogate_is_said(llama3: Tokenizer) -> None:
-    """What was typed is not what the model sees, so the person is told."""
+    """The model's input differs from the typed text, so there is a warning."""
     assert llama3.warnings("a\ud800b") == [
-        "The prompt holds characters that are not Unicode text; each was read as U+FFFD."
+        "The prompt contains invalid Unicode; each such character was read as U+FFFD."
     ]
     assert llama3.warnings("a\ufffdb") == []
 
 
 def test_a_joined_pair_is_no_loss(llama3: Tokenizer) -> None:
-    """It was read as its character and not as U+FFFD, so there is nothing to warn of."""
+    """It was read as its character, so there is no warning."""
     assert llama3.encode("\ud83d\ude42") == llama3.encode("🙂")
     assert llama3.warnings("\ud83d\ude42") == []
 
@@ -218,7 +218,7 @@ def test_a_joined_pair_is_no_loss(llama3: Tokenizer) -> None:
 
 
 def test_bytes_that_are_no_character_are_shown_as_escapes(llama3: Tokenizer) -> None:
-    r"""A token can be a part of a character: `\xNN`, while whole characters stay what they are."""
+    r"""Tokens that are parts of a character become `\xNN`; complete characters are unchanged."""
     parts = llama3.encode("\U00013080")  # a hieroglyph of four bytes that no single token covers
     assert len(parts) > 1
     shown = "".join(map(llama3.token_text, parts))
@@ -233,7 +233,7 @@ def test_bytes_that_are_no_character_are_shown_as_escapes(llama3: Tokenizer) -> 
 
 @pytest.mark.parametrize("id", [-1, 128_256, 10**12])
 def test_an_id_outside_the_vocabulary_is_refused(llama3: Tokenizer, id: int) -> None:
-    """In a sentence that names the range, wherever an id is taken."""
+    """The error has the valid range, in every function that takes an id."""
     for ask in (
         lambda: llama3.decode([9906, id]),
         lambda: llama3.token_text(id),
@@ -245,7 +245,7 @@ def test_an_id_outside_the_vocabulary_is_refused(llama3: Tokenizer, id: int) -> 
 
 
 def test_no_id_goes_beyond_the_vocabulary(smollm2: Tokenizer) -> None:
-    """Bytes without a token have ids of their own inside of the encoder, and there they must stay."""
+    """Bytes without a token have internal ids, which must never be returned."""
     assert smollm2.n_vocab == 49_152
     assert max(smollm2.encode("".join(map(chr, range(0x100))))) < 49_152
     with pytest.raises(UsageError, match="49152 is not a token id"):
@@ -261,25 +261,25 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 @given(text=texts)
 @example(text="👩‍👩‍👧🇫🇷 𓂀")
 def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole(llama3: Tokenizer, text: str) -> None:
-    """After every token, all that is complete has come out, and no half of a character."""
+    """After each token, all complete characters have been returned, and no partial one."""
     ids = llama3.encode(text)
     given_out = ""
     for i, part in enumerate(streamed(llama3, ids), start=1):
         given_out += part
         so_far = b"".join(map(llama3.token_bytes, ids[:i]))
-        assert given_out == so_far.decode(errors="ignore")  # of a text's beginning, only the cut end is ignored
+        assert given_out == so_far.decode(errors="ignore")  # only an incomplete character at the end is ignored
     assert given_out == text
 
 
 @many
 @given(ids=st.lists(st.integers(0, 128_255) | st.integers(94, 255) | st.sampled_from([128_000, 128_009]), max_size=30))
 def test_a_stream_of_any_ids_sums_to_their_text(llama3: Tokenizer, ids: list[int]) -> None:
-    """Also where the bytes are no text at all, which a model that is sampled from can do."""
+    """Also if the bytes are not valid UTF-8, which sampling can produce."""
     assert "".join(streamed(llama3, ids)) == llama3.decode(ids)
 
 
 def test_a_stream_holds_a_character_back_until_it_is_whole(llama3: Tokenizer) -> None:
-    """Or gives U+FFFD for what is still half when the stream ends."""
+    """If the stream ends with an incomplete character, it becomes U+FFFD."""
     ids = llama3.encode("\U00013080")
     parts = streamed(llama3, ids)
     assert parts == [""] * (len(ids) - 1) + ["\U00013080"]
@@ -296,7 +296,7 @@ def line(number: int) -> bytes:
 
 
 def replaced(number: int, *lines: bytes) -> bytes:
-    """The small tokenizer's file with other lines in the place of one."""
+    """The small tokenizer's file with one line replaced."""
     good = tokenizer_file().splitlines()
     return b"\n".join([*good[: number - 1], *lines, *good[number:]]) + b"\n"
 
@@ -318,7 +318,7 @@ BROKEN = {
     "an empty line in the middle": (replaced(270, line(270), b""), r", line 271: found ''"),
     "cut short in a line": (tokenizer_file()[:-12], r", line 299: found 'bGk= 2'"),
     "cut short at a line": (b"\n".join(tokenizer_file().splitlines()[:200]), r": no token for the byte 0xc8 "),
-    "empty": (b"", r": no token for the byte 0x00 among 0 lines, expected all 256"),
+    "empty": (b"", r": no token for the byte 0x00 in 0 lines, expected all 256"),
     "a web page": (b"<!DOCTYPE html>\n<html><body>Access denied</body></html>\n", " is a web page"),
     "binary": (bytes(range(256)) * 10, r", line 1: "),
 }
@@ -326,7 +326,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("data", "says"), BROKEN.values(), ids=BROKEN)
 def test_a_damaged_file_is_refused_with_its_name_and_line(tmp_path: Path, data: bytes, says: str) -> None:
-    """One sentence: what was found where, what was expected, and what to do."""
+    """The error has the file, the line, the expected content and the advice."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=re.escape(str(path)) + says) as refused:
@@ -336,7 +336,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_line(tmp_path: Path, data: 
 
 
 def test_a_whole_file_is_read_whatever_ends_its_lines() -> None:
-    """The table above breaks this very file."""
+    """The table above damages this file."""
     for data in (tokenizer_file(), tokenizer_file().rstrip(b"\n"), tokenizer_file().replace(b"\n", b"\r\n")):
         tokenizer = parse_tokenizer_model(data)
         assert tokenizer.n_vocab == 300 + 256
@@ -344,7 +344,7 @@ def test_a_whole_file_is_read_whatever_ends_its_lines() -> None:
 
 
 def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
-    """tiktoken's own loader keeps a copy by path for ever, so that a repaired file would go unnoticed."""
+    """tiktoken's own loader caches files by path forever, so it would not notice a repaired file."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_file())
     assert Tokenizer.from_meta(str(path)).encode("th") == [256]
@@ -356,7 +356,7 @@ def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
-    """And a directory in its place is not opened."""
+    """A directory without the file is an error too."""
     with pytest.raises(ModelNotFoundError, match=r"There is no tokenizer at .*/tokenizer\.model"):
         Tokenizer.from_meta(str(tmp_path / "tokenizer.model"))
     with pytest.raises(ModelNotFoundError, match="is a directory"):
@@ -364,7 +364,7 @@ def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_a_byte_needs_an_unknown_token() -> None:
-    """Otherwise there would be text that it cannot encode."""
+    """Otherwise some texts could not be encoded."""
     ranks = {bytes([byte]): byte for byte in range(255)}
     with pytest.raises(CheckpointError, match="no token for the byte 0xff and no unknown token"):
         Tokenizer(ranks, {"<unk>": 255}, r"\S+|\s+")
@@ -373,8 +373,8 @@ def test_a_vocabulary_without_a_byte_needs_an_unknown_token() -> None:
 
 # --- SmolLM2 ----------------------------------------------------------------------------------
 
-# Bytes of which SmolLM2's vocabulary has no token. Below 192 they are control characters; 241 and 242
-# begin the characters of U+40000 to U+BFFFF, and the others are in no UTF-8 at all.
+# Bytes without a token in SmolLM2's vocabulary. Below 192 they are control characters; 241 and 242
+# begin the characters U+40000 to U+BFFFF, and the others never occur in UTF-8.
 LACKING = {4, 6, 19, 20, 22, 29, 192, 193, 241, 242, *range(245, 256)}
 
 
@@ -411,7 +411,7 @@ def huggingfaces(smollm2_path: Path) -> Encode:
 @example(text="a  1")
 @example(text="x  12  345\n\n 6")
 def test_smollm2_has_the_ids_of_hugging_faces_tokenizer(smollm2: Tokenizer, huggingfaces: Encode, text: str) -> None:
-    """On all text whose bytes its vocabulary has."""
+    """For any text whose bytes all have a token."""
     assert smollm2.encode(text) == huggingfaces(text)
     assert smollm2.decode(smollm2.encode(text)) == text
     assert smollm2.warnings(text, special=True) == []
@@ -420,13 +420,13 @@ def test_smollm2_has_the_ids_of_hugging_faces_tokenizer(smollm2: Tokenizer, hugg
 @many
 @given(text=st.lists(st.sampled_from(UNWRITTEN) | st.sampled_from(FRAGMENTS), max_size=12).map("".join))
 def test_smollm2_reads_what_it_lacks_as_unknown(smollm2: Tokenizer, huggingfaces: Encode, text: str) -> None:
-    """As Hugging Face's does: one unknown token a byte, and the text around it as ever."""
+    """As in Hugging Face's tokenizer: one unknown token per byte, and the surrounding text unchanged."""
     assert smollm2.encode(text) == huggingfaces(text)
     assert bool(smollm2.warnings(text, special=True)) == (not LACKING.isdisjoint(text.encode()))
 
 
 def test_smollm2_lacks_21_bytes_and_says_so(smollm2: Tokenizer) -> None:
-    """Without care tiktoken panics on them, with an exception that is not an `Exception`."""
+    """tiktoken panics on them, with an exception that is not a subclass of `Exception`."""
     held = {byte for id in range(17, smollm2.n_vocab) for byte in smollm2.token_bytes(id)}
     assert set(range(256)) - held == LACKING
     assert len(LACKING) == 21
@@ -435,32 +435,32 @@ def test_smollm2_lacks_21_bytes_and_says_so(smollm2: Tokenizer) -> None:
         assert smollm2.encode(character)[0] == 0
     assert smollm2.encode("a\x04b") == [*smollm2.encode("a"), 0, *smollm2.encode("b")]
     assert smollm2.warnings("a\x04b") == [
-        "The prompt holds bytes that this model's vocabulary lacks; each was read as <|endoftext|>."
+        "The prompt contains bytes that are not in this vocabulary; each was read as <|endoftext|>."
     ]
 
 
 def test_smollm2_takes_each_digit_alone(smollm2: Tokenizer) -> None:
-    """The step that transformers loses: with it the two spaces are one token and the digit is another."""
+    """A step that transformers drops: with it, the two spaces are one token and the digit is another."""
     assert smollm2.encode("a  1") == [81, 256, 33]
     assert len(smollm2.encode("123456789")) == 9
 
 
 def test_smollm2_has_no_beginning_of_text(smollm2: Tokenizer) -> None:
-    """It was trained without one."""
+    """The model was trained without one."""
     assert smollm2.bos_id is None
     assert smollm2.encode("Hello", bos=True) == smollm2.encode("Hello")
     assert smollm2.encode("", bos=True) == []
 
 
 def test_smollm2_stops_where_a_text_or_a_turn_ends(smollm2: Tokenizer) -> None:
-    """And a stop token that is typed is plain text."""
+    """A stop token that is typed is plain text."""
     assert smollm2.stop_ids == {smollm2.special_tokens[name] for name in ("<|endoftext|>", "<|im_end|>")}
     assert smollm2.encode("<|im_end|>", special=True) == [2]
     assert 2 not in smollm2.encode("<|im_end|>")
 
 
 def test_a_limit_ends_tokenizing_early(llama3: Tokenizer) -> None:
-    """But not before there are more ids than it says."""
+    """But only once there are more ids than the limit."""
     text = "a b " * 300_000
     ids = llama3.encode(text)
     assert llama3.encode(text, limit=len(ids)) == ids

@@ -1,4 +1,7 @@
-"""Remote directories, gs:// and az://: weights are brought into the user's cache once, small files each time."""
+"""Models at gs:// and az://, downloaded to the user's cache.
+
+Weights are downloaded once, small files each time.
+"""
 
 from __future__ import annotations
 
@@ -34,28 +37,42 @@ _RETRIES = 4
 
 
 def remote_address(source: str) -> str | None:
-    """The address of a remote directory or file, None for a local path; a Path made of one has lost a slash."""
+    """Normalize the address of a remote directory or file; None for a local path.
+
+    Also accepts an address that was converted to a `Path`, which drops one slash.
+    """
     match = _ADDRESS.fullmatch(source)
     return f"{match[1]}://{match[2].rstrip('/')}" if match else None
 
 
 def local_copy(address: str, progress: Progress) -> Path:
-    """Bring a model from gs:// or az:// to this machine; returns its directory, or its .gguf file, in the cache.
+    """Download a model from gs:// or az:// to the cache.
 
-    Small files are read from there each time; weights come once, as long as size, time and checksum stay what they
-    were, go on where an interrupted copy ended and are checked by the MD5 of the store or of checklist.chk. Raises
-    `ModelNotFoundError`, `CheckpointError`, and `LlamaScratchError` where store, credentials or disk refuse.
+    Small files are read again each time. Weights are downloaded once, until their size, time or checksum changes. An
+    interrupted download resumes. The weights are checked against the MD5 in checklist.chk or from the store.
+
+    Args:
+        address: The remote directory or .gguf file.
+        progress: Called with the stage, the bytes done and the total bytes.
+
+    Returns:
+        The model's directory in the cache, or its .gguf file.
+
+    Raises:
+        ModelNotFoundError: If the address does not contain a model.
+        CheckpointError: If a file is damaged.
+        LlamaScratchError: If the store, the credentials or the disk do not allow the download.
     """
     import blobfile
 
-    # blobfile's own default tries for ever and prints to stdout.
+    # By default blobfile retries forever and prints to stdout.
     store = blobfile.create_context(retry_limit=_RETRIES, log_callback=lambda message: None)
     with _explaining(address):
         address, files = _listed(store, address)
         weights = {name: stat for name, stat in files.items() if _is_weights(name)}
         base, last = address.rsplit("/", 1)
         single = last in weights
-        # Another version of the weights is another folder, so that a file under its name is always the right one.
+        # Each version of the weights has its own folder, so a file with its final name is always the right version.
         version = repr([(name, stat.size, stat.mtime, stat.md5, stat.version) for name, stat in weights.items()])
         name = _plain(base.rsplit("/", 1)[-1] if last == "original" else last)
         kind = f"{name}-{_hash(address)}-"
@@ -65,14 +82,14 @@ def local_copy(address: str, progress: Progress) -> Path:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not is_ours(folder.stat()):
             raise LlamaScratchError(
-                f"{sanitize(folder, 200)} can be written to by others, expected a folder of one's own; remove it."
+                f"Other users can write to {sanitize(folder, 200)}, so it is not used. Remove it and try again."
             )
         with exclusively(folder, sanitize(address, 200)), writing(folder):
             target.mkdir(parents=True, exist_ok=True)
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
             _copy_weights(store, base if single else address, target, weights, sums, progress)
-            remove_stale(folder.parent, f"{kind}*")  # other versions, which nobody copies any more; this one is locked
+            remove_stale(folder.parent, f"{kind}*")  # other versions that no process is copying; this one is locked
     return target / last if single else target
 
 
@@ -81,7 +98,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """The last part of an address as a folder's name."""
+    """Turn the last part of an address into a folder name."""
     return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
 
 
@@ -90,14 +107,14 @@ def _hash(text: str) -> str:
 
 
 def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
-    """List the files of a model and how each is stored.
+    """List the files of a model.
 
     Args:
-        store: The cloud's bucket.
-        address: A .gguf file, or a directory with a model's files, with those in its original/, or with one .gguf file.
+        store: The blobfile context.
+        address: A .gguf file, or a directory that contains a model's files, an original/ folder or one .gguf file.
 
     Returns:
-        The address of the model, and its files.
+        The address of the model, and the status of each file by name.
     """
     if address.endswith(".gguf"):
         return address, {address.rsplit("/", 1)[-1]: store.stat(address)}
@@ -110,18 +127,18 @@ def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
             return _listed(store, f"{address}/{files[0]}")
         if files:
             raise ModelNotFoundError(
-                f"{sanitize(address, 200)} holds {len(files)} models; name one of them: {sanitize(files, 200)}."
+                f"{sanitize(address, 200)} contains {len(files)} models. Name one of them: {sanitize(files, 200)}."
             )
     if not {"params.json", "config.json"} & set(names):
         raise ModelNotFoundError(
-            f"There is no params.json or config.json in {sanitize(address, 200)}; name the directory that holds a "
-            "model's files, or a .gguf file."
+            f"{sanitize(address, 200)} does not contain params.json or config.json. Name the directory that contains "
+            "the model's files, or a .gguf file."
         )
     return address, {name: entries[name].stat or store.stat(f"{address}/{name}") for name in sorted(names)}
 
 
 def _copy_small(store: Context, address: str, target: Path, names: list[str]) -> dict[str, str]:
-    """Copy the small files, remove those that are gone; returns the MD5s of checklist.chk, where there is one."""
+    """Copy the small files and remove those that are gone. Returns the MD5s in checklist.chk, if there is one."""
     for path in target.iterdir():
         if path.name not in names and not _is_weights(path.name.removesuffix(".part")):
             path.unlink()
@@ -129,7 +146,7 @@ def _copy_small(store: Context, address: str, target: Path, names: list[str]) ->
         with store.BlobFile(f"{address}/{name}", "rb") as file:
             data = file.read(_MAX_SMALL + 1)
         if len(data) > _MAX_SMALL:
-            raise CheckpointError(f"{address}/{name} is longer than {_MAX_SMALL:,} bytes, expected far less.")
+            raise CheckpointError(f"{address}/{name} is longer than {_MAX_SMALL:,} bytes. Check the address.")
         if not (target / name).is_file() or (target / name).read_bytes() != data:
             write_atomically(target / name, data, mode=0o666)
     return parse_checklist((target / "checklist.chk").read_bytes()) if "checklist.chk" in names else {}
@@ -157,24 +174,24 @@ def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Prog
     size = part.stat().st_size
     if size != stat.size or (md5 is not None and file_digest(part, "md5", progress) != md5):
         part.unlink()
-        problem = f"came with {size:,} bytes, expected {stat.size:,}" if size != stat.size else f"has not the MD5 {md5}"
-        raise CheckpointError(f"{sanitize(address, 200)} {problem}, so nothing of it was kept; try again.")
+        problem = f"arrived with {size:,} of {stat.size:,} bytes" if size != stat.size else f"does not match MD5 {md5}"
+        raise CheckpointError(f"{sanitize(address, 200)} {problem} and was deleted. Try again.")
 
 
 @contextmanager
 def _explaining(address: str) -> Iterator[None]:
-    """blobfile's errors, and those of the libraries below it, as a sentence."""
+    """Translate the errors of blobfile and its dependencies into messages."""
     try:
         yield
     except LlamaScratchError:
         raise
     except FileNotFoundError as error:
         raise ModelNotFoundError(
-            f"There is nothing at {sanitize(address, 200)} that these credentials may see; check the address."
+            f"There is nothing at {sanitize(address, 200)}, or these credentials cannot see it. Check the address."
         ) from error
-    except Exception as error:  # blobfile raises many kinds, most with a short message beside the long one
+    except Exception as error:  # blobfile raises many classes, most with an additional short message
         reason = sanitize(getattr(error, "message", error), 300)
         raise LlamaScratchError(
-            f"{sanitize(address, 200)} cannot be read ({reason}); check the address, the connection "
-            "and the credentials ('gcloud auth application-default login' or 'az login')."
+            f"{sanitize(address, 200)} cannot be read ({reason}). Check the address, the connection "
+            "and the credentials (`gcloud auth application-default login` or `az login`)."
         ) from error

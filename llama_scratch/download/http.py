@@ -1,6 +1,6 @@
-"""Fetch files over HTTP so that an interrupted fetch goes on where it ended.
+"""Resumable downloads over HTTP.
 
-Nothing here shows or keeps a URL, for a signed link is a secret: that is why errors are raised `from None`.
+A signed link is a secret, so no URL is printed, stored or chained to an exception (hence the `from None`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK = 1 << 16
-_MAX_WEIGHTS = 1 << 37  # bytes of one file; the largest that Meta published has 101 GB
+_MAX_WEIGHTS = 1 << 37  # bytes per file; the largest that Meta published has 101 GB
 _MAX_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """timeout: seconds without a byte that end a try. tries: how many in a row may bring nothing new.
+    """When to retry and when to give up.
 
-    pause: seconds between two of them, twice as many each time.
+    Attributes:
+        timeout: Seconds without a byte after which an attempt is given up.
+        tries: Maximum number of consecutive attempts without progress.
+        pause: Seconds before the next attempt. Doubles each time.
     """
 
     timeout: float = 30.0
@@ -41,20 +44,28 @@ class RetryPolicy:
 
 
 class RefusedError(LlamaScratchError):
-    """The server does not give the file out; `status` is its HTTP status, 200 where it sent a web page instead."""
+    """The server refused to send the file.
+
+    Args:
+        name: The file.
+        status: The HTTP status; 200 if the server sent a web page instead of the file.
+    """
 
     def __init__(self, name: str, status: int):
-        what = "a web page" if status == 200 else f"the status {status}"
-        super().__init__(f"The server answered with {what}, expected {name}; check the address and try again later.")
+        what = "a web page" if status == 200 else f"status {status}"
+        super().__init__(f"The server answered with {what} instead of {name}. Check the address and try again later.")
         self.status = status
 
 
 class _TryAgainError(Exception):
-    """What another try may mend; says why."""
+    """A failure that a retry may fix. The message is the reason."""
 
 
 def open_session(url: str) -> requests.Session:
-    """A session that follows redirects over https alone; plain http only to the host of `url`, where that has it."""
+    """Open a session that only follows redirects to https.
+
+    The exception is the host of `url`, if `url` itself is plain http.
+    """
     import requests
 
     class HTTPSSession(requests.Session):
@@ -62,13 +73,13 @@ def open_session(url: str) -> requests.Session:
             target = urlsplit(request.url or "")
             if target.scheme != "https" and (urlsplit(url).scheme != "http" or target.netloc != urlsplit(url).netloc):
                 raise LlamaScratchError(
-                    "The server sends on to an address without https, so nothing was fetched; ask for a new link."
+                    "The server redirected to an address without https, so nothing was downloaded. Request a new link."
                 ) from None
             return super().send(request, **options)
 
     session = HTTPSSession()
     session.max_redirects = _MAX_REDIRECTS
-    session.headers["Accept-Encoding"] = "identity"  # lengths and checksums are those of the file itself
+    session.headers["Accept-Encoding"] = "identity"  # lengths and checksums refer to the file itself
     return session
 
 
@@ -83,11 +94,25 @@ def fetch(
     limit: int = _MAX_WEIGHTS,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Fetch a large file; it appears under its name when it is whole and `is_whole` says so.
+    """Download a large file. It gets its name once it is complete and verified.
 
-    What came so far is in TARGET.part and the version it belongs to in TARGET.part.tag, so that the next try goes
-    on where this one ended, also after the process was killed. report: called with bytes here and bytes in all.
-    Raises `RefusedError`, `CheckpointError` where what came is wrong, `LlamaScratchError` where the rest fails.
+    Until then it is TARGET.part, and TARGET.part.tag has its version. The next attempt resumes it, even if the
+    process was killed.
+
+    Args:
+        session: A session from `open_session`.
+        url: The address.
+        target: Where to save the file.
+        is_whole: Verifies the complete file.
+        report: Called with the bytes downloaded so far and the total bytes.
+        retry: When to retry and when to give up.
+        limit: Maximum size in bytes.
+        headers: Additional request headers.
+
+    Raises:
+        RefusedError: If the server does not send the file.
+        CheckpointError: If the file is too large or its checksum is wrong.
+        LlamaScratchError: If the connection or the disk fails.
     """
     part = target.with_name(f"{target.name}.part")
     furthest, failures = 0, 0
@@ -100,18 +125,17 @@ def fetch(
                 _drop(part)
                 if in_one_piece:
                     raise CheckpointError(
-                        f"{target.name} does not have its checksum after it was fetched, so nothing of it was kept; "
-                        "try again."
+                        f"The downloaded {target.name} does not match its checksum and was deleted. Try again."
                     )
-                raise _TryAgainError("its parts do not fit together")
+                raise _TryAgainError("its parts do not match")
             except _TryAgainError as error:
                 reached = _size(part)
                 failures = 0 if reached > furthest else failures + 1
                 furthest = max(furthest, reached)
                 if failures >= retry.tries:
                     raise LlamaScratchError(
-                        f"{target.name} could not be fetched ({error}); check the connection and run it again, "
-                        "it goes on from there."
+                        f"{target.name} could not be downloaded ({error}). Check the connection and try again; the "
+                        "download resumes."
                     ) from None
                 time.sleep(retry.pause * 2**failures)
         publish(part, target)
@@ -119,7 +143,20 @@ def fetch(
 
 
 def read_small(session: requests.Session, url: str, name: str, limit: int, retry: RetryPolicy) -> bytes:
-    """A small file's content, of at most `limit` bytes. Raises as `fetch` does."""
+    """Download a small file into memory.
+
+    Args:
+        session: A session from `open_session`.
+        url: The address.
+        name: The name for messages.
+        limit: Maximum size in bytes.
+        retry: When to retry and when to give up.
+
+    Raises:
+        RefusedError: If the server does not send the file.
+        CheckpointError: If it is longer than `limit`.
+        LlamaScratchError: If the connection fails.
+    """
     for attempt in range(retry.tries):
         if attempt:
             time.sleep(retry.pause * 2 ** (attempt - 1))
@@ -130,15 +167,14 @@ def read_small(session: requests.Session, url: str, name: str, limit: int, retry
                     data += chunk
                     if len(data) > limit:
                         raise CheckpointError(
-                            f"What the server sends as {name} is longer than {limit:,} bytes, expected far less; "
-                            "check the link."
+                            f"The {name} that the server sends is longer than {limit:,} bytes. Check the link."
                         )
                 if is_web_page(data):
                     raise RefusedError(name, 200)
                 return data
         except _TryAgainError as error:
             reason = str(error)
-    raise LlamaScratchError(f"{name} could not be fetched ({reason}); check the connection and run it again.")
+    raise LlamaScratchError(f"{name} could not be downloaded ({reason}). Check the connection and try again.")
 
 
 def _resume(
@@ -150,24 +186,24 @@ def _resume(
     timeout: float,
     headers: Mapping[str, str],
 ) -> bool:
-    """One try: ask for what is still missing and append it. Returns whether all came in this one."""
+    """Request the missing bytes and append them. Returns whether this one attempt downloaded the whole file."""
     name, here = part.name.removesuffix(".part"), _size(part)
     tag = _tag(part).read_text() if here and _tag(part).is_file() else ""
     asked = {"Range": f"bytes={here}-", **({"If-Range": tag} if tag else {})} if here else {}
     with _answer(session, url, name, {**headers, **asked}, timeout) as response:
         if response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{here}":
-            return False  # all of it is here
+            return False  # the file is already complete
         fresh = response.status_code == 200
         start, total = (0, _length(response, name)) if fresh else _range(response)
         if not fresh and (start != here or (tag and _version(response) not in ("", tag))):
             _drop(part)
-            raise _TryAgainError("the server sent another part of it than was asked for")
+            raise _TryAgainError("the server sent a different range than requested")
         if total > limit:
-            raise CheckpointError(f"{name} would have {total:,} bytes, expected at most {limit:,}; check the address.")
+            raise CheckpointError(f"{name} has {total:,} bytes, expected at most {limit:,}. Check the address.")
         chunks = _chunks(response)
         first = next(chunks, b"")
         if fresh:
-            if is_web_page(first):  # before what is here is given up for it
+            if is_web_page(first):  # before the partial file is discarded
                 raise RefusedError(name, 200)
             _drop(part)
             _tag(part).write_text(_version(response))
@@ -176,12 +212,12 @@ def _resume(
         with part.open("ab") as file:
             for chunk in chain([first], chunks):
                 if here + len(chunk) > total:
-                    raise _TryAgainError(f"more came than the {total:,} bytes that were announced")
+                    raise _TryAgainError(f"the server sent more than the announced {total:,} bytes")
                 file.write(chunk)
                 here += len(chunk)
                 report(here, total)
     if here < total:
-        raise _TryAgainError(f"it ended after {here:,} of {total:,} bytes")
+        raise _TryAgainError(f"the connection ended after {here:,} of {total:,} bytes")
     return start == 0
 
 
@@ -189,34 +225,34 @@ def _resume(
 def _answer(
     session: requests.Session, url: str, name: str, headers: Mapping[str, str], timeout: float
 ) -> Iterator[requests.Response]:
-    """The server's answer, its body still to come."""
+    """Send a request. Yields the response before its body is read."""
     import requests
 
     try:
         response = session.get(url, headers=dict(headers), stream=True, timeout=timeout)
     except requests.exceptions.SSLError:
         raise LlamaScratchError(
-            f"The server's certificate is not trusted, so {name} was not fetched; check the address and this "
+            f"The server's certificate is not trusted, so {name} was not downloaded. Check the address and this "
             "machine's clock and certificates."
         ) from None
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-        raise _TryAgainError("there is no connection to the server") from None
+        raise _TryAgainError("no connection to the server") from None
     except requests.Timeout:
         raise _TryAgainError(f"no answer within {timeout:g} s") from None
-    except requests.RequestException as error:  # too many redirects, an address that is none
+    except requests.RequestException as error:  # too many redirects, an invalid address
         raise LlamaScratchError(
-            f"{name} cannot be fetched from that address ({type(error).__name__}); check that it was copied whole."
+            f"{name} cannot be downloaded from that address ({type(error).__name__}). Check that it was copied in full."
         ) from None
     with response:
         if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _TryAgainError(f"the server answered with the status {response.status_code}")
+            raise _TryAgainError(f"the server answered with status {response.status_code}")
         if response.status_code not in (200, 206, 416) or (response.status_code != 200 and "Range" not in headers):
             raise RefusedError(name, response.status_code)
         yield response
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    """The body as it comes, so that nothing of it is lost where the connection breaks off."""
+    """Yield the body as it arrives, so nothing received is lost if the connection drops."""
     import urllib3
 
     try:
@@ -227,7 +263,7 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 
 
 def _range(response: requests.Response) -> tuple[int, int]:
-    """ "bytes 5-9/10" → (5, 10): where what was sent begins, and the length of the whole; (-1, 0) for anything else."""
+    """Parse Content-Range: "bytes 5-9/10" → (5, 10), the start and the total length; (-1, 0) if it is not valid."""
     match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range", ""))
     return (int(match[1]), int(match[2])) if match and response.status_code == 206 else (-1, 0)
 
@@ -235,12 +271,12 @@ def _range(response: requests.Response) -> tuple[int, int]:
 def _length(response: requests.Response, name: str) -> int:
     length = response.headers.get("Content-Length", "")
     if not re.fullmatch(r"\d{1,18}", length):
-        raise LlamaScratchError(f"The server does not say how long {name} is, so it was not fetched; try again later.")
+        raise LlamaScratchError(f"The server did not send the length of {name}; nothing was saved. Try again later.")
     return int(length)
 
 
 def _version(response: requests.Response) -> str:
-    """What `If-Range` may name: a strong ETag, else the date of the last change. Source: RFC 9110, 13.1.5."""
+    """The version for `If-Range`: a strong ETag, else the Last-Modified date. Source: RFC 9110, 13.1.5."""
     etag = response.headers.get("ETag", "")
     version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
     return version if version.isprintable() and len(version) < 200 else ""
@@ -255,39 +291,56 @@ def _tag(part: Path) -> Path:
 
 
 def _drop(part: Path) -> None:
-    """The bytes first: a part without a version is only started anew, or found wrong at the end."""
+    """Discard a partial download. A tag without bytes is harmless, so the bytes are removed first."""
     part.unlink(missing_ok=True)
     _tag(part).unlink(missing_ok=True)
 
 
 def require_disk_space(folder: Path, name: str, needed: int) -> None:
+    """Raise `LlamaScratchError` if a folder has too little free space for a download.
+
+    Args:
+        folder: The folder.
+        name: The file to download, for the message.
+        needed: Bytes still to be written.
+    """
     if (free := shutil.disk_usage(folder).free) < needed:
         raise LlamaScratchError(
-            f"{folder} has room for {free / 1e9:.1f} GB and {name} still needs {needed / 1e9:.1f} GB; "
-            "make room there and run it again."
+            f"{folder} has {free / 1e9:.1f} GB of free space, but {name} needs {needed / 1e9:.1f} GB more. "
+            "Free up space and try again."
         )
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a sentence that names the folder."""
+    """Turn an OSError while writing into an error that names the folder."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # not the system's
             raise
         raise LlamaScratchError(
-            f"{folder} cannot be written to ({error.strerror}); make room there and run it again, it goes on."
+            f"Cannot write to {folder} ({error.strerror}). Check its free space and permissions and try again."
         ) from None
 
 
 @contextmanager
 def exclusively(folder: Path, name: str) -> Iterator[None]:
-    """A stretch of work in a folder that only one process does at a time; the lock ends with the process."""
+    """Lock a folder, so that only one process at a time works in it.
+
+    The lock ends with the process.
+
+    Args:
+        folder: The folder, created if necessary.
+        name: The model, for the message.
+
+    Raises:
+        LlamaScratchError: If another process holds the lock, or if the folder cannot be created.
+    """
     with ExitStack() as stack:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             alone = stack.enter_context(locked(folder.resolve()))
         if not alone:
-            raise LlamaScratchError(f"{name} is being fetched by another process; wait until it has ended.")
+            raise LlamaScratchError(f"Another process is downloading {name}. Wait until it has finished.")
         yield

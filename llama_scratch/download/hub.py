@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: found in its cache, and fetched into it so that an interrupted fetch goes on."""
+"""Models from the Hugging Face Hub, in its cache, with resumable downloads."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _META = re.compile(r"original/(params\.json|tokenizer\.model|checklist\.chk|cons
 
 @dataclass(frozen=True)
 class Repository:
-    """A model's name on the hub: OWNER/REPO, and which revision of it (a branch, a tag or a commit)."""
+    """A model on the hub: OWNER/REPO, and its revision (a branch, a tag or a commit)."""
 
     id: str
     revision: str = "main"
 
     @classmethod
     def named(cls, name: str) -> Repository | None:
-        """ "OWNER/REPO" or "OWNER/REPO@REVISION"; None for what is neither."""
+        """Parse "OWNER/REPO" or "OWNER/REPO@REVISION"; None for any other string."""
         match = _NAME.fullmatch(name)
         if match is None or ".." in name or "--" in f"{match[1]}/{match[2]}":
             return None
@@ -52,17 +52,20 @@ class Repository:
 
     @property
     def name(self) -> str:
-        """As a person types it."""
+        """The name as a user types it."""
         return self.id if self.revision == "main" else f"{self.id}@{self.revision}"
 
     @property
     def folder(self) -> Path:
-        """Where the hub's cache keeps all of it. Source: huggingface_hub's "Understand caching"."""
+        """The repository's folder in the hub's cache.
+
+        Source: huggingface_hub's "Understand caching".
+        """
         return cache() / f"models--{self.id.replace('/', '--')}"
 
     @property
     def path(self) -> Path | None:
-        """The directory of the model, None where it was not fetched. Asks nobody but the disk."""
+        """The model's directory, if it has been downloaded. Uses no network."""
         try:
             commit = self.revision
             if not _COMMIT.fullmatch(commit):
@@ -73,20 +76,20 @@ class Repository:
 
 
 def cache() -> Path:
-    """The hub's cache, which other programs share. Raises FileNotFoundError where there is no home.
+    """The hub's cache, which other programs share.
 
-    Source: huggingface_hub's environment variables.
+    Raises FileNotFoundError without a home directory. Source: huggingface_hub's environment variables.
     """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     path = os.path.expandvars(os.path.expanduser(place))
     if path.startswith("~"):
-        raise FileNotFoundError(errno.ENOENT, "no home folder, set HOME or HF_HOME")
+        raise FileNotFoundError(errno.ENOENT, "no home directory, set HOME or HF_HOME")
     return Path(path).absolute()
 
 
 def _model_in(snapshot: Path) -> Path | None:
-    """The model of a revision; of several .gguf files the directory, for the message that lists them."""
+    """The model of a revision. If there are several .gguf files, the directory, for the error that lists them."""
     if model := complete_model(snapshot):
         return model.path
     return snapshot if gguf_files(snapshot) else None
@@ -95,23 +98,35 @@ def _model_in(snapshot: Path) -> Path | None:
 def pull_hub(
     repository: Repository, progress: Progress, say: Callable[[str], None], retry: RetryPolicy | None = None
 ) -> Path:
-    """Fetch what this program needs of a model into the hub's cache; returns the model's directory.
+    """Download the files of a model that this program needs to the hub's cache.
 
-    say: gets one line with the license and the size before anything large is fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
-    and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises `ModelNotFoundError`, `CheckpointError` where
-    the repository holds no weights that can be read here, and `LlamaScratchError`.
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as in huggingface_hub.
+
+    Args:
+        repository: The model.
+        progress: Called with the stage, the bytes done and the total bytes.
+        say: Called with a line about the size and the license before any file is downloaded.
+        retry: When to retry and when to give up.
+
+    Returns:
+        The model's directory.
+
+    Raises:
+        ModelNotFoundError: If the repository or the revision does not exist or is private.
+        CheckpointError: If the repository has no supported weights, or a downloaded file is damaged.
+        LlamaScratchError: If access is denied, or the connection or the disk fails.
     """
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
         raise LlamaScratchError(
-            f"Fetching {repository.name} takes the package huggingface_hub; "
-            "run 'pip install \".[hub]\"' in a clone of llama-scratch, or 'pip install huggingface_hub'."
+            f"Downloading {repository.name} requires the package huggingface_hub. "
+            'Run `pip install ".[hub]"` in a clone of llama-scratch, or `pip install huggingface_hub`.'
         ) from None
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
-    disable_progress_bars()  # the progress is ours
+    disable_progress_bars()  # `progress` replaces them
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if constants.HF_HUB_OFFLINE and (here := repository.path):
         return here
@@ -124,16 +139,16 @@ def pull_hub(
         say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
         with exclusively(repository.folder / "blobs", repository.name):
             _fetch_files(repository, commit, snapshot, files, progress, retry or RetryPolicy())
-            # Also leaves a note of which commit the revision is, by which the model is found afterwards.
+            # Also records the revision's commit in refs/, which `Repository.path` reads.
             _download(repository, files[0].rfilename, repository.revision)
     path = _model_in(snapshot)
     if path is None or repository.path != path:
-        raise LlamaScratchError(f"{repository.name} changed while it was fetched; run it again.")
+        raise LlamaScratchError(f"{repository.name} changed during the download. Try again.")
     return path
 
 
 def _info(repository: Repository) -> ModelInfo:
-    """What the hub says of a repository: its commit, its files and its card."""
+    """Request a repository's metadata from the hub: its commit, files and model card."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -145,15 +160,15 @@ def _info(repository: Repository) -> ModelInfo:
             return info
     except HfHubHTTPError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # what came was not what the hub sends
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a response of the hub
         pass
-    raise LlamaScratchError(f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT.")
+    raise LlamaScratchError(f"{constants.ENDPOINT} does not respond like the Hugging Face Hub. Check HF_ENDPOINT.")
 
 
 def _wanted(repository: Repository, names: list[str]) -> list[str]:
-    """The files to fetch, the small ones first."""
+    """Select the files to download, small ones first."""
     weights = [name for name in names if _WEIGHTS.fullmatch(name)]
-    if "model.safetensors" in weights:  # which goes before shards, as in transformers
+    if "model.safetensors" in weights:  # takes precedence over shards, as in transformers
         weights = ["model.safetensors"]
     if weights and "config.json" in names:
         small = [name for name in names if _SMALL.fullmatch(name)]
@@ -164,14 +179,14 @@ def _wanted(repository: Repository, names: list[str]) -> list[str]:
         return sorted(meta, key=lambda name: (name.endswith(".pth"), name)) + text
     if any(name.endswith(".gguf") for name in names):
         raise CheckpointError(
-            f"{repository.name} holds GGUF files, expected safetensors; fetch the one you want with "
-            f"'hf download {repository.id} FILE.gguf' and name it with `source`."
+            f"{repository.name} contains GGUF files instead of safetensors. Download one of them with "
+            f"`hf download {repository.id} FILE.gguf` and pass its path as `source`."
         )
     other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
     content = f"weights only as {sanitize(other)}" if other else "no weights"
     raise CheckpointError(
-        f"{repository.name} holds {content}, expected config.json and model.safetensors; choose another repository or "
-        "revision of the model."
+        f"{repository.name} contains {content}, expected config.json and model.safetensors. Choose another repository "
+        "or revision of the model."
     )
 
 
@@ -189,8 +204,10 @@ def _fetch_files(
     progress: Progress,
     retry: RetryPolicy,
 ) -> None:
-    """Bring each file into the cache. The large ones, whose SHA-256 the hub gives, by ourselves: huggingface_hub
-    starts one anew that was interrupted (as of version 2.4) and does not compare checksums.
+    """Download all files to the cache.
+
+    Large files, for which the hub has a SHA-256, are downloaded with `fetch`: huggingface_hub restarts an interrupted
+    download from the beginning (as of version 2.4) and does not verify checksums.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -226,26 +243,26 @@ def _download(repository: Repository, file: str, revision: str) -> None:
 
 
 def _check_architecture(repository: Repository, path: Path) -> None:
-    """Before gigabytes are fetched; what else there is to check is checked when the model is opened."""
+    """Reject an unsupported model before gigabytes are downloaded. All other checks happen when it is opened."""
     from llama_scratch.checkpoint.huggingface.reader import unsupported
 
     if (reason := unsupported(read_object(path, required=True))) is not None:
         raise CheckpointError(
-            f"The config.json of {repository.name} says {reason}; choose another model, nothing else of this one was "
-            "fetched."
+            f"The config.json of {repository.name} says {reason}. Choose another model; the weights of this one were "
+            "not downloaded."
         )
 
 
 @contextmanager
 def _explaining(repository: Repository) -> Iterator[None]:
-    """What the hub's refusals mean, and what to do."""
+    """Translate the hub's errors into messages that say what to do."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     name, page = repository.name, f"{constants.ENDPOINT}/{repository.id}"
     gated = (
-        f"{name} is given only to people who accept its license; accept it on {page}, wait for the mail that grants "
-        "access, then run 'hf auth login' (or set HF_TOKEN) and pull it again."
+        f"{name} is gated: you must accept its license first. Accept it on {page}, wait for the email that grants "
+        "access, then run `hf auth login` (or set HF_TOKEN) and pull it again."
     )
     try:
         with writing(repository.folder):
@@ -253,18 +270,18 @@ def _explaining(repository: Repository) -> Iterator[None]:
                 yield
             except hub.OfflineModeIsEnabled:
                 raise ModelNotFoundError(
-                    f"{name} cannot be fetched while HF_HUB_OFFLINE is set; unset it and pull it again."
+                    f"{name} cannot be downloaded while HF_HUB_OFFLINE is set. Unset it and pull it again."
                 ) from None
             except hub.GatedRepoError:
                 raise LlamaScratchError(gated) from None
             except hub.RevisionNotFoundError:
                 raise ModelNotFoundError(
-                    f"{repository.id} has no revision '{repository.revision}'; see {page}/commits for those it has."
+                    f"{repository.id} has no revision '{repository.revision}'. See {page}/commits."
                 ) from None
             except hub.RepositoryNotFoundError:
                 raise ModelNotFoundError(
-                    f"There is no repository {repository.id} for everyone to see at {constants.ENDPOINT}; check the "
-                    "name, or run 'hf auth login' (or set HF_TOKEN) if it is a private one."
+                    f"The repository {repository.id} does not exist at {constants.ENDPOINT}, or is private. Check the "
+                    "name, or run `hf auth login` (or set HF_TOKEN)."
                 ) from None
             except hub.HfHubHTTPError as error:
                 status = error.response.status_code
@@ -273,13 +290,13 @@ def _explaining(repository: Repository) -> Iterator[None]:
                 if error.status in (401, 403):
                     raise LlamaScratchError(gated) from None
                 raise
-            except hub.LocalEntryNotFoundError as error:  # which stands for what a request met with
+            except hub.LocalEntryNotFoundError as error:  # raised in place of the error of a request
                 raise _no_connection(name) from error
             except OSError as error:
                 if error.errno is not None:
                     raise
                 raise LlamaScratchError(
-                    f"{name} did not come as the hub had announced it; check HF_ENDPOINT and run it again."
+                    f"The files of {name} do not match the hub's metadata. Check HF_ENDPOINT and pull it again."
                 ) from error
     except LlamaScratchError:
         raise
@@ -291,17 +308,17 @@ def _explaining(repository: Repository) -> Iterator[None]:
 
 def _not_allowed(name: str) -> LlamaScratchError:
     return LlamaScratchError(
-        f"The token in use does not open {name}; run 'hf auth login' with one that may read gated repositories "
-        "(or set HF_TOKEN) and pull it again."
+        f"The access token does not grant access to {name}. Run `hf auth login` with a token that can read gated "
+        "repositories (or set HF_TOKEN) and pull it again."
     )
 
 
 def _out_of_order(status: int) -> LlamaScratchError:
-    return LlamaScratchError(f"The hub answered with the status {status}; try again later.")
+    return LlamaScratchError(f"The hub answered with status {status}. Try again later.")
 
 
 def _no_connection(name: str) -> LlamaScratchError:
     return LlamaScratchError(
-        f"There is no connection to the hub, so {name} was not fetched; check the network and pull it again, "
-        "it goes on where it ended."
+        f"No connection to the hub, so {name} was not downloaded. Check the network and pull it again; the "
+        "download resumes."
     )

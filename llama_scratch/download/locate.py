@@ -1,4 +1,4 @@
-"""Which model is meant: by path, by the name of one that `pull` fetched, or by looking where models usually are."""
+"""Find a model by its path, by its name, or in the usual places."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ DEFAULT_MODEL = "smollm2"
 
 
 def find_model(source: str | os.PathLike[str] | None = None, progress: Progress = silent) -> Path:
-    """The path that names a model; `recognize` finds which model is there.
+    """Find the path of a model; `recognize` then determines its format.
 
-    source: a path; a name that `llama-scratch pull` takes (smollm2, Meta's Llama3.2-1B, or OWNER/REPO[@REVISION],
-    for which an existing path goes first); or a remote directory (gs://, az://), whose files are brought here. None:
-    `$LLAMA_SCRATCH_MODEL_DIR`, then the usual places of Llama 3.2 1B, then the open model. Raises
-    `ModelNotFoundError` for a model that was not fetched yet; `pull` mends that.
+    Args:
+        source: One of:
+
+            - A path.
+            - A name that `llama-scratch pull` accepts: smollm2, Meta's Llama3.2-1B, or OWNER/REPO[@REVISION]. An
+              existing path of the same name takes precedence, except for smollm2.
+            - A remote directory (gs://, az://), which is downloaded.
+            - None: `$LLAMA_SCRATCH_MODEL_DIR`, then the usual places of Llama 3.2 1B, then smollm2.
+        progress: Called during a download with the stage, the bytes done and the total bytes.
+
+    Raises:
+        UsageError: If the name is empty.
+        ModelNotFoundError: If the model has not been downloaded yet.
     """
     source = _source_or_default(source)
     name = os.fspath(source)
@@ -36,8 +45,8 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
         return open_model.path
     try:
         path = Path(source).expanduser()
-    except RuntimeError as error:  # ~ without a home
-        raise ModelNotFoundError(f"{source} cannot be resolved: {error}; name the directory in full.") from error
+    except RuntimeError as error:  # ~ without a home directory
+        raise ModelNotFoundError(f"{source} cannot be resolved: {error}. Use the full path.") from error
     if not isinstance(source, str) or os.path.exists(path):
         return path
     if name == path.name and _is_there(fetched := os.path.join(CHECKPOINTS, name)):
@@ -46,26 +55,24 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
         if fetched_path := repository.path:
             return fetched_path
         if not name.endswith(".gguf"):
-            raise _not_here(f"There is no directory {sanitize(name, 100)}, and the model of that name", name)
+            raise _not_here(f"{sanitize(name, 100)} is not a directory, and the model with that name", name)
     return path
 
 
 def _not_here(what: str, name: str) -> ModelNotFoundError:
-    return ModelNotFoundError(
-        f"{what} is not on this machine yet; run 'llama-scratch pull {sanitize(name)}' to fetch it."
-    )
+    return ModelNotFoundError(f"{what} has not been downloaded yet. Run `llama-scratch pull {sanitize(name)}`.")
 
 
 def _source_or_default(source: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if source is None:
         return os.environ.get(ENVIRONMENT) or next(filter(_is_there, USUAL_PLACES), DEFAULT_MODEL)
     if not os.fspath(source):
-        raise UsageError("The model's name is empty, expected a directory, a file or a name such as smollm2.")
+        raise UsageError("The model's name is empty. Name a directory, a file or a model such as smollm2.")
     return source
 
 
 def _is_fetched(model: OpenModel) -> bool:
-    """Whether an open model is on this machine. Raises `LlamaScratchError` if its folder cannot be read."""
+    """Whether an open model has been downloaded. Raises `LlamaScratchError` if its folder cannot be read."""
     with reading(model.path):
         return model.path.is_file()
 
@@ -73,11 +80,11 @@ def _is_fetched(model: OpenModel) -> bool:
 def _is_there(place: str) -> bool:
     try:
         return Path(place).expanduser().is_dir()
-    except (RuntimeError, OSError):  # no home, or one that must not be looked into
+    except (RuntimeError, OSError):  # no home directory, or no permission to read it
         return False
 
 
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
-    """The name of the open model that `find_model(source)` would refuse because it was not fetched yet."""
+    """The open model that `find_model(source)` needs, unless it has been downloaded."""
     model = OPEN_MODELS.get(os.fspath(_source_or_default(source)))
     return model.name if model and not _is_fetched(model) else None

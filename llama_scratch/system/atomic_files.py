@@ -1,7 +1,8 @@
-"""Atomic writes: a new file is a locked temporary file until it is complete. Stale ones of killed programs are removed.
+"""Atomic writes: a new file is a locked temporary file until it is complete.
 
-The lock (flock) ends with the process that holds it, however that ends, on whichever machine or in whichever
-container. If the system or the file system has no locks, no file counts as stale.
+Stale temporary files of killed processes are removed. The lock (flock) ends with the process that holds it, even if
+that is killed or runs in another container. If the system or the file system does not support locks, no file counts as
+stale.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# Flags of os.open: no waiting where somebody put a pipe; and what lies there, not what it points to.
+# Flags of os.open: do not block on a named pipe (NO_WAIT), and do not follow symlinks (NO_LINK).
 NO_WAIT: int = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 
 
 @contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent`, gone afterwards; those that killed programs left there go first."""
+    """Create a temporary folder, which is removed on exit.
+
+    Args:
+        parent: Its parent folder, from which stale temporary folders are removed first.
+        prefix: The beginning of its name.
+    """
     remove_stale(parent, f"{prefix}*")
     while True:
         with _gone_afterwards(parent / f"{prefix}{secrets.token_hex(4)}") as folder:
@@ -35,7 +41,16 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file in `parent`, for oneself alone, and its path; gone afterwards unless it was renamed."""
+    """Create a temporary file, which is removed on exit unless it was renamed.
+
+    Args:
+        parent: Its folder, from which stale temporary files are removed first.
+        prefix: The beginning of its name.
+        mode: Its permissions, before the umask. By default only the user can access it.
+
+    Yields:
+        The open file and its path.
+    """
     remove_stale(parent, f"{prefix}*")
     while True:
         new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
@@ -47,12 +62,12 @@ def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tup
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file in one piece: under its name there is all of it, or its content from before.
+    """Write a file atomically: it has either its old or its new content.
 
     Args:
         path: The file.
-        data: Its content.
-        mode: Its permissions, apart from those that the umask removes; by default they are the user's alone.
+        data: The new content.
+        mode: The permissions, before the umask. By default only the user can access it.
 
     Raises:
         OSError: If it cannot be written.
@@ -65,14 +80,27 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def publish(part: Path, path: Path) -> Path:
-    """Give a complete file its name, once its bytes are on the disk; returns the name."""
+    """Flush a complete file to disk and rename it.
+
+    Args:
+        part: The temporary file.
+        path: The final path.
+
+    Returns:
+        The final path.
+    """
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     return part.replace(path)
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Remove files and folders of our own that no program is at work on."""
+    """Remove the user's temporary files and folders that no process has locked.
+
+    Args:
+        folder: The folder to search.
+        pattern: A glob pattern for their names.
+    """
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError), locked(path, certain=True) as ours:
             if ours:
@@ -81,7 +109,7 @@ def remove_stale(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def _gone_afterwards(path: Path) -> Iterator[Path]:
-    """A path at which nothing is left, not by an interrupt that falls into the removing either."""
+    """Remove a path on exit, even if the removal itself is interrupted once."""
     try:
         try:
             yield path
@@ -102,7 +130,15 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, certain: bool = False) -> Iterator[bool]:
-    """Whether it is ours alone in here; see `lock`. Raises OSError where it cannot be opened, as where it is a link."""
+    """Lock a file or folder. Yields whether this process has the lock.
+
+    Args:
+        path: The file or folder.
+        certain: See `lock`.
+
+    Raises:
+        OSError: If it cannot be opened, or is a symlink.
+    """
     descriptor = os.open(path, os.O_RDONLY | NO_LINK)
     try:
         yield lock(descriptor, path, certain=certain)
@@ -111,9 +147,15 @@ def locked(path: Path, *, certain: bool = False) -> Iterator[bool]:
 
 
 def lock(descriptor: int, path: Path, *, certain: bool = False) -> bool:
-    """Lock an open file or folder until it is closed; False where another has it, or it is no longer at `path`.
+    """Lock an open file or folder until it is closed.
 
-    certain: False, too, where there are no locks or it is another person's.
+    Args:
+        descriptor: Its descriptor.
+        path: Its path.
+        certain: Also return False if locks are not supported or the file belongs to another user.
+
+    Returns:
+        False if another process has the lock, or if the file is no longer at `path`.
     """
     here = os.fstat(descriptor)
     try:
@@ -124,7 +166,7 @@ def lock(descriptor: int, path: Path, *, certain: bool = False) -> bool:
         return False
     except (ImportError, OSError):
         return not certain
-    # Whoever had it before may have renamed or removed it.
+    # The previous owner of the lock may have renamed or removed it.
     with contextlib.suppress(OSError):
         return os.path.samestat(here, path.lstat()) and (not certain or here.st_uid == os.getuid())
     return False

@@ -1,7 +1,7 @@
-"""What the program says and does when the system ends it: SIGBUS for a mapped file that changed, and crashes.
+"""Signal handlers for SIGBUS (a mapped file that changed) and for crashes.
 
-SIGBUS ends a program without a word and leaves the terminal as it was being drawn. With this handler it is one message,
-and the terminal is as it was before.
+By default SIGBUS ends a process without a message and leaves the terminal in its current mode. This handler prints a
+message and restores the terminal.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from llama_scratch.errors import CheckpointError
 from llama_scratch.system import mapped_files
 
 _UNKNOWN = (
-    "A file could not be read on while it was in use (it became shorter, or its disk failed), "
+    "A file became unreadable while it was in use (it was truncated, or the disk failed). "
     + mapped_files.EXPECTED_UNCHANGED
 )
-# Pastes unmarked, the cursor shown, no color, a line of its own.
+# Turn off bracketed paste, show the cursor, reset the color, start a new line.
 _RESTORE = b"\x1b[?2004l\x1b[?25h\x1b[0m\n"
-# The signals of a crash, after which the program ends as it would have, but for the terminal.
+# Crash signals: the terminal is restored, then the default action follows.
 _CRASHES = [getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE") if hasattr(signal, name)]
-# What the system calls must stay where it is; and the terminal as it was found, by its descriptor.
+# The C callback must not be garbage-collected. The terminal: its descriptor and original settings.
 _handler: Any = None
 _terminal: tuple[int, list[Any]] | None = None
 
 
 def install() -> None:
-    """From now on SIGBUS is one sentence, the terminal as it is now, and the exit code of a damaged file.
+    """Install the handlers for SIGBUS and for crashes.
 
-    A crash on a terminal gives that back too, and then goes on as it would have.
-    For the command line alone: a library leaves its host's signals as they are. Nothing is done where the system has
-    no such signal, or `faulthandler` was asked to show where it came from.
+    SIGBUS prints a message, restores the terminal and exits with `CheckpointError.exit_code`. A crash restores the
+    terminal, then takes its default action. Only the command line calls this, since a library must not change the
+    signal handlers of its host. Does nothing if the system has no SIGBUS or `faulthandler` is on.
     """
     global _handler, _terminal
     import faulthandler
@@ -42,9 +42,9 @@ def install() -> None:
     import ctypes  # torch imports it too
 
     _terminal = _read_terminal()
-    # Python's own handlers run when the reading goes on, and it cannot: it would raise the signal for ever. This one
-    # is called where it was raised, within a read of a mapping, so that Python is as whole as at any other call.
-    with contextlib.suppress(AttributeError, OSError, MemoryError):  # a system that lets no program do this
+    # A Python handler would only run after the failed read returns, but the read would raise the signal forever. The
+    # C handler runs inside the read of the mapping, where Python's state is as consistent as in any other C call.
+    with contextlib.suppress(AttributeError, OSError, MemoryError):  # not supported on this system
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
         system_signal = ctypes.CDLL(None).signal
         system_signal.argtypes, system_signal.restype = (ctypes.c_int, kind), ctypes.c_void_p
@@ -64,7 +64,7 @@ def _read_terminal() -> tuple[int, list[Any]] | None:
 
 
 def _leave(number: int) -> None:
-    """End the program, from whichever thread it was."""
+    """End the process, from any thread."""
     try:
         restore_terminal()
         if number in _CRASHES:
@@ -75,21 +75,21 @@ def _leave(number: int) -> None:
 
 
 def _end_by(number: int) -> None:
-    """What the system does about a signal that nobody handles."""
+    """Restore a signal's default action and raise it."""
     import ctypes
 
-    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; Python's own may be set by its main thread alone
+    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; `signal.signal` only works in the main thread
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
 
 
 def restore_terminal() -> None:
-    """Give the terminal back as `install` found it."""
+    """Restore the terminal settings that `install` saved."""
     if _terminal is None:
         return
     import termios
 
-    # A program in the background is stopped when it sets the terminal, unless it blocks the signal for that.
+    # Setting the terminal stops a background process unless it blocks SIGTTOU.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     with contextlib.suppress(termios.error, OSError):
         termios.tcsetattr(_terminal[0], termios.TCSANOW, _terminal[1])

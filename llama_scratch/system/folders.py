@@ -1,4 +1,4 @@
-"""The user's folders for caches, models and history, where the system has them: XDG on Linux."""
+"""The user's folders for caches, models and history (XDG on Linux)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Literal
 
 
 def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
-    """The program's own folder of a kind. Raises FileNotFoundError where there is no home, as in some containers."""
+    """The program's folder of a kind.
+
+    Raises FileNotFoundError without a home directory, as in some containers.
+    """
     import platformdirs
 
     try:
@@ -21,11 +24,11 @@ def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
             return Path(path)
     except RuntimeError:
         pass
-    raise FileNotFoundError(errno.ENOENT, f"no home folder, set HOME or XDG_{kind.upper()}_HOME")
+    raise FileNotFoundError(errno.ENOENT, f"no home directory, set HOME or XDG_{kind.upper()}_HOME")
 
 
 def is_ours(status: os.stat_result) -> bool:
-    """Whether a file or folder is this person's, and nobody else can write to it."""
+    """Whether a file or folder belongs to this user, and only this user can write."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
@@ -36,13 +39,13 @@ def trim_folder(
     max_bytes: int | None = None,
     remove: Callable[[Path], None] = Path.unlink,
 ) -> None:
-    """Remove the least recently used files of a cache folder until the others are within the limits.
+    """Remove the least recently used files of a cache until it is within the limits.
 
     Args:
         files: The files. Other processes may remove them at the same time.
-        max_files: The number of files that may stay.
-        max_bytes: The bytes that may stay.
-        remove: Removes a file, or leaves it if it is in use.
+        max_files: Maximum number of files.
+        max_bytes: Maximum total size in bytes.
+        remove: Removes a file, or keeps it if it is in use.
     """
     entries = []
     for path in files:

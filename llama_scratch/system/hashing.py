@@ -1,4 +1,4 @@
-"""Checksums of files, computed block by block with progress."""
+"""Checksums of files, computed block by block, with progress."""
 
 from __future__ import annotations
 
@@ -17,20 +17,31 @@ BLOCK_BYTES = 1 << 20
 
 
 def new_digest(algorithm: str, data: bytes = b"") -> _Hash:
-    """A digest of any algorithm, also where policy forbids MD5 for security: these show damage alone."""
+    """Create a digest. MD5 works even if a policy forbids it for security.
+
+    Args:
+        algorithm: A name for hashlib, such as "md5". Here it only has to detect damage.
+        data: The first bytes to hash.
+    """
     return hashlib.new(algorithm, data, usedforsecurity=False)
 
 
 def add_blocks(digests: Collection[_Hash], blocks: Iterable[bytes], advance: Callable[[int], None]) -> None:
-    """Feed blocks of a file to all digests; calls `advance` with the length of each block."""
+    """Feed blocks of a file to several digests.
+
+    Args:
+        digests: The digests.
+        blocks: The blocks.
+        advance: Called with the length of each block.
+    """
     for block in blocks:
         for digest in digests:
-            digest.update(block)  # without Python's lock
+            digest.update(block)  # releases the GIL
         advance(len(block))
 
 
 def blocks_of(file: BinaryIO) -> Iterator[bytes]:
-    """The rest of a file, block by block."""
+    """Yield the rest of a file, block by block."""
     return iter(partial(file.read, BLOCK_BYTES), b"")
 
 
@@ -39,8 +50,8 @@ def file_digest(path: Path, algorithm: str, progress: Progress = silent) -> str:
 
     Args:
         path: The file.
-        algorithm: Its name for hashlib, such as "sha256".
-        progress: Called with "checking", the bytes read so far and all bytes.
+        algorithm: A name for hashlib, such as "sha256".
+        progress: Called with "checking", the bytes read so far and the total bytes.
     """
     digest, size = new_digest(algorithm), path.stat().st_size
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Background jobs: long-running work while answers are given."""
+"""Background jobs: long-running work in threads."""
 
 from __future__ import annotations
 
@@ -11,28 +11,43 @@ from llama_scratch.errors import LlamaScratchError
 from llama_scratch.system.progress import Progress, silent
 
 Job = tuple[Callable[[], object], int]
-"""A function, and its share of the work."""
+"""A function, and the amount of work that it does."""
 
 
 _within = threading.local()
 
 
 class JobCancelledError(Exception):
-    """Ends a job that nobody waits for any more."""
+    """Raised inside a job that should stop."""
 
 
 def report_progress(stage: str = "", done: int = 0, total: int = 1) -> None:
-    """Report a job's progress. Raises `JobCancelledError` if the job should stop."""
+    """Report a job's progress. Does nothing outside of a job.
+
+    Args:
+        stage: The name of the stage, or "" to only check for cancellation.
+        done: The work done.
+        total: The total work.
+
+    Raises:
+        JobCancelledError: If the job should stop.
+    """
     background: BackgroundJobs | None = getattr(_within, "background", None)
     if background is not None:
         background.report_progress(stage, done, total)
 
 
 class BackgroundJobs:
-    """Jobs on a few threads, between `start` and `close`: of tenths of a second each, or such as `report_progress`.
+    """Runs jobs on a few threads, between `start` and `close`.
 
-    The first that fails ends the others, and `wait` raises its error. The threads end by themselves when the
-    program does. `after` is called after each job. `started`: whether it was begun.
+    A job should take at most some tenths of a second, or call `report_progress` regularly. If a job fails, the
+    remaining jobs are dropped, and `wait` raises its error. The threads stop when the main thread ends.
+
+    Args:
+        stage: The name for `progress`.
+        jobs: The jobs, in order.
+        threads: Number of threads.
+        after: Called after each job.
     """
 
     def __init__(self, stage: str, jobs: Sequence[Job], threads: int = 1, after: Callable[[], None] | None = None):
@@ -42,7 +57,7 @@ class BackgroundJobs:
         self._after = after
         self._total = sum(size for _, size in jobs)
         self._done = 0
-        # Only the threads take it: an interrupt of the main thread could leave it taken.
+        # Never acquired by the main thread, which an interrupt could end without releasing it.
         self._lock = threading.Lock()
         self._running = 0
         self._reported: tuple[str, int, int] | None = None
@@ -51,7 +66,7 @@ class BackgroundJobs:
         self.started = False
 
     def start(self) -> None:
-        """Begin, if that was not done yet; comes back at once."""
+        """Start the threads, unless they were started before. Returns at once."""
         if self.started or self._closed or not self._jobs:
             return
         self.started = True
@@ -61,37 +76,46 @@ class BackgroundJobs:
 
     @property
     def done(self) -> bool:
-        """Whether all jobs were done, but for those of size 0."""
+        """Whether all jobs are done, except those of size 0."""
         return self._done == self._total
 
     @property
     def running(self) -> bool:
-        """Whether a job is being done or will be."""
+        """Whether a job is running or waiting to run."""
         return self._running > 0
 
     @property
     def progress(self) -> tuple[str, int, int]:
-        """What is being done, how much of it is done and how much there is."""
+        """The stage, the work done and the total work."""
         return self._reported or (self.stage, self._done, self._total)
 
     def report_progress(self, stage: str, done: int, total: int) -> None:
-        """See the function; `stage`: "" where there is nothing to say."""
+        """See the function `report_progress`.
+
+        Args:
+            stage: The name of the stage, or "" to only check for cancellation.
+            done: The work done.
+            total: The total work.
+        """
         if self._closed or not _program_runs():
             raise JobCancelledError
         if stage:
             self._reported = stage, done, total
 
     def wait(self, progress: Progress = silent) -> None:
-        """Start if need be and come back when all is done; raises the error of a job that failed."""
+        """Start the jobs if necessary and wait until they are done.
+
+        Raises the error of a job that failed.
+        """
         self.start()
         while self._running and not self.error:
             progress(*self.progress)
-            time.sleep(0.02)  # which holds no lock that an interrupt could leave held
+            time.sleep(0.02)  # holds no lock, so an interrupt is safe here
         if self.error:
             raise self.error
 
     def close(self) -> None:
-        """Begin no further job, and come back when those that run have ended."""
+        """Drop the jobs that have not started, and wait until the running ones end."""
         self._closed = True
         self._jobs.clear()
         for thread in self._threads:
@@ -108,9 +132,9 @@ class BackgroundJobs:
                     self._after()
             except JobCancelledError:
                 break
-            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            except BaseException as error:  # noqa: BLE001 - raised again by `wait`
                 if isinstance(error, LlamaScratchError):
-                    error.with_traceback(None)  # which holds what the refusal interrupted
+                    error.with_traceback(None)  # which keeps local variables alive
                 self.error = self.error or error
                 self._jobs.clear()
                 break
@@ -120,7 +144,7 @@ class BackgroundJobs:
             self._running -= 1
 
     def _next(self) -> Job | None:
-        # At the program's end Python waits for its threads, so they must not go on to the last job.
+        # At exit Python waits for its threads, so they must not run all remaining jobs.
         try:
             return self._jobs.popleft() if _program_runs() else None
         except IndexError:

@@ -1,7 +1,7 @@
 """Memory-mapped files. A change on disk affects the process that mapped them.
 
-A file that was removed, or replaced by another of its name, stays as it was for whoever has it open. One that is
-written to changes the weights, and if one becomes shorter the system sends SIGBUS (see `crash_handler`).
+If a file is removed or replaced, the mapping still has the old content. If a file is written to, the weights change,
+and if it is truncated, the system sends SIGBUS (see `crash_handler`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from llama_scratch.errors import CheckpointError, sanitize
 from llama_scratch.system.hashing import BLOCK_BYTES, add_blocks, new_digest
 
-EXPECTED_UNCHANGED = "expected it to stay as it was; load the model again."
+EXPECTED_UNCHANGED = "Load the model again."
 
 
 class MappedFiles:
-    """Files that are mapped, held open so that it shows whether they are still what they were."""
+    """Keeps mapped files open to detect changes."""
 
     def __init__(self, paths: Iterable[Path]):
         self._files: dict[int, tuple[Path, os.stat_result]] = {}  # by descriptor
@@ -35,15 +35,18 @@ class MappedFiles:
         return " and ".join(sanitize(path.name) for path, _ in self._files.values()) or "in no file"
 
     def check(self) -> None:
-        """Raise `CheckpointError` where a file was written to or became shorter. Takes a microsecond a file."""
+        """Raise `CheckpointError` if a file was written to or truncated.
+
+        This takes a microsecond per file.
+        """
         for descriptor, (path, before) in self._files.items():
             now = os.fstat(descriptor)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 how = "it was written to"
                 if now.st_size != before.st_size:
-                    how = f"it has {now.st_size:,} bytes and had {before.st_size:,}"
+                    how = f"from {before.st_size:,} to {now.st_size:,} bytes"
                 raise CheckpointError(
-                    f"{sanitize(path, 200)} changed while it was in use ({how}), {EXPECTED_UNCHANGED}"
+                    f"{sanitize(path, 200)} changed while it was in use ({how}). {EXPECTED_UNCHANGED}"
                 )
 
     @property
@@ -52,14 +55,14 @@ class MappedFiles:
         return sorted(path.name for path, _ in self._files.values())
 
     def sha256(self, progress: Callable[[str, int, int], None], name: str | None = None) -> str:
-        """Return the SHA-256 of the files' bytes in hexadecimal, as `cat FILES | sha256sum` prints it.
+        """Compute the SHA-256 of the files' bytes, in hexadecimal.
 
-        It is computed once, from the files as they were opened. A file that has replaced one of them since, under the
-        same name, does not count.
+        It equals the output of `cat FILES | sha256sum`. The result is cached, and refers to the files that were
+        opened: a file that later replaced one of them does not count.
 
         Args:
-            progress: Called with "checking", the bytes read so far and all bytes.
-            name: Hash only the file of this name. By default all of them, in the order of `names`.
+            progress: Called with "checking", the bytes read so far and the total bytes.
+            name: Hash only the file with this name. By default all of them, in the order of `names`.
 
         Raises:
             CheckpointError: If a file was written to before its digest was computed.
@@ -86,7 +89,7 @@ _MAPPED: weakref.WeakSet[MappedFiles] = weakref.WeakSet()
 
 
 def changed_file() -> CheckpointError | None:
-    """The error about a mapped file that changed, if one did."""
+    """The error for a mapped file that changed, if any."""
     for mapped in list(_MAPPED):
         try:
             mapped.check()
@@ -96,7 +99,7 @@ def changed_file() -> CheckpointError | None:
 
 
 def _blocks(descriptor: int) -> Iterator[bytes]:
-    """A file from its beginning, whatever its position is."""
+    """Yield a file from its beginning, independent of its position."""
     offset = 0
     while block := os.pread(descriptor, BLOCK_BYTES, offset):
         yield block

@@ -1,4 +1,4 @@
-"""What this machine's memory can take."""
+"""Available memory, limits on it, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from llama_scratch.errors import OutOfMemoryError
 
-# Version 1 of control groups writes the largest number of whole pages where there is no limit.
+# Without a limit, cgroups v1 report the largest multiple of the page size.
 _UNLIMITED = 1 << 62
-# What torch, numpy and their threads take when they are imported, besides their libraries.
+# Memory that torch, numpy and their threads take on import, in addition to their libraries.
 _START_BYTES = 300_000_000
 _NO_MEMORY = re.compile(
     "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
@@ -26,24 +26,29 @@ _NO_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """free: bytes that this program can still take. limit: the limit that says so, "" where it is the machine."""
+    """The memory that this process can still allocate.
+
+    Attributes:
+        free: Bytes.
+        limit: The limit that is closest, such as "a limit of 1.0 GB (RLIMIT_AS)"; "" for the machine's memory.
+    """
 
     free: int
     limit: str = ""
 
     def __str__(self) -> str:
-        """The end of a sentence: what is free, and what to do."""
-        under, act = (f" under {self.limit}", "raise it") if self.limit else ("", "close other programs")
-        return f"{self.free / 1e9:.1f} GB are free{under}; {act}, or choose a smaller model, context or precision."
+        """The end of an error message: the free memory, and what to do."""
+        under, act = (f" under {self.limit}", "Raise it") if self.limit else ("", "Close other programs")
+        return f"{self.free / 1e9:.1f} GB are free{under}. {act}, or choose a smaller model, context or precision."
 
 
 def available_memory() -> int:
-    """Bytes of memory that this program can still take."""
+    """Bytes of memory that this process can still allocate."""
     return memory_limit().free
 
 
 def memory_limit() -> MemoryLimit:
-    """What this program can still take: the least that the machine and the limits set on the program leave it."""
+    """Find the tightest limit: free memory, resource limits or control groups."""
     import psutil
 
     return min(
@@ -52,7 +57,7 @@ def memory_limit() -> MemoryLimit:
 
 
 def _resource_limits() -> Iterator[MemoryLimit]:
-    """What `ulimit -v` and `ulimit -d` leave; mapped weights count in the first, and are in it once they are mapped."""
+    """Yield the memory that `ulimit -v` and `ulimit -d` leave. Mapped weights count against the first once mapped."""
     if not sys.platform.startswith("linux"):
         return
     import resource
@@ -70,9 +75,9 @@ def _resource_limits() -> Iterator[MemoryLimit]:
 def _cgroups(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[MemoryLimit]:
-    """What each control group leaves that this program is in, with all above it.
+    """Yield the memory that is left in the control groups of this process, and in the groups above them.
 
-    Pages of files that were not used lately are given up before the limit strikes, so they count as free.
+    Inactive pages of cached files count as free, because the kernel reclaims them before the limit takes effect.
     """
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -100,21 +105,26 @@ def _cgroups(
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # another system, or a file that only other versions have
+    except OSError:  # another operating system or kernel version
         return ""
 
 
 def resident() -> int:
-    """Bytes of this program that are in memory, pages of mapped files among them."""
+    """Resident bytes of this process, including pages of mapped files."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def require_memory(needed: int | dict[str, int], what: str) -> None:
-    """Raise `OutOfMemoryError` where more bytes are needed than this machine has free.
+    """Check that there is enough memory before allocating it.
 
-    needed: bytes, or bytes by what they are for, which the error then lists.
+    Args:
+        needed: Bytes, or bytes by purpose, which the error then lists.
+        what: The subject of the error, such as "Calibrating int4".
+
+    Raises:
+        OutOfMemoryError: If more bytes are needed than are free.
     """
     parts = needed if isinstance(needed, dict) else {}
     total = sum(parts.values()) if isinstance(needed, dict) else needed
@@ -122,45 +132,48 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
     if total > left.free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         raise OutOfMemoryError(
-            f"{what} needs {total / 1e9:.1f} GB of memory{f' ({listed})' if listed else ''} and {left}"
+            f"{what} needs {total / 1e9:.1f} GB of memory{f' ({listed})' if listed else ''}, but only {left}"
         )
 
 
 def require_start() -> None:
-    """Raise `OutOfMemoryError` where a limit leaves too little for torch to be imported.
+    """Raise `OutOfMemoryError` if a limit leaves too little memory to import torch.
 
-    Where memory ends within that, the loader, OpenBLAS or C++ may end the program, each with words of its own.
+    If memory ran out during the import, the loader, OpenBLAS or C++ could abort the process with other messages.
     """
     if "torch" in sys.modules:
         return
     for left in _resource_limits():
         needed = _START_BYTES + (_size_of_torch() if "RLIMIT_AS" in left.limit else 0)
         if needed > left.free:
-            raise OutOfMemoryError(f"Starting torch needs {needed / 1e9:.1f} GB of memory and {left}")
+            raise OutOfMemoryError(f"Importing torch needs {needed / 1e9:.1f} GB of memory, but only {left}")
 
 
 def _size_of_torch() -> int:
-    """Bytes of its libraries, which are mapped as a whole."""
+    """Size of its libraries in bytes: they are mapped completely."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec else None
     return sum(file.stat().st_size for folder in folders or [] for file in Path(folder, "lib").glob("*.so*"))
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory ran out: as Python says it, torch, the loader of a library, or the system for a map or thread."""
+    """Whether an error means out of memory.
+
+    Recognizes errors of Python, torch, the dynamic loader and the system (mappings and threads).
+    """
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | OSError | ImportError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def refusal() -> str:
-    """The sentence where memory ran out before it was known how much is needed."""
-    return f"This program needs more memory than there is: {memory_limit()}"
+    """The message if memory runs out before the needed size is known."""
+    return f"Out of memory: {memory_limit()}"
 
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Turn an allocation that failed, on the CPU or a GPU, into an `OutOfMemoryError` about `what`."""
+    """Turn a failed allocation on CPU or GPU into an `OutOfMemoryError` about `what`."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
@@ -170,16 +183,24 @@ def memory_errors(what: str) -> Iterator[None]:
 
 
 def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
-    """The refusal after an allocation failed: how much was asked for, where the error says it, and what is free."""
+    """Create the error for a failed allocation.
+
+    Args:
+        what: The subject of the message.
+        error: The cause. If it has the requested size, the message has it too.
+    """
     size = re.search(r"(\d+) bytes", str(error))
-    asked = f"{int(size[1]) / 1e9:.1f} GB more were asked for and " if size else ""
-    # A GPU's memory is another one.
-    left = "choose a smaller model, context or precision." if "CUDA" in str(error) else f"{asked}{memory_limit()}"
-    return OutOfMemoryError(f"{what} does not fit into this machine's memory; {left}")
+    asked = f"{int(size[1]) / 1e9:.1f} GB more were requested, and " if size else ""
+    # `memory_limit` is about the CPU's memory, not a GPU's.
+    left = ". Choose a smaller model, context or precision." if "CUDA" in str(error) else f": {asked}{memory_limit()}"
+    return OutOfMemoryError(f"{what} does not fit into this machine's memory{left}")
 
 
 def trim_heap() -> None:
-    """Return to the system what was freed: glibc keeps it for each thread, some hundred MB after packing."""
+    """Return freed memory to the system.
+
+    glibc keeps it per thread: some hundred MB after packing.
+    """
     if sys.platform.startswith("linux"):
-        with suppress(AttributeError, OSError):  # another C library
+        with suppress(AttributeError, OSError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,18 @@
-"""How what takes long says how far it is."""
+"""Progress callbacks for long-running work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
+"""Called with the stage, the work done and the total work."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """A `Progress` for callers that show none."""
+    """A `Progress` that does nothing.
+
+    Args:
+        stage: The name of the stage.
+        done: The work done.
+        total: The total work.
+    """

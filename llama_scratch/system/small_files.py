@@ -1,7 +1,7 @@
 """Read small files: regular, bounded, and UTF-8 without a byte order mark.
 
-Every small file that the program reads comes through here. A FIFO therefore never hangs it, /dev/zero or a sparse file
-of many gigabytes never fills the memory, and a file that only stands in for a model's file is named for what it is.
+All small files are read with these functions. A FIFO therefore never blocks the program, /dev/zero or a huge sparse
+file never fills the memory, and a placeholder for a model's file, such as a git-lfs pointer, has an error of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import BinaryIO
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, sanitize
 
 START = 512
-"""Bytes at the beginning of a file that show its kind."""
+"""Number of bytes at the beginning of a file that identify its type."""
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-# A descriptor that the program inherited, as for `--config <(…)`: its writer is at work, so it is read like a file.
+# An inherited descriptor, as in `--config <(…)`. Its writer is running, so reading it does not block forever.
 _INHERITED = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -28,10 +28,10 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
-# Files that hold something else than their names promise, which is common after a download.
+# Placeholders and error pages that were saved in place of a file, which is common after a download.
 _POINTER = re.compile(rb"version https?://(git-lfs\.github\.com|hawser\.github\.com|git-media\.io)/|/annex/objects/")
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
-# The plain text that the Hugging Face hub sends with the statuses 401, 403 and 404.
+# Plain text that the Hugging Face Hub sends with status 401, 403 or 404.
 _REFUSAL = re.compile(rb"(Access to (model|dataset) |Invalid username or password|(Entry|Repository) not found)")
 
 
@@ -47,22 +47,22 @@ def read_bytes(
     Args:
         path: A regular file, or a pipe that this process inherited (/dev/stdin, /dev/fd/N).
         limit: Maximum size in bytes.
-        error: What to raise for a file that cannot be meant.
-        any_content: Whether git-lfs pointers and web pages are content like any other.
+        error: The class to raise for a file that cannot be the right one.
+        any_content: Accept git-lfs pointers and web pages like any other content.
 
     Raises:
-        OSError: If the system does not give the file out.
+        OSError: If the file cannot be read.
         LlamaScratchError: `error`, if the file is a pipe or a device, larger than `limit`, a git-lfs pointer or a
             web page.
     """
     with _open(path, error) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(min(limit, size or limit) + 1)  # the files of /proc say that they have 0 bytes
+        data = file.read(min(limit, size or limit) + 1)  # files in /proc report a size of 0
     if not any_content:
         reject_stand_in(data, path, error)
     if len(data) > limit:
         has = f"has {size:,} bytes" if size > limit else "is longer"
-        raise error(f"{sanitize(path, 200)} {has}, expected at most {limit:,} bytes; check that it is the right file.")
+        raise error(f"{sanitize(path, 200)} {has}, expected at most {limit:,} bytes. Check that it is the right file.")
     return data
 
 
@@ -73,24 +73,39 @@ def read_text(
     error: type[LlamaScratchError] = CheckpointError,
     any_content: bool = False,
 ) -> str:
-    """Read a small UTF-8 file without its byte order mark; see `read_bytes`.
+    """Read a small UTF-8 file without its byte order mark.
+
+    Args:
+        path: A regular file, or a pipe that this process inherited.
+        limit: Maximum size in bytes.
+        error: The class to raise for a file that cannot be the right one.
+        any_content: Accept git-lfs pointers and web pages like any other content.
 
     Raises:
-        OSError: If the system does not give the file out.
+        OSError: If the file cannot be read.
         LlamaScratchError: `error`, also if the file is not UTF-8.
     """
     return decode(read_bytes(path, limit, error=error, any_content=any_content), sanitize(path, 200), error)
 
 
 def read_remote(address: str, limit: int) -> bytes:
-    """Read a small file from gs:// or az:// through blobfile, which raises errors of many kinds."""
+    """Read a small file from gs:// or az:// with blobfile.
+
+    Args:
+        address: The address.
+        limit: Maximum size in bytes.
+
+    Raises:
+        CheckpointError: If it is longer than `limit`, a git-lfs pointer or a web page.
+        Exception: Any error of blobfile, which has no common base class.
+    """
     import blobfile
 
     with blobfile.BlobFile(address, "rb") as file:
         data: bytes = file.read(limit + 1)
     reject_stand_in(data, address)
     if len(data) > limit:
-        raise CheckpointError(f"{address} is longer than {limit:,} bytes, expected far less; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{address} is longer than {limit:,} bytes. Check that it is the right file.")
     return data
 
 
@@ -101,7 +116,14 @@ def read_start(
     error: type[LlamaScratchError] = CheckpointError,
     any_content: bool = False,
 ) -> bytes:
-    """Read at most `limit` bytes from the beginning of a file of any size; otherwise like `read_bytes`."""
+    """Read the beginning of a file of any size. Otherwise like `read_bytes`.
+
+    Args:
+        path: A regular file, or a pipe that this process inherited.
+        limit: Maximum number of bytes to read.
+        error: The class to raise for a file that cannot be the right one.
+        any_content: Accept git-lfs pointers and web pages like any other content.
+    """
     with _open(path, error) as file:
         start = file.read(limit)
     if not any_content:
@@ -113,12 +135,12 @@ def _open(path: str | os.PathLike[str], error: type[LlamaScratchError]) -> Binar
     """Open a file for reading without waiting for another process.
 
     Raises:
-        OSError: If the system refuses, or for a directory.
+        OSError: If the file cannot be opened or is a directory.
         LlamaScratchError: `error`, for a named pipe, a device or a socket.
     """
     try:
-        _require_content(os.stat(path), path, error)  # before opening, which can already act on a device
-    except ValueError:  # a zero byte: there is no file of such a name
+        _require_content(os.stat(path), path, error)  # before opening, which can have side effects on a device
+    except ValueError:  # a zero byte, which no file name contains
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from None
     descriptor = os.open(path, _OPEN_FLAGS)
     try:
@@ -132,50 +154,58 @@ def _open(path: str | os.PathLike[str], error: type[LlamaScratchError]) -> Binar
 
 
 def _require_content(status: os.stat_result, path: str | os.PathLike[str], error: type[LlamaScratchError]) -> None:
-    """Raise unless this is a file whose end a reader reaches."""
+    """Raise unless this is a file that can be read to its end."""
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFREG or (kind == stat.S_IFIFO and _INHERITED.fullmatch(os.fspath(path))):
         return
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    if kind == stat.S_IFCHR and status.st_rdev == os.stat(os.devnull).st_rdev:  # the usual name of an empty file
+    if kind == stat.S_IFCHR and status.st_rdev == os.stat(os.devnull).st_rdev:  # /dev/null counts as an empty file
         return
     raise error(
-        f"{sanitize(path, 200)} is not a file but {_KINDS.get(kind, 'something else')}; "
-        "write its content to a file and name that."
+        f"{sanitize(path, 200)} is {_KINDS.get(kind, 'not a regular file')}, expected a file. "
+        "Write its content to a file and name that."
     )
 
 
 def reject_stand_in(
     start: bytes, path: str | os.PathLike[str], error: type[LlamaScratchError] = CheckpointError
 ) -> None:
-    """Raise for a file that only stands in for another one.
+    """Reject a placeholder for a file, or an error page that was saved in its place.
 
     Args:
-        start: At least the first `START` bytes, or all of a shorter file.
+        start: At least the first `START` bytes, or a whole shorter file.
         path: The name for the message.
         error: The class to raise.
 
     Raises:
-        LlamaScratchError: `error`, for the pointer of git-lfs or git-annex, a web page, or a server's refusal.
+        LlamaScratchError: `error`, for a git-lfs or git-annex pointer, a web page, or a server's error message.
     """
     reject_pointer(start, path, error)
     name = sanitize(path, 200)
     if is_web_page(start):
-        raise error(f"{name} is a web page, so the server did not give the file out; {REDOWNLOAD_HINT}")
+        raise error(f"{name} is a web page, which the server sent instead of the file; {REDOWNLOAD_HINT}")
     if _REFUSAL.match(start):
         answer = start.partition(b"\n")[0].decode("utf-8", errors="replace")
-        raise error(f"{name} is a server's refusal ('{sanitize(answer)}'), expected the file; {REDOWNLOAD_HINT}")
+        raise error(f"{name} is a server's error message ('{sanitize(answer)}') instead of the file; {REDOWNLOAD_HINT}")
 
 
 def reject_pointer(
     start: bytes, path: str | os.PathLike[str], error: type[LlamaScratchError] = CheckpointError
 ) -> None:
-    """Raise `error` for the pointer that a clone without git-lfs, or git-annex, has in place of a file."""
+    """Reject a git-lfs or git-annex pointer.
+
+    A clone without these programs has a pointer in place of a large file.
+
+    Args:
+        start: At least the first `START` bytes, or a whole shorter file.
+        path: The name for the message.
+        error: The class to raise.
+    """
     if _POINTER.match(start):
         raise error(
-            f"{sanitize(path, 200)} is a git-lfs pointer, expected the file that it stands for; "
-            "run 'git lfs pull' beside it."
+            f"{sanitize(path, 200)} is a git-lfs pointer instead of the file itself. "
+            "Run `git lfs pull` in its directory."
         )
 
 
@@ -185,7 +215,7 @@ def is_web_page(start: bytes) -> bool:
 
 
 def decode(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointError) -> str:
-    """UTF-8 → text without its byte order mark.
+    """Decode UTF-8, without a byte order mark.
 
     Args:
         data: The content of a file.
@@ -193,14 +223,14 @@ def decode(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointEr
         error: The class to raise.
 
     Raises:
-        LlamaScratchError: `error`, if it is UTF-16 or not text.
+        LlamaScratchError: `error`, if it is not UTF-8.
     """
     try:
         return without_mark(data, name, error).decode()
     except UnicodeDecodeError as problem:
         line = problem.object.count(b"\n", 0, problem.start) + 1
         raise error(
-            f"{name} is not UTF-8: line {line} has the byte {problem.object[problem.start]:#04x}; save it as UTF-8."
+            f"{name} is not UTF-8: line {line} has the byte {problem.object[problem.start]:#04x}. Save it as UTF-8."
         ) from problem
 
 
@@ -208,7 +238,7 @@ def without_mark(data: bytes, name: str, error: type[LlamaScratchError] = Checkp
     """Remove the byte order mark that some editors put at the beginning of UTF-8.
 
     Args:
-        data: The beginning of a text, or all of it.
+        data: The beginning of a text, or the whole text.
         name: The name for messages.
         error: The class to raise.
 
@@ -216,12 +246,12 @@ def without_mark(data: bytes, name: str, error: type[LlamaScratchError] = Checkp
         LlamaScratchError: `error`, if it is UTF-16 or UTF-32.
     """
     if _is_wide(data[:START]):
-        raise error(f"{name} is encoded in UTF-16 or UTF-32, expected UTF-8; save it as UTF-8.")
+        raise error(f"{name} is encoded in UTF-16 or UTF-32. Save it as UTF-8.")
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _is_wide(start: bytes) -> bool:
-    """Whether a text has two or four bytes per character: by its mark, or because every other byte is zero."""
+    """Whether a text is UTF-16 or UTF-32: by its byte order mark, or because every other byte is zero."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         return True
     halves = start[::2], start[1::2]
@@ -229,5 +259,5 @@ def _is_wide(start: bytes) -> bool:
 
 
 def without_line_end(text: str) -> str:
-    """Remove one line end, \\n or \\r\\n, from the end of a text."""
+    """Remove one \\n or \\r\\n from the end of a text."""
     return text[:-1].removesuffix("\r") if text.endswith("\n") else text

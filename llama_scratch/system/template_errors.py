@@ -1,11 +1,14 @@
-"""Why a chat template gives no conversation. Imports nothing: the process that runs the template needs it too."""
+"""Errors of chat templates.
+
+This module has no imports, because the process that runs the template imports it too.
+"""
 
 from __future__ import annotations
 
 
 class RefusalError(Exception):
-    """Raised by a template, through `raise_exception`, for messages that it does not accept; the reason is its own."""
+    """A template rejected the messages with `raise_exception`, and its own message."""
 
 
 class TemplateError(Exception):
-    """A template is broken or exceeds a limit; the reason is a clause."""
+    """A template is broken or exceeds a limit. The message is a clause."""

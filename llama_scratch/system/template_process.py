@@ -1,7 +1,7 @@
-"""The process that runs an untrusted chat template: started once, reused, and ended if it exceeds its limits.
+"""The process that runs an untrusted chat template.
 
-The program in it is `template_sandbox.py`. It is a fresh Python rather than a fork, so threads and open files of this
-process do not reach it.
+It is started once, reused, and killed if it exceeds its limits. It runs `template_sandbox.py` in a new Python
+interpreter, not a fork, so it does not inherit threads or open files.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from llama_scratch.errors import LlamaScratchError
 from llama_scratch.system.processes import end_group
 from llama_scratch.system.template_errors import RefusalError, TemplateError
 
-# Seconds that a template may take, compiled and rendered. Real ones take milliseconds.
+# Seconds to compile and render a template. Real ones take milliseconds.
 MAX_SECONDS = 1.0
-# Seconds until the process must be ready, on a busy machine with a slow disk.
+# Seconds to start the process, enough for a busy machine with a slow disk.
 START_SECONDS = 30.0
-# Bytes of an answer's line: `template_sandbox.MAX_SIZE` characters, each of which JSON may write as \u0000.
+# Bytes per answer: `template_sandbox.MAX_SIZE` characters, each up to six bytes in JSON (\u0000).
 MAX_ANSWER = 32 << 20
 
 _PACKAGES = Path(__file__).parents[2]  # the folder that contains this package
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.system.template_sandbox import main; main()"
-# A Python that was installed in an unusual place may not start without some of these.
+# Python installed in an unusual place may need some of these to start.
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
 _OUT_OF_MEMORY = 3  # `template_sandbox.OUT_OF_MEMORY`
 
 
 class TemplateProcess:
-    """Runs templates in one process, which starts with the first and ends with this object.
+    """Runs templates in one process, which ends with this object.
 
-    Threads may share it. If a request is interrupted the process is ended, and the next request starts another.
+    The first request starts the process. The class is thread-safe. If a request is interrupted, the process is killed,
+    and the next request starts a new one.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class TemplateProcess:
     def render(
         self, source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
     ) -> list[str]:
-        """Render a conversation, and cut it at the special tokens that the template has written.
+        """Render a conversation, and split it at the template's special tokens.
 
         Args:
             source: The template.
@@ -59,14 +60,14 @@ class TemplateProcess:
             variables: Further variables of the template.
 
         Returns:
-            Plain text and names of special tokens in turn, beginning and ending with plain text.
+            Plain text and names of special tokens, alternating, beginning and ending with plain text.
 
         Raises:
             RefusalError: If the template does not accept the messages.
             TemplateError: If the template fails or exceeds a limit.
             LlamaScratchError: If the process cannot be started.
         """
-        if os.getpid() != self._owner:  # after a fork: the process belongs to the parent
+        if os.getpid() != self._owner:  # after a fork, the process belongs to the parent
             TemplateProcess.__init__(self)
         request = {
             "source": source,
@@ -89,10 +90,10 @@ class TemplateProcess:
                 raise RefusalError(reason)
             case {"failed": str(reason)}:
                 raise TemplateError(reason)
-        raise TemplateError("its answer is not one")
+        raise TemplateError("its answer is not valid")
 
     def close(self) -> None:
-        """End the process. Another request starts it again."""
+        """End the process. The next request starts it again."""
         with self._lock:
             self._end()
 
@@ -106,11 +107,11 @@ class TemplateProcess:
             raise TemplateError(_reason(process.returncode, late=late.is_set(), answered=len(answer)))
         try:
             return json.loads(answer.decode("utf-8", "surrogatepass"))
-        except (ValueError, RecursionError):  # a template that broke out could write anything
+        except (ValueError, RecursionError):  # a template that escaped from the sandbox could write anything
             return None
 
     def _started(self) -> subprocess.Popen[bytes]:
-        """The process, ready for a request."""
+        """Start the process if necessary, and wait until it is ready."""
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
@@ -123,7 +124,7 @@ class TemplateProcess:
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 cwd=os.path.abspath(os.sep),
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
+                start_new_session=True,  # Ctrl-C only reaches the parent, which then kills the child
             )
         except OSError as error:
             raise LlamaScratchError(
@@ -150,12 +151,12 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() == owner:
         end_group(process)
     for pipe in filter(None, (process.stdin, process.stdout)):
-        with contextlib.suppress(OSError):  # what was not written yet has no reader
+        with contextlib.suppress(OSError):  # the rest of the buffer has no reader
             pipe.close()
 
 
 def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """Write a request, if it is not empty, and read a line; less if the process ends, or if it writes too much."""
+    """Write a request, if any, and read one line. It is incomplete if the process ends or writes too much."""
     assert process.stdin
     assert process.stdout
     with contextlib.suppress(BrokenPipeError):
@@ -166,7 +167,7 @@ def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
-    """End a process that takes too long, on any system. Yields an event that is set if that happened."""
+    """Kill a process that takes too long, on any system. Yields an event that is set in that case."""
     late = threading.Event()
 
     def end() -> None:
@@ -184,7 +185,7 @@ def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[thre
 
 
 def _reason(code: int, *, late: bool, answered: int) -> str:
-    """Why a process gave no answer, as a clause."""
+    """The reason why a process did not answer, as a clause."""
     if answered:
         return "it writes too much"
     if late or (hasattr(signal, "SIGALRM") and code == -signal.SIGALRM):

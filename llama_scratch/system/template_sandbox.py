@@ -1,16 +1,17 @@
-"""Turns conversations into pieces of text with the chat template of a model file, which is untrusted code.
+"""Renders conversations with the untrusted chat template of a model file.
 
-Runs in a process of its own, which `system/template_process.py` starts, supervises and ends. There are two walls:
+This module runs in a child process, which `system/template_process.py` starts, supervises and kills. There are two
+layers of protection:
 
-1. Jinja's sandbox keeps a template from Python's internals and from changing its input.
-2. The process has limits of memory and time. It cannot open a file or a connection, or start a process.
+1. Jinja's sandbox blocks access to Python's internals and changes of the input.
+2. The process has memory and time limits. It cannot open files or connections, or start processes.
 
-No list of forbidden operations bounds what a template costs: a few nested loops, one comparison of two nested lists
-or one wide number format are enough. So nothing is counted in here. All work whose cost a file decides is done in
-this process, and a process that goes beyond its limits is ended.
+The cost of a template cannot be bounded by forbidding operations: a few nested loops, one comparison of two nested
+lists or one wide number format exceed any limit. Therefore this process does all work that depends on the file, and
+is killed if it exceeds its limits.
 
-Requests come from standard input and answers go to standard output, one JSON object per line. This module imports
-nothing but Jinja, the standard library and `template_errors`, so the process starts in some 60 ms.
+Requests arrive on standard input and answers go to standard output, one JSON object per line. This module only
+imports Jinja, the standard library and `template_errors`, so the process starts in about 60 ms.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from jinja2.utils import Namespace
 
 from llama_scratch.system.template_errors import RefusalError
 
-# Characters of an answer, several times what the longest context holds; and special tokens in it.
+# Maximum characters per answer (several times the longest context) and special tokens in it.
 MAX_SIZE = 4_000_000
 MAX_SPECIAL = 100_000
-# Bytes of memory that the process may write to. Its code and libraries take some 10 MB besides.
+# Bytes of writable memory. Code and libraries take about 10 MB more.
 MAX_MEMORY = 128 << 20
-# Exit code of a process that needs more.
+# Exit code if a template needs more.
 OUT_OF_MEMORY = 3
 READY = b"ready\n"
 
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         for line in requests:
             request = json.loads(line.decode("utf-8", "surrogatepass"))
-            # If the supervisor is gone, the system ends this process in time.
+            # The time limit also holds if the supervisor is gone.
             _alarm(request.pop("seconds"))
             answer = answer_to(**request)
             _alarm(0)
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def _warm_up() -> None:
-    """Let Python and Jinja read all modules that they import on first use: no file can be opened later."""
+    """Make Python and Jinja import all modules that they import on first use: files cannot be opened later."""
     sandbox = _Sandbox()
     context = sandbox.from_string("").new_context()
     for call, names in ((sandbox.call_filter, sandbox.filters), (sandbox.call_test, sandbox.tests)):
@@ -84,15 +85,15 @@ def _warm_up() -> None:
 
 
 def limit_process() -> None:
-    """Limit what this process can do from now on."""
+    """Apply the limits to this process."""
     try:
         import resource
-    except ImportError:  # Windows: time is limited by the supervisor alone
+    except ImportError:  # Windows: only the supervisor limits the time
         return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     limits = {"DATA": MAX_MEMORY, "STACK": 8 << 20, "NOFILE": 3, "NPROC": 0, "FSIZE": 0, "CORE": 0}
     for name, limit in limits.items():
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # not on every system
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not supported on every system
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
             lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -100,7 +101,7 @@ def limit_process() -> None:
 
 
 def _alarm(seconds: float) -> None:
-    """Let the system end this process after some time, even in the middle of one operation."""
+    """Make the system kill this process after some time, even in the middle of an operation."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -108,7 +109,7 @@ def _alarm(seconds: float) -> None:
 def answer_to(
     source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
 ) -> dict[str, Any]:
-    """The answer to a request: its pieces, or why there are none.
+    """Answer a request: with the rendered pieces, or with the reason for a failure.
 
     Args:
         source: The template.
@@ -125,7 +126,7 @@ def answer_to(
         return {"refused": _reason(error)}
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - a template's code raises anything
+    except Exception as error:  # noqa: BLE001 - a template can raise anything
         return {"failed": _reason(error)}
 
 
@@ -139,10 +140,10 @@ def _reason(error: Exception) -> str:
 def pieces(
     source: str, special: tuple[str, ...], messages: list[dict[str, str]], variables: dict[str, Any]
 ) -> list[str]:
-    """Render a conversation, and cut it at the special tokens that the template itself has written.
+    """Render a conversation, and split it at the template's own special tokens.
 
-    While the template runs, each name of a special token in a message is replaced by a character that no message
-    contains. So the names that are found afterwards are the template's own.
+    While the template runs, each special token's name in a message is replaced by a character that no message
+    contains. All names in the output are therefore the template's own.
 
     Args:
         source: The template.
@@ -151,12 +152,12 @@ def pieces(
         variables: Further variables of the template.
 
     Returns:
-        Plain text and names of special tokens in turn, beginning and ending with plain text.
+        Plain text and names of special tokens, alternating, beginning and ending with plain text.
 
     Raises:
         RefusalError: If the template does not accept the messages.
         TooMuchError: If the result is too long.
-        Exception: Whatever else the template's code raises.
+        Exception: Any error that the template raises.
     """
     names = _names(special)
     typed = "".join(message["content"] for message in messages)
@@ -181,7 +182,7 @@ def pieces(
 @lru_cache(maxsize=1)
 def _names(special: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(special, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) never matches
 
 
 @lru_cache(maxsize=4)
@@ -190,7 +191,7 @@ def _template(source: str) -> Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the extensions, filters and functions that transformers gives to chat templates.
+    """Jinja's sandbox with the extensions, filters and functions that transformers provides to chat templates.
 
     Source: `_cached_compile_jinja_template` in transformers, utils/chat_template_utils.py.
     """
@@ -205,18 +206,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training; here only its content matters."""
+    """`{% generation %}` marks the assistant's text for training. It has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 - as in Jinja
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The content between the tags."""
+        """Parse the content between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Namespace(Namespace):
-    """A namespace without the names that have a meaning in Python."""
+    """A namespace that rejects names with a meaning in Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
         for name in dict(*args[1:], **kwargs):
@@ -230,7 +231,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if str(name).startswith("_"):
-        raise SecurityError(f"it keeps a value under the name {name}")
+        raise SecurityError(f"it stores a value under the name {name}")
 
 
 def _raise_exception(message: object) -> None:
@@ -244,5 +245,5 @@ def _strftime_now(format: str) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """Convert to JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -330,7 +330,7 @@ def test_what_is_no_file_is_not_waited_for(model: Path) -> None:
     assert "It is missing" in one_wrong(verify(model), "pipe", "presence")
     (model / CHECKLIST).unlink()
     os.mkfifo(model / CHECKLIST)
-    assert "is not a file" in one_wrong(verify(model), CHECKLIST, "structure")
+    assert "is a pipe" in one_wrong(verify(model), CHECKLIST, "structure")
 
 
 def test_a_file_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

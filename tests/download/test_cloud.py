@@ -1,4 +1,4 @@
-"""Models at gs://, from a Google Cloud Storage of our own on loopback, through the real blobfile."""
+"""Models at gs://, downloaded with the real blobfile from a local Google Cloud Storage server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = random.Random(0).randbytes(700_000)
 
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    """A bucket with one model of Meta's form."""
+    """A bucket with one model in Meta's format."""
     monkeypatch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
     monkeypatch.setattr("llama_scratch.download.cloud._RETRIES", 1)
     with serving() as server:
@@ -47,7 +47,7 @@ def cached() -> set[str]:
 
 
 def test_a_model_comes_once(storage: Storage) -> None:
-    """Weights stay in the cache; small files are read again each time, others never."""
+    """Weights stay in the cache; small files are read each time; unrelated files never."""
     path = local_copy(AT, silent)
     assert path.name == "Tiny-Llama"
     assert {file.name for file in path.iterdir()} == {"params.json", "tokenizer.model", "consolidated.00.pth"}
@@ -61,7 +61,7 @@ def test_a_model_comes_once(storage: Storage) -> None:
 
 
 def test_other_weights_come_again(storage: Storage) -> None:
-    """Another time, size or checksum is another version; the old one goes."""
+    """A new time, size or checksum is a new version. The old one is removed."""
     first = local_copy(AT, silent)
     storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS[::-1])
     second = local_copy(AT, silent)
@@ -72,7 +72,7 @@ def test_other_weights_come_again(storage: Storage) -> None:
 
 
 def test_a_file_that_was_removed(storage: Storage) -> None:
-    """It goes from the cache too."""
+    """It is removed from the cache too."""
     storage.put("models/Tiny-Llama/checklist.chk", f"{'0' * 32}  consolidated.01.pth\n".encode())
     storage.remove("models/Tiny-Llama/checklist.chk")
     storage.put("models/Tiny-Llama/README.md", b"x")
@@ -84,7 +84,7 @@ def test_a_file_that_was_removed(storage: Storage) -> None:
 
 
 def test_the_progress(storage: Storage) -> None:
-    """Over all weights together."""
+    """The total covers all weight files."""
     storage.put("models/Tiny-Llama/consolidated.01.pth", WEIGHTS)
     seen: list[tuple[str, int, int]] = []
     local_copy(AT, lambda *report: seen.append(report))
@@ -95,7 +95,7 @@ def test_the_progress(storage: Storage) -> None:
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors"])
 def test_a_hugging_face_directory(storage: Storage, weights: str) -> None:
-    """Config and tokenizer beside safetensors."""
+    """Config and tokenizer next to safetensors."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", weights):
         storage.put(f"hf/Some-Model/{name}", name.encode())
     path = local_copy("gs://bucket/hf/Some-Model", silent)
@@ -103,7 +103,7 @@ def test_a_hugging_face_directory(storage: Storage, weights: str) -> None:
 
 
 def test_a_directory_with_original_inside(storage: Storage) -> None:
-    """Meta's files one level below; the model keeps its name."""
+    """The model keeps the name of the parent directory."""
     for name in ("params.json", "tokenizer.model", "consolidated.00.pth"):
         storage.put(f"x/Llama-3.2-1B/original/{name}", name.encode())
     storage.put("x/Llama-3.2-1B/README.md", b"x")
@@ -113,7 +113,7 @@ def test_a_directory_with_original_inside(storage: Storage) -> None:
 
 
 def test_a_gguf_file(storage: Storage) -> None:
-    """Named directly."""
+    """The address of a .gguf file."""
     storage.put("x/Some-Model.Q8_0.gguf", WEIGHTS)
     path = local_copy("gs://bucket/x/Some-Model.Q8_0.gguf", silent)
     assert path.name == "Some-Model.Q8_0.gguf"
@@ -124,7 +124,7 @@ def test_a_gguf_file(storage: Storage) -> None:
 
 
 def test_it_is_found_and_opens(storage: Storage, tiny_dir: Path) -> None:
-    """A real, small model: by its address, its name kept; also by a Path, which loses a slash."""
+    """A real, small model, by its address or by a `Path`, which drops a slash. It keeps its name."""
     for file in tiny_dir.iterdir():
         storage.put(f"x/Tiny-Instruct/{file.name}", file.read_bytes())
     path = find_model("gs://bucket/x/Tiny-Instruct")
@@ -136,11 +136,11 @@ def test_it_is_found_and_opens(storage: Storage, tiny_dir: Path) -> None:
     assert tokenizer.n_vocab == there.tokenizer.n_vocab
 
 
-# --- What goes wrong --------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------
 
 
 def test_an_interrupted_copy_goes_on(storage: Storage) -> None:
-    """From the byte where it ended."""
+    """From the byte at which it was interrupted."""
     storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS * 20)
 
     def interrupt(stage: str, done: int, total: int) -> None:
@@ -160,7 +160,7 @@ def test_an_interrupted_copy_goes_on(storage: Storage) -> None:
 
 
 def test_a_dropped_connection(storage: Storage) -> None:
-    """blobfile asks again."""
+    """blobfile retries."""
     file = storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS)
     file.drops = [300_000]
     assert (local_copy(AT, silent) / "consolidated.00.pth").read_bytes() == WEIGHTS
@@ -168,16 +168,14 @@ def test_a_dropped_connection(storage: Storage) -> None:
 
 @pytest.mark.parametrize("content", [WEIGHTS[:-1], WEIGHTS[::-1]])
 def test_weights_that_are_not_what_the_store_says(storage: Storage, content: bytes) -> None:
-    """Size and MD5; nothing is kept of them."""
+    """A wrong size or MD5: the file is deleted."""
     storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS).data = content
-    assert_rejected(
-        lambda: local_copy(AT, silent), CheckpointError, f"{AT}/consolidated.00.pth", "nothing of it was kept"
-    )
+    assert_rejected(lambda: local_copy(AT, silent), CheckpointError, f"{AT}/consolidated.00.pth", "deleted")
     assert not any("consolidated" in name for name in cached())
 
 
 def test_the_checklist_decides_where_the_store_has_no_checksum(storage: Storage) -> None:
-    """Composite objects have none."""
+    """Composite objects do not have an MD5."""
     storage.put("models/Tiny-Llama/consolidated.00.pth", WEIGHTS, md5Hash="")
     for data, whole in ((WEIGHTS[::-1], False), (WEIGHTS, True)):
         checklist = f"{hashlib.md5(data).hexdigest()}  ./consolidated.00.pth\n".encode()
@@ -189,21 +187,21 @@ def test_the_checklist_decides_where_the_store_has_no_checksum(storage: Storage)
 
 
 def test_a_small_file_that_is_large(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read up to a bound."""
+    """It is read up to the limit."""
     monkeypatch.setattr("llama_scratch.download.cloud._MAX_SMALL", 1000)
     storage.put("models/Tiny-Llama/tokenizer.model", bytes(1001))
     assert_rejected(lambda: local_copy(AT, silent), CheckpointError, "tokenizer.model", "1,000")
 
 
 def test_no_room(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said before the weights are fetched."""
+    """The error comes before the weights are downloaded."""
     monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: Room())
-    assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, "room for 0.0 GB")
+    assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, "0.0 GB of free space")
     assert "consolidated.00.pth" not in storage.fetched()
 
 
 class Room:
-    """What a full disk says of itself."""
+    """The usage of a full disk."""
 
     free = 1000
 
@@ -212,13 +210,13 @@ class Room:
     "address", ["gs://bucket/nothing", "gs://bucket/nothing.gguf", "gs://bucket/models", "gs://bucket/x/.."]
 )
 def test_nothing_there(storage: Storage, address: str) -> None:
-    """Named as it was given."""
+    """The error contains the address as given."""
     assert_rejected(lambda: local_copy(address, silent), ModelNotFoundError, address)
 
 
 @pytest.mark.parametrize("status", [401, 403, 400])
 def test_a_store_that_refuses(storage: Storage, status: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """The address, the reason and how to log in, in one sentence; blobfile prints nothing of its own."""
+    """The error has the address, the reason and how to log in; blobfile prints nothing."""
     storage.server.files.clear()
     storage.server.otherwise = Answer(status, b"{}")
     assert_rejected(lambda: local_copy(AT, silent), LlamaScratchError, AT, str(status), "gcloud auth", "az login")
@@ -226,7 +224,7 @@ def test_a_store_that_refuses(storage: Storage, status: int, capfd: pytest.Captu
 
 
 def test_no_connection(storage: Storage, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends after some tries, and blobfile prints nothing of its own."""
+    """It gives up after some retries, and blobfile prints nothing."""
     with serving() as other:
         pool = Pool(other.url)
     monkeypatch.setattr("blobfile._common.global_pool_director.get_http_pool", lambda: pool)
@@ -253,13 +251,13 @@ def test_no_connection(storage: Storage, capfd: pytest.CaptureFixture[str], monk
     ],
 )
 def test_addresses(given: str, address: str | None) -> None:
-    """gs:// and az://, and what is left of them in a Path."""
+    """gs:// and az://, also with the slash that a `Path` drops."""
     assert remote_address(given) == address
 
 
 @pytest.mark.parametrize("name", ["a b", "...x", "ä", "a\n", "a;b"])
 def test_an_odd_name_stays_in_the_cache(storage: Storage, name: str) -> None:
-    """What is at the end of an address becomes a folder's name."""
+    """The last part of an address becomes a valid folder name."""
     for file in ("params.json", "consolidated.00.pth"):
         storage.put(f"x/{name}/{file}", b"{}")
     path = local_copy(f"gs://bucket/x/{name}", silent).resolve()

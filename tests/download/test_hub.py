@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: fetched from a hub on loopback, found again with no network at all."""
+"""Models from the Hugging Face Hub: downloaded from a local test server, then found without a network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WEIGHTS = random.Random(0).randbytes(700_000)
 
 
 class Hub:
-    """What the hub says of one repository, on a server of its own."""
+    """A test server that acts as the hub for one repository."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -63,7 +63,7 @@ class Hub:
         self.files: dict[str, File] = {}
 
     def offer(self, files: dict[str, bytes], revision: str = "main", commit: str = COMMIT) -> None:
-        """Files of a revision; weights are kept by their SHA-256 (LFS), others by a hash of git's."""
+        """Serve the files of a revision: weights by their SHA-256 (LFS), others by their git hash."""
         siblings = []
         for name, data in files.items():
             sha256, large = hashlib.sha256(data).hexdigest(), name.endswith((".safetensors", ".pth", ".bin", ".gguf"))
@@ -82,7 +82,7 @@ class Hub:
             self.server.files[f"/api/models/{ID}/revision/{place}"] = Answer(200, body, headers)
 
     def asked(self) -> set[str]:
-        """Names of the files whose content was asked for."""
+        """Names of the files whose content was requested."""
         marker = "/resolve/"
         paths = [path for method, path, _ in self.server.requests if method == "GET" and marker in path]
         return {path.split(marker)[1].partition("/")[2] for path in paths}
@@ -90,7 +90,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one repository, and an empty cache in the home."""
+    """A hub with one repository, and an empty cache in the home directory."""
     with serving() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -122,11 +122,11 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-# --- What is fetched --------------------------------------------------------------------------
+# --- Downloads --------------------------------------------------------------------------------
 
 
 def test_only_what_is_needed(hub: Hub) -> None:
-    """Config, tokenizer, template, license and safetensors; nothing else, and `original/` not at all."""
+    """Config, tokenizer, template, license and safetensors; nothing from `original/`."""
     said: list[str] = []
     assert pull(said=said) == snapshot()
     assert names(snapshot()) == {*SMALL, "model.safetensors"} == hub.asked()
@@ -135,7 +135,7 @@ def test_only_what_is_needed(hub: Hub) -> None:
 
 
 def test_the_license_comes_before_the_weights(hub: Hub) -> None:
-    """It is said while nothing was asked for but what the repository holds."""
+    """The license is printed before any file is requested."""
     for card, license in (({"license": "other", "license_name": "my-own"}, "my-own"), ({}, "not stated")):
         hub.card = card
         hub.offer({**SMALL, "model.safetensors": WEIGHTS})
@@ -152,7 +152,7 @@ def test_the_license_comes_before_the_weights(hub: Hub) -> None:
 
 
 def test_shards(hub: Hub) -> None:
-    """With their index; where there is a model.safetensors too, that one alone."""
+    """Shards come with their index. If there is also a model.safetensors, only that is downloaded."""
     shards = {f"model-0000{i}-of-00002.safetensors": bytes([i]) * 1000 for i in (1, 2)}
     index = {"model.safetensors.index.json": b"{}"}
     hub.offer({**SMALL, **shards, **index})
@@ -162,7 +162,7 @@ def test_shards(hub: Hub) -> None:
 
 
 def test_original_alone(hub: Hub) -> None:
-    """Meta's files are taken where there are no safetensors."""
+    """Meta's files are downloaded if there are no safetensors."""
     meta = {"params.json": b"{}", "tokenizer.model": b"t", "consolidated.00.pth": b"c", "consolidated.01.pth": b"d"}
     hub.offer({**{f"original/{name}": data for name, data in meta.items()}, "README.md": b"x", "x.bin": b"x"})
     assert pull() == snapshot() / "original" == find_model(ID)
@@ -170,7 +170,7 @@ def test_original_alone(hub: Hub) -> None:
 
 
 def test_what_was_fetched_is_found_offline(hub: Hub) -> None:
-    """By OWNER/REPO, with the revision where it is another; the server is not asked and need not be there."""
+    """By OWNER/REPO and, if it is not main, the revision, without a request to the server."""
     pull()
     hub.offer({**SMALL, "model.safetensors": b"other"}, revision="v2/beta", commit=OTHER)
     pull(f"{ID}@v2/beta")
@@ -181,7 +181,7 @@ def test_what_was_fetched_is_found_offline(hub: Hub) -> None:
 
 
 def test_a_second_pull_fetches_nothing(hub: Hub) -> None:
-    """It asks what there is, and is content."""
+    """It requests only the metadata."""
     pull()
     hub.server.requests.clear()
     assert pull() == snapshot()
@@ -189,7 +189,7 @@ def test_a_second_pull_fetches_nothing(hub: Hub) -> None:
 
 
 def test_a_cache_without_links(hub: Hub) -> None:
-    """Where the file system has none, the files themselves lie in the snapshot; they are not fetched again."""
+    """Without symlinks the snapshot contains the files themselves. They are not downloaded again."""
     pull()
     for path in snapshot().iterdir():
         path.resolve().rename(path)
@@ -199,7 +199,7 @@ def test_a_cache_without_links(hub: Hub) -> None:
 
 
 def test_a_new_commit(hub: Hub) -> None:
-    """What did not change is not fetched again, and the name means the new one."""
+    """Unchanged files are not downloaded again, and the name refers to the new commit."""
     pull()
     hub.server.requests.clear()
     hub.offer(
@@ -210,7 +210,7 @@ def test_a_new_commit(hub: Hub) -> None:
 
 
 def test_the_cache_is_the_hubs_own(hub: Hub) -> None:
-    """What huggingface_hub fetched is found, and what was fetched here huggingface_hub finds."""
+    """Files that huggingface_hub downloaded are found, and vice versa."""
     for name in (*SMALL, "model.safetensors"):
         huggingface_hub.hf_hub_download(ID, name, cache_dir=cache())
     assert find_model(ID) == snapshot()
@@ -234,7 +234,7 @@ def test_the_cache_is_the_hubs_own(hub: Hub) -> None:
     ],
 )
 def test_where_the_cache_is(hub: Hub, variables: dict[str, str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As huggingface_hub reads the environment."""
+    """The same environment variables as in huggingface_hub."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert pull().is_relative_to(Path.home() / place)
@@ -246,7 +246,7 @@ def test_where_the_cache_is(hub: Hub, variables: dict[str, str], place: str, mon
 
 
 def test_the_token_goes_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_TOKEN is sent with every request, and not to the store that the hub sends on to."""
+    """HF_TOKEN is sent with every request to the hub."""
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
     pull()
     assert {headers.get("authorization", headers.get("Authorization")) for _, _, headers in hub.server.requests} == {
@@ -254,7 +254,7 @@ def test_the_token_goes_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
-# --- What is not fetched ----------------------------------------------------------------------
+# --- Rejected repositories --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_the_token_goes_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_a_repository_without_readable_weights(hub: Hub, files: dict[str, bytes], says: list[str]) -> None:
-    """What it holds instead; nothing is fetched."""
+    """The error names the files that the repository has instead; nothing is downloaded."""
     hub.offer(files)
     assert_rejected(pull, CheckpointError, ID, *says)
     assert hub.asked() == set()
@@ -286,7 +286,7 @@ def test_a_repository_without_readable_weights(hub: Hub, files: dict[str, bytes]
     ],
 )
 def test_another_architecture(hub: Hub, config: bytes, says: str) -> None:
-    """config.json comes first, and nothing after it."""
+    """config.json is downloaded first, and nothing after it."""
     hub.offer({"model.safetensors": WEIGHTS, **SMALL, "config.json": config})
     assert_rejected(pull, CheckpointError, says)
     assert hub.asked() == {"config.json"}
@@ -295,7 +295,7 @@ def test_another_architecture(hub: Hub, config: bytes, says: str) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("at", ["config.json", "model.safetensors"])
 def test_a_gated_repository(hub: Hub, status: int, at: str) -> None:
-    """The steps to take, in their order."""
+    """The error lists the steps in the right order."""
     for place in (COMMIT, "main"):
         gated = Answer(status, headers={"X-Error-Code": "GatedRepo"})
         hub.server.files[f"/{ID}/resolve/{place}/{at}"] = gated
@@ -309,7 +309,7 @@ def test_a_gated_repository(hub: Hub, status: int, at: str) -> None:
         (ID, Answer(401, headers={"X-Error-Code": "GatedRepo"}), LlamaScratchError, ["license", "hf auth login"]),
         (ID, Answer(401, headers={"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, [ID, "private"]),
         (ID, Answer(401), LlamaScratchError, ["token", "hf auth login"]),
-        (ID, Answer(404, headers={"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, [ID, "check the name"]),
+        (ID, Answer(404, headers={"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, [ID, "Check the name"]),
         (f"{ID}@v9", Answer(404, headers={"X-Error-Code": "RevisionNotFound"}), ModelNotFoundError, [ID, "'v9'"]),
         (ID, Answer(403), LlamaScratchError, ["token"]),
         (ID, Answer(400), LlamaScratchError, ["400"]),
@@ -321,21 +321,21 @@ def test_a_gated_repository(hub: Hub, status: int, at: str) -> None:
 def test_a_hub_that_refuses(
     hub: Hub, name: str, answer: Answer, kind: type[LlamaScratchError], says: list[str]
 ) -> None:
-    """Each refusal is a sentence of its own."""
+    """Each kind of error has its own message."""
     hub.server.files = {f"/api/models/{ID}/revision/{name.partition('@')[2] or 'main'}": answer}
     assert_rejected(lambda: pull(name), kind, *says)
     assert not cache().exists() or not names(cache())
 
 
 def test_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, without a wait."""
+    """An error without retries."""
     with serving() as other:
         monkeypatch.setattr(constants, "ENDPOINT", other.url)
-    assert_rejected(pull, LlamaScratchError, "no connection", ID)
+    assert_rejected(pull, LlamaScratchError, "connection", ID)
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_HUB_OFFLINE is named; what is here already is no reason to complain."""
+    """The error names HF_HUB_OFFLINE, unless the model has already been downloaded."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_rejected(pull, ModelNotFoundError, "HF_HUB_OFFLINE", ID)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -345,7 +345,7 @@ def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_package(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra is optional; the sentence says how to get it. What is in the cache is found without."""
+    """The error says how to install the optional package. Models in the cache are found without it."""
     pull()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert_rejected(pull, LlamaScratchError, 'pip install ".[hub]"')
@@ -353,24 +353,24 @@ def test_without_the_package(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever file meets it."""
+    """For any file."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert_rejected(pull, LlamaScratchError, "No space left", "make room")
+    assert_rejected(pull, LlamaScratchError, "No space left", "space")
     monkeypatch.undo()
 
 
-# --- Interruptions and lies -------------------------------------------------------------------
+# --- Interruptions and wrong data -------------------------------------------------------------
 
 
 def test_weights_go_on_where_they_ended(hub: Hub) -> None:
-    """A connection that drops, in this run and before it."""
+    """A dropped connection, in this run and in an earlier one."""
     file = hub.files["model.safetensors"]
     file.drops = [300_000] + [0] * 10
-    assert_rejected(pull, LlamaScratchError, "goes on")
+    assert_rejected(pull, LlamaScratchError, "resumes")
     assert_rejected(lambda: find_model(ID), ModelNotFoundError, f"llama-scratch pull {ID}")
     file.drops = []
     hub.server.requests.clear()
@@ -381,14 +381,14 @@ def test_weights_go_on_where_they_ended(hub: Hub) -> None:
 
 
 def test_weights_with_another_checksum(hub: Hub) -> None:
-    """huggingface_hub would take them; here they are refused."""
+    """They are rejected. huggingface_hub would accept them."""
     hub.files["model.safetensors"].data = bytes(700_000)
     assert_rejected(pull, CheckpointError, "checksum")
     assert not (snapshot() / "model.safetensors").exists()
 
 
 def test_kill_9(hub: Hub) -> None:
-    """In the middle of the weights, by the program itself; the next run goes on, and `--model` finds it."""
+    """The program is killed in the middle of the weights. The next run resumes, and `--model` finds the model."""
     file = hub.files["model.safetensors"]
     file.stalls = [400_000]
     environment = os.environ | {"HF_ENDPOINT": hub.server.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
@@ -424,7 +424,7 @@ def test_kill_9(hub: Hub) -> None:
     ],
 )
 def test_a_name_of_the_hub(name: str, expected: tuple[str, str]) -> None:
-    """OWNER/REPO, with a revision or without."""
+    """OWNER/REPO, with or without a revision."""
     found = Repository.named(name)
     assert found
     assert (found.id, found.revision) == expected
@@ -451,12 +451,12 @@ def test_a_name_of_the_hub(name: str, expected: tuple[str, str]) -> None:
     ],
 )
 def test_a_name_that_is_none(name: str) -> None:
-    """Paths, and what would climb out of the cache."""
+    """Paths, and names that would escape from the cache."""
     assert Repository.named(name) is None
 
 
 def test_a_path_goes_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An existing directory of that name is what is meant; a Path is never a name."""
+    """An existing directory takes precedence, and a `Path` is never the name of a repository."""
     pull()
     monkeypatch.chdir(tmp_path)
     assert find_model(ID) == snapshot()
@@ -467,7 +467,7 @@ def test_a_path_goes_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("ref", ["", "x" * 40, "../../../x", "a" * 39, "\xff"])
 def test_a_damaged_cache(ref: str) -> None:
-    """A note that names no commit is none."""
+    """A ref that does not contain a commit is ignored."""
     folder = cache() / "models--some-org--Tiny-Llama"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs/main").write_bytes(ref.encode("latin-1"))
@@ -475,7 +475,7 @@ def test_a_damaged_cache(ref: str) -> None:
 
 
 def test_exit_codes(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
-    """By the command line: not fetched, not there, not readable."""
+    """On the command line: not downloaded, does not exist, not supported."""
     assert run(["--model", ID, "--prompt", "x"]) == 3
     assert f"llama-scratch pull {ID}" in capfd.readouterr().err
     assert run(["pull", "some-org/other"]) == 3
@@ -487,7 +487,7 @@ def test_exit_codes(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_open_model_needs_no_hub() -> None:
-    """Neither its name nor a hub's imports huggingface_hub or requests, while nothing is fetched."""
+    """Resolving a name imports neither huggingface_hub nor requests."""
     code = (
         "import sys; from llama_scratch.download.locate import find_model\n"
         "for name in ('smollm2', 'a/b', 'Llama3.2-1B'):\n"

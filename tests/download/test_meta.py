@@ -1,4 +1,4 @@
-"""Fetching Meta's models by the mailed link, from a server on loopback that misbehaves in every way known."""
+"""Downloading Meta's models with a link, from a local test server that misbehaves in every known way."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CHECKLIST = "".join(f"{md5}  ./{name}\n" for name, md5 in MD5S.items()).encode()
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """Meta's, with one model of two shards."""
+    """Meta's server with one model of two shards."""
     with serving() as server:
         for name, data in {**CONTENT, "checklist.chk": CHECKLIST}.items():
             server.files[f"{FOLDER}/{name}"] = File(data)
@@ -70,20 +70,20 @@ def folder() -> Path:
 
 
 def here() -> set[str]:
-    """The names below ~/.llama/checkpoints."""
+    """The names of all files in ~/.llama/checkpoints."""
     root = folder().parent
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 
 def is_whole() -> None:
-    """All files are there with the content that was published, and nothing beside them."""
+    """Check that all files have the published content, and that there are no other files."""
     assert here() == {NAME, *(f"{NAME}/{name}" for name in [*CONTENT, "checklist.chk"])}
     for name, data in CONTENT.items():
         assert (folder() / name).read_bytes() == data
 
 
 def rejected_without_secret(action: Callable[[], object], error: type[LlamaScratchError], *words: object) -> str:
-    """Like `assert_rejected`; nor is the secret in the traceback, which --debug shows."""
+    """Like `assert_rejected`, and check that the traceback, which --debug shows, does not contain the secret."""
 
     def watched() -> None:
         with pytest.raises(LlamaScratchError) as caught:
@@ -99,11 +99,11 @@ def no_secret_is_kept() -> None:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
 
 
-# --- What works -------------------------------------------------------------------------------
+# --- Downloads --------------------------------------------------------------------------------
 
 
 def test_a_model_is_fetched_once(server: Server) -> None:
-    """All files under their names, and a second run asks the server for nothing."""
+    """All files are downloaded, and a second run sends no requests."""
     assert pull(server) == (folder(), True)
     is_whole()
     asked = len(server.requests)
@@ -114,24 +114,24 @@ def test_a_model_is_fetched_once(server: Server) -> None:
 
 
 def test_the_link_is_used_as_meta_does(server: Server) -> None:
-    """The * stands for folder and file, and the rest of the link goes with it."""
+    """The * is replaced by folder and file; the rest of the link stays."""
     pull(server)
     paths = {path for _, path, _ in server.requests}
     assert f"{FOLDER}/params.json?Policy=eyJT&Signature={SECRET}&Key-Pair-Id=K15Q" in paths
-    assert {method for method, _, _ in server.requests} == {"GET"}  # Meta's server refuses HEAD
+    assert {method for method, _, _ in server.requests} == {"GET"}  # Meta's server rejects HEAD
 
 
 @pytest.mark.parametrize("name", ["Llama3.2-1B", "Llama-3.2-1B"])
 @pytest.mark.parametrize("served", ["/Llama-3.2-1B", "/Llama3.2-1B"])
 def test_both_spellings(server: Server, name: str, served: str) -> None:
-    """Meta's name and Hugging Face's lead into the same folder here, whichever the server has."""
+    """Meta's and Hugging Face's spelling mean the same local folder, whichever the server uses."""
     server.files = {path.replace(FOLDER, served): file for path, file in server.files.items()}
     assert pull(server, name)[0] == folder()
     is_whole()
 
 
 def test_the_progress_is_of_all_files(server: Server) -> None:
-    """It never goes back, and ends at the sum of the shards."""
+    """It never decreases, and ends at the sum of the shards."""
     seen: list[tuple[str, int, int]] = []
     pull_meta(NAME, link(server), lambda *report: seen.append(report), QUICK)
     fetched = [(done, total) for stage, done, total in seen if stage.startswith("fetching")]
@@ -142,7 +142,7 @@ def test_the_progress_is_of_all_files(server: Server) -> None:
 
 
 def test_a_fetched_model_is_found_and_opens(server: Server, tiny_dir: Path) -> None:
-    """A real, small model of Meta's form: by its name, and as the first of the usual places."""
+    """A real, small model in Meta's format, found by its name and as the first of the usual places."""
     files = {path.name: path.read_bytes() for path in tiny_dir.iterdir()}
     sums = "".join(f"{hashlib.md5(data).hexdigest()}  {name}\r\n" for name, data in files.items())
     server.files = {f"{FOLDER}/{name}": File(data) for name, data in {**files, "checklist.chk": sums.encode()}.items()}
@@ -152,7 +152,7 @@ def test_a_fetched_model_is_found_and_opens(server: Server, tiny_dir: Path) -> N
 
 
 def test_what_is_there_and_right_stays(server: Server) -> None:
-    """A damaged file alone is fetched again, and replaced when the new one is whole."""
+    """Only a damaged file is downloaded again, and replaced when the new one is complete."""
     pull(server)
     (folder() / SHARDS[1]).write_bytes(b"damaged")
     inode = (folder() / SHARDS[0]).stat().st_ino
@@ -164,12 +164,12 @@ def test_what_is_there_and_right_stays(server: Server) -> None:
     assert asked == {f"{FOLDER}/checklist.chk", f"{FOLDER}/{SHARDS[1]}"}
 
 
-# --- Connections that break -------------------------------------------------------------------
+# --- Connection failures ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_dropped_connection(server: Server, ranges: bool) -> None:
-    """It goes on from there; where the server refuses ranges, from the beginning."""
+    """The download resumes, or restarts if the server does not support ranges."""
     weights(server).drops, weights(server).ranges = [300_000], ranges
     pull(server)
     is_whole()
@@ -178,7 +178,7 @@ def test_a_dropped_connection(server: Server, ranges: bool) -> None:
 
 
 def test_many_drops_on_the_way(server: Server) -> None:
-    """As long as something new comes, there is no limit of tries."""
+    """The number of attempts is not limited while there is progress."""
     weights(server).drops = [70_000] * 8
     pull(server)
     is_whole()
@@ -186,9 +186,9 @@ def test_many_drops_on_the_way(server: Server) -> None:
 
 
 def test_a_server_that_only_drops(server: Server) -> None:
-    """It ends, says so, keeps what came, and the next run goes on from there."""
+    """The download fails with an error and keeps the partial file; the next run resumes it."""
     weights(server).drops = [300_000] + [0] * 100
-    rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0], "dropped", "goes on")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0], "dropped", "resumes")
     part = folder().parent / f".{NAME}.part" / f"{SHARDS[0]}.part"
     assert part.stat().st_size == 300_000
     assert not folder().exists()
@@ -201,14 +201,14 @@ def test_a_server_that_only_drops(server: Server) -> None:
 
 @pytest.mark.parametrize("after", [0, 200_000])
 def test_a_server_that_stalls(server: Server, after: int) -> None:
-    """A connection without a byte for too long is given up, and another one goes on."""
+    """A connection that times out is closed, and a new one resumes the download."""
     weights(server).stalls = [after]
     pull(server)
     is_whole()
 
 
 def test_a_server_that_is_busy(server: Server) -> None:
-    """503 and 429 pass."""
+    """503, 429 and 500 are retried."""
     weights(server).first = [Answer(503), Answer(429, b"slow down")]
     first = server.files[f"{FOLDER}/params.json"]
     assert isinstance(first, File)
@@ -218,7 +218,7 @@ def test_a_server_that_is_busy(server: Server) -> None:
 
 
 def test_a_server_that_is_not_there() -> None:
-    """One sentence after some tries."""
+    """An error after some attempts."""
     with serving() as server:
         address = link(server)
     rejected_without_secret(
@@ -227,13 +227,13 @@ def test_a_server_that_is_not_there() -> None:
     assert not folder().exists()
 
 
-# --- Versions that change ---------------------------------------------------------------------
+# --- Changed files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("if_range", [True, False])
 @pytest.mark.parametrize("identity", [("etag", '"2"'), ("modified", "Tue, 02 Jan 2024 00:00:00 GMT")])
 def test_a_file_that_changes_between_two_tries(server: Server, identity: tuple[str, str], if_range: bool) -> None:
-    """Its new version is fetched from the beginning, also where the server ignores `If-Range`."""
+    """The new version is downloaded from the beginning, even if the server ignores `If-Range`."""
     file = weights(server)
     new, file.data = file.data, bytes(700_000)
     file.etag, file.modified, file.if_range = 'W/"weak"', "Mon, 01 Jan 2024 00:00:00 GMT", if_range
@@ -250,11 +250,11 @@ def test_a_file_that_changes_between_two_tries(server: Server, identity: tuple[s
     pull_meta(NAME, link(server), lambda stage, done, total: seen.append(done) if "1 of" in stage else None, QUICK)
     is_whole()
     assert server.ranges(f"{FOLDER}/{SHARDS[0]}") == ["bytes=300000-"] + [""] * (not if_range)
-    assert seen[0] < 300_000  # nothing of the new version was put behind the old one
+    assert seen[0] < 300_000  # the new version was not appended to the old one
 
 
 def test_a_file_that_changes_unnoticed(server: Server) -> None:
-    """Nothing identifies its version: the checksum finds it, and all of it is fetched once more."""
+    """Without a version, the checksum detects the change, and the file is downloaded again."""
     file = weights(server)
     new, file.data, file.etag = file.data, bytes(700_000), ""
     file.drops = [300_000] + [0] * 10
@@ -270,14 +270,14 @@ def test_a_file_that_changes_unnoticed(server: Server) -> None:
 
 @pytest.mark.parametrize("told", ["bytes 0-699999/700000", "bytes 5/x", "nonsense", "bytes 300001-699999/700000"])
 def test_a_wrong_content_range(server: Server, told: str) -> None:
-    """What was sent is not what was asked for: from the beginning."""
+    """The server sent a different range than requested, so the download restarts."""
     weights(server).drops, weights(server).content_range = [300_000], told
     pull(server)
     is_whole()
 
 
 def test_a_part_that_is_too_long(server: Server) -> None:
-    """The server has nothing behind it (416): from the beginning."""
+    """The range is beyond the end of the file (416), so the download restarts."""
     work = folder().parent / f".{NAME}.part"
     work.mkdir(parents=True)
     (work / f"{SHARDS[0]}.part").write_bytes(bytes(800_000))
@@ -286,7 +286,7 @@ def test_a_part_that_is_too_long(server: Server) -> None:
 
 
 def test_a_part_that_is_all_of_it(server: Server) -> None:
-    """Killed between the last byte and the name: nothing is fetched again."""
+    """Killed between the last byte and the rename: nothing is downloaded again."""
     work = folder().parent / f".{NAME}.part"
     work.mkdir(parents=True)
     (work / f"{SHARDS[0]}.part").write_bytes(CONTENT[SHARDS[0]])
@@ -295,46 +295,46 @@ def test_a_part_that_is_all_of_it(server: Server) -> None:
     assert server.ranges(f"{FOLDER}/{SHARDS[0]}") == ["bytes=700000-"]
 
 
-# --- Lies -------------------------------------------------------------------------------------
+# --- Wrong data -------------------------------------------------------------------------------
 
 
 def test_a_length_that_is_too_short(server: Server) -> None:
-    """The announced bytes alone do not have the checksum; nothing is kept."""
+    """The announced bytes do not match the checksum, so the file is deleted."""
     weights(server).length = "500000"
     rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[0], "checksum")
     assert not any(SHARDS[0] in name for name in here())
 
 
 def test_a_length_that_is_too_long(server: Server) -> None:
-    """The end comes early; the next range says that this was all."""
+    """The connection ends early; the response to the next range shows that the file is complete."""
     weights(server).length = "900000"
     pull(server)
     is_whole()
 
 
 def test_a_length_that_is_too_long_without_ranges(server: Server) -> None:
-    """Nobody can say that this was all: it ends after some tries."""
+    """The file is never known to be complete, so the download fails after some attempts."""
     weights(server).length, weights(server).ranges = "900000", False
     rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0])
 
 
 @pytest.mark.parametrize("length", ["", "-5", "1e9", "9" * 30])
 def test_no_length(server: Server, length: str) -> None:
-    """Of a large file nothing is taken before its length is known."""
+    """A large file without a length is not downloaded."""
     weights(server).length, weights(server).endless = length, True
     rejected_without_secret(lambda: pull(server), LlamaScratchError, SHARDS[0])
     assert not any(SHARDS[0] in name for name in here())
 
 
 def test_an_absurd_length(server: Server) -> None:
-    """It is refused before anything is written."""
+    """It is rejected before anything is written."""
     weights(server).length = "9" * 17
     rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[0], "at most")
 
 
 @pytest.mark.parametrize("name", ["checklist.chk", "params.json", "tokenizer.model"])
 def test_a_small_file_that_never_ends(server: Server, name: str) -> None:
-    """It is read up to its bound."""
+    """It is read up to its limit."""
     file = server.files[f"{FOLDER}/{name}"]
     assert isinstance(file, File)
     file.endless, file.length = True, ""
@@ -343,13 +343,13 @@ def test_a_small_file_that_never_ends(server: Server, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["params.json", "tokenizer.model"])
 def test_a_small_file_with_another_content(server: Server, name: str) -> None:
-    """checklist.chk decides."""
+    """The MD5 in checklist.chk decides."""
     server.files[f"{FOLDER}/{name}"] = File(b"{}")
     rejected_without_secret(lambda: pull(server), CheckpointError, name, "MD5")
 
 
 def test_params_that_no_checklist_names(server: Server) -> None:
-    """They must be JSON at least."""
+    """Without a checksum they must at least be JSON."""
     rest = b"".join(line for line in CHECKLIST.splitlines(True) if b"params" not in line)
     server.files[f"{FOLDER}/checklist.chk"] = File(rest)
     server.files[f"{FOLDER}/params.json"] = File(b"[" * 100_000)
@@ -360,7 +360,7 @@ def test_params_that_no_checklist_names(server: Server) -> None:
 
 
 def test_weights_with_another_content(server: Server) -> None:
-    """Nothing of them is kept, the good files are."""
+    """The file is deleted; the undamaged files are kept."""
     weights(server, 1).data = bytes(700_000)
     rejected_without_secret(lambda: pull(server), CheckpointError, SHARDS[1], "checksum")
     assert not folder().exists()
@@ -382,14 +382,14 @@ def test_weights_with_another_content(server: Server) -> None:
     ],
 )
 def test_a_checklist_that_is_none(server: Server, checklist: bytes) -> None:
-    """Its names decide what is fetched: shards without a gap, at most 64 of them."""
+    """It must list at most 64 shards, without a gap."""
     server.files[f"{FOLDER}/checklist.chk"] = File(checklist)
     rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk")
     assert not folder().exists()
 
 
 def test_names_in_the_checklist_that_are_none_of_a_model(server: Server, tmp_path: Path) -> None:
-    """They are neither fetched nor written; one that leads to another folder is in no list of Meta's."""
+    """Unknown names are neither downloaded nor written; a path to another folder is rejected."""
     for name in ("../../evil", "/evil", "a/../../evil"):
         server.files[f"{FOLDER}/checklist.chk"] = File(CHECKLIST + f"{'0' * 32}  {name}\n".encode())
         rejected_without_secret(lambda: pull(server), CheckpointError, "checklist.chk", name, "in this directory")
@@ -406,7 +406,7 @@ def test_names_in_the_checklist_that_are_none_of_a_model(server: Server, tmp_pat
 @pytest.mark.parametrize("answer", [Answer(403, HTML), Answer(403, XML), Answer(403), Answer(401), Answer(200, HTML)])
 @pytest.mark.parametrize("at", ["checklist.chk", "tokenizer.model", SHARDS[0]])
 def test_an_expired_link(server: Server, answer: Answer, at: str) -> None:
-    """Whatever the server says about it: the sentence says that it has expired and where to ask for a new one."""
+    """For any answer of the server, the error says that the link has expired and where to request a new one."""
     file = server.files[f"{FOLDER}/{at}"]
     assert isinstance(file, File)
     file.first = [answer]
@@ -420,10 +420,10 @@ def test_an_expired_link(server: Server, answer: Answer, at: str) -> None:
 
 @pytest.mark.parametrize("answer", [Answer(403, XML), Answer(200, HTML)])
 def test_a_link_that_expires_on_the_way(server: Server, answer: Answer) -> None:
-    """What came before is kept, and the new link goes on from there."""
+    """The partial download is kept, and resumes with the new link."""
     weights(server).drops = [300_000]
     weights(server).sent = lambda count: weights(server).first.append(answer) if count > 250_000 else None
-    rejected_without_secret(lambda: pull(server), LlamaScratchError, "expired", "goes on")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, "expired", "resumes")
     weights(server).sent, weights(server).first = lambda count: None, []
     server.requests.clear()
     pull(server)
@@ -432,9 +432,9 @@ def test_a_link_that_expires_on_the_way(server: Server, answer: Answer) -> None:
 
 
 def test_a_model_that_the_link_is_not_for(server: Server) -> None:
-    """404."""
+    """The server answers with 404."""
     server.otherwise = Answer(404)
-    rejected_without_secret(lambda: pull(server, "Llama3.1-8B"), LlamaScratchError, "Llama3.1-8B", "check the name")
+    rejected_without_secret(lambda: pull(server, "Llama3.1-8B"), LlamaScratchError, "Llama3.1-8B", "Check the name")
 
 
 @pytest.mark.parametrize(
@@ -455,13 +455,13 @@ def test_a_model_that_the_link_is_not_for(server: Server) -> None:
     ],
 )
 def test_a_link_that_is_none(given: str, says: str) -> None:
-    """What is wrong with it; nothing is asked of any server."""
+    """The error says what is wrong with the link; no request is sent."""
     rejected_without_secret(lambda: pull_meta(NAME, given, silent, QUICK), UsageError, says, "single quotes")
     assert not folder().exists()
 
 
 def test_a_link_with_what_shells_and_mails_add(server: Server) -> None:
-    """Backslashes and line breaks."""
+    """Backslashes and line breaks are removed."""
     pasted = link(server).replace("?", "\\?").replace("&", "\\&\n") + "\n"
     pull_meta(NAME, pasted, silent, QUICK)
     is_whole()
@@ -471,13 +471,13 @@ def test_a_link_with_what_shells_and_mails_add(server: Server) -> None:
     "name", ["", ".", "..", "../x", "/etc", "a/b", ".hidden", "a..b", "a\x00b", "a b", "x" * 101, "-x"]
 )
 def test_a_name_that_climbs(server: Server, name: str) -> None:
-    """It is a folder's name and a part of an address: letters, digits, hyphens, single dots."""
+    """A name becomes a folder name and part of a URL: letters, digits, hyphens and single dots only."""
     rejected_without_secret(lambda: pull(server, name), UsageError, "Llama3.2-1B")
     assert server.requests == []
 
 
 def test_a_quantized_release(server: Server) -> None:
-    """Refused before gigabytes are fetched."""
+    """It is rejected before gigabytes are downloaded."""
     rejected_without_secret(
         lambda: pull(server, "Llama3.2-1B-Instruct:int4-qlora-eo8"), UsageError, "quantized", "int4-qlora-eo8"
     )
@@ -486,8 +486,8 @@ def test_a_quantized_release(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["Llama3.1-405B", "Llama-3.1-405B-Instruct"])
 def test_the_model_whose_plain_name_means_quantized_weights(server: Server, name: str) -> None:
-    """Half a terabyte that could not be run; the bf16 release lies in a folder of its own."""
-    rejected_without_secret(lambda: pull(server, name), UsageError, "fp8", f"name {name}:bf16-mp8")
+    """405B is fp8 by default, half a terabyte that is not supported. The bf16 release has its own folder."""
+    rejected_without_secret(lambda: pull(server, name), UsageError, "fp8", f"{name}:bf16-mp8")
     assert server.requests == []
     for file, data in {**CONTENT, "checklist.chk": CHECKLIST}.items():
         server.files[f"/Llama-3.1-{name[name.index('405B') :]}-MP8/{file}"] = File(data)
@@ -498,7 +498,7 @@ def test_the_model_whose_plain_name_means_quantized_weights(server: Server, name
 
 
 def test_a_redirection(server: Server) -> None:
-    """On the same server it is followed; to another address without https never, and not for ever."""
+    """Redirects are followed on the same server, up to a limit, and never to another host without https."""
     weights(server).first = [Answer(302, headers={"Location": f"{FOLDER}/{SHARDS[0]}"})]
     pull(server)
     is_whole()
@@ -511,14 +511,14 @@ def test_a_redirection(server: Server) -> None:
     rejected_without_secret(lambda: pull(server), LlamaScratchError, "TooManyRedirects")
 
 
-# --- The disk, and others at work -------------------------------------------------------------
+# --- Disk errors and concurrent downloads -----------------------------------------------------
 
 
 def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before: the numbers. On the way: what was written stays."""
+    """If it is known before: the numbers. During the download: the partial file is kept."""
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("llama_scratch.download.http.shutil.disk_usage", lambda _: usage(free=100_000))
-    rejected_without_secret(lambda: pull(server), LlamaScratchError, "room for 0.0 GB", SHARDS[0])
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, "0.0 GB of free space", SHARDS[0])
     monkeypatch.undo()
 
     def full(path: Path) -> bool:
@@ -534,13 +534,13 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_that_cannot_be_written(server: Server) -> None:
-    """A file in its place: named."""
+    """A file in place of the folder: the error names it."""
     (Path.home() / ".llama").write_bytes(b"")
     rejected_without_secret(lambda: pull(server), LlamaScratchError, Path.home() / ".llama")
 
 
 def test_two_at_once(server: Server) -> None:
-    """The second one is told to wait, and nothing is destroyed."""
+    """The second download fails with an error, and the first one is not disturbed."""
     reached, report_progress = threading.Event(), threading.Event()
 
     def wait(count: int) -> None:
@@ -561,7 +561,7 @@ def test_two_at_once(server: Server) -> None:
 
 
 def test_the_lock_ends_with_the_work(tmp_path: Path) -> None:
-    """Also with an error."""
+    """The lock is also released after an error."""
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), exclusively(tmp_path, "x"):
             raise KeyboardInterrupt
@@ -572,7 +572,7 @@ def test_the_lock_ends_with_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["fetching file 1 of 2", "fetching file 2 of 2", "checking"])
 def test_ctrl_c_anywhere(server: Server, stage: str) -> None:
-    """Nothing under the model's name, and the next run fetches only what was missing."""
+    """The model's folder does not exist, and the next run downloads only the missing bytes."""
     fetched = 0
 
     def interrupt(now: str, done: int, total: int) -> None:
@@ -597,7 +597,7 @@ def test_ctrl_c_anywhere(server: Server, stage: str) -> None:
 
 
 def test_kill_9_at_some_moments(server: Server) -> None:
-    """A process that is killed with no chance to tidy up; each next one goes on, the last one ends."""
+    """A process is killed without cleaning up; each following one resumes, and the last one finishes."""
     script = (
         "import sys; from llama_scratch.download.meta import pull_meta; "
         "pull_meta(sys.argv[1], sys.argv[2], lambda *_: None)"
@@ -615,7 +615,7 @@ def test_kill_9_at_some_moments(server: Server) -> None:
         process = subprocess.Popen([sys.executable, "-c", script, NAME, link(server)], env=dict(os.environ))
         try:
             wait_for(held.is_set)
-            if shard == 1:  # a moment later, so that it is in the middle of writing what came
+            if shard == 1:  # a moment later, in the middle of writing the file
                 wait_for(lambda: any("consolidated.01.pth.part" in name for name in here()))
         finally:
             process.send_signal(signal.SIGKILL)
@@ -626,14 +626,14 @@ def test_kill_9_at_some_moments(server: Server) -> None:
     server.requests.clear()
     pull(server)
     is_whole()
-    assert server.ranges(f"{FOLDER}/{SHARDS[0]}") == []  # it was whole
+    assert server.ranges(f"{FOLDER}/{SHARDS[0]}") == []  # it was already complete
 
 
 # --- The command line -------------------------------------------------------------------------
 
 
 def test_the_command(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    """It says where the files are and what to run, and nothing on stdout; never the link."""
+    """It prints the folder and the next command to stderr, and never the link."""
     assert run(["pull", "Llama-3.2-1B", "--from-url", link(server)]) == 0
     out, err = capfd.readouterr()
     assert out == ""
@@ -647,7 +647,7 @@ def test_the_command(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_link_from_standard_input(
     server: Server, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it is in no history and no list of processes."""
+    """So that the link appears neither in the shell history nor in the process list."""
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(link(server) + "\n"))
@@ -656,7 +656,7 @@ def test_the_link_from_standard_input(
 
 
 def test_the_command_refused(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its exit codes; --debug does not show the link either."""
+    """The exit codes. Even --debug does not show the link."""
     server.files.clear()
     assert run(["--debug", "pull", NAME, "--from-url", link(server)]) == 1
     err = capfd.readouterr().err

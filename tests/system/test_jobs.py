@@ -1,4 +1,4 @@
-"""Jobs behind the answers: in order, over soon when closed, and never in the program's way."""
+"""Background jobs: in order, quickly closed, and never delaying the end of the program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.processes import SOON, until
 
 
 def void(_: object) -> None:
-    """A job returns nothing."""
+    """Discard a result."""
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -26,7 +26,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_nothing_runs_before_the_start() -> None:
-    """Making it costs nothing."""
+    """The constructor runs no job."""
     done: list[int] = []
     background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     assert not background.started
@@ -39,14 +39,14 @@ def test_nothing_runs_before_the_start() -> None:
 
 
 def test_jobs_run_in_their_order() -> None:
-    """One after another on one thread."""
+    """In order on one thread."""
     done: list[int] = []
     BackgroundJobs("packing", [(lambda i=i: done.append(i), 1) for i in range(50)]).wait()  # type: ignore[misc]
     assert done == list(range(50))
 
 
 def test_every_job_runs_once_on_several_threads() -> None:
-    """And they do run at the same time: each of two waits for the other."""
+    """They run concurrently: two jobs wait for each other."""
     both = threading.Barrier(2, timeout=SOON)
     done: list[int] = []
     jobs: list[Job] = [(lambda: void(both.wait()), 1)] * 2
@@ -56,7 +56,7 @@ def test_every_job_runs_once_on_several_threads() -> None:
 
 
 def test_starting_twice_runs_the_jobs_once() -> None:
-    """Every answer starts it."""
+    """Every answer calls `start`."""
     done: list[int] = []
     background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_starting_twice_runs_the_jobs_once() -> None:
 
 
 def test_where_there_is_no_job_all_is_done_at_once() -> None:
-    """Weights that are read where the file is mapped need no packing."""
+    """Weights that are used as mapped need no packing."""
     background = BackgroundJobs("packing", [])
     assert background.done
     assert not background.running
@@ -78,7 +78,7 @@ def test_where_there_is_no_job_all_is_done_at_once() -> None:
 
 
 def test_progress_is_counted_in_the_sizes_of_the_jobs() -> None:
-    """Before the first, between, and at the end."""
+    """Before the first job, between jobs, and at the end."""
     step = threading.Semaphore(0)
     background = BackgroundJobs("packing", [(lambda: void(step.acquire()), size) for size in (3, 4, 5)])
     assert background.progress == ("packing", 0, 12)
@@ -91,7 +91,7 @@ def test_progress_is_counted_in_the_sizes_of_the_jobs() -> None:
 
 
 def test_jobs_of_no_size_are_run_and_not_counted() -> None:
-    """A compiler's: all weights are as they should be before it ends."""
+    """Such as a compilation: all weights can be ready before it ends."""
     release = threading.Event()
     background = BackgroundJobs("packing", [(lambda: release.wait(SOON), 0), (lambda: None, 3)])
     small = BackgroundJobs("packing", [(lambda: release.wait(SOON), 0)])
@@ -109,7 +109,7 @@ def test_jobs_of_no_size_are_run_and_not_counted() -> None:
 
 
 def test_waiting_reports_the_progress() -> None:
-    """From the beginning, never backwards."""
+    """The progress never decreases."""
     told: list[tuple[str, int, int]] = []
     BackgroundJobs("packing", [(lambda: time.sleep(0.01), 2)] * 5).wait(lambda *report: told.append(report))
     assert told
@@ -118,7 +118,7 @@ def test_waiting_reports_the_progress() -> None:
 
 
 def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
-    """Each time that it is waited for."""
+    """The error is raised by each `wait`."""
     done: list[int] = []
     jobs: list[Job] = [(lambda: done.append(1), 1), (raising(MemoryError("no room")), 1), (lambda: done.append(2), 1)]
     background = BackgroundJobs("packing", jobs)
@@ -132,7 +132,7 @@ def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
 
 
 def test_a_job_that_failed_is_not_done() -> None:
-    """Else an answer would come from weights of another form than it says."""
+    """Otherwise an answer would claim the wrong weight format."""
     background = BackgroundJobs("packing", [(raising(MemoryError()), 1)])
     with pytest.raises(MemoryError):
         background.wait()
@@ -141,7 +141,7 @@ def test_a_job_that_failed_is_not_done() -> None:
 
 
 def test_the_first_of_several_errors_is_raised() -> None:
-    """The others are its consequences."""
+    """The other errors may be its consequences."""
     second_may_fail = threading.Event()
 
     def second() -> None:
@@ -158,7 +158,7 @@ def test_the_first_of_several_errors_is_raised() -> None:
 
 
 def test_closing_waits_for_the_job_that_runs_and_leaves_the_rest() -> None:
-    """When it comes back, nothing touches the weights any more."""
+    """After `close`, no thread uses the weights."""
     begun = threading.Event()
     done: list[int] = []
 
@@ -174,14 +174,14 @@ def test_closing_waits_for_the_job_that_runs_and_leaves_the_rest() -> None:
     assert done == [1]
     assert not any(thread.is_alive() for thread in background._threads)
     assert not background.done
-    background.close()  # twice is once
+    background.close()  # closing again has no effect
     background.start()
     background.wait()
     assert done == [1]
 
 
 def test_closing_before_the_start_runs_nothing() -> None:
-    """Not even when it is started afterwards."""
+    """Not even if it is started afterwards."""
     done: list[int] = []
     background = BackgroundJobs("packing", [(lambda: done.append(1), 1)])
     background.close()
@@ -201,7 +201,7 @@ background.start()
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3)], ids=["end", "exit"])
 def test_the_program_ends_without_the_jobs_that_are_left(end: str, code: int) -> None:
-    """Fifteen seconds of them; Python waits for the threads, and they end after the one that runs."""
+    """Python waits for the threads, which end after the running job although 15 seconds of jobs remain."""
     start = time.monotonic()
     result = subprocess.run([sys.executable, "-c", PROGRAM.format(end)], capture_output=True, timeout=30)
     assert time.monotonic() - start < 7
@@ -210,7 +210,7 @@ def test_the_program_ends_without_the_jobs_that_are_left(end: str, code: int) ->
 
 
 def test_a_long_job_ends_when_it_is_closed() -> None:
-    """At the next time that it says how far it is, which others see until then; and outside of one nothing happens."""
+    """It ends at its next `report_progress`, whose value is visible until then. Outside of a job this has no effect."""
     report_progress("calibrating", 1, 2)
     said = threading.Event()
 

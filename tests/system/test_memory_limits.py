@@ -1,4 +1,4 @@
-"""Limits set on the program count as the machine's memory does; too low a one is a sentence and exit code 5."""
+"""Memory limits of the process count like the machine's memory. A limit that is too low is an error (exit code 5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def group(folder: Path, **files: str) -> None:
 
 
 def test_version_2_counts_every_group_above_and_gives_up_cached_files(tmp_path: Path) -> None:
-    """ "max" is no limit; memory.high strikes before memory.max."""
+    """ "max" means unlimited; memory.high takes effect before memory.max."""
     membership, root = tmp_path / "membership", tmp_path / "root"
     membership.write_text("0::/a/b\n")
     stat = "anon 100\ninactive_file 300"
@@ -40,7 +40,7 @@ def test_version_2_counts_every_group_above_and_gives_up_cached_files(tmp_path: 
 
 
 def test_version_1_counts_the_memory_controller_only(tmp_path: Path) -> None:
-    """Its largest number is no limit, and what is used beyond a limit leaves nothing."""
+    """Its largest number means unlimited. If usage exceeds a limit, 0 bytes are free."""
     membership, root = tmp_path / "membership", tmp_path / "root"
     membership.write_text("5:cpu,memory:/a\n3:pids:/a\n0::/\n")
     stat = "inactive_file 7\ntotal_inactive_file 300"
@@ -51,13 +51,13 @@ def test_version_1_counts_the_memory_controller_only(tmp_path: Path) -> None:
 
 
 def test_no_groups_are_no_limit(tmp_path: Path) -> None:
-    """As on other systems."""
+    """On other systems."""
     assert list(_cgroups(tmp_path / "none", tmp_path)) == []
 
 
 @pytest.mark.parametrize(("kind", "name"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
 def test_a_resource_limit_leaves_what_is_not_yet_taken(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
-    """Less what the kernel says that the program has taken."""
+    """The limit minus the usage that the kernel reports."""
     status = Path("/proc/self/status").read_text()
     taken = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
     real = resource.getrlimit
@@ -71,7 +71,7 @@ def test_a_resource_limit_leaves_what_is_not_yet_taken(monkeypatch: pytest.Monke
 
 
 def test_want_of_memory_is_recognized_whoever_says_it() -> None:
-    """And nothing else is."""
+    """Other errors are not."""
     assert is_memory_error(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
     assert is_memory_error(OSError(12, "Cannot allocate memory"))
     assert is_memory_error(RuntimeError("can't start new thread"))
@@ -80,14 +80,14 @@ def test_want_of_memory_is_recognized_whoever_says_it() -> None:
 
 
 def test_a_model_file_that_cannot_be_mapped_is_want_of_memory(tmp_path: Path) -> None:
-    """And no file that is missing or may not be read."""
-    said = r"model\.gguf does not fit into this machine's memory; .* GB are free"
+    """It is not reported as missing or unreadable."""
+    said = r"model\.gguf does not fit into this machine's memory: .* GB are free"
     with pytest.raises(OutOfMemoryError, match=said), reading(tmp_path / "model.gguf"):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
 def test_a_limit_in_which_torch_cannot_be_read_is_a_sentence(tiny_dir: Path) -> None:
-    """In a process of its own; the sentence names the limit."""
+    """The error names the limit."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (200_000_000,) * 2); "
         "from llama_scratch.__main__ import main; main()"
@@ -95,7 +95,7 @@ def test_a_limit_in_which_torch_cannot_be_read_is_a_sentence(tiny_dir: Path) -> 
     command = [sys.executable, "-c", code, "--model-dir", str(tiny_dir), "--prompt", "the"]
     found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     assert (found.returncode, found.stdout) == (5, "")
-    assert "under a limit of 0.2 GB (RLIMIT_AS); raise it" in found.stderr
+    assert "under a limit of 0.2 GB (RLIMIT_AS). Raise it" in found.stderr
     assert found.stderr.count("\n") == 1
 
 
@@ -106,5 +106,5 @@ def test_a_file_that_a_limit_keeps_from_being_mapped_is_not_called_damaged(
         raise RuntimeError("unable to mmap 2471675547 bytes from file <x>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(torch, "load", no_room)
-    with pytest.raises(OutOfMemoryError, match=r"2\.5 GB more were asked for"):
+    with pytest.raises(OutOfMemoryError, match=r"2\.5 GB more were requested"):
         load_pth(tiny_dir / "consolidated.00.pth", silent)

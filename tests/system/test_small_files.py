@@ -1,4 +1,4 @@
-"""Small files: regular, bounded, UTF-8 without a byte order mark, and not a stand-in for another file."""
+"""Small files: regular, bounded, UTF-8 without a byte order mark, and not a placeholder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READERS: dict[str, Reader] = {
 
 @pytest.fixture(params=READERS.values(), ids=list(READERS))
 def reader(request: pytest.FixtureRequest) -> Reader:
-    """Each of the ways in which a small file is read."""
+    """Each function that reads a small file."""
     read: Reader = request.param
     return read
 
@@ -40,13 +40,13 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path, reader: Reader) -> None:
 
 
 def test_a_device_is_not_read(reader: Reader) -> None:
-    """/dev/zero never ends."""
+    """/dev/zero is endless."""
     with pytest.raises(CheckpointError, match="device"):
         reader(Path("/dev/zero"))
 
 
 def test_what_is_missing_or_a_directory_is_the_systems_error(tmp_path: Path) -> None:
-    """Callers know what was looked for; a name with a zero byte is one that no file has."""
+    """Callers add their own message. No file has a name with a zero byte."""
     for path, error in [(tmp_path / "no", FileNotFoundError), (tmp_path, IsADirectoryError)]:
         with pytest.raises(error):
             read_bytes(path, 100)
@@ -59,7 +59,7 @@ def test_the_null_device_is_an_empty_file() -> None:
 
 
 def test_a_pipe_that_the_process_inherited_is_read(tmp_path: Path) -> None:
-    """As of `--config <(…)`, whose path is /dev/fd/63; also if its writer is slow."""
+    """As in `--config <(…)`, whose path is /dev/fd/63, even if the writer is slow."""
     reading, writing = os.pipe()
 
     def write() -> None:
@@ -75,7 +75,7 @@ def test_a_pipe_that_the_process_inherited_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [101, 1 << 30, 20 << 30])
 def test_a_large_file_is_not_read(tmp_path: Path, size: int) -> None:
-    """Its size decides, so a sparse one of 20 GB takes no memory."""
+    """The size is checked first, so a sparse file of 20 GB takes no memory."""
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(size)
     with pytest.raises(UsageError, match=f"{size:,} bytes"):
@@ -84,7 +84,7 @@ def test_a_large_file_is_not_read(tmp_path: Path, size: int) -> None:
 
 
 def test_a_file_that_does_not_know_its_size_is_bounded() -> None:
-    """Those of /proc have 0 bytes by their status."""
+    """Files in /proc report a size of 0 bytes."""
     assert read_bytes("/proc/self/status", 1 << 16).startswith(b"Name:")
     with pytest.raises(CheckpointError, match="100 bytes"):
         read_bytes("/proc/self/status", 100)
@@ -104,7 +104,7 @@ def test_a_file_that_does_not_know_its_size_is_bounded() -> None:
     ],
 )
 def test_a_stand_in_is_named(tmp_path: Path, reader: Reader, content: bytes, says: str) -> None:
-    """The pointer of a clone without git-lfs, and the answers of servers that were saved as the file."""
+    """git-lfs pointers, and error pages that were saved in place of the file."""
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(CheckpointError, match=says):
         reader(tmp_path / "file")
@@ -125,7 +125,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("error", [UsageError, CheckpointError])
 def test_wide_text_is_named(encoding: str, error: type[LlamaScratchError]) -> None:
-    """With a mark and without."""
+    """With and without a byte order mark."""
     with pytest.raises(error, match=r"UTF-16.*UTF-8"):
         decode("top = 10\n".encode(encoding), "config.toml", error)
 
