@@ -108,9 +108,8 @@ def neurons(
         f"layers.{args.n_layers - 1}.resid_post",
     )
     captured: dict[str, Tensor] = {}
-    logits = llama.engine.forward_with_hooks(
-        [ids], {place: _last(captured, place) for place in places}, progress=progress
-    )[0, -1]
+    hooks = {place: _last(captured, place) for place in places}
+    logits = llama.engine.forward_with_hooks([ids], hooks, progress=progress)[0, -1]
     activations, out, stream = (captured[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
     answer = llama.candidates(logits, 1)[0]
     w2, dtype = cast(TransformerBlock, model.layers[layer]).feed_forward.w2, model.norm.weight.dtype
