@@ -268,7 +268,7 @@ def _claims(
     strongest = _strongest(contributions)[:CLAIMS]
     claims = []
     for done, contribution in enumerate(strongest):
-        progress("trying out", done, len(strongest))
+        progress("ablating", done, len(strongest))
         part = NetworkPart.named(contribution.name, llama.args)
         logits = llama.engine.forward_with_hooks([ids], ablate(llama, part).hooks)[0, 0]
         claims.append(AblationCheck(contribution, *_probabilities(logits, target)))

@@ -229,7 +229,7 @@ def dials(args: ModelArgs, position: int) -> tuple[RotaryPair, ...]:
 
 
 def _kind(ratio: float, factor: float) -> str:
-    # Up to rounding: both ends of the interpolation are exact in float32, or off by one bit.
+    # Up to rounding: both ends of the interpolation are exact in float32, or off by the last bit.
     if math.isclose(ratio, 1, rel_tol=1e-6):
         return "kept"
     return "divided" if math.isclose(ratio, 1 / factor, rel_tol=1e-6) else "smoothed"

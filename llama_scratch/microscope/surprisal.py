@@ -74,7 +74,7 @@ class Surprisal(JsonResult):
 
     @property
     def perplexity(self) -> float | None:
-        """e to the mean negative log-probability.
+        """Perplexity: e to the mean negative log-probability.
 
         None if no token was scored, or if it is too large for a float.
         """
@@ -154,8 +154,8 @@ def surprisal(llama: LoadedModel, prompt: Prompt, top: int = 5, progress: Progre
 def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | None]:
     """Return the bits of each character of the decoded text.
 
-    A character has the bits of its token, or the sum if it spans several tokens. It has no bits if one of
-    them was not predicted. The beginning-of-text token is left out.
+    A character has the bits of its token, or the sum if it spans several tokens. It has no bits if one of them was not
+    predicted. The beginning-of-text token is left out.
 
     Args:
         llama: The model.

@@ -62,7 +62,7 @@ class ValueView(JsonResult):
 
     Attributes:
         name: The name of the variable.
-        index: The index shown, as text. With more than two dimensions, it continues with −1 up to the last two.
+        index: The index shown, as text. If more than two dimensions remain, the leading ones are at -1.
         whole: The shape of the variable.
         shape: The shape at the requested index.
         dtype: The dtype.
@@ -123,7 +123,7 @@ def _statistics(value: Tensor) -> dict[str, Any]:
 
 
 def parsed(expression: str) -> tuple[str, Index]:
-    """Parse a name and an index, without evaluating anything. Raises `UsageError`."""
+    """Parse a name and an index as data. Raises `UsageError` for anything else."""
     matched = re.fullmatch(r"\s*([^\W\d]\w*)\s*(\[.{0,200}\])?\s*", expression.replace("…", "..."))
     try:
         if matched is None:

@@ -427,7 +427,7 @@ def test_an_interruption_anywhere_leaves_the_network_as_it_was(tiny_dir: Path) -
     why(network, IDS)  # reads the file's weights
     stages: list[str] = []
     why(network, IDS, progress=lambda stage, _done, _total: stages.append(stage))
-    assert {"attributing", "leaving out", "trying out"} <= set(stages)
+    assert {"attributing", "leaving out", "ablating"} <= set(stages)
     for at in range(len(stages)):
         calls = 0
 
