@@ -83,14 +83,14 @@ class Attribution(Displayable, JsonResult):
 
     Attributes:
         tokens: The tokens of the text.
-        answer: The token whose logit is attributed, with its probability in the network of the model.
+        answer: The token whose logit is attributed, with its probability in the precision of the model.
         versus: The token that it is compared with, if any.
         logit: The logit of `answer`, or the logit difference to `versus`, from the weights of the file in float32.
         contributions: Direct logit attribution: the contributions of the embedding, of each head and of each
             feed-forward layer, with the scale of the final norm held constant.
         remainder: `logit` minus the sum of the contributions: rounding.
         influences: One for each token of the text.
-        claims: The strongest contributions, checked by ablation in the network of the model.
+        claims: The strongest contributions, checked by ablation in the precision of the model.
     """
 
     tokens: tuple[Token, ...]

@@ -351,7 +351,7 @@ def test_of_a_long_text_the_last_piece_is_walked_through(llama: Llama, monkeypat
 
 
 def test_only_a_meaning_that_fits_is_shown() -> None:
-    """Of several shapes in a comment the last one with as many sizes; of a tuple each part has its own summary."""
+    """The last shape in the comment with that many dimensions is used, and tuples have one summary per element."""
     pair = (torch.ones(2, 3), torch.zeros(2, 3, 4))
     both = list(summaries("it", pair, ("(T, S)", "(T, dim)", "(B, T, dim)"), True))
     assert [(value.name, value.meaning, value.mean) for value in both] == [
