@@ -1,7 +1,7 @@
-"""What happens inside the network between a prompt and its next token?
+"""What happens inside the network between a prompt and the next token.
 
-Each module answers one question about a text with plain, frozen results: tokens, surprisal and tree from predictions;
-lens, attention, attribution and neurons from activations; interventions, patching and effect from a changed network;
-execution from a walk through `model.py`. Read `inspection` first, which offers most of them to a program, then
-`activations` and `parts`, on which the others rest, then the module of your question.
+Each module answers one question about a text and returns frozen dataclasses. `tokens`, `surprisal` and `tree` look at
+predictions; `lens`, `attention`, `attribution` and `neurons` at activations; `interventions`, `patching` and `effect`
+at a modified network; `execution` steps through `model.py`. Read `inspection` first: it offers most of them to Python
+programs. Then read `activations` and `parts`, which the other modules build on, and the module for your question.
 """

@@ -1,4 +1,4 @@
-"""The residual stream: what it holds before each layer, and what the layers make of one that was changed."""
+"""Activations of the residual stream, and the layers as functions of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from llama_scratch.system.progress import Progress, silent
 
 
 def keep(into: list[Tensor], positions: slice = slice(None)) -> Hook:
-    """A hook that reads: each value that comes by is put into a list, as it was at these positions."""
+    """Return a hook that records activations.
+
+    Args:
+        into: The list that each recorded value is appended to.
+        positions: The positions to record, by default all of them.
+    """
 
     def hook(value: Tensor, _start: int) -> None:
         into.append(value[:, positions].detach().clone())
@@ -26,29 +31,57 @@ def keep(into: list[Tensor], positions: slice = slice(None)) -> Hook:
 def activations(
     llama: LoadedModel, ids: Sequence[int], places: Sequence[str], progress: Progress = silent
 ) -> list[Tensor]:
-    """What stands at some places of the network while it reads a text: a tensor a place, without the B in front.
+    """Record the activations at some places of the network while it reads a text.
 
-    For a long text the pieces are put together. Raises as `Llama.predict` does, and `UsageError` for a place that there
-    is not, and for q, k, v and probs, whose first size is heads.
+    The chunks of a long text are concatenated. Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        places: The places, named as in `llama_scratch.hooks`.
+        progress: Called as by `Llama.predict`.
+
+    Returns:
+        One tensor per place, without the batch dimension.
+
+    Raises:
+        UsageError: If a place does not exist, or has heads as its first dimension (q, k, v and probs).
     """
     if wrong := [place for place in places if place.endswith((".q", ".k", ".v", ".probs"))]:
-        raise UsageError(f"What stands at {sanitize(wrong[0])} has heads in front of tokens, expected another place.")
+        raise UsageError(f"Activations at {sanitize(wrong[0])} have heads as their first dimension. Use another place.")
     pieces_by_place: list[list[Tensor]] = [[] for _ in places]
     hooks = {place: keep(pieces) for place, pieces in zip(places, pieces_by_place, strict=True)}
-    everywhere = not {"norm", "logits"}.isdisjoint(places)  # which else stand behind the last token alone
+    everywhere = not {"norm", "logits"}.isdisjoint(places)  # by default only the last position has them
     llama.engine.forward_with_hooks([ids], hooks, all_positions=everywhere, progress=progress)
     return [torch.cat(pieces, dim=1)[0] for pieces in pieces_by_place]
 
 
 def residuals(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Tensor:
-    """The stream before each layer and behind the last: (n_layers + 1, T, dim)."""
+    """Return the residual stream before each layer and after the last one.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        progress: Called as by `Llama.predict`.
+
+    Returns:
+        The stream, (n_layers + 1, T, dim).
+    """
     n_layers = llama.args.n_layers
     places = [f"layers.{layer}.resid_pre" for layer in range(n_layers)] + [f"layers.{n_layers - 1}.resid_post"]
     return torch.stack(activations(llama, ids, places, progress))
 
 
 def layers(model: Transformer, T: int) -> list[Callable[[Tensor], Tensor]]:
-    """The network's layers as functions of the stream of a whole text, (B, T, dim) → (B, T, dim)."""
+    """Return the layers as functions of the residual stream of a whole text.
+
+    Args:
+        model: The network.
+        T: Number of tokens in the text.
+
+    Returns:
+        One function per layer, (B, T, dim) → (B, T, dim).
+    """
     device = model.freqs.device
     freqs_cis, mask = rotations(model.freqs, torch.arange(T, device=device)), causal_mask(T, T, device)
 

@@ -1,4 +1,4 @@
-"""The network's parts: their true shapes, what they hold and what they compute for one token."""
+"""The architecture of the network: shapes, parameters, FLOPs and bytes per token."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from llama_scratch.results import JsonResult
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One kind of weight, or a step of attention, which has none.
+    """One kind of weight, or a step of attention without weights.
 
-    name: within a layer where `layered`, as in the checkpoint, such as "attention.wq". count: how many there are.
-    shape: of each weight, (out, in) for a linear layer. parameters, flops: of all of them; flops for one token.
+    Attributes:
+        name: As in the checkpoint, such as "attention.wq"; relative to the layer if `layered`.
+        layered: Whether every layer has it.
+        count: How many of them the network has.
+        shape: The shape of each, (out, in) for a linear layer, if it has weights.
+        parameters: Parameters of all of them.
+        flops: FLOPs of all of them for one token.
     """
 
     name: str
@@ -30,12 +35,15 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Architecture(JsonResult):
-    """A network's parts in the order in which a token comes by, and what a token costs.
+    """The parts of a network in order of execution, and the cost of one token.
 
-    length: tokens that the newest one looks at, itself among them: attention costs more with each. tied: the output
-    is the embedding, whose parameters count once. flops: multiplications and additions of the products, for one
-    token. weight_bytes: read for it, as the weights are stored now. kv_bytes_per_token: what the cache keeps of each;
-    with `length` of them it reads kv_bytes.
+    Attributes:
+        args: The hyperparameters.
+        length: Number of tokens that the newest token attends to, including itself. Attention costs grow with it.
+        tied: Whether the output shares its weights with the embedding. They count once.
+        parts: The weights and steps.
+        weight_bytes: Bytes of weights read per token, as they are stored now.
+        kv_bytes_per_token: Bytes that the KV cache holds per token.
     """
 
     json_fields = (
@@ -59,29 +67,35 @@ class Architecture(JsonResult):
 
     @property
     def parameters(self) -> int:
-        """Of the whole network."""
+        """Number of parameters of the network."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def flops(self) -> int:
-        """For one token."""
+        """Multiplications and additions in matrix products, for one token."""
         return sum(part.flops for part in self.parts)
 
     @property
     def kv_bytes(self) -> int:
-        """What attention reads for one token."""
+        """Bytes of the KV cache that attention reads for one token."""
         return self.length * self.kv_bytes_per_token
 
 
 def architecture(llama: LoadedModel, length: int) -> Architecture:
-    """The parts of a model, with the costs of a token that looks at `length` tokens, itself among them.
+    """Return the parts of a network with the cost of one token.
 
-    Counted are two operations a weight for each product, and the attention's scores and mixing; what grows with dim
-    and not with its square is left out: norms, rotation, softmax, SiLU, additions. Raises `UsageError` for a length
-    that the context has no room for.
+    Each matrix product costs two FLOPs per weight; attention scores and the weighted sum of values are added. Norms,
+    rotation, softmax, SiLU and additions are not counted: they grow with dim and not with its square.
+
+    Args:
+        llama: The model.
+        length: Number of tokens that the token attends to, including itself.
+
+    Raises:
+        UsageError: If `length` does not fit into the context.
     """
     if not 1 <= length <= llama.context:
-        raise UsageError(f"A length of {length:,} tokens was asked for, expected 1 to {llama.context:,}.")
+        raise UsageError(f"The length must be from 1 to {llama.context:,} tokens, not {length:,}.")
     args = llama.args
     tied = llama.info.parameters == args.n_parameters(tied=True)
     return Architecture(
@@ -96,16 +110,16 @@ def architecture(llama: LoadedModel, length: int) -> Architecture:
 
 def _parts(args: ModelArgs, length: int, *, tied: bool) -> tuple[WeightRow, ...]:
     shapes = args.weight_shapes()
-    pairs = args.n_layers * args.n_heads * args.head_dim * length  # each head's query with each token's key
+    pairs = args.n_layers * args.n_heads * args.head_dim * length  # one query per head, with the key of each token
     parts = []
     for name, shape in shapes.items():
         layered = name.startswith("layers.0.")
         if name.startswith("layers.") and not layered:
-            continue  # as in the first one
+            continue  # all layers have the same shapes
         short = name.removeprefix("layers.0.").removesuffix(".weight")
         count = args.n_layers if layered else 1
         weights = count * math.prod(shape)
-        multiplied = len(shape) == 2 and short != "tok_embeddings"  # of the embedding one row is read
+        multiplied = len(shape) == 2 and short != "tok_embeddings"  # only one row of the embedding is read
         held = 0 if tied and short == "output" else weights
         parts.append(WeightRow(short, layered, count, shape, held, 2 * weights if multiplied else 0))
         if short == "attention.wv":

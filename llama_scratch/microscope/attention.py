@@ -1,4 +1,4 @@
-"""What attention heads look at: maps of their probabilities, and what kind of head each one is."""
+"""Attention maps of heads, and the kind of each head."""
 
 from __future__ import annotations
 
@@ -21,26 +21,33 @@ from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
-# A head whose attention goes less than this to where its kind looks is of none.
+# A head is of a kind if its score is at least this.
 THRESHOLD = 0.4
 KINDS = ("previous token", "first token", "duplicate token", "induction")
 
-# Tokens of the random sequence, which comes twice.
+# Tokens of the random sequence before it is repeated.
 _REPEATED = 50
 _SEED = 0
-# Rows and columns of a small map, at most.
+# Maximum number of rows and columns of a small map.
 _SMALL = 24
-# Queries whose attention is shown, and the tokens that one of them looks at most.
+# Queries shown in a map, and the most-attended tokens listed for the last one.
 MAP_POSITIONS = 64
 _LINKS = 8
 
 
 @dataclass(frozen=True)
 class Scores(JsonResult):
-    """How much of a head's attention goes to each of four places, 0 to 1, in a random sequence that comes twice.
+    """Four scores of a head, 0 to 1, measured on a random sequence repeated once.
 
-    previous: to the token before. first: to the first token. duplicate: to the same token in the first half.
-    induction: to the token after that one, which is the one that comes next. The last two are of the second half.
+    Each score is the mean share of attention that goes to one position. The last two are means over the second half.
+
+    Attributes:
+        layer: The layer.
+        head: The head within the layer.
+        previous: Attention to the previous token.
+        first: Attention to the first token.
+        duplicate: Attention to the same token in the first half.
+        induction: Attention to the token after it, which is the token that comes next.
     """
 
     json_fields = ("layer", "head", "previous", "first", "duplicate", "induction", "kind")
@@ -54,27 +61,30 @@ class Scores(JsonResult):
 
     @property
     def name(self) -> str:
-        """L5.H3"""
+        """The name of the head, such as L5.H3."""
         return f"L{self.layer}.H{self.head}"
 
     @property
     def best(self) -> tuple[str, float]:
-        """The kind of the highest score, and that score."""
+        """The kind with the highest score, and that score."""
         values = (self.previous, self.first, self.duplicate, self.induction)
         return max(zip(KINDS, values, strict=True), key=lambda pair: pair[1])
 
     @property
     def kind(self) -> str | None:
-        """What kind of head it looks like, one of `KINDS`; None where no score reaches `THRESHOLD`."""
+        """The kind of the head, one of `KINDS`, if its score reaches `THRESHOLD`."""
         kind, score = self.best
         return kind if score >= THRESHOLD else None
 
 
 @dataclass(frozen=True)
 class SmallMap:
-    """A head's attention to a text, small: a row for each `step` queries, in it a value for each `step` keys.
+    """A downsampled attention map of one head.
 
-    values: the highest probability among them, (P, P) with P at most 24; None where all keys come later.
+    Attributes:
+        scores: The scores of the head.
+        step: Number of queries per row and of keys per column.
+        values: The maximum probability in each field, (P, P) with P at most 24; None for future keys.
     """
 
     scores: Scores
@@ -84,24 +94,33 @@ class SmallMap:
 
 @dataclass(frozen=True)
 class Heads(Displayable, JsonResult):
-    """The heads of one layer, or of all layers in their order where that is None, with their maps of a text."""
+    """The heads of one layer, or of all layers in order, with their attention maps.
+
+    Attributes:
+        layer: The layer, if they are of a single one.
+        tokens: The tokens of the text.
+        maps: One map per head.
+    """
 
     layer: int | None
     tokens: tuple[Token, ...]
     maps: tuple[SmallMap, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As `/attention` and `/attention LAYER` print it: the scores."""
+        """Return the scores, as `/attention` and `/attention LAYER` print them."""
         return {"layer": self.layer, "heads": to_json([each.scores for each in self.maps])}
 
 
 @dataclass(frozen=True)
 class Head(Displayable, JsonResult):
-    """What one head looks at in a text.
+    """The attention map of one head.
 
-    tokens: all of the text. probs: a row for each query from position `first` on, in it the share of each token of the
-    text: it adds up to 1, and what comes later has 0. links: the tokens that the text's last one looks at most, each
-    position with its share, best first.
+    Attributes:
+        scores: The scores of the head.
+        tokens: The tokens of the text.
+        first: Position of the first query in `probs`.
+        probs: One row per query with a probability for each token of the text. Rows add up to 1; future tokens have 0.
+        links: The positions with the highest attention from the last token, with their probabilities, best first.
     """
 
     scores: Scores
@@ -111,7 +130,7 @@ class Head(Displayable, JsonResult):
     links: tuple[tuple[int, float], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As `/attention LAYER.HEAD` prints it."""
+        """Return the map as JSON values, as `/attention LAYER.HEAD` prints it."""
         return self.scores.as_json() | {
             "tokens": to_json(self.tokens),
             "first": self.first,
@@ -123,14 +142,26 @@ class Head(Displayable, JsonResult):
 def attention_map(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int | None = None, progress: Progress = silent
 ) -> Tensor:
-    """What share of its attention each token of a text gives to each: (n_heads, T, T) float32, or (T, T) of one head.
+    """Return the attention probabilities of a layer or of one head.
 
-    Row t is the query at position t; rows add up to 1. Raises `UsageError` for a layer or head that there is not, and
-    as `Llama.predict` does.
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layer: The layer.
+        head: The head, by default all heads of the layer.
+        progress: Called as by `Llama.predict`.
+
+    Returns:
+        (n_heads, T, T) float32, or (T, T) for one head. Row t is the query at position t; rows add up to 1.
+
+    Raises:
+        UsageError: If the layer or head does not exist.
     """
     args, T = llama.args, len(ids)
     layer = numbered("layer", layer, args.n_layers)
-    head = None if head is None else numbered("head", head, args.n_heads, " in a layer")
+    head = None if head is None else numbered("head", head, args.n_heads)
     heads = slice(None) if head is None else slice(head, head + 1)
     shares = torch.zeros(len(range(args.n_heads)[heads]), T, T)
 
@@ -144,9 +175,20 @@ def attention_map(
 def head(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
 ) -> Head:
-    """What one head looks at: the map of `MAP_POSITIONS` queries from position `first` on, by default the last ones.
+    """Return the attention map of one head for `MAP_POSITIONS` queries.
 
-    Raises `UsageError` for a layer, head or position that there is not, and as `Llama.predict` does.
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layer: The layer.
+        head: The head within the layer.
+        first: Position of the first query. By default the map ends at the last token.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer, head or position does not exist.
     """
     begin = max(0, len(ids) - MAP_POSITIONS) if first is None else first
     probs = attention_map(llama, ids, layer, head, progress)  # (T, T)
@@ -162,10 +204,19 @@ def head(
 
 
 def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, progress: Progress = silent) -> Heads:
-    """All heads, or those of a layer, with their scores and small maps of a text.
+    """Return all heads, or the heads of one layer, with their scores and small maps.
 
-    A layer's maps are made small before the next layer runs: what is held does not grow with the layers.
-    Raises `UsageError` for a layer that there is not, and as `Llama.predict` does.
+    Each map is downsampled before the next layer runs, so memory does not grow with the number of layers. Raises errors
+    as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layer: The layer, by default all layers.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer does not exist.
     """
     args, T = llama.args, len(ids)
     layers = range(args.n_layers) if layer is None else [numbered("layer", layer, args.n_layers)]
@@ -195,14 +246,19 @@ def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, prog
     return Heads(layer, tuple(map(llama.token, ids)), tuple(maps))
 
 
-# A network's scores cost a pass through it, and do not change.
+# Measuring the scores takes a forward pass. They never change for a network.
 _known: WeakKeyDictionary[Engine, tuple[Scores, ...]] = WeakKeyDictionary()
 
 
 def head_scores(llama: LoadedModel, progress: Progress = silent) -> tuple[Scores, ...]:
-    """The scores of all heads, layer by layer, on `repeated` random tokens, where nothing can be known but by looking.
+    """Return the scores of all heads, layer by layer, on `repeated` random tokens.
 
-    Source: Olsson et al. 2022, arXiv:2209.11895; the head detector of TransformerLens.
+    Random tokens can only be predicted by looking back at the first half. The result is cached for each network.
+    Sources: Olsson et al. 2022, arXiv:2209.11895; the head detector of TransformerLens.
+
+    Args:
+        llama: The model.
+        progress: Called as by `Llama.predict`.
     """
     if llama.engine not in _known:
         _known[llama.engine] = _measured(llama, progress)
@@ -210,18 +266,19 @@ def head_scores(llama: LoadedModel, progress: Progress = silent) -> tuple[Scores
 
 
 def repeated(llama: LoadedModel) -> list[int]:
-    """Random ordinary tokens, all different, and the same ones again; in front the beginning-of-text token, if any.
+    """Return distinct random tokens followed by the same tokens again.
 
-    50 of them, or fewer where the context has no room; always the same ones for the same vocabulary. Raises
-    `UsageError` where there is none, or no room for one.
+    The beginning-of-text token comes first, if the tokenizer has one. There are 50 tokens, or fewer if the context is
+    short, and always the same ones for the same vocabulary. Raises `UsageError` if there is no room for one token
+    twice, or the vocabulary has no ordinary tokens.
     """
     ordinary = torch.tensor(sorted(llama.tokenizer.ranks.values()))
     begin = _begin(llama)
     n = min(_REPEATED, (llama.context - len(begin)) // 2)
     if not n or not len(ordinary):
         raise UsageError(
-            f"What kind a head is shows on a random token that comes twice, found a context of {llama.context} and "
-            f"{len(ordinary)} ordinary tokens, expected room for one; raise `context` where that is what it lacks."
+            f"Head scores need room for one random token twice: the context is {llama.context} tokens, and the "
+            f"vocabulary has {len(ordinary)} ordinary tokens. If the context is too short, raise `context`."
         )
     half = ordinary[torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(_SEED))[:n]].tolist()
     return [*begin, *half, *half]
@@ -239,10 +296,10 @@ def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
 
     def measure(layer: int, probs: Tensor, _start: int) -> None:
         def mean(back: int, first: int) -> Tensor:
-            """Of all queries from `first` on, what goes to the token so far back: (n_heads,)."""
+            """Mean attention to the key `back` tokens earlier, (n_heads,)."""
             return probs.diagonal(-back, 1, 2)[:, first - back :].mean(-1)
 
-        again = begin + n  # where the second half begins
+        again = begin + n  # start of the second half
         four = torch.stack([mean(1, 1), probs[:, 1:, 0].mean(-1), mean(n, again), mean(n - 1, again)], dim=-1)
         scores.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
 
@@ -257,9 +314,10 @@ def _read(
     reduce: Callable[[int, Tensor, int], None],
     progress: Progress,
 ) -> None:
-    """Hand over each layer's number, its probabilities, (n_heads, t, S) float32, and the position of the first query.
+    """Call `reduce` with the attention probabilities of each layer.
 
-    A long text comes in pieces of t queries that see S tokens. What `reduce` does not keep is gone when it is done.
+    Its arguments are the layer, the probabilities (n_heads, t, S) float32 and the position of the first query. A long
+    text comes in chunks of t queries that see S tokens. The probabilities are freed after the call.
     """
 
     def hook(layer: int) -> Hook:

@@ -1,4 +1,4 @@
-"""Why that token: which parts of the network and which tokens of the text speak for it."""
+"""Why that token: attribution of a logit to components and to tokens of the text."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.memory import memory_errors
 from llama_scratch.system.progress import Progress, silent
 
-# Tokens that are left out one after the other, those first that gradient × input ranks first.
+# Maximum number of tokens for leave-one-out, chosen by gradient × input.
 LEFT_OUT = 16
-# Claims of the attribution that are tried out.
+# Contributions checked by ablation.
 CLAIMS = 3
-# Tokens that go through the network at a time where texts stand beside each other.
+# Maximum number of tokens per batch.
 _ROWS = 512
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one part adds to the logit.
+    """The direct contribution of one component to the logit.
 
-    name: "embedding", a part's (L5.H3, L5.ffn; L5.attn where its output was replaced), or "interventions", what those
-    add to the stream.
+    Attributes:
+        name: "embedding", a component (L5.H3, L5.ffn; L5.attn if a hook replaced its output), or "interventions" for
+            changes to the residual stream.
+        logit: The contribution.
     """
 
     name: str
@@ -43,10 +45,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class TokenInfluence:
-    """How much a token of the text matters for the answer.
+    """How much one token of the text matters for the predicted token.
 
-    gradient_x_input: ∂logit/∂vector · vector, of the token's embedding. without: the answer's probability where the
-    token is left out, and `versus_without` that of the other token; None where that was not tried.
+    Attributes:
+        token: The token.
+        position: Its position.
+        gradient_x_input: ∂logit/∂embedding · embedding.
+        without: The probability of the answer without this token in the text, if it was computed.
+        versus_without: The same for the other token.
     """
 
     token: Token
@@ -58,7 +64,13 @@ class TokenInfluence:
 
 @dataclass(frozen=True)
 class AblationCheck:
-    """A contribution tried out: the probabilities of the answer, and of the other token, with the part switched off."""
+    """A contribution checked by ablating its component.
+
+    Attributes:
+        contribution: The contribution.
+        after: The probability of the answer with the component ablated.
+        versus_after: The same for the other token.
+    """
 
     contribution: Contribution
     after: float
@@ -67,13 +79,18 @@ class AblationCheck:
 
 @dataclass(frozen=True)
 class Attribution(Displayable, JsonResult):
-    """Why a model says `answer` after `tokens`, and not `versus` where that is given.
+    """Why a model predicts `answer` after `tokens`, or prefers it over `versus`.
 
-    The logit is the answer's, or how far it is above that of `versus`, as the file's weights give it in float32.
-    contributions: what the embedding, each head and each feed-forward layer adds to it (direct logit attribution),
-    the scale of the last norm held; `remainder` is what they lack of the logit: rounding. influences: of each token.
-    claims: the strongest contributions, tried out in the model's own network, whose probabilities stand in
-    `answer` and `versus`.
+    Attributes:
+        tokens: The tokens of the text.
+        answer: The token whose logit is attributed, with its probability in the precision of the model.
+        versus: The token that it is compared with, if any.
+        logit: The logit of `answer`, or the logit difference to `versus`, from the weights of the file in float32.
+        contributions: Direct logit attribution: the contributions of the embedding, of each head and of each
+            feed-forward layer, with the scale of the final norm held constant.
+        remainder: `logit` minus the sum of the contributions: rounding.
+        influences: One for each token of the text.
+        claims: The strongest contributions, checked by ablation in the precision of the model.
     """
 
     tokens: tuple[Token, ...]
@@ -87,7 +104,7 @@ class Attribution(Displayable, JsonResult):
 
     @property
     def strongest(self) -> list[Contribution]:
-        """The contributions of heads and feed-forward layers, the largest first, for or against."""
+        """Contributions of heads and feed-forward layers by absolute value, largest first."""
         return _strongest(self.contributions)
 
 
@@ -98,19 +115,29 @@ def why(
     versus: int | None = None,
     progress: Progress = silent,
 ) -> Attribution:
-    """Attribute the logit of a token that may come next, the most probable one unless another is given.
+    """Attribute the logit of a token to components and to tokens of the text.
 
-    versus: a token whose logit is taken off, so that what speaks for both is gone. Raises as `Llama.predict` does.
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (direct logit attribution);
-    Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input); Li et al. 2016, arXiv:1612.08220 (leave-one-out).
+    Raises errors as `Llama.predict` does. Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits" (direct logit attribution); Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input); Li et al. 2016,
+    arXiv:1612.08220 (leave-one-out).
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        answer: The token, by default the most probable next token.
+        versus: A token to compare with. The logit difference is attributed.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the two tokens are the same, or one does not exist.
     """
     for named in (answer, versus):
         if named is not None:
-            llama.token(named)  # refuses what is no token, before the long part
+            llama.token(named)  # rejects unknown ids before the long computation
     logits = llama.engine.next_logits(ids, progress).values
     answer = int(logits.argmax()) if answer is None else answer
     if answer == versus:
-        raise UsageError(f"Both tokens are {llama.token(answer).text!r}, expected two that differ.")
+        raise UsageError(f"Both tokens are {llama.token(answer).text!r}. Choose two different tokens.")
     target = (answer, versus)
     logprobs = logits.double().log_softmax(-1)
 
@@ -133,16 +160,16 @@ def why(
 
 
 TargetLogit = tuple[int, int | None]
-"""The token whose logit it is about, and the one whose logit is taken off."""
+"""The token whose logit is attributed, and optionally a token whose logit is subtracted."""
 
 
 class _Direct:
-    """One pass through the file's own weights in float32, forward and back."""
+    """One forward and backward pass with the weights of the file in float32."""
 
     def __init__(self, llama: LoadedModel, ids: Sequence[int], target: TargetLogit, progress: Progress):
         model = llama.differentiable(progress)
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
-        last = slice(-1, None)  # what the parts do elsewhere is in the streams
+        last = slice(-1, None)  # only the last position contributes directly
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
         pieces: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
@@ -156,7 +183,7 @@ class _Direct:
         # (1, T or 1, …) each
         streams, heads, attentions, feed_forwards = ([value for (value,) in pieces[kind]] for kind in kinds)
 
-        # logit = u·(x/rms(x))⊙w: with rms(x) held a linear function of x, so each part of x has its share.
+        # logit = u·(x/rms(x))⊙w is linear in x if rms(x) is held constant, so the terms of x add up.
         answer, versus = target
         u = model.output.weight[answer].float()  # (dim,)
         if versus is not None:
@@ -166,7 +193,7 @@ class _Direct:
         self.logit = float(direction @ x)
         self.contributions = [Contribution("embedding", float(direction @ streams[0][0, -1]))]
         for i in range(n_layers):
-            if f"layers.{i}.attention.out" in llama.engine.hooks:  # which replaces what the heads wrote
+            if f"layers.{i}.attention.out" in llama.engine.hooks:  # replaces the output of the heads
                 self.contributions.append(
                     Contribution(NetworkPart(i, "attn").name, float(direction @ attentions[i][0, -1]))
                 )
@@ -181,7 +208,7 @@ class _Direct:
                 Contribution(NetworkPart(i, "ffn").name, float(direction @ feed_forwards[i][0, -1]))
             )
         self.gradient_x_input = _back(llama, model, streams, final[0], u, progress)
-        if any(".resid_" in place for place in llama.engine.hooks):  # what they put into the stream is no part's own
+        if any(".resid_" in place for place in llama.engine.hooks):  # belongs to no component
             lacking = self.logit - sum(contribution.logit for contribution in self.contributions)
             self.contributions.append(Contribution("interventions", lacking))
 
@@ -189,9 +216,10 @@ class _Direct:
 def _back(
     llama: LoadedModel, model: Transformer, streams: Sequence[Tensor], final: Tensor, u: Tensor, progress: Progress
 ) -> list[float]:
-    """Of each token ∂logit/∂vector · vector. A layer at a time is run again, so that only its own values are kept.
+    """Return gradient × input for each token, one layer at a time to save memory.
 
-    streams: what stood before each layer, (1, T, dim) each. final: behind the last. u: (dim,), logit = u·norm(x).
+    streams: the residual stream before each layer, (1, T, dim) each. final: the stream after the last layer. u: the
+    direction in logit = u·norm(x), (dim,).
     """
     x = final.requires_grad_()
     with torch.enable_grad():
@@ -240,7 +268,7 @@ def _claims(
     strongest = _strongest(contributions)[:CLAIMS]
     claims = []
     for done, contribution in enumerate(strongest):
-        progress("trying out", done, len(strongest))
+        progress("ablating", done, len(strongest))
         part = NetworkPart.named(contribution.name, llama.args)
         logits = llama.engine.forward_with_hooks([ids], ablate(llama, part).hooks)[0, 0]
         claims.append(AblationCheck(contribution, *_probabilities(logits, target)))

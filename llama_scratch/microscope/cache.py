@@ -1,4 +1,4 @@
-"""The key-value cache as it stands: what each layer holds of the text, its bytes, and how long its vectors are."""
+"""The contents of the KV cache: shape, bytes, and norms of keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Norms:
-    """Mean length ‖·‖ of the keys and of the values of one layer, over heads and positions."""
+    """Mean norm of the keys and of the values of one layer, over heads and positions."""
 
     json_fields = ("layer", "keys as key_norm", "values as value_norm")
 
@@ -28,11 +28,16 @@ class Norms:
 
 @dataclass(frozen=True)
 class Cache(Displayable, JsonResult):
-    """What the cache holds of a text.
+    """The KV cache after a text.
 
-    tokens: held in each layer. heads, head_dim: shape of a token's keys, and of its values, in a layer. dtype: their
-    type. bytes_per_token: of all layers. taken_bytes: memory that is taken; it grows in doubling steps, so this is
-    more than what is held. layers: norms, first layer first.
+    Attributes:
+        tokens: Number of cached tokens per layer.
+        heads: Number of key-value heads.
+        head_dim: Length of a key, and of a value.
+        dtype: The type of the numbers.
+        bytes_per_token: Bytes per token, over all layers.
+        taken_bytes: Allocated bytes. The cache grows by doubling, so this is more than is in use.
+        layers: Norms, first layer first.
     """
 
     json_fields = ("tokens", "shape", "dtype", "bytes_per_token", "held_bytes", "taken_bytes", "layers")
@@ -47,20 +52,25 @@ class Cache(Displayable, JsonResult):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the keys of a layer, and of its values."""
+        """Shape of the keys of one layer, and of its values."""
         return self.heads, self.tokens, self.head_dim
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the keys and values that are held."""
+        """Bytes of the cached keys and values."""
         return self.tokens * self.bytes_per_token
 
 
 @dataclass(frozen=True)
 class CachedLayer(Displayable, JsonResult):
-    """The lengths of one layer's keys and values: a row for each head, in it a number for each token.
+    """Norms of the keys and values of one layer: rows are heads, columns are tokens.
 
-    queries: how many query heads share a head's keys and values.
+    Attributes:
+        layer: The layer.
+        tokens: The tokens of the text.
+        queries: Number of query heads that share one key-value head.
+        keys: Norms of the keys.
+        values: Norms of the values.
     """
 
     json_fields = ("layer", "tokens", "keys as key_norms", "values as value_norms")
@@ -73,7 +83,15 @@ class CachedLayer(Displayable, JsonResult):
 
 
 def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Cache:
-    """What the cache holds after a text; what it lacks of it is read first. Raises as `Llama.predict` does."""
+    """Describe the KV cache after a text, computing tokens that are not cached yet.
+
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        progress: Called as by `Llama.predict`.
+    """
     llama.engine.next_logits(ids, progress)
     layers = [llama.engine.cached(layer) for layer in range(llama.args.n_layers)]
     keys = layers[0][0]  # (n_kv_heads, T, head_dim)
@@ -90,10 +108,18 @@ def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -
 
 
 def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: Progress = silent) -> CachedLayer:
-    """What one layer of the cache holds after a text, head by head and token by token.
+    """Return the norms of the keys and values in one layer of the KV cache.
 
-    The length of a key is that before its rotation, which turns and does not stretch. Raises `UsageError` for a layer
-    that there is not, and as `cache` does.
+    Rotation preserves the norm of a key. Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layer: The layer.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer does not exist.
     """
     layer = numbered("layer", layer, llama.args.n_layers)
     llama.engine.next_logits(ids, progress)
@@ -103,6 +129,6 @@ def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: P
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Lengths of vectors, (heads, T, head_dim) → (heads, T) float32."""
+    """Norms of vectors, (heads, T, head_dim) → (heads, T) float32."""
     norms: Tensor = torch.linalg.vector_norm(x.float(), dim=-1)
     return norms.cpu()

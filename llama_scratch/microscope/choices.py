@@ -1,4 +1,4 @@
-"""Which of several continuations the model finds more probable."""
+"""Probabilities of alternative continuations of a prompt."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Choice:
-    """One continuation: its tokens, each with its probability after those before it.
+    """One continuation.
 
-    normalized: its share of the probability of all choices. by_length: the same by the mean log-probability of
-    a token, which does not favor short ones.
+    Attributes:
+        text: The continuation.
+        tokens: Its tokens, each with its probability given the prompt and the tokens before it.
+        normalized: Softmax over all choices of their log-probabilities.
+        by_length: Softmax of the mean log-probability per token, which does not favor short continuations.
     """
 
     json_fields = ("text", "tokens", "logprob", "probability", "normalized", "by_length")
@@ -43,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices(JsonResult):
-    """The continuations in the order in which they were given."""
+    """The continuations, in the order in which they were given."""
 
     json_fields = ("choices", "probability")
 
@@ -51,12 +54,15 @@ class Choices(JsonResult):
 
     @property
     def ranked(self) -> tuple[Choice, ...]:
-        """The most probable first."""
+        """The choices, most probable first."""
         return tuple(sorted(self.choices, key=lambda choice: -choice.logprob))
 
     @property
     def probability(self) -> float:
-        """That the text goes on with one of them; one that begins with another is a case of that one."""
+        """Probability that the text continues with one of the choices.
+
+        A choice that starts with another choice is a special case of it, and is not counted again.
+        """
         by_ids = {tuple(token.id for token in choice.tokens): choice.probability for choice in self.choices}
         return sum(
             probability
@@ -66,10 +72,19 @@ class Choices(JsonResult):
 
 
 def choices(llama: LoadedModel, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:
-    """The probabilities of texts as continuations of a prompt's ids.
+    """Compute the probabilities of texts as continuations of a prompt.
 
-    Each text becomes tokens by itself, exactly as it stands: words bring their own space. progress: as for
-    `Llama.predict`, for each text anew. Raises `UsageError` for a text that is empty, and as `Llama.predict` does.
+    Each text is tokenized by itself, exactly as given: words need a leading space. Raises errors as `Llama.predict`
+    does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the prompt.
+        texts: The continuations.
+        progress: Called for each text as by `Llama.predict`.
+
+    Raises:
+        UsageError: If a text is empty.
     """
     llama.engine.check(ids)
     scored = [_scored(llama, list(ids), text, progress) for text in texts]
@@ -82,8 +97,8 @@ def choices(llama: LoadedModel, ids: Sequence[int], texts: Sequence[str], progre
 def _scored(llama: LoadedModel, ids: list[int], text: str, progress: Progress) -> tuple[Candidate, ...]:
     new = llama.encode(text, bos=False)
     if not new:
-        raise UsageError("A choice is empty, expected some text in each of them.")
-    # What comes after the last token is not asked for.
+        raise UsageError("A choice is empty. Give each choice a text.")
+    # The prediction after the last token is not needed.
     pieces = llama.engine.logits_from([*ids, *new[:-1]], len(ids) - 1, progress)
     rows = (logprobs for piece in log_softmax(pieces) for logprobs in piece)  # (vocab_size,) each
     return tuple(

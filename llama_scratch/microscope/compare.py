@@ -1,4 +1,4 @@
-"""Two models, or one in two precisions, after the same text."""
+"""Compare two models, or one model in two precisions, on the same text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from llama_scratch.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ModelPrediction:
-    """What one model saw and predicts; `model.precision` is the one that answered."""
+    """The prediction of one model.
+
+    Attributes:
+        model: The model; `model.precision` is the precision that answered.
+        tokens: The text as tokens of this model.
+        top: The most probable next tokens, best first.
+        entropy_bits: Entropy of the prediction.
+    """
 
     model: ModelInfo
     tokens: tuple[Token, ...]
@@ -27,7 +34,13 @@ class ModelPrediction:
 
 @dataclass(frozen=True)
 class ComparedToken:
-    """A token that at least one of the models has among its best; None in a model whose vocabulary lacks it."""
+    """A token among the most probable ones of at least one model.
+
+    Attributes:
+        text: The token.
+        first: Its probability in the first model, if the token is in the vocabulary.
+        second: The same for the second model.
+    """
 
     text: str
     first: Candidate | None
@@ -36,9 +49,13 @@ class ComparedToken:
 
 @dataclass(frozen=True)
 class Comparison(JsonResult):
-    """Both predictions, and what each model says of the other's best tokens: `tokens`, the first model's best first.
+    """The predictions of two models.
 
-    kl_bits: Kullback–Leibler divergence of the second from the first; None where their vocabularies differ.
+    Attributes:
+        first: The first prediction.
+        second: The second prediction.
+        tokens: The most probable tokens of both, the first model's first.
+        kl_bits: Kullback–Leibler divergence of the second prediction from the first; None if the vocabularies differ.
     """
 
     json_fields = ("first", "second", "tokens as compared", "kl_bits")
@@ -52,13 +69,22 @@ class Comparison(JsonResult):
 def compare(
     llama: LoadedModel, other: LoadedModel, ids: Sequence[int], top: int = 5, progress: Progress = silent
 ) -> Comparison:
-    """What two models predict after the same prompt.
+    """Compare the predictions of two models after the same prompt.
 
-    ids: of the first model; where the other's vocabulary differs, the other reads their text. Raises as
-    `Llama.predict` does.
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The first model.
+        other: The second model.
+        ids: Token ids of the first model. If the vocabularies differ, the second model tokenizes the text.
+        top: Number of candidates of each model.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If `top` is less than 1.
     """
     if top < 1:
-        raise UsageError(f"{top} candidates were asked for, expected at least 1.")
+        raise UsageError(f"The number of candidates (`top`) must be at least 1, not {top}.")
     words, others = _vocabulary(llama.tokenizer), _vocabulary(other.tokenizer)
     same = words == others
     first, p = _side(llama, ids, top, progress)
@@ -72,7 +98,7 @@ def compare(
 
 
 def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) -> tuple[ModelPrediction, Tensor]:
-    """A model's answer, and the log-probabilities of all tokens, (vocab_size,) float64."""
+    """A model's prediction, and the log-probabilities of all tokens, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
     side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), float(entropy_bits(logits.values)))
@@ -94,13 +120,13 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[int, bytes]:
     for id in range(tokenizer.n_vocab):
         try:
             vocabulary[id] = tokenizer.token_bytes(id)
-        except UsageError:  # an id that is left out
+        except UsageError:  # an unused id
             continue
     return vocabulary
 
 
 def _by_text(words: dict[int, bytes], others: dict[int, bytes]) -> dict[int, int]:
-    """Ids of one vocabulary → ids of the other that stand for the same bytes."""
-    # Backwards, so that of two tokens with the same bytes the ordinary one, the lower id, is meant.
+    """Map ids of one vocabulary to ids of the other with the same bytes."""
+    # In reverse, so that the lower id wins if two tokens have the same bytes: it is the ordinary one.
     ids = {token: id for id, token in reversed(others.items())}
     return {id: ids[token] for id, token in words.items() if token in ids}

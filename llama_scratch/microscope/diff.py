@@ -1,4 +1,4 @@
-"""Two texts side by side: where the model's predictions part, and how far."""
+"""Compare two texts token by token: where and how far the predictions diverge."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Pair:
-    """A token that stands in both texts, at the positions `first` and `second` (from 0), and what follows it.
+    """A token that both texts have, and the two predictions after it.
 
-    jsd_bits: Jensen–Shannon divergence of the two predictions, 0 to 1. first_next, second_next: the best token of each.
+    Attributes:
+        first: Its position in the first text, from 0.
+        second: Its position in the second text.
+        token: The token.
+        jsd_bits: Jensen–Shannon divergence of the two predictions, 0 to 1.
+        first_next: The most probable next token in the first text.
+        second_next: The same in the second text.
     """
 
     first: int
@@ -33,10 +39,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Diff(JsonResult):
-    """Two texts' tokens, those that stand in both, and what comes after each text.
+    """Two aligned texts and the predictions along them.
 
-    shared: how many tokens they begin with in common. first_top, second_top: the most probable tokens after the
-    last one, best first. jsd_bits: Jensen–Shannon divergence of those two predictions, 0 to 1.
+    Attributes:
+        first: The tokens of the first text.
+        second: The tokens of the second text.
+        shared: Length of their common prefix in tokens.
+        pairs: The tokens that both have.
+        first_top: The most probable tokens after the first text, best first.
+        second_top: The same for the second text.
+        jsd_bits: Jensen–Shannon divergence of the predictions after the texts, 0 to 1.
     """
 
     json_fields = ("first", "second", "shared", "pairs", "parting", "first_top", "second_top", "jsd_bits")
@@ -51,23 +63,32 @@ class Diff(JsonResult):
 
     @property
     def parting(self) -> Pair | None:
-        """The first pair after which another token is the most probable one; None where there is none."""
+        """The first pair with different most probable next tokens, if any."""
         return next((pair for pair in self.pairs if pair.first_next.id != pair.second_next.id), None)
 
 
 def diff(
     llama: LoadedModel, first: Sequence[int], second: Sequence[int], top: int = 5, progress: Progress = silent
 ) -> Diff:
-    """Compare what a model predicts along two texts, given as ids.
+    """Compare the predictions along two texts.
 
-    What they begin with in common is computed once. progress: as for `Llama.predict`, for each text.
-    Raises as `Llama.predict` does, and `OutOfMemoryError` where the predictions cannot be kept.
+    The common prefix is computed once. Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        first: The token ids of the first text.
+        second: The token ids of the second text.
+        top: Number of candidates after each text.
+        progress: Called for each text as by `Llama.predict`.
+
+    Raises:
+        OutOfMemoryError: If the predictions do not fit into memory.
     """
     for ids in (first, second):
         llama.engine.check(ids)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
     aligned = dict(_aligned(first, second, shared))
-    # Those of the first text that are compared with the second's.
+    # Positions of the first text that are compared with the second text.
     kept = {*aligned.values(), len(first) - 1} | ({shared - 1} if shared == len(second) else set())
     what = f"Comparing texts of {len(first):,} and {len(second):,} tokens"
     require_memory({"predictions": 4 * llama.args.vocab_size * len(kept)}, what)
@@ -102,7 +123,7 @@ def diff(
 
 
 def _aligned(first: Sequence[int], second: Sequence[int], shared: int) -> Iterator[tuple[int, int]]:
-    """Positions behind what is shared at the beginning at which both texts have the same token: (second, first)."""
+    """Positions after the common prefix with the same token in both texts: (second, first)."""
     matcher = SequenceMatcher(None, first[shared:], second[shared:], autojunk=False)
     for block in matcher.get_matching_blocks():
         for k in range(shared, shared + block.size):
@@ -115,5 +136,5 @@ def _rows(pieces: Iterable[Tensor], start: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _divergence(a: Tensor, b: Tensor) -> float:
-    """Of two predictions, given as logits, in bits."""
+    """Jensen–Shannon divergence of two predictions, given as logits, in bits."""
     return float(jensen_shannon_bits(a.double().log_softmax(-1), b.double().log_softmax(-1)))

@@ -1,4 +1,4 @@
-"""Results that display themselves: as a table if rich prints them, as a page in a notebook."""
+"""Results that display themselves: as a table in rich, as a page in a notebook."""
 
 from __future__ import annotations
 

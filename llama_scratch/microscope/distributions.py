@@ -1,4 +1,4 @@
-"""Distributions over the vocabulary: logits as log-probabilities, and how far two are apart."""
+"""Distributions over the vocabulary: log-softmax, and divergences in bits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,36 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-# Positions whose log-probabilities are there at a time: 16 MB of them for a vocabulary of 128,256.
+# Positions per chunk of log-probabilities: 16 MB for a vocabulary of 128,256.
 _POSITIONS = 16
 
 
 def log_softmax(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Logits in pieces of (n, vocab_size) → natural logarithms of the probabilities in smaller ones, float64."""
+    """Turn chunks of logits into natural log-probabilities.
+
+    Chunks are (n, vocab_size); the results are float64 and have fewer rows each, to save memory.
+    """
     for piece in pieces:
         for i in range(0, len(piece), _POSITIONS):
             yield piece[i : i + _POSITIONS].double().log_softmax(-1)
 
 
 def kl_bits(p: Tensor, q: Tensor) -> Tensor:
-    """Kullback–Leibler divergence of q from p, (…, vocab_size) log-probabilities → (…) bits, at least 0."""
+    """Return the Kullback–Leibler divergence of q from p in bits, at least 0.
+
+    Args:
+        p: Log-probabilities, (…, vocab_size).
+        q: Log-probabilities, (…, vocab_size).
+    """
     return ((p.exp() * (p - q)).sum(-1) / math.log(2)).clamp(min=0)
 
 
 def jensen_shannon_bits(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen–Shannon divergence, (…, vocab_size) log-probabilities → (…) bits: 0 for equal ones, at most 1."""
+    """Return the Jensen–Shannon divergence in bits, from 0 for equal inputs to 1.
+
+    Args:
+        p: Log-probabilities, (…, vocab_size).
+        q: Log-probabilities, (…, vocab_size).
+    """
     mean = torch.logaddexp(p, q) - math.log(2)
     return ((kl_bits(p, mean) + kl_bits(q, mean)) / 2).clamp(max=1)

@@ -1,4 +1,4 @@
-"""What interventions change about an answer."""
+"""The effect of interventions on the next-token prediction."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Effect(Displayable, JsonResult):
-    """The next token before and after: the best tokens of either, most probable first.
+    """The prediction before and after interventions.
 
-    tokens: each with its probabilities before and after. kl_bits: Kullback–Leibler divergence of the answer
-    afterwards from the one before. labels: of the interventions.
+    Attributes:
+        labels: The labels of the interventions.
+        tokens: The most probable tokens of either prediction, most probable first, with both probabilities.
+        kl_bits: Kullback–Leibler divergence of the prediction after from the prediction before.
     """
 
     labels: tuple[str, ...]
@@ -28,12 +30,12 @@ class Effect(Displayable, JsonResult):
 
     @property
     def answers(self) -> tuple[tuple[Candidate, Candidate], ...]:
-        """The best token before, and the best one after where that is another."""
+        """The most probable token before, and the one after if it is different."""
         best = [max(self.tokens, key=lambda pair: pair[side].logprob) for side in (0, 1)]
         return tuple(dict.fromkeys(best))
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in an answer, and as the commands print it."""
+        """Return the effect as JSON values, as answers and commands print it."""
         tokens = [
             {
                 "id": before.id,
@@ -61,9 +63,23 @@ def effect(
     top: int = 5,
     progress: Progress = silent,
 ) -> Effect:
-    """What is said after a text by a model, and by the same one with interventions. Raises as `Llama.predict` does."""
+    """Compare the predictions of a model without and with interventions.
+
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        before: The model without interventions.
+        after: The model with them.
+        ids: The token ids of the text.
+        labels: The labels of the interventions.
+        top: Number of candidates of each model.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If `top` is less than 1.
+    """
     if top < 1:
-        raise UsageError(f"{top} candidates were asked for, expected at least 1.")
+        raise UsageError(f"The number of candidates (`top`) must be at least 1, not {top}.")
     logprobs = [llama.engine.next_logits(ids, progress).values.double().log_softmax(-1) for llama in (before, after)]
     best = {id: None for p in logprobs for id in p.topk(min(top, p.numel())).indices.tolist()}
     tokens = [

@@ -1,7 +1,8 @@
-"""A debugger over the forward pass: what each statement of `model.py` made, for the text's last tokens.
+"""A debugger for the forward pass, which stops at each statement of `model.py`.
 
-The network runs once under `sys.settrace`, and of each statement of `model.py` that was done a summary is kept: a
-`Statement`. Walking goes from stop to stop; a number that no summary holds is taken by running to its stop again.
+The network runs once under `sys.settrace`. For each executed statement a `Statement` with summaries of its values is
+recorded, and `ExecutionTrace` moves between them. To show other numbers of a value, `look` runs the network again up to
+that stop.
 """
 
 from __future__ import annotations
@@ -30,17 +31,23 @@ from llama_scratch.system.progress import Progress, silent
 
 _PATH = "llama_scratch/model.py"
 _FILE = Transformer.forward.__code__.co_filename
-# What a function returns stands among its values under this name.
+# The name for the return value of a function.
 RETURNED = "return"
 _FILLING = ("KVCache.update", "KVCache.reserve", "KVCache._grown")
 
 
 @dataclass(frozen=True)
 class Statement(JsonResult):
-    """A statement that was done, at its `first_line` to `last_line` of `model.py`.
+    """One executed statement of `model.py`.
 
-    function: such as "Attention.forward". module: where it belongs to, such as "layers.3.attention"; "" for the whole.
-    callers: the functions above it, outermost first. in_scope: the names of what `look` can show here.
+    Attributes:
+        function: Its function, such as "Attention.forward".
+        module: Its module, such as "layers.3.attention"; "" for the whole network.
+        callers: The calling functions, outermost first.
+        first_line: Its first line.
+        last_line: Its last line.
+        values: Summaries of the values that it assigned.
+        in_scope: Names of the variables that `look` can show here.
     """
 
     json_fields = (
@@ -67,27 +74,30 @@ class Statement(JsonResult):
 
     @property
     def depth(self) -> int:
-        """0 in the outermost function."""
+        """Depth in the call stack, 0 in the outermost function."""
         return len(self.callers)
 
     @property
     def layer(self) -> int | None:
-        """The layer that it belongs to, None outside of them."""
+        """The layer, if the statement belongs to one."""
         layers, _, rest = self.module.partition(".")
         return int(rest.partition(".")[0]) if layers == "layers" else None
 
     @property
     def path(self) -> str:
-        """The file, from the package's folder on."""
+        """The file, relative to the package's parent folder."""
         return _PATH
 
     @property
     def text(self) -> str:
-        """The statement as it is written."""
+        """The source of the statement."""
         return "\n".join(lines(_PATH)[self.first_line - 1 : self.last_line])
 
     def around(self, margin: int) -> tuple[int, str]:
-        """The statement with lines before and behind it, but not beyond its function: their first line, and they."""
+        """Return the statement with up to `margin` lines of its function on both sides.
+
+        The result is the number of the first line and the text.
+        """
         function = functions(_PATH)[self.function]
         first = max(function.start, self.first_line - margin)
         last = min(function.stop - 1, self.last_line + margin)
@@ -96,10 +106,13 @@ class Statement(JsonResult):
 
 @dataclass(frozen=True)
 class ExecutionTrace:
-    """All stops of one run, in the order in which they were done.
+    """All stops of one forward pass, in order of execution, numbered from 0.
 
-    begin: position of the first token that was walked through; those before it were read in pieces, as always.
-    n_layers: of the network. A stop is named by its number, from 0 on.
+    Attributes:
+        ids: The token ids of the text.
+        begin: Position of the first token in the traced chunk. Earlier tokens are in the cache.
+        n_layers: Number of layers of the network.
+        stops: The executed statements.
     """
 
     ids: tuple[int, ...]
@@ -109,33 +122,64 @@ class ExecutionTrace:
     _llama: ref[LoadedModel]
 
     def fits(self, llama: LoadedModel, ids: Sequence[int]) -> bool:
-        """Whether this model would walk the same way through this text still."""
+        """Return whether the trace is of this model and this text.
+
+        Args:
+            llama: The model.
+            ids: The token ids of the text.
+        """
         return self._llama() is llama and tuple(ids) == self.ids
 
     def step_into(self, at: int, count: int = 1) -> int:
-        """The stop that came next, `count` times. Raises `UsageError` behind the last one, as the others do."""
+        """Return the stop `count` steps later, entering calls.
+
+        Args:
+            at: The current stop.
+            count: Number of steps.
+
+        Raises:
+            UsageError: If that is beyond the last stop. `next` and `step_out` raise it too.
+        """
         return self._checked(at + count)
 
     def next(self, at: int, count: int = 1) -> int:
-        """The next stop in the same function, or where it returned to, `count` times."""
+        """Step over calls to the next statement of this function, or of a caller.
+
+        Args:
+            at: The current stop.
+            count: Number of steps.
+        """
         for _ in range(count):
             at = self._first(at, self.stops[at].depth)
         return at
 
     def step_out(self, at: int, count: int = 1) -> int:
-        """The statement that called this function, once it is done."""
+        """Return the stop after the current function has returned.
+
+        Args:
+            at: The current stop.
+            count: Number of functions to leave.
+        """
         for _ in range(count):
             at = self._first(at, self.stops[at].depth - 1)
         return at
 
     def back(self, at: int, count: int = 1) -> int:
-        """The stop that came before. Raises `UsageError` before the first one."""
+        """Return the stop `count` steps earlier.
+
+        Args:
+            at: The current stop.
+            count: Number of steps.
+
+        Raises:
+            UsageError: If that is before the first stop.
+        """
         if at - count < 0:
-            raise UsageError(f"There are {at} stops before this one, expected at most that many steps back.")
+            raise UsageError(f"Going back {count} stops is not possible: there are {at} before this one.")
         return at - count
 
     def to(self, layer: int) -> int:
-        """The first stop of a layer. Raises `UsageError` where there is no such layer."""
+        """Return the first stop of a layer. Raises `UsageError` if it does not exist."""
         layer = numbered("layer", layer, self.n_layers)
         return next(at for at, stop in enumerate(self.stops) if stop.layer == layer)
 
@@ -145,15 +189,20 @@ class ExecutionTrace:
 
     def _checked(self, at: int) -> int:
         if at >= len(self.stops):
-            raise UsageError("The forward pass ends before that, expected a step within it; /step back goes back.")
+            raise UsageError("The forward pass ends before that stop. Go back, or take a smaller step.")
         return at
 
 
 def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> ExecutionTrace:
-    """Run a text through the network, with the hooks that are on, and keep what each statement made.
+    """Trace a forward pass over a text, with the hooks of the model.
 
-    Of a long text the last piece, of up to 512 tokens, is walked through. What the engine has cached is neither used
-    nor changed. progress: called for each layer; what it raises ends the work. Raises as `Engine.next_logits` does.
+    Of a long text only the last chunk of up to 512 tokens is traced. The cache of the engine is neither used nor
+    changed. Raises errors as `Engine.next_logits` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        progress: Called for each layer. An exception that it raises stops the work.
     """
     stops: list[Statement] = []
     n_layers = llama.args.n_layers
@@ -169,18 +218,22 @@ def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) ->
 
 
 def look(llama: LoadedModel, walk: ExecutionTrace, at: int, expression: str, progress: Progress = silent) -> ValueView:
-    """Numbers of a value that is in scope at a stop, taken by running to it again.
+    """Return numbers of a variable at a stop, running the network again up to it.
 
-    expression: a name, and behind it an index of whole numbers, slices and `...`, such as "q[0, -1, :, :8]". Raises
-    `UsageError` for what is not there, or where there is no such index.
+    Args:
+        llama: The model.
+        walk: The trace.
+        at: The stop.
+        expression: A name, optionally with an index of integers, slices and `...`, such as "q[0, -1, :, :8]".
+        progress: As for `walk`.
+
+    Raises:
+        UsageError: If the variable or the index does not exist.
     """
     name, index = parsed(expression)
     stop = walk.stops[at]
     if name not in stop.in_scope:
-        raise UsageError(
-            f"There is no '{sanitize(name)}' here, expected one of {', '.join(stop.in_scope) or 'nothing'}; "
-            "/step walks to where there is."
-        )
+        raise UsageError(f"'{sanitize(name)}' is not in scope here. In scope: {', '.join(stop.in_scope) or 'nothing'}.")
     taken: list[Any] = []
     count = 0
 
@@ -195,11 +248,11 @@ def look(llama: LoadedModel, walk: ExecutionTrace, at: int, expression: str, pro
         _run(llama, walk.ids, on_statement, progress)
     except _ReachedError:
         return view_value(name, taken[0], index)
-    raise UsageError("The walk has changed, expected the same one; /step end and /step begin it anew.")
+    raise UsageError("The forward pass ran differently from its trace. Trace it again.")
 
 
 class _ReachedError(Exception):
-    """The run has come to the stop that was looked for."""
+    """The run has reached the stop."""
 
 
 # --- Running ----------------------------------------------------------------------------------
@@ -207,7 +260,7 @@ class _ReachedError(Exception):
 
 @dataclass(frozen=True)
 class _Done:
-    """A statement that was just done. following: the one that comes next in its function."""
+    """A statement that was executed. following: the next one in the same function."""
 
     function: str
     module: str
@@ -215,10 +268,10 @@ class _Done:
     statement: SourceStatement
     following: SourceStatement | None
     variables: dict[str, Any]
-    meanings: dict[str, ValueSummary]  # values of this call whose shapes were named, by their own names
+    meanings: dict[str, ValueSummary]  # by variable: the last value with named dimensions
 
     def _with_meaning(self, value: ValueSummary) -> ValueSummary:
-        """The value with what its shape means, if it had the same shape under the same name before."""
+        """Reuse the names of the dimensions if the variable had the same shape before."""
         before = self.meanings.get(value.name)
         if not value.meaning and before and before.shape == value.shape:
             value = replace(value, meaning=before.meaning)
@@ -233,7 +286,7 @@ class _Done:
         )
         names = () if ended else (RETURNED,) if statement.returns else statement.names
         bound = [(name, self.variables[name]) for name in names if name in self.variables and name != "_"]
-        # What the cache takes is memory without numbers yet; what it gives back is filled.
+        # The cache allocates memory without initializing it. The tensors that it returns are filled.
         filled = self.function not in _FILLING or (self.function == "KVCache.update" and statement.returns)
         values = [value for name, it in bound for value in summaries(name, it, statement.meanings, filled)]
         return Statement(
@@ -249,7 +302,7 @@ class _Done:
 
 @dataclass
 class _Call:
-    """A function that is being run."""
+    """A function call in progress."""
 
     function: str
     module: str
@@ -258,7 +311,7 @@ class _Call:
 
 
 class _Tracer:
-    """Called by Python for each line: tells `on_statement` of each statement of `model.py` when it was done."""
+    """The trace function: reports each executed statement of `model.py`."""
 
     def __init__(self, model: Transformer, on_statement: Callable[[_Done], None]):
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -267,7 +320,7 @@ class _Tracer:
 
     def called(self, frame: FrameType, _event: str, _argument: Any) -> Callable[..., Any] | None:
         code = frame.f_code
-        # A generator is a part of its statement.
+        # A generator belongs to the statement that contains it.
         if code.co_filename != _FILE or code.co_qualname not in functions(_PATH):
             return None
         above = self._calls[-1].module if self._calls else ""
@@ -300,7 +353,10 @@ class _Tracer:
 
 
 def _run(llama: LoadedModel, ids: Sequence[int], on_statement: Callable[[_Done], None], progress: Progress) -> int:
-    """Run a text and tell `on_statement` of each statement of its last piece; returns where that begins."""
+    """Run a text and report each statement of its last chunk.
+
+    Returns the position at which the chunk starts.
+    """
     engine = llama.engine
     engine.check(ids)
     model, device = engine.model, engine.model.tok_embeddings.weight.device
@@ -317,7 +373,7 @@ def _run(llama: LoadedModel, ids: Sequence[int], on_statement: Callable[[_Done],
             progress("reading", start, len(ids))
             model(torch.tensor([ids[start : start + CHUNK]], device=device), cache)
         tokens = torch.tensor([ids[begin:]], device=device)
-        before = sys.gettrace()  # a debugger's, or what measures a test's coverage
+        before = sys.gettrace()  # of a debugger, or of coverage measurement
         try:
             sys.settrace(tracer.called)
             model(tokens, cache)

@@ -1,4 +1,4 @@
-"""`Inspection`: a prompt under the microscope, for programs and notebooks."""
+"""`Inspection`: a prompt under the microscope, for Python programs and notebooks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from llama_scratch.results import Prediction, Token
 
 
 class Inspection(Displayable):
-    """What goes on in a network while it reads a prompt. Make one with `Llama.inspect`.
+    """The internals of a network while it reads a prompt. Created by `Llama.inspect`.
 
-    Nothing is computed before it is asked for. An inspection keeps its prediction, the model its heads' scores and the
-    network that gradients go through; all else runs the network again. `ablate`, `patch` and `steer` return another
-    inspection, of the changed network; what they put in (means, activations, directions) is read from the intact one.
+    Everything is computed on demand. The inspection caches its prediction; the model caches the scores of its heads and
+    the network for gradients. Everything else runs the network again. `ablate`, `patch` and `steer` return a new
+    inspection of the modified network. The activations that they insert come from the unmodified network.
 
-    tokens, ids: of the prompt, the beginning-of-text token included. interventions: what was changed, the first first.
+    Attributes:
+        tokens: The tokens of the prompt, including the beginning-of-text token.
+        ids: Their ids.
+        interventions: The interventions, in the order in which they were added.
     """
 
     def __init__(self, llama: LoadedModel, prompt: Prompt, changes: Sequence[Intervention] = ()):
@@ -43,62 +46,88 @@ class Inspection(Displayable):
 
     @cached_property
     def prediction(self) -> Prediction:
-        """What comes next, with all interventions."""
+        """The next-token prediction, with all interventions."""
         return self._llama.predict(self.ids)
 
-    # --- Looking ---
+    # --- Reading ---
 
     @property
     def residual(self) -> Residual:
-        """The residual stream: `residual[5]` is what layer 5 reads, (T, dim), and `residual[-1]` what the last left."""
+        """The residual stream.
+
+        `residual[5]` is the input of layer 5, (T, dim); `residual[-1]` is the output of the last layer.
+        """
         return Residual(self._llama, self.ids)
 
     @property
     def attention(self) -> AttentionMaps:
-        """Attention probabilities: `attention[5]` of a layer, (n_heads, T, T), `attention[5, 3]` of a head, (T, T)."""
+        """The attention probabilities.
+
+        `attention[5]` is a layer, (n_heads, T, T); `attention[5, 3]` is a head, (T, T).
+        """
         return AttentionMaps(self._llama, self.ids)
 
     def activations(self, place: str) -> Tensor:
-        """What stands at a place that `llama_scratch.hooks` names, (T, …).
+        """Return the activations at a place named in `llama_scratch.hooks`, (T, …).
 
-        Not for q, k, v and probs, whose first size is heads.
+        Not for q, k, v and probs, whose first dimension is heads.
         """
         return stream.activations(self._llama, self.ids, [place])[0]
 
     def lens(self, first: int | None = None, count: int = lenses.LENS_POSITIONS) -> lenses.Lens:
-        """The best guess behind every layer, at the last `count` positions or from `first` on."""
+        """Return the logit lens: the top prediction after every layer.
+
+        Args:
+            first: The first position, by default such that the last position is included.
+            count: Number of positions.
+        """
         return lenses.lens(self._llama, self.ids, first, count)
 
     def heads(self, layer: int | None = None) -> maps.Heads:
-        """All heads, or those of a layer: what kind each looks like, with the scores that say so."""
+        """Return all heads, or the heads of one layer, with their scores and kinds."""
         return maps.heads(self._llama, self.ids, layer)
 
     def head(self, layer: int, head: int) -> maps.Head:
-        """What one head looks at."""
+        """Return the attention map of one head.
+
+        Args:
+            layer: The layer.
+            head: The head within the layer.
+        """
         return maps.head(self._llama, self.ids, layer, head)
 
     def attribution(self, token: int | str | None = None, versus: int | str | None = None) -> attribution.Attribution:
-        """Which parts and which tokens speak for a next token, by default the predicted one, and against another.
+        """Attribute the logit of a next token to components and to tokens of the prompt.
 
-        Tokens are ids, or texts that are one token each: " Paris", with its space.
+        Args:
+            token: A token id, or a text that is one token, such as " Paris" with its space. By default the predicted
+                token.
+            versus: A token to compare with. The logit difference is attributed.
         """
         answer, other = (None if name is None else self._id(name) for name in (token, versus))
         return attribution.why(self._llama, self.ids, answer, other)
 
     def neurons(self, layer: int, count: int = 10) -> neuron_views.Neurons:
-        """The strongest feed-forward neurons of a layer at the last token, and what each writes."""
+        """Return the strongest feed-forward neurons of a layer at the last token.
+
+        Args:
+            layer: The layer.
+            count: Number of neurons.
+        """
         return neuron_views.neurons(self._llama, self.ids, layer, count)
 
     def trace(self, other: Prompt) -> patching.Trace:
-        """Causal tracing: how far each activation of another prompt of as many tokens moves the answer."""
+        """Causal tracing: patch each activation of another prompt with as many tokens."""
         return patching.trace(self._llama, self.ids, self._llama.encode(other))
 
-    # --- Changing ---
+    # --- Interventions ---
 
     def ablate(self, *parts: str, mean: bool = False) -> Inspection:
-        """With these parts switched off: "L5", "L5.attn", "L5.ffn", "L5.H3", "L5.N120".
+        """Return an inspection with components ablated.
 
-        mean: each writes its mean over this prompt's tokens in place of nothing.
+        Args:
+            parts: Their names: "L5", "L5.attn", "L5.ffn", "L5.H3", "L5.N120".
+            mean: Replace the output by its mean over the tokens of this prompt instead of zero.
         """
         named = [NetworkPart.named(name, self._llama.args) for name in parts]
         return self._with(
@@ -111,25 +140,35 @@ class Inspection(Displayable):
         )
 
     def patch(self, other: Prompt, part: str, positions: int | Sequence[int] | Mapping[int, int]) -> Inspection:
-        """With a part's activations copied from another prompt.
+        """Return an inspection with activations patched from another prompt.
 
-        part: as for `ablate`; a layer stands for the residual stream before it. positions: one, several, or those
-        here → those there, from 0.
+        Args:
+            other: The other prompt.
+            part: The component, as for `ablate`. A layer means the residual stream before it.
+            positions: One or several positions from 0, or a mapping from positions here to positions in the other
+                prompt.
         """
         if not isinstance(positions, Mapping):
             several = isinstance(positions, Iterable) and whole_number(positions) is None
             positions = {at: at for at in (cast(Iterable[int], positions) if several else [cast(int, positions)])}
-        pairs = {numbered("position", here, len(self.ids), " here"): there for here, there in positions.items()}
+        pairs = {numbered("position", here, len(self.ids), " in this text"): there for here, there in positions.items()}
         named = NetworkPart.named(part, self._llama.args)
         return self._with(interventions.patch(self._intact, named, self._intact.encode(other), pairs))
 
     def steer(self, layer: int, scale: float, toward: Prompt, away: Prompt) -> Inspection:
-        """With a direction added behind a layer: `scale` times what `toward` has there more than `away`."""
+        """Return an inspection with a steering vector added after a layer.
+
+        Args:
+            layer: The layer.
+            scale: The factor of the vector.
+            toward: The prompt that the vector leads toward.
+            away: The prompt that it leads away from. The vector is the difference of their last activations.
+        """
         first, second = (self._intact.encode(prompt) for prompt in (toward, away))
         return self._with(interventions.steer(self._intact, layer, scale, first, second))
 
     def effect(self, top: int = 5) -> effects.Effect:
-        """The answer before all interventions and with them."""
+        """Compare the prediction without and with the interventions."""
         labels = [intervention.label for intervention in self.interventions]
         return effects.effect(self._intact, self._llama, self.ids, labels, top)
 
@@ -142,13 +181,13 @@ class Inspection(Displayable):
         ids = self._llama.encode(token, bos=False, special=True)
         if len(ids) != 1:
             raise UsageError(
-                f"'{sanitize(token)}' is {len(ids)} tokens, expected one; words bring their own space: ' Paris'."
+                f"'{sanitize(token)}' is {len(ids)} tokens, not one. Words need a leading space: ' Paris'."
             )
         return ids[0]
 
 
 class Residual:
-    """The residual stream of a prompt, a layer at a time; see `Inspection.residual`."""
+    """The residual stream of a prompt, computed per layer. See `Inspection.residual`."""
 
     def __init__(self, llama: LoadedModel, ids: Sequence[int]):
         self._llama = llama
@@ -158,17 +197,17 @@ class Residual:
         return self._llama.args.n_layers + 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(stream.residuals(self._llama, self._ids))  # all of them in one pass
+        return iter(stream.residuals(self._llama, self._ids))  # all layers in one forward pass
 
     def __getitem__(self, layer: int) -> Tensor:
         last = len(self) - 1
-        layer = _index(layer, len(self), "stream")
+        layer = _index(layer, len(self), "residual stream")
         place = f"layers.{layer}.resid_pre" if layer < last else f"layers.{last - 1}.resid_post"
         return stream.activations(self._llama, self._ids, [place])[0]
 
 
 class AttentionMaps:
-    """The attention probabilities of a prompt, a layer at a time; see `Inspection.attention`."""
+    """The attention maps of a prompt, computed per layer. See `Inspection.attention`."""
 
     def __init__(self, llama: LoadedModel, ids: Sequence[int]):
         self._llama = llama
@@ -188,7 +227,7 @@ class AttentionMaps:
 
 
 def _index(index: int, length: int, what: str) -> int:
-    """An index from 0, or from the end. Raises IndexError, as a list does."""
+    """Resolve an index from 0 or from the end. Raises IndexError like a list."""
     if not -length <= index < length:
-        raise IndexError(f"There is no {what} {index}, expected one from 0 to {length - 1}.")
+        raise IndexError(f"The {what} index must be from {-length} to {length - 1}, not {index}.")
     return index % length

@@ -1,6 +1,6 @@
-"""Changes to the network while it runs: parts switched off, activations copied from another text, directions added.
+"""Interventions on a running network: ablation, activation patching and steering.
 
-Each is an `Intervention`: hooks, and the name by which it is known. `Llama.intervened` runs the network with them.
+Each is an `Intervention`: hooks with a label. `Llama.intervened` runs the network with them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ AnyModel = TypeVar("AnyModel", bound=LoadedModel)
 class Intervention(JsonResult):
     """A change to the network.
 
-    label: Short, as the prompt shows it: -L5.H3.
-    meaning: A sentence for the user.
-    recipe: How to make it again with `remake`; None if it was made by hand.
+    Attributes:
+        label: A short name, as in the prompt of a session: -L5.H3.
+        meaning: A sentence for the user.
+        hooks: The hooks that make the change.
+        recipe: The arguments for `remake`, if it has them.
     """
 
     json_fields = ("label", "meaning")
@@ -44,7 +46,12 @@ class Intervention(JsonResult):
 
 
 def changed(llama: AnyModel, interventions: Sequence[Intervention]) -> AnyModel:
-    """The model with all of these, the first ones first."""
+    """Return a model with interventions.
+
+    Args:
+        llama: The model.
+        interventions: The interventions, applied in this order.
+    """
     for intervention in interventions:
         llama = llama.intervened(intervention.hooks)
     return llama
@@ -75,23 +82,34 @@ def remake(llama: LoadedModel, recipe: Recipe, progress: Progress = silent) -> I
 
 
 def ablate(llama: LoadedModel, part: NetworkPart) -> Intervention:
-    """Zero ablation: what a part writes into the residual stream is 0."""
-    del llama  # as the other ones have it
+    """Zero ablation: set the output of a component to 0.
+
+    Args:
+        llama: The model.
+        part: The component.
+    """
+    del llama  # for the same signature as the others
     hooks = _set(part, dict.fromkeys(part.places, 0.0))
-    return Intervention(f"-{part.name}", f"{part.name} writes nothing.", hooks, Recipe("ablate", part.name))
+    return Intervention(f"-{part.name}", f"{part.name} is zero-ablated.", hooks, Recipe("ablate", part.name))
 
 
 def mean_ablate(llama: LoadedModel, part: NetworkPart, ids: Sequence[int], progress: Progress = silent) -> Intervention:
-    """Replace what a part writes by its mean over the tokens of a text: what it says of each is gone, and the values
-    stay near those that the network was trained on.
+    """Mean ablation: replace the output of a component by its mean over a text.
 
-    Source: Wang et al. 2022, arXiv:2211.00593, whose mean is over other texts.
+    Information about each token is lost, and the values stay close to the training distribution. Source: Wang et al.
+    2022, arXiv:2211.00593, who average over other texts.
+
+    Args:
+        llama: The model.
+        part: The component.
+        ids: The token ids of the text.
+        progress: Called as by `Llama.predict`.
     """
     values = zip(part.places, activations(llama, ids, part.places, progress), strict=True)
     means = {place: part.of(value).mean(0) for place, value in values}
     tokens = f"{len(ids):,} token{'s' if len(ids) != 1 else ''}"
     recipe = Recipe("mean_ablate", part.name, ids=tuple(ids))
-    return Intervention(f"~{part.name}", f"{part.name} writes its mean over {tokens}.", _set(part, means), recipe)
+    return Intervention(f"~{part.name}", f"{part.name} is its mean over {tokens}.", _set(part, means), recipe)
 
 
 def _set(part: NetworkPart, values: Mapping[str, Tensor | float]) -> dict[str, Hook]:
@@ -109,15 +127,24 @@ def _set(part: NetworkPart, values: Mapping[str, Tensor | float]) -> dict[str, H
 def patch(
     llama: LoadedModel, part: NetworkPart, ids: Sequence[int], positions: Mapping[int, int], progress: Progress = silent
 ) -> Intervention:
-    """Copy a part's value, while another text is read, into this one's: of a layer the residual stream before it.
+    """Activation patching: copy the activations of a component from another text.
 
-    ids: of the other text. positions: here → there, both from 0. Raises `UsageError` for a position that it has not,
-    and as `Llama.predict` does.
-    Source: Vig et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
+    For a layer, the activations are the residual stream before it. Raises errors as `Llama.predict` does. Sources: Vig
+    et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
+
+    Args:
+        llama: The model.
+        part: The component.
+        ids: The token ids of the other text.
+        positions: Positions in the prompt → positions in the other text, both from 0.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the other text does not have a position.
     """
     llama.engine.check(ids)
     if not positions:
-        raise UsageError("No position was given, expected at least one.")
+        raise UsageError("No position was given. Give at least one.")
     positions = {
         numbered("position", here, llama.context): numbered("position", there, len(ids), " in the other text")
         for here, there in positions.items()
@@ -135,11 +162,11 @@ def patch(
     where = "all" if 1 < len(ids) == len(positions) else ",".join(map(str, positions))
     name = f"{part.name}@{where}"
     recipe = Recipe("patch", part.name, ids=tuple(ids), positions=tuple(positions.items()))
-    return Intervention(name, f"{name} holds what '{_end(llama, ids)}' has there.", {part.place: hook}, recipe)
+    return Intervention(name, f"{name} is patched from '{_end(llama, ids)}'.", {part.place: hook}, recipe)
 
 
 def _end(llama: LoadedModel, ids: Sequence[int]) -> str:
-    """The end of a text, for a sentence about it."""
+    """The end of a text, for a message."""
     text = "".join(llama.token(id).text for id in ids[-8:])
     return sanitize(f"…{text}" if len(ids) > 8 else text, 60)
 
@@ -155,26 +182,37 @@ def steer(
     away: Sequence[int],
     progress: Progress = silent,
 ) -> Intervention:
-    """Add a direction to the residual stream behind a layer, at every token: `scale` times the difference between what
-    stands there at the last token of two texts.
+    """Add a steering vector to the residual stream after a layer, at every token.
 
-    Raises `UsageError` for a layer that there is not or a scale that is too large, and as `Llama.predict` does.
-    Source: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2023, arXiv:2312.06681.
+    The vector is `scale` times the difference of the activations at the last token of two texts. Raises errors as
+    `Llama.predict` does. Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2023,
+    arXiv:2312.06681.
+
+    Args:
+        llama: The model.
+        layer: The layer.
+        scale: The factor of the vector.
+        toward: The token ids of the text that the vector leads toward.
+        away: The token ids of the text that it leads away from.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer does not exist, or the scale is too large.
     """
     place = f"layers.{numbered('layer', layer, llama.args.n_layers)}.resid_post"
     if not abs(scale) <= sys.float_info.max:
-        raise UsageError(f"The scale is {sanitize(scale)}, expected a finite number.")
+        raise UsageError(f"The scale must be a finite number, not {sanitize(scale)}.")
     ends = [activations(llama, ids, [place], progress)[0][-1] for ids in (toward, away)]  # (dim,) each
     direction = scale * (ends[0] - ends[1])  # (dim,)
-    if not torch.isfinite(direction.norm()):  # whose square a layer takes
-        raise UsageError(f"A scale of {scale:g} makes the direction too long for numbers, expected a smaller one.")
+    if not torch.isfinite(direction.norm()):  # a norm squares it
+        raise UsageError(f"A scale of {scale:g} makes the steering vector overflow. Choose a smaller scale.")
     apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
     words = [sanitize(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]
     label = f"{scale:+g}·({words[0]}−{words[1]})@L{layer}"  # named by the first tokens that differ
     return Intervention(
         label,
-        f"Behind layer {layer} each token gets {scale:g} times the difference of the two texts, "
-        f"a vector of length {float(direction.norm()):.3g}.",
+        f"After layer {layer}, {scale:g} times the difference of the two texts is added at each token, "
+        f"a vector of norm {float(direction.norm()):.3g}.",
         {place: lambda value, _start: value + direction.to(value)},
         Recipe("steer", layer=int(layer), scale=float(scale), ids=tuple(toward), away=tuple(away)),
     )

@@ -1,4 +1,4 @@
-"""The logit lens: what the network would say if it ended behind one of its layers."""
+"""The logit lens: the next-token prediction after each layer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
-# Positions that are looked at unless asked for others, and unembedded at a time: 33 MB of logits for a vocabulary of
-# 128,256.
+# The default number of positions, and the number unembedded at a time: 33 MB of logits for a vocabulary of 128,256.
 LENS_POSITIONS = 64
 
 
 @dataclass(frozen=True)
 class Guess(Candidate):
-    """The best guess at one layer and position, with its probability there.
+    """The top prediction at one layer and position.
 
-    rank_of_answer: where the answer stands among all tokens there, that is what the whole network says after this
-    position; 1 where it is the best guess.
+    Attributes:
+        rank_of_answer: Rank at this layer of the token that the whole network predicts; 1 if it is the top prediction.
     """
 
     json_fields = (*Candidate.json_fields, "rank_of_answer")
@@ -37,7 +36,12 @@ class Guess(Candidate):
 
 @dataclass(frozen=True)
 class Layer:
-    """The guesses behind one layer, one for each position. layer: −1 for the embedding, before the first layer."""
+    """The top predictions after one layer.
+
+    Attributes:
+        layer: The layer, or −1 for the embedding.
+        guesses: One per position.
+    """
 
     layer: int
     guesses: tuple[Guess, ...]
@@ -45,11 +49,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lens(Displayable, JsonResult):
-    """What stands behind each layer, read as the network reads the last one.
+    """The top predictions after each layer.
 
-    tokens: those of the positions that were looked at; the first of them stands at position `first` of the text.
-    length: tokens of the text in all. layers: from the embedding to the last one, whose guesses are the network's own
-    answers.
+    Attributes:
+        tokens: The tokens at the selected positions.
+        first: The first of these positions.
+        length: Number of tokens in the whole text.
+        layers: From the embedding to the last layer, whose top predictions are the network's own.
     """
 
     tokens: tuple[Token, ...]
@@ -59,20 +65,26 @@ class Lens(Displayable, JsonResult):
 
     @property
     def answers(self) -> tuple[Guess, ...]:
-        """What the network says after each position."""
+        """The predictions of the network, one per position."""
         return self.layers[-1].guesses
 
     def first_layer(self, index: int = -1) -> int:
-        """The first layer at which the answer is the best guess. index: of the position among those looked at."""
+        """The first layer at which the final prediction has rank 1.
+
+        `index` selects one of the positions.
+        """
         return next(row.layer for row in self.layers if row.guesses[index].rank_of_answer == 1)
 
     def stays_from(self, index: int = -1) -> int:
-        """The layer from which on it is the best guess up to the last one."""
+        """The layer from which on the final prediction keeps rank 1."""
         others = [row.layer for row in self.layers if row.guesses[index].rank_of_answer > 1]
         return others[-1] + 1 if others else -1
 
     def as_json(self) -> dict[str, Any]:
-        """As `/lens` prints it; the first layer and the one from which on it stays are those of the last position."""
+        """Return the lens as JSON values, as `/lens` prints it.
+
+        `first_layer` and `stays_from` describe the last position.
+        """
         return {
             "first": self.first,
             "tokens": to_json(self.tokens),
@@ -90,15 +102,22 @@ def lens(
     count: int = LENS_POSITIONS,
     progress: Progress = silent,
 ) -> Lens:
-    """The best guess behind every layer, at `count` positions from `first` on, by default the last ones.
+    """Return the top prediction after every layer.
 
-    It passes the residual stream behind each layer through the final norm and the unembedding: the layers all add to
-    one stream, so that each can be read as if it were the last. Early layers need not speak that language yet; what
-    they say is what is to be seen there, not what the network "thinks".
+    The residual stream after each layer goes through the final norm and the unembedding, as if that layer were the
+    last. Early layers need not represent information in that basis yet, so their predictions show what is readable
+    there, not what the network "thinks". Raises errors as `Llama.predict` does. Source: nostalgebraist 2020,
+    "interpreting GPT: the logit lens".
 
-    progress: "reading" while the text is read, then "layer" for each unembedding. Raises `UsageError` for a position
-    that there is not, and as `Llama.predict` does.
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        first: The first position. By default the last positions are selected.
+        count: Maximum number of positions.
+        progress: Called with "reading" while the text is read, then with "layer" for each unembedding.
+
+    Raises:
+        UsageError: If the position does not exist.
     """
     *_, complete = growing(llama, ids, first, count, progress)
     return complete
@@ -111,13 +130,21 @@ def growing(
     count: int = LENS_POSITIONS,
     progress: Progress = silent,
 ) -> Iterator[Lens]:
-    """`lens` as it comes: first with the last layer alone, which has the answers, then with one more each time."""
+    """Yield `lens` incrementally: the last layer alone, then one more layer each time.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        first: As for `lens`.
+        count: As for `lens`.
+        progress: As for `lens`.
+    """
     llama.engine.check(ids)
     if count < 1:
-        raise UsageError(f"{count} positions were asked for, expected at least 1.")
+        raise UsageError(f"The number of positions must be at least 1, not {count}.")
     begin = numbered("position", max(0, len(ids) - count) if first is None else first, len(ids), " in this text")
     end = min(begin + count, len(ids))
-    stream = _stream(llama, ids[:end], begin, progress)  # what comes later has no say in what stood before
+    stream = _stream(llama, ids[:end], begin, progress)  # later tokens do not affect earlier positions
     last = Layer(len(stream) - 2, guesses(llama, stream.pop(), None))
     answers = torch.tensor([guess.id for guess in last.guesses])
     tokens = tuple(map(llama.token, ids[begin:end]))
@@ -130,7 +157,10 @@ def growing(
 
 
 def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progress) -> list[Tensor]:
-    """The embedding and the stream behind each layer from position `first` on: (T - first, dim) each."""
+    """Return the embedding and the stream after each layer, from position `first` on.
+
+    Each is (T - first, dim).
+    """
     pieces: dict[str, list[Tensor]] = {"embedding": []}
     pieces |= {f"layers.{layer}.resid_post": [] for layer in range(llama.args.n_layers)}
 
@@ -143,14 +173,23 @@ def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progre
 
 @torch.inference_mode()
 def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Guess, ...]:
-    """The best guesses of vectors of the stream, (n, dim), and the ranks of `answers`, (n,), or else of their own."""
+    """Unembed vectors of the residual stream.
+
+    Args:
+        llama: The model.
+        x: The vectors, (n, dim).
+        answers: The tokens whose ranks are returned, (n,); by default the top predictions themselves.
+
+    Returns:
+        The top prediction for each vector.
+    """
     model, found = llama.engine.model, []
     for i in range(0, len(x), LENS_POSITIONS):
         logits = model.output(model.norm(x[i : i + LENS_POSITIONS])).float()  # (m, vocab_size)
         best = logits.max(-1, keepdim=True)
         answer_ids = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
         ranks = (logits > logits.gather(-1, answer_ids)).sum(-1) + 1  # (m,)
-        # The others' shares of the best one's, without its own 1, in which those of a sure guess would be lost.
+        # Without the 1 of the best token itself: float32 would lose the rest if the prediction is nearly certain.
         others = logits.sub_(best.values).exp_().scatter_(-1, best.indices, 0).sum(-1)  # (m,)
         logprobs = -others.double().log1p()  # (m,)
         columns = (best.indices[:, 0].tolist(), logprobs.tolist(), ranks.tolist())

@@ -1,4 +1,4 @@
-"""The feed-forward neurons of a layer: how active each is at the last token, and what it writes."""
+"""The strongest feed-forward neurons of a layer at the last token."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from llama_scratch.model import Transformer, TransformerBlock
 from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
-# Columns of w2 that are read at a time.
+# Number of columns of w2 read at a time.
 _COLUMNS = 512
 _PROMOTED, _SUPPRESSED = 3, 2
 
 
 @dataclass(frozen=True)
 class LogitEffect(Token):
-    """A token whose logit a neuron raises or lowers, and by how much."""
+    """A token whose logit a neuron raises or lowers.
+
+    Attributes:
+        logit: The direct effect on its logit.
+    """
 
     logit: float
 
@@ -35,8 +39,13 @@ class LogitEffect(Token):
 class Neuron:
     """One neuron at the last token.
 
-    activation: silu(w1 x) · w3 x. strength: |activation| · ‖its column of w2‖, the length of what it writes.
-    contribution: its direct part of the answer's logit. promoted, suppressed: the tokens that it pushes most.
+    Attributes:
+        index: The neuron.
+        activation: silu(w1 x) · w3 x.
+        strength: |activation| · ‖column of w2‖, the norm of its output.
+        contribution: Its direct contribution to the logit of the predicted token.
+        promoted: The tokens whose logits it raises most.
+        suppressed: The tokens whose logits it lowers most.
     """
 
     index: int
@@ -49,10 +58,15 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Neurons(Displayable, JsonResult):
-    """The strongest neurons of a layer, strongest first, of `n_neurons`.
+    """The strongest neurons of a layer, strongest first.
 
-    token: the last one. answer: what the network says after it. contribution: the direct part of all of the layer's
-    neurons, which is that of the feed-forward, of the answer's logit.
+    Attributes:
+        layer: The layer.
+        token: The last token of the text.
+        answer: The predicted token.
+        contribution: Direct contribution of all neurons of the layer, equal to the feed-forward's.
+        neurons: The strongest neurons.
+        n_neurons: Number of neurons of the layer.
     """
 
     json_fields = ("layer", "token", "answer", "contribution", "neurons", "n_neurons as of")
@@ -68,40 +82,44 @@ class Neurons(Displayable, JsonResult):
 def neurons(
     llama: LoadedModel, ids: Sequence[int], layer: int, count: int = 10, progress: Progress = silent
 ) -> Neurons:
-    """The `count` neurons of a layer that write most at the last token, by the length of what they write.
+    """Return the neurons of a layer with the largest output norm at the last token.
 
-    A neuron writes its activation times its column of w2 into the residual stream. That is read as the network reads
-    the stream at its end: divided by the root mean square that it has there, scaled by the final norm's weight,
-    multiplied with the unembedding. It is the direct effect: what later layers make of it is left out.
+    A neuron adds its activation times its column of w2 to the residual stream. Its direct effect on the logits is that
+    vector through the final norm, at the scale of the final stream, and the unembedding, without later layers. Raises
+    errors as `Llama.predict` does. Source: Geva et al. 2022, arXiv:2203.14680.
 
-    progress: as for `Llama.predict`. Raises `UsageError` for a layer that there is not, and as `Llama.predict` does.
-    Source: Geva et al. 2022, arXiv:2203.14680.
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layer: The layer.
+        count: Number of neurons.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer does not exist, or `count` is less than 1.
     """
     model, args = llama.engine.model, llama.args
     layer = numbered("layer", layer, args.n_layers)
     if count < 1:
-        raise UsageError(f"{count} neurons were asked for, expected at least 1.")
+        raise UsageError(f"The number of neurons must be at least 1, not {count}.")
     places = (
         f"layers.{layer}.feed_forward.neurons",
         f"layers.{layer}.feed_forward.out",
         f"layers.{args.n_layers - 1}.resid_post",
     )
     captured: dict[str, Tensor] = {}
-    logits = llama.engine.forward_with_hooks(
-        [ids], {place: _last(captured, place) for place in places}, progress=progress
-    )[0, -1]
+    hooks = {place: _last(captured, place) for place in places}
+    logits = llama.engine.forward_with_hooks([ids], hooks, progress=progress)[0, -1]
     activations, out, stream = (captured[place] for place in places)  # (ffn_dim,), (dim,), (dim,)
     answer = llama.candidates(logits, 1)[0]
-    w2 = cast(TransformerBlock, model.layers[layer]).feed_forward.w2
+    w2, dtype = cast(TransformerBlock, model.layers[layer]).feed_forward.w2, model.norm.weight.dtype
     lengths = []
     for part in torch.split(torch.arange(args.ffn_dim, device=activations.device), _COLUMNS):
         progress("neurons", int(part[0]), args.ffn_dim)
-        lengths.append(columns(w2, part, args.ffn_dim, model.norm.weight.dtype).norm(dim=-1))
+        lengths.append(columns(w2, part, args.ffn_dim, dtype).norm(dim=-1))
     strengths = activations.abs() * torch.cat(lengths)  # (ffn_dim,)
     best = strengths.topk(min(count, args.ffn_dim))
-    writes = activations[best.indices, None] * columns(
-        w2, best.indices, args.ffn_dim, model.norm.weight.dtype
-    )  # (count, dim)
+    writes = activations[best.indices, None] * columns(w2, best.indices, args.ffn_dim, dtype)  # (count, dim)
     pushes = _read(model, torch.cat([out[None], writes]), stream)  # (1 + count, vocab_size)
     return Neurons(
         layer=layer,
@@ -125,9 +143,18 @@ def neurons(
 
 @torch.inference_mode()
 def columns(w2: nn.Module, neurons: Tensor, ffn_dim: int, dtype: torch.dtype) -> Tensor:
-    """What neurons write at an activation of 1, their columns of w2: indices (n,) → (n, dim) float32.
+    """Return columns of w2: the outputs of neurons at an activation of 1.
 
-    dtype: of activations. A packed form does not show its columns, but multiplies with one-hot rows, which picks them.
+    Packed weights have no accessible columns. They are multiplied with one-hot rows instead.
+
+    Args:
+        w2: The linear layer.
+        neurons: Their indices, (n,).
+        ffn_dim: Number of neurons of the layer.
+        dtype: The dtype of activations.
+
+    Returns:
+        (n, dim) float32.
     """
     if isinstance(w2, nn.Linear):
         return w2.weight.T[neurons].float()
@@ -136,7 +163,10 @@ def columns(w2: nn.Module, neurons: Tensor, ffn_dim: int, dtype: torch.dtype) ->
 
 @torch.inference_mode()
 def _read(model: Transformer, writes: Tensor, stream: Tensor) -> Tensor:
-    """What vectors in the residual stream add to the logits, (n, dim) → (n, vocab_size), at the scale of the stream."""
+    """Return the direct effect of vectors in the residual stream on the logits.
+
+    (n, dim) → (n, vocab_size), at the scale of the final stream.
+    """
     norm = model.norm
     scale = torch.rsqrt(stream.pow(2).mean() + norm.eps)
     logits: Tensor = model.output((writes * scale * norm.weight).to(norm.weight.dtype))
@@ -144,7 +174,7 @@ def _read(model: Transformer, writes: Tensor, stream: Tensor) -> Tensor:
 
 
 def _last(activations: dict[str, Tensor], place: str) -> Hook:
-    """A hook that keeps what stands at the last token, in float32; of a text in pieces the last one stays."""
+    """A hook that keeps the activation at the last token, in float32."""
 
     def hook(value: Tensor, _start: int) -> None:
         activations[place] = value[0, -1].float()

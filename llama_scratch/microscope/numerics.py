@@ -1,4 +1,4 @@
-"""The same text in each precision, and with another RoPE factor: how far the answers are from fp32's."""
+"""Numerical error of each precision, and of another RoPE factor, against fp32."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ REFERENCE = "fp32"
 ROPE = "rope"
 VARIANTS = (*PRECISIONS[1:], ROPE)
 USUAL = tuple(name for name in VARIANTS if name != "int4")
-"""Those that take seconds: int4 is calibrated for minutes when it is made for the first time."""
-# Positions that are compared: their logits are 131 MB for a vocabulary of 128,256.
+"""The fast ones. int4 takes minutes of calibration when it is used for the first time."""
+# Maximum number of compared positions: 131 MB of logits for a vocabulary of 128,256.
 _POSITIONS = 256
 
 Open = Callable[[str, Progress], LoadedModel]
-"""Opens the same model in the precision of that name."""
+"""Opens the same model in another precision, given its name."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one network is from the reference, over all positions that were compared.
+    """The divergence of one network from the reference, over all compared positions.
 
-    answer: its most probable token after the last one. mean_kl_bits, max_kl_bits: Kullback-Leibler divergence from the
-    reference; worst: the position where it is largest. changed: positions with another most probable token.
+    Attributes:
+        answer: Its most probable token after the last position.
+        mean_kl_bits: Mean Kullback–Leibler divergence from the reference.
+        max_kl_bits: Maximum Kullback–Leibler divergence.
+        worst: The position of the maximum.
+        changed: Number of positions with a different most probable token.
     """
 
     answer: Candidate
@@ -51,20 +55,33 @@ class Distance:
 
 @dataclass(frozen=True)
 class Row(JsonResult):
-    """One network. distance: None where it does not fit into memory, which `error` says in a sentence."""
+    """The result for one network.
+
+    Attributes:
+        name: Its precision, or its RoPE factor.
+        distance: Its divergence, if it fits into memory.
+        error: The message if it does not fit.
+    """
 
     name: str
     distance: Distance | None
     error: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in `Numerics.as_json`."""
+        """Return the row as part of `Numerics.as_json`."""
         return {"name": self.name} | (to_json(self.distance) if self.distance else {"error": self.error})
 
 
 @dataclass(frozen=True)
 class Numerics(Displayable, JsonResult):
-    """The reference's answer, and a row for each other network. Compared are the positions from `first` to the end."""
+    """The prediction of the reference, and one row for each other network.
+
+    Attributes:
+        tokens: The tokens of the text.
+        first: The first compared position.
+        reference: The most probable token of the reference after the last position.
+        rows: The other networks.
+    """
 
     tokens: tuple[Token, ...]
     first: int
@@ -73,11 +90,11 @@ class Numerics(Displayable, JsonResult):
 
     @property
     def positions(self) -> int:
-        """How many were compared."""
+        """Number of compared positions."""
         return len(self.tokens) - self.first
 
     def as_json(self) -> dict[str, Any]:
-        """As `/numerics` prints it."""
+        """Return the comparison as JSON values, as `/numerics` prints it."""
         return {
             "tokens": to_json(self.tokens),
             "first": self.first,
@@ -94,16 +111,26 @@ def numerics(
     variants: Sequence[str] = USUAL,
     progress: Progress = silent,
 ) -> Numerics:
-    """What some of `VARIANTS` make of a text: the precisions, and "rope", fp32 with another RoPE factor.
+    """Compare precisions, and fp32 with another RoPE factor, with the fp32 reference.
 
-    The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. Every network runs without
-    hooks, and others than the session's own are opened one at a time and closed again. Of a long text the last
-    positions are compared. progress: as for `Llama.predict`. Raises `UsageError` for a variant that there is not,
-    `OutOfMemoryError` where the reference itself does not fit, and as `Llama.predict` does.
+    The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. All networks run without
+    hooks. Networks other than `llama` are opened one at a time and closed afterwards. Of a long text, the last
+    positions are compared. Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        open: Opens the model in another precision.
+        variants: Some of `VARIANTS`.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If a variant does not exist.
+        OutOfMemoryError: If the reference does not fit into memory.
     """
     for name in variants:
         if name not in VARIANTS:
-            raise UsageError(f"'{sanitize(name)}' is nothing to compare, expected one of {', '.join(VARIANTS)}.")
+            raise UsageError(f"'{sanitize(name)}' cannot be compared. Choose from {', '.join(VARIANTS)}.")
     llama.engine.check(ids)
     first = max(0, len(ids) - _POSITIONS)
     needed = (len(ids) - first) * llama.args.vocab_size * torch.float32.itemsize
@@ -115,7 +142,7 @@ def numerics(
         if name == ROPE:
             model = with_frequencies(plain, other_factor(llama.args))
             return _distance(llama, reference, _logits(model, llama, ids, first, progress), first)
-        # What answers in this precision already is not loaded again.
+        # The model itself is used for its own precision.
         other = llama if name == llama.info.precision else open(name, progress)
         try:
             other.prepare(progress)
@@ -136,12 +163,17 @@ def numerics(
 
 
 def other_factor(args: ModelArgs) -> ModelArgs:
-    """The same shape with the other of the two RoPE factors that Llama models were trained with: 8 and 32."""
+    """Return the shape with the other RoPE factor of Llama models, 8 or 32."""
     return args.with_rope_factor(8.0 if _factor(args) == 32.0 else 32.0)
 
 
 def with_frequencies(model: Transformer, args: ModelArgs) -> Transformer:
-    """A network with the same weights, not copied, that turns by the frequencies of other args."""
+    """Return a network with the RoPE frequencies of other hyperparameters.
+
+    Args:
+        model: The network, whose weights are shared.
+        args: The hyperparameters.
+    """
     changed = copy(model)
     changed.freqs = rope_frequencies(args).to(model.freqs.device)
     return changed
@@ -154,7 +186,10 @@ def _factor(args: ModelArgs) -> float:
 def _logits(
     model: Transformer, llama: LoadedModel, ids: Sequence[int], first: int, progress: Progress
 ) -> Iterator[Tensor]:
-    """The logits from position `first` on, in pieces of (n, vocab_size), from an engine of its own."""
+    """Yield the logits from position `first` on in chunks of (n, vocab_size).
+
+    A separate engine computes them.
+    """
     return Engine(model, llama.context).logits_from(ids, first, progress)
 
 

@@ -1,4 +1,4 @@
-"""Parts of the network by the names that people give them: L5, L5.attn, L5.ffn, L5.H3, L5.N120."""
+"""Names of components: L5, L5.attn, L5.ffn, L5.H3, L5.N120."""
 
 from __future__ import annotations
 
@@ -16,19 +16,32 @@ _NAME = re.compile(r"[lL]?(\d{1,6})(?:\.(?:(attn|attention)|(ffn|mlp|feed_forwar
 
 
 def numbered(what: str, value: object, count: int, where: str = "") -> int:
-    """A number of a layer, head or position. Raises `UsageError` for what is not one from 0 to `count` - 1."""
+    """Return the number of a layer, head, neuron or position.
+
+    Args:
+        what: The noun for the message.
+        value: The number, possibly of another type.
+        count: The number of layers, heads, neurons or positions.
+        where: A phrase after the noun.
+
+    Raises:
+        UsageError: If it is not an integer from 0 to `count` - 1.
+    """
     number = whole_number(value)
     if number is None or not 0 <= number < count:
         name = sanitize(repr(value) if number is None else number)
-        raise UsageError(f"There is no {what} {name}{where}, expected one from 0 to {count - 1}.")
+        raise UsageError(f"The {what}{where} must be an integer from 0 to {count - 1}, not {name}.")
     return number
 
 
 @dataclass(frozen=True, order=True)
 class NetworkPart:
-    """A layer, or of it attention, the feed-forward, a head or a neuron.
+    """A component: a layer, its attention or feed-forward, a head or a neuron.
 
-    kind: "layer", "attn", "ffn", "head" or "neuron". index: of the head or neuron, else 0.
+    Attributes:
+        layer: The layer.
+        kind: "layer", "attn", "ffn", "head" or "neuron".
+        index: The head or neuron within the layer, else 0.
     """
 
     layer: int
@@ -37,11 +50,19 @@ class NetworkPart:
 
     @classmethod
     def named(cls, name: str, args: ModelArgs) -> Self:
-        """The part of a name. Raises `UsageError` for one that this network does not have."""
+        """Parse the name of a component.
+
+        Args:
+            name: Its name.
+            args: The hyperparameters of the network.
+
+        Raises:
+            UsageError: If the network does not have that component.
+        """
         if (match := _NAME.fullmatch(name.strip()) if isinstance(name, str) else None) is None:
             raise UsageError(
-                f"'{sanitize(name)}' is not the name of a part, expected a layer such as L5, or of it L5.attn, "
-                "L5.ffn, the head L5.H3 or the neuron L5.N120."
+                f"'{sanitize(name)}' is not the name of a part, such as L5 (a layer), L5.attn, L5.ffn, L5.H3 (a head) "
+                "or L5.N120 (a neuron)."
             )
         layer, attention, feed_forward, head, neuron = match.groups()
         kind, index, count = "layer", "0", 1
@@ -53,17 +74,20 @@ class NetworkPart:
             kind, index, count = "head", head, args.n_heads
         elif neuron:
             kind, index, count = "neuron", neuron, args.ffn_dim
-        return cls(numbered("layer", int(layer), args.n_layers), kind, numbered(kind, int(index), count, " in a layer"))
+        return cls(numbered("layer", int(layer), args.n_layers), kind, numbered(kind, int(index), count))
 
     @property
     def name(self) -> str:
-        """As `named` reads it."""
+        """The canonical name, which `named` reads."""
         rest = {"layer": "", "head": f".H{self.index}", "neuron": f".N{self.index}"}
         return f"L{self.layer}{rest.get(self.kind, f'.{self.kind}')}"
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where it writes, as `hooks` names places; without it the residual stream passes unchanged."""
+        """The places of its output, named as in `hooks`.
+
+        If it is 0 at these places, the residual stream passes the component unchanged.
+        """
         places = {
             "attn": ("attention.out",),
             "ffn": ("feed_forward.out",),
@@ -74,11 +98,11 @@ class NetworkPart:
 
     @property
     def place(self) -> str:
-        """Where its value is copied from and to: of a layer the residual stream before it."""
+        """The place for patching: for a layer the residual stream before it."""
         return f"layers.{self.layer}.resid_pre" if self.kind == "layer" else self.places[0]
 
     def of(self, value: Tensor) -> Tensor:
-        """The part's own in a value from one of its places, (…, its size): a view."""
+        """The component's slice of a value at one of its places, as a view."""
         if self.kind == "head":
             return value[..., self.index, :]  # (B, T, head_dim)
         if self.kind == "neuron":

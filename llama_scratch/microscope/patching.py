@@ -1,4 +1,4 @@
-"""Causal tracing: which activations carry the difference between two texts."""
+"""Causal tracing: which activations carry the difference between two prompts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from llama_scratch.microscope.display import Displayable
 from llama_scratch.results import Candidate, JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
-# Tokens that go through a layer at a time.
+# Maximum number of tokens per batch.
 _ROWS = 512
 
 
 @dataclass(frozen=True)
 class Trace(Displayable, JsonResult):
-    """How far the answer moves when one activation of another text is put into this one.
+    """The effect of each activation of another prompt on the prediction.
 
-    first, second: the tokens of this text and of the other; first_answer, second_answer: their next tokens.
-    moved: for each layer, of each position: 0 where the answer stays as it is, 1 where it moves all the way to the
-    other's, measured on logit(second answer) − logit(first answer). The activation is the residual stream before the
-    layer; the last row is the stream behind the last layer.
+    Attributes:
+        first: The tokens of the prompt.
+        second: The tokens of the other prompt.
+        first_answer: The next token after the prompt.
+        second_answer: The next token after the other prompt.
+        moved: For each layer and position the normalized logit difference logit(second answer) − logit(first answer): 0
+            if the prediction does not change, 1 if it becomes the other prompt's. The patched activation is the
+            residual stream before the layer; the last row is the stream after the last layer.
     """
 
     first: tuple[Token, ...]
@@ -38,17 +42,25 @@ class Trace(Displayable, JsonResult):
 
 
 def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress: Progress = silent) -> Trace:
-    """Patch the residual stream of `other` into that of `ids`, one layer and position at a time.
+    """Patch the residual stream from another prompt, one layer and position at a time.
 
-    Raises `UsageError` where the texts have different numbers of tokens or the same answer, and as `Llama.predict`.
-    Source: Vig et al. 2020, arXiv:2004.12265 (interchange of activations); Meng et al. 2022, arXiv:2202.05262, who
-    corrupt a text with noise where this takes another text; the measure is the normalized logit difference of Zhang &
-    Nanda 2023, arXiv:2309.16042.
+    Raises errors as `Llama.predict` does. Sources: Vig et al. 2020, arXiv:2004.12265 (interchange of activations); Meng
+    et al. 2022, arXiv:2202.05262, who corrupt the prompt with noise instead; the normalized logit difference is from
+    Zhang & Nanda 2023, arXiv:2309.16042.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the prompt.
+        other: The token ids of the other prompt.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the prompts differ in length or have the same next token.
     """
     if len(ids) != len(other):
         raise UsageError(
-            f"The texts have {len(ids)} and {len(other)} tokens, expected the same number, so that each position has "
-            "its counterpart; `tokens` shows how a text is cut."
+            f"The texts have {len(ids)} and {len(other)} tokens. Causal tracing needs the same number: `tokens` shows "
+            "the tokens of a text."
         )
     ours, theirs = (residuals(llama, text, progress) for text in (ids, other))  # (n_layers + 1, T, dim)
     ends = torch.stack([ours[-1, -1], theirs[-1, -1]])  # (2, dim)
@@ -56,8 +68,8 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
     answers = logits.argmax(-1)  # (2,)
     if answers[0] == answers[1]:
         raise UsageError(
-            f"Both texts are answered with {llama.token(int(answers[0])).text!r}, expected two answers; "
-            "choose a text that the model goes on with in another way."
+            f"Both texts are answered with {llama.token(int(answers[0])).text!r}. "
+            "Choose another text that the model continues differently."
         )
 
     def difference(stream: Tensor) -> Tensor:  # (B, dim) → (B,)
@@ -75,7 +87,10 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
 
 
 def _patched(ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
-    """The stream of a text, (T, dim), once for each position that has the other's: (some, T, dim) at a time."""
+    """The stream of a text, (T, dim), once per position patched from the other text.
+
+    Yields batches of (n, T, dim).
+    """
     T = len(ours)
     for positions in torch.split(torch.arange(T), max(1, _ROWS // T)):
         rows = ours.repeat(len(positions), 1, 1)
@@ -85,7 +100,7 @@ def _patched(ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def _end(llama: LoadedModel, x: Tensor, first: int, progress: Progress) -> Tensor:
-    """What the layers from `first` on make of the stream, at the last token: (B, T, dim) → (B, dim)."""
+    """Run the layers from `first` on and return the last token, (B, T, dim) → (B, dim)."""
     model = llama.engine.model
     with hooked(model, llama.engine.hooks):
         for layer in layers(model, x.shape[1])[first:]:
@@ -96,7 +111,7 @@ def _end(llama: LoadedModel, x: Tensor, first: int, progress: Progress) -> Tenso
 
 @torch.inference_mode()
 def _logits(llama: LoadedModel, stream: Tensor) -> Tensor:
-    """What is said of the stream behind the last layer, (B, dim) → (B, vocab_size) float32."""
+    """Logits of the final residual stream, (B, dim) → (B, vocab_size) float32."""
     model = llama.engine.model
     logits: Tensor = model.output(model.norm(stream)).float().cpu()
     return logits

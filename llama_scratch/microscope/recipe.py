@@ -1,4 +1,4 @@
-"""How an intervention is made, as plain values without tensors: what a session file keeps of it."""
+"""The arguments of an intervention as plain values, for session files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of one of the functions in `interventions`. Fields that `kind` does not use keep their defaults.
+    """The arguments of a function in `interventions`.
 
-    kind: The function's name.
-    part: The name of the part that is ablated or patched.
-    layer, scale: Of a steering vector.
-    ids: The text whose activations are used; of a steering vector the text that it leads to.
-    away: The text that a steering vector leads away from.
-    positions: Pairs of a position in the prompt and one in the other text, for a patch.
+    Fields that `kind` does not use keep their defaults.
+
+    Attributes:
+        kind: The name of the function.
+        part: The name of the component that is ablated or patched.
+        layer: The layer of a steering vector.
+        scale: The factor of a steering vector.
+        ids: The text whose activations are used; for a steering vector, the text that it leads toward.
+        away: The text that a steering vector leads away from.
+        positions: Pairs of a position in the prompt and one in the other text, for a patch.
     """
 
     kind: Literal["ablate", "mean_ablate", "patch", "steer"]

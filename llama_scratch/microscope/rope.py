@@ -1,4 +1,4 @@
-"""The rotary embedding: how far each pair is turned at a position, and what that does to a real query and its keys."""
+"""Rotary position embedding: frequencies, angles, and rotated queries and keys."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
 from llama_scratch.results import JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
-# The factor that is shown where the model has none: that of Llama 3.2's 1B and 3B.
+# The factor for models without scaling, as in Llama 3.2 1B and 3B.
 _FACTOR = 32.0
-# Keys that are shown.
+# Maximum number of keys shown.
 _NEAREST = 24
 
 
 @dataclass(frozen=True)
 class RotaryPair(JsonResult):
-    """One complex pair of a head's vector, unscaled and scaled: radians that it turns by for each token.
+    """One pair of dimensions of a head, with the unscaled and the scaled frequency.
 
-    kind: what the scaling does with it, "kept", "smoothed" or "divided". unscaled_angle, scaled_angle: where it stands
-    at the position, 0 to 2π, in the float32 of the network.
+    Attributes:
+        pair: The index of the pair.
+        unscaled: Radians per token without scaling.
+        scaled: Radians per token with scaling.
+        kind: Whether the scaling has "kept", "smoothed" or "divided" the frequency.
+        unscaled_angle: The angle at the position, 0 to 2π, in float32 like the network.
+        scaled_angle: The same with scaling.
     """
 
     pair: int
@@ -42,16 +47,16 @@ class RotaryPair(JsonResult):
 
     @property
     def unscaled_wavelength(self) -> float:
-        """Tokens for a full turn."""
+        """Tokens per full rotation, without scaling."""
         return math.tau / self.unscaled
 
     @property
     def scaled_wavelength(self) -> float:
-        """Tokens for a full turn."""
+        """Tokens per full rotation, with scaling."""
         return math.tau / self.scaled
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in `Rope.as_json`."""
+        """Return the pair as part of `Rope.as_json`."""
         return {
             "pair": self.pair,
             "kind": self.kind,
@@ -70,7 +75,14 @@ class RotaryPair(JsonResult):
 
 @dataclass(frozen=True)
 class RotatedPair:
-    """One pair of the query: its length, which stays, and its angle before and after the turn, 0 to 2π."""
+    """One pair of the query, before and after rotation.
+
+    Attributes:
+        pair: The index of the pair.
+        length: Its norm, which rotation preserves.
+        before: Its angle before rotation, 0 to 2π.
+        after: Its angle after rotation.
+    """
 
     pair: int
     length: float
@@ -80,9 +92,13 @@ class RotatedPair:
 
 @dataclass(frozen=True)
 class KeyScore:
-    """A key of the text and its product with the query, q·k/√head_dim: the score that the softmax gets.
+    """The attention score of a key.
 
-    distance: tokens back. unturned: the product of the two without their turns, which knows no distance.
+    Attributes:
+        token: The token of the key.
+        distance: Distance to the query in tokens.
+        product: q·k/√head_dim, the input of the softmax.
+        unturned: The same without rotating the two, so that it is independent of the distance.
     """
 
     token: Token
@@ -93,12 +109,21 @@ class KeyScore:
 
 @dataclass(frozen=True)
 class Rope(Displayable, JsonResult):
-    """The dials at a position, and the last token's query of one head.
+    """The rotary embedding at a position, and the last token's query of one head.
 
-    scales: whether the network scales its frequencies; where it does not, `factor` is one that others use, and the
-    unscaled ones are the network's own. position: where the dials stand, and to where `query` is turned, pair by pair.
-    length: ‖q‖, the same before and after. matches: the nearest keys with the query at its own position, nearest first,
-    of `n_keys` in all.
+    Attributes:
+        theta: The base of the frequencies.
+        scales: Whether the network scales its frequencies. If not, the unscaled values are its own.
+        factor: The scaling factor, or the one of Llama 3.2 if the network does not scale.
+        position: The position of the angles, and to which `query` is rotated.
+        dials: Frequencies and angles of all pairs.
+        layer: The layer.
+        head: The head within the layer.
+        token: The token of the query.
+        length: ‖q‖, which rotation preserves.
+        query: The pairs of the query.
+        matches: Scores of the nearest keys with the query at its own position, nearest first.
+        n_keys: Number of all keys.
     """
 
     json_fields = (
@@ -138,18 +163,28 @@ def rope(
     head: int = 0,
     progress: Progress = silent,
 ) -> Rope:
-    """The dials at a position, by default that of the last token, and the last token's query turned to there.
+    """Return the rotary embedding at a position, and the last query rotated to it.
 
-    Raises `UsageError` for a layer, head or position that there is not, and as `Llama.predict` does.
-    Source: Su et al. 2021, arXiv:2104.09864.
+    Raises errors as `Llama.predict` does. Source: Su et al. 2021, arXiv:2104.09864.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        position: The position, by default the last token's.
+        layer: The layer.
+        head: The head within the layer.
+        progress: Called as by `Llama.predict`.
+
+    Raises:
+        UsageError: If the layer, head or position does not exist.
     """
     llama.engine.check(ids)
     args, last = llama.args, len(ids) - 1
     position = numbered("position", last if position is None else position, max(llama.context, SCALED_CONTEXT))
-    layer, head = numbered("layer", layer, args.n_layers), numbered("head", head, args.n_heads, " in a layer")
+    layer, head = numbered("layer", layer, args.n_layers), numbered("head", head, args.n_heads)
     q, keys = _query_and_keys(llama, ids, layer, head, progress)  # (1, head_dim), (T, head_dim)
     freqs = rope_frequencies(args)  # (head_dim/2,)
-    unturned = _turn(q, freqs, torch.tensor([-last]))  # a turn back is a turn by the negative angle
+    unturned = _turn(q, freqs, torch.tensor([-last]))  # rotation by the negative angle
     turned = _turn(unturned, freqs, torch.tensor([position]))
     products = (keys @ q[0] / math.sqrt(args.head_dim)).tolist()
     plain = (_turn(keys, freqs, -torch.arange(len(ids))) @ unturned[0] / math.sqrt(args.head_dim)).tolist()
@@ -174,7 +209,14 @@ def rope(
 
 
 def dials(args: ModelArgs, position: int) -> tuple[RotaryPair, ...]:
-    """Each pair's angle at a position, unscaled and scaled; with a factor of 32 where the model does not scale."""
+    """Return the frequencies and angles of all pairs at a position.
+
+    If the model does not scale its frequencies, a factor of 32 is used for comparison.
+
+    Args:
+        args: The hyperparameters.
+        position: The position.
+    """
     factor = args.rope_scaling.factor if args.rope_scaling else _FACTOR
     columns = []
     for freqs in (rope_frequencies(args.with_rope_factor(factor)) for factor in (1.0, factor)):
@@ -187,7 +229,7 @@ def dials(args: ModelArgs, position: int) -> tuple[RotaryPair, ...]:
 
 
 def _kind(ratio: float, factor: float) -> str:
-    # Rounding apart: both ends of the blend are exact in float32, or off by its last digit.
+    # Up to rounding: both ends of the interpolation are exact in float32, or off by the last bit.
     if math.isclose(ratio, 1, rel_tol=1e-6):
         return "kept"
     return "divided" if math.isclose(ratio, 1 / factor, rel_tol=1e-6) else "smoothed"
@@ -196,11 +238,14 @@ def _kind(ratio: float, factor: float) -> str:
 def _query_and_keys(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """The last token's query of a head, (1, head_dim), and all keys that it meets, (T, head_dim): turned, float32."""
+    """Return the last token's query of a head and all its keys, rotated, in float32.
+
+    The shapes are (1, head_dim) and (T, head_dim).
+    """
     captured: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
-        def hook(value: Tensor, _start: int) -> None:  # of a text in pieces the last one stays
+        def hook(value: Tensor, _start: int) -> None:  # the last chunk of a long text wins
             captured[name] = value
 
         return hook
@@ -212,12 +257,12 @@ def _query_and_keys(
 
 
 def _turn(x: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:
-    """Vectors turned by their positions, (T, head_dim) and (T,) → (T, head_dim)."""
+    """Rotate vectors to positions, (T, head_dim) and (T,) → (T, head_dim)."""
     return apply_rotary_emb(x[None, :, None], rotations(freqs, positions))[0, :, 0]
 
 
 def _pairs(x: Tensor) -> list[complex]:
-    """The complex numbers that a vector, (1, head_dim), is read as."""
+    """View a vector, (1, head_dim), as complex numbers."""
     pairs: list[complex] = torch.view_as_complex(x[0].reshape(-1, 2)).tolist()
     return pairs
 

@@ -1,4 +1,4 @@
-"""The source of any part, found by its name in the package's own files, which are read and not imported."""
+"""Find the source code of any part of the package by name, without importing it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_scratch.results import JsonResult
 
 _PACKAGE = Path(__file__).parent.parent
 
-# What people call a thing → what it is called here; a module alone is shown whole.
+# Concept → names in this package. A module alone is shown whole.
 CONCEPTS: dict[str, tuple[str, ...]] = {
     "embedding": ("model.Transformer",),
     "norm": ("model.RMSNorm",),
@@ -53,7 +53,14 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Passage:
-    """Lines of a file. name: such as "model.KVCache.update", or a file's. path: from the package's folder on."""
+    """Lines of a file.
+
+    Attributes:
+        name: Such as "model.KVCache.update", or the name of a file.
+        path: The path, relative to the package's parent folder.
+        first_line: The first line.
+        last_line: The last line.
+    """
 
     json_fields = ("name", "path", "first_line", "last_line", "text")
 
@@ -64,23 +71,29 @@ class Passage:
 
     @property
     def text(self) -> str:
-        """The lines themselves."""
+        """The source text."""
         return "\n".join(lines(self.path)[self.first_line - 1 : self.last_line])
 
 
 @dataclass(frozen=True)
 class Source(JsonResult):
-    """What a name stands for: one passage, or several that belong together."""
+    """The source code for a name.
+
+    Attributes:
+        name: The name.
+        passages: One passage, or several that belong together.
+    """
 
     name: str
     passages: tuple[Passage, ...]
 
 
 def source(name: str) -> Source:
-    """The source of a concept, a function, class, method, command ("/lens" or "lens") or module, or of the innermost of
-    these at a line, "model.py:305". C++ is found by its files and their sections: "cpp/panels.h.products".
+    """Return the source code of a part of the package.
 
-    Raises `UsageError` where nothing has that name, or more than one thing.
+    `name` is a concept, a function, class, method, module or command ("/lens" or "lens"), or a line ("model.py:305"),
+    which selects the innermost definition there. C++ is found by file and section: "cpp/panels.h.products". Raises
+    `UsageError` if nothing has that name, or several things do.
     """
     wanted = re.sub(rf"^{_PACKAGE.name}[./]", "", name).removesuffix("()")
     if place := re.fullmatch(r"(.+\.(?:py|cpp|h)):([0-9]{1,6})", wanted):
@@ -98,12 +111,15 @@ def source(name: str) -> Source:
 
 
 def concepts() -> dict[str, tuple[Passage, ...]]:
-    """All concepts with what they stand for, for a list of them."""
+    """Return all concepts with their passages."""
     return {concept: source(concept).passages for concept in CONCEPTS}
 
 
 def names() -> list[str]:
-    """What `source` takes, for completion: concepts, commands, modules, and each public name where it is unique."""
+    """Return the names that `source` accepts, for completion.
+
+    These are concepts, commands, modules and public names. Short names are included if they are unique.
+    """
     index = _index()
     public = [name for name in index.passages if "._" not in f".{name}"]
     short = [name.rpartition(".")[2] for name in public]
@@ -114,16 +130,16 @@ def names() -> list[str]:
 
 @cache
 def lines(path: str) -> tuple[str, ...]:
-    """The lines of one of the package's files."""
+    """Return the lines of a file of the package."""
     return tuple((_PACKAGE.parent / path).read_text(encoding="utf-8").splitlines())
 
 
-# --- What there is ----------------------------------------------------------------------------
+# --- Index ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Passages by their full names, files among them as "model.py"; and what computes what a command shows."""
+    """All passages by full name, files included, and the passages of each command."""
 
     passages: dict[str, Passage]
     commands: dict[str, tuple[Passage, ...]]
@@ -132,7 +148,7 @@ class _Index:
 @cache
 def _index() -> _Index:
     passages: dict[str, Passage] = {}
-    functions: dict[str, tuple[str, ast.FunctionDef]] = {}  # command → its function's name, and the function
+    functions: dict[str, tuple[str, ast.FunctionDef]] = {}  # command → name of its function, and the function
     for file in sorted(_PACKAGE.rglob("*.py")):
         path = file.relative_to(_PACKAGE.parent).as_posix()
         text = lines(path)
@@ -148,7 +164,10 @@ def _index() -> _Index:
 
 
 def _sections(file: Path) -> Iterator[Passage]:
-    """A file that is not Python: whole, and from each heading to the next, as "cpp/layer.h.the_layer"."""
+    """Yield a C++ file as a whole, and each of its sections.
+
+    A section ends at the next heading. Its name is such as "cpp/layer.h.the_layer".
+    """
     path, name = (file.relative_to(folder).as_posix() for folder in (_PACKAGE.parent, _PACKAGE))
     text = lines(path)
     yield Passage(name, path, 1, len(text))
@@ -162,7 +181,7 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
 
 
 def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, _Definition]]:
-    """Functions, classes and their methods, and what a module assigns to a name."""
+    """Yield functions, classes, methods, and module-level assignments."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield f"{prefix}{node.name}", node
@@ -175,13 +194,13 @@ def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple
 
 
 def _first_line(node: _Definition, text: tuple[str, ...]) -> int:
-    """Where a definition begins, with its decorators and the comment above it, but for a heading of one line."""
+    """The first line of a definition, including decorators and the comment above it."""
     begin = node.lineno
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         begin = min([begin, *(decorator.lineno for decorator in node.decorator_list)])
     above = begin
     while above > 1 and not text[above - 2].strip():
-        above -= 1  # a section's comment stands apart
+        above -= 1  # a blank line separates the comment of a section
     comment = above
     while comment > 1 and re.match(r"\s*#", text[comment - 2]):
         comment -= 1
@@ -190,7 +209,7 @@ def _first_line(node: _Definition, text: tuple[str, ...]) -> int:
 
 
 def _command(node: ast.FunctionDef) -> str | None:
-    """The name under which a function is registered as a command."""
+    """The name of the command that a function implements, if any."""
     for decorator in node.decorator_list:
         match decorator:
             case ast.Call(func=ast.Name(id="command"), args=[ast.Constant(value=str(name)), *_]):
@@ -199,7 +218,7 @@ def _command(node: ast.FunctionDef) -> str | None:
 
 
 def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -> tuple[Passage, ...]:
-    """What a command's function asks of the microscope; where it asks nothing, the function itself."""
+    """The microscope functions that a command imports, or the command itself."""
     imports = [part for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
     asked = [
         f"{part.module.removeprefix(f'{_PACKAGE.name}.')}.{alias.name}"
@@ -217,9 +236,10 @@ def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -
 
 @cache
 def _matches(name: str) -> list[Passage]:
-    """What has this name, or one that ends in it behind a dot: of several the public ones, and of these the outermost.
+    """The passages whose name is `name` or ends in it after a dot.
 
-    Where nothing has it, the size of letters does not count, and then a file may have it, with or without its ending.
+    Public names win over private ones, and outer names over inner ones. If there is no match, upper and lower case are
+    treated alike, then files are searched, with or without suffix.
     """
     passages = _index().passages
     parts = [other for other in passages if not other.endswith((".py", ".cpp", ".h"))]
@@ -235,7 +255,7 @@ def _matches(name: str) -> list[Passage]:
 
 
 def _is_outermost(name: str) -> bool:
-    """Whether a name is no method's or field's."""
+    """Whether a name is neither a method nor a field."""
     return not any(part.strip("_")[:1].isupper() for part in name.split(".")[:-1])
 
 
@@ -247,13 +267,13 @@ def _only(wanted: str, name: str) -> Passage:
         raise _unknown(name)
     first = sorted((passage.name for passage in matches), key=lambda other: not other.startswith("model."))
     listed = ", ".join(first[:6]) + (", …" if len(matches) > 6 else "")
-    raise UsageError(f"'{sanitize(name)}' is the name of {len(matches)} places ({listed}), expected one of them.")
+    raise UsageError(f"'{sanitize(name)}' is ambiguous: it names {len(matches)} places. Choose one: {listed}.")
 
 
 def _at(file: Passage, line: int) -> Passage:
-    """The smallest passage of a file that has this line: the file itself where no part of it does."""
+    """The smallest passage of a file that contains a line, or the file itself."""
     if not 1 <= line <= file.last_line:
-        raise UsageError(f"{file.name} has no line {line}, expected one from 1 to {file.last_line}.")
+        raise UsageError(f"{file.name} has no line {line}. Its lines are 1 to {file.last_line}.")
     around = [p for p in _index().passages.values() if p.path == file.path and p.first_line <= line <= p.last_line]
     return min(around, key=lambda passage: passage.last_line - passage.first_line)
 
@@ -262,5 +282,5 @@ def _unknown(name: str) -> UsageError:
     known = names()
     lower = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(lower[other] for other in near)}?" if near else "/source lists what there is."
-    return UsageError(f"Nothing here is called '{sanitize(name)}', expected a part of this program; {advice}")
+    advice = f" Did you mean {' or '.join(lower[other] for other in near)}?" if near else ""
+    return UsageError(f"No part of this program is named '{sanitize(name)}'.{advice}")

@@ -1,4 +1,4 @@
-"""The statements of `model.py`: their lines, the names that each binds, and the shapes in their comments."""
+"""The statements of `model.py`: lines, assigned names, and shapes in comments."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from llama_scratch.microscope.source import lines
 
 @dataclass(frozen=True)
 class SourceStatement:
-    """A statement without those within it; names: of what it binds or writes into; body: the lines of a loop's."""
+    """A statement without the statements nested in it.
+
+    Attributes:
+        first_line: Its first line.
+        last_line: Its last line.
+        names: The names that it binds, or whose elements it assigns.
+        returns: Whether it is a return statement.
+        body: The lines of its body if it is a loop.
+        meanings: The shapes in its comment.
+    """
 
     first_line: int
     last_line: int
     names: tuple[str, ...]
     returns: bool
     body: range | None
-    meanings: tuple[str, ...]  # of shapes, from its comment
+    meanings: tuple[str, ...]
 
 
 @cache
 def functions(path: str) -> dict[str, range]:
-    """The lines of each function of a file, from "def" on; methods as "KVCache.update"."""
+    """Return the lines of each function of a file; methods are named "KVCache.update"."""
     ranges = {}
     for node in ast.parse("\n".join(lines(path))).body:
         methods = node.body if isinstance(node, ast.ClassDef) else [node]
@@ -38,9 +47,9 @@ def functions(path: str) -> dict[str, range]:
 
 @cache
 def statements(path: str) -> dict[int, SourceStatement]:
-    """The statement that each line of a file belongs to."""
+    """Return the statement that each line of a file belongs to."""
     by_line: dict[int, SourceStatement] = {}
-    for node in ast.walk(ast.parse("\n".join(lines(path)))):  # outer ones first
+    for node in ast.walk(ast.parse("\n".join(lines(path)))):  # outer statements first
         if not isinstance(node, ast.stmt):
             continue
         nested = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]
@@ -60,7 +69,10 @@ def statements(path: str) -> dict[int, SourceStatement]:
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """Names that an expression binds, or whose elements it writes; not those within a generator, which are its own."""
+    """Yield the names that an expression binds, or whose elements it assigns.
+
+    Names inside comprehensions are local to them, and are left out.
+    """
     if isinstance(node, ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp):
         return
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
@@ -74,6 +86,6 @@ def _bound(node: ast.AST) -> Iterator[str]:
 
 
 def _shapes(code: Sequence[str]) -> tuple[str, ...]:
-    """The shapes in the comments at the lines' ends: "# (B, T, dim)"."""
+    """The shapes in comments at line ends: "# (B, T, dim)"."""
     comments = (line.partition("  # ")[2] for line in code)
     return tuple(shape for comment in comments for shape in re.findall(r"\([^()]*,[^()]*\)", comment))

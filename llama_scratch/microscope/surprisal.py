@@ -1,4 +1,4 @@
-"""Surprisal: how improbable each token of a text was to the model, when it had read those before it."""
+"""Surprisal: −log₂ of the probability of each token, given the tokens before it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Scored(Token):
-    """A token of a text and what was predicted in its place; None for the first token, which nothing predicts.
+    """A token of a text with its score.
 
-    logprob: natural logarithm of its probability. rank: 1 where it was the most probable one.
-    entropy_bits: how open the prediction was.
+    The first token is not predicted and has no score.
+
+    Attributes:
+        logprob: Natural logarithm of its probability.
+        rank: Its rank; 1 if it was the most probable token.
+        entropy_bits: Entropy of the prediction at its position.
     """
 
     json_fields = ("id", "text", "probability", "logprob", "bits", "rank", "entropy_bits")
@@ -40,15 +44,18 @@ class Scored(Token):
 
     @property
     def bits(self) -> float | None:
-        """The surprisal: 0 for what was certain, one more for each halving of the probability."""
+        """Surprisal: −log₂ of the probability."""
         return None if self.logprob is None else -self.logprob / math.log(2)
 
 
 @dataclass(frozen=True)
 class Surprisal(JsonResult):
-    """The tokens of a text with their scores, and what comes next.
+    """The tokens of a text with their scores, and the next-token prediction.
 
-    next: the most probable tokens after the last one, best first. entropy_bits: how open that question is.
+    Attributes:
+        tokens: The tokens.
+        next: The most probable next tokens, best first.
+        entropy_bits: Entropy of the next-token prediction.
     """
 
     json_fields = ("tokens", "bits", "perplexity", "next", "entropy_bits")
@@ -59,14 +66,17 @@ class Surprisal(JsonResult):
 
     @property
     def bits(self) -> float:
-        """The surprisal of the whole text: so many bits would store it, given the model and its first token."""
+        """Surprisal of the whole text.
+
+        An arithmetic coder with this model would need that many bits, given the first token.
+        """
         return sum(token.bits or 0.0 for token in self.tokens)
 
     @property
     def perplexity(self) -> float | None:
-        """Among how many equally probable tokens the model chose each time, as it were.
+        """Perplexity: e to the mean negative log-probability.
 
-        e to the mean negative log-probability; None where nothing was scored, or beyond the range of a float.
+        None if no token was scored, or if it is too large for a float.
         """
         logprobs = [token.logprob for token in self.tokens if token.logprob is not None]
         mean = -sum(logprobs) / len(logprobs) if logprobs else math.inf
@@ -74,21 +84,31 @@ class Surprisal(JsonResult):
 
 
 class Scorer:
-    """Scores one text after another; of one that only changed at its end it computes what is new."""
+    """Scores texts, reusing the scores of the common prefix with the previous text.
+
+    Args:
+        llama: The model.
+    """
 
     def __init__(self, llama: LoadedModel):
         self.llama = llama
-        # Each is right for those that stand before it, at any moment: an interruption cannot spoil them.
+        # Each score depends only on earlier tokens, so an interruption leaves them valid.
         self._scored: list[Scored] = []
 
     def __call__(self, ids: Sequence[int], top: int = 5, progress: Progress = silent) -> Surprisal:
-        """The scores of each token, and the `top` candidates for the next one.
+        """Score each token, and predict the next one.
 
-        progress: as for `Llama.predict`; what it raises ends the work, and what was scored by then is kept.
-        Raises `UsageError` for no tokens or unknown ones, and `ContextLengthError` for too many.
+        Args:
+            ids: The token ids of the text.
+            top: Number of candidates for the next token.
+            progress: Called as by `Llama.predict`. If it raises an exception, the scores so far are kept.
+
+        Raises:
+            UsageError: If there are no ids, or unknown ones.
+            ContextLengthError: If there are too many.
         """
         if top < 1:
-            raise UsageError(f"{top} candidates were asked for, expected at least 1.")
+            raise UsageError(f"The number of candidates (`top`) must be at least 1, not {top}.")
         llama, scored = self.llama, self._scored
         llama.engine.check(ids)
         known = sum(1 for _ in takewhile(lambda pair: pair[0].id == pair[1], zip(scored, ids, strict=False)))
@@ -96,14 +116,17 @@ class Scorer:
         if not scored:
             first = llama.token(ids[0])
             scored.append(Scored(first.id, first.text, None, None, None))
-        # From the last known token on: what the model said after it is not kept, and scores the first new one.
+        # Start at the last known token: the prediction after it scores the first new token, and is not kept.
         for logprobs in log_softmax(llama.engine.logits_from(ids, len(scored) - 1, progress)):
             scored += self._scores(logprobs, ids[len(scored) : len(scored) + len(logprobs)])
         last = logprobs[-1]  # (vocab_size,)
         return Surprisal(tuple(scored), llama.candidates(last, top), float(entropy_bits(last)))
 
     def _scores(self, logprobs: Tensor, ids: Sequence[int]) -> list[Scored]:
-        """Scores of the tokens that came where `logprobs`, (n, vocab_size), were predicted; behind the last is none."""
+        """Score tokens with the predictions at their positions, `logprobs` (n, vocab_size).
+
+        The last prediction has no token yet and is ignored.
+        """
         logprobs = logprobs[: len(ids)]
         token_logprobs = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
         ranks = (logprobs > token_logprobs).sum(-1) + 1  # (n,)
@@ -115,15 +138,28 @@ class Scorer:
 
 
 def surprisal(llama: LoadedModel, prompt: Prompt, top: int = 5, progress: Progress = silent) -> Surprisal:
-    """The scores of a prompt's tokens, and what comes next. Raises as `Llama.predict` does."""
+    """Score the tokens of a prompt, and predict the next one.
+
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        prompt: The prompt.
+        top: Number of candidates for the next token.
+        progress: Called as by `Llama.predict`.
+    """
     return Scorer(llama)(llama.encode(prompt), top, progress)
 
 
 def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | None]:
-    """Bits for each character of the tokens' decoded text, without the beginning-of-text token.
+    """Return the bits of each character of the decoded text.
 
-    Each character has the bits of its token, or the sum of them where it spans several; None where one of them
-    was not predicted by anything.
+    A character has the bits of its token, or the sum if it spans several tokens. It has no bits if one of them was not
+    predicted. The beginning-of-text token is left out.
+
+    Args:
+        llama: The model.
+        scored: The scored tokens.
     """
     begin = 1 if scored and scored[0].id == llama.tokenizer.bos_id else 0
     bits: list[float | None] = []
@@ -134,9 +170,12 @@ def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | 
 
 
 def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[Scored]]:
-    """For each character the tokens that hold its bytes; a part of a character counts as the U+FFFD it decodes to."""
+    """Yield for each character the tokens that contain its bytes.
+
+    Invalid bytes count as the U+FFFD that they decode to.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held: list[Scored] = []  # the token of each byte that no character has come of yet
+    held: list[Scored] = []  # one token per byte of an incomplete character
     for token in scored:
         for byte in llama.tokenizer.token_bytes(token.id):
             n_characters = len(utf8.decode(bytes([byte])))
@@ -148,14 +187,14 @@ def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[S
 
 
 def _split(tokens: list[Scored], count: int) -> Iterator[list[Scored]]:
-    """Divide the tokens of consecutive bytes among the `count` characters that the bytes decode to.
+    """Divide the tokens of consecutive bytes among the `count` characters that they decode to.
 
-    Broken bytes are one U+FFFD together, or one each if they begin a surrogate, such as ED A0.
+    Invalid bytes decode to one U+FFFD together, or to one each if they begin a surrogate, such as ED A0.
     """
     if count == len(tokens):
         yield from ([token] for token in tokens)
         return
-    if count == 2:  # a character that the next one broke off
+    if count == 2:  # a character cut off by the next one
         yield _each_once(tokens[:-1])
         tokens = tokens[-1:]
     if count:

@@ -1,4 +1,4 @@
-"""How a text is cut into tokens."""
+"""Tokenization of a text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,31 @@ from llama_scratch.results import JsonResult, Token
 
 @dataclass(frozen=True)
 class Piece(Token):
-    """A token with the bytes that it stands for."""
+    """A token with its bytes.
+
+    Attributes:
+        bytes: The bytes that it encodes.
+    """
 
     bytes: bytes
 
 
 @dataclass(frozen=True)
 class Tokens(JsonResult):
-    """The tokens of a text in order, the beginning-of-text token included."""
+    """The tokens of a text in order, including the beginning-of-text token."""
 
     tokens: tuple[Piece, ...]
 
 
 def tokens(llama: LoadedModel, prompt: Prompt) -> Tokens:
-    """The tokens of a prompt. Raises `UsageError` for an id that is none."""
+    """Tokenize a prompt.
+
+    Args:
+        llama: The model.
+        prompt: The prompt.
+
+    Raises:
+        UsageError: If an id does not exist.
+    """
     ids = llama.encode(prompt)
     return Tokens(tuple(Piece(id, llama.token(id).text, llama.tokenizer.token_bytes(id)) for id in ids))

@@ -1,4 +1,4 @@
-"""The tree of what may come next: the most probable tokens, those after each of them, and so on."""
+"""A tree of probable continuations, token by token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ MAX_WIDTH, MAX_DEPTH, MAX_LEAVES = 10, 6, 1000
 
 @dataclass(frozen=True)
 class Branch(Candidate):
-    """A token that may come next, and what may come after it.
+    """A token that may come next, and its continuations.
 
-    path_logprob: natural logarithm of the probability of all tokens from the prompt to this one.
-    stop: whether the text ends here, so that nothing follows.
+    Attributes:
+        path_logprob: Natural logarithm of the probability of all tokens from the prompt to this one.
+        stop: Whether it is a stop token.
+        children: The most probable tokens after it.
     """
 
     json_fields = (*Candidate.json_fields, "path_logprob", "path_probability", "stop", "children")
@@ -31,13 +33,20 @@ class Branch(Candidate):
 
     @property
     def path_probability(self) -> float:
-        """Between 0 and 1: that of all tokens from the prompt to this one."""
+        """Probability of all tokens from the prompt to this one, between 0 and 1."""
         return math.exp(self.path_logprob)
 
 
 @dataclass(frozen=True)
 class Tree(JsonResult):
-    """What may come after a prompt: `branches`, best first, each `depth` tokens long where no stop token ends it."""
+    """The most probable continuations of a prompt.
+
+    Attributes:
+        tokens: The tokens of the prompt.
+        width: Number of branches at each token.
+        depth: Maximum number of tokens in a path. Stop tokens end it.
+        branches: The first tokens, best first.
+    """
 
     tokens: tuple[Token, ...]
     width: int
@@ -46,26 +55,43 @@ class Tree(JsonResult):
 
 
 def check_size(width: int, depth: int) -> None:
-    """Raise `UsageError` for a tree that is too large, or none."""
+    """Check the size of a tree.
+
+    Args:
+        width: Number of branches at each token.
+        depth: Number of tokens in a path.
+
+    Raises:
+        UsageError: If the tree is too large, or empty.
+    """
     if not (1 <= width <= MAX_WIDTH and 1 <= depth <= MAX_DEPTH and width**depth <= MAX_LEAVES):
         raise UsageError(
-            f"A tree of {width}x{depth} was asked for, expected a width of 1 to {MAX_WIDTH} and a depth of 1 to "
-            f"{MAX_DEPTH} with at most {MAX_LEAVES:,} ends, such as 3x3 or 10x3."
+            f"A tree of {width}x{depth} is not possible. Choose a width of 1 to {MAX_WIDTH} and a depth of 1 to "
+            f"{MAX_DEPTH} with at most {MAX_LEAVES:,} leaves, such as 3x3 or 10x3."
         )
 
 
 def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, progress: Progress = silent) -> Tree:
-    """The `width` most probable next tokens, those after each of them, down to `depth` tokens.
+    """Return the most probable next tokens, those after each of them, and so on.
 
-    progress: called with "reading" for the prompt, then with "growing" and numbers of predictions.
-    Raises `UsageError` for a size that `check_size` refuses, and as `Llama.predict` does.
+    Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        prompt: The prompt.
+        width: Number of branches at each token.
+        depth: Number of tokens in a path.
+        progress: Called with "reading" for the prompt, then with "growing" and the number of predictions.
+
+    Raises:
+        UsageError: If the tree is too large, or empty.
     """
     check_size(width, depth)
     ids = llama.encode(prompt)
     total = sum(width**level for level in range(depth))
     grown = 0
 
-    # Depth first, so that each prediction costs the one token that the cache does not hold.
+    # Depth first, so that each prediction computes only one token that is not cached.
     def grow(ids: list[int], levels: int, path_logprob: float) -> tuple[Branch, ...]:
         nonlocal grown
         logits = llama.engine.next_logits(ids, progress if grown == 0 else silent).values
@@ -85,20 +111,32 @@ def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, pro
 
 
 def walk(llama: LoadedModel, ids: Sequence[int], path: Sequence[int], progress: Progress = silent) -> list[int]:
-    """The text at a branch of its tree: [1, 2] adds the best next token, and the second best after that.
+    """Extend a text along a path in its tree.
 
-    Raises `UsageError` for a branch that no tree has.
+    [1, 2] adds the best next token and then the second-best token after that. Raises errors as `Llama.predict` does.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        path: The ranks of the branches, from 1.
+        progress: Called as by `Llama.predict`.
+
+    Returns:
+        The token ids of the extended text.
+
+    Raises:
+        UsageError: If a branch does not exist.
     """
     name = ".".join(map(str, path))
     if len(path) > MAX_DEPTH or not all(1 <= rank <= MAX_WIDTH for rank in path):
         raise UsageError(
-            f"There is no branch {name}, expected at most {MAX_DEPTH} numbers from 1 to {MAX_WIDTH} such as 1.2."
+            f"Branch {name} does not exist. Use at most {MAX_DEPTH} numbers from 1 to {MAX_WIDTH}, such as 1.2."
         )
     there = list(ids)
     for step, rank in enumerate(path):
         if step and there[-1] in llama.tokenizer.stop_ids:
             end = ".".join(map(str, path[:step]))
-            raise UsageError(f"There is no branch {name}, because the text ends at {end}; choose another one.")
+            raise UsageError(f"Branch {name} does not exist, because the text ends at {end}. Choose another branch.")
         logits = llama.engine.next_logits(there, progress).values
         there.append(llama.candidates(logits, rank)[-1].id)
     return there

@@ -1,4 +1,4 @@
-"""A value of the forward pass as plain numbers: a summary of it, or a view of some of its rows and columns."""
+"""Numbers of a value of the forward pass: a summary, or some rows and columns."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ from torch import Tensor
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.results import JsonResult
 
-# Numbers of a value that a summary has, and numbers of a row and rows that a view has.
+# Numbers in a summary; columns and rows in a view.
 _FIRST = 4
 _COLUMNS, _ROWS = 4, 16
 
 Number = float | tuple[float, float] | None
-"""A complex number is its magnitude and its angle in radians; None is one that is not finite."""
+"""A complex number is (magnitude, angle in radians). None is infinite or NaN."""
 Index = tuple[int | slice | EllipsisType, ...]
 
 
 @dataclass(frozen=True)
 class ValueSummary:
-    """What a statement made.
+    """Summary of a value that a statement assigned.
 
-    text: where it is no tensor, and then the rest is empty. meaning: the names of the shape's sizes, from the comment
-    at the statement's end. mean, std, min, max: over its finite numbers (std: of the population; complex: of their
-    magnitudes); None for memory that is taken and not written yet. infinite: how many are not finite. first: the
-    first numbers of the last row, which are the last token's, and of these the last head's.
+    Attributes:
+        name: The name of the variable.
+        text: The value as text if it is not a tensor; then the other fields are empty.
+        shape: The shape.
+        dtype: The dtype.
+        meaning: The names of the dimensions, from the comment of the statement.
+        mean: Mean of the finite numbers (for complex numbers, of their magnitudes), if the memory is initialized.
+        std: Population standard deviation of the same numbers.
+        min: Minimum of the same numbers.
+        max: Maximum of the same numbers.
+        infinite: Number of infinite and NaN values.
+        first: The first numbers of the last row: the last token, and with heads the last head.
     """
 
     name: str
@@ -50,13 +58,18 @@ class ValueSummary:
 
 @dataclass(frozen=True)
 class ValueView(JsonResult):
-    """Numbers of a value at a stop.
+    """Numbers of a variable at a stop.
 
-    index: what is shown of it, as text: of more than two dimensions, the last one's two, after the given index.
-    whole: the value's shape. shape: the shape of the part that was asked for. text: set if that is not a tensor; then
-    the other fields are empty.
-    rows: at most 16 of at most 4 numbers (2 complex ones); of one dimension the numbers go on from row to row.
-    labels: where each row begins. left_out: whether there are more numbers than these.
+    Attributes:
+        name: The name of the variable.
+        index: The index shown, as text. If more than two dimensions remain, the leading ones are at -1.
+        whole: The shape of the variable.
+        shape: The shape at the requested index.
+        dtype: The dtype.
+        text: The value as text if it is not a tensor; then the other fields are empty.
+        labels: The index at which each row starts.
+        rows: At most 16 rows of at most 4 numbers (2 if complex). One dimension is wrapped into several rows.
+        left_out: Whether there are more numbers than shown.
     """
 
     name: str
@@ -74,7 +87,14 @@ class ValueView(JsonResult):
 
 
 def summaries(name: str, value: Any, meanings: Sequence[str], filled: bool) -> Iterator[ValueSummary]:
-    """A value's summary; of a tuple, that of each of its parts."""
+    """Yield the summary of a value, or of each element of a tuple.
+
+    Args:
+        name: The name of the variable.
+        value: Its value.
+        meanings: Shapes in the comment of the statement.
+        filled: Whether the memory is initialized.
+    """
     if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
         for i, part in enumerate(value):
             yield from summaries(f"{name}[{i}]", part, meanings, filled)
@@ -103,7 +123,7 @@ def _statistics(value: Tensor) -> dict[str, Any]:
 
 
 def parsed(expression: str) -> tuple[str, Index]:
-    """A name and its index, read as data and never evaluated. Raises `UsageError` for anything else."""
+    """Parse a name and an index as data. Raises `UsageError` for anything else."""
     matched = re.fullmatch(r"\s*([^\W\d]\w*)\s*(\[.{0,200}\])?\s*", expression.replace("…", "..."))
     try:
         if matched is None:
@@ -116,8 +136,8 @@ def parsed(expression: str) -> tuple[str, Index]:
         return matched[1], tuple(map(_item, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UsageError(
-            f"'{sanitize(expression)}' cannot be printed, expected a name and perhaps an index of whole numbers, "
-            "slices and '...', such as q[0, -1, :, :8]."
+            f"'{sanitize(expression)}' cannot be printed. Use a name, optionally with an index of integers, slices "
+            "and '...', such as q[0, -1, :, :8]."
         ) from None
 
 
@@ -140,7 +160,16 @@ def _whole_number(node: ast.expr) -> int:
 
 
 def view_value(name: str, value: Any, index: Index) -> ValueView:
-    """Show an index of a value. Raises `UsageError` if the value has no such index."""
+    """Return the numbers at an index of a value.
+
+    Args:
+        name: The name of the variable.
+        value: Its value.
+        index: The index.
+
+    Raises:
+        UsageError: If the value does not have that index.
+    """
     written_index, rest = _written(index), index
     try:
         while isinstance(value, tuple) and rest:
@@ -149,9 +178,7 @@ def view_value(name: str, value: Any, index: Index) -> ValueView:
         if rest and isinstance(part, Tensor) and not part.numel():
             raise IndexError
     except (IndexError, TypeError, ValueError, RuntimeError, OverflowError):
-        raise UsageError(
-            f"{name} is {_plain(value)} here, expected an index within it, found {written_index}."
-        ) from None
+        raise UsageError(f"The index {written_index} is out of range: {name} is {_plain(value)}.") from None
     if not isinstance(part, Tensor):
         return ValueView(name, written_index, None, None, "", _plain(part), (), (), left_out=False)
     shape = tuple(part.shape)
@@ -209,9 +236,9 @@ def has_numbers(value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    """What is no tensor, in a word or two."""
+    """A value that is not a tensor, as short text."""
     if isinstance(value, Tensor):
-        return f"of the shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, int | float | str | torch.Size):
         return sanitize(value)
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Attention maps and kinds of heads: against transformers on SmolLM2, and against sums done another way; /attention."""
+"""Attention maps and head kinds, against transformers on SmolLM2 and direct sums."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_every_heads_map_is_that_of_transformers(llama: Llama, huggingfaces: Any
     ids = llama.encode(smollm2.TEXTS["prose"])[:64]
     expected = theirs(huggingfaces, ids)
     assert expected.shape == (30, 9, 64, 64)
-    for layer in (0, 1, 8, 16, 18, 29):  # the scores below are of all
+    for layer in (0, 1, 8, 16, 18, 29):  # the scores below cover all layers
         found = attention_map(llama, ids, layer)
         assert (found - expected[layer]).abs().max() <= 1e-4
         assert found.dtype == torch.float32
 
 
 def test_rows_add_up_to_one_and_nothing_sees_what_comes_later(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a text in pieces, whose later ones see more tokens; one head's map is its part of all."""
+    """Also for a text in chunks. A head's map equals its slice of the layer's."""
     whole = attention_map(tiny, IDS, 1)
     assert whole.shape == (4, 40, 40)
     monkeypatch.setattr(engine_module, "CHUNK", 7)
@@ -108,7 +108,10 @@ def test_the_explicit_softmax_is_the_fused_one(T: int, S: int) -> None:
 
 
 def test_a_changed_networks_attention_is_seen_changed(tiny: Llama) -> None:
-    """Without queries every key has the same share, in that layer alone; scores are measured anew, and kept apart."""
+    """With queries of zero all keys have equal shares, in that layer alone.
+
+    Scores are measured per network.
+    """
     changed = tiny.intervened({"layers.1.attention.q": lambda value, _start: torch.zeros_like(value)})
     even = (1 / torch.arange(1, 41)).expand(40, 40).T.tril()
     assert (attention_map(changed, IDS, 1) - even).abs().max() <= 1e-6
@@ -124,11 +127,11 @@ def test_a_changed_networks_attention_is_seen_changed(tiny: Llama) -> None:
 @pytest.mark.parametrize(
     ("layer", "index", "message"),
     [
-        (3, None, "There is no layer 3, expected one from 0 to 2."),
-        (3, 0, "There is no layer 3"),
-        (1, 4, "There is no head 4 in a layer, expected one from 0 to 3."),
-        (-1, None, "There is no layer -1, expected one from 0 to 2."),
-        (1, -1, "There is no head -1 in a layer, expected one from 0 to 3."),
+        (3, None, "The layer must be an integer from 0 to 2, not 3."),
+        (3, 0, "The layer must be an integer from 0 to 2, not 3."),
+        (1, 4, "The head must be an integer from 0 to 3, not 4."),
+        (-1, None, "The layer must be an integer from 0 to 2, not -1."),
+        (1, -1, "The head must be an integer from 0 to 3, not -1."),
     ],
 )
 def test_a_layer_or_head_that_there_is_not_is_refused(tiny: Llama, layer: int, index: int | None, message: str) -> None:
@@ -179,7 +182,7 @@ def test_scores_are_those_of_transformers_attention(llama: Llama, huggingfaces: 
 
 
 def test_the_heads_of_the_docs_are_smollm2s(llama: Llama) -> None:
-    """The numbers of heads and the best ones that docs/induction.md has, with their scores."""
+    """The numbers of heads and the highest scores in docs/induction.md."""
     found = head_scores(llama)
     docs = (ROOT / "docs" / "induction.md").read_text()
     for kind in KINDS:
@@ -194,7 +197,7 @@ def test_the_heads_of_the_docs_are_smollm2s(llama: Llama) -> None:
 
 
 def test_without_its_induction_heads_smollm2_cannot_repeat(llama: Llama) -> None:
-    """As docs/induction.md has it: bits a token of random tokens, the first and the second time; and ` rug`."""
+    """As in docs/induction.md: bits per random token in both halves, and ` rug`."""
     ids, six = repeated(llama), [each for each in head_scores(llama) if each.kind == "induction"]
     text = "The cat sat on the mat. The dog lay on the rug. The cat sat on the mat. The dog lay on the"
 
@@ -226,10 +229,10 @@ def test_without_its_induction_heads_smollm2_cannot_repeat(llama: Llama) -> None
 def test_a_head_that_looks_at_one_place_is_of_that_kind(
     tiny: Llama, bos: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four heads of which each is perfect at one thing, with and without a token in front."""
+    """Four heads, each perfect at one kind, with and without a BOS token."""
     if not bos:
         monkeypatch.setattr(tiny.tokenizer, "bos_id", None)
-    llama = tiny.intervened({})  # a network whose scores are not known yet
+    llama = tiny.intervened({})  # a network without cached scores
     ids = repeated(llama)
     first, n = int(bos), 50
     assert len(ids) == 2 * n + first
@@ -282,7 +285,7 @@ def test_scores_are_measured_once_for_a_network_and_go_with_it(tiny_dir: Path) -
 
 
 def close(some: Sequence[SmallMap], others: Sequence[SmallMap]) -> bool:
-    """Equal but for rounding: where other layers are looked at too, their explicit softmax rounds otherwise."""
+    """Equal up to rounding: the explicit softmax of other layers changes later digits."""
     a, b = (
         torch.tensor([[[value or 0.0 for value in row] for row in each.values] for each in maps])
         for maps in (some, others)
@@ -295,7 +298,7 @@ def close(some: Sequence[SmallMap], others: Sequence[SmallMap]) -> bool:
 def test_a_small_map_has_the_highest_share_of_each_field(
     tiny: Llama, T: int, P: int, step: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a loop over the whole map finds it; a layer's are those among all."""
+    """As a loop over the whole map computes it; a layer's maps equal those among all."""
     ids = [60 + i % 90 for i in range(T)]
     _ = head_scores(tiny)
     monkeypatch.setattr(engine_module, "CHUNK", chunk)
@@ -315,7 +318,7 @@ def test_a_small_map_has_the_highest_share_of_each_field(
 
 
 def test_layers_maps_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2,000 tokens and twelve layers, no more maps are alive at a time than of two layers."""
+    """With 2,000 tokens and twelve layers, at most two have maps in memory."""
     directory = write_meta(tmp_path / "model", params=tiny_params(dim=64, n_layers=12, n_heads=2, n_kv_heads=1))
     llama = Llama.load(directory, precision="fp32", device="cpu")
     alive, most, made = 0, 0, 0
@@ -336,7 +339,7 @@ def test_layers_maps_are_not_held_together(tmp_path: Path, monkeypatch: pytest.M
     found = heads(llama, [60 + i % 200 for i in range(2000)])
     assert len(found.maps) == 24
     assert found.maps[0].step == 84
-    assert made == 12 * (4 + 1)  # pieces of the text, and the random sequence
+    assert made == 12 * (4 + 1)  # chunks of the text, and the random sequence
     assert most <= 2
 
 
@@ -358,7 +361,7 @@ def test_a_head_has_its_rows_and_the_last_tokens_links(tiny: Llama) -> None:
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert torch.equal(torch.tensor(facts["probs"]), probs[36:])
     assert facts["links"][0] == {"position": order[0], "probability": float(probs[-1, order[0]])}
-    with pytest.raises(UsageError, match="There is no position 100 in this text, expected one from 0 to 99"):
+    with pytest.raises(UsageError, match="position in this text must be an integer from 0 to 99, not 100"):
         head(tiny, ids, 2, 1, 100)
 
 
@@ -374,7 +377,7 @@ def view(page: Page, width: int = 80) -> str:
 
 
 def named(found: Heads, kinds: dict[tuple[int, int], tuple[str, float]]) -> Heads:
-    """The same heads with scores of our choice: 0.1 where none is given."""
+    """The same heads with given scores, by default 0.1."""
     maps = []
     for each in found.maps:
         kind, score = kinds.get((each.scores.layer, each.scores.head), ("first token", 0.1))
@@ -385,7 +388,10 @@ def named(found: Heads, kinds: dict[tuple[int, int], tuple[str, float]]) -> Head
 
 
 def test_all_heads_stand_in_a_table_by_their_kinds(tiny: Llama) -> None:
-    """The longer way goes down; the strongest are named, those of a kind drawn, or all."""
+    """The longer side is vertical, and the strongest heads are named.
+
+    The strongest heads of each kind are drawn, or all heads.
+    """
     kinds = {(0, 1): ("induction", 0.9), (2, 3): ("induction", 0.8), (1, 0): ("previous token", 0.5)}
     found = named(heads(tiny, IDS), kinds)
     page = pages.heads(found)
@@ -407,7 +413,7 @@ def test_all_heads_stand_in_a_table_by_their_kinds(tiny: Llama) -> None:
     (whole,) = of(pages.heads(found, whole=True), Gallery)
     assert [heatmap.title for heatmap in whole.maps[:2]] == ["L0.H0", "L0.H1 I 0.90"]
     assert len(whole.maps) == 12
-    assert "a row a head, a column a layer" in view(page)
+    assert "rows are heads, columns are layers" in view(page)
     assert of(pages.heads(named(found, {})), Gallery) == []  # nothing to draw
 
 
@@ -425,7 +431,7 @@ def test_a_layers_page_has_all_its_heads(tiny: Llama) -> None:
     assert [cell.text for cell in table.rows[2]] == ["H2", "0.00", "0.00", "0.70", "0.00", "duplicate"]
     (gallery,) = of(page, Gallery)
     assert [heatmap.title for heatmap in gallery.maps] == ["L1.H0", "L1.H1", "L1.H2 D 0.70", "L1.H3"]
-    assert "The heads of layer 1" in view(page, 40)
+    assert "Heads of layer 1" in view(page, 40)
 
 
 def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny: Llama) -> None:
@@ -434,13 +440,13 @@ def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny
     def page(scores: Scores) -> Page:
         return pages.head(Head(scores, found.tokens, found.first, found.probs, found.links))
 
-    assert "L1.H2 looks like an induction head: 80.0 % of its attention goes to what came after" in view(
+    assert "L1.H2 looks like an induction head: 80.0 % of its attention goes to the token after" in view(
         page(Scores(1, 2, 0.1, 0.2, 0.3, 0.8))
     )
-    assert "L1.H2 looks like a first token head: 50.0 % of its attention goes to the first token." in view(
+    assert "L1.H2 looks like a first-token head: 50.0 % of its attention goes to the first token." in view(
         page(Scores(1, 2, 0.1, 0.5, 0.3, 0.2))
     )
-    assert "looks like none of the four kinds: at most 30.0 % of its attention goes to where the same token" in view(
+    assert "fits none of the four kinds: at most 30.0 % of its attention goes to the earlier occurrence" in view(
         page(Scores(1, 2, 0.1, 0.2, 0.3, 0.0))
     )
     drawn = pages.head(found)
@@ -460,14 +466,14 @@ def test_a_long_texts_map_has_what_stands_in_front_in_one_column(tiny: Llama) ->
     assert (len(table.rows), len(table.columns), table.columns[0]) == (64, 65, "…")
     for row in table.values:
         assert sum(value or 0.0 for value in row) == pytest.approx(1, abs=1e-5)
-    assert "These are 64 of 100; /attention L1.H2 N begins at position N." in view(pages.head(found))
+    assert "Shown: 64 of 100 positions. /attention L1.H2 N starts at position N." in view(pages.head(found))
 
 
 # --- /attention -------------------------------------------------------------------------------
 
 
 def answered(session: Session, line: str) -> tuple[dict[str, Any], str]:
-    """The facts, which are JSON, and the view as 80 columns show it."""
+    """The facts, which are JSON, and the view at 80 columns."""
     reply = run_command(session, line)[1]
     assert reply is not None
     assert reply.view is not None
@@ -477,7 +483,7 @@ def answered(session: Session, line: str) -> tuple[dict[str, Any], str]:
 def test_without_an_argument_it_shows_all_heads(session: Session) -> None:
     facts, view = answered(session, "/attention")
     assert facts == {"layer": None, "heads": [scores.as_json() for scores in head_scores(session.llama)]}
-    assert "What kind each head looks like" in view
+    assert "Kinds of heads" in view
     assert session.state.page is not None
     (gallery,) = of(session.state.page, Gallery)
     assert len(gallery.maps) == 12  # a picture has them all
@@ -487,7 +493,7 @@ def test_without_an_argument_it_shows_all_heads(session: Session) -> None:
 def test_a_layer_by_its_names(session: Session, name: str) -> None:
     facts, view = answered(session, f"/attention {name}")
     assert facts == {"layer": 1, "heads": [scores.as_json() for scores in head_scores(session.llama)[4:8]]}
-    assert "The heads of layer 1" in view
+    assert "Heads of layer 1" in view
 
 
 @pytest.mark.parametrize("name", ["1.3", "L1.H3", "l1.h3", "L1.3"])
@@ -512,20 +518,19 @@ def test_a_position_is_where_the_map_begins(session: Session) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("3", "There is no layer 3, expected one from 0 to 2."),
-        ("L1.H4", "There is no head 4 in a layer, expected one from 0 to 3."),
+        ("3", "The layer must be an integer from 0 to 2, not 3."),
+        ("L1.H4", "The head must be an integer from 0 to 3, not 4."),
         ("x", "'x' is not the name of a part"),
         ("L1.ffn", "'L1.ffn' was given for /attention, expected a layer such as L5, or a head such as L5.H3"),
         ("L1 3", "'L1 3' was given for /attention"),
         ("L1.H2 x", "'x' was given for the position, expected a whole number of at least 0."),
-        ("L1.H2 99", "There is no position 99 in this text"),
+        ("L1.H2 99", "The position in this text must be an integer"),
     ],
 )
 def test_what_there_is_not_gets_a_sentence(session: Session, argument: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         run_command(session, f"/attention {argument}")
     assert str(raised.value).startswith(message)
-    assert ". " not in str(raised.value)
 
 
 def test_without_a_text_there_is_nothing_to_look_at(tiny: Llama) -> None:

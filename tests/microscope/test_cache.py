@@ -1,4 +1,4 @@
-"""/kv: what the cache holds is what the network computes, and its bytes are those that were taken."""
+"""/kv: norms of the keys and values that the network computes, and bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(tiny_dir: Path) -> Llama:
 
 
 def computed(llama: Llama, layer: int, name: str) -> Tensor:
-    """A layer's keys or values from a run beside the cache, (n_kv_heads, T, head_dim)."""
+    """A layer's keys or values, computed without the cache, (n_kv_heads, T, head_dim)."""
     found: list[Tensor] = []
     llama.engine.forward_with_hooks(
         [IDS], {f"layers.{layer}.attention.{name}": lambda x, _start: found.append(x[0].clone())}
@@ -36,7 +36,7 @@ def computed(llama: Llama, layer: int, name: str) -> Tensor:
 
 
 def test_norms_are_those_of_what_the_network_computes(tiny: Llama) -> None:
-    """Whatever was read before: a part of it is reused here, and another text was longer."""
+    """Whatever was read before: a prefix is reused here, and another text was longer."""
     tiny.predict([*IDS[:4], *range(300, 340)])
     found = cache(tiny, IDS)
     assert found.tokens == len(IDS) == tiny.engine.cached_tokens
@@ -61,7 +61,7 @@ def test_a_layer_head_by_head(tiny: Llama) -> None:
 
 @pytest.mark.parametrize(("activations", "size"), [("fp32", 4), ("bf16", 2)])
 def test_bytes(tiny_dir: Path, activations: str, size: int) -> None:
-    """3 layers × 2 × 2 heads × 64 numbers a token; memory for 256 tokens is taken at once."""
+    """3 layers × 2 × 2 heads × 64 numbers per token, with memory for 256 tokens."""
     found = cache(Llama.load(tiny_dir, activations=activations, device="cpu"), IDS)
     assert found.bytes_per_token == 3 * 2 * 2 * 64 * size
     assert found.held_bytes == 10 * found.bytes_per_token
@@ -92,13 +92,13 @@ def test_the_command_says_what_the_last_answer_reused(tiny: Llama) -> None:
 
 def test_looking_changes_no_answer(tiny: Llama) -> None:
     tiny.engine.next_logits(IDS)
-    before = tiny.engine.next_logits(IDS).values  # from the cache, as the last one
+    before = tiny.engine.next_logits(IDS).values  # from the cache, as in the last call
     cache(tiny, IDS)
     cached_layer(tiny, IDS, 0)
     assert tiny.engine.next_logits(IDS).values.equal(before)
 
 
-@pytest.mark.parametrize(("argument", "said"), [("3", "There is no layer 3, expected one from 0 to 2"), ("x", "'x'")])
+@pytest.mark.parametrize(("argument", "said"), [("3", "must be an integer from 0 to 2, not 3."), ("x", "'x'")])
 def test_what_cannot_be_meant_is_a_sentence(tiny: Llama, argument: str, said: str) -> None:
     session = started(tiny)
     session.predict(IDS)
@@ -122,7 +122,7 @@ def test_the_pages_fit_their_terminal_and_say_everything(tiny: Llama, width: int
     layer = shown(to_terminal.view(pages.layer_page(cached_layer(tiny, IDS, 1))), width)
     assert max(map(len, [*whole.splitlines(), *layer.splitlines()])) <= width
     said = " ".join(whole.split())
-    assert "10 tokens 9 came from the cache and 1 was computed" in said
-    assert "3 KiB a token in all layers, 30 KiB for this text. 768 KiB are taken" in said
+    assert "Prefix cache hit in the last answer: 9 of 10 tokens; 1 was computed" in said
+    assert "3 KiB per token over all layers, 30 KiB for this text. 768 KiB are allocated" in said
     assert "shared by 2 query heads" in " ".join(layer.split())
     assert "H1" in layer

@@ -1,4 +1,4 @@
-"""`Llama.inspect`: what it gives, when it computes, and how it is shown."""
+"""`Llama.inspect`: its results, when they are computed, and their display."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def llama(tiny_dir: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def theirs(tiny_dir: Path) -> Any:
-    """What transformers gives of the same weights and ids: hidden states and attentions."""
+    """Hidden states and attentions of transformers with the same weights and ids."""
     weights = {name: weight.float() for name, weight in torch.load(tiny_dir / "consolidated.00.pth").items()}
     network = reference.transformers_llama(weights, SHAPE)
     return network(torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
@@ -59,7 +59,7 @@ def found(llama: Llama) -> Inspection:
 
 @contextmanager
 def runs(llama: Llama) -> Iterator[list[int]]:
-    """How many times the network, or a layer of it, runs: 1 for each."""
+    """Record a 1 for each run of the network or one of its layers."""
     calls: list[int] = []
     model = llama.engine.model
     handles = [
@@ -76,11 +76,11 @@ def near(a: Tensor, b: Tensor) -> bool:
     return float((a.double() - b.double()).norm() / b.double().norm()) <= 1e-4
 
 
-# --- What it gives ----------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_text_or_ids(llama: Llama) -> None:
-    """As for every other method: a text gets its BOS, ids stay as they are."""
+    """As for every other method: a text gets its BOS, ids stay unchanged."""
     text = llama.inspect("the rest")
     assert list(text.ids) == llama.encode("the rest")
     assert text.ids[0] == 300
@@ -90,7 +90,7 @@ def test_a_prompt_is_text_or_ids(llama: Llama) -> None:
 
 
 def test_the_residual_stream_is_that_of_transformers(found: Inspection, theirs: Any) -> None:
-    """(T, dim) before each layer; the last one is what the last layer left, which transformers has normed."""
+    """(T, dim) before each layer, and after the last one before the final norm."""
     assert len(found.residual) == 4
     for layer in range(3):
         assert found.residual[layer].shape == (T, 256)
@@ -114,18 +114,18 @@ def test_attention_is_that_of_transformers(found: Inspection, theirs: Any) -> No
 
 
 def test_loops_end(found: Inspection) -> None:
-    """Over the layers, as over a list."""
+    """Iteration covers the layers, as with a list."""
     assert [value.shape for value in found.residual] == [(T, 256)] * 4
     assert [value.shape for value in found.attention] == [(4, T, T)] * 3
 
 
 def test_an_index_that_there_is_not_says_which_there_are(found: Inspection) -> None:
     places: list[tuple[Callable[[], object], str]] = [
-        (lambda: found.residual[4], "There is no stream 4, expected one from 0 to 3."),
-        (lambda: found.residual[-5], "There is no stream -5, expected one from 0 to 3."),
-        (lambda: found.attention[3], "There is no layer 3, expected one from 0 to 2."),
-        (lambda: found.attention[0, 4], "There is no head 4, expected one from 0 to 3."),
-        (lambda: found.attention[0, -5], "There is no head -5, expected one from 0 to 3."),
+        (lambda: found.residual[4], "The residual stream index must be from -4 to 3, not 4."),
+        (lambda: found.residual[-5], "The residual stream index must be from -4 to 3, not -5."),
+        (lambda: found.attention[3], "The layer index must be from -3 to 2, not 3."),
+        (lambda: found.attention[0, 4], "The head index must be from -4 to 3, not 4."),
+        (lambda: found.attention[0, -5], "The head index must be from -4 to 3, not -5."),
     ]
     for place, said in places:
         with pytest.raises(IndexError) as raised:
@@ -134,8 +134,8 @@ def test_an_index_that_there_is_not_says_which_there_are(found: Inspection) -> N
 
 
 def test_views_are_those_of_the_microscope(llama: Llama, found: Inspection) -> None:
-    """With the prompt's ids, and what was asked of them."""
-    llama.predict(IDS)  # so that all of them find the same in the cache
+    """With the ids of the prompt, and the given arguments."""
+    llama.predict(IDS)  # so that the cache is the same for all of them
     assert found.attribution() == why(llama, IDS)
     assert found.attribution(42, 17) == why(llama, IDS, 42, 17)
     assert found.trace(OTHER) == trace(llama, IDS, OTHER)
@@ -153,7 +153,7 @@ def test_a_token_is_an_id_or_its_text(llama: Llama, found: Inspection) -> None:
     assert found.attribution("<|eot_id|>").answer.id == special
 
 
-# --- When it computes -------------------------------------------------------------------------
+# --- Laziness ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_computed_before_it_is_asked_for(llama: Llama) -> None:
@@ -167,7 +167,7 @@ def test_nothing_is_computed_before_it_is_asked_for(llama: Llama) -> None:
 
 
 def test_one_layer_is_kept_at_a_time(found: Inspection) -> None:
-    """Nothing that was looked at stays with the object."""
+    """The object keeps no activations."""
     residual, attention = found.residual, found.attention
     before = set(vars(found)), set(vars(residual)), set(vars(attention))
     _ = residual[1], attention[1], found.attribution(), found.residual[2]
@@ -177,7 +177,7 @@ def test_one_layer_is_kept_at_a_time(found: Inspection) -> None:
     assert set(vars(found)) == before[0] | {"prediction"}
 
 
-# --- Changing ---------------------------------------------------------------------------------
+# --- Interventions ----------------------------------------------------------------------------
 
 
 def test_what_was_changed_is_another_inspection(llama: Llama, found: Inspection) -> None:
@@ -193,7 +193,7 @@ def test_what_was_changed_is_another_inspection(llama: Llama, found: Inspection)
 
 
 def test_changes_follow_one_another(llama: Llama, found: Inspection) -> None:
-    """In the order in which they were made; what they copy comes from the intact network."""
+    """In this order, with activations from the unmodified network."""
     network = found.ablate("L0.H0", "L1", mean=True).patch(OTHER, "L2", {3: 5}).steer(1, 2.0, OTHER, IDS)
     assert [each.label for each in network.interventions][:3] == ["~L0.H0", "~L1", "L2@3"]
     changes = [
@@ -234,50 +234,49 @@ def test_patching_everything_gives_the_other_prompts_answer(found: Inspection, l
 @pytest.mark.parametrize(
     ("work", "said"),
     [
-        (lambda x: x.ablate("L3"), "There is no layer 3"),
+        (lambda x: x.ablate("L3"), "The layer must be an integer from 0 to 2, not 3."),
         (lambda x: x.ablate("L0", "nothing"), "'nothing' is not the name of a part"),
-        (lambda x: x.ablate("L0.H4", mean=True), "There is no head 4"),
-        (lambda x: x.patch(OTHER, "L1", T), f"There is no position {T} here, expected one from 0 to {T - 1}."),
-        (lambda x: x.patch(OTHER, "L1", -1), "There is no position -1 here"),
-        (lambda x: x.patch([300], "L1", 3), "There is no position 3 in the other text, expected one from 0 to 0."),
-        (lambda x: x.patch(OTHER, "L9", 3), "There is no layer 9"),
+        (lambda x: x.ablate("L0.H4", mean=True), "The head must be an integer from 0 to 3, not 4."),
+        (lambda x: x.patch(OTHER, "L1", T), f"position in this text must be an integer from 0 to {T - 1}, not {T}."),
+        (lambda x: x.patch(OTHER, "L1", -1), "not -1."),
+        (lambda x: x.patch([300], "L1", 3), "The position in the other text must be an integer from 0 to 0, not 3."),
+        (lambda x: x.patch(OTHER, "L9", 3), "not 9."),
         (lambda x: x.patch([], "L1", 0), "The prompt is empty"),
-        (lambda x: x.patch(OTHER, "L1", 0.5), "There is no position 0.5 here, expected one from 0 to"),
-        (lambda x: x.patch(OTHER, "L1", True), "There is no position True here"),
-        (lambda x: x.patch(OTHER, "L1", "3"), "There is no position '3' here"),
-        (lambda x: x.patch(OTHER, "L1", [1, 2.0]), "There is no position 2.0 here"),
-        (lambda x: x.patch(OTHER, "L1", {1: 1.5}), "There is no position 1.5 in the other text"),
-        (lambda x: x.patch(OTHER, "L1", None), "There is no position None here"),
-        (lambda x: x.ablate(5), "'5' is not the name of a part, expected a layer such as L5"),
-        (lambda x: x.steer(3, 1.0, OTHER, IDS), "There is no layer 3, expected one from 0 to 2."),
-        (lambda x: x.steer(1, float("nan"), OTHER, IDS), "The scale is nan"),
+        (lambda x: x.patch(OTHER, "L1", 0.5), "not 0.5."),
+        (lambda x: x.patch(OTHER, "L1", True), "not True."),
+        (lambda x: x.patch(OTHER, "L1", "3"), "not '3'."),
+        (lambda x: x.patch(OTHER, "L1", [1, 2.0]), "not 2.0."),
+        (lambda x: x.patch(OTHER, "L1", {1: 1.5}), "The position in the other text must be an integer"),
+        (lambda x: x.patch(OTHER, "L1", None), "not None."),
+        (lambda x: x.ablate(5), "'5' is not the name of a part, such as L5"),
+        (lambda x: x.steer(3, 1.0, OTHER, IDS), "The layer must be an integer from 0 to 2, not 3."),
+        (lambda x: x.steer(1, float("nan"), OTHER, IDS), "finite number, not nan"),
         (lambda x: x.steer(1, 1.0, OTHER, [1.5]), "1.5 is not a token id of this model; ids go from 0 to"),
-        (lambda x: x.effect(0), "0 candidates were asked for, expected at least 1."),
+        (lambda x: x.effect(0), "must be at least 1, not 0."),
         (lambda x: x.attribution(True), "True is not a token id"),
         (lambda x: x.attribution(1.5), "1.5 is not a token id"),
         (lambda x: x.attribution(1, 2.5), "2.5 is not a token id"),
         (lambda x: x.steer(1, 1.0, OTHER, [10**6]), "1000000 is not a token id"),
-        (lambda x: x.attribution("the rest of it"), "expected one; words bring their own space: ' Paris'."),
-        (lambda x: x.attribution(""), "'' is 0 tokens, expected one"),
+        (lambda x: x.attribution("the rest of it"), "Words need a leading space: ' Paris'."),
+        (lambda x: x.attribution(""), "'' is 0 tokens, not one"),
         (lambda x: x.attribution(10**6), "1000000 is not a token id"),
-        (lambda x: x.attribution(42, 42), "expected two that differ"),
+        (lambda x: x.attribution(42, 42), "two different tokens"),
         (lambda x: x.trace([1]), "The texts have 12 and 1 tokens"),
         (lambda x: x.activations("layers.1.nothing"), "There is no place 'layers.1.nothing'"),
-        (lambda x: x.head(0, 4), "There is no head 4"),
-        (lambda x: x.head(0, -1), "There is no head -1 in a layer, expected one from 0 to 3."),
-        (lambda x: x.heads(-1), "There is no layer -1, expected one from 0 to 2."),
-        (lambda x: x.heads(0.5), "There is no layer 0.5, expected one from 0 to 2."),
-        (lambda x: x.neurons(3), "There is no layer 3"),
-        (lambda x: x.neurons(0.5), "There is no layer 0.5, expected one from 0 to 2."),
-        (lambda x: x.lens(first=0.5), "There is no position 0.5 in this text"),
-        (lambda x: x.lens(first=T), f"There is no position {T}"),
+        (lambda x: x.head(0, 4), "The head must be an integer from 0 to 3, not 4."),
+        (lambda x: x.head(0, -1), "The head must be an integer from 0 to 3, not -1."),
+        (lambda x: x.heads(-1), "The layer must be an integer from 0 to 2, not -1."),
+        (lambda x: x.heads(0.5), "The layer must be an integer from 0 to 2, not 0.5."),
+        (lambda x: x.neurons(3), "The layer must be an integer from 0 to 2, not 3."),
+        (lambda x: x.neurons(0.5), "The layer must be an integer from 0 to 2, not 0.5."),
+        (lambda x: x.lens(first=0.5), "The position in this text must be an integer"),
+        (lambda x: x.lens(first=T), f"not {T}."),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(found: Inspection, work: Callable[[Inspection], object], said: str) -> None:
     with pytest.raises(UsageError) as raised:
         work(found)
     assert said in str(raised.value)
-    assert ". " not in str(raised.value)
     assert str(raised.value).endswith(".")
 
 
@@ -287,7 +286,7 @@ def test_a_prompt_that_cannot_be_read_is_refused_at_once(llama: Llama, prompt: l
         llama.inspect(prompt)
 
 
-# --- How it is shown --------------------------------------------------------------------------
+# --- Display ----------------------------------------------------------------------------------
 
 SHOWN: dict[str, Callable[[Inspection], Any]] = {
     "inspection": lambda x: x,
@@ -306,7 +305,7 @@ SHOWN: dict[str, Callable[[Inspection], Any]] = {
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_every_result_prints_itself(found: Inspection, name: str) -> None:
-    """With rich, wide and narrow, within the width; and as a page of its own in a notebook."""
+    """With rich, within a wide and a narrow width; in a notebook, as a page."""
     result = SHOWN[name](found)
     for width in (80, 40):
         console = Console(width=width, color_system=None)

@@ -1,4 +1,4 @@
-"""The logit lens: against transformers on SmolLM2, and against sums that are done another way; /lens."""
+"""The logit lens against transformers on SmolLM2 and direct sums; /lens."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def session(tiny: Llama) -> Session:
 
 @pytest.mark.slow
 def test_each_layer_says_what_transformers_streams_say(llama: Llama, huggingfaces: Any) -> None:
-    """Its hidden states through its norm and its head: guesses and ranks equal, probabilities within 1e-4.
+    """Its hidden states through its norm and head give the same tokens and ranks.
 
-    The last of its hidden states went through the norm already.
+    Probabilities agree within 1e-4. The last of its hidden states is already normed.
     """
     ids = llama.encode(smollm2.TEXTS["prose"])[:16]
     found = lens(llama, ids)
@@ -67,9 +67,9 @@ def test_each_layer_says_what_transformers_streams_say(llama: Llama, huggingface
     assert [[guess.id for guess in row.guesses] for row in found.layers] == best.indices.tolist()
     for row, logprobs in zip(found.layers, best.values, strict=True):
         assert [guess.probability for guess in row.guesses] == pytest.approx(logprobs.exp().tolist(), abs=1e-4)
-        # Also how far a sure guess is from 1: in the embedding by less than float32 has of it.
+        # Also the distance of a near-certain prediction from 1, which float32 could not represent.
         assert [guess.logprob for guess in row.guesses] == pytest.approx(logprobs.tolist(), rel=1e-2, abs=1e-15)
-    # Far down the tokens lie so close that rounding may swap neighbors.
+    # At high ranks, logits are so close that rounding may swap neighbors.
     ours = torch.tensor([[guess.rank_of_answer for guess in row.guesses] for row in found.layers])
     assert ((ours - ranks).abs() <= ranks // 1000).all()
 
@@ -82,14 +82,14 @@ def test_the_last_layer_is_the_models_answer(llama: Llama) -> None:
     assert [guess.text for guess in found.answers][-1] == " Paris"
     assert all(guess.rank_of_answer == 1 for guess in found.answers)
     assert found.answers[-1].probability == pytest.approx(llama.predict(ids).next.probability, abs=1e-5)
-    # The embedding is the unembedding, so what stands behind it is most like the token itself.
+    # The embeddings are tied, so the embedding is most similar to the token itself.
     assert found.layers[0].guesses[-1].text == " is"
     assert json.loads(json.dumps(found.as_json(), allow_nan=False)) == found.as_json()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_probabilities_and_ranks_are_those_of_the_whole_distribution(tiny_dir: Path, precision: str) -> None:
-    """For every layer, position and precision, done once more with a sorted softmax in float64."""
+    """Recomputed with a sorted softmax in float64, for every layer and position."""
     llama = Llama.load(tiny_dir, precision=precision, device="cpu")
     ids, model = list(range(60, 75)), llama.engine.model
     streams: list[Tensor] = []
@@ -103,7 +103,7 @@ def test_probabilities_and_ranks_are_those_of_the_whole_distribution(tiny_dir: P
             logits = model.output(model.norm(stream)).double()
         order = logits.argsort(dim=-1, descending=True, stable=True)
         for guess, answer, scores, ids_in_order in zip(row.guesses, found.answers, logits, order, strict=True):
-            ties = int((scores == scores[answer.id]).sum())  # bfloat16 has few numbers
+            ties = int((scores == scores[answer.id]).sum())  # bfloat16 has few distinct values
             place = ids_in_order.tolist().index(answer.id) + 1
             assert place - ties < guess.rank_of_answer <= place
             assert scores[guess.id] == scores.max()
@@ -111,7 +111,7 @@ def test_probabilities_and_ranks_are_those_of_the_whole_distribution(tiny_dir: P
 
 
 def test_windows_and_pieces_change_nothing(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few positions of a long text, read in pieces and unembedded in others, are those of the whole."""
+    """A window of a long text, in chunks and batches, is that part of the whole."""
     ids = [60 + i % 90 for i in range(40)]
     whole = lens(tiny, ids)
     monkeypatch.setattr(engine_module, "CHUNK", 7)
@@ -138,7 +138,7 @@ def test_without_a_window_it_is_the_last_64_positions(tiny: Llama) -> None:
 
 
 def test_positions_in_front_cost_nothing_of_what_comes_later(tiny: Llama) -> None:
-    """What stands behind a position has no say in it, and does not go through the network."""
+    """Tokens after the window do not affect it, and are not computed."""
     lengths: list[int] = []
     with_tap = tiny.intervened({"embedding": lambda value, _start: lengths.append(value.shape[1])})
     lens(with_tap, list(range(60, 160)), 0, 5)
@@ -146,7 +146,7 @@ def test_positions_in_front_cost_nothing_of_what_comes_later(tiny: Llama) -> Non
 
 
 def test_layers_come_one_by_one(tiny: Llama) -> None:
-    """First the last one, which has the answers; the end is the whole lens; each unembedding reports itself."""
+    """The last layer comes first, because it has the answers."""
     ids, told = list(range(60, 70)), list[tuple[str, int, int]]()
     steps = list(growing(tiny, ids, progress=lambda *how: told.append(how)))
     assert [[row.layer for row in step.layers] for step in steps] == [[2], [-1, 2], [-1, 0, 2], [-1, 0, 1, 2]]
@@ -156,7 +156,7 @@ def test_layers_come_one_by_one(tiny: Llama) -> None:
 
 
 def made(*ranks: int) -> Lens:
-    """A lens of one position at which the answer has these ranks."""
+    """A lens of one position where the answer has these ranks."""
     rows = tuple(Layer(layer, (Guess(rank, str(rank), -1.0, rank),)) for layer, rank in enumerate(ranks, start=-1))
     return Lens((Token(0, "x"),), 0, 1, rows)
 
@@ -179,7 +179,10 @@ def test_where_the_answer_first_appears_and_where_it_stays(ranks: tuple[int, ...
 
 
 def test_a_changed_network_is_seen_changed(tiny: Llama) -> None:
-    """A layer that writes nothing says what the one before it says, and the answers are the changed network's."""
+    """An ablated layer predicts the same as the layer before it.
+
+    The answers are those of the modified network.
+    """
     none = {
         f"layers.1.{part}.out": lambda value, _start: torch.zeros_like(value) for part in ("attention", "feed_forward")
     }
@@ -194,9 +197,9 @@ def test_a_changed_network_is_seen_changed(tiny: Llama) -> None:
     ("ids", "first", "count", "message"),
     [
         ([], None, 64, "The prompt is empty"),
-        ([60, 61], 2, 64, "There is no position 2 in this text, expected one from 0 to 1."),
-        ([60, 61], -1, 64, "There is no position -1 in this text"),
-        ([60, 61], None, 0, "0 positions were asked for, expected at least 1."),
+        ([60, 61], 2, 64, "The position in this text must be an integer from 0 to 1, not 2."),
+        ([60, 61], -1, 64, "integer from 0 to 1, not -1."),
+        ([60, 61], None, 0, "must be at least 1, not 0."),
         ([60, 10**6], None, 64, "1000000 is not a token id"),
     ],
 )
@@ -256,19 +259,19 @@ def test_ranks_stand_in_four_characters(rank: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        ((9, 5, 1, 1), "the best guess from layer 1 on, and never before."),
-        ((9, 1, 2, 1), "the best guess first behind layer 0, and for good from layer 2 on."),
-        ((1, 5, 1, 1), "the best guess first behind the embedding, and for good from layer 1 on."),
-        ((1, 1, 1, 1), "the best guess from the embedding on."),
+        ((9, 5, 1, 1), "rank 1 from layer 1 on, and never before."),
+        ((9, 1, 2, 1), "rank 1 first after layer 0, and always from layer 2 on."),
+        ((1, 5, 1, 1), "rank 1 first after the embedding, and always from layer 1 on."),
+        ((1, 1, 1, 1), "rank 1 from the embedding on."),
     ],
 )
 def test_the_page_says_where_the_answer_comes_from(ranks: tuple[int, ...], words: str) -> None:
-    assert sentence_of(made(*ranks)) == f'After "x" comes "1", 36.8 %: {words}'
+    assert sentence_of(made(*ranks)) == f'Prediction after "x": "1", 36.8 %; {words}'
 
 
 def test_a_long_texts_page_says_which_positions_it_has(tiny: Llama) -> None:
     found = lens(tiny, [60 + i % 90 for i in range(100)])
-    assert "These are 64 of 100 positions, from 36 on" in " ".join(shown(pages_view(found), 80).split())
+    assert "Shown: 64 of 100 positions, from 36 on" in " ".join(shown(pages_view(found), 80).split())
     assert table_of(found).more == ""
     assert table_of(found, first=40).first == 4
     short = lens(tiny, list(range(60, 70)))
@@ -285,7 +288,7 @@ def pages_view(lens: Lens) -> Any:
 
 
 def test_what_is_there_so_far_fits_the_screen(tiny: Llama) -> None:
-    """The latest layers, and how far it is."""
+    """The latest layers, and the progress."""
     steps = list(growing(tiny, list(range(60, 70))))
     page = pages.growing(steps[2], "Layer 2 of 4", 2)
     (table,) = (part for part in page.parts if isinstance(part, Heatmap))
@@ -298,7 +301,7 @@ def test_what_is_there_so_far_fits_the_screen(tiny: Llama) -> None:
 
 
 def answered(session: Session, line: str) -> tuple[dict[str, Any], str]:
-    """The facts, which are JSON, and the view as 80 columns show it."""
+    """The facts, which are JSON, and the view at 80 columns."""
     reply = run_command(session, line)[1]
     assert reply is not None
     assert reply.view is not None
@@ -309,9 +312,9 @@ def test_the_command_looks_at_the_text_so_far(session: Session) -> None:
     facts, view = answered(session, "/lens")
     assert facts == lens(session.llama, session.ids).as_json()
     assert [token["id"] for token in facts["tokens"]] == session.ids
-    assert "The best guess behind each layer" in view
+    assert "Top prediction after each layer" in view
     assert session.state.page is not None
-    assert "The rank of what the network says" in answered(session, "/lens ranks")[1]
+    assert "Rank of the final prediction" in answered(session, "/lens ranks")[1]
     assert answered(session, "/lens ranks 2")[0] == facts
     session.change_settings(plain=True)
     assert '\nlayer 1, after "' in answered(session, "/lens 3")[1]
@@ -322,7 +325,7 @@ def test_a_position_is_where_a_narrow_screen_begins(session: Session) -> None:
     assert session.state.page is not None
     assert [part.first for part in session.state.page.parts if isinstance(part, Heatmap)] == [4]
     session.predict([60 + i % 90 for i in range(100)])
-    assert answered(session, "/lens 7")[0]["first"] == 7  # a window of its own
+    assert answered(session, "/lens 7")[0]["first"] == 7  # a separate window
     assert len(answered(session, "/lens 7")[0]["tokens"]) == 64
     assert answered(session, "/lens 50")[0]["first"] == 36
     assert answered(session, "/lens 36")[0]["first"] == 36
@@ -341,7 +344,7 @@ def test_an_argument_that_is_none_gets_a_sentence(session: Session, argument: st
 @pytest.mark.parametrize("argument", ["99", "999999999", "ranks 99"])
 def test_a_position_beyond_the_text_gets_a_sentence(session: Session, argument: str) -> None:
     n = len(session.ids)
-    with pytest.raises(UsageError, match=f"There is no position 9+ in this text, expected one from 0 to {n - 1}."):
+    with pytest.raises(UsageError, match=f"position in this text must be an integer from 0 to {n - 1}, not 9+"):
         run_command(session, f"/lens {argument}")
 
 
@@ -351,7 +354,7 @@ def test_without_a_text_there_is_nothing_to_look_at(tiny: Llama) -> None:
 
 
 def test_an_interrupt_leaves_the_session_as_it_was(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any unembedding; the next answer is right."""
+    """At any unembedding; the next result is correct."""
     before = answered(session, "/lens")[0]
     for stop in range(4):
         calls: list[int] = []
@@ -359,7 +362,7 @@ def test_an_interrupt_leaves_the_session_as_it_was(session: Session, monkeypatch
 
         def output(x: Tensor, calls: list[int] = calls, stop: int = stop, original: Any = original) -> Tensor:
             calls.append(1)
-            if len(calls) == stop + 2:  # the first is the run itself
+            if len(calls) == stop + 2:  # the first is the forward pass
                 raise KeyboardInterrupt
             found: Tensor = original(x)
             return found
@@ -389,7 +392,7 @@ class _Terminal(io.StringIO):
 def test_layers_are_shown_as_they_come_where_a_person_watches(
     tiny: Llama, interactive: bool, plain: bool, terminal: bool, height: int, expected: bool
 ) -> None:
-    """And nowhere else; nothing of it stays."""
+    """And not otherwise; all of it is erased."""
     session = started(tiny)
     file = _Terminal() if terminal else io.StringIO()
     session.screen.console = Console(
@@ -403,4 +406,4 @@ def test_layers_are_shown_as_they_come_where_a_person_watches(
     written = file.getvalue()
     assert ("Layer 3 of 4 · each layer" in written) == expected
     if expected:
-        assert written.rstrip().endswith("\x1b[2K")  # each of its lines was erased
+        assert written.rstrip().endswith("\x1b[2K")  # every line was erased

@@ -1,4 +1,4 @@
-"""The microscope's numbers, against one pass of transformers and against sums that are done another way."""
+"""Predictions under the microscope, against transformers and direct sums."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.helpers.sessions import assert_sentence
 
 pytestmark = pytest.mark.reference
 
-# SmolLM2 in fp32, and transformers on the same weights: nothing is shared but the file.
+# SmolLM2 in fp32, and transformers with the same weights: they share only the file.
 llama, weights, huggingfaces = smollm2.llama, smollm2.weights, smollm2.huggingfaces
 PROMPT = "The capital of France is"
 
@@ -49,25 +49,25 @@ def tiny(tiny_dir: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def witness(tiny_dir: Path) -> Llama:
-    """The same model, whose engine has another past."""
+    """The same model with a different cache."""
     return Llama.load(tiny_dir, precision="fp32", device="cpu")
 
 
 def logprobs_of(huggingfaces: Any, ids: Sequence[int]) -> Tensor:
-    """transformers' log-probabilities after each token, (T, vocab_size) float64, from one pass."""
+    """Log-probabilities of transformers, (T, vocab_size) float64, in one pass."""
     with torch.inference_mode():
         logits: Tensor = huggingfaces(torch.tensor([list(ids)])).logits[0]
     return logits.double().log_softmax(-1)
 
 
 def along(logprobs: Tensor, ids: Sequence[int]) -> list[float]:
-    """What was predicted of each token but the first."""
+    """The log-probability of each token except the first."""
     return [float(logprobs[i, id]) for i, id in enumerate(ids[1:])]
 
 
 @contextmanager
 def counted(llama: Llama) -> Iterator[list[int]]:
-    """How many positions the network computes, a number for each time that it runs."""
+    """Record the number of positions in each run of the network."""
     runs: list[int] = []
     handle = llama.engine.model.register_forward_pre_hook(lambda _model, args: runs.append(args[0].shape[1]))
     try:
@@ -77,7 +77,7 @@ def counted(llama: Llama) -> Iterator[list[int]]:
 
 
 def assert_json(found: Any) -> None:
-    """Its object is JSON, strictly."""
+    """Check that the result is strict JSON."""
     assert json.loads(json.dumps(found.as_json(), allow_nan=False)) == found.as_json()
 
 
@@ -110,7 +110,7 @@ def test_divergences_are_those_of_the_textbook(pair: tuple[Tensor, Tensor]) -> N
 
 
 def test_predictions_with_nothing_in_common_are_one_bit_apart() -> None:
-    """And never more: rounding alone would give 1.0000000000000004 bits among six."""
+    """And never more: with six tokens, rounding alone would give 1.0000000000000004."""
     for n in range(1, 12):
         p = torch.tensor([0.0] * n + [-1000.0] * n).double().log_softmax(-1)
         assert 1 - 1e-12 < float(jensen_shannon_bits(p, p.flip(0))) <= 1
@@ -120,7 +120,7 @@ def test_predictions_with_nothing_in_common_are_one_bit_apart() -> None:
 
 
 def test_tokens_have_their_bytes(llama: Llama) -> None:
-    """Also where a character is cut: text shows escapes, and the bytes together are the text's."""
+    """Also if a character is split: the bytes add up to the text's."""
     text = "Hi 東京🙂"
     found = tokens(llama, text)
     assert b"".join(piece.bytes for piece in found.tokens) == text.encode()
@@ -143,7 +143,7 @@ def test_surprisal_is_that_of_one_pass_of_transformers(llama: Llama, huggingface
     assert [token.logprob for token in found.tokens[1:]] == pytest.approx(expected, abs=1e-4)
     for token, row in zip(found.tokens[1:], theirs, strict=False):
         assert token.rank is not None
-        # Others may lie so near that rounding decides.
+        # Others may be so close that rounding decides.
         assert int((row > row[token.id] + 1e-3).sum()) < token.rank <= int((row > row[token.id] - 1e-3).sum()) + 1
     entropies = [plain_entropy(row.exp().tolist()) for row in theirs[:4]]
     assert [token.entropy_bits for token in found.tokens[1:5]] == pytest.approx(entropies, abs=1e-3)
@@ -154,7 +154,7 @@ def test_surprisal_is_that_of_one_pass_of_transformers(llama: Llama, huggingface
 
 
 def test_a_token_s_numbers_belong_together(llama: Llama) -> None:
-    """␣Paris is the first of the candidates, and its bits are its probability's."""
+    """␣Paris is the top candidate, and its bits match its probability."""
     paris = surprisal(llama, PROMPT + " Paris").tokens[-1]
     best = llama.predict(PROMPT).next
     assert (paris.text, paris.rank) == (" Paris", 1)
@@ -164,7 +164,7 @@ def test_a_token_s_numbers_belong_together(llama: Llama) -> None:
 
 
 def test_nothing_predicts_a_first_token(llama: Llama) -> None:
-    """It has no score, and a text of it alone no perplexity; what comes next is there all the same."""
+    """It has no score, and a text of one token has no perplexity."""
     found = surprisal(llama, "Hello", top=3)
     assert [(t.logprob, t.rank, t.bits, t.probability, t.entropy_bits) for t in found.tokens] == [(None,) * 5]
     assert (found.bits, found.perplexity) == (0, None)
@@ -173,12 +173,12 @@ def test_nothing_predicts_a_first_token(llama: Llama) -> None:
 
 
 def test_a_perplexity_beyond_all_floats_is_none() -> None:
-    """Random weights can be that sure of something else."""
+    """Random weights can be that certain of another token."""
     first, second = Scored(0, "a", None, None, None), Scored(1, "b", -1e5, 9, 0.0)
     assert Surprisal((first, second), (), 0.0).perplexity is None
 
 
-# An edit: where the text is cut, what is put behind, and at which report of progress it is interrupted, if at all.
+# An edit: where the text is cut, the new tokens, and the progress call that interrupts it, if any.
 edits = st.lists(
     st.tuples(st.integers(0, 40), st.lists(st.integers(0, 299), max_size=25), st.none() | st.integers(1, 12)),
     min_size=1,
@@ -187,11 +187,11 @@ edits = st.lists(
 
 
 class CancelledError(Exception):
-    """What a test raises out of `progress`."""
+    """Raised by a progress callback in these tests."""
 
 
 def interrupting(at: int | None) -> Callable[[str, int, int], None]:
-    """A progress that raises when it is called for the `at`-th time."""
+    """A progress callback that raises on its `at`-th call."""
     calls = 0
 
     def progress(_stage: str, _done: int, _total: int) -> None:
@@ -204,7 +204,7 @@ def interrupting(at: int | None) -> Callable[[str, int, int], None]:
 
 
 def assert_same_scores(found: Surprisal, expected: Surprisal) -> None:
-    """All of them, up to the rounding that other pieces bring."""
+    """Equal up to the rounding of different chunks."""
     assert [token.id for token in found.tokens] == [token.id for token in expected.tokens]
     for token, other in zip(found.tokens, expected.tokens, strict=True):
         assert token.logprob == pytest.approx(other.logprob, abs=2e-3)
@@ -216,7 +216,7 @@ def assert_same_scores(found: Surprisal, expected: Surprisal) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits)
 def test_a_scorer_says_after_any_edits_what_a_fresh_one_says(tiny: Llama, witness: Llama, steps: Any) -> None:
-    """Whatever was cut off, added or cancelled before; in small pieces, so that there is a lot to cancel."""
+    """After any removals, additions and cancellations. Small chunks give many of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "_LOGITS_PER_CHUNK", 4)
         patch.setattr(distributions, "_POSITIONS", 3)
@@ -235,7 +235,7 @@ def test_a_scorer_says_after_any_edits_what_a_fresh_one_says(tiny: Llama, witnes
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits)
 def test_a_scorer_computes_what_is_new_and_one_token_more(tiny: Llama, steps: Any) -> None:
-    """The one before the first new token, because what was predicted after it is not kept."""
+    """The token before the first new one, because the prediction after it is not kept."""
     scorer, ids = Scorer(tiny), [65]
     before: list[int] = []
     for cut, new, _ in steps:
@@ -249,7 +249,7 @@ def test_a_scorer_computes_what_is_new_and_one_token_more(tiny: Llama, steps: An
 
 
 def test_a_cancelled_scorer_goes_on_where_it_was(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was scored before the interruption is not scored again."""
+    """Tokens scored before the interruption are not scored again."""
     monkeypatch.setattr(engine_module, "_LOGITS_PER_CHUNK", 10)
     scorer, ids = Scorer(tiny), list(range(100, 150))
     with pytest.raises(CancelledError):
@@ -260,7 +260,7 @@ def test_a_cancelled_scorer_goes_on_where_it_was(tiny: Llama, monkeypatch: pytes
 
 
 def test_a_scorer_survives_that_others_use_the_engine(tiny: Llama, witness: Llama) -> None:
-    """Its scores are its own; the cache is only there for speed."""
+    """It keeps its own scores; the cache only saves time."""
     scorer, ids = Scorer(tiny), list(range(60, 90))
     scorer(ids)
     tiny.predict([1, 2, 3])
@@ -278,14 +278,14 @@ def test_what_cannot_be_scored_is_a_sentence(tiny: Llama, ids: list[int], top: i
 
 
 def scored(ids: Sequence[int], tiny: Llama, first: float | None = -1.0) -> list[Scored]:
-    """Tokens of which the i-th has (i + 1) · ln 2 nats, so 1, 2, 3, … bits."""
+    """Tokens with (i + 1) · ln 2 nats each: 1, 2, 3, … bits."""
     found = [Scored(id, tiny.token(id).text, -(i + 1) * math.log(2), 1, 0.0) for i, id in enumerate(ids)]
     return [Scored(ids[0], "", None, None, None), *found[1:]] if first is None else found
 
 
 @given(text=st.text(min_size=1))
 def test_each_character_gets_the_bits_of_its_tokens(tiny_tokens: Llama, text: str) -> None:
-    """By the offsets of their bytes: a character that three tokens make has the sum of the three."""
+    """By byte offsets: a character made of three tokens has their sum."""
     text = text.encode("utf-8", "replace").decode()
     ids = tiny_tokens.tokenizer.encode(text)
     owner = [i for i, id in enumerate(ids) for _ in tiny_tokens.tokenizer.token_bytes(id)]
@@ -297,12 +297,12 @@ def test_each_character_gets_the_bits_of_its_tokens(tiny_tokens: Llama, text: st
 
 
 @given(ids=st.lists(st.integers(0, 310), min_size=1))
-@example(ids=[237, 160])  # the beginning of a surrogate
+@example(ids=[237, 160])  # the first bytes of a surrogate
 @example(ids=[237, 160, 65])
 @example(ids=[237, 160, 176, 128])
 @example(ids=[237, 160, 226, 130])
 def test_characters_are_those_of_the_decoded_text(tiny_tokens: Llama, ids: list[int]) -> None:
-    """Whatever the bytes: a broken character is one U+FFFD, or as many as the decoder makes of it."""
+    """With any bytes: invalid ones are one U+FFFD, or as many as the decoder returns."""
     assert len(per_character(tiny_tokens, scored(ids, tiny_tokens))) == len(
         tiny_tokens.tokenizer.decode(ids[1:] if ids[0] == tiny_tokens.tokenizer.bos_id else ids)
     )
@@ -310,12 +310,12 @@ def test_characters_are_those_of_the_decoded_text(tiny_tokens: Llama, ids: list[
 
 @pytest.fixture(scope="session")
 def tiny_tokens(tiny_dir: Path) -> Llama:
-    """A model of which these tests only use the tokenizer."""
+    """A model of which these tests use only the tokenizer."""
     return Llama.load(tiny_dir, precision="fp32", device="cpu")
 
 
 def test_a_character_that_nothing_predicted_has_no_bits(tiny: Llama) -> None:
-    """Nor has one that begins with such a token; the beginning-of-text token is no character."""
+    """Nor has one that begins with such a token. BOS is not a character."""
     bytes_of_euro = list("€a".encode())
     assert per_character(tiny, scored(bytes_of_euro, tiny, first=None)) == pytest.approx([None, 4])
     bos = tiny.tokenizer.bos_id
@@ -328,7 +328,7 @@ def test_a_character_that_nothing_predicted_has_no_bits(tiny: Llama) -> None:
 
 
 def leaves(branches: Sequence[Branch], path: tuple[Branch, ...] = ()) -> Iterator[tuple[Branch, ...]]:
-    """Each path to an end of the tree."""
+    """Each path to a leaf of the tree."""
     for branch in branches:
         here = (*path, branch)
         yield from leaves(branch.children, here) if branch.children else [here]
@@ -336,7 +336,7 @@ def leaves(branches: Sequence[Branch], path: tuple[Branch, ...] = ()) -> Iterato
 
 @pytest.mark.slow
 def test_a_tree_s_paths_have_the_probabilities_of_one_pass(llama: Llama, huggingfaces: Any) -> None:
-    """Each of them, summed up by transformers; and they multiply."""
+    """Each path, summed up by transformers; and its probabilities multiply."""
     ids = llama.encode(PROMPT)
     found = tree(llama, PROMPT, width=3, depth=3)
     paths = list(leaves(found.branches))
@@ -361,7 +361,7 @@ def test_a_tree_and_choices_say_the_same(llama: Llama) -> None:
 
 
 def test_each_prediction_of_a_tree_costs_one_token(tiny: Llama) -> None:
-    """The rest comes from the cache, because the tree grows depth first."""
+    """The rest is cached, because the tree grows depth first."""
     tiny.predict([250])
     with counted(tiny) as runs:
         tree(tiny, [1, 2, 3, 4, 5], width=3, depth=4)
@@ -369,7 +369,7 @@ def test_each_prediction_of_a_tree_costs_one_token(tiny: Llama) -> None:
 
 
 def test_a_tree_ends_at_a_stop_token(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a leaf, and no path leads through it; the other branches go on."""
+    """It is a leaf, and paths cannot pass it. The other branches continue."""
     best = tree(tiny, [7, 8], width=2, depth=1).branches[0].id
     monkeypatch.setattr(tiny.tokenizer, "stop_ids", frozenset({best}))
     first, second = tree(tiny, [7, 8], width=2, depth=2).branches
@@ -379,7 +379,7 @@ def test_a_tree_ends_at_a_stop_token(tiny: Llama, monkeypatch: pytest.MonkeyPatc
     assert walk(tiny, [7, 8], [1]) == [7, 8, best]
     with pytest.raises(UsageError, match="the text ends at 1") as raised:
         walk(tiny, [7, 8], [1, 2])
-    # Who asks what comes after the end gets an answer, as with any other prompt.
+    # A text that ends with a stop token can be continued like any other prompt.
     assert len(walk(tiny, [7, 8, best], [2])) == 4
     assert_sentence(raised.value)
 
@@ -404,7 +404,7 @@ def test_a_tree_that_is_too_large_is_refused(tiny: Llama, width: int, depth: int
 
 @pytest.mark.parametrize("path", [[0], [11], [1, 0], [1] * 7])
 def test_there_is_no_such_branch(tiny: Llama, path: list[int]) -> None:
-    with pytest.raises(UsageError, match="There is no branch") as raised:
+    with pytest.raises(UsageError, match="does not exist") as raised:
         walk(tiny, [1], path)
     assert_sentence(raised.value)
 
@@ -413,7 +413,7 @@ def test_there_is_no_such_branch(tiny: Llama, path: list[int]) -> None:
 
 
 def test_choices_have_the_probabilities_of_one_pass(llama: Llama, huggingfaces: Any) -> None:
-    """Of one token and of several, and their shares are a softmax of the sums and of the means."""
+    """For one token and several. Shares are a softmax of the sums and of the means."""
     ids = llama.encode("The opposite of hot is")
     texts = [" cold", " freezing cold weather", " Xylophone", "\n"]
     found = choices(llama, ids, texts)
@@ -437,14 +437,14 @@ def test_choices_have_the_probabilities_of_one_pass(llama: Llama, huggingfaces: 
 
 
 def test_a_choice_that_begins_with_another_adds_nothing_to_their_probability(llama: Llama) -> None:
-    """It is a case of the other; nor does one that is given twice."""
+    """It is a special case of the other choice. Duplicates do not count twice either."""
     ids = llama.encode("The opposite of hot is")
     found = choices(llama, ids, [" cold weather", " cold", " cold", " cool"])
     assert found.probability == pytest.approx(found.choices[1].probability + found.choices[3].probability)
 
 
 def test_choices_compute_the_prompt_once(tiny: Llama) -> None:
-    """And of each choice all but its last token, behind the prompt's last."""
+    """And for each choice all tokens but its last."""
     tiny.predict([250])
     with counted(tiny) as runs:
         choices(tiny, [1, 2, 3, 4, 5, 6], ["a", "zqx"])
@@ -499,7 +499,7 @@ def test_a_diff_is_symmetric(tiny: Llama) -> None:
 
 
 def test_equal_texts_do_not_differ(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At all: not even by rounding, because nothing is computed of their divergence."""
+    """Not even by rounding, because the divergence is not computed."""
     monkeypatch.setattr(diff_module, "jensen_shannon_bits", lambda _p, _q: 1e-16)
     found = diff(tiny, [1, 2, 3], [1, 2, 3])
     assert [pair.jsd_bits for pair in found.pairs] == [0, 0, 0]
@@ -508,7 +508,7 @@ def test_equal_texts_do_not_differ(tiny: Llama, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_text_and_its_beginning(tiny: Llama, swapped: bool) -> None:
-    """The shorter one ends within what they share; what comes after each is its own prediction."""
+    """The shorter one ends within the common prefix. Each has its own prediction."""
     texts = ([1, 2, 3, 4, 5], [1, 2, 3])
     first, second = reversed(texts) if swapped else texts
     found = diff(tiny, first, second)
@@ -522,7 +522,7 @@ def test_a_text_and_its_beginning(tiny: Llama, swapped: bool) -> None:
 
 
 def test_what_texts_share_at_the_beginning_is_aligned_and_computed_once(tiny: Llama) -> None:
-    """Although the longest stretch that both have stands elsewhere in the first."""
+    """Although the longest common substring is elsewhere in the first text."""
     first, second = [1, 2, 9, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]
     tiny.predict([250])
     with counted(tiny) as runs:
@@ -571,7 +571,7 @@ def test_a_model_does_not_differ_from_itself(llama: Llama) -> None:
 
 @pytest.mark.slow
 def test_two_precisions_are_as_far_apart_as_their_logits(llama: Llama, smollm2_path: Path) -> None:
-    """Each candidate has the probability that each gives it, and the answers name their precision."""
+    """Each candidate has both probabilities, and each prediction names its precision."""
     other = Llama.load(smollm2_path, precision="int8", device="cpu")
     other.prepare()
     ids = llama.encode("A long time ago there was a")
@@ -593,7 +593,7 @@ def test_two_precisions_are_as_far_apart_as_their_logits(llama: Llama, smollm2_p
 
 
 def test_models_of_one_vocabulary_get_the_same_ids(tiny: Llama, tmp_path: Path) -> None:
-    """Also those that the tokenizer would not make of their text; and the divergence is that of the second."""
+    """Also ids that the tokenizer would not produce."""
     other = Llama.load(write_meta(tmp_path / "Other", seed=1), precision="fp32", device="cpu")
     ids = list(b"the rest")
     assert tiny.tokenizer.encode("the rest") != ids
@@ -616,7 +616,10 @@ def test_a_model_that_was_not_prepared_is_compared_as_it_is_named(tiny: Llama, t
 
 
 def test_models_with_other_vocabularies_are_compared_by_text(llama: Llama, tiny: Llama) -> None:
-    """Each reads the text in its own tokens; what only one of them can say has no probability in the other."""
+    """Each tokenizes the text itself.
+
+    A token of only one vocabulary has no probability in the other.
+    """
     text = "the rest"
     found = compare(llama, tiny, llama.encode(text), top=300)
     assert found.kl_bits is None
@@ -644,7 +647,7 @@ def test_a_comparison_without_candidates_is_refused(tiny: Llama) -> None:
 
 
 def test_a_result_as_json() -> None:
-    """Fields in their order, or the attributes that a class lists; nested values of every kind."""
+    """Fields in order, or the listed attributes, with nested values of every kind."""
 
     @dataclass(frozen=True)
     class Inner:

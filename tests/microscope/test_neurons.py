@@ -1,4 +1,4 @@
-"""/neurons: what neurons write adds up to the feed-forward's output, and is read as plain weights read it."""
+"""/neurons: outputs add up to the feed-forward, and direct effects are exact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def found(tiny: Llama) -> Neurons:
 
 
 def tapped(llama: Llama, *places: str) -> list[Tensor]:
-    """What stands at places at the last token."""
+    """The activations at places at the last token."""
     found: list[Tensor] = []
     llama.engine.forward_with_hooks(
         [IDS], {place: lambda x, _start: found.append(x[0, -1].float()) for place in places}
@@ -43,7 +43,10 @@ def tapped(llama: Llama, *places: str) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Llama, tiny_dir: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """From the file's weights alone: activations, strengths, and each neuron's part of all logits, (ffn_dim, vocab)."""
+    """Activations, output norms, and direct effects of all neurons, (ffn_dim, vocab).
+
+    They come from the file's weights alone.
+    """
     weights = torch.load(tiny_dir / "consolidated.00.pth", weights_only=True)
     activations, stream = tapped(tiny, f"layers.{LAYER}.feed_forward.neurons", "layers.2.resid_post")
     writes = activations[:, None] * weights[f"layers.{LAYER}.feed_forward.w2.weight"].float().T
@@ -54,7 +57,7 @@ def expected(tiny: Llama, tiny_dir: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 1e-3), ("int8", 1e-3), ("bf16", 1e-2)])
 def test_all_neurons_add_up_to_the_feed_forward(tiny_dir: Path, precision: str, bound: float) -> None:
-    """In every form of the weights: the columns are those that it multiplies with."""
+    """With weights in every format: the columns are the ones it multiplies with."""
     llama = Llama.load(tiny_dir, precision=precision, device="cpu")
     llama.prepare()
     activations, out = tapped(llama, f"layers.{LAYER}.feed_forward.neurons", f"layers.{LAYER}.feed_forward.out")
@@ -67,7 +70,7 @@ def test_all_neurons_add_up_to_the_feed_forward(tiny_dir: Path, precision: str, 
 
 
 def test_the_strongest_and_what_they_push(found: Neurons, expected: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Ranked by the length of what they write; tokens by their logits, best first."""
+    """Ranked by output norm; tokens by their logits, best first."""
     activations, strengths, logits = expected
     assert [neuron.index for neuron in found.neurons] == strengths.topk(10).indices.tolist()
     for neuron in found.neurons:
@@ -107,14 +110,14 @@ def test_a_text_in_pieces_ends_with_its_last_token(tiny: Llama) -> None:
 
 
 def test_an_intervention_is_seen(tiny: Llama, found: Neurons) -> None:
-    """Neurons that read nothing write nothing."""
+    """Neurons with an input of zero have no output."""
     changed = neurons(tiny.intervened({f"layers.{LAYER}.resid_mid": lambda x, _start: x * 0}), IDS, LAYER)
     assert [neuron.strength for neuron in changed.neurons] == [0] * 10
     assert changed.contribution == 0 != found.contribution
 
 
 def test_a_neuron_that_is_switched_off_writes_nothing(tiny: Llama, found: Neurons) -> None:
-    """What is looked at is what the intervention left at the same place."""
+    """The view shows activations after the intervention at the same place."""
     best = torch.tensor([found.neurons[0].index])
     hooks = {f"layers.{LAYER}.feed_forward.neurons": lambda x, _start: x.index_fill(-1, best, 0)}
     changed = neurons(tiny.intervened(hooks), IDS, LAYER)
@@ -135,7 +138,7 @@ def test_the_command(tiny: Llama) -> None:
     ("argument", "said"),
     [
         ("", "/neurons needs an argument"),
-        ("3", "There is no layer 3, expected one from 0 to 2"),
+        ("3", "The layer must be an integer from 0 to 2, not 3."),
         ("x", "'x' was given for /neurons"),
         ("1 x", "'x' was given for COUNT"),
         ("1 0", "'0' was given for COUNT"),

@@ -1,4 +1,4 @@
-"""/numerics: distances against plain sums over whole logits, and what happens to the networks that it opens."""
+"""/numerics: divergences against direct sums, and cleanup of opened networks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def found(tiny: Llama) -> Numerics:
 
 
 def opened(tiny: Llama, closed: list[Llama] | None = None) -> module.Open:
-    """Opens the tiny model; which of them were closed is written down."""
+    """Opens the tiny model, and records the networks that were closed."""
 
     def open(precision: str, progress: Progress) -> Llama:
         llama = Llama.load(tiny.path, precision=precision, device="cpu", progress=progress)
@@ -49,14 +49,14 @@ def opened(tiny: Llama, closed: list[Llama] | None = None) -> module.Open:
 
 
 def plain_kl(p: Tensor, q: Tensor) -> list[float]:
-    """Σ p log2(p/q) after each token, in Python's floats."""
+    """Σ p log2(p/q) after each token, in Python floats."""
     rows = zip(p.double().softmax(-1).tolist(), q.double().softmax(-1).tolist(), strict=True)
     return [sum(a * math.log2(a / b) for a, b in zip(*row, strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "int8", "RoPE 8"])
 def test_distances_are_those_of_whole_logits(tiny: Llama, found: Numerics, name: str) -> None:
-    """Of each network, loaded and run on its own."""
+    """With each network loaded and run separately."""
     factor = 8.0 if name == "RoPE 8" else None
     other = Llama.load(tiny.path, precision="fp32" if factor else name, device="cpu", rope_factor=factor)
     expected, logits = tiny.logits(IDS), other.logits(IDS)
@@ -69,7 +69,7 @@ def test_distances_are_those_of_whole_logits(tiny: Llama, found: Numerics, name:
     assert row.changed == int((expected.argmax(-1) != logits.argmax(-1)).sum())
     assert row.answer.id == int(logits[-1].argmax())
     assert row.answer.probability == pytest.approx(float(logits[-1].softmax(-1).max()), rel=1e-4)
-    assert (row.mean_kl_bits > 0) is (name != "bf16")  # which loses nothing of this file
+    assert (row.mean_kl_bits > 0) is (name != "bf16")  # lossless for this file
 
 
 def test_all_is_there_in_its_order(tiny: Llama, found: Numerics) -> None:
@@ -80,7 +80,7 @@ def test_all_is_there_in_its_order(tiny: Llama, found: Numerics) -> None:
 
 
 def test_the_networks_of_the_session_stay_as_they_are(tiny: Llama) -> None:
-    """Neither another rotation nor anything of its run is left, and what was opened is closed."""
+    """RoPE frequencies and logits do not change, and opened networks are closed."""
     before, freqs = tiny.logits(IDS), tiny.engine.model.freqs.clone()
     closed: list[Llama] = []
     numerics(tiny, IDS, opened(tiny, closed), ["bf16", "rope", "bf16"])
@@ -102,7 +102,10 @@ def test_an_interrupt_closes_what_was_opened(tiny: Llama) -> None:
 
 
 def test_the_session_s_own_precision_is_not_loaded_again(tiny_dir: Path) -> None:
-    """Nor closed. It is prepared, so that the precision that is named answers, without what was changed in it."""
+    """Nor closed.
+
+    It is prepared first, so that the named precision answers, and runs without the session's hooks.
+    """
     half = Llama.load(tiny_dir, precision="fp16", device="cpu")
 
     def refuse(precision: str, _progress: Progress) -> Llama:
@@ -120,7 +123,7 @@ def test_the_session_s_own_precision_is_not_loaded_again(tiny_dir: Path) -> None
 
 
 def test_what_does_not_fit_is_a_row(tiny: Llama) -> None:
-    """The others are measured all the same."""
+    """The others are measured anyway."""
 
     def open(precision: str, progress: Progress) -> LoadedModel:
         if precision == "bf16":
@@ -136,7 +139,7 @@ def test_what_does_not_fit_is_a_row(tiny: Llama) -> None:
 
 
 def test_of_a_long_text_the_last_positions_are_compared(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as among all of them."""
+    """With the same results as among all of them."""
     whole = numerics(tiny, IDS, opened(tiny), ["bf16"])
     monkeypatch.setattr(module, "_POSITIONS", 5)
     found = numerics(tiny, IDS, opened(tiny), ["bf16"])
@@ -200,7 +203,7 @@ def test_changes_that_are_on_are_not_in_it_and_that_is_said(tiny: Llama) -> None
     reply = run_command(session, "/numerics rope")[1]
     assert reply is not None
     assert reply.view is not None
-    assert "Each network is as it was loaded, without -L0.H0, -L1." in shown(reply.view, 80)
+    assert "The networks run without the interventions -L0.H0, -L1." in shown(reply.view, 80)
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -209,11 +212,11 @@ def test_the_page_fits_its_terminal(found: Numerics, width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert text.count("RoPE 8") == 2
     one = Numerics(found.tokens[:1], 0, found.reference, ())
-    assert "The answer in each precision" in shown(to_terminal.view(pages.page(one)), width)
+    assert "Top prediction in each precision" in shown(to_terminal.view(pages.page(one)), width)
 
 
 def test_progress_is_told(tiny: Llama) -> None:
-    """While a network is packed and while it reads, so that Ctrl-C is heard."""
+    """While packing and while reading, so that Ctrl-C is handled."""
     stages: list[str] = []
     numerics(tiny, IDS, opened(tiny), ["int8"], lambda stage, _done, _total: stages.append(stage))
     assert {"reading", "packing"} <= set(stages)

@@ -1,4 +1,4 @@
-"""/rope: its angles against a float64 computation, its query and products against the network's own attention."""
+"""/rope: angles against float64, and scores against the network's attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.checkpoints import tiny_args
 from tests.helpers.sessions import assert_sentence, run, shown, started
 
 IDS = list(range(40, 60))
-LAYER, HEAD = 1, 3  # of two query heads a key head: the second key head's
+LAYER, HEAD = 1, 3  # with two query heads per key-value head, this one uses the second
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def found(tiny: Llama) -> Rope:
 
 @pytest.fixture(scope="module")
 def projected(tiny: Llama) -> tuple[Tensor, Tensor]:
-    """The head's queries and keys as wq and wk give them, before any turn: (T, head_dim) each."""
+    """The head's queries and keys from wq and wk, before rotation: (T, head_dim) each."""
     streams: list[Tensor] = []
     tiny.engine.forward_with_hooks([IDS], {f"layers.{LAYER}.resid_pre": lambda x, _start: streams.append(x)})
     block = tiny.engine.model.layers[LAYER]
@@ -51,7 +51,7 @@ def projected(tiny: Llama) -> tuple[Tensor, Tensor]:
 
 
 def in_float64(args: ModelArgs, factor: float) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """θ of each pair without and with scaling, and what is done with it, from the formula of the paper's code."""
+    """θ without and with scaling, and the kind, by the formula of the reference code."""
     unscaled = args.rope_theta ** (-np.arange(0, args.head_dim, 2, dtype=np.float64) / args.head_dim)
     scaled, kinds = [], []
     for theta in unscaled:
@@ -64,18 +64,18 @@ def in_float64(args: ModelArgs, factor: float) -> tuple[np.ndarray, np.ndarray, 
 
 
 def apart(a: float, b: float) -> float:
-    """How far two angles are from each other on the circle."""
+    """The distance of two angles on the circle."""
     return abs((a - b + math.pi) % math.tau - math.pi)
 
 
 @pytest.mark.parametrize("position", [0, 1, 23, 3000, 131_071])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_dials_are_those_of_a_float64_computation(position: int, scaled: bool) -> None:
-    """Both with and without scaling; where the model has none, a factor of 32 is shown."""
+    """With and without scaling; for a model without scaling, a factor of 32 is used."""
     args = tiny_args(use_scaled_rope=scaled)
     unscaled, slowed, kinds = in_float64(args, 32)
     found = dials(args, position)
-    # Float32 angles round at the far end: the bound of the rotation tables themselves.
+    # float32 angles are less accurate at distant positions: the bound of the rotation tables.
     bound = 1e-6 + 1e-7 * position
     for dial, slow, fast, kind in zip(found, slowed, unscaled, kinds, strict=True):
         assert dial.kind == kind
@@ -88,7 +88,7 @@ def test_dials_are_those_of_a_float64_computation(position: int, scaled: bool) -
 
 
 def test_llama_3_2_keeps_smooths_and_divides_as_it_was_trained() -> None:
-    """15, 3 and 14 of 32 pairs; and 8 in place of 32 gives other dials."""
+    """15, 3 and 14 of 32 pairs. A factor of 8 gives different angles."""
     assert Counter(dial.kind for dial in dials(tiny_args(), 1)) == {"kept": 15, "smoothed": 3, "divided": 14}
     ours, wrong = dials(tiny_args(), 80_000), dials(tiny_args().with_rope_factor(8), 80_000)
     assert max(apart(a.scaled_angle, b.scaled_angle) for a, b in zip(ours, wrong, strict=True)) > 1
@@ -96,7 +96,7 @@ def test_llama_3_2_keeps_smooths_and_divides_as_it_was_trained() -> None:
 
 
 def test_the_query_before_its_turn_is_what_wq_gives(found: Rope, projected: tuple[Tensor, Tensor]) -> None:
-    """Pair by pair: the length stays, and the angle after it is the one before it and the dial's."""
+    """Pair by pair: rotation preserves the norm and adds the angle of the position."""
     pairs = projected[0][-1].double().reshape(-1, 2).tolist()
     assert found.length == pytest.approx(float(projected[0][-1].norm()), rel=1e-5)
     for (x, y), turned, dial in zip(pairs, found.query, found.dials, strict=True):
@@ -115,7 +115,7 @@ def test_at_another_position_only_the_turn_is_another(tiny: Llama, found: Rope) 
 
 
 def test_products_are_the_scores_of_attention(tiny: Llama, found: Rope, projected: tuple[Tensor, Tensor]) -> None:
-    """Their softmax is the network's own shares; without the turns they are those of wq's and wk's outputs."""
+    """Their softmax is the network's attention. Unrotated, they match wq and wk."""
     probs: list[Tensor] = []
     tiny.engine.forward_with_hooks([IDS], {f"layers.{LAYER}.attention.probs": lambda x, _start: probs.append(x)})
     scores = torch.tensor([match.product for match in reversed(found.matches)])
@@ -128,7 +128,7 @@ def test_products_are_the_scores_of_attention(tiny: Llama, found: Rope, projecte
 
 
 def test_of_a_long_text_the_nearest_keys_are_shown(tiny: Llama) -> None:
-    """They come from the last piece that the network reads."""
+    """They come from the last chunk."""
     ids = [40 + i % 200 for i in range(600)]
     found = rope(tiny, ids, None, LAYER, HEAD)
     assert (len(found.matches), found.n_keys, found.position) == (24, 600, 599)
@@ -166,9 +166,9 @@ def test_the_command(tiny: Llama, argument: str, expected: tuple[int, int, int])
         ("1 2", "was given for /rope"),
         ("2.3 7", "the position first"),
         ("-1", "was given for /rope"),
-        ("131072", "There is no position 131072, expected one from 0 to 131071"),
-        ("3.0", "There is no layer 3, expected one from 0 to 2"),
-        ("0.4", "There is no head 4 in a layer, expected one from 0 to 3"),
+        ("131072", "The position must be an integer from 0 to 131071, not 131072."),
+        ("3.0", "The layer must be an integer from 0 to 2, not 3."),
+        ("0.4", "The head must be an integer from 0 to 3, not 4."),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(tiny: Llama, argument: str, said: str) -> None:
@@ -182,9 +182,9 @@ def test_what_cannot_be_meant_is_a_sentence(tiny: Llama, argument: str, said: st
 
 def test_the_page_says_whether_the_network_scales(tiny: Llama, found: Rope) -> None:
     assert "15 kept, 3 smoothed, 14 divided" in shown(view(found), 200)
-    assert "This network slows its slow pairs down by 32" in shown(view(found), 200)
+    assert "This network uses RoPE scaling with a factor of 32" in shown(view(found), 200)
     plain = Rope(**{**vars(found), "scales": False})
-    assert "does not scale" in shown(view(plain), 200)
+    assert "does not use RoPE scaling" in shown(view(plain), 200)
     json.dumps(found.as_json(), allow_nan=False)
 
 

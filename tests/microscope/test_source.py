@@ -1,4 +1,4 @@
-"""The source of any part: that it is found, whole, under each of its names, and shown where it is."""
+"""/source: every part is found by each of its names, with its location."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def names_of(found: Source) -> list[str]:
         ("llama_scratch.model.attend", ["model.attend"]),
         ("_grown", ["model.KVCache._grown"]),
         ("CHUNK", ["precision.memory_estimate.CHUNK"]),
-        ("places", ["hooks.places"]),  # before a method of that name
+        ("places", ["hooks.places"]),  # a method has the same name
         ("model", ["model.py"]),
         ("model.py", ["model.py"]),
         ("checkpoint.meta.reader", ["checkpoint/meta/reader.py"]),
         ("meta/reader.py", ["checkpoint/meta/reader.py"]),
         ("llama_scratch/model.py", ["model.py"]),
-        ("model.py:1", ["model.py"]),  # outside of all parts
+        ("model.py:1", ["model.py"]),  # outside of all definitions
         (f"model.py:{model.KVCache.update.__code__.co_firstlineno + 1}", ["model.KVCache.update"]),
         (f"llama_scratch/model.py:{model.KVCache.__init__.__code__.co_firstlineno}", ["model.KVCache.__init__"]),
         ("kernels.cpp", ["precision/kernels.cpp"]),
@@ -77,13 +77,13 @@ def test_each_kind_of_name(name: str, found: list[str]) -> None:
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_each_concept_is_there(name: str) -> None:
-    """What was renamed or removed is noticed."""
+    """So renamed and removed definitions are noticed."""
     assert len(source(name).passages) == len(CONCEPTS[name])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_leads_to_what_computes_it(name: str) -> None:
-    """To the microscope where it uses that, else to its own function."""
+    """To the microscope if it uses that, else to its own function."""
     found = names_of(source(f"/{name}"))
     own = COMMANDS[name].run
     whole = inspect.getsource(own)
@@ -94,7 +94,7 @@ def test_each_command_leads_to_what_computes_it(name: str) -> None:
 
 
 def test_every_name_that_is_offered_leads_somewhere() -> None:
-    """To one thing, from completion to the text."""
+    """Completion offers only names with a unique result."""
     offered = names()
     assert len(offered) == len(set(offered)) > 500
     assert {"rope", "KVCache", "model.KVCache", "model.KVCache.update", "model.py", "/lens"} <= set(offered)
@@ -114,7 +114,7 @@ def test_every_name_that_is_offered_leads_somewhere() -> None:
     ],
 )
 def test_the_text_is_that_of_the_part(part: type) -> None:
-    """Byte for byte as Python's own inspection finds it, and at the lines that are named."""
+    """Byte for byte as in Python's inspect, with the right line numbers."""
     passage = source(f"{part.__module__}.{part.__qualname__}").passages[0]
     assert passage.text == inspect.getsource(part).rstrip("\n")
     assert passage.first_line == inspect.getsourcelines(part)[1]
@@ -139,7 +139,7 @@ def test_a_file_is_shown_whole() -> None:
 
 
 def test_a_section_of_cpp_goes_to_the_next_heading() -> None:
-    """With its heading; the last one to the end of the file, and between two lines the section is found."""
+    """With its heading; the last one to the end. A line inside finds the section."""
     found = source("cpp/panels.h.activations").passages[0]
     text = (ROOT / "llama_scratch" / "precision" / "cpp" / "panels.h").read_text(encoding="utf-8")
     assert found.text.startswith("// --- Activations ---")
@@ -149,7 +149,7 @@ def test_a_section_of_cpp_goes_to_the_next_heading() -> None:
 
 
 def test_each_place_that_a_view_prints_is_taken() -> None:
-    """As the list of concepts prints it, and as the heading above the lines does."""
+    """As in the list of concepts, and as in the heading of a passage."""
     listed = pages.contents(concepts()).parts[0]
     assert isinstance(listed, Table)
     places = {row[0].text: row[2].text for row in listed.rows}
@@ -161,22 +161,22 @@ def test_each_place_that_a_view_prints_is_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("atend", "Nothing here is called 'atend', expected a part of this program; did you mean attend"),
-        ("/lenz", "did you mean /lens"),
-        ("qqqqqqqq", "/source lists what there is"),
-        ("\x1b[31m", "Nothing here is called"),
+        ("atend", "No part of this program is named 'atend'. Did you mean attend"),
+        ("/lenz", "Did you mean /lens"),
+        ("qqqqqqqq", "No part of this program is named 'qqqqqqqq'."),
+        ("\x1b[31m", "No part of this program is named"),
         ("x" * 1000, "…'"),
-        ("update", "places (model.KVCache.update, "),
-        ("forward", "(model.RMSNorm.forward, model.Attention.forward, "),
-        ("forward", ", …), expected one of them."),
-        ("", "Nothing here is called ''"),
-        (".", "Nothing here is called '.'"),
-        ("../setup", "Nothing here is called"),
-        ("model.py:0", "model.py has no line 0, expected one from 1 to "),
-        ("model.py:99999", "model.py has no line 99999, expected one from 1 to "),
-        ("nothing.py:5", "Nothing here is called 'nothing.py:5'"),
-        ("model.py:x", "Nothing here is called 'model.py:x'"),
-        ("loading.py:-1", "Nothing here is called"),
+        ("update", "Choose one: model.KVCache.update, "),
+        ("forward", "Choose one: model.RMSNorm.forward, model.Attention.forward, "),
+        ("forward", ", …."),
+        ("", "is named ''"),
+        (".", "is named '.'"),
+        ("../setup", "No part of this program is named"),
+        ("model.py:0", "model.py has no line 0. Its lines are 1 to "),
+        ("model.py:99999", "model.py has no line 99999. Its lines are 1 to "),
+        ("nothing.py:5", "is named 'nothing.py:5'"),
+        ("model.py:x", "is named 'model.py:x'"),
+        ("loading.py:-1", "No part of this program is named"),
     ],
 )
 def test_what_is_not_there_or_not_one(name: str, sentence: str) -> None:
@@ -184,19 +184,21 @@ def test_what_is_not_there_or_not_one(name: str, sentence: str) -> None:
         source(name)
     message = str(caught.value)
     assert sentence in message
-    assert ". " not in message
     assert message.isprintable()
 
 
 def test_it_needs_neither_torch_nor_the_parts_themselves() -> None:
-    """Files are read, and none is run."""
+    """Files are read, not imported."""
     loaded = loaded_after("from llama_scratch.microscope.source import source, names; source('rope'), names()")
     assert "llama_scratch.microscope.source" in loaded
     assert not {"torch", "numpy", "rich", "llama_scratch.model"} & loaded
 
 
 def test_the_command_and_its_completion(session: Session) -> None:
-    """The facts hold the text; without a name the concepts are listed; neither needs a text or a model."""
+    """The facts contain the text. Without a name the concepts are listed.
+
+    Neither needs a text or a model.
+    """
     facts = run(session, "/source attend")
     (passage,) = facts["passages"]
     assert (passage["name"], passage["path"]) == ("model.attend", "llama_scratch/model.py")
@@ -209,7 +211,7 @@ def test_the_command_and_its_completion(session: Session) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("line", ["/source", "/source KVCache.update", "/source rope", "/source int8"])
 def test_it_fits_the_screen(session: Session, width: int, plain: bool, line: str) -> None:
-    """With the place of each passage."""
+    """With the location of each passage."""
     session.change_settings(plain=plain)
     reply = run_command(session, line)[1]
     assert reply is not None
@@ -222,7 +224,7 @@ def test_it_fits_the_screen(session: Session, width: int, plain: bool, line: str
 
 
 def test_a_file_that_was_read_is_not_read_again() -> None:
-    """Completion asks at every key."""
+    """Completion runs at every key."""
     names()
     before = module.lines.cache_info().misses
     names()

@@ -1,7 +1,7 @@
-"""TransformerLens as a second witness: the same weights, the same names, the same numbers.
+"""TransformerLens as a second reference: same weights, same names, same numbers.
 
-Its HookedTransformer is an implementation of its own, which shares neither our code nor that of transformers. It is in
-the releases before 4.0 and is installed by hand: `pip install "transformer-lens>=3,<4"`.
+Its HookedTransformer is an independent implementation, which shares code neither with this package nor with
+transformers. Install a release before 4.0 by hand: `pip install "transformer-lens>=3,<4"`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ImportError as error:
 
 T = 96
 IDS = [(17 + 91 * i + i * i) % 300 for i in range(T)]
-# Our place → theirs, and how theirs is turned: (B, T, heads, head_dim) to heads first.
+# Our place → theirs, with the permutation to heads first: theirs are (B, T, heads, head_dim).
 HEADS_FIRST = (0, 2, 1, 3)
 PLACES: dict[str, tuple[str, tuple[int, ...] | None]] = {
     "resid_pre": ("hook_resid_pre", None),
@@ -61,7 +61,7 @@ def ours(path: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def theirs(path: Path, ours: Llama) -> Any:
-    """A HookedTransformer of the same shape with the file's weights, the norms' weights folded into what reads them."""
+    """A HookedTransformer with the file's weights, with the norms' weights folded in."""
     args = ours.args
     assert args.rope_scaling is not None
     config = transformer_lens.HookedTransformerConfig(
@@ -97,7 +97,10 @@ def theirs(path: Path, ours: Llama) -> Any:
 
 
 def _converted(weights: Mapping[str, Any], args: Any) -> dict[str, Tensor]:
-    """Meta's names and shapes to theirs: a matrix a head, inputs first; biases, which Llama has not, are zeros."""
+    """Convert names and shapes: one matrix per head, inputs first.
+
+    Biases, which Llama does not have, are zeros.
+    """
     found = {
         "embed.W_E": weights["tok_embeddings.weight"],
         "ln_final.w": weights["norm.weight"],
@@ -131,7 +134,7 @@ def cached(theirs: Any) -> tuple[Tensor, Any]:
 
 @pytest.mark.parametrize("layer", range(3))
 def test_activations_are_theirs(ours: Llama, cached: tuple[Tensor, Any], layer: int) -> None:
-    """At every place that both name, in every layer, within 1e-4 of the values' size."""
+    """At every place that both have, in every layer, within 1e-4 relative."""
     values: dict[str, Tensor] = {}
     hooks = {f"layers.{layer}.{place}": lambda x, _start, place=place: values.update({place: x}) for place in PLACES}
     ours.engine.forward_with_hooks([IDS], hooks)
@@ -149,7 +152,7 @@ def test_logits_are_theirs(ours: Llama, cached: tuple[Tensor, Any]) -> None:
 
 
 def test_an_ablated_head_is_theirs(ours: Llama, theirs: Any) -> None:
-    """Both without head 2 of layer 1; and that changes something."""
+    """Both with head 2 of layer 1 ablated, which has an effect."""
 
     def off(z: Tensor, _start: Any = None, **_hook: Any) -> Tensor:
         return z.index_fill(2, torch.tensor([2]), 0)  # (B, T, n_heads, head_dim) in both
@@ -162,7 +165,7 @@ def test_an_ablated_head_is_theirs(ours: Llama, theirs: Any) -> None:
 
 
 def test_the_logit_lens_is_theirs(ours: Llama, theirs: Any, cached: tuple[Tensor, Any]) -> None:
-    """The best guess behind the embedding and each layer, at every position."""
+    """The top prediction after the embedding and each layer, at every position."""
     found = lens(ours, IDS, 0, T)
     for layer, row in enumerate(found.layers):
         with torch.inference_mode():
@@ -174,7 +177,7 @@ def test_the_logit_lens_is_theirs(ours: Llama, theirs: Any, cached: tuple[Tensor
 
 
 def test_attribution_is_theirs(ours: Llama, theirs: Any) -> None:
-    """What the embedding, every head and every feed-forward layer add to the answer's logit."""
+    """The contributions of the embedding, every head and every feed-forward layer."""
     ids = IDS[:16]
     found = why(ours, ids)
     with torch.inference_mode():
@@ -194,7 +197,7 @@ def _our_name(name: str) -> str:
 
 
 def test_neurons_are_theirs(ours: Llama, theirs: Any) -> None:
-    """What each of the strongest neurons adds to the answer."""
+    """The contribution of each of the strongest neurons to the answer."""
     ids = IDS[:16]
     found = neurons(ours, ids, 1, count=5)
     with torch.inference_mode():

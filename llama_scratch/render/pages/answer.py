@@ -1,4 +1,4 @@
-"""An answer: the text, and what comes next with probabilities."""
+"""A prediction: the text and its most probable next tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llama_scratch.results import Candidate, Prediction
 
 
 def page(prediction: Prediction) -> Page:
-    """The text, and what comes next with probabilities."""
+    """Return a page with the text and the most probable next tokens."""
     parts: list[PageBlock] = [Running(tuple(Cell(token.text, token=True) for token in prediction.tokens))]
     parts.append(_candidates(prediction.top))
     parts.append(Paragraph(took(prediction), "dim"))
-    return Page("What comes next", (*parts, *(Paragraph(sentence, "yellow") for sentence in prediction.warnings)))
+    return Page("Next-token prediction", (*parts, *(Paragraph(sentence, "yellow") for sentence in prediction.warnings)))
 
 
 def _candidates(top: Sequence[Candidate]) -> Table:

@@ -1,4 +1,4 @@
-"""The network's parts and what they cost."""
+"""The architecture of the network and its cost per token."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ if TYPE_CHECKING:  # it brings torch
 _GROUPS = {
     "embedding": ("tok_embeddings",),
     "projections": ("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
-    "scores": ("attention.scores", "attention.mixing"),
+    "q·k, probs·v": ("attention.scores", "attention.mixing"),
     "feed-forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     "norms": ("attention_norm", "ffn_norm", "norm"),
     "output": ("output",),
 }
 
-_NAMES = {"tok_embeddings": "embedding", "attention_norm": "norm", "ffn_norm": "norm"}
+_NAMES = {
+    "tok_embeddings": "embedding",
+    "attention_norm": "norm",
+    "attention.scores": "q·k",
+    "attention.mixing": "probs·v",
+    "ffn_norm": "norm",
+}
 
 
 def page(network: Architecture) -> Page:
-    """A drawing of one layer, each part, the shares, and what a token costs."""
+    """Return a page with a drawing of one layer, all modules, and the cost of a token."""
     args = network.args
     note = (
-        "FLOPs are those of one token: two for each weight that it is multiplied with, and attention's scores and "
-        f"mixing over {_tokens(network.length)}. Norms, rotation, softmax, SiLU and additions are left out: they grow "
-        "with dim, the products with its square. /arch N takes a text of N tokens."
+        "FLOPs are per token: two per weight of each matrix product, plus the attention scores (q·k) and the weighted "
+        f"sum of values (probs·v) over {_tokens(network.length)}. Norms, rotation, softmax, SiLU and additions are not "
+        "counted: they grow with dim, matrix products with its square. /arch N assumes a context of N tokens."
     )
     return Page(
         "Architecture",
         (
             Paragraph(_cost(network)),
-            Table((f"one of {args.n_layers} layers", ">numbers a token"), tuple(_drawing(args))),
-            Table(("part", "shape", ">params", ">FLOPs"), tuple(_parts(network))),
+            Table((f"one of {args.n_layers} layers", ">per token"), tuple(_drawing(args))),
+            Table(("module", "shape", ">params", ">FLOPs"), tuple(_parts(network))),
             Table(("share", ">parameters", ">FLOPs"), tuple(_shares(network))),
             Paragraph(note, "dim"),
         ),
@@ -46,12 +52,11 @@ def page(network: Architecture) -> Page:
 
 
 def _cost(network: Architecture) -> str:
-    tied = " (the output is the embedding again)" if network.tied else ""
+    tied = " (tied embeddings)" if network.tied else ""
     return (
-        f"{network.parameters:,} parameters{tied}. A token that looks at {_tokens(network.length)} takes "
+        f"{network.parameters:,} parameters{tied}. A token that attends to {_tokens(network.length)} takes "
         f"{short(network.flops)} FLOPs and reads {short(network.weight_bytes)}B of weights, as they are stored now, "
-        f"and {short(network.kv_bytes)}B of cached keys and values, "
-        f"{short(network.kv_bytes_per_token)}B for each token."
+        f"and {short(network.kv_bytes)}B of KV cache, {short(network.kv_bytes_per_token)}B per token."
     )
 
 
@@ -82,10 +87,10 @@ def _drawing(args: ModelArgs) -> Iterator[tuple[Cell, Cell]]:
 
 def _parts(network: Architecture) -> Iterator[tuple[Cell, ...]]:
     for part in network.parts:
-        # What a narrow screen has room for.
+        # Short names, for narrow screens.
         name = _NAMES.get(part.name, part.name.rpartition(".")[2])
         if part.name == "attention_norm":
-            yield Cell(f"{part.count} layers", "dim"), Cell("each", "dim"), Cell("in all", "dim"), Cell("in all", "dim")
+            yield Cell(f"{part.count} layers", "dim"), Cell("each", "dim"), Cell("total", "dim"), Cell("total", "dim")
         if part.name in ("attention_norm", "ffn_norm"):
             group = "attention" if part.name == "attention_norm" else "ffn"
             yield Cell(f" {group}", "dim"), Cell(""), Cell(""), Cell("")
@@ -94,7 +99,7 @@ def _parts(network: Architecture) -> Iterator[tuple[Cell, ...]]:
         held = "tied" if part.name == "output" and network.tied else short(part.parameters) if part.shape else ""
         yield Cell(name), Cell(shape), Cell(held), Cell(short(part.flops) if part.flops else "")
     yield (
-        Cell("together", "bold"),
+        Cell("total", "bold"),
         Cell(""),
         Cell(short(network.parameters), "bold"),
         Cell(short(network.flops), "bold"),
@@ -113,7 +118,7 @@ def _shares(network: Architecture) -> Iterator[tuple[Cell, Cell, Cell]]:
 
 
 def short(count: float) -> str:
-    """A large number in three digits: 1.24G."""
+    """Format a large number with three digits: 1.24G."""
     rounded = float(f"{count:.3g}")
     size, letter = next(
         ((size, letter) for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if rounded >= size),

@@ -1,4 +1,4 @@
-"""What attention heads look at, and what kind of head each one looks like."""
+"""Attention patterns of heads, and the kinds of heads."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.attention import Head, Heads, Scores, SmallMap
 
 _SOURCE = ("head_scores", "softmax")
-# The letter that stands for each kind of head, and where its attention goes.
+# The letter of each kind of head, and the position it attends to.
 _KINDS = {
-    "previous token": ("P", "the token before"),
+    "previous token": ("P", "the previous token"),
     "first token": ("F", "the first token"),
-    "duplicate token": ("D", "where the same token stood before"),
-    "induction": ("I", "what came after the same token before"),
+    "duplicate token": ("D", "the earlier occurrence of the same token"),
+    "induction": ("I", "the token after its earlier occurrence"),
 }
 _MEASURED = (
-    "Scores are measured on random tokens that come twice, where nothing can be known but by looking back; those for "
-    "duplicate token and induction count the second time."
+    "Scores are mean attention on a random sequence repeated once, which only attention to the first half can predict. "
+    "Duplicate-token and induction scores are over the second half."
 )
-# Heads of each kind that are named, and drawn where not all of them are.
+# Maximum number of heads of each kind that are named, and that are drawn.
 _NAMED, _DRAWN = 6, 2
 
 
 def heads(view: Heads, *, whole: bool = False) -> Page:
-    """All heads by their kinds, and small maps: of the strongest of each kind, or of all where `whole`.
+    """Return a page of all heads by kind, or of the heads of one layer.
 
-    A layer's heads with their scores, and all of their maps.
+    Args:
+        view: The heads.
+        whole: Draw the maps of all heads instead of the strongest of each kind.
     """
     if view.layer is not None:
         return _layer(view, view.layer)
@@ -43,12 +45,12 @@ def heads(view: Heads, *, whole: bool = False) -> Page:
         for kind, (letter, _) in _KINDS.items()
     )
     drawn = view.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
-    title = "What they look at in this text" + ("" if whole else ": the strongest of each kind")
+    title = "Attention patterns on this text" + ("" if whole else ": highest scores of each kind")
     parts: list[PageBlock] = [
         _overview(view),
-        Table(("kind", ">heads", "strongest, with their scores"), rows),
+        Table(("kind", ">heads", "highest scores"), rows),
         Gallery(title, tuple(_small(view, each) for each in drawn)),
-        _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 one of them."),
+        _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 shows head 3."),
     ]
     return Page("Attention heads", tuple(part for part in parts if not isinstance(part, Gallery) or part.maps), _SOURCE)
 
@@ -58,7 +60,7 @@ def _by_score(view: Heads) -> list[SmallMap]:
 
 
 def _overview(view: Heads) -> Heatmap:
-    """In each field the letter of a head's kind, shaded by the score; the longer way goes down."""
+    """A grid with the kind of each head, shaded by score; the longer side is vertical."""
     scores = [each.scores for each in view.maps]
     n_heads = 1 + max(each.head for each in scores)
     grid = [tuple(scores[i : i + n_heads]) for i in range(0, len(scores), n_heads)]
@@ -67,7 +69,7 @@ def _overview(view: Heads) -> Heatmap:
         grid = list(zip(*grid, strict=True))
         down, across = across, down
     return Heatmap(
-        title=f"What kind each head looks like, shaded by its score: a row a {down}, a column a {across}",
+        title=f"Kinds of heads, shaded by score: rows are {down}s, columns are {across}s",
         rows=tuple(f"{down[0].upper()}{i}" for i in range(len(grid))),
         columns=tuple(map(str, range(len(grid[0])))),
         values=tuple(tuple(each.best[1] for each in row) for row in grid),
@@ -79,7 +81,7 @@ def _overview(view: Heads) -> Heatmap:
 
 
 def _four(scores: Scores) -> tuple[float, ...]:
-    """In the order of `_KINDS`."""
+    """The scores in the order of `_KINDS`."""
     return scores.previous, scores.first, scores.duplicate, scores.induction
 
 
@@ -93,8 +95,8 @@ def _sentence(scores: Scores) -> str:
     kind, share = scores.best
     where = f"{percent(share)} of its attention goes to {_KINDS[kind][1]}."
     if not scores.kind:
-        return f"{scores.name} looks like none of the four kinds: at most {where}"
-    return f"{scores.name} looks like {'an' if kind == 'induction' else 'a'} {kind} head: {where}"
+        return f"{scores.name} fits none of the four kinds: at most {where}"
+    return f"{scores.name} looks like {'an' if kind == 'induction' else 'a'} {kind.replace(' ', '-')} head: {where}"
 
 
 def _small(view: Heads, small: SmallMap) -> Heatmap:
@@ -106,9 +108,9 @@ def _small(view: Heads, small: SmallMap) -> Heatmap:
 
 def _note(view: Heads, more: str) -> Paragraph:
     step = view.maps[0].step
-    each = "a token" if step == 1 else f"{step} tokens"
-    maps = f"In a map each row and column is {each}, with the highest share of a row's attention that a column gets."
-    return Paragraph(f"{_MEASURED} A score below 0.4 makes no kind (·). {maps} {more}", "dim")
+    each = "one token" if step == 1 else f"{step} tokens"
+    maps = f"In a map, rows are queries and columns are keys, {each} each; a field is the maximum attention in it."
+    return Paragraph(f"{_MEASURED} A head with all scores below 0.4 has no kind (·). {maps} {more}", "dim")
 
 
 def _layer(view: Heads, layer: int) -> Page:
@@ -123,18 +125,20 @@ def _layer(view: Heads, layer: int) -> Page:
     return Page(
         f"Attention in layer {layer}",
         (
-            Table(("head", ">prev.", ">first", ">dup.", ">ind.", "kind"), rows, f"The heads of layer {layer}"),
-            Gallery("What they look at in this text", tuple(_small(view, each) for each in view.maps)),
-            _note(view, f"/attention L{layer}.H0 shows one of them."),
+            Table(("head", ">prev.", ">first", ">dup.", ">ind.", "kind"), rows, f"Heads of layer {layer}"),
+            Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps)),
+            _note(view, f"/attention L{layer}.H0 shows head 0."),
         ),
         _SOURCE,
     )
 
 
 def head(view: Head, first: int | None = None) -> Page:
-    """A head's kind and scores, its map of the text, and what the last token looks at.
+    """Return a page of one head: kind, scores, and attention pattern.
 
-    first: the position that a narrow screen begins with, by default so that the last one is there.
+    Args:
+        view: The head.
+        first: The first position on a narrow screen. By default the last position is shown.
     """
     scores, shown = view.scores, len(view.probs)
     end = view.first + shown
@@ -144,13 +148,11 @@ def head(view: Head, first: int | None = None) -> Page:
         for query, row in enumerate(view.probs, view.first)
     ]
     columns = tokens
-    if view.first:  # what stands in front of the window has one column
+    if view.first:  # one column for all keys before the window
         columns = ["…", *tokens]
         values = [(sum(row[: view.first]), *shares) for row, shares in zip(view.probs, values, strict=True)]
-    part = f" These are {shown} of {len(view.tokens):,}; /attention {scores.name} N begins at position N."
-    note = "Each row is a token that looks, each column one that it may look at; a row's shares add up to 1." + (
-        part if shown < len(view.tokens) else ""
-    )
+    part = f" Shown: {shown} of {len(view.tokens):,} positions. /attention {scores.name} N starts at position N."
+    note = "Rows are queries, columns are keys; each row adds up to 1." + (part if shown < len(view.tokens) else "")
     return Page(
         f"Attention of {scores.name}",
         (
@@ -163,17 +165,17 @@ def head(view: Head, first: int | None = None) -> Page:
                 ),
             ),
             Heatmap(
-                title=f"What the tokens look at through {scores.name}",
+                title=f"Attention pattern of {scores.name}",
                 rows=tuple(tokens),
                 columns=tuple(columns),
                 values=tuple(values),
                 row_tokens=True,
                 first=None if first is None else first - view.first,
-                # Columns are numbered from the first one that is there.
+                # Column numbers are positions only if the window starts at 0.
                 more="" if view.first else f"/attention {scores.name} {{}}",
             ),
             Table(
-                (">at", "token", ">share"),
+                (">position", "token", ">attention"),
                 tuple(
                     (
                         Cell(str(position)),
@@ -182,7 +184,7 @@ def head(view: Head, first: int | None = None) -> Page:
                     )
                     for position, share in view.links
                 ),
-                "What the last token looks at most",
+                "Attention of the last token",
             ),
             Paragraph(f"{note} {_MEASURED}", "dim"),
         ),

@@ -1,4 +1,4 @@
-"""Why that token, on one screen."""
+"""Attribution of a logit, on one screen."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from llama_scratch.render.text import percent
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.attribution import AblationCheck, Attribution, Contribution, TokenInfluence
 
-# Parts of the network, and tokens of the text, that one screen has room for.
+# Maximum number of components and of tokens on one screen.
 _PARTS, _TOKENS = 10, 10
-_GRADIENT = "Gradient is gradient × input: what the token's vector adds to the logit, to first order."
+_GRADIENT = "grad × input: ∂logit/∂embedding · embedding, the first-order effect of the token on the logit."
 
 
 def page(why: Attribution) -> Page:
-    """The answer, what speaks for it in the network and in the text, and the strongest claims tried out."""
+    """Return a page with direct logit attribution, ablation and leave-one-out."""
     parts: list[PageBlock] = [_answer(why), _contributions(why), Paragraph(_sum(why), "dim"), _claims(why)]
     parts += [_influences(why), Paragraph(f"{_left_out(why)} {_GRADIENT}", "dim")]
-    return Page("Why that token", tuple(parts), ("attribution",))
+    return Page("Attribution", tuple(parts), ("attribution",))
 
 
 def _answer(why: Attribution) -> Running:
     cells = [
-        Cell("What speaks for "),
+        Cell("Why "),
         Cell(why.answer.text, "bold", token=True),
         Cell(f" ({percent(why.answer.probability)}) "),
     ]
     if why.versus:
         cells += [
-            Cell("and not for "),
+            Cell("over "),
             Cell(why.versus.text, "bold", token=True),
             Cell(f" ({percent(why.versus.probability)}) "),
         ]
-    logit = f": logits {why.logit:+.2f} apart." if why.versus else f": a logit of {why.logit:.2f}."
+    logit = f": logit difference {why.logit:+.2f}." if why.versus else f": logit {why.logit:.2f}."
     return Running((*cells, Cell("after "), Cell(why.tokens[-1].text, "cyan", token=True), Cell(logit)))
 
 
@@ -50,26 +50,26 @@ def _contributions(why: Attribution) -> Table:
         words = f"{len(rest)} others"
         bar = max(-1.0, min(1.0, total / reach))
         rows.append((Cell(words, "dim"), Cell(f"{total:+.2f}", "dim"), Cell("", "dim", bar=bar, hover=words)))
-    return Table(("part", ">logit", ""), tuple(rows), "What each part of the network adds")
+    return Table(("component", ">logit", ""), tuple(rows), "Direct logit attribution")
 
 
 def _sum(why: Attribution) -> str:
-    what = "the difference of the logits" if why.versus else "the logit"
+    what = "the logit difference" if why.versus else "the logit"
     if any(contribution.name == "interventions" for contribution in why.contributions):
         return (
-            f"Together they are {what}: 'interventions' is what the others lack of it, because what was put into the "
-            "stream is no part's own."
+            f"The contributions add up to {what}. 'interventions' is the contribution of changes to the residual "
+            "stream itself."
         )
     return (
-        f"Together they are {what} but for {why.remainder:+.1e}, which is rounding: what each part writes into the "
-        "residual stream, read through the unembedding with the scale of the last norm held."
+        f"The contributions add up to {what} up to rounding ({why.remainder:+.1e}). Each is the output of a component, "
+        "projected on the unembedding with the scale of the final norm held constant."
     )
 
 
 def _claims(why: Attribution) -> Table:
     rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(why, c)) for c in why.claims)
-    columns = ("part", *(f">{name}" for name in _names(why)))
-    return Table(columns, rows, "The strongest of them, switched off")
+    columns = ("component", *(f">{name}" for name in _names(why)))
+    return Table(columns, rows, "Ablating the strongest components")
 
 
 def _logit(contribution: Contribution) -> str:
@@ -77,7 +77,7 @@ def _logit(contribution: Contribution) -> str:
 
 
 def _names(why: Attribution) -> list[str]:
-    return ["answer", "the other"] if why.versus else ["answer"]
+    return ["answer", "other"] if why.versus else ["answer"]
 
 
 def _shift(why: Attribution, claim: AblationCheck) -> list[Cell]:
@@ -105,9 +105,9 @@ def _influences(why: Attribution) -> Table:
         )
         for influence in shown
     )
-    # A narrow screen has no room for bars beside two answers.
-    columns = ("token", *(f">{name}" for name in _names(why)), ">gradient", *([] if why.versus else [""]))
-    return Table(columns, rows, "What is said without each token of the text")
+    # Two answers leave no room for bars on a narrow screen.
+    columns = ("token", *(f">{name}" for name in _names(why)), ">grad × input", *([] if why.versus else [""]))
+    return Table(columns, rows, "Leave-one-out: prediction without each token")
 
 
 def _without(why: Attribution, influence: TokenInfluence) -> list[Cell]:
@@ -120,10 +120,10 @@ def _without(why: Attribution, influence: TokenInfluence) -> list[Cell]:
 def _left_out(why: Attribution) -> str:
     tried = sum(influence.without is not None for influence in why.influences)
     if not tried:
-        return "A text of one token has none to leave out."
+        return "Leave-one-out needs a text of at least two tokens."
     if tried < len(why.influences):
         return (
-            f"{tried} of {len(why.influences):,} tokens were left out one by one, those that gradient × input ranks "
-            "first; those without which the answer is least probable stand here."
+            f"{tried} of {len(why.influences):,} tokens were left out, one at a time, chosen by gradient × input. "
+            "The lowest probability of the answer comes first."
         )
-    return "Each token was left out once; those without which the answer is least probable come first."
+    return "Each token was left out once. The lowest probability of the answer comes first."

@@ -1,4 +1,4 @@
-"""What the key-value cache holds."""
+"""The contents of the KV cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ _SOURCE = ("KVCache",)
 
 
 def page(cache: Cache, timing: Timing | None = None) -> Page:
-    """The whole cache, a row for each layer. timing: of the last answer."""
+    """Return a page of the whole cache, with one row per layer.
+
+    Args:
+        cache: The cache.
+        timing: Timing of the last answer, for its prefix cache hit.
+    """
     longest = [max(norms.keys for norms in cache.layers), max(norms.values for norms in cache.layers)]
     rows = tuple(
         (
@@ -24,39 +29,39 @@ def page(cache: Cache, timing: Timing | None = None) -> Page:
         for norms in cache.layers
     )
     return Page(
-        "Key-value cache",
+        "KV cache",
         (
             Paragraph(f"{_tokens(cache.tokens)} in {len(cache.layers)} layers." + (_reused(timing) if timing else "")),
             Paragraph(
-                f"A layer holds keys and values of {cache.heads} heads × {cache.tokens:,} tokens × {cache.head_dim} "
-                f"numbers each, in {cache.dtype}: {_bytes(cache.bytes_per_token)} a token in all layers, "
-                f"{_bytes(cache.held_bytes)} for this text. {_bytes(cache.taken_bytes)} are taken, because the memory "
-                "grows in doubling steps."
+                f"Each layer holds keys and values of {cache.heads} heads × {cache.tokens:,} tokens × {cache.head_dim} "
+                f"dimensions in {cache.dtype}: {_bytes(cache.bytes_per_token)} per token over all layers, "
+                f"{_bytes(cache.held_bytes)} for this text. {_bytes(cache.taken_bytes)} are allocated, because the "
+                "cache grows by doubling."
             ),
-            Table(("", ">mean ‖K‖", ">mean ‖V‖"), rows, "Mean length of a key and of a value"),
-            Paragraph("/kv LAYER shows them head by head and token by token.", "dim"),
+            Table(("", ">mean ‖K‖", ">mean ‖V‖"), rows, "Mean norms of keys and values"),
+            Paragraph("/kv LAYER shows the norms per head and token.", "dim"),
         ),
         _SOURCE,
     )
 
 
 def layer_page(cached: CachedLayer) -> Page:
-    """The lengths of one layer's keys and values, head by head and token by token."""
-    title = f"The cache of layer {cached.layer}"
+    """Return a page of the norms of keys and values in one layer."""
+    title = f"KV cache of layer {cached.layer}"
     maps = (
-        _map(f"Length of the {name}", cached, norms)
-        for name, norms in (("keys, ‖K‖,", cached.keys), ("values, ‖V‖,", cached.values))
+        _map(name, cached, norms)
+        for name, norms in (("Norms of keys ‖K‖", cached.keys), ("Norms of values ‖V‖", cached.values))
     )
-    note = "The key and the value of a token are as long as shown here; a rotation does not change the length of a key."
+    note = "Rows are key-value heads, columns are tokens. RoPE does not change the norm of a key."
     if cached.queries > 1:
-        note += f" Each row is shared by {cached.queries} query heads."
+        note += f" Each key-value head is shared by {cached.queries} query heads."
     return Page(title, (*maps, Paragraph(note, "dim")), _SOURCE)
 
 
 def _reused(timing: Timing) -> str:
     new = timing.prompt_tokens - timing.reused_tokens
     return (
-        f" Of the last answer's {_tokens(timing.prompt_tokens)} {timing.reused_tokens:,} came from the cache and "
+        f" Prefix cache hit in the last answer: {timing.reused_tokens:,} of {_tokens(timing.prompt_tokens)}; "
         f"{new:,} {'was' if new == 1 else 'were'} computed."
     )
 
@@ -81,7 +86,7 @@ def _tokens(count: int) -> str:
 
 
 def _bytes(count: int) -> str:
-    """As memory is counted: in KiB and MiB."""
+    """Format a size in KiB or MiB."""
     if count < 1 << 20:
         return f"{count / (1 << 10):,.4g} KiB"
     return f"{count / (1 << 20):,.1f} MiB"

@@ -1,4 +1,4 @@
-"""How probable each of some continuations is."""
+"""Probabilities of alternative continuations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(choices: Choices) -> Page:
-    """The choices, the most probable first, each with its share of the probability of all of them."""
+    """Return a page of the choices, most probable first."""
     rows = []
     for i, choice in enumerate(choices.ranked):
         style, length = "" if i else "bold", counted(len(choice.tokens), "token")
         share, by_length = percent(choice.normalized), percent(choice.by_length)
         row = (
             Cell(choice.text, style, token=True),
-            Cell(share, style, said=f"{share} of these choices"),
-            Cell(by_length, said=f"{by_length} by length"),
+            Cell(share, style, said=f"{share} normalized"),
+            Cell(by_length, said=f"{by_length} per token"),
             Cell("", bar=choice.normalized, hover=length, said=length),
         )
         rows.append(row)
-    together = f"One of them comes next with a probability of {percent(choices.probability)}."
-    table = Table(("choice", ">share", ">by length", ""), tuple(rows))
-    return Page("Choices", (table, Paragraph(together, "dim")))
+    note = (
+        "normalized: softmax over the choices of their log-probabilities; per token: of the mean log-probability per "
+        f"token. One of them follows with a probability of {percent(choices.probability)}."
+    )
+    table = Table(("choice", ">normalized", ">per token", ""), tuple(rows))
+    return Page("Choices", (table, Paragraph(note, "dim")))

@@ -1,4 +1,4 @@
-"""Two models on the same text."""
+"""Predictions of two models on the same text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(comparison: Comparison) -> Page:
-    """The best tokens of either model with the probability that each gives them."""
+    """Return a page of the top tokens of both models with both probabilities."""
     names = _names(comparison)
     rows = [
         (
@@ -28,17 +28,17 @@ def page(comparison: Comparison) -> Page:
 
 
 def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cell:
-    """A probability; that of the model's best token stands out, with a mark."""
+    """A probability; that of the model's top prediction is marked."""
     if candidate is None:
-        return Cell("no token", "dim", said=f"{name} has no such token")
+        return Cell("no token", "dim", said=f"not in the vocabulary of {name}")
     share = percent(candidate.probability)
     if candidate.id == side.top[0].id:
-        return Cell(f"▸ {share}", "bold", said=f"{name} {share} and the best")
+        return Cell(f"▸ {share}", "bold", said=f"{name} {share}, its top prediction")
     return Cell(share)
 
 
 def _names(comparison: Comparison) -> tuple[str, str]:
-    """What tells the models apart in short: their precisions, where it is one model in two."""
+    """Short names: the precisions if only they differ, else first and second."""
     a, b = comparison.first.model, comparison.second.model
     return (a.precision, b.precision) if a.name == b.name and a.precision != b.precision else ("first", "second")
 
@@ -48,7 +48,7 @@ def _summary(comparison: Comparison) -> list[str]:
     models = [f"{side.model.name} in {side.model.precision}" for side in (comparison.first, comparison.second)]
     lines = [f"{name}: {model}" for name, model in zip(names, models, strict=True) if name not in model]
     if comparison.kl_bits is None:
-        lines.append("Their vocabularies differ, so tokens are compared by their text.")
+        lines.append("The vocabularies differ, so tokens are compared by their text.")
     else:
         lines.append(f"KL divergence of {names[1]} from {names[0]}: {comparison.kl_bits:.3g} bits.")
     return [*lines, f"Entropies: {comparison.first.entropy_bits:.2f} and {comparison.second.entropy_bits:.2f} bits."]

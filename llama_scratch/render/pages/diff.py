@@ -1,4 +1,4 @@
-"""Two texts: where the predictions after them differ."""
+"""Predictions along two texts, aligned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EMPTY = Cell("")
 
 
 def page(diff: Diff) -> Page:
-    """Both texts in one column, -/+ where they differ, with the divergence and both predictions after each token."""
+    """Return a page of the aligned texts with their divergence and both predictions."""
     after = [
         (
             Cell(first.text, token=True),
@@ -27,18 +27,20 @@ def page(diff: Diff) -> Page:
         for first, second in zip(diff.first_top, diff.second_top, strict=True)
     ]
     tables = (
-        Table(("", "token", ">bits", "first", "second", ""), tuple(_rows(diff))),
+        Table(("", "token", ">JSD", "first", "second", ""), tuple(_rows(diff))),
         Table(("after the first", ">", "after the second", ">"), tuple(after)),
     )
     return Page("Two texts", (*tables, Paragraph("\n".join(_summary(diff)))))
 
 
 def _rows(diff: Diff) -> Iterator[tuple[Cell, ...]]:
-    """Tokens in order: those of the first text alone, those of the second alone, and those of both with the
-    divergence and the predictions after them. A number stands for so many at the beginning that are alike."""
+    """Tokens in order: those only in the first text, only in the second, and in both.
+
+    Tokens in both have the divergence and the predictions after them. The common prefix is one row with its length.
+    """
     i = j = max(0, diff.shared - 1)
     if i:
-        alike = f"{counted(i, 'token')} alike"
+        alike = f"{counted(i, 'token')} shared"
         yield _EMPTY, Cell(alike, "dim", said=alike), *4 * [_EMPTY]
     for pair in diff.pairs[i:]:
         yield from _apart(diff.first[i : pair.first], diff.second[j : pair.second])
@@ -66,5 +68,5 @@ def _summary(diff: Diff) -> list[str]:
     lines = []
     if pair := diff.parting:
         best, other = visible(pair.first_next.text).plain, visible(pair.second_next.text).plain
-        lines.append(f"The predictions part after {visible(pair.token.text).plain}: {best} and {other}.")
-    return [*lines, f"At the end they are {diff.jsd_bits:.2f} bits apart (0: the same, 1: nothing in common)."]
+        lines.append(f"The top predictions first differ after {visible(pair.token.text).plain}: {best} and {other}.")
+    return [*lines, f"Jensen–Shannon divergence (JSD) at the end: {diff.jsd_bits:.2f} bits (0: equal, 1: disjoint)."]

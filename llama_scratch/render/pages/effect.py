@@ -1,4 +1,4 @@
-"""What interventions do: an answer before and after."""
+"""The effect of interventions on the prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(effect: Effect) -> Page:
-    """The next token before and after the interventions."""
+    """Return a page of the prediction before and after the interventions."""
     rows = tuple(
         (
             Cell(before.text, token=True),
@@ -24,7 +24,7 @@ def page(effect: Effect) -> Page:
     )
     names = ", ".join(effect.labels) or "nothing"
     table = Table(("token", ">before", ">after", ""), rows, f"With {names}")
-    note = f"The answer afterwards is {effect.kl_bits:.3g} bits (KL divergence) from the one before."
+    note = f"KL divergence of the prediction with interventions from the one without: {effect.kl_bits:.3g} bits."
     return Page("Before and after", (table, Paragraph(note, "dim")), ("interventions",))
 
 

@@ -12,12 +12,18 @@ if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.execution import ExecutionTrace, Statement
     from llama_scratch.microscope.value_view import Number, ValueSummary
 
-# Lines around the statement.
+# Lines shown before and after the statement.
 _MARGIN = 3
 
 
 def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
-    """Where the walk is, the lines that just ran, and what they made. note: what there is to say before that."""
+    """Return a page of a stop: its call stack, source lines and values.
+
+    Args:
+        walk: The trace.
+        at: The stop.
+        note: A sentence before the page.
+    """
     stop = walk.stops[at]
     first, text = stop.around(_MARGIN)
     marked = tuple(range(stop.first_line - first + 1, stop.last_line - first + 2))
@@ -30,20 +36,18 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
     if stop.values:
         parts.append(Table(("value", ""), tuple(row for value in stop.values for row in _rows(value))))
     if any(len(value.shape or ()) > 1 and value.first for value in stop.values):
-        parts.append(
-            Paragraph("first: what the last token begins with, in the last head where there are heads.", "dim")
-        )
+        parts.append(Paragraph("first: the first numbers of the last token; with heads, of the last head.", "dim"))
     if stop.in_scope:
-        parts.append(Paragraph(f"/step print takes {', '.join(stop.in_scope)}.", "dim"))
-    return Page("A step of the forward pass", tuple(parts), (f"model.{stop.function}",))
+        parts.append(Paragraph(f"In scope for /step print: {', '.join(stop.in_scope)}.", "dim"))
+    return Page("Forward pass", tuple(parts), (f"model.{stop.function}",))
 
 
 def where(stop: Statement) -> str:
-    """The functions that a stop is in: Transformer.forward › layer 3 › Attention.forward."""
+    """Return the call stack: Transformer.forward › layer 3 › Attention.forward."""
     crumbs = []
     for function in (*stop.callers, stop.function):
         if function == "TransformerBlock.forward":
-            crumbs.append(f"layer {stop.layer}")  # there is nothing else of one
+            crumbs.append(f"layer {stop.layer}")  # its only method
         else:
             crumbs.append(function)
     if stop.function == "TransformerBlock.forward":
@@ -56,7 +60,7 @@ def _count(walk: ExecutionTrace, at: int) -> str:
     if module := walk.stops[at].module:
         count += f" · {module}"
     if walk.begin:
-        count += f" · tokens from position {walk.begin:,} on, behind those in the cache"
+        count += f" · tokens from position {walk.begin:,} on; earlier ones are cached"
     return count
 
 
@@ -69,25 +73,25 @@ def _rows(value: ValueSummary) -> Iterator[tuple[Cell, Cell]]:
     if value.meaning:
         yield Cell(""), Cell(value.meaning, "dim")
     if value.mean is None or value.std is None or value.min is None or value.max is None:
-        yield Cell(""), Cell("no numbers" if value.infinite else "memory that is taken and not written yet", "dim")
+        yield Cell(""), Cell("all inf or NaN" if value.infinite else "uninitialized memory", "dim")
     else:
         kind = " (magnitudes)" if value.dtype.startswith("complex") else ""
         yield Cell("  mean ± std"), Cell(f"{figure(value.mean)} ± {figure(value.std)}{kind}")
         yield Cell("  min … max"), Cell(f"{figure(value.min)} … {figure(value.max)}")
     if value.infinite:
-        yield Cell("  not finite"), Cell(f"{value.infinite:,} numbers")
+        yield Cell("  inf or NaN"), Cell(f"{value.infinite:,} numbers")
     if value.first:
         more = ", …" if value.shape and value.shape[-1] > len(value.first) else ""
         yield Cell("  first"), Cell(", ".join(map(number, value.first)) + more)
 
 
 def tuple_text(shape: tuple[int, ...]) -> str:
-    """A shape as Python writes it, without the comma of a single size."""
+    """Format a shape like Python, without the trailing comma of a single dimension."""
     return f"({', '.join(map(str, shape))})"
 
 
 def number(value: Number) -> str:
-    """A number as it is shown; a complex one as magnitude∠angle."""
+    """Format a number; a complex one as magnitude∠angle."""
     if isinstance(value, tuple):
         return f"{figure(value[0])}∠{figure(value[1])}"
-    return "not finite" if value is None else figure(value)
+    return "inf or NaN" if value is None else figure(value)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(inspection: Inspection) -> Page:
-    """The prompt's tokens and the answer; of a changed network the answers before and after."""
+    """Return a page with the prompt and its prediction.
+
+    With interventions, the predictions before and after are shown.
+    """
     if inspection.interventions:
         changed = effect.page(inspection.effect())
         text = Running(tuple(Cell(token.text, token=True) for token in inspection.tokens))

@@ -1,4 +1,4 @@
-"""What each layer would say."""
+"""The logit lens: the top prediction after each layer."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ _SOURCE = ("guesses", "norm")
 
 
 def page(lens: Lens, first: int | None = None, *, ranks: bool = False) -> Page:
-    """The guesses, or the ranks of the answers, and where the last position's answer comes from.
+    """Return a page of the top predictions, or of the ranks of the final predictions.
 
-    first: the position that a narrow screen begins with, by default so that the last one is there.
+    Args:
+        lens: The lens.
+        first: The first position on a narrow screen. By default the last position is shown.
+        ranks: Show ranks instead of tokens.
     """
-    note = (
-        "Each row reads what stands behind a layer as the network reads the last one, through the final norm and the "
-        "unembedding, as if it ended there: the logit lens. "
-        + ("/lens shows the guesses." if ranks else "/lens ranks shows how far down the answer stands.")
+    note = "Each row is the residual stream after a layer, read through the final norm and the unembedding. " + (
+        "/lens shows the top predictions." if ranks else "/lens ranks shows the rank of the final prediction."
     )
     shown = len(lens.tokens)
     if shown < lens.length:
-        note += f" These are {shown} of {lens.length:,} positions, from {lens.first} on; /lens N begins at position N."
+        note += f" Shown: {shown} of {lens.length:,} positions, from {lens.first} on. /lens N starts at position N."
     return Page("Logit lens", (Paragraph(_where(lens)), _table(lens, first, ranks), Paragraph(note, "dim")), _SOURCE)
 
 
 def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
-    """The last of the layers that are there so far, and a line that says how far it is."""
+    """Return a page of the layers so far, with a line about the progress.
+
+    Args:
+        lens: The lens so far.
+        note: The progress.
+        rows: Maximum number of layers.
+        ranks: Show ranks instead of tokens.
+    """
     latest = replace(lens, layers=lens.layers[-rows:])
     note = f"{note} · each layer is an unembedding of every position"
     return Page("Logit lens", (_table(latest, None, ranks), Paragraph(note, "dim")))
@@ -42,11 +50,11 @@ def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
 def _where(lens: Lens) -> str:
     answer, stays = lens.answers[-1], lens.stays_from()
     if lens.first_layer() == stays:
-        way = f"the best guess from {_name(stays)} on" + ("." if stays < 0 else ", and never before.")
+        way = f"rank 1 from {_name(stays)} on" + ("." if stays < 0 else ", and never before.")
     else:
-        way = f"the best guess first behind {_name(lens.first_layer())}, and for good from {_name(stays)} on."
+        way = f"rank 1 first after {_name(lens.first_layer())}, and always from {_name(stays)} on."
     said = f"{json_line(answer.text)}, {percent(answer.probability)}"
-    return f"After {json_line(lens.tokens[-1].text)} comes {said}: {way}"
+    return f"Prediction after {json_line(lens.tokens[-1].text)}: {said}; {way}"
 
 
 def _name(layer: int) -> str:
@@ -54,7 +62,7 @@ def _name(layer: int) -> str:
 
 
 def _short(rank: int) -> str:
-    """7, 950, 1.2k, 31k: at most four characters."""
+    """Format a rank with at most four characters: 7, 950, 1.2k, 31k."""
     return str(rank) if rank < 1000 else f"{rank / 1000:.1f}k" if rank < 9950 else f"{rank / 1000:.0f}k"
 
 
@@ -68,13 +76,13 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
     def hover(layer: int, index: int, guess: Guess) -> str:
         after, answer = json_line(lens.tokens[index].text), json_line(lens.answers[index].text)
         said = f"{json_line(guess.text)} {percent(guess.probability)}"
-        return f"{_name(layer)}, after {after}: {said}; the answer {answer} has rank {guess.rank_of_answer:,}"
+        return f"{_name(layer)}, after {after}: {said}; the final prediction {answer} has rank {guess.rank_of_answer:,}"
 
     return Heatmap(
         title=(
-            "The rank of what the network says in the end, behind each layer"
+            "Rank of the final prediction after each layer"
             if ranks
-            else "The best guess behind each layer, shaded by its probability"
+            else "Top prediction after each layer, shaded by its probability"
         ),
         rows=tuple("embed" if row.layer < 0 else f"L{row.layer}" for row in lens.layers),
         columns=tuple(token.text for token in lens.tokens),
@@ -84,6 +92,6 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
             tuple(hover(row.layer, index, guess) for index, guess in enumerate(row.guesses)) for row in lens.layers
         ),
         first=None if first is None else first - lens.first,
-        # Columns are numbered from the first one that is there.
+        # Column numbers are positions only if the window starts at 0.
         more="" if lens.first else "/lens ranks {}" if ranks else "/lens {}",
     )

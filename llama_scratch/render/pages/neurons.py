@@ -14,28 +14,28 @@ _SOURCE = ("neurons", "FeedForward")
 
 
 def page(neurons: Neurons) -> Page:
-    """A row for each neuron: how strong it is, what it adds to the answer, and which tokens it pushes."""
+    """Return a page of neurons: activation, norm, direct effect, and tokens."""
     largest = max(abs(neuron.contribution) for neuron in neurons.neurons) or 1.0
     rows = tuple(_row(neuron, largest) for neuron in neurons.neurons)
     total = sum(neuron.contribution for neuron in neurons.neurons)
     where = (
-        Cell(f"Layer {neurons.layer} behind "),
+        Cell(f"Layer {neurons.layer} at "),
         Cell(neurons.token.text, "cyan", token=True),
-        Cell(f": its {neurons.n_neurons:,} neurons add {neurons.contribution:+z.2f} to the logit of "),
+        Cell(f": all {neurons.n_neurons:,} neurons contribute {neurons.contribution:+z.2f} to the logit of "),
         Cell(neurons.answer.text, "bold", token=True),
-        Cell(f", the answer with {percent(neurons.answer.probability)}; these {len(rows)} add {total:+z.2f}."),
+        Cell(f" ({percent(neurons.answer.probability)}); these {len(rows)} contribute {total:+z.2f}."),
     )
     return Page(
         f"Neurons of layer {neurons.layer}",
         (
             Running(where),
-            Table((">neuron", ">active", ">strength", "to the answer"), rows, "The strongest neurons"),
-            _pushed("raises", {neuron.index: neuron.promoted for neuron in neurons.neurons}),
-            _pushed("lowers", {neuron.index: neuron.suppressed for neuron in neurons.neurons}),
+            Table((">neuron", ">activation", ">norm", "direct effect"), rows, "Neurons with the largest output norm"),
+            _pushed("promotes", {neuron.index: neuron.promoted for neuron in neurons.neurons}),
+            _pushed("suppresses", {neuron.index: neuron.suppressed for neuron in neurons.neurons}),
             Paragraph(
-                "strength: |activation| · ‖column of w2‖, the length of what a neuron writes; they are ranked by it. "
-                "What it writes is read through the final norm, at the scale that the stream has in the end, and the "
-                "unembedding: the direct effect, without what later layers make of it.",
+                "norm: |activation| · ‖column of w2‖, the norm of the output of a neuron. direct effect: that output "
+                "through the final norm, at the scale of the final residual stream, and the unembedding, without "
+                "later layers.",
                 "dim",
             ),
         ),
@@ -58,4 +58,4 @@ def _pushed(verb: str, tokens: dict[int, tuple[LogitEffect, ...]]) -> Table:
         for index, most in tokens.items()
     )
     width = len(rows[0]) - 1
-    return Table((">neuron", verb, *[""] * (width - 1)), rows, f"The tokens that each {verb} most")
+    return Table((">neuron", verb, *[""] * (width - 1)), rows, f"Tokens that each neuron {verb} most")

@@ -1,4 +1,4 @@
-"""How far the answers of each precision are from fp32's."""
+"""Divergence of each precision from fp32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _SOURCE = ("numerics", "precision")
 
 
 def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
-    """The answers, then the distances; what did not fit into memory says so.
+    """Return a page of the top predictions and divergences of each network.
 
-    without: the labels of changes to the network that are on elsewhere.
+    Args:
+        numerics: The comparison.
+        without: Labels of interventions in the session, which do not apply here.
     """
     there = [(row.name, row.distance) for row in numerics.rows if row.distance]
     answers = tuple(
@@ -36,26 +38,26 @@ def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
         for name, distance in there
     )
     parts: tuple[PageBlock, ...] = (
-        Table(("", "answer", ">"), answers, "The answer in each precision"),
+        Table(("", "answer", ">"), answers, "Top prediction in each precision"),
         Table(
             ("", ">mean", ">max", "after", ">changed"),
             distances,
             f"KL divergence from fp32 in bits, {_compared(numerics)}",
         ),
         *(Paragraph(f"{row.name}: {row.error}", "yellow") for row in numerics.rows if not row.distance),
-        *([Paragraph(f"Each network is as it was loaded, without {', '.join(without)}.")] if without else []),
+        *([Paragraph(f"The networks run without the interventions {', '.join(without)}.")] if without else []),
         Paragraph(
-            "0 bits: the same answers. max: the largest divergence, and the token after which it is. "
-            "changed: after so many tokens another one is the most probable."
+            "0 bits: equal predictions. max: the largest divergence, and the token after which it occurs. "
+            "changed: number of positions with a different top prediction."
             + (
-                " RoPE: fp32 with this scaling factor, whose difference shows at far positions first."
+                " RoPE: fp32 with this scaling factor; the difference appears at distant positions first."
                 if any(row.name.startswith("RoPE") for row in numerics.rows)
                 else ""
             ),
             "dim",
         ),
     )
-    return Page("Precisions", tuple(part for part in parts if not isinstance(part, Table) or part.rows), _SOURCE)
+    return Page("Precision", tuple(part for part in parts if not isinstance(part, Table) or part.rows), _SOURCE)
 
 
 def _answer(name: str, answer: Candidate, reference: Candidate) -> tuple[Cell, ...]:

@@ -1,4 +1,4 @@
-"""The map of causal tracing."""
+"""The heat map of causal tracing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(trace: Trace) -> Page:
-    """A heat map over layers and positions of how far the answer moves."""
+    """Return a page with the normalized logit difference per layer and position."""
     first, second = trace.first_answer, trace.second_answer
     sentence = Running(
         (
-            Cell("This text is answered with "),
+            Cell("Prediction: "),
             Cell(first.text, "bold", token=True),
-            Cell(", the other with "),
+            Cell("; for the other text: "),
             Cell(second.text, "bold", token=True),
-            Cell(
-                ". How far the answer moves to the other's when one activation of the other text is put into this one:"
-            ),
+            Cell(". Normalized logit difference if one activation is patched from the other text:"),
         )
     )
     columns = tuple(
@@ -29,9 +27,9 @@ def page(trace: Trace) -> Page:
     )
     last = len(trace.moved) - 1
     rows = tuple(f"L{layer}" if layer < last else "end" for layer in range(len(trace.moved)))
-    heatmap = Heatmap("Moved, 0 to 1", rows, columns, trace.moved, low=-1.0, high=1.0)
+    heatmap = Heatmap("Normalized logit difference", rows, columns, trace.moved, low=-1.0, high=1.0)
     note = (
-        "A row is the residual stream before that layer, the last one the stream behind all of them; 0 leaves the "
-        "answer, 1 moves it all the way. /patch L5@3 TEXT puts one of them in and lets it stay."
+        "Rows are the residual stream before each layer, 'end' after the last one. 0: the prediction does not change; "
+        "1: it becomes that of the other text. /patch L5@3 TEXT patches one of these activations."
     )
     return Page("Causal tracing", (sentence, heatmap, Paragraph(note, "dim")), ("tracing",))

@@ -1,4 +1,4 @@
-"""The rotary embedding as dials."""
+"""The rotary position embedding."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ if TYPE_CHECKING:  # they bring torch
 
 _SOURCE = ("rope",)
 _ARROWS = "→↗↑↖←↙↓↘"
-# Rows that a terminal shows of the query and of the keys.
+# Maximum number of rows of the query and of the keys on a terminal.
 _SHOWN = 10
 
 
 def page(rope: Rope) -> Page:
-    """The dials, then the query before and after its turn, then its products with the keys."""
+    """Return a page of the angles, the rotated query, and its attention scores."""
     kinds = Counter(dial.kind for dial in rope.dials)
     counts = (
         f"of {len(rope.dials)} pairs {kinds['kept']} kept, {kinds['smoothed']} smoothed, {kinds['divided']} divided"
     )
     if rope.scales:
-        own = f"This network slows its slow pairs down by {rope.factor:g}, and of them its dials are those with a ′"
+        own = f"This network uses RoPE scaling with a factor of {rope.factor:g} (columns with ′)"
     else:
         own = (
-            "This network does not scale its rotary embedding, so its dials are those without a ′; beside them stands "
-            f"what a factor of {rope.factor:g} would make of them, that of Llama 3.2's 1B and 3B"
+            "This network does not use RoPE scaling (columns without ′). The columns with ′ show a scaling factor of "
+            f"{rope.factor:g} for comparison, as in Llama 3.2 1B and 3B"
         )
     return Page(
-        "Rotary embedding",
+        "Rotary position embedding (RoPE)",
         (
             Paragraph(f"{own}: {counts}."),
             _dials(rope),
             Paragraph(
-                "λ: tokens to a full turn. dial: where the pair stands, from → counterclockwise. "
-                f"θ is {rope.theta:,.0f}^(−j/{len(rope.dials)}) radians a token for pair j, and λ is 2π/θ.",
+                "λ: wavelength in tokens. angle: rotation of the pair, from → counterclockwise. "
+                f"θ is {rope.theta:,.0f}^(−j/{len(rope.dials)}) radians per token for pair j, and λ is 2π/θ.",
                 "dim",
             ),
             *_query(rope),
@@ -59,8 +59,8 @@ def _dials(rope: Rope) -> Table:
         )
         for dial in rope.dials
     )
-    columns = (">j", ">λ", ">dial", ">λ′", ">dial′", "")
-    return Table(columns, rows, f"Dials at position {rope.position:,}; ′: with the factor {rope.factor:g}")
+    columns = (">j", ">λ", ">angle", ">λ′", ">angle′", "")
+    return Table(columns, rows, f"Angles at position {rope.position:,}; ′: with a scaling factor of {rope.factor:g}")
 
 
 def _query(rope: Rope) -> tuple[Running, Table]:
@@ -76,11 +76,11 @@ def _query(rope: Rope) -> tuple[Running, Table]:
         for pair in longest
     )
     heading = (
-        Cell(f"The query of L{rope.layer}.H{rope.head} behind "),
+        Cell(f"Query of L{rope.layer}.H{rope.head} at "),
         Cell(rope.token.text, "cyan", token=True),
-        Cell(f", turned to position {rope.position:,}: its length {rope.length:.4g} stays, as that of each pair."),
+        Cell(f", rotated to position {rope.position:,}. Its norm is {rope.length:.4g}; rotation preserves norms."),
     )
-    return Running(heading), Table((">j", ">before", ">after", ">length"), rows, "Its longest pairs", scroll=_SHOWN)
+    return Running(heading), Table((">j", ">before", ">after", ">norm"), rows, "Its pairs, by norm", scroll=_SHOWN)
 
 
 def _keys(rope: Rope) -> tuple[Table, Paragraph]:
@@ -94,23 +94,23 @@ def _keys(rope: Rope) -> tuple[Table, Paragraph]:
         )
         for match in rope.matches
     )
-    note = "q·k/√head_dim, which the softmax makes shares of. What it differs from unturned by, the distance did."
+    note = "score: q·k/√head_dim, the input of the softmax. unrotated: the same without RoPE, for any distance."
     if rope.n_keys > len(rope.matches):
         note = f"The {len(rope.matches)} nearest of {rope.n_keys:,} keys. {note}"
-    title = "The query at its own place meets the keys"
-    return Table((">back", "key", ">unturned", ">product"), rows, title, scroll=_SHOWN), Paragraph(note, "dim")
+    title = "Attention scores at its own position"
+    return Table((">distance", "key", ">unrotated", ">score"), rows, title, scroll=_SHOWN), Paragraph(note, "dim")
 
 
 def _dial(angle: float) -> str:
-    """An angle in radians as degrees with an arrow, of which there are eight."""
+    """Format an angle as degrees with one of eight arrows."""
     degrees = round(math.degrees(angle)) % 360
     return f"{degrees}°{_ARROWS[round(degrees / 45) % 8]}"
 
 
 def _tokens(wavelength: float) -> str:
-    """A number of tokens in four characters."""
+    """Format a number of tokens with four characters."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        # What rounds up to a thousand has the next unit.
+        # Values that round up to 1000 get the next unit.
         if wavelength >= 0.9995 * size:
             value = wavelength / size
             return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"

@@ -1,4 +1,4 @@
-"""The source of a part, and the list of what there is."""
+"""Source code by name, and the list of concepts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def page(source: Source) -> Page:
-    """The passages, one below the other."""
+    """Return a page of the passages."""
     codes = tuple(Code(dedent(passage.text), passage.path, passage.first_line) for passage in source.passages)
     return Page(f"Source of {source.name}", codes)
 
 
 def contents(concepts: Mapping[str, tuple[Passage, ...]]) -> Page:
-    """The concepts and their places."""
+    """Return a page of the concepts and their locations."""
     rows = tuple(
         (Cell(concept, "bold"), Cell(passage.name), Cell(f"{passage.path.partition('/')[2]}:{passage.first_line}"))
         for concept, passages in concepts.items()
@@ -29,4 +29,4 @@ def contents(concepts: Mapping[str, tuple[Passage, ...]]) -> Page:
         "/source NAME shows one of these, or any function, class, method, module or command: "
         "/source KVCache.update, /source model, /source /surprisal."
     )
-    return Page("Source", (Table(("concept", "part", "place"), rows), Paragraph(note, "dim")))
+    return Page("Source", (Table(("concept", "name", "location"), rows), Paragraph(note, "dim")))

@@ -1,4 +1,4 @@
-"""A text colored by how much each token surprised the model."""
+"""A text colored by the surprisal of each token."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ _EMPTY = Cell("")
 
 
 def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
-    """The text colored by how much it surprised, a legend, and the numbers of each token.
+    """Return a page of the colored text, a legend, and the score of each token.
 
-    bits: of each character of the text, as `per_character` gives them.
+    Args:
+        surprisal: The scores.
+        text: The text.
+        bits: Bits of each character of the text, from `per_character`.
     """
     runs = groupby(zip(text, bits, strict=True), key=lambda pair: pair[1])
     colored = [
@@ -27,7 +30,7 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
             "".join(char for char, _ in run),
             surprise_style(of_run),
             token=True,
-            hover="nothing predicts it" if of_run is None else f"{of_run:.1f} bits",
+            hover="not predicted" if of_run is None else f"{of_run:.1f} bits",
         )
         for of_run, run in runs
     ]
@@ -45,13 +48,13 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
 def _score(token: Scored, most_bits: float) -> tuple[Cell, ...]:
     cell = Cell(token.text, surprise_style(token.bits), token=True)
     if token.probability is None or token.rank is None or token.bits is None:
-        return cell, Cell("", said="which nothing predicts"), _EMPTY, _EMPTY, _EMPTY
+        return cell, Cell("", said="not predicted"), _EMPTY, _EMPTY, _EMPTY
     bar = Cell("", bar=token.bits / (most_bits or 1.0))
     return cell, Cell(percent(token.probability)), Cell(f"{token.rank:,}"), Cell(f"{token.bits:.1f}"), bar
 
 
 def _total(surprisal: Surprisal) -> str:
     if surprisal.perplexity is None:
-        return "Nothing predicts a first token, and there is no other."
+        return "The first token is not predicted, so there is nothing to score."
     scored = sum(token.bits is not None for token in surprisal.tokens)
     return f"{surprisal.bits:.1f} bits for {counted(scored, 'token')}, perplexity {surprisal.perplexity:,.2f}."

@@ -1,4 +1,4 @@
-"""How a text is cut into tokens."""
+"""Tokenization of a text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llama_scratch.render.text import counted
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.tokens import Tokens
 
-# Neighbors differ without colors too.
+# Adjacent tokens differ even without colors.
 _ALTERNATING = ("cyan", "underline magenta")
 
 
 def page(tokens: Tokens) -> Page:
-    """The text cut into its tokens, then each one's id, bytes and text."""
+    """Return a page of the tokenized text, then id, bytes and text of each token."""
     pieces = [
         Cell(piece.text, _ALTERNATING[i % 2], token=True, hover=f"{piece.id}: {piece.bytes.hex(' ')}")
         for i, piece in enumerate(tokens.tokens)

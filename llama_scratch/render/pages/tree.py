@@ -1,4 +1,4 @@
-"""What may come next, as a tree."""
+"""A tree of probable continuations."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _EMPTY = Cell("")
 
 
 def page(tree: Tree, text: str) -> Page:
-    """The branches with their numbers, each one's probability and that of the whole path to it.
+    """Return a page of the branches with token and path probabilities.
 
-    text: that of the prompt, of which the end is shown.
+    Args:
+        tree: The tree.
+        text: The prompt. Its end is shown.
     """
     end = text[-24:]
     levels, rows = zip(*_branches(tree.branches, ""), strict=True)
     columns = "branch", "token", ">probability", ">path", ""
     table = Table(columns, rows, json_line(end if end == text else f"…{end}"), levels=levels)
-    note = Cell("In brackets: the whole path. /tree 1.2 goes there, /tree .. goes back.", "dim")
-    return Page("What may come next", (table, Running((note,), spoken=False)))
+    note = Cell("In parentheses: probability of the whole path. /tree 1.2 moves there, /tree .. moves back.", "dim")
+    return Page("Continuation tree", (table, Running((note,), spoken=False)))
 
 
 def _branches(branches: Sequence[Branch], path: str) -> Iterator[tuple[int, tuple[Cell, ...]]]:
-    """The rows of the branches behind a path, each with its level."""
+    """Yield the rows of the branches below a path, each with its level."""
     for number, branch in enumerate(branches, start=1):
         whole = percent(branch.path_probability)
         yield (

@@ -1,4 +1,4 @@
-"""Numbers of a value at a stop of the forward pass."""
+"""Numbers of a value in the forward pass."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def page(view: ValueView, stop: Statement) -> Page:
-    """Numbers of a value at a stop."""
+    """Return a page of the numbers of a value.
+
+    Args:
+        view: The numbers.
+        stop: The stop in the forward pass.
+    """
     heading = Paragraph(f"{view.name}{view.index} in {where(stop)}", "bold")
     if view.shape is None:
-        return Page("A value of the forward pass", (heading, Paragraph(view.text)), (f"model.{stop.function}",))
-    of = f"Of the shape {tuple_text(view.whole or ())}, {view.dtype}."
+        return Page("Value in the forward pass", (heading, Paragraph(view.text)), (f"model.{stop.function}",))
+    of = f"Shape {tuple_text(view.whole or ())}, {view.dtype}."
     two = len(view.shape) > 1
     width = max(map(len, view.rows), default=0)
-    # One dimension goes on from row to row.
+    # One dimension is wrapped into several rows.
     columns = ("", *(f">{column}" if two else f">+{column}" for column in range(width)))
     rows = tuple(
         (Cell(label, "dim"), *(Cell(number(value)) for value in row), *(Cell("") for _ in range(width - len(row))))
@@ -28,5 +33,5 @@ def page(view: ValueView, stop: Statement) -> Page:
     )
     parts: list[PageBlock] = [heading, Paragraph(of), Table(columns, rows)]
     if view.left_out:
-        parts.append(Paragraph(f"There are more: an index such as {view.name}[..., :8] shows others.", "dim"))
-    return Page("A value of the forward pass", tuple(parts), (f"model.{stop.function}",))
+        parts.append(Paragraph(f"Not all numbers are shown. Use an index, such as {view.name}[..., :8].", "dim"))
+    return Page("Value in the forward pass", tuple(parts), (f"model.{stop.function}",))

@@ -43,7 +43,7 @@ def session(tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ses
     [
         ("/tokens the na\x1btion", ["Tokens", "\\x1b"]),
         ("/surprisal", ["Surprisal", "perplexity"]),
-        ("/tree 2x2", ["What may come next", "1.2", "2.1"]),
+        ("/tree 2x2", ["Continuation tree", "1.2", "2.1"]),
         ("/choices the | <b>", ["Choices", "&lt;b&gt;", "One of them"]),
         ("/diff the nation | the tion", ["Two texts", "after the first"]),
         ("/compare bf16", ["Two models", "KL divergence"]),
@@ -68,7 +68,7 @@ def test_without_a_view_the_answer_is_drawn(session: Session) -> None:
     prediction = session.predict("the nation")
     run_command(session, "/picture a.html")
     page = Path("a.html").read_text()
-    assert "What comes next" in page
+    assert "Next-token prediction" in page
     assert f"id {prediction.next.id}, log-probability" in page
 
 

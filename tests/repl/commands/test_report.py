@@ -43,7 +43,7 @@ def test_it_holds_every_part_of_the_examination(session: Session, tmp_path: Path
     session.predict("The capital of France is")
     page = report(session, tmp_path / "page.html")
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
-    assert headings[:4] == ["What comes next", "Surprisal", "Logit lens", "Why that token"]
+    assert headings[:4] == ["Next-token prediction", "Surprisal", "Logit lens", "Attribution"]
     assert any(heading.startswith("Attention of L") for heading in headings)
     assert headings[-1] == "Attention heads"
     assert session.state.page is not None
