@@ -63,7 +63,7 @@ def test_enter_on_an_empty_line_accepts_the_token_and_goes_on(session: Terminal)
     session.type("enter")
     session.wait_for("The capital of France is Paris\n")
     session.settle()
-    assert "6 tokens, 5 reused" in session.text
+    assert "6 tokens, 5 cached" in session.text
     session.type("enter")
     session.wait_for("The capital of France is Paris.\n")
     session.settle()
