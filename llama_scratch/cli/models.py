@@ -147,7 +147,9 @@ def convert(
             autocompletion=lambda: ["meta", "hf", "gguf"],
         ),
     ],
-    tokenizer: Annotated[str | None, option("--tokenizer", metavar="PATH", help="Path to tokenizer.model.")] = None,
+    tokenizer: Annotated[
+        str | None, option("--tokenizer", metavar="PATH", help="Path to tokenizer.model, if it is not with the model.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Convert a model to another format, with bit-identical weights.

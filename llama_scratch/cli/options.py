@@ -67,7 +67,9 @@ class ModelOptions:
             "--model", "NAME", "Model that 'pull' downloaded: smollm2, OWNER/REPO, Llama3.2-1B.", model_names
         ),
     ] = None
-    tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "Path to tokenizer.model.")] = None
+    tokenizer: Annotated[
+        str | None, _model_option("--tokenizer", "PATH", "Path to tokenizer.model, if it is not with the model.")
+    ] = None
     precision: Annotated[
         str | None,
         _model_option(

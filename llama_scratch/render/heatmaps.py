@@ -22,7 +22,7 @@ _POSITIVE, _POSITIVE_ASCII = " ·░▒▓█", " .:+*#"
 _NEGATIVE, _NEGATIVE_ASCII = " ‐-=≡≣", " `-=xX"
 # Upper limits of the first five shades.
 _LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
-# Maximum number of rows. A map with texts may be higher, because pooling would drop texts.
+# Maximum number of rows. Maps with texts may have more, because pooling would drop texts.
 HIGH, HIGH_WITH_TEXTS = 48, 128
 TILE = (10, 5)
 

@@ -74,7 +74,7 @@ class Table:
         columns: Column names. A name that begins with ">" marks a column of numbers.
         rows: The cells of each row.
         title: Title above the table.
-        scroll: Maximum number of rows on a terminal, which counts the others. 0: all rows.
+        scroll: Maximum number of rows on a terminal, which then says how many more there are. 0: all rows.
         levels: The depth of each row in the tree, from 0. A terminal shows the tree instead of a table.
     """
 
@@ -262,7 +262,7 @@ def written(text: str, *, token: bool = False) -> str:
 
 
 def figure(value: float) -> str:
-    """Format a number with three significant digits, and with commas from 1,000."""
+    """Format a number: 3 significant digits, or an integer with commas from 1,000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
