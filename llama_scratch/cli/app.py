@@ -110,7 +110,16 @@ def main(
     *,
     options: ModelOptions,
 ) -> None:
-    """Prepare the process for a subcommand, or answer prompts if there is none."""
+    """Answer prompts, or prepare the process for a subcommand.
+
+    Args:
+        ctx: The context of the command. Subcommands find the `Consoles` in its `obj`.
+        answer: Options for the prompt and its answer.
+        output: Options for output and interaction.
+        config: The configuration file, which a callback has already read.
+        version: Handled by a callback.
+        options: The model options.
+    """
     if output.debug:
         ctx.with_resource(tracebacks())
     ctx.obj = consoles = Consoles.open(output)

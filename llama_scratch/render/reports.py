@@ -112,7 +112,12 @@ def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
 
 
 def explained(title: str, text: str) -> RenderableType:
-    """Render a title and paragraphs. Line breaks within a paragraph are joined."""
+    """Render a title and paragraphs.
+
+    Args:
+        title: The title.
+        text: Paragraphs, separated by blank lines. Line breaks within a paragraph are joined.
+    """
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return Group(Padding(Text(title, style="bold"), (0, 0, 0, 1)), *(indented(p, "") for p in paragraphs))
 

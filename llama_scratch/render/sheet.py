@@ -94,7 +94,16 @@ class Sheet:
 
 
 def shade_of(heatmap: Heatmap, row: int, column: int) -> str | None:
-    """The color of a field, or None if it is empty."""
+    """The color of a field.
+
+    Args:
+        heatmap: The heat map.
+        row: Row of the field.
+        column: Column of the field.
+
+    Returns:
+        A hex color, or None if the field is empty.
+    """
     level = heatmap.level(row, column)
     if level is None:
         return None

@@ -23,6 +23,10 @@ def visible(text: str, style: str = "") -> Text:
 
     Spaces become ␣. Control and invisible characters become escapes. A combining mark at the beginning gets a dotted
     circle as its base.
+
+    Args:
+        text: The token's text.
+        style: A style of rich.
     """
     visible_text = Text(style=style)
     for i, char in enumerate(text):
@@ -170,7 +174,12 @@ def error(sentence: str) -> RenderableType:
 
 
 def indented(sentence: str, style: str) -> RenderableType:
-    """Render a message in a style, indented by one cell."""
+    """Render a message, indented by one cell.
+
+    Args:
+        sentence: The message.
+        style: A style of rich.
+    """
     return Padding(Text(sentence, style=style), (0, 0, 0, 1), expand=False)
 
 
@@ -180,7 +189,11 @@ def counted(n: int, noun: str) -> str:
 
 
 def size(count: int, decimals: int = 0) -> str:
-    """Format a number of bytes as GB or MB. `decimals` applies to megabytes.
+    """Format a number of bytes as GB or MB.
+
+    Args:
+        count: Number of bytes.
+        decimals: Number of decimals for megabytes. Gigabytes always have two.
 
     >>> size(2_471_645_608), size(98_362_432)
     ('2.47 GB', '98 MB')
@@ -189,7 +202,12 @@ def size(count: int, decimals: int = 0) -> str:
 
 
 def as_text(view: RenderableType, width: int = 100) -> str:
-    """Render a view as lines of text without colors. A `Text` is returned unchanged."""
+    """Render a view as lines of text without colors.
+
+    Args:
+        view: The view. The characters of a `Text` are returned unchanged.
+        width: Width in cells.
+    """
     if isinstance(view, Text):
         return view.plain
     console = Console(no_color=True, color_system=None, highlight=False, width=width, emoji=False, force_jupyter=False)
