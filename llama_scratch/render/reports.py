@@ -51,7 +51,7 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
     held = {
         name: f"{part['parameters']:,} parameters ({percent(part['share'])})" for name, part in facts["parts"].items()
     }
-    heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
+    heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, head size {shape['head_dim']}"
     others = f" and {len(facts['files']) - 1} more" if len(facts["files"]) > 1 else ""
     stops = [sanitize(stop) for stop in tokenizer["stops"]]
     pattern = f"{tokenizer['pattern']}'s pattern" if tokenizer["pattern"] else "a custom pattern"
@@ -64,9 +64,9 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
         + f" tensors; runs in {facts['precision']}",
         "parameters": f"{facts['parameters']:,}" + (" (tied embeddings)" if facts["tied_output"] else ""),
         "embedding": held["embedding"],
-        "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
+        "layers": f"{shape['n_layers']}, hidden size {shape['dim']:,}",
         "attention": f"{heads}; {held['attention']}",
-        "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide; {held['feed_forward']}",
+        "feed-forward": f"SwiGLU, intermediate size {shape['ffn_dim']:,}; {held['feed_forward']}",
         "norms": f"RMSNorm, epsilon {shape['norm_eps']:g}; {held['norms']}",
         "output": "tied to the embedding" if facts["tied_output"] else held["output"],
         "RoPE": f"base {rope['theta']:,.0f}, {_scaling(rope)}",
