@@ -1,13 +1,13 @@
 """What does a command line ask for, and with which exit code does the program end?
 
-`app` has the main command and `run`, `options` declares the options, and `models`, `measure` and `replay` have one
-function per subcommand; `opening` loads the model of a command, `config_file` reads the user's defaults, and
-`process` has the streams and the exit codes. Read `app` first, then `options` and `opening`.
+`app` has the main command and `run`, and `options` declares the options. `models`, `measure` and `replay` have one
+function per subcommand. `opening` loads the model, `config_file` reads the user's defaults, and `process` handles the
+streams and the exit codes. Read `app` first, then `options` and `opening`.
 """
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line and return its exit code; typer is imported only then."""
+    """Run a command line and return its exit code. Imports typer only when called."""
     from llama_scratch.cli import app
 
     return app.run(arguments)

@@ -1,4 +1,7 @@
-"""The command line: the main command, its subcommands, and `run`. Importing it imports no torch."""
+"""The command line: the main command, its subcommands, and `run`.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,22 @@ from llama_scratch.errors import UsageError
 from llama_scratch.system import crash_handler
 from llama_scratch.system.memory import require_start
 
+# One line per paragraph, because the help wraps them to the width of the terminal.
+_HELP = (
+    "A microscope for next-token prediction: type a prompt, see what Llama would say next.\n\n"
+    "Examples:\n"
+    "  llama-scratch\n"
+    "      Start an interactive session.\n"
+    '  llama-scratch -p "Hot and" --top 3\n'
+    "      List the 3 most likely tokens.\n"
+    "  llama-scratch -n 30 < prompts.txt\n"
+    "      Continue each line by 30 tokens.\n\n"
+    "Without --model or --model-dir it runs Llama 3.2 1B if it is in ~/.llama, otherwise SmolLM2-135M, "
+    "an open model of the same architecture. If standard input is not a terminal, each line is a prompt.\n\n"
+    "Options can also be set in the configuration file (see --config), as top = 10, and in the environment, "
+    "as LLAMA_SCRATCH_TOP=10. Flags override the environment, and the environment overrides the file."
+)
+
 app = typer.Typer(
     name=NAME,
     invoke_without_command=True,
@@ -37,7 +56,7 @@ for command in (pull, info, verify, convert, bench, replay):
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line and return its exit code; every error is one message on stderr."""
+    """Run a command line and return its exit code. Errors are one message on stderr."""
     prepare_streams()
     try:
         try:
@@ -51,9 +70,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _configure(ctx: typer.Context, path: str | None) -> str | None:
-    """Take options from the environment and from the configuration file too."""
+    """Read defaults from the environment and from the configuration file."""
     ctx.auto_envvar_prefix = "LLAMA_SCRATCH"
-    from llama_scratch.cli.config_file import read_config  # not for completion
+    from llama_scratch.cli.config_file import read_config  # shell completion does not need it
 
     ctx.default_map = read_config(path, ctx)
     return path
@@ -67,7 +86,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=_HELP)
 @with_options
 def main(
     ctx: typer.Context,
@@ -81,25 +100,25 @@ def main(
             envvar="LLAMA_SCRATCH_CONFIG",
             is_eager=True,
             callback=_configure,
-            help="The file of options, TOML, in place of llama-scratch/config.toml in the folder for configurations.",
+            help="Configuration file in TOML (default: llama-scratch/config.toml in the configuration folder).",
         ),
     ] = None,
     version: Annotated[
         bool,
-        option("--version", metavar="", is_eager=True, callback=_print_version, help="Print the version and exit."),
+        option("--version", metavar="", is_eager=True, callback=_print_version, help="Show the version and exit."),
     ] = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """A microscope for one token: type a prompt, see what Llama would say next.
+    """Answer prompts, or prepare the process for a subcommand.
 
-    With no model named it looks for Llama 3.2 1B in ~/.llama and else takes
-    SmolLM2-135M, an open model of the same architecture. When standard input is
-    not a terminal, each line is a prompt.
-
-    Each option can also stand in the configuration file (see --config), as
-    top = 10, and in the environment, as LLAMA_SCRATCH_TOP=10. Flags go over the
-    environment, and that goes over the file.
+    Args:
+        ctx: The context of the command. Subcommands find the `Consoles` in its `obj`.
+        answer: Options for the prompt and its answer.
+        output: Options for output and interaction.
+        config: The configuration file, which a callback has already read.
+        version: Handled by a callback.
+        options: The model options.
     """
     if output.debug:
         ctx.with_resource(tracebacks())
@@ -112,11 +131,11 @@ def main(
 
 
 def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions, consoles: Consoles) -> int:
-    """Answer in a session at the terminal, or one prompt, or each line of standard input; returns the exit code."""
+    """Run a session, or answer one prompt or each line of standard input. Returns the exit code."""
     if answer.generate < 0:
-        raise UsageError(f"{answer.generate} tokens to generate were asked for, expected at least 0 (--generate).")
+        raise UsageError(f"Cannot generate {answer.generate} tokens. Set --generate to at least 0.")
     if answer.top is not None and answer.top < 1:
-        raise UsageError(f"{answer.top} candidates were asked for, expected at least 1 (--top).")
+        raise UsageError(f"Cannot list {answer.top} candidates. Set --top to at least 1.")
     from llama_scratch.repl.batch import OutputFormat, answer_all
     from llama_scratch.repl.conversation import Chat, checked
     from llama_scratch.repl.loading import Loading
@@ -140,7 +159,7 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
     at_terminal = format == "terminal"
     session = Session(
         Loading.ended_with(load(options, consoles)),
-        consoles.out if at_terminal else consoles.log,  # the output of commands would break the data
+        consoles.out if at_terminal else consoles.log,  # stdout is for data only, so commands print to stderr
         settings,
         opener(options),
         interactive=at_terminal,
@@ -154,21 +173,21 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
     prompts = _prompts(answer.prompt, consoles)
     try:
         return answer_all(session, prompts, format, commands=answer.commands, log=consoles.log)
-    except BrokenPipeError:  # the reader went away, which is its right
+    except BrokenPipeError:  # the reader closed the pipe, which is not an error
         discard_stdout()
         return 0
 
 
 def _prompts(prompt: str | None, consoles: Consoles) -> Iterable[str]:
-    """The prompt, or all of standard input if it is "-", or each line of standard input if it is None."""
+    """The prompts to answer: the given one, all of standard input for "-", or each of its lines for None."""
     from llama_scratch.repl.batch import stdin_lines, stdin_text
 
     if prompt in (None, "-") and sys.stdin.isatty():
         source = "the prompt" if prompt else "prompts, one per line,"
-        consoles.log.print(f"Reading {source} from the terminal. Ctrl-D ends.", soft_wrap=True)
+        consoles.log.print(f"Reading {source} from the terminal. Ctrl-D ends the input.", soft_wrap=True)
     if prompt is None:
         return stdin_lines()
     text = stdin_text() if prompt == "-" else prompt
     if text == "":
-        raise UsageError("The prompt is empty, expected some text (--prompt).")
+        raise UsageError("The prompt is empty. Pass some text with --prompt.")
     return [text]

@@ -1,4 +1,6 @@
-"""The configuration file: TOML with the long options as keys, and a table for each subcommand. Imports no torch.
+"""The configuration file: long options as TOML keys, with a table per subcommand.
+
+Importing this module does not import torch. An example:
 
 model = "smollm2"
 top = 10
@@ -24,41 +26,45 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.system.folders import user_folder
 from llama_scratch.system.small_files import read_text
 
-# tomllib takes time quadratic in the parts of a dotted key, which is always within one line. These keep it below 1 s.
+# tomllib takes quadratic time in the number of parts of a dotted key, which is always on one line. These limits keep it
+# below 1 s.
 _MAX_BYTES, _MAX_DOTS = 1 << 16, 256
 
 
 def default_path() -> Path:
-    """The file that is read if no other is named. Raises FileNotFoundError if there is no home folder."""
+    """The default configuration file. Raises FileNotFoundError without a home folder."""
     return user_folder("config") / "config.toml"
 
 
 def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
-    """Read the file's values as the `default_map` of a program: by parameter, and by subcommand.
+    """Read the configuration file as typer's `default_map`.
 
     Args:
-        path: The file. None: the default file, which counts as empty if it is missing or cannot be read.
-        ctx: The context of the program.
+        path: The file. None: the default file, which counts as empty if it is missing or unreadable.
+        ctx: The context of the main command.
+
+    Returns:
+        The values by parameter, and a dictionary of values for each subcommand.
 
     Raises:
-        UsageError: If a named file cannot be read, or if a file is not TOML or holds a key or a value that no
-            option has.
+        UsageError: If the file at `path` cannot be read, is not valid TOML, or has an unknown option or an invalid
+            value.
     """
     file = Path(os.path.expanduser(path or ""))
     try:
         file = default_path() if path is None else file
         text = read_text(file, _MAX_BYTES, error=UsageError)
     except OSError as error:
-        if path is None:  # such as that of another user, after `sudo -u` with the old HOME
+        if path is None:  # for example another user's file, after `sudo -u` with the old HOME
             return {}
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UsageError(
-                f"There is no configuration file at {sanitize(file, 200)}; write one there, "
-                "or name another with --config or $LLAMA_SCRATCH_CONFIG."
+                f"Configuration file not found: {sanitize(file, 200)}. Create it, "
+                "or choose another file with --config or $LLAMA_SCRATCH_CONFIG."
             ) from error
         raise UsageError(
-            f"The configuration file {sanitize(file, 200)} cannot be read ({error.strerror or error}); "
-            "check that it is a file that is there for you to read."
+            f"The configuration file {sanitize(file, 200)} cannot be read ({error.strerror or error}). "
+            "Check that it is a regular file and that you have permission to read it."
         ) from error
     try:
         if any(line.count(".") > _MAX_DOTS for line in text.split("\n")):
@@ -66,14 +72,14 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"The configuration file {sanitize(file, 200)} is not TOML ({sanitize(error, 200)}); "
-            "correct it there, expected lines such as top = 10."
+            f"The configuration file {sanitize(file, 200)} is not valid TOML ({sanitize(error, 200)}). "
+            "Write one option per line, such as top = 10."
         ) from error
     return _defaults(table, ctx, file)
 
 
 def _defaults(root: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[str, Any]:
-    """The values of the main command by parameter, and a table of values for each subcommand."""
+    """Return the values of the main command by parameter, and a table of values for each subcommand."""
     program = ctx.command
     commands = program.commands if isinstance(program, TyperGroup) else {}
     tables = {name: root[name] for name in commands if name in root}
@@ -82,14 +88,14 @@ def _defaults(root: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[s
     defaults = _validated(values, options, [*options, *commands], ctx, file)
     for name, table in tables.items():
         if not isinstance(table, Mapping):
-            raise _wrong(file, name, table, f"a table of its options under [{name}]")
+            raise _wrong(file, name, table, f"a table of options under [{name}]")
         options = _options(commands[name])
         defaults[name] = _validated(table, options, options, ctx, file, f" in [{name}]")
     return defaults
 
 
 def _options(command: Any) -> dict[str, TyperOption]:
-    """The options that hold a value, by their long names without dashes. --version and --help hold none."""
+    """The options that take a value, by long name without dashes. --version and --help are left out."""
     return {
         name.removeprefix("--"): option
         for option in command.params
@@ -107,24 +113,24 @@ def _validated(
     file: Path,
     where: str = "",
 ) -> dict[str, Any]:
-    """The values by parameter. Raises `UsageError` for an unknown option, or a value that its option does not take."""
+    """Return the values by parameter. Raises `UsageError` for an unknown option or an invalid value."""
     values = {}
     for key, value in table.items():
         option = options.get(key)
         if option is None:
             near = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else "expected a long option without its dashes."
-            raise UsageError(f"{sanitize(file, 200)}: there is no option '{sanitize(key)}'{where}; {advice}")
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:  # which no option takes, nor TOML
-            raise _wrong(file, key, "a number of over 64 bits", "a smaller one")
-        if isinstance(value, bool) != option.is_flag:  # which would be taken for 0 and 1, or the other way round
-            raise _wrong(file, key, value, "true or false" if option.is_flag else f"what --{key} takes")
+            advice = f"Did you mean {near[0]}?" if near else "Use the name of a long option without the dashes."
+            raise UsageError(f"{sanitize(file, 200)}: unknown option '{sanitize(key)}'{where}. {advice}")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:  # TOML's range
+            raise _wrong(file, key, "a number of more than 64 bits", "smaller")
+        if isinstance(value, bool) != option.is_flag:  # Python would accept True as 1, and 1 as True
+            raise _wrong(file, key, value, "true or false" if option.is_flag else f"a valid value for --{key}")
         try:
             parsed = option.process_value(ctx, value)
         except typer.BadParameter as error:
-            raise _wrong(file, key, value, f"what --{key} takes ({error.message})") from error
-        if isinstance(parsed, str) and not isinstance(value, str):  # a number would become one in silence
-            raise _wrong(file, key, value, "a text in quotes")
+            raise _wrong(file, key, value, f"a valid value for --{key} ({error.message.rstrip('.')})") from error
+        if isinstance(parsed, str) and not isinstance(value, str):  # a number would silently become text
+            raise _wrong(file, key, value, "a string in quotes")
         values[option.name] = value
     return values
 
@@ -132,6 +138,6 @@ def _validated(
 def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
     try:
         value_text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # a number of thousands of digits in it
-        value_text = "a number of over 64 bits"
-    return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(value_text)}, expected {expected}; correct it there.")
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        value_text = "a number of more than 64 bits"
+    return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(value_text)}. It must be {expected}.")

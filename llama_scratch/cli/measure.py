@@ -1,4 +1,4 @@
-"""The command that measures speed: bench."""
+"""The `bench` subcommand, which measures speed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from llama_scratch.render.progress import progress_bar
 def bench(
     ctx: typer.Context,
     prefill: Annotated[
-        str, option("--prefill", metavar="N,…", help="Lengths of the prompts that are read.")
+        str, option("--prefill", metavar="N,…", help="Prompt lengths to measure, in tokens.")
     ] = "128,512,2048",
     decode_at: Annotated[
-        str, option("--decode-at", metavar="N,…", help="Tokens before those that are decoded.")
+        str, option("--decode-at", metavar="N,…", help="Context lengths to decode at, in tokens.")
     ] = "16,8192",
-    tokens: Annotated[int, option("--tokens", metavar="N", help="Tokens decoded in each measurement.")] = 16,
-    runs: Annotated[int, option("--runs", metavar="N", help="Measurements of each; the median counts.")] = 3,
+    tokens: Annotated[int, option("--tokens", metavar="N", help="Tokens to decode per measurement.")] = 16,
+    runs: Annotated[int, option("--runs", metavar="N", help="Repetitions; the median is reported.")] = 3,
     json: AsJson = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """How fast a model runs here: reading prompts, decoding, and its share of what the memory allows."""
+    """Measure prefill and decode in tokens per second.
+
+    Decoding is also compared with the limit that memory bandwidth sets.
+    """
     consoles: Consoles = ctx.obj
     prompts, contexts = _sizes(prefill, "--prefill"), _sizes(decode_at, "--decode-at")
     for value, name in ((tokens, "--tokens"), (runs, "--runs")):
         if value < 1:
-            raise UsageError(f"{value} was given, expected at least 1 ({name}).")
+            raise UsageError(f"{name} is {value}. It must be at least 1.")
     llama = load(options, consoles)
     with progress_bar(consoles.log, "Measuring") as progress:
         from llama_scratch.inference.speed import measure
@@ -52,8 +55,8 @@ def bench(
 
 
 def _sizes(text: str, name: str) -> list[int]:
-    """ "128,512" → [128, 512], in order and each once; nothing if the text is empty."""
+    """Parse "128,512" into [128, 512], sorted and without duplicates. An empty text gives an empty list."""
     sizes = text.split(",") if text else []
     if not all(size.strip().isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
-        raise UsageError(f"'{sanitize(text)}' was given, expected numbers of tokens such as 128,512 ({name}).")
+        raise UsageError(f"{name} is '{sanitize(text)}'. It must be numbers of tokens, such as 128,512.")
     return sorted({int(size) for size in sizes})

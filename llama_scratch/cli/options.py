@@ -1,4 +1,7 @@
-"""The options of the commands, each declared once with its help, and the decorator that gives them to a command."""
+"""The options of the commands, each declared once with its help.
+
+The decorator `with_options` adds them to a command.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ import typer
 from llama_scratch.errors import UsageError
 from llama_scratch.precision import ACTIVATIONS, PRECISIONS
 
-# Each option can stand in the environment too; the help says so once.
+# The main help explains the environment variables once, instead of per option.
 option = partial(typer.Option, show_envvar=False)
-ModelPath = Annotated[str | None, typer.Argument(metavar="PATH", help="A model; by default the one that would run.")]
-AsJson = Annotated[bool, option("--json", metavar="", help="One JSON object.")]
+ModelPath = Annotated[
+    str | None, typer.Argument(metavar="PATH", help="Path of a model (default: the one that would run).")
+]
+AsJson = Annotated[bool, option("--json", metavar="", help="Print one JSON object.")]
 
 
 def model_names() -> list[str]:
-    """The names that completion offers for a model."""
+    """Model names for shell completion."""
     from llama_scratch.download.pypi import OPEN_MODELS
 
     return list(OPEN_MODELS)
@@ -39,34 +44,38 @@ def _devices() -> list[str]:
 
 
 def _model_option(name: str, metavar: str, help: str, values: Callable[[], list[str]] | None = None) -> Any:
-    """values: what completion offers; None: what the shell itself does, which are files."""
+    """Declare a model option. `values` completes it in the shell; None: the shell completes file names."""
     panel = "Model (before or after a subcommand)"
     return option(name, metavar=metavar, help=help, rich_help_panel=panel, autocompletion=values)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is run; None where the option was not given."""
+    """Which model to run, and how. None: the option was not given."""
 
     model_dir: Annotated[
         str | None,
         _model_option(
             "--model-dir",
             "PATH",
-            "A directory of Meta's or Hugging Face's files, or a .gguf file; also at gs:// or az://.",
+            "Model directory (Meta or Hugging Face format) or .gguf file, also at gs:// or az://.",
         ),
     ] = None
     model: Annotated[
         str | None,
-        _model_option("--model", "NAME", "What 'pull' fetched: smollm2, OWNER/REPO, Llama3.2-1B.", model_names),
+        _model_option(
+            "--model", "NAME", "Model that 'pull' downloaded: smollm2, OWNER/REPO, Llama3.2-1B.", model_names
+        ),
     ] = None
-    tokenizer: Annotated[str | None, _model_option("--tokenizer", "PATH", "A tokenizer.model elsewhere.")] = None
+    tokenizer: Annotated[
+        str | None, _model_option("--tokenizer", "PATH", "Path to tokenizer.model, if it is not with the model.")
+    ] = None
     precision: Annotated[
         str | None,
         _model_option(
             "--precision",
             "NAME",
-            f"auto (the file's own type), {', '.join(PRECISIONS)}.",
+            f"Weight type: auto (as in the file), {', '.join(PRECISIONS)}.",
             _precisions,
         ),
     ] = None
@@ -75,7 +84,7 @@ class ModelOptions:
         _model_option(
             "--activations",
             "NAME",
-            f"Between the layers: auto, {', '.join(ACTIVATIONS)}.",
+            f"Activation type: auto, {', '.join(ACTIVATIONS)}.",
             _activations,
         ),
     ] = None
@@ -84,21 +93,24 @@ class ModelOptions:
         _model_option(
             "--device",
             "NAME",
-            "auto (CUDA where there is one, else the CPU), cpu, cuda or mps.",
+            "Device: auto (CUDA if available, else CPU), cpu, cuda, mps.",
             _devices,
         ),
     ] = None
-    threads: Annotated[int | None, _model_option("--threads", "N", "CPU threads.")] = None
-    context: Annotated[int | None, _model_option("--context", "N", "Most tokens at once.")] = None
+    threads: Annotated[int | None, _model_option("--threads", "N", "Number of CPU threads.")] = None
+    context: Annotated[int | None, _model_option("--context", "N", "Maximum context length in tokens.")] = None
     rope_factor: Annotated[
-        float | None, _model_option("--rope-factor", "N", "RoPE scaling in place of the model's.")
+        float | None, _model_option("--rope-factor", "N", "RoPE scaling factor (default: the model's).")
     ] = None
     calibration: Annotated[
-        str | None, _model_option("--calibration", "FILE", "Text of the kind that int4 is to be best at.")
+        str | None, _model_option("--calibration", "FILE", "Calibration text for int4 quantization.")
     ] = None
 
     def overriding(self, other: ModelOptions) -> ModelOptions:
-        """These options, and the other's if one was not given; the two ways to name a model are one option."""
+        """Merge options: these take precedence over the other ones.
+
+        `model` and `model_dir` count as one option.
+        """
         values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
         if values.keys() & {"model", "model_dir"}:
             other = replace(other, model=None, model_dir=None)
@@ -106,82 +118,99 @@ class ModelOptions:
 
     @property
     def source(self) -> str | None:
-        """The argument of `Llama.load`."""
+        """The `source` argument of `Llama.load`. Raises `UsageError` if there are two."""
         if self.model is not None and self.model_dir is not None:
-            raise UsageError("Both --model and --model-dir were given, expected one of them.")
+            raise UsageError("Both --model and --model-dir were given. Use only one of them.")
         return self.model if self.model is not None else self.model_dir
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """The prompt of the main command, and how it is answered."""
+    """Options for the prompt and its answer."""
 
     prompt: Annotated[
         str | None,
-        option("--prompt", "-p", metavar="TEXT", help='Answer one prompt and exit; "-": all of standard input.'),
+        option("--prompt", "-p", metavar="TEXT", help='Answer this prompt and exit; "-": read it from stdin.'),
     ] = None
-    top: Annotated[int | None, option("--top", metavar="N", help="Candidates listed (5).", show_default=False)] = None
+    top: Annotated[
+        int | None, option("--top", metavar="N", help="Most likely tokens to list (default: 5).", show_default=False)
+    ] = None
     generate: Annotated[
-        int, option("--generate", "-n", metavar="N", help="Go on for N tokens.", show_default=False)
+        int,
+        option("--generate", "-n", metavar="N", help="Number of tokens to generate (default: 0).", show_default=False),
     ] = 0
     temperature: Annotated[
         float,
         option(
             "--temperature",
             metavar="T",
-            help="How much chance: 0, always the most probable token (0).",
+            help="Sampling temperature (default: 0, greedy decoding).",
             show_default=False,
         ),
     ] = 0.0
     top_k: Annotated[
-        int, option("--top-k", metavar="K", help="Draw from the K best tokens only (all).", show_default=False)
+        int,
+        option(
+            "--top-k",
+            metavar="K",
+            help="Top-k sampling: keep the K most likely tokens (default: all).",
+            show_default=False,
+        ),
     ] = 0
     top_p: Annotated[
         float,
-        option("--top-p", metavar="P", help="Draw from the best ones that have P together (1).", show_default=False),
+        option(
+            "--top-p",
+            metavar="P",
+            help="Nucleus sampling: keep the smallest set of tokens with total probability P (default: 1).",
+            show_default=False,
+        ),
     ] = 1.0
     min_p: Annotated[
         float,
-        option("--min-p", metavar="P", help="Draw from those with P times the best one's (0).", show_default=False),
+        option(
+            "--min-p",
+            metavar="P",
+            help="Min-p sampling: keep tokens with P times the top probability or more (default: 0).",
+            show_default=False,
+        ),
     ] = 0.0
-    seed: Annotated[int | None, option("--seed", metavar="N", help="Where chance starts.")] = None
+    seed: Annotated[int | None, option("--seed", metavar="N", help="Random seed for sampling.")] = None
     chat: Annotated[
         bool,
-        option("--chat", metavar="", help="Talk with a model that was trained for it: each line is a message."),
+        option("--chat", metavar="", help="Chat with an instruction-tuned model: each line is a message."),
     ] = False
-    system: Annotated[
-        str | None, option("--system", metavar="TEXT", help="The system prompt of the chat, which it begins.")
-    ] = None
+    system: Annotated[str | None, option("--system", metavar="TEXT", help="System prompt; implies --chat.")] = None
     special: Annotated[
         bool,
-        option("--special", metavar="", help="Names such as <|eot_id|> in a prompt are the special tokens."),
+        option("--special", metavar="", help="Parse special tokens such as <|eot_id|> in prompts."),
     ] = False
     commands: Annotated[
         bool,
-        option("--commands", metavar="", help="In a pipe, lines that begin with / are commands (// escapes)."),
+        option("--commands", metavar="", help="In a pipe, lines that begin with / are commands (// for a literal /)."),
     ] = False
     live: Annotated[
         bool,
-        option("--live/--no-live", metavar="", help="Predict while you type, or only at Enter.", show_default=False),
+        option("--live/--no-live", metavar="", help="Predict while you type (default: on).", show_default=False),
     ] = True
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How the main command and its subcommands print, and whether they ask."""
+    """Options for output and interaction, shared by all commands."""
 
-    json: Annotated[bool, option("--json", metavar="", help="One JSON object a prompt.")] = False
-    plain: Annotated[bool, option("--plain", metavar="", help="No colors, tables or bars; for screen readers.")] = False
-    no_color: Annotated[bool, option("--no-color", metavar="", help="No colors.")] = False
-    quiet: Annotated[bool, option("--quiet", "-q", metavar="", help="No progress and no notes on stderr.")] = False
-    no_input: Annotated[bool, option("--no-input", metavar="", help="Never ask anything.")] = False
-    debug: Annotated[bool, option("--debug", metavar="", help="Show tracebacks.")] = False
+    json: Annotated[bool, option("--json", metavar="", help="Print one JSON object per prompt.")] = False
+    plain: Annotated[bool, option("--plain", metavar="", help="No colors, tables or bars, for screen readers.")] = False
+    no_color: Annotated[bool, option("--no-color", metavar="", help="Disable colors.")] = False
+    quiet: Annotated[bool, option("--quiet", "-q", metavar="", help="Hide progress and notes on stderr.")] = False
+    no_input: Annotated[bool, option("--no-input", metavar="", help="Never ask questions.")] = False
+    debug: Annotated[bool, option("--debug", metavar="", help="Show tracebacks of errors.")] = False
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter of a command that is a dataclass of options by one parameter per option.
+    """Expand each dataclass of options in a command's signature into its options.
 
-    The command gets its `ModelOptions` with those of the main command, which may stand before a subcommand too.
+    The `ModelOptions` that the command receives include those given before the subcommand.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {
@@ -204,7 +233,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:
-    """The fields of a dataclass as the parameters of a function."""
+    """Convert the fields of a dataclass to the parameters of a function."""
     hints = get_type_hints(group, include_extras=True)
     kind = inspect.Parameter.KEYWORD_ONLY
     return [
@@ -216,11 +245,14 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
 def model_options(
     ctx: typer.Context, sources: Sequence[str] = ("DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
 ) -> ModelOptions:
-    """The model options of a command: flags over the environment over the file, a subcommand's over the main one's.
+    """Collect the model options of a command.
+
+    Flags override the environment, and the environment overrides the file. Within one source, the subcommand's options
+    override the main command's.
 
     Args:
         ctx: The context of the command.
-        sources: The places where an option counts if it is given there, the strongest last.
+        sources: The sources to read, in ascending order of precedence.
     """
     options = ModelOptions()
     for source in sources:

@@ -1,4 +1,4 @@
-"""The process of a command: its streams, its consoles, and the exit code of an error."""
+"""The process of a command: streams, consoles, and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from llama_scratch.system.memory import is_memory_error, refusal
 if TYPE_CHECKING:
     from llama_scratch.cli.options import OutputOptions
 
-# Also for `python -m llama_scratch`, so that completion is installed for the program.
+# Also used by `python -m llama_scratch`, to install completion for the program's name.
 NAME = "llama-scratch"
 
 
 @dataclass(frozen=True)
 class Consoles:
-    """The main command's output, which its subcommands use too.
+    """The output streams of the main command and its subcommands.
 
     Args:
         out: Standard output.
@@ -43,7 +43,7 @@ class Consoles:
 
     @classmethod
     def open(cls, output: OutputOptions) -> Consoles:
-        """Open the consoles that the options ask for."""
+        """Open the consoles according to the options."""
         colors: dict[str, Any] = {"no_color": True} if output.no_color or output.plain else {}
         return cls(
             Console(highlight=False, emoji=False, **colors),
@@ -53,7 +53,7 @@ class Consoles:
         )
 
     def note(self, text: str) -> None:
-        """Print a note for the user, as it is."""
+        """Print a note for the user, without markup."""
         self.log.print(text, soft_wrap=True, markup=False)
 
 
@@ -70,27 +70,27 @@ def print_json(value: object) -> None:
 def prepare_streams() -> None:
     """Open the standard streams that are closed, and set their encodings."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # Otherwise the next file to be opened would take the closed stream's descriptor.
+        # Otherwise the next open file would get the closed stream's descriptor.
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the program's end
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():
-                stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks
+                stream.reconfigure(errors="backslashreplace")  # for characters that the terminal lacks
             else:
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # data, whatever the locale
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # data is UTF-8 in any locale
 
 
 def flush_stdout() -> None:
-    """Write the rest of the output, unless its reader has gone."""
+    """Flush standard output, unless its reader has closed the pipe."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader went away, which is its right
+    except BrokenPipeError:  # the reader closed the pipe, which is not an error
         discard_stdout()
 
 
 def discard_stdout() -> None:
-    """Discard the rest of the output: Python would flush it at exit, and fail again."""
+    """Discard the buffered output. Python would flush it at exit and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -99,7 +99,7 @@ def discard_stdout() -> None:
 
 @contextmanager
 def tracebacks() -> Iterator[None]:
-    """Print the traceback of an error."""
+    """Print the traceback of an error raised in the block."""
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -110,26 +110,26 @@ def tracebacks() -> Iterator[None]:
 
 
 def report(error: BaseException) -> int:
-    """Print an error that ends the program as one message on stderr, and return its exit code."""
+    """Print an error as one message on stderr, and return its exit code."""
     match error:
         case typer.TyperException():
             context: typer.Context | None = getattr(error, "ctx", None)
             command = context.command_path if context else NAME
             message = error.format_message().rstrip(".")
-            return _fail(f"{message}; '{command} --help' lists the options.", error.exit_code)
+            return _fail(f"{message}. '{command} --help' lists the options.", error.exit_code)
         case LlamaScratchError():
             return _fail(user_message(error), error.exit_code)
         case KeyboardInterrupt() | typer.Abort():
             return 130
-    if isinstance(error, MemoryError) or is_memory_error(error):  # also a library that could not be read
+    if isinstance(error, MemoryError) or is_memory_error(error):  # includes a library that could not be mapped
         return _fail(refusal(), OutOfMemoryError.exit_code)
     if isinstance(error, OSError):
         discard_stdout()
-        return _fail(f"The system refused to read or write ({error}); check the disk and the output.", 1)
+        return _fail(f"Reading or writing failed ({error}). Check the disk and the output.", 1)
     return _fail(unexpected(error), 1)
 
 
 def _fail(message: str, code: int) -> int:
-    with suppress(OSError):  # the exit code says it, too
+    with suppress(OSError):  # the exit code still reports the failure
         print(f"{NAME}: {escape_controls(message)}", file=sys.stderr)
     return code

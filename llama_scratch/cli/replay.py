@@ -1,4 +1,4 @@
-"""The command that runs a saved session again: replay."""
+"""The `replay` subcommand, which runs a saved session again."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from llama_scratch.cli.process import Consoles, print_json
 @with_options
 def replay(
     ctx: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A session that /save wrote.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Session file written by /save.")],
     json: AsJson = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Run a saved session again and report every difference; exit code 1 where there is one.
+    """Run a saved session again and report differences. Exit code 1 if there are any.
 
-    It runs the model of the recording, as it was run then, unless flags say otherwise.
+    The model and the options are those of the recording, unless flags override them.
     """
     consoles: Consoles = ctx.obj
     from llama_scratch.repl import session_file
     from llama_scratch.repl.user_files import user_path
 
     recorded = session_file.load(user_path(file))
-    # The recording takes precedence over the environment and the configuration file, which are about other sessions.
-    # That an option was not given is a part of it, but version 0.1.0 did not record all of them.
+    # The recording takes precedence over the environment and the configuration file, which apply to other sessions.
+    # An option that it lacks was not given, except in version 0.1.0, which did not record all options.
     flags, recorded_options = model_options(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)
     if recorded.header.asked is None:
         recorded_options = recorded_options.overriding(options)
-    if flags.source is not None:  # which has its own tokenizer
+    if flags.source is not None:  # another model has its own tokenizer
         recorded_options = replace(recorded_options, tokenizer=None)
     options = flags.overriding(recorded_options)
     llama = load(options, consoles)

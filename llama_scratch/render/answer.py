@@ -1,4 +1,4 @@
-"""A prediction as people read it, on a terminal or as plain lines."""
+"""Render a prediction for the user, on a terminal or as plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it brings torch
 
 
 def answer(prediction: Prediction) -> RenderableType:
-    """The argmax token in a frame, its runners-up, a bar for each probability, and what it took."""
+    """Render a prediction: a frame around the most probable token, bars, and timing."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=24, vertical="middle")
     table.add_column(justify="right", no_wrap=True, vertical="middle")
@@ -29,7 +29,7 @@ def answer(prediction: Prediction) -> RenderableType:
     framed = Panel(visible(best.text, "bold reverse green"), expand=False, style="green")
     table.add_row(framed, Text(percent(best.probability), style="bold"), Bar(best.probability))
     for candidate in others:
-        # Indented by the frame's width, so that the tokens stand below each other.
+        # Indented by the width of the frame, to align the tokens.
         token = Text.assemble("  ", visible(candidate.text), "  ")
         table.add_row(token, Text(percent(candidate.probability)), Bar(candidate.probability))
     parts: list[RenderableType] = [Padding(table, (0, 0, 1, 1)), note(took(prediction))]
@@ -37,17 +37,23 @@ def answer(prediction: Prediction) -> RenderableType:
 
 
 def took(prediction: Prediction) -> str:
-    """The line under an answer: entropy, tokens, how many came from the cache, time, the precision that answered."""
+    """Format the line below an answer: entropy, tokens, cache hits, time, precision."""
     timing = prediction.timing
     plural = "" if timing.prompt_tokens == 1 else "s"
-    reused = f", {timing.reused_tokens} reused" if timing.reused_tokens else ""
+    reused = f", {timing.reused_tokens} cached" if timing.reused_tokens else ""
     milliseconds = f"{1000 * timing.prefill_s:,.0f} ms"
     cost = f"{timing.prompt_tokens} token{plural}{reused} · {milliseconds} · {prediction.model.precision}"
     return f"entropy {prediction.entropy_bits:.2f} bits · {cost}"
 
 
 def context(text: str, accepted: str, width: int) -> RenderableType:
-    """The end of the text so far, with what was just accepted set off behind it."""
+    """Render the end of the text so far, followed by the accepted text in bold.
+
+    Args:
+        text: The text so far.
+        accepted: The text that was just accepted.
+        width: Width of the terminal in cells.
+    """
     old, new = readable(text), readable(accepted)
     room = max(8, 4 * width - len(new))
     if len(old) > room:
@@ -56,7 +62,7 @@ def context(text: str, accepted: str, width: int) -> RenderableType:
 
 
 def plain_answer(prediction: Prediction) -> str:
-    """The answer as lines that a screen reader reads well."""
+    """Render a prediction as plain lines for screen readers."""
     lines = [_plain_candidate("Next token", prediction.next)]
     lines += [_plain_candidate(f"Number {rank}", c) for rank, c in enumerate(prediction.top[1:], start=2)]
     lines += [f"Entropy {prediction.entropy_bits:.2f} bits."]
@@ -68,7 +74,12 @@ def _plain_candidate(title: str, candidate: Candidate) -> str:
 
 
 def effect(with_it: Candidate, without: Candidate) -> RenderableType:
-    """What difference it makes that a prompt ends as the warning says: the answers with and without its last token."""
+    """Compare the answers with and without the prompt's last token.
+
+    Args:
+        with_it: The next token after the whole prompt.
+        without: The next token if the last one is left out, as a warning suggests.
+    """
     parts = [
         f"{when} {visible(candidate.text).plain} {percent(candidate.probability)}"
         for when, candidate in (("With that token:", with_it), ("without it:", without))
@@ -77,7 +88,7 @@ def effect(with_it: Candidate, without: Candidate) -> RenderableType:
 
 
 def before_and_after(effect: Effect) -> RenderableType:
-    """What interventions did to an answer, in a line."""
+    """Render the effect of interventions on an answer, in one line."""
     parts = [
         f"{visible(before.text).plain} {percent(before.probability)} → {percent(after.probability)}"
         for before, after in effect.answers

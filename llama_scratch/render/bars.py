@@ -1,4 +1,4 @@
-"""Horizontal bars of a terminal, in eighths of a character; without Unicode in whole ones."""
+"""Horizontal bars on a terminal, in eighths of a character (ASCII: whole ones)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 class Bar:
-    """A horizontal bar of a probability, as wide as there is space."""
+    """A horizontal bar for a probability, at most 40 cells wide."""
 
     def __init__(self, probability: float):
         self.probability = probability
@@ -20,7 +20,13 @@ class Bar:
 
 
 class TextWithBar:
-    """A text and a bar after it; if `both`, to both sides of a middle."""
+    """A text followed by a bar.
+
+    Args:
+        text: The text.
+        bar: Length of the bar, −1 to 1. None: no bar.
+        both: Whether the bar extends to either side of a center line.
+    """
 
     def __init__(self, text: Text, bar: float | None, both: bool):
         self.text, self.bar, self.both = text, bar, both
@@ -51,7 +57,7 @@ class TextWithBar:
 
 
 def has_blocks(options: ConsoleOptions) -> bool:
-    """Whether a terminal shows block characters."""
+    """Whether the terminal's encoding has block characters."""
     return options.encoding.startswith("utf")
 
 
@@ -63,7 +69,7 @@ def _rightward(share: float, width: int, blocks: bool) -> str:
 
 
 def _leftward(share: float, width: int, blocks: bool) -> str:
-    """There are halves only of the blocks that begin at the right."""
+    """Draw a bar that ends at the right. Unicode has only half blocks for that direction."""
     if not blocks:
         return "#" * round(width * share)
     halves = round(2 * width * share)

@@ -1,7 +1,7 @@
-"""Colors of heat maps on web pages and in pictures.
+"""Color scales of heat maps on web pages and in pictures.
 
-Each scale begins near the paper's own color, and its luminance goes one way, so that it can be read by those who see
-fewer colors. "v": values of which none is below 0. "p" and "m": those above and below 0, blue and orange.
+Each scale begins near the background color, and its luminance changes monotonically, so color-blind readers can use it.
+"v" is the sequential scale. "p" (blue) and "m" (orange) are the positive and negative halves of the diverging scale.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ STEPS = 25
 
 
 def shade(level: float, signed: bool) -> tuple[str, int]:
-    """The scale and the step in it for a level of −1 to 1, as `Heatmap.level` gives it."""
+    """Return the name of the scale and the step for a level.
+
+    Args:
+        level: The level, −1 to 1, from `Heatmap.level`.
+        signed: Whether the scale diverges from 0.
+    """
     return ("m" if level < 0 else "p") if signed else "v", round((STEPS - 1) * abs(level))
 
 
 def steps(stops: tuple[str, ...]) -> list[str]:
-    """A scale's colors, `STEPS` of them, from those that it goes through."""
+    """Interpolate a scale of `STEPS` colors through the given ones."""
     colors = [bytes.fromhex(stop[1:]) for stop in stops]
     scale = []
     for step in range(STEPS):
@@ -37,12 +42,12 @@ def steps(stops: tuple[str, ...]) -> list[str]:
 
 
 def ink(color: str) -> str:
-    """What is read well on a color: black or white."""
+    """The text color that is legible on a background color: near-black or white."""
     return "#111111" if luminance(color) > 0.3 else "#ffffff"
 
 
 def luminance(color: str) -> float:
-    """Relative luminance, 0 to 1 (WCAG 2)."""
+    """The relative luminance of a color, 0 to 1 (WCAG 2)."""
     parts = (byte / 255 for byte in bytes.fromhex(color[1:]))
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,6 +1,8 @@
-"""The page of each result that displays itself, and its forms: for rich, for a notebook, as plain text.
+"""The display of results by rich, in a notebook and as plain text.
 
-The pages are registered here and not in `pages`, because the results' classes bring torch: a session imports the pages
+`page_of` maps each class of result to its page.
+
+The pages are registered here instead of in `pages` because the result classes import torch. A session imports the pages
 before torch, and this module only when a result is displayed.
 """
 
@@ -40,7 +42,7 @@ from llama_scratch.render.pages import (
 
 @singledispatch
 def page_of(result: object) -> Page:
-    """The page of a result. Raises `TypeError` for a class without one."""
+    """Build the page of a result. Raises `TypeError` if its class has none."""
     raise TypeError(f"no page is registered for {type(result).__name__}")
 
 
@@ -59,17 +61,17 @@ page_of.register(Trace, patching.page)
 
 
 def view(result: object) -> RenderableType:
-    """A result on a terminal."""
+    """Render a result for a terminal."""
     return to_terminal.view(page_of(result))
 
 
 def text(result: object) -> str:
-    """A result as lines without colors."""
+    """Render a result as lines of text without colors."""
     return texts.as_text(view(result))
 
 
 def frame(result: object) -> str:
-    """A result in a notebook: in a frame of its own, so that the page's style and script stay its own."""
+    """Render a result for a notebook, in an iframe that isolates its style and script."""
     from llama_scratch.render.to_html import html  # jinja2 takes a while to import
 
     return (

@@ -1,6 +1,6 @@
 """Heat maps on a terminal.
 
-Shades have shapes, so that nothing is said by color alone: positive ones are blocks, negative ones strokes.
+Positive values are block characters and negative values are strokes, so the map can be read without color.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from llama_scratch.render.bars import has_blocks
 from llama_scratch.render.page import Gallery, Heatmap, figure, pooled, pooling, written
 from llama_scratch.render.text import SPACE
 
-# From nothing to the most; what stands at a terminal that has no blocks.
+# From weakest to strongest, with and without Unicode.
 _POSITIVE, _POSITIVE_ASCII = " ·░▒▓█", " .:+*#"
 _NEGATIVE, _NEGATIVE_ASCII = " ‐-=≡≣", " `-=xX"
-# Up to this shade the first of the characters, and so on.
+# Upper limits of the first five shades.
 _LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
-# Rows of a map; what has texts in its fields is not to lose them.
+# Maximum number of rows. Maps with texts may have more, because pooling would drop texts.
 HIGH, HIGH_WITH_TEXTS = 48, 128
 TILE = (10, 5)
 
 
 def _shade(level: float | None, blocks: bool) -> tuple[str, str]:
-    """A shade's character and style, of −1 to 1."""
+    """The character and the style for a level of −1 to 1."""
     if level is None:
         return " ", ""
     step = sum(abs(level) > limit for limit in _LIMITS)
@@ -47,12 +47,12 @@ def _text_style(level: float | None) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    """A text in exactly so many cells."""
+    """Cut or pad a text to exactly `width` cells."""
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
 
 class WideMap:
-    """A heat map in as many columns as the terminal has."""
+    """A heat map, fitted to the width of the terminal."""
 
     def __init__(self, heatmap: Heatmap):
         self.heatmap = heatmap
@@ -65,7 +65,7 @@ class WideMap:
         room = width - label - 1
         field = _field(whole, room) if texts else 2
         fits = max(1, room // field)
-        # What is far wider than the terminal is shown whole, where nobody asked for a part and no text gets lost.
+        # A map far wider than the terminal is pooled, unless part of it was requested or a text would be lost.
         squeezed = not texts and whole.first is None and (not whole.more or len(whole.columns) > 4 * fits)
         high = HIGH_WITH_TEXTS if texts else HIGH
         shown = pooled(whole, high, fits if squeezed else len(whole.columns))
@@ -88,14 +88,25 @@ class WideMap:
 
 
 def window(heatmap: Heatmap, fits: int) -> tuple[int, int]:
-    """The first column that is shown and the one behind the last."""
+    """The range of columns to show, as (first, end).
+
+    Args:
+        heatmap: The heat map.
+        fits: Number of columns that fit.
+    """
     last = max(0, len(heatmap.columns) - fits)
     first = last if heatmap.first is None else max(0, min(heatmap.first, last))
     return first, min(first + fits, len(heatmap.columns))
 
 
 def columns_shown(heatmap: Heatmap, first: int, end: int) -> str:
-    """Which columns are shown, where that is not all, and how to see the others."""
+    """Say which columns are shown and how to see the others; "" if all are shown.
+
+    Args:
+        heatmap: The heat map.
+        first: First column shown.
+        end: End of the range of columns shown, exclusive.
+    """
     total, shown = len(heatmap.columns), end - first
     if shown == total:
         return ""
@@ -117,8 +128,10 @@ def _legend(heatmap: Heatmap, blocks: bool) -> str:
 
 
 def _field(heatmap: Heatmap, room: int) -> int:
-    """Cells of a field with its shade and the gap behind it: all texts stand in it whole where there is room for that,
-    else three quarters of them."""
+    """The width of a field in cells, including the shade and the gap.
+
+    All texts fit if there is room for them, otherwise three quarters of them.
+    """
     texts = [cell_len(heatmap.text(r, c)) for r in range(len(heatmap.rows)) for c in range(len(heatmap.columns))]
     longest = min(16, 2 + max([*texts, *(cell_len(heatmap.column(c)) for c in range(len(heatmap.columns)))], default=0))
     if longest * len(heatmap.columns) <= room:
@@ -127,9 +140,9 @@ def _field(heatmap: Heatmap, room: int) -> int:
 
 
 def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, blocks: bool) -> Iterator[Text]:
-    """A line for each row: its label, then in each field a shade and the text."""
+    """Yield the column labels, then one line per row: its label, then a shade and a text per field."""
     columns = range(first, end)
-    if heatmap.more:  # which counts positions
+    if heatmap.more:  # the command takes a position
         yield Text(" " * (label + 2) + "".join(f"{c:<{field}}" for c in columns), style="dim")
     head = Text(" " * (label + 2))
     for c in columns:
@@ -146,7 +159,7 @@ def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, 
 
 
 def _shades(heatmap: Heatmap, first: int, end: int, label: int, blocks: bool) -> Iterator[Text]:
-    """The labels of the columns from top to bottom, then a line for each row, two cells a field."""
+    """Yield the vertical column labels, then one line per row with two cells per field."""
     columns = range(first, end)
     names = [_upright(heatmap.column(c)) for c in columns]
     high = max(map(len, names), default=0)
@@ -162,7 +175,7 @@ def _shades(heatmap: Heatmap, first: int, end: int, label: int, blocks: bool) ->
 
 
 def _upright(text: str, max_characters: int = 6) -> list[str]:
-    """A label's characters from top to bottom, marks with the letters that they sit on; no space in front."""
+    """The characters of a vertical label. Combining marks stay with their letters; a leading space is dropped."""
     stack: list[str] = []
     for char in text.removeprefix(SPACE) or text:
         if stack and not cell_len(char):
@@ -173,7 +186,7 @@ def _upright(text: str, max_characters: int = 6) -> list[str]:
 
 
 class Tiles:
-    """Small heat maps, as many beside each other as fit."""
+    """Small heat maps, as many per line as fit."""
 
     def __init__(self, gallery: Gallery):
         self.maps = gallery.maps
@@ -185,7 +198,7 @@ class Tiles:
         tiles = [_tile(heatmap, title, width, blocks) for heatmap, title in zip(self.maps, titles, strict=True)]
         yield Columns(tiles, padding=(0, 2), width=width)
         if any(pooling(heatmap, pooled(heatmap, TILE[1], TILE[0])) for heatmap in self.maps):
-            yield Text("Each character is the strongest of the values in its place.", style="dim")
+            yield Text("Max-pooled: each character is the strongest value of its block.", style="dim")
 
 
 def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:

@@ -1,4 +1,4 @@
-"""Letters of a picture: fonts that come with matplotlib, how wide a text is, and where it breaks. Sizes are points."""
+"""Text layout for pictures: fonts, text widths and line breaks. Sizes are points."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:  # an extra
     from matplotlib.font_manager import FontProperties
     from matplotlib.ft2font import FT2Font
 
-# A letter of DejaVu Sans Mono, in inches for each point of its size.
+# The width of a DejaVu Sans Mono character in inches, per point of font size.
 LETTER = 0.602 / 72
 
 
 def _font_file(mono: bool, bold: bool) -> str:
-    """A font that comes with matplotlib, so that pictures are alike everywhere."""
+    """The file of a font that matplotlib includes, to get the same picture on every machine."""
     import matplotlib
 
     name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
@@ -31,20 +31,39 @@ def _face(mono: bool, bold: bool) -> FT2Font:
 
 
 def font(mono: bool, bold: bool, size: float) -> FontProperties:
-    """The font of a text."""
+    """Return matplotlib's font properties.
+
+    Args:
+        mono: Whether the font is monospaced.
+        bold: Whether the font is bold.
+        size: Font size.
+    """
     from matplotlib.font_manager import FontProperties
 
     return FontProperties(fname=_font_file(mono, bold), size=size)
 
 
 def drawable(text: str, mono: bool, bold: bool) -> str:
-    """A text with the escapes of those characters that the font does not have."""
+    """Escape the characters that the font lacks.
+
+    Args:
+        text: The text.
+        mono: Whether the font is monospaced.
+        bold: Whether the font is bold.
+    """
     face = _face(mono, bold)
     return "".join(c if face.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
 
 def text_width(text: str, size: float, mono: bool = False, bold: bool = False) -> float:
-    """The width of a text, in inches."""
+    """Measure the width of a text in inches.
+
+    Args:
+        text: The text.
+        size: Font size.
+        mono: Whether the font is monospaced.
+        bold: Whether the font is bold.
+    """
     face = _face(mono, bold)
     face.set_size(size, 72)
     face.set_text(drawable(text, mono, bold))
@@ -57,7 +76,15 @@ def line_height(size: float) -> float:
 
 
 def cut(text: str, room: float, size: float, mono: bool = False, bold: bool = False) -> str:
-    """A text that is no wider than the room."""
+    """Truncate a text with … to a maximum width.
+
+    Args:
+        text: The text.
+        room: Maximum width in inches.
+        size: Font size.
+        mono: Whether the font is monospaced.
+        bold: Whether the font is bold.
+    """
     if text_width(text, size, mono, bold) <= room:
         return text
     while text and text_width(text + "…", size, mono, bold) > room:
@@ -66,7 +93,14 @@ def cut(text: str, room: float, size: float, mono: bool = False, bold: bool = Fa
 
 
 def wrapped(text: str, room: float, size: float, bold: bool) -> Iterator[str]:
-    """The lines of a text, none wider than `room` but for a single word."""
+    """Wrap a text into lines of a maximum width, which only a single word may exceed.
+
+    Args:
+        text: The text.
+        room: Maximum width in inches.
+        size: Font size.
+        bold: Whether the font is bold.
+    """
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split(" "):

@@ -1,10 +1,10 @@
-"""The library's messages for a user of the program, who knows options and commands instead of arguments."""
+"""Messages of the library, translated for users of the program."""
 
 from __future__ import annotations
 
 import re
 
-# What the library's messages have in backticks, and the name that the user knows.
+# From names in backticks in the library's messages to the options and commands that the user knows.
 _NAMES = {
     "activations": "--activations",
     "calibration": "--calibration",
@@ -27,5 +27,9 @@ _NAMES = {
 
 
 def user_message(message: object) -> str:
-    """Name options and commands in the message of an error. "… (`rope_factor`)." → "… (--rope-factor)." """
+    """Replace the arguments in a message by options and commands.
+
+    >>> user_message("The factor is 0.5 (`rope_factor`).")
+    'The factor is 0.5 (--rope-factor).'
+    """
     return re.sub(r"`([^`]+)`", lambda match: _NAMES.get(match[1], match[0]), str(message))

@@ -1,6 +1,7 @@
-"""A view as values: a page of blocks. `to_terminal`, `to_plain`, `to_html` and `to_png` give it a form.
+"""The data model of a view: a page made of blocks.
 
-Styles are rich's, of the terminal's own 16 colors; nothing is said by them alone.
+`to_terminal`, `to_plain`, `to_html` and `to_png` render it. Styles are rich's style names, limited to the terminal's 16
+colors. Color never carries information on its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table, or a piece of a running text.
+    """A cell of a table, or a piece of running text.
 
-    token: the text is a token's, so what a screen would hide of it is made visible. bar: a bar of this length, 0 to 1,
-    or −1 to 1 to both sides of a middle, behind the text. hover: what a web page says of it under the pointer.
-    said: what plain lines say instead of a table's text and the name of its column.
+    Args:
+        text: The text, unescaped.
+        style: A style of rich.
+        token: Whether the text is a token. If so, white space and control characters are made visible.
+        bar: Length of a bar after the text: 0 to 1, or −1 to 1 for a bar to either side of a center line.
+        hover: Tooltip on a web page.
+        said: Replacement for the column name and the text in plain output.
     """
 
     text: str
@@ -36,7 +41,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A sentence or more. style: "" for what the view is about, "dim" for what explains it, "bold" for a heading."""
+    """One or more sentences.
+
+    Args:
+        text: The sentences.
+        style: "" for the main text, "dim" for explanations, "bold" for a heading.
+    """
 
     text: str
     style: str = ""
@@ -44,9 +54,12 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Running:
-    """Pieces one behind the other: a text whose tokens are colored.
+    """Running text, such as a prompt with colored tokens.
 
-    spoken: False where plain lines need none of it, because a table says the same, or it explains what they lack.
+    Args:
+        pieces: The pieces of the text, in order.
+        spoken: Whether plain output includes it. False if a table has the same information, or if the text explains
+            a drawing that plain output lacks.
     """
 
     pieces: tuple[Cell, ...]
@@ -55,10 +68,14 @@ class Running:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under the names of columns, of which those that begin with ">" hold numbers.
+    """A table, or a tree if it has `levels`.
 
-    title: stands above it. scroll: rows shown on a terminal at most, 0 for all; the others are counted.
-    levels: for each row how many rows it hangs below, each on the one before; a terminal shows a tree of them.
+    Args:
+        columns: Column names. A name that begins with ">" marks a column of numbers.
+        rows: The cells of each row.
+        title: Title above the table.
+        scroll: Maximum number of rows on a terminal, which then says how many more there are. 0: all rows.
+        levels: The depth of each row in the tree, from 0. A terminal shows the tree instead of a table.
     """
 
     columns: tuple[str, ...]
@@ -69,20 +86,28 @@ class Table:
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError("a row of a table has another length than its columns")
+            raise ValueError("a table row and the columns differ in length")
         if self.levels and len(self.levels) != len(self.rows):
-            raise ValueError("a table has another number of rows than of their levels")
+            raise ValueError("the rows and the levels of a table differ in number")
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Numbers as shades, a row of them for each of `rows`, top to bottom.
+    """A heat map: one shade per value.
 
-    values: None where there is none. low, high: what the lightest and darkest shade stand for; where low is below 0
-    the shades go to two sides of 0. columns: labels, of tokens where `tokens`. texts: what stands in each field, of
-    tokens where `tokens`. hovers: what a web page says of each field; without it "row · column: value".
-    first: the first column that a narrow screen shows, None for the last ones that fit. more: the command that shows
-    others, with {} for the number of the first column. row_tokens: whether the labels of the rows are tokens too.
+    Args:
+        title: Title above the map.
+        rows: Row labels, top to bottom.
+        columns: Column labels.
+        values: The values of each row. None: the field is empty.
+        low: The value of the lightest shade. If it is negative, the color scale diverges from 0.
+        high: The value of the darkest shade.
+        tokens: Whether the column labels and `texts` are tokens.
+        texts: Text in each field.
+        hovers: Tooltip of each field on a web page. Default: "row · column: value".
+        first: First column on a narrow screen. None: the last columns that fit.
+        more: Command that shows other columns, with {} for the index of the first one.
+        row_tokens: Whether the row labels are tokens.
     """
 
     title: str
@@ -101,29 +126,29 @@ class Heatmap:
     def __post_init__(self) -> None:
         for grid in filter(None, (self.values, self.texts, self.hovers)):
             if len(grid) != len(self.rows) or any(len(row) != len(self.columns) for row in grid):
-                raise ValueError("a heat map has other numbers of rows or columns than it has labels")
+                raise ValueError("a heat map's fields and labels differ in number")
 
     @property
     def signed(self) -> bool:
-        """Whether the shades go to two sides of 0."""
+        """Whether the color scale diverges from 0."""
         return self.low < 0
 
     def row(self, index: int) -> str:
-        """The label of a row as it is shown."""
+        """The label of a row, escaped for display."""
         return written(self.rows[index], token=self.row_tokens)
 
     def column(self, index: int) -> str:
-        """The label of a column as it is shown."""
+        """The label of a column, escaped for display."""
         return written(self.columns[index], token=self.tokens)
 
     def text(self, row: int, column: int) -> str:
-        """What is shown in a field; "" where there are no texts."""
+        """The text in a field, escaped for display; "" if the map has no texts."""
         if self.texts is None:
             return ""
         return written(self.texts[row][column], token=self.tokens) if self.texts[row][column] else ""
 
     def hover(self, row: int, column: int) -> str:
-        """What there is to say of a field; "" where it has no value and no words of its own."""
+        """The tooltip of a field; "" if it has neither a value nor a tooltip of its own."""
         if self.hovers is not None:
             return written(self.hovers[row][column])
         value = self.values[row][column]
@@ -133,7 +158,7 @@ class Heatmap:
         return f"{self.row(row)} · {self.column(column)}: {text + ', ' if text else ''}{figure(value)}"
 
     def level(self, row: int, column: int) -> float | None:
-        """The shade of a field: 0 to 1, or −1 to 1 where it is signed; None where there is no value."""
+        """The shade of a field, 0 to 1, or −1 to 1 if the map is signed. None: empty."""
         value = self.values[row][column]
         if value is None or math.isnan(value):
             return None
@@ -145,7 +170,7 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Small heat maps beside each other, each with its title."""
+    """A grid of small heat maps, each with its title."""
 
     title: str
     maps: tuple[Heatmap, ...]
@@ -153,7 +178,14 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines of source, from the line `first` of the file `path` on; of these `marked` (from 1) stand out."""
+    """An excerpt of source code.
+
+    Args:
+        text: The lines.
+        path: The file they come from.
+        first: Line number of the first line in that file.
+        marked: Lines to highlight, counted from 1 within the excerpt.
+    """
 
     text: str
     path: str
@@ -162,7 +194,7 @@ class Code:
 
     @property
     def language(self) -> str:
-        """For the colors."""
+        """The programming language, for syntax highlighting."""
         return "cpp" if self.path.endswith(".cpp") else "python"
 
 
@@ -171,7 +203,13 @@ PageBlock = Paragraph | Running | Table | Heatmap | Gallery | Code
 
 @dataclass(frozen=True)
 class Page:
-    """A whole view. source: the names of what computed it, as /source takes them."""
+    """A whole view.
+
+    Args:
+        title: Title of the view.
+        parts: The blocks, top to bottom.
+        source: Names of the code that computed the view, as `/source` takes them.
+    """
 
     title: str
     parts: tuple[PageBlock, ...]
@@ -179,29 +217,42 @@ class Page:
 
     @property
     def headline(self) -> str:
-        """The title as it is shown: on one line, and no longer than a reader takes for one."""
+        """The title, escaped, on one line and at most 160 characters long."""
         title = written(self.title).replace("\n", " ")
         return title if len(title) <= 160 else title[:159] + "…"
 
     @property
     def source_line(self) -> str:
-        """The commands that show the code behind the view."""
+        """The commands that show the code that computed the view."""
         return "Source: " + ", ".join(f"/source {name}" for name in self.source)
 
 
 def joined(title: str, pages: tuple[Page, ...]) -> Page:
-    """One page of several, each under its title."""
+    """Join pages into one page, each under its title.
+
+    Args:
+        title: Title of the new page.
+        pages: The pages.
+
+    Raises:
+        UsageError: If there are no pages.
+    """
     if not pages:
-        raise UsageError("There is nothing to show yet, expected a view before it.")
+        raise UsageError("There is no view to show yet. Run a command that shows one first.")
     parts = [part for page in pages for part in (Paragraph(page.title, "bold"), *page.parts)]
     return Page(title, tuple(parts), tuple(dict.fromkeys(name for page in pages for name in page.source)))
 
 
-# --- What every form of a page needs ------------------------------------------------------------
+# --- Shared by all renderers --------------------------------------------------------------------
 
 
 def written(text: str, *, token: bool = False) -> str:
-    """A text with nothing in it that a screen would hide or obey; a token's white space is visible too."""
+    """Escape invisible and control characters for display.
+
+    Args:
+        text: The text.
+        token: Whether it is a token, whose white space becomes visible too.
+    """
     if token:
         return visible(text).plain
     return "".join(
@@ -211,12 +262,20 @@ def written(text: str, *, token: bool = False) -> str:
 
 
 def figure(value: float) -> str:
-    """A number as a person reads it: three digits that say something."""
+    """Format a number: 3 significant digits, or an integer with commas from 1,000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
-    """A heat map in at most so many fields: of each block the one that is farthest from 0, under the first's label."""
+    """Max-pool a heat map to a maximum size.
+
+    Each block of fields is replaced by its value farthest from 0, and has the labels of its first row and column.
+
+    Args:
+        heatmap: The heat map.
+        rows: Maximum number of rows.
+        columns: Maximum number of columns.
+    """
     if len(heatmap.rows) <= rows and len(heatmap.columns) <= columns:
         return heatmap
     down, across = _blocks(len(heatmap.rows), rows), _blocks(len(heatmap.columns), columns)
@@ -243,17 +302,22 @@ def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
 
 
 def _blocks(length: int, max_blocks: int) -> list[range]:
-    """0 to length in at most so many pieces of nearly the same length."""
+    """Split range(length) into at most `max_blocks` ranges of nearly equal length."""
     count = min(length, max_blocks)
     return [range(i * length // count, (i + 1) * length // count) for i in range(count)]
 
 
 def pooling(whole: Heatmap, shown: Heatmap) -> str:
-    """A sentence that says what `pooled` did; "" where it did nothing."""
+    """Describe in one sentence how `pooled` reduced a map; "" if it did not.
+
+    Args:
+        whole: The map before pooling.
+        shown: The map after pooling.
+    """
     high, wide = (
         math.ceil(len(a) / len(b)) if b else 1 for a, b in ((whole.rows, shown.rows), (whole.columns, shown.columns))
     )
     if len(whole.rows) == len(shown.rows) and len(whole.columns) == len(shown.columns):
         return ""
     size = f"{len(whole.rows):,} × {len(whole.columns):,}"
-    return f"Of {size} values the strongest of each {high} × {wide} or so is shown."
+    return f"{size} values, max-pooled: the strongest of each block of about {high} × {wide}."

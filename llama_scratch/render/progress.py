@@ -1,4 +1,4 @@
-"""A bar for what takes long."""
+"""Progress bars for long-running work. Interrupts cannot leave one half drawn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from llama_scratch.system.progress import Progress, silent
 
 
 class DeferInterrupts:
-    """A stretch of code that an interrupt has to wait for; it is raised at the end.
+    """A context manager that defers an interrupt until the end of its block.
 
-    `on`: whether one is being run. `waiting`: whether an interrupt came; set by whoever handles them.
+    Attributes:
+        on: Whether the block is running.
+        waiting: Whether an interrupt is pending. The signal handler sets it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +37,7 @@ defer_interrupts = DeferInterrupts()
 
 
 class Display(Protocol):
-    """What rich shows in one place and changes there."""
+    """A live display of rich, such as a progress bar."""
 
     def start(self) -> None: ...
 
@@ -44,9 +46,10 @@ class Display(Protocol):
 
 @contextmanager
 def live_display(display: Display) -> Iterator[None]:
-    """In here it is on the screen.
+    """Show a display during the block.
 
-    Half put there or half taken away it would stay on the console, and no other one would show.
+    Interrupts are deferred while it starts and stops. A display that is only half removed would stay registered with
+    the console, and no other display could start.
     """
     try:
         with defer_interrupts:
@@ -59,15 +62,18 @@ def live_display(display: Display) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(console: Console, start: str | None = None) -> Iterator[Progress]:
-    """Yields the `Progress` to report to.
+    """Show a progress bar during the block, and yield the callback that updates it.
 
-    The bar is gone afterwards, and never there where nobody watches. It begins with the stage `start`,
-    or, without one, appears with the first call.
+    The bar is removed at the end. It is not shown at all if the console is quiet or not a terminal.
+
+    Args:
+        console: The console for the bar.
+        start: First stage, shown at once. None: the bar appears with the first report.
     """
     if console.quiet or not console.file.isatty() or console.is_dumb_terminal:
         yield silent
         return
-    # Imported here, so that a prompt or an answer which needs no bar does not wait for it.
+    # Imported here because prompts and answers without a bar should not wait for the import.
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
 
@@ -77,7 +83,7 @@ def progress_bar(console: Console, start: str | None = None) -> Iterator[Progres
         task = bar.add_task(start or "", total=None, visible=start is not None)
 
         def report(stage: str, done: int, total: int) -> None:
-            # Without a total the bar goes to and fro.
+            # Without a total the bar pulses.
             bar.update(task, description=stage.capitalize(), completed=done, total=total or None, visible=True)
 
         yield report

@@ -1,4 +1,4 @@
-"""Reports for people: the opening lines, a model's facts, and what `bench` measured and `verify` checked."""
+"""Reports for the user: banner, model facts, results of `bench` and `verify`."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 
 def banner(model: ModelInfo, context: int, *, live: bool = True, chat: bool = False) -> RenderableType:
-    """The lines above the first prompt.
+    """Render the lines above the first prompt.
 
     Args:
-        model: The model that answers.
+        model: The model.
         context: Maximum number of tokens in a sequence.
-        live: Whether a token is suggested while the user types.
-        chat: Whether a line is a message of a conversation.
+        live: Whether the next token is suggested while the user types.
+        chat: Whether each line is a chat message.
     """
-    first = "Type a prompt to see the next token; [bold]Enter[/] answers."
+    first = "Type a prompt to see the next token. [bold]Enter[/] answers."
     if live:
-        first = "Type a prompt to see the next token; [bold]Tab[/] takes the suggested one, [bold]Enter[/] answers."
+        first = "Type a prompt to see the next token. [bold]Tab[/] accepts the suggestion, [bold]Enter[/] answers."
     if chat:
-        first = "Type a message; [bold]Enter[/] sends it."
+        first = "Type a message. [bold]Enter[/] sends it."
     return Group(
         Text.assemble((f"{model.name}", "bold"), (f"  {describe(model)}, context {context:,} tokens", "dim")),
-        Text.from_markup(f"{first}\n[bold]/help[/] lists the commands, [bold]Ctrl-D[/] leaves.\n"),
+        Text.from_markup(f"{first}\n[bold]/help[/] lists the commands, [bold]Ctrl-D[/] quits.\n"),
     )
 
 
 def describe(model: ModelInfo) -> str:
-    """A model in a few words."""
+    """Describe a model in a few words."""
     return f"{model.parameters / 1e6:,.0f} M parameters, {model.precision} on {model.device}"
 
 
 def model_facts(facts: dict[str, Any]) -> dict[str, str]:
-    """What `info` shows of a model: names and values."""
+    """The names and values that `info` shows about a model."""
     shape, rope, tokenizer, memory = facts["shape"], facts["rope"], facts["tokenizer"], facts["memory"]
     held = {
         name: f"{part['parameters']:,} parameters ({percent(part['share'])})" for name, part in facts["parts"].items()
     }
-    heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, {shape['head_dim']} wide"
+    heads = f"{shape['n_heads']} query heads, {shape['n_kv_heads']} key/value heads, head size {shape['head_dim']}"
     others = f" and {len(facts['files']) - 1} more" if len(facts["files"]) > 1 else ""
     stops = [sanitize(stop) for stop in tokenizer["stops"]]
-    pattern = f"{tokenizer['pattern']}'s pattern" if tokenizer["pattern"] else "a pattern of its own"
+    pattern = f"{tokenizer['pattern']}'s pattern" if tokenizer["pattern"] else "a custom pattern"
     needed = ", ".join(f"{name} {size(parts['total'])}" for name, parts in memory["needed"].items())
     return {
         "name": sanitize(facts["name"]),
@@ -62,21 +62,21 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
         "license": facts["licence"] or "not stated in the files",
         "weights": ", ".join(f"{count} {kind}" for kind, count in facts["stored"].items())
         + f" tensors; runs in {facts['precision']}",
-        "parameters": f"{facts['parameters']:,}" + (" (the output is the embedding)" if facts["tied_output"] else ""),
+        "parameters": f"{facts['parameters']:,}" + (" (tied embeddings)" if facts["tied_output"] else ""),
         "embedding": held["embedding"],
-        "layers": f"{shape['n_layers']}, {shape['dim']:,} wide",
+        "layers": f"{shape['n_layers']}, hidden size {shape['dim']:,}",
         "attention": f"{heads}; {held['attention']}",
-        "feed-forward": f"SwiGLU, {shape['ffn_dim']:,} wide; {held['feed_forward']}",
+        "feed-forward": f"SwiGLU, intermediate size {shape['ffn_dim']:,}; {held['feed_forward']}",
         "norms": f"RMSNorm, epsilon {shape['norm_eps']:g}; {held['norms']}",
-        "output": "the embedding" if facts["tied_output"] else held["output"],
+        "output": "tied to the embedding" if facts["tied_output"] else held["output"],
         "RoPE": f"base {rope['theta']:,.0f}, {_scaling(rope)}",
         "context": f"{facts['context']:,} tokens",
         "tokenizer": f"{tokenizer['kind']}, {pattern}; {tokenizer['tokens']:,} tokens, "
         f"{tokenizer['special']} of them special; "
-        f"{'begins with ' + sanitize(tokenizer['bos']) if tokenizer['bos'] else 'no beginning-of-text token'}; "
-        f"{'ends at ' + ' '.join(stops) if stops else 'no token ends a text'}",
-        "chat": "it has a format for conversations" if facts["chat"] else "no format, as of a base model",
-        "memory": f"{needed}, with {memory['context']:,} tokens on {memory['device']}, besides the mapped weights",
+        f"{'BOS ' + sanitize(tokenizer['bos']) if tokenizer['bos'] else 'no BOS token'}; "
+        f"{'stops at ' + ' '.join(stops) if stops else 'no stop token'}",
+        "chat": "has a chat template" if facts["chat"] else "no chat template (a base model)",
+        "memory": f"{needed}, with {memory['context']:,} tokens on {memory['device']}, plus the mapped weights",
         "kernels": facts["kernels"],
         **({"warnings": " ".join(facts["warnings"])} if facts["warnings"] else {}),
     }
@@ -84,13 +84,13 @@ def model_facts(facts: dict[str, Any]) -> dict[str, str]:
 
 def _scaling(rope: dict[str, Any]) -> str:
     if rope["divisors"]:
-        return f"each pair divided by a number of its own, {min(rope['divisors']):g} to {max(rope['divisors']):g}"
+        return f"each frequency divided by its own factor, {min(rope['divisors']):g} to {max(rope['divisors']):g}"
     scaled = f"scaled by a factor of {rope['scaling']['factor']:g}" if rope["scaling"] else "not scaled"
     return f"{scaled} (--rope-factor)" if rope["by_option"] else scaled
 
 
 def rows(pairs: Mapping[str, str]) -> RenderableType:
-    """Names and values, one pair a line."""
+    """Render names and values, one pair per line."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -100,7 +100,7 @@ def rows(pairs: Mapping[str, str]) -> RenderableType:
 
 
 def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
-    """Names and values in groups, each under its title, all in the same columns."""
+    """Render groups of names and values, each below its title, in shared columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -112,7 +112,12 @@ def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
 
 
 def explained(title: str, text: str) -> RenderableType:
-    """A title, and paragraphs below it: a line break within one is none."""
+    """Render a title and paragraphs.
+
+    Args:
+        title: The title.
+        text: Paragraphs, separated by blank lines. Line breaks within a paragraph are joined.
+    """
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return Group(Padding(Text(title, style="bold"), (0, 0, 0, 1)), *(indented(p, "") for p in paragraphs))
 
@@ -121,7 +126,7 @@ def explained(title: str, text: str) -> RenderableType:
 
 
 def bench_table(report: dict[str, Any]) -> RenderableType:
-    """Speeds beside each other, and below them what they rest on; fits into 40 columns."""
+    """Render a table of speeds and the conditions of the measurement, in 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(3):
@@ -137,7 +142,7 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
 
 
 def bench_lines(report: dict[str, Any]) -> dict[str, str]:
-    """The same as names and values."""
+    """The content of `bench_table` as names and values."""
     speeds = {}
     for prompt in report["prefill"]:
         speed = f"{_speed(prompt['tokens_per_s'])} tokens/s, {prompt['gflops_per_s']:,.0f} GFLOP/s"
@@ -153,7 +158,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     facts = {
         "model": f"{model['name']}, {model['precision']} on {model['device']}, {report['threads']} threads",
         "bandwidth": f"{report['bandwidth'] / 1e9:.1f} GB/s read",
-        "weights": f"{size(report['weight_bytes'], 1)} a token",
+        "weights": f"{size(report['weight_bytes'], 1)} per token",
     }
     if decode:
         facts["KV cache"] = _at_each(decode, [size(step["kv_bytes"], 1) for step in decode])
@@ -171,7 +176,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _at_each(decode: list[dict[str, Any]], values: list[str]) -> str:
-    return "a token: " + ", ".join(
+    return "per token: " + ", ".join(
         f"{value} at {step['context']:,}" for value, step in zip(values, decode, strict=True)
     )
 
@@ -184,7 +189,7 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def verify_table(verification: Verification) -> RenderableType:
-    """Each finding behind its result, and the verdict below; fits into 40 columns."""
+    """Render each finding after its result, then the verdict, in 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -196,5 +201,5 @@ def verify_table(verification: Verification) -> RenderableType:
 
 
 def verify_lines(verification: Verification) -> list[str]:
-    """The same, a finding a line."""
+    """The content of `verify_table` as lines, one finding per line."""
     return [f"{f.result}: {f.part}: {f.sentence}" for f in verification.findings] + [verification.verdict]

@@ -1,4 +1,4 @@
-"""The sheet that a picture is drawn on, by matplotlib; places and sizes are inches."""
+"""The drawing surface of a picture, on top of matplotlib. Lengths are in inches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ PAPER, INK = "#fcfcfa", "#1f2328"
 
 
 class Sheet:
-    """A sheet that blocks draw on; places are inches from the left and from the top."""
+    """A drawing surface. Positions are inches from the left and from the top.
+
+    Args:
+        figure: The figure of matplotlib.
+        height: Height of the figure.
+    """
 
     def __init__(self, figure: Figure, height: float):
         self.figure, self.height = figure, height
@@ -26,7 +31,19 @@ class Sheet:
         self, x: float, y: float, text: str, size: float, *, color: str = INK, mono: bool = False,
         bold: bool = False, right: bool = False, upright: bool = False,
     ) -> None:  # fmt: skip
-        """A line of text that begins, or ends where `right`, at x with its middle at y; `upright`: from there up."""
+        """Draw a line of text.
+
+        Args:
+            x: Left edge. If `right`: right edge. If `upright`: center.
+            y: Vertical center. If `upright`: bottom, and the text runs upwards.
+            text: The text.
+            size: Font size in points.
+            color: Text color.
+            mono: Whether the font is monospaced.
+            bold: Whether the font is bold.
+            right: Whether the text ends at x.
+            upright: Whether the text is rotated by 90°.
+        """
         self.figure.text(
             x / WIDTH, 1 - y / self.height, drawable(text, mono, bold), fontsize=size, color=color,
             fontproperties=font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
@@ -34,7 +51,16 @@ class Sheet:
         )  # fmt: skip
 
     def fill(self, x: float, y: float, wide: float, high: float, color: str, *, hatch: bool = False) -> None:
-        """A rectangle; `hatch`: with stripes."""
+        """Fill a rectangle.
+
+        Args:
+            x: Left edge.
+            y: Top edge.
+            wide: Width.
+            high: Height.
+            color: Fill color.
+            hatch: Whether to add diagonal stripes.
+        """
         from matplotlib.patches import Rectangle
 
         place = (x / WIDTH, 1 - (y + high) / self.height)
@@ -45,7 +71,15 @@ class Sheet:
         self.figure.add_artist(box)
 
     def shades(self, x: float, y: float, size: tuple[float, float], heatmap: Heatmap, columns: range) -> None:
-        """The fields of a heat map, each of a size."""
+        """Draw the shades of a heat map.
+
+        Args:
+            x: Left edge.
+            y: Top edge.
+            size: Width and height of a field.
+            heatmap: The heat map.
+            columns: The columns to draw.
+        """
         rows = range(len(heatmap.rows))
         wide, high = size[0] * len(columns), size[1] * len(rows)
         if not rows or not columns:
@@ -60,7 +94,16 @@ class Sheet:
 
 
 def shade_of(heatmap: Heatmap, row: int, column: int) -> str | None:
-    """The color of a field; None if it has no value."""
+    """The color of a field.
+
+    Args:
+        heatmap: The heat map.
+        row: Row of the field.
+        column: Column of the field.
+
+    Returns:
+        A hex color, or None if the field is empty.
+    """
     level = heatmap.level(row, column)
     if level is None:
         return None
@@ -70,7 +113,7 @@ def shade_of(heatmap: Heatmap, row: int, column: int) -> str | None:
 
 @cache
 def scale_of(name: str) -> list[str]:
-    """The colors of a scale, see `colors`."""
+    """The colors of a scale of `colors`, for a light background."""
     return colors.steps(colors.LIGHT[name])
 
 

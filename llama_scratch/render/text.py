@@ -1,4 +1,4 @@
-"""Words for a terminal: visible tokens, running text, numbers, and sentences in their styles."""
+"""Text for a terminal: visible tokens, running text, numbers, and styled messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ SPACE = "␣"
 
 
 def visible(text: str, style: str = "") -> Text:
-    r"""A token's text with nothing in it that a terminal would hide or obey: " a\n" → ␣a\n.
+    r"""Make white space and control characters of a token visible: " a\n" → ␣a\n.
 
-    Spaces become ␣, control and invisible characters their escapes, and a combining mark that stands
-    first gets a circle to sit on.
+    Spaces become ␣. Control and invisible characters become escapes. A combining mark at the beginning gets a dotted
+    circle as its base.
+
+    Args:
+        text: The token's text.
+        style: A style of rich.
     """
     visible_text = Text(style=style)
     for i, char in enumerate(text):
@@ -39,46 +43,54 @@ def visible(text: str, style: str = "") -> Text:
 
 
 def readable(text: str) -> str:
-    """Running text for a terminal: line breaks and tabs stay, every other control character becomes its escape."""
+    """Escape the control characters of running text, except line breaks and tabs."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
     )
 
 
 class Wrapped:
-    """Running text that comes piece by piece, wrapped on the terminal while it is written.
+    """Word wrap for streamed text.
 
-    A character is written as soon as it is complete. If its word turns out to be too long for the line, the word
-    is erased there and written again on the next line.
+    A character is printed as soon as it is complete. If its word turns out to be too long for the line, the word is
+    erased and printed again on the next line.
 
     Args:
         width: Cells per line.
-        begin: Text that is on the first line already.
-        indent: Text at the beginning of each further line.
+        begin: Text that is already on the first line.
+        indent: Indentation of the other lines.
     """
 
     def __init__(self, width: int, begin: str = "", indent: str = ""):
         self._width = width
         self._indent = indent
-        self._done = ""  # the lines before this one
+        self._done = ""  # the lines before the current one
         self._start(begin)
         self._incomplete = ""
 
     @property
     def text(self) -> str:
-        """All lines as they are on the screen."""
+        """All lines, as they are on the screen."""
         return self._done + "".join(self._line)
 
     def push(self, text: str, *, final: bool = False) -> list[Text | Control]:
-        """Take the next piece of the text; `final` if it is the last. Returns what to print, without line ends."""
+        """Add the next piece of the text.
+
+        Args:
+            text: The piece.
+            final: Whether it is the last one.
+
+        Returns:
+            What to print, without additional line ends.
+        """
         characters = list(iter_graphemes(self._incomplete + text))
-        # More may belong to the last character, such as a skin tone. A mark on a letter takes no cell, so that can come
-        # later.
+        # The last character may continue, for example with a skin tone. An ASCII letter is not held back: a combining
+        # mark takes no cell, so it can be printed later.
         self._incomplete = "" if final or not characters or characters[-1].isascii() else characters.pop()
         return [written for character in characters for written in self._add(character)]
 
     def resize(self, width: int) -> list[Text | Control]:
-        """Go on in another width. Returns what to print for that."""
+        """Continue in another width. Returns what to print for that."""
         self._width = width
         return self._break() if self._column > width else []
 
@@ -97,14 +109,14 @@ class Wrapped:
             return self._wrap(character)
         self._line.append(character)
         self._column += cells(character)
-        return [Text(character)] if fits else []  # white space over the edge is not seen
+        return [Text(character)] if fits else []  # white space beyond the edge is invisible
 
     def _wrap(self, character: str) -> list[Text | Control]:
-        """Begin the next line with a character, and with the part of its word that is on this line."""
+        """Start the next line with a character and the part of its word that is on this line."""
         line = [*self._line, character]
         at = next((i for i in range(len(line) - 1, self._fixed, -1) if _may_break(line[i - 1], line[i])), len(line) - 1)
         word = line[at:]
-        if cells(self._indent) + sum(map(cells, word)) > self._width:  # it has to be cut anyway
+        if cells(self._indent) + sum(map(cells, word)) > self._width:  # it does not fit on any line
             word = [character]
         erase: list[Text | Control] = []
         if len(word) > 1:
@@ -122,9 +134,10 @@ _ERASE_TO_END = Control((ControlType.ERASE_IN_LINE, 0))
 
 
 def _may_break(before: str, after: str) -> bool:
-    """Whether a line can end between two characters: after a space and beside East Asian characters and emoji.
+    """Whether a line may break between two characters: after a space, or next to East Asian characters and emoji.
 
-    Closing punctuation, hyphens and marks such as ー do not begin a line there, and opening brackets do not end one.
+    In the latter case no line begins with closing punctuation, a hyphen or a mark such as ー, and no line ends with an
+    opening bracket.
     """
     if after.isspace() or before in "\N{NO-BREAK SPACE}\N{FIGURE SPACE}\N{NARROW NO-BREAK SPACE}":
         return False
@@ -137,7 +150,7 @@ def _may_break(before: str, after: str) -> bool:
 
 
 def percent(probability: float) -> str:
-    """A probability as a person reads it; never 0 or 100 for what is not."""
+    """Format a probability as a percentage. It shows 0 or 100 only if that is exact."""
     if 0 < probability < 0.0005:
         return "<0.1 %"
     if 0.9995 <= probability < 1:
@@ -146,32 +159,41 @@ def percent(probability: float) -> str:
 
 
 def warning(sentence: str) -> RenderableType:
-    """A sentence that explains something about the prompt."""
+    """Render a warning about the prompt."""
     return indented(sentence, "yellow")
 
 
 def note(sentence: str) -> RenderableType:
-    """A sentence about an answer, or about the thing that was done."""
+    """Render a note about an answer or an action."""
     return indented(sentence, "dim")
 
 
 def error(sentence: str) -> RenderableType:
-    """A sentence that says what went wrong."""
+    """Render an error message."""
     return indented(escape_controls(user_message(sentence)), "red")
 
 
 def indented(sentence: str, style: str) -> RenderableType:
-    """A sentence in a style, a cell from the edge."""
+    """Render a message, indented by one cell.
+
+    Args:
+        sentence: The message.
+        style: A style of rich.
+    """
     return Padding(Text(sentence, style=style), (0, 0, 0, 1), expand=False)
 
 
 def counted(n: int, noun: str) -> str:
-    """A number with its noun: 1 token, 2,000 tokens."""
+    """Format a number with its noun: 1 token, 2,000 tokens."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def size(count: int, decimals: int = 0) -> str:
-    """Bytes as a person reads them; megabytes with so many decimals.
+    """Format a number of bytes as GB or MB.
+
+    Args:
+        count: Number of bytes.
+        decimals: Number of decimals for megabytes. Gigabytes always have two.
 
     >>> size(2_471_645_608), size(98_362_432)
     ('2.47 GB', '98 MB')
@@ -180,7 +202,12 @@ def size(count: int, decimals: int = 0) -> str:
 
 
 def as_text(view: RenderableType, width: int = 100) -> str:
-    """A view as lines without colors; a text as it is."""
+    """Render a view as lines of text without colors.
+
+    Args:
+        view: The view. The characters of a `Text` are returned unchanged.
+        width: Width in cells.
+    """
     if isinstance(view, Text):
         return view.plain
     console = Console(no_color=True, color_system=None, highlight=False, width=width, emoji=False, force_jupyter=False)

@@ -1,6 +1,7 @@
-"""Pages as web pages: one file that needs no network, in light and dark, with values under the pointer.
+"""Render pages as HTML: one self-contained file with tooltips.
 
-What comes from prompts and tokens is escaped by the template; the page's policy runs no script but its own.
+The file has a light and a dark theme. The template escapes text from prompts and tokens, and the page's content
+security policy allows only its own script.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from llama_scratch.render.page import (
 )
 from llama_scratch.render.text import SPACE
 
-# Most fields of a map: those with texts are a table, the others a drawing, in a gallery a small one.
+# Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
 _TEXTS, _DRAWN, _SMALL = (128, 256), (256, 256), (48, 48)
-# Rich's words for styles that have a class.
+# The style words of rich that have a CSS class.
 _STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yellow", "blue", "magenta", "cyan"])
-# Texts of cells that are not broken.
+# Texts of table cells up to this length are not wrapped.
 _SHORT = 24
-# A longer bold paragraph is no heading.
+# A longer bold paragraph is not a heading.
 _LONGEST_HEADING = 100
 
 
 def html(page: Page) -> str:
-    """The page as one HTML file."""
+    """Render a page as one HTML file."""
     maps: list[dict[str, Any]] = []
     parts = [_part(part, number, maps) for number, part in enumerate(page.parts)]
     script = _file("page.js")
@@ -80,15 +81,15 @@ def _template() -> Template:
 
 
 def _token(text: str) -> Markup:
-    """A token as `written`: its spaces are pale, and a line may break before them."""
+    """Mark up a token's visible spaces: they are pale, and a line may break before them."""
     return Markup("<wbr><i>␣</i>").join(map(escape, text.split(SPACE)))
 
 
-# --- The parts, as the template takes them ------------------------------------------------------
+# --- The template's values ----------------------------------------------------------------------
 
 
 def _colors(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
-    """For each step of each scale its name, its color, and the color of what is written on it."""
+    """The name, the color and the text color of each step of each scale."""
     return [
         (f"{name}{step}", color, colors.ink(color))
         for name, stops in scales.items()
@@ -97,7 +98,7 @@ def _colors(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
 
 
 def _shade(level: float | None, signed: bool) -> str:
-    """The class of a shade."""
+    """The CSS class of a shade."""
     return "" if level is None else "{}{}".format(*colors.shade(level, signed))
 
 
@@ -123,7 +124,7 @@ def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, An
             return {"kind": "gallery", "title": written(part.title), "maps": small}
         case Code():
             return _code(part)
-    raise TypeError(f"{type(part).__name__} is no part of a page")
+    raise TypeError(f"{type(part).__name__} is not a block of a page")
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
 def _piece(cell: Cell) -> dict[str, Any]:
     piece = _cell(cell) | {"breaks": cell.token and "\n" in cell.text}
     if cell.token and not cell.hover:
-        piece["hover"] = written(json_line(cell.text))  # at least what it is, exactly
+        piece["hover"] = written(json_line(cell.text))  # the exact text
     return piece
 
 
@@ -164,7 +165,7 @@ def _table(part: Table) -> dict[str, Any]:
 
 
 def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
-    """Where a cell's bar begins and how wide it is, in percent of the room for it."""
+    """The left edge and the width of a cell's bar, in percent of its track."""
     if cell.bar is None:
         return {"bar": None}
     bar = max(-1.0, min(1.0, cell.bar))
@@ -176,7 +177,7 @@ def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
 
 
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
-    """A map that the script draws; its values go to `maps`."""
+    """Convert a map that the page's script draws. Appends its values to `maps`."""
     drawn = pooled(whole, *max_fields)
     hovers = drawn.hovers and [[written(hover) for hover in row] for row in drawn.hovers]
     maps.append(
@@ -210,7 +211,7 @@ def _legend(whole: Heatmap, shown: Heatmap) -> dict[str, Any]:
 
 
 def _texts(whole: Heatmap) -> dict[str, Any]:
-    """A map with texts in its fields, which is a table."""
+    """Convert a map with texts, which becomes a table."""
     shown = pooled(whole, *_TEXTS)
     rows = [
         {
@@ -245,7 +246,7 @@ def _code(part: Code) -> dict[str, Any]:
 
 
 def _pieces(line: Text, console: Console) -> Iterator[dict[str, str]]:
-    """A line of source in pieces of one color each."""
+    """Split a line of source code into pieces of one style each."""
     for segment in line.render(console):
         style = segment.style
         color = style.color.name.removeprefix("bright_") if style and style.color else ""

@@ -1,4 +1,4 @@
-"""Pages as plain lines, which a screen reader reads well."""
+"""Render pages as plain lines of text, for screen readers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llama_scratch.render.page import (
     written,
 )
 
-# Columns that plain lines have of a map that a command shows in parts.
+# Maximum number of columns of a map if a command shows the others.
 _PLAIN_COLUMNS = 8
 
 
 def plain(page: Page) -> Text:
-    """The page as lines that a screen reader reads well."""
+    """Render a page as plain lines of text."""
     lines = [line for part in page.parts for line in _lines(part)]
     return Text("\n".join([*lines, page.source_line] if page.source else lines))
 
@@ -57,7 +57,7 @@ def _lines(part: PageBlock) -> Iterator[str]:
             small = [pooled(heatmap, TILE[1], TILE[0]) for heatmap in part.maps]
             for heatmap in small:
                 yield from _map_lines(heatmap)
-            yield from list(filter(None, map(pooling, part.maps, small)))[:1]  # one says it of all
+            yield from list(filter(None, map(pooling, part.maps, small)))[:1]  # one note for all maps
         case Code():
             yield f"{written(part.path)}, line {part.first}:"
             for n, line in enumerate(part.text.splitlines(), start=1):
@@ -65,7 +65,7 @@ def _lines(part: PageBlock) -> Iterator[str]:
 
 
 def _table_lines(part: Table) -> Iterator[str]:
-    """A line for each row, with the names of its columns."""
+    """Yield one line per row, in which the column names precede the values."""
     if part.title:
         yield f"{written(part.title)}:"
     names = [written(name.removeprefix(">")) for name in part.columns]
@@ -83,7 +83,7 @@ def _quoted(text: str) -> str:
 
 
 def _map_lines(heatmap: Heatmap) -> Iterator[str]:
-    """A line for each row: columns with their values."""
+    """Yield one line per row: column labels with their values."""
     partly = bool(heatmap.more)
     first, end = window(heatmap, _PLAIN_COLUMNS) if partly else (0, len(heatmap.columns))
     shown = pooled(heatmap, HIGH_WITH_TEXTS if heatmap.texts else HIGH, len(heatmap.columns) if partly else HIGH)

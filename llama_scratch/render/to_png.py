@@ -1,4 +1,4 @@
-"""Pages as pictures, drawn by matplotlib: blocks from top to bottom on a sheet of a fixed width."""
+"""Render pages as PNG pictures with matplotlib, on a sheet of fixed width."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from llama_scratch.render.page import (
 )
 from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
 
-# Inches, but for sizes of letters, which are points, 72 to the inch.
+# Lengths are in inches, font sizes in points (1/72 inch).
 _MARGIN, _DPI = 0.55, 150
 _ROOM = WIDTH - 2 * _MARGIN
 _GAP = 0.3
-_CLOSER = 0.16  # to what follows, a title stands
+_CLOSER = 0.16  # reduces the gap after a title
 _TITLE, _HEADING, _BODY, _SMALL, _TINY = 20.0, 14.0, 10.5, 9.0, 7.5
-# What Agg can draw, in pixels.
+# The height limit of matplotlib's Agg backend, in pixels.
 _LONGEST = 1 << 16
-# Most fields of a map: with texts, without, and in a gallery.
+# Maximum (rows, columns) of a map with texts, without texts, and in a gallery.
 _TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
-_FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # the latter at least and at most
+_FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # minimum and maximum width of a field with text
 _TILES = 6
 _SOFT, _LINE, _BAR, _LESS, _MARK = "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4"
 _NAMED = {
@@ -46,20 +46,24 @@ _NAMED = {
 
 
 def png(page: Page) -> bytes:
-    """The page as a PNG file, 1,500 pixels wide. Raises `UsageError` without matplotlib, or for too long a page."""
+    """Render a page as a PNG file, 1,500 pixels wide.
+
+    Raises:
+        UsageError: If matplotlib is not installed, or if the picture would be too high.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            "Pictures are drawn by matplotlib, which is not installed; "
-            'install it with pip install "llama-scratch[plot]", or choose a name in .html.'
+            "Pictures need matplotlib, which is not installed. "
+            'Run pip install "llama-scratch[plot]", or choose a file name that ends in .html.'
         ) from error
     blocks = [_text(page.headline, _TITLE, bold=True), *(block for part in page.parts for block in _part(part))]
     height = 2 * _MARGIN + sum(high for high, _ in blocks) + _GAP * (len(blocks) - 1)
     if height * _DPI >= _LONGEST:
         raise UsageError(
-            f"The picture would be {height * _DPI:,.0f} pixels high, expected fewer than {_LONGEST:,}; "
-            "choose a name in .html."
+            f"The picture would be {height * _DPI:,.0f} pixels high; the limit is {_LONGEST - 1:,}. "
+            "Choose a file name that ends in .html."
         )
     sheet = Sheet(Figure((WIDTH, height), dpi=_DPI, facecolor=PAPER), height)
     top = _MARGIN
@@ -71,14 +75,14 @@ def png(page: Page) -> bytes:
     return data.getvalue()
 
 
-_Block = tuple[float, Callable[[Sheet, float], None]]  # its height, and what draws it from a top on
+_Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that draws it at a distance from the top
 
 
 def _color(style: str) -> str:
     return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), INK)
 
 
-# --- The parts --------------------------------------------------------------------------------
+# --- Blocks -----------------------------------------------------------------------------------
 
 
 def _part(part: PageBlock) -> Iterable[_Block]:
@@ -118,14 +122,14 @@ def _text(text: str, size: float, *, bold: bool = False, color: str = INK) -> _B
 
 
 def _running(part: Running) -> _Block:
-    """Letters of one width, so that a line breaks where it is full."""
+    """Lay out running text in a monospaced font, with line breaks at the full width."""
     letter = LETTER * _BODY
     line_length = int(_ROOM / letter)
     lines: list[list[tuple[int, str, Cell]]] = [[]]
     column = 0
     for cell in part.pieces:
         text = drawable(written(cell.text, token=cell.token), True, "bold" in cell.style)
-        # Tokens stay whole where they can, and so do words; a line break within a token breaks the line too.
+        # Tokens and words stay whole if they fit on a line. A line break within a token also breaks the line.
         words = [text, *(["\n"] if "\n" in cell.text else [])] if cell.token else re.findall(r"\n|[^\S\n]*\S*", text)
         for word in words:
             if word == "\n" or (column and column + len(word) > line_length and len(word) <= line_length):
@@ -148,7 +152,7 @@ def _running(part: Running) -> _Block:
 
 
 def _table(part: Table) -> _Block:
-    """Columns as wide as what stands in them; bars take the room that is left."""
+    """Lay out a table: columns fit their texts, and bars share the remaining width."""
     names = [written(name.removeprefix(">")) for name in part.columns]
     barred = [any(row[i].bar is not None for row in part.rows) for i in range(len(names))]
     both = [any((row[i].bar or 0) < 0 for row in part.rows) for i in range(len(names))]
@@ -163,7 +167,7 @@ def _table(part: Table) -> _Block:
     gap, least = 0.25, 1.5
     widths = list(map(needs, range(len(names))))
     room = _ROOM - gap * (len(names) - 1) - least * sum(barred)
-    while sum(widths) > room + 1e-6:  # the widest columns give way, down to what the next one has
+    while sum(widths) > room + 1e-6:  # shrink the widest columns, at most to the width of the next one
         widest = max(widths)
         others = sorted({width for width in widths if width < widest - 1e-6}) or [0.0]
         count = sum(width >= widest - 1e-6 for width in widths)
@@ -210,7 +214,7 @@ def _bar(sheet: Sheet, x: float, y: float, size: tuple[float, float], value: flo
 
 
 def _heatmap(whole: Heatmap) -> list[_Block]:
-    """One that is wider than the sheet goes on below, where its texts need the room."""
+    """Lay out a heat map. A map with texts that is wider than the sheet continues below."""
     texts = whole.texts is not None
     shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
     labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
@@ -218,7 +222,7 @@ def _heatmap(whole: Heatmap) -> list[_Block]:
     if texts:
         min_width, max_width = _FIELD_WITH_TEXT
         total = len(shown.columns)
-        count = max(1, -int(-total * min_width // (_ROOM - left)))  # pieces of nearly the same width
+        count = max(1, -int(-total * min_width // (_ROOM - left)))  # pieces of nearly equal width
         pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
         size = min(max_width, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
     else:
@@ -230,13 +234,13 @@ def _heatmap(whole: Heatmap) -> list[_Block]:
 
 
 def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, size: tuple[float, float]) -> _Block:
-    """Some columns of a heat map with their labels."""
+    """Lay out some columns of a heat map with their labels."""
     wide, high = size
     texts = shown.texts is not None
     max_width = wide - 0.06 if texts else 1.1
     heads = [cut(shown.column(c), max_width, _TINY, shown.tokens) for c in columns]
     head = 0.2 if texts else max((text_width(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
-    # Where fields are smaller than letters, only some of them are named.
+    # If fields are smaller than the labels, only some labels are drawn.
     across, down = (max(1, -(-0.14 // step)) for step in size)
 
     def draw(sheet: Sheet, top: float) -> None:

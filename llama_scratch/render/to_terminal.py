@@ -1,4 +1,4 @@
-"""Pages on a terminal."""
+"""Render pages on a terminal, with rich."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from llama_scratch.render.page import (
 )
 from llama_scratch.render.text import visible
 
-# Cells of a column of bars, and of the gap in front of it.
+# Minimum width of a column of bars in cells, including the gap before it.
 _LEAST_BAR = 8
 
 
 def view(page: Page) -> RenderableType:
-    """The page, as wide as the terminal."""
+    """Render a page, fitted to the width of the terminal."""
     parts: list[RenderableType] = [_block(part) for part in page.parts]
     if page.source:
         parts.append(Text(page.source_line, style="dim"))
     return Group(*(Padding(part, (1, 0, 0, 1)) for part in parts), Text())
 
 
-# --- The parts --------------------------------------------------------------------------------
+# --- Blocks -----------------------------------------------------------------------------------
 
 
 def _block(part: PageBlock) -> RenderableType:
@@ -65,7 +65,7 @@ def _text(cell: Cell) -> Text:
 
 
 def _running(part: Running) -> Text:
-    """Line breaks within tokens are visible, and break the line."""
+    """Render running text. A line break within a token is visible and also breaks the line."""
     line = Text(overflow="fold")
     for piece in part.pieces:
         line.append_text(_text(piece))
@@ -92,7 +92,7 @@ def _code(part: Code) -> RenderableType:
 
 
 class FittedTable:
-    """A table; where the terminal is too narrow for them, without columns that have nothing but bars."""
+    """A table. Unnamed columns of bars are left out if the terminal is too narrow."""
 
     def __init__(self, table: Table):
         self.table = table
@@ -130,7 +130,7 @@ def _table(part: Table) -> RenderableType:
 
 
 def _tree(part: Table) -> RenderableType:
-    """The rows as branches, under the title."""
+    """Render the rows as branches of a tree below the title."""
     nodes = [Tree(Text(written(part.title), style="bold"), guide_style="dim")]
     for row, level in zip(part.rows, part.levels, strict=True):
         label = Text(" ", overflow="fold").join(_text(cell) for cell in row if cell.text)
@@ -140,7 +140,7 @@ def _tree(part: Table) -> RenderableType:
 
 
 def _bars(column: Sequence[Cell]) -> list[RenderableType]:
-    """A column's bars after their numbers, which are aligned."""
+    """Render a column of bars, each after its number. The numbers are aligned."""
     texts = [_text(cell) for cell in column]
     width = max(text.cell_len for text in texts)
     both = any((cell.bar or 0) < 0 for cell in column)

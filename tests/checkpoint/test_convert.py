@@ -672,7 +672,7 @@ def test_the_command(
     captured = capsys.readouterr()
     path = tmp_path / "my models" / "a:b.gguf"
     assert json.loads(captured.out) == {"path": str(path), "form": "gguf", "bytes": path.stat().st_size, "notes": []}
-    assert captured.err.splitlines()[-1].endswith(f"run it with: llama-scratch --model-dir '{path}'")
+    assert captured.err.splitlines()[-1].endswith(f"llama-scratch --model-dir '{path}'")
     assert run(["convert", str(path), "m", "--to", "meta"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""

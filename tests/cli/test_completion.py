@@ -1,4 +1,4 @@
-"""Shell completion: what the program answers to each shell, and bash itself."""
+"""Shell completion: the replies to each shell, and a session in bash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHELLS = ["bash", "zsh", "fish"]
 
 
 def asked(shell: str, line: str) -> dict[str, str]:
-    """The environment in which a shell asks what a line may become."""
+    """The environment of a shell's completion request for a line."""
     words = line.split(" ")
     return {
         "_LLAMA_SCRATCH_COMPLETE": f"complete_{shell}",
@@ -32,7 +32,7 @@ def asked(shell: str, line: str) -> dict[str, str]:
 
 
 def completed(shell: str, line: str) -> list[str]:
-    """The words that a shell is offered in place of a line's last one."""
+    """The completions of the last word of a line."""
     result = subprocess.run(
         PROGRAM, env=os.environ | asked(shell, line), capture_output=True, text=True, check=True, timeout=60
     )
@@ -65,7 +65,7 @@ def test_what_a_line_may_become(shell: str, line: str, expected: list[str]) -> N
 
 @pytest.mark.parametrize("line", ["llama-scratch --model-dir ", "llama-scratch --tokenizer ", "llama-scratch replay "])
 def test_paths_are_completed_by_the_shell_itself(line: str) -> None:
-    """Nothing is offered to bash and fish, which then offer files, and zsh is told to."""
+    """bash and fish get no completions, so they complete files. zsh is told to do so."""
     assert completed("bash", line) == completed("fish", line) == []
     assert completed("zsh", line) == ["_files"]
     is_there = asked("fish", line) | {"_TYPER_COMPLETE_FISH_ACTION": "is-args"}
@@ -75,7 +75,7 @@ def test_paths_are_completed_by_the_shell_itself(line: str) -> None:
 def test_completing_imports_no_torch_and_reads_no_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It happens at each press of Tab; a file that is damaged is no matter of the shell's."""
+    """It runs at each press of Tab, so a damaged configuration must not matter."""
     (tmp_path / "damaged.toml").write_text("damaged")
     monkeypatch.setenv("LLAMA_SCRATCH_CONFIG", str(tmp_path / "damaged.toml"))
     for name, value in asked("bash", "llama-scratch --model ").items():
@@ -89,7 +89,7 @@ def test_completing_imports_no_torch_and_reads_no_configuration(
 
 @pytest.fixture
 def bin_folder(tmp_path: Path) -> Path:
-    """A folder with the program under its name, for a PATH."""
+    """A folder for the PATH that contains the program by name."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "llama-scratch"
@@ -100,7 +100,7 @@ def bin_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_script_is_that_of_the_shell_that_asks(shell: str, bin_folder: Path) -> None:
-    """The shell is known by its name among the parents, so one of each name is made of what there is."""
+    """typer detects the shell by the parent process's name, so /bin/sh is copied under each name."""
     shutil.copy("/bin/sh", bin_folder / shell)
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
@@ -136,7 +136,7 @@ def test_the_script_is_installed_where_the_shell_looks(shell: str, bin_folder: P
 
 
 def test_bash_completes(bin_folder: Path, tmp_path: Path) -> None:
-    """The real shell: an option, its value, and a path."""
+    """A real shell completes an option, its value, and a path."""
     (tmp_path / "my-model").mkdir()
     environment = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "PS1": "$ ", "HOME": str(tmp_path)}
     with Terminal(program=("/bin/bash", "--norc", "--noprofile", "-i"), env=environment) as bash:

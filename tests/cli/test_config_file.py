@@ -1,9 +1,10 @@
-"""The configuration file and the environment: what each can say, and which of them is heard."""
+"""The configuration file and the environment: valid contents, precedence, and errors."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.helpers.command_line import Runner, one_sentence
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """The file in the usual place, empty."""
+    """An empty file at the default path."""
     file = default_path()
     file.parent.mkdir(parents=True)
     file.write_text("")
@@ -26,13 +27,13 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The small random model, named by the environment alone."""
+    """The small random model, set in the environment only."""
     monkeypatch.setenv("LLAMA_SCRATCH_MODEL_DIR", str(tiny_dir))
     return str(tiny_dir)
 
 
 def candidates(llama_scratch: Runner, *arguments: str) -> int:
-    """How many candidates an answer lists."""
+    """The number of candidates in an answer."""
     result = llama_scratch(*arguments, "--json", stdin=b"the\n")
     assert result.err == ""
     return len(json.loads(result.out)["top"])
@@ -68,7 +69,7 @@ def test_another_file(
 
 
 def test_every_kind_of_option(llama_scratch: Runner, config: Path, tiny_dir: Path) -> None:
-    """Text, a number, a fraction, a switch, and a switch that is on unless it is turned off."""
+    """A string, an integer, a float, a flag, and a flag that is on by default."""
     options = ["generate = 2", "temperature = 1.5", "seed = 1", "json = true", "live = false", "no-color = true"]
     config.write_text("\n".join([f'model-dir = "{tiny_dir}"', *options]))
     answer = json.loads(llama_scratch(stdin=b"the\n").out)
@@ -85,7 +86,7 @@ def test_live_and_special_reach_the_session(
     given: list[str],
     live: bool,
 ) -> None:
-    """A flag that is on can be turned off in the file, and on again."""
+    """The file can turn off a flag that is on by default, and the command line can turn it on again."""
     config.write_text("live = false\nspecial = true")
     seen = []
 
@@ -104,7 +105,7 @@ def test_the_file_names_the_activations(
     tiny_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Below the environment and the command line."""
+    """The environment and the command line take precedence."""
     needed = {}
     for written, environment, given in (("bf16", None, ()), ("bf16", "fp32", ()), ("bf16", "fp32", ("bf16",))):
         config.write_text(f'model-dir = "{tiny_dir}"\nactivations = "{written}"')
@@ -150,7 +151,7 @@ def test_what_is_said_last_names_the_model(
     environment: dict[str, str],
     arguments: list[str],
 ) -> None:
-    """--model and --model-dir are two ways to say one thing: the stronger place is heard, and nothing is refused."""
+    """--model and --model-dir count as one option: the source with the higher precedence wins, without an error."""
     config.write_text(file.replace("TINY", str(tiny_dir)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value.replace("TINY", str(tiny_dir)))
@@ -161,45 +162,45 @@ def test_what_is_said_last_names_the_model(
 
 def test_both_in_one_place_are_still_refused(llama_scratch: Runner, config: Path, model: str) -> None:
     config.write_text(f'model = "smollm2"\nmodel-dir = "{model}"')
-    assert llama_scratch(stdin=b"x\n").code == 0  # the environment names one
+    assert llama_scratch(stdin=b"x\n").code == 0  # the environment overrides both
     config.write_text("")
-    assert "expected one of them" in one_sentence(llama_scratch("--model", "smollm2", "--model-dir", model))
+    assert "Both --model and --model-dir" in one_sentence(llama_scratch("--model", "smollm2", "--model-dir", model))
 
 
 def test_the_two_in_the_file_are_refused(llama_scratch: Runner, config: Path) -> None:
     config.write_text('model = "smollm2"\nmodel-dir = "here"')
-    assert "expected one of them" in one_sentence(llama_scratch(stdin=b"x\n"))
+    assert "Both --model and --model-dir" in one_sentence(llama_scratch(stdin=b"x\n"))
 
 
-# --- What is wrong ----------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("tpo = 3", "no option 'tpo'; did you mean top?"),
-        ("model_dir = 'x'", "no option 'model_dir'; did you mean model-dir?"),
-        ("zzz = 3", "no option 'zzz'; expected a long option without its dashes"),
-        ("version = true", "no option 'version'"),
-        ("config = 'x'", "no option 'config'"),
-        ("help = true", "no option 'help'"),
-        ("install-completion = true", "no option 'install-completion'"),
-        ('"t\\u001b[31m" = 1', r"no option 't\x1b[31m'"),
-        ("[bnech]\nruns = 1", "no option 'bnech'; did you mean bench?"),
-        ("[bench]\nrnus = 1", "no option 'rnus' in [bench]; did you mean runs?"),
-        ("[bench]\nprompt = 'x'", "no option 'prompt' in [bench]"),
-        ("bench = 1", "bench is 1, expected a table of its options under [bench]"),
-        ("top = 'many'", "top is 'many', expected what --top takes"),
-        ("top = 1.5", "top is 1.5, expected what --top takes"),
-        ("top = true", "top is true, expected what --top takes"),
-        ("top = [1]", "top is [1], expected what --top takes"),
-        ("json = 1", "json is 1, expected true or false"),
-        ("json = 'yes'", "json is 'yes', expected true or false"),
-        ("model = 3", "model is 3, expected a text in quotes"),
-        ("top = ", "is not TOML"),
-        ("top = 1\ntop = 2", "is not TOML"),
-        ("a = " + "[" * 10_000, "is not TOML"),
-        ("\ud800", "is not UTF-8"),
+        ("tpo = 3", r"unknown option 'tpo'.* top\?"),
+        ("model_dir = 'x'", r"unknown option 'model_dir'.* model-dir\?"),
+        ("zzz = 3", "unknown option 'zzz'.* without the dashes"),
+        ("version = true", "unknown option 'version'"),
+        ("config = 'x'", "unknown option 'config'"),
+        ("help = true", "unknown option 'help'"),
+        ("install-completion = true", "unknown option 'install-completion'"),
+        ('"t\\u001b[31m" = 1', r"unknown option 't\\x1b\[31m'"),
+        ("[bnech]\nruns = 1", r"unknown option 'bnech'.* bench\?"),
+        ("[bench]\nrnus = 1", r"unknown option 'rnus' in \[bench\].* runs\?"),
+        ("[bench]\nprompt = 'x'", r"unknown option 'prompt' in \[bench\]"),
+        ("bench = 1", r"bench is 1\..* under \[bench\]"),
+        ("top = 'many'", r"top is 'many'\..* --top"),
+        ("top = 1.5", r"top is 1\.5\..* --top"),
+        ("top = true", r"top is true\..* --top"),
+        ("top = [1]", r"top is \[1\]\..* --top"),
+        ("json = 1", r"json is 1\..* true or false"),
+        ("json = 'yes'", r"json is 'yes'\..* true or false"),
+        ("model = 3", r"model is 3\..* quotes"),
+        ("top = ", "TOML"),
+        ("top = 1\ntop = 2", "TOML"),
+        ("a = " + "[" * 10_000, "TOML"),
+        ("\ud800", "UTF-8"),
     ],
 )
 def test_a_wrong_file_is_one_sentence_with_its_name(
@@ -211,15 +212,15 @@ def test_a_wrong_file_is_one_sentence_with_its_name(
     config.write_bytes(text.encode("utf-8", errors="surrogatepass"))
     result = llama_scratch(stdin=b"x\n")
     assert result.code == 2
-    assert expected in one_sentence(result)
+    assert re.search(expected, one_sentence(result))
     assert str(config) in result.err
 
 
 def test_a_file_that_cannot_be_read(llama_scratch: Runner, config: Path, tmp_path: Path) -> None:
-    """One that was named must be there; the usual one need not."""
+    """A file named by the user must exist. The default file may be missing."""
     config.unlink()
-    assert llama_scratch("pull", "none").err.startswith("llama-scratch: There is no model 'none'")
-    for path, expected in ((tmp_path / "none.toml", "no configuration file"), (tmp_path, "cannot be read")):
+    assert "none" in llama_scratch("pull", "none").err
+    for path, expected in ((tmp_path / "none.toml", "not found"), (tmp_path, "cannot be read")):
         result = llama_scratch("--config", str(path), stdin=b"x\n")
         assert result.code == 2
         assert expected in one_sentence(result)
@@ -260,7 +261,7 @@ SLOW = {
 
 @pytest.mark.parametrize("text", SLOW.values(), ids=SLOW)
 def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path, text: str) -> None:
-    """A dotted key of 30,000 parts took 40 s."""
+    """A dotted key of 30,000 parts used to take 40 s."""
     config.write_text(text)
     start = time.process_time()
     result = llama_scratch(stdin=b"x\n")
@@ -270,7 +271,7 @@ def test_a_hostile_file_is_rejected_at_once(llama_scratch: Runner, config: Path,
 
 
 def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) -> None:
-    """Ordinary prompts have fewer in a line."""
+    """Ordinary prompts stay below the limit per line."""
     config.write_text('prompt = """' + "A line. It goes on. " * 100 + '\n..."""')
     config.write_text(config.read_text().replace(" It", "\nIt"))
     assert json.loads(llama_scratch("--json").out)["prompt"].startswith("A line.")
@@ -278,7 +279,7 @@ def test_a_text_of_many_dots(llama_scratch: Runner, config: Path, model: str) ->
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_a_named_file_that_is_not_one(llama_scratch: Runner, tmp_path: Path) -> None:
-    """A pipe is not waited for, and a device not read."""
+    """The program does not wait for a named pipe or read a device."""
     os.mkfifo(tmp_path / "pipe")
     for file in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
         result = llama_scratch("--config", file, stdin=b"x\n")
@@ -299,7 +300,7 @@ def test_a_file_that_nobody_named_and_that_cannot_be_read_is_absent(
     error: OSError,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As with the HOME of another user; a file that was named is an error still."""
+    """For example with another user's HOME. A file named by the user is still an error."""
     config.write_text("top = 3")
     original = os.open
 
@@ -327,12 +328,11 @@ def test_a_wrong_environment_is_one_sentence(
 
 
 def test_help_and_version_need_no_whole_file(llama_scratch: Runner, config: Path) -> None:
-    """So that a person who has broken it finds out how it should be."""
+    """A user with a broken file can still read how to write it."""
     config.write_text("broken")
     assert llama_scratch("--version").code == 0
     result = llama_scratch("--help")
     assert result.code == 0
-    assert "configuration file" in result.out
     assert "LLAMA_SCRATCH_TOP" in result.out
 
 
@@ -343,7 +343,7 @@ def test_debug_from_each_place(
     monkeypatch: pytest.MonkeyPatch,
     place: str,
 ) -> None:
-    """Tracebacks are shown for errors, and only where they are asked for."""
+    """Errors have tracebacks only with --debug."""
     missing = ("--model-dir", "/nowhere", "info")
     assert "Traceback" not in llama_scratch(*missing).err
     if place == "environment":
@@ -353,4 +353,4 @@ def test_debug_from_each_place(
     result = llama_scratch(*(["--debug"] if place == "flag" else []), *missing)
     assert result.code == 3
     assert result.err.count("Traceback") == 1
-    assert result.err.splitlines()[-1].startswith("llama-scratch: There is no model")
+    assert result.err.splitlines()[-1].startswith("llama-scratch: ")

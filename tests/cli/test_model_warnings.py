@@ -1,4 +1,4 @@
-"""Warnings that a checkpoint carries: shown once when it is loaded, and by info, verify and every prediction."""
+"""Warnings of a checkpoint: shown once at loading, and by info, verify and every prediction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llama_scratch.checkpoint import describe, open_checkpoint, verify
 from llama_scratch.render.reports import model_facts
 from tests.helpers.command_line import Runner
 
-WARNING = "The files contradict each other. The weights were believed."
+WARNING = "The files contradict each other. The weights take precedence."
 
 
 @pytest.fixture
 def warned(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The option that names the small model, which now carries a warning."""
+    """The option for the small model, which now has a warning."""
     opened = replace(open_checkpoint(tiny_dir), warnings=(WARNING,))
     for module in (llama, describe, verify):
         monkeypatch.setattr(module, "open_checkpoint", lambda *_: opened)
@@ -26,7 +26,7 @@ def warned(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 
 def test_it_is_printed_once_and_is_in_every_answer(warned: tuple[str, str], llama_scratch: Runner) -> None:
-    """Once on stderr for two prompts; in each JSON object, and not among the data of a pipe."""
+    """Once on stderr for two prompts, in each JSON object, and never in tab-separated output."""
     lines = llama_scratch(*warned, stdin=b"the cat\nit is\n")
     assert lines.code == 0
     assert lines.err.count(WARNING) == 1
@@ -38,7 +38,7 @@ def test_it_is_printed_once_and_is_in_every_answer(warned: tuple[str, str], llam
 
 
 def test_info_and_verify_show_it(warned: tuple[str, str], tiny_dir: Path, llama_scratch: Runner) -> None:
-    """As a field of info, and as a note of verify, whose exit code stays 0."""
+    """A field of info, and a note of verify, whose exit code stays 0."""
     facts = json.loads(llama_scratch(*warned, "info", "--json").out)
     assert facts["warnings"] == [WARNING]
     assert WARNING in model_facts(facts)["warnings"]

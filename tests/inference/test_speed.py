@@ -124,7 +124,7 @@ def test_lines_for_a_pipe() -> None:
     lines = bench_lines(FOUND)
     assert lines["prefill 2048"] == "1,234 tokens/s, 2,346 GFLOP/s"
     assert lines["decode at 16"] == "9.2 tokens/s, 96% of the limit"
-    assert lines["KV cache"] == "a token: 1.0 MB at 16, 536.9 MB at 8,192"
+    assert lines["KV cache"] == "per token: 1.0 MB at 16, 536.9 MB at 8,192"
     assert lines["load"] == "1.0 s, then 3.3 s of preparation"
 
 

@@ -1,4 +1,7 @@
-"""Web pages in a real headless Chromium, which is looked for on the PATH and installed where that needs no asking."""
+"""Web pages in headless Chromium.
+
+It is searched on the PATH, and installed if apt-get works without a password.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from tests.helpers.pages import EVERYTHING, HOSTILE, ramp
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the web pages were not opened: playwright is missing")
+sync_api = pytest.importorskip("playwright.sync_api", reason="web pages not tested: playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def find() -> str | None:
-    """A Chromium on the PATH."""
+    """Find Chromium on the PATH."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def install() -> None:
-    """Install one, where that is this system's way and needs no password."""
+    """Install Chromium with apt-get, if this is root on Linux."""
     if sys.platform == "linux" and shutil.which("apt-get") and os.geteuid() == 0:
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for command, seconds in (["update"], 60), (["install", "-y", "--no-install-recommends", "chromium"], 150):
@@ -47,7 +50,7 @@ def browser() -> Iterator[Browser]:
     if find() is None:
         install()
     if (path := find()) is None:
-        sentence = "no Chromium was found or could be installed: THE WEB PAGES WERE NOT OPENED"
+        sentence = "Chromium was neither found nor could it be installed: THE WEB PAGES WERE NOT TESTED"
         print(sentence, file=sys.__stderr__)
         pytest.skip(sentence)
     with sync_api.sync_playwright() as playwright:
@@ -58,7 +61,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Opened:
-    """A page in the browser, without a network, and what it did there."""
+    """A page opened in the browser without a network, with its requests and console messages."""
 
     def __init__(self, browser: Browser, path: Path, page: Page, width: int = 1200, scheme: str = "light"):
         path.write_text(html(page))
@@ -75,12 +78,12 @@ class Opened:
 
     @property
     def tip(self) -> str:
-        """What is said of the field under the pointer; "" where nothing is."""
+        """The tooltip's text; "" if it is hidden."""
         tip = self.page.locator("#tip")
         return tip.text_content() or "" if tip.is_visible() else ""
 
     def lights(self) -> list[list[int]]:
-        """Red, green and blue of each pixel of the first drawing added up: rows from top to bottom."""
+        """Sum red, green and blue of each pixel of the first canvas, in rows from top to bottom."""
         script = """() => {
             const canvas = document.querySelector('canvas'), {width, height} = canvas;
             return [width, Array.from(canvas.getContext('2d').getImageData(0, 0, width, height).data)];
@@ -90,7 +93,7 @@ class Opened:
         return [sums[i : i + width] for i in range(0, len(sums), width)]
 
     def field(self, row: int, column: int) -> tuple[float, float]:
-        """The middle of a field of the first drawing."""
+        """The center of a field of the first canvas."""
         place = self.page.evaluate("document.querySelector('canvas').place")
         return place["left"] + (column + 0.5) * place["size"], place["top"] + (row + 0.5) * place["size"]
 
@@ -116,7 +119,7 @@ def test_nothing_of_a_prompt_runs(browser: Browser, tmp_path: Path) -> None:
     assert opened.page.locator("b:not(.track b)").count() == 0
     shown = opened.page.locator(".running").last.inner_text()
     assert shown == HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
-    # And what got past the escaping would be stopped by the page's policy.
+    # The content security policy would stop a script that got past the escaping.
     opened.page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'var ran = 1'}))")
     assert opened.page.evaluate("typeof ran") == "undefined"
     assert any("Content Security Policy" in complaint for complaint in opened.complaints)
@@ -141,7 +144,7 @@ def test_values_are_shown_under_the_pointer_and_by_keys(browser: Browser, tmp_pa
     assert opened.tip == "r0 ·  c1: 0.5"
     x, y = opened.field(1, 1)
     canvas.hover(position={"x": x, "y": y})
-    assert opened.tip == ""  # there is no value
+    assert opened.tip == ""  # an empty field
     # The strongest field is the darkest.
     lights = opened.lights()
     (x0, y0), (x1, y1) = opened.field(0, 0), opened.field(1, 0)

@@ -1,4 +1,4 @@
-"""Pages on a terminal, as plain lines, as web pages and as pictures."""
+"""Pages on a terminal, as plain text, as HTML and as pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.helpers.pages import EVERYTHING, HOSTILE, SIGNED, TABLE, ramp, with_t
 
 
 def shown(*parts: PageBlock, width: int = 80, source: tuple[str, ...] = (), encoding: str = "utf-8", **how: Any) -> str:
-    """What a terminal shows of a page."""
+    """Render blocks for a terminal."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
     Console(file=out, width=width, **how).print(to_terminal.view(Page("", parts, source)), highlight=False)
     out.seek(0)
@@ -46,7 +46,7 @@ def shown(*parts: PageBlock, width: int = 80, source: tuple[str, ...] = (), enco
 
 
 def plain(*parts: PageBlock) -> list[str]:
-    """The same for a screen reader."""
+    """Render blocks for a screen reader."""
     return to_plain.plain(Page("", parts)).plain.splitlines()
 
 
@@ -142,11 +142,11 @@ def test_labels_stand_upright_above_their_columns() -> None:
 
 def test_a_map_that_is_far_too_large_is_pooled() -> None:
     values = tuple(tuple(0.0 for _ in range(2000)) for _ in range(2000))
-    values = (*values[:1999], (*values[0][:1999], 1.0))  # one field that must not get lost
+    values = (*values[:1999], (*values[0][:1999], 1.0))  # one field that must survive
     text = shown(ramp(1, 1, rows=2000 * ("r",), columns=2000 * ("c",), values=values))
     assert len(text.splitlines()) < 60
-    assert text.count("█") == 3  # two of the field, one of the legend
-    assert "Of 2,000 × 2,000 values the strongest" in text
+    assert text.count("█") == 3  # two in the field, one in the legend
+    assert "2,000 × 2,000 values, max-pooled" in text
 
 
 def test_small_maps_stand_beside_each_other() -> None:
@@ -156,7 +156,7 @@ def test_small_maps_stand_beside_each_other() -> None:
     assert sum("head" in line for line in shown(gallery, width=30).splitlines()) == 4
 
 
-# --- As plain lines ---------------------------------------------------------------------------
+# --- As plain text ----------------------------------------------------------------------------
 
 
 def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
@@ -175,14 +175,14 @@ def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
 
 
 def test_plain_lines_say_what_they_leave_out() -> None:
-    """All columns are there where no command shows the others; small maps are pooled, and say so."""
+    """A map without a command for other columns shows all of them. Small maps are pooled, with a note."""
     (_, row) = plain(replace(with_texts(30), rows=("r0",), values=(30 * (0.5,),), texts=(30 * ("x",),), first=0))
     assert row.count("0.5") == 30
     assert plain(replace(with_texts(30, more="/lens {}"), first=0))[-1] == (
         "positions 0 to 7 of 30; /lens 8 shows later ones"
     )
     small, large = ramp(4, 4), ramp(20, 20)
-    assert plain(Gallery("Maps", (large, large)))[-1] == "Of 20 × 20 values the strongest of each 4 × 2 or so is shown."
+    assert plain(Gallery("Maps", (large, large)))[-1].startswith("20 × 20 values, max-pooled")
     assert "strongest" not in " ".join(plain(Gallery("Maps", (small,))))
 
 
@@ -202,8 +202,8 @@ def test_pooling_keeps_the_strongest_of_each_block() -> None:
     small = pooled(heatmap, 2, 2)
     assert small.values == ((-3, 2), (1, 0))
     assert small.rows == ("r0", "r2")
-    assert "4 × 4 values the strongest of each 2 × 2" in pooling(heatmap, small)
-    assert "4 × 4 values the strongest of each 2 × 1" in pooling(heatmap, pooled(heatmap, 3, 4))
+    assert re.search("4 × 4 values.* 2 × 2", pooling(heatmap, small))
+    assert re.search("4 × 4 values.* 2 × 1", pooling(heatmap, pooled(heatmap, 3, 4)))
     assert pooled(heatmap, 4, 9) is heatmap
     assert pooling(heatmap, heatmap) == ""
 
@@ -239,7 +239,7 @@ def test_a_long_title_is_cut() -> None:
 def test_pages_are_joined_under_their_titles() -> None:
     page = joined("All", (Page("A", (Paragraph("a"),), ("x",)), Page("B", (), ("x", "y"))))
     assert page == Page("All", (Paragraph("A", "bold"), Paragraph("a"), Paragraph("B", "bold")), ("x", "y"))
-    with pytest.raises(UsageError, match="nothing to show"):
+    with pytest.raises(UsageError, match="no view"):
         joined("None", ())
 
 
@@ -250,7 +250,7 @@ def test_scales_can_be_told_apart_without_colors() -> None:
             assert lights == sorted(lights)
 
 
-# --- As a web page ----------------------------------------------------------------------------
+# --- As HTML ----------------------------------------------------------------------------------
 
 
 def test_a_web_page_needs_nothing_and_runs_nothing_else() -> None:
@@ -272,7 +272,7 @@ def test_a_large_map_on_a_web_page_is_pooled() -> None:
     page = html(Page("", (ramp(300, 600),)))
     maps = json.loads(re.search(r'id="maps">(.*?)</script>', page)[1])  # type: ignore[index]
     assert [len(maps[0][name]) for name in ("rows", "columns", "values")] == [256, 256, 256]
-    assert "Of 300 × 600 values the strongest" in page
+    assert "300 × 600 values, max-pooled" in page
 
 
 # --- As a picture -----------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_large_map_on_a_web_page_is_pooled() -> None:
 
 def test_a_picture_of_everything_is_the_same_each_time() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of glyphs that no font has, for one
+        warnings.simplefilter("error")  # such as those about missing glyphs
         first = png(replace(EVERYTHING, parts=(*EVERYTHING.parts, Paragraph("日本 🦙 $x_{"))))
     assert first.startswith(b"\x89PNG")
     assert int.from_bytes(first[16:20], "big") == 1500
@@ -288,13 +288,13 @@ def test_a_picture_of_everything_is_the_same_each_time() -> None:
 
 
 def test_what_no_picture_can_hold() -> None:
-    with pytest.raises(UsageError, match=r"pixels high, expected fewer than 65,536; choose a name in \.html"):
+    with pytest.raises(UsageError, match=r"pixels high.* 65,535.*\.html"):
         png(Page("", (Table(("a",), tuple((Cell("x"),) for _ in range(2500))),)))
 
 
 def test_a_picture_without_matplotlib_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"not installed; install it with pip install \"llama-scratch\[plot\]\""):
+    with pytest.raises(UsageError, match=r"not installed.*pip install \"llama-scratch\[plot\]\""):
         png(EVERYTHING)
 
 

@@ -1,4 +1,4 @@
-"""Bars and interrupts: one that falls into a bar's beginning or end leaves nothing of it behind."""
+"""Progress bars and interrupts: an interrupt while a bar starts or stops leaves no display registered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_scratch.repl.interrupts import Interrupts
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
-    """The session's, and afterwards Python's own."""
+    """Install the session's signal handler, and restore the previous one afterwards."""
     before = signal.getsignal(signal.SIGINT)
     yield Interrupts()
     signal.signal(signal.SIGINT, before)
@@ -29,7 +29,7 @@ def console() -> Console:
 
 
 class Interrupted(Bar):
-    """A bar into whose `start` or `stop` an interrupt falls, in its middle."""
+    """A bar that is interrupted in the middle of `start` or `stop`."""
 
     def __init__(self, console: Console, when: str):
         super().__init__(console=console, transient=True)
@@ -51,12 +51,12 @@ class Interrupted(Bar):
 
 @pytest.mark.parametrize("when", ["start", "stop"])
 def test_an_interrupt_waits_for_a_bars_beginning_and_end(interrupts: Interrupts, console: Console, when: str) -> None:
-    """It is raised then, and the next bar shows."""
+    """It is raised afterwards, and the next bar is shown."""
     with pytest.raises(KeyboardInterrupt), interrupts.armed(), live_display(Interrupted(console, when)):
         pass
     assert not defer_interrupts.on
     assert not defer_interrupts.waiting
-    assert console.set_live(Live(console=console)) is not False  # it is alone
+    assert console.set_live(Live(console=console)) is not False  # no other display is registered
     console.clear_live()
     console.file = io.StringIO()
     bar = Bar(console=console, transient=True)
@@ -72,7 +72,7 @@ def test_in_between_it_comes_at_once(interrupts: Interrupts, console: Console) -
     def interrupted() -> None:
         with interrupts.armed(), live_display(Bar(console=console)):
             signal.raise_signal(signal.SIGINT)
-            reached.append("the line behind")
+            reached.append("the next line")
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
@@ -80,6 +80,6 @@ def test_in_between_it_comes_at_once(interrupts: Interrupts, console: Console) -
 
 
 def test_at_the_prompt_it_is_nothing(interrupts: Interrupts, console: Console) -> None:
-    """Where there is nothing to cancel, an interrupt that falls into a bar is none."""
+    """If there is nothing to cancel, an interrupt while a bar starts is ignored."""
     with live_display(Interrupted(console, "start")):
         pass

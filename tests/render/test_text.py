@@ -1,4 +1,4 @@
-"""What people and programs read of an answer."""
+"""Answers as users and programs read them: terminal text, plain text, lines and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = ModelInfo("Tiny", "meta", "fp32", "cpu", 1234)
 
 
 def prediction(*texts: str, warnings: tuple[str, ...] = ()) -> Prediction:
-    """An answer whose candidates have the probabilities 1/2, 1/4, 1/8, …"""
+    """A prediction whose candidates have the probabilities 1/2, 1/4, 1/8, …"""
     top = tuple(Candidate(id, text, -(id + 1) * math.log(2)) for id, text in enumerate(texts))
     timing = Timing(load_s=1.5, prompt_tokens=4, reused_tokens=3, prefill_s=0.0123)
     tokens, cautions = (Token(7, "My"), Token(8, " name")), tuple(PromptWarning("a cause", text) for text in warnings)
@@ -28,7 +28,7 @@ def prediction(*texts: str, warnings: tuple[str, ...] = ()) -> Prediction:
 
 
 def shown(renderable: RenderableType, width: int = 80, encoding: str = "utf-8") -> str:
-    """What a terminal without colors shows."""
+    """Render for a terminal without colors."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     Console(file=out, width=width).print(renderable)
     out.seek(0)
@@ -72,7 +72,7 @@ def test_an_answer_shows_token_probability_bar_and_what_it_took() -> None:
     rows = [line.replace("│", " ").split() for line in text.splitlines() if "%" in line]
     assert [row[:3] for row in rows] == [["␣Paris", "50.0", "%"], [r"\n", "25.0", "%"], ["␣the", "12.5", "%"]]
     assert [len(row[3]) for row in rows] == [20, 10, 5]
-    assert "entropy 1.75 bits · 4 tokens, 3 reused · 12 ms" in text
+    assert "entropy 1.75 bits · 4 tokens, 3 cached · 12 ms" in text
     assert "Mind the gap." in text
 
 
@@ -123,12 +123,12 @@ def test_json_has_the_fields_of_the_contract() -> None:
 
 
 def squeezed(line: str) -> str:
-    """Without the cells that a screen has behind wide characters."""
+    """Normalize a line, and remove the blank cells that pyte adds after wide characters."""
     return unicodedata.normalize("NFC", line).replace(" ", "")
 
 
 def streamed(text: str, width: int, cut: int, begin: str = " …") -> list[str]:
-    """The lines of a terminal to which a text came in pieces; they are those that are exported too."""
+    """Stream a text to a terminal in pieces. Its lines are the same as those of `Wrapped.text`, which are returned."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
     wrapped = Wrapped(width, begin, indent=" ")
@@ -155,7 +155,7 @@ def streamed(text: str, width: int, cut: int, begin: str = " …") -> list[str]:
             [" … Paris is famous", " for its landmarks,", " such as the Eiffel", " Tower and 日本語", " words"],
         ),
         (" exactly nine teen and more", [" … exactly nine teen", " and more"]),
-        # No 。 or ） or ー begins a line, and no “ or （ ends one.
+        # 。 and ） and ー never begin a line, and “ and （ never end one.
         ("你好，世界。这是一个没有空格的“长”句子", [" …你好，世界。这是一", " 个没有空格的“长”句", " 子"]),
         ("あいうえおかきく（けこ）さしすせそたデーター", [" …あいうえおかきく", " （けこ）さしすせそ", " たデーター"]),
         (" to http://a.b/c?d=e&f=g", [" … to", " http://a.b/c?d=e&f=", " g"]),

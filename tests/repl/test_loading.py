@@ -161,7 +161,7 @@ def test_plain_shows_no_number_that_changes(tmp_path: Path) -> None:
     [
         (["--model-dir", "/nowhere/at/all"], 3, "There is no model at"),
         (["--model-dir", "/nowhere", "--temperature", "-1"], 2, "temperature is -1"),
-        (["--model-dir", "/nowhere", "--model", "smollm2"], 2, "expected one of them"),
+        (["--model-dir", "/nowhere", "--model", "smollm2"], 2, "Both --model and --model-dir"),
     ],
 )
 def test_what_is_known_to_be_wrong_is_said_before_the_prompt(arguments: list[str], code: int, sentence: str) -> None:

@@ -63,7 +63,7 @@ def test_enter_on_an_empty_line_accepts_the_token_and_goes_on(session: Terminal)
     session.type("enter")
     session.wait_for("The capital of France is Paris\n")
     session.settle()
-    assert "6 tokens, 5 reused" in session.text
+    assert "6 tokens, 5 cached" in session.text
     session.type("enter")
     session.wait_for("The capital of France is Paris.\n")
     session.settle()
@@ -248,7 +248,7 @@ def test_a_dumb_terminal_works(smollm2_fp32_path: Path, state: dict[str, str]) -
 def test_the_first_start_asks_before_it_fetches(tmp_path: Path) -> None:
     environment = {"XDG_DATA_HOME": str(tmp_path), "HOME": os.environ["HOME"]}
     with Terminal(env=environment) as terminal:
-        terminal.wait_for("Fetch SmolLM2-135M-Instruct")
+        terminal.wait_for("Download SmolLM2-135M-Instruct")
         terminal.wait_for("93 MB, license: Apache-2.0")
         terminal.type("n", "enter")
         assert terminal.wait() == 3

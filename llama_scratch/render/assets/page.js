@@ -2,7 +2,7 @@
 const maps = JSON.parse(document.getElementById("maps").textContent);
 const tip = document.getElementById("tip");
 
-// --- What is said of the field under the pointer, or of the one that has the focus ---
+// --- Tooltips of the field under the pointer or with the focus ---
 
 function say(text, x, y) {
   tip.textContent = text;
@@ -16,7 +16,7 @@ function sayOf(element, event) {
   if (event && event.clientX) say(element.dataset.hover, event.clientX, event.clientY);
   else say(element.dataset.hover, box.left, box.bottom - 12);
 }
-// What the keys said, once more: a page that scrolls to it takes it along.
+// Shows the last keyboard tooltip again, to keep it in place while the page scrolls.
 let again = null;
 for (const kind of ["pointermove", "pointerdown", "focusin"]) {
   document.addEventListener(kind, (event) => {
