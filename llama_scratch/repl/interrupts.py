@@ -46,7 +46,7 @@ class Interrupts:
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Call `end` on SIGTERM or SIGHUP within the block, and handle the signal after it.
+        """Call `end` on SIGTERM or SIGHUP within the block, then handle the signal.
 
         A second signal is handled at once. The prompt editor restores the terminal only if it ends normally, not if
         an exception interrupts it.

@@ -185,7 +185,7 @@ class Keyboard:
             self._mark(marked)
 
     def _modes(self) -> list[Any] | None:
-        """Return the terminal modes; None in the background, where setting them would stop the process."""
+        """Return the terminal modes if in the foreground. In the background, setting them would stop the process."""
         with suppress(termios.error, OSError):
             if self.in_foreground():
                 return termios.tcgetattr(self.input.fileno())

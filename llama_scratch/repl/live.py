@@ -24,7 +24,7 @@ class Reading:
 
     Args:
         line: The line.
-        bits: Surprisal per character, from its token; None if nothing precedes the token.
+        bits: Surprisal per character, from its token. Unset if nothing precedes the token.
         candidates: The most probable next tokens, best first.
         entropy_bits: Entropy of the next token's distribution.
         n_tokens: Number of tokens in the line.
@@ -98,7 +98,7 @@ class LivePredictor:
         while True:
             self._wake.wait()
             self._wake.clear()
-            # Set _busy before reading _requested: either `pause` sees that the engine is busy, or this sees the None.
+            # Set _busy before reading _requested: either `pause` sees the busy engine, or this thread the cancellation.
             self._busy = True
             try:
                 if (line := self._requested) is not None:

@@ -183,7 +183,7 @@ def _model_differences(header: SessionHeader, session: Session) -> list[Differen
 
 
 def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
-    """Replay one turn and return its answer's object; None if the turn cannot be compared."""
+    """Replay one turn. Returns its answer's object if it can be compared."""
     ids = ids_of(turn.output)
     if not turn.input and ids and session.now:
         # Only the recording knows which candidate was chosen, or how far an interrupted continuation came.
@@ -233,7 +233,7 @@ def _generates(turn: Turn) -> bool:
 
 
 def _precision(output: dict[str, Any]) -> str | None:
-    """The precision that an answer reports; None if it does not report one."""
+    """The precision that an answer reports, if any."""
     model = output.get("model")
     precision = model.get("precision") if isinstance(model, dict) else None
     return precision if isinstance(precision, str) else None

@@ -26,7 +26,7 @@ class SessionScreen:
         console: The console that the session prints to.
         interactive: Whether the session runs on a terminal. If so, it shows progress and streams text.
         records_turns: Whether to record views and turns. Without commands they are not needed.
-        keyboard: The keyboard; None if lines come from a pipe.
+        keyboard: The keyboard, unless lines come from a pipe.
         views: The typed lines and printed views, for /export.
         explained: The causes of the warnings shown so far.
     """

@@ -100,7 +100,7 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """The token ids of the text so far. Raises `UsageError` if there is no text."""
+        """The token ids of the text so far. Raises `UsageError` before the first text."""
         return self.state.ids
 
     def encode(self, text: str) -> list[int]:

@@ -308,7 +308,7 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def ids_of(output: dict[str, Any]) -> list[int] | None:
-    """The token ids in an answer's object; None if it has none, or they are malformed."""
+    """The token ids in an answer's object, if they are present and valid."""
     tokens = output.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         return None

@@ -210,7 +210,7 @@ class SessionState:
 
     @property
     def ids(self) -> list[int]:
-        """The token ids of the text so far. Raises `UsageError` if there is no text."""
+        """The token ids of the text so far. Raises `UsageError` before the first text."""
         if self.now is None:
             raise UsageError("There is no text yet. Enter a prompt first.")
         return self.now.ids

@@ -38,7 +38,7 @@ def switch(session: Session, source: str | None, precision: str) -> Prediction |
         precision: The precision of its weights.
 
     Returns:
-        The new prediction, unless there is no text, or it is a chat whose last answer is complete.
+        The new prediction, if there is a text, and not a chat whose last answer is complete.
     """
     state, old, now = session.state, session.intact, session.now
     interventions = state.interventions if source is None else ()
@@ -76,7 +76,7 @@ def intervene(session: Session, interventions: Sequence[Intervention]) -> Effect
         interventions: The interventions that are active from now on.
 
     Returns:
-        Their effect on the prediction, unless there is no text or no intervention.
+        Their effect on the prediction, if there are interventions and a text.
     """
     on = tuple(interventions)
     changed = _changed(session.intact, on)
