@@ -172,7 +172,7 @@ def test_a_command_is_not_read_by_the_model_and_its_end_is_offered(session: Term
     assert line(session) == f"{PROMPT}/greedy"
     assert BELOW not in session.text
     session.type("right", "enter")
-    session.wait_for("Always the most probable token")
+    session.wait_for("always the most probable token")
 
 
 def test_tab_completes_a_command_and_its_argument(session: Terminal) -> None:

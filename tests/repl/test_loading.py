@@ -96,7 +96,7 @@ def test_a_prompt_that_was_cancelled_is_offered_only_once(slow: Slow) -> None:
     slow.wait_for("Cancelled.")
     slow.wait_for(LOADING)
     slow.type("ctrl-c", "ctrl-c")
-    slow.wait_for("Ctrl-D or /quit leaves")
+    slow.wait_for("press Ctrl-D or enter /quit")
     slow.settle(0.2)
     assert "What" not in last_line(slow)
 
@@ -140,9 +140,9 @@ def test_leaving_while_torch_is_imported_is_quiet(smollm2_path: Path) -> None:
 
 def test_commands_that_need_no_model_work_while_it_loads(slow: Slow) -> None:
     slow.type("/help", "enter")
-    slow.wait_for("Leave the session.")
+    slow.wait_for("Exit the session.")
     slow.type("/hlep", "enter")
-    slow.wait_for("did you mean /help?")
+    slow.wait_for("Did you mean /help?")
     slow.type("enter")
     slow.wait_for(LOADING)
     slow.let()

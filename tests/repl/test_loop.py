@@ -84,7 +84,7 @@ def test_ctrl_c_clears_the_line_and_never_ends_the_program(session: Terminal) ->
     session.settle()
     assert "half a thou" not in session.text
     session.type("ctrl-c")
-    session.wait_for("Ctrl-D or /quit leaves")
+    session.wait_for("press Ctrl-D or enter /quit")
     session.type("ctrl-c", "ctrl-c")
     assert "␣Paris" in ask(session, "The capital of France is")
 
@@ -176,7 +176,7 @@ def test_a_history_that_cannot_be_kept_is_said_and_nothing_else_fails(
 ) -> None:
     (tmp_path / "llama-scratch").write_text("a file where the folder should be")
     with start(state) as session:
-        assert "history cannot be kept" in session.text
+        assert "history cannot be saved" in session.text
         assert "␣Paris" in ask(session, "The capital of France is")
 
 
@@ -194,11 +194,11 @@ def test_a_paste_of_several_lines_is_one_prompt(session: Terminal) -> None:
 
 def test_help_lists_the_commands_and_a_mistyped_one_names_the_nearest(session: Terminal) -> None:
     session.type("/help", "enter")
-    session.wait_for("A prompt that begins with a slash")
+    session.wait_for("Begin a prompt with a slash")
     assert "/quit" in session.text
     assert "Ctrl-C" in session.text
     session.type("/qiut", "enter")
-    session.wait_for("did you mean /quit?")
+    session.wait_for("Did you mean /quit?")
     session.type("/quit now", "enter")
     session.wait_for("takes no argument")
     assert "entropy" in ask(session, "//usr/bin")

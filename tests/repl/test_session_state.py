@@ -488,7 +488,7 @@ def test_another_models_session_gives_its_text_and_says_what_is_off(llama: Llama
     assert output["same_model"] is False
     assert "another model, Tiny-Instruct" in text
     assert "Chat is off" in text
-    assert "Changes to the network are off" in text
+    assert "The interventions are off" in text
     assert (session.state.chat, session.state.labels, session.state.past) == (None, [], ())
 
 
@@ -607,7 +607,7 @@ def test_a_file_that_was_cut_is_named(llama: Llama, tmp_path: Path, cut: str) ->
     lines = path.read_bytes().splitlines(keepends=True)
     kept = {"in a line": b"".join(lines)[:-9], "between two lines": b"".join(lines[:3]), "after the header": lines[0]}
     path.write_bytes(kept[cut])
-    with pytest.raises(LlamaScratchError, match="breaks off"):
+    with pytest.raises(LlamaScratchError, match="is truncated"):
         session_file.load(path)
 
 

@@ -184,7 +184,7 @@ def test_a_mean_is_over_the_text_so_far(session: Session, tiny: Llama, name: str
 def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     plain = run(session, PROMPT)
     run(session, "/ablate L1.H2 L0.ffn L2")
-    assert "'-L9' is not on, expected one of -L1.H2, -L0.ffn, -L2." in rejected(session, "/restore -L9")
+    assert "'-L9' is not an active intervention. Use one of -L1.H2, -L0.ffn, -L2." in rejected(session, "/restore -L9")
     assert completions(session, "/restore -L1") == ["/restore -L1.H2"]
     assert run(session, "/restore -L0.ffn")["interventions"] == ["-L1.H2", "-L2"]
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "head", 2)), ablate(tiny, NetworkPart(2, "layer"))])
@@ -194,8 +194,8 @@ def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     assert run(session, "/restore")["interventions"] == []
     assert session.llama is tiny
     assert session.state.snapshots[-1].prediction.next.logprob == pytest.approx(plain["next"]["logprob"], abs=1e-4)
-    assert "Nothing is changed" in rejected(session, "/restore")
-    assert "Nothing is changed" in rejected(session, "/restore -L2")
+    assert "No interventions are active" in rejected(session, "/restore")
+    assert "No interventions are active" in rejected(session, "/restore -L2")
 
 
 def test_patch_puts_one_activation_in(session: Session) -> None:
@@ -518,52 +518,52 @@ def test_without_a_text_there_is_nothing_to_look_at(session: Session, line: str)
         ("/why ab vs two words", "tokens ("),
         ("/why #99999", "99999 is not a token id"),
         ("/why #41 vs #41", "Both tokens are ')', expected two that differ."),
-        ('/why ""', "'\"\"' is an empty text, expected one token, by its text or as #7042."),
+        ('/why ""', "'\"\"' is an empty text. Give a token as text"),
         ('/why a vs ""', "'\"\"' is an empty text"),
-        ("/why Paris vs", "'Paris vs' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."),
-        ("/why \x1b[31m", "expected one"),
+        ("/why Paris vs", "'Paris vs' has only one token. Add a second one after 'vs'"),
+        ("/why \x1b[31m", "Give one token"),
         ("/ablate L3", "There is no layer 3, expected one from 0 to 2."),
         ("/ablate L1.H4", "There is no head 4 in a layer, expected one from 0 to 3."),
         ("/ablate L1.N1024", "There is no neuron 1024"),
         ("/ablate L1 nonsense", "'nonsense' is not the name of a part"),
-        ("/ablate mean", "expected a part in front of it, such as L5.H3 mean."),
+        ("/ablate mean", "'mean' needs a part before it"),
         ("/ablate mean L1", "'mean' is not the name of a part"),
         ("/ablate \x1b[31m", "is not the name of a part"),
         ("/patch", "No text was given for /patch"),
         ("/patch ab", "tokens, expected the same number"),
-        ('/patch ""', "No text was given for /patch, expected another one"),
-        ('/patch L1@0 ""', "No text was given for /patch L1@0, expected the one that it is taken from."),
+        ('/patch ""', "No text was given for /patch. Give another text"),
+        ('/patch L1@0 ""', "No text was given for /patch L1@0. Give the text"),
         ("/patch L1@\x1b[31m", "No text was given for /patch L1@\\x1b[31m"),
         (f"/patch {PROMPT}", "Both texts are answered with"),
         ("/patch L1@0", "No text was given for /patch L1@0"),
         ("/patch L3@0 ab", "There is no layer 3"),
         ("/patch L1.H9@0 ab", "There is no head 9"),
         ("/patch L1.x@0 ab", "'L1.x' is not the name of a part"),
-        (f"/patch L1@99 {SAME_LENGTH}", "There is no position '99' in this text, expected 'all' or one from -"),
-        (f"/patch L1@-99 {SAME_LENGTH}", "There is no position '-99' in this text"),
-        (f"/patch L1@99999999999999 {SAME_LENGTH}", "There is no position '99999999999999' in this text"),
-        (f"/patch L1@x {SAME_LENGTH}", "; a text that begins like L5@3 stands in double quotes."),
-        ("/patch L1@99 a", "There is no position '99' in this text, expected one from -"),
-        (f"/patch L1@ {SAME_LENGTH}", "There is no position '' in this text"),
-        ("/patch L1@5 a", "There is no position '5' in the other text, expected one from -"),
-        ("/patch L1@all a", "tokens, expected the same number for 'all'."),
+        (f"/patch L1@99 {SAME_LENGTH}", "This text has no position '99'. Use 'all' or a number from -"),
+        (f"/patch L1@-99 {SAME_LENGTH}", "This text has no position '-99'"),
+        (f"/patch L1@99999999999999 {SAME_LENGTH}", "This text has no position '99999999999999'"),
+        (f"/patch L1@x {SAME_LENGTH}", "Put a text that begins like L5@3 in double quotes."),
+        ("/patch L1@99 a", "This text has no position '99'. Use a number from -"),
+        (f"/patch L1@ {SAME_LENGTH}", "This text has no position ''"),
+        ("/patch L1@5 a", "The other text has no position '5'. Use a number from -"),
+        ("/patch L1@all a", "Give texts of the same length for 'all'."),
         ("/steer", "needs an argument"),
-        ("/steer 1", "'' was given for the scale, expected a number."),
-        ("/steer 1 2", "expected two texts with a | between them; one that has a | in it stands in double quotes."),
-        ("/steer 1 2 ab", "expected two texts with a | between them"),
-        ("/steer 1 2 ab | ac | ad", "expected two texts with a | between them"),
-        ("/steer 1 2 | ac", "expected two texts with a | between them"),
-        ("/steer x 2 ab | ac", "'x' was given for a layer, expected a whole number"),
-        ("/steer -1 2 ab | ac", "'-1' was given for a layer"),
+        ("/steer 1", "Invalid value '' for the scale. Use a number."),
+        ("/steer 1 2", "Give two texts separated by |. Put a text that contains | in double quotes."),
+        ("/steer 1 2 ab", "Give two texts separated by |"),
+        ("/steer 1 2 ab | ac | ad", "Give two texts separated by |"),
+        ("/steer 1 2 | ac", "Give two texts separated by |"),
+        ("/steer x 2 ab | ac", "Invalid value 'x' for a layer. Use a whole number"),
+        ("/steer -1 2 ab | ac", "Invalid value '-1' for a layer"),
         ("/steer 3 2 ab | ac", "There is no layer 3, expected one from 0 to 2."),
-        ("/steer 1 two ab | ac", "'two' was given for the scale, expected a number."),
+        ("/steer 1 two ab | ac", "Invalid value 'two' for the scale. Use a number."),
         ("/steer 1 nan ab | ac", "The scale is nan, expected a finite number."),
         ("/steer 1 inf ab | ac", "expected a finite number."),
         ("/steer 1 1e999 ab | ac", "expected a finite number."),
         ("/steer 1 1e39 ab | ac", "too long for numbers, expected a smaller one."),
         ("/steer 1 1e21 ab | ac", "too long for numbers, expected a smaller one."),
-        ("/restore", "Nothing is changed"),
-        ("/restore -L1", "Nothing is changed"),
+        ("/restore", "No interventions are active"),
+        ("/restore -L1", "No interventions are active"),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(session: Session, line: str, said: str) -> None:
@@ -683,7 +683,7 @@ def test_load_takes_the_interventions_off_that_the_loaded_session_does_not_have(
     run(session, f"/save {path}", "/ablate L1", SAME_LENGTH)
     output, reply = respond(session, f"/load {path}")
     assert reply is not None
-    assert "Changes to the network are off." in shown(reply.view)
+    assert "The interventions are off." in shown(reply.view)
     assert session.state.interventions == ()
     assert session.llama is tiny
     assert output["next"]["logprob"] == pytest.approx(plain["next"]["logprob"], abs=1e-4)
