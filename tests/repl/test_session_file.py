@@ -1,4 +1,4 @@
-"""Session files: what is written, what is refused, and that a replay finds what differs and nothing else."""
+"""Session files: writing, rejection of invalid files, and differences found by a replay."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LINES = [
 
 
 def loaded(path: Path) -> Llama:
-    """A small model whose weights have one form from the first answer to the last."""
+    """Load a small model in fp32, whose weights are not repacked in the background."""
     return Llama.load(path, precision="fp32", device="cpu", context=64)
 
 
@@ -59,14 +59,14 @@ def tiny(tiny_dir: Path) -> Llama:
 
 
 def is_sentence(error: LlamaScratchError) -> str:
-    """An error, as it is printed: one sentence that no terminal obeys."""
+    """Check that an error is printable, and return its text."""
     text = str(error)
     assert text.isprintable()
     assert text.endswith((".", "?"))
     return text
 
 
-# --- What is written --------------------------------------------------------------------------
+# --- Writing ----------------------------------------------------------------------------------
 
 
 def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -
     }
     assert (header["precision"], header["device"], header["context"]) == ("fp32", "cpu", 64)
     assert header["rope_factor"] == 32
-    assert header["settings"]["top"] == 5  # that of the beginning
+    assert header["settings"]["top"] == 5  # the initial value
     assert header["end"]["settings"]["top"] == 3
     assert header["end"]["settings"]["sampling"]["seed"] == 5
     assert header["end"]["ids"] == session.ids
@@ -105,7 +105,7 @@ def test_a_file_is_read_as_it_was_written(tiny: Llama, tmp_path: Path) -> None:
 
 
 def test_a_path_from_here_is_kept_in_full(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the file can be run again from anywhere."""
+    """A replay can then run in any folder."""
     monkeypatch.chdir(tiny_dir.parent)
     path = saved(session_of(loaded(Path(tiny_dir.name)), "the"), tmp_path / "a.jsonl")
     assert session_file.load(path).header.model.path == str(tiny_dir)
@@ -200,7 +200,7 @@ def test_a_session_that_no_load_would_take_is_not_written(
     assert os.listdir(tmp_path) == []
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Invalid files ----------------------------------------------------------------------------
 
 
 def header_change(**changes: Any) -> Callable[[list[Any]], object]:
@@ -307,7 +307,7 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
 def test_a_missing_session_and_a_damaged_one_have_their_exit_codes(
     tiny: Llama, tmp_path: Path, kind: str, code: int
 ) -> None:
-    """1 is for a replay that found a difference."""
+    """Exit code 1 is reserved for a replay with differences."""
     path = tmp_path / kind
     if kind == "a folder":
         path.mkdir()
@@ -357,7 +357,7 @@ def test_a_name_that_ends_in_a_slash_is_a_folder(tiny: Llama, tmp_path: Path, co
 def test_a_path_in_double_quotes_is_json(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, name: str
 ) -> None:
-    """As texts are in other commands; people quote what has spaces."""
+    """Like texts in other commands. Users quote names with spaces."""
     monkeypatch.chdir(tmp_path)
     session = session_of(tiny, "the", f"/save {argument}")
     assert os.listdir() == [name]
@@ -415,7 +415,7 @@ def test_another_model_and_a_line_that_fails_are_differences(tiny: Llama, tmp_pa
 def test_numbers_are_equal_within_the_tolerance() -> None:
     assert not list(compare({"a": [1.0, 100.0]}, {"a": [1.0005, 100.05]}, 1e-3))
     assert list(compare({"a": [1.0, 100.0]}, {"a": [1.002, 100.0]}, 1e-3)) == [("a[0]", 1.0, 1.002)]
-    assert list(compare(5, 6, 1.0)) == [("", 5, 6)]  # whole numbers are ids, and exact
+    assert list(compare(5, 6, 1.0)) == [("", 5, 6)]  # integers are ids, compared exactly
     assert list(compare({"b": True}, {"b": 0.9999}, 1e-3)) == []
     assert not list(compare(float("nan"), float("nan"), 0))
     assert list(compare({"timing": 1, "decode": {}}, {"timing": 2}, 0)) == [("decode", {}, None)]
@@ -423,7 +423,7 @@ def test_numbers_are_equal_within_the_tolerance() -> None:
 
 
 def test_a_replay_begins_with_the_settings_of_the_beginning(tiny: Llama, tmp_path: Path) -> None:
-    """Not with those that the session had when it was saved."""
+    """Not the settings at the time of /save."""
     session = session_of(tiny, "the", "/top 2", "/generate 3", top=4, sampling=Sampling(1.0, seed=3), special=True)
     path = saved(session, tmp_path / "a.jsonl")
     assert replayed(path, tiny).differences == []
@@ -432,7 +432,9 @@ def test_a_replay_begins_with_the_settings_of_the_beginning(tiny: Llama, tmp_pat
 
 
 def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_path: Path) -> None:
-    """Turn by turn: a session may go on in another one, and older versions answered in fp32 while they packed."""
+    """The tolerance is set per turn.
+
+    A session can switch precision, and older versions answered in fp32 while packing."""
     session = session_of(Llama.load(tiny_dir, precision="int8", device="cpu", context=64), "the", "in", "the")
     path = saved(session, tmp_path / "a.jsonl")
     assert [turn.output["model"]["precision"] for turn in session_file.load(path).turns] == ["int8"] * 3
@@ -441,7 +443,7 @@ def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_pa
         return Llama.load(tiny_dir, precision="int8", device="cpu", context=64)
 
     assert replayed(path, load()).differences == []
-    # Less than what two precisions may differ by.
+    # Less than the tolerance between two precisions.
     path = edited(path, lambda lines: lines[3]["output"].update(entropy_bits=lines[3]["output"]["entropy_bits"] + 0.01))
     assert [difference.turn for difference in replayed(path, load()).differences] == [3]
     path = edited(path, lambda lines: lines[3]["output"]["model"].update(precision="fp32"))
@@ -482,7 +484,7 @@ def test_what_stands_beside_drawn_text_is_compared(tiny: Llama, tmp_path: Path) 
 
 
 def test_a_byte_order_mark_before_a_session(tiny: Llama, tmp_path: Path) -> None:
-    """An editor put it there; the session is the same."""
+    """A byte order mark added by an editor is ignored."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     before = session_file.load(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -516,7 +518,7 @@ def test_of_what_was_interrupted_the_beginning_is_compared(tiny: Llama, tmp_path
 def test_a_replay_touches_no_files_and_starts_no_program(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger's session may hold any line."""
+    """An untrusted session file may contain any line."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
@@ -553,7 +555,7 @@ def test_a_replay_touches_no_files_and_starts_no_program(
 )
 @pytest.mark.parametrize("line", ["the", "", "/edit", "/generate 2", "/quit"])
 def test_answers_of_every_shape_are_compared(tiny: Llama, tmp_path: Path, line: str, output: dict[str, Any]) -> None:
-    """Whatever a stranger wrote down as an answer, the replay comes to its end."""
+    """A replay completes whatever answers an untrusted file contains."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     found = replayed(edited(path, lambda lines: lines.append({"input": line, "output": output})), tiny)
     assert found.turns == 2
@@ -580,7 +582,7 @@ def test_how_it_was_run_is_what_the_command_line_takes(tiny: Llama, tmp_path: Pa
         assert 1 <= replace(header, threads=threads).options["threads"] <= (os.cpu_count() or 1)
 
 
-# --- Going on from a session ------------------------------------------------------------------
+# --- Continuing a session --------------------------------------------------------------------
 
 
 def test_load_restores_text_settings_and_lines(tiny: Llama, tmp_path: Path) -> None:
@@ -623,7 +625,7 @@ def test_a_load_that_fails_changes_nothing(tiny: Llama, tmp_path: Path, ids: lis
 
 
 def shown(llama: Llama) -> Session:
-    """A session with something on its screen."""
+    """A session that has printed some views."""
     session = session_of(llama, interactive=True)
     for line in ("the nation", "", "``` <b> ```\x1b[31m"):
         session.screen.echo(session.state.loading.name, line)
@@ -732,7 +734,7 @@ def test_save_and_replay_by_the_open_model(
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
-    """From end to end: a session in a pipe, its replay, and its replay after one number was changed."""
+    """End to end: a session in a pipe, its replay, and a replay with one changed number."""
     path = tmp_path / "a.jsonl"
     lines = ["The capital of France is", "/generate 12", "/top 3", "The opposite of hot is", f"/save {path}"]
     options = ["--model", "smollm2", "--precision", "fp32", "--commands", "--json"]
@@ -754,7 +756,7 @@ def test_a_conversation_goes_on_from_the_recorded_answer(
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
-    """What the model answers is drawn anew, but the second question follows what was recorded."""
+    """The answer is sampled again, but the second question follows the recorded one."""
     path = tmp_path / "a.jsonl"
     options = ["--chat", "--system", "Be brief.", "--temperature", "2", "--generate", "6", "--precision", "fp32"]
     lines = ["Name a city.", "And another one?", f"/save {path}"]

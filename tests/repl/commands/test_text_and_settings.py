@@ -1,4 +1,4 @@
-"""The commands of a session that change its text and its settings, run in a pipe's session on a small model."""
+"""Commands that change the text and settings, on a small model without a terminal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def new_session(llama: Llama) -> Session:
 
 
 def run(session: Session, *lines: str) -> dict[str, Any]:
-    """The object that answers the last of some lines; each must be JSON."""
+    """Run lines and return the last answer. Check that each is JSON."""
     for line in lines:
         output = respond(session, line)[0]
         json.dumps(output)
@@ -58,7 +58,7 @@ def run(session: Session, *lines: str) -> dict[str, Any]:
 
 
 def rejected(session: Session, line: str) -> str:
-    """The message that a line is rejected with; the session must be as it was."""
+    """Return the error message for a line. Check that the session is unchanged."""
     before = (session.state.snapshots, vars(session.settings).copy(), session.state.turns.copy())
     message = assert_rejected(lambda: respond(session, line), LlamaScratchError, exact=False)
     assert (session.state.snapshots, vars(session.settings), session.state.turns) == before
@@ -349,7 +349,7 @@ def test_silent_progress_is_what_opening_gets(session: Session, tiny_dir: Path) 
     assert session.open(str(tiny_dir), "fp32", silent).info.precision == "fp32"
 
 
-# --- What must not lose a session ---
+# --- Failures keep the session ---
 
 
 def test_a_long_number_and_a_long_name_are_refused(session: Session, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_settings_that_nothing_can_be_answered_with_are_refused() -> None:
     ],
 )
 def test_an_edited_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, text: str) -> None:
-    """What an editor left, without a byte order mark and its last line end."""
+    """The text is read without a byte order mark and the final line break."""
     (tmp_path / "text").write_bytes(content)
     monkeypatch.setenv("VISUAL", f"cp {tmp_path / 'text'}")
     assert _edited("before") == text
@@ -490,7 +490,7 @@ def test_a_text_that_returns_to_the_line_is_escaped(text: str) -> None:
 
 
 def said(session: Session, line: str) -> str:
-    """The words that a command shows."""
+    """Return the text that a command shows."""
     _, reply = respond(session, line)
     assert reply
     assert reply.view is not None
