@@ -90,7 +90,7 @@ class LivePredictor:
         """Cancel the current reading and wait until the engine is free."""
         self._requested = None
         while self._busy:
-            time.sleep(0.001)  # unlike a lock, not left held by an interrupt
+            time.sleep(0.001)  # unlike a lock, it cannot be left held by an interrupt
         if self._scorer and self._scorer.llama is not self._session.llama:
             self._scorer = None  # release a replaced model's memory
 

@@ -62,7 +62,7 @@ class Loading:
             if self.error is not None:
                 raise self.error
             progress(*self.stage)
-            time.sleep(0.02)  # unlike a lock, not left held by an interrupt
+            time.sleep(0.02)  # unlike a lock, it cannot be left held by an interrupt
         return self._llama
 
     @property

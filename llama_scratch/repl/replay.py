@@ -48,7 +48,7 @@ class Difference:
     Args:
         turn: The turn, counted from 1; 0 for the session as a whole.
         input: The turn's line.
-        what: The path of the value in the answer's object.
+        what: Which value differs: its path in the answer's object, or a description.
         old: The recorded value.
         new: The value of the replay.
     """

@@ -300,9 +300,9 @@ def test_version_and_help(llama_scratch: Runner) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--top", "0"], "0 candidates"),
+        (["--top", "0"], "candidates is 0"),
         (["--top", "many"], "--top"),
-        (["--generate", "-1"], "-1 tokens"),
+        (["--generate", "-1"], "generate is -1"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--top-k", "-1"], "top-k is -1"),

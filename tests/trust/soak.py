@@ -659,8 +659,8 @@ class Soak:
                 output = self._take(line)
         except LlamaScratchError as error:
             refused = str(error)
-            if ". " in refused or not refused.isprintable():
-                raise FoundError(f"no sentence: {refused!r}") from error
+            if not refused.isprintable():
+                raise FoundError(f"not printable: {refused!r}") from error
         except KeyboardInterrupt:
             cancelled = True
         if hook.fired:
