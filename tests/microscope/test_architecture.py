@@ -128,9 +128,8 @@ def test_the_length_is_the_text_s_or_the_one_that_is_given(session: Session) -> 
 
 @pytest.mark.parametrize("length", ["0", "-1", "x", "1.5", "131073", "9" * 50])
 def test_a_length_that_cannot_be(session: Session, length: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError):
         run_command(session, f"/arch {length}")
-    assert ". " not in str(caught.value)
 
 
 @pytest.mark.parametrize("width", [40, 80])

