@@ -81,9 +81,14 @@ class SavedIntervention:
 
 @dataclass(frozen=True)
 class SavedText:
-    """A text of the session. See `Past`.
+    """A text of the session.
 
-    changes: The indices of its interventions in `SavedStateExtension.changes`.
+    Args:
+        ids: See `Past`.
+        prompt: See `Past`.
+        top: See `Past`.
+        offered: See `Past`.
+        changes: The indices of its interventions in `SavedStateExtension.changes`.
     """
 
     ids: list[int]
@@ -260,7 +265,7 @@ def load(path: Path) -> SessionFile:
     name = sanitize(path, 200)
     try:
         data = read_bytes(path, MAX_BYTES, error=CheckpointError)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
         missing = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         kind = ModelNotFoundError if missing else CheckpointError
