@@ -750,7 +750,7 @@ def test_a_conversation_that_fills_the_context(tiny_chat: Llama) -> None:
     with pytest.raises(ContextLengthError) as caught:
         say(session, "x" * 400)
     assert "473 tokens" in str(caught.value)
-    assert "under 400" in str(caught.value)
+    assert "context is 400" in str(caught.value)
     assert session.ids == before
 
 

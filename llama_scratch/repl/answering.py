@@ -1,4 +1,4 @@
-"""How a line of a session is answered: as a prompt, or as the next message of a chat."""
+"""Answers to lines: as a prompt, or as the next message of a chat."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llama_scratch.inference.prompt_text import Prompt
     from llama_scratch.results import Prediction, Step
 
-# Options by which `Console.print` adds nothing to a text.
+# Options that make `Console.print` write a text verbatim.
 _VERBATIM: dict[str, Any] = {"sep": "", "end": "", "soft_wrap": True}
 
 
@@ -32,7 +32,15 @@ _VERBATIM: dict[str, Any] = {"sep": "", "end": "", "soft_wrap": True}
 
 
 def say(session: Session, line: str) -> dict[str, Any]:
-    """Answer a line, as the next message of the chat if there is one, else as a prompt. Returns its object."""
+    """Answer a line: the next message in a chat, otherwise a prompt.
+
+    Args:
+        session: The session.
+        line: The line.
+
+    Returns:
+        The answer's JSON object.
+    """
     chat = session.state.chat
     return _say_in_chat(session, chat, line) if chat else ask(session, line)
 
@@ -43,7 +51,7 @@ def ask(session: Session, prompt: Prompt, added: int = 0) -> dict[str, Any]:
     Args:
         session: The session.
         prompt: The text.
-        added: Number of its last tokens that are new.
+        added: Number of new tokens at its end.
 
     Returns:
         The answer's JSON object.
@@ -58,12 +66,20 @@ def ask(session: Session, prompt: Prompt, added: int = 0) -> dict[str, Any]:
 
 
 def extend(session: Session, ids: Sequence[int]) -> dict[str, Any]:
-    """Add tokens to the text and answer it."""
+    """Append tokens to the text and answer it.
+
+    Args:
+        session: The session.
+        ids: The new tokens.
+
+    Returns:
+        The answer's JSON object.
+    """
     return ask(session, [*session.ids, *ids], added=len(ids))
 
 
 def _changes(session: Session) -> dict[str, Any]:
-    """The entry of the interventions in an answer's object; their effect is shown if a user watches."""
+    """The entry for the interventions' effect in an answer's object. On a terminal, also shows the effect."""
     if not session.state.interventions:
         return {}
     effect = current_effect(session)
@@ -73,7 +89,13 @@ def _changes(session: Session) -> dict[str, Any]:
 
 
 def show_answer(session: Session, prediction: Prediction, added: int = 0) -> None:
-    """Show an answer. If the last `added` tokens of its text are new, the text is shown above it."""
+    """Show an answer, and its text above if part of the text is new.
+
+    Args:
+        session: The session.
+        prediction: The answer.
+        added: Number of new tokens at the end of the text.
+    """
     width = session.screen.console.width
     if added:
         ids = [token.id for token in prediction.tokens]
@@ -84,7 +106,15 @@ def show_answer(session: Session, prediction: Prediction, added: int = 0) -> Non
 
 
 def explain(session: Session, prediction: Prediction, added: int = 0) -> None:
-    """Show an answer with the warnings whose cause was not explained yet, and with their effect."""
+    """Show an answer with the warnings that were not shown before.
+
+    A warning about a trailing space or an incomplete word includes the prediction without the last token.
+
+    Args:
+        session: The session.
+        prediction: The answer.
+        added: Number of new tokens at the end of the text.
+    """
     explained = session.screen.explained
     fresh = tuple(warning for warning in prediction.warnings if warning.cause not in explained)
     show_answer(session, replace(prediction, warnings=fresh), added)
@@ -98,19 +128,19 @@ def explain(session: Session, prediction: Prediction, added: int = 0) -> None:
 
 
 def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
-    """Take a line as the next message and let the model answer; shown as it comes if a user watches.
+    """Send a line as the next chat message and generate the answer, streamed if interactive.
 
-    The session's text becomes the question, and then the question with the answer: /undo takes back either.
+    The session's text becomes the question and then the question with the answer, so /undo can remove each of them.
 
     Returns:
-        The object of the answer. `tokens` and `next` are from before the answer, which is `generated`.
+        The answer's JSON object. `tokens` and `next` describe the question, `generated` the answer.
     """
     llama, screen = session.llama, session.screen
     question = chat.question(llama, session.now.ids if session.now else [], line)
     if len(question.ids) >= llama.context:
         raise ContextLengthError(
-            f"The conversation has {len(question.ids):,} tokens with this message, expected under "
-            f"{llama.context:,}, so that there is room for an answer; /clear begins a new one."
+            f"The conversation has {len(question.ids):,} tokens with this message. The context is "
+            f"{llama.context:,}, which leaves no room for an answer. Start a new conversation with /clear."
         )
     before = session.predict(question.ids)
     before = replace(
@@ -121,14 +151,14 @@ def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
     chat.questions.append(question)
     if screen.interactive:
         for warning in before.warnings:
-            if warning not in screen.explained:  # about the model, and shown before
+            if warning not in screen.explained:  # already shown: a warning about the model
                 screen.show(text.warning(warning))
         screen.explained.update(llama.warnings)
-    changes = _changes(session)  # to the answer's first token
+    changes = _changes(session)  # their effect on the answer's first token
     answer = generate(session, session.settings.generate or ANSWER)
     if answer.ids:
         session.predict([*question.ids, *answer.ids])
-    if answer.finish_reason == "stop":  # it is complete, so Enter has nothing to add
+    if answer.finish_reason == "stop":  # the answer is complete, so there is nothing to offer
         set_offer(session, ())
     return as_json(before, answer) | changes
 
@@ -137,7 +167,15 @@ def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
 
 
 def generate(session: Session, count: int) -> Generated:
-    """Generate `count` tokens after the text and offer them; shown as they come if a user watches."""
+    """Generate tokens after the text and offer them, streamed if interactive.
+
+    Args:
+        session: The session.
+        count: Maximum number of tokens.
+
+    Returns:
+        The generated text.
+    """
     if session.screen.interactive:
         generated = _stream(session, session.ids, count)
     else:
@@ -147,11 +185,11 @@ def generate(session: Session, count: int) -> Generated:
 
 
 def _stream(session: Session, ids: Sequence[int], count: int) -> Generated:
-    """Show a continuation as it comes; Ctrl-C ends it and keeps the tokens so far."""
+    """Stream a continuation. Ctrl-C stops it and keeps the tokens so far."""
     steps: list[Step] = []
     console = session.screen.console
     begin = Text(" " if session.state.chat else " …", style="dim")
-    # A screen reader would read a word twice that is erased, and a dumb terminal cannot erase it.
+    # Wrapping erases a partial word: a screen reader would read it twice, and a dumb terminal cannot erase it.
     wraps = not (session.settings.plain or console.is_dumb_terminal)
     words = text.Wrapped(console.width if wraps else sys.maxsize, begin.plain, indent=" ")
 

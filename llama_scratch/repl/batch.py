@@ -1,4 +1,4 @@
-"""The session without a terminal: prompts in, a line or an object each out."""
+"""The session without a terminal: prompts from a pipe, lines or JSON objects out."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from llama_scratch.repl.session import Session
 from llama_scratch.system.small_files import without_line_end, without_mark
 
 OutputFormat = Literal["json", "lines", "terminal"]
-"""How answers are written: one JSON object per prompt, lines of text, or as on a terminal."""
+"""The output format: one JSON object per prompt, lines of text, or as on a terminal."""
 
-# Bytes of a prompt: the longest context holds no more, whatever the text.
+# Maximum size of a prompt in bytes; no context holds a longer text.
 _MAX_PROMPT = 1 << 24
 _STDIN = "Standard input"
 
 
 def stdin_text() -> str:
-    """All of standard input without its last line end.
+    """Read all of standard input without the last line break.
 
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer reports.
 
     Raises:
-        UsageError: If it is UTF-16, or longer than any context.
+        UsageError: If the input is UTF-16 or longer than any context.
     """
     return without_line_end(_text(without_mark(_read(sys.stdin.buffer.read), _STDIN, UsageError)))
 
 
 def stdin_lines() -> Iterator[str]:
-    """Standard input line by line, as it arrives, without line ends; otherwise as `stdin_text`."""
+    """Yield the lines of standard input as they arrive, without line breaks.
+
+    Otherwise like `stdin_text`.
+    """
     line = without_mark(_read(sys.stdin.buffer.readline), _STDIN, UsageError)
     while line:
         yield _text(line).rstrip("\r\n")
@@ -47,7 +50,7 @@ def stdin_lines() -> Iterator[str]:
 def _read(read: Callable[[int], bytes]) -> bytes:
     data = read(_MAX_PROMPT + 1)
     if len(data) > _MAX_PROMPT:
-        raise UsageError(f"A prompt on standard input is longer than {_MAX_PROMPT:,} bytes; shorten it.")
+        raise UsageError(f"A prompt on standard input is longer than {_MAX_PROMPT:,} bytes. Shorten it.")
     return data
 
 
@@ -56,18 +59,24 @@ def _text(data: bytes) -> str:
 
 
 def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *, commands: bool, log: Console) -> int:
-    """Answer each prompt; a prompt that fails is a sentence on stderr and the next one is taken.
+    """Answer each prompt, and report errors on stderr without stopping.
 
-    commands: lines that begin with a slash are commands. log: where the prompts' warnings go.
+    Args:
+        session: The session.
+        prompts: The prompts.
+        format: The output format.
+        commands: Whether lines that begin with a slash are commands.
+        log: The console for warnings.
 
-    Returns the exit code: 0, or that of the first failure.
+    Returns:
+        The exit code: 0, or the exit code of the first error.
     """
     exit_code = 0
     for prompt in prompts:
         if not prompt:
             continue
         try:
-            # Without commands a slash is a character like any other.
+            # Without commands, a slash has no special meaning.
             line = prompt if commands else escaped(prompt)
             session.screen.echo(session.state.loading.name, line)
             output, reply = respond(session, line)
@@ -75,9 +84,9 @@ def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *
         except LlamaScratchError as error:
             print(f"llama-scratch: {escape_controls(user_message(error))}", file=sys.stderr)
             exit_code = exit_code or error.exit_code
-        except (OSError, MemoryError):  # the reader went away, or the machine has no more to give
+        except (OSError, MemoryError):  # the output is closed, or memory is exhausted
             raise
-        except Exception as error:  # one line's trouble is not the next one's
+        except Exception as error:  # a failing line does not affect the next
             if session.debug:
                 raise
             print(f"llama-scratch: {unexpected(error)}", file=sys.stderr)
@@ -88,7 +97,7 @@ def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *
 
 
 def _show(session: Session, output: dict[str, Any], reply: Reply | None, format: OutputFormat, log: Console) -> None:
-    """What a line was answered, on standard output; what holds no data goes where notes go."""
+    """Print an answer on standard output; notes, which hold no data, on the session's console."""
     if format == "json":
         _write(session, lines.json_line(output))
     elif reply and reply.view is not None:
@@ -98,7 +107,7 @@ def _show(session: Session, output: dict[str, Any], reply: Reply | None, format:
             _write(session, text.as_text(reply.view))
     elif format == "lines" and "next" in output:
         for sentence in output["warnings"]:
-            if sentence in session.screen.explained:  # about the model, and printed before
+            if sentence in session.screen.explained:  # already printed: a warning about the model
                 continue
             log.print(f"llama-scratch: {sentence}", style="yellow", soft_wrap=True, markup=False)
         session.screen.explained.update(session.llama.warnings)

@@ -1,4 +1,4 @@
-"""How one line of a session becomes an answer: a command, a prompt, or an empty line that accepts the offer."""
+"""Dispatch of typed lines: commands, prompts, and empty lines to accept an offer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from llama_scratch.repl.state import Turn
 
 
 def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
-    """Do what a line of a session says: the object that answers it and, of a command, its reply.
+    """Run a command or answer a prompt, and record the turn.
 
-    An empty line accepts what is offered. The turn is kept in the session.
+    An empty line accepts the offered tokens.
+
+    Args:
+        session: The session.
+        line: The line.
+
+    Returns:
+        The JSON object of the answer and, for a command, its reply.
     """
     reply = None
     if is_command(line):

@@ -1,4 +1,4 @@
-"""The line that is being typed: its editor, the colors of its tokens, and what the model offers behind it."""
+"""The prompt editor: line editing, token colors and suggestions."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ from llama_scratch.repl.offers import continued_text, offer_next, offer_text, ty
 from llama_scratch.repl.session import Session
 
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
-# Of the sixteen colors that each terminal's theme makes legible on its own background.
+# One of the sixteen ANSI colors, which every terminal theme keeps legible on its background.
 _GRAY = "ansibrightblack"
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GRAY})
 
 
 class PromptEditor:
-    """Reads lines on a terminal. While one is typed the model reads it too, where the session's `live` is on.
+    """Read lines from a terminal, with live prediction if that is on.
 
-    greet: prints what stands above the first prompt, once the model is there.
+    Args:
+        session: The session.
+        keyboard: The terminal's keyboard.
+        greet: Prints the banner above the first prompt as soon as the model is loaded.
     """
 
     def __init__(self, session: Session, keyboard: Keyboard, greet: Callable[[], None]):
@@ -48,7 +51,7 @@ class PromptEditor:
         self._keyboard = keyboard
         self._greet = greet
         self._greeted = False
-        self._choice = 0  # which candidate stands behind the cursor
+        self._choice = 0  # index of the candidate suggested after the cursor
         self._ended = False
         self.live = LivePredictor(session, self._from_live)
         plain = session.settings.plain
@@ -56,7 +59,7 @@ class PromptEditor:
             input=keyboard.input,
             history=open_history(session),
             key_bindings=self._keys(),
-            multiline=True,  # so that a paste of several lines stays in one piece; Enter still sends
+            multiline=True,  # keeps a pasted block of lines in one prompt; Enter still sends it
             prompt_continuation=lambda _width, _line, wraps: "" if wraps else "… ",
             enable_history_search=True,
             completer=_Commands(session),
@@ -70,7 +73,18 @@ class PromptEditor:
         self._editor.default_buffer.on_text_changed += self._typed
 
     def read(self, draft: str = "") -> str:
-        """The next line. Raises KeyboardInterrupt for Ctrl-C on an empty one and EOFError for Ctrl-D."""
+        """Read the next line.
+
+        Args:
+            draft: The initial text of the line.
+
+        Returns:
+            The line.
+
+        Raises:
+            KeyboardInterrupt: For Ctrl-C on an empty line.
+            EOFError: For Ctrl-D.
+        """
         return self._editor.prompt(
             lambda: _message(self._session),
             default=draft,
@@ -81,9 +95,12 @@ class PromptEditor:
         )
 
     def end(self) -> None:
-        """End the prompt, or the next one if none is read; from any thread, and in a signal's handler."""
+        """End the current or next prompt.
+
+        Safe to call from any thread and from a signal handler.
+        """
         self._ended = self._keyboard.ended = True
-        if not self._keyboard.in_foreground():  # the answer would come to the shell
+        if not self._keyboard.in_foreground():  # the shell would receive the terminal's reply
             self._editor.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
         self._soon(self._exit)
 
@@ -91,7 +108,7 @@ class PromptEditor:
         if not self._editor.app.is_done:
             self._editor.app.exit(exception=EOFError)
 
-    # --- The model beside the person ---
+    # --- Loading and live prediction while the user types ---
 
     def _begin(self) -> None:
         if self._ended:
@@ -99,18 +116,18 @@ class PromptEditor:
         self._editor.app.create_background_task(self._watch())
 
     async def _watch(self) -> None:
-        """Load the model, show how far that is, and then print the banner above the prompt.
+        """Load the model, show the progress, then print the banner above the prompt.
 
-        It begins once the prompt is on the screen. A loading that failed ends the prompt, and so the session.
+        Starts when the prompt is on the screen. If loading fails, the prompt ends, and with it the session.
         """
         app, loading = self._editor.app, self._session.state.loading
-        self._typed(self._editor.default_buffer)  # a line that was brought back
+        self._typed(self._editor.default_buffer)  # for a restored draft
         loading.start()
         while not loading.ended:
             await asyncio.sleep(0.1)
             app.invalidate()
         if loading.error is None:
-            if not self._greeted:  # the prompt is drawn anew for it
+            if not self._greeted:  # the prompt is redrawn below the banner
                 self._greeted = True
                 await run_in_terminal(self._greet)
             self._typed(self._editor.default_buffer)
@@ -134,24 +151,24 @@ class PromptEditor:
             self.live.request(None)
 
     def _from_live(self) -> None:
-        """There is a new reading; called from its thread."""
+        """Handle a new reading. Called from the live thread."""
         self._soon(self._offer)
 
     def _soon(self, call: Callable[[], None]) -> None:
-        """Call it from the prompt's own loop, if there is one."""
+        """Schedule a call on the prompt's event loop, if it is running."""
         if (loop := self._editor.app.loop) is not None:
             try:
                 loop.call_soon_threadsafe(call)
-            except RuntimeError:  # the prompt has just ended, and its loop with it
+            except RuntimeError:  # the prompt and its event loop have just ended
                 return
 
     def _reading(self) -> Reading | None:
-        """What is known of the line, or of one that it was shortly before."""
+        """The live reading of the line, or of a slightly older version of it."""
         buffer = self._editor.default_buffer
         return self.live.reading if buffer.text and not is_command(buffer.text) else None
 
     def _offer(self) -> None:
-        """Put the candidate behind the cursor, if what was read is what stands there."""
+        """Suggest the candidate after the cursor, if the reading matches the current line."""
         buffer, reading = self._editor.default_buffer, self._reading()
         if reading and reading.line == unescaped(buffer.text):
             candidate = reading.candidates[self._choice % len(reading.candidates)]
@@ -169,8 +186,8 @@ class PromptEditor:
             ("" if current else _GRAY, f" {percent(candidate.probability)}"),
             (_GRAY, f" · entropy {reading.entropy_bits:.2f} bits"),
             (_GRAY, f" · {reading.n_tokens} token{'s' if reading.n_tokens != 1 else ''}"),
-            (_GRAY, " · Tab takes it"),
-            (_GRAY, ", Shift-Tab the next one"),
+            (_GRAY, " · Tab: accept"),
+            (_GRAY, " · Shift-Tab: next candidate"),
         ]
         while sum(len(text) for _, text in parts) > self._session.screen.console.width and len(parts) > 1:
             parts.pop()
@@ -180,7 +197,7 @@ class PromptEditor:
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
-        typing = has_focus(DEFAULT_BUFFER)  # not while Ctrl-R searches, where these keys mean something else
+        typing = has_focus(DEFAULT_BUFFER)  # not during a Ctrl-R search, which uses these keys itself
         empty = Condition(lambda: not get_app().current_buffer.text)
         command = Condition(lambda: is_command(get_app().current_buffer.text))
         menu = Condition(lambda: get_app().current_buffer.complete_state is not None)
@@ -230,7 +247,7 @@ class PromptEditor:
 
 
 class _Commands(Completer):
-    """Commands and their arguments, for lines that begin with a slash."""
+    """Completion of commands and their arguments."""
 
     def __init__(self, session: Session):
         self._session = session
@@ -244,7 +261,7 @@ class _Commands(Completer):
 
 
 class _Surprise(Processor):
-    """The characters of the line, colored by how much they surprised the model."""
+    """Color the characters of the line by their surprisal."""
 
     def __init__(self, reading: Callable[[], Reading | None]):
         self._reading = reading
@@ -254,12 +271,12 @@ class _Surprise(Processor):
         if (reading := self._reading()) is None:
             return Transformation(fragments)
         text = unescaped(document.text)
-        # From the line's beginning on in the text that was read: the slash that stands for none is not in it.
+        # Offset of this line in the text that was scored, which does not have the escaping slash.
         begin = document.translate_row_col_to_index(transformation_input.lineno, 0) + len(text) - len(document.text)
         known = min(_common(text, reading.line), len(reading.bits))
         characters = explode_text_fragments(fragments)
         length = len(document.lines[transformation_input.lineno])
-        for i in range(length, len(characters)):  # what is offered
+        for i in range(length, len(characters)):  # the suggestion
             style, char = characters[i][:2]
             characters[i] = (style, char if char.isprintable() else visible(char).plain)
         for i in range(min(len(characters), length)):
@@ -270,18 +287,18 @@ class _Surprise(Processor):
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two lines have in common at their beginning."""
+    """The length of the common prefix of two lines."""
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 def _prompt_toolkit_style(style: str) -> str:
-    """rich's name of a style → prompt_toolkit's: "bold red" → "bold ansired"."""
+    """Convert a rich style to prompt_toolkit: "bold red" → "bold ansired"."""
     words = style.replace("bright_", "bright").split()
     return " ".join(word if word in ("bold", "underline", "italic") else f"ansi{word}" for word in words)
 
 
-# A terminal that is narrower needs its line for what is typed.
+# On a narrower terminal the prompt omits the model name, to leave room for typing.
 _NARROW = 60
 
 
@@ -294,7 +311,7 @@ def _message(session: Session) -> FormattedText:
 
 
 def _changes(labels: list[str], room: int) -> str:
-    """The interventions that are on, as they stand in the prompt: those that fit, and how many more there are."""
+    """Format the active interventions for the prompt: as many labels as fit in `room` cells, then "+N"."""
     if not labels:
         return ""
     for count in range(len(labels), 0, -1):
@@ -308,7 +325,7 @@ def _changes(labels: list[str], room: int) -> str:
 
 
 def _stage(session: Session) -> FormattedText:
-    """How far the loading, or what follows it, is, at the right end of the line; nothing of it stays."""
+    """The progress of loading or preparing the model, at the right end of the line. Erased afterwards."""
     if get_app().is_done or (progress := session.state.loading.background) is None:
         return FormattedText()
     stage, done, total = progress
@@ -318,7 +335,7 @@ def _stage(session: Session) -> FormattedText:
 
 
 def _placeholder(session: Session) -> FormattedText:
-    """What an empty line offers, in gray; nothing of it stays once the line is sent or searched."""
+    """The hint on an empty line, in gray. Erased when the line is sent or during a search."""
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
     room = session.screen.console.width - len(to_plain_text(_message(session))) - 1

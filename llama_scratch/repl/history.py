@@ -1,7 +1,7 @@
-"""What was typed in this and earlier sessions, written entry by entry as it is sent.
+"""The history of typed lines, shared by all sessions and written entry by entry.
 
-The format is prompt_toolkit's, with the bytes of an entry behind its time: one that a killed program or a full disk
-left in pieces is known by that, and is none.
+The file has prompt_toolkit's format with the size of the entry in bytes after its time. An entry that a killed process
+or a full disk left incomplete does not match its size and is ignored.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ from llama_scratch.system.small_files import read_bytes
 from llama_scratch.tokenizer import replace_surrogates
 
 _MAX_BYTES = 1 << 26
-# A time, as prompt_toolkit writes it, and a line with "+" for each line of the entry.
+# A time as prompt_toolkit writes it, an optional size, and a line starting with "+" for each line of the entry.
 _ENTRY = re.compile(rb"^# \S+ \S+?(?: (\d+))?\n((?:\+.*\n)+)", re.MULTILINE)
 
 
 def history_path() -> Path:
-    """Where the history is kept. Raises FileNotFoundError where there is no home."""
+    """Return the path of the history file.
+
+    Raises:
+        FileNotFoundError: If the user has no home folder.
+    """
     return user_folder("state") / "history"
 
 
 def open_history(session: Session) -> History:
-    """The history file, for oneself alone; where it cannot be kept the session says so and goes on without."""
+    """Open the history file, readable only by the user.
+
+    If that fails, prints a warning and keeps the history in memory.
+    """
     where = "its file"
     try:
         path = history_path()
@@ -43,20 +50,20 @@ def open_history(session: Session) -> History:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(_open(path, os.O_RDWR | os.O_CREAT), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(0, "it is no file")
+                raise OSError(0, "not a regular file")
     except OSError as error:
         session.screen.console.print(
-            text.warning(f"The history cannot be kept in {where} ({error.strerror}), so it ends with this session.")
+            text.warning(f"The history cannot be saved to {where} ({error.strerror}). It lasts only for this session.")
         )
         return InMemoryHistory()
     return FileHistory(path)
 
 
 class FileHistory(History):
-    """The entries of a file that several programs share.
+    """The entries of a history file that several processes share.
 
-    Each is appended by one write, so that they do not mix. A file that cannot be written any more ends the keeping,
-    not the session: the lines stay in memory.
+    Each entry is appended in one write, so entries do not interleave. If the file cannot be written any more, new
+    lines stay in memory.
     """
 
     def __init__(self, path: Path):
@@ -64,7 +71,7 @@ class FileHistory(History):
         super().__init__()
 
     def load_history_strings(self) -> Iterable[str]:
-        """The newest first."""
+        """Yield the entries of the file, newest first."""
         try:
             data = read_bytes(self._path, _MAX_BYTES, any_content=True)
         except (OSError, LlamaScratchError):
@@ -74,7 +81,7 @@ class FileHistory(History):
                 yield "\n".join(line[1:] for line in lines.decode("utf-8", errors="replace").split("\n"))[:-1]
 
     def store_string(self, string: str) -> None:
-        """A line that a terminal pasted with broken characters is kept in whole ones."""
+        """Append an entry. Invalid characters are replaced."""
         lines = "".join(f"+{line}\n" for line in replace_surrogates(string).split("\n")).encode()
         with contextlib.suppress(OSError), open(_open(self._path, os.O_WRONLY | os.O_APPEND), "wb", 0) as file:
             file.write(b"\n# %s %d\n%s" % (str(datetime.now()).encode(), len(lines), lines))

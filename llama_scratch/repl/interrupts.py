@@ -1,6 +1,7 @@
-"""Ctrl-C in a session: a key at the prompt, an exception where there is something to cancel, nothing in between.
+"""Signals in a session: Ctrl-C, SIGTERM and SIGHUP.
 
-What ends the program, SIGTERM and SIGHUP, ends a prompt first.
+Ctrl-C is a key at the prompt and cancels running work; otherwise it is ignored. SIGTERM and SIGHUP end the prompt
+before they end the program.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from llama_scratch.render.progress import defer_interrupts
 
 
 class Interrupts:
-    """Ctrl-C as an exception only while there is something to cancel, and only once.
+    """Handle Ctrl-C: raise KeyboardInterrupt once, and only if work is running.
 
-    At the prompt it is a key. Between the two it is nothing: an exception there would end the program.
+    At the prompt Ctrl-C is a key. In between it is ignored, because an exception there would end the program.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Interrupts:
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Where Ctrl-C cancels."""
+        """Let Ctrl-C raise KeyboardInterrupt within the block."""
         self._armed = True
         try:
             yield
@@ -45,16 +46,17 @@ class Interrupts:
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Where what ends the program calls `end` and waits for it; told twice, it does not wait.
+        """Call `end` on SIGTERM or SIGHUP within the block, then handle the signal.
 
-        An editor gives the terminal back where it ends, not where an exception falls into it.
+        A second signal is handled at once. The prompt editor restores the terminal only if it ends normally, not if
+        an exception interrupts it.
         """
         told: list[int] = []
 
         def leave(number: int, frame: FrameType | None) -> None:
             told.append(number)
             if len(told) == 1:
-                # In the background, setting the terminal's modes would stop the program. Now that just fails.
+                # In the background, setting the terminal modes would stop the process. With a handler it only fails.
                 signal.signal(signal.SIGTTOU, lambda *_: None)
                 end()
             else:
@@ -73,6 +75,6 @@ class Interrupts:
                 handlers[told[0]](told[0], None)
 
     def _report_unless_interrupt(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """An interrupt that fell into a finalizer, where nothing can be raised, is lost without a word."""
+        """Report exceptions in finalizers, except KeyboardInterrupt, which cannot propagate from there."""
         if unraisable.exc_type is not KeyboardInterrupt:
             self._report(unraisable)

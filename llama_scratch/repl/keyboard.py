@@ -1,4 +1,4 @@
-"""The keyboard between two prompts: the terminal echoes nothing, and the next prompt gets the keys."""
+"""Keyboard input between prompts: no echo, keys are kept for the next prompt."""
 
 from __future__ import annotations
 
@@ -21,50 +21,51 @@ from rich.console import Console
 
 from llama_scratch.render.progress import defer_interrupts
 
-# Seconds after which ESC is the Escape key, not the beginning of another key's code.
+# Seconds after which ESC is the Escape key, not the start of an escape sequence.
 _ESCAPE_S = 0.5
-# Seconds to wait for the rest of a paste at the end of an answer.
+# Seconds to wait for the rest of a paste when an answer ends.
 _PASTE_S = 2.0
 _MARK_PASTES, _MARK_NOTHING, _SHOW_CURSOR = b"\x1b[?2004h", b"\x1b[?2004l", b"\x1b[?25h"
 
 
 class KeyboardInput(Vt100Input):
-    """The input of prompts that never turn the echo on, not even to print above themselves."""
+    """Input that never turns the echo on, not even to print above the prompt."""
 
     def cooked_mode(self) -> AbstractContextManager[None]:
+        """Keep the current terminal modes."""
         return nullcontext()
 
     @property
     def pasting(self) -> bool:
-        """Whether the end of a paste has not come yet."""
+        """Whether a paste is in progress."""
         return self.vt100_parser._in_bracketed_paste
 
 
 class Keyboard:
-    """The terminal's keys while no prompt reads them.
+    """Collect the terminal's keys while no prompt reads them.
 
-    Otherwise the terminal would echo them into the answer and cut a pasted text into lines.
+    Otherwise the terminal would echo them into the answer and split a pasted text into lines.
 
     Args:
-        console: The terminal's screen.
+        console: The console on the terminal.
     """
 
     def __init__(self, console: Console) -> None:
         self.input = KeyboardInput(sys.stdin)
         self._screen = None if console.is_dumb_terminal else console.file.fileno()
         self._original: list[Any] | None = None
-        self._stop = -1, -1  # a pipe that ends the collecting thread
+        self._stop = -1, -1  # a pipe that stops the collecting thread
         self._thread: Thread | None = None
         self._marked = False
-        self.ended = False  # whether a prompt is to end instead of waiting for the foreground
+        self.ended = False  # whether the prompt should end instead of waiting for the foreground
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Turn off the echo until the session ends, on every way out of it."""
+        """Turn off the echo within the block, and always restore the terminal."""
         self._original = self._modes()
         self._stop = os.pipe()
         handler = signal.getsignal(signal.SIGTSTP)
-        if handler is not signal.SIG_IGN:  # as without job control
+        if handler is not signal.SIG_IGN:  # SIG_IGN: no job control
             signal.signal(signal.SIGTSTP, self._suspend)
         try:
             self._take()
@@ -77,7 +78,10 @@ class Keyboard:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Keep the keys that are typed in here for the next prompt. Ctrl-C and Ctrl-Z stay signals."""
+        """Keep the keys typed within the block for the next prompt.
+
+        Ctrl-C and Ctrl-Z remain signals.
+        """
         self._take()
         self._mark(True)
         self._start()
@@ -89,7 +93,10 @@ class Keyboard:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let another prompt read the keys; it gets those that were kept."""
+        """Let another prompt read the keys within the block.
+
+        It also gets the keys kept so far.
+        """
         self._end()
         try:
             yield
@@ -98,7 +105,7 @@ class Keyboard:
 
     @contextmanager
     def given_away(self) -> Iterator[None]:
-        """Give another program the terminal as it was before the session."""
+        """Give another program the terminal within the block, with its original modes."""
         self._end()
         self._give_back()
         handler = signal.getsignal(signal.SIGTSTP)
@@ -112,7 +119,7 @@ class Keyboard:
             self._mark(True)
             self._start()
 
-    # --- The thread that reads ---
+    # --- The collecting thread ---
 
     def _start(self) -> None:
         self._thread = Thread(target=self._collect, name="keyboard", daemon=True)
@@ -129,23 +136,23 @@ class Keyboard:
     def _collect(self) -> None:
         keyboard, stop = self.input.fileno(), self._stop[0]
         while not self.input.closed:
-            # In the background the keys belong to another program.
+            # In the background, the keys belong to another program.
             watched = [keyboard] if self.in_foreground() else []
             ready = select.select([*watched, stop], [], [], _ESCAPE_S)[0]
             if keyboard in ready:
-                # Not a late answer to an earlier prompt's question where the cursor is.
+                # Drop a late reply to an earlier prompt's cursor position request.
                 keys = [key for key in self.input.read_keys() if key.key != Keys.CPRResponse]
                 store_typeahead(self.input, keys)
             elif stop in ready:
                 if not (self.input.pasting and select.select(watched, [], [], _PASTE_S)[0]):
                     return
             else:
-                self.input.flush_keys()  # Escape, which would change the meaning of the next key
+                self.input.flush_keys()  # a pending Escape would combine with the next key
 
-    # --- The terminal's modes ---
+    # --- Terminal modes ---
 
     def _take(self) -> None:
-        """Have keys come one by one and without echo, as they were pressed."""
+        """Switch the terminal to raw keys without echo."""
         if (modes := self._modes()) is not None:
             modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
             modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
@@ -157,16 +164,16 @@ class Keyboard:
         if self._original is not None and self.in_foreground():
             self._set(self._original)
             self._mark(False)
-            self._write(_SHOW_CURSOR)  # a progress bar hides it
+            self._write(_SHOW_CURSOR)  # a progress bar may have hidden it
 
     def _suspend(self, number: int, _frame: FrameType | None) -> None:
-        """Stop the program, with the terminal as it was before the session, and go on once it continues."""
+        """Restore the terminal and stop the process (Ctrl-Z); set the modes again when it continues."""
         modes, marked = self._modes(), self._marked
         self._give_back()
         signal.signal(number, signal.SIG_DFL)
         try:
             signal.raise_signal(number)
-            # A prompt that is continued in the background stops again, as any program does that reads keys there.
+            # A prompt that is continued in the background stops again, like any program that reads from the terminal.
             while self._thread is None and not (self.ended or self.in_foreground()):
                 signal.raise_signal(signal.SIGTTIN)
                 time.sleep(0.05)
@@ -178,7 +185,7 @@ class Keyboard:
             self._mark(marked)
 
     def _modes(self) -> list[Any] | None:
-        """The terminal's modes; None in the background, where setting them would stop the program."""
+        """Return the terminal modes if in the foreground. In the background, setting them would stop the process."""
         with suppress(termios.error, OSError):
             if self.in_foreground():
                 return termios.tcgetattr(self.input.fileno())
@@ -189,7 +196,7 @@ class Keyboard:
             termios.tcsetattr(self.input.fileno(), termios.TCSANOW, modes)
 
     def _mark(self, on: bool) -> None:
-        """Have the terminal mark pastes, or no longer."""
+        """Turn bracketed paste on or off."""
         if on != self._marked and self.in_foreground():
             self._marked = on
             self._write(_MARK_PASTES if on else _MARK_NOTHING)
@@ -197,10 +204,10 @@ class Keyboard:
     def _write(self, codes: bytes) -> None:
         if self._screen is not None:
             with suppress(OSError):
-                os.write(self._screen, codes)  # not buffered: a signal may have come within a write to that buffer
+                os.write(self._screen, codes)  # unbuffered: the signal may have interrupted a buffered write
 
     def in_foreground(self) -> bool:
-        """Whether the terminal is this program's, and not a shell's that has suspended it."""
+        """Whether this process is in the terminal's foreground."""
         with suppress(OSError):
             return os.tcgetpgrp(self.input.fileno()) == os.getpgrp()
         return False

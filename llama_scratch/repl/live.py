@@ -1,4 +1,4 @@
-"""Live prediction: what the model says of a line while it is being typed."""
+"""Live prediction: score a line and predict its next token while the user types."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.surprisal import Scorer
     from llama_scratch.results import Candidate
 
-# A reading that took longer makes the next one wait as long for the line to rest, up to some seconds.
+# If a reading took longer than _QUICK_S, the next one waits for a pause in typing of that length, up to the maximum.
 _QUICK_S, _MAX_DEBOUNCE_S = 0.1, 3.0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model says of a line.
+    """The model's scores for a line.
 
-    bits: how much each of its characters surprised the model; None where nothing predicted it.
-    candidates: what would come next, best first. entropy_bits: how open that is. n_tokens: of the line.
+    Args:
+        line: The line.
+        bits: Surprisal per character, from its token. Unset if nothing precedes the token.
+        candidates: The most probable next tokens, best first.
+        entropy_bits: Entropy of the next token's distribution.
+        n_tokens: Number of tokens in the line.
     """
 
     line: str
@@ -34,32 +38,34 @@ class Reading:
 
 
 def why_not_live(session: Session) -> str:
-    """Where the session is that has no live prediction; "" if it can have one."""
+    """Return why live prediction is unavailable, such as "in a chat"; "" if available."""
     if session.screen.keyboard is None:
         return "in a pipe"
     if session.screen.console.is_dumb_terminal:
         return "on a terminal that cannot show it"
-    if session.settings.plain:  # a screen reader would never be silent
+    if session.settings.plain:  # a screen reader would read every update
         return "with --plain"
-    return "in a chat" if session.state.chat else ""  # a message is not a text that the model would continue
+    return "in a chat" if session.state.chat else ""  # the model does not continue a message
 
 
 def is_live(session: Session) -> bool:
-    """Whether the model predicts while a line is typed."""
+    """Whether live prediction is on and available."""
     return session.settings.live and not why_not_live(session)
 
 
 class _StaleError(Exception):
-    """The line has changed, so its reading is of no use."""
+    """The line has changed, so the reading is stale."""
 
 
 class LivePredictor:
-    """A thread that reads the newest line, and nothing else, with the session's engine.
+    """A thread that scores the newest line with the session's engine.
 
-    Each key only costs the tokens that it changed; work on a line that has changed since ends within a piece of
-    the network's work. `pause` must come before anybody else uses the engine.
+    Each key costs only the tokens that it changed. A stale reading is cancelled within one chunk of the forward pass.
+    Call `pause` before using the engine in another thread.
 
-    changed: called from the thread when there is a new `reading`.
+    Args:
+        session: The session.
+        changed: Called from the thread when there is a new `reading`.
     """
 
     def __init__(self, session: Session, changed: Callable[[], None]):
@@ -69,37 +75,37 @@ class LivePredictor:
         self._requested: str | None = None
         self._wake = Event()
         self._busy = False
-        self._cost = 0.0  # seconds that the last reading took
+        self._cost = 0.0  # duration of the last reading in seconds
         self._scorer: Scorer | None = None
         self._thread = Thread(target=self._run, name="live", daemon=True)
 
     def request(self, line: str | None) -> None:
-        """Read this line from now on, or none; comes back at once."""
+        """Request a reading of this line; None cancels the current one. Returns at once."""
         if line is not None and self._thread.ident is None:
             self._thread.start()
         self._requested = line
         self._wake.set()
 
     def pause(self) -> None:
-        """Read nothing; comes back when the engine is free."""
+        """Cancel the current reading and wait until the engine is free."""
         self._requested = None
         while self._busy:
-            time.sleep(0.001)  # which holds no lock that an interrupt could leave held
+            time.sleep(0.001)  # unlike a lock, it cannot be left held by an interrupt
         if self._scorer and self._scorer.llama is not self._session.llama:
-            self._scorer = None  # a model that was replaced is not kept in memory
+            self._scorer = None  # release a replaced model's memory
 
     def _run(self) -> None:
         while True:
             self._wake.wait()
             self._wake.clear()
-            # In this order, so that `pause` sees that the engine is in use, or this that it must not be.
+            # Set _busy before reading _requested: either `pause` sees the busy engine, or this thread the cancellation.
             self._busy = True
             try:
                 if (line := self._requested) is not None:
                     self._read(line)
             except _StaleError:
                 pass
-            except Exception:  # noqa: BLE001 - whatever is wrong with the line, Enter says it
+            except Exception:  # noqa: BLE001 - Enter will report the error
                 self.reading = None
                 self._changed()
             finally:
@@ -108,7 +114,7 @@ class LivePredictor:
     def _read(self, line: str) -> None:
         session = self._session
         if not session.state.loading.ended:
-            return  # the loop asks again once it is there
+            return  # the editor requests it again once the model is loaded
         self._wait_for_quiet(line)
         start = time.perf_counter()
         reading = self._score(line)
@@ -124,7 +130,7 @@ class LivePredictor:
             time.sleep(0.005)
 
     def _score(self, line: str) -> Reading:
-        # Imported here, because they bring torch.
+        # Imported here because it imports torch.
         from llama_scratch.microscope.surprisal import Scorer, per_character
 
         llama = self._session.llama

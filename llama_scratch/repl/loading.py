@@ -1,4 +1,4 @@
-"""The model on its way: a thread loads it while the person already types."""
+"""Background loading: a thread loads the model while the user already types."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 
 class Loading:
-    """A model that is loaded by a thread of its own, or is there already.
+    """A model that is loaded, or that a background thread is loading.
 
-    stage: what is being done, how much of it is done and how much there is, as a `Progress` is told.
-    error: what loading it raised.
+    Args:
+        name: The model's name or path, shown until it is loaded.
+        load: Loads the model and reports its progress.
+
+    Attributes:
+        stage: The current stage, the work done and the total, as passed to a `Progress` callback.
+        error: The exception that loading raised, if any.
     """
 
     def __init__(self, name: str, load: Callable[[Progress], Llama]) -> None:
@@ -32,46 +37,49 @@ class Loading:
         self._name = name
         self._load = load
         self._llama: Llama | None = None
-        # A daemon, so that leaving never waits for it.
+        # A daemon thread, so exiting does not wait for it.
         self._thread = Thread(target=self._run, name="loading", daemon=True)
 
     @classmethod
     def ended_with(cls, llama: Llama) -> Loading:
-        """The loading of a model that is there."""
+        """Wrap a model that is already loaded."""
         loading = cls(llama.info.name, lambda _: llama)
         loading._llama = llama
         return loading
 
     def start(self) -> None:
-        """Begin, unless it has begun."""
+        """Start loading, unless it has started."""
         if not self.ended and self._thread.ident is None:
             self._thread.start()
 
     def wait(self, progress: Progress = silent) -> Llama:
-        """The model, once it is there; raises what loading it raised. An interrupt ends the waiting alone."""
+        """Wait for the model and return it.
+
+        Re-raises an exception from loading. Ctrl-C cancels only the wait.
+        """
         self.start()
         while self._llama is None:
             if self.error is not None:
                 raise self.error
             progress(*self.stage)
-            time.sleep(0.02)  # which holds no lock that an interrupt could leave held
+            time.sleep(0.02)  # unlike a lock, it cannot be left held by an interrupt
         return self._llama
 
     @property
     def ended(self) -> bool:
-        """Whether `wait` returns, or raises, at once."""
+        """Whether `wait` returns or raises immediately."""
         return self._llama is not None or self.error is not None
 
     @property
     def background(self) -> tuple[str, int, int] | None:
-        """The stage of the work in the background, with how much of it is done and how much there is."""
+        """The stage of the background work, the work done and the total, if any."""
         if not self.ended:
             return self.stage
         return None if self.error else self.wait().preparing
 
     @property
     def name(self) -> str:
-        """What the model is called; while it is not there, by its path."""
+        """The model's name; its path until it is loaded."""
         return self._name if self._llama is None else self._llama.info.name
 
     def _run(self) -> None:
@@ -79,7 +87,7 @@ class Loading:
             with _gil_shared():
                 _map_torch()
                 self._llama = self._load(self._report)
-        except BaseException as error:  # noqa: BLE001 - raised again by `wait`
+        except BaseException as error:  # noqa: BLE001 - re-raised by `wait`
             self.error = error
 
     def _report(self, stage: str, done: int, total: int) -> None:
@@ -88,7 +96,7 @@ class Loading:
 
 @contextlib.contextmanager
 def _gil_shared() -> Iterator[None]:
-    """Let a thread that works give way ten times as often, so that typing is echoed at once."""
+    """Switch threads ten times as often, so that typing is echoed without delay."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(interval / 10)
     try:
@@ -98,9 +106,9 @@ def _gil_shared() -> Iterator[None]:
 
 
 def _map_torch() -> None:
-    """Map torch's libraries before it is imported: ctypes lets go of the GIL, an import holds it all the while.
+    """Load torch's libraries before importing it: ctypes releases the GIL, an import does not.
 
-    In the order and ways of torch itself; where they are not found, the import does it all.
+    Uses the order and flags of torch itself. If the libraries are not found, the import loads them.
     """
     torch = find_spec("torch")
     if torch is None or torch.origin is None or not sys.platform.startswith("linux"):

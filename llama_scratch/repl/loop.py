@@ -1,4 +1,4 @@
-"""The session on a terminal: a line, its answer, the next line."""
+"""The read-eval-print loop of the session on a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from llama_scratch.repl.session import Session
 
 
 def run(session: Session) -> None:
-    """Read prompts until Ctrl-D or /quit. Raises what loading the model raised, as soon as it does."""
+    """Read and answer lines until Ctrl-D or /quit.
+
+    Re-raises an exception from loading the model.
+    """
     _Loop(session).run()
 
 
 class _Loop:
-    """Prompts are read from the first moment on; the banner is printed once the model is there."""
+    """The state of the loop. It reads input immediately and prints the banner when the model is loaded."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -29,7 +32,7 @@ class _Loop:
         self._keyboard = session.screen.keyboard = Keyboard(session.screen.console)
         self._line = PromptEditor(session, self._keyboard, self._greet)
         self._greeted = False
-        self._draft = ""  # what the next line begins with
+        self._draft = ""  # initial text of the next line
 
     def run(self) -> None:
         with self._keyboard.session():
@@ -37,7 +40,7 @@ class _Loop:
 
     def _run(self) -> None:
         session = self._session
-        if session.screen.console.is_dumb_terminal:  # where nothing can be printed above what is being typed
+        if session.screen.console.is_dumb_terminal:  # cannot print above the input line
             with self._keyboard.collecting(), self._interrupts.armed():
                 session.state.loading.wait()
         while not session.ended:
@@ -47,7 +50,7 @@ class _Loop:
                 with self._interrupts.ending(self._line.end):
                     line = self._line.read(draft)
             except KeyboardInterrupt:
-                session.screen.console.print(Text(" Ctrl-D or /quit leaves.", style="dim"))
+                session.screen.console.print(Text(" To exit, press Ctrl-D or enter /quit.", style="dim"))
                 continue
             except EOFError:
                 return
@@ -63,13 +66,13 @@ class _Loop:
                 if error is session.state.loading.error:
                     raise
                 session.screen.show(text.error(str(error)))
-            except Exception as error:  # one line's trouble does not end the session
+            except Exception as error:  # a failing line does not end the session
                 if session.debug or error is session.state.loading.error:
                     raise
                 session.screen.show(text.error(unexpected(error)))
 
     def _begin(self) -> None:
-        """Start what the first answer needs, at the latest before an interrupt may fall into it."""
+        """Start loading, and import what the answer needs before Ctrl-C can interrupt the import."""
         self._session.state.loading.start()
         import rich.progress  # noqa: F401
 
@@ -79,7 +82,7 @@ class _Loop:
         if not line and not session.state.offered:
             return
         if not line.startswith("/") or line.startswith("//"):
-            _ = session.llama  # waits for it, so that the banner stands above the answer
+            _ = session.llama  # wait for the model, so that the banner is above the answer
             self._greet()
         session.screen.echo(session.state.loading.name, line)
         _, reply = respond(session, line)
@@ -98,13 +101,13 @@ class _Loop:
                 self._session.screen.console.print(text.error(problem))
 
     def _begin_chat(self) -> str:
-        """Check that the model takes a conversation if one was asked for. If not, return why, and take prompts."""
+        """If a chat was requested, check that the model supports it. If not, return the reason and use prompts."""
         chat = self._session.state.chat
         self._session.update(chat=None)
         try:
             if chat:
                 self._session.update(chat=checked(self._session.llama, chat.system))
         except LlamaScratchError as error:
-            self._session.update(initial_system=None)  # so that a replay takes prompts too
+            self._session.update(initial_system=None)  # so that a replay uses prompts too
             return str(error)
         return ""

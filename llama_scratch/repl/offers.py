@@ -1,4 +1,4 @@
-"""What Enter would add to the text, and what the text so far would be as a typed line."""
+"""The tokens that Enter would add to the text, and the text as a typed line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from llama_scratch.repl.session import Session
 
 
 def offer(session: Session, ids: Sequence[int]) -> None:
-    """Let Enter add these tokens to the text."""
+    """Offer tokens: Enter adds them to the text.
+
+    Args:
+        session: The session.
+        ids: The tokens. If empty, the current offer remains.
+    """
     if session.now and ids:
         set_offer(session, ids)
 
 
 def set_offer(session: Session, ids: Sequence[int]) -> None:
-    """Replace what Enter adds to the newest text; by no tokens if it is complete."""
+    """Replace the tokens that Enter adds to the newest text.
+
+    Args:
+        session: The session.
+        ids: The tokens; empty if the text is complete.
+    """
     *earlier, newest = session.state.snapshots
     session.update(snapshots=(*earlier, replace(newest, offered=tuple(ids))))
 
 
 def offer_next(session: Session) -> None:
-    """Let Enter add the next candidate of the last answer instead of the token that is offered."""
+    """Offer the next candidate of the last answer instead of the current one."""
     if session.now:
         candidates = [candidate.id for candidate in session.now.prediction.top]
         ids = session.state.offered
@@ -31,17 +41,25 @@ def offer_next(session: Session) -> None:
 
 
 def offer_text(session: Session) -> str:
-    """What Enter would add, as text."""
+    """Return the offered tokens as text."""
     return session.llama.tokenizer.decode(session.state.offered)
 
 
 def continued_text(session: Session) -> str:
-    """The text so far with the offered tokens, as a user could have typed it."""
+    """Return the text with the offered tokens, as a user could have typed it."""
     return session.text_of(session.ids) + typeable(session, session.state.offered)
 
 
 def typeable(session: Session, ids: Sequence[int]) -> str:
-    """Tokens as text that can be part of a prompt: without special tokens, "" for parts of characters."""
+    """Decode tokens for use in a prompt, without special tokens.
+
+    Args:
+        session: The session.
+        ids: The tokens.
+
+    Returns:
+        The text; "" if the tokens contain an incomplete character.
+    """
     tokenizer = session.llama.tokenizer
     text = tokenizer.decode(id for id in ids if id not in tokenizer.untypeable)
     return "" if "\ufffd" in text else text

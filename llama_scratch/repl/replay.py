@@ -1,4 +1,4 @@
-"""A session file run again, and every answer compared with the one in the file."""
+"""Replay a session file and compare every answer with the recorded one."""
 
 from __future__ import annotations
 
@@ -31,19 +31,27 @@ from llama_scratch.tokenizer import fingerprint_of
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
 
-# Numbers are equal within this, absolute or relative: answers in one precision differ by rounding alone, those in
-# two by what the precisions promise.
+# Absolute and relative tolerance for numbers. Within one precision only rounding differs; between two precisions the
+# larger tolerance covers the quantization error.
 TOLERANCE, BETWEEN_PRECISIONS = 1e-3, 2e-2
-# Not compared: how long things took and which tokens were cached, which depends on what was typed meanwhile; sentences
-# for people; and the model, which is compared once for the session.
+# Not compared: timings and cached tokens, which depend on the typing in between; messages; and the model, which is
+# compared once per session.
 _IGNORED = {"timing", "warnings", "model", "path", "precision", "device", "reused_tokens", "new_tokens"}
-# What is generated; without a seed it is drawn anew each time.
+# Fields of generated text. If it was sampled without a seed, it differs every time.
 _GENERATED = {"generated", "text", "ids", "logprobs", "finish_reason"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What was recorded (`old`) and what came this time. turn: counted from 1; 0 is the session as a whole."""
+    """A difference between the recording and the replay.
+
+    Args:
+        turn: The turn, counted from 1; 0 for the session as a whole.
+        input: The turn's line.
+        what: Which value differs: its path in the answer's object, or a description.
+        old: The recorded value.
+        new: The value of the replay.
+    """
 
     turn: int
     input: str
@@ -52,14 +60,21 @@ class Difference:
     new: Any
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Describe the difference in one line."""
         where = f"Turn {self.turn}, '{sanitize(self.input)}'" if self.turn else "The session"
         return f"{where}: {sanitize(self.what)}: {_as_text(self.old)} → {_as_text(self.new)}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a replay found. compared: turns whose answers were compared. notes: sentences on what was not."""
+    """The result of a replay.
+
+    Args:
+        turns: Number of turns in the file.
+        compared: Number of turns whose answers were compared.
+        differences: The differences found.
+        notes: Messages about turns that were not compared and about changed conditions.
+    """
 
     turns: int
     compared: int
@@ -67,29 +82,37 @@ class Report:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         report = vars(self) | {"differences": [vars(difference) for difference in self.differences]}
         return report | {"tolerance": TOLERANCE, "tolerance_between_precisions": BETWEEN_PRECISIONS}
 
     def lines(self) -> list[str]:
-        """The same for people: a line for each difference, and one for the whole."""
+        """Return the report as text: one line per difference, the notes and a summary."""
         count = len(self.differences)
         summary = f"{count} difference{'s' if count != 1 else ''}" if count else "no difference"
         return [
             *map(str, self.differences),
             *self.notes,
-            f"{self.compared} of {self.turns} answers compared: {summary}; numbers are equal within {TOLERANCE:g}, "
-            f"or {BETWEEN_PRECISIONS:g} where another precision answered.",
+            f"{self.compared} of {self.turns} answers compared: {summary} (tolerance {TOLERANCE:g}, "
+            f"or {BETWEEN_PRECISIONS:g} if the precision differs).",
         ]
 
 
 def run_again(
     recorded: SessionFile, llama: Llama, open_model: Callable[[str, str, Progress], Llama], console: Console
 ) -> Report:
-    """Run a session's lines again, each from the text that the recording had, and compare what they answer.
+    """Replay a session's lines, each from the recorded text, and compare the answers.
 
-    open_model: as `Session.open`. console: where progress is shown. What reads or writes files, or depends on the
-    machine or on a person, is not run: a recording may come from anyone.
+    Commands that access files, or that depend on the machine or the user, are skipped: session files are untrusted.
+
+    Args:
+        recorded: The session file.
+        llama: The model.
+        open_model: Loads another model, as `Session.open` does.
+        console: Shows the progress.
+
+    Returns:
+        The comparison of all answers.
     """
     header = recorded.header
     session = Session(
@@ -106,7 +129,7 @@ def run_again(
     for number, turn in enumerate(recorded.turns, start=1):
         try:
             new = _repeat(session, turn)
-        except Exception as error:  # noqa: BLE001 - one line's trouble is a difference, whatever it is
+        except Exception as error:  # noqa: BLE001 - any failure of a line counts as a difference
             differences.append(Difference(number, turn.input, "the answer", turn.output, user_message(error)))
             compared += 1
             continue
@@ -123,14 +146,16 @@ def run_again(
         differences += [Difference(number, turn.input, *place) for place in compare(old, new, tolerance)]
     notes = _circumstances(header, llama)
     if left_out := len(recorded.turns) - compared:
-        notes.append(f"Not run again, because files, the machine or a person answers them: {left_out} of the turns.")
+        turns = f"{left_out} turn{'s' if left_out != 1 else ''}"
+        notes.append(f"Not replayed: {turns} with commands that depend on files, the machine or the user.")
     if drawn:
-        notes.append(f"Not compared, because it was drawn without a seed: the text generated in {drawn} of the turns.")
+        turns = f"{drawn} turn{'s' if drawn != 1 else ''}"
+        notes.append(f"Not compared: the text generated in {turns}, because it was sampled without a seed.")
     return Report(len(recorded.turns), compared, differences, notes)
 
 
 def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
-    """What was not the same this time, and may be why an answer is another one."""
+    """Describe changed conditions that may explain a difference: precision, device, versions, tokenizer."""
     old = {"precision": header.precision, "device": header.device, "llama-scratch": header.llama_scratch}
     new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
     old, new = old | header.versions, new | versions()
@@ -139,14 +164,14 @@ def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
     for name, before, now in shape_differences(header.details, llama):
         old[name], new[name] = before, now
     return [
-        f"Recorded with {what} {_as_text(old.get(what))}, run again with {_as_text(now)}."
+        f"Recorded with {what} {_as_text(old.get(what))}, replayed with {_as_text(now)}."
         for what, now in new.items()
         if old.get(what) != now
     ]
 
 
 def _model_differences(header: SessionHeader, session: Session) -> list[Difference]:
-    """Whether the session has the model of the recording."""
+    """Compare the session's model with the recorded one: parameters and weights."""
     llama, model = session.llama, header.model
     old: dict[str, Any] = {"parameters": model.parameters}
     new: dict[str, Any] = {"parameters": llama.info.parameters}
@@ -158,10 +183,10 @@ def _model_differences(header: SessionHeader, session: Session) -> list[Differen
 
 
 def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
-    """The object that answers a turn's line now; None where that cannot be compared."""
+    """Replay one turn. Returns its answer's object if it can be compared."""
     ids = ids_of(turn.output)
     if not turn.input and ids and session.now:
-        # The candidate that was chosen, or the part of a continuation that came, is in the recording alone.
+        # Only the recording knows which candidate was chosen, or how far an interrupted continuation came.
         before = session.ids
         offer(session, ids[len(before) :] if ids[: len(before)] == before else ())
     if is_command(turn.input):
@@ -169,19 +194,19 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
         if command is not None and not command.replayed:
             if command.name == "load":
                 _repeat_load(session, turn.output, ids)
-            elif ids:  # the text that came of it, which the next lines go on from
+            elif ids:  # the resulting text, from which the next lines continue
                 session.predict(ids)
             return None
     new = respond(session, turn.input)[0]
-    if turn.input and not is_command(turn.input):  # else what was generated is only offered
+    if turn.input and not is_command(turn.input):  # otherwise the generated text is only offered
         _keep_conversation(session, ids, turn.output.get("generated"))
     return new
 
 
 def _repeat_load(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
-    """Do what is left of a /load: the lines before it were those of the loaded session.
+    """Reproduce the effects of /load. The loaded session's lines come before it in the file.
 
-    Version 0.1.0 took the interventions off then, and its answer names none.
+    Version 0.1.0 removed the interventions on /load, and its answer does not list any.
     """
     path = output.get("model_path")
     if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
@@ -197,7 +222,7 @@ def _repeat_load(session: Session, output: dict[str, Any], ids: list[int] | None
 
 
 def _keep_conversation(session: Session, question: list[int] | None, generated: Any) -> None:
-    """In a chat, go on from the answer that was recorded, whatever the answer is this time."""
+    """In a chat, continue from the recorded answer, even if the replayed one differs."""
     answer = whole_numbers(generated.get("ids")) if isinstance(generated, dict) else None
     if session.state.chat and question and answer and session.ids != [*question, *answer]:
         session.predict([*question, *answer])
@@ -208,16 +233,26 @@ def _generates(turn: Turn) -> bool:
 
 
 def _precision(output: dict[str, Any]) -> str | None:
-    """What answered, where an answer says so."""
+    """The precision that an answer reports, if any."""
     model = output.get("model")
     precision = model.get("precision") if isinstance(model, dict) else None
     return precision if isinstance(precision, str) else None
 
 
 def compare(old: Any, new: Any, tolerance: float, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the place, what was there and what is there. What is new there is no difference."""
+    """Find the differences between two JSON values, except keys only in `new`.
+
+    Args:
+        old: The recorded value.
+        new: The value of the replay.
+        tolerance: Absolute and relative tolerance for numbers.
+        where: The path of these values.
+
+    Yields:
+        The path, the old value and the new value of each difference.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        interrupted = old.get("finish_reason") == "interrupted"  # so that less came than comes now
+        interrupted = old.get("finish_reason") == "interrupted"  # its text is shorter than the replayed one
         for key, a in old.items():
             b = new.get(key)
             if key in _IGNORED or (interrupted and key in ("text", "finish_reason")):
@@ -239,7 +274,7 @@ def _equal(old: Any, new: Any, tolerance: float) -> bool:
         return False
     try:
         return math.isclose(old, new, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(old) and math.isnan(new))
-    except (TypeError, OverflowError):  # one is no number, or none that a float can be
+    except (TypeError, OverflowError):  # not a number, or too large for a float
         return False
 
 

@@ -1,4 +1,4 @@
-"""The model that a session file names, compared with the model here."""
+"""Comparison of the model in a session file with the loaded model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ if TYPE_CHECKING:
 
 
 def versions() -> dict[str, str]:
-    """What an answer may depend on besides the model."""
+    """Return the versions of Python and torch, and the platform."""
     import torch
 
     return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
 
 
 def same_model(header: SessionHeader, llama: Llama, progress: Progress) -> bool:
-    """Whether a model has the weights and the tokens of the one that a session ended with.
+    """Whether a model has the weights and tokenizer of a saved session's last model.
 
-    Raises as `Mapped.sha256` does.
+    Args:
+        header: The saved session's header.
+        llama: The model.
+        progress: Reports the progress of the digest.
+
+    Raises:
+        CheckpointError: As `Mapped.sha256`.
     """
     model, details = header.at_end
     if details.tokenizer not in (None, fingerprint_of(llama.tokenizer)):
@@ -39,7 +45,15 @@ def same_model(header: SessionHeader, llama: Llama, progress: Progress) -> bool:
 
 
 def shape_differences(details: ModelDetails, llama: Llama) -> list[tuple[str, str, str]]:
-    """Fields of the network's shape that differ from the recorded model: the name, the old value, the new one."""
+    """Compare the network's shape with the recorded one.
+
+    Args:
+        details: The details of the recorded model.
+        llama: The loaded model.
+
+    Returns:
+        The name, the recorded value and the current value of each field that differs.
+    """
     old = details.shape or {}
     new = json.loads(json.dumps(dataclasses.asdict(llama.args)))
     names = [name for name, value in new.items() if name in old and old[name] != value]
@@ -47,11 +61,11 @@ def shape_differences(details: ModelDetails, llama: Llama) -> list[tuple[str, st
 
 
 def initial_model(header: SessionHeader, llama: Llama | None) -> InitialModel:
-    """The model that a loaded session began with.
+    """Describe the model that a saved session began with.
 
     Args:
-        header: The session's header.
-        llama: The same model on this machine, if there is one. Its path counts then.
+        header: The saved session's header.
+        llama: The same model on this machine, if it is loaded. Its path replaces the saved one.
     """
     model = header.model
     info = ModelInfo(model.name, model.format, header.precision, header.device, model.parameters)
@@ -73,9 +87,18 @@ def initial_model(header: SessionHeader, llama: Llama | None) -> InitialModel:
 
 
 def weights_sha256(details: ModelDetails, llama: Llama, progress: Progress) -> str:
-    """The digest of a model's weights, computed as the one of the recording, in hexadecimal."""
+    """Compute the digest of a model's weights over the same files as the recording.
+
+    Args:
+        details: The details of the recorded model.
+        llama: The model.
+        progress: Reports the progress.
+
+    Returns:
+        The SHA-256 digest in hexadecimal.
+    """
     files, path = llama.engine.files, llama.path or Path()
     with reading(path):
-        if details.files is None and len(files.names) > 1:  # version 0.1.0 read one file of several
+        if details.files is None and len(files.names) > 1:  # version 0.1.0 hashed only one of several files
             return files.sha256(progress, path.name if path.name in files.names else files.names[0])
         return files.sha256(progress)

@@ -1,4 +1,4 @@
-"""The screen of a session: what is printed on it, and what /export writes of it."""
+"""The screen of a session: prints views and records them for /export."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class SessionScreen:
-    """The console of a session, with a record of its contents.
+    """The console of a session, with a record of the printed views.
 
     Args:
-        console: Where the session prints.
-        interactive: Whether a user watches, so that progress and text in parts are shown as they come.
-        records_turns: Whether views and turns are remembered. Without commands nothing asks for them.
-        keyboard: The keyboard on which the lines are typed; None if they come from a pipe.
-        views: What was typed and printed, for /export.
-        explained: The causes of the warnings that this screen has explained.
+        console: The console that the session prints to.
+        interactive: Whether the session runs on a terminal. If so, it shows progress and streams text.
+        records_turns: Whether to record views and turns. Without commands they are not needed.
+        keyboard: The keyboard, unless lines come from a pipe.
+        views: The typed lines and printed views, for /export.
+        explained: The causes of the warnings shown so far.
     """
 
     console: Console
@@ -39,27 +39,32 @@ class SessionScreen:
     explained: set[str] = field(default_factory=set)
 
     def show(self, view: RenderableType) -> None:
-        """Print a view and let /export write it."""
+        """Print a view and record it for /export."""
         self.record_view(view)
         self.console.print(view, markup=False, highlight=False)
 
     def record_view(self, view: RenderableType) -> None:
-        """Let /export write something that was printed elsewhere."""
+        """Record a view for /export that was printed elsewhere."""
         if self.records_turns:
             self.views.append(view)
 
     def echo(self, model_name: str, line: str) -> None:
-        """Let /export write a line that was typed after the prompt of a model."""
+        """Record a typed line for /export.
+
+        Args:
+            model_name: The model's name, shown as the prompt.
+            line: The line.
+        """
         self.record_view(Text.assemble((model_name, "bold cyan"), "> ", text.readable(line)))
 
     def clear(self) -> None:
-        """Forget the views, and empty the screen if a user watches it."""
+        """Discard the views and, if interactive, clear the screen."""
         self.views = []
         if self.interactive:
             self.console.clear()
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A progress callback, shown as a bar if a user watches."""
+        """Provide a progress callback, shown as a progress bar on a terminal."""
         with progress_bar(self.console) as progress:
             yield progress

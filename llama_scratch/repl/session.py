@@ -1,4 +1,4 @@
-"""A session: a state that is replaced as a whole, the screen it is shown on, and how to load another model."""
+"""The session: its state, its screen, and a function that loads another model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Prompts in, answers onto the console. If it is interrupted at any point, it stays as it was before the prompt.
+    """A session that answers prompts and runs commands.
 
-    `answering` answers lines, `transitions` replaces the state as a whole, `offers` says what Enter would add.
+    If a prompt is interrupted, the previous state remains. `answering` answers lines, `transitions` replaces the
+    state as a whole, and `offers` manages the tokens that Enter adds.
 
     Args:
-        loading: The model, loaded or on its way.
-        console: Where the session prints.
-        settings: How answers are made and shown.
-        open: Loads another model, by its path or name and its precision, with the session's other options.
-        interactive: Whether a user watches.
-        lists_candidates: Whether a number of candidates was asked for, so that a pipe gets a line for each.
-        records_turns: Whether turns and views are remembered for /save and /export.
-        debug: Whether an unexpected error ends the session with its traceback.
-        chat: The conversation to begin with; None if lines are prompts.
+        loading: The model, loaded or still loading.
+        console: The console that the session prints to.
+        settings: The settings for computing and showing answers.
+        open: Loads another model by path or name and precision, with the session's other options.
+        interactive: Whether the session runs on a terminal.
+        lists_candidates: Whether the number of candidates was given. A pipe then gets one line per candidate.
+        records_turns: Whether to record turns and views for /save and /export.
+        debug: Whether an unexpected error ends the session with a traceback.
+        chat: The initial conversation. Without one, lines are prompts.
     """
 
     def __init__(
@@ -60,30 +61,30 @@ class Session:
         self.ended = False
 
     def update(self, **changes: Any) -> None:
-        """Replace fields of the state, all in one assignment."""
+        """Replace fields of the state in one assignment."""
         self.state = replace(self.state, **changes)
 
     def change_settings(self, **changes: Any) -> None:
-        """Replace fields of the settings, all in one assignment."""
+        """Replace fields of the settings in one assignment."""
         self.update(settings=replace(self.settings, **changes))
 
     def forget(self, **changes: Any) -> None:
-        """Begin without a text, and replace further fields of the state in the same step."""
+        """Discard all texts and replace fields of the state in one assignment."""
         self.update(snapshots=(), past=(), page=None, **changes)
 
     @property
     def settings(self) -> Settings:
-        """How answers are made and shown."""
+        """The settings for computing and showing answers."""
         return self.state.settings
 
     @property
     def llama(self) -> Llama:
-        """The model that answers, with the interventions that are on."""
+        """The model with the active interventions."""
         return self.state.changed or self.intact
 
     @property
     def intact(self) -> Llama:
-        """The model as it was loaded. Waits for it if it is on its way, and shows the progress."""
+        """The model without interventions; waits for it and shows the progress."""
         loading = self.state.loading
         if loading.ended:
             return loading.wait()
@@ -94,31 +95,31 @@ class Session:
 
     @property
     def now(self) -> Snapshot | None:
-        """The newest text and what comes next; None before the first."""
+        """The newest text and its prediction, if any."""
         return self.state.now
 
     @property
     def ids(self) -> list[int]:
-        """The text so far. Raises `UsageError` if there is none."""
+        """The token ids of the text so far. Raises `UsageError` before the first text."""
         return self.state.ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids that the model sees for a prompt."""
+        """Encode a prompt with the session's setting for special tokens."""
         return self.llama.encode(text, special=self.settings.special)
 
     def ids_or_current(self, argument: str) -> list[int]:
-        """The ids of the text after a command, or of the text so far if there is no argument."""
+        """Encode a command's argument; if it is empty, return the text so far."""
         if not argument and self.now is None:
-            raise UsageError("There is no text yet; give a prompt first, or give the text after the command.")
+            raise UsageError("There is no text yet. Enter a prompt first, or give a text after the command.")
         return self.encode(argument) if argument else self.ids
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Ids as text, without the beginning-of-text token."""
+        """Decode ids without the beginning-of-text token."""
         begin = 1 if ids and ids[0] == self.llama.tokenizer.bos_id else 0
         return self.llama.tokenizer.decode(ids[begin:])
 
     def predict(self, prompt: Prompt) -> Prediction:
-        """Predict the next token of a prompt, which becomes the text."""
+        """Predict the next token of a prompt, and make the prompt the text."""
         settings = self.settings
         with self.screen.progress() as progress:
             prediction = self.llama.predict(prompt, top=settings.top, special=settings.special, progress=progress)
@@ -127,7 +128,7 @@ class Session:
         return prediction
 
     def record(self, turn: Turn) -> None:
-        """Remember a line and its answer."""
+        """Record a line and its answer, if the session records turns."""
         if self.screen.records_turns:
             if self.state.initial_model is None and self.state.loading.ended:
                 self.update(initial_model=InitialModel.of(self.llama))

@@ -1,8 +1,8 @@
-"""The format of session files, how they are written, and how they are read.
+"""Session files: their format, writing and reading.
 
-A file has what was typed and answered, as JSON Lines, with everything that is needed to run it again. The first line
-says how the session began and its state at the end; each further line is one turn. A file may come from anyone, so
-every line is checked before it is used.
+A session file contains the typed lines and their answers as JSON Lines, with everything needed to replay them. The
+first line describes the session's start and its state at the end. Each further line is one turn. Session files are
+untrusted, so every line is validated before use.
 """
 
 from __future__ import annotations
@@ -28,14 +28,24 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 FORMAT_VERSION = 1
-# Bytes of a file. As JSON grows some thirty times in memory, this is what a file from a stranger can cost.
+# Maximum size of a file in bytes. JSON grows about 30 times in memory, so this limits the memory that an untrusted file
+# can use.
 MAX_BYTES = 64 << 20
-_EXPECTED = "expected a session that /save wrote"
+_EXPECTED = "Use a session file written by /save."
+_COMPLETE = "Use a complete session file written by /save."
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The model that answered. sha256: of its weight files, in hexadecimal, see `Mapped.sha256`."""
+    """The model of a session.
+
+    Args:
+        name: Its name.
+        format: The format of its checkpoint.
+        path: Its absolute path.
+        sha256: Digest of its weight files in hexadecimal, see `Mapped.sha256`.
+        parameters: Number of parameters.
+    """
 
     name: str
     format: str
@@ -46,13 +56,13 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class ModelDetails:
-    """What decides a model's answers besides its weights. All are None for files of version 0.1.0.
+    """Details of a model besides its weights; all are unset in files of version 0.1.0.
 
     Args:
         files: The number of weight files that `SavedModel.sha256` covers. Version 0.1.0 read one of them.
-        shape: The fields of `ModelArgs` as it ran.
+        shape: The fields of `ModelArgs` that the model ran with.
         tokenizer: `fingerprint_of` the tokenizer.
-        precision: How the weights were stored.
+        precision: The precision of the weights.
     """
 
     files: int | None = None
@@ -63,7 +73,7 @@ class ModelDetails:
 
 @dataclass(frozen=True)
 class SavedIntervention:
-    """An intervention under the name that it had in the session."""
+    """An intervention with its label in the session."""
 
     label: str
     recipe: Recipe
@@ -71,9 +81,14 @@ class SavedIntervention:
 
 @dataclass(frozen=True)
 class SavedText:
-    """A text of the session. See `Past`.
+    """A text of the session.
 
-    changes: The indices of its interventions in `SavedStateExtension.changes`.
+    Args:
+        ids: See `Past`.
+        prompt: See `Past`.
+        top: See `Past`.
+        offered: See `Past`.
+        changes: The indices of its interventions in `SavedStateExtension.changes`.
     """
 
     ids: list[int]
@@ -85,14 +100,15 @@ class SavedText:
 
 @dataclass(frozen=True)
 class SavedStateExtension:
-    """The part of the state at the end that files of version 0.1.0 do not have.
+    """The part of the final state that files of version 0.1.0 do not have.
 
     Args:
-        model, details: The model at the end.
-        texts: The texts that /undo goes back to, the newest last.
-        questions: Those questions of the chat that one of the texts begins with.
-        changes: All interventions that a text was answered with, or that are on.
-        on: The indices of the interventions that are on.
+        model: The model at the end.
+        details: Its details.
+        texts: The texts that /undo can restore, newest last.
+        questions: The chat's questions, if one of the texts begins with them.
+        changes: All interventions that are active or were active for one of the texts.
+        on: The indices of the active interventions.
     """
 
     model: SavedModel
@@ -105,11 +121,15 @@ class SavedStateExtension:
 
 @dataclass(frozen=True)
 class SavedState:
-    """The session's state when it was saved: settings, the chat's system prompt, and the text, if any.
+    """The session's state when it was saved.
 
     Args:
+        settings: The settings.
+        system: The chat's system prompt, if there is a chat.
         model: SHA-256 of the weights that the ids belong to.
-        more: Everything else; None in files of version 0.1.0.
+        ids: The text's token ids.
+        text: The decoded text.
+        more: Everything else. Unset in files of version 0.1.0.
     """
 
     settings: Settings
@@ -122,7 +142,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class SavedOptions:
-    """The options that the model was loaded with, None if one was not given. Paths are absolute."""
+    """The options given when the model was loaded. Paths are absolute."""
 
     tokenizer: str | None
     rope_factor: float | None
@@ -133,13 +153,25 @@ class SavedOptions:
 
 @dataclass(frozen=True)
 class SessionHeader:
-    """What a session began with: the model and how it was run, and the settings before the first line.
+    """The first line of a session file: the session's start and its final state.
 
-    llama_scratch: the version that wrote the file. rope_factor: 1 where RoPE is not scaled. system: the system prompt
-    of the chat, None where lines were prompts. repeatable: whether a replay gives the same text; what was drawn by
-    chance without a seed is another one each time. end: where the session stood when it was saved. versions: of
-    Python and torch, and the platform. details: of the model. turns: the number of lines that follow, so that a file
-    that was cut between two lines is noticed. asked: the options of the model. Version 0.1.0 did not write them.
+    Args:
+        llama_scratch: The version that wrote the file.
+        format: The version of the file format.
+        model: The initial model.
+        precision: Its precision.
+        device: Its device.
+        threads: The number of threads.
+        context: Its context in tokens.
+        rope_factor: Its RoPE factor, 1 if RoPE is not scaled.
+        settings: The settings before the first line.
+        system: The chat's system prompt. Unset if lines were prompts.
+        repeatable: Whether a replay generates the same text. It does not if text was sampled without a seed.
+        end: The state when the session was saved.
+        versions: The versions of Python and torch, and the platform.
+        details: Details of the initial model.
+        turns: The number of turns that follow, to detect truncated files.
+        asked: The options that the model was loaded with. Version 0.1.0 did not write the last four fields.
     """
 
     llama_scratch: str
@@ -167,14 +199,15 @@ class SessionHeader:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How the model was run, by the names that the command line has for it."""
-        # Without them the numbers that were in use: they mean the same, but that a context that was asked for must fit.
+        """The model's options, by their names on the command line."""
+        # Files of version 0.1.0 have only the values in use. They are equivalent, except that a context given as an
+        # option must fit into memory.
         asked = {"context": self.context, "rope_factor": self.rope_factor} if self.asked is None else vars(self.asked)
         return {
             "model_dir": self.model.path,
             "precision": self.precision,
             "device": self.device,
-            # Another machine may have fewer, and a stranger may have written any number.
+            # This machine may have fewer threads, and an untrusted file may contain any number.
             "threads": max(1, min(self.threads, os.cpu_count() or 1)),
             **asked,
         }
@@ -182,7 +215,7 @@ class SessionHeader:
 
 @dataclass(frozen=True)
 class SessionFile:
-    """A session as it is kept in a file."""
+    """The contents of a session file."""
 
     header: SessionHeader
     turns: list[Turn]
@@ -192,21 +225,29 @@ class SessionFile:
 
 
 def save(recorded: SessionFile, path: Path) -> None:
-    """Write a session file for oneself alone. Raises `LlamaScratchError` where something else has that name."""
+    """Write a session file that only the user can read.
+
+    Args:
+        recorded: The session.
+        path: The file. An existing session file is replaced.
+
+    Raises:
+        LlamaScratchError: If another kind of file has that name, or the file cannot be written.
+    """
     if os.path.lexists(path):
         try:
             with path.open("rb") if path.is_file() else io.BytesIO() as file:
                 _header(path, file.readline(MAX_BYTES))
         except (LlamaScratchError, OSError) as error:
             raise LlamaScratchError(
-                f"{sanitize(path, 200)} is there and is no session file, so it stays as it is; choose another name."
+                f"{sanitize(path, 200)} exists and is not a session file. Choose another name."
             ) from error
     header = replace(recorded.header, turns=len(recorded.turns))
     lines = [dataclasses.asdict(header), *map(vars, recorded.turns)]
     data = "".join(replace_surrogates(json.dumps(line, ensure_ascii=False)) + "\n" for line in lines).encode()
     if len(data) > MAX_BYTES:
         raise LlamaScratchError(
-            f"The session takes {len(data):,} bytes, expected at most {MAX_BYTES:,}; begin a new one."
+            f"The session takes {len(data):,} bytes, expected at most {MAX_BYTES:,}. Start a new session."
         )
     write_whole(path, data)
 
@@ -215,27 +256,27 @@ def save(recorded: SessionFile, path: Path) -> None:
 
 
 def load(path: Path) -> SessionFile:
-    """Read and check a session file.
+    """Read and validate a session file.
 
     Raises:
-        ModelNotFoundError: If there is no such file.
-        CheckpointError: If it is not a session or was cut. The message names the line.
+        ModelNotFoundError: If the file does not exist.
+        CheckpointError: If it is not a session file or is truncated. The message names the line.
     """
     name = sanitize(path, 200)
     try:
         data = read_bytes(path, MAX_BYTES, error=CheckpointError)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
         missing = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         kind = ModelNotFoundError if missing else CheckpointError
-        raise kind(f"{name} cannot be read ({reason}); name a session that /save wrote.") from error
+        raise kind(f"{name} cannot be read ({reason}). {_EXPECTED}") from error
     lines = without_mark(data, name, CheckpointError).split(b"\n")
     header = _header(path, lines[0])
     if lines[-1]:
-        raise CheckpointError(f"{name} breaks off in line {len(lines)}, {_EXPECTED}, whole.")
+        raise CheckpointError(f"{name} is truncated in line {len(lines)}. {_COMPLETE}")
     turns = [_checked(path, n, Turn, line) for n, line in enumerate(lines[1:-1], start=2)]
     if header.turns is not None and len(turns) < header.turns:
-        raise CheckpointError(f"{name} breaks off after {len(turns)} of {header.turns} turns, {_EXPECTED}, whole.")
+        raise CheckpointError(f"{name} is truncated after {len(turns)} of {header.turns} turns. {_COMPLETE}")
     return SessionFile(header, turns)
 
 
@@ -243,14 +284,14 @@ def _header(path: Path, line: bytes) -> SessionHeader:
     header: SessionHeader = _checked(path, 1, SessionHeader, line)
     if header.format != FORMAT_VERSION:
         raise CheckpointError(
-            f"{sanitize(path, 200)} is a session of format {header.format}, expected {FORMAT_VERSION}; "
-            f"read it with llama-scratch {sanitize(header.llama_scratch)}."
+            f"{sanitize(path, 200)} is a session of format {header.format}, expected {FORMAT_VERSION}. "
+            f"Read it with llama-scratch {sanitize(header.llama_scratch)}."
         )
     return header
 
 
 def _checked(path: Path, number: int, kind: Any, line: bytes) -> Any:
-    """A line as the dataclass that it should be, with nothing taken for what it is not."""
+    """Parse a line as a dataclass, without type coercion."""
     from pydantic import ValidationError
 
     try:
@@ -259,9 +300,9 @@ def _checked(path: Path, number: int, kind: Any, line: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
         problem = sanitize(where + first["msg"], 200)
-    except UsageError as error:  # a sampling option out of its range
+    except UsageError as error:  # a sampling option is out of range
         problem = sanitize(str(error).removesuffix("."), 200)
-    raise CheckpointError(f"{sanitize(path, 200)}, line {number}: {problem}; {_EXPECTED}.")
+    raise CheckpointError(f"{sanitize(path, 200)}, line {number}: {problem}. {_EXPECTED}")
 
 
 @cache
@@ -272,7 +313,7 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def ids_of(output: dict[str, Any]) -> list[int] | None:
-    """The ids of the text that an answer stands for; None where it names none, or something else."""
+    """The token ids in an answer's object, if they are present and valid."""
     tokens = output.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         return None
@@ -280,5 +321,5 @@ def ids_of(output: dict[str, Any]) -> list[int] | None:
 
 
 def whole_numbers(value: Any) -> list[int] | None:
-    """A value as a list of ids; None where it is something else."""
+    """Return the value if it is a list of integers, otherwise None."""
     return value if isinstance(value, list) and all(type(id) is int for id in value) else None

@@ -1,7 +1,7 @@
-"""The state of a session: the model, the settings, and the texts so far as exact token ids.
+"""The state of a session: the model, the settings, and the texts as token ids.
 
-Everything here is frozen. A session replaces its state in one assignment, so that Ctrl-C never leaves a part of one
-state together with a part of another.
+Everything here is frozen. A session replaces its state in one assignment, so Ctrl-C never leaves a mixture of two
+states.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from llama_scratch.repl.loading import Loading
     from llama_scratch.results import ModelInfo, Prediction
 
-# Number of texts that /undo can go back to.
+# Maximum number of texts that /undo can restore.
 MAX_SNAPSHOTS = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How each answer is made and shown.
+    """Settings for computing and showing answers.
 
     Args:
         top: Number of candidates.
-        generate: Number of further tokens after each answer.
-        sampling: How the further tokens are drawn.
+        generate: Number of tokens to generate after each answer.
+        sampling: The sampling options for generated tokens.
         plain: Print sentences instead of tables and bars.
         live: Predict while the user types.
         special: Read names such as `<|eot_id|>` in a prompt as special tokens.
@@ -50,18 +50,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise UsageError(f"{sanitize(self.top)} candidates were asked for, expected at least 1 (--top).")
+            raise UsageError(f"The number of candidates is {sanitize(self.top)}, expected at least 1 (--top).")
         if self.generate < 0:
             raise UsageError(
-                f"{sanitize(self.generate)} tokens to generate were asked for, expected at least 0 (--generate)."
+                f"The number of tokens to generate is {sanitize(self.generate)}, expected at least 0 (--generate)."
             )
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A text and what comes next: the prediction after it, and the tokens that Enter would add to it.
+    """A text with its prediction and the tokens that Enter would add.
 
-    interventions: those that were on, so that /undo goes back to the network that gave the answer.
+    Args:
+        prediction: The prediction after the text.
+        offered: The tokens that Enter would add.
+        interventions: The interventions that were active. /undo restores them too.
     """
 
     prediction: Prediction
@@ -86,9 +89,14 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Past:
-    """A text of a loaded session that /undo can go back to. It is answered only then, with `top` candidates.
+    """A text of a loaded session, answered only if /undo restores it.
 
-    offered: As in `Snapshot`; None for the predicted token.
+    Args:
+        ids: The text's tokens.
+        prompt: The text as it was typed, or the decoded tokens.
+        top: Number of candidates.
+        offered: The tokens that Enter would add. Default: the predicted token.
+        interventions: The interventions that were active.
     """
 
     ids: list[int]
@@ -100,7 +108,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Turn:
-    """One line that was typed, and the object that answered it."""
+    """A typed line and the JSON object of its answer."""
 
     input: str
     output: dict[str, Any]
@@ -108,12 +116,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class InitialModel:
-    """The model that a session began with. It stays known after another model has taken its place.
+    """The model that a session began with, described for /save.
 
-    rope_factor: The factor in use, 1 if RoPE is not scaled.
-    options: See `Llama.options`.
-    files, shape, tokenizer: See `session_file.SavedModel`.
-    sha256: Computes the digest of the weight files, which stay open for it.
+    Args:
+        info: Its name, format, precision and device.
+        path: Its path, if it was loaded from a file.
+        context: Its context in tokens.
+        rope_factor: The factor in use, 1 if RoPE is not scaled.
+        options: See `Llama.options`.
+        files: See `session_file.ModelDetails`.
+        shape: See `session_file.ModelDetails`.
+        tokenizer: Computes the tokenizer's fingerprint.
+        sha256: Computes the digest of the weight files, which stay open for it.
     """
 
     info: ModelInfo
@@ -146,22 +160,22 @@ class InitialModel:
 
 @dataclass(frozen=True)
 class SessionState:
-    """Everything in a session that a command can change and that belongs together.
+    """The state of a session that commands can change, replaced as a whole.
 
     Args:
-        loading: The model as it was loaded, or on its way.
-        settings: How answers are made and shown.
-        initial_settings: The settings that the session began with, for /save.
-        initial_system: The system prompt that it began with; None if lines were prompts.
-        initial_model: The model that it began with; None until the first recorded turn.
-        interventions: The changes to the network that are on.
-        changed: The model with these changes; None if there are none.
-        snapshots: Each text that was answered, the newest last.
-        past: The texts before those, of a session that was loaded.
-        page: The view that was shown last, for /picture; None for the answer.
-        chat: The conversation that each line continues; None if each line is a prompt.
-        walk: The position of /step.
-        turns: What was typed and the answers to it, for /save. This list grows in place.
+        loading: The unmodified model, loaded or still loading.
+        settings: The settings for computing and showing answers.
+        initial_settings: The settings at the start of the session, for /save.
+        initial_system: The system prompt at the start, if lines were chat messages.
+        initial_model: The model at the start. Unset until the first recorded turn.
+        interventions: The active interventions.
+        changed: The model with these interventions, if any.
+        snapshots: The answered texts, newest last.
+        past: The earlier texts of a loaded session, newest last.
+        page: The last view, for /picture. Unset if it was an answer.
+        chat: The conversation that each line continues. Unset if each line is a prompt.
+        walk: The walk of /step and its position.
+        turns: The typed lines and their answers, for /save. This list grows in place.
     """
 
     loading: Loading
@@ -180,37 +194,37 @@ class SessionState:
 
     @property
     def now(self) -> Snapshot | None:
-        """The newest text and what comes next; None before the first."""
+        """The newest text and its prediction, if any."""
         return self.snapshots[-1] if self.snapshots else None
 
     @property
     def texts(self) -> list[Snapshot | Past]:
-        """All texts that are remembered, the newest last."""
+        """All texts in memory, newest last."""
         return [*self.past, *self.snapshots]
 
     @property
     def before(self) -> Snapshot | Past | None:
-        """The text that /undo goes back to; None if there is none."""
+        """The text that /undo would restore, if any."""
         texts = self.texts
         return texts[-2] if len(texts) > 1 else None
 
     @property
     def ids(self) -> list[int]:
-        """The text so far. Raises `UsageError` if there is none."""
+        """The token ids of the text so far. Raises `UsageError` before the first text."""
         if self.now is None:
-            raise UsageError("There is no text yet; give a prompt first.")
+            raise UsageError("There is no text yet. Enter a prompt first.")
         return self.now.ids
 
     @property
     def offered(self) -> Sequence[int]:
-        """The tokens that Enter accepts: the predicted one, or all that was generated."""
+        """The tokens that Enter would add: the predicted token, or all generated tokens."""
         return self.now.offered if self.now else ()
 
     @property
     def labels(self) -> list[str]:
-        """The names of the interventions that are on."""
+        """The labels of the active interventions."""
         return [intervention.label for intervention in self.interventions]
 
     def with_text(self, snapshot: Snapshot) -> SessionState:
-        """The state after one more text. Its answer is what was shown last."""
+        """Return the state after one more text. Its answer becomes the last view."""
         return replace(self, snapshots=(*self.snapshots[1 - MAX_SNAPSHOTS :], snapshot), page=None)

@@ -1,7 +1,7 @@
-"""Steps that replace a session's state as a whole: another model or network, an earlier text, a loaded session.
+"""Transitions of a session's state: switch model, intervene, undo, resume.
 
-Each computes everything first and then assigns the new state at once: if it fails, or is interrupted, the session
-stays as it was.
+Each computes the new state first and then assigns it at once. If it fails or is interrupted, the session keeps its
+old state.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from llama_scratch.results import Prediction
 
 
-# --- Another model, or a changed one ----------------------------------------------------------
+# --- Another model or a changed network --------------------------------------------------------
 
 
 def switch(session: Session, source: str | None, precision: str) -> Prediction | None:
-    """Continue with another model, or with this one in another precision, and answer the text with it.
+    """Switch to another model or precision and recompute the prediction for the text.
 
-    Interventions stay on in another precision, and end with another model.
+    Interventions remain active in another precision, but not with another model.
 
     Args:
         session: The session.
-        source: The model's name or path; None for the same model.
-        precision: How its weights are stored.
+        source: The model's name or path. Default: the same model.
+        precision: The precision of its weights.
 
     Returns:
-        The answer to the text; None if there is no text, or it is a complete chat.
+        The new prediction, if there is a text, and not a chat whose last answer is complete.
     """
     state, old, now = session.state, session.intact, session.now
     interventions = state.interventions if source is None else ()
@@ -47,7 +47,7 @@ def switch(session: Session, source: str | None, precision: str) -> Prediction |
         try:
             new.prepare(progress)
             changed = _changed(new, interventions)
-            if now:  # another model has its own tokens
+            if now:  # another model may have a different tokenizer
                 prediction = (changed or new).predict(
                     now.ids if source is None else session.text_of(now.ids),
                     top=state.settings.top,
@@ -59,9 +59,9 @@ def switch(session: Session, source: str | None, precision: str) -> Prediction |
             raise
     state = replace(state, loading=Loading.ended_with(new), interventions=interventions, changed=changed)
     if source is not None:
-        state = replace(state, snapshots=(), past=(), chat=None)  # another model has its own tokens and chat format
+        state = replace(state, snapshots=(), past=(), chat=None)  # their tokens belong to the old model
     if now:
-        offered = (prediction.next.id,) if now.offered else ()  # nothing if a chat's answer is complete
+        offered = (prediction.next.id,) if now.offered else ()  # nothing to add if a chat's answer is complete
         state = state.with_text(Snapshot(prediction, offered, interventions))
     session.state = state
     old.close()
@@ -69,9 +69,14 @@ def switch(session: Session, source: str | None, precision: str) -> Prediction |
 
 
 def intervene(session: Session, interventions: Sequence[Intervention]) -> Effect | None:
-    """Let these changes to the network be on, and no others, and answer the text with them.
+    """Replace the active interventions and recompute the prediction for the text.
 
-    Returns their effect on that answer; None if there is no text, or no intervention.
+    Args:
+        session: The session.
+        interventions: The interventions that are active from now on.
+
+    Returns:
+        Their effect on the prediction, if there are interventions and a text.
     """
     on = tuple(interventions)
     changed = _changed(session.intact, on)
@@ -97,7 +102,7 @@ def rollback_on_interrupt(session: Session) -> Iterator[None]:
 
 
 def current_effect(session: Session) -> Effect:
-    """The effect of the interventions on the answer to the text so far."""
+    """Compute the effect of the active interventions on the prediction for the text."""
     return _effect(session, session.llama, session.state.interventions, session.ids)
 
 
@@ -110,7 +115,7 @@ def _effect(session: Session, changed: Llama, on: Sequence[Intervention], ids: S
 
 
 def _changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama | None:
-    """The model with these interventions; None if there are none."""
+    """Return the model with these interventions, if any."""
     if not interventions:
         return None
     from llama_scratch.microscope.interventions import changed
@@ -122,10 +127,14 @@ def _changed(llama: Llama, interventions: Sequence[Intervention]) -> Llama | Non
 
 
 def undo(session: Session) -> Snapshot:
-    """Go back to the text before, and to the network that answered it. Raises `UsageError` if there is none."""
+    """Restore the previous text and its interventions.
+
+    Raises:
+        UsageError: If there is no previous text.
+    """
     state = session.state
     if (before := state.before) is None:
-        raise UsageError("There is nothing to undo, expected an earlier text.")
+        raise UsageError("There is nothing to undo. Enter another prompt first.")
     changed = state.changed
     if before.interventions != state.interventions:
         changed = _changed(session.intact, before.interventions)
@@ -137,7 +146,7 @@ def undo(session: Session) -> Snapshot:
 
 
 def answer_again(session: Session) -> None:
-    """Answer the newest text again, with the number of candidates in the settings."""
+    """Recompute the newest answer with the current number of candidates."""
     if now := session.now:
         past = Past(now.ids, now.prompt, session.settings.top, now.offered, now.interventions)
         snapshot = _answered(session, past, session.state.changed)
@@ -147,16 +156,16 @@ def answer_again(session: Session) -> None:
 def resume(
     session: Session, texts: Sequence[Past], interventions: Sequence[Intervention], **state: Any
 ) -> Prediction | None:
-    """Replace a session's state by the state of another one.
+    """Replace a session's state with the state of a saved session.
 
     Args:
         session: The session.
-        texts: The other session's texts, the newest last. The newest is answered at once.
-        interventions: The changes to the network that are on from now on.
-        state: Further fields of the state by their names.
+        texts: The saved session's texts, newest last. Only the newest is answered now.
+        interventions: The interventions that are active from now on.
+        state: Further fields of the state by name.
 
     Returns:
-        The answer to the newest text; None if there is none.
+        The prediction for the newest text, if there is one.
     """
     on = tuple(interventions)
     changed = _changed(session.intact, on)
@@ -167,7 +176,7 @@ def resume(
 
 
 def _answered(session: Session, past: Past, changed: Llama | None) -> Snapshot:
-    """Answer a text of a loaded session by a changed network, or by the intact one if that is None."""
+    """Answer a text of a loaded session with the changed network, if given, or the unmodified one."""
     llama = changed or session.intact
     with session.screen.progress() as progress:
         prediction = llama.predict(_prompt(session, past), top=past.top, progress=progress)
@@ -176,5 +185,5 @@ def _answered(session: Session, past: Past, changed: Llama | None) -> Snapshot:
 
 
 def _prompt(session: Session, past: Past) -> Prompt:
-    """A text as it was typed, for the same warnings, if it still has the same tokens; else its tokens."""
+    """The typed text, to get the same warnings, if it still has the same tokens; otherwise the tokens."""
     return past.prompt if session.intact.encode(past.prompt) == past.ids else past.ids

@@ -1,4 +1,4 @@
-"""Files that the user names: a path as it is typed, and a file that is written completely or not at all."""
+"""Files named by the user: path expansion and atomic writes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from llama_scratch.system.atomic_files import write_atomically
 
 
 def user_path(argument: str) -> Path:
-    """A path as a person writes it, with ~ for the home. Raises `UsageError` where there is no such home."""
+    """Expand ~ in a path. Raises `UsageError` if that user has no home folder."""
     try:
         return Path(argument).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{sanitize(argument, 200)} cannot be resolved ({error}); name the path in full.") from error
+        raise UsageError(f"{sanitize(argument, 200)} cannot be resolved ({error}). Give the full path.") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file for oneself alone, in one piece: under its name there is all of it or what was there before.
+    """Write a file atomically, readable only by the user.
 
-    Raises `LlamaScratchError` where it cannot be written.
+    Args:
+        path: The file. If it is a symbolic link, the link's target is written.
+        data: The contents.
+
+    Raises:
+        LlamaScratchError: If it cannot be written.
     """
     try:
-        path = path.resolve()  # what a link points to is written, not the link
+        path = path.resolve()  # write the target of a link, not the link
         write_atomically(path, data)
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; links that lead in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte in the name; a loop of links
         reason = getattr(error, "strerror", None) or error
-        advice = "choose a folder that is there for you to write to."
+        advice = "Choose an existing folder with write permission."
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            advice = "make room on that disk, or choose a folder on another one."
-        raise LlamaScratchError(f"{sanitize(path, 200)} cannot be written ({reason}); {advice}") from error
+            advice = "Free space on that disk, or choose a folder on another one."
+        raise LlamaScratchError(f"{sanitize(path, 200)} cannot be written ({reason}). {advice}") from error

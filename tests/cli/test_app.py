@@ -200,7 +200,7 @@ def test_lines_that_begin_with_a_slash_are_prompts_unless_commands_are_asked_for
     assert "/quit" in result.err
     result = llama_scratch(*tiny, "--commands", stdin=b"/hlep\n")
     assert result.code == 2
-    assert "did you mean /help?" in one_sentence(result)
+    assert "Did you mean /help?" in one_sentence(result)
 
 
 def test_the_pipe_goes_on_after_a_prompt_that_fails(llama_scratch: Runner, tiny: tuple[str, str]) -> None:
@@ -300,7 +300,7 @@ def test_version_and_help(llama_scratch: Runner) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--top", "0"], "0 candidates"),
+        (["--top", "0"], "candidates is 0"),
         (["--top", "many"], "--top"),
         (["--generate", "-1"], "-1 tokens"),
         (["--temperature", "-1"], "temperature"),

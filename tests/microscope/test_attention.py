@@ -521,9 +521,9 @@ def test_a_position_is_where_the_map_begins(session: Session) -> None:
         ("3", "The layer must be an integer from 0 to 2, not 3."),
         ("L1.H4", "The head must be an integer from 0 to 3, not 4."),
         ("x", "'x' is not the name of a part"),
-        ("L1.ffn", "'L1.ffn' was given for /attention, expected a layer such as L5, or a head such as L5.H3"),
-        ("L1 3", "'L1 3' was given for /attention"),
-        ("L1.H2 x", "'x' was given for the position, expected a whole number of at least 0."),
+        ("L1.ffn", "Invalid argument 'L1.ffn' for /attention. Give a layer such as L5"),
+        ("L1 3", "Invalid argument 'L1 3' for /attention"),
+        ("L1.H2 x", "Invalid value 'x' for the position. Use a whole number, at least 0."),
         ("L1.H2 99", "The position in this text must be an integer"),
     ],
 )

@@ -602,7 +602,7 @@ def test_another_text_begins_another_walk(session: Session) -> None:
     reply = run_command(session, "/step into")[1]
     assert reply is not None
     assert (reply.facts["begins_anew"], reply.facts["stop"]) == (True, 1)
-    assert "begins anew" in shown(reply.view or "", 80)
+    assert "starts again" in shown(reply.view or "", 80)
 
 
 def test_without_a_text_there_is_nothing_to_walk_through(llama: Llama) -> None:
@@ -671,7 +671,7 @@ def test_keys_print_list_and_refuse(session: Session) -> None:
     screen = " ".join("".join(shown(view, 80) for view in session.screen.views).split())
     assert "T in Transformer.forward" in screen
     assert "Enter or n: next" in screen
-    assert "'zzz' was given for /step" in screen
+    assert "Invalid action 'zzz' for /step" in screen
     assert "'nothing' is not in scope here" in screen
     assert facts["layer"] == 1
 

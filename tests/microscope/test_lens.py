@@ -337,7 +337,7 @@ def test_a_position_is_where_a_narrow_screen_begins(session: Session) -> None:
 def test_an_argument_that_is_none_gets_a_sentence(session: Session, argument: str) -> None:
     with pytest.raises(UsageError) as raised:
         run_command(session, f"/lens {argument}")
-    assert str(raised.value).endswith("was given for /lens, expected a position such as 0, or ranks, or both.")
+    assert str(raised.value).endswith("for /lens. Give a position such as 0, or ranks, or both.")
     assert str(raised.value).isprintable()
 
 

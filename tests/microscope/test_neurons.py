@@ -139,10 +139,10 @@ def test_the_command(tiny: Llama) -> None:
     [
         ("", "/neurons needs an argument"),
         ("3", "The layer must be an integer from 0 to 2, not 3."),
-        ("x", "'x' was given for /neurons"),
-        ("1 x", "'x' was given for COUNT"),
-        ("1 0", "'0' was given for COUNT"),
-        ("1.5", "'1.5' was given for /neurons"),
+        ("x", "Invalid value 'x' for /neurons"),
+        ("1 x", "Invalid value 'x' for COUNT"),
+        ("1 0", "Invalid value '0' for COUNT"),
+        ("1.5", "Invalid value '1.5' for /neurons"),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(tiny: Llama, argument: str, said: str) -> None:

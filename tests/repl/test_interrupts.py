@@ -1,4 +1,4 @@
-"""Ctrl-C at every stage of a session, a hundred times in all at random moments: it goes on, and answers right."""
+"""Ctrl-C at random moments in every stage: the session survives and answers correctly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STAGES = {"prefill": LONG, "decode": "/generate 400", "tree": "/tree 5x4", "surp
 
 
 def elapse(session: Terminal, seconds: float) -> None:
-    """Let some time go by, whatever the screen shows."""
+    """Read the screen for a given time."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and session.read(min(left, 0.02)):
         pass
 
 
 def answers_right(session: Terminal) -> None:
-    """The session is asked what it must know; every text before is out of its way."""
+    """Clear the session and check a known answer."""
     session.type("/live off", "enter", "/clear", "enter")
     session.settle(0.5)
     assert candidates(ask(session, "The capital of France is"))[-5][0] == "␣Paris"
@@ -34,7 +34,7 @@ def answers_right(session: Terminal) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_at_any_moment_of_what_takes_long(smollm2_path: Path, tmp_path: Path, stage: str) -> None:
-    """15 times each: it is cancelled or done, the line comes back, and nothing is left half done."""
+    """15 times per stage: the work is cancelled or complete, and the prompt returns."""
     moments = random.Random(stage)
     with start(tmp_path, "--no-live") as session:
         ask(session, "Once upon a time")
@@ -48,8 +48,8 @@ def test_ctrl_c_at_any_moment_of_what_takes_long(smollm2_path: Path, tmp_path: P
             elapse(session, moments.random() * 0.5)
             session.interrupt()
             elapse(session, 0.05)
-            session.interrupt()  # by now nothing may be there to cancel
-            session.type("ctrl-c")  # whatever stands on the line
+            session.interrupt()  # the work may already be complete
+            session.type("ctrl-c")  # clear the line
         session.settle(1)
         answers_right(session)
         assert session.seen("Traceback") == 0, session.written_from("Traceback")
@@ -70,7 +70,7 @@ def test_ctrl_c_while_live_prediction_runs(smollm2_path: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_keeps_the_line(tmp_path: Path) -> None:
-    """15 times: Enter waits for the model, Ctrl-C gives the line back, and in the end Enter answers it."""
+    """15 times: Enter waits for the model, and Ctrl-C restores the line. Finally it is answered."""
     gate = tmp_path / "gate"
     program = (sys.executable, "-m", "tests.helpers.slow_llama", str(gate))
     moments = random.Random(0)
@@ -84,7 +84,7 @@ def test_ctrl_c_while_the_model_loads_keeps_the_line(tmp_path: Path) -> None:
             cancelled = session.seen("Cancelled.")
             session.type("enter")
             elapse(session, 0.05 + moments.random() * 0.2)
-            while session.seen("Cancelled.") == cancelled:  # between the line and what it starts it is nothing
+            while session.seen("Cancelled.") == cancelled:  # ignored between the line and its command
                 session.interrupt()
                 elapse(session, 0.2)
         gate.write_text("")

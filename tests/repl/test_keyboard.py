@@ -1,4 +1,4 @@
-"""The keyboard while no prompt reads it: typing and pasting during an answer, Ctrl-C, Ctrl-Z, and every way out."""
+"""Keys between prompts: typing and pasting during an answer, Ctrl-C, Ctrl-Z, and exits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def slow(tmp_path: Path) -> Iterator[Slow]:
 
 
 def answering(terminal: Slow) -> None:
-    """Load the model and start a continuation, of which the first token is there."""
+    """Load the model and start a continuation; wait for its first token."""
     terminal.let()
     terminal.wait_for("lists the commands")
     terminal.command("What", "entropy")
@@ -43,7 +43,7 @@ def until(terminal: Terminal, condition: Callable[[], bool]) -> None:
 
 
 def line(terminal: Terminal) -> str:
-    """The newest prompt with the text on it."""
+    """The newest prompt and the text after it."""
     return "\n".join(terminal.text.rpartition(PROMPT)[1:])
 
 
@@ -84,7 +84,7 @@ def test_a_paste_that_the_end_of_the_answer_cuts_stays_in_one_piece(slow: Slow) 
 
 
 def test_ctrl_c_is_heard_behind_a_paste_that_fills_the_terminals_buffer(slow: Slow) -> None:
-    """A terminal that nobody reads takes about 4,096 bytes, and then no Ctrl-C either."""
+    """A full terminal buffer (about 4,096 bytes) would block Ctrl-C too."""
     slow.paste("word " * 4000 + "end")
     slow.settle(0.1)
     slow.interrupt()
@@ -126,7 +126,7 @@ def test_another_program_gets_the_terminal_as_a_shell_has_it(tmp_path: Path, mon
         slow.wait_for(" echo")
         slow.type("typed", "enter")
         slow.wait_for("got:typed")
-        slow.wait_for("Nothing was changed")
+        slow.wait_for("The text is unchanged")
         slow.type("on")
         slow.wait_for(f"{PROMPT}on")
 
@@ -136,18 +136,18 @@ def test_another_program_gets_the_terminal_as_a_shell_has_it(tmp_path: Path, mon
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Slow]:
-    """The same, started from a shell."""
+    """A session in the middle of an answer, started from a shell."""
     with Slow(tmp_path, "--no-live", shell=True) as terminal:
         answering(terminal)
         yield terminal
 
 
 def to_shell(job: Slow) -> None:
-    """Press Ctrl-Z, and wait for the shell to take a command."""
+    """Press Ctrl-Z and wait until the shell runs a command."""
     job.type("ctrl-z")
     job.wait_for("Stopped")
     until(job, lambda: job.lines[job.screen.cursor.y].startswith("$"))
-    assert job.echoes or "bash" in job.text  # a shell that edits lines itself shows them itself
+    assert job.echoes or "bash" in job.text  # a shell with line editing echoes by itself
     assert not job.marks_pastes
     job.type("echo sh''ell", "enter")
     job.wait_for("\nshell")
@@ -184,7 +184,7 @@ def test_ctrl_z_at_the_prompt_suspends_and_fg_shows_the_line_again(job: Slow) ->
 
 @pytest.mark.parametrize("at", ["the prompt", "an answer"])
 def test_a_suspended_session_can_be_ended(job: Slow, at: str) -> None:
-    """It sets no modes of a terminal that the shell has; that would stop it once more."""
+    """It does not set terminal modes in the background, which would stop it again."""
     if at == "the prompt":
         job.stream(None)
         job.wait_for("␣one")
@@ -193,7 +193,7 @@ def test_a_suspended_session_can_be_ended(job: Slow, at: str) -> None:
     job.type("kill %1; kill -CONT %1; while kill -0 %1 2>/dev/null; do sleep 0.1; done; echo en''ded", "enter")
     job.wait_for("ended")
     assert job.echoes
-    assert job.seen("\x1b[6n") == asked  # an answer would be typed into the shell
+    assert job.seen("\x1b[6n") == asked  # the reply would go to the shell
 
 
 def test_a_prompt_that_is_continued_in_the_background_stops_again(job: Slow, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_prompt_that_is_continued_in_the_background_stops_again(job: Slow, tmp
     job.wait_for(f"{PROMPT}here")
 
 
-# --- Text that comes back, and a terminal without a screen ------------------------------------
+# --- Restored text, and a terminal without a screen -------------------------------------------
 
 
 def test_a_text_that_begins_with_a_slash_comes_back_as_it_is_typed(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_text_that_begins_with_a_slash_comes_back_as_it_is_typed(tmp_path: Pat
         slow.wait_for(f"{PROMPT}//usr/bin/env comes")
         slow.type("enter")
         slow.wait_for_more("entropy", slow.seen("entropy"))
-        assert "no command" not in slow.text
+        assert "Unknown command" not in slow.text
 
 
 @pytest.mark.parametrize(("option", "said"), [("", "prompts, one per line"), ("--prompt -", "the prompt")])

@@ -13,7 +13,7 @@ from tests.helpers.terminal import Terminal, start
 pytestmark = pytest.mark.terminal
 
 PROMPT = "SmolLM2-135M-Instruct> "
-# Of the bottom line alone.
+# Appears only on the bottom line.
 BELOW = "· entropy"
 
 
@@ -25,7 +25,7 @@ def shared(smollm2_fp32_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def session(shared: Terminal) -> Terminal:
-    """A session that starts anew: no text, an empty line and an empty screen."""
+    """The shared session, reset: no text, an empty line, a cleared screen."""
     shared.type("ctrl-c", "/clear", "enter")
     shared.settle()
     return shared
@@ -39,7 +39,7 @@ def typed(terminal: Terminal, text: str, following: str) -> str:
 
 
 def bottom(terminal: Terminal, token: str) -> None:
-    """Wait until the bottom line shows a token for the line as it stands, in bold, and the screen is painted whole."""
+    """Wait until the bottom line shows a token for the current line, in bold, and the screen is complete."""
     end = time.monotonic() + terminal.timeout
     while terminal.lines[-1].split()[:1] != [token] or not terminal.screen.buffer[39][1].bold:
         if time.monotonic() > end or not terminal.read():
@@ -48,12 +48,12 @@ def bottom(terminal: Terminal, token: str) -> None:
 
 
 def line(terminal: Terminal) -> str:
-    """The line that is being typed, with the gray token."""
+    """The input line with the gray suggestion."""
     return next(line for line in reversed(terminal.lines) if line.startswith(PROMPT.rstrip()))
 
 
 def colors(terminal: Terminal) -> dict[str, str]:
-    """The color of each word of the line that is being typed."""
+    """The color of each word on the input line."""
     row = next(row for row in reversed(range(40)) if terminal.lines[row].startswith(PROMPT))
     cells = [terminal.screen.buffer[row][column] for column in range(len(PROMPT), 100)]
     found: dict[str, str] = {}
@@ -74,7 +74,7 @@ def test_the_bottom_line_shows_the_next_token_its_probability_and_the_entropy(se
     assert below.split()[:3] in (["␣Paris", "77.3", "%"], ["␣Paris", "77.2", "%"])
     assert "entropy 2.1" in below
     assert "5 tokens" in below
-    assert "%" not in text.replace(below, "")  # nothing was answered yet
+    assert "%" not in text.replace(below, "")  # no answer yet
 
 
 def test_the_gray_token_behind_the_cursor_is_the_next_one_and_tab_accepts_it(session: Terminal) -> None:
@@ -172,7 +172,7 @@ def test_a_command_is_not_read_by_the_model_and_its_end_is_offered(session: Term
     assert line(session) == f"{PROMPT}/greedy"
     assert BELOW not in session.text
     session.type("right", "enter")
-    session.wait_for("Always the most probable token")
+    session.wait_for("always the most probable token")
 
 
 def test_tab_completes_a_command_and_its_argument(session: Terminal) -> None:
@@ -186,7 +186,7 @@ def test_tab_completes_a_command_and_its_argument(session: Terminal) -> None:
 
 @pytest.mark.slow
 def test_enter_does_not_wait_for_a_long_paste_to_be_read(session: Terminal) -> None:
-    """10,000 characters are pasted and sent at once: what the live thread did of it is used, the rest done once."""
+    """Pastes and sends 10,000 characters. The answer reuses the live thread's tokens."""
     session.paste("word " * 2000 + "end")
     session.type("enter")
     begin = time.monotonic()
@@ -212,7 +212,7 @@ def test_the_bottom_line_fits_a_narrow_terminal(smollm2_fp32_path: Path, tmp_pat
         session.type("The capital of France is")
         bottom(session, "␣Paris")
         assert "77." in session.lines[-1]
-        assert not session.lines[-2]  # it did not wrap
+        assert not session.lines[-2]  # the line did not wrap
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The first seconds: the prompt is there at once, and the model comes while the person types."""
+"""Startup: the prompt appears at once, and the model loads while the user types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slow(tmp_path: Path) -> Iterator[Slow]:
 
 
 def waiting(slow: Slow) -> None:
-    """Ask before the model is there."""
+    """Send a prompt before the model is loaded."""
     slow.type("What", "enter")
     slow.wait_for("━")
 
@@ -43,7 +43,7 @@ def last_line(terminal: Terminal) -> str:
 
 
 def test_the_prompt_comes_before_torch_and_the_model(slow: Slow) -> None:
-    """The stage that `slow` waits for says so; once the model is there it goes, and the banner comes."""
+    """The prompt shows the loading stage. Then the banner replaces it."""
     assert BANNER not in slow.text
     slow.let()
     slow.wait_for(BANNER)
@@ -96,7 +96,7 @@ def test_a_prompt_that_was_cancelled_is_offered_only_once(slow: Slow) -> None:
     slow.wait_for("Cancelled.")
     slow.wait_for(LOADING)
     slow.type("ctrl-c", "ctrl-c")
-    slow.wait_for("Ctrl-D or /quit leaves")
+    slow.wait_for("press Ctrl-D or enter /quit")
     slow.settle(0.2)
     assert "What" not in last_line(slow)
 
@@ -107,7 +107,7 @@ def test_a_prompt_that_was_cancelled_is_offered_only_once(slow: Slow) -> None:
     [("ModelNotFoundError", 3), ("CheckpointError", 4), ("OutOfMemoryError", 5), ("ZeroDivisionError", 1)],
 )
 def test_a_loading_that_fails_ends_the_session_with_its_code(slow: Slow, error: str, code: int, asked: bool) -> None:
-    """Without a key being pressed, and where somebody waits for it."""
+    """Covers an idle prompt and an answer that waits for the model."""
     if asked:
         waiting(slow)
     else:
@@ -119,12 +119,12 @@ def test_a_loading_that_fails_ends_the_session_with_its_code(slow: Slow, error: 
     assert shown.count("The model fell over.") == 1
     assert shown.count("llama-scratch: ") == 1
     assert slow.seen("Traceback") == 0
-    assert slow.seen("\x1b[?2004h") == slow.seen("\x1b[?2004l")  # what the prompt switched on is off again
+    assert slow.seen("\x1b[?2004h") == slow.seen("\x1b[?2004l")  # bracketed paste is turned off again
 
 
 @pytest.mark.parametrize("keys", [["ctrl-d"], ["/quit", "enter"]])
 def test_leaving_does_not_wait_for_the_model(slow: Slow, keys: list[str]) -> None:
-    """The gate stays shut: had the program to wait for its thread, it would never end."""
+    """The model never loads, so a program that waited for the thread would hang."""
     slow.type(*keys)
     assert slow.wait() == 0
     assert slow.seen("Traceback") == 0
@@ -140,9 +140,9 @@ def test_leaving_while_torch_is_imported_is_quiet(smollm2_path: Path) -> None:
 
 def test_commands_that_need_no_model_work_while_it_loads(slow: Slow) -> None:
     slow.type("/help", "enter")
-    slow.wait_for("Leave the session.")
+    slow.wait_for("Exit the session.")
     slow.type("/hlep", "enter")
-    slow.wait_for("did you mean /help?")
+    slow.wait_for("Did you mean /help?")
     slow.type("enter")
     slow.wait_for(LOADING)
     slow.let()
@@ -172,7 +172,7 @@ def test_what_is_known_to_be_wrong_is_said_before_the_prompt(arguments: list[str
 
 
 def test_the_name_on_the_prompt_is_the_models(tiny_dir: Path, smollm2_path: Path, tmp_path: Path) -> None:
-    """Read from the path alone, it is what the opened model is called."""
+    """The name derived from the path equals the loaded model's name."""
     copy = tmp_path / "Llama3.2-1B" / "original"
     shutil.copytree(tiny_dir, copy)
     (tmp_path / "link").symlink_to(copy)

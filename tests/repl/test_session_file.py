@@ -1,4 +1,4 @@
-"""Session files: what is written, what is refused, and that a replay finds what differs and nothing else."""
+"""Session files: writing, rejection of invalid files, and differences found by a replay."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LINES = [
 
 
 def loaded(path: Path) -> Llama:
-    """A small model whose weights have one form from the first answer to the last."""
+    """Load a small model in fp32, whose weights are not repacked in the background."""
     return Llama.load(path, precision="fp32", device="cpu", context=64)
 
 
@@ -59,15 +59,14 @@ def tiny(tiny_dir: Path) -> Llama:
 
 
 def is_sentence(error: LlamaScratchError) -> str:
-    """An error, as it is printed: one sentence that no terminal obeys."""
+    """Check that an error is printable, and return its text."""
     text = str(error)
     assert text.isprintable()
     assert text.endswith((".", "?"))
-    assert ". " not in text
     return text
 
 
-# --- What is written --------------------------------------------------------------------------
+# --- Writing ----------------------------------------------------------------------------------
 
 
 def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_a_file_holds_the_session(tiny: Llama, tiny_dir: Path, tmp_path: Path) -
     }
     assert (header["precision"], header["device"], header["context"]) == ("fp32", "cpu", 64)
     assert header["rope_factor"] == 32
-    assert header["settings"]["top"] == 5  # that of the beginning
+    assert header["settings"]["top"] == 5  # the initial value
     assert header["end"]["settings"]["top"] == 3
     assert header["end"]["settings"]["sampling"]["seed"] == 5
     assert header["end"]["ids"] == session.ids
@@ -106,7 +105,7 @@ def test_a_file_is_read_as_it_was_written(tiny: Llama, tmp_path: Path) -> None:
 
 
 def test_a_path_from_here_is_kept_in_full(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the file can be run again from anywhere."""
+    """A replay can then run in any folder."""
     monkeypatch.chdir(tiny_dir.parent)
     path = saved(session_of(loaded(Path(tiny_dir.name)), "the"), tmp_path / "a.jsonl")
     assert session_file.load(path).header.model.path == str(tiny_dir)
@@ -130,7 +129,7 @@ def test_what_is_no_session_is_not_overwritten(tiny: Llama, tmp_path: Path, kind
     else:
         path.write_text({"text": "Dear diary,\n", "JSON": '{"format": 1}\n', "empty": ""}[kind])
     before = None if not path.is_file() else path.read_bytes()
-    with pytest.raises(LlamaScratchError, match="is no session file, so it stays") as error:
+    with pytest.raises(LlamaScratchError, match="is not a session file") as error:
         saved(session_of(tiny, "the"), path)
     is_sentence(error.value)
     assert before is None or path.read_bytes() == before
@@ -201,7 +200,7 @@ def test_a_session_that_no_load_would_take_is_not_written(
     assert os.listdir(tmp_path) == []
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Invalid files ----------------------------------------------------------------------------
 
 
 def header_change(**changes: Any) -> Callable[[list[Any]], object]:
@@ -263,7 +262,7 @@ def test_a_line_that_is_not_as_it_should_be_is_named(
         (b'{"input": "x", "output": ' + b"[" * 100_000 + b"\n", "line 2: Invalid JSON"),
         (b'{"input": "x", "output": {"a": ' + b"9" * 5000 + b"}}\n", "line 2: "),
         (b"\0" * 100 + b"\n", "line 2: Invalid JSON"),
-        (b'{"input": "x", "output": {}}', "breaks off in line 2"),
+        (b'{"input": "x", "output": {}}', "truncated in line 2"),
     ],
 )
 def test_bytes_that_are_no_line(tiny: Llama, tmp_path: Path, line: bytes, expected: str) -> None:
@@ -308,7 +307,7 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
 def test_a_missing_session_and_a_damaged_one_have_their_exit_codes(
     tiny: Llama, tmp_path: Path, kind: str, code: int
 ) -> None:
-    """1 is for a replay that found a difference."""
+    """Exit code 1 is reserved for a replay with differences."""
     path = tmp_path / kind
     if kind == "a folder":
         path.mkdir()
@@ -333,14 +332,14 @@ def test_what_is_wrong_with_the_disk_is_told_from_what_is_wrong_with_the_folder(
             saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
         return is_sentence(error.value)
 
-    assert "make room" in failing(errno.ENOSPC)
-    assert "make room" in failing(errno.EDQUOT)
-    assert "choose a folder" in failing(errno.EROFS)
+    assert "Free space" in failing(errno.ENOSPC)
+    assert "Free space" in failing(errno.EDQUOT)
+    assert "Choose an existing folder" in failing(errno.EROFS)
 
 
 @pytest.mark.parametrize("command", ["save", "load", "export", "picture", "report"])
 def test_a_name_that_ends_in_a_slash_is_a_folder(tiny: Llama, tmp_path: Path, command: str) -> None:
-    with pytest.raises(UsageError, match="names a folder"):
+    with pytest.raises(UsageError, match="is a folder"):
         respond(session_of(tiny, "the"), f"/{command} {tmp_path}/new.html/")
     assert os.listdir(tmp_path) == []
 
@@ -358,7 +357,7 @@ def test_a_name_that_ends_in_a_slash_is_a_folder(tiny: Llama, tmp_path: Path, co
 def test_a_path_in_double_quotes_is_json(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, name: str
 ) -> None:
-    """As texts are in other commands; people quote what has spaces."""
+    """Like texts in other commands. Users quote names with spaces."""
     monkeypatch.chdir(tmp_path)
     session = session_of(tiny, "the", f"/save {argument}")
     assert os.listdir() == [name]
@@ -410,13 +409,13 @@ def test_another_model_and_a_line_that_fails_are_differences(tiny: Llama, tmp_pa
     assert {difference.turn for difference in found} == {0, 1}
     found = replayed(edited(path, lambda lines: lines[1].update(input="/nonsense")), tiny).differences
     assert [difference.what for difference in found] == ["the answer"]
-    assert "no command /nonsense" in found[0].new
+    assert "Unknown command /nonsense" in found[0].new
 
 
 def test_numbers_are_equal_within_the_tolerance() -> None:
     assert not list(compare({"a": [1.0, 100.0]}, {"a": [1.0005, 100.05]}, 1e-3))
     assert list(compare({"a": [1.0, 100.0]}, {"a": [1.002, 100.0]}, 1e-3)) == [("a[0]", 1.0, 1.002)]
-    assert list(compare(5, 6, 1.0)) == [("", 5, 6)]  # whole numbers are ids, and exact
+    assert list(compare(5, 6, 1.0)) == [("", 5, 6)]  # integers are ids, compared exactly
     assert list(compare({"b": True}, {"b": 0.9999}, 1e-3)) == []
     assert not list(compare(float("nan"), float("nan"), 0))
     assert list(compare({"timing": 1, "decode": {}}, {"timing": 2}, 0)) == [("decode", {}, None)]
@@ -424,7 +423,7 @@ def test_numbers_are_equal_within_the_tolerance() -> None:
 
 
 def test_a_replay_begins_with_the_settings_of_the_beginning(tiny: Llama, tmp_path: Path) -> None:
-    """Not with those that the session had when it was saved."""
+    """Not the settings at the time of /save."""
     session = session_of(tiny, "the", "/top 2", "/generate 3", top=4, sampling=Sampling(1.0, seed=3), special=True)
     path = saved(session, tmp_path / "a.jsonl")
     assert replayed(path, tiny).differences == []
@@ -433,7 +432,9 @@ def test_a_replay_begins_with_the_settings_of_the_beginning(tiny: Llama, tmp_pat
 
 
 def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_path: Path) -> None:
-    """Turn by turn: a session may go on in another one, and older versions answered in fp32 while they packed."""
+    """The tolerance is set per turn.
+
+    A session can switch precision, and older versions answered in fp32 while packing."""
     session = session_of(Llama.load(tiny_dir, precision="int8", device="cpu", context=64), "the", "in", "the")
     path = saved(session, tmp_path / "a.jsonl")
     assert [turn.output["model"]["precision"] for turn in session_file.load(path).turns] == ["int8"] * 3
@@ -442,7 +443,7 @@ def test_answers_of_another_precision_may_differ_a_little(tiny_dir: Path, tmp_pa
         return Llama.load(tiny_dir, precision="int8", device="cpu", context=64)
 
     assert replayed(path, load()).differences == []
-    # Less than what two precisions may differ by.
+    # Less than the tolerance between two precisions.
     path = edited(path, lambda lines: lines[3]["output"].update(entropy_bits=lines[3]["output"]["entropy_bits"] + 0.01))
     assert [difference.turn for difference in replayed(path, load()).differences] == [3]
     path = edited(path, lambda lines: lines[3]["output"]["model"].update(precision="fp32"))
@@ -465,7 +466,8 @@ def test_text_drawn_without_a_seed_is_not_compared_and_that_is_said(tiny: Llama,
     assert output["repeatable"] is False
     found = replayed(tmp_path / "a.jsonl", tiny)
     assert found.differences == []
-    assert "drawn without a seed: the text generated in 1 of the turns" in found.notes[0]
+    assert "generated in 1 turn," in found.notes[0]
+    assert "without a seed" in found.notes[0]
     # The same with a seed is compared.
     path = saved(session_of(tiny, "the", "/seed 1", *lines[1:]), tmp_path / "b.jsonl")
     assert session_file.load(path).header.repeatable
@@ -482,7 +484,7 @@ def test_what_stands_beside_drawn_text_is_compared(tiny: Llama, tmp_path: Path) 
 
 
 def test_a_byte_order_mark_before_a_session(tiny: Llama, tmp_path: Path) -> None:
-    """An editor put it there; the session is the same."""
+    """A byte order mark added by an editor is ignored."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     before = session_file.load(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -516,7 +518,7 @@ def test_of_what_was_interrupted_the_beginning_is_compared(tiny: Llama, tmp_path
 def test_a_replay_touches_no_files_and_starts_no_program(
     tiny: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger's session may hold any line."""
+    """An untrusted session file may contain any line."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
@@ -529,7 +531,7 @@ def test_a_replay_touches_no_files_and_starts_no_program(
 
     found = replayed(edited(path, add), tiny)
     assert os.listdir() == []
-    assert "8 of the turns" in found.notes[0]
+    assert "8 turns" in found.notes[0]
     assert [difference.turn for difference in found.differences] == [8]  # " /save c" is a prompt
     assert found.compared == 2
 
@@ -553,7 +555,7 @@ def test_a_replay_touches_no_files_and_starts_no_program(
 )
 @pytest.mark.parametrize("line", ["the", "", "/edit", "/generate 2", "/quit"])
 def test_answers_of_every_shape_are_compared(tiny: Llama, tmp_path: Path, line: str, output: dict[str, Any]) -> None:
-    """Whatever a stranger wrote down as an answer, the replay comes to its end."""
+    """A replay completes whatever answers an untrusted file contains."""
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     found = replayed(edited(path, lambda lines: lines.append({"input": line, "output": output})), tiny)
     assert found.turns == 2
@@ -566,7 +568,7 @@ def test_what_was_run_otherwise_is_said(tiny: Llama, tmp_path: Path) -> None:
     path = saved(session_of(tiny, "the"), tmp_path / "a.jsonl")
     changes = header_change(precision="fp16", versions={"python": "3.0\x1b[31m", "torch": "9"}, llama_scratch="7.0")
     lines = replayed(edited(path, changes), tiny).lines()
-    assert 'Recorded with precision "fp16", run again with "fp32".' in lines
+    assert 'Recorded with precision "fp16", replayed with "fp32".' in lines
     assert any(line.startswith('Recorded with llama-scratch "7.0"') for line in lines)
     assert any("torch" in line for line in lines)
     assert all(line.isprintable() for line in lines)
@@ -580,7 +582,7 @@ def test_how_it_was_run_is_what_the_command_line_takes(tiny: Llama, tmp_path: Pa
         assert 1 <= replace(header, threads=threads).options["threads"] <= (os.cpu_count() or 1)
 
 
-# --- Going on from a session ------------------------------------------------------------------
+# --- Continuing a session --------------------------------------------------------------------
 
 
 def test_load_restores_text_settings_and_lines(tiny: Llama, tmp_path: Path) -> None:
@@ -623,7 +625,7 @@ def test_a_load_that_fails_changes_nothing(tiny: Llama, tmp_path: Path, ids: lis
 
 
 def shown(llama: Llama) -> Session:
-    """A session with something on its screen."""
+    """A session that has printed some views."""
     session = session_of(llama, interactive=True)
     for line in ("the nation", "", "``` <b> ```\x1b[31m"):
         session.screen.echo(session.state.loading.name, line)
@@ -656,9 +658,9 @@ def test_exports_hold_what_stands_on_the_screen(tiny: Llama, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("a.txt", "'a.txt' was given for /export, expected a name in .html, .svg, .md, .json"),
-        ("a", "'a' was given"),
-        ("there.html", "is there already, so it stays"),
+        ("a.txt", "Invalid file name 'a.txt' for /export. End it in one of .html, .svg, .md, .json"),
+        ("a", "Invalid file name 'a'"),
+        ("there.html", "already exists"),
         ("/nowhere/a.html", "cannot be written"),
     ],
 )
@@ -691,7 +693,7 @@ def test_history_of_a_pipe_is_that_of_the_session(tiny: Llama) -> None:
     session.screen.console.print(respond(session, "/history")[1].view)  # type: ignore[union-attr]
     assert isinstance(session.screen.console.file, io.StringIO)
     assert r"in\x1b[31m" in session.screen.console.file.getvalue()
-    with pytest.raises(UsageError, match="expected a whole number"):
+    with pytest.raises(UsageError, match="a whole number"):
         respond(session, "/history x")
 
 
@@ -732,7 +734,7 @@ def test_save_and_replay_by_the_open_model(
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
-    """From end to end: a session in a pipe, its replay, and its replay after one number was changed."""
+    """End to end: a session in a pipe, its replay, and a replay with one changed number."""
     path = tmp_path / "a.jsonl"
     lines = ["The capital of France is", "/generate 12", "/top 3", "The opposite of hot is", f"/save {path}"]
     options = ["--model", "smollm2", "--precision", "fp32", "--commands", "--json"]
@@ -740,7 +742,7 @@ def test_save_and_replay_by_the_open_model(
     assert result.code == 0, result.err
     result = llama_scratch("replay", str(path))
     assert result.code == 0, result.out
-    assert result.out.startswith("4 of 4 answers compared: no difference; numbers are equal within 0.001")
+    assert result.out.startswith("4 of 4 answers compared: no difference (tolerance 0.001")
     edited(path, lambda lines: lines[4]["output"]["next"].update(probability=0.5))
     result = llama_scratch("replay", str(path), "--json")
     assert result.code == 1
@@ -754,7 +756,7 @@ def test_a_conversation_goes_on_from_the_recorded_answer(
     smollm2_path: Path,
     tmp_path: Path,
 ) -> None:
-    """What the model answers is drawn anew, but the second question follows what was recorded."""
+    """The answer is sampled again, but the second question follows the recorded one."""
     path = tmp_path / "a.jsonl"
     options = ["--chat", "--system", "Be brief.", "--temperature", "2", "--generate", "6", "--precision", "fp32"]
     lines = ["Name a city.", "And another one?", f"/save {path}"]
@@ -762,7 +764,7 @@ def test_a_conversation_goes_on_from_the_recorded_answer(
     assert result.code == 0, result.err
     result = llama_scratch("replay", str(path))
     assert result.code == 0, result.out
-    assert "drawn without a seed: the text generated in 2 of the turns" in result.out
+    assert "generated in 2 turns, because it was sampled without a seed" in result.out
 
 
 def test_flags_go_over_the_recording_and_that_over_the_environment(
@@ -778,7 +780,7 @@ def test_flags_go_over_the_recording_and_that_over_the_environment(
     assert result.code == 0, result.out
     assert "Recorded with" not in result.out
     result = llama_scratch("--precision", "bf16", "replay", str(path))
-    assert 'Recorded with precision "fp32", run again with "bf16".' in result.out
+    assert 'Recorded with precision "fp32", replayed with "bf16".' in result.out
     result = llama_scratch("replay", str(path), "--model-dir", str(tmp_path / "Other"))
     assert result.code == 1
     assert "the model's weights" in result.out

@@ -1,6 +1,6 @@
-"""The state of a session after /load, property by property, compared with the state before /save.
+"""The state of a session after /load, compared with the state before /save.
 
-The lists below name every property. A new one fails the tests until it is in one of them.
+The lists below name every property. A new property fails the tests until it is in a list.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.helpers.checkpoints import tokenizer_file, write_meta
 from tests.helpers.command_line import Runner
 from tests.helpers.session_files import edited
 
-# Attributes of the state that a file brings back.
+# Properties that /load restores.
 RESTORED = {
     "settings",
     "snapshots",
@@ -48,9 +48,9 @@ RESTORED = {
     "initial_settings",
     "initial_system",
 }
-# Those that it does not, each with the reason.
+# Properties that keep their value, each with the reason.
 KEPT = {
-    "loading": "the model is the one that is loaded here; /load says how it differs",
+    "loading": "the current model stays loaded; /load reports how it differs",
     "open": "the options of this command line",
     "console": "this terminal",
     "interactive": "this terminal",
@@ -62,17 +62,17 @@ KEPT = {
     "views": "the screen of this terminal, for /export; /load adds the answer",
     "explained": "the warnings that this screen has explained",
 }
-# Those that neither session's value is right for.
+# Properties that are reset, because neither session's value applies.
 BEGUN_ANEW = {
-    "page": "the view that was shown last, on another screen; /picture draws the answer",
-    "walk": "/step is a walk through numbers that are computed anew; it begins at its first stop",
+    "page": "the last view was on another screen; /picture draws the answer",
+    "walk": "/step recomputes the forward pass and starts at its first stop",
 }
 SETTINGS = {"top", "generate", "sampling", "special"}
 SETTINGS_KEPT = {
-    "plain": "belongs to the person at this terminal",
+    "plain": "belongs to the user at this terminal",
     "live": "belongs to this terminal, unless /live changed it in the saved session",
 }
-# Options that a replay takes from the file, and the one that the file has no need of.
+# Options that a replay does not read from the file.
 OPTIONS_KEPT = {"model": "the path that the name stands for is saved"}
 
 TEXT_LINES = [
@@ -84,7 +84,7 @@ TEXT_LINES = [
     "/seed 5",
     "/live off",
     "/special on",
-    "the nation ",  # ends in a space, which is warned of
+    "the nation ",  # ends in a space, which causes a warning
     "",
     "in the<|eot_id|>",
     "/force #104",
@@ -107,7 +107,7 @@ def load(path: Path, **options: Any) -> Llama:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose name says that it was trained for chat. Not to be written to."""
+    """A chat model by its name. Tests must not write to it."""
     return write_meta(tmp_path_factory.mktemp("instruct") / "Tiny-Instruct")
 
 
@@ -136,7 +136,7 @@ def session_of(
 
 
 def respond_or_skip(session: Session, line: str) -> None:
-    """/generate needs a text; before the first one it only fails, as it may."""
+    """Run a line. /generate may fail before the first text."""
     try:
         respond(session, line)
     except UsageError:
@@ -146,7 +146,7 @@ def respond_or_skip(session: Session, line: str) -> None:
 
 def save_and_load(session: Session, into: Session, path: Path) -> None:
     respond(session, f"/save {path}")
-    session.state.turns.pop()  # /save itself, which no file holds
+    session.state.turns.pop()  # /save itself, which is not in the file
     respond(into, f"/load {path}")
     into.state.turns.pop()
 
@@ -156,7 +156,7 @@ def replayed(path: Path, llama: Llama) -> Report:
 
 
 def texts(session: Session) -> list[Any]:
-    """All texts that /undo goes back to, with the network that answered each."""
+    """All texts that /undo can restore, with their interventions."""
     return [
         (text.ids, text.prompt, tuple(text.offered or ()), [(i.label, i.meaning, i.recipe) for i in text.interventions])
         for text in session.state.texts
@@ -164,7 +164,7 @@ def texts(session: Session) -> list[Any]:
 
 
 def attributes(session: Session) -> dict[str, Any]:
-    """All attributes of a session, of its screen and of its state by their names, each once."""
+    """All attributes of a session, its screen and its state by name."""
     owners = [vars(session), vars(session.screen), vars(session.state)]
     together = {name: value for owner in owners for name, value in owner.items()}
     assert len(together) == sum(map(len, owners))
@@ -175,14 +175,14 @@ def origin(found: InitialModel | None) -> dict[str, Any]:
     assert found is not None
     values = {field.name: getattr(found, field.name) for field in fields(found)}
     computed = {"tokenizer": found.tokenizer(), "sha256": found.sha256(lambda *_: None)}
-    shape = json.loads(json.dumps(found.shape))  # JSON has lists only
+    shape = json.loads(json.dumps(found.shape))  # JSON turns tuples into lists
     return values | computed | {"options": dict(found.options), "shape": shape}
 
 
 def state(session: Session) -> dict[str, Any]:
-    """Everything that is restored, as values that compare."""
+    """All restored properties, as comparable values."""
     now = session.now
-    # The newest text is answered with as many candidates as the settings say now.
+    # /load answers the newest text with the current number of candidates.
     best = session.llama.predict(now.ids, top=session.settings.top) if now else None
     found = {
         "settings": {name: getattr(session.settings, name) for name in SETTINGS},
@@ -204,18 +204,18 @@ def state(session: Session) -> dict[str, Any]:
     return found
 
 
-# --- Every property has a decision ------------------------------------------------------------
+# --- Every property is listed -----------------------------------------------------------------
 
 
 def test_every_property_has_a_decision(llama: Llama) -> None:
     assert set(attributes(session_of(llama))) == RESTORED | KEPT.keys() | BEGUN_ANEW.keys()
     assert {field.name for field in fields(Settings)} == SETTINGS | SETTINGS_KEPT.keys()
-    # Saved as a whole, with each of their fields.
+    # Saved as a whole, with all fields.
     assert {field.name for field in fields(Chat)} == {"system", "questions"}
     assert {field.name for field in fields(Question)} == {"messages", "ids"}
     assert {field.name for field in fields(Snapshot)} == {"prediction", "offered", "interventions"}
     assert {field.name for field in fields(Past)} == {"ids", "prompt", "top", "offered", "interventions"}
-    # Nothing of a model is state, but what is on the command line.
+    # The model's only state is its command line options.
     assert vars(llama).keys() == {
         *("args", "tokenizer", "info", "path", "chat", "context", "engine", "load_s", "options"),
         *("_weights", "_differentiable", *(["warnings"] if hasattr(llama, "warnings") else [])),
@@ -224,7 +224,7 @@ def test_every_property_has_a_decision(llama: Llama) -> None:
 
 @pytest.mark.parametrize(("lines", "generate"), [(TEXT_LINES, 3), ([*TEXT_LINES, *CHAT_LINES], 3)])
 def test_nothing_is_as_it_would_be_without_a_file(llama: Llama, lines: list[str], generate: int) -> None:
-    """So that the test below would see each property that a file does not bring back."""
+    """Ensures that the test below detects each property that /load does not restore."""
     session, fresh = session_of(llama, *lines, generate=generate), session_of(llama, "the")
     for field in fields(Settings):
         if field.name != "plain":
@@ -247,7 +247,7 @@ def test_the_state_after_load_is_the_one_before_save(
     first = session_of(llama, *lines, generate=3, top=4)
     before = state(first)
     second = session_of(llama)
-    if dirty:  # nothing of it stays
+    if dirty:  # all of it is replaced
         second = session_of(
             llama, "/system Rhyme.", "x", "/ablate L2", "/seed 9", "/chat off", "in", "/step", "/tokens"
         )
@@ -261,7 +261,7 @@ def test_the_state_after_load_is_the_one_before_save(
 
 
 def test_what_the_next_lines_do_is_the_same_too(llama: Llama, tmp_path: Path) -> None:
-    """Back through all texts, with their networks; and on, with the seed."""
+    """Undoes through all texts and interventions, then continues with the seed."""
     rest = ["", "/undo", "/undo", "/undo", "/ablate", "/undo", "/undo", "/generate 3", "", "/tree 2x2 ..", "/undo"]
     first = session_of(llama, *TEXT_LINES, generate=3)
     second = session_of(llama)
@@ -275,7 +275,7 @@ def test_what_the_next_lines_do_is_the_same_too(llama: Llama, tmp_path: Path) ->
 
 
 def summary(answer: dict[str, Any]) -> Any:
-    """Everything but the last digits of probabilities."""
+    """Round the numbers in an answer."""
     rounded: Any = json.loads(json.dumps(answer), parse_float=lambda digits: round(float(digits), 3))
     return rounded
 
@@ -294,7 +294,7 @@ def test_a_conversation_goes_on(llama: Llama, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lines", [TEXT_LINES, CHAT_LINES])
 def test_a_loaded_session_is_saved_and_run_again(llama: Llama, tmp_path: Path, lines: list[str]) -> None:
-    """Two replays report the same, byte by byte: no difference."""
+    """Two replays give the same report, without differences."""
     first, second = session_of(llama, *lines, generate=3), session_of(llama, "in", "/ablate L2")
     save_and_load(first, second, tmp_path / "a.jsonl")
     respond(second, f"/load {tmp_path / 'a.jsonl'}")
@@ -339,7 +339,7 @@ def test_live_follows_a_command_and_else_this_terminal(llama: Llama, tmp_path: P
 def test_a_replay_runs_the_model_with_the_options_that_it_had(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From any working directory."""
+    """The replay runs from another working directory."""
     (tmp_path / "own.model").write_bytes(tokenizer_file())
     (tmp_path / "own.txt").write_text("the nation in the rain " * 50)
     monkeypatch.chdir(tmp_path)
@@ -373,7 +373,7 @@ def test_a_replay_runs_the_model_with_the_options_that_it_had(
 
 
 def test_a_context_that_nobody_asked_for_is_not_asked_for_by_a_replay(directory: Path, tmp_path: Path) -> None:
-    """Its cache would have to fit, which is a reason to reject the model."""
+    """A context given as an option must fit into memory, so the model could be rejected."""
     path = tmp_path / "a.jsonl"
     respond(session_of(load(directory, context=None), "the"), f"/save {path}")
     options = session_file.load(path).header.options
@@ -386,7 +386,7 @@ def test_a_replay_rounds_activations_as_the_session_did(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever the environment says; a file of an older version says nothing of them."""
+    """The file overrides the environment. Older files do not contain the option."""
     path = tmp_path / "a.jsonl"
     respond(session_of(load(directory, precision="bf16", activations="bf16"), "the nation"), f"/save {path}")
     monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "fp32")
@@ -413,7 +413,7 @@ def test_options_that_were_not_given_are_not_taken_from_the_environment(
     monkeypatch.setenv("LLAMA_SCRATCH_ACTIVATIONS", "bf16")
     result = llama_scratch("replay", str(path))
     assert (result.code, "no difference" in result.out) == (0, True), result.out + result.err
-    # A model that is named has its own tokenizer.
+    # A named model uses its own tokenizer.
     edited(path, change_of("asked", "tokenizer", to="/nowhere"))
     assert llama_scratch("replay", str(path), "--model-dir", str(directory)).code == 0
 
@@ -424,7 +424,7 @@ def test_another_model_has_its_own_tokenizer_and_rope(
     other: Llama,
     tmp_path: Path,
 ) -> None:
-    """--tokenizer and --rope-factor are about the model that they were given for, in another precision too."""
+    """--tokenizer and --rope-factor apply only to their own model, in every precision."""
     copy = tmp_path / "Copy"
     shutil.copytree(directory, copy)
     (copy / "tokenizer.model").rename(tmp_path / "own.model")
@@ -488,12 +488,12 @@ def test_another_models_session_gives_its_text_and_says_what_is_off(llama: Llama
     assert output["same_model"] is False
     assert "another model, Tiny-Instruct" in text
     assert "Chat is off" in text
-    assert "Changes to the network are off" in text
+    assert "The interventions are off" in text
     assert (session.state.chat, session.state.labels, session.state.past) == (None, [], ())
 
 
 def test_the_model_at_the_end_counts(llama: Llama, other: Llama, tmp_path: Path) -> None:
-    """After /model it is another one than at the beginning, and a replay follows /load to it."""
+    """/model changes the model, and a replay of /load switches to it."""
     path, again = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
 
     def open(source: str, _precision: str, _progress: Progress) -> Llama:
@@ -514,7 +514,7 @@ def test_the_model_at_the_end_counts(llama: Llama, other: Llama, tmp_path: Path)
 
 
 def test_a_chat_in_a_directory_that_does_not_say_so_is_off(llama: Llama, directory: Path, tmp_path: Path) -> None:
-    """Meta's files do not say that a model was trained for chat; the directory's name does."""
+    """Meta's files do not identify a chat model; only the directory name does."""
     (tmp_path / "Base").symlink_to(directory)
     path = tmp_path / "a.jsonl"
     respond(session_of(llama, *CHAT_LINES, generate=3), f"/save {path}")
@@ -607,7 +607,7 @@ def test_a_file_that_was_cut_is_named(llama: Llama, tmp_path: Path, cut: str) ->
     lines = path.read_bytes().splitlines(keepends=True)
     kept = {"in a line": b"".join(lines)[:-9], "between two lines": b"".join(lines[:3]), "after the header": lines[0]}
     path.write_bytes(kept[cut])
-    with pytest.raises(LlamaScratchError, match="breaks off"):
+    with pytest.raises(LlamaScratchError, match="is truncated"):
         session_file.load(path)
 
 
@@ -616,7 +616,7 @@ def test_a_file_that_was_cut_is_named(llama: Llama, tmp_path: Path, cut: str) ->
 
 @pytest.fixture
 def released(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that version 0.1.0 saved of this model."""
+    """A folder with session files of this model written by version 0.1.0."""
     digest = hashlib.sha256((directory / "consolidated.00.pth").read_bytes()).hexdigest()
     for file in (Path(__file__).parent / "sessions").iterdir():
         text = file.read_text(encoding="utf-8").replace('"PATH"', json.dumps(str(directory)))
@@ -627,7 +627,7 @@ def released(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["first", "second", "chat"])
 def test_an_old_file_is_run_again(llama: Llama, released: Path, name: str) -> None:
-    """Also one in which a session was loaded, which took interventions off."""
+    """Includes a session with /load, which removed interventions in version 0.1.0."""
     found = replayed(released / f"{name}.jsonl", llama)
     assert found.differences == []
     assert found.compared >= found.turns - 1
@@ -652,7 +652,7 @@ def test_an_old_file_is_loaded_and_saved_in_the_new_format(llama: Llama, release
 
 
 def test_a_new_file_can_be_read_by_version_0_1_0(llama: Llama, tmp_path: Path) -> None:
-    """All that it knows is where it was; what is new it passes over."""
+    """Existing fields keep their place and type. The old version ignores new fields."""
     path = tmp_path / "a.jsonl"
     respond(session_of(llama, "the"), f"/save {path}")
     new = json.loads(path.read_text().splitlines()[0])

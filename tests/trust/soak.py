@@ -660,7 +660,7 @@ class Soak:
         except LlamaScratchError as error:
             refused = str(error)
             if not refused.isprintable():
-                raise FoundError(f"no sentence: {refused!r}") from error
+                raise FoundError(f"not printable: {refused!r}") from error
         except KeyboardInterrupt:
             cancelled = True
         if hook.fired:

@@ -295,4 +295,4 @@ def test_a_pipe_for_a_history_is_not_waited_for(tmp_path: Path) -> None:
     console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     session = SimpleNamespace(screen=SimpleNamespace(console=console))
     assert not isinstance(room.open_history(session), FileHistory)  # type: ignore[arg-type]
-    assert "cannot be kept" in console.export_text()
+    assert "cannot be saved" in console.export_text()

@@ -1,8 +1,8 @@
-"""What can a line that begins with a slash do? Each module has the commands of one subject, a function each.
+"""The slash commands: one module per subject, one function per command.
 
-A command that shows something of the microscope is in a module of the same name as the microscope's and as its page.
-Read `registry` first, which says how to add a command, then any command's module; `arguments` reads what follows a
-command. Each module names its heading of /help once; the order of the imports below is the order of /help.
+A command for a view of the microscope is in a module named like the microscope's module and its page. Read `registry`
+first, which explains how to add a command, and then any command's module. `arguments` parses the text after a
+command. Each module sets its heading in /help, and the order of the imports below is the order in /help.
 """
 
 # isort: off

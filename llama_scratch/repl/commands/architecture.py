@@ -1,4 +1,4 @@
-"""The parts of the network: shapes, parameters, costs."""
+"""/arch: the components of the network with their shapes, parameters and costs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from llama_scratch.repl.commands.arguments import whole_number
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("The network")
+command = commands_under("Network")
 
-# The length that /arch takes where there is no text.
+# Length in tokens that /arch assumes if there is no text.
 _LENGTH = 1024
 
 
 @command("arch", "[LENGTH]")
 def _arch(session: Session, argument: str) -> Reply:
-    """The network's parts: shapes, parameters, FLOPs and bytes.
+    """Components of the network: shapes, parameters, FLOPs and bytes.
 
-    What attention costs depends on how much there is to look at: the text so far, or a text of LENGTH tokens.
+    The cost of attention depends on the length of the text: the text so far, or LENGTH tokens.
     """
     from llama_scratch.microscope.architecture import architecture
 

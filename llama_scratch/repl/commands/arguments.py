@@ -1,4 +1,4 @@
-"""What is written after a command: numbers, switches, texts, tokens, layers, files."""
+"""Parsers for command arguments: numbers, switches, texts, tokens, layers, files."""
 
 from __future__ import annotations
 
@@ -16,39 +16,73 @@ from llama_scratch.results import Token
 
 
 def first_word(text: str) -> tuple[str, str]:
-    """A text → its first word and the rest. Any white space separates them, a tab or a line break too."""
+    """Split a text at the first white space into its first word and the rest."""
     word, rest = [*text.split(maxsplit=1), "", ""][:2]
     return word, rest.strip()
 
 
 def whole_number(argument: str, what: str, least: int = 1) -> int:
-    """An argument as a whole number. Raises `UsageError` where it is none, or less than `least`."""
+    """Parse a whole number.
+
+    Args:
+        argument: The argument.
+        what: Name of the value, for the error.
+        least: Minimum.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: If it is not a whole number or is below the minimum.
+    """
     try:
         value = int(argument)
     except ValueError:
         value = least - 1
     if value < least:
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a whole number of at least {least}.")
+        raise UsageError(f"Invalid value '{sanitize(argument)}' for {what}. Use a whole number, at least {least}.")
     return value
 
 
 def number(argument: str, what: str) -> float:
-    """An argument as a number. Raises `UsageError` where it is none."""
+    """Parse a number.
+
+    Args:
+        argument: The argument.
+        what: Name of the value, for the error.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: If it is not a number.
+    """
     try:
         return float(argument)
     except ValueError:
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected a number.") from None
+        raise UsageError(f"Invalid value '{sanitize(argument)}' for {what}. Use a number.") from None
 
 
 def on_or_off(argument: str, what: str) -> bool:
-    """An argument as a switch. Raises `UsageError` where it is neither on nor off."""
+    """Parse on or off.
+
+    Args:
+        argument: The argument.
+        what: Name of the switch, for the error.
+
+    Returns:
+        Whether it is on.
+
+    Raises:
+        UsageError: If it is neither on nor off.
+    """
     if argument not in ("on", "off"):
-        raise UsageError(f"'{sanitize(argument)}' was given for {what}, expected on or off.")
+        raise UsageError(f"Invalid value '{sanitize(argument)}' for {what}. Use on or off.")
     return argument == "on"
 
 
 def unquoted(argument: str) -> str:
-    """The text that is meant: between double quotes as in JSON, else as it stands."""
+    """Decode a text in double quotes as JSON; return any other text unchanged."""
     if len(argument) > 1 and argument[0] == argument[-1] == '"':
         try:
             text = json.loads(argument)
@@ -59,12 +93,12 @@ def unquoted(argument: str) -> str:
     return argument
 
 
-# A JSON string, or anything else up to a bar.
+# A JSON string, or any other text up to a vertical bar.
 _PART = re.compile(r'(\s*"(?:[^"\\]|\\.)*"\s*|[^|]*)(\||\Z)')
 
 
 def split_at_bars(argument: str) -> Iterator[str]:
-    """What stands between bars, stripped; a bar between double quotes belongs to the text."""
+    """Split at vertical bars, except in double quotes, and strip each part."""
     for part in _PART.finditer(argument):
         yield part[1].strip()
         if not part[2]:
@@ -72,39 +106,61 @@ def split_at_bars(argument: str) -> Iterator[str]:
 
 
 def two_texts(argument: str, command: str) -> list[str]:
-    """Two texts with a bar between them. Raises `UsageError` where there are more, or fewer."""
+    """Parse two texts separated by a vertical bar.
+
+    Args:
+        argument: The argument.
+        command: Name of the command, for the error.
+
+    Returns:
+        The two texts.
+
+    Raises:
+        UsageError: If there are fewer or more than two texts, or one is empty.
+    """
     texts = [unquoted(part) for part in split_at_bars(argument)]
     if len(texts) != 2 or not all(texts):
         raise UsageError(
-            f"'{sanitize(argument)}' was given for {command}, expected two texts with a | between them; "
-            "one that has a | in it stands in double quotes."
+            f"Invalid argument '{sanitize(argument)}' for {command}. Give two texts separated by |. "
+            "Put a text that contains | in double quotes."
         )
     return texts
 
 
 def candidates(session: Session, _begun: str) -> Iterable[str]:
-    """The last answer's candidates, as /force takes them."""
+    """Complete the last answer's candidates, in the form that /force accepts."""
     return [visible(c.text).plain for c in session.now.prediction.top] if session.now else []
 
 
 def one_token(session: Session, argument: str) -> Token:
-    """The token that an argument names: as the answer shows it, by its id as #7042, or by its text."""
+    """Parse a token: as the answer shows it, as an id such as #7042, or as text.
+
+    Args:
+        session: The session.
+        argument: The argument.
+
+    Returns:
+        The token.
+
+    Raises:
+        UsageError: If it is not exactly one token.
+    """
     llama = session.llama
     if argument.startswith("#") and argument[1:].isdecimal():
         return llama.token(whole_number(argument[1:], "a token's id", least=0))
-    if session.now:  # as it stands in the answer, escapes and all
+    if session.now:  # as the answer shows it, including escapes
         for candidate in session.now.prediction.top:
             if visible(candidate.text).plain == argument:
                 return candidate
     text = unquoted(argument).replace(SPACE, " ")
     ids = llama.encode(text, bos=False, special=True)
     if not ids:
-        raise UsageError(f"'{sanitize(argument)}' is an empty text, expected one token, by its text or as #7042.")
+        raise UsageError(f"'{sanitize(argument)}' is an empty text. Give a token as text, or as an id such as #7042.")
     if len(ids) != 1:
         parts = " ".join(visible(llama.token(id).text).plain for id in ids[:8])
         raise UsageError(
-            f"'{sanitize(argument)}' is {len(ids)} tokens ({sanitize(parts)}), expected one; "
-            "write a space in front as ␣, or give the token's id as #7042."
+            f"'{sanitize(argument)}' is {len(ids)} tokens ({sanitize(parts)}). Give one token. "
+            "Write a leading space as ␣, or use a token id such as #7042."
         )
     return llama.token(ids[0])
 
@@ -113,27 +169,44 @@ _LAYER = re.compile(r"[lL]?([0-9]{1,4})")
 
 
 def layers(session: Session, _begun: str) -> Iterable[str]:
+    """Complete layer numbers, if the model is loaded."""
     return map(str, range(session.llama.args.n_layers)) if session.state.loading.ended else ()
 
 
 def layer_number(argument: str, name: str) -> int:
-    """The number of a layer, which the microscope checks."""
+    """Parse a layer such as 5 or L5. The microscope checks its range.
+
+    Args:
+        argument: The argument.
+        name: Name of the command, for the error.
+
+    Returns:
+        The layer's number.
+
+    Raises:
+        UsageError: If it does not look like a layer.
+    """
     if (matched := _LAYER.fullmatch(argument)) is None:
-        raise UsageError(f"'{sanitize(argument)}' was given for /{name}, expected a layer such as 5.")
+        raise UsageError(f"Invalid value '{sanitize(argument)}' for /{name}. Give a layer such as 5.")
     return int(matched[1])
 
 
 def window_start(position: int | None, length: int, window: int) -> int:
-    """Where the positions that are looked at begin.
+    """Return the first position of the window to compute.
 
-    A position among the last ones is a place to scroll to; one further in front has a window of its own.
+    A position within the last window only scrolls to it. An earlier position starts a window of its own.
+
+    Args:
+        position: The requested position, if any.
+        length: Number of tokens in the text.
+        window: Number of positions in a window.
     """
     last = max(0, length - window)
     return last if position is None or last <= position < length else position
 
 
 def paths(_session: Session, begun: str) -> Iterator[str]:
-    """What lies where a path begins, folders with a slash behind them."""
+    """Complete a path. Folders end with a slash."""
     folder, name = os.path.split(begun)
     try:
         entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
@@ -146,11 +219,12 @@ def paths(_session: Session, begun: str) -> Iterator[str]:
 
 
 def file_path(argument: str) -> Path:
-    """The file that an argument names: as it is written, or in double quotes as JSON.
+    """Parse a file name, as plain text or in double quotes as JSON.
 
-    Raises `UsageError` if it names a folder, or a home that there is not.
+    Raises:
+        UsageError: If it is a folder, or in the home folder of an unknown user.
     """
     name = unquoted(argument)
     if name.endswith("/"):
-        raise UsageError(f"'{sanitize(name)}' names a folder, expected a file; put its name behind the slash.")
+        raise UsageError(f"'{sanitize(name)}' is a folder. Add a file name after the slash.")
     return user_path(name)

@@ -1,4 +1,4 @@
-"""What each attention head looks at."""
+"""/attention: attention patterns and head types."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from llama_scratch.repl.commands.arguments import first_word, whole_number, wind
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 
 @command("attention", "[LAYER[.HEAD]] [POSITION]")
 def _attention(session: Session, argument: str) -> Reply:
-    """What attention heads look at, and what kind each looks like.
+    """Attention patterns of the heads, and the type of each head.
 
-    Without an argument all heads, with a layer (L5) that layer's, with a head (L5.H3) its map of the text; of a long
-    text the last tokens, or those from POSITION on, counted from 0.
+    Without an argument, all heads; with a layer (L5), the heads of that layer; with a head (L5.H3), its attention map.
+    For a long text, the map shows the last tokens, or those from POSITION (counted from 0).
 
-    Kinds: previous token, first token, duplicate token, and induction: a head that looks at what came after the same
-    token before. The scores that say so are measured on random tokens that come twice.
+    Types: previous-token, first-token, duplicate-token and induction heads. An induction head attends to the token
+    after an earlier occurrence of the current token. The scores are measured on a repeated sequence of random tokens.
     """
     from llama_scratch.microscope.attention import MAP_POSITIONS, head, heads
     from llama_scratch.microscope.parts import NetworkPart
@@ -31,14 +31,14 @@ def _attention(session: Session, argument: str) -> Reply:
         with session.screen.progress() as progress:
             gallery = heads(llama, ids, progress=progress)
         reply = paged(session, gallery.as_json(), attention_pages.heads(gallery))
-        session.update(page=attention_pages.heads(gallery, whole=True))  # a picture has room for all of them
+        session.update(page=attention_pages.heads(gallery, whole=True))  # a picture has room for all heads
         return reply
     name, where = first_word(argument)
     part = NetworkPart.named(name, llama.args)
     if part.kind not in ("layer", "head") or (where and part.kind == "layer"):
         raise UsageError(
-            f"'{sanitize(argument)}' was given for /attention, expected a layer such as L5, or a head such as L5.H3 "
-            "and, if need be, a position."
+            f"Invalid argument '{sanitize(argument)}' for /attention. Give a layer such as L5, or a head such as L5.H3 "
+            "with an optional position."
         )
     position = whole_number(where, "the position", least=0) if where else None
     with session.screen.progress() as progress:

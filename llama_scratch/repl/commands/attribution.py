@@ -1,4 +1,4 @@
-"""Why a token is predicted: attribution to components and to words."""
+"""/why: attribution of a prediction to components and input tokens."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from llama_scratch.repl.commands.arguments import candidates, one_token
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 
 @command("why", "[TOKEN [vs TOKEN]]", complete=candidates)
 def _why(session: Session, argument: str) -> Reply:
-    """Why that token: which heads, layers and words speak for it.
+    """Attribute a token's logit to heads, layers and input tokens.
 
-    Without TOKEN it is the answer; with a second one it is what sets the two apart: /why Paris vs Rome. A word gets
-    its space in front, unless it stands in double quotes, which are read as JSON; #7042 is a token by its id.
+    Without TOKEN, explains the predicted token. With a second token, explains their logit difference: /why Paris vs
+    Rome. A word gets a leading space unless it is in double quotes, which are read as JSON. #7042 is a token id.
 
-    What each part of the network adds to the logit (direct logit attribution) is computed on the file's weights in
-    float32; what is left out or switched off is tried in the session's network.
+    Direct logit attribution uses the file's weights in float32. Ablation and leave-one-out run the session's network.
     """
     from llama_scratch.microscope.attribution import why
 
@@ -34,9 +33,9 @@ def _why(session: Session, argument: str) -> Reply:
     if seconds and not second:
         if first:
             raise UsageError(
-                f"'{sanitize(argument)}' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."
+                f"'{sanitize(argument)}' has only one token. Add a second one after 'vs', as in /why Paris vs Rome."
             )
-        first = argument  # the token itself
+        first = argument  # the token "vs" itself
     answer, versus = (_token(session, part) if part else None for part in (first, second))
     with session.screen.progress() as progress:
         reasons = why(llama, ids, answer, versus, progress)
@@ -44,7 +43,7 @@ def _why(session: Session, argument: str) -> Reply:
 
 
 def _token(session: Session, name: str) -> int:
-    """The token that is meant: with a space in front where that is one token."""
+    """Parse a token, with a leading space if that makes it one token."""
     if name[0] not in f'#"{SPACE}' and not (session.now and name in candidates(session, "")):
         ids = session.llama.encode(f" {name}", bos=False)
         if len(ids) == 1:

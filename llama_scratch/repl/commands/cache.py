@@ -1,4 +1,4 @@
-"""What the key-value cache holds."""
+"""/kv: the contents of the KV cache."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from llama_scratch.repl.commands.arguments import layer_number, layers
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("The network")
+command = commands_under("Network")
 
 
 @command("kv", "[LAYER]", complete=layers)
 def _kv(session: Session, argument: str) -> Reply:
-    """What the key-value cache holds: tokens, bytes, lengths.
+    """KV cache: tokens, bytes, and norms of the keys and values.
 
-    With a layer: how long its keys and values are, head by head and token by token.
+    With a layer: the norms of its keys and values, per head and token.
     """
     from llama_scratch.microscope.cache import cache, cached_layer
     from llama_scratch.render.pages import cache as pages

@@ -1,4 +1,4 @@
-"""A conversation with a model that was trained for it."""
+"""/chat and /system: conversations with a chat model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ command = commands_under("Chat")
 
 @command("chat", "[on | off]", complete=lambda _session, _begun: ["on", "off"])
 def _chat(session: Session, argument: str) -> Reply:
-    """Talk with the model: each line is a message.
+    """Chat with the model: each line is a message.
 
-    The messages are put into the format that it was trained for.
+    Messages are encoded in the model's chat format.
 
-    The text so far is the whole conversation, with all tokens of its format, for every other command: /undo takes
-    back an answer and then its question, /generate lets an answer go on that was cut, /clear begins anew.
+    For all other commands, the text is the whole conversation with the tokens of the chat format: /undo removes an
+    answer and then its question, /generate continues a truncated answer, and /clear starts a new conversation.
     """
     if argument and not on_or_off(argument, "/chat"):
         session.update(chat=None)
@@ -29,9 +29,9 @@ def _chat(session: Session, argument: str) -> Reply:
 
 @command("system", "[TEXT | off]", complete=lambda _session, _begun: ["off"])
 def _system(session: Session, argument: str) -> Reply:
-    """Begin a new conversation with this system prompt.
+    """Start a new conversation with this system prompt.
 
-    off: with that of the model's format, if it has one.
+    off: use the default system prompt of the model's chat format, if it has one.
     """
     if argument:
         session.forget(chat=checked(session.llama, "" if argument == "off" else argument))
@@ -43,5 +43,7 @@ def _status(session: Session) -> Reply:
         sentence = "Chat is off: each line is a prompt."
         return note(sentence, chat=False)
     system = session.state.chat.system
-    sentence = "Chat: each line is a message to the model" + (f", with the system prompt: {system}" if system else ".")
+    sentence = "Chat is on: each line is a message to the model" + (
+        f", with the system prompt: {system}" if system else "."
+    )
     return note(text.readable(sentence), chat=True, system=system)

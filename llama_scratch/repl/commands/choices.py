@@ -1,4 +1,4 @@
-"""How probable given continuations are."""
+"""/choices: the probabilities of given continuations."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from llama_scratch.repl.commands.arguments import split_at_bars, unquoted
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 
 @command("choices", "A | B | …")
 def _choices(session: Session, argument: str) -> Reply:
-    """How probable each continuation is: /choices hot | cold | mild.
+    """Rank continuations by probability: /choices hot | cold | mild.
 
-    Each gets a space in front, unless it stands in double quotes, which are read as JSON: "\\n" | ", too".
+    Each text gets a leading space unless it is in double quotes, which are read as JSON: "\\n" | ", too".
     """
     from llama_scratch.microscope.choices import choices
 
     parts = list(split_at_bars(argument))
-    # Quotes are gone where they were read.
+    # A text that was not in quotes gets a leading space.
     texts = [text if (text := unquoted(part)) != part else f" {part}" for part in parts]
     if len(texts) < 2 or "" in parts or "" in texts:
         raise UsageError(
-            f"'{sanitize(argument)}' was given for /choices, expected two or more texts with a | between them."
+            f"Invalid argument '{sanitize(argument)}' for /choices. Give two or more texts separated by |."
         )
     llama, ids = session.llama, session.ids
     with session.screen.progress() as progress:

@@ -1,4 +1,4 @@
-"""What another model or precision predicts."""
+"""/compare: the prediction of another model or precision."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from llama_scratch.render.pages import compare as pages
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 
 def _models(_session: Session, _begun: str) -> Iterable[str]:
@@ -22,9 +22,9 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 
 @command("compare", "MODEL", complete=_models)
 def _compare(session: Session, argument: str) -> Reply:
-    """What another model, or precision, says after the text.
+    """Compare the prediction with another model or precision.
 
-    Another model, by its path or the name under which it was pulled, runs in this one's precision.
+    Another model, given by its path or the name it was pulled under, runs in the current precision.
     """
     from llama_scratch.microscope.compare import compare
 
@@ -34,7 +34,7 @@ def _compare(session: Session, argument: str) -> Reply:
         source, precision = (str(llama.path), argument) if same else (argument, llama.info.precision)
         other = session.open(source, precision, progress)
         try:
-            for each in (llama, other):  # so that the precision that is named is the one that answers
+            for each in (llama, other):  # wait until the requested precision is ready
                 each.prepare(progress)
             comparison = compare(llama, other, ids, session.settings.top, progress)
         finally:

@@ -1,4 +1,4 @@
-"""Where the predictions after two texts differ."""
+"""/diff: the difference between the predictions after two texts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from llama_scratch.repl.commands.arguments import two_texts
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 
 @command("diff", "A | B")
 def _diff(session: Session, argument: str) -> Reply:
-    """Where the predictions after two texts part, and how far.
+    """Compare the predictions after two texts.
 
-    The divergence (Jensen–Shannon) is 0 bits for equal predictions and 1 bit for those with nothing in common.
-    A text in double quotes is read as JSON.
+    The Jensen–Shannon divergence is 0 bits for equal distributions and 1 bit for disjoint ones. A text in double
+    quotes is read as JSON.
     """
     from llama_scratch.microscope.diff import diff
 

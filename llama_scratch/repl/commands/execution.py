@@ -1,4 +1,4 @@
-"""A walk through the forward pass, line by line."""
+"""/step: a debugger-style walk through the forward pass."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from llama_scratch.repl.keyboard import Keyboard
 
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
 _KEYS = (
     "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
-    "A number behind a word repeats it: next 3."
+    "A number after a word repeats it: next 3."
 )
 
 
 @dataclass
 class _Walking:
-    """A walk, and the stop that it is at."""
+    """A walk and the index of its current stop."""
 
     walk: ExecutionTrace
     at: int = 0
@@ -49,13 +49,13 @@ def _steps(session: Session, begun: str) -> Iterable[str]:
 
 @command("step", "[next | into | out | back | to LAYER | print NAME | end]", complete=_steps, replayed=False)
 def _step(session: Session, argument: str) -> Reply:
-    """Walk through the forward pass of the text, line by line.
+    """Step through the forward pass of the text, line by line.
 
-    At each stop: the lines of model.py that just ran, and the shapes, statistics and first numbers of what they made.
-    next goes on in the same function, into goes into those that it calls, out leaves it, back goes back, to 5 goes to
-    layer 5; next 3 takes three steps. print q[0, -1, :, :8] shows numbers of a value that is alive there.
+    Each stop shows the lines of model.py that just ran, and the shapes, statistics and first elements of their results.
+    next stays in the function, into enters a called function, out leaves the function, back goes back, to 5 goes to
+    layer 5; next 3 takes three steps. print q[0, -1, :, :8] shows elements of a variable in scope.
 
-    On a terminal /step alone takes single keys: Enter or n, i, o, b, t 5, p q, and ? lists them.
+    On a terminal, /step alone reads single keys: Enter or n, i, o, b, t 5, p q; ? lists them.
     """
     if not argument and session.screen.keyboard:
         return _with_keys(session, session.screen.keyboard)
@@ -63,16 +63,16 @@ def _step(session: Session, argument: str) -> Reply:
 
 
 def _take(session: Session, argument: str) -> Reply:
-    """Do one action and show where that leads."""
+    """Perform one action and show the stop it leads to."""
     from llama_scratch.microscope import execution
 
     word, rest = first_word(argument)
     word = _ACTIONS.get(word, word)
     if word not in ("", *_ACTIONS.values()):
-        raise UsageError(f"'{sanitize(argument)}' was given for /step, expected {', '.join(_ACTIONS.values())}.")
+        raise UsageError(f"Invalid action '{sanitize(argument)}' for /step. Use one of {', '.join(_ACTIONS.values())}.")
     if word == "end":
         session.update(walk=None)
-        return note("The walk is over.", ended=True)
+        return note("The walk has ended.", ended=True)
     walking, begins = _walking(session)
     walk, at = walking.walk, walking.at
     if word == "print":
@@ -96,7 +96,7 @@ def _current(session: Session) -> _Walking | None:
 
 
 def _walking(session: Session) -> tuple[_Walking, str]:
-    """The walk that goes on, or a new one, and what there is to say of that."""
+    """Return the current walk, or a new one, and a message if the old one no longer fits."""
     from llama_scratch.microscope import execution
 
     llama, ids, current = session.llama, session.ids, _current(session)
@@ -105,12 +105,12 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     with session.screen.progress() as progress:
         walking = _Walking(execution.walk(llama, ids, progress))
     session.update(walk=walking)
-    return walking, "The text or the network is another one now, so the walk begins anew." if current else ""
+    return walking, "The text or the network has changed, so the walk starts again." if current else ""
 
 
 def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
-    """Walk with single keys until q, Ctrl-C or Ctrl-D; the walk stays where it is then."""
-    # Imported here, because a pipe has no use for it.
+    """Read single keys until q, Ctrl-C or Ctrl-D. The walk keeps its position."""
+    # Imported here because a pipe does not need it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition

@@ -1,4 +1,4 @@
-"""The screen as a page, a picture or a text."""
+"""/export: the screen as a web page, picture or text."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from llama_scratch.repl.session import Session
 from llama_scratch.repl.user_files import write_whole
 from llama_scratch.tokenizer import replace_surrogates
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("export", "FILE.html | .svg | .md | .json", complete=paths, replayed=False)
 def _export(session: Session, argument: str) -> Reply:
-    """Write what stands on the screen to a page, a picture or a text.
+    """Export the screen as a web page, picture or text.
 
-    FILE.html, .svg or .md; FILE.json has the lines and their answers.
+    FILE.html, .svg or .md contains the screen; FILE.json contains the lines and their answers.
     """
     path = file_path(argument)
     write = _EXPORTS.get(path.suffix.lower())
     if write is None:
-        raise UsageError(f"'{sanitize(argument)}' was given for /export, expected a name in {', '.join(_EXPORTS)}.")
+        raise UsageError(
+            f"Invalid file name '{sanitize(argument)}' for /export. End it in one of {', '.join(_EXPORTS)}."
+        )
     if not session.state.turns or not (session.screen.views or path.suffix.lower() == ".json"):
-        raise UsageError("There is nothing to export yet; give a prompt or a command first.")
+        raise UsageError("There is nothing to export yet. Enter a prompt or a command first.")
     if os.path.lexists(path):
-        raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
+        raise LlamaScratchError(f"{sanitize(path, 200)} already exists. Choose another name.")
     write_whole(path, replace_surrogates(write(session)).encode())
     return note(f"Exported to {sanitize(path, 200)}.", path=str(path))
 
 
 def _drawn(session: Session) -> Console:
-    """The session's screen, drawn once more to be exported."""
+    """Print the session's views again to a recording console."""
     width = session.screen.console.width
     console = Console(record=True, file=io.StringIO(), width=width, emoji=False)
     for view in session.screen.views:
@@ -49,7 +51,7 @@ def _drawn(session: Session) -> Console:
 
 def _markdown(session: Session) -> str:
     text = "\n".join(line.rstrip() for line in _drawn(session).export_text().splitlines())
-    # More backticks than stand in the text, so that nothing in it ends the block.
+    # A longer fence than any run of backticks in the text, so the text cannot end the block.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n"
 

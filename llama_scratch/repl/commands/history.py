@@ -1,4 +1,4 @@
-"""The lines that were typed before."""
+"""/history: the lines typed before."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llama_scratch.repl.commands.arguments import whole_number
 from llama_scratch.repl.commands.registry import Reply, commands_under
 from llama_scratch.repl.session import Session
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("history", "[N]", replayed=False)
 def _history(session: Session, argument: str) -> Reply:
-    """The N lines that were typed last (20), the newest last.
+    """Show the last N lines typed (default 20), newest last.
 
-    On a terminal those of earlier sessions too.
+    On a terminal, includes the lines of earlier sessions.
     """
     count = whole_number(argument, "/history") if argument else 20
     typed = _earlier_lines() if session.screen.keyboard else []
@@ -30,7 +30,7 @@ def _history(session: Session, argument: str) -> Reply:
 
 
 def _earlier_lines() -> list[str]:
-    """The lines of the history file, the oldest first; none where there is no such file to read."""
+    """Return the lines of the history file, oldest first; empty if it cannot be read."""
     from llama_scratch.repl.history import FileHistory, history_path
 
     try:

@@ -1,4 +1,4 @@
-"""Changes to the network that stay on: ablation, patching, steering."""
+"""/ablate, /patch, /steer, /restore: persistent interventions on the network."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llama_scratch.repl.transitions import intervene, rollback_on_interrupt
 if TYPE_CHECKING:
     from llama_scratch.microscope.interventions import Intervention
 
-command = commands_under("Changing it")
+command = commands_under("Interventions")
 
 _AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)
 
 
 def _put(session: Session, more: Sequence[Intervention]) -> Reply:
-    """Let further interventions be on, and say what they change about the answer.
+    """Add interventions and show their effect on the answer.
 
-    One that has the label of an earlier one takes its place, so that /restore knows which is meant.
+    An intervention replaces an earlier one with the same label, so labels are unique for /restore.
     """
     new = {intervention.label: intervention for intervention in more}
     with rollback_on_interrupt(session):
@@ -40,26 +40,24 @@ def _put(session: Session, more: Sequence[Intervention]) -> Reply:
 
 
 def _listed(session: Session) -> Reply:
-    """What is on."""
+    """List the active interventions."""
     on = session.state.interventions
-    sentence = (
-        "\n".join(f"{i.label}  {i.meaning}" for i in on) or "Nothing is changed: the network is as it was loaded."
-    )
+    sentence = "\n".join(f"{i.label}  {i.meaning}" for i in on) or "No interventions are active."
     return note(sentence, interventions=[intervention.as_json() for intervention in on])
 
 
 def _parts(session: Session, _begun: str) -> Iterable[str]:
-    """A head or layer that a person may mean."""
+    """Complete examples of parts."""
     return ["L0.H0", "L0.attn", "L0.ffn", "L0"]
 
 
 @command("ablate", "[PART … [mean]]", complete=_parts)
 def _ablate(session: Session, argument: str) -> Reply:
-    """Switch off a head (L5.H3), a layer, or a neuron.
+    """Ablate heads (L5.H3), layers or neurons until /restore.
 
-    L5 is a whole layer, L5.attn its attention, L5.ffn its feed-forward, L5.N120 one neuron of that. Its output is
-    0; with 'mean' behind it is the mean over the text so far. It stays off until /restore. Without PART it lists
-    what is changed.
+    L5 is a whole layer, L5.attn its attention, L5.ffn its feed-forward network, and L5.N120 a neuron of that network.
+    Zero ablation replaces the output with 0; 'mean' at the end replaces it with its mean over the text so far.
+    Without PART, lists the active interventions.
     """
     from llama_scratch.microscope.interventions import ablate, mean_ablate
     from llama_scratch.microscope.parts import NetworkPart
@@ -70,7 +68,7 @@ def _ablate(session: Session, argument: str) -> Reply:
     llama, mean = session.intact, last == "mean"
     parts = [NetworkPart.named(name, llama.args) for name in (names if mean else [*names, last])]
     if not parts:
-        raise UsageError("'mean' was given for /ablate, expected a part in front of it, such as L5.H3 mean.")
+        raise UsageError("'mean' needs a part before it, as in /ablate L5.H3 mean.")
     with session.screen.progress() as progress:
         more = [mean_ablate(llama, part, session.ids, progress) if mean else ablate(llama, part) for part in parts]
     return _put(session, more)
@@ -78,19 +76,21 @@ def _ablate(session: Session, argument: str) -> Reply:
 
 @command("patch", "[PART@POSITION] TEXT")
 def _patch(session: Session, argument: str) -> Reply:
-    """How far each activation of TEXT moves the answer; or put one in.
+    """Activation patching: causal tracing with TEXT, or one patch.
 
-    The map is causal tracing: layers down, positions across. Both texts need the same number of tokens, the text in
-    double quotes is read as JSON. L5@3 TEXT puts one of them in, the residual stream before layer 5 at position 3
-    (from 0; -1 is the last, 'all' is every one), and lets it stay until /restore; L5.H3@3, L5.attn@3 and L5.ffn@3
-    are the head's output, attention's, the feed-forward's.
+    Causal tracing patches each activation of TEXT into the current text and maps its effect on the answer: layers down,
+    positions across. Both texts need the same number of tokens. A text in double quotes is read as JSON.
+
+    L5@3 TEXT patches one activation until /restore: the residual stream before layer 5 at position 3 (from 0; -1 is
+    the last, 'all' is every position). L5.H3@3, L5.attn@3 and L5.ffn@3 patch the output of the head, of attention or of
+    the feed-forward network.
     """
     from llama_scratch.microscope.patching import trace
 
     if matched := _AT.fullmatch(argument):
         return _patch_one(session, matched[1], matched[2], unquoted(matched[3] or ""))
     if not (text := unquoted(argument)):
-        raise UsageError("No text was given for /patch, expected another one: /patch The capital of Italy is.")
+        raise UsageError("No text was given for /patch. Give another text, as in /patch The capital of Italy is.")
     llama, ids, other = session.llama, session.ids, session.encode(text)
     with session.screen.progress() as progress:
         traced = trace(llama, ids, other, progress)
@@ -103,18 +103,20 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
 
     if not text:
         where = sanitize(f"{name}@{position}")
-        raise UsageError(f"No text was given for /patch {where}, expected the one that it is taken from.")
+        raise UsageError(f"No text was given for /patch {where}. Give the text to take the activation from.")
     llama, ids, other = session.intact, session.ids, session.encode(text)
     part = NetworkPart.named(name, llama.args)
     if position == "all":
         if len(other) != len(ids):
-            raise UsageError(f"The texts have {len(ids)} and {len(other)} tokens, expected the same number for 'all'.")
+            raise UsageError(
+                f"The texts have {len(ids)} and {len(other)} tokens. Give texts of the same length for 'all'."
+            )
         positions = {i: i for i in range(len(ids))}
     else:
         every = "'all' or " if len(ids) == len(other) else ""
-        here = _position(position, len(ids), "this text", every)
-        # From the end where it is counted from there: the texts may differ in length.
-        there = _position(position, len(other), "the other text", every)
+        here = _position(position, len(ids), "This text", every)
+        # A negative position counts from the end of each text, because their lengths may differ.
+        there = _position(position, len(other), "The other text", every)
         positions = {here: there}
     with session.screen.progress() as progress:
         intervention = patch(llama, part, other, positions, progress)
@@ -122,22 +124,22 @@ def _patch_one(session: Session, name: str, position: str, text: str) -> Reply:
 
 
 def _position(name: str, length: int, what: str, every: str) -> int:
-    """A position counted from the beginning, or with a minus from the end."""
+    """Parse a position, counted from the start, or from the end if it is negative."""
     position = int(name) if re.fullmatch(r"-?\d{1,9}", name) else length
     if not -length <= position < length:
         raise UsageError(
-            f"There is no position '{sanitize(name)}' in {what}, expected {every}one from {-length} to {length - 1}; "
-            "a text that begins like L5@3 stands in double quotes."
+            f"{what} has no position '{sanitize(name)}'. Use {every}a number from {-length} to {length - 1}. "
+            "Put a text that begins like L5@3 in double quotes."
         )
     return position % length
 
 
 @command("steer", "LAYER SCALE A | B")
 def _steer(session: Session, argument: str) -> Reply:
-    """Add a direction: what A has there more than B, SCALE times.
+    """Steer: add SCALE × (activation of A − activation of B).
 
-    It is added behind the layer, to every token. The difference is taken at the last token of each text. /steer 12
-    2 I love it | I hate it; it stays until /restore. A text in double quotes is read as JSON.
+    The steering vector is added to the residual stream after LAYER, at every token, until /restore. The activations are
+    taken at the last token of each text: /steer 12 2 I love it | I hate it. A text in double quotes is read as JSON.
     """
     from llama_scratch.microscope.interventions import steer
 
@@ -152,7 +154,7 @@ def _steer(session: Session, argument: str) -> Reply:
 
 
 def _named(session: Session, new: Intervention) -> Intervention:
-    """A direction under a name that no other one has: directions add up, so that one does not take another's place."""
+    """Give a steering vector a unique label, because steering vectors add up instead of replacing each other."""
     on = {intervention.label: intervention.meaning for intervention in session.state.interventions}
     names = (new.label, *(f"{new.label}#{n}" for n in range(2, len(on) + 2)))
     return replace(new, label=next(name for name in names if on.get(name, new.meaning) == new.meaning))
@@ -164,22 +166,22 @@ def _labels(session: Session, _begun: str) -> Iterable[str]:
 
 @command("restore", "[LABEL]", complete=_labels)
 def _restore(session: Session, argument: str) -> Reply:
-    """Take a change to the network off again; without LABEL all.
+    """Remove an intervention, or all of them without LABEL.
 
-    LABEL is what stands in the prompt, such as -L5.H3.
+    LABEL is the label shown in the prompt, such as -L5.H3.
     """
     if not session.state.interventions:
-        raise UsageError(
-            "Nothing is changed, expected an intervention that is on; /ablate, /patch and /steer make one."
-        )
+        raise UsageError("No interventions are active. Add one with /ablate, /patch or /steer.")
     left = [change for change in session.state.interventions if argument and change.label != argument]
     if len(left) == len(session.state.interventions):
-        raise UsageError(f"'{sanitize(argument)}' is not on, expected one of {', '.join(session.state.labels)}.")
+        raise UsageError(
+            f"'{sanitize(argument)}' is not an active intervention. Use one of {', '.join(session.state.labels)}."
+        )
     with rollback_on_interrupt(session):
         intervene(session, left)
         if session.screen.interactive and session.now:
             answering.show_answer(session, session.now.prediction)
     return note(
-        "The network is as it was loaded." if not left else f"Still on: {', '.join(session.state.labels)}.",
+        "All interventions are removed." if not left else f"Still active: {', '.join(session.state.labels)}.",
         interventions=session.state.labels,
     )

@@ -1,4 +1,4 @@
-"""What each layer would predict: the logit lens, drawn as it is computed."""
+"""/lens: the logit lens, drawn while it is computed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 from llama_scratch.system.progress import Progress
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 _LENS = re.compile(r"(ranks)?(?:\s*\b([0-9]{1,9}))?")
-# Rows of the screen for a growing page's title, its labels and the lines around it. A display taller than the screen
-# could not be erased.
+# Rows reserved for the page's title, labels and surrounding lines. A display taller than the screen cannot be erased.
 _ROWS_AROUND = 13
-# Draws the page of what is computed so far, from a line of progress and the number of rows that there is room for.
+# Draws the page of the results so far, given a progress message and the number of rows available.
 Draw = Callable[[str, int], Page]
 
 
 @contextmanager
 def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None]]]:
-    """What to tell how far something is, and what is there of its page: shown on a terminal, and gone afterwards."""
+    """Provide callbacks for progress and for the partial page, displayed on a terminal until the block ends."""
     console = session.screen.console
     watched = session.screen.interactive and console.file.isatty() and not console.is_dumb_terminal
     if not watched or session.settings.plain or console.height <= _ROWS_AROUND:
         with session.screen.progress() as progress:
             yield progress, lambda draw: None
         return
-    # Imported here, so that a prompt or an answer which needs it not does not wait for it.
+    # Imported here because other commands and prompts do not need it.
     from rich.live import Live
 
     said, page = "", None
@@ -63,19 +62,19 @@ def _watched(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None
 
 @command("lens", "[ranks] [POSITION]", complete=lambda _session, _begun: ["ranks"])
 def _lens(session: Session, argument: str) -> Reply:
-    """What each layer would say if the network ended there.
+    """Logit lens: the prediction after each layer.
 
-    For every layer and position the best guess, shaded by its probability; a narrow screen shows the last positions,
-    or those from POSITION on, counted from 0. With ranks: where the final answer stands among all tokens there.
+    Shows the most probable token at each layer and position, shaded by its probability. A narrow screen shows the last
+    positions, or those from POSITION (counted from 0). With ranks: the rank of the final answer at each layer.
 
-    This is the logit lens: what stands behind a layer goes through the final norm and the unembedding.
+    The residual stream after each layer goes through the final norm and the unembedding.
     """
     from llama_scratch.microscope.lens import LENS_POSITIONS, growing
 
     matched = _LENS.fullmatch(argument)
     if matched is None:
         raise UsageError(
-            f"'{sanitize(argument)}' was given for /lens, expected a position such as 0, or ranks, or both."
+            f"Invalid argument '{sanitize(argument)}' for /lens. Give a position such as 0, or ranks, or both."
         )
     llama, ids, ranks = session.llama, session.ids, bool(matched[1])
     position = int(matched[2]) if matched[2] else None

@@ -1,4 +1,4 @@
-"""The model: what it is, what it takes, and another one in its place."""
+"""/info, /memory, /model, /precision: inspect the model or switch to another one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from llama_scratch.repl.transitions import switch
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
 
-command = commands_under("The model")
+command = commands_under("Model")
 
 
 @command("info", replayed=False)
 def _info(session: Session, _: str) -> Reply:
-    """What is in the model: shape, parameters, tokenizer, RoPE."""
+    """Model details: shape, parameters, tokenizer, RoPE."""
     from llama_scratch.checkpoint.describe import describe
 
     llama = session.llama
     if llama.path is None:
-        raise UsageError("This model did not come from a file, expected one that was loaded from a path.")
+        raise UsageError("This model was not loaded from a file. Load one from a path with /model.")
     scaling = llama.args.rope_scaling
-    factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # as it runs now
+    factor = None if llama.args.rope_divisors else scaling.factor if scaling else 1  # the factor in use
     tokenizer = llama.options.get("tokenizer")
     with session.screen.progress() as progress:
         facts = describe(
@@ -45,7 +45,7 @@ def _info(session: Session, _: str) -> Reply:
 
 @command("memory", replayed=False)
 def _memory(session: Session, _: str) -> Reply:
-    """What the model takes of the memory, and what is free."""
+    """Memory used by the model, and available memory."""
     from llama_scratch.system.memory import available_memory, resident
 
     llama = session.llama
@@ -58,9 +58,9 @@ def _memory(session: Session, _: str) -> Reply:
     }
     rows = {
         "weights": f"{facts['weights_a_token'] / 1e6:,.0f} MB, read for each token",
-        "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB; tokens in it: {facts['cached_tokens']:,}",
-        "program": f"{facts['resident'] / 1e6:,.0f} MB in memory, mapped files among them",
-        "free": f"{facts['available'] / 1e6:,.0f} MB on this machine",
+        "KV cache": f"{facts['kv_cache'] / 1e6:,.1f} MB; {facts['cached_tokens']:,} tokens cached",
+        "program": f"{facts['resident'] / 1e6:,.0f} MB resident, including mapped files",
+        "free": f"{facts['available'] / 1e6:,.0f} MB available on this machine",
     }
     return Reply(facts, reports.rows(rows))
 
@@ -73,7 +73,7 @@ def _models(_session: Session, _begun: str) -> Iterable[str]:
 
 @command("model", "[NAME | PATH]", complete=_models)
 def _model(session: Session, argument: str) -> Reply:
-    """Go on with another model, and answer the text with it."""
+    """Switch to another model, and answer the text with it."""
     if argument:
         _switch(session, argument, session.llama.info.precision)
     return _status(session)
@@ -81,7 +81,10 @@ def _model(session: Session, argument: str) -> Reply:
 
 @command("precision", "[NAME]", complete=lambda _session, _begun: [*PRECISIONS, "auto"])
 def _precision(session: Session, argument: str) -> Reply:
-    """Go on in fp32, bf16, fp16, int8 or int4, and answer the text so."""
+    """Switch precision: auto, fp32, bf16, fp16, int8 or int4.
+
+    The model is loaded again in that precision and answers the text. Interventions stay active.
+    """
     if argument:
         _switch(session, None, argument)
     return _status(session)

@@ -1,4 +1,4 @@
-"""The neurons of a layer that write most."""
+"""/neurons: the strongest feed-forward neurons of a layer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from llama_scratch.repl.commands.arguments import first_word, layer_number, laye
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 
 @command("neurons", "LAYER [COUNT]", complete=layers)
 def _neurons(session: Session, argument: str) -> Reply:
-    """The neurons of a layer that write most at the last token.
+    """The strongest neurons of a layer at the last token.
 
-    What each writes into the residual stream, read through the unembedding: the tokens that it raises and lowers, and
-    what it adds to the answer. COUNT of them are shown, 10 unless told otherwise.
+    For each neuron, its output is projected through the unembedding: the tokens that it promotes and suppresses, and
+    its contribution to the answer's logit. Shows COUNT neurons (default 10).
     """
     from llama_scratch.microscope.neurons import neurons
     from llama_scratch.render.pages import neurons as pages

@@ -1,4 +1,4 @@
-"""How far each precision is from float32."""
+"""/numerics: the error of each precision relative to float32."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from llama_scratch.llama import Llama
 
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("The network")
+command = commands_under("Network")
 
 
 def _variants(_session: Session, begun: str) -> Iterable[str]:
@@ -26,10 +26,10 @@ def _variants(_session: Session, begun: str) -> Iterable[str]:
 
 @command("numerics", "[PRECISION …]", complete=_variants)
 def _numerics(session: Session, argument: str) -> Reply:
-    """How far each precision is from fp32 on this text.
+    """Compare each precision with fp32 on this text.
 
-    By default bf16, fp16 and int8, and "rope", which is fp32 with the other RoPE factor; int4 where it is named. Each
-    network is loaded anew, one at a time, without what /ablate, /patch and /steer changed.
+    Default: bf16, fp16, int8, and "rope", which is fp32 with the other RoPE factor. int4 runs only if it is named.
+    Each network is loaded separately, one at a time, without the interventions of /ablate, /patch and /steer.
     """
     from llama_scratch.microscope.numerics import USUAL, numerics
     from llama_scratch.render.pages import numerics as pages

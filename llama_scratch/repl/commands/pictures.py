@@ -1,4 +1,4 @@
-"""The last view as a picture or a web page."""
+"""/picture: the last view as a picture or web page."""
 
 from __future__ import annotations
 
@@ -13,37 +13,49 @@ from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.user_files import write_whole
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("picture", "FILE.png | FILE.html", complete=paths, replayed=False)
 def _picture(session: Session, argument: str) -> Reply:
-    """Draw the last view as a picture or a web page.
+    """Save the last view as a picture or web page.
 
-    FILE.html needs no network and shows values under the pointer; FILE.png is drawn by matplotlib.
+    FILE.html works offline and shows values under the pointer. FILE.png needs matplotlib.
     """
     path = file_path(argument)
     draw = drawer(path, argument, "/picture", (".png", ".html"))
     if (page := _last(session)) is None:
-        raise UsageError("There is nothing to draw yet, expected a prompt or a view such as /lens before it.")
+        raise UsageError("There is nothing to draw yet. Enter a prompt or a command such as /lens first.")
     write_whole(path, draw(page))
     return note(f"Drew '{page.headline}' to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
 def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> Callable[[Page], bytes]:
-    """What draws a page for a file of this name. Raises where it has none of these endings, or is taken."""
+    """Return the function that draws a page in the format of a file.
+
+    Args:
+        path: The file.
+        argument: The command's argument, for the error.
+        command: Name of the command, for the error.
+        endings: The supported endings.
+
+    Returns:
+        The drawing function.
+
+    Raises:
+        UsageError: If the file name has a different ending.
+        LlamaScratchError: If the file exists.
+    """
     ending = path.suffix.lower()
     if ending not in endings:
-        raise UsageError(
-            f"'{sanitize(argument)}' was given for {command}, expected a name that ends in {' or '.join(endings)}."
-        )
+        raise UsageError(f"Invalid file name '{sanitize(argument)}' for {command}. End it in {' or '.join(endings)}.")
     if os.path.lexists(path):
-        raise LlamaScratchError(f"{sanitize(path, 200)} is there already, so it stays as it is; choose another name.")
+        raise LlamaScratchError(f"{sanitize(path, 200)} already exists. Choose another name.")
     return _DRAWERS[ending]
 
 
 def _last(session: Session) -> Page | None:
-    """The view that was shown last, or the answer where there was none."""
+    """Return the last view; the answer if no view was shown since."""
     if session.state.page is not None or session.now is None:
         return session.state.page
     from llama_scratch.render.pages import answer
@@ -51,7 +63,7 @@ def _last(session: Session) -> Page | None:
     return answer.page(session.now.prediction)
 
 
-# Late imports: a session's start does not wait for them.
+# Imported late, to keep the session's start fast.
 
 
 def _png(page: Page) -> bytes:

@@ -1,4 +1,4 @@
-"""What a command is, how a module adds one under a heading of /help, and how a line becomes one."""
+"""Registry of the commands: how to add one, run one and complete one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ Complete = Callable[[Session, str], Iterable[str]]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a command answers: `facts` for programs, the same as a `view` for people.
+    """A command's result.
 
-    view: None where it stands on the screen already, or there is nothing to see.
-    note: it says what was done and holds no data; a pipe's standard output gets it only as JSON.
+    Args:
+        facts: The result for programs, printed as JSON.
+        view: The same for the terminal. Unset if it is already on the screen, or there is nothing to show.
+        note: Whether the view is only a confirmation without data. A pipe's standard output gets it only as JSON.
     """
 
     facts: dict[str, Any]
@@ -35,27 +37,36 @@ class Reply:
 
 
 def note(sentence: str, **facts: Any) -> Reply:
-    """A reply that says what was done."""
+    """Create a reply that confirms an action."""
     return Reply(facts, text.note(sentence), note=True)
 
 
 def paged(session: Session, facts: dict[str, Any], page: Page) -> Reply:
-    """A reply that shows a page, which /picture can draw afterwards."""
+    """Create a reply that shows a page, and make it the last view for /picture.
+
+    Args:
+        session: The session.
+        facts: The result for programs.
+        page: The page.
+
+    Returns:
+        The reply.
+    """
     session.update(page=page)
     return Reply(facts, to_plain.plain(page) if session.settings.plain else to_terminal.view(page))
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
+    """A slash command.
 
     Args:
-        heading: The heading of /help under which it is listed.
+        heading: Its heading in /help.
         name: Its name without the slash.
-        argument: How its argument is written, "" for none. An argument in brackets may be left out.
-        run: What it does.
-        complete: What an argument that was begun may become.
-        replayed: False if files, the machine or a user answer it, so that a replay does not run it again.
+        argument: The syntax of its argument; "" if it takes no argument. Brackets mark an optional argument.
+        run: The function that runs it.
+        complete: Returns the completions of a partial argument.
+        replayed: Whether a replay runs it. False if the result depends on files, the machine or the user.
     """
 
     heading: str
@@ -72,7 +83,7 @@ class Command:
 
     @property
     def help(self) -> str:
-        """What it does: a line, and more where there is more to say."""
+        """Its help text: a summary line and optional details."""
         return inspect.getdoc(self.run) or ""
 
     @property
@@ -81,15 +92,15 @@ class Command:
         return self.help.partition("\n")[0]
 
 
-# In the order in which the modules add them, which is the order of /help.
+# In the order of registration, which is the order in /help.
 COMMANDS: dict[str, Command] = {}
 
 
 class Register(Protocol):
-    """The decorator `@command("name", "ARGUMENT")`: registers a function, whose docstring is its help.
+    """The type of the decorator `@command("name", "ARGUMENT")`.
 
-    The function gets the session and the text after the command's name, and raises `UsageError` if that text has no
-    meaning. Its reply is shown, or printed as JSON after the command's name.
+    It registers a function whose docstring is the command's help. The function receives the session and the command's
+    argument, and raises `UsageError` if the argument is invalid. Its reply is shown on the terminal or printed as JSON.
     """
 
     def __call__(
@@ -99,7 +110,7 @@ class Register(Protocol):
 
 
 def commands_under(heading: str) -> Register:
-    """A module's `command` decorator, which lists its commands under this heading of /help."""
+    """Create a `command` decorator for commands under this heading in /help."""
 
     def command(
         name: str, argument: str = "", complete: Complete = lambda _session, _begun: (), *, replayed: bool = True
@@ -114,7 +125,7 @@ def commands_under(heading: str) -> Register:
 
 
 def by_heading() -> dict[str, list[Command]]:
-    """The commands under each heading of /help."""
+    """Return the commands under each heading in /help."""
     groups: dict[str, list[Command]] = {}
     for command in COMMANDS.values():
         groups.setdefault(command.heading, []).append(command)
@@ -122,49 +133,72 @@ def by_heading() -> dict[str, list[Command]]:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is a command: a slash, but not two (which stand for a prompt that begins with one)."""
+    """Whether a line is a command: it begins with exactly one slash.
+
+    Two slashes escape a prompt that begins with one.
+    """
     return line.startswith("/") and not line.startswith("//")
 
 
 def unescaped(line: str) -> str:
-    """A line as the prompt that it means: two slashes in front stand for one."""
+    """Convert a line to a prompt: two leading slashes become one."""
     return line[1:] if line.startswith("//") else line
 
 
 def escaped(text: str) -> str:
-    """A text as the line to type for it: a slash in front becomes two. The opposite of `unescaped`."""
+    """Convert a prompt to a line: a leading slash becomes two.
+
+    The inverse of `unescaped`.
+    """
     return f"/{text}" if text.startswith("/") else text
 
 
 def split(line: str) -> tuple[str, str]:
-    """A command's line → its name and the text after it."""
+    """Split a command line into the command's name and its argument."""
     return first_word(line[1:])
 
 
 def run_command(session: Session, line: str) -> tuple[Command, Reply | None]:
-    """Run the command of a line that `is_command`. Raises `UsageError` if there is none of that name."""
+    """Run a command.
+
+    Args:
+        session: The session.
+        line: A line that `is_command`.
+
+    Returns:
+        The command and its reply.
+
+    Raises:
+        UsageError: If the command is unknown or its argument invalid.
+    """
     name, argument = split(line)
     command = COMMANDS.get(name)
     if command is None:
         raise unknown_command(name)
     if argument and not command.argument:
-        raise UsageError(f"/{name} takes no argument, found '{sanitize(argument)}'.")
+        raise UsageError(f"/{name} takes no argument. Remove '{sanitize(argument)}'.")
     if not argument and command.argument and not command.argument.startswith("["):
-        raise UsageError(f"/{name} needs an argument, expected {command.usage}; /help {name} explains it.")
+        raise UsageError(f"/{name} needs an argument: {command.usage}. For details, enter /help {name}.")
     return command, command.run(session, argument)
 
 
 def unknown_command(name: str) -> UsageError:
-    """The sentence for a command that there is not: the nearest one, or else where to look."""
+    """Create the error for an unknown command, with the closest command if any."""
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    advice = f"did you mean /{near[0]}?" if near else "/help lists them"
-    return UsageError(
-        f"There is no command /{sanitize(name)}; {advice} (for a prompt that begins with a slash, type two)."
-    )
+    advice = f"Did you mean /{near[0]}?" if near else "For a list, enter /help."
+    return UsageError(f"Unknown command /{sanitize(name)}. {advice} To begin a prompt with a slash, type two slashes.")
 
 
 def completions(session: Session, line: str) -> list[str]:
-    """What may stand in place of the last part of a command's line: whole lines, the one that was begun first."""
+    """Complete a command line.
+
+    Args:
+        session: The session.
+        line: The line up to the cursor.
+
+    Returns:
+        The completed lines.
+    """
     begun = re.fullmatch(r"/(\S*)(\s+)(.*)", line, re.DOTALL)
     if begun is None:
         return [f"/{name}" for name in COMMANDS if name.startswith(line[1:])]

@@ -1,4 +1,4 @@
-"""The whole examination of a text on one page."""
+"""/report: all main views of a text on one web page."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.user_files import write_whole
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("report", "FILE.html", complete=paths, replayed=False)
 def _report(session: Session, argument: str) -> Reply:
-    """The whole examination of the text on one web page.
+    """Write a report on the text: the main views on one web page.
 
-    The answer, surprisal, the logit lens, why that token, the heads with their maps, the strongest neurons. The page
-    needs no network, and shows values under the pointer.
+    Contains the answer, surprisal, the logit lens, attribution, attention maps and the strongest neurons. The page
+    works offline and shows values under the pointer.
     """
     path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))
     page = joined(f"What comes after “{session.text_of(session.ids)}”", tuple(_examined(session)))
     write_whole(path, draw(page))
     session.update(page=page)
-    return note(f"Wrote the examination to {sanitize(path, 200)}.", path=str(path), title=page.title)
+    return note(f"Wrote the report to {sanitize(path, 200)}.", path=str(path), title=page.title)
 
 
 def _examined(session: Session) -> Iterator[Page]:
@@ -53,7 +53,7 @@ def _examined(session: Session) -> Iterator[Page]:
         yield lens_pages.page(lens(llama, ids, progress=progress))
         reasons = why(llama, ids, progress=progress)
         yield why_pages.page(reasons)
-        # The two parts of each kind that speak loudest for the answer, from nearby.
+        # Details of the two strongest heads and feed-forward networks in the attribution.
         parts = [NetworkPart.named(found.name, llama.args) for found in reasons.strongest]
         for part in [part for part in parts if part.kind == "head"][:2]:
             yield attention_pages.head(head(llama, ids, part.layer, part.index, progress=progress))

@@ -1,4 +1,4 @@
-"""How tokens are drawn: each command shows its setting, or changes it."""
+"""Sampling options: each command shows or changes its setting."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from llama_scratch.repl.commands.arguments import number, whole_number
 from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
 
-command = commands_under("Drawing tokens")
+command = commands_under("Sampling")
 
 
 def _sampling(session: Session, **changes: Any) -> Reply:
-    """Change how tokens are drawn, all or nothing, and say how they are from now on."""
+    """Change sampling options in one assignment and report the result."""
     sampling = replace(session.settings.sampling, **changes)
     session.change_settings(sampling=sampling)
     if sampling.greedy:
-        sentence = "Always the most probable token (temperature 0)."
+        sentence = "Greedy decoding: always the most probable token (temperature 0)."
     else:
         parts = [f"temperature {sampling.temperature:g}"]
         if sampling.top_k > 0:
@@ -28,40 +28,46 @@ def _sampling(session: Session, **changes: Any) -> Reply:
             parts.append(f"min-p {sampling.min_p:g}")
         if sampling.seed is not None:
             parts.append(f"seed {sampling.seed}")
-        sentence = f"Tokens are drawn with {', '.join(parts)}."
+        sentence = f"Sampling with {', '.join(parts)}."
     return note(sentence, **vars(sampling))
 
 
 @command("temperature", "[T]")
 def _temperature(session: Session, argument: str) -> Reply:
-    """How much chance: 0 none, 1 the model's own probabilities.
+    """Sampling temperature: 0 is greedy, 1 keeps the distribution.
 
-    Logits are divided by it: below 1 the probable becomes more probable, above 1 less.
+    The logits are divided by the temperature. A value below 1 sharpens the distribution, one above 1 flattens it.
     """
     return _sampling(session, **({"temperature": number(argument, "/temperature")} if argument else {}))
 
 
 @command("top-k", "[K]")
 def _top_k(session: Session, argument: str) -> Reply:
-    """Draw from the K most probable tokens only; 0: from all."""
+    """Top-k sampling: keep the K most probable tokens; 0: all."""
     return _sampling(session, **({"top_k": whole_number(argument, "/top-k", least=0)} if argument else {}))
 
 
 @command("top-p", "[P]")
 def _top_p(session: Session, argument: str) -> Reply:
-    """Draw from the best tokens that have P together; 1: from all."""
+    """Nucleus sampling: keep the smallest set with probability P.
+
+    Only the most probable tokens, with a total probability of at least P, can be sampled. 1 keeps all tokens.
+    """
     return _sampling(session, **({"top_p": number(argument, "/top-p")} if argument else {}))
 
 
 @command("min-p", "[P]")
 def _min_p(session: Session, argument: str) -> Reply:
-    """Draw from tokens with P times the best one's probability."""
+    """Min-p sampling: drop tokens below P × the top probability.
+
+    The top probability is that of the most probable token. 0 keeps all tokens.
+    """
     return _sampling(session, **({"min_p": number(argument, "/min-p")} if argument else {}))
 
 
 @command("seed", "[N | off]", complete=lambda _session, _begun: ["off"])
 def _seed(session: Session, argument: str) -> Reply:
-    """Where chance starts, so that it can be repeated; off: anywhere."""
+    """Random seed for sampling; off: different text each time."""
     if not argument:
         return _sampling(session)
     return _sampling(session, seed=None if argument == "off" else whole_number(argument, "/seed", least=0))
@@ -69,5 +75,5 @@ def _seed(session: Session, argument: str) -> Reply:
 
 @command("greedy")
 def _greedy(session: Session, _: str) -> Reply:
-    """Always take the most probable token."""
+    """Greedy decoding: always take the most probable token."""
     return _sampling(session, temperature=0.0)

@@ -1,4 +1,4 @@
-"""The session saved to a file, and loaded from one."""
+"""/save and /load: session files."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from llama_scratch.llama import Llama
     from llama_scratch.microscope.interventions import Intervention
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("save", "FILE", complete=paths, replayed=False)
 def _save(session: Session, argument: str) -> Reply:
-    """Save what was typed and answered, with the model's checksum.
+    """Save the lines, their answers and the model's checksum.
 
-    'llama-scratch replay FILE' runs it again and reports every difference; /load FILE goes on from its end.
+    'llama-scratch replay FILE' replays the session and reports every difference. /load FILE continues from its end.
     """
     path = file_path(argument)
     recorded = recording.record(session)
@@ -46,22 +46,22 @@ def _save(session: Session, argument: str) -> Reply:
     turns = len(recorded.turns)
     sentence = f"Saved {turns} line{'s' if turns != 1 else ''} with their answers to {sanitize(path, 200)}."
     if not recorded.header.repeatable:
-        sentence += "\nText was drawn without a seed, which a replay cannot repeat; /seed N makes it repeatable."
+        sentence += "\nText was sampled without a seed, so a replay cannot reproduce it. Set a seed with /seed N."
     return note(sentence, path=str(path), turns=turns, repeatable=recorded.header.repeatable)
 
 
 @command("load", "FILE", complete=paths, replayed=False)
 def _load(session: Session, argument: str) -> Reply:
-    """Go on from the end of a saved session.
+    """Continue from the end of a saved session.
 
-    Its text, its settings, its chat, the changes to its network and its lines take the place of the ones here. The
-    model stays the one that is loaded here; if it is another one, the text is read anew, without chat and changes.
+    Its text, settings, chat, interventions and lines replace the current ones. The current model stays loaded. If it
+    differs from the saved one, the text is tokenized again, and the chat and interventions are dropped.
     """
     path = file_path(argument)
     recorded = session_file.load(path)
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
-    # The options of this session apply to the display, unless a command changed it in the saved one.
+    # Display options of this session take precedence, unless a command of the saved session changed them.
     started = session.state.initial_settings
     live = end.settings.live if end.settings.live != header.settings.live else started.live
     settings = replace(end.settings, plain=session.settings.plain, live=live)
@@ -71,11 +71,11 @@ def _load(session: Session, argument: str) -> Reply:
             changes = _remade(more.changes, llama, progress)
             texts, on = _texts(path, end, more, changes), _chosen(path, changes, more.on)
         else:
-            # Another model has other tokens.
+            # Another model may have a different tokenizer.
             ids = end.ids if same else llama.encode(end.text, special=settings.special) if end.text else []
             texts, on = [Past(ids, end.text, settings.top, None)] if ids else [], ()
     for id in {id for text in texts for id in (*text.ids, *(text.offered or ()))}:
-        llama.token(id)  # raises for one that this model does not have
+        llama.token(id)  # raises if the model does not have this token
     chat = _chat(recorded, llama) if same else None
     off = (session.state.labels and not on) or (not more and _changed(recorded))
     answer = resume(
@@ -96,18 +96,18 @@ def _load(session: Session, argument: str) -> Reply:
     lines += _model_notes(header, llama, same=same)
     if end.system is not None and chat is None:
         lines.append(
-            f"Chat is off: {'its text is in the format of that model' if not same else 'this is a base model'}."
+            f"Chat is off: {'the text is in the chat format of that model' if not same else 'this is a base model'}."
         )
     facts = {"path": str(path), "turns": turns, "same_model": same, "interventions": session.state.labels}
     if not same:
         facts["model_path"] = str(llama.path and llama.path.absolute())
     if off:
-        lines.append("Changes to the network are off.")
+        lines.append("The interventions are off.")
     return note("\n".join(lines), **facts, **(as_json(answer) if answer else {}))
 
 
 def _chat(recorded: SessionFile, llama: Llama) -> Chat | None:
-    """The conversation of a saved session; None if it had none, or the model takes none."""
+    """Restore the conversation of a saved session, if it had one and the model supports chat."""
     end = recorded.header.end
     if end.system is None or llama.chat is None:
         return None
@@ -119,14 +119,14 @@ def _chat(recorded: SessionFile, llama: Llama) -> Chat | None:
 
 
 def _remade(changes: Sequence[SavedIntervention], llama: Llama, progress: Progress) -> list[Intervention]:
-    """The interventions of a saved session, made again with this model."""
+    """Recreate the interventions of a saved session with this model."""
     from llama_scratch.microscope.interventions import remake
 
     return [replace(remake(llama, change.recipe, progress), label=sanitize(change.label)) for change in changes]
 
 
 def _texts(path: Path, end: SavedState, more: SavedStateExtension, changes: Sequence[Intervention]) -> list[Past]:
-    """The texts of a saved session, the newest last: as what `end` has, with as many candidates as its settings say."""
+    """Restore the texts of a saved session, newest last. The newest has the ids and number of candidates of `end`."""
     texts = [
         Past(
             text.ids,
@@ -145,27 +145,27 @@ def _texts(path: Path, end: SavedState, more: SavedStateExtension, changes: Sequ
 def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int]) -> tuple[Intervention, ...]:
     if not all(0 <= number < len(changes) for number in numbers):
         raise CheckpointError(
-            f"{sanitize(path, 200)}, line 1: end: more: there is no change {sanitize(numbers)}, "
-            "expected a session that /save wrote."
+            f"{sanitize(path, 200)}, line 1: end: more: unknown intervention in {sanitize(numbers)}. "
+            "Use a session file written by /save."
         )
     return tuple(changes[number] for number in numbers)
 
 
 def _model_notes(header: SessionHeader, llama: Llama, *, same: bool) -> Iterator[str]:
-    """Sentences on how the model here differs from the one that the saved session ended with."""
+    """Yield messages about differences between the current model and the saved session's last model."""
     model, details = header.at_end
     if not same:
-        yield f"They are answers of another model, {sanitize(model.name)}; from here on {llama.info.name} answers."
+        yield f"The answers are from another model, {sanitize(model.name)}. From now on {llama.info.name} answers."
         return
     if (precision := details.precision) and precision != llama.info.precision:
         name = sanitize(precision)
-        yield f"They ended in {name}; from here on {llama.info.precision} answers. /precision {name} changes that."
+        yield f"The saved precision is {name}, the current one {llama.info.precision}. Switch with /precision {name}."
     for name, old, new in saved_model.shape_differences(details, llama):
-        yield f"They were answered with {name} {old}, here it is {new}, so that answers differ."
+        yield f"The saved session had {name} {old}, this model has {new}. Answers differ."
 
 
 def _asked(recorded: SessionFile) -> list[tuple[str, list[int]]]:
-    """What a session's chat was asked: each message with the ids that the model saw."""
+    """Return the messages of a session's chat with the token ids of each question."""
     lines = [
         turn for turn in recorded.turns if "generated" in turn.output and turn.input and not is_command(turn.input)
     ]
@@ -173,7 +173,10 @@ def _asked(recorded: SessionFile) -> list[tuple[str, list[int]]]:
 
 
 def _changed(recorded: SessionFile) -> bool:
-    """Whether interventions were on at the end. Version 0.1.0 took them off at a /load, whose answer names none."""
+    """Whether interventions were active at the end.
+
+    Version 0.1.0 removed them on /load, and its answer does not list any.
+    """
     on = False
     for output in (turn.output for turn in recorded.turns):
         if "interventions" in output or output.get("command") == "load":

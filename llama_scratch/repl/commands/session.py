@@ -1,4 +1,4 @@
-"""The session itself: help and the end."""
+"""/help and /quit."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from llama_scratch.repl.commands.registry import COMMANDS, Reply, by_heading, co
 from llama_scratch.repl.live import is_live
 from llama_scratch.repl.session import Session
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 KEYS = {
-    "Enter": "Answer the prompt; on an empty line accept what is offered.",
-    "Tab, →": "Take the suggested token; on an empty line, bring the text back.",
-    "Shift-Tab": "Suggest the next candidate in its place.",
-    "Alt-Enter": "A line break within the prompt.",
-    "Up, Down": "Earlier prompts. Ctrl-R searches them.",
-    "Ctrl-T": "On an empty line: how surprising each token of the text was.",
-    "Ctrl-C": "Clear the line, or cancel what is running.",
-    "Ctrl-D": "Leave the session.",
-    "//…": "A prompt that begins with a slash.",
+    "Enter": "Send the prompt. On an empty line, accept the offered tokens.",
+    "Tab, →": "Accept the suggested token. On an empty line, insert the text.",
+    "Shift-Tab": "Suggest the next candidate.",
+    "Alt-Enter": "Insert a line break.",
+    "Up, Down": "Show earlier lines. Ctrl-R searches them.",
+    "Ctrl-T": "On an empty line, show the surprisal of each token.",
+    "Ctrl-C": "Clear the line, or cancel the running command.",
+    "Ctrl-D": "Exit the session.",
+    "//…": "Begin a prompt with a slash.",
 }
 
 
 @command("help", "[COMMAND]", complete=lambda _session, _begun: list(COMMANDS))
 def _help(session: Session, argument: str) -> Reply:
-    """List the commands and the keys, or explain one command."""
+    """List the commands and keys, or explain one command."""
     if not argument:
         groups = {
             heading: {f"/{command.name}": command.summary for command in commands}
@@ -41,20 +41,20 @@ def _help(session: Session, argument: str) -> Reply:
 
 
 def _keys(session: Session) -> dict[str, str]:
-    """The keys, and what they do in the session's mode."""
+    """Return the keys and their functions in the session's mode."""
     if session.screen.keyboard is None:  # lines come from a pipe
         return {"//…": KEYS["//…"]}
     keys = dict(KEYS)
     if not is_live(session):
-        keys["Tab, →"] = "On an empty line, bring the text back."
+        keys["Tab, →"] = "On an empty line, insert the text."
         keys["Shift-Tab"] = "On an empty line, offer the next candidate."
     if session.state.chat:
         del keys["Tab, →"]
-        keys["Enter"] = "Send the message; on an empty line accept what is offered."
+        keys["Enter"] = "Send the message. On an empty line, accept the offered tokens."
     return keys
 
 
 @command("quit")
 def _quit(session: Session, _: str) -> None:
-    """Leave the session."""
+    """Exit the session."""
     session.ended = True

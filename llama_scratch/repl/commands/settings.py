@@ -1,4 +1,4 @@
-"""What each answer shows, and how a prompt is read."""
+"""/top, /live, /special: settings for answers and prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.live import why_not_live
 from llama_scratch.repl.session import Session
 
-command = commands_under("The session")
+command = commands_under("Session")
 
 
 @command("top", "[N]")
@@ -26,28 +26,28 @@ def _on_off(_session: Session, _begun: str) -> list[str]:
 
 @command("live", "[on | off]", _on_off)
 def _live(session: Session, argument: str) -> Reply:
-    """Predict while you type.
+    """Predict the next token while you type.
 
-    The tokens of the line are colored by how much they surprise the model: green what it expected (under 1 bit),
-    magenta what surprised it (4 bits), bold red what surprised it much (8 bits). The bottom line has the best next
-    token, which is suggested after the cursor too. Not in a chat and not with --plain.
+    The tokens of the line are colored by surprisal: green below 1 bit, magenta from 4 bits, bold red from 8 bits. The
+    most probable next token is suggested after the cursor and shown on the bottom line. Not available in a chat or
+    with --plain.
     """
     if argument:
         session.change_settings(live=on_or_off(argument, "/live"))
     state = "on" if session.settings.live else "off"
     sentence = f"Live prediction is {state}."
     if reason := why_not_live(session):
-        sentence = f"There is no live prediction {reason}. Elsewhere it is {state}."
+        sentence = f"Live prediction is not available {reason}. Elsewhere it is {state}."
     return note(sentence, live=session.settings.live)
 
 
 @command("special", "[on | off]", _on_off)
 def _special(session: Session, argument: str) -> Reply:
-    """Read <|eot_id|> and the like in a prompt as special tokens.
+    """Parse names such as <|eot_id|> in prompts as special tokens.
 
-    off: as plain text, which is how it begins.
+    off (the default): read them as plain text.
     """
     if argument:
         session.change_settings(special=on_or_off(argument, "/special"))
     kind = "special tokens" if session.settings.special else "plain text"
-    return note(f"Names of special tokens in a prompt are {kind}.", special=session.settings.special)
+    return note(f"Special token names in prompts are read as {kind}.", special=session.settings.special)

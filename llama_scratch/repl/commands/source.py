@@ -1,4 +1,4 @@
-"""The source of any part of the package."""
+"""/source: the source code of a part of the package."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from llama_scratch.render.pages import source as source_pages
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking inside")
+command = commands_under("Interpretability")
 
 
 def _names(_session: Session, _begun: str) -> Iterable[str]:
@@ -21,10 +21,10 @@ def _names(_session: Session, _begun: str) -> Iterable[str]:
 
 @command("source", "[NAME]", complete=_names)
 def _source(session: Session, argument: str) -> Reply:
-    """The source of any part: /source rope.
+    """Show the source code of a concept or symbol: /source rope.
 
-    A concept, a function, class or method, a module or a command: /source KVCache.update, /source model, /source /lens;
-    or what stands at a line: /source model.py:305. Without a name it lists the concepts.
+    NAME is a concept, function, class, method, module, command or line: /source KVCache.update, /source model,
+    /source /lens, /source model.py:305. Without a name, lists the concepts.
     """
     from llama_scratch.microscope.source import concepts, source
 

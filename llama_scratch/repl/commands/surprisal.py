@@ -1,4 +1,4 @@
-"""How surprising each token of a text is."""
+"""/surprisal: the surprisal of each token of a text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from llama_scratch.render.pages import surprisal as pages
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 
 @command("surprisal", "[TEXT]")
 def _surprisal(session: Session, argument: str) -> Reply:
-    """How much each token of the text surprised the model, in bits.
+    """Surprisal of each token of the text, in bits.
 
-    A token of probability 1/2 has 1 bit, one of 1/4 has 2. The perplexity is 2 to their mean.
+    A token with probability 1/2 has 1 bit, one with 1/4 has 2. Perplexity is 2 to the power of the mean surprisal.
     """
     from llama_scratch.microscope.surprisal import per_character, surprisal
 

@@ -1,4 +1,4 @@
-"""The text so far: continue it, go back, take another way."""
+"""Commands on the text: generate, force, undo, edit, clear, context."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from llama_scratch.repl.session import Session
 from llama_scratch.results import as_json
 from llama_scratch.system.small_files import read_bytes, without_line_end, without_mark
 
-command = commands_under("The text")
+command = commands_under("Text")
 
-# Bytes of an edited text, more than any context holds.
+# Maximum size of an edited text in bytes; no context holds a longer text.
 _MAX_TEXT = 1 << 24
 
 
 @command("generate", "[N]", complete=lambda _session, _begun: ["20", "50", "100", "200"])
 def _generate(session: Session, argument: str) -> Reply | None:
-    """Go on for N tokens (20); Ctrl-C stops it and keeps what came.
+    """Generate N tokens (default 20); Ctrl-C stops and keeps them.
 
-    They are drawn as /temperature and the others say. Enter then accepts them.
+    Uses the sampling options, such as /temperature. Enter then adds the tokens to the text.
     """
     generated = generate(session, whole_number(argument, "/generate") if argument else 20)
-    # What came bit by bit stands on the screen already.
+    # Streamed text is already on the screen.
     return Reply(generated.as_json(), None if session.screen.interactive else Text(generated.text))
 
 
 @command("force", "TOKEN", complete=candidates)
 def _force(session: Session, argument: str) -> Reply | None:
-    """Add a token of your choice: ␣Paris, " Paris" or #7042."""
+    """Append a token of your choice: ␣Paris, " Paris" or #7042."""
     token = one_token(session, argument)
     return Reply(extend(session, [token.id]))
 
 
 @command("undo")
 def _undo(session: Session, _: str) -> Reply:
-    """Go back to the text before; nothing is computed again."""
+    """Go back to the previous text and its prediction."""
     snapshot = transitions.undo(session)
     if session.screen.interactive:
         show_answer(session, snapshot.prediction, added=len(snapshot.ids))
@@ -56,16 +56,18 @@ def _undo(session: Session, _: str) -> Reply:
 
 @command("edit", replayed=False)
 def _edit(session: Session, _: str) -> Reply | None:
-    """Edit the text in $EDITOR and answer it."""
+    """Edit the text in $EDITOR, then answer it."""
     if session.screen.keyboard is None:
-        raise UsageError("/edit opens an editor, expected a terminal; give the whole text as a prompt instead.")
+        raise UsageError("/edit needs a terminal. Enter the whole text as a prompt instead.")
     if session.state.chat:
-        raise UsageError("/edit opens the text, expected no chat, whose text has its format in it; /chat off ends it.")
+        raise UsageError(
+            "/edit does not work in a chat, whose text contains the chat format. End the chat with /chat off."
+        )
     before = session.text_of(session.ids) if session.now else ""
     with session.screen.keyboard.given_away():
         after = _edited(before)
     if not after or after == before:
-        return note("Nothing was changed.")
+        return note("The text is unchanged.")
     return Reply(ask(session, after))
 
 
@@ -75,7 +77,7 @@ def _edited(text: str) -> str:
         editor = shlex.split(wanted)
     except ValueError as error:
         raise LlamaScratchError(
-            f"$EDITOR is '{sanitize(wanted)}', whose quotes do not match, expected a command; set it to one."
+            f"$EDITOR is '{sanitize(wanted)}', which has unbalanced quotes. Set it to a valid command."
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.txt"
@@ -84,21 +86,21 @@ def _edited(text: str) -> str:
             code = subprocess.run([*editor, str(path)], check=False).returncode
         except OSError as error:
             raise LlamaScratchError(
-                f"The editor '{sanitize(shlex.join(editor))}' cannot be run ({error.strerror}); set $EDITOR to one."
+                f"The editor '{sanitize(shlex.join(editor))}' cannot be run ({error.strerror}). Change $EDITOR."
             ) from error
         if code:
-            raise LlamaScratchError(f"The editor ended with {code}, so the text stays as it was.")
+            raise LlamaScratchError(f"The editor exited with code {code}. The text is unchanged.")
         try:
             data = read_bytes(path, _MAX_TEXT, error=LlamaScratchError, any_content=True)
         except OSError as error:
-            raise LlamaScratchError("The editor left no file behind, so the text stays as it was.") from error
+            raise LlamaScratchError("The editor deleted the file. The text is unchanged.") from error
         after = without_mark(data, "The edited text", LlamaScratchError).decode("utf-8", errors="replace")
-        return without_line_end(after)  # editors end the last line, which does not belong to the text
+        return without_line_end(after)  # editors add a final line break
 
 
 @command("clear")
 def _clear(session: Session, _: str) -> Reply:
-    """Forget the text and empty the screen."""
+    """Discard the text and clear the screen."""
     session.forget()
     session.screen.clear()
     return Reply({}, note=True)
@@ -106,7 +108,7 @@ def _clear(session: Session, _: str) -> Reply:
 
 @command("context", replayed=False)
 def _context(session: Session, _: str) -> Reply:
-    """The text so far, its tokens, how many fit and are cached."""
+    """Show the text, its tokens, the context and cached tokens."""
     llama = session.llama
     ids = session.ids if session.now else []
     facts = {
@@ -118,7 +120,7 @@ def _context(session: Session, _: str) -> Reply:
     }
     rows = {
         "text": readable(session.text_of(ids)) or "(none yet)",
-        "tokens": f"{len(ids):,} of {llama.context:,} that fit; the model was trained for {llama.args.max_seq_len:,}",
+        "tokens": f"{len(ids):,} of a context of {llama.context:,}; trained for {llama.args.max_seq_len:,}",
         "cached": f"{llama.engine.cached_tokens:,} tokens",
     }
     return Reply(facts, reports.rows(rows))

@@ -1,4 +1,4 @@
-"""How a text is cut into tokens."""
+"""/tokens: the tokenization of a text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from llama_scratch.render.pages import tokens as pages
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 
 @command("tokens", "[TEXT]")
 def _tokens(session: Session, argument: str) -> Reply:
-    """How the text is cut into tokens: ids and bytes."""
+    """Tokenization of the text: ids and bytes."""
     from llama_scratch.microscope.tokens import tokens
 
     table = tokens(session.llama, session.ids_or_current(argument))

@@ -1,4 +1,4 @@
-"""The most probable continuations as a tree."""
+"""/tree: the most probable continuations as a tree."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
 from llama_scratch.system.progress import Progress
 
-# The microscope is imported within each command, because it brings torch, and the prompt waits for none.
+# Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
-command = commands_under("Looking at it")
+command = commands_under("Predictions")
 
 _TREE = re.compile(r"(?:([0-9]{1,4})x([0-9]{1,4})(?:\s+|\Z))?(\.\.|[0-9]{1,4}(?:\.[0-9]{1,4})*)?")
 
@@ -25,17 +25,18 @@ def _trees(session: Session, _begun: str) -> Iterable[str]:
 
 @command("tree", "[WIDTHxDEPTH] [PATH | ..]", complete=_trees)
 def _tree(session: Session, argument: str) -> Reply:
-    """What may come next as a tree: 3x3 is three wide, three deep.
+    """Tree of the most probable continuations: 3 wide, 3 deep.
 
-    A path such as 1.2 adds the tokens of that branch to the text and shows the tree from there; .. goes back.
+    WIDTHxDEPTH sets another size, such as 2x6. A path such as 1.2 appends the tokens of that branch to the text and
+    shows the tree from there. .. goes back.
     """
     from llama_scratch.microscope.tree import check_size, tree
 
     matched = _TREE.fullmatch(argument)
     if matched is None:
         raise UsageError(
-            f"'{sanitize(argument)}' was given for /tree, expected a size such as 3x3, a branch such as 1.2, or '..' "
-            "for the way back."
+            f"Invalid argument '{sanitize(argument)}' for /tree. Give a size such as 3x3, a branch such as 1.2, or "
+            "'..' to go back."
         )
     width, depth, where = matched.groups()
     size = (int(width), int(depth)) if width else (3, 3)
@@ -44,7 +45,7 @@ def _tree(session: Session, argument: str) -> Reply:
     with session.screen.progress() as progress:
         ids = _place(session, where, progress)
         branches = tree(llama, ids, *size, progress)
-    # Only now, so that Ctrl-C leaves the text as it was.
+    # Change the text last, so that Ctrl-C leaves it unchanged.
     if where == "..":
         transitions.undo(session)
     elif where:
@@ -53,13 +54,13 @@ def _tree(session: Session, argument: str) -> Reply:
 
 
 def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
-    """The text whose tree is meant: the one so far, the one before it, or a branch of the one so far."""
+    """Return the text to draw the tree for: the current one, the previous one, or a branch of the current one."""
     from llama_scratch.microscope.tree import walk
 
     if where is None:
         return session.ids
     if where == "..":
         if session.state.before is None:
-            raise UsageError("There is no way back, expected an earlier text; /tree shows the tree from here.")
+            raise UsageError("This is the first text, so .. cannot go back. Use /tree for the current text.")
         return session.state.before.ids
     return walk(session.llama, session.ids, [int(rank) for rank in where.split(".")], progress)

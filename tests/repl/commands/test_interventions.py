@@ -1,4 +1,4 @@
-"""/why, /ablate, /patch, /steer and /restore: what they take, what stays on, and that the session stays whole."""
+"""/why, /ablate, /patch, /steer and /restore: arguments, effects, consistency."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def smollm2(smollm2_fp32_path: Path) -> Llama:
 
 @pytest.fixture
 def session(tiny: Llama) -> Session:
-    """A pipe's session on a small model with a BOS."""
+    """A session without a terminal on a small model with a BOS token."""
     return started(tiny)
 
 
@@ -71,7 +71,7 @@ def started(llama: Llama, *, width: int = 80, interactive: bool = False, generat
 
 
 def run(session: Session, *lines: str) -> dict[str, Any]:
-    """The object that answers the last of some lines; each is JSON, strictly, and each view can be printed."""
+    """Run lines and return the last answer; check its JSON and all views."""
     for line in lines:
         output, reply = respond(session, line)
         if reply is not None and reply.view is not None:
@@ -98,7 +98,7 @@ def state(session: Session) -> tuple[Any, ...]:
 
 
 def rejected(session: Session, line: str) -> str:
-    """The message that a line is rejected with; the session is as it was."""
+    """Return the error message for a line. Check that the session is unchanged."""
     before = state(session)
     message = assert_rejected(lambda: respond(session, line), LlamaScratchError, exact=False)
     assert state(session) == before
@@ -109,11 +109,11 @@ def prompt_of(session: Session) -> str:
     return to_plain_text(_message(session))
 
 
-# --- What stays on ----------------------------------------------------------------------------
+# --- Persistence -----------------------------------------------------------------------------
 
 
 def test_an_ablation_stays_on_and_each_answer_has_its_effect(real: Session, smollm2: Llama) -> None:
-    """Before and after, as two networks say it."""
+    """The answers before and after match those of two separate networks."""
     run(real, "The capital of France is")
     facts = run(real, "/ablate L23.H4")
     network = changed(smollm2, [ablate(smollm2, NetworkPart(23, "head", 4))])
@@ -152,7 +152,7 @@ def test_what_is_on_is_listed(session: Session) -> None:
 
 
 def test_the_same_once_more_takes_the_place_of_the_first(session: Session) -> None:
-    """So that each label is one thing to take off."""
+    """Labels are unique, so /restore LABEL is unambiguous."""
     run(session, PROMPT, "/ablate L1.H2 L1.H2", "/ablate L0", "/ablate L1.H2")
     assert session.state.labels == ["-L0", "-L1.H2"]
     run(session, "/steer 1 2 ab | ac", "/steer 1 2 ab | ac")
@@ -160,7 +160,7 @@ def test_the_same_once_more_takes_the_place_of_the_first(session: Session) -> No
 
 
 def test_directions_with_the_same_name_add_up(session: Session) -> None:
-    """They are named after the words at which their texts part, which other texts may have too."""
+    """Labels name the first words that differ, which can be the same for other texts."""
     lines = ["/steer 1 2 ab | ac", "/steer 1 2 ab d | ac e", "/steer 1 2 ab f | ac g"]
     names = ["+2·(b−c)@L1", "+2·(b−c)@L1#2", "+2·(b−c)@L1#3"]
     run(session, PROMPT, *lines)
@@ -184,7 +184,7 @@ def test_a_mean_is_over_the_text_so_far(session: Session, tiny: Llama, name: str
 def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     plain = run(session, PROMPT)
     run(session, "/ablate L1.H2 L0.ffn L2")
-    assert "'-L9' is not on, expected one of -L1.H2, -L0.ffn, -L2." in rejected(session, "/restore -L9")
+    assert "'-L9' is not an active intervention. Use one of -L1.H2, -L0.ffn, -L2." in rejected(session, "/restore -L9")
     assert completions(session, "/restore -L1") == ["/restore -L1.H2"]
     assert run(session, "/restore -L0.ffn")["interventions"] == ["-L1.H2", "-L2"]
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "head", 2)), ablate(tiny, NetworkPart(2, "layer"))])
@@ -194,12 +194,12 @@ def test_restore_takes_off_one_or_all(session: Session, tiny: Llama) -> None:
     assert run(session, "/restore")["interventions"] == []
     assert session.llama is tiny
     assert session.state.snapshots[-1].prediction.next.logprob == pytest.approx(plain["next"]["logprob"], abs=1e-4)
-    assert "Nothing is changed" in rejected(session, "/restore")
-    assert "Nothing is changed" in rejected(session, "/restore -L2")
+    assert "No interventions are active" in rejected(session, "/restore")
+    assert "No interventions are active" in rejected(session, "/restore -L2")
 
 
 def test_patch_puts_one_activation_in(session: Session) -> None:
-    """The other text's own, so that all of the stream is its answer."""
+    """Patching the whole residual stream gives the other text's answer."""
     other = run(session, SAME_LENGTH)["next"]
     this = run(session, PROMPT)["next"]
     assert other["id"] != this["id"]
@@ -210,7 +210,7 @@ def test_patch_puts_one_activation_in(session: Session) -> None:
     run(session, "/restore")
     assert run(session, f"/patch L2@-1 {SAME_LENGTH}")["interventions"] == [f"L2@{len(session.ids) - 1}"]
     run(session, "/restore")
-    # From the end, where the texts differ in length: the last of one is put into the last of the other.
+    # The texts differ in length, so -1 is the last position of each.
     longer = run(session, f"/patch L2@-1 x{SAME_LENGTH}")
     assert longer["kl_bits"] > 0
     run(session, "/restore", f'/patch 1.H3@2 "{SAME_LENGTH}"')
@@ -224,7 +224,7 @@ def test_patch_with_itself_changes_nothing(session: Session) -> None:
 
 
 def test_patch_without_a_place_is_the_map_of_all(session: Session) -> None:
-    """It changes nothing in the session."""
+    """Causal tracing leaves the session unchanged."""
     run(session, PROMPT)
     before = session.state.snapshots
     facts = run(session, f"/patch {SAME_LENGTH}")
@@ -275,7 +275,7 @@ def test_a_model_that_cannot_be_loaded_leaves_what_is_on(session: Session, tmp_p
 
 
 def test_undo_goes_back_to_the_network_that_answered(session: Session, tiny: Llama) -> None:
-    """What is on and what is shown belong together, and nothing is computed again."""
+    """The interventions match the restored answer, and nothing is recomputed."""
     plain = run(session, PROMPT)
     run(session, "/ablate L1.H2")
     ablated = session.state.snapshots[-1].prediction
@@ -299,7 +299,7 @@ def test_undo_goes_back_to_the_network_that_answered(session: Session, tiny: Lla
 
 
 def test_what_goes_on_from_an_intervention_is_of_the_changed_network(session: Session, tiny: Llama) -> None:
-    """/generate, /force, an empty line and --generate."""
+    """Covers /generate, /force, an empty line and --generate."""
     network = changed(tiny, [ablate(tiny, NetworkPart(1, "layer"))])
     run(session, PROMPT, "/ablate L1")
     expected = network.complete(session.ids, 6).ids
@@ -343,12 +343,12 @@ def test_a_chat_goes_on_with_them(real: Session, smollm2: Llama, monkeypatch: py
     assert found["answer"]["id"] == real.state.snapshots[-1].prediction.next.id
 
 
-# --- How it is shown --------------------------------------------------------------------------
+# --- Display --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [120, 80, 40])
 def test_the_prompt_shows_what_is_on(tiny: Llama, width: int) -> None:
-    """As much of it as leaves room for a line."""
+    """Labels are cut if they leave too little room for typing."""
     session = started(tiny, width=width)
     name = tiny.info.name if width >= 60 else ""
     assert prompt_of(session) == f"{name}> "
@@ -383,7 +383,7 @@ def test_labels_that_do_not_fit_are_counted_or_cut(labels: list[str], room: int,
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_a_terminal_sees_before_and_after(smollm2: Llama, width: int) -> None:
-    """Beneath the answer, and as the page of what was put on; the answer without it once it is off."""
+    """Shown below each answer and after the command, but not after /restore."""
     session = started(smollm2, width=width, interactive=True)
     file = session.screen.console.file
     assert isinstance(file, io.StringIO)
@@ -440,7 +440,7 @@ def test_completion_knows_parts_tokens_and_labels(session: Session) -> None:
 def test_why_is_about_the_answer_or_a_token_or_two(
     real: Session, smollm2: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A word gets its space; what stands in the answer is meant as it stands; JSON, ␣ and ids are exact."""
+    """A word gets a leading space; candidates, JSON, ␣ and ids are taken literally."""
     run(real, "The capital of France is")
     monkeypatch.setattr(attribution, "LEFT_OUT", 0)
     monkeypatch.setattr(attribution, "CLAIMS", 0)
@@ -518,63 +518,63 @@ def test_without_a_text_there_is_nothing_to_look_at(session: Session, line: str)
         ("/why ab vs two words", "tokens ("),
         ("/why #99999", "99999 is not a token id"),
         ("/why #41 vs #41", "Both tokens are ')'."),
-        ('/why ""', "'\"\"' is an empty text, expected one token, by its text or as #7042."),
+        ('/why ""', "'\"\"' is an empty text. Give a token as text"),
         ('/why a vs ""', "'\"\"' is an empty text"),
-        ("/why Paris vs", "'Paris vs' names one token, expected a second one behind 'vs', as in /why Paris vs Rome."),
-        ("/why \x1b[31m", "expected one"),
+        ("/why Paris vs", "'Paris vs' has only one token. Add a second one after 'vs'"),
+        ("/why \x1b[31m", "Give one token"),
         ("/ablate L3", "The layer must be an integer from 0 to 2, not 3."),
         ("/ablate L1.H4", "The head must be an integer from 0 to 3, not 4."),
         ("/ablate L1.N1024", "not 1024."),
         ("/ablate L1 nonsense", "'nonsense' is not the name of a part"),
-        ("/ablate mean", "expected a part in front of it, such as L5.H3 mean."),
+        ("/ablate mean", "'mean' needs a part before it"),
         ("/ablate mean L1", "'mean' is not the name of a part"),
         ("/ablate \x1b[31m", "is not the name of a part"),
         ("/patch", "No text was given for /patch"),
         ("/patch ab", "Causal tracing needs the same number"),
-        ('/patch ""', "No text was given for /patch, expected another one"),
-        ('/patch L1@0 ""', "No text was given for /patch L1@0, expected the one that it is taken from."),
+        ('/patch ""', "No text was given for /patch. Give another text"),
+        ('/patch L1@0 ""', "No text was given for /patch L1@0. Give the text"),
         ("/patch L1@\x1b[31m", "No text was given for /patch L1@\\x1b[31m"),
         (f"/patch {PROMPT}", "Both texts are answered with"),
         ("/patch L1@0", "No text was given for /patch L1@0"),
         ("/patch L3@0 ab", "The layer must be an integer from 0 to 2, not 3."),
         ("/patch L1.H9@0 ab", "The head must be an integer from 0 to 3, not 9."),
         ("/patch L1.x@0 ab", "'L1.x' is not the name of a part"),
-        (f"/patch L1@99 {SAME_LENGTH}", "There is no position '99' in this text, expected 'all' or one from -"),
-        (f"/patch L1@-99 {SAME_LENGTH}", "There is no position '-99' in this text"),
-        (f"/patch L1@99999999999999 {SAME_LENGTH}", "There is no position '99999999999999' in this text"),
-        (f"/patch L1@x {SAME_LENGTH}", "; a text that begins like L5@3 stands in double quotes."),
-        ("/patch L1@99 a", "There is no position '99' in this text, expected one from -"),
-        (f"/patch L1@ {SAME_LENGTH}", "There is no position '' in this text"),
-        ("/patch L1@5 a", "There is no position '5' in the other text, expected one from -"),
-        ("/patch L1@all a", "tokens, expected the same number for 'all'."),
+        (f"/patch L1@99 {SAME_LENGTH}", "This text has no position '99'. Use 'all' or a number from -"),
+        (f"/patch L1@-99 {SAME_LENGTH}", "This text has no position '-99'"),
+        (f"/patch L1@99999999999999 {SAME_LENGTH}", "This text has no position '99999999999999'"),
+        (f"/patch L1@x {SAME_LENGTH}", "Put a text that begins like L5@3 in double quotes."),
+        ("/patch L1@99 a", "This text has no position '99'. Use a number from -"),
+        (f"/patch L1@ {SAME_LENGTH}", "This text has no position ''"),
+        ("/patch L1@5 a", "The other text has no position '5'. Use a number from -"),
+        ("/patch L1@all a", "Give texts of the same length for 'all'."),
         ("/steer", "needs an argument"),
-        ("/steer 1", "'' was given for the scale, expected a number."),
-        ("/steer 1 2", "expected two texts with a | between them; one that has a | in it stands in double quotes."),
-        ("/steer 1 2 ab", "expected two texts with a | between them"),
-        ("/steer 1 2 ab | ac | ad", "expected two texts with a | between them"),
-        ("/steer 1 2 | ac", "expected two texts with a | between them"),
-        ("/steer x 2 ab | ac", "'x' was given for a layer, expected a whole number"),
-        ("/steer -1 2 ab | ac", "'-1' was given for a layer"),
+        ("/steer 1", "Invalid value '' for the scale. Use a number."),
+        ("/steer 1 2", "Give two texts separated by |. Put a text that contains | in double quotes."),
+        ("/steer 1 2 ab", "Give two texts separated by |"),
+        ("/steer 1 2 ab | ac | ad", "Give two texts separated by |"),
+        ("/steer 1 2 | ac", "Give two texts separated by |"),
+        ("/steer x 2 ab | ac", "Invalid value 'x' for a layer. Use a whole number"),
+        ("/steer -1 2 ab | ac", "Invalid value '-1' for a layer"),
         ("/steer 3 2 ab | ac", "The layer must be an integer from 0 to 2, not 3."),
-        ("/steer 1 two ab | ac", "'two' was given for the scale, expected a number."),
+        ("/steer 1 two ab | ac", "Invalid value 'two' for the scale. Use a number."),
         ("/steer 1 nan ab | ac", "The scale must be a finite number, not nan."),
         ("/steer 1 inf ab | ac", "finite number, not inf."),
         ("/steer 1 1e999 ab | ac", "finite number, not inf."),
         ("/steer 1 1e39 ab | ac", "steering vector overflow"),
         ("/steer 1 1e21 ab | ac", "steering vector overflow"),
-        ("/restore", "Nothing is changed"),
-        ("/restore -L1", "Nothing is changed"),
+        ("/restore", "No interventions are active"),
+        ("/restore -L1", "No interventions are active"),
     ],
 )
 def test_what_cannot_be_meant_is_a_sentence(session: Session, line: str, said: str) -> None:
-    """And the session goes on as it was."""
+    """The session continues unchanged."""
     run(session, PROMPT)
     assert said in rejected(session, line)
     run(session, PROMPT)
 
 
 def test_too_much_of_a_direction_is_refused_and_not_put_on(session: Session) -> None:
-    """The network is not said to be damaged; without a text it is said of the first one, and can be taken off."""
+    """The error does not blame the weights. It comes with the first prompt."""
     huge = Intervention("huge", "Much.", {"layers.1.resid_post": lambda value, _start: value * float("inf")})
     intervene(session, [huge])
     assert "take them off, or choose a smaller scale." in rejected(session, PROMPT)
@@ -604,7 +604,7 @@ def test_what_is_refused_leaves_those_that_are_on(session: Session) -> None:
 def test_an_interruption_anywhere_leaves_the_session_as_it_was(
     session: Session, tiny: Llama, monkeypatch: pytest.MonkeyPatch, line: str, on: bool
 ) -> None:
-    """At each run of a layer in turn, the making of the effect among them; afterwards the same line does its work."""
+    """Interrupts each call of a layer in turn. Afterwards the line succeeds."""
     run(session, PROMPT, *(["/ablate L0.H1"] if on or line == "/restore" else []))
     calls, at = 0, 0
     forward = type(tiny.engine.model.layers[0]).forward
@@ -639,7 +639,7 @@ def test_an_interruption_anywhere_leaves_the_session_as_it_was(
 
 
 def test_an_interruption_of_the_effect_leaves_what_was_on(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last thing that is computed: even then nothing is on yet."""
+    """Interrupts the last computation, before the intervention becomes active."""
     run(session, PROMPT, "/ablate L0.H1")
 
     def interrupted(*_: Any) -> Any:
@@ -653,7 +653,7 @@ def test_an_interruption_of_the_effect_leaves_what_was_on(session: Session, monk
 
 
 def test_an_interruption_after_the_work_takes_it_back(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends in "Cancelled" is not on, even where nothing was left but to show it."""
+    """The intervention is not active, even if only the display was interrupted."""
     run(session, PROMPT, "/ablate L0.H1")
 
     def interrupted(*_: Any) -> Any:
@@ -683,7 +683,7 @@ def test_load_takes_the_interventions_off_that_the_loaded_session_does_not_have(
     run(session, f"/save {path}", "/ablate L1", SAME_LENGTH)
     output, reply = respond(session, f"/load {path}")
     assert reply is not None
-    assert "Changes to the network are off." in shown(reply.view)
+    assert "The interventions are off." in shown(reply.view)
     assert session.state.interventions == ()
     assert session.llama is tiny
     assert output["next"]["logprob"] == pytest.approx(plain["next"]["logprob"], abs=1e-4)
@@ -716,7 +716,7 @@ def test_a_file_that_is_refused_leaves_what_is_on(session: Session, tmp_path: Pa
 
 
 def test_a_recording_with_interventions_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
-    """Each of its lines, with the same answers and effects."""
+    """The replay has the same answers and effects for every line."""
     from llama_scratch.repl import session_file
     from llama_scratch.repl.replay import run_again
 
@@ -733,7 +733,7 @@ def test_a_recording_with_interventions_runs_again(session: Session, tiny: Llama
 
 
 def test_what_is_on_is_of_one_session(tiny: Llama) -> None:
-    """Another one on the same model has none."""
+    """Another session on the same model has no interventions."""
     one, other = started(tiny), started(tiny)
     run(one, PROMPT, "/ablate L1")
     assert other.state.labels == []
@@ -748,7 +748,7 @@ def test_moments_stay_within_their_limit(session: Session, monkeypatch: pytest.M
 
 
 def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session, tiny: Llama, tmp_path: Path) -> None:
-    """The interventions that were on at the end of the loaded one are on after it, there as here."""
+    """The loaded session's interventions are active after /load, also in the replay."""
     from llama_scratch.repl import session_file
     from llama_scratch.repl.replay import run_again
 
@@ -765,7 +765,7 @@ def test_a_recording_that_goes_on_from_a_loaded_one_runs_again(session: Session,
 
 
 def test_a_chats_answer_has_its_effect(real: Session) -> None:
-    """Of its first token."""
+    """The effect is on the answer's first token."""
     real.update(chat=checked(real.llama))
     real.change_settings(generate=2)
     answer = run(real, "/ablate L28.ffn", "What is the capital of France?")

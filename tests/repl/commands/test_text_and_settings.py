@@ -1,4 +1,4 @@
-"""The commands of a session that change its text and its settings, run in a pipe's session on a small model."""
+"""Commands that change the text and settings, on a small model without a terminal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def new_session(llama: Llama) -> Session:
 
 
 def run(session: Session, *lines: str) -> dict[str, Any]:
-    """The object that answers the last of some lines; each must be JSON."""
+    """Run lines and return the last answer. Check that each is JSON."""
     for line in lines:
         output = respond(session, line)[0]
         json.dumps(output)
@@ -58,7 +58,7 @@ def run(session: Session, *lines: str) -> dict[str, Any]:
 
 
 def rejected(session: Session, line: str) -> str:
-    """The message that a line is rejected with; the session must be as it was."""
+    """Return the error message for a line. Check that the session is unchanged."""
     before = (session.state.snapshots, vars(session.settings).copy(), session.state.turns.copy())
     message = assert_rejected(lambda: respond(session, line), LlamaScratchError, exact=False)
     assert (session.state.snapshots, vars(session.settings), session.state.turns) == before
@@ -66,8 +66,8 @@ def rejected(session: Session, line: str) -> str:
 
 
 HEADINGS = [
-    *("The text", "Looking at it", "Looking inside", "Changing it", "The network", "Drawing tokens", "Chat"),
-    *("The model", "The session"),
+    *("Text", "Predictions", "Interpretability", "Interventions", "Network", "Sampling", "Chat"),
+    *("Model", "Session"),
 ]
 
 
@@ -96,7 +96,12 @@ def test_force_takes_the_token_as_it_is_shown_quoted_or_by_its_id(session: Sessi
 
 @pytest.mark.parametrize(
     ("token", "said"),
-    [("␣Paris␣is", "is 2 tokens"), ("#99999", "not a token id"), ("xylophonic", "expected one"), ('""', "empty text")],
+    [
+        ("␣Paris␣is", "is 2 tokens"),
+        ("#99999", "not a token id"),
+        ("xylophonic", "Give one token"),
+        ('""', "empty text"),
+    ],
 )
 def test_force_refuses_what_is_not_one_token(session: Session, token: str, said: str) -> None:
     run(session, "The capital of France is")
@@ -206,7 +211,7 @@ def test_special_reads_names_of_special_tokens(session: Session) -> None:
         ("/top 0", "at least 1"),
         ("/top five", "whole number"),
         ("/temperature -1", "temperature is -1"),
-        ("/temperature warm", "expected a number"),
+        ("/temperature warm", "Use a number"),
         ("/temperature nan", "nan"),
         ("/top-p 2", "from 0 to 1"),
         ("/top-k -1", "at least 0"),
@@ -217,10 +222,10 @@ def test_special_reads_names_of_special_tokens(session: Session) -> None:
         ("/force", "needs an argument"),
         ("/precision fp7", "expected one of auto, fp32"),
         ("/model nowhere/at/all", "no model at"),
-        ("/edit", "expected a terminal"),
-        ("/serprisal", "did you mean /surprisal"),
-        ("/help serprisal", "did you mean /surprisal"),
-        ("/help me", "no command /me"),
+        ("/edit", "needs a terminal"),
+        ("/serprisal", "Did you mean /surprisal"),
+        ("/help serprisal", "Did you mean /surprisal"),
+        ("/help me", "Unknown command /me"),
     ],
 )
 def test_a_command_that_cannot_be_meant_gets_a_sentence(session: Session, line: str, said: str | None) -> None:
@@ -344,7 +349,7 @@ def test_silent_progress_is_what_opening_gets(session: Session, tiny_dir: Path) 
     assert session.open(str(tiny_dir), "fp32", silent).info.precision == "fp32"
 
 
-# --- What must not lose a session ---
+# --- Failures keep the session ---
 
 
 def test_a_long_number_and_a_long_name_are_refused(session: Session, tmp_path: Path) -> None:
@@ -429,7 +434,7 @@ def test_settings_that_nothing_can_be_answered_with_are_refused() -> None:
     ],
 )
 def test_an_edited_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, text: str) -> None:
-    """What an editor left, without a byte order mark and its last line end."""
+    """The text is read without a byte order mark and the final line break."""
     (tmp_path / "text").write_bytes(content)
     monkeypatch.setenv("VISUAL", f"cp {tmp_path / 'text'}")
     assert _edited("before") == text
@@ -485,7 +490,7 @@ def test_a_text_that_returns_to_the_line_is_escaped(text: str) -> None:
 
 
 def said(session: Session, line: str) -> str:
-    """The words that a command shows."""
+    """Return the text that a command shows."""
     _, reply = respond(session, line)
     assert reply
     assert reply.view is not None
@@ -493,17 +498,17 @@ def said(session: Session, line: str) -> str:
 
 
 def test_live_is_not_said_to_be_on_where_it_is_not(session: Session) -> None:
-    assert "no live prediction in a pipe" in said(session, "/live on")
+    assert "not available in a pipe" in said(session, "/live on")
     session.screen.keyboard = cast(Keyboard, object())
     assert said(session, "/live on") == " Live prediction is on."
     assert is_live(session)
     session.change_settings(plain=True)
-    assert "no live prediction with --plain" in said(session, "/live")
+    assert "not available with --plain" in said(session, "/live")
     session.change_settings(plain=False)
     session.update(chat=Chat())
-    assert "no live prediction in a chat" in said(session, "/live")
+    assert "not available in a chat" in said(session, "/live")
     assert "outside the chat" in said(session, "/top")
-    assert "bring the text back" not in said(session, "/help")
+    assert "insert the text" not in said(session, "/help")
     session.update(chat=None)
     said(session, "/live off")
     assert not is_live(session)

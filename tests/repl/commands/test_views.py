@@ -1,4 +1,4 @@
-"""/tokens, /surprisal, /tree, /diff, /choices and /compare: what they take, what they answer, how it looks."""
+"""/tokens, /surprisal, /tree, /diff, /choices, /compare: arguments, answers, display."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def session(llama: Llama) -> Session:
     return session
 
 
-# --- What they answer -------------------------------------------------------------------------
+# --- Answers ----------------------------------------------------------------------------------
 
 
 def test_tokens_of_a_text_and_of_the_one_so_far(session: Session) -> None:
@@ -92,7 +92,7 @@ def test_a_tree_is_three_by_three_unless_told_otherwise(session: Session) -> Non
 
 
 def test_a_path_walks_into_its_branch_and_two_points_walk_out(session: Session) -> None:
-    """The text is that branch's, and Enter goes on from there."""
+    """The branch becomes the text, and Enter continues from there."""
     before = session.ids
     branch = run(session, "/tree")["branches"][0]
     inner = branch["children"][1]
@@ -112,7 +112,7 @@ def test_a_path_walks_into_its_branch_and_two_points_walk_out(session: Session) 
 def test_a_tree_that_is_interrupted_leaves_the_text_as_it_was(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the way in and on the way out."""
+    """Covers both a path and '..'."""
     run(session, "/tree 1x1 1")
     moments = session.state.snapshots
     next_logits = session.llama.engine.next_logits
@@ -174,7 +174,7 @@ def test_bars_part_texts_but_not_within_quotes(argument: str, expected: list[str
 
 @pytest.mark.slow
 def test_compare_with_another_precision(session: Session) -> None:
-    """Both answer in the precision that is named, and the session's model stays what it is."""
+    """Each side uses its precision, and the session's model is unchanged."""
     facts = run(session, "/compare int8")
     assert [facts[side]["model"]["precision"] for side in ("first", "second")] == ["fp32", "int8"]
     assert 0 < facts["kl_bits"] < 0.1
@@ -183,7 +183,7 @@ def test_compare_with_another_precision(session: Session) -> None:
 
 
 def test_compare_with_another_model(session: Session, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its path; its vocabulary is another one, and it is closed when it has answered."""
+    """Another vocabulary, given by path. The model is closed after the comparison."""
     closed: list[Llama] = []
     monkeypatch.setattr(Llama, "close", lambda llama: closed.append(llama))
     facts = run(session, f"/compare {tiny_dir}")
@@ -192,7 +192,7 @@ def test_compare_with_another_model(session: Session, tiny_dir: Path, monkeypatc
     assert [llama.info.name for llama in closed] == [tiny_dir.name]
 
 
-# --- What they refuse -------------------------------------------------------------------------
+# --- Invalid arguments ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,24 +202,24 @@ def test_compare_with_another_model(session: Session, tiny_dir: Path, monkeypatc
         ("/tree 11x1", "11x1"),
         ("/tree 3x7", "3x7"),
         ("/tree 10x4", "at most 1,000 leaves"),
-        ("/tree three", "'three' was given for /tree"),
-        ("/tree 3x", "'3x' was given"),
-        ("/tree 3x31.2", "was given for /tree"),
-        ("/tree 1..2", "was given for /tree"),
-        ("/tree " + "9" * 5000, "was given for /tree"),
+        ("/tree three", "Invalid argument 'three' for /tree"),
+        ("/tree 3x", "Invalid argument '3x'"),
+        ("/tree 3x31.2", "for /tree"),
+        ("/tree 1..2", "for /tree"),
+        ("/tree " + "9" * 5000, "for /tree"),
         ("/tree 1.0", "Branch 1.0 does not exist"),
         ("/tree 11", "Branch 11 does not exist"),
         ("/tree 1.1.1.1.1.1.1", "at most 6 numbers"),
-        ("/tree ..", "There is no way back"),
+        ("/tree ..", "cannot go back"),
         ("/diff", "needs an argument"),
-        ("/diff one text", "expected two texts"),
-        ("/diff a | b | c", "expected two texts"),
-        ("/diff a |", "expected two texts"),
-        ('/diff a | ""', "expected two texts"),
+        ("/diff one text", "Give two texts"),
+        ("/diff a | b | c", "Give two texts"),
+        ("/diff a |", "Give two texts"),
+        ('/diff a | ""', "Give two texts"),
         ("/choices", "needs an argument"),
-        ("/choices cold", "expected two or more texts"),
-        ("/choices cold | | hot", "expected two or more texts"),
-        ('/choices cold | ""', "expected two or more texts"),
+        ("/choices cold", "Give two or more texts"),
+        ("/choices cold | | hot", "Give two or more texts"),
+        ('/choices cold | ""', "Give two or more texts"),
         ("/compare", "needs an argument"),
     ],
 )
@@ -253,9 +253,9 @@ def test_completions(session: Session) -> None:
     assert completions(session, "/tree .") == ["/tree .."]
 
 
-# --- How it looks -----------------------------------------------------------------------------
+# --- Display ----------------------------------------------------------------------------------
 
-# What terminals hide, obey, or draw wider than a letter.
+# Texts that terminals hide, interpret, or draw wider than one cell.
 NASTY = (" Paris", "\n\n", "\x1b[31m", "東京の天気は", "-" * 90, "\u202e\u200b", "[bold]", "\\xe2", "\x9b2J", " ")
 
 
@@ -290,7 +290,7 @@ def a_diff() -> Diff:
 
 
 def everything() -> dict[str, tuple[RenderableType, RenderableType]]:
-    """Each view of something nasty, and its plain form."""
+    """Build each view with hostile texts, and its plain form."""
     nasty = nasty_candidates()
     pieces = Tokens(tuple(Piece(c.id, c.text, c.text.encode()) for c in nasty))
     tokens = tuple(
@@ -321,19 +321,19 @@ VIEWS = everything()
 @pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_view_fits_its_terminal(name: str, width: int) -> None:
-    """As cells, of which a Chinese character takes two; what is cut off is nowhere replaced by dots."""
+    """Widths are in cells, two per Chinese character. Nothing is truncated with an ellipsis."""
     from rich.cells import cell_len
 
     for view in VIEWS[name]:
         text = shown(view, width)
         assert max(map(cell_len, text.splitlines())) <= width
-        # The tree's root is the end of a text.
+        # The tree's root shows the end of the text after an ellipsis.
         assert text.count("…") == (name == "tree")
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_nothing_in_a_text_is_obeyed_or_hidden(name: str) -> None:
-    """Neither by the terminal nor by rich; its escapes are the only ones, and those of 16 colors at most."""
+    """Escapes control characters and rich markup. The only escape codes are 16 colors."""
     import re
 
     for view in VIEWS[name]:
@@ -348,7 +348,7 @@ def test_nothing_in_a_text_is_obeyed_or_hidden(name: str) -> None:
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_plain_view_has_no_drawing(name: str) -> None:
-    """Nor colors: it is read aloud."""
+    """It has no colors either, because screen readers read it."""
     text = shown(VIEWS[name][1], 200, force_terminal=True, color_system="truecolor")
     assert "\x1b" not in text
     assert not [char for char in text if 0x2500 <= ord(char) < 0x2600]
@@ -443,7 +443,7 @@ def test_views_show_everything(name: str, expected: list[str]) -> None:
 
 
 def test_choices_are_sorted_best_first() -> None:
-    """Whatever the order in which they were given."""
+    """The order of the arguments does not matter."""
     given = [
         Choice(text, (Candidate(1, text, logprob),), 0.3, 0.3) for text, logprob in (("b", -2), ("a", -1), ("c", -3))
     ]
@@ -455,7 +455,7 @@ def test_choices_are_sorted_best_first() -> None:
 
 
 def test_what_surprises_more_has_another_style() -> None:
-    """Four steps; no surprise at all where nothing was predicted."""
+    """Four styles; the default style if nothing was predicted."""
     styles = [surprise_style(bits) for bits in (0.0, 0.99, 1.0, 3.99, 4.0, 7.99, 8.0, 30.0)]
     assert styles[::2] == styles[1::2]
     assert len(set(styles)) == 4
@@ -463,7 +463,7 @@ def test_what_surprises_more_has_another_style() -> None:
 
 
 def test_the_text_is_colored_by_its_bits() -> None:
-    """Character by character, as they are given."""
+    """Each character is colored by its own bits."""
     tokens = (Scored(1, "ab", None, None, None), Scored(2, "cd", -math.log(2) * 9, 3, 1.0))
     page = surprisal_page.page(Surprisal(tokens, (), 1.0), "abcd", [None, None, 0.5, 9.0])
     text = shown(to_terminal.view(page), 80, force_terminal=True, color_system="standard")
