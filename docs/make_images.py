@@ -1,9 +1,9 @@
-"""Make the README's pictures, each from a real run of the program or from the model's own configuration.
+"""Make the pictures of README.md and docs/.
 
     make images        (python -m docs.make_images [NAME …])
 
-The program runs on a pseudo-terminal with SmolLM2; its screen is drawn cell by cell. The picture of the
-architecture takes every number from the `ModelArgs` of Llama 3.2 1B's params.json.
+Most are screens of real sessions: the program runs with SmolLM2 on a pseudo-terminal, whose cells are drawn one by one.
+The picture of the architecture takes its numbers from the `ModelArgs` of Llama 3.2 1B's params.json.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tests.helpers.terminal import Terminal
 FOLDER = Path(__file__).parent.parent / "OutputImages"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
-# --- The program at work ----------------------------------------------------------------------
+# --- Screens of sessions ----------------------------------------------------------------------
 
 BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
-# pyte names the sixteen colors that a terminal theme defines.
+# pyte's names of the sixteen colors that a terminal theme defines.
 PALETTE = {
     "black": "#45475a",
     "red": "#f38ba8",
@@ -55,7 +55,7 @@ SIZE = 22
 
 
 def session() -> Image.Image:
-    """A prompt and its answer, its token accepted, and another prompt."""
+    """A prompt and its answer, one accepted token, and another prompt."""
     with _start() as terminal:
         for keys in (["The capital of France is", "enter"], ["enter"], ["The opposite of hot is", "enter"]):
             _answered(terminal, *keys)
@@ -63,7 +63,7 @@ def session() -> Image.Image:
 
 
 def before_enter() -> Image.Image:
-    """A prompt typed, Enter not yet pressed: live prediction."""
+    """Live prediction: a prompt before Enter is pressed."""
     with _start(rows=12) as terminal:
         terminal.type("The capital of France is")
         terminal.wait_for("· entropy")
@@ -72,7 +72,7 @@ def before_enter() -> Image.Image:
 
 
 def after_enter() -> Image.Image:
-    """The same prompt answered."""
+    """The answer to the same prompt."""
     with _start(rows=16) as terminal:
         _answered(terminal, "The capital of France is", "enter")
         return draw(terminal.screen)
@@ -84,7 +84,7 @@ def tree() -> Image.Image:
 
 
 def surprisal() -> Image.Image:
-    """How surprising each token of a sentence is."""
+    """The surprisal of each token of a sentence."""
     with _start(rows=40) as terminal:
         terminal.type("/surprisal The cat sat on the xylophone and ate the moon.", "enter")
         terminal.wait_for("perplexity")
@@ -102,7 +102,7 @@ def chat() -> Image.Image:
 
 
 def why() -> Image.Image:
-    """Why that token: attribution on one screen."""
+    """Attribution of a prediction on one screen."""
     return _view("The capital of France is", "/why Paris vs Rome", "/source attribution", rows=56)
 
 
@@ -112,7 +112,7 @@ def lens() -> Image.Image:
 
 
 def trace() -> Image.Image:
-    """Where a fact is: causal tracing, as /picture draws it."""
+    """Causal tracing of a fact, as /picture draws it."""
     llama = Llama.load("smollm2", precision="fp32")
     ids, other = (llama.encode(f"The capital of {country} is") for country in ("France", "Italy"))
     return Image.open(io.BytesIO(png(patching.page(tracing.trace(llama, ids, other)))))
@@ -127,13 +127,13 @@ def induction() -> Image.Image:
 
 def _start(*options: str, rows: int = 48) -> Terminal:
     terminal = Terminal("--model", "smollm2", *options, columns=84, rows=rows)
-    terminal.wait_for("lists the commands")  # the banner stands above the first prompt
-    terminal.settle(3)  # what it prepares in the background has ended
+    terminal.wait_for("lists the commands")  # the banner above the first prompt
+    terminal.settle(3)  # until its background jobs have finished
     return terminal
 
 
 def _view(prompt: str, command: str, end: str, rows: int) -> Image.Image:
-    """A prompt, its answer, and what a command shows of it, up to its last words."""
+    """A prompt, its answer, and the output of a command, which ends with the text `end`."""
     with _start(rows=rows) as terminal:
         _answered(terminal, prompt, "enter")
         terminal.type(command, "enter")
@@ -150,7 +150,7 @@ def _answered(terminal: Terminal, *keys: str) -> None:
 
 
 def draw(screen: Screen) -> Image.Image:
-    """A terminal's screen as a picture, down to its last line that shows something."""
+    """Draw a terminal's screen as a picture, down to its last line that is not empty."""
     regular, bold = (ImageFont.truetype(FONTS / f"DejaVuSansMono{kind}.ttf", SIZE) for kind in ("", "-Bold"))
     width, height = round(regular.getlength("M")), round(SIZE * 1.4)
     rows = 1 + max(row for row in range(screen.lines) if screen.display[row].strip() or row == screen.cursor.y)
@@ -166,7 +166,7 @@ def draw(screen: Screen) -> Image.Image:
                 foreground, background = BACKGROUND, FOREGROUND
             if background != BACKGROUND:
                 canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=background)
-            if (eighths := " ▏▎▍▌▋▊▉█".find(cell.data)) > 0:  # blocks meet without a seam
+            if (eighths := " ▏▎▍▌▋▊▉█".find(cell.data)) > 0:  # rectangles leave no seams
                 canvas.rectangle((x, y + 6, x + round(width * eighths / 8) - 1, y + height - 7), fill=foreground)
             elif cell.data.strip():
                 canvas.text((x, y + height * 0.12), cell.data, fill=foreground, font=bold if cell.bold else regular)
@@ -188,7 +188,7 @@ def _color(name: str, default: str) -> str:
 
 
 def architecture() -> Figure:
-    """Llama 3.2 1B: every part with its true shapes."""
+    """Llama 3.2 1B: every part with its shapes."""
     args = parse_params(json.dumps(LLAMA_3_2_1B))
     shapes = {name: "×".join(f"{n:,}" for n in shape) for name, shape in args.weight_shapes().items()}
 
@@ -230,9 +230,9 @@ def architecture() -> Figure:
     _box(axes, 9.75, 4.5, 3.1, 0.72, f"{args.n_kv_heads} value heads × {args.head_dim}", shape("attention.wv"), green)
     assert args.rope_scaling is not None
     factor = args.rope_scaling.factor
-    rope = f"{args.head_dim // 2} complex numbers a head, base {args.rope_theta:,.0f}, scaled by {factor:g}"
-    _box(axes, 4.4, 5.55, 6.6, 0.62, "Rotary embedding: q and k turn with their position", rope, green)
-    cache = f"{2 * args.n_layers * args.n_kv_heads * args.head_dim * 2 // 1024} KiB a token in bf16"
+    rope = f"{args.head_dim // 2} complex numbers per head, base {args.rope_theta:,.0f}, scaled by {factor:g}"
+    _box(axes, 4.4, 5.55, 6.6, 0.62, "Rotary embedding: q and k are rotated by position", rope, green)
+    cache = f"{2 * args.n_layers * args.n_kv_heads * args.head_dim * 2 // 1024} KiB per token in bf16"
     _box(axes, 9.75, 5.55, 3.1, 0.62, "KV cache (all layers)", cache, gray)
     _box(
         axes,
@@ -250,7 +250,7 @@ def architecture() -> Figure:
     )
     _box(axes, 6, 8.92, 7.4, 0.72, "SwiGLU feed-forward: w2( SiLU(w1 x) · w3 x )", feed_forward, green)
     _box(axes, 6, 10.25, 5.2, 0.7, "RMSNorm", f"norm  {shapes['norm.weight']}", orange)
-    _box(axes, 6, 11.3, 5.2, 0.75, "Output projection, the embedding again", f"output  {shapes['output.weight']}", blue)
+    _box(axes, 6, 11.3, 5.2, 0.75, "Output projection (the embedding)", f"output  {shapes['output.weight']}", blue)
     axes.text(
         6, 12.15, f"{args.vocab_size:,} logits  →  argmax: the next token", ha="center", fontsize=13, weight="bold"
     )
@@ -271,7 +271,7 @@ def architecture() -> Figure:
         _arrow(axes, (x, 4.86), (x, 5.24))
     _arrow(axes, (7.7, 5.55), (8.2, 5.55))
     _arrow(axes, (9.75, 5.86), (8.6, 6.29))
-    # The residual stream goes around both halves of a layer.
+    # The residual stream bypasses attention and the feed-forward network.
     for low, high in [(2.88, 7.2), (7.45, 9.57)]:
         axes.plot([6, 0.85, 0.85], [low, low, high], color="#64748b", lw=1.6, ls=(0, (4, 2)))
         _arrow(axes, (0.85, high), (5.95, high), dashed=True)
@@ -323,7 +323,7 @@ PICTURES: dict[str, Callable[[], Image.Image | Figure]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; all of them by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"pictures (default: all): {', '.join(PICTURES)}")
     for name in parser.parse_args().names or PICTURES:
         picture = PICTURES[name]()
         path = FOLDER / f"{name}.png"

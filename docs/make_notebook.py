@@ -1,9 +1,8 @@
-"""Write docs/microscope.ipynb from the cells below, and run it: what stands in it is what the code answered.
+"""Run the cells below and write them, with their outputs, to docs/microscope.ipynb.
 
     python -m docs.make_notebook
 
-Of each answer the plain text is kept, and the picture where one is drawn; a page with hover values appears where the
-notebook is run.
+Outputs are kept as plain text and pictures. HTML pages are removed; they appear again when the notebook runs.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from nbclient import NotebookClient
 
 FILE = Path(__file__).parent / "microscope.ipynb"
 
-# Texts are markdown; code stands in tuples.
+# Strings are Markdown cells, tuples are code cells.
 CELLS: list[str | tuple[str]] = [
     """# A prompt under the microscope
 
-`llama.inspect(prompt)` looks at every number between a prompt and the next token. Nothing is computed before it is
-asked for; each result is a value with types and units in its docstring, draws itself here, and prints with rich. The
-model is SmolLM2-135M, which `llama-scratch pull smollm2` fetches; a directory with Llama 3.2 1B works the same way.""",
+`llama.inspect(prompt)` gives access to every number between a prompt and the next token. Nothing is computed before you
+ask for it. Each result is a value whose docstring gives types and units; it displays itself here and prints with rich.
+The model is SmolLM2-135M (`llama-scratch pull smollm2`); a directory with Llama 3.2 1B works the same way.""",
     (
         """from llama_scratch import Llama
 
@@ -30,35 +29,35 @@ llama = Llama.load("smollm2", precision="fp32")
 seen = llama.inspect("The capital of France is")
 seen""",
     ),
-    """## What each layer would say
+    """## What each layer predicts
 
-The *logit lens* reads the residual stream behind every layer as if it were the last one. A row is a layer, a column a
-position of the prompt.""",
+The *logit lens* applies the final norm and the unembedding to the residual stream after every layer. Rows are layers,
+columns are positions of the prompt.""",
     ("lens = seen.lens()\nlens",),
     (
         """answer = lens.answers[-1]
 f"{answer.text!r} is the best guess from layer {lens.stays_from()} on\"""",
     ),
-    """## Who speaks for it
+    """## Which components contribute
 
-*Direct logit attribution*: what every attention head and every feed-forward layer adds to the logit. With the scale of
-the last norm held they add up to it; the remainder is rounding. The strongest claims are tried out by switching the
-part off.""",
+*Direct logit attribution* gives the contribution of every attention head and every feed-forward layer to the logit. If
+the scale of the final norm is held constant, the contributions add up to the logit, except for rounding. The strongest
+contributions are checked by ablation.""",
     ('why = seen.attribution(" Paris", versus=" Rome")\nwhy',),
     ("sum(part.logit for part in why.contributions) - why.logit",),
-    """## Trying it out
+    """## Testing it
 
-Head 4 of layer 23 speaks loudest for Paris and against Rome. What does it look at, and what is left without it?""",
+Head 4 of layer 23 contributes most to Paris over Rome. What does it attend to, and what remains if it is ablated?""",
     ("seen.head(23, 4)",),
     ('seen.ablate("L23.H4")',),
     """## Where the fact is
 
-*Causal tracing*: put one activation of another prompt into this one, at each layer and position, and see how far the
-answer moves. Up to layer 23 the country stands where it was named; then it is copied to the last token.""",
+*Causal tracing*: replace one activation with that of another prompt, at each layer and position, and measure how far
+the answer moves. Up to layer 23 the country is at its own token; then it is copied to the last token.""",
     ('seen.trace("The capital of Italy is")',),
-    """## Changing what it says
+    """## Changing the answer
 
-Activations of one prompt in another, and a direction added to the stream.""",
+Patch in an activation of another prompt, or add a direction to the residual stream.""",
     ("""seen.patch("The capital of Italy is", "L23", positions=3).prediction.next""",),
     (
         """film = llama.inspect("I watched the film yesterday and I thought it was")
@@ -66,7 +65,7 @@ film.steer(20, 1.0, toward="It was terrible", away="It was wonderful")""",
     ),
     """## The numbers themselves
 
-Tensors, for whatever else there is to ask: the residual stream, attention probabilities, and any place that
+Tensors for your own analysis: the residual stream, attention probabilities, and every place that
 `llama_scratch.hooks` names.""",
     (
         """neurons = seen.activations("layers.5.feed_forward.neurons")
@@ -75,14 +74,14 @@ seen.residual[5].shape, seen.attention[5, 3].shape, neurons.shape""",
     (
         """import torch
 
-# How long the stream's vectors are, layer by layer, at the last token.
+# Norm of the residual stream at the last token, layer by layer.
 torch.stack([stream[-1].norm() for stream in seen.residual])""",
     ),
 ]
 
 
 def notebook() -> Any:
-    """The cells, not yet run."""
+    """The notebook without outputs."""
     made = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
@@ -94,7 +93,7 @@ def notebook() -> Any:
 
 
 def run(made: Any) -> Any:
-    """Run all cells; raises nbclient's `CellExecutionError` where one fails."""
+    """Run all cells. Raises nbclient's `CellExecutionError` if one fails."""
     return NotebookClient(made, timeout=300, kernel_name="python3").execute()
 
 

@@ -1,4 +1,4 @@
-"""The notebook in docs: it is what its script writes, and every cell of it runs."""
+"""The notebook in docs: it has the cells of docs/make_notebook.py, and every cell runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from docs.make_notebook import CELLS, FILE, notebook, run
 
 
 def test_it_holds_the_cells_of_its_script_and_an_answer_to_each() -> None:
-    """Nobody has edited the one without the other."""
+    """Neither was edited without the other."""
     kept = nbformat.read(FILE, as_version=4)
     assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook().cells]
     assert all(cell.outputs for cell in kept.cells if cell.cell_type == "code")
@@ -20,7 +20,7 @@ def test_it_holds_the_cells_of_its_script_and_an_answer_to_each() -> None:
 
 @pytest.mark.slow
 def test_it_runs(smollm2_path: Path) -> None:
-    """Each cell gives an answer again, with a page where a result draws itself; those of text are the ones kept."""
+    """Each cell gives its recorded output again; results that display themselves also give an HTML page."""
     made = run(notebook())
     kept = nbformat.read(FILE, as_version=4)
     pairs = [pair for pair in zip(made.cells, kept.cells, strict=True) if pair[0].cell_type == "code"]
@@ -29,14 +29,14 @@ def test_it_runs(smollm2_path: Path) -> None:
     for new, old in pairs:
         (output,) = new.outputs
         text, before = output.data["text/plain"], old.outputs[0].data["text/plain"]
-        # Numbers may differ by rounding, and times do: the words are those that are kept.
+        # Only words are compared: numbers differ by rounding, and times differ anyway.
         assert [word for word in text.split() if word.isalpha()] == [word for word in before.split() if word.isalpha()]
         drawn += "<iframe" in output.data.get("text/html", "")
     assert drawn == 7
 
 
 def test_a_cell_that_fails_is_seen() -> None:
-    """The test above could fail."""
+    """So the test above can fail."""
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     with pytest.raises(CellExecutionError):
         run(broken)

@@ -1,4 +1,4 @@
-"""docs/fact.md: what it says of SmolLM2 is what is computed."""
+"""The numbers in docs/fact.md are those that SmolLM2 gives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def seen(smollm2_fp32_path: Path) -> Inspection:
 
 
 def shares(inspection: Inspection) -> dict[str, float]:
-    """What comes next, in percent."""
+    """The probabilities of the candidates in percent."""
     return {candidate.text: 100 * candidate.probability for candidate in inspection.prediction.top}
 
 
@@ -36,7 +36,7 @@ def test_the_fact_stands_at_the_country_and_from_layer_24_on_at_the_last_token(s
 
 
 def test_the_table_is_what_attribution_says(seen: Inspection) -> None:
-    """The parts, what they add, and the answer without them."""
+    """The components, their contributions, and the probability of the answer if they are ablated."""
     found = seen.attribution(" Paris", " Rome")
     before = 100 * found.answer.probability
     rows = [
