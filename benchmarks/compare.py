@@ -1,4 +1,4 @@
-"""Compare our speed with other engines on a random model with the shape of Llama 3.2 1B, in one alternating run.
+"""Compare the speed of this package with other engines in one alternating run.
 
     make benchmark        (python -m benchmarks.compare [--directory FOLDER] [--engines NAME …] [--ik LLAMA_BENCH])
 
@@ -112,7 +112,7 @@ class Run:
                 worker.close()
 
     def try_llama_bench(self, entry: Entry) -> None:
-        """Measure one token with llama-bench, so that errors appear before the long measurements."""
+        """Measure one token with llama-bench, to find errors before the long run."""
         if self.llama_bench and find_spec(PACKAGE_OF[entry.kind]):
             path = model_file(self.directory, entry, self.plan)
             self.llama_bench_commit = LlamaBench(self.llama_bench, path, self.threads).version()

@@ -1,4 +1,4 @@
-"""The engines and the sizes of a run of `benchmarks.compare`, and the model file of each engine."""
+"""Engines, sizes and model files for `benchmarks.compare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model files for the other engines: GGUF in several precisions, a Hugging Face directory, CTranslate2's format.
+"""Model files for the other engines: GGUF, Hugging Face and CTranslate2.
 
 All files contain the same weights, so that all engines compute the same answer.
 """
@@ -37,7 +37,7 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def matrices_in(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Load a model's weights with all matrices in one dtype. A tied output remains the embedding."""
+    """Load weights with all matrices in one dtype; a tied output stays tied."""
     made: dict[int, Tensor] = {}
 
     def converted(weight: Weight) -> Tensor:
@@ -113,13 +113,13 @@ def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) 
 
 
 def make_huggingface(source: Path, target: Path) -> None:
-    """Write a model as a Hugging Face directory in bfloat16, for transformers and CTranslate2's converter."""
+    """Write a model as a Hugging Face directory in bfloat16."""
     checkpoint = open_checkpoint(source)
     write_huggingface.write_huggingface(checkpoint, matrices_in(checkpoint, torch.bfloat16), target, silent)
 
 
 class _IdsAsTokens:
-    """A tokenizer for CTranslate2's converter, which needs a text for each id: the id itself."""
+    """A tokenizer for CTranslate2's converter, with each id as its text."""
 
     def __init__(self, n_vocab: int):
         self.n_vocab = n_vocab
@@ -130,7 +130,9 @@ class _IdsAsTokens:
 
 
 def make_ctranslate2(huggingface: Path, target: Path, quantization: str = "int8") -> None:
-    """Convert a Hugging Face directory to CTranslate2's format, with token ids as text.
+    """Convert a Hugging Face directory to CTranslate2's format.
+
+    The tokens are the ids as text.
 
     Args:
         huggingface: The directory.

@@ -42,7 +42,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M",
 
 
 def converted(folder: Path) -> list[dict[str, Any]]:
-    """Compare llama.cpp's logits and tokens with ours for each file that `convert` writes."""
+    """Compare llama.cpp's logits and tokens with ours for files from `convert`."""
     files = {}
     for scaled in (True, False):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -69,7 +69,10 @@ def quantized(folder: Path) -> list[dict[str, Any]]:
 
 
 def against_llama_cpp(path: Path, content: str) -> dict[str, Any]:
-    """Compare our fp32 with llama.cpp on one GGUF file: token ids of each line, and logits of the first positions."""
+    """Compare our fp32 with llama.cpp on one GGUF file.
+
+    Compares the token ids of each line and the logits of the first positions.
+    """
     import llama_cpp
 
     quiet_llama_cpp()
@@ -105,7 +108,10 @@ def against_llama_cpp(path: Path, content: str) -> dict[str, Any]:
 
 
 def tokens(folder: Path) -> list[dict[str, Any]]:
-    """Compare token ids of both vocabularies on random texts, and on the corpus as a whole and line by line."""
+    """Compare token ids on random texts and on the corpus, for two vocabularies.
+
+    The corpus is compared as a whole and line by line.
+    """
     import llama_cpp
 
     quiet_llama_cpp()
@@ -145,7 +151,9 @@ def drawn_texts() -> list[str]:
 
 
 def unequal_texts(theirs: Any, ours: Llama, texts: Sequence[str]) -> list[str]:
-    """Return the texts with different token ids. Names of special tokens are plain text for both.
+    """Return the texts with different token ids.
+
+    Names of special tokens are plain text for both.
 
     If a vocabulary lacks a byte (SmolLM2's lacks 21), ours emits the unknown token, like `tokenizers`, and llama.cpp
     skips the byte; this difference is ignored.

@@ -20,7 +20,7 @@ _HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --
 
 
 class LlamaBenchError(Exception):
-    """llama-bench did not return a result. The message says what happened and what to do."""
+    """llama-bench did not return a result."""
 
 
 def check_program(program: Path) -> None:
@@ -45,7 +45,7 @@ class LlamaBench:
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
 
     def version(self) -> str:
-        """Measure one token and return the program's commit, or "unknown" if it was not built from git."""
+        """Measure one token and return the program's commit, or "unknown"."""
         return str(self._run(prompt=1, new=0).get("build_commit", "unknown"))
 
     def seconds(self, *, prompt: int, new: int) -> float:
@@ -89,7 +89,7 @@ class LlamaBench:
 
 
 def _figures(output: str) -> dict[str, Any] | None:
-    """Find the JSON object in llama-bench's output, which has other lines before and within the list."""
+    """Find the JSON object in llama-bench's output, among other lines."""
     for start in re.finditer(r"^\s*\{", output, re.MULTILINE):
         try:
             figures, _ = json.JSONDecoder().raw_decode(output, start.end() - 1)

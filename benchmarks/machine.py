@@ -1,4 +1,4 @@
-"""Description of the machine: CPU, CPU features, and the instruction set of our kernels."""
+"""Description of the machine: CPU, features and instruction set of our kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure the run time of the microscope, and decode speed after its hooks are removed.
+"""Measure the microscope, and decode speed after its hooks are removed.
 
     python -m benchmarks.microscope [--model-dir DIR …] [--runs 5] [--tokens 64] [--json] [--record]
 

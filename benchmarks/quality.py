@@ -59,7 +59,10 @@ Logits = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Engine:
-    """The logits function of an engine, and its average bits per weight of the linear layers, including scales."""
+    """Logits function of an engine, and average bits per weight.
+
+    The bits are those of the linear layers, including scales.
+    """
 
     logits: Logits
     bits: float
@@ -111,7 +114,10 @@ class Distance:
 
 
 def text() -> str:
-    """About 465,000 characters of English prose with some code, fixed for each Python version."""
+    """About 465,000 characters of English prose with some code.
+
+    The text is fixed for each Python version.
+    """
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -130,7 +136,9 @@ def windows(ids: Sequence[int], size: int, tokens: int) -> list[Sequence[int]]:
 
 
 def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[int]]) -> dict[str, Distance]:
-    """Compare engines with a reference, text by text, so that only two tensors of logits are in memory.
+    """Compare engines with a reference, text by text.
+
+    Only two tensors of logits are in memory at a time.
 
     Args:
         reference: The reference.
@@ -247,7 +255,7 @@ K_TYPES = ("Q4_K_S", "Q6_K")
 def w2_errors(
     model: Path, directory: Path, precisions: Sequence[str], peers: Sequence[str], texts: list[Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """Measure the quantization error of the w2 matrices in each format, averaged over the layers.
+    """Measure the mean quantization error of the w2 matrices in each format.
 
     Args:
         model: The model.
@@ -287,7 +295,7 @@ def w2_errors(
 
 
 def _w2(llama: Llama, names: Sequence[str]) -> dict[str, Tensor]:
-    """Effective weights of the layers in any format, from their outputs for unit vectors."""
+    """Effective weights of layers in any format: their outputs for unit vectors."""
     units = torch.eye(llama.args.ffn_dim)
     return {name: llama.engine.model.get_submodule(name)(units).T for name in names}
 

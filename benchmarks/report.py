@@ -1,4 +1,4 @@
-"""Render results.md from the recorded .json files: one section per benchmark, with tables and bounds.
+"""Render results.md from the recorded .json files, one section per benchmark.
 
 `render` is a pure function, so a test can check that the files in the repository are consistent.
 """

@@ -1,4 +1,4 @@
-"""Rotate the residual stream of a network at random: different weights, same answers.
+"""Rotate a network's residual stream: different weights, same answers.
 
 SmolLM2's file has 4-bit weights. A format with the same quantization steps would represent them exactly and look better
 than it is. A rotation R, folded into the weights, moves them off every format's grid:

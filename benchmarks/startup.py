@@ -100,7 +100,7 @@ def shows(typed: str, text: str) -> bool:
 
 
 def session(options: list[str]) -> dict[str, float]:
-    """Measure one interactive session: first prompt, end of loading, and keystroke latency until then."""
+    """Measure one session: first prompt, end of loading, and keystroke latency."""
     start = time.perf_counter()
     with Terminal(*options, columns=200) as terminal:
         until(terminal, lambda text: "> " in text)

@@ -1,4 +1,4 @@
-"""Worker processes for the engines of a run, so that memory and threads are separate."""
+"""Worker processes for the engines, to separate their memory and threads."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Worker:
 
 
 class LlamaBenchWorker:
-    """ik_llama.cpp with the interface of a `Worker`. No process runs between measurements."""
+    """ik_llama.cpp as a `Worker`, without a process between measurements."""
 
     def __init__(self, entry: Entry, program: Path, model: Path, threads: int):
         self.entry = entry
@@ -107,7 +107,9 @@ class LlamaBenchWorker:
         }
 
     def ask(self, do: str, ids: list[int], *, new: int) -> dict[str, Any]:
-        """Run a case. llama-bench uses its own token ids and measures either prefill or decode.
+        """Run a case.
+
+        llama-bench uses its own token ids and measures either prefill or decode.
 
         Args:
             do: Must be "run".

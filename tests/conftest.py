@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests neither read nor write the home of the user who runs them."""
+"""Shared fixtures. Tests neither read nor write the user's home."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled once per run (parallel workers wait for the first one) and disabled again afterwards."""
+    """The kernels, compiled once per run and disabled again afterwards.
+
+    Parallel workers wait for the first one to compile them.
+    """
     import torch
 
     from llama_scratch.precision import kernels
@@ -66,7 +69,7 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_fp32_path(smollm2_path: Path) -> Path:
-    """SmolLM2 with mapped float32 weights, which start one second faster than the 4-bit weights."""
+    """SmolLM2 with mapped float32 weights, which load faster than 4-bit weights."""
     from llama_scratch.checkpoint.convert import convert
 
     if not SMOLLM2_FP32.exists():
@@ -89,7 +92,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama_scratch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Runner:
-    """A function that runs the command line with arguments and standard input; no stream is a terminal."""
+    """A function that runs the command line, without a terminal."""
     from llama_scratch.cli.app import run
     from tests.helpers.command_line import Result
 

@@ -63,7 +63,10 @@ class Figures:
         return best
 
     def share(self, case: str, engine: str) -> float | None:
-        """Memory bandwidth utilization of decode: weight bytes read per second ÷ bandwidth of the round."""
+        """Memory bandwidth utilization of decode.
+
+        Weight bytes read per second ÷ measured bandwidth of the round, as a median.
+        """
         rates = self._rates.get(("decode", case, engine))
         if not rates:
             return None

@@ -1,4 +1,4 @@
-"""Speed of the kernels with each instruction set; recorded by benchmarks/kernels.py."""
+"""Speed of the kernels per instruction set; recorded by benchmarks/kernels.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def section(kernels: dict[str, Any]) -> list[str]:
 
 
 def kernel_figures(case: dict[str, Any]) -> dict[str, str]:
-    """Instruction set → speed: weight bytes per second for one row, operations per second for several rows."""
+    """Instruction set → speed.
+
+    The speed is in weight bytes per second for one row, and in operations per second for several rows.
+    """
     if case["rows"] == 1:
         return {name: f"{case['weight_bytes'] / seconds / GB:.1f} GB/s" for name, seconds in case["seconds"].items()}
     operations = 2 * case["rows"] * case["out"] * case["in"]

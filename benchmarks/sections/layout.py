@@ -1,4 +1,4 @@
-"""Building blocks of the report: bounds with verdicts, tables, and captions with the CPU."""
+"""Building blocks of the report: bounds, tables and captions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def captioned(recorded: dict[str, Any], table: str) -> str:
 
 
 def _caption(recorded: dict[str, Any]) -> str:
-    """Describe the CPU of a recorded file, its features, and the instruction sets of our kernels."""
+    """Describe the CPU of a recorded file and the instruction sets of our kernels."""
     machine = recorded.get("machine")
     if not machine:
         return "CPU: not recorded."

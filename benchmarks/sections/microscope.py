@@ -1,4 +1,4 @@
-"""Run time of the microscope, and its cost when it is not used; recorded by benchmarks/microscope.py."""
+"""Run time and overhead of the microscope; recorded by benchmarks/microscope.py."""
 
 from __future__ import annotations
 

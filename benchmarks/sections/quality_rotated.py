@@ -1,4 +1,4 @@
-"""Distance of each precision from fp32 on rotated weights; recorded by `benchmarks/quality.py --rotate`."""
+"""Accuracy on rotated weights; recorded by `benchmarks/quality.py --rotate`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def section(quality: dict[str, Any]) -> list[str]:
 
 
 def rotated_bounds(quality: dict[str, Any]) -> list[Bound]:
-    """The bounds on the accuracy of int8 and int4 on weights that are off every format's grid."""
+    """The bounds on the accuracy of int8 and int4 with rotated weights."""
     distances = quality["distances"]
     bounds = []
     for ours, theirs, share in (("int8", "Q8_0", 1.0), ("int4", "Q4_0", 0.8)):

@@ -1,4 +1,4 @@
-"""Speed and exactness of prompt lookup decoding; recorded by benchmarks/speculation.py."""
+"""Prompt lookup decoding; recorded by benchmarks/speculation.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed and memory compared with llama.cpp and other engines; recorded by benchmarks/compare.py."""
+"""Speed and memory relative to others; recorded by benchmarks/compare.py."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _IK = {"int8": (IK_Q8_0, 1.0, 1.0), "int4": (IK_Q4_K_M, 1.1, 1.3)}
 
 
 def cpu_kind(machine: dict[str, Any]) -> str:
-    """The kind of CPU, which selects the bounds: "AVX2", "AVX-512" or "" for any other."""
+    """The kind of CPU, for the bounds: "AVX2", "AVX-512" or "" for any other."""
     return "AVX-512" if "avx512f" in machine["features"] else "AVX2" if "avx2" in machine["features"] else ""
 
 
@@ -51,7 +51,7 @@ def speed_bounds(results: dict[str, Any]) -> list[Bound]:
 
 
 class _Ratios:
-    """The bounds on our speed relative to others, for our engines with one kind of kernels.
+    """The bounds on our relative speed, for engines with one kind of kernels.
 
     Args:
         results: The recorded run.

@@ -1,4 +1,4 @@
-"""Shared test helpers: models, servers, terminals, texts and a reference implementation."""
+"""Shared test helpers: models, servers, terminals, texts and references."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ EXIT_CODES = {
 
 
 def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *words: object) -> str:
-    """Check class, exit code and message of an error. The message is one short printable line.
+    """Check class, exit code and message of an error.
+
+    The message must be one short printable line.
 
     Args:
         error: The error.

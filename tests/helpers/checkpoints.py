@@ -44,7 +44,9 @@ def tiny_params(**changes: Any) -> dict[str, Any]:
 
 
 def random_weights(args: ModelArgs, *, tied: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """Random float32 weights: standard deviation 1/√fan_in, three times as large for q and k, norms around 1.
+    """Create random float32 weights.
+
+    The standard deviation is 1/√fan_in, three times as large for q and k; norms are around 1.
 
     Args:
         args: The network's shape.

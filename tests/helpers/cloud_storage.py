@@ -16,7 +16,10 @@ GOOGLE = "https://storage.googleapis.com/storage/v1/b/bucket"
 
 
 class Pool(urllib3.PoolManager):
-    """Redirects requests for Google to the loopback server; the path names the kind of request."""
+    """Redirects requests for Google to the loopback server.
+
+    The path names the kind of request.
+    """
 
     def __init__(self, url: str):
         super().__init__()

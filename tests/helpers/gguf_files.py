@@ -1,4 +1,7 @@
-"""GGUF files of a small model: written by the gguf package, assembled by hand (to corrupt any part), or split."""
+"""GGUF files of a small model.
+
+They are written by the gguf package, assembled from parts that a test can corrupt, or split.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,16 @@ def arrays(*, tied: bool = True, seed: int = 0) -> dict[str, np.ndarray[Any, np.
 
 
 def vocabulary() -> tuple[list[str], list[int]]:
-    """Token texts in GPT-2's byte alphabet, and types: 256 bytes, merged tokens, an end and an unknown token."""
+    """Token texts in GPT-2's byte alphabet, and token types.
+
+    The tokens are 256 bytes, merged tokens, an end and an unknown token.
+    """
     texts = [*bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in MERGES)]
     return [*texts, "<|endoftext|>", "<|unknown|>"], [1] * len(texts) + [3, 3]
 
 
 def write_with_gguf(path: Path, quant: Quant, *, tied: bool = True) -> Path:
-    """Write a small model with the gguf package: norms in F32, other weights in `quant`.
+    """Write a small model with the gguf package; norms are F32.
 
     Args:
         path: The file.
@@ -183,7 +189,7 @@ class File:
 
 
 def whole_file(*, without: str = "") -> File:
-    """The small model in F32; leaves out the tensor `without`, with no gap in the data."""
+    """The small model in F32, except the tensor `without`."""
     texts, types = vocabulary()
     file = File()
     file.metadata = [
@@ -222,7 +228,10 @@ def whole(value: int) -> bytes:
 
 
 def cut(*sizes: int) -> list[File]:
-    """Split the small model as gguf-split does: files with `sizes` tensors, metadata in the first file."""
+    """Split the small model into files with `sizes` tensors, as gguf-split does.
+
+    The metadata is in the first file.
+    """
     original = whole_file()
     files, ends = [], [*(offset for *_, offset in original.tensors), len(original.data)]
     first = 0

@@ -1,4 +1,4 @@
-"""Reference dequantization of GGUF blocks, one weight at a time, from ggml's definition of the blocks.
+"""Reference dequantization of GGUF blocks, one weight at a time.
 
 Independent of llama_scratch and of the gguf package. A block consists of one or two float16 scales and small
 integers. Legacy blocks have 32 weights; K-quant blocks have 256 weights in groups with their own scales.

@@ -1,4 +1,4 @@
-"""Hugging Face directories of a small model, written by transformers, with a small tokenizer.json."""
+"""Hugging Face directories of a small model, written by transformers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,10 @@ def write(directory: Path, file: str, value: Any) -> Path:
 
 
 def random_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Create transformers' own model, with weights large enough that every part affects the logits."""
+    """Create transformers' own model with random weights.
+
+    The weights are large enough that every part affects the logits.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     make_config: Any = LlamaConfig  # its type annotations lack some settings
@@ -119,7 +122,7 @@ def random_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
 
 
 def save(model: Any, directory: Path, **options: Any) -> Path:
-    """Save a complete directory: the model as transformers writes it, and the small tokenizer."""
+    """Save a model with transformers, and the small tokenizer."""
     model.save_pretrained(directory, **options)
     return write(directory, "tokenizer.json", tokenizer_json())
 

@@ -83,7 +83,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def ranges(self, path: str) -> list[str]:
-        """The `Range` header of each GET request for a file, in order; "" for the whole file."""
+        """The `Range` header of each GET request for a file; "" for the whole file."""
         return [
             headers.get("Range", "")
             for method, asked, headers in self.requests

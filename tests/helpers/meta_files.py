@@ -1,4 +1,4 @@
-"""Meta directories with one or several shards, split as fairscale does, and pickles that run code."""
+"""Meta directories with several shards, and pickles that run code."""
 
 from __future__ import annotations
 

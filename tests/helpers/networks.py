@@ -18,7 +18,7 @@ IDS = torch.randint(556, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
 def stored(args: ModelArgs, dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> dict[str, Tensor]:
-    """Random weights as stored in a file. If `tied`, the output weight is the embedding.
+    """Random weights as stored in a file.
 
     Args:
         args: The network's shape.

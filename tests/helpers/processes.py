@@ -15,7 +15,7 @@ import llama_scratch
 
 
 def mappings(path: Path) -> Iterator[tuple[range, dict[str, int]]]:
-    """This process's mappings of a file: address range, and the kernel's counters in KiB."""
+    """Address ranges of a file's mappings, with the kernel's counters in KiB."""
     found: range | None = None
     figures: dict[str, int] = {}
     for line in Path("/proc/self/smaps").read_text().splitlines():

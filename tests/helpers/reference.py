@@ -20,7 +20,10 @@ Shape = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Past:
-    """Rotated keys and values of earlier tokens, per layer: (tokens, n_kv_heads, head_dim)."""
+    """Rotated keys and values of earlier tokens for each layer.
+
+    Each tensor is (tokens, n_kv_heads, head_dim).
+    """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -103,7 +106,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the elements 2j and 2j + 1 of each head by angles[:, j]; x is (T, heads, head_dim)."""
+    """Rotate elements 2j and 2j + 1 of each head of x by angles[:, j].
+
+    x is (T, heads, head_dim), angles (T, head_dim/2).
+    """
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     result = torch.empty_like(x)
@@ -113,7 +119,7 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Sequence[int], head_dim: int, theta: float, factor: float | None) -> Tensor:
-    """Rotation angle of each pair at each position in radians, float64 (positions, head_dim/2).
+    """Rotation angles in radians, float64 (positions, head_dim/2).
 
     Args:
         positions: Token positions.
@@ -126,7 +132,7 @@ def rope_angles(positions: Sequence[int], head_dim: int, theta: float, factor: f
 
 
 def rope_frequency(pair: int, head_dim: int, theta: float, factor: float | None) -> float:
-    """Rotation of one pair per token in radians, with Llama 3.1's scaling by wavelength.
+    """Rotation of one pair per token in radians, with Llama 3.1's scaling.
 
     Args:
         pair: Index of the pair.
@@ -148,7 +154,7 @@ def rope_frequency(pair: int, head_dim: int, theta: float, factor: float | None)
 
 
 def transformers_llama(weights: Mapping[str, Tensor], shape: Shape) -> Any:
-    """Build the same network as Hugging Face's `LlamaForCausalLM`, with eager attention.
+    """Build the network as Hugging Face's `LlamaForCausalLM` (eager attention).
 
     Hugging Face stores the two elements of a rotated pair half a head apart, so the rows of q and k are reordered.
     """
@@ -203,6 +209,9 @@ def transformers_llama(weights: Mapping[str, Tensor], shape: Shape) -> Any:
 
 
 def in_halves(x: Tensor, axis: int) -> Tensor:
-    """Reorder the elements of a head as Hugging Face does: first elements of all pairs, then second elements."""
+    """Reorder the elements of a head as Hugging Face does.
+
+    The first elements of all pairs come first, then the second elements.
+    """
     n = x.shape[axis]
     return x.index_select(axis, torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)]))

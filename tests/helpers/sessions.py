@@ -29,7 +29,10 @@ def started(llama: Llama) -> Session:
 
 
 def run(session: Session, line: str) -> dict[str, Any]:
-    """Run a command and return its JSON facts; checks that its view can be printed and is not empty."""
+    """Run a command and return its JSON facts.
+
+    Also checks that its view can be printed and is not empty.
+    """
     reply = run_command(session, line)[1]
     assert reply is not None
     assert reply.view is not None

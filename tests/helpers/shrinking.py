@@ -1,4 +1,6 @@
-"""Run the program and truncate a mapped file: `python -m tests.helpers.shrinking FILE PLACE [OPTIONS]`.
+"""Run the program and truncate a mapped file meanwhile.
+
+    python -m tests.helpers.shrinking FILE PLACE [OPTIONS]
 
 FILE is a glob. PLACE is `module:function`: the file is truncated to 0 bytes before each call of the function. The
 checks for changed files are off until SIGBUS, so that SIGBUS ends the program; a ! after PLACE keeps them on.

@@ -1,4 +1,6 @@
-"""The program with a model that a test controls: `python -m tests.helpers.slow_llama GATE [OPTIONS]`.
+"""Run the program with a model that a test controls.
+
+    python -m tests.helpers.slow_llama GATE [OPTIONS]
 
 Loading takes until the file GATE exists, and then succeeds or raises the error that the file names. It does not need
 torch; its progress shows whether torch was imported elsewhere. The tokens of a continuation are the lines of the file

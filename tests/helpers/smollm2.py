@@ -1,4 +1,7 @@
-"""SmolLM2 for comparisons with real weights: texts, and the model in this package and in transformers."""
+"""SmolLM2 for comparisons with real weights.
+
+Texts, and the same weights in this package and in transformers.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def llama(smollm2_path: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def weights(smollm2_path: Path) -> dict[str, Tensor]:
-    """The file's weights in float32 by Meta's names, read and dequantized only with the gguf package."""
+    """The file's weights in float32 by Meta's names, read with the gguf package."""
     return _weights(smollm2_path)
 
 

@@ -1,4 +1,4 @@
-"""A pseudo-terminal with a screen: runs the real program, sends keys and reads the screen a user would see."""
+"""A pseudo-terminal that runs the program, sends keys and reads the screen."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Terminal:
 
     @property
     def echoes(self) -> bool:
-        """Whether the terminal echoes input and passes it on line by line, as a shell expects."""
+        """Whether the terminal echoes and buffers lines, as a shell expects."""
         modes: int = termios.tcgetattr(self._child.child_fd)[3]
         return modes & termios.ECHO > 0 and modes & termios.ICANON > 0
 
@@ -196,7 +196,7 @@ class Terminal:
         self._child.kill(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Read until the program ends, and return the exit code (128 + number for a signal)."""
+        """Read until the program ends; returns the exit code (128 + signal number)."""
         end = time.monotonic() + self.timeout
         while self.read():
             if time.monotonic() > end:
@@ -208,7 +208,10 @@ class Terminal:
 
 
 class Slow(Terminal):
-    """A session with the model of slow_llama.py: `let` ends its loading, and `stream` sends its tokens."""
+    """A session with the model of slow_llama.py.
+
+    `let` ends its loading, and `stream` sends its tokens.
+    """
 
     def __init__(self, folder: Path, *arguments: str, columns: int = 80, shell: bool = False, after: str = "") -> None:
         """Start the program.
