@@ -1,4 +1,4 @@
-"""Tests of the benchmarks at a tiny size, of the peers' model files and of the recorded report.
+"""Benchmarks at a tiny size, model files of peers, and the recorded report.
 
 No times are asserted; `make benchmark` measures them.
 """
@@ -45,7 +45,7 @@ from tests.helpers.checkpoints import write_meta
 
 @pytest.mark.slow
 def test_compare_at_a_tiny_size(tmp_path: Path) -> None:
-    """Models are created, engines alternate in their own processes, and the table is written."""
+    """Models are created, engines alternate in processes, and the table is written."""
     names = ["ours fp", "ours bf16", "ours int8", "ik"]  # without int4, which would be calibrated first
     compare.main(["--tiny", "--engines", *names, "--directory", str(tmp_path), "--output", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -92,7 +92,7 @@ def test_quality_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_quality_of_rotated_weights_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
-    """Distances and bits of int8 and int4 on the rotated network, and the errors of w2."""
+    """Distances and bits of int8 and int4 with rotated weights, and errors of w2."""
     sizes = ["--tokens", "64", "--window", "32", "--peers"]
     folders = ["--output", str(tmp_path), "--directory", str(tmp_path)]
     quality.main(["--model", str(tiny_dir), "--rotate", *sizes, *folders])
@@ -122,7 +122,7 @@ def test_the_microscope_at_a_tiny_size(tmp_path: Path, tiny_dir: Path) -> None:
 
 
 def test_bounds_of_the_microscope() -> None:
-    """A model with only the bound on hooks, and a model that misses one of its three bounds."""
+    """A model with only the bound on hooks, and one that misses one of its bounds."""
     models = [
         {"name": "Other", "seconds": {"lens": 99, "why": 99}, "ratio": 1.04},
         {"name": "Llama3.2-1B", "seconds": {"lens": 8.0, "why": 20.1}, "ratio": 1.03},
@@ -158,7 +158,7 @@ def test_the_recorded_report_is_the_rendering_of_the_recorded_numbers() -> None:
 
 
 def test_distance_of_known_distributions() -> None:
-    """KL divergence of (1/2, 1/2) from (1/4, 3/4) in nats; a constant shift of the logits has no effect."""
+    """KL divergence of (1/2, 1/2) from (1/4, 3/4) in nats; shifts do not matter."""
     even, uneven = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.25, 0.75]]).log() + 7
     distance = quality.Distance()
     distance.add(even.repeat(200, 1), uneven.repeat(200, 1))
@@ -171,7 +171,7 @@ def test_distance_of_known_distributions() -> None:
 
 
 def test_perplexity() -> None:
-    """Two tokens with probabilities 1/4 and 3/4: the exponential of their mean surprisal."""
+    """Tokens with probabilities 1/4 and 3/4: exponential of their mean surprisal."""
     uneven = torch.tensor([[0.25, 0.75]]).log().repeat(3, 1)
     distance = quality.Distance()
     distance.add(uneven, uneven, [0, 0, 1])
@@ -186,7 +186,7 @@ def test_perplexity() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_rotated_weights_are_the_same_network(tmp_path: Path, tied: bool) -> None:
-    """The logits are equal up to rounding, all weights differ, and the norm weights are ones."""
+    """The logits are equal up to rounding; all weights differ; norm weights are 1."""
     source = Llama.load(write_meta(tmp_path / "source", tied=tied), precision="fp32")
     rotate.make_rotated(tmp_path / "source", tmp_path / "rotated.gguf")
     turned = Llama.load(tmp_path / "rotated.gguf", precision="fp32")
@@ -219,13 +219,13 @@ def test_a_rotation_that_changes_answers_is_no_rotation(
 
 
 def test_windows() -> None:
-    """Only complete windows, with at least the requested number of tokens if the text is long enough."""
+    """Only complete windows, with at least the requested tokens if possible."""
     assert quality.windows(range(100), 30, 50) == [range(30), range(30, 60)]
     assert len(quality.windows(range(100), 30, 1000)) == 3
 
 
 def test_the_text_is_long_enough() -> None:
-    """At least 20,000 tokens of English, which have fewer than 6 characters on average."""
+    """At least 20,000 English tokens, with fewer than 6 characters on average."""
     assert len(quality.text()) > 6 * 20_480
 
 
@@ -258,7 +258,7 @@ def test_shards_are_the_same_model(tmp_path: Path, tiny_dir: Path, count: int) -
 
 @pytest.mark.slow
 def test_the_kernels_at_a_tiny_size(tmp_path: Path) -> None:
-    """Each instruction set has its own library and the same results; the table lists all of them."""
+    """Each instruction set gives the same results and is in the table."""
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
     kinds = ("int8", "int4", "bf16", "Q4_1")
@@ -445,7 +445,7 @@ def test_bounds_on_avx2(results: dict[str, Any]) -> None:
 
 
 def test_bounds_on_avx512(results: dict[str, Any]) -> None:
-    """Different bounds; ratios to ik_llama.cpp and ratios of the AVX2 rows have no verdict."""
+    """Ratios to ik_llama.cpp and ratios of the AVX2 rows have no verdict."""
     found = verdicts(on_avx512(results))
     assert found["prefill of 100, bf16: ≥ 1 × llama.cpp's best of BF16, F16, Q8_0"] == "met"
     assert found[f"prefill of 100, int8: ≥ 1.6 × {_PEERS}"] == "met"
@@ -472,7 +472,10 @@ def test_bounds_on_another_cpu(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("extra", "found"), [("", ["**not met**"]), (" (AVX2)", ["informational"])])
 def test_bounds_of_a_small_model(results: dict[str, Any], extra: str, found: list[str]) -> None:
-    """SmolLM2's best precision against llama.cpp's best; AVX2 rows do not count on a CPU with AVX-512."""
+    """SmolLM2's best precision against llama.cpp's best.
+
+    AVX2 rows do not count on a CPU with AVX-512.
+    """
     results["machine"]["features"].append("avx512f")
     results["cases"]["SmolLM2"] = {"model": "SmolLM2", "context": 16, "tokens": 10, "long": False}
     for name, seconds in ((f"SmolLM2 ours int4{extra}", 1.0), ("SmolLM2 llama.cpp Q4_0", 1.9)):
@@ -526,7 +529,7 @@ def test_the_report_is_markdown(results: dict[str, Any]) -> None:
 
 
 def test_each_table_names_its_cpu(results: dict[str, Any]) -> None:
-    """The line above a table names the CPU, its features and the instruction sets of our kernels."""
+    """The line above a table names the CPU and the kernels' instruction sets."""
     text = report.render({"results": on_avx512(results)})
     blocks = text.split("\n\n")
     tables = [i for i, block in enumerate(blocks) if block.startswith("|")]
@@ -689,7 +692,7 @@ def test_ik_llama_cpp_takes_turns_with_the_others(tmp_path: Path, monkeypatch: p
 
 
 def without_quantizer(whole: Callable[..., Path]) -> Callable[..., Path]:
-    """`model_file` without llama.cpp's quantizer, which is not installed: all GGUF files are bfloat16."""
+    """`model_file` without llama.cpp's quantizer: all GGUF files are bfloat16."""
 
     def made(directory: Path, entry: Entry, plan: Plan) -> Path:
         return whole(directory, replace(entry, file="1B-BF16.gguf"), plan)

@@ -1,4 +1,7 @@
-"""Recorded comparison with llama.cpp on the same GGUF files (`python -m benchmarks.formats`, which needs a build)."""
+"""Recorded comparison with llama.cpp on the same GGUF files.
+
+`python -m benchmarks.formats` records it; it needs a build of llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def test_what_convert_writes(recorded: dict[str, Any]) -> None:
 
 
 def test_every_type(recorded: dict[str, Any]) -> None:
-    """SmolLM2 in each type; llama.cpp rounds activations to 8 bits for quantized types."""
+    """SmolLM2 in each type; llama.cpp rounds activations for quantized types."""
     assert [row["kind"] for row in recorded["types"]] == list(KINDS)
     for row in recorded["types"]:
         assert row["positions"] >= 200

@@ -1,4 +1,4 @@
-"""Layers of the package: imports go one way, and `import llama_scratch` is lightweight."""
+"""Layers of the package: imports go one way, and the package loads fast."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def room(module: str) -> str:
-    """The layer of a module: llama_scratch.checkpoint.base → checkpoint; the package itself is `__init__`."""
+    """The layer of a module: llama_scratch.checkpoint.base → checkpoint.
+
+    The package itself is `__init__`.
+    """
     return [*module.split("."), "__init__"][1]
 
 
@@ -121,7 +124,9 @@ def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) ->
 
 
 def statements(source: str, module: str, is_package: bool = False) -> set[str]:
-    """All modules of this package that a module imports, also in functions and under TYPE_CHECKING.
+    """All modules of this package that a module imports.
+
+    Includes imports in functions and under TYPE_CHECKING.
 
     Args:
         source: The source code.
@@ -150,7 +155,7 @@ def test_imports_go_downwards(module: str) -> None:
 
 @pytest.mark.parametrize("package", INNER)
 def test_imports_within_a_package_go_downwards(package: str) -> None:
-    """Modules of a package import only from later ones in `INNER`, so they can be read from last to first."""
+    """Modules of a package import only from later ones in `INNER`."""
     order = INNER[package]
     own = {name: file for name, file in MODULES.items() if room(name) == package and name.count(".") == 2}
     assert {name.rpartition(".")[2] for name in own} == set(order)
@@ -162,7 +167,7 @@ def test_imports_within_a_package_go_downwards(package: str) -> None:
 
 
 def test_no_circle_of_imports() -> None:
-    """Includes imports in functions and under TYPE_CHECKING, except the one in `UPWARD`."""
+    """Includes imports in functions and for type checking, except `UPWARD`."""
     graph: dict[str, set[str]] = {}
     for name, file in MODULES.items():
         others = statements(file.read_text(), name, file.name == "__init__.py")
@@ -207,7 +212,10 @@ def test_every_room_exists() -> None:
 @pytest.mark.parametrize("library", ["torch", "numpy", "rich", "prompt_toolkit", "typer", "gguf", "tiktoken"])
 @pytest.mark.parametrize("below", ["model", "config", "results", "errors", "tokenizer"])
 def test_the_low_rooms_know_no_terminal_and_no_format(below: str, library: str) -> None:
-    """The network imports only torch, the tokenizer only tiktoken, and the others only the standard library."""
+    """The network imports only torch, and the tokenizer only tiktoken.
+
+    The other modules import only the standard library.
+    """
     allowed = {"model": {"torch"}, "tokenizer": {"tiktoken"}}.get(below, set())
     nodes = list(ast.walk(ast.parse((PACKAGE / f"{below}.py").read_text())))
     found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -239,7 +247,7 @@ def test_the_public_interface_loads_torch_when_it_is_used() -> None:
 
 
 def test_opening_a_model_imports_no_torch(tmp_path: Path) -> None:
-    """The small files are read and checked before torch is imported, so errors are reported immediately."""
+    """Small files are checked before torch is imported, to report errors quickly."""
     directory = write_meta(tmp_path / "m")
     loaded = loaded_after(OPEN + repr(str(directory)) + "))")
     assert "llama_scratch.checkpoint.meta.reader" in loaded
@@ -254,7 +262,7 @@ def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
 
 
 def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
-    """No line editing and no progress bars; options are checked before torch is imported."""
+    """No line editing or progress bars; options are checked before importing torch."""
     command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
     loaded = loaded_after(command.format(str(tiny_dir), 1))
     assert "torch" in loaded
@@ -264,7 +272,7 @@ def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) ->
 
 @pytest.mark.parametrize("name", llama_scratch.__all__)
 def test_the_public_interface(name: str) -> None:
-    """Each public name is a class; it has a docstring, as have its public methods and properties."""
+    """Each public name is a class; it and its public members have docstrings."""
     value = getattr(llama_scratch, name)
     assert inspect.isclass(value)
     assert value.__name__ == name

@@ -1,4 +1,4 @@
-"""Limits of the code base: size of modules, functions and classes, and the place of names and tests."""
+"""Limits of the code base: sizes, names, and the place of files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def identifiers(module: ast.Module) -> set[str]:
 
 
 def imported(file: Path) -> set[str]:
-    """All modules and names that a file imports, except relative imports, which are not used here."""
+    """All modules and names that a file imports, except relative imports."""
     names = set()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
@@ -139,7 +139,10 @@ def test_identifiers_have_american_spelling() -> None:
 
 
 def test_the_page_of_the_architecture_shows_every_file() -> None:
-    """docs/architecture.md lists every file; "*.py" means all modules with the same name as one in microscope/."""
+    """docs/architecture.md lists every file.
+
+    "*.py" means all modules with the same name as one in microscope/.
+    """
     microscope = {file.name for file in (PACKAGE / "microscope").glob("[!_]*.py")}
     listed: set[str] = set()
     folders: list[str] = []
@@ -185,7 +188,10 @@ def test_no_file_imports_from_a_test_module() -> None:
 
 
 def test_tests_mirror_the_packages() -> None:
-    """Each folder of tests matches a package, except tests of the whole repository, and has an `__init__.py`."""
+    """Each folder of tests matches a package and has an `__init__.py`.
+
+    Tests of the whole repository are an exception.
+    """
     folders = {file.parent for file in TESTS.rglob("test_*.py")} - {TESTS / "repository", TESTS / "trust"}
     assert {str(folder) for folder in folders if not (PACKAGE / folder.relative_to(TESTS)).is_dir()} == set()
     assert {str(file.parent) for file in TESTS.rglob("*.py") if not (file.parent / "__init__.py").exists()} == set()

@@ -1,4 +1,4 @@
-"""Dependencies: minimum versions, and a complete lock file within the allowed ranges."""
+"""Dependencies: minimum versions, and a complete and consistent lock file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def test_what_the_program_needs_has_a_minimum(line: str) -> None:
 
 
 def test_torch_is_within_the_range_that_was_tested() -> None:
-    """Quantized tensors are deprecated in newer versions, and older versions run code from weights (CVE-2026-24747)."""
+    """Older versions run code from weights (CVE-2026-24747).
+
+    Quantized tensors are deprecated in newer versions.
+    """
     torch = next(Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch"))
     assert {part.operator for part in torch.specifier} == {">=", "<"}
     assert not torch.specifier.contains("2.9.1")

@@ -1,1 +1,1 @@
-"""Long reliability runs for docs/reliability.md, one command each; CI runs short versions."""
+"""Long reliability runs for docs/reliability.md; CI runs short versions."""

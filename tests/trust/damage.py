@@ -1,4 +1,4 @@
-"""Truncate and flip bits in every file of a small model: the damage is rejected, found or without effect.
+"""Truncate files of a small model or flip bits, and check the outcome.
 
     python -m tests.trust.damage [--truncations N] [--flips N] [--seed N]
 
@@ -96,7 +96,9 @@ def models(folder: Path) -> list[Model]:
 
 
 def places(size: int, count: int, generator: random.Random) -> list[int]:
-    """Choose up to `count` different offsets below `size`: both ends, then half near them and half anywhere.
+    """Choose up to `count` different offsets below `size`.
+
+    Both ends are included; half of the rest is near them and half anywhere.
 
     Args:
         size: Number of offsets.
@@ -146,7 +148,7 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def damage(model: Model, file: Path, cases: Iterator[tuple[str, bytes]]) -> Outcome:
-    """Load the model with each damaged version of a file, and restore the file at the end."""
+    """Load the model with each damaged version of a file, then restore the file."""
     whole, data, outcome = loaded(model.path), file.read_bytes(), Outcome()
     try:
         for what, damaged in cases:

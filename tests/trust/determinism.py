@@ -1,4 +1,7 @@
-"""The same prompt, seed, precision and threads give the same bytes: in a pipe, in a session and in the library."""
+"""The same prompt, seed, precision and threads give the same bytes.
+
+Checked in a pipe, in a session and in the library.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def without_times(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def library(model: str, precision: str) -> tuple[list[str], list[str]]:
-    """Answers of a newly loaded model to `LINES` as JSON, and hashes of the logits' bytes."""
+    """Answers of a newly loaded model to `LINES` as JSON, and logits' hashes."""
     llama = Llama.load(model, precision=precision)
     answers, hashes = [], []
     for line in LINES:
@@ -72,7 +75,7 @@ def library(model: str, precision: str) -> tuple[list[str], list[str]]:
 
 
 def session(model: str, precision: str, folder: Path) -> str:
-    """Screen of a terminal session after two prompts and a continuation, without times."""
+    """Screen of a session after two prompts and a continuation, without times."""
     options = ("--model-dir", model, "--precision", precision, "--threads", "1", "--no-live", *OPTIONS)
     with Terminal(*options, rows=60, env={"XDG_STATE_HOME": str(folder)}) as terminal:
         terminal.wait_for("lists the commands")
@@ -87,7 +90,10 @@ def session(model: str, precision: str, folder: Path) -> str:
 
 
 def after_reuse(model: str, precision: str = "fp32") -> float:
-    """Largest relative L2 distance of logits from a cold run after prefix cache hits of every length."""
+    """Largest relative L2 distance of logits from a cold run after cache hits.
+
+    Covers prefix cache hits of every length.
+    """
     llama = Llama.load(model, precision=precision)
     llama.prepare()
     texts = [llama.encode(text) for text in PROMPTS]

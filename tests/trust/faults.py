@@ -1,4 +1,4 @@
-"""Fault injection: signals, kills, full disks and concurrent writers, for every kind of file the program writes.
+"""Fault injection: signals, kills, full disks and concurrent writers.
 
     python -m tests.trust.faults [--part signals|kill|disk|together] [--count N]
 
@@ -124,7 +124,10 @@ cli_run = cli.run
 
 
 class History(Stage):
-    """History entries: short lines, long lines and pastes of 200 kB. If `lossy`, entries may be missing (full disk)."""
+    """History entries: short lines, long lines and pastes of 200 kB.
+
+    If `lossy`, entries may be missing because the disk was full.
+    """
 
     name = "history"
     endless = True
@@ -327,7 +330,10 @@ class Conversion(Stage):
 
 
 class Download(Stage):
-    """`pull` from Meta's download link: two shards. Partial files are resumed, so they are not leftovers."""
+    """`pull` of two shards from Meta's download link.
+
+    Partial files are resumed, so they are not leftovers.
+    """
 
     name = "download"
     goes_on = True
@@ -552,7 +558,7 @@ def at_moments(stages: list[Stage], numbers: Mapping[str, int], count: int, seed
 
 
 def _lasts(stage: Stage) -> float:
-    """Duration of an undisturbed run in seconds, or a fixed time if the stage never ends by itself."""
+    """Duration of an undisturbed run in seconds; fixed for endless stages."""
     if stage.endless:
         return 0.1
     code, seconds, words = Run(stage).end(None)
@@ -573,7 +579,7 @@ def use(home: Path) -> None:
 
 @contextlib.contextmanager
 def servers() -> Iterator[str]:
-    """Run Meta's server and a bucket in a separate process that sends slowly; yields their address."""
+    """Run Meta's server and a bucket in a slow process; yields their address."""
     ready, tell = os.pipe()
     parent = os.getpid()
     child = os.fork()
@@ -647,7 +653,9 @@ def stages(place: Path | None = None) -> Iterator[list[Stage]]:
 
 
 def on_a_full_disk(stages: list[Stage], count: int, seed: int, *, mounted: bool) -> dict[str, Any]:
-    """Run each program with a few kilobytes of disk space: it reports the error or continues, and files stay complete.
+    """Run each program with a few kilobytes of disk space.
+
+    It must report the error or continue, and files must stay complete.
 
     Args:
         stages: The kinds of files.
@@ -701,7 +709,7 @@ def _filled(disk: Path, size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk() -> Iterator[tuple[Path, bool]]:
-    """Mount a 64 MB disk if this machine allows it; yields its folder and whether it is mounted."""
+    """Mount a 64 MB disk if possible; yields its folder and whether it is mounted."""
     with tempfile.TemporaryDirectory(prefix="faults-disk-") as folder:
         mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder]
         mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True, check=False).returncode
@@ -771,7 +779,9 @@ def _nobody(uid: int) -> NoReturn:
 
 
 def without_streams(model: Path) -> dict[str, int]:
-    """Run with closed streams or streams to a full disk: output that cannot be written gives exit code 1 and a message.
+    """Run with closed streams, or streams to a full disk.
+
+    Output that cannot be written gives exit code 1 and a message.
 
     The other commands keep their exit code.
     """
@@ -814,7 +824,9 @@ def without_streams(model: Path) -> dict[str, int]:
 
 
 def together(stages: list[Stage], programs: int, rounds: int, lines: int) -> dict[str, int]:
-    """Write the same files from several processes: nothing is lost or mixed, and a process that must wait says so.
+    """Write the same files from several processes.
+
+    Nothing may be lost or mixed, and a process that must wait says so.
 
     Args:
         stages: The kinds of files.
@@ -859,7 +871,10 @@ def together(stages: list[Stage], programs: int, rounds: int, lines: int) -> dic
 
 
 def _histories(stage: History, programs: int, lines: int) -> int:
-    """Append to one history from several processes: all entries are complete and in the order of each process."""
+    """Append to one history from several processes.
+
+    All entries must be complete and in the order of each process.
+    """
     stage.begin()
     history = FileHistory(stage.path)
 

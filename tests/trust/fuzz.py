@@ -1,11 +1,12 @@
-"""Fuzz every reader of untrusted input: it must accept a mutated file or reject it with an error message.
+"""Fuzz every reader of untrusted input.
 
     python -m tests.trust.fuzz [--target NAME] [--count N] [--seed N] [--jobs N]
 
-The inputs are small valid files with structure-aware mutations: JSON values of other types, numbers at the limits of
-their range, pickle opcodes, counts and lengths in headers, and random bits and byte ranges. An input depends only on
-its target, the seed and its number. A reader runs in a separate process with a memory limit and a deadline, so crashes
-and hangs are findings too. Inputs that caused a finding are stored in `cases/`.
+A reader must accept a mutated file or reject it with an error message. The inputs are small valid files with structure-
+aware mutations: JSON values of other types, numbers at the limits of their range, pickle opcodes, counts and lengths in
+headers, and random bits and byte ranges. An input depends only on its target, the seed and its number. A reader runs in
+a separate process with a memory limit and a deadline, so crashes and hangs are findings too. Inputs that caused a
+finding are stored in `cases/`.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _tree(data: bytes) -> tuple[Any, list[tuple[Any, ...]]]:
 
 
 def change_json(data: bytes, chance: Random) -> bytes:
-    """Change types of values, remove, add or duplicate keys, or nest deeply; sometimes change bytes."""
+    """Change values and keys of JSON, or nest deeply; sometimes change bytes."""
     if chance.random() < 0.2:
         return change_bytes(data, chance)
     value, paths = _tree(data)
@@ -213,7 +214,10 @@ def change_json(data: bytes, chance: Random) -> bytes:
 
 
 def _copied(value: Any, path: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Copy all containers along a path. Returns the new root and the innermost container, or None if it is gone."""
+    """Copy all containers along a path.
+
+    Returns the new root, and the innermost container or None if the path is gone.
+    """
     copies = []
     holder = value
     for key in path:
@@ -383,7 +387,10 @@ _GGUF_KINDS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 1
 
 @cache
 def _gguf_places(data: bytes) -> list[tuple[int, int]]:
-    """Offset and size of each number in the header: versions, counts, lengths, types, values and offsets."""
+    """Offset and size of each number in the header.
+
+    The numbers are versions, counts, lengths, types, values and offsets.
+    """
     at, found = 24, [(4, 4), (8, 8), (16, 8)]
 
     def number(width: int) -> int:
@@ -422,7 +429,7 @@ def _gguf_places(data: bytes) -> list[tuple[int, int]]:
 
 
 def change_gguf(data: bytes, chance: Random) -> bytes:
-    """Set header numbers to limits of their range or slightly wrong values; sometimes change bytes of the header."""
+    """Set header numbers to extreme or slightly wrong values, or change bytes."""
     places = _gguf_places(data)
     header = places[-1][0] + 8
     changed = data
@@ -567,7 +574,7 @@ def _seed_file(name: str, form: str = "hf") -> Callable[[Path], list[bytes]]:
 
 
 def _tokenizer_json_seeds(folder: Path) -> list[bytes]:
-    """A tokenizer with few special tokens, so that mutations also reach its other parts."""
+    """A tokenizer with few special tokens, so that mutations reach other parts."""
     whole = json.loads((_model(folder, "hf") / "tokenizer.json").read_bytes())
     gone = {token["content"] for token in whole["added_tokens"][12:]}
     whole["added_tokens"] = whole["added_tokens"][:12]
@@ -807,7 +814,10 @@ TARGETS = {
 
 @dataclass
 class Figures:
-    """Results of a target. `peak_bytes` is the largest size of Python objects among the sampled inputs."""
+    """Results of a target.
+
+    `peak_bytes` is the largest size of Python objects among the sampled inputs.
+    """
 
     inputs: int = 0
     taken: int = 0
@@ -908,7 +918,7 @@ def inputs(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step
 
 
 def _work(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step: int, at: mmap.mmap, tell: Any) -> None:
-    """Read the inputs and send the results. `at` holds the number of the current input."""
+    """Read the inputs and send the results; `at` holds the current number."""
     target, figures, start = TARGETS[name], Figures(), time.monotonic()
     root = "/dev/shm" if os.path.isdir("/dev/shm") else None
     faulthandler.enable()  # prints the stack to stderr if the process crashes
@@ -939,7 +949,9 @@ def _keep(name: str, number: int, data: bytes, found: str) -> str:
 
 
 def run(name: str, count: int, seed: int = 0, job: int = 0, jobs: int = 1) -> Figures:
-    """Read every `jobs`-th input of a target in a worker process, which is restarted if it dies.
+    """Read every `jobs`-th input of a target in a worker process.
+
+    The process is restarted if it dies.
 
     Args:
         name: The target.

@@ -1,4 +1,4 @@
-"""Measure memory: peak against prediction, growth over many prompts, behavior under limits, and cost of the checks."""
+"""Measure peak memory, growth over prompts, limits, and cost of the checks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def anonymous(process: int | str = "self") -> int:
 def peak(
     path: Path, precision: str, context: int, *, kernels: bool = False, calibrated: bool = False
 ) -> dict[str, Any]:
-    """Measure the peak memory of a separate process that loads a model, packs its weights and fills its context.
+    """Measure the peak memory of loading a model and filling its context.
 
     The weight cache is emptied first, because cached weights would be mapped.
 
@@ -210,7 +210,7 @@ def limited(kind: str, limit: int, *arguments: str) -> tuple[int, str]:
 
 
 def limits(path: Path, kind: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """Exit codes under memory limits, and the errors that have no numbers or more than one line.
+    """Exit codes under memory limits, and malformed error messages.
 
     Args:
         path: The model.
@@ -232,7 +232,10 @@ def limits(path: Path, kind: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def cost(path: Path, precision: str) -> dict[str, Any]:
-    """Measure in a new process the time of the checks at a start and per token, and their share of the total (µs)."""
+    """Measure the time of the checks per start and per token, in a new process.
+
+    Returns microseconds and shares of the total.
+    """
     command = [sys.executable, "-m", "tests.trust.memory", "--cost", str(path), precision]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return found
@@ -287,7 +290,7 @@ PARTS = ("peak", "calibration", "growth", "limits", "cost")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure SmolLM2 and a random model with the shape of Llama 3.2 1B, and record the figures.
+    """Measure SmolLM2 and a random 1B model, and record the figures.
 
     The growth over many prompts is measured with a small model. Returns 1 if a figure is out of bounds or missing.
     """

@@ -1,4 +1,4 @@
-"""Soak test: seeded random session commands, checked against a model of the session and a fresh engine.
+"""Soak test of the session: seeded random commands, checked against a model.
 
 `State` holds the expected state of the session after each command as plain values. The expected answers come from
 weights that are loaded a second time and from new engines without a cache. Every 500th answer is also compared with
@@ -178,7 +178,7 @@ class Reference:
 
 
 def likely(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Sampling probabilities, (vocab_size,), computed directly from the definitions of the filters."""
+    """Sampling probabilities from the definitions of the filters, (vocab_size,)."""
     p = torch.softmax((logits.double() - logits.max().double()) / temperature, -1)
     order = p.sort(descending=True).indices
     if top_k:
@@ -258,7 +258,7 @@ class Soak:
         return tokenizer.decode(ids[1:] if ids and ids[0] == tokenizer.bos_id else ids)
 
     def best(self, state: State, ids: Sequence[int], taken: int | None, rank: int = 1) -> int:
-        """The token with a given rank, or the session's choice if the two differ only by rounding."""
+        """The token with a given rank, or the session's choice if equal up to rounding."""
         logits = self.reference.logits(state, ids)
         best = logits.topk(rank)
         slack = BOUNDS[state.precision] * float(logits.norm())
@@ -379,7 +379,10 @@ class Soak:
         return after
 
     def _interrupted(self, state: State) -> list[State]:
-        """States after an interrupted chat answer: with the partial answer offered, and with it as a text."""
+        """Possible states after an interrupted chat answer.
+
+        The partial answer is offered, or is already a text.
+        """
         moments = self.session.state.snapshots
         found = []
         for moment in moments[-2:]:
@@ -764,7 +767,10 @@ class Soak:
         raise FoundError(f"after an interrupt it is in none of the expected states: {' / '.join(wrong)}")
 
     def _equal(self) -> None:
-        """Compare the session with its model: the two newest texts, and every 100th time all of them."""
+        """Compare the session with its model.
+
+        Compares the two newest texts, and every 100th time all of them.
+        """
         state, session = self.state, self.session
         settings, llama = session.settings, session.llama
         checks: dict[str, tuple[Any, Any]] = {
@@ -792,7 +798,10 @@ class Soak:
     # --- Answers ---
 
     def _compare(self) -> None:
-        """Compare the answer with a fresh engine, and half of the time also the logits of the session's engine."""
+        """Compare the answer with a fresh engine.
+
+        Half of the time also compares the logits of the session's engine.
+        """
         session, state = self.session, self.state
         if not session.now:
             return
@@ -827,7 +836,10 @@ class Soak:
                 raise FoundError(f"{what}: the most likely token differs")
 
     def process(self) -> None:
-        """Repeat the answer in a separate process, which loads the session file and sets the interventions again."""
+        """Repeat the answer in a separate process.
+
+        The process loads the session file and sets the interventions again.
+        """
         for change in [change for change in self.state.on if change.line is None]:
             self.step(("restore", f"/restore {change.label}", self._restored(change.label)))
         if self.state.chat:
@@ -919,14 +931,17 @@ ERRORS = (
 
 
 class _Hook:
-    """Whether Ctrl-C was sent. It is triggered by a call count, so one seed always cancels at the same place."""
+    """Whether Ctrl-C was sent.
+
+    A call count triggers it, so one seed always cancels at the same place.
+    """
 
     fired = False
 
 
 @contextmanager
 def _interrupted(hook: _Hook, calls: int | None) -> Iterator[None]:
-    """Simulate Ctrl-C on a terminal after a number of function calls inside the context."""
+    """Simulate Ctrl-C after a number of function calls inside the context."""
     if calls is None:
         yield
         return
@@ -956,7 +971,9 @@ def _interrupted(hook: _Hook, calls: int | None) -> Iterator[None]:
 
 
 def small_model(path: Path, seed: int = 0) -> str:
-    """Write a small random model whose rounding errors are as small as those of a trained one (1e-6, not 1e-5).
+    """Write a small random model with rounding errors like a trained one's.
+
+    They are about 1e-6, not 1e-5.
 
     The checkpoints of the other tests have queries and keys three times as large, so each head attends to one token.
     """
@@ -967,7 +984,10 @@ def small_model(path: Path, seed: int = 0) -> str:
 
 
 def soaks(folder: Path, seed: int, commands: int) -> Iterator[tuple[str, Soak, int]]:
-    """Name, session and number of commands: a pipe and a terminal on a small model, and a terminal on SmolLM2."""
+    """Name, session and number of commands of each part.
+
+    A pipe and a terminal on a small model, and a terminal on SmolLM2.
+    """
     model = small_model(folder / "Tiny-Llama-Instruct")
     other = small_model(folder / "Other-Llama-Instruct", seed=1)
     real = min(commands // 20, 500)

@@ -1,4 +1,4 @@
-"""Damaged files are rejected or found, and mapped files that change on disk raise an error."""
+"""Damaged files, and mapped files that change on disk."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_is_compared_is_the_whole_model(tiny_dir: Path, tmp_path: Path) -> 
 
 
 def test_the_checksums_are_those_of_md5sum(tiny_dir: Path, tmp_path: Path) -> None:
-    """For a directory and for a single file; an invalid checksum file is reported by name."""
+    """For a directory and a file; an invalid checksum file is reported by name."""
     directory, file = tmp_path / "d", tmp_path / "m.gguf"
     convert(tiny_dir, directory, "hf")
     convert(tiny_dir, file, "gguf")
@@ -126,7 +126,7 @@ def model(tiny_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", [shrink, overwrite, grow])
 def test_a_file_that_changed_gives_no_answer(model: Path, change: Callable[[Path], None]) -> None:
-    """The next prompt, the next token, a view and a modified network all raise an error."""
+    """The next prompt or token, a view and a modified network raise an error."""
     llama = Llama.load(model, precision="bf16")
     llama.predict("the")
     steps = llama.generate("the", 5)
@@ -231,7 +231,7 @@ def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
 
 @pytest.mark.parametrize("command", ["verify", "convert"])
 def test_a_file_that_shrinks_under_a_command(model: Path, tmp_path: Path, command: str) -> None:
-    """In a worker thread; and if writing fails because the source is gone, the error names the source."""
+    """In a worker thread, and while writing: the error names the source."""
     if command == "verify":
         said(shrinking(model / WEIGHTS, "llama_scratch.checkpoint.verify:_scan", "verify", str(model)), WEIGHTS)
         return
@@ -243,7 +243,7 @@ def test_a_file_that_shrinks_under_a_command(model: Path, tmp_path: Path, comman
 
 
 def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Path) -> None:
-    """A file that is truncated at the prompt gives an error there, and the session continues."""
+    """A file that is truncated at the prompt gives an error; the session continues."""
     options = ("--model-dir", str(model), "--precision", "bf16", "--no-live")
     with Terminal(*options) as terminal:
         terminal.wait_for("Tiny-Llama>")
@@ -267,7 +267,7 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
     ],
 )
 def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> None:
-    """While weights are packed at the prompt, while the model loads, and while text streams."""
+    """While weights are packed, while the model loads, and while text streams."""
     precision = {"build": "fp32", "sample": "bf16", "to_panels": "int8"}[place.partition(":")[2]]
     program = (sys.executable, "-m", "tests.helpers.shrinking", str(model / WEIGHTS), place)
     options = ("--model-dir", str(model), "--precision", precision, "--no-live", "--generate", "20")
@@ -285,7 +285,7 @@ def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> N
 
 @pytest.mark.slow
 def test_a_library_has_no_handler() -> None:
-    """SIGBUS belongs to the host program, and an active faulthandler keeps its traceback."""
+    """SIGBUS belongs to the host program; an active faulthandler stays active."""
     code = (
         "import os, signal, sys\n"
         "import llama_scratch.llama\n"

@@ -1,4 +1,4 @@
-"""The same prompt, seed, precision and threads give the same bytes from a cold start: a short version of the run."""
+"""A short version of the determinism run, from cold starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_pipe_and_library_give_the_same_bytes(model: str) -> None:
-    """int8 with seeded continuations: two processes, and two newly loaded models in this process."""
+    """int8 with seeded continuations: two processes, and two new models here."""
     options = ("--json", "--generate", "8", *determinism.OPTIONS)
     first, second = (determinism.pipe(model, "int8", *options) for _ in range(2))
     here, again = (determinism.library(model, "int8") for _ in range(2))

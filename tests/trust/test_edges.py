@@ -1,4 +1,4 @@
-"""Edge cases of numbers: a correct answer, or an error with the right exit code; JSON output is always valid."""
+"""Edge cases of numbers: correct answers or errors, and valid JSON."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weights(tiny_dir: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ask(llama_scratch: Runner, tiny_dir: Path) -> Callable[..., Result]:
-    """Run the command line on the small model with --json, and check that each output line is strict JSON."""
+    """Run the command line with --json and check that each line is strict JSON."""
 
     def run(*arguments: str, stdin: bytes = b"", model: Path = tiny_dir) -> Result:
         context = () if "--context" in arguments else ("--context", str(CONTEXT))
@@ -164,7 +164,7 @@ def test_a_weight_that_is_no_number_is_said_everywhere(
 
 
 def test_a_text_goes_on_where_another_one_met_a_weight_that_is_no_number(tiny_dir: Path, tmp_path: Path) -> None:
-    """Only the embedding of "h" is damaged, and its cache entries do not affect the next answer."""
+    """The damaged embedding of "h" does not affect the next answer via the cache."""
     model = spoiled(tmp_path / "spoiled", tiny_dir, "tok_embeddings.weight", math.nan, (104,))
     llama, whole = (Llama.load(path, precision="fp32", context=CONTEXT) for path in (model, tiny_dir))
     session = Session(
@@ -201,7 +201,10 @@ def test_a_session_says_that_weights_are_damaged_and_goes_on(tiny_dir: Path, tmp
 def test_a_prompt_to_the_last_token_of_the_context_and_beyond(
     ask: Callable[..., Result], weights: dict[str, Tensor], room: int
 ) -> None:
-    """Generation fills the context, the token after the last one is predicted, and a longer prompt is an error."""
+    """Generation fills the context and predicts the token after the last one.
+
+    A longer prompt is an error.
+    """
     result = ask("--precision", "fp32", "--generate", "5", "--prompt", "7" * (CONTEXT - 1 - room))
     if room < 0:
         assert (result.code, f"{CONTEXT + 1} tokens, expected at most {CONTEXT}" in one_sentence(result)) == (2, True)
@@ -243,7 +246,7 @@ def test_a_session_at_the_end_of_the_context(ask: Callable[..., Result]) -> None
 
 
 def test_live_prediction_at_the_end_of_the_context(tiny_dir: Path) -> None:
-    """The limit is shown while the user types and after Enter; a shorter line is answered again."""
+    """The limit is shown while typing and after Enter; a shorter line is answered."""
     with Terminal("--model-dir", str(tiny_dir), "--context", "8", columns=100) as terminal:
         terminal.wait_for("lists the commands")
         terminal.type("7777777")
@@ -350,7 +353,7 @@ def test_options_that_leave_all_tokens_change_nothing(ask: Callable[..., Result]
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-9, 1e9, 1e308])
 def test_temperatures_at_the_ends(temperature: float) -> None:
-    """Toward 0 only the most likely tokens are drawn, toward infinity all tokens equally often."""
+    """Toward 0 only the most likely tokens are drawn, toward infinity all alike."""
     logits = torch.tensor([3.0, -2.0, 3.0, 2.999, -1e30])
     sampling = Sampling(temperature=temperature, seed=1)
     generator = sampling.generator()
@@ -428,7 +431,10 @@ def test_a_vocabulary_of_one_is_certain_of_it(one: Llama) -> None:
 
 
 def test_views_with_a_vocabulary_of_one(one: Llama) -> None:
-    """Each view works or raises an error: head scores need random ordinary tokens, and there are none."""
+    """Each view works or raises an error.
+
+    Head scores need random ordinary tokens, and there are none.
+    """
     refused = {}
     for name, look in views(one, [0, 0, 0]).items():
         try:

@@ -1,4 +1,4 @@
-"""Short fault injection and atomic writes; `python -m tests.trust.faults` is the long run."""
+"""Short fault injection (the long run is tests.trust.faults) and atomic writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from tests.helpers.terminal import Terminal
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """Figures of a short run of all parts, in a process without threads, because it forks."""
+    """Figures of a short run of all parts.
+
+    It runs in a process without threads, because it forks.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.trust.faults", "--count", "24"],
         cwd=ROOT,
@@ -59,7 +62,7 @@ def test_killed_at_any_moment(figures: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_full_disks_and_homes_that_are_none(figures: dict[str, Any]) -> None:
-    """An error if the command needs the disk or the home, and an answer if it does not."""
+    """An error if the command needs the disk or the home, otherwise an answer."""
     assert figures["full_disk"]["refused_in_a_sentence"] > 0
     assert figures["no_home"] == {"homes": 7, "runs": 28}
 
@@ -79,7 +82,10 @@ def test_several_programs_at_once(figures: dict[str, Any]) -> None:
 def test_a_session_that_is_told_to_end_gives_the_terminal_back(
     tiny_dir: Path, when: str, number: int, code: int
 ) -> None:
-    """The exit code is the signal's; keys, cursor and paste mode are restored, and nothing is printed."""
+    """The exit code is the signal's, and the terminal is restored.
+
+    Keys, cursor and paste mode are as before, and nothing is printed.
+    """
     with Terminal("--model-dir", str(tiny_dir), "--no-live") as session:
         device = os.dup(session._child.fileno())
         before = termios.tcgetattr(device)
@@ -163,7 +169,7 @@ def test_under_nohup_it_goes_on() -> None:
 
 @pytest.fixture
 def left(tmp_path: Path) -> Iterator[list[Path]]:
-    """Leftovers of killed programs (a file and a folder with contents), next to files that must stay."""
+    """Leftovers of killed programs, next to files that must stay."""
     (tmp_path / ".x-file").write_bytes(b"left")
     (tmp_path / ".x-folder/inner").mkdir(parents=True)
     (tmp_path / ".x-folder/inner/file").write_bytes(b"left")
@@ -223,7 +229,10 @@ def test_without_locks_nothing_is_taken_for_left(
 
 
 def test_a_file_that_was_renamed_in_between_is_not_ours(tmp_path: Path) -> None:
-    """The name may now belong to another file, and the locked file may be another program's finished one."""
+    """The name may now belong to another program's file.
+
+    The locked file itself may be complete and renamed by then.
+    """
     path = tmp_path / "part"
     with path.open("wb") as file:
         path.rename(tmp_path / "whole")

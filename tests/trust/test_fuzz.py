@@ -1,4 +1,4 @@
-"""Fuzz every reader briefly and replay the stored findings. The long run gives each reader a million inputs."""
+"""Fuzz every reader briefly, and replay the stored findings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.trust.record import read
 
 
 def fuzz(code: str) -> Any:
-    """Run code in a separate process, because fuzzing forks and sets a memory limit; returns its JSON output."""
+    """Run code in a separate process and return its JSON output.
+
+    Fuzzing forks and sets a memory limit, so it needs its own process.
+    """
     done = subprocess.run(
         [sys.executable, "-c", f"import dataclasses, json, time\nfrom tests.trust import fuzz\n{code}"],
         cwd=ROOT,
@@ -88,7 +91,7 @@ print(json.dumps(fuzz.run("history", 1).findings))
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_inputs_are_made_of_their_number_alone(name: str, tmp_path: Path) -> None:
-    """An input can be reproduced from its number, and most inputs differ from the valid files."""
+    """Inputs are reproducible from their number, and most are not valid files."""
     seeds = TARGETS[name].seeds(tmp_path)
     once, again = (list(inputs(name, seeds, 0, 0, 40, 1)) for _ in range(2))
     assert once == again

@@ -1,4 +1,4 @@
-"""Memory use matches its prediction and does not grow with prompts: short runs, and the record of the long run."""
+"""Short runs of the memory measurements, and the record of the long run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kernels"), memory.RUNS)
 def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
-    """With a full context and 110 M weights, so that the program itself matters little.
+    """With a full context and 110 M weights, so that the program matters little.
 
     If other programs use the CPU, freed memory returns to the system late; a peak that is too high is measured again.
     """

@@ -1,4 +1,7 @@
-"""No code from a model runs: models of every format with embedded code are opened under an audit hook."""
+"""No code from a model runs.
+
+Models of every format with embedded code are opened under an audit hook.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ PLACES: dict[str, tuple[str, Fill, str]] = {
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], list[list[str]]]:
-    """The file that embedded code would create, the result for each model, and the audit hook's reports."""
+    """The file that embedded code would create, results, and the hook's reports."""
     folder = tmp_path_factory.mktemp("code")
     proof = folder / "proof"
     paths: dict[str, Path] = {}

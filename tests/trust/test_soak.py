@@ -1,4 +1,4 @@
-"""A short soak test of the session against its model, and tests that the soak test finds bugs."""
+"""A short soak test of the session, and tests that it finds bugs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def test_a_fresh_process_says_the_same(soak: Callable[..., Soak]) -> None:
 
 
 def cancelled(soak: Soak) -> Iterator[tuple[str, list[Line]]]:
-    """Name and lines of commands that change several things; the last line is the one to cancel."""
+    """Name and lines of commands that change several things.
+
+    The last line is the one to cancel.
+    """
     path = str(soak.folder / "a.session")
     part = NetworkPart.named("L1.H1", soak.reference.llama(soak.state).args)
     ablated = (
@@ -106,7 +109,10 @@ def test_cancelled_anywhere_a_session_is_as_it_was_or_as_it_shall_be(soak: Calla
 def test_a_load_that_is_cancelled_while_it_answers(
     soak: Callable[..., Soak], monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Regression: the text was lost because the session was replaced in parts, with a second answer in between."""
+    """Regression: the text was lost if the second answer was cancelled.
+
+    The session was replaced in parts, with a second answer in between.
+    """
     found = soak()
     found.step(("prompt", "the nation", found.says("the nation")))
     found.step(("save", f"/save {found.folder}/a.session", found.same))
