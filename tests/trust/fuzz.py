@@ -2,11 +2,11 @@
 
     python -m tests.trust.fuzz [--target NAME] [--count N] [--seed N] [--jobs N]
 
-A reader must accept a mutated file or reject it with an error message. The inputs are small valid files with structure-
-aware mutations: JSON values of other types, numbers at the limits of their range, pickle opcodes, counts and lengths in
-headers, and random bits and byte ranges. An input depends only on its target, the seed and its number. A reader runs in
-a separate process with a memory limit and a deadline, so crashes and hangs are findings too. Inputs that caused a
-finding are stored in `cases/`.
+A reader must accept a mutated file or reject it with an error message. The inputs are small valid files with
+structure-aware mutations: JSON values of other types, numbers at the limits of their range, pickle opcodes, counts and
+lengths in headers, and random bits and byte ranges. An input depends only on its target, the seed and its number. A
+reader runs in a separate process with a memory limit and a deadline, so crashes and hangs are findings too. Inputs that
+caused a finding are stored in `cases/`.
 """
 
 from __future__ import annotations
