@@ -702,7 +702,7 @@ class Soak:
         except LlamaScratchError as error:
             refused = str(error)
             if not refused.isprintable():
-                raise FoundError(f"not a one-line message: {refused!r}") from error
+                raise FoundError(f"not printable: {refused!r}") from error
         except KeyboardInterrupt:
             cancelled = True
         if hook.fired:
