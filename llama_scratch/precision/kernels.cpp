@@ -10,10 +10,16 @@
 //
 // The same computations in Python, slower: `Rows` in rows.py, `Panels` in panels.py, and model.py.
 //
-// For readers who know Python: `template <int R>` defines a function once per value of R, which the
-// compiler then knows as a constant. `[&](int64_t i) { … }` is a lambda that can use the local
-// variables around it. `p + n` for a pointer p into an array is the address of element n, so
-// `x + t * dim` is row t of x. `(int8_t*)p` reinterprets the bytes at p.
+// For readers who know Python:
+//
+//     template <int R>         the function is compiled once per value of R, as a constant
+//     template <class W>       the same for a type W
+//     [&](int64_t i) { … }     a lambda that can use the local variables around it
+//     x + t * dim              address of element t * dim: row t of a row-major array (T, dim)
+//     (int8_t*)p               the bytes at address p, read as int8
+//     constexpr                computed by the compiler
+//     static thread_local      one variable per thread, which keeps its value between calls
+//     #pragma GCC unroll       repeats the loop body instead of looping
 
 #include "cpp/layer.h"
 #include "cpp/search.h"
