@@ -1,4 +1,4 @@
-"""With LLAMA_SCRATCH_BUILD_KERNELS=1 a wheel holds compiled kernels, for the torch and the kind of CPU that are here.
+"""Build the package, optionally with kernels for this CPU and torch version.
 
 LLAMA_SCRATCH_BUILD_KERNELS=1 pip install --no-build-isolation .
 """

@@ -1,6 +1,7 @@
-"""How fast and how accurate is this package, beside llama.cpp and others?
+"""Benchmarks of speed and accuracy against llama.cpp and other engines.
 
-Each command measures one thing, records it in a .json file beside it, and `report` renders all of them as results.md,
-with a module of `sections` per table. Read `startup` for a short example, then `compare`, which measures all engines
-(`entries`, `workers`, `engines`) on the same model (`make_checkpoint`, `files`), and last `report`.
+Each command measures one thing and records it in a .json file in this folder. `report` renders all of them as
+results.md, with one module of `sections` per section. Read `startup` for a short example, then `compare`, which
+measures all engines (`entries`, `workers`, `engines`) on the same model (`make_checkpoint`, `files`), and finally
+`report`.
 """

@@ -1,16 +1,16 @@
-"""Us and the peers on the same random-weight model of Llama 3.2 1B's shape, taking turns in one run.
+"""Compare the speed of this package with other engines in one alternating run.
 
     make benchmark        (python -m benchmarks.compare [--directory FOLDER] [--engines NAME …] [--ik LLAMA_BENCH])
 
-Makes all model files once in the folder (about 14 GB), then loads each engine in a process of its own, which
-measures when it is told to and sleeps otherwise; each runs with its own defaults and the same number of threads.
-Every round measures each case on all engines, in an order that changes. An engine that is not installed
-or does not load is left out, and the report says why.
+Creates all model files once (about 14 GB). Then each engine is loaded in its own process, which measures on request
+and sleeps otherwise. Engines run with their default settings and the same number of threads. Every round measures each
+case on all engines, in varying order. If an engine is not installed or does not load, it is skipped, and the report
+says why.
 
-On a CPU with AVX-512 our precisions are measured a second time, in processes that may only use AVX2.
+On a CPU with AVX-512 our precisions are also measured in processes that may only use AVX2.
 --ik adds ik_llama.cpp: its llama-bench runs once per round and case.
 
-Writes benchmarks/results.json (each single measurement) and benchmarks/results.md.
+Writes benchmarks/results.json (every measurement) and benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,15 @@ from llama_scratch.inference.speed import random_ids, read_bandwidth
 
 
 class Run:
-    """Gathers what results.json holds."""
+    """Measures the engines and collects the content of results.json.
+
+    Args:
+        plan: Sizes of the run.
+        cases: The cases by name.
+        directory: Folder of the model files.
+        threads: Threads per engine.
+        llama_bench: Path of ik_llama.cpp's llama-bench, if it is measured.
+    """
 
     def __init__(
         self,
@@ -74,7 +82,14 @@ class Run:
         self._logits: dict[str, list[float]] = {}
 
     def measure_group(self, group: int, entries: Sequence[Entry], rounds: int, long_rounds: int) -> None:
-        """Load the engines of one group, run all rounds on them, and end them."""
+        """Load the engines of one group, measure all rounds, and end the processes.
+
+        Args:
+            group: Number of the group.
+            entries: Its engines.
+            rounds: Number of rounds.
+            long_rounds: Number of rounds that include the long case.
+        """
         workers = [worker for entry in entries if (worker := self._start(entry))]
         try:
             for round in range(rounds):
@@ -82,22 +97,22 @@ class Run:
                 for name, case in self.cases.items():
                     for worker in order:
                         entry = worker.entry
-                        # The long case is measured in one group.
+                        # The long case is measured in one group only.
                         long = entry.long and group == entry.groups[0] and round < long_rounds
                         if entry.model == case["model"] and (long or not case["long"]):
                             print(f"Group {group}, round {round + 1} of {rounds}: {name}, {entry.name}", flush=True)
                             self._sample(group, round, name, worker, workers)
                 self._edit(round, workers)
         except WorkerError as error:
-            # What was measured counts. The others would have no one to be compared with in the rounds to come.
+            # Keep the measurements, but stop: later rounds would lack an engine to compare with.
             self.left_out[f"The rest of group {group}"] = str(error)
-            print(f"Group {group} ends here: {error}")
+            print(f"Group {group} stops here: {error}")
         finally:
             for worker in workers:
                 worker.close()
 
     def try_llama_bench(self, entry: Entry) -> None:
-        """Measure one token with llama-bench, to end before the long measurements if it does not work."""
+        """Measure one token with llama-bench, to find errors before the long run."""
         if self.llama_bench and find_spec(PACKAGE_OF[entry.kind]):
             path = model_file(self.directory, entry, self.plan)
             self.llama_bench_commit = LlamaBench(self.llama_bench, path, self.threads).version()
@@ -126,16 +141,16 @@ class Run:
                 worker = Worker(entry, setup, self.directory / "workers.log")
         except (WorkerError, LlamaBenchError, ModelNotFoundError) as error:
             self.left_out[entry.name] = str(error)
-            print(f"{entry.name} is left out: {error}")
+            print(f"{entry.name} is not measured: {error}")
             return None
-        # Some engines are in several groups: their first loading counts.
+        # If an engine is in several groups, its first load counts.
         self.engines.setdefault(entry.name, {"model": entry.model, **worker.ready})
         if entry.model == "1B" and isinstance(worker, Worker):
             self._logits[entry.name] = worker.ask("logits", self._ids(32, seed=1))["logits"]
         return worker
 
     def _ids(self, count: int, seed: int) -> list[int]:
-        # Ids that both vocabularies have.
+        # Token ids that exist in both vocabularies.
         return random_ids(40_000, count, seed)
 
     def _sample(self, group: int, round: int, name: str, worker: AnyWorker, workers: Sequence[AnyWorker]) -> None:
@@ -144,7 +159,7 @@ class Run:
         time.sleep(self.plan.settle_s)
         others = [other for other in workers if other is not worker]
         before, start = sum(other.cpu_s() for other in others), time.perf_counter()
-        # No two measurements share a first token, so that no cache serves the next.
+        # Different first tokens, so that no measurement is a prefix cache hit.
         ids = self._ids(case["context"] + case["tokens"], seed=len(self.samples) + 10)
         times = worker.ask("run", ids, new=case["tokens"])
         others_cpu = (sum(other.cpu_s() for other in others) - before) / (time.perf_counter() - start)
@@ -168,7 +183,7 @@ class Run:
                 self.edits.append({"engine": worker.entry.name, "tokens": self.plan.edit, **times})
 
     def distances(self) -> None:
-        """Set each engine's relative L2 distance from our fp32."""
+        """Set the relative L2 distance of each engine's logits from our fp32."""
         truth = torch.tensor(self._logits[GROUND_TRUTH]).double() if GROUND_TRUTH in self._logits else None
         for name, engine in self.engines.items():
             engine["distance"] = None
@@ -181,9 +196,9 @@ class Run:
 
         Args:
             entries: The engines of the run, in the order of the report.
-            ik_commit: The commit of ik_llama.cpp. None: the one that its llama-bench reports.
-            rounds: The number of rounds.
-            long_rounds: The number of rounds with the long case.
+            ik_commit: The commit of ik_llama.cpp. Default: the commit that its llama-bench reports.
+            rounds: Number of rounds.
+            long_rounds: Number of rounds that include the long case.
         """
         checkpoint = open_checkpoint(self.directory / CHECKPOINT).args
         commit = self.llama_bench_commit and (ik_commit or self.llama_bench_commit)
@@ -209,24 +224,24 @@ class Run:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help="where models are written (.cache/benchmark)")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where results.json and results.md are written")
-    parser.add_argument("--engines", nargs="*", default=[], metavar="NAME", help="only those that begin so (all)")
-    parser.add_argument("--leave-out", nargs="*", default=[], metavar="NAME", help="not these, by their full names")
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help=f"of {', '.join(FULL.cases)} (all)")
-    parser.add_argument("--rounds", type=int, help="rounds over all engines (5)")
-    parser.add_argument("--long-rounds", type=int, help="rounds of the long case among them (3)")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="threads of each engine")
+    parser.add_argument("--directory", type=Path, help="folder for the model files (default: .cache/benchmark)")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for results.json and results.md")
+    parser.add_argument("--engines", nargs="*", default=[], metavar="NAME", help="name prefixes (default: all engines)")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="NAME", help="full names of engines to skip")
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help=f"from {', '.join(FULL.cases)} (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds over all engines (default: 5)")
+    parser.add_argument("--long-rounds", type=int, help="rounds that include the long case (default: 3)")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="threads per engine")
     parser.add_argument(
-        "--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, built for this machine (not measured)"
+        "--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, built for this machine (default: skip it)"
     )
-    parser.add_argument("--ik-commit", metavar="COMMIT", help="its commit (the one that it reports)")
-    parser.add_argument("--tiny", action="store_true", help="a network of two layers, in seconds: does it all work?")
+    parser.add_argument("--ik-commit", metavar="COMMIT", help="its commit (default: the reported one)")
+    parser.add_argument("--tiny", action="store_true", help="use a network of two layers, to test the benchmark")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the models, measure, write, and say which bounds are met."""
+    """Create the models, measure, write the results, and print the verdicts."""
     options = _parser().parse_args(arguments)
     plan = TINY if options.tiny else FULL
     directory = options.directory or Path(".cache/benchmark-tiny" if options.tiny else ".cache/benchmark")
@@ -240,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = {name: case for name, case in plan.cases.items() if not options.cases or name in options.cases}
     run = Run(plan, cases, directory, options.threads, options.ik)
     entries = selected(options.engines, options.leave_out)
-    run.left_out |= dict.fromkeys(options.leave_out, "left out of this run")
+    run.left_out |= dict.fromkeys(options.leave_out, "skipped in this run")
     theirs = [entry for entry in entries if entry.kind == "ik_llama.cpp"]
     if options.ik:
         try:
@@ -251,11 +266,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(str(error)) from None
     elif theirs:
         entries = [entry for entry in entries if entry not in theirs]
-        run.left_out["ik_llama.cpp"] = "not measured, because --ik did not name its llama-bench"
+        run.left_out["ik_llama.cpp"] = "not measured; pass the path of its llama-bench with --ik"
     for group in sorted({entry.groups[0] for entry in entries}):
         run.measure_group(group, [entry for entry in entries if group in entry.groups], rounds, long_rounds)
     if not run.samples:
-        raise SystemExit(f"No engine could be measured: {run.left_out or 'none is called so'}; see --help.")
+        raise SystemExit(f"No engine was measured: {run.left_out or 'no name matches'}. See --help.")
     run.distances()
     results = run.results(entries, options.ik_commit, rounds, long_rounds)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The engines and the sizes of a run of `benchmarks.compare`, and the model file of each engine."""
+"""Engines, sizes and model files for `benchmarks.compare`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.sections.layout import AVX2
 from llama_scratch.download.locate import find_model
 from llama_scratch.inference.speed import BANDWIDTH_BYTES
 
-REFERENCE = "llama.cpp BF16"  # speeds are given as ratios to it
-GROUND_TRUTH = "ours fp32"  # distances of logits are from it
+REFERENCE = "llama.cpp BF16"  # baseline of the speed ratios
+GROUND_TRUTH = "ours fp32"  # baseline of the distances of logits
 CHECKPOINT = "Llama3.2-1B"
 PACKAGE_OF = {
     "ours": "llama_scratch",
@@ -27,7 +27,7 @@ PACKAGE_OF = {
     "ctranslate2": "ctranslate2",
     "transformers": "transformers",
 }
-# Threads of any OpenMP go to sleep within this time after their last work, with nothing set.
+# OpenMP threads go to sleep within this time after their last work, with default settings.
 SETTLE_S = 0.3
 
 
@@ -40,8 +40,8 @@ class Entry:
         kind: The program that runs it, a key of `PACKAGE_OF`.
         variant: The precision, or the type of the weights.
         file: The model's file in the folder of models.
-        groups: The groups that it belongs to. Engines of one group are loaded at the same time. A group is only
-            measured for the engines whose first group it is; the others are there to be compared with.
+        groups: Its groups. Engines of one group are loaded at the same time. Each engine is measured for its first
+            group; in other groups it serves for comparison.
         model: The model that it runs.
         flash: Whether flash attention is on.
         long: Whether the long case is measured too.
@@ -59,7 +59,7 @@ class Entry:
     avx2: bool = False
 
 
-# The groups of the peers of 8 and 4 bits. Panels for AVX2 are files of their own, which need memory too.
+# Groups of the 8-bit and 4-bit peers. Panels for AVX2 are separate files, which need memory too.
 PEER_GROUPS = (1, 4)
 
 ENTRIES = (
@@ -79,7 +79,7 @@ ENTRIES = (
     Entry("ik_llama.cpp Q8_0", "ik_llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEER_GROUPS),
     Entry("ik_llama.cpp Q4_K_M", "ik_llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEER_GROUPS),
     Entry("CTranslate2 int8", "ctranslate2", "int8", "ctranslate2-int8", groups=(2,)),
-    # The engines that need most memory run beside the reference alone.
+    # Engines that need the most memory run only with the reference.
     Entry("ours fp16", "ours", "fp16", CHECKPOINT, groups=(2,)),
     Entry(GROUND_TRUTH, "ours", "fp32", CHECKPOINT, groups=(2,)),
     Entry("transformers bf16", "transformers", "bf16", "hf", groups=(2,)),
@@ -98,8 +98,11 @@ def selected(names: Sequence[str], left_out: Sequence[str] = ()) -> list[Entry]:
     """Choose the entries of a run.
 
     Args:
-        names: Beginnings of names. All entries if it is empty. AVX2 counts separately only if the CPU has more.
-        left_out: Full names of entries that are not measured.
+        names: Name prefixes; all entries if empty.
+        left_out: Full names of entries to skip.
+
+    Returns:
+        The entries. AVX2 entries are included only if the CPU has more than AVX2.
     """
     twice = has_more_than_avx2(features())
     entries = [entry for entry in ENTRIES if (twice or not entry.avx2) and entry.name not in left_out]
@@ -124,7 +127,7 @@ class Plan:
 
     @property
     def cases(self) -> dict[str, dict[str, Any]]:
-        """What is measured, by name: a prompt of `context` tokens, and `tokens` decoded behind it."""
+        """The cases by name: a prompt of `context` tokens, and `tokens` decoded after it."""
         return {
             **{f"prefill {n}": _case("1B", n, 0) for n in self.prefill},
             "decode": _case("1B", self.decode_at, self.tokens),
@@ -154,7 +157,13 @@ TINY = Plan(
 
 
 def model_file(directory: Path, entry: Entry, plan: Plan) -> Path:
-    """The path of an entry's model, which is written first where it is missing."""
+    """The path of an entry's model, which is created if it does not exist.
+
+    Args:
+        directory: Folder of the model files.
+        entry: The engine.
+        plan: Sizes of the model.
+    """
     if entry.model == "SmolLM2":
         return _smollm2_file(directory, entry)
     checkpoint = once(directory / CHECKPOINT, partial(make_checkpoint, params=plan.params))

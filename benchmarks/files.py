@@ -1,6 +1,6 @@
-"""The peers' files of a model: GGUF in several precisions, a Hugging Face directory, CTranslate2's own format.
+"""Model files for the other engines: GGUF, Hugging Face and CTranslate2.
 
-All hold the same weights, so that all engines compute the same answer.
+All files contain the same weights, so that all engines compute the same answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_scratch.system.progress import silent
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, which `make` writes where it does not exist; an interruption leaves nothing half done behind."""
+    """Create `path` with `make` if it does not exist (atomically), and return it."""
     if not path.exists():
         unfinished = path.with_name(f"unfinished-{path.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -37,7 +37,7 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def matrices_in(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's weights with all matrices in one type; a tied output stays the embedding itself."""
+    """Load weights with all matrices in one dtype; a tied output stays tied."""
     made: dict[int, Tensor] = {}
 
     def converted(weight: Weight) -> Tensor:
@@ -50,12 +50,18 @@ def matrices_in(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]
 
 # --- Meta -------------------------------------------------------------------------------------
 
-# Which axis of a matrix is divided; the embedding's columns, as in the models of several shards that Meta publishes.
+# Axis along which each matrix is split. The embedding is split by columns, as in Meta's published shards.
 _AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
 
 
 def make_shards(source: Path, target: Path, count: int) -> None:
-    """A Meta directory in `count` shards, from one in one."""
+    """Split a Meta directory with one shard into `count` shards.
+
+    Args:
+        source: The directory.
+        target: The new directory.
+        count: Number of shards.
+    """
     target.mkdir()
     for name in ("params.json", "tokenizer.model"):
         shutil.copyfile(source / name, target / name)
@@ -72,15 +78,25 @@ def make_shards(source: Path, target: Path, count: int) -> None:
 
 
 def make_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """A model as a GGUF file of bfloat16 or float32 matrices."""
+    """Write a model as a GGUF file.
+
+    Args:
+        source: The model.
+        target: The file.
+        dtype: Dtype of the matrices.
+    """
     checkpoint = open_checkpoint(source)
     writer.write_gguf(checkpoint, matrices_in(checkpoint, dtype), target, silent)
 
 
 def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) -> None:
-    """llama.cpp's own quantizer, from a GGUF file; `kind` is one of its names, such as Q8_0 or Q4_K_M.
+    """Quantize a GGUF file with llama.cpp.
 
-    pure: without its exceptions, such as an output of more bits, but where rows do not fit into a type's blocks.
+    Args:
+        source: The file.
+        target: The quantized file.
+        kind: llama.cpp's name of the type, such as Q8_0 or Q4_K_M.
+        pure: Whether to use the same type for all matrices, including the output, if their rows fit its blocks.
     """
     import llama_cpp
 
@@ -90,20 +106,20 @@ def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) 
     params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quiet_llama_cpp()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
-        raise SystemExit(f"llama.cpp could not write {kind} from {source}; its message above says why.")
+        raise SystemExit(f"llama.cpp could not quantize {source} to {kind}; see its message above.")
 
 
 # --- Hugging Face and CTranslate2 -------------------------------------------------------------
 
 
 def make_huggingface(source: Path, target: Path) -> None:
-    """A model as a directory that transformers and CTranslate2's converter read, in bfloat16."""
+    """Write a model as a Hugging Face directory in bfloat16."""
     checkpoint = open_checkpoint(source)
     write_huggingface.write_huggingface(checkpoint, matrices_in(checkpoint, torch.bfloat16), target, silent)
 
 
 class _IdsAsTokens:
-    """All that CTranslate2's converter asks of a tokenizer: a name for each id. Ours are the ids themselves."""
+    """A tokenizer for CTranslate2's converter, with each id as its text."""
 
     def __init__(self, n_vocab: int):
         self.n_vocab = n_vocab
@@ -114,7 +130,15 @@ class _IdsAsTokens:
 
 
 def make_ctranslate2(huggingface: Path, target: Path, quantization: str = "int8") -> None:
-    """CTranslate2's own converter, from a Hugging Face directory; its tokens are the ids as text."""
+    """Convert a Hugging Face directory to CTranslate2's format.
+
+    The tokens are the ids as text.
+
+    Args:
+        huggingface: The directory.
+        target: The new directory.
+        quantization: CTranslate2's name of the type.
+    """
     from ctranslate2.converters import TransformersConverter
 
     n_vocab = json.loads((huggingface / "config.json").read_text())["vocab_size"]

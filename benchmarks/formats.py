@@ -1,13 +1,13 @@
-"""GGUF files, read by us and by llama.cpp: are the tokens the same, and the logits?
+"""Compare tokens and logits with llama.cpp on the same GGUF files.
 
     python -m benchmarks.formats
 
-- What `convert` writes: small random models with Llama 3's special tokens, and SmolLM2's weights as float32.
-- Every type of GGUF's tensors: SmolLM2, quantized by llama.cpp's own quantizer.
-- 10,000 texts that hypothesis draws, and a corpus of code and many scripts: the two vocabularies' ids.
+- Files written by `convert`: small random models with Llama 3's special tokens, and SmolLM2 in float32.
+- Every supported type of GGUF tensors: SmolLM2, quantized by llama.cpp.
+- Token ids of 10,000 random texts (drawn by hypothesis) and of a corpus of code and many scripts, for two vocabularies.
 
-llama.cpp computes with float32 for the cache here; it rounds activations to the type of the weights, so that only
-the float32 files can be compared closely. Writes formats.json and results.md.
+llama.cpp uses a float32 KV cache here, but rounds activations to the dtype of the weights. Therefore only float32
+files can be compared closely. Writes formats.json and results.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M",
 
 
 def converted(folder: Path) -> list[dict[str, Any]]:
-    """For each file that `convert` wrote: how far llama.cpp's logits are (relative L2), and whose tokens differ."""
+    """Compare llama.cpp's logits and tokens with ours for files from `convert`."""
     files = {}
     for scaled in (True, False):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -55,7 +55,7 @@ def converted(folder: Path) -> list[dict[str, Any]]:
 
 
 def quantized(folder: Path) -> list[dict[str, Any]]:
-    """SmolLM2 in each of GGUF's types: how often both find the same token most probable."""
+    """Compare llama.cpp's logits and tokens with ours for SmolLM2 in each GGUF type."""
     f32 = folder / "SmolLM2-F32.gguf"
     make_gguf(find_model("smollm2"), f32, torch.float32)
     rows = []
@@ -69,7 +69,10 @@ def quantized(folder: Path) -> list[dict[str, Any]]:
 
 
 def against_llama_cpp(path: Path, content: str) -> dict[str, Any]:
-    """Ours in fp32 and llama.cpp on one GGUF file: the ids of each line, and the logits of the first positions."""
+    """Compare our fp32 with llama.cpp on one GGUF file.
+
+    Compares the token ids of each line and the logits of the first positions.
+    """
     import llama_cpp
 
     quiet_llama_cpp()
@@ -105,7 +108,10 @@ def against_llama_cpp(path: Path, content: str) -> dict[str, Any]:
 
 
 def tokens(folder: Path) -> list[dict[str, Any]]:
-    """Both vocabularies on texts that hypothesis draws, and on the corpus as a whole and line by line."""
+    """Compare token ids on random texts and on the corpus, for two vocabularies.
+
+    The corpus is compared as a whole and line by line.
+    """
     import llama_cpp
 
     quiet_llama_cpp()
@@ -132,7 +138,7 @@ def tokens(folder: Path) -> list[dict[str, Any]]:
 
 
 def drawn_texts() -> list[str]:
-    """Texts that hypothesis draws, each once; the same each time."""
+    """Distinct random texts, drawn by hypothesis with a fixed seed."""
     seen: set[str] = set()
 
     @settings(max_examples=650, deadline=None, derandomize=True, database=None)
@@ -145,10 +151,17 @@ def drawn_texts() -> list[str]:
 
 
 def unequal_texts(theirs: Any, ours: Llama, texts: Sequence[str]) -> list[str]:
-    """Those whose ids differ; the names of special tokens are plain text for both.
+    """Return the texts with different token ids.
 
-    Where a vocabulary lacks a byte, as SmolLM2's does 21, ours has the unknown token, as `tokenizers` has;
-    llama.cpp leaves such bytes out.
+    Names of special tokens are plain text for both.
+
+    If a vocabulary lacks a byte (SmolLM2's lacks 21), ours emits the unknown token, like `tokenizers`, and llama.cpp
+    skips the byte; this difference is ignored.
+
+    Args:
+        theirs: llama.cpp's model.
+        ours: Our model.
+        texts: The texts.
     """
     tokenizer = ours.tokenizer
     left_out = tokenizer.special_tokens.get(tokenizer.unknown or "")
@@ -161,7 +174,7 @@ def unequal_texts(theirs: Any, ours: Llama, texts: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, record and print the results."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = {

@@ -1,11 +1,11 @@
-"""Measure the products of `kernels.cpp` by themselves, for each instruction set that this CPU can run.
+"""Measure the matrix products of kernels.cpp for each instruction set of this CPU.
 
     python -m benchmarks.kernels [--rounds 5] [--record]
 
-One thread multiplies random weights; for one row of activations, more weights than the caches hold. The instruction
-sets take turns, and each figure is the median of the rounds. Exit code 1 if two sets do not give the same bits in int8
-and int4, whose sums are of whole numbers.
---record keeps the figures in benchmarks/kernels.json and renders benchmarks/results.md.
+One thread multiplies by random weights. For one row of activations, the weights exceed the CPU caches. The
+instruction sets alternate, and each figure is the median of the rounds. Exit code 1 if int8 or int4 results, which are
+integer sums, are not bitwise equal between instruction sets.
+--record writes benchmarks/kernels.json and renders benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Case:
     """A product of activations and weights.
 
     Args:
-        kind: How the weights are stored, one of `KINDS`.
+        kind: Format of the weights, one of `KINDS`.
         rows: Number of rows of activations.
         out: Number of rows of the weight.
         inputs: Number of columns of the weight.
-        copies: Number of weights, which are multiplied in turn.
+        copies: Number of weights, which are multiplied one after the other.
     """
 
     kind: str
@@ -66,7 +66,7 @@ CASES = [Case(kind, *shape) for kind in KINDS for shape in ((1, 8192, 2048, 16),
 
 
 def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Draw the tensors that store one weight: its rows, or the values and the scales of its panels."""
+    """Create a random weight: its rows, or the values and scales of its panels."""
     if bits := PANELS.get(case.kind):
         values, scales = panel_shapes((case.out, case.inputs), bits)
         return (
@@ -77,16 +77,22 @@ def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn(case.out, case.inputs, generator=generator).to(DTYPES[case.kind]),)
     columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[case.kind]]
     shape = case.out, case.inputs // columns * size
-    return (torch.randint(0, 100, shape, dtype=torch.uint8, generator=generator),)  # as float16 none is NaN
+    return (torch.randint(0, 100, shape, dtype=torch.uint8, generator=generator),)  # never NaN in float16
 
 
 class Product:
-    """The product of one instruction set: kernels_alone.cpp, compiled into `folder`."""
+    """The matrix product of kernels_alone.cpp, compiled for one instruction set.
+
+    Args:
+        folder: Where to compile it.
+        name: Name of the library.
+        flags: Compiler flags of the instruction set.
+    """
 
     def __init__(self, folder: Path, name: str, flags: Sequence[str]):
         compiler = kernels.compiler()
         if compiler is None:
-            sys.exit("There is no C++ compiler. Install one (Debian: apt-get install g++).")
+            sys.exit("No C++ compiler found. Install one (Debian: apt-get install g++).")
         path = folder / f"{name}.so"
         usual = ["-std=c++20", "-O3", "-ffp-contract=off", "-w", "-Wno-psabi", "-shared", "-fPIC"]
         subprocess.run([*shlex.split(compiler), *usual, *flags, str(SOURCE), "-o", str(path)], check=True)
@@ -95,7 +101,13 @@ class Product:
         self.name: str = self._library.machine_name().decode()
 
     def __call__(self, case: Case, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
-        """Multiply x (rows, in) and a weight (out, in) → (rows, out)."""
+        """Multiply x (rows, in) by the transpose of a weight (out, in) → (rows, out).
+
+        Args:
+            case: The kind and shape of the weight.
+            x: Activations.
+            weight: The weight's tensors.
+        """
         y = torch.empty(case.rows, case.out)
         rows, out, inputs, kind = map(ctypes.c_int64, (case.rows, case.out, case.inputs, TYPES.index(case.kind)))
         data, scales = ctypes.c_void_p(weight[0].data_ptr()), ctypes.c_void_p(weight[-1].data_ptr())
@@ -107,8 +119,13 @@ class Product:
 def measure(products: Sequence[Product], case: Case, rounds: int) -> tuple[int, list[float], list[Tensor]]:
     """Measure one case with each instruction set.
 
+    Args:
+        products: The products of the instruction sets.
+        case: The case.
+        rounds: Number of rounds.
+
     Returns:
-        Bytes of one weight, the seconds per product and the result of each set.
+        Bytes of one weight, and the seconds per product and the result for each set.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.rows, case.inputs, generator=generator)
@@ -129,7 +146,16 @@ def measure(products: Sequence[Product], case: Case, rounds: int) -> tuple[int, 
 
 
 def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, Any]:
-    """Compile the kernels into `folder` for each instruction set, and return the content of kernels.json."""
+    """Measure all cases with the kernels of each instruction set.
+
+    Args:
+        cases: The cases.
+        folder: Where to compile the kernels.
+        rounds: Number of rounds.
+
+    Returns:
+        The content of kernels.json.
+    """
     here = machine(threads=1)
     sets = {"native": [flag for flag in kernels._flags() if flag.endswith("=native")], **kernels.INSTRUCTION_SETS}
     if "avx2" not in here["features"]:
@@ -137,7 +163,7 @@ def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, A
     products: dict[str, Product] = {}
     for name, flags in sets.items():
         product = Product(folder, name, flags)
-        products.setdefault(product.name, product)  # on a CPU with AVX2 alone, native is AVX2 too
+        products.setdefault(product.name, product)  # if the CPU has only AVX2, native is AVX2 too
     measured, same = [], True
     for case in cases:
         weight_bytes, seconds, results = measure(list(products.values()), case, rounds)
@@ -157,11 +183,11 @@ def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, record, and print a line per case."""
+    """Measure, record and print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="write kernels.json and results.md")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="the folder of kernels.json and results.md")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for kernels.json and results.md")
     options = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
         recorded = measure_all(CASES, Path(folder), options.rounds)
@@ -171,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{recorded['machine']['cpu']} ({', '.join(recorded['machine']['features'])}), one thread")
     for case in recorded["cases"]:
         print(f"{kernel_case(case)}: {'; '.join(f'{name} {figure}' for name, figure in kernel_figures(case).items())}")
-    print("The same bits." if recorded["same_bits"] else "Different bits.")
+    print("The results are bitwise equal." if recorded["same_bits"] else "The results differ.")
     return 0 if recorded["same_bits"] else 1
 
 

@@ -1,9 +1,9 @@
-"""Measure how late keystrokes appear, while torch is imported and while live prediction runs.
+"""Measure keystroke latency during loading and with live prediction.
 
     python -m benchmarks.keystrokes [--model NAME] [--sessions 5] [--record]
 
-A person who types a key each 60 ms, on a pseudo-terminal of 200 columns: the time from the key to the cursor's move.
-Without --model it is smollm2. --record keeps the figures in benchmarks/keystrokes.json and renders
+Types one key every 60 ms on a pseudo-terminal with 200 columns, and measures the time from the key to the movement of
+the cursor. The default model is smollm2. --record writes benchmarks/keystrokes.json and renders
 benchmarks/results.md.
 """
 
@@ -28,7 +28,16 @@ TEXTS = (
 
 
 def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[float]:
-    """Type a text; how late the cursor moved for each key, in seconds. Ends where `stop` is on the screen."""
+    """Type a text and measure the latency of each key.
+
+    Args:
+        terminal: The terminal.
+        text: The text.
+        stop: Stop typing when this text is on the screen.
+
+    Returns:
+        Seconds until the cursor moved, for each key.
+    """
     lags = []
     for key in text:
         column = terminal.screen.cursor.x
@@ -44,25 +53,25 @@ def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[fl
 
 
 def session(model: str) -> dict[str, list[float]]:
-    """The lags of one session: while it loads, and with live prediction."""
+    """Key latencies of one session, during loading and with live prediction."""
     with Terminal("--model", model, columns=200) as terminal:
         until(terminal, lambda text: "> " in text)
         loading = type_text(terminal, 4 * TEXTS[0], stop=LOADED)
         terminal.wait_for(LOADED)
         terminal.type("ctrl-c")
-        terminal.settle(3)  # what it prepares in the background has ended
+        terminal.settle(3)  # wait for the end of background work
         live = []
         for text in TEXTS:
             live += type_text(terminal, text)
             if "entropy" not in terminal.text:
-                raise SystemExit(f"There is no live prediction, expected one; the screen shows: {terminal.text}")
+                raise SystemExit(f"Live prediction did not appear. The screen shows: {terminal.text}")
             terminal.type("ctrl-c")
             terminal.settle()
     return {"loading": loading, "live": live}
 
 
 def measure(model: str, sessions: int) -> dict[str, dict[str, float]]:
-    """For each phase the number of keys, and the median, the 95th percentile and the longest of their lags."""
+    """Number of keys, and median, 95th percentile and maximum latency of each phase."""
     lags: dict[str, list[float]] = {"loading": [], "live": []}
     for _ in range(sessions):
         for phase, found in session(model).items():

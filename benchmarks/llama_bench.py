@@ -1,6 +1,6 @@
 """Measure ik_llama.cpp by running its `llama-bench`, one process per measurement.
 
-The program loads the model each time, and its figures leave the loading out.
+The program loads the model each time; its figures exclude loading.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# Of a measurement; the last one counts. With 1, a new process also maps its buffers within the time.
+# Repetitions per measurement; the last one counts. The first also includes the page faults of new buffers.
 REPETITIONS = 2
-PATIENCE_S = 900  # for one measurement, with the loading
+PATIENCE_S = 900  # for one measurement, including loading
 _HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --ik."
 
 
 class LlamaBenchError(Exception):
-    """llama-bench gave no figure. The message says what happened and what to do."""
+    """llama-bench did not return a result."""
 
 
 def check_program(program: Path) -> None:
@@ -32,7 +32,7 @@ def check_program(program: Path) -> None:
 class LlamaBench:
     """ik_llama.cpp's `llama-bench` on one GGUF file.
 
-    Weights are repacked when they are loaded (`-rtr 1`). Everything else is the program's default.
+    Weights are repacked at load (`-rtr 1`). Everything else is the program's default.
 
     Args:
         program: The path of llama-bench.
@@ -45,11 +45,19 @@ class LlamaBench:
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
 
     def version(self) -> str:
-        """Measure one token, and return the commit of the program, "unknown" if it was built outside of git."""
+        """Measure one token and return the program's commit, or "unknown"."""
         return str(self._run(prompt=1, new=0).get("build_commit", "unknown"))
 
     def seconds(self, *, prompt: int, new: int) -> float:
-        """Time a prompt of `prompt` tokens, or `new` tokens one by one from an empty cache. The other is 0."""
+        """Measure either a prompt or decoding from an empty cache.
+
+        Args:
+            prompt: Number of prompt tokens, or 0.
+            new: Number of decoded tokens, or 0.
+
+        Returns:
+            Seconds.
+        """
         return float(self._run(prompt=prompt, new=new)["samples_ns"][-1]) / 1e9
 
     def _run(self, *, prompt: int, new: int) -> dict[str, Any]:
@@ -81,7 +89,7 @@ class LlamaBench:
 
 
 def _figures(output: str) -> dict[str, Any] | None:
-    """Read the one object of llama-bench's JSON; loading prints other lines around and inside the list."""
+    """Find the JSON object in llama-bench's output, among other lines."""
     for start in re.finditer(r"^\s*\{", output, re.MULTILINE):
         try:
             figures, _ = json.JSONDecoder().raw_decode(output, start.end() - 1)

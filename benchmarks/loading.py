@@ -1,9 +1,10 @@
-"""Measure how long a model takes to load from each form of file, and how much memory.
+"""Measure load time and memory for each file format.
 
     python -m benchmarks.loading [--tiny] [--rounds 3] [--precisions NAME …] [--directory DIR] [--output DIR]
 
-One random model of Llama 3.2 1B's shape is written in all forms (20 GB of disk in DIR). Each is loaded in a process
-of its own, in turns; a figure is the median, and so that of a warm disk cache. Writes loading.json and results.md.
+A random model with the shape of Llama 3.2 1B is written in all formats (20 GB of disk in DIR). Each load runs in a new
+process, and the formats alternate. Figures are medians, and therefore with a warm page cache. Writes loading.json and
+results.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,16 @@ Make = Callable[[Path], None]
 
 
 def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Path]:
-    """The model's files by what they are; made where they do not exist. peers: with what llama.cpp quantizes."""
+    """Create the files of the model that do not exist yet.
+
+    Args:
+        directory: Folder of the files.
+        params: Contents of params.json.
+        peers: Whether to include files quantized by llama.cpp.
+
+    Returns:
+        Name of the format → path.
+    """
     source = once(directory / CHECKPOINT, partial(make_checkpoint, params=params))
     made: dict[str, tuple[str, Make]] = {
         "Meta, 2 shards": ("two-shards", partial(make_shards, source, count=2)),
@@ -52,9 +62,15 @@ def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Pat
 
 
 def measured(path: Path, precision: str) -> dict[str, float]:
-    """Load it here: seconds until it is loaded, has answered and `prepare` has come back, and bytes.
+    """Load a model in this process and measure time and memory.
 
-    private: the most memory of the process's own so far, at each of these moments. mapped: pages of files at the end.
+    Args:
+        path: The model.
+        precision: The precision.
+
+    Returns:
+        Seconds until loaded, answered and prepared; the peak private memory so far at each of these moments; and at
+        the end the private memory and the mapped file pages, in bytes.
     """
     from llama_scratch import Llama
 
@@ -88,13 +104,22 @@ def measured(path: Path, precision: str) -> dict[str, float]:
 
 
 def _private() -> int:
-    """Bytes of memory that are no pages of files (Linux)."""
+    """Resident memory without file pages, in bytes (Linux)."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 
 
 def in_turns(models: dict[str, Path], precisions: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each form and precision: its medians over the rounds."""
+    """Measure all formats and precisions alternately.
+
+    Args:
+        models: Name of the format → path.
+        precisions: The precisions.
+        rounds: Number of rounds.
+
+    Returns:
+        One row per format and precision, with medians over the rounds.
+    """
     entries = [(name, precision) for name in models for precision in precisions]
     samples: dict[tuple[str, str], list[dict[str, float]]] = {entry: [] for entry in entries}
     for number in range(rounds):
@@ -126,12 +151,12 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, record and write the table."""
+    """Measure, record and render the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to test the benchmark")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
-    parser.add_argument("--directory", type=Path, help="where the models are made and kept")
+    parser.add_argument("--directory", type=Path, help="folder for the model files")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--one", nargs=2, metavar=("PATH", "PRECISION"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The machine that figures hold for: its CPU, the CPU's features, and the instruction set of our kernels."""
+"""Description of the machine: CPU, features and instruction set of our kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from llama_scratch.precision import kernels
 
-# The features that decide how fast a weight can be multiplied.
+# CPU features that affect the speed of matrix products.
 FEATURES = (
     *("f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_bf16", "amx_int8"),
@@ -27,13 +27,13 @@ ONLY_AVX2 = {
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """Describe this machine for a recorded file. Compiles our kernels if they are not in the cache yet.
+    """Describe this machine for a recorded file. Compiles our kernels if necessary.
 
     Args:
-        threads: The number of threads of the measurement. Default: torch's.
+        threads: Number of threads of the measurement. Default: torch's.
 
     Returns:
-        The CPU, its features, and the instruction set of our kernels, "" if there are none.
+        The CPU, its features, and the instruction set of our kernels ("" without kernels).
     """
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
@@ -47,18 +47,18 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 
 def features() -> list[str]:
-    """The members of `FEATURES` that this CPU has."""
+    """The features from `FEATURES` that this CPU has."""
     flags = (_cpu_field("flags") or _cpu_field("Features")).split()
     return [feature for feature in FEATURES if feature in flags]
 
 
 def kernel_instructions() -> str:
-    """The instruction set that our kernels are compiled for, "" if this process has no kernels."""
+    """Instruction set of our compiled kernels, or "" without kernels."""
     return str(torch.ops.llama_scratch.machine()) if kernels.build() else ""
 
 
 def has_more_than_avx2(features: list[str]) -> bool:
-    """Whether our kernels may use more than AVX2, so that AVX2 is a second instruction set to measure."""
+    """Whether our kernels can use more than AVX2, so that AVX2 is measured separately."""
     return "avx2" in features and "avx512f" in features
 
 

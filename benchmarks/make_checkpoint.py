@@ -1,9 +1,9 @@
-"""Write a Meta directory of Llama 3.2 1B's true shape with random weights.
+"""Write a Meta directory with the shape of Llama 3.2 1B and random weights.
 
     python -m benchmarks.make_checkpoint DIRECTORY [--n-layers N]
 
-The weights are bf16 with a tied output, as in Meta's file, 2.47 GB; the tokenizer is Meta's own, from
-the llama-models package (`pip install '.[test]'`). Answers are noise, sizes and speed are true.
+The weights are bf16 with a tied output, 2.47 GB, as in Meta's file. The tokenizer is Meta's, from the llama-models
+package (`pip install '.[test]'`). Answers are random; sizes and speed are those of the real model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LLAMA_3_2_1B: dict[str, Any] = {
 
 
 def make_checkpoint(directory: Path, params: dict[str, Any] = LLAMA_3_2_1B) -> None:
-    """Write params.json, tokenizer.model and consolidated.00.pth."""
+    """Write params.json, tokenizer.model and consolidated.00.pth to a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(params)
     args = parse_params(text)
@@ -59,7 +59,7 @@ def meta_tokenizer() -> Path:
     """Meta's tokenizer.model in the installed llama-models package."""
     spec = importlib.util.find_spec("llama_models.llama3")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("llama-models is not installed; run: pip install '.[test]'")
+        raise SystemExit("llama-models is not installed. Run: pip install '.[test]'")
     return Path(spec.submodule_search_locations[0]) / "tokenizer.model"
 
 

@@ -1,11 +1,10 @@
-"""Measure how long the microscope takes, and that a network that it looked into is as fast as before.
+"""Measure the microscope, and decode speed after its hooks are removed.
 
     python -m benchmarks.microscope [--model-dir DIR …] [--runs 5] [--tokens 64] [--json] [--record]
 
-For each model, by default smollm2: the medians over the runs of /lens on a text of 64 tokens and of /why on one of 16,
-each run with another text; then of one token's decode, in a network that was never tapped and in
-the one that was looked into until now, in turns. --record keeps the figures in benchmarks/microscope.json and renders
-benchmarks/results.md.
+For each model (default: smollm2): median times of /lens on 64 tokens and /why on 16 tokens, each run with a different
+text; then of decoding one token, alternately in a network that never had hooks and in the one from which they were
+removed. --record writes benchmarks/microscope.json and renders benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -31,26 +30,35 @@ LENS_TOKENS, WHY_TOKENS = 64, 16
 ROWS = {
     "lens": f"/lens, {LENS_TOKENS} tokens",
     "why": f"/why, {WHY_TOKENS} tokens",
-    "never tapped": "one token's decode, never tapped",
-    "tapped before": "one token's decode, tapped and untapped before",
+    "never tapped": "decode of one token, no hooks",
+    "tapped before": "decode of one token, hooks removed",
 }
 
 
 def opened(source: str) -> Llama:
-    """A model that is prepared."""
+    """Load and prepare a model."""
     llama = Llama.load(source, device="cpu")
     llama.prepare()
     return llama
 
 
 def timed(look: Callable[[Sequence[int]], object], texts: Sequence[Sequence[int]]) -> float:
-    """The median time that it takes to look into a text; the first one only makes ready."""
+    """Median time of a view over some texts; the first text is a warm-up."""
     times = [seconds(lambda ids=ids: look(ids)) for ids in texts]  # type: ignore[misc]
     return median(times[1:])
 
 
 def decode(llamas: Sequence[Llama], ids: Sequence[int], tokens: int) -> list[list[float]]:
-    """How long each of the models takes for each of so many further tokens: they take turns, each first in its own."""
+    """Measure decoding in several models alternately, in varying order.
+
+    Args:
+        llamas: The models.
+        ids: The prompt.
+        tokens: Number of tokens to decode.
+
+    Returns:
+        Seconds per token for each model.
+    """
     times: list[list[float]] = [[] for _ in llamas]
     text = list(ids)
     for llama in llamas:
@@ -64,7 +72,16 @@ def decode(llamas: Sequence[Llama], ids: Sequence[int], tokens: int) -> list[lis
 
 
 def measure(source: str, runs: int, tokens: int) -> dict[str, Any]:
-    """One model's medians of `ROWS`, in seconds, and the ratio of the last two: the median of each turn's."""
+    """Measure one model.
+
+    Args:
+        source: Name or path of the model.
+        runs: Number of runs.
+        tokens: Number of tokens to decode.
+
+    Returns:
+        Medians of `ROWS` in seconds, and the median ratio of the last two.
+    """
     tapped, untouched = opened(source), opened(source)
     ids = tapped.encode(text()[:20_000])
     lens_texts = windows(ids, LENS_TOKENS, LENS_TOKENS * (runs + 1))
@@ -85,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", metavar="DIR", nargs="+", default=["smollm2"])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens that each network decodes")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode with each network")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--output", type=Path, default=FOLDER)
@@ -111,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{model['name']} in {model['precision']}")
         for row, value in model["seconds"].items():
             print(f"  {ROWS[row]:50}{1000 * value:8,.1f} ms")
-        print(f"  {'tapped before ÷ never tapped':50}{model['ratio']:8.3f}")
+        print(f"  {'hooks removed ÷ no hooks':50}{model['ratio']:8.3f}")
 
 
 if __name__ == "__main__":

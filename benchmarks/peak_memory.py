@@ -1,8 +1,8 @@
-"""The peak resident size of loading a model and answering one prompt, mapped file pages included.
+"""Measure the peak resident memory of one prompt, including mapped file pages.
 
     python -m benchmarks.peak_memory MODEL_DIRECTORY
 
-Runs the program itself as a child and prints the kernel's own figure beside the size of the weights.
+Runs the program as a child process and prints the kernel's figure and the size of the weights.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How far each precision's answers are from float32's, ours and llama.cpp's, on the same weights and the same text.
+"""Measure the accuracy of each precision, ours and llama.cpp's, relative to fp32.
 
-    make quality        (python -m benchmarks.quality, and once more with --rotate)
+    make quality        (python -m benchmarks.quality, and again with --rotate)
 
 The weights are SmolLM2's, dequantized to float32. The text is the language reference that comes with Python
-(`pydoc_data.topics`), in windows of 1,024 tokens, each read from an empty context. After every token the
-reference is our fp32; what counts is the Kullback-Leibler divergence of the answer from the reference's, in
-nats, how often both have the same most probable token, and the perplexity of the token that follows.
+(`pydoc_data.topics`), in windows of 1,024 tokens, each read from an empty context. The reference is our fp32. For each
+token the benchmark measures the Kullback-Leibler divergence from the reference in nats, whether the most likely token
+is the same, and the perplexity of the next token.
 
---rotate: the same network with other weights, see `rotate`. SmolLM2's own lie on a grid of four bits, on which a format
-of four bits may be lucky; these lie on none.
+--rotate uses the same network with rotated weights, see `rotate`. SmolLM2's own weights are on a 4-bit grid, which a
+4-bit format may match by chance; rotated weights are not.
 
 Writes benchmarks/quality.json, or quality_rotated.json, and the section in benchmarks/results.md.
 """
@@ -46,20 +46,23 @@ from llama_scratch.precision.lazy_weight import as_tensor
 from llama_scratch.precision.linear import format_of
 from llama_scratch.system.progress import silent
 
-# Of the weights as they are, and of rotated ones.
+# For the original weights, and for rotated weights.
 _PRECISIONS = ("fp16", "bf16", "int8"), ("int8", "int4")
 _PEERS = ("F32", "BF16", "Q8_0"), ("Q8_0", "Q4_0", "Q4_1")
 _TOKENS = 20_480, 51_200
-# Rows that are compared at once: in float64 a row of SmolLM2's logits takes 0.4 MB.
+# Rows compared at once: in float64 a row of SmolLM2's logits takes 0.4 MB.
 ROWS = 128
 
 Logits = Callable[[Sequence[int]], Tensor]
-"""Ids → the logits after each of them, (T, vocab_size) float32."""
+"""Token ids → logits after each of them, (T, vocab_size) float32."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What answers, and what it reads for it. bits: of a weight of its linear layers, scales and all, on average."""
+    """Logits function of an engine, and average bits per weight.
+
+    The bits are those of the linear layers, including scales.
+    """
 
     logits: Logits
     bits: float
@@ -67,7 +70,7 @@ class Engine:
 
 @dataclass
 class Distance:
-    """Sums over all the tokens compared so far."""
+    """Sums over all tokens compared so far."""
 
     tokens: int = 0
     kl: float = 0.0
@@ -76,7 +79,13 @@ class Distance:
     surprise: float = 0.0
 
     def add(self, reference: Tensor, other: Tensor, ids: Sequence[int] = ()) -> None:
-        """Compare two (T, vocab_size) tensors of logits. ids: the T tokens that they come after."""
+        """Compare two tensors of logits.
+
+        Args:
+            reference: Logits of the reference, (T, vocab_size).
+            other: Logits to compare, (T, vocab_size).
+            ids: The T tokens before the logits, for the perplexity.
+        """
         following = torch.tensor(ids[1:], dtype=torch.long)
         for start in range(0, len(reference), ROWS):
             p, q = reference[start : start + ROWS], other[start : start + ROWS]
@@ -90,35 +99,52 @@ class Distance:
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token."""
+        """Mean KL divergence in nats per token."""
         return self.kl / self.tokens
 
     @property
     def same_top_share(self) -> float:
-        """Share of tokens after which both have the same most probable one."""
+        """Share of positions with the same most likely token."""
         return self.same_top / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """e to the mean surprise at the token that follows, in nats."""
+        """Exponential of the mean surprisal of the next token, in nats."""
         return math.exp(self.surprise / self.followed)
 
 
 def text() -> str:
-    """Some 465,000 characters of English prose and a little code; the same for each version of Python."""
+    """About 465,000 characters of English prose with some code.
+
+    The text is fixed for each Python version.
+    """
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def windows(ids: Sequence[int], size: int, tokens: int) -> list[Sequence[int]]:
-    """The first windows of `size` ids that have `tokens` ids together, or all that there are."""
+    """Split token ids into complete windows.
+
+    Args:
+        ids: Token ids.
+        size: Tokens per window.
+        tokens: Number of tokens that the windows must cover, if `ids` is long enough.
+    """
     count = min(-(-tokens // size), len(ids) // size)
     return [ids[i * size : (i + 1) * size] for i in range(count)]
 
 
 def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[int]]) -> dict[str, Distance]:
-    """Run all over each text in turn, so that only two tensors of logits are held at a time."""
+    """Compare engines with a reference, text by text.
+
+    Only two tensors of logits are in memory at a time.
+
+    Args:
+        reference: The reference.
+        others: Name → engine.
+        texts: Token ids of the texts.
+    """
     distances = {name: Distance() for name in others}
     for number, ids in enumerate(texts, start=1):
         expected = reference(ids)
@@ -130,14 +156,14 @@ def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[i
 
 
 def ours(model: Path, precision: str) -> Engine:
-    """One of our precisions, its weights in their final form."""
+    """Load a model in one of our precisions, with its weights packed."""
     llama = Llama.load(model, precision=precision)
     llama.prepare()
     return Engine(llama.logits, 8 * llama.weight_bytes / llama.args.linear_parameters())
 
 
 def peer(path: Path, context: int) -> Engine:
-    """llama.cpp on a GGUF file; it gets ids, so that tokenizers play no part."""
+    """Load a GGUF file in llama.cpp. It gets token ids, so tokenizers do not matter."""
     import llama_cpp
 
     quiet_llama_cpp()
@@ -159,7 +185,19 @@ def peer(path: Path, context: int) -> Engine:
 def measure(
     model: Path, directory: Path, precisions: Sequence[str], peers: Sequence[str], *, size: int, tokens: int
 ) -> dict[str, Any]:
-    """What quality.json holds."""
+    """Measure all precisions and peers.
+
+    Args:
+        model: The model.
+        directory: Folder for llama.cpp's files.
+        precisions: Our precisions.
+        peers: llama.cpp's types.
+        size: Tokens per window.
+        tokens: Number of tokens of text.
+
+    Returns:
+        The content of quality.json.
+    """
     llama = Llama.load(model, precision="fp32")
     texts = windows(llama.encode(text()), size, tokens)
     engines = {f"ours {precision}": ours(model, precision) for precision in precisions}
@@ -189,7 +227,17 @@ def measure(
 
 
 def quantized(model: Path, directory: Path, kind: str, *, pure: bool = False) -> Path:
-    """llama.cpp's file of a model in one of its types, written once. pure: all matrices that can be are of it."""
+    """Create llama.cpp's file of a model in one of its types, if it does not exist.
+
+    Args:
+        model: The model.
+        directory: Folder of the files.
+        kind: llama.cpp's name of the type.
+        pure: See `quantize_gguf`.
+
+    Returns:
+        The path of the file.
+    """
     name = open_checkpoint(model).name
     f32 = once(directory / f"{name}-F32.gguf", lambda path: make_gguf(model, path, torch.float32))
     if kind == "F32":
@@ -198,18 +246,27 @@ def quantized(model: Path, directory: Path, kind: str, *, pure: bool = False) ->
     return once(target, lambda path: quantize_gguf(f32, path, kind, pure=pure))
 
 
-# --- Weight by weight -------------------------------------------------------------------------
+# --- Errors of w2 -----------------------------------------------------------------------------
 
-# Types whose blocks are 256 long: of SmolLM2's rows of 576 and 1,536 weights only the latter can be in them.
+# Types with blocks of 256 weights, which fit SmolLM2's rows of 1,536 weights but not its rows of 576.
 K_TYPES = ("Q4_K_S", "Q6_K")
 
 
 def w2_errors(
     model: Path, directory: Path, precisions: Sequence[str], peers: Sequence[str], texts: list[Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """How far each form of the w2 matrices is from float32's, on average over the layers.
+    """Measure the mean quantization error of the w2 matrices in each format.
 
-    weight: ‖W − Ŵ‖² / ‖W‖². output: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², X the inputs that w2 has on these texts. bits: of a weight.
+    Args:
+        model: The model.
+        directory: Folder for llama.cpp's files.
+        precisions: Our precisions.
+        peers: llama.cpp's types.
+        texts: Token ids of texts, which define the inputs X of w2.
+
+    Returns:
+        For each engine: `bits` per weight, `weight` error ‖W − Ŵ‖² / ‖W‖², and `output` error
+        ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖².
     """
     names = [f"layers.{i}.feed_forward.w2" for i in range(open_checkpoint(model).args.n_layers)]
     llama = Llama.load(model, precision="fp32")
@@ -238,7 +295,7 @@ def w2_errors(
 
 
 def _w2(llama: Llama, names: Sequence[str]) -> dict[str, Tensor]:
-    """The weights that layers multiply with, however they hold them: what they make of unit vectors."""
+    """Effective weights of layers in any format: their outputs for unit vectors."""
     units = torch.eye(llama.args.ffn_dim)
     return {name: llama.engine.model.get_submodule(name)(units).T for name in names}
 
@@ -250,23 +307,23 @@ def _share(exact: Tensor, coded: Tensor, H: Tensor) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write, and say which bounds are met."""
+    """Measure, record, and print the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="a model's name or path (smollm2)")
+    parser.add_argument("--model", default="smollm2", help="name or path of a model (default: smollm2)")
     parser.add_argument(
-        "--rotate", action="store_true", help="turn the residual stream, so that weights lie on no grid"
+        "--rotate", action="store_true", help="rotate the residual stream, so that weights are off every grid"
     )
-    parser.add_argument("--tokens", type=int, help="tokens of text (20,480; with --rotate 51,200)")
-    parser.add_argument("--window", type=int, default=1024, help="tokens that are read from an empty context (1,024)")
-    parser.add_argument("--precisions", nargs="*", help="ours (fp16 bf16 int8; with --rotate int8 int4)")
-    parser.add_argument("--peers", nargs="*", help="llama.cpp's (F32 BF16 Q8_0; with --rotate Q8_0 Q4_0 Q4_1)")
-    parser.add_argument("--directory", type=Path, default=Path(".cache/benchmark"), help="where models are written")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where the .json and results.md are written")
+    parser.add_argument("--tokens", type=int, help="tokens of text (default: 20,480; with --rotate 51,200)")
+    parser.add_argument("--window", type=int, default=1024, help="tokens per window (default: 1,024)")
+    parser.add_argument("--precisions", nargs="*", help="ours (default: fp16 bf16 int8; with --rotate int8 int4)")
+    parser.add_argument("--peers", nargs="*", help="llama.cpp's (default: F32 BF16 Q8_0; with --rotate Q8_0 Q4_0 Q4_1)")
+    parser.add_argument("--directory", type=Path, default=Path(".cache/benchmark"), help="folder for the model files")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the .json file and results.md")
     options = parser.parse_args(arguments)
     precisions = options.precisions if options.precisions is not None else _PRECISIONS[options.rotate]
     peers = options.peers if options.peers is not None else _PEERS[options.rotate]
     if peers and importlib.util.find_spec("llama_cpp") is None:
-        print("llama.cpp is left out, because llama-cpp-python is not installed; 'make quality' installs it.")
+        print("llama.cpp is not measured, because llama-cpp-python is not installed; 'make quality' installs it.")
         peers = []
     model = find_model(options.model)
     if options.rotate:

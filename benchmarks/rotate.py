@@ -1,12 +1,13 @@
-"""The same network with its residual stream turned by a random rotation: other weights, the same answers.
+"""Rotate a network's residual stream: different weights, same answers.
 
-SmolLM2's file holds its weights in four bits, so that a format with the same steps would find each of them on a step
-of its own and look better than it is. A rotation R, folded into the weights, takes them off every grid:
+SmolLM2's file has 4-bit weights. A format with the same quantization steps would represent them exactly and look better
+than it is. A rotation R, folded into the weights, moves them off every format's grid:
 
-    x → x R        all that writes into the stream writes turned: the embedding E → E R, wo and w2 → Rᵀ W
-    W → W R        all that reads from it turns back: wq, wk, wv, w1, w3, output
+    x → x R        weights that write to the stream rotate it: the embedding E → E R, wo and w2 → Rᵀ W
+    W → W R        weights that read from the stream rotate back: wq, wk, wv, w1, w3, output
 
-A norm divides by a length, which R leaves as it is; its weights do not commute with R and go into the readers first.
+A norm divides by the root mean square, which R does not change. Its weights do not commute with R, so they are first
+folded into the weights that read its output.
 Source: Ashkboos et al. 2024, arXiv:2401.15024 (SliceGPT), arXiv:2404.00456 (QuaRot).
 """
 
@@ -25,7 +26,7 @@ from llama_scratch.config import EMBEDDING, OUTPUT
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
 from llama_scratch.system.progress import silent
 
-# Each norm of a block, with those that read what it gives.
+# Each norm of a block, and the weights that read its output.
 _READERS = {
     "attention_norm": ("attention.wq", "attention.wk", "attention.wv"),
     "ffn_norm": ("feed_forward.w1", "feed_forward.w3"),
@@ -36,7 +37,15 @@ _PROBE = "The language reference says what a name is bound to, and where.\n" * 8
 
 
 def rotated(weights: Mapping[str, Weight], layers: int, seed: int = 0) -> dict[str, Tensor]:
-    """The weights of the rotated network, float32; computed in float64. A tied output becomes one of its own."""
+    """Compute the rotated weights in float64 and return them in float32.
+
+    A tied output becomes a separate weight.
+
+    Args:
+        weights: The weights of the network.
+        layers: Number of layers.
+        seed: Random seed of the rotation.
+    """
     old = {name: as_tensor(weight).double() for name, weight in weights.items()}
     dim = old[EMBEDDING].shape[1]
     chance = torch.Generator().manual_seed(seed)
@@ -54,7 +63,15 @@ def rotated(weights: Mapping[str, Weight], layers: int, seed: int = 0) -> dict[s
 
 
 def make_rotated(source: Path, target: Path) -> None:
-    """A GGUF file of the rotated network in float32. Raises `SystemExit` where its answers are not the source's."""
+    """Write the rotated network as a float32 GGUF file.
+
+    Args:
+        source: The model.
+        target: The file.
+
+    Raises:
+        SystemExit: If the logits differ from the source's.
+    """
     checkpoint = open_checkpoint(source)
     weights = rotated(checkpoint.load(silent), checkpoint.args.n_layers)
     write_gguf.write_gguf(checkpoint, weights, target, silent)

@@ -1,12 +1,11 @@
-"""Compare generation with drafts from the text itself and plain decoding: that it is the same, and how much faster.
+"""Compare prompt lookup decoding with plain decoding: equal results, and speed.
 
     python -m benchmarks.speculation [--model NAME] [--precisions int8,int4] [--tokens 192] [--rounds 5] [--record]
 
-For each precision: texts that repeat themselves; texts that do not, drawn with a temperature so that they do not fall
-into a loop; and many openings, greedy. Each is generated both ways in turns, weights packed. Ratios are of the seconds
-from the first token to the last within one turn, and what is given is their median; every id and every bit of its log
-probability is compared. Exit code 1 where one differs. --record keeps the figures in benchmarks/speculation.json,
-beside those of other precisions and kinds of texts there.
+For each precision: repetitive texts; other texts, sampled with a temperature to avoid loops; and many prompts, greedy.
+Each text is generated alternately both ways, with packed weights. A ratio compares the seconds from the first to the
+last token within one round; the report has the median. Every id and every bit of its log probability is compared. Exit
+code 1 if one differs. --record adds the figures to benchmarks/speculation.json, next to other precisions and texts.
 """
 
 from __future__ import annotations
@@ -80,7 +79,17 @@ TEXTS = {
 
 
 def generated(llama: Llama, text: Text, tokens: int, speculate: bool) -> tuple[list[Step], float]:
-    """The steps, and the seconds from the first token to the last."""
+    """Generate a text.
+
+    Args:
+        llama: The model.
+        text: The prompt and its sampling parameters.
+        tokens: Maximum number of tokens.
+        speculate: Whether to use prompt lookup.
+
+    Returns:
+        The steps, and the seconds from the first token to the last.
+    """
     llama.speculate = speculate
     steps, start = [], 0.0
     for step in llama.continuation(text.prompt, tokens, text.sampling):
@@ -90,12 +99,22 @@ def generated(llama: Llama, text: Text, tokens: int, speculate: bool) -> tuple[l
 
 
 def bits(steps: list[Step]) -> list[tuple[int, str]]:
-    """What is compared: the id, and the log probability to its last bit."""
+    """Id and exact log probability of each step, for comparison."""
     return [(step.id, step.logprob.hex()) for step in steps]
 
 
 def measure(llama: Llama, texts: list[Text], tokens: int, rounds: int) -> dict[str, Any]:
-    """Both ways in turns: tokens a second, the median of the ratios, and what was compared and differs."""
+    """Measure both ways alternately.
+
+    Args:
+        llama: The model.
+        texts: The texts.
+        tokens: Maximum number of tokens per text.
+        rounds: Number of rounds.
+
+    Returns:
+        Median tokens per second, the median ratio, and the numbers of compared and of different tokens.
+    """
     ratios: list[float] = []
     rates: dict[bool, list[float]] = {True: [], False: []}
     compared = differ = 0
@@ -125,7 +144,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--precisions", default="int8,int4")
     parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=5, help="of what is timed; the many openings have one")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per text; the many prompts have one round")
     parser.add_argument("--kinds", default=",".join(TEXTS))
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()

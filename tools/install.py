@@ -1,13 +1,13 @@
-"""Make the virtual environment that the Makefile's targets run in. Needs Python 3.11 and nothing else.
+"""Create the virtual environment for the Makefile's targets.
 
     python3 tools/install.py FOLDER [EXTRA …]
 
-On Linux without an NVIDIA GPU it refuses to install torch's CUDA build, which is several gigabytes; where
-pip's configuration offers a CPU build, that one is taken. TORCH_INDEX in the environment names an index to
-take torch from (https://pytorch.org/get-started/locally/ lists them).
+Needs only Python 3.11 or newer. On Linux without an NVIDIA GPU it does not install torch's CUDA build, which takes
+several gigabytes; if pip's configuration offers a CPU build, that build is installed. The environment variable
+TORCH_INDEX selects the package index for torch (https://pytorch.org/get-started/locally/ lists them).
 
-An environment for tests gets the versions of lock.txt, each file with the checksum that it had when they were
-chosen. torch is not among them: which build it is depends on the machine.
+The test environment uses the versions in lock.txt and verifies their checksums. torch is not in lock.txt, because its
+build depends on the machine.
 """
 
 import json
@@ -23,9 +23,7 @@ LOCK = Path(__file__).with_name("lock.txt")
 
 def main():
     if sys.version_info < (3, 11):
-        fail(
-            f"Python {sys.version.split()[0]} is too old, expected 3.11 or newer; name one: make PYTHON=python3.12 run"
-        )
+        fail(f"Python {sys.version.split()[0]} is too old. Use 3.11 or newer, for example: make PYTHON=python3.12 run")
     folder, extras = Path(sys.argv[1]).absolute(), sorted(sys.argv[2:])
     stamp = folder / "installed.json"
     wanted = json.dumps([sys.version, extras, str(ROOT), (ROOT / "pyproject.toml").read_text(), LOCK.read_text()])
@@ -45,7 +43,7 @@ def make_environment(folder):
     try:
         venv.create(folder, with_pip=True, clear=True, symlinks=os.name != "nt")
     except (subprocess.CalledProcessError, OSError) as error:
-        fail(f"No virtual environment could be made in {folder} ({error}); on Debian and Ubuntu install python3-venv.")
+        fail(f"Cannot create a virtual environment in {folder} ({error}). On Debian and Ubuntu install python3-venv.")
     return python
 
 
@@ -58,8 +56,8 @@ def install_torch(python):
         packages = [package["metadata"]["name"] for package in json.loads(report)["install"]]
         if any(name.startswith(("nvidia-", "cuda-")) for name in packages):
             fail(
-                "pip would install torch with gigabytes of CUDA packages, and this machine has no NVIDIA GPU; "
-                "take the CPU index from https://pytorch.org/get-started/locally/ and run make TORCH_INDEX=<that index>"
+                "pip would install gigabytes of CUDA packages with torch, but this machine has no NVIDIA GPU. "
+                "Get the CPU index URL from https://pytorch.org/get-started/locally/ and run make TORCH_INDEX=<URL>."
             )
 
 
@@ -67,7 +65,7 @@ def run_pip(python, *arguments, capture=False):
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
     if result.returncode:
-        fail("pip failed (its reason is above); mend that and run make again.")
+        fail("pip failed; see its error above. Fix it and run make again.")
     return result.stdout
 
 

@@ -1,6 +1,6 @@
-"""What did a benchmark measure, and does it meet its bounds?
+"""Sections of results.md: the results of each benchmark and their bounds.
 
-Each module is one section of results.md: `section` renders what one benchmark recorded, and its bounds are beside it;
-`layout` has the tables and the verdicts that all share. Read `layout` first, then a short section such as `startup`,
-and last `figures`, `speed_bounds` and `speed`, which belong together.
+In each module `section` renders the recorded file of one benchmark, and another function returns its bounds. `layout`
+has the shared tables and verdicts. Read `layout` first, then a short section such as `startup`, and finally
+`figures`, `speed_bounds` and `speed`, which belong together.
 """

@@ -10,8 +10,11 @@ from typing import Any
 class Figures:
     """Medians and ratios over the samples of one run.
 
-    Ratios are taken within a round, where both sides met the same state of the machine, and their
-    median is what counts. Where one side is several engines, the fastest of the round stands for it.
+    Ratios are computed within a round, because the machine is in the same state for both engines, and reported as
+    medians. If one side has several engines, the fastest engine of the round counts.
+
+    Args:
+        results: The content of results.json.
     """
 
     def __init__(self, results: dict[str, Any]):
@@ -26,12 +29,28 @@ class Figures:
                     self._rates.setdefault(key, {})[moment] = count / sample[f"{kind}_s"]
 
     def rate(self, kind: str, case: str, engine: str) -> float | None:
-        """Median tokens a second, of all rounds."""
+        """Median tokens per second over all rounds.
+
+        Args:
+            kind: "prefill" or "decode".
+            case: Name of the case.
+            engine: Name of the engine.
+        """
         rates = self._rates.get((kind, case, engine))
         return median(rates.values()) if rates else None
 
     def ratio(self, kind: str, case: str, ours: Iterable[str], others: Iterable[str]) -> float | None:
-        """How many times as fast the first are as the others."""
+        """Median ratio of our speed to that of the others.
+
+        Args:
+            kind: "prefill" or "decode".
+            case: Name of the case.
+            ours: Names of our engines.
+            others: Names of the other engines.
+
+        Returns:
+            The ratio, or None if there is no round with both.
+        """
         ours_best, others_best = self._best(kind, case, ours), self._best(kind, case, others)
         ratios = [ours_best[moment] / others_best[moment] for moment in ours_best.keys() & others_best.keys()]
         return median(ratios) if ratios else None
@@ -44,7 +63,10 @@ class Figures:
         return best
 
     def share(self, case: str, engine: str) -> float | None:
-        """Decode's share of what the measured bandwidth allows: weights read a second ÷ bandwidth of the round."""
+        """Memory bandwidth utilization of decode.
+
+        Weight bytes read per second ÷ measured bandwidth of the round, as a median.
+        """
         rates = self._rates.get(("decode", case, engine))
         if not rates:
             return None

@@ -1,4 +1,4 @@
-"""Our answers from GGUF files beside llama.cpp's; recorded by benchmarks/formats.py."""
+"""Agreement with llama.cpp on GGUF files; recorded by benchmarks/formats.py."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def section(formats: dict[str, Any]) -> list[str]:
     ]
     return [
         "## GGUF files, beside llama.cpp",
-        "SmolLM2, quantized by llama.cpp, its rows of 576 in the types that it falls back to. Ours multiplies what the "
-        "blocks stand for in fp32; llama.cpp rounds activations to 8 bits for quantized matrices, and to the weights' "
-        "type for the others, which is the difference.",
+        "SmolLM2, quantized by llama.cpp, which uses fallback types for rows of 576. Ours dequantizes the blocks and "
+        "multiplies in fp32. The differences come from llama.cpp's rounding of activations: to 8 bits for quantized "
+        "matrices, and to the dtype of the weights for others.",
         f"- Versions: {versions_text(formats['versions'])}",
         captioned(
             formats,
-            table(["file", "matrices", "positions", "same top token", "mean KL", "distance of the logits"], types),
+            table(["file", "matrices", "positions", "same top-1", "mean KL (nats)", "relative L2"], types),
         ),
-        "Texts that hypothesis draws, and a corpus of code and many scripts: how many have other token ids.",
-        captioned(formats, table(["vocabulary", "texts", "other ids", "other ids in the corpus"], tokens)),
+        "Number of texts with different token ids, among random texts (drawn by hypothesis) and in a corpus of code "
+        "and many scripts.",
+        captioned(formats, table(["vocabulary", "random texts", "different", "different in the corpus"], tokens)),
     ]

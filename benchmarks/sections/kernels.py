@@ -1,4 +1,4 @@
-"""Speed of the kernels with each instruction set; recorded by benchmarks/kernels.py."""
+"""Speed of the kernels per instruction set; recorded by benchmarks/kernels.py."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ def section(kernels: dict[str, Any]) -> list[str]:
         rows.append([kernel_case(case), shape, *(figures.get(name, "–") for name in sets)])
     return [
         "## Kernels",
-        "One thread multiplies rows of activations and random weights. Figures are medians of "
-        f"{kernels['rounds']} rounds in which the instruction sets take turns. Memory limits a single row, so its "
-        "figure is bytes of weights per second; “any machine” is plain C++. "
-        + ("All sets give the same bits." if kernels["same_bits"] else "**The sets give different bits.**"),
+        "One thread multiplies rows of activations by random weights. Figures are medians of "
+        f"{kernels['rounds']} rounds in which the instruction sets alternate. A single row is memory-bound, so its "
+        "figure is weight bytes per second. “any machine” is portable C++. "
+        + ("All sets give bitwise equal results." if kernels["same_bits"] else "**The sets give different results.**"),
         f"- Versions: {versions_text(kernels['versions'])}",
         captioned(kernels, table(["product", "weight", *sets], rows)),
     ]
 
 
 def kernel_figures(case: dict[str, Any]) -> dict[str, str]:
-    """Instruction set → how fast it multiplies: bytes of weights for one row, operations for several rows."""
+    """Instruction set → speed.
+
+    The speed is in weight bytes per second for one row, and in operations per second for several rows.
+    """
     if case["rows"] == 1:
         return {name: f"{case['weight_bytes'] / seconds / GB:.1f} GB/s" for name, seconds in case["seconds"].items()}
     operations = 2 * case["rows"] * case["out"] * case["in"]
@@ -36,5 +39,5 @@ def kernel_figures(case: dict[str, Any]) -> dict[str, str]:
 
 
 def kernel_case(case: dict[str, Any]) -> str:
-    """The product of a case in words."""
+    """Label of a case: the kind of weight and the number of rows."""
     return f"{case['kind']}, {case['rows']} {'row' if case['rows'] == 1 else 'rows'}"

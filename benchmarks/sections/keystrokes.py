@@ -1,4 +1,4 @@
-"""How late a typed key appears; recorded by benchmarks/keystrokes.py."""
+"""Keystroke latency; recorded by benchmarks/keystrokes.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.sections.layout import Bound, bounds_table, captioned, table, versions_text
 
-# Names of the phases, and the 95th percentile that each must reach, in seconds.
+# Name of each phase, and the bound on its 95th percentile in seconds.
 _PHASES = {"loading": ("while torch is imported and the model loads", 0.15), "live": ("with live prediction", 0.03)}
 
 
@@ -18,17 +18,17 @@ def section(keystrokes: dict[str, Any]) -> list[str]:
         rows.append([_PHASES[phase][0], f"{figures['keys']}", *lags])
     return [
         "## Typing",
-        f"{keystrokes['model']}, a key each {1000 * keystrokes['interval_s']:.0f} ms on a pseudo-terminal of 200 "
-        "columns: from the key to the cursor's move.",
+        f"{keystrokes['model']}, one key every {1000 * keystrokes['interval_s']:.0f} ms on a pseudo-terminal with 200 "
+        "columns: time from the key to the movement of the cursor.",
         f"- Versions: {versions_text(keystrokes['versions'])}",
-        captioned(keystrokes, table(["when", "keys", "median", "95th percentile", "longest"], rows)),
+        captioned(keystrokes, table(["phase", "keys", "median", "95th percentile", "maximum"], rows)),
         "### Bounds of typing",
         captioned(keystrokes, bounds_table(keystroke_bounds(keystrokes))),
     ]
 
 
 def keystroke_bounds(keystrokes: dict[str, Any]) -> list[Bound]:
-    """The bounds on how late a key appears."""
+    """The bounds on keystroke latency."""
     bounds = []
     for phase, figures in keystrokes["phases"].items():
         name, limit = _PHASES[phase]

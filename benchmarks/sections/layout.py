@@ -1,4 +1,4 @@
-"""Build blocks of the report: bounds with their verdicts, tables, and the line that names the CPU."""
+"""Building blocks of the report: bounds, tables and captions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GB = 1e9
-AVX2 = " (AVX2)"  # ends the name of an engine that may only use AVX2
+AVX2 = " (AVX2)"  # suffix of engines that may only use AVX2
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Bound:
         expected: The bound.
         found: The figure.
         met: Whether the figure is within the bound.
-        aim: The bound is an aim, not a promise.
-        stated: The figure is stated without a verdict, because the bound does not hold for this CPU.
+        aim: Whether the bound is a target, not a promise.
+        stated: Whether the figure is given without a verdict, because the bound does not apply to this CPU.
     """
 
     what: str
@@ -34,8 +34,8 @@ class Bound:
     def verdict(self) -> str:
         """The text of the last column."""
         if self.stated:
-            return "stated"
-        return "met" if self.met else "aim not reached" if self.aim else "**not met**"
+            return "informational"
+        return "met" if self.met else "target missed" if self.aim else "**not met**"
 
     def __str__(self) -> str:
         return f"{self.what}: {self.found}, expected {self.expected}: {self.verdict.strip('*')}"
@@ -50,18 +50,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:
 def bounds_table(bounds: Sequence[Bound]) -> str:
     """Render the bounds, each with its verdict."""
     if not bounds:
-        return "None of the bounds can be decided by what was measured."
+        return "The measurements do not cover any of the bounds."
     rows = [[bound.what, bound.expected, bound.found, bound.verdict] for bound in bounds]
-    return table(["what", "bound", "found", ""], rows, align="---")
+    return table(["measure", "bound", "measured", "verdict"], rows, align="---")
 
 
 def captioned(recorded: dict[str, Any], table: str) -> str:
-    """A table below the line that names the CPU it holds for."""
+    """Render a table with a caption that names the CPU."""
     return f"{_caption(recorded)}\n\n{table}"
 
 
 def _caption(recorded: dict[str, Any]) -> str:
-    """The CPU of a recorded file, its features, and the instruction sets of our kernels."""
+    """Describe the CPU of a recorded file and the instruction sets of our kernels."""
     machine = recorded.get("machine")
     if not machine:
         return "CPU: not recorded."
@@ -76,10 +76,10 @@ def _caption(recorded: dict[str, Any]) -> str:
 
 
 def versions_text(versions: dict[str, str]) -> str:
-    """Packages with their versions on one line."""
+    """Format packages and versions on one line."""
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent, or a dash if it was not measured."""
+    """Format a share in percent, or as a dash if it was not measured."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

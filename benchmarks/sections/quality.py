@@ -11,10 +11,10 @@ def section(quality: dict[str, Any]) -> list[str]:
     """Render the section."""
     return [
         "## Quality",
-        f"How far the answers are from our fp32's: {quality['model']}'s dequantized weights, {quality['tokens']:,} "
-        f"tokens of {quality['text']} in windows of {quality['window']:,}; after each token the Kullback-Leibler "
-        "divergence from fp32, whether the most probable token is the same, and the perplexity of the next one. Bits "
-        "are those of a weight of the linear layers, the output among them, with all scales.",
+        f"Accuracy relative to our fp32: dequantized weights of {quality['model']}, {quality['tokens']:,} tokens of "
+        f"{quality['text']} in windows of {quality['window']:,}. For each token: the Kullback-Leibler divergence from "
+        "fp32, whether the most likely token is the same, and the perplexity of the next token. Bits per weight are "
+        "those of the linear layers and the output, including scales.",
         f"- Versions: {versions_text(quality['versions'])}",
         captioned(quality, distances_table(quality)),
         "### Bounds of quality",
@@ -23,7 +23,7 @@ def section(quality: dict[str, Any]) -> list[str]:
 
 
 def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
-    """The bounds on how accurate fp16 and int8 are."""
+    """The bounds on the accuracy of fp16 and int8."""
     distances = quality["distances"]
     bounds = []
     if fp16 := distances.get("ours fp16"):
@@ -36,15 +36,15 @@ def quality_bounds(quality: dict[str, Any]) -> list[Bound]:
             Bound("int8, mean KL to fp32", f"≤ {max_kl:.2e}, 1.05 × llama.cpp Q8_0's", f"{kl:.2e}", kl <= max_kl)
         )
         same, least = int8["same_top"], q8_0["same_top"] - 0.003
-        expected = f"≥ {percent(least, 2)}, 0.3 below llama.cpp Q8_0's"
+        expected = f"≥ {percent(least, 2)}, 0.3 points below llama.cpp Q8_0's"
         bounds.append(Bound("int8, same top-1 as fp32", expected, percent(same, 2), same >= least))
     return bounds
 
 
 def distances_table(quality: dict[str, Any]) -> str:
-    """A row per engine."""
+    """Render the table of distances, one row per engine."""
     rows = [["ours fp32", "0", percent(1, 2), "32.00", f"{quality['perplexity']:.3f}"]]
     for name, distance in quality["distances"].items():
         bits_and_perplexity = [f"{distance['bits']:.2f}", f"{distance['perplexity']:.3f}"]
         rows.append([name, f"{distance['mean_kl']:.2e}", percent(distance["same_top"], 2), *bits_and_perplexity])
-    return table(["engine", "mean KL (nats)", "same top-1", "bits a weight", "perplexity"], rows)
+    return table(["engine", "mean KL (nats)", "same top-1", "bits per weight", "perplexity"], rows)

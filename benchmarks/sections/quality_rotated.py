@@ -1,4 +1,4 @@
-"""Distance of each precision from fp32 on rotated weights; recorded by `benchmarks/quality.py --rotate`."""
+"""Accuracy on rotated weights; recorded by `benchmarks/quality.py --rotate`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ def section(quality: dict[str, Any]) -> list[str]:
     ]
     return [
         "## Quality off the grid",
-        "The same for a network whose residual stream is turned by a random rotation, which is folded into the "
-        "weights and changes no answer: SmolLM2's file holds four bits a weight, and rotated weights lie on no "
-        f"format's grid. {quality['tokens']:,} tokens. llama.cpp keeps the output in 8 bits; int4 has it in 4.",
+        "The same measures for a network whose residual stream is rotated at random. The rotation is folded into the "
+        "weights and does not change the answers. SmolLM2's file has 4-bit weights, which a 4-bit format may represent "
+        f"exactly by chance; rotated weights are off every format's grid. {quality['tokens']:,} tokens. llama.cpp "
+        "keeps the output in 8 bits, our int4 in 4.",
         captioned(quality, distances_table(quality)),
-        "Rows of 576 weights do not fit into the blocks of 256 that llama.cpp's K types have, but those of w2 do. Its "
-        "matrices alone, all in one type: ‖W − Ŵ‖² / ‖W‖², and ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² with the inputs X that it has "
-        "on the text, on average over the layers.",
-        captioned(quality, table(["engine", "bits a weight", "error of the weight", "error of the output"], rows)),
+        "Rows of 576 weights do not fit the 256-weight blocks of llama.cpp's K-quants, but rows of w2 do. Errors of "
+        "the w2 matrices, all in one type, mean over the layers: ‖W − Ŵ‖² / ‖W‖² for the weight, and "
+        "‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² for the output, with the inputs X of w2 on the text.",
+        captioned(quality, table(["engine", "bits per weight", "weight error", "output error"], rows)),
         "### Bounds of quality off the grid",
         captioned(quality, bounds_table(rotated_bounds(quality))),
     ]
 
 
 def rotated_bounds(quality: dict[str, Any]) -> list[Bound]:
-    """The bounds on how accurate int8 and int4 are on weights that lie on no format's grid."""
+    """The bounds on the accuracy of int8 and int4 with rotated weights."""
     distances = quality["distances"]
     bounds = []
     for ours, theirs, share in (("int8", "Q8_0", 1.0), ("int4", "Q4_0", 0.8)):
@@ -40,5 +41,5 @@ def rotated_bounds(quality: dict[str, Any]) -> list[Bound]:
             bounds.append(Bound(f"{ours}, mean KL to fp32", expected, f"{kl:.2e}", kl <= max_kl))
             bits, max_bits = our["bits"], peer["bits"]
             expected = f"≤ {max_bits:.4f}, llama.cpp {theirs}'s"
-            bounds.append(Bound(f"{ours}, bits a weight", expected, f"{bits:.4f}", bits <= max_bits))
+            bounds.append(Bound(f"{ours}, bits per weight", expected, f"{bits:.4f}", bits <= max_bits))
     return bounds

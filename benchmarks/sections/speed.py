@@ -1,4 +1,4 @@
-"""Speed and memory of each engine, beside llama.cpp and others; recorded by benchmarks/compare.py."""
+"""Speed and memory relative to others; recorded by benchmarks/compare.py."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def section(results: dict[str, Any]) -> list[str]:
     return [
         "## Speed",
         f"{model['name']}: {model['parameters']:,} random weights in {model['layers']} layers of {model['dim']:,}, "
-        f"one sequence at a time, {machine['threads']} threads. All engines take turns in one run of {rounds}; "
-        "a figure is the median of tokens a second. In brackets: how many times "
-        f"{results['reference']}'s, the median of the ratios within each round. "
-        "The limit of decode is the read bandwidth ÷ the bytes of weights that a token needs. "
-        f"Rows marked{AVX2} are ours with AVX2 alone, on a CPU that has more. ik_llama.cpp repacks its weights when it "
-        "loads them; its llama-bench is a new process for each figure, and decodes from an empty cache. "
+        f"batch size 1, {machine['threads']} threads. All engines alternate in one run of {rounds}. "
+        "Figures are median tokens per second. In brackets: the speed relative to "
+        f"{results['reference']}, the median of the ratios within each round. "
+        "The limit of decode is the read bandwidth ÷ the weight bytes per token. "
+        f"Rows marked{AVX2} are our engines limited to AVX2 on a CPU that has more. ik_llama.cpp repacks its weights "
+        "at load; its llama-bench is a new process for each figure and decodes from an empty cache. "
         "int4 is calibrated with a short text here, so its preparation takes minutes less than usual. "
-        "“Resident” is the memory that is the process's own once it has loaded and answered once, “mapped” its pages "
-        "of files, which the system takes back when it needs to. “Load” begins with the import of the library. "
-        "“Distance” is the relative L2 distance of the logits after a short prompt from our fp32's.",
+        "“Private” is the memory excluding file pages after loading and one answer; “mapped” is the size of the file "
+        "pages, which the system can reclaim. “Load” includes importing the library. "
+        "“Distance” is the relative L2 distance of the logits from our fp32 after a short prompt.",
         f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GB:.0f} GB, "
         f"{machine['system']}\n"
         f"- Read bandwidth (`torch.dot`): median {median(bandwidth) / GB:.1f} GB/s, "
@@ -63,7 +63,7 @@ def _speed_table(figures: Figures) -> str:
 
 
 def _memory_table(results: dict[str, Any]) -> str:
-    head = ["engine", "weights a token", "resident", "mapped", "load", "preparation", "distance"]
+    head = ["engine", "weights per token", "private", "mapped", "load", "preparation", "distance"]
     rows = [
         [
             name,
@@ -87,14 +87,14 @@ def _small_table(figures: Figures) -> list[str]:
     ]
     if not rows:
         return []
-    small = table(["engine", "decode", "of the limit", "weights a token"], rows)
-    return ["SmolLM2-135M, where each call's overhead decides:", captioned(figures.results, small)]
+    small = table(["engine", "decode", "of the limit", "weights per token"], rows)
+    return ["SmolLM2-135M, for which the overhead per call matters most:", captioned(figures.results, small)]
 
 
 def _left_out(results: dict[str, Any]) -> list[str]:
     if not results["left_out"]:
         return []
-    return ["Left out:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in results["left_out"].items())]
+    return ["Not measured:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in results["left_out"].items())]
 
 
 def _engines(results: dict[str, Any], model: str) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The bounds on our speed and memory beside other engines."""
+"""The bounds on our speed and memory compared with other engines."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ F16 = ("llama.cpp F16",)
 Q8_0 = ("llama.cpp Q8_0", "llama.cpp Q8_0 flash")
 Q4_0, Q4_K_M = ("llama.cpp Q4_0",), ("llama.cpp Q4_K_M",)
 IK_Q8_0, IK_Q4_K_M = ("ik_llama.cpp Q8_0",), ("ik_llama.cpp Q4_K_M",)
-# Of prefill, and the text for it.
+# Peers of prefill, and their label.
 _PEERS_16 = (*BF16, *F16, *Q8_0), "llama.cpp's best of BF16, F16, Q8_0"
 _PEERS = (*BF16, *Q8_0, *Q4_0, *Q4_K_M), "llama.cpp's best of BF16, Q8_0, Q4_0, Q4_K_M"
 
-# CPU → precision → least ratio of prefill to the peers' best: up to 128 tokens, more tokens, the aim.
+# CPU → precision → minimum ratio of prefill to the best peer: up to 128 tokens, more tokens, the target.
 _PREFILL: dict[str, dict[str, tuple[float, float, float | None]]] = {
     "AVX2": {"bf16": (1.3, 1.3, None), "int8": (1.5, 1.4, 1.7), "int4": (2.0, 1.8, 2.3)},
     "AVX-512": {"bf16": (1.0, 1.0, None), "int8": (1.6, 1.6, None), "int4": (2.0, 2.0, None)},
 }
-# CPU → least ratio of SmolLM2's decode to llama.cpp's best.
+# CPU → minimum ratio of SmolLM2's decode to llama.cpp's best.
 _SMOLLM2 = {"AVX2": 1.5, "AVX-512": 2.0}
-# Least ratio of prefill and of decode to ik_llama.cpp.
+# Minimum ratio of prefill and of decode to ik_llama.cpp.
 _IK = {"int8": (IK_Q8_0, 1.0, 1.0), "int4": (IK_Q4_K_M, 1.1, 1.3)}
 
 
 def cpu_kind(machine: dict[str, Any]) -> str:
-    """The kind of CPU that bounds are given for: "AVX2" or "AVX-512"; "" for any other."""
+    """The kind of CPU, for the bounds: "AVX2", "AVX-512" or "" for any other."""
     return "AVX-512" if "avx512f" in machine["features"] else "AVX2" if "avx2" in machine["features"] else ""
 
 
 def speed_bounds(results: dict[str, Any]) -> list[Bound]:
-    """The bounds of the recorded CPU for which the run has figures.
+    """The bounds for the recorded CPU that the run has figures for.
 
-    On a CPU with AVX-512 two kinds of ratios are stated without a verdict: those to ik_llama.cpp, and those of our
-    AVX2 rows, because the peers beside them use AVX-512.
+    On a CPU with AVX-512 two kinds of ratios have no verdict: ratios to ik_llama.cpp, and ratios of our AVX2 rows,
+    because the peers use AVX-512.
     """
     kind = cpu_kind(results["machine"])
     bounds = _Ratios(results, "", stated=not kind).bounds
     if edits := results["edits"]:
         ratio = median(edit["edited_s"] / edit["whole_s"] for edit in edits)
-        what = f"prompt of {edits[0]['tokens']:,} tokens, last one changed"
-        bounds.append(Bound(what, "≤ 1/50 of the whole's time", f"1/{1 / ratio:.0f}", ratio <= 1 / 50))
+        what = f"prompt of {edits[0]['tokens']:,} tokens, last token changed"
+        bounds.append(Bound(what, "≤ 1/50 of the full prefill", f"1/{1 / ratio:.0f}", ratio <= 1 / 50))
     bounds += _memory_bounds(results["engines"])
     return bounds + _Ratios(results, AVX2, stated=kind != "AVX2").bounds
 
 
 class _Ratios:
-    """The bounds on our speed beside that of others, for our engines with one kind of kernels.
+    """The bounds on our relative speed, for engines with one kind of kernels.
 
     Args:
         results: The recorded run.
-        suffix: The end of our engines' names, "" or `AVX2`.
-        stated: Whether all ratios are stated without a verdict.
+        suffix: Suffix of our engines' names, "" or `AVX2`.
+        stated: Whether all ratios are given without a verdict.
     """
 
     def __init__(self, results: dict[str, Any], suffix: str, *, stated: bool):
@@ -129,24 +129,33 @@ class _Ratios:
     def _at_least(
         self, least: float, what: str, than: str, ratio: float | None, *, aim: bool = False, only_stated: bool = False
     ) -> None:
-        """Add a bound, if the run has the figure. only_stated: this ratio has no verdict."""
+        """Add a bound if the run has the figure.
+
+        Args:
+            least: The minimum ratio.
+            what: The measured quantity.
+            than: The engine or limit that it is compared with.
+            ratio: The figure, or None.
+            aim: Whether the bound is a target, not a promise.
+            only_stated: Whether this ratio has no verdict.
+        """
         if ratio is None:
             return
         expected = f"× {than}" if self._stated else f"≥ {least:g} × {than}"
         if only_stated and not self._stated:
-            expected = f"the aim is {expected}"
+            expected = f"target {expected}"
         stated = self._stated or only_stated
         self.bounds.append(Bound(what, expected, f"{ratio:.2f} ×", ratio >= least, aim, stated))
 
 
 def _memory_bounds(engines: dict[str, dict[str, Any]]) -> list[Bound]:
-    """The bounds on the memory beyond mapped files, once a model is loaded and has answered."""
+    """The bounds on the memory excluding mapped files, after loading and one answer."""
     bounds = []
-    # bf16 is read from the mapped file. Panels may be in memory once.
+    # bf16 weights are read from the mapped file. Panels may be in memory once.
     for precision, weights in (("bf16", 0.0), ("int8", 1.15), ("int4", 1.15)):
         engine = engines.get(f"ours {precision}")
         if engine and (resident := engine["anonymous_bytes"]):
             limit = weights * engine["weight_bytes"] + 0.4 * GB
-            what = f"resident beyond mapped files, {precision}"
+            what = f"private memory, {precision}"
             bounds.append(Bound(what, f"≤ {limit / GB:.2f} GB", f"{resident / GB:.2f} GB", bool(resident <= limit)))
     return bounds

@@ -1,14 +1,25 @@
-// What is written by hand for the CPU, and how torch calls it. Each file begins with what it
-// computes and why so:
+// C++ kernels for the CPU, and their registration as torch operators. Each file starts with an
+// explanation of what it computes, and how:
 //
-//     cpp/vectors.h    a register of this machine, and threads
-//     cpp/rows.h       weights of 32 and 16 bits, and GGUF's blocks, as their file holds them
-//     cpp/panels.h     weights of 8 and 4 bits, put into the order that the CPU multiplies fastest
-//     cpp/search.h     how panels are made: weights in 8 or 4 bits, and the best scales for them
+//     cpp/vectors.h    vector registers and threads
+//     cpp/rows.h       products with 32-bit and 16-bit weights and GGUF blocks, in file format
+//     cpp/panels.h     products with 8-bit and 4-bit weights, packed for the CPU's instructions
+//     cpp/search.h     quantization to 8 or 4 bits with a search for the best scales
 //     cpp/attention.h  softmax(q kᵀ) v
 //     cpp/layer.h      one layer of a network
 //
-// The same in Python, slower: `Rows` in rows.py, `Panels` in panels.py, and model.py.
+// The same computations in Python, slower: `Rows` in rows.py, `Panels` in panels.py, and model.py.
+//
+// For readers who know Python:
+//
+//     template <int R>         the function is compiled once per value of R, as a constant
+//     template <class W>       the same for a type W
+//     [&](int64_t i) { … }     a lambda that can use the local variables around it
+//     x + t * dim              address of element t * dim: row t of a row-major array (T, dim)
+//     (int8_t*)p               the bytes at address p, read as int8
+//     constexpr                computed by the compiler
+//     static thread_local      one variable per thread, which keeps its value between calls
+//     #pragma GCC unroll       repeats the loop body instead of looping
 
 #include "cpp/layer.h"
 #include "cpp/search.h"
@@ -34,6 +45,7 @@ Type type_of(std::string_view name) {
   TORCH_CHECK(false, "there are no kernels for ", name);
 }
 
+// Check the tensors of a weight in panels:
 // int8: values (panels, in/4, 16, 4) int8 and scales (panels, in/32, 16) float16
 // int4: values (panels, in/8, 16, 4) uint8 and scales (panels, in/64, 16) float16
 Weight in_panels(Type type, const Tensor& values, const Tensor& scales) {
@@ -50,7 +62,8 @@ Weight in_panels(Type type, const Tensor& values, const Tensor& scales) {
           values.size(0) * PANEL, scales.size(1) * block_of(bits)};
 }
 
-// (out, in) of a float type, or (out, bytes of a row) uint8 in one of GGUF's formats.
+// Check the tensor of a weight in rows: (out, in) in a float dtype, or (out, bytes per row) uint8
+// in one of GGUF's formats.
 Weight in_rows(Type type, const Tensor& data) {
   int64_t in = 0;
   with_format(type, [&]<class W>() {
@@ -68,8 +81,8 @@ Weight in_rows(Type type, const Tensor& data) {
   return {type, data.const_data_ptr(), nullptr, data.size(0), in};
 }
 
-// Reads the weights of matrices one after the other: `types` names each; one in panels has two
-// tensors.
+// Reads the weights of matrices in sequence. `types` names the type of each weight. A weight in
+// panels has two tensors, other weights have one.
 struct Reader {
   ::at::TensorList tensors;
   const std::vector<std::string>& types;
@@ -100,7 +113,8 @@ bool fits(const Tensor& t, ::at::IntArrayRef sizes) {
 
 // --- Operators --------------------------------------------------------------------------------
 
-// x (T, in) float32 times weights below each other → (T, all their rows) float32.
+// Multiply x (T, in) float32 by weights that are stacked along their rows → (T, total rows)
+// float32.
 Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string> types) {
   Matrix w = Reader{weights, types}.matrix(types.size());
   TORCH_CHECK(x.dim() == 2 && fits(x, {x.size(0), w.in()}), "x of shape ", x.sizes(),
@@ -110,7 +124,7 @@ Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string
   return y;
 }
 
-// Rows of a weight, ids (n,) int64 → (n, in) float32.
+// Look up rows of a weight (the embedding): ids (n,) int64 → (n, in) float32.
 Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
   Weight w = in_rows(type_of(type), weight);
   TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ::at::kLong,
@@ -127,8 +141,8 @@ Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
   return y;
 }
 
-// q (T, n_heads, head_dim) of the newest T of S tokens, k and v (n_kv_heads, S, head_dim) →
-// (T, n_heads, head_dim).
+// Attention of the last T of S tokens: q (T, n_heads, head_dim), k and v (n_kv_heads, S, head_dim)
+// → (T, n_heads, head_dim).
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK(q.dim() == 3 && fits(q, q.sizes()) && k.dim() == 3 && k.sizes() == v.sizes() &&
                   k.strides() == v.strides() && k.stride(2) == 1 && k.stride(1) == k.size(2) &&
@@ -143,10 +157,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   return out;
 }
 
-// The layers of a network, one after the other, for the tokens x (T, dim), which the residual
-// stream then is.
-// norms: two a layer. parts: of how many weights each of a layer's four products is, wqkv wo w13
-// w2.
+// Run the layers of a network on the residual stream x (T, dim), in place.
+// norms: two per layer. parts: the number of stacked weights in each of a layer's four products,
+// wqkv, wo, w13 and w2.
 // cache: keys and values of each layer, (n_kv_heads, capacity, head_dim).
 void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
             std::vector<std::string> types, ::at::IntArrayRef parts, const Tensor& freqs_cis,
@@ -161,7 +174,7 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
                   start >= 0 && start + T <= capacity && dim % PANEL == 0 && head_dim % PANEL == 0,
               "x, freqs_cis and the cache do not fit together");
   Reader reader{weights, types};
-  static thread_local Space space;  // kept: to take it anew for each text costs more than its use
+  static thread_local Space space;  // reused between calls: allocation takes longer than the work
   for (int64_t i = 0; i < count; i++) {
     const Tensor *norm = &norms[2 * i], *held = &cache[2 * i];
     TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()),
@@ -182,8 +195,8 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
   }
 }
 
-// Rows (out, in) float32 → values and scales in panels; false if a weight is NaN or too large. See
-// cpp/search.h.
+// Quantize rows (out, in) float32 → values and scales in panels. Returns false if a weight is NaN
+// or too large. See cpp/search.h.
 std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, ::at::ArrayRef<double> steps,
                                           int64_t bits) {
   TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 &&

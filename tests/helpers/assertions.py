@@ -1,4 +1,4 @@
-"""Checks of errors, time and memory that many tests make."""
+"""Common checks of errors, time and memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ EXIT_CODES = {
 
 
 def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *words: object) -> str:
-    """Check an error: its class, its exit code, and one short printable line that holds all `words`; the message.
+    """Check class, exit code and message of an error.
 
-    kind: the exact class; `CheckpointError` stands for `UnsupportedError` too.
+    The message must be one short printable line.
+
+    Args:
+        error: The error.
+        kind: The exact class; `CheckpointError` also accepts `UnsupportedError`.
+        words: Texts that the message must contain.
+
+    Returns:
+        The message.
     """
     message = str(error)
     assert type(error) is kind or (kind is CheckpointError and type(error) is UnsupportedError), message
@@ -50,9 +58,16 @@ def is_sentence(error: LlamaScratchError, kind: type[LlamaScratchError], *words:
 def assert_rejected(
     action: Callable[[], object], error: type[LlamaScratchError], *words: object, exact: bool = True
 ) -> str:
-    """Run an action that must fail with such an error, see `is_sentence`; the message.
+    """Run an action that must raise an error, and check it with `is_sentence`.
 
-    exact: or else a class below `error` will do.
+    Args:
+        action: The action.
+        error: The expected class.
+        words: Texts that the message must contain.
+        exact: Whether subclasses of `error` are rejected.
+
+    Returns:
+        The message.
     """
     with pytest.raises(error) as caught:
         action()
@@ -61,9 +76,9 @@ def assert_rejected(
 
 @contextmanager
 def little_time_and_memory(seconds: float = 1.0, mebibytes: float = 16.0) -> Iterator[None]:
-    """What is inside must end soon and hold little at any moment."""
+    """Limit the CPU time and the peak memory of the block."""
     tracemalloc.start()
-    start = time.process_time()  # which other programs on the machine do not change
+    start = time.process_time()  # CPU time is independent of other programs
     try:
         yield
         assert time.process_time() - start < seconds

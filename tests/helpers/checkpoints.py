@@ -1,4 +1,4 @@
-"""Small models with random weights, written as Meta's own files."""
+"""Small models with random weights in Meta's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_scratch.checkpoint.meta.params import parse_params
 from llama_scratch.config import ModelArgs
 
-# head_dim 64 and theta 500,000 as in Llama 3.2, so that the rotary embedding's scaling is the true one.
+# head_dim 64 and theta 500,000 as in Llama 3.2, so that RoPE and its scaling are the same.
 TINY_PARAMS: dict[str, Any] = {
     "dim": 256,
     "n_layers": 3,
@@ -34,17 +34,25 @@ ro ic ne ea ra ce li ch
 
 
 def tiny_args(**changes: Any) -> ModelArgs:
-    """The shape of `TINY_PARAMS`, with fields of params.json replaced; None removes one."""
+    """`ModelArgs` of `TINY_PARAMS` with fields replaced; None removes a field."""
     return parse_params(json.dumps(tiny_params(**changes)))
 
 
 def tiny_params(**changes: Any) -> dict[str, Any]:
-    """`TINY_PARAMS` with fields replaced; None removes one."""
+    """`TINY_PARAMS` with fields replaced; None removes a field."""
     return {name: value for name, value in (TINY_PARAMS | changes).items() if value is not None}
 
 
 def random_weights(args: ModelArgs, *, tied: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """Float32 weights large enough to matter: std 1/√fan_in, q and k three times that, norms around 1."""
+    """Create random float32 weights.
+
+    The standard deviation is 1/√fan_in, three times as large for q and k; norms are around 1.
+
+    Args:
+        args: The network's shape.
+        tied: Whether the output weight is the embedding.
+        seed: Random seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in args.weight_shapes().items():
@@ -72,7 +80,18 @@ def write_meta(
     tied: bool = True,
     seed: int = 0,
 ) -> Path:
-    """A whole Meta directory of `params` (by default `TINY_PARAMS`) with random weights."""
+    """Write a complete Meta directory with random weights.
+
+    Args:
+        directory: Where to write it.
+        params: Contents of params.json, by default `TINY_PARAMS`.
+        dtype: Dtype of the weights.
+        tied: Whether the output weight is the embedding.
+        seed: Random seed.
+
+    Returns:
+        The directory.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     params = TINY_PARAMS if params is None else params
     args = parse_params(json.dumps(params))

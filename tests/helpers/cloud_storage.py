@@ -1,4 +1,4 @@
-"""A Google Cloud Storage on loopback, which the real blobfile talks to."""
+"""A loopback Google Cloud Storage for the real blobfile package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GOOGLE = "https://storage.googleapis.com/storage/v1/b/bucket"
 
 
 class Pool(urllib3.PoolManager):
-    """Sends to our own server what is meant for Google's, under paths that say what is asked for."""
+    """Redirects requests for Google to the loopback server.
+
+    The path names the kind of request.
+    """
 
     def __init__(self, url: str):
         super().__init__()
@@ -32,7 +35,7 @@ class Pool(urllib3.PoolManager):
 
 
 class Storage:
-    """The bucket; each change of a file is another generation of it."""
+    """A bucket. Each change of a file increases its generation."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -41,7 +44,13 @@ class Storage:
         self.generation = 0
 
     def put(self, name: str, data: bytes, **changes: str) -> File:
-        """A file, what is said of it, and the listings of the folders above it."""
+        """Add a file, and update its metadata and the listings of its parent folders.
+
+        Args:
+            name: The object's name.
+            data: The contents.
+            changes: Metadata fields to replace.
+        """
         self.generation += 1
         self.items[name] = {
             "name": name,
@@ -80,6 +89,6 @@ class Storage:
             self.server.files[f"/list/{prefix}"] = Answer(200, json.dumps(listing).encode())
 
     def fetched(self) -> dict[str, int]:
-        """How often the content of each file was asked for."""
+        """Count the requests for the contents of each file."""
         paths = [path.removeprefix("/media/") for _, path, _ in self.server.requests if path.startswith("/media/")]
         return {path.rsplit("/", 1)[-1]: paths.count(path) for path in paths}

@@ -1,4 +1,4 @@
-"""The command line as tests run it in their own process: see the fixture `llama_scratch`."""
+"""The command line, run in the tests' own process by the fixture `llama_scratch`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 
 class Result(NamedTuple):
-    """What a run gave."""
+    """Exit code and output of a run."""
 
     code: int
     out: str
@@ -18,7 +18,7 @@ class Runner(Protocol):
 
 
 def one_sentence(result: Result) -> str:
-    """The error of a run that printed nothing else."""
+    """Check that the run printed only a one-line error, and return it."""
     assert result.out == ""
     assert result.err.startswith("llama-scratch: ")
     assert result.err.count("\n") == 1

@@ -1,4 +1,7 @@
-"""GGUF files of a small model: written by the gguf package, by hand so that each part can be wrong, and in pieces."""
+"""GGUF files of a small model.
+
+They are written by the gguf package, assembled from parts that a test can corrupt, or split.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,22 @@ def arrays(*, tied: bool = True, seed: int = 0) -> dict[str, np.ndarray[Any, np.
 
 
 def vocabulary() -> tuple[list[str], list[int]]:
-    """256 bytes, the merges' tokens, an unknown and an end: texts in GPT-2's alphabet, and types."""
+    """Token texts in GPT-2's byte alphabet, and token types.
+
+    The tokens are 256 bytes, merged tokens, an end and an unknown token.
+    """
     texts = [*bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in MERGES)]
     return [*texts, "<|endoftext|>", "<|unknown|>"], [1] * len(texts) + [3, 3]
 
 
 def write_with_gguf(path: Path, quant: Quant, *, tied: bool = True) -> Path:
-    """A small model as the gguf package's own writer writes it: norms in F32, all else in `quant`."""
+    """Write a small model with the gguf package; norms are F32.
+
+    Args:
+        path: The file.
+        quant: Type of the weights.
+        tied: Whether the output weight is the embedding.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
     writer.add_context_length(ARGS.max_seq_len)
@@ -114,9 +126,17 @@ def ints(values: list[int]) -> bytes:
 
 @dataclass
 class File:
-    """A GGUF file in its parts, written by hand, so that each of them can be wrong.
+    """The parts of a GGUF file, each of which a test can corrupt.
 
-    metadata: (key, type and value as bytes). tensors: (name, dims fastest first, type, offset).
+    Args:
+        magic: Magic bytes.
+        version: Format version.
+        n_tensors: Tensor count, by default the actual one.
+        n_metadata: Metadata count, by default the actual one.
+        metadata: (key, type and value as bytes).
+        tensors: (name, dims with the fastest first, type, offset).
+        data: The tensor data.
+        alignment: Alignment of the data in bytes.
     """
 
     magic: bytes = b"GGUF"
@@ -136,7 +156,14 @@ class File:
         return self
 
     def change(self, tensor: str, *, dims: tuple[int, ...] | None = None, kind: int | None = None, **more: Any) -> File:
-        """Replace parts of a tensor's entry."""
+        """Replace fields of a tensor's entry.
+
+        Args:
+            tensor: Name of the tensor.
+            dims: New dimensions.
+            kind: New type.
+            more: New `name` or `offset`.
+        """
         self.tensors = [
             (more.get("name", n), d if dims is None else dims, k if kind is None else kind, more.get("offset", o))
             if n == tensor
@@ -155,14 +182,14 @@ class File:
         return head + bytes(-len(head) % self.alignment)
 
     def write(self, path: Path) -> Path:
-        # Remove first: tensors of an earlier reading may still be mapped.
+        # Remove the old file first, because its tensors may still be mapped.
         path.unlink(missing_ok=True)
         path.write_bytes(self.header() + self.data)
         return path
 
 
 def whole_file(*, without: str = "") -> File:
-    """The small model in F32, by hand; `without` one of its tensors, the others closed up."""
+    """The small model in F32, except the tensor `without`."""
     texts, types = vocabulary()
     file = File()
     file.metadata = [
@@ -191,17 +218,20 @@ def whole_file(*, without: str = "") -> File:
 
 
 def short(value: int) -> bytes:
-    """As gguf-split writes the number and the count."""
+    """A uint16 value, which gguf-split uses for the number and the count of files."""
     return struct.pack("<IH", 2, value)
 
 
 def whole(value: int) -> bytes:
-    """As it writes the number of tensors."""
+    """An int32 value, which gguf-split uses for the number of tensors."""
     return struct.pack("<Ii", 5, value)
 
 
 def cut(*sizes: int) -> list[File]:
-    """The small model in files of so many tensors; the first has the metadata. As gguf-split cuts it."""
+    """Split the small model into files with `sizes` tensors, as gguf-split does.
+
+    The metadata is in the first file.
+    """
     original = whole_file()
     files, ends = [], [*(offset for *_, offset in original.tensors), len(original.data)]
     first = 0
@@ -222,11 +252,20 @@ def place(directory: Path, number: int, count: int = 3) -> Path:
 
 
 def write(directory: Path, files: Sequence[File]) -> list[Path]:
-    """Under the names that gguf-split gives them."""
+    """Write the files with the names that gguf-split uses."""
     return [file.write(place(directory, i, len(files))) for i, file in enumerate(files, start=1)]
 
 
 def load_rejected(path: Path, *words: object, error: type[LlamaScratchError] = CheckpointError) -> str:
-    """Load a file that must be rejected, soon; the message names it."""
+    """Load a file that must be rejected within limits of time and memory.
+
+    Args:
+        path: The file, which the message must name.
+        words: More texts that the message must contain.
+        error: The expected class.
+
+    Returns:
+        The message.
+    """
     with little_time_and_memory():
         return assert_rejected(lambda: open_checkpoint(path).load(silent), error, path, *words)

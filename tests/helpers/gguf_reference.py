@@ -1,10 +1,10 @@
-"""What GGUF's quantized blocks mean, a second time: one weight after the other, from ggml's definition of the blocks.
+"""Reference dequantization of GGUF blocks, one weight at a time.
 
-It imports nothing of the package, nor of gguf's. A block of bytes is a scale or two in float16 and small whole
-numbers; "legacy" ones hold 32 weights, the K ones 256 in groups that have scales of their own.
+Independent of llama_scratch and of the gguf package. A block consists of one or two float16 scales and small
+integers. Legacy blocks have 32 weights; K-quant blocks have 256 weights in groups with their own scales.
 Source: the `block_*` structures in ggml-common.h and `dequantize_row_*` in ggml-quants.c of ggml-org/ggml.
 
-`python -m tests.helpers.gguf_reference .../libggml-base.so` prints what ggml's own functions make of the same blocks.
+`python -m tests.helpers.gguf_reference .../libggml-base.so` prints the digests of ggml's own results for these blocks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-# (scale, whole number, what is added): each weight is scale · number + added, each step rounded to float32.
+# (scale, integer, offset): each weight is scale · integer + offset, each step rounded to float32.
 Weights = Iterator[tuple[np.float32, int, np.float32]]
 ZERO = np.float32(0)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of block: GGUF's number of it, its weights, its bytes and where its float16 scales stand.
+    """A type of block.
 
-    decode: of one block; None where ggml's own results are recorded and nothing more.
+    Args:
+        number: GGUF's number of the type.
+        weights: Weights per block.
+        size: Bytes per block.
+        halves: Offsets of the float16 scales.
+        decode: Decodes one block; None if only the digests of ggml's results are recorded.
     """
 
     number: int
@@ -42,17 +47,17 @@ class Kind:
 
 
 def half(block: bytes, place: int) -> np.float32:
-    """A float16 of the block."""
+    """The float16 at an offset of the block."""
     return np.float32(struct.unpack_from("<e", block, place)[0])
 
 
 def bit(data: bytes, place: int) -> int:
-    """One bit of a row of bytes, the lowest of the first byte first."""
+    """One bit of a byte sequence, counted from the lowest bit of the first byte."""
     return data[place // 8] >> (place % 8) & 1
 
 
 def nibbles(data: bytes) -> Iterator[int]:
-    """The lower four bits of all bytes, then the upper ones."""
+    """The lower four bits of all bytes, then the upper four bits of all bytes."""
     return chain((byte & 15 for byte in data), (byte >> 4 for byte in data))
 
 
@@ -82,10 +87,10 @@ def q5_1(block: bytes) -> Weights:
 
 
 def six_bits(packed: bytes) -> list[tuple[int, int]]:
-    """Scale and minimum of each of eight groups, six bits each, in twelve bytes.
+    """Unpack scale and minimum of eight groups, six bits each, from twelve bytes.
 
-    The first four groups' stand in the lower six bits of the first eight bytes; of the others' the lower four bits
-    are in the last four bytes, and the upper two above the first ones'.
+    For the first four groups they are the lower six bits of the first eight bytes. For the other groups the lower
+    four bits are in the last four bytes, and the upper two bits are the upper bits of the first eight bytes.
     """
     found = [(packed[i] & 63, packed[4 + i] & 63) for i in range(4)]
     for i in range(4):
@@ -146,7 +151,7 @@ OTHERS = {
 
 
 def dequantize(kind: str, data: bytes) -> Floats:
-    """All weights of a row of blocks."""
+    """Dequantize a row of blocks to float32."""
     size, decode = KINDS[kind].size, KINDS[kind].decode
     assert decode is not None
     found = chain.from_iterable(decode(data[place : place + size]) for place in range(0, len(data), size))
@@ -156,7 +161,15 @@ def dequantize(kind: str, data: bytes) -> Floats:
 
 
 def random_blocks(kind: str, rows: int, columns: int, *, seed: str = "0", spread: float = 0.01) -> bytes:
-    """Blocks of random bytes whose scales are random numbers of either sign, up to `spread`."""
+    """Generate blocks of random bytes with random scales in [-spread, spread].
+
+    Args:
+        kind: Type of block.
+        rows: Number of rows.
+        columns: Weights per row.
+        seed: Random seed.
+        spread: Largest absolute value of a scale.
+    """
     chance = random.Random(f"{kind} {rows} {columns} {seed}")
     held = (KINDS | OTHERS)[kind]
     data = bytearray(chance.randbytes(rows * columns // held.weights * held.size))
@@ -167,12 +180,12 @@ def random_blocks(kind: str, rows: int, columns: int, *, seed: str = "0", spread
 
 
 def digest(weights: Floats) -> str:
-    """Of every bit of some weights; the two zeros count as one."""
+    """Hash every bit of some weights; -0 counts as 0."""
     return hashlib.sha256((weights + ZERO).astype("<f4").tobytes()).hexdigest()[:16]
 
 
 def main() -> None:
-    """Print the digests of what ggml, in the library that is named, makes of random blocks."""
+    """Dequantize random blocks with ggml's shared library and print the digests."""
     library = ctypes.CDLL(sys.argv[1])
     for kind in KINDS | OTHERS:
         data = random_blocks(kind, 4, 512)

@@ -1,4 +1,4 @@
-"""Hugging Face directories of a small model, written by transformers, with a small tokenizer.json."""
+"""Hugging Face directories of a small model, written by transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_scratch.tokenizer import LLAMA3_PATTERN
 MERGES = [("t", "h"), ("e", "r"), ("i", "n"), ("th", "e"), ("Ġ", "the"), ("o", "n"), ("1", "2"), ("12", "3")]
 SPECIAL = ["<|endoftext|>", "<|begin|>", "<|im_end|>"]
 N_VOCAB = 256 + len(MERGES) + len(SPECIAL)
-# Short, but with scaled RoPE, shared key heads and a width that is no multiple of another.
+# Small, but with grouped key heads and a feed-forward width that is not a multiple of the hidden size.
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -46,7 +46,7 @@ PRE = {
 
 
 def template(*front: str) -> dict[str, Any]:
-    """A post-processor that puts tokens in front of a text."""
+    """A post-processor that prepends tokens to a text."""
     single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in front] + [
         {"Sequence": {"id": "A", "type_id": 0}}
     ]
@@ -93,16 +93,25 @@ def tokenizer_json() -> dict[str, Any]:
 
 
 def write(directory: Path, file: str, value: Any) -> Path:
-    """Put a JSON file in place; the directory."""
+    """Write a JSON file and return the directory.
+
+    Args:
+        directory: The directory.
+        file: The file name.
+        value: The contents.
+    """
     (directory / file).write_text(json.dumps(value), encoding="utf-8")
     return directory
 
 
 def random_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """transformers' own model, with weights large enough that every part matters."""
+    """Create transformers' own model with random weights.
+
+    The weights are large enough that every part affects the logits.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    make_config: Any = LlamaConfig  # its type does not know every setting that it takes
+    make_config: Any = LlamaConfig  # its type annotations lack some settings
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(make_config(**CONFIG | {"tie_word_embeddings": False} | changes))
     for name, weight in model.named_parameters():
@@ -113,20 +122,20 @@ def random_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
 
 
 def save(model: Any, directory: Path, **options: Any) -> Path:
-    """A whole directory: what transformers writes, and the small tokenizer."""
+    """Save a model with transformers, and the small tokenizer."""
     model.save_pretrained(directory, **options)
     return write(directory, "tokenizer.json", tokenizer_json())
 
 
 def edited(directory: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """Edit the tokenizer.json of a directory."""
+    """Write an edited tokenizer.json to a directory."""
     values = tokenizer_json()
     edit(values)
     return write(directory, "tokenizer.json", values)
 
 
 def witness(path: Path) -> Callable[[str], list[int]]:
-    """The `tokenizers` package on the same file."""
+    """The encode function of the `tokenizers` package for the same file."""
     from tokenizers import Tokenizer as HuggingFaces
 
     theirs = HuggingFaces.from_file(str(path))

@@ -1,4 +1,4 @@
-"""A web server on loopback that behaves as badly as it is told to."""
+"""A loopback web server with configurable faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ XML = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"
 
 @dataclass
 class Answer:
-    """A status and a body in place of the file."""
+    """A status and a body instead of a file."""
 
     status: int
     body: bytes = b""
@@ -26,13 +26,22 @@ class Answer:
 
 @dataclass
 class File:
-    """A file, and how it is given out.
+    """A file and how it is served.
 
-    etag, modified: what identifies its version. ranges: whether `Range` is honored. length: the Content-Length
-    that is claimed in place of the true one, "" for none. drops: after how many bytes each body ends, one an answer.
-    stalls: the same, but the connection stays open. first: answers that come before any other, one a request.
-    content_range: sent with 206 in place of the true one. endless: the body never ends. sent: called with the number
-    of bytes that went out so far.
+    Args:
+        data: The contents.
+        etag: ETag of the version.
+        modified: Last-Modified of the version.
+        ranges: Whether `Range` is honored.
+        if_range: Whether `If-Range` is honored.
+        length: A wrong Content-Length to send, or "" for none.
+        drops: Bytes after which the connection is closed, one per response.
+        stalls: Bytes after which the response stalls with an open connection, one per response.
+        first: Answers to the first requests, one per request.
+        content_range: A wrong Content-Range to send with status 206.
+        endless: Whether the body never ends.
+        headers: Additional headers.
+        sent: Called with the number of bytes sent so far.
     """
 
     data: bytes
@@ -51,7 +60,13 @@ class File:
 
 
 class Server(ThreadingHTTPServer):
-    """files: by path, without the query. requests: method, path with query and headers of each that came."""
+    """The server.
+
+    Attributes:
+        files: Files and answers by path, without the query.
+        otherwise: The answer for all other paths.
+        requests: Method, path with query and headers of each request.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -68,7 +83,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def ranges(self, path: str) -> list[str]:
-        """What was asked for of a file, in order: "" for all of it."""
+        """The `Range` header of each GET request for a file; "" for the whole file."""
         return [
             headers.get("Range", "")
             for method, asked, headers in self.requests
@@ -76,7 +91,7 @@ class Server(ThreadingHTTPServer):
         ]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is what the tests are about."""
+        """Ignore disconnected clients, which the tests cause on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -153,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server that runs in a thread."""
+    """Run a server in a thread."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -167,8 +182,8 @@ def serving() -> Iterator[Server]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until something is so; an error where it takes too long."""
+    """Wait until a condition holds; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Meta's directories of one or several shards, cut as fairscale cuts them; and pickles that run code."""
+"""Meta directories with several shards, and pickles that run code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import (
     tokenizer_file,
 )
 
-# Everything divides by 8: heads, key-value heads, the feed-forward layer and the vocabulary.
+# Heads, key-value heads, feed-forward width and vocabulary size are all divisible by 8.
 TOKENIZER = tokenizer_file() + b"dGhl 300\naGVy 301\nYW5k 302\naW5n 303\n"
 VOCABULARY = 256 + len(TINY_MERGES) + 4 + 256
 PARAMS = tiny_params(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=VOCABULARY)
@@ -33,9 +33,13 @@ def shard(number: int) -> str:
 
 
 def axis_of(name: str, embedding: int) -> int | None:
-    """ColumnParallelLinear cuts the outputs, which are rows, RowParallelLinear the inputs; norms are whole.
+    """The axis along which a weight is split, or None.
 
-    embedding: 0 for Llama 3's VocabParallelEmbedding, 1 for Llama 2's ParallelEmbedding.
+    ColumnParallelLinear splits the outputs (rows), RowParallelLinear the inputs. Norms are not split.
+
+    Args:
+        name: Name of the weight.
+        embedding: 0 for Llama 3's VocabParallelEmbedding, 1 for Llama 2's ParallelEmbedding.
     """
     part = name.split(".")[-2]
     axes = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0) | {"wo": 1, "w2": 1, "tok_embeddings": embedding}
@@ -43,7 +47,13 @@ def axis_of(name: str, embedding: int) -> int | None:
 
 
 def split(weights: Mapping[str, Tensor], n: int, embedding: int = 0) -> list[Weights]:
-    """What each of `n` ranks saves."""
+    """The weights that each of `n` ranks saves.
+
+    Args:
+        weights: The whole weights.
+        n: Number of ranks.
+        embedding: See `axis_of`.
+    """
     shards: list[Weights] = [{} for _ in range(n)]
     for name, weight in weights.items():
         axis = axis_of(name, embedding)
@@ -54,7 +64,13 @@ def split(weights: Mapping[str, Tensor], n: int, embedding: int = 0) -> list[Wei
 
 
 def weights_of(args: ModelArgs = ARGS, dtype: torch.dtype = torch.bfloat16, *, tied: bool = TIED) -> Weights:
-    """Random ones; a tied output is left out."""
+    """Random weights, without the output weight if it is tied.
+
+    Args:
+        args: The network's shape.
+        dtype: Dtype of the weights.
+        tied: Whether the output weight is the embedding.
+    """
     weights = {name: weight.to(dtype) for name, weight in random_weights(args, tied=False).items()}
     if tied:
         del weights["output.weight"]
@@ -62,7 +78,13 @@ def weights_of(args: ModelArgs = ARGS, dtype: torch.dtype = torch.bfloat16, *, t
 
 
 def write(directory: Path, shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any] = PARAMS) -> Path:
-    """A directory of Meta's with these shards."""
+    """Write a Meta directory with these shards.
+
+    Args:
+        directory: Where to write it.
+        shards: Weights of each shard.
+        params: Contents of params.json.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "params.json").write_text(json.dumps(dict(params)))
     (directory / "tokenizer.model").write_bytes(TOKENIZER)
@@ -73,7 +95,7 @@ def write(directory: Path, shards: Sequence[Mapping[str, Tensor]], params: Mappi
 
 
 class Danger:
-    """Pickles as a call of `function` with `arguments`."""
+    """An object whose unpickling calls `function` with `arguments`."""
 
     def __init__(self, function: Callable[..., object], *arguments: object):
         self.call = (function, arguments)

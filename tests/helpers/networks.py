@@ -1,4 +1,4 @@
-"""Small networks with random weights, and how far their logits are apart."""
+"""Small networks with random weights, and the distance of their logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ IDS = torch.randint(556, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
 def stored(args: ModelArgs, dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> dict[str, Tensor]:
-    """Random weights as a file would hold them; a tied output is the embedding itself."""
+    """Random weights as stored in a file.
+
+    Args:
+        args: The network's shape.
+        dtype: Dtype of the weights.
+        tied: Whether the output weight is the embedding.
+    """
     weights = random_weights(args, tied=False)
     held = {
         name: (weight if "wq" not in name and "wk" not in name else weight / 3).to(dtype)
@@ -34,7 +40,7 @@ def run(model: Transformer, ids: Tensor = IDS) -> Tensor:
 
 
 def reference(weights: dict[str, Tensor], args: ModelArgs | None = None) -> Tensor:
-    """What torch's own layers say in float32."""
+    """Logits of torch's own layers in float32."""
     model = Transformer(args or tiny_args())
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     return run(model)
@@ -45,5 +51,5 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def forms(model: Transformer) -> list[WeightFormat]:
-    """Each once: four of a layer, and the output's."""
+    """The distinct weight formats of a model: four per layer, and the output's."""
     return list({id(form): form for form in map(format_of, model.modules()) if form is not None}.values())

@@ -1,4 +1,4 @@
-"""A page with every kind of block, and texts that try to break out of it."""
+"""A page with every kind of block, and texts that try to inject markup."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ HOSTILE = "</script><script>document.title='run'</script>\"'\u202e\x1b[31m$\\fra
 
 
 def ramp(high: int, wide: int, /, **how: Any) -> Heatmap:
-    """A map whose values grow from 0 to nearly 1, row by row."""
+    """A heatmap whose values grow from 0 to nearly 1, row by row.
+
+    Args:
+        high: Number of rows.
+        wide: Number of columns.
+        how: Other fields of the heatmap.
+    """
     values = tuple(tuple((r * wide + c) / (high * wide) for c in range(wide)) for r in range(high))
     labels = {"rows": tuple(f"r{r}" for r in range(high)), "columns": tuple(f" c{c}" for c in range(wide))}
     return Heatmap(**({"title": "A map", "values": values} | labels | how))
 
 
 def with_texts(columns: int, **how: Any) -> Heatmap:
-    """A map like a logit lens."""
+    """A heatmap with texts, like a logit lens."""
     return ramp(3, columns, texts=tuple(tuple(f" t{r}{c}" for c in range(columns)) for r in range(3)), **how)
 
 

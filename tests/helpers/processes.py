@@ -1,4 +1,4 @@
-"""What a process holds: mapped files and modules; and waiting for another thread."""
+"""Mapped files and imported modules of a process, and waiting for another thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import llama_scratch
 
 
 def mappings(path: Path) -> Iterator[tuple[range, dict[str, int]]]:
-    """This process's mappings of a file: addresses, and the kernel's figures about each in KiB."""
+    """Address ranges of a file's mappings, with the kernel's counters in KiB."""
     found: range | None = None
     figures: dict[str, int] = {}
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -31,11 +31,11 @@ def mappings(path: Path) -> Iterator[tuple[range, dict[str, int]]]:
         yield found, figures
 
 
-SOON = 10.0  # seconds after which what should have happened will not
+SOON = 10.0  # maximum seconds to wait
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Come back when it holds; fails where it does not in time."""
+    """Wait until a condition holds; fails if it does not within `SOON` seconds."""
     end = time.monotonic() + SOON
     while not condition():
         assert time.monotonic() < end
@@ -43,9 +43,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def loaded_after(code: str) -> set[str]:
-    """Names of the modules that a fresh Python holds after some code."""
+    """Names of the imported modules after some code in a new Python process."""
     script = f"{code}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
-    # The folder that this package was imported from: the test is about it, not about one installed elsewhere.
+    # Use the package under test, not one that is installed elsewhere.
     environment = os.environ | {"PYTHONPATH": str(Path(llama_scratch.__file__).parent.parent)}
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment

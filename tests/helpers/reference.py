@@ -1,7 +1,7 @@
-"""Llama's forward pass a second time, from the formulas: the witness that the package is compared with.
+"""Reference implementation of Llama's forward pass, written from the formulas.
 
-It imports nothing of the package, and every step is done another way: real numbers instead of complex
-ones, keys and values repeated head by head, the softmax written out, no cache, all in float64.
+Independent of the package, with every step computed differently: real instead of complex numbers, keys and values
+selected per head, an explicit softmax, no cache, and float64 throughout.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 Shape = Mapping[str, Any]
-"""n_layers, n_heads, n_kv_heads, norm_eps, rope_theta and rope_factor, which is None where nothing is scaled."""
+"""n_layers, n_heads, n_kv_heads, norm_eps, rope_theta and rope_factor, which is None if RoPE is not scaled."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """What stands before the first token: for each layer turned keys and values, (tokens, n_kv_heads, head_dim)."""
+    """Rotated keys and values of earlier tokens for each layer.
+
+    Each tensor is (tokens, n_kv_heads, head_dim).
+    """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -28,7 +31,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Run:
-    """Logits (T, vocab_size), and the residual stream behind each layer, (T, dim) each."""
+    """Logits (T, vocab_size), and the residual stream after each layer, (T, dim) each."""
 
     logits: Tensor
     residuals: list[Tensor]
@@ -42,7 +45,15 @@ def forward(
     past: Past | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Run:
-    """Run `ids` through the network whose weights stand under the names of Meta's checkpoints."""
+    """Run the network on token ids.
+
+    Args:
+        weights: Weights by the names of Meta's checkpoints.
+        shape: The network's shape.
+        ids: Token ids.
+        past: Keys and values of earlier tokens.
+        dtype: Dtype of the computation.
+    """
 
     def weight(name: str) -> Tensor:
         return weights[f"{name}.weight"].to(dtype)
@@ -72,7 +83,17 @@ def forward(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """Each query's mix of values: q is (T, n_heads, head_dim), k and v (S, n_kv_heads, head_dim); (T, dim)."""
+    """Causal attention with grouped queries.
+
+    Args:
+        q: Queries, (T, n_heads, head_dim).
+        k: Keys, (S, n_kv_heads, head_dim).
+        v: Values, (S, n_kv_heads, head_dim).
+        start: Position of the first query.
+
+    Returns:
+        The weighted sums of values, (T, dim).
+    """
     heads = []
     for head in range(q.shape[1]):
         shared = head * k.shape[1] // q.shape[1]  # neighboring query heads share one key head
@@ -85,7 +106,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """x, (T, heads, head_dim), with the numbers 2j and 2j + 1 of each head turned by angles[:, j]."""
+    """Rotate elements 2j and 2j + 1 of each head of x by angles[:, j].
+
+    x is (T, heads, head_dim), angles (T, head_dim/2).
+    """
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     result = torch.empty_like(x)
@@ -95,13 +119,27 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Sequence[int], head_dim: int, theta: float, factor: float | None) -> Tensor:
-    """The angle of each pair at each position, (positions, head_dim/2) float64 radians."""
+    """Rotation angles in radians, float64 (positions, head_dim/2).
+
+    Args:
+        positions: Token positions.
+        head_dim: Elements per head.
+        theta: Base of the frequencies.
+        factor: Llama 3.1's scaling factor, or None.
+    """
     frequencies = [rope_frequency(pair, head_dim, theta, factor) for pair in range(head_dim // 2)]
     return torch.outer(torch.tensor(positions, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
 
 
 def rope_frequency(pair: int, head_dim: int, theta: float, factor: float | None) -> float:
-    """Radians that one pair turns by from token to token, with Llama 3.1's scaling by wavelength."""
+    """Rotation of one pair per token in radians, with Llama 3.1's scaling.
+
+    Args:
+        pair: Index of the pair.
+        head_dim: Elements per head.
+        theta: Base of the frequencies.
+        factor: The scaling factor, or None.
+    """
     frequency = math.pow(theta, -2 * pair / head_dim)
     if factor is None:
         return frequency
@@ -116,9 +154,9 @@ def rope_frequency(pair: int, head_dim: int, theta: float, factor: float | None)
 
 
 def transformers_llama(weights: Mapping[str, Tensor], shape: Shape) -> Any:
-    """The same network as Hugging Face's `LlamaForCausalLM`, with eager attention.
+    """Build the network as Hugging Face's `LlamaForCausalLM` (eager attention).
 
-    Its q and k hold the two numbers of a pair half a head apart, so that their rows are sorted anew.
+    Hugging Face stores the two elements of a rotated pair half a head apart, so the rows of q and k are reordered.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -127,7 +165,7 @@ def transformers_llama(weights: Mapping[str, Tensor], shape: Shape) -> Any:
         rope |= {"rope_type": "llama3", "factor": shape["rope_factor"], "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     vocab_size, dim = weights["tok_embeddings.weight"].shape
-    make_config: Any = LlamaConfig  # its type does not know every setting that it takes
+    make_config: Any = LlamaConfig  # its type annotations lack some settings
     config = make_config(
         vocab_size=vocab_size,
         hidden_size=dim,
@@ -165,12 +203,15 @@ def transformers_llama(weights: Mapping[str, Tensor], shape: Shape) -> Any:
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     model.load_state_dict(state, strict=True, assign=True)
-    # Made under the meta device, the rotary embedding holds no data.
+    # The rotary embedding was created on the meta device and has no data.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval().requires_grad_(False)
 
 
 def in_halves(x: Tensor, axis: int) -> Tensor:
-    """One head's numbers in Hugging Face's order: the first of every pair, then the second of every pair."""
+    """Reorder the elements of a head as Hugging Face does.
+
+    The first elements of all pairs come first, then the second elements.
+    """
     n = x.shape[axis]
     return x.index_select(axis, torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)]))

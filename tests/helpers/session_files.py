@@ -1,4 +1,4 @@
-"""Session files: saved, changed, and replayed."""
+"""Save, edit and replay session files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ from llama_scratch.system.progress import Progress
 
 
 def other_model(_source: str, _precision: str, _progress: Progress) -> Llama:
-    raise UsageError("There is no other model here, expected the one.")
+    raise UsageError("There is no other model here.")
 
 
 def session_of(llama: Llama, *lines: str, interactive: bool = False, **settings: Any) -> Session:
-    """A session in which some lines were typed."""
+    """Create a session and enter some lines.
+
+    Args:
+        llama: The model.
+        lines: Prompts and commands.
+        interactive: Whether the session behaves as on a terminal.
+        settings: Settings to change.
+    """
     session = Session(
         Loading.ended_with(llama),
         Console(file=io.StringIO(), width=60),
@@ -42,18 +49,18 @@ def session_of(llama: Llama, *lines: str, interactive: bool = False, **settings:
 
 
 def saved(session: Session, path: Path) -> Path:
-    """The session's file."""
+    """Save a session and return the path."""
     respond(session, f"/save {path}")
     return path
 
 
 def replayed(path: Path, llama: Llama) -> Report:
-    """What a replay of a file finds."""
+    """Replay a session file and return the report."""
     return run_again(session_file.load(path), llama, other_model, Console(file=io.StringIO()))
 
 
 def edited(path: Path, change: Callable[[list[Any]], object]) -> Path:
-    """A session file with its lines, as JSON values, changed."""
+    """Edit the lines of a session file as JSON values, and return the path."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     change(lines)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Sessions without a terminal, and what their commands answer and show."""
+"""Sessions without a terminal, and the results and views of their commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_scratch.system.progress import Progress
 
 
 def started(llama: Llama) -> Session:
-    """A session without a text, whose console nobody sees."""
+    """Create a session without a text, with an invisible console."""
 
     def open(source: str, precision: str, progress: Progress) -> Llama:
         return Llama.load(source, precision=precision, device="cpu", progress=progress)
@@ -29,7 +29,10 @@ def started(llama: Llama) -> Session:
 
 
 def run(session: Session, line: str) -> dict[str, Any]:
-    """The facts that a command answers, which are JSON; its view can be printed, and is not empty."""
+    """Run a command and return its JSON facts.
+
+    Also checks that its view can be printed and is not empty.
+    """
     reply = run_command(session, line)[1]
     assert reply is not None
     assert reply.view is not None
@@ -39,7 +42,13 @@ def run(session: Session, line: str) -> dict[str, Any]:
 
 
 def shown(view: RenderableType, width: int, **how: Any) -> str:
-    """What a terminal shows of a view."""
+    """Render a view as text.
+
+    Args:
+        view: The view.
+        width: Width of the terminal.
+        how: More options of the console.
+    """
     console = Console(file=io.StringIO(), width=width, **how)
     with console.capture() as captured:
         console.print(view, markup=False, highlight=False)
@@ -47,5 +56,5 @@ def shown(view: RenderableType, width: int, **how: Any) -> str:
 
 
 def assert_sentence(error: LlamaScratchError) -> None:
-    """One sentence, as people read it."""
+    """Check that the message of an error ends with a period."""
     assert str(error).endswith(".")

@@ -1,8 +1,9 @@
-"""The program, and a model file that is cut short under it: `python -m tests.helpers.shrinking FILE PLACE [OPTIONS]`.
+"""Run the program and truncate a mapped file meanwhile.
 
-FILE: a glob. PLACE: `module:function`; before the function's first call the file is cut to nothing. Whether a file has
-changed is asked only once SIGBUS was raised, so that this is what ends the program; with ! behind PLACE it is asked as
-ever.
+    python -m tests.helpers.shrinking FILE PLACE [OPTIONS]
+
+FILE is a glob. PLACE is `module:function`: the file is truncated to 0 bytes before each call of the function. The
+checks for changed files are off until SIGBUS, so that SIGBUS ends the program; a ! after PLACE keeps them on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llama_scratch.system import mapped_files
 
 
 def main() -> None:
-    """Put the knife into place and run the command line."""
+    """Patch the function and run the command line."""
     pattern, place = sys.argv[1:3]
     del sys.argv[1:3]
     check, changed_file = mapped_files.MappedFiles.check, mapped_files.changed_file

@@ -1,8 +1,10 @@
-"""The program with a model that comes when a test wants it: `python -m tests.helpers.slow_llama GATE [OPTIONS]`.
+"""Run the program with a model that a test controls.
 
-Loading goes on until there is a file GATE, and then ends well, or with the error that the file names. It
-needs no torch, and its stage says whether something else has imported that. A continuation's tokens are the lines of
-the file GATE.tokens, JSON strings, each as soon as it is there; `null` ends the continuation.
+    python -m tests.helpers.slow_llama GATE [OPTIONS]
+
+Loading takes until the file GATE exists, and then succeeds or raises the error that the file names. It does not need
+torch; its progress shows whether torch was imported elsewhere. The tokens of a continuation are the lines of the file
+GATE.tokens, one JSON string each, read as they are written; `null` ends the continuation.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ TOKENS = {0: "What", 1: " comes"}
 
 @dataclass
 class Args:
-    """What the session uses of a `ModelArgs`."""
+    """The part of `ModelArgs` that the session uses."""
 
     rope_scaling: None = None
 
 
 class SlowLlama:
-    """What the session uses of a `Llama`; it answers " comes" to everything."""
+    """The part of `Llama` that the session uses; it always predicts " comes"."""
 
     info = ModelInfo("Slow-Llama", "none", "fp32", "cpu", 1_000_000)
     context = 64
@@ -52,7 +54,7 @@ class SlowLlama:
     @classmethod
     def load(cls, source: str, *, progress: Progress, **_: object) -> SlowLlama:
         progress("torch is imported" if "torch" in sys.modules else "no torch yet", 42, 100)
-        with ThreadPoolExecutor(1) as pool:  # as the formats' readers do; Python's clean-up waits for its threads
+        with ThreadPoolExecutor(1) as pool:  # like the readers; Python waits for its threads at exit
             pool.submit(wait_for_gate).result()
         if name := GATE.read_text():
             error: type[Exception] = getattr(errors, name, None) or getattr(builtins, name)
@@ -60,7 +62,7 @@ class SlowLlama:
         return cls()
 
     def prepare(self, *, wait: bool) -> None:
-        """There is nothing to prepare."""
+        """Do nothing."""
 
     def predict(self, prompt: str, top: int = 5, *, special: bool = False, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)

@@ -1,4 +1,7 @@
-"""SmolLM2 for comparisons with real weights: texts, and the same weights in this package and in transformers."""
+"""SmolLM2 for comparisons with real weights.
+
+Texts, and the same weights in this package and in transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from llama_scratch.llama import Llama
 from tests.helpers import reference
 
-# English, code and other scripts, with digits, quotes and white space in between: some 600 tokens.
+# English, code and other scripts with digits, quotes and white space: about 600 tokens.
 TEXTS = {
     "prose": """The harbour was quiet in the early morning. Two fishermen were mending a net on the quay, and neither
 of them looked up when the ferry came in. "You're late," said the older one at last, to nobody in particular. It had
@@ -52,11 +55,11 @@ def llama(smollm2_path: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def weights(smollm2_path: Path) -> dict[str, Tensor]:
-    """The file's weights as float32 under Meta's names, read and dequantized by the gguf package alone."""
+    """The file's weights in float32 by Meta's names, read with the gguf package."""
     return _weights(smollm2_path)
 
 
-@cache  # for all modules that use the fixture
+@cache  # shared by all modules that use the fixture
 def _weights(smollm2_path: Path) -> dict[str, Tensor]:
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -81,7 +84,7 @@ def _weights(smollm2_path: Path) -> dict[str, Tensor]:
     return weights | {"output.weight": weights["tok_embeddings.weight"]}
 
 
-# Not read from the file, so that reading it wrong shows.
+# Not read from the file, to detect errors in reading it.
 SHAPE = {
     "n_layers": 30,
     "n_heads": 9,
@@ -94,7 +97,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def huggingfaces(smollm2_path: Path) -> Any:
-    """transformers' network with these weights."""
+    """The network in transformers with these weights."""
     return _huggingfaces(smollm2_path)
 
 

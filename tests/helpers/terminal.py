@@ -1,4 +1,4 @@
-"""A pseudo-terminal with a screen: runs the real program, types keys and reads what a person would see."""
+"""A pseudo-terminal that runs the program, sends keys and reads the screen."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ KEYS = {
 }
 
 
-# What a prompt writes when it begins to read keys: it asks for marked pastes.
+# A prompt turns on bracketed paste when it starts to read keys.
 _READS_KEYS = b"\x1b[?2004h"
 
 
 class _Screen(pyte.Screen):
-    """A screen that answers when the program asks where the cursor is."""
+    """A screen that answers cursor position requests of the program."""
 
     answer: Callable[[str], int] | None = None
 
@@ -51,7 +51,16 @@ class _Screen(pyte.Screen):
 
 
 class Terminal:
-    """One run of a program on a terminal of `columns` × `rows`."""
+    """One run of a program on a terminal.
+
+    Args:
+        arguments: Arguments of the program.
+        program: The command, by default llama-scratch.
+        columns: Width of the terminal.
+        rows: Height of the terminal.
+        env: Additional environment variables.
+        timeout: Seconds to wait for a text or the end of the program.
+    """
 
     def __init__(
         self,
@@ -85,30 +94,30 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """What the screen shows, without trailing blanks."""
+        """The lines of the screen without trailing spaces."""
         return [line.rstrip() for line in self.screen.display]
 
     @property
     def text(self) -> str:
-        """The lines of the screen that are not empty at the end."""
+        """The text on the screen without empty lines at the end."""
         return "\n".join(self.lines).rstrip()
 
     def read(self, seconds: float = 0.05) -> bool:
-        """Take in what the program wrote; False once it has ended."""
+        """Read the program's output; returns False after it has ended."""
         try:
-            data = cast(bytes, self._child.read_nonblocking(65536, seconds))  # without an encoding it is bytes
+            data = cast(bytes, self._child.read_nonblocking(65536, seconds))  # bytes, because no encoding is set
         except pexpect.TIMEOUT:
             return True
         except pexpect.EOF:
             return False
         self._stream.feed(data)
         self._output += data
-        if b"\x1b[6n" in data:  # the program asks where the cursor is, and a terminal answers
+        if b"\x1b[6n" in data:  # answer a request for the cursor position
             self._child.send(f"\x1b[{self.screen.cursor.y + 1};{self.screen.cursor.x + 1}R")
         return True
 
     def settle(self, seconds: float = 0.4) -> None:
-        """Read until the screen has not changed for a while."""
+        """Read until the screen has not changed for some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             before = self.text
@@ -125,57 +134,57 @@ class Terminal:
                 raise AssertionError(f"{text!r} did not appear; the screen shows:\n{self.text}")
 
     def wait_for_more(self, text: str, seen: int) -> None:
-        """Read until the program has written a text more often than it had before."""
+        """Read until the program has written a text more than `seen` times."""
         end = time.monotonic() + self.timeout
         while self.seen(text) <= seen:
             if time.monotonic() > end or not self.read():
-                raise AssertionError(f"{text!r} did not come again; the screen shows:\n{self.text}")
+                raise AssertionError(f"{text!r} did not appear again; the screen shows:\n{self.text}")
 
     def seen(self, text: str) -> int:
-        """How often the program has written a text since it began."""
+        """Count how often the program has written a text so far."""
         return self._output.count(text.encode())
 
     def written_from(self, text: str) -> str:
-        """What the program wrote from the first such text on, for messages."""
+        """The program's output from the first occurrence of a text, for error messages."""
         return self._output[self._output.find(text.encode()) :][:4000].decode(errors="replace")
 
     def type(self, *keys: str) -> None:
-        """Type texts and keys (names of `KEYS`), one after the other."""
+        """Type texts and keys (names from `KEYS`) in sequence."""
         for key in keys:
             self._child.send(KEYS.get(key, key))
 
     def command(self, line: str, said: str) -> None:
-        """Type a line, and wait for what is said to it and for the prompt behind that, which reads keys."""
+        """Type a line, and wait for the text `said` and for the next prompt."""
         seen = self.seen(said)
         self.type(line, "enter")
         self.wait_for_more(said, seen)
         end = time.monotonic() + self.timeout
         while self._output.rfind(_READS_KEYS) < self._output.rfind(said.encode()):
             if time.monotonic() > end or not self.read():
-                raise AssertionError(f"no prompt came behind {said!r}; the screen shows:\n{self.text}")
+                raise AssertionError(f"no prompt after {said!r}; the screen shows:\n{self.text}")
 
     def paste(self, text: str) -> None:
-        """Paste a text in one piece, as terminals mark it."""
+        """Paste a text as a bracketed paste."""
         self._child.send(f"\x1b[200~{text}\x1b[201~")
 
     def resize(self, columns: int, rows: int) -> None:
-        """Give the window another size."""
+        """Resize the window."""
         self.screen.resize(rows, columns)
         self._child.setwinsize(rows, columns)
 
     @property
     def echoes(self) -> bool:
-        """Whether the terminal shows what is typed and gives it out by lines, as a shell expects it."""
+        """Whether the terminal echoes and buffers lines, as a shell expects."""
         modes: int = termios.tcgetattr(self._child.child_fd)[3]
         return modes & termios.ECHO > 0 and modes & termios.ICANON > 0
 
     @property
     def marks_pastes(self) -> bool:
-        """Whether the program has asked the terminal to mark pastes."""
+        """Whether the program has turned on bracketed paste."""
         return 2004 << 5 in self.screen.mode  # private modes are shifted
 
     def interrupt(self) -> None:
-        """What a terminal does for Ctrl-C while a program computes."""
+        """Send an interrupt, as a terminal does for Ctrl-C while a program computes."""
         self._child.sendintr()
 
     def signal(self, number: int) -> None:
@@ -183,11 +192,11 @@ class Terminal:
         self._child.kill(number)
 
     def kill(self) -> None:
-        """End the program at once, as `kill -9` does."""
+        """Kill the program immediately (`kill -9`)."""
         self._child.kill(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Read to the end and return the exit code (128 + number for a signal)."""
+        """Read until the program ends; returns the exit code (128 + signal number)."""
         end = time.monotonic() + self.timeout
         while self.read():
             if time.monotonic() > end:
@@ -199,10 +208,21 @@ class Terminal:
 
 
 class Slow(Terminal):
-    """A session whose model comes with `let` and whose continuations come with `stream`: see slow_llama.py."""
+    """A session with the model of slow_llama.py.
+
+    `let` ends its loading, and `stream` sends its tokens.
+    """
 
     def __init__(self, folder: Path, *arguments: str, columns: int = 80, shell: bool = False, after: str = "") -> None:
-        """shell: start it from an interactive shell, which has job control. after: the end of the shell's line."""
+        """Start the program.
+
+        Args:
+            folder: A folder for the model and the control files.
+            arguments: Arguments of the program.
+            columns: Width of the terminal.
+            shell: Whether to start it from an interactive shell with job control.
+            after: The end of the shell's command line.
+        """
         model = folder / "Slow-Llama"
         model.mkdir()
         self._gate = folder / "gate"
@@ -224,34 +244,40 @@ class Slow(Terminal):
             self.type(f"{shlex.join(command)} {after}", "enter")
 
     def let(self, error: str = "") -> None:
-        """Let the loading end, with an error of this name."""
+        """Let loading end, with the error class of this name if one is given."""
         (self._gate.parent / "new").write_text(error)
         (self._gate.parent / "new").rename(self._gate)
 
     def stream(self, *tokens: str | None) -> None:
-        """Let the continuation go on with these tokens; None ends it."""
+        """Send tokens of the continuation; None ends it."""
         with self._tokens.open("a") as file:
             file.writelines(json.dumps(token) + "\n" for token in tokens)
 
 
-# Mapped float32, so that no start turns 4 bits into it.
+# Mapped float32 weights, so that a start does not dequantize.
 MODEL = ("--model-dir", str(SMOLLM2_FP32))
 
 
 def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
-    """A session whose model is loaded."""
+    """Start a session and wait until its model is loaded.
+
+    Args:
+        state: State folder of the session.
+        arguments: Arguments of the program.
+        columns: Width of the terminal.
+    """
     terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
     terminal.wait_for("lists the commands")
     terminal.settle(0.5)
     return terminal
 
 
-# What stands under every answer, plain ones too ("Entropy").
+# Shown below every answer, also in plain output ("Entropy").
 ANSWERED = "ntropy "
 
 
 def ask(terminal: Terminal, prompt: str) -> str:
-    """Type a prompt and return the screen once the answer is there."""
+    """Type a prompt, wait for the answer and return the screen."""
     answers = terminal.seen(ANSWERED)
     terminal.type(prompt, "enter")
     terminal.wait_for_more(ANSWERED, answers)
@@ -260,6 +286,6 @@ def ask(terminal: Terminal, prompt: str) -> str:
 
 
 def candidates(text: str) -> list[list[str]]:
-    """The token, its probability and the % of each candidate on a screen, the first without its frame."""
+    """Token, probability and % sign of each candidate on a screen, without the frame."""
     rows = (line.replace("│", " ").split() for line in text.splitlines())
     return [row[:3] for row in rows if len(row) > 2 and row[2] == "%"]

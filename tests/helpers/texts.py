@@ -1,4 +1,4 @@
-"""Texts that tell tokenizers apart: drawn at random, and of code and many scripts."""
+"""Texts for comparing tokenizers: random strings, code and many scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 CORPUS = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8")
-# Where tokenizers part company: runs of white space, digits, quotes, letters of other scripts, emoji.
+# Tokenizers differ in runs of white space, digits, quotes, letters of other scripts and emoji.
 FRAGMENTS = [
     *[" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\r", "\u00a0", "\u3000", "\u2028", "\x1c", "\x0b", "\u200b"],
     *["0", "12", "345", "6789", "3.14", "1,000", "٣٤", "½", "²", "Ⅷ", "𝟘", "七"],
@@ -18,7 +18,7 @@ FRAGMENTS = [
     *["🙂", "👩‍👩‍👧", "🇫🇷", "✊🏿", "❤️", "\ufe0f", "\u0301"],
     *["<|eot_id|>", "<|begin_of_text|>", "<|endoftext|>", "<|", "|>", "<|im_end|>"],
 ]
-# Twenty short texts, each of them once; many at a time, because each draw costs more than what is tested.
+# Twenty distinct short texts per draw, because a draw takes longer than the code under test.
 drawn = st.lists(
     st.text(min_size=1, max_size=12) | st.lists(st.sampled_from(FRAGMENTS), min_size=2, max_size=8).map("".join),
     min_size=20,

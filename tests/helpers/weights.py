@@ -1,4 +1,4 @@
-"""Random weights in each form that a file may hold and the kernels multiply as it is."""
+"""Random weights in each file format that the kernels multiply without conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers import gguf_reference
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = (*FLOATS, *gguf_reference.KINDS)
-# The largest number of a block, in steps of its scale.
+# The largest value of a block in multiples of its scale.
 _LARGEST = {"Q8_0": 128, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31}
 _LARGEST |= {"Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32}
 
@@ -30,7 +30,14 @@ def columns_per_block(form: str) -> int:
 
 @cache
 def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
-    """A weight (out, in) whose rows sum to about 1; not to be written to."""
+    """A random weight (out, in), scaled by 1/√in. Cached, so do not modify it.
+
+    Args:
+        form: A float dtype or a type of block.
+        out: Number of rows.
+        columns: Number of columns.
+        seed: Random seed.
+    """
     if form in FLOATS:
         generator = torch.Generator().manual_seed(seed)
         numbers: Tensor = torch.randn(out, columns, generator=generator) / columns**0.5
@@ -41,7 +48,7 @@ def weight(form: str, out: int, columns: int, seed: int = 0) -> Weight:
 
 
 def quantized(form: str, blocks: Tensor) -> GGUFBlockWeight:
-    """Blocks (out, bytes of a row) as a weight, which gguf dequantizes."""
+    """Create a weight from blocks (out, bytes per row) that gguf dequantizes."""
     size, n_bytes = gguf.GGML_QUANT_SIZES[Quant[form]]
 
     def dequantize(start: int, stop: int) -> Tensor:
@@ -57,7 +64,7 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def same(a: Mapping[str, Weight], b: Mapping[str, Weight]) -> bool:
-    """Whether two sets of weights are equal to the last bit."""
+    """Whether two sets of weights are bitwise equal."""
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and torch.equal(as_tensor(a[k]), as_tensor(b[k])) for k in a
     )

@@ -1,4 +1,7 @@
-"""What `python -m benchmarks.formats` recorded of llama.cpp on the same GGUF files; it needs a long build."""
+"""Recorded comparison with llama.cpp on the same GGUF files.
+
+`python -m benchmarks.formats` records it; it needs a build of llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,21 @@ def recorded() -> dict[str, Any]:
 
 
 def test_what_convert_writes(recorded: dict[str, Any]) -> None:
-    """Equal tokens everywhere, equal logits where llama.cpp uses float32."""
+    """Equal tokens always, and equal logits if llama.cpp uses float32."""
     rows = recorded["convert"]
     assert len(rows) == 7
     for row in rows:
         assert row["unequal_texts"] == 0
         assert row["texts"] >= 30
         assert row["positions"] == 256
-        # It rounds activations to the type of the weights.
+        # llama.cpp rounds activations to the dtype of the weights.
         half = "float16" in row["model"]
         assert row["relative_l2"] < (0.1 if half else 1e-3)
         assert row["same_top"] > (0.85 if half else 0.999)
 
 
 def test_every_type(recorded: dict[str, Any]) -> None:
-    """SmolLM2 in each of them; llama.cpp rounds activations to 8 bits there."""
+    """SmolLM2 in each type; llama.cpp rounds activations for quantized types."""
     assert [row["kind"] for row in recorded["types"]] == list(KINDS)
     for row in recorded["types"]:
         assert row["positions"] >= 200
@@ -45,7 +48,7 @@ def test_every_type(recorded: dict[str, Any]) -> None:
 
 
 def test_tokens(recorded: dict[str, Any]) -> None:
-    """The same ids for all texts."""
+    """All texts have the same token ids."""
     assert [row["vocabulary"] for row in recorded["tokens"]] == ["SmolLM2", "Llama 3"]
     for row in recorded["tokens"]:
         assert row["texts"] >= 10_000

@@ -1,4 +1,4 @@
-"""The rooms: imports go one way, and `import llama_scratch` brings nothing heavy."""
+"""Layers of the package: imports go one way, and the package loads fast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.checkpoints import write_meta
 from tests.helpers.processes import loaded_after
 
 PACKAGE = Path(llama_scratch.__file__).parent
-# The packages and the modules beside them, from the top down: each imports from those that come later.
+# Packages and top-level modules from the highest to the lowest layer: each imports only from later ones.
 ORDER = [
     "__main__",
     "cli",
@@ -38,9 +38,9 @@ ORDER = [
     "system",
     "results",
     "errors",
-    "__init__",  # the version; its public names come from their homes when they are asked for
+    "__init__",  # the version; public names are imported lazily from their modules
 ]
-# The same within two packages.
+# The same order within two packages.
 INNER = {
     "inference": [
         "speed",
@@ -70,14 +70,14 @@ INNER = {
         "lazy_weight",
     ],
 }
-# The only import upwards, within a function: a result displays itself.
+# The only upward import, inside a function: a result displays itself.
 UPWARD = {"llama_scratch.microscope.display": {"llama_scratch.render.display"}}
 FLOOR = {room: floor for floor, room in enumerate(ORDER)}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_name(file: Path) -> str:
-    """llama_scratch/checkpoint/base.py → llama_scratch.checkpoint.base"""
+    """Convert llama_scratch/checkpoint/base.py to llama_scratch.checkpoint.base."""
     parts = (PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts).removesuffix(".__init__")
 
@@ -86,12 +86,21 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def room(module: str) -> str:
-    """llama_scratch.checkpoint.base → checkpoint; the package itself is its `__init__`."""
+    """The layer of a module: llama_scratch.checkpoint.base → checkpoint.
+
+    The package itself is `__init__`.
+    """
     return [*module.split("."), "__init__"][1]
 
 
 def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
-    """The modules of this package that one import statement names."""
+    """The modules of this package in one import statement.
+
+    Args:
+        node: The statement.
+        module: The importing module.
+        is_package: Whether it is an `__init__.py`.
+    """
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     else:
@@ -104,7 +113,7 @@ def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) ->
         for alias in node.names:
             full = f"{base}.{alias.name}"
             if base == PACKAGE.name and full not in MODULES:
-                # A name of the public interface comes from its home; the version is no room's.
+                # A public name belongs to the module that defines it; the version belongs to no layer.
                 if alias.name == "__version__":
                     continue
                 full = f"{PACKAGE.name}.{llama_scratch._HOMES[alias.name]}"
@@ -115,22 +124,30 @@ def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) ->
 
 
 def statements(source: str, module: str, is_package: bool = False) -> set[str]:
-    """What a module imports of this package, at its top, within functions and under TYPE_CHECKING alike."""
+    """All modules of this package that a module imports.
+
+    Includes imports in functions and under TYPE_CHECKING.
+
+    Args:
+        source: The source code.
+        module: The name of the module.
+        is_package: Whether it is an `__init__.py`.
+    """
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
     return {target for node in nodes for target in targets(node, module, is_package)}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Rooms that a module imports, but for its own."""
+    """The other layers that a module imports; see `statements` for the parameters."""
     return {room(target) for target in statements(source, module, is_package)} - {room(module)}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_downwards(module: str) -> None:
-    """Every module lies in a known room, and imports from rooms below its own alone."""
+    """Every module belongs to a known layer and imports only from lower layers."""
     file = MODULES[module]
     own = FLOOR[room(module)]
-    if module == PACKAGE.name:  # whose types are those of the public names
+    if module == PACKAGE.name:  # it imports the public names for type checkers
         return
     upward = {other for other in imports(file.read_text(), module, file.name == "__init__.py") if FLOOR[other] <= own}
     assert upward == {room(other) for other in UPWARD.get(module, ())}, f"{module} imports {upward}"
@@ -138,7 +155,7 @@ def test_imports_go_downwards(module: str) -> None:
 
 @pytest.mark.parametrize("package", INNER)
 def test_imports_within_a_package_go_downwards(package: str) -> None:
-    """The modules of a package are read from the last to the first."""
+    """Modules of a package import only from later ones in `INNER`."""
     order = INNER[package]
     own = {name: file for name, file in MODULES.items() if room(name) == package and name.count(".") == 2}
     assert {name.rpartition(".")[2] for name in own} == set(order)
@@ -150,7 +167,7 @@ def test_imports_within_a_package_go_downwards(package: str) -> None:
 
 
 def test_no_circle_of_imports() -> None:
-    """At the top of a module, within functions and under TYPE_CHECKING alike, but for the one in `UPWARD`."""
+    """Includes imports in functions and for type checking, except `UPWARD`."""
     graph: dict[str, set[str]] = {}
     for name, file in MODULES.items():
         others = statements(file.read_text(), name, file.name == "__init__.py")
@@ -183,19 +200,22 @@ def test_no_circle_of_imports() -> None:
     ],
 )
 def test_the_test_above_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
-    """Each way to write an import, from within the room `checkpoint`."""
+    """Each form of import, from a module in `checkpoint`."""
     assert imports(source, "llama_scratch.checkpoint.gguf.reader") == expected
 
 
 def test_every_room_exists() -> None:
-    """The list above names no room that was removed or renamed."""
+    """`ORDER` has no layers that were removed or renamed."""
     assert set(FLOOR) == {room(module) for module in MODULES}
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy", "rich", "prompt_toolkit", "typer", "gguf", "tiktoken"])
 @pytest.mark.parametrize("below", ["model", "config", "results", "errors", "tokenizer"])
 def test_the_low_rooms_know_no_terminal_and_no_format(below: str, library: str) -> None:
-    """The network needs torch alone and the tokenizer tiktoken alone; the others nothing but Python."""
+    """The network imports only torch, and the tokenizer only tiktoken.
+
+    The other modules import only the standard library.
+    """
     allowed = {"model": {"torch"}, "tokenizer": {"tiktoken"}}.get(below, set())
     nodes = list(ast.walk(ast.parse((PACKAGE / f"{below}.py").read_text())))
     found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -222,12 +242,12 @@ def test_the_names_of_the_precisions_come_without_torch() -> None:
 
 
 def test_the_public_interface_loads_torch_when_it_is_used() -> None:
-    """The test above would notice: `Llama` does import torch."""
+    """`Llama` does import torch, so the test above would detect it."""
     assert "torch" in loaded_after("from llama_scratch import Llama")
 
 
 def test_opening_a_model_imports_no_torch(tmp_path: Path) -> None:
-    """The small files are read and checked while torch is still to come: mistakes are told at once."""
+    """Small files are checked before torch is imported, to report errors quickly."""
     directory = write_meta(tmp_path / "m")
     loaded = loaded_after(OPEN + repr(str(directory)) + "))")
     assert "llama_scratch.checkpoint.meta.reader" in loaded
@@ -242,7 +262,7 @@ def test_opening_a_gguf_file_imports_no_torch(smollm2_path: Path) -> None:
 
 
 def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) -> None:
-    """Neither line editing nor bars; and its options are checked before torch is imported."""
+    """No line editing or progress bars; options are checked before importing torch."""
     command = "from llama_scratch.cli import run; run(['--model-dir', {!r}, '--prompt', 'x', '--top-p', '{}'])"
     loaded = loaded_after(command.format(str(tiny_dir), 1))
     assert "torch" in loaded
@@ -252,11 +272,11 @@ def test_an_answer_without_a_terminal_imports_nothing_for_one(tiny_dir: Path) ->
 
 @pytest.mark.parametrize("name", llama_scratch.__all__)
 def test_the_public_interface(name: str) -> None:
-    """Each public name leads to a class that says what it is, as do its public methods and properties."""
+    """Each public name is a class; it and its public members have docstrings."""
     value = getattr(llama_scratch, name)
     assert inspect.isclass(value)
     assert value.__name__ == name
-    # A dataclass without a docstring gets its signature for one.
+    # Python gives a dataclass without a docstring its signature as docstring.
     assert value.__doc__
     assert not value.__doc__.startswith(f"{name}(")
     for attribute, member in vars(value).items():
@@ -266,7 +286,7 @@ def test_the_public_interface(name: str) -> None:
 
 
 def test_a_name_that_is_not_public() -> None:
-    """A typing error is Python's usual error."""
+    """A misspelled name raises `AttributeError`."""
     with pytest.raises(AttributeError, match="Lama"):
         llama_scratch.Lama  # noqa: B018
     assert sorted(llama_scratch.__all__) == llama_scratch.__all__
@@ -275,7 +295,7 @@ def test_a_name_that_is_not_public() -> None:
 
 @pytest.mark.parametrize("name", llama_scratch._MOVED)
 def test_a_module_that_moved_is_found_by_its_old_name(name: str) -> None:
-    """With a warning that names its new place."""
+    """The old name works with a warning that contains the new one."""
     home = f"llama_scratch.{llama_scratch._MOVED[name]}"
     with pytest.warns(DeprecationWarning, match=re.escape(home)):
         module = getattr(llama_scratch, name)

@@ -1,4 +1,4 @@
-"""The bounds of the house: how large a module, function and class may be, and where names and tests belong."""
+"""Limits of the code base: sizes, names, and the place of files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 MAX_PUBLIC_MEMBERS = 20
 MAX_CPP_COLUMNS = 100
 
-# Exceptions, each with its reason. One that is no longer needed fails its test: remove it.
+# Exceptions, each with its reason. Unneeded exceptions fail the test and must be removed.
 LONG_MODULES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 LARGE_CLASSES: dict[str, str] = {}
@@ -28,7 +28,7 @@ SHARED_NAMES: dict[str, str] = {}
 BRITISH_NAMES: dict[str, str] = {}
 WIDE_CPP_FILES: dict[str, str] = {}
 
-# Parts of words that American identifiers (torch, gguf, the hub) spell otherwise.
+# British spellings; identifiers are American, as in torch, gguf and Hugging Face.
 BRITISH = re.compile(
     r"colour|licence|behaviour|neighbour|favour|honour|flavour|grey|centre(?!d)|catalogue|labell|modell|defence"
     r"|(?:quant|normal|initial|serial|organ|optim|recogn|summar|token|material|sanit|general|special|visual|synchron"
@@ -50,7 +50,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def assigned(node: ast.stmt) -> list[str]:
-    """The names that an assignment binds."""
+    """The names bound by an assignment."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
@@ -66,14 +66,14 @@ def public_members(cls: ast.ClassDef) -> set[str]:
 
 
 def identifiers(module: ast.Module) -> set[str]:
-    """All names in a module, in any position, keywords and imports included."""
+    """All names in a module, including keyword arguments and imports."""
     fields = ("id", "attr", "arg", "name", "asname")
     values = (getattr(node, field, None) for node in ast.walk(module) for field in fields)
     return {value for value in values if isinstance(value, str)}
 
 
 def imported(file: Path) -> set[str]:
-    """The modules, and their names, that a file imports anywhere; relative imports are not used here."""
+    """All modules and names that a file imports, except relative imports."""
     names = set()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
@@ -120,7 +120,7 @@ def test_classes_have_few_public_members() -> None:
 
 
 def test_public_classes_and_constants_have_names_of_their_own() -> None:
-    """A reader who searches for a name finds one thing."""
+    """Searching for a name finds one definition."""
     homes = defaultdict(set)
     for path, module in modules():
         for node in module.body:
@@ -132,14 +132,17 @@ def test_public_classes_and_constants_have_names_of_their_own() -> None:
 
 
 def test_identifiers_have_american_spelling() -> None:
-    """As those of torch, gguf and the hub; file names too."""
+    """Identifiers and file names, as in torch, gguf and Hugging Face."""
     british = {f"{path}:{name}" for path, module in modules() for name in identifiers(module) if BRITISH.search(name)}
     british |= {path for path, _ in modules() if BRITISH.search(path)}
     assert british == set(BRITISH_NAMES)
 
 
 def test_the_page_of_the_architecture_shows_every_file() -> None:
-    """docs/architecture.md; a line "*.py" stands for the modules that are named as one of microscope/."""
+    """docs/architecture.md lists every file.
+
+    "*.py" means all modules with the same name as one in microscope/.
+    """
     microscope = {file.name for file in (PACKAGE / "microscope").glob("[!_]*.py")}
     listed: set[str] = set()
     folders: list[str] = []
@@ -173,7 +176,7 @@ def test_lines_of_cpp_are_short() -> None:
 
 
 def test_no_file_imports_from_a_test_module() -> None:
-    """What several test modules need is in tests/helpers, and fixtures are in a conftest.py."""
+    """Shared test code is in tests/helpers, and fixtures are in conftest.py."""
     files = [*TESTS.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]
     taken = {
         f"{file.relative_to(ROOT)}: {name}"
@@ -185,7 +188,10 @@ def test_no_file_imports_from_a_test_module() -> None:
 
 
 def test_tests_mirror_the_packages() -> None:
-    """Each folder of tests is a package's, but for those of the whole repository; each is a package of Python."""
+    """Each folder of tests matches a package and has an `__init__.py`.
+
+    Tests of the whole repository are an exception.
+    """
     folders = {file.parent for file in TESTS.rglob("test_*.py")} - {TESTS / "repository", TESTS / "trust"}
     assert {str(folder) for folder in folders if not (PACKAGE / folder.relative_to(TESTS)).is_dir()} == set()
     assert {str(file.parent) for file in TESTS.rglob("*.py") if not (file.parent / "__init__.py").exists()} == set()

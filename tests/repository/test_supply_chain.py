@@ -1,4 +1,4 @@
-"""What is installed: minimums that are stated, and a lock that is complete and within them."""
+"""Dependencies: minimum versions, and a complete and consistent lock file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "tools" / "lock.txt").read_text()
-# A package and all that belongs to it, up to the next one.
+# One entry per package, with its hashes.
 ENTRIES = [entry for entry in re.split(r"\n(?=[a-z])", re.sub(r"(?m)^#.*\n", "", LOCK)) if entry.strip()]
 LOCKED: dict[str, list[str]] = {}
 for entry in ENTRIES:
@@ -35,7 +35,10 @@ def test_what_the_program_needs_has_a_minimum(line: str) -> None:
 
 
 def test_torch_is_within_the_range_that_was_tested() -> None:
-    """Creating quantized tensors is deprecated, and older versions run code from weights (CVE-2026-24747)."""
+    """Older versions run code from weights (CVE-2026-24747).
+
+    Quantized tensors are deprecated in newer versions.
+    """
     torch = next(Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch"))
     assert {part.operator for part in torch.specifier} == {">=", "<"}
     assert not torch.specifier.contains("2.9.1")
@@ -58,7 +61,7 @@ def test_each_locked_file_has_its_checksum(entry: str) -> None:
 
 
 def test_the_lock_names_no_place() -> None:
-    """Where packages come from is for each machine's pip to know."""
+    """Each machine's pip configuration decides the package index."""
     assert "://" not in LOCK
     assert "index-url" not in LOCK
 

@@ -1,1 +1,1 @@
-"""The long runs behind docs/reliability.md, a command each; CI runs them short."""
+"""Long reliability runs for docs/reliability.md; CI runs short versions."""

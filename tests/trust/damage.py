@@ -1,10 +1,10 @@
-"""Every file of a small model in each form, cut short and with bits flipped: refused, found, or of no effect.
+"""Truncate files of a small model or flip bits, and check the outcome.
 
     python -m tests.trust.damage [--truncations N] [--flips N] [--seed N]
 
-Each damaged model is loaded and answers a prompt, and `verify` looks at it, once with the checksums that `convert`
-writes and once without. What a load gives is compared whole: the shape, the tokenizer with every token's bytes, the
-chat template, every weight's bits and the logits.
+Each damaged model is loaded, answers a prompt and is checked by `verify`, with and without the checksums that
+`convert` writes. The whole loaded model is compared: its shape, the tokenizer with the bytes of every token, the chat
+template, the bits of every weight and the logits.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from tests.helpers.checkpoints import tiny_params, write_meta
 from tests.trust.record import write
 
 FORMS = ("meta", "hf", "gguf")
-# Small, so that much of each file is what describes the weights.
+# Small weights, so that a large part of each file is metadata.
 PARAMS = tiny_params(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim_multiplier=1.0)
 PROMPT = "the answer is in the end"
-# Half of the places lie in the first and the last bytes, where a file says what it is.
+# Half of the damage is in the first and last bytes, because the metadata is there.
 _ENDS = 4096
-# Seconds that a damaged file may take to be refused.
+# Maximum seconds per damaged file.
 _PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """A whole model: `path` opens it, and `files` can be damaged."""
+    """A complete model: `path` opens it, and `files` can be damaged."""
 
     form: str
     path: Path
@@ -56,11 +56,17 @@ class Model:
 
 @dataclass
 class Outcome:
-    """What became of the damages of one kind to one file.
+    """Results for one kind of damage to one file.
 
-    named: refused, in a sentence that names the file. refused: in one that names another, as where two do not fit
-    together. unaffected: all that a load gives is the same. unnoticed: something else was loaded, which `verify`
-    finds with the checksums (`found`) and, of itself, without them (`found_alone`). findings: anything else.
+    Attributes:
+        named: Rejected, with a message that names the file.
+        refused: Rejected, with a message that names another file (for example if two files do not match).
+        unaffected: The loaded model is unchanged.
+        unnoticed: A different model was loaded without an error.
+        found: Of the unnoticed, those that `verify` finds with the checksums.
+        found_alone: Of the unnoticed, those that `verify` finds without checksums.
+        slowest_s: The longest time in seconds.
+        findings: Anything else, which is a bug.
     """
 
     named: int = 0
@@ -74,7 +80,7 @@ class Outcome:
 
 
 def models(folder: Path) -> list[Model]:
-    """One model in each form, with its checksums; its chat template and its license come with it."""
+    """Write one model in each format, with chat template, license and checksums."""
     meta = write_meta(folder / "Tiny-Instruct", params=PARAMS)
     found = []
     for form in FORMS:
@@ -90,7 +96,15 @@ def models(folder: Path) -> list[Model]:
 
 
 def places(size: int, count: int, generator: random.Random) -> list[int]:
-    """`count` different numbers below `size`, or all: both ends, half of the rest near them and half anywhere."""
+    """Choose up to `count` different offsets below `size`.
+
+    Both ends are included; half of the rest is near them and half anywhere.
+
+    Args:
+        size: Number of offsets.
+        count: Number to choose.
+        generator: Source of randomness.
+    """
     if size <= count:
         return list(range(size))
     ends = [*range(min(size, _ENDS)), *range(max(0, size - _ENDS), size)]
@@ -102,20 +116,20 @@ def places(size: int, count: int, generator: random.Random) -> list[int]:
 
 
 def truncations(data: bytes, count: int, generator: random.Random) -> Iterator[tuple[str, bytes]]:
-    """The file's beginnings."""
+    """Truncated versions of a file, each with a description."""
     for place in places(len(data), count, generator):
         yield f"cut at byte {place}", data[:place]
 
 
 def flips(data: bytes, count: int, generator: random.Random) -> Iterator[tuple[str, bytes]]:
-    """The file with one bit turned over."""
+    """Versions of a file with one flipped bit, each with a description."""
     for bit in places(8 * len(data), count, generator):
         byte = bit // 8
         yield f"bit {bit % 8} of byte {byte}", data[:byte] + bytes([data[byte] ^ 1 << bit % 8]) + data[byte + 1 :]
 
 
 def loaded(path: Path) -> dict[str, Any]:
-    """All that a load gives, by its parts."""
+    """Load a model and return all its parts by name."""
     llama = Llama.load(path, precision="fp32", device="cpu")
     tokenizer = llama.tokenizer
     return {
@@ -129,12 +143,12 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    """A NaN is equal to itself, and 0 is not -0."""
+    """The bytes of a tensor: NaN equals itself, and 0 differs from -0."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def damage(model: Model, file: Path, cases: Iterator[tuple[str, bytes]]) -> Outcome:
-    """Put each damaged version in the file's place; at the end it is whole again."""
+    """Load the model with each damaged version of a file, then restore the file."""
     whole, data, outcome = loaded(model.path), file.read_bytes(), Outcome()
     try:
         for what, damaged in cases:
@@ -142,7 +156,7 @@ def damage(model: Model, file: Path, cases: Iterator[tuple[str, bytes]]) -> Outc
             start = time.perf_counter()
             try:
                 _judge(model, file, whole, outcome, what)
-            except Exception as error:  # noqa: BLE001 - which is what this is looking for
+            except Exception as error:  # noqa: BLE001 - any other exception is a finding
                 outcome.findings.append(f"{what}: {error!r}")
             outcome.slowest_s = max(outcome.slowest_s, time.perf_counter() - start)
     finally:
@@ -159,13 +173,13 @@ def _judge(model: Model, file: Path, whole: dict[str, Any], outcome: Outcome, wh
     except LlamaScratchError as error:
         sentence = str(error)
         if not sentence.isprintable():
-            outcome.findings.append(f"{what}: no sentence: {sentence}")
+            outcome.findings.append(f"{what}: not a one-line message: {sentence}")
         if file.name in sentence:
             outcome.named += 1
             return
         outcome.refused += 1
         if not names_it:
-            outcome.findings.append(f"{what}: refused without the file's name, and verify has none: {sentence}")
+            outcome.findings.append(f"{what}: neither the error nor verify names the file: {sentence}")
         return
     if now == whole:
         outcome.unaffected += 1
@@ -179,12 +193,12 @@ def _judge(model: Model, file: Path, whole: dict[str, Any], outcome: Outcome, wh
 
 
 def _names(file: Path, found: Verification) -> bool:
-    """Whether something is wrong and the file is named, as what is wrong or in its sentence."""
+    """Whether a problem was found that names the file."""
     return any(f.result == "wrong" and (f.part == file.name or file.name in f.sentence) for f in found.findings)
 
 
 def _alone(model: Model) -> Verification:
-    """What `verify` finds where there are no checksums."""
+    """Run `verify` without the checksums."""
     sums = model.path / CHECKLIST if model.path.is_dir() else model.path.with_name(f"{model.path.name}.md5")
     aside = sums.with_name("aside")
     sums.rename(aside)
@@ -201,7 +215,17 @@ KINDS: dict[str, Callable[[bytes, int, random.Random], Iterator[tuple[str, bytes
 
 
 def run(folder: Path, form: str, counts: dict[str, int], seed: int) -> dict[str, dict[str, Outcome]]:
-    """File of one form → kind of damage → outcome."""
+    """Damage every file of a model.
+
+    Args:
+        folder: A folder for the models.
+        form: The format of the model.
+        counts: Number of cases per kind of damage.
+        seed: Random seed.
+
+    Returns:
+        File name → kind of damage → outcome.
+    """
     torch.set_num_threads(1)
     model = next(model for model in models(folder) if model.form == form)
     found: dict[str, dict[str, Outcome]] = {}
@@ -224,7 +248,13 @@ def _run(form: str, counts: dict[str, int], seed: int) -> dict[str, dict[str, Ou
 
 
 def figures(found: dict[str, dict[str, dict[str, Outcome]]], seconds: float, seed: int) -> dict[str, Any]:
-    """What docs/reliability.md shows."""
+    """Totals and results per file, which docs/reliability.md shows.
+
+    Args:
+        found: Format → file name → kind of damage → outcome.
+        seconds: Duration of the run.
+        seed: Random seed of the run.
+    """
     files = {f"{form}/{name}": kinds for form, names in found.items() for name, kinds in names.items()}
     total: Counter[str] = Counter()
     for kinds in files.values():
@@ -246,17 +276,17 @@ def figures(found: dict[str, dict[str, dict[str, Outcome]]], seconds: float, see
 
 
 def main() -> int:
-    """Run all, print the figures and keep them; 1 where something was found."""
+    """Damage all files, print and record the figures. Returns 1 if there are findings."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--truncations", type=int, default=200, help="of each file (200)")
-    parser.add_argument("--flips", type=int, default=2000, help="of each file (2,000)")
+    parser.add_argument("--truncations", type=int, default=200, help="truncations per file (default: 200)")
+    parser.add_argument("--flips", type=int, default=2000, help="flipped bits per file (default: 2,000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes (2)")
+    parser.add_argument("--workers", type=int, default=2, help="parallel processes (default: 2)")
     options = parser.parse_args()
     counts = {"truncated": options.truncations, "flipped": options.flips}
     print(f"seed {options.seed}", file=sys.stderr)
     start = time.perf_counter()
-    with ProcessPoolExecutor(options.workers) as pool:  # a crash ends only one of them, and is raised here
+    with ProcessPoolExecutor(options.workers) as pool:  # a crash of a worker is raised here
         parts = pool.map(partial(_run, counts=counts, seed=options.seed), FORMS)
         found = dict(zip(FORMS, parts, strict=True))
     result = figures(found, time.perf_counter() - start, options.seed)

@@ -1,4 +1,7 @@
-"""The same prompt, seed, precision and threads give the same bytes: in a pipe, in a session and in the library."""
+"""The same prompt, seed, precision and threads give the same bytes.
+
+Checked in a pipe, in a session and in the library.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,14 @@ LINES = PROMPTS * 2
 
 
 def pipe(model: str, precision: str, *options: str, threads: int = 1) -> list[str]:
-    """What a process of the command line answers to `LINES`, each line without what is a time."""
+    """Output lines of the command line for `LINES`, without times.
+
+    Args:
+        model: Path of the model.
+        precision: The precision.
+        options: More options.
+        threads: Number of threads.
+    """
     ran = subprocess.run(
         [*PROGRAM, "--model-dir", model, "--precision", precision, "--threads", str(threads), "--quiet", *options],
         input="\n".join(LINES) + "\n",
@@ -46,13 +56,13 @@ def pipe(model: str, precision: str, *options: str, threads: int = 1) -> list[st
 
 
 def without_times(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer's object, of the timing only the tokens."""
+    """Remove the times from the JSON object of an answer; token counts stay."""
     tokens = {name: value for name, value in answer["timing"].items() if not name.endswith("_s")}
     return answer | {"timing": tokens}
 
 
 def library(model: str, precision: str) -> tuple[list[str], list[str]]:
-    """What the library answers to `LINES` after a fresh start, and what the bytes of its logits hash to."""
+    """Answers of a newly loaded model to `LINES` as JSON, and logits' hashes."""
     llama = Llama.load(model, precision=precision)
     answers, hashes = [], []
     for line in LINES:
@@ -65,7 +75,7 @@ def library(model: str, precision: str) -> tuple[list[str], list[str]]:
 
 
 def session(model: str, precision: str, folder: Path) -> str:
-    """What a session on a terminal shows for two prompts and a continuation, without its times."""
+    """Screen of a session after two prompts and a continuation, without times."""
     options = ("--model-dir", model, "--precision", precision, "--threads", "1", "--no-live", *OPTIONS)
     with Terminal(*options, rows=60, env={"XDG_STATE_HOME": str(folder)}) as terminal:
         terminal.wait_for("lists the commands")
@@ -80,7 +90,10 @@ def session(model: str, precision: str, folder: Path) -> str:
 
 
 def after_reuse(model: str, precision: str = "fp32") -> float:
-    """The largest relative L2 distance of logits from a cold run's, after every way to share a beginning."""
+    """Largest relative L2 distance of logits from a cold run after cache hits.
+
+    Covers prefix cache hits of every length.
+    """
     llama = Llama.load(model, precision=precision)
     llama.prepare()
     texts = [llama.encode(text) for text in PROMPTS]
@@ -91,7 +104,7 @@ def after_reuse(model: str, precision: str = "fp32") -> float:
 
     worst = 0.0
     for ids in texts:
-        for length in range(1, len(ids) + 1):  # token by token; then back, and a part at once
+        for length in range(1, len(ids) + 1):  # token by token, then rewind and continue in chunks
             found, fresh = llama.engine.next_logits(ids[:length]).values, cold(ids[:length])
             worst = max(worst, float((found - fresh).norm() / fresh.norm()))
         for length in (1, len(ids) // 2 or 1, len(ids)):
@@ -101,10 +114,13 @@ def after_reuse(model: str, precision: str = "fp32") -> float:
 
 
 def main(processes: int = 20) -> int:
-    """int8, which packs its weights, in so many processes, the rest in a quarter of them, on SmolLM2; keep how many
-    different outputs came of each."""
+    """Count the different outputs of repeated runs on SmolLM2, and record them.
+
+    int8 runs in `processes` processes because its weights are packed in the background, the other precisions in a
+    quarter of them. Returns 1 if outputs differ.
+    """
     started = time.monotonic()
-    kernels.build()  # else the first processes would answer without, and others with them
+    kernels.build()  # otherwise the first processes would run without kernels
     model = str(pull("smollm2", silent)[0].path)
     outputs: dict[str, int] = {}
     torch.set_num_threads(1)

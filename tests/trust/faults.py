@@ -1,10 +1,10 @@
-"""Signals, kills, full disks and several programs at once, while every kind of file is written that the program writes.
+"""Fault injection: signals, kills, full disks and concurrent writers.
 
     python -m tests.trust.faults [--part signals|kill|disk|together] [--count N]
 
-Each moment is a program of its own (a fork, so that it is there at once) that is told to end at a random moment.
-Afterwards every file must be the old version or the new one, whole; what lies beside it must be gone after the next
-run, and at once where the program was told and not killed.
+Each trial forks a process (a fork starts immediately) and ends it at a random time. Afterwards every file must be
+complete: either the old version or the new one. Temporary files must be gone after the next run, or immediately if
+the process received a signal that it can handle.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tests.trust import record
 SEED = 7
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
 MOMENTS = {"signals": 1000, "kill": 200}
-DEADLINE = 20.0  # seconds after which a program that was told to end counts as hanging
+DEADLINE = 20.0  # seconds that a process has to end after a signal; then it counts as hung
 
 NAME, FOLDER = "Llama3.2-1B", "/Llama-3.2-1B"
 PUBLISHED = {
@@ -66,7 +66,7 @@ LAYOUTS: list[weight_cache.Layout] = [((shape, torch.int8), (shape[:1], torch.fl
 
 
 class NotWholeError(Exception):
-    """A file is neither the old version nor the new one, or something lies where nothing should."""
+    """A file is neither the old version nor the new one, or a temporary file was left."""
 
 
 def require(whole: bool, what: str) -> None:
@@ -74,16 +74,22 @@ def require(whole: bool, what: str) -> None:
         raise NotWholeError(what)
 
 
-# --- What is written --------------------------------------------------------------------------
+# --- Kinds of files ---------------------------------------------------------------------------
 
 
 class Stage:
-    """One kind of file. home: an empty home of its own. done: how often the program has written it, as it says."""
+    """One kind of file that the program writes.
+
+    `done` counts the completed writes that the process has reported (in shared memory).
+
+    Args:
+        home: An empty home directory for this stage alone.
+    """
 
     name = ""
     arguments: tuple[str, ...] = ()
     endless = False
-    goes_on = False  # what it leaves is what the next run goes on from
+    goes_on = False  # the next run resumes from the files that this one leaves
 
     def __init__(self, home: Path):
         self.home = home
@@ -98,19 +104,19 @@ class Stage:
         self.shared[:8] = struct.pack("q", count)
 
     def work(self) -> int:
-        """What the program does, in a process of its own: by default its command line."""
+        """Run the program in the child process, by default its command line."""
         return cli_run(list(self.arguments))
 
     def check(self) -> int:
-        """Every file is whole; returns how many there are."""
+        """Check that every file is complete, and return the number of files."""
         raise NotImplementedError
 
     def left(self) -> list[Path]:
-        """What lies beside the files, hidden or by another name."""
+        """Temporary files and other leftovers next to the files."""
         raise NotImplementedError
 
     def next(self) -> None:
-        """The next run, which is left in peace."""
+        """Run the program once more, without a fault."""
         require(self.work() == 0, f"{self.name}: the next run failed")
 
 
@@ -118,7 +124,10 @@ cli_run = cli.run
 
 
 class History(Stage):
-    """Lines in the history: short ones, long ones and pastes of 200 kB. lossy: what has no room may be missing."""
+    """History entries: short lines, long lines and pastes of 200 kB.
+
+    If `lossy`, entries may be missing because the disk was full.
+    """
 
     name = "history"
     endless = True
@@ -129,7 +138,7 @@ class History(Stage):
         self.begin()
 
     def begin(self) -> None:
-        """A new file."""
+        """Start with an empty file."""
         self.path.write_bytes(b"")
         self.first = self.done
 
@@ -155,7 +164,7 @@ class History(Stage):
         require(entries == [self.entry(i) for i in numbers], "history: an entry is torn")
         if not self.lossy:
             known = list(range(self.first, self.first + len(entries)))
-            require(numbers == known, "history: an entry is lost or not in its place")
+            require(numbers == known, "history: an entry is lost or out of order")
             require(self.first + len(entries) - self.done in (0, 1), "history: the last entry is lost")
             self.done = self.first + len(entries)
         if self.lossy or self.path.stat().st_size > 1_000_000:
@@ -171,7 +180,7 @@ class History(Stage):
 
 
 class Sessions(Stage):
-    """A session file that is saved again and again, longer and shorter."""
+    """A session file that is saved repeatedly, with varying lengths."""
 
     name = "sessions"
     endless = True
@@ -203,8 +212,8 @@ class Sessions(Stage):
             return 0
         found = session_file.load(self.path)
         here = int(found.turns[0].input)
-        require(here + 1 - self.done in (0, 1), f"sessions: version {here} after {self.done} were saved")
-        require(found == self.version(here), "sessions: the file is not what was saved")
+        require(here + 1 - self.done in (0, 1), f"sessions: version {here} after {self.done} saves")
+        require(found == self.version(here), "sessions: the file differs from the saved version")
         self.done = here + 1
         return 1
 
@@ -217,7 +226,7 @@ class Sessions(Stage):
 
 
 class Cache(Stage):
-    """Quantized weights of 40 models, with room for ten."""
+    """Cached quantized weights of 40 models, with space for ten."""
 
     name = "int8 cache"
     endless = True
@@ -262,12 +271,12 @@ class Cache(Stage):
             for i in range(len(SHAPES)):
                 found = keeping.get(i)
                 right = found is not None and all(map(torch.equal, found, self.piece(model, i)))
-                require(right, f"int8 cache: piece {i} of model {model} is not what was kept")
+                require(right, f"int8 cache: piece {i} of model {model} differs from the stored one")
             whole += 1
         return whole
 
     def left(self) -> list[Path]:
-        """Stale parts; other ones wait for the next run of their own model."""
+        """Stale `.part` files; newer ones are resumed by the next run with their model."""
         parts = [path for path in self.folder.iterdir() if path.suffix] if self.folder.exists() else []
         return [path for path in parts if time.time() - path.stat().st_mtime > weight_cache._STALE_AFTER_S]
 
@@ -281,7 +290,7 @@ class Cache(Stage):
 
 
 class Conversion(Stage):
-    """`convert` of a small model into one of the three forms."""
+    """`convert` of a small model to one of the three formats."""
 
     def __init__(self, home: Path, form: str, source: Path):
         super().__init__(home)
@@ -295,7 +304,7 @@ class Conversion(Stage):
 
     @property
     def checksum(self) -> Path:
-        """That of a file, beside it."""
+        """The checksum file of a single-file model, in the same directory."""
         return self.target.with_name(f"{self.target.name}.md5")
 
     def contents(self) -> dict[str, bytes]:
@@ -310,9 +319,9 @@ class Conversion(Stage):
         if not self.target.exists():
             return 0
         found = self.contents()
-        if self.target.is_file():  # which is whole without its checksum, too
+        if self.target.is_file():  # a single file is complete even before its checksum is written
             found = {**self.right, **found}
-        require(found == self.right, f"{self.name}: what is there is not the whole model")
+        require(found == self.right, f"{self.name}: the target is not the complete model")
         self.remove()
         return len(self.right)
 
@@ -321,7 +330,10 @@ class Conversion(Stage):
 
 
 class Download(Stage):
-    """`pull` by Meta's link: two shards, which go on where they ended. What waits to go on is no leftover."""
+    """`pull` of two shards from Meta's download link.
+
+    Partial files are resumed, so they are not leftovers.
+    """
 
     name = "download"
     goes_on = True
@@ -335,7 +347,7 @@ class Download(Stage):
         if not self.target.exists():
             return 0
         found = {path.name: path.read_bytes() for path in self.target.iterdir()}
-        require(found == {**PUBLISHED, "checklist.chk": CHECKLIST}, "download: what is there is not the whole model")
+        require(found == {**PUBLISHED, "checklist.chk": CHECKLIST}, "download: the directory is not the complete model")
         shutil.rmtree(self.target)
         return len(found)
 
@@ -345,7 +357,7 @@ class Download(Stage):
 
 
 class Remote(Stage):
-    """A model of gs:// that is brought into the cache."""
+    """A model that is downloaded from gs:// into the cache."""
 
     name = "remote cache"
     goes_on = True
@@ -365,7 +377,7 @@ class Remote(Stage):
         count = 0
         for path in self.folder.rglob("*") if self.folder.exists() else []:
             if path.is_file() and path.suffix != ".part":
-                require(path.read_bytes() == PUBLISHED[path.name], f"remote cache: {path.name} is not whole")
+                require(path.read_bytes() == PUBLISHED[path.name], f"remote cache: {path.name} is incomplete")
                 count += 1
         if count == len(PUBLISHED):
             shutil.rmtree(self.folder)
@@ -375,12 +387,12 @@ class Remote(Stage):
         return list(self.folder.rglob("*.part"))
 
 
-# --- A moment ---------------------------------------------------------------------------------
+# --- One trial --------------------------------------------------------------------------------
 
 
 @dataclass
 class Figures:
-    """What a run has seen."""
+    """Counts and times of a run."""
 
     moments: dict[str, dict[str, int]] = field(default_factory=dict)
     files_checked: int = 0
@@ -411,7 +423,14 @@ class Figures:
 
 @dataclass
 class Run:
-    """A program that runs: the stage's work, or `work` in its place."""
+    """A running child process. It executes `work`, by default the stage's own.
+
+    Args:
+        stage: The kind of file that it writes.
+        work: Replaces `stage.work`.
+        limit: Maximum file size in bytes.
+        number: Distinguishes concurrent processes.
+    """
 
     stage: Stage
     work: Callable[[], int] | None = None
@@ -429,7 +448,18 @@ class Run:
         os.close(ready)
 
     def end(self, number: int | None, wait: float = 0.0) -> tuple[int, float, str]:
-        """Tell it to end after `wait` seconds, or let it; its exit code, the seconds that took, and its words."""
+        """Wait for the process to end, optionally after a signal.
+
+        Args:
+            number: The signal to send, if any.
+            wait: Seconds before the signal.
+
+        Returns:
+            The exit code, the seconds that it took to end, and its output.
+
+        Raises:
+            NotWholeError: If the process does not end in time or prints a traceback.
+        """
         if number is not None:
             time.sleep(wait)
             os.kill(self.child, number)
@@ -442,13 +472,13 @@ class Run:
             time.sleep(0.0005)
         code, words = os.waitstatus_to_exitcode(ended[1]), self.log.read_text(errors="replace")
         self.log.unlink()
-        # A library that an interrupt falls into may make another error of it; the exit code is the interrupt's then.
+        # A library may turn an interrupt into another error; the exit code is still that of the interrupt.
         wrong = ("Traceback", "Exception", *(() if number else ("unexpected",)))
-        require(not any(word in words for word in wrong), f"{self.stage.name}: it said {words}")
+        require(not any(word in words for word in wrong), f"{self.stage.name}: it printed {words}")
         return code, time.monotonic() - told, words
 
     def _run(self, tell: int) -> NoReturn:
-        """The program itself, from its own `main` on, in a process that ends here."""
+        """Run the program's `main` in the child process, which exits here."""
         try:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             for stream in (1, 2):
@@ -474,7 +504,7 @@ class Run:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(ended.code or 0))
-        except BaseException:  # noqa: BLE001 - nothing may go on in this process
+        except BaseException:  # noqa: BLE001 - the child must never return to the caller's code
             traceback.print_exc()
             sys.stderr.flush()
         finally:
@@ -482,7 +512,20 @@ class Run:
 
 
 def at_moments(stages: list[Stage], numbers: Mapping[str, int], count: int, seed: int) -> Figures:
-    """`count` moments, the stages and the signals in turn. Raises `NotWholeError` for the first that is not right."""
+    """Run `count` trials, alternating stages and signals.
+
+    Args:
+        stages: The kinds of files.
+        numbers: Name → number of each signal.
+        count: Number of trials.
+        seed: Seed of the random times.
+
+    Returns:
+        The figures of all trials.
+
+    Raises:
+        NotWholeError: At the first trial with an incomplete file, a leftover or a wrong exit code.
+    """
     chance, figures = random.Random(seed), Figures()
     lasts: dict[str, float] = {}
     turns = itertools.cycle(itertools.product(numbers.items(), stages))
@@ -502,9 +545,9 @@ def at_moments(stages: list[Stage], numbers: Mapping[str, int], count: int, seed
         left = stage.left()
         if number == signal.SIGKILL:
             figures.left_by_killed += bool(left)
-        elif not stage.goes_on and not isinstance(stage, Cache):  # whose pieces wait for the rest
+        elif not stage.goes_on and not isinstance(stage, Cache):  # the cache keeps its parts for the next run
             figures.left_by_told += bool(left)
-        if left and not (stage.goes_on and chance.random() < 0.7):  # else the next moment falls into the going on
+        if left and not (stage.goes_on and chance.random() < 0.7):  # otherwise the next trial interrupts the resume
             stage.next()
             figures.files_checked += stage.check()
             still = [path.name for path in stage.left()]
@@ -515,7 +558,7 @@ def at_moments(stages: list[Stage], numbers: Mapping[str, int], count: int, seed
 
 
 def _lasts(stage: Stage) -> float:
-    """Seconds that the program takes where nothing comes between, or those that one without an end is given."""
+    """Duration of an undisturbed run in seconds; fixed for endless stages."""
     if stage.endless:
         return 0.1
     code, seconds, words = Run(stage).end(None)
@@ -524,11 +567,11 @@ def _lasts(stage: Stage) -> float:
     return seconds * 1.1
 
 
-# --- Where ------------------------------------------------------------------------------------
+# --- Environment ------------------------------------------------------------------------------
 
 
 def use(home: Path) -> None:
-    """Make a folder the home of the programs to come."""
+    """Make a folder the home of all processes that are started from now on."""
     os.environ["HOME"] = str(home)
     for kind in ("state", "cache", "config", "data"):
         os.environ[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
@@ -536,7 +579,7 @@ def use(home: Path) -> None:
 
 @contextlib.contextmanager
 def servers() -> Iterator[str]:
-    """Meta's server and a bucket, in a process of their own that sends slowly; yields their address."""
+    """Run Meta's server and a bucket in a slow process; yields their address."""
     ready, tell = os.pipe()
     parent = os.getpid()
     child = os.fork()
@@ -576,7 +619,7 @@ def _serve(tell: int, parent: int) -> None:
 
 @contextlib.contextmanager
 def stages(place: Path | None = None) -> Iterator[list[Stage]]:
-    """All stages, each in a home of its own below `place`."""
+    """All stages, each with its own home below `place`."""
     from blobfile._common import global_pool_director
 
     from tests.helpers.cloud_storage import Pool
@@ -584,7 +627,7 @@ def stages(place: Path | None = None) -> Iterator[list[Stage]]:
     torch.set_num_threads(1)
     os.environ["BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH"] = "1"
     with tempfile.TemporaryDirectory(prefix="faults-", dir=place) as folder, servers() as address:
-        Path(folder).chmod(0o755)  # for programs of another user, see `without_a_home`
+        Path(folder).chmod(0o755)  # readable by another user, see `without_a_home`
         pool = Pool(address)
         global_pool_director.get_http_pool = lambda: pool  # type: ignore[method-assign]
         source = write_meta(Path(folder) / "Tiny", params=tiny_params(dim=128, n_heads=2, n_kv_heads=1, n_layers=2))
@@ -610,9 +653,21 @@ def stages(place: Path | None = None) -> Iterator[list[Stage]]:
 
 
 def on_a_full_disk(stages: list[Stage], count: int, seed: int, *, mounted: bool) -> dict[str, Any]:
-    """Each program meets a disk with room for some kilobytes: it says so or goes on without, and all is whole.
+    """Run each program with a few kilobytes of disk space.
 
-    mounted: the stages lie on a small disk that can be filled; else no file may grow beyond that.
+    It must report the error or continue, and files must stay complete.
+
+    Args:
+        stages: The kinds of files.
+        count: Runs per stage.
+        seed: Seed of the random sizes.
+        mounted: Whether the stages are on a small disk that can be filled. Otherwise the file size is limited.
+
+    Returns:
+        The figures for the record.
+
+    Raises:
+        NotWholeError: If a file is incomplete, a leftover remains or an exit code is wrong.
     """
     chance, runs, refused, files = random.Random(seed), 0, 0, 0
     for stage in stages:
@@ -624,7 +679,7 @@ def on_a_full_disk(stages: list[Stage], count: int, seed: int, *, mounted: bool)
             with _filled(stage.home.parent, size) if mounted else contextlib.nullcontext():
                 run = Run(stage, limit=None if mounted else size)
                 code, _, words = run.end(signal.SIGINT if stage.endless else None, 0.05)
-            require(code in (0, 1, 130), f"{stage.name}: with room for {size:,} bytes it ended with {code}: {words}")
+            require(code in (0, 1, 130), f"{stage.name}: with {size:,} bytes free it ended with {code}: {words}")
             runs, refused = runs + 1, refused + (code == 1)
             files += stage.check()
             require(
@@ -635,13 +690,13 @@ def on_a_full_disk(stages: list[Stage], count: int, seed: int, *, mounted: bool)
         stage.next()
         files += stage.check()
         require(not stage.left(), f"{stage.name}: the run after a full disk left {stage.left()}")
-    require(refused > 0, "no program ever met the full disk")
+    require(refused > 0, "the disk was never full")
     return {"runs": runs, "refused_in_a_sentence": refused, "files_checked": files, "real_disk": mounted}
 
 
 @contextlib.contextmanager
 def _filled(disk: Path, size: int) -> Iterator[None]:
-    """In here a disk has room for `size` bytes."""
+    """Leave `size` free bytes on a disk inside the context."""
     filler = disk / "filler"
     descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
     try:
@@ -654,7 +709,7 @@ def _filled(disk: Path, size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk() -> Iterator[tuple[Path, bool]]:
-    """A disk of 64 MB, where this machine lets us have one: its folder, and whether it is one."""
+    """Mount a 64 MB disk if possible; yields its folder and whether it is mounted."""
     with tempfile.TemporaryDirectory(prefix="faults-disk-") as folder:
         mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder]
         mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True, check=False).returncode
@@ -669,7 +724,10 @@ def small_disk() -> Iterator[tuple[Path, bool]]:
 
 
 def without_a_home(stages: list[Stage]) -> dict[str, int]:
-    """Homes that are missing, read-only, files or relative: what needs none works, what needs one says so."""
+    """Run with a home that is missing, read-only, a file or relative.
+
+    Commands that need no home work, and the others report the problem.
+    """
     stage = next(stage for stage in stages if isinstance(stage, Download))
     model = str(stage.home.parent / "Tiny")
     place = stage.home.parent / "homes"
@@ -702,16 +760,16 @@ def without_a_home(stages: list[Stage]) -> dict[str, int]:
             for kind in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
                 os.environ.pop(kind, None)
             os.environ.update(home)
-            if not home.get("HOME"):  # as in a container whose user has no entry
+            if not home.get("HOME"):  # as in a container whose user has no passwd entry
                 pwd.getpwuid = _nobody
-            if os.geteuid() == 0:  # for whom nothing is read-only
+            if os.geteuid() == 0:  # root ignores read-only permissions
                 os.seteuid(65534)
             return cli_run(list(arguments))
 
         code, _, words = Run(stage, work).end(None)
         require(code in codes, f"home {name}: {arguments} ended with {code}: {words}")
-        require(code == 0 or words.count("llama-scratch: ") == 1, f"home {name}: {arguments} said {words}")
-        require(not list(here.iterdir()), f"home {name}: {arguments} wrote {list(here.iterdir())} where it was started")
+        require(code == 0 or words.count("llama-scratch: ") == 1, f"home {name}: {arguments} printed {words}")
+        require(not list(here.iterdir()), f"home {name}: {arguments} wrote {list(here.iterdir())} in its directory")
         runs += 1
     return {"homes": len(homes), "runs": runs}
 
@@ -721,8 +779,13 @@ def _nobody(uid: int) -> NoReturn:
 
 
 def without_streams(model: Path) -> dict[str, int]:
-    """Streams that are closed, or lead to a full disk: what cannot be said ends with 1 and a sentence."""
-    commands: dict[tuple[str, ...], bool] = {  # and whether it writes to stdout
+    """Run with closed streams, or streams to a full disk.
+
+    Output that cannot be written gives exit code 1 and a message.
+
+    The other commands keep their exit code.
+    """
+    commands: dict[tuple[str, ...], bool] = {  # command → whether it writes to stdout
         ("--help",): True,
         ("--version",): True,
         ("info", str(model)): True,
@@ -757,11 +820,23 @@ def without_streams(model: Path) -> dict[str, int]:
     return {"commands": len(commands), "runs": runs}
 
 
-# --- Several at once --------------------------------------------------------------------------
+# --- Concurrent processes ---------------------------------------------------------------------
 
 
 def together(stages: list[Stage], programs: int, rounds: int, lines: int) -> dict[str, int]:
-    """Several programs write the same files at once: nothing is lost or mixed, and who must wait is told so."""
+    """Write the same files from several processes.
+
+    Nothing may be lost or mixed, and a process that must wait says so.
+
+    Args:
+        stages: The kinds of files.
+        programs: Number of concurrent processes.
+        rounds: Repetitions per stage.
+        lines: History entries per process.
+
+    Returns:
+        The figures for the record.
+    """
     files = waited = entries = 0
     for stage, _ in itertools.product(stages, range(rounds)):
         use(stage.home)
@@ -796,7 +871,10 @@ def together(stages: list[Stage], programs: int, rounds: int, lines: int) -> dic
 
 
 def _histories(stage: History, programs: int, lines: int) -> int:
-    """Each program adds some lines to one history: all are there, whole and in each one's order."""
+    """Append to one history from several processes.
+
+    All entries must be complete and in the order of each process.
+    """
     stage.begin()
     history = FileHistory(stage.path)
 
@@ -827,7 +905,13 @@ PARTS = ("signals", "kill", "disk", "together")
 
 
 def run(parts: tuple[str, ...] = PARTS, count: int | None = None, seed: int = SEED) -> dict[str, Any]:
-    """The parts' figures. count: moments of signals and of kills; the other parts shrink with it."""
+    """Run some parts and return their figures.
+
+    Args:
+        parts: Names from `PARTS`.
+        count: Number of trials with signals and with kills; if given, the other parts are shortened too.
+        seed: Random seed.
+    """
     figures: dict[str, Any] = {"seed": seed}
     short = count is not None
     start = time.monotonic()
@@ -850,8 +934,8 @@ def run(parts: tuple[str, ...] = PARTS, count: int | None = None, seed: int = SE
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="one part alone (all, whose figures are recorded)")
-    parser.add_argument("--count", type=int, help="moments of signals and of kills (1,000 and 200, which are recorded)")
+    parser.add_argument("--part", choices=PARTS, help="run only this part (default: all, and record the figures)")
+    parser.add_argument("--count", type=int, help="trials with signals and with kills (default: 1,000 and 200)")
     options = parser.parse_args()
     figures = run((options.part,) if options.part else PARTS, options.count)
     print(json.dumps(figures, indent=2))

@@ -1,11 +1,12 @@
-"""Every reader of outside bytes is given broken ones, and must refuse them in a sentence or take them.
+"""Fuzz every reader of untrusted input.
 
     python -m tests.trust.fuzz [--target NAME] [--count N] [--seed N] [--jobs N]
 
-The inputs are small files of each kind, changed where their structure is: JSON values of other kinds, numbers at the
-ends of their ranges, opcodes of a pickle, counts and lengths of a header, and bits and ranges of bytes besides. Each
-is made of its target, the seed and its number alone. A reader runs in a process of its own, under a limit of memory
-and a deadline, so that a crash and a hang are findings like any other; what was found is kept in `cases/`.
+A reader must accept a mutated file or reject it with an error message. The inputs are small valid files with
+structure-aware mutations: JSON values of other types, numbers at the limits of their range, pickle opcodes, counts and
+lengths in headers, and random bits and byte ranges. An input depends only on its target, the seed and its number. A
+reader runs in a separate process with a memory limit and a deadline, so crashes and hangs are findings too. Inputs that
+caused a finding are stored in `cases/`.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ from tests.trust import record
 
 CASES = Path(__file__).parent / "cases"
 COUNT = 1_000_000
-SECONDS = 1.0  # of the CPU's time that a reader may take
-ROOM = 128 << 20  # bytes that a reader may take beyond what the process has, whatever the file's size
-PEAK_FLOOR, PEAK_PER_BYTE = 4 << 20, 64  # and what its own objects may, looked at in one input of so many:
-SAMPLE = 101
-RENEWED = 50_000  # inputs that a process reads: tracemalloc leaves some kilobytes behind each time, which add up
-STALLED = 30.0  # seconds without a new input after which code outside of Python hangs
+SECONDS = 1.0  # maximum CPU time per input
+ROOM = 128 << 20  # maximum additional memory of the process in bytes, for any file size
+PEAK_FLOOR, PEAK_PER_BYTE = 4 << 20, 64  # maximum size of the Python objects in bytes: floor, and per input byte
+SAMPLE = 101  # one input of this many is traced with tracemalloc
+RENEWED = 50_000  # inputs per process: tracemalloc leaks some kilobytes each time
+STALLED = 30.0  # seconds without a new input until native code counts as hung
 
 PARAMS = tiny_params(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim_multiplier=1.0)
 MESSAGES = [Message("system", "Be <|eot_id|> brief."), Message("user", "Hello"), Message("assistant", "Hi")]
@@ -82,10 +83,10 @@ _TEMPLATES = TemplateProcess()
 
 
 class HangError(BaseException):
-    """Raised in a reader that takes too long; no reader catches it."""
+    """The reader takes too long. A `BaseException`, so that no reader catches it."""
 
 
-# --- Changing bytes ---------------------------------------------------------------------------
+# --- Mutations --------------------------------------------------------------------------------
 
 _NUMBERS: tuple[int, ...] = (
     0,
@@ -107,7 +108,7 @@ _NUMBERS += ((1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def change_bytes(data: bytes, chance: Random) -> bytes:
-    """One to four changes: bits, bytes, ranges, numbers, an early end."""
+    """Apply one to four mutations: bits, bytes, ranges, numbers, truncation."""
     changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4))):
         size = len(changed)
@@ -134,7 +135,7 @@ def change_bytes(data: bytes, chance: Random) -> bytes:
 
 
 class _Raw(float):
-    """A number that JSON writes as it is told to."""
+    """A number that JSON serializes as a given text."""
 
     def __new__(cls, text: str) -> _Raw:
         found = super().__new__(cls, 0.5)
@@ -148,7 +149,7 @@ class _Raw(float):
 
 
 def _odd(chance: Random) -> Any:
-    """A value that nothing expects."""
+    """Choose an unexpected value."""
     return chance.choice(
         (
             *(None, True, False, 0, -1, 1, 0.5, -0.0, 1e308, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400),
@@ -173,7 +174,7 @@ def _tree(data: bytes) -> tuple[Any, list[tuple[Any, ...]]]:
 
 
 def change_json(data: bytes, chance: Random) -> bytes:
-    """Values of other kinds, names that are gone, new or there twice, depth without end; bytes besides."""
+    """Change values and keys of JSON, or nest deeply; sometimes change bytes."""
     if chance.random() < 0.2:
         return change_bytes(data, chance)
     value, paths = _tree(data)
@@ -213,7 +214,10 @@ def change_json(data: bytes, chance: Random) -> bytes:
 
 
 def _copied(value: Any, path: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The value with copies of all that holds the place, and what holds the place; None where it is gone."""
+    """Copy all containers along a path.
+
+    Returns the new root, and the innermost container or None if the path is gone.
+    """
     copies = []
     holder = value
     for key in path:
@@ -242,7 +246,7 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def change_lines(data: bytes, chance: Random) -> bytes:
-    """Lines that are gone, there twice, in another order or of another kind; bytes besides."""
+    """Remove, duplicate, reorder or replace lines; sometimes change bytes."""
     if chance.random() < 0.4:
         return change_bytes(data, chance)
     lines = data.split(b"\n")
@@ -270,7 +274,7 @@ def change_lines(data: bytes, chance: Random) -> bytes:
 
 
 def change_session(data: bytes, chance: Random) -> bytes:
-    """A line of JSON that is changed as JSON."""
+    """Mutate one line of a JSON Lines file as JSON."""
     lines = data.split(b"\n")
     at = chance.randrange(len(lines) - 1)
     if chance.random() < 0.3:
@@ -279,7 +283,7 @@ def change_session(data: bytes, chance: Random) -> bytes:
     return b"\n".join(lines)
 
 
-# Pieces of pickles: calls, depth, sizes that are not there, places in the memo, persistent ids.
+# Pickle fragments: calls, nesting, wrong sizes, memo indices, persistent ids.
 _OPCODES = (
     *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nload\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"),
     *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch.nn.parameter\nParameter\n", b"ctorch\nfloat32\n"),
@@ -331,7 +335,7 @@ _OPCODES = (
 
 
 def change_pth(data: bytes, chance: Random) -> bytes:
-    """The description of the tensors is changed, or the archive around it, whose checksums stay right."""
+    """Mutate the pickle or the ZIP archive around it, with correct ZIP checksums."""
     if chance.random() < 0.25:
         return change_bytes(data, chance)
     names, contents = _records(data)
@@ -369,7 +373,7 @@ def _change_pickle(data: bytes, chance: Random) -> bytes:
 
 
 def change_safetensors(data: bytes, chance: Random) -> bytes:
-    """The JSON of the header, with its length told right or wrong."""
+    """Mutate the JSON header, with a correct or wrong length field."""
     if chance.random() < 0.2:
         return change_bytes(data, chance)
     (size,) = struct.unpack_from("<Q", data)
@@ -383,7 +387,10 @@ _GGUF_KINDS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 1
 
 @cache
 def _gguf_places(data: bytes) -> list[tuple[int, int]]:
-    """Where the numbers of a header lie, and their bytes: versions, counts, lengths, types, values and offsets."""
+    """Offset and size of each number in the header.
+
+    The numbers are versions, counts, lengths, types, values and offsets.
+    """
     at, found = 24, [(4, 4), (8, 8), (16, 8)]
 
     def number(width: int) -> int:
@@ -404,7 +411,7 @@ def _gguf_places(data: bytes) -> list[tuple[int, int]]:
             kept = len(found)
             for _ in range(count):
                 value(inner)
-            del found[kept + 6 :]  # the first ones stand for all
+            del found[kept + 6 :]  # the first ones represent all elements
         else:
             number(struct.calcsize("<" + _GGUF_KINDS[kind]))
 
@@ -422,7 +429,7 @@ def _gguf_places(data: bytes) -> list[tuple[int, int]]:
 
 
 def change_gguf(data: bytes, chance: Random) -> bytes:
-    """Numbers of the header at the ends of their ranges, or a little off; bytes of the header besides."""
+    """Set header numbers to extreme or slightly wrong values, or change bytes."""
     places = _gguf_places(data)
     header = places[-1][0] + 8
     changed = data
@@ -489,7 +496,7 @@ _JINJA = (
 
 
 def change_template(data: bytes, chance: Random) -> bytes:
-    """Pieces of Jinja at any place."""
+    """Insert Jinja fragments at random places."""
     if chance.random() < 0.3:
         return change_bytes(data, chance)
     text = data.decode()
@@ -521,7 +528,7 @@ _TEXTS = (
 
 
 def change_text(data: bytes, chance: Random) -> bytes:
-    """Pieces of texts, some of them again and again."""
+    """Combine text fragments, some of them repeated."""
     if chance.random() < 0.2:
         return chance.randbytes(chance.choice((1, 3, 40, 2_000)))
     return "".join(
@@ -534,7 +541,14 @@ def change_text(data: bytes, chance: Random) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """A reader. seeds: files of its kind, as they are written. file: the name that the input gets on the disk."""
+    """A reader to fuzz.
+
+    Args:
+        seeds: Returns valid files of its kind.
+        change: Mutates a file.
+        read: Reads a file.
+        file: File name of the input.
+    """
 
     seeds: Callable[[Path], list[bytes]]
     change: Callable[[bytes, Random], bytes]
@@ -544,7 +558,7 @@ class Target:
 
 @cache
 def _model(folder: Path, form: str = "meta") -> Path:
-    """A whole small model with a chat template."""
+    """Write a complete small model with a chat template."""
     meta = folder / "meta" / "Tiny-Instruct"
     if form == "meta":
         return meta if meta.exists() else write_meta(meta, params=PARAMS)
@@ -560,7 +574,7 @@ def _seed_file(name: str, form: str = "hf") -> Callable[[Path], list[bytes]]:
 
 
 def _tokenizer_json_seeds(folder: Path) -> list[bytes]:
-    """With few special tokens, so that changes fall elsewhere as well."""
+    """A tokenizer with few special tokens, so that mutations reach other parts."""
     whole = json.loads((_model(folder, "hf") / "tokenizer.json").read_bytes())
     gone = {token["content"] for token in whole["added_tokens"][12:]}
     whole["added_tokens"] = whole["added_tokens"][:12]
@@ -623,7 +637,7 @@ def _read_generation_config(path: Path) -> None:
 def _read_tokenizer_config(path: Path) -> None:
     settings = read_object(path)
     chat: Any = huggingface._chat(path.parent, settings, _tokenizer())
-    assert chat is None or chat.source  # which is not run before it is used
+    assert chat is None or chat.source  # the template does not run until it is used
 
 
 def _read_tokenizer_json(path: Path) -> None:
@@ -637,7 +651,7 @@ def _read_template(path: Path) -> None:
 
 
 def _render(chat: ChatFormat) -> None:
-    vars(chat)["_process"] = _TEMPLATES  # instead of one for each format
+    vars(chat)["_process"] = _TEMPLATES  # one process for all formats
     chat.parts(MESSAGES)
 
 
@@ -647,17 +661,17 @@ def _read_tokenizer_model(path: Path) -> None:
 
 
 def _read_text(path: Path) -> None:
-    """What a prompt is: it comes back as it was."""
+    """Encode and decode a prompt; the text must survive the round trip."""
     text = path.read_bytes().decode("utf-8", errors="replace")
     tokenizer = _tokenizer()
     for special in (False, True):
         if tokenizer.decode(tokenizer.encode(text, special=special)) != text:
-            raise ValueError("the text does not come back")
+            raise ValueError("decoding does not restore the text")
     tokenizer.warnings(text, special=True)
     stream = StreamDecoder(tokenizer)
     ids = tokenizer.encode(text)
     if "".join(stream.push(id, final=i == len(ids) - 1) for i, id in enumerate(ids)) != text:
-        raise ValueError("the stream does not give the text back")
+        raise ValueError("the stream decoder does not restore the text")
 
 
 def _session_seeds(folder: Path) -> list[bytes]:
@@ -706,7 +720,7 @@ def _hub_seeds(_: Path) -> list[bytes]:
 
 
 def _kept_pieces(folder: Path) -> PackedWeightCache:
-    """Those of an int8 model and an int4 one, kept below a folder."""
+    """A weight cache with pieces of an int8 and an int4 model, below a folder."""
     types = torch.int8, torch.uint8
     layouts = [((((2, 8, 16, 4), kind), ((2, 1, 16), torch.float16))) for kind in types for _ in range(2)]
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}):
@@ -729,7 +743,7 @@ def _kept_seeds(folder: Path) -> list[bytes]:
 
 
 def _read_kept(path: Path) -> None:
-    """Each piece is that which was kept, or none."""
+    """Read each piece from the cache: it must be equal to the stored one or missing."""
     place = _kept_pieces(path.parent)._path
     assert place is not None
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -738,9 +752,9 @@ def _read_kept(path: Path) -> None:
     found = [pieces.get(i) for i in range(4)]
     for i, piece in enumerate(found):
         if piece is not None and not all(map(torch.equal, piece, _piece(i))):
-            raise ValueError(f"piece {i} is not the one that was kept")
+            raise ValueError(f"piece {i} differs from the stored one")
     if None in found:
-        raise CheckpointError("It is made again.")
+        raise CheckpointError("It is packed again.")
 
 
 _TEMPLATE = (
@@ -800,7 +814,10 @@ TARGETS = {
 
 @dataclass
 class Figures:
-    """What became of a target's inputs. peak: the most that one of the sampled readers' objects took, in bytes."""
+    """Results of a target.
+
+    `peak_bytes` is the largest size of Python objects among the sampled inputs.
+    """
 
     inputs: int = 0
     taken: int = 0
@@ -811,7 +828,7 @@ class Figures:
     findings: list[str] = field(default_factory=list)
 
     def add(self, other: Figures) -> None:
-        """Those of another run."""
+        """Add the results of another run."""
         self.inputs += other.inputs
         self.taken += other.taken
         self.refused += other.refused
@@ -822,7 +839,18 @@ class Figures:
 
 
 def problem(target: Target, data: bytes, path: Path, figures: Figures, *, sampled: bool = False) -> str | None:
-    """Let the reader read it; what is wrong with how it took it, or None."""
+    """Read one input and check the reader's behavior.
+
+    Args:
+        target: The reader.
+        data: The input.
+        path: File to write it to.
+        figures: Results to update.
+        sampled: Whether to trace the reader's objects.
+
+    Returns:
+        A description of the problem, or None.
+    """
     path.write_bytes(data)
     if sampled:
         tracemalloc.start()
@@ -839,12 +867,12 @@ def problem(target: Target, data: bytes, path: Path, figures: Figures, *, sample
         figures.refused += 1
         sentence = str(error)
         if not sentence.isprintable() or not sentence.endswith((".", "?")) or len(sentence) > 1_500:
-            found = f"it is refused, but in no sentence: {sentence[:200]!r}"
+            found = f"rejected without a proper message: {sentence[:200]!r}"
     except HangError:
         found = f"it takes longer than {SECONDS:g} s"
     except MemoryError:
         found = f"it takes more than {ROOM >> 20} MB"
-    except BaseException as error:  # noqa: BLE001 - whatever a reader lets through
+    except BaseException as error:  # noqa: BLE001 - any other exception is a finding
         found = f"{type(error).__name__}: {str(error)[:200]}"
     figures.slowest_s = max(figures.slowest_s, time.process_time() - start)
     if sampled:
@@ -861,7 +889,7 @@ def _hang(_number: int, _frame: FrameType | None) -> None:
 
 
 def bound() -> None:
-    """Set a deadline and a limit of memory for this process, for good."""
+    """Set the deadline handler and the memory limit of this process permanently."""
     signal.signal(signal.SIGPROF, _hang)
     text = Path("/proc/self/status").read_text() if sys.platform.startswith("linux") else ""
     if match := re.search(r"VmData:\s+(\d+) kB", text):
@@ -870,7 +898,19 @@ def bound() -> None:
 
 
 def inputs(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step: int) -> Iterator[tuple[int, bytes]]:
-    """A target's inputs by their numbers."""
+    """Generate inputs of a target.
+
+    Args:
+        name: The target.
+        seeds: Its valid files.
+        seed: Random seed.
+        first: Number of the first input.
+        stop: Number after the last input.
+        step: Distance between the numbers.
+
+    Yields:
+        The number and the bytes of each input.
+    """
     change = TARGETS[name].change
     for number in range(first, stop, step):
         chance = Random(f"{name} {seed} {number}")
@@ -878,14 +918,14 @@ def inputs(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step
 
 
 def _work(name: str, seeds: list[bytes], seed: int, first: int, stop: int, step: int, at: mmap.mmap, tell: Any) -> None:
-    """Read the inputs, and tell the figures; `at` says which one is read."""
+    """Read the inputs and send the results; `at` holds the current number."""
     target, figures, start = TARGETS[name], Figures(), time.monotonic()
     root = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    faulthandler.enable()  # where it was when the process ends, on the error output
-    warnings.simplefilter("ignore")  # of zipfile and of torch, about what is broken on purpose
+    faulthandler.enable()  # prints the stack to stderr if the process crashes
+    warnings.simplefilter("ignore")  # zipfile and torch warn about the broken files
     with tempfile.TemporaryDirectory(dir=root) as folder:
         path = Path(folder) / target.file
-        for data in seeds:  # which are whole; and what the reader imports is there
+        for data in seeds:  # valid files, which also trigger the reader's imports
             path.write_bytes(data)
             target.read(path)
         bound()
@@ -909,7 +949,20 @@ def _keep(name: str, number: int, data: bytes, found: str) -> str:
 
 
 def run(name: str, count: int, seed: int = 0, job: int = 0, jobs: int = 1) -> Figures:
-    """Every `jobs`-th input of a target, in a process that is begun again behind whatever ends it."""
+    """Read every `jobs`-th input of a target in a worker process.
+
+    The process is restarted if it dies.
+
+    Args:
+        name: The target.
+        count: Number of inputs of all jobs together.
+        seed: Random seed.
+        job: Number of this job, from 0.
+        jobs: Number of jobs.
+
+    Returns:
+        The results, with crashes and hangs as findings.
+    """
     with tempfile.TemporaryDirectory() as folder:
         seeds = TARGETS[name].seeds(Path(folder))
     whole, first = Figures(), job
@@ -961,10 +1014,10 @@ def _run_all(names: list[str], count: int, seed: int, job: int, jobs: int, tell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS, help="one reader alone (all, whose figures are recorded)")
-    parser.add_argument("--count", type=int, default=COUNT, help=f"inputs a reader ({COUNT:,}, which are recorded)")
+    parser.add_argument("--target", choices=TARGETS, help="fuzz only this reader (default: all)")
+    parser.add_argument("--count", type=int, default=COUNT, help=f"inputs per reader (default: {COUNT:,}; recorded)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [options.target] if options.target else list(TARGETS)
@@ -986,7 +1039,7 @@ def main() -> None:
 
 
 def _record(found: dict[str, Figures], seed: int) -> None:
-    """Keep the figures, beside those of other targets that were run before."""
+    """Record the figures, and keep those of other targets from earlier runs."""
     try:
         targets = record.read("fuzz")["targets"]
     except FileNotFoundError:

@@ -1,5 +1,4 @@
-"""What memory is taken, beside what was predicted; that prompts leave none behind; what limits below the need do; and
-what the checks on the way of each token cost."""
+"""Measure peak memory, growth over prompts, limits, and cost of the checks."""
 
 from __future__ import annotations
 
@@ -28,11 +27,11 @@ from tests.trust.record import RESULTS, read, write
 if TYPE_CHECKING:
     import torch
 
-_SAMPLE = 0.002  # seconds between two looks at a process
+_SAMPLE = 0.002  # seconds between two samples of a process
 
 
 def anonymous(process: int | str = "self") -> int:
-    """Bytes that a process holds beyond pages of files (Linux)."""
+    """Anonymous resident memory of a process in bytes, without file pages (Linux)."""
     found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
 
@@ -43,18 +42,19 @@ def anonymous(process: int | str = "self") -> int:
 def peak(
     path: Path, precision: str, context: int, *, kernels: bool = False, calibrated: bool = False
 ) -> dict[str, Any]:
-    """Load a model in a process of its own, pack its weights if it has to, and fill its context.
+    """Measure the peak memory of loading a model and filling its context.
+
+    The weight cache is emptied first, because cached weights would be mapped.
 
     Args:
         path: The model.
         precision: As for `Llama.load`.
-        context: The number of tokens that are read.
-        kernels: With ours, compiled before.
-        calibrated: Nothing is read, and what is predicted is what the calibration takes.
+        context: Number of tokens in the text.
+        kernels: Whether to use the C++ kernels, compiled beforehand.
+        calibrated: Whether to measure the calibration instead of a text.
 
     Returns:
-        The bytes that were predicted, by what for, and the most that were taken from there on. Weights that were kept
-        would be mapped, so none are there.
+        The predicted bytes by purpose, and the largest number of bytes allocated after the prediction.
     """
     command = [sys.executable, "-m", "tests.trust.memory", "--one", str(path), precision, str(context)]
     home = _cache(kernels)
@@ -66,7 +66,7 @@ def peak(
         while child.poll() is None:
             try:
                 most = max(most, anonymous(child.pid))
-            except OSError:  # it ended just now
+            except OSError:  # the process has just ended
                 break
             time.sleep(_SAMPLE)
         assert child.stdout
@@ -76,12 +76,12 @@ def peak(
     return found | {"measured": taken, "predicted_to_measured": round(predicted / taken, 3)}
 
 
-_homes: list[TemporaryDirectory[str]] = []  # until this program ends
+_homes: list[TemporaryDirectory[str]] = []  # removed when this program ends
 
 
 @cache
 def _cache(kernels: bool) -> Path:
-    """A folder in which weights are kept, with the compiled kernels."""
+    """Create a cache folder, with the compiled kernels if they are used."""
     _homes.append(TemporaryDirectory())
     home = Path(_homes[-1].name)
     if kernels:
@@ -110,11 +110,11 @@ def _one(path: str, precision: str, context: int, *, calibrated: bool) -> dict[s
         engine.require_device_memory(needed, what, device)
 
     vars(loading)["require_device_memory"] = noted
-    # Calibration takes minutes: here scales are searched for.
+    # Calibration takes minutes, so search for the scales instead.
     vars(loading)["calibration_text"] = lambda *_: None
-    torch.ones(512, 512) @ torch.ones(512, 512)  # its threads are there
+    torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads
     llama = library.Llama.load(path, precision=precision, context=context)
-    llama.predict("The")  # which waits for packed weights
+    llama.predict("The")  # waits for the packed weights
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(llama.args.vocab_size, (context - 4,), generator=generator).tolist()
     list(llama.generate(ids, 4))
@@ -150,9 +150,18 @@ _CONTEXT = 256
 
 
 def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
-    """Ask so many prompts of mixed lengths here, each answered and continued, some with logits of every token.
+    """Measure memory growth over many prompts of mixed lengths in this process.
 
-    Returns the bytes held after each tenth of them; the first half is the warm-up, in which all lengths are met.
+    Each prompt is answered and continued, some with the logits of every token. The first half is the warm-up, which
+    covers all lengths.
+
+    Args:
+        path: The model.
+        precision: As for `Llama.load`.
+        prompts: Number of prompts.
+
+    Returns:
+        The bytes in use after each tenth of the prompts, and the growth in the second half.
     """
     from llama_scratch import Llama
     from llama_scratch.system.memory import trim_heap
@@ -160,7 +169,7 @@ def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
     llama = Llama.load(path, precision=precision, context=_CONTEXT)
     llama.prepare()
     drawn = random.Random(0)
-    llama.predict([1] * _CONTEXT)  # the cache is as large as it gets
+    llama.predict([1] * _CONTEXT)  # the cache has its full size now
     held = []
     for number in range(1, prompts + 1):
         length = int(2 ** drawn.uniform(0, 3 if number % 20 else 6))  # most are short
@@ -181,7 +190,16 @@ def growth(path: Path, precision: str, prompts: int) -> dict[str, Any]:
 
 
 def limited(kind: str, limit: int, *arguments: str) -> tuple[int, str]:
-    """The exit code of the command line, and what it says, under a limit: RLIMIT_AS or RLIMIT_DATA."""
+    """Run the command line under a memory limit.
+
+    Args:
+        kind: RLIMIT_AS or RLIMIT_DATA.
+        limit: The limit in bytes.
+        arguments: Arguments of the command line.
+
+    Returns:
+        The exit code and stderr.
+    """
     code = (
         f"import resource; resource.setrlimit(resource.{kind}, ({limit}, {limit})); "
         "from llama_scratch.__main__ import main; main()"
@@ -192,7 +210,13 @@ def limited(kind: str, limit: int, *arguments: str) -> tuple[int, str]:
 
 
 def limits(path: Path, kind: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """The exit codes under limits of so many MiB, with the sentences that have no numbers or are not one line."""
+    """Exit codes under memory limits, and malformed error messages.
+
+    Args:
+        path: The model.
+        kind: RLIMIT_AS or RLIMIT_DATA.
+        sizes: Limits in MiB.
+    """
     codes: dict[int, list[int]] = {}
     findings = []
     for size in sizes:
@@ -208,7 +232,10 @@ def limits(path: Path, kind: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def cost(path: Path, precision: str) -> dict[str, Any]:
-    """Microseconds of the checks that guard a start and a token, beside a start's and a token's; in a fresh process."""
+    """Measure the time of the checks per start and per token, in a new process.
+
+    Returns microseconds and shares of the total.
+    """
     command = [sys.executable, "-m", "tests.trust.memory", "--cost", str(path), precision]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return found
@@ -252,7 +279,7 @@ def _cost(path: str, precision: str) -> dict[str, Any]:
 
 
 def _each(function: Callable[[], object], times: int) -> float:
-    """Seconds that a call takes."""
+    """Time of one call in seconds."""
     return min(timeit.repeat(function, number=times, repeat=3)) / times
 
 
@@ -263,10 +290,13 @@ PARTS = ("peak", "calibration", "growth", "limits", "cost")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, with SmolLM2 and a random model of Llama 3.2 1B's shape (prompts: a small one), and keep the figures."""
+    """Measure SmolLM2 and a random 1B model, and record the figures.
+
+    The growth over many prompts is measured with a small model. Returns 1 if a figure is out of bounds or missing.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--directory", type=Path, default=Path(".cache/trust"), help="where the 1B model is kept")
+    parser.add_argument("--directory", type=Path, default=Path(".cache/trust"), help="directory of the 1B model")
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
@@ -318,8 +348,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sound(figures: dict[str, Any]) -> bool:
-    """Whether what was measured is within its bounds: 10 % of a need of 300 MB and more, 20 bytes a prompt, 1 % of the
-    time, and a sentence with numbers under each limit."""
+    """Whether all measurements are within bounds.
+
+    The prediction of needs above 300 MB is within 10 %, growth is below 20 bytes per prompt, checks take less than 1 %
+    of the time, and each limit gives a message with numbers.
+    """
     peaks = [row["predicted_to_measured"] for row in figures["peak"] + figures["calibration"] if row["measured"] > 3e8]
     return (
         all(0.9 <= found <= 1.1 for found in peaks)

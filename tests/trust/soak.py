@@ -1,7 +1,8 @@
-"""A long session against a model of its state: seeded random commands, each answer compared with a fresh engine's.
+"""Soak test of the session: seeded random commands, checked against a model.
 
-`State` says in plain values what a session must be after each command. Its answers come from weights that were loaded
-a second time and from engines without a past; every 500th is compared with a process of its own, too.
+`State` holds the expected state of the session after each command as plain values. The expected answers come from
+weights that are loaded a second time and from new engines without a cache. Every 500th answer is also compared with
+a separate process.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ from llama_scratch.system.progress import Progress, silent
 from tests.helpers.checkpoints import write_meta
 from tests.trust.record import write
 
-# Relative L2 distance of logits, a session's from a fresh engine's: rounding of the precision, in another order.
+# Maximum relative L2 distance between the logits of the session and of a fresh engine: rounding in another order.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-5, "bf16": 1e-5, "int8": 5e-2}
-# In a text of one token again and again a trained network subtracts large numbers that are nearly equal: rounding in
-# float32 moves its answer by some 1e-5, cached or not, from that in float64.
+# If a text repeats one token, a trained network subtracts large, nearly equal numbers: with or without the cache,
+# float32 rounding moves its logits by about 1e-5 from the float64 logits.
 REPEATED, REPEATED_BOUND = ", one token repeated", 1e-4
 A_PROCESS_EVERY = 500
-MOMENTS = 1000  # texts that /undo goes back to
+MOMENTS = 1000  # texts that /undo keeps
 WORDS = (
     "the", "nation", "in", "air,", "onto", "stars!", "end", "of", "it?", "No:", "he", "said", "(to", "her)", "42",
     "caf\u00e9", "\u65e5\u672c", "\U0001f389", "//x",
@@ -62,32 +63,38 @@ WORDS = (
 
 
 class FoundError(Exception):
-    """The session is not what the model of it says."""
+    """The session differs from its model."""
 
 
 class RefusedError(Exception):
-    """The model of the session says that a command must be refused."""
+    """According to the model of the session, the command must fail."""
 
 
-# --- What a session must be -------------------------------------------------------------------
+# --- The model of a session -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Change:
-    """An intervention, made on the reference; line: the command that makes it, None where that takes the text too."""
+    """An intervention on the reference network.
+
+    `line` is the command that creates it, or None if the command also depends on the text.
+    """
 
     made: Intervention
     line: str | None
 
     @property
     def label(self) -> str:
-        """As the session names it."""
+        """The session's name for the intervention."""
         return self.made.label
 
 
 @dataclass(frozen=True)
 class Said:
-    """A text, what Enter adds to it, and how its answer was made. past: it was loaded and is not answered yet."""
+    """A text, the tokens that Enter appends, and the settings of its answer.
+
+    If `past`, the text was loaded from a file and is not answered yet.
+    """
 
     ids: tuple[int, ...]
     offered: tuple[int, ...]
@@ -99,7 +106,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Talk:
-    """A chat: its system prompt, and each question as messages and as ids."""
+    """A chat: the system prompt, and each question as messages and as token ids."""
 
     system: str = ""
     asked: tuple[tuple[tuple[Message, ...], tuple[int, ...]], ...] = ()
@@ -107,7 +114,7 @@ class Talk:
 
 @dataclass(frozen=True)
 class State:
-    """What a session must be."""
+    """The expected state of a session."""
 
     source: str
     precision: str
@@ -122,14 +129,14 @@ class State:
 
     @property
     def now(self) -> Said:
-        """The newest text. Raises `RefusedError` where there is none."""
+        """The newest text. Raises `RefusedError` if there are no texts."""
         if not self.texts:
             raise RefusedError
         return self.texts[-1]
 
 
 class Reference:
-    """The same models, loaded a second time; its engines have no past."""
+    """The same models, loaded a second time and run on new engines without a cache."""
 
     def __init__(self, context: int) -> None:
         self.context = context
@@ -137,7 +144,7 @@ class Reference:
         self._last: tuple[Any, Tensor] | None = None
 
     def llama(self, state: State, precision: str | None = None) -> Llama:
-        """The model without interventions."""
+        """Return the model without interventions."""
         key = state.source, precision or state.precision
         if key not in self._llamas:
             self._llamas[key] = Llama.load(key[0], precision=key[1], context=self.context)
@@ -145,13 +152,22 @@ class Reference:
         return self._llamas[key]
 
     def engine(self, state: State, precision: str | None = None, on: Sequence[Change] | None = None) -> Engine:
-        """A new engine with the interventions of a state."""
+        """Create an engine with the interventions `on`, by default those in `state`."""
         llama = self.llama(state, precision)
         llama.engine = Engine(llama.engine.model, llama.context, llama.engine.packing)
         return changed(llama, [change.made for change in (state.on if on is None else on)]).engine
 
     def logits(self, state: State, ids: Sequence[int], said: Said | None = None) -> Tensor:
-        """What comes after ids: (vocab_size,). said: in the precision, and with the interventions, of that answer."""
+        """Logits of the next token, (vocab_size,).
+
+        Args:
+            state: The model, and the precision and interventions unless `said` is given.
+            ids: The text.
+            said: An answer whose precision and interventions are used instead.
+
+        Raises:
+            RefusedError: If the text is empty or longer than the context.
+        """
         precision, on = (said.precision, said.on) if said else (state.precision, state.on)
         key = (state.source, precision, tuple(map(id, on)), tuple(ids))
         if self._last is None or self._last[0] != key:
@@ -162,7 +178,7 @@ class Reference:
 
 
 def likely(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Probabilities from which a token is drawn, (vocab_size,), written down from the filters' definitions."""
+    """Sampling probabilities from the definitions of the filters, (vocab_size,)."""
     p = torch.softmax((logits.double() - logits.max().double()) / temperature, -1)
     order = p.sort(descending=True).indices
     if top_k:
@@ -181,13 +197,21 @@ def likely(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
 # --- The soak ---------------------------------------------------------------------------------
 
 After = Callable[[State, dict[str, Any]], list[State]]
-"""State before, and the command's object → the states that it goes through; the last one is where it ends."""
+"""State before and JSON output of a command → the states that it passes through; the last one is the result."""
 
 
 class Soak:
-    """One session, and the model of it.
+    """One session and its model. Raises `FoundError` at the first difference.
 
-    folder: for files. other: another model's path. findings: raised as `FoundError` at once.
+    Args:
+        folder: A folder for files.
+        source: Path of the model.
+        other: Path of another model.
+        seed: Random seed.
+        context: Context length in tokens.
+        interactive: Whether the session behaves as on a terminal.
+        generate: Tokens that each answer generates.
+        precisions: The precisions to switch between.
     """
 
     def __init__(
@@ -222,19 +246,19 @@ class Soak:
     def _open(self, source: str, precision: str, progress: Progress) -> Llama:
         return Llama.load(source, precision=precision, context=self.context, progress=progress)
 
-    # --- What the model of a session knows ---
+    # --- The model of a session ---
 
     def tokens(self, state: State, text: str) -> tuple[int, ...]:
-        """A prompt's ids."""
+        """Encode a prompt."""
         return tuple(self.reference.llama(state).encode(text, special=state.special))
 
     def text(self, state: State, ids: Sequence[int]) -> str:
-        """Ids as text, without the beginning-of-text token."""
+        """Decode token ids without the beginning-of-text token."""
         tokenizer = self.reference.llama(state).tokenizer
         return tokenizer.decode(ids[1:] if ids and ids[0] == tokenizer.bos_id else ids)
 
     def best(self, state: State, ids: Sequence[int], taken: int | None, rank: int = 1) -> int:
-        """The token of a rank after ids; what the session took where rounding alone sets the two apart."""
+        """The token with a given rank, or the session's choice if equal up to rounding."""
         logits = self.reference.logits(state, ids)
         best = logits.topk(rank)
         slack = BOUNDS[state.precision] * float(logits.norm())
@@ -243,26 +267,36 @@ class Soak:
         return int(best.indices[-1])
 
     def answered(self, state: State, ids: Sequence[int], offer: bool = True) -> State:
-        """The state with one text more."""
-        now = self.session.now  # what it took where two are equal
+        """Append an answered text to a state."""
+        now = self.session.now  # its choice between equal logits
         taken = now.prediction.next.id if now and now.ids == list(ids) else None
         offered = (self.best(state, ids, taken),)
         said = Said(tuple(ids), offered if offer else (), state.top, state.precision, state.on)
         return replace(state, texts=(*state.texts, said)[-MOMENTS:])
 
     def offering(self, state: State, ids: Sequence[int]) -> State:
-        """The state in which Enter adds these."""
+        """Let Enter append `ids`."""
         if not ids or not state.texts:
             return state
         return replace(state, texts=(*state.texts[:-1], replace(state.now, offered=tuple(ids))))
 
     def continued(self, state: State, count: int, new: Sequence[int], reason: str) -> None:
-        """Whether a continuation is what the network says and the sampling draws."""
+        """Check that the network and the sampling can produce a continuation.
+
+        Args:
+            state: The state before the continuation.
+            count: The requested number of tokens.
+            new: The generated tokens.
+            reason: The finish reason.
+
+        Raises:
+            FoundError: If the number of tokens or one of the tokens is wrong.
+        """
         ids, options = state.now.ids, state.sampling
         stops = self.reference.llama(state).tokenizer.stop_ids
         room = min(count, self.context - len(ids))
         if len(new) > room or (reason != "interrupted" and (len(new) < room) != (reason == "stop")):
-            raise FoundError(f"{len(new)} tokens came of {room}, and it says {reason}")
+            raise FoundError(f"{len(new)} of {room} tokens were generated, with finish reason {reason}")
         if not new and reason != "stop":
             return
         logits = self.reference.engine(state).all_logits([*ids, *new])[len(ids) - 1 :]
@@ -275,14 +309,14 @@ class Soak:
             else:
                 scores = likely(row, options.temperature, options.top_k, options.top_p, options.min_p)
                 least = 1e-300
-                if options.seed is not None and state.precision == "fp32":  # the draw itself: Gumbel's race
+                if options.seed is not None and state.precision == "fp32":  # the same draw as an exponential race
                     scores = scores / torch.empty_like(scores).exponential_(1, generator=generator)
                     least = float(scores.max()) * (1 - 1e-3 - 1e-5 / options.temperature * float(row.norm()))
             if max(float(scores[id]) for id in wanted) < least:
                 raise FoundError(f"token {place} of the continuation cannot be {wanted[:3]}")
 
     def known(self, state: State, talk: Talk, ids: Sequence[int]) -> tuple[Message, ...]:
-        """The conversation that a text holds."""
+        """The messages of the conversation in a text."""
         tokenizer = self.reference.llama(state).tokenizer
         for messages, asked in reversed(talk.asked):
             if len(ids) > len(asked) and tuple(ids[: len(asked)]) == asked:
@@ -293,10 +327,10 @@ class Soak:
                 return messages[:-1]
         return (Message("system", talk.system),) if talk.system else ()
 
-    # --- What each command does ---
+    # --- The effect of each command ---
 
     def asks(self, ids: Callable[[State], Sequence[int]]) -> After:
-        """A text that is answered and, with --generate, continued."""
+        """Answer a text and, with --generate, continue it."""
 
         def after(state: State, output: dict[str, Any]) -> list[State]:
             asked = tuple(ids(state))
@@ -308,7 +342,7 @@ class Soak:
         return after
 
     def _went_on(self, state: State, count: int, generated: Any) -> State:
-        """A continuation that is offered; where it was interrupted, what the session has of it."""
+        """Offer a continuation, or the session's partial one if it was interrupted."""
         if generated is None:
             now = self.session.now
             if not now or tuple(now.ids) != state.now.ids or now.offered == state.now.offered:
@@ -318,7 +352,7 @@ class Soak:
         return self.offering(state, generated["ids"])
 
     def says(self, line: str) -> After:
-        """A line: a prompt, or a message where there is a chat."""
+        """Enter a line: a prompt, or a message if a chat is on."""
 
         def after(state: State, output: dict[str, Any]) -> list[State]:
             if state.chat is None:
@@ -330,7 +364,7 @@ class Soak:
                 raise RefusedError
             first = self.answered(state, ids)
             known = replace(first, chat=replace(state.chat, asked=(*state.chat.asked, (messages, ids))))
-            if "generated" not in output:  # it was interrupted: with what it has by then
+            if "generated" not in output:  # it was interrupted: accept the partial answer
                 return [first, known, *self._interrupted(known)]
             generated = output["generated"]
             states = [first, known, self._went_on(known, state.generate or ANSWER, generated)]
@@ -345,7 +379,10 @@ class Soak:
         return after
 
     def _interrupted(self, state: State) -> list[State]:
-        """A chat's answer that was interrupted: the offer that came of it, and the answer without its turn."""
+        """Possible states after an interrupted chat answer.
+
+        The partial answer is offered, or is already a text.
+        """
         moments = self.session.state.snapshots
         found = []
         for moment in moments[-2:]:
@@ -357,30 +394,30 @@ class Soak:
         return found
 
     def same(self, state: State, output: dict[str, Any]) -> list[State]:
-        """What changes nothing."""
+        """A command that changes nothing."""
         if output.get("command") == "context" and output["tokens"] != len(state.texts and state.now.ids):
-            raise FoundError("/context counts other tokens")
+            raise FoundError("/context reports a wrong number of tokens")
         return [state]
 
     def view(self, state: State, output: dict[str, Any]) -> list[State]:
-        """What looks at the text and changes nothing."""
+        """A command that needs a text and changes nothing."""
         _ = state.now
         return [state]
 
     def must_refuse(self, _state: State, _output: dict[str, Any]) -> list[State]:
-        """An error on purpose."""
+        """A command that must fail."""
         raise RefusedError
 
     def setting(self, **changes: Any) -> After:
-        """A setting of the session."""
+        """Change settings of the session."""
         return lambda state, _: [replace(state, **changes)]
 
     def drawing(self, **changes: Any) -> After:
-        """A setting of the sampling."""
+        """Change sampling parameters."""
         return lambda state, _: [replace(state, sampling=replace(state.sampling, **changes))]
 
     def intervening(self, on: Callable[[State], Sequence[Change]]) -> After:
-        """Changes to the network, and the text answered with them."""
+        """Set the interventions and answer the text again."""
 
         def after(state: State, _: dict[str, Any]) -> list[State]:
             found = replace(state, on=tuple(on(state)))
@@ -391,7 +428,7 @@ class Soak:
         return after
 
     def putting(self, made: Callable[[State], Intervention], line: str | None) -> After:
-        """One more intervention, in place of one that has its label."""
+        """Add an intervention, replacing one with the same label."""
 
         def on(state: State) -> Sequence[Change]:
             new = Change(made(state), line)
@@ -404,12 +441,12 @@ class Soak:
         if len(state.texts) < 2:
             raise RefusedError
         before = state.texts[-2]
-        if before.past:  # it is answered now
+        if before.past:  # /undo answers it
             before = replace(before, precision=state.precision, past=False)
         return [replace(state, texts=(*state.texts[:-2], before), on=before.on)]
 
     def switched(self, source: str | None, precision: str | None) -> After:
-        """Another model or precision."""
+        """Switch to another model or precision."""
 
         def after(state: State, _: dict[str, Any]) -> list[State]:
             new = replace(state, source=source or state.source, precision=precision or state.precision)
@@ -432,7 +469,7 @@ class Soak:
                 new = replace(new, on=(), texts=(), chat=None)
                 ids = self.tokens(new, text) if text else ()
                 return [self.answered(new, ids) if ids else new]
-            again: dict[int, Change] = {}  # made with this precision's network, each once
+            again: dict[int, Change] = {}  # created once each, with the network in this precision
 
             def on(changes: Sequence[Change]) -> tuple[Change, ...]:
                 for change in changes:
@@ -462,14 +499,14 @@ class Soak:
 
         return after
 
-    # --- Which command comes next ---
+    # --- Random commands ---
 
     def phrase(self, most: int = 8) -> str:
-        """Some words."""
+        """Up to `most` random words."""
         return " ".join(self.random.choices(WORDS, k=self.random.randint(1, most)))
 
     def command(self) -> tuple[str, str, After]:
-        """A kind of command, its line and what it does."""
+        """Choose a random command: its kind, its line and its effect."""
         state, chance = self.state, self.random
         llama = self.reference.llama(state)
         layer, head = chance.randrange(llama.args.n_layers), chance.randrange(llama.args.n_heads)
@@ -489,10 +526,10 @@ class Soak:
             case "special":
                 on = not state.special
                 return kind, f"/special {'on' if on else 'off'}", self.setting(special=on)
-            case "named":  # special tokens by their names
+            case "named":  # names of special tokens
                 line = chance.choice(["<|begin_of_text|>", "<|eot_id|>x<|end_of_text|>", "a<|im_end|>"])
                 return kind, line, self.says(line)
-            case "full":  # the context filled to its end, or beyond
+            case "full":  # fill the context, or exceed it
                 n = self.context - (llama.tokenizer.bos_id is not None) + chance.choice([-2, -1, 0, 0, 1, 5000])
                 return kind, "7" * n, self.says("7" * n)
             case "enter":
@@ -510,7 +547,7 @@ class Soak:
             case "clear":
                 return kind, "/clear", self.setting(texts=())
             case "top":
-                small = llama.args.vocab_size < 1000  # a table of all tokens of a large one takes a minute to draw
+                small = llama.args.vocab_size < 1000  # a table of a large vocabulary takes a minute to draw
                 n = chance.choice([1, 2, 5, 7, 40, 100_000 if small else 41])
                 return kind, f"/top {n}", self.setting(top=n)
             case "live":
@@ -645,9 +682,14 @@ class Soak:
     # --- One command ---
 
     def step(self, line_of: tuple[str, str, After] | None = None, interrupt: int | None = None) -> None:
-        """Run a command, by default a random one, and hold the session against the model of it.
+        """Run a command and compare the session with its model.
 
-        interrupt: after so many calls of functions it is cancelled.
+        Args:
+            line_of: Kind, line and effect of the command; random by default.
+            interrupt: Cancel the command after this many function calls.
+
+        Raises:
+            FoundError: If they differ.
         """
         kind, line, after = line_of or self.command()
         self.kinds[kind] += 1
@@ -669,11 +711,11 @@ class Soak:
             states = after(before, output)
         except (RefusedError, LlamaScratchError):
             if not refused and not cancelled:
-                raise FoundError("it was answered, expected to be refused") from None
+                raise FoundError("it was answered, expected an error") from None
             states = [before]
         else:
             if refused and not self._may_refuse(kind, refused):
-                raise FoundError(f"it was refused: {refused}")
+                raise FoundError(f"it failed: {refused}")
             if refused:
                 states = [before]
         if cancelled or hook.fired:
@@ -685,7 +727,7 @@ class Soak:
         self._compare()
 
     def _may_refuse(self, kind: str, sentence: str) -> bool:
-        """What depends on sizes that the model of the session does not follow."""
+        """Whether the error depends on sizes that the model of the session does not track."""
         near_the_end = bool(self.state.texts) and len(self.state.now.ids) > self.context - 8
         return (
             (kind == "view" and near_the_end and sentence.startswith("The prompt has"))
@@ -701,7 +743,7 @@ class Soak:
         json.dumps(output, allow_nan=False)
         if reply and reply.view is not None:
             self.session.screen.show(reply.view)
-        if len(self.session.screen.views) > 200:  # what a screen keeps is not what is tested here
+        if len(self.session.screen.views) > 200:  # this test does not check the screen's memory
             self.session.screen.views = self.session.screen.views[-20:]
         self.session.screen.console.file.seek(0)
         self.session.screen.console.file.truncate()
@@ -714,7 +756,7 @@ class Soak:
             self.saved[path] = self.state, text
 
     def _settle(self, states: Sequence[State]) -> None:
-        """After an interrupt: the session must be in one of these states."""
+        """After an interrupt: require that the session is in one of these states."""
         wrong = []
         for state in reversed(states):
             self.state = state
@@ -722,10 +764,13 @@ class Soak:
                 return self._equal()
             except FoundError as error:
                 wrong.append(str(error))
-        raise FoundError(f"interrupted, it is in between: {' / '.join(wrong)}")
+        raise FoundError(f"after an interrupt it is in none of the expected states: {' / '.join(wrong)}")
 
     def _equal(self) -> None:
-        """Whether the session is what the model of it says; of its texts the newest, and all of them now and then."""
+        """Compare the session with its model.
+
+        Compares the two newest texts, and every 100th time all of them.
+        """
         state, session = self.state, self.session
         settings, llama = session.settings, session.llama
         checks: dict[str, tuple[Any, Any]] = {
@@ -753,7 +798,10 @@ class Soak:
     # --- Answers ---
 
     def _compare(self) -> None:
-        """The answer, and half of the time what the engine says with all that it has cached, against a fresh one."""
+        """Compare the answer with a fresh engine.
+
+        Half of the time also compares the logits of the session's engine.
+        """
         session, state = self.session, self.state
         if not session.now:
             return
@@ -767,7 +815,7 @@ class Soak:
         for candidate, expected in zip(prediction.top, best, strict=True):
             for value in (expected, float(logprobs[candidate.id])):
                 if not abs(candidate.logprob - value) <= slack:
-                    raise FoundError(f"candidate {candidate.id}: {candidate.logprob}, a fresh engine says {value}")
+                    raise FoundError(f"candidate {candidate.id}: {candidate.logprob}, but {value} from a fresh engine")
         self.compared["answers"] += 1
         if self.random.randrange(2):
             found = session.llama.engine.next_logits(list(said.ids)).values
@@ -785,10 +833,13 @@ class Soak:
         if precision == "fp32":
             margin = float(fresh.max() - fresh[int(found.argmax())])
             if margin > 2 * BOUNDS[precision] * float(fresh.norm()):
-                raise FoundError(f"{what}: another token is the best one")
+                raise FoundError(f"{what}: the most likely token differs")
 
     def process(self) -> None:
-        """The answer once more, from a process of its own: the session's file loaded, what is on put on again."""
+        """Repeat the answer in a separate process.
+
+        The process loads the session file and sets the interventions again.
+        """
         for change in [change for change in self.state.on if change.line is None]:
             self.step(("restore", f"/restore {change.label}", self._restored(change.label)))
         if self.state.chat:
@@ -818,16 +869,24 @@ class Soak:
             abs(best["logprob"] - float(logprobs[best["id"]])) > slack
             or best["logprob"] < float(logprobs.max()) - slack
         ):
-            raise FoundError(f"a fresh process says {best}")
+            raise FoundError(f"a fresh process predicts {best}")
         if not state.on and [token["id"] for token in answer["tokens"]] != list(state.now.ids):
             raise FoundError("a fresh process has another text")
         self.compared["processes"] += 1
 
     def run(self, commands: int, tell: Callable[[int], None] = lambda _: None) -> None:
-        """So many commands. Raises `FoundError` with the lines that led there."""
+        """Run random commands.
+
+        Args:
+            commands: Number of commands.
+            tell: Called with the number of completed commands.
+
+        Raises:
+            FoundError: At the first difference, with the last lines before it.
+        """
         try:
             for n in range(1, commands + 1):
-                # The number of calls that a command makes goes over four powers of ten.
+                # Commands make between 1 and 10,000 function calls.
                 moment = int(10 ** self.random.uniform(0, 4)) if self.random.random() < 0.03 else None
                 self.step(interrupt=moment)
                 if n % A_PROCESS_EVERY == 0:
@@ -872,14 +931,17 @@ ERRORS = (
 
 
 class _Hook:
-    """Ctrl-C, by a count of calls, so that the same seed cancels at the same place."""
+    """Whether Ctrl-C was sent.
+
+    A call count triggers it, so one seed always cancels at the same place.
+    """
 
     fired = False
 
 
 @contextmanager
 def _interrupted(hook: _Hook, calls: int | None) -> Iterator[None]:
-    """In here Ctrl-C comes after so many calls of functions, as a terminal's session takes it."""
+    """Simulate Ctrl-C after a number of function calls inside the context."""
     if calls is None:
         yield
         return
@@ -909,9 +971,11 @@ def _interrupted(hook: _Hook, calls: int | None) -> Iterator[None]:
 
 
 def small_model(path: Path, seed: int = 0) -> str:
-    """A small random model whose answers rounding moves by 1e-6, as it does a trained one's, and not by 1e-5.
+    """Write a small random model with rounding errors like a trained one's.
 
-    The checkpoints of the other tests have queries and keys three times as large, so that each head looks at one token.
+    They are about 1e-6, not 1e-5.
+
+    The checkpoints of the other tests have queries and keys three times as large, so each head attends to one token.
     """
     file = write_meta(path, seed=seed) / "consolidated.00.pth"
     weights = torch.load(file)
@@ -920,7 +984,10 @@ def small_model(path: Path, seed: int = 0) -> str:
 
 
 def soaks(folder: Path, seed: int, commands: int) -> Iterator[tuple[str, Soak, int]]:
-    """The sessions of a soak with their shares: a pipe's and a terminal's on a small model, and one on SmolLM2."""
+    """Name, session and number of commands of each part.
+
+    A pipe and a terminal on a small model, and a terminal on SmolLM2.
+    """
     model = small_model(folder / "Tiny-Llama-Instruct")
     other = small_model(folder / "Other-Llama-Instruct", seed=1)
     real = min(commands // 20, 500)
@@ -938,9 +1005,9 @@ def soaks(folder: Path, seed: int, commands: int) -> Iterator[tuple[str, Soak, i
 
 
 def main() -> int:
-    """Run the soak and keep its figures."""
+    """Run the soak test and record its figures."""
     parser = argparse.ArgumentParser("python -m tests.trust.soak", description=__doc__)
-    parser.add_argument("--commands", type=int, default=10_000, help="in all sessions together (10,000)")
+    parser.add_argument("--commands", type=int, default=10_000, help="commands in all sessions (default: 10,000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=("soak", "determinism"), default="soak")
     options = parser.parse_args()

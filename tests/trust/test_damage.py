@@ -1,4 +1,4 @@
-"""Damaged files are refused or found; and files that change while they are mapped end in a sentence."""
+"""Damaged files, and mapped files that change on disk."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ WEIGHTS = "consolidated.00.pth"
 @pytest.mark.slow
 @pytest.mark.parametrize("form", damage.FORMS)
 def test_every_damage_is_refused_or_found_or_changes_nothing(tmp_path: Path, form: str) -> None:
-    """The recorded run, short: no finding, and each kind of outcome that there must be."""
+    """A short version of the recorded run: no findings, and all expected outcomes."""
     found = damage.run(tmp_path, form, {"truncated": 5, "flipped": 24}, seed=7)
     outcomes = [outcome for kinds in found.values() for outcome in kinds.values()]
     assert [outcome.findings for outcome in outcomes] == [[]] * len(outcomes)
     assert sum(outcome.named for outcome in outcomes) > 10
-    # Nothing but a checksum knows of a weight's flipped bit, and only Meta's form brings one in the file itself.
+    # Only a checksum detects a flipped bit in a weight, and only Meta's format has checksums in the file.
     weights = found[next(name for name in found if name.endswith((".pth", ".safetensors", ".gguf")))]
     assert weights["truncated"].named == 5
     assert (weights["flipped"].unnoticed > 10) == (form != "meta")
@@ -48,7 +48,7 @@ def test_every_damage_is_refused_or_found_or_changes_nothing(tmp_path: Path, for
 
 
 def test_what_is_compared_is_the_whole_model(tiny_dir: Path, tmp_path: Path) -> None:
-    """One bit of one weight, and one token, make another model."""
+    """One changed bit of a weight or one changed token is a different model."""
     whole = damage.loaded(tiny_dir)
     assert damage.loaded(tiny_dir) == whole
     path = tmp_path / "m.gguf"
@@ -63,7 +63,7 @@ def test_what_is_compared_is_the_whole_model(tiny_dir: Path, tmp_path: Path) -> 
 
 
 def test_the_checksums_are_those_of_md5sum(tiny_dir: Path, tmp_path: Path) -> None:
-    """In a directory and beside a file; a wrong list is named by its own name."""
+    """For a directory and a file; an invalid checksum file is reported by name."""
     directory, file = tmp_path / "d", tmp_path / "m.gguf"
     convert(tiny_dir, directory, "hf")
     convert(tiny_dir, file, "gguf")
@@ -87,7 +87,7 @@ def test_the_checksums_are_those_of_md5sum(tiny_dir: Path, tmp_path: Path) -> No
 
 
 def test_a_list_that_does_not_name_its_file(tiny_dir: Path, tmp_path: Path) -> None:
-    """What lies beside a GGUF file for another one says nothing about this one."""
+    """A checksum file that lists only another file does not verify this one."""
     convert(tiny_dir, tmp_path / "m.gguf", "gguf")
     (tmp_path / "other").write_bytes(b"")
     (tmp_path / "m.gguf.md5").write_text("d41d8cd98f00b204e9800998ecf8427e  other\n")
@@ -120,13 +120,13 @@ def replace(file: Path) -> None:
 
 @pytest.fixture
 def model(tiny_dir: Path, tmp_path: Path) -> Path:
-    """A model to be damaged."""
+    """A copy of the model that tests may damage."""
     return Path(shutil.copytree(tiny_dir, tmp_path / "Tiny-Llama"))
 
 
 @pytest.mark.parametrize("change", [shrink, overwrite, grow])
 def test_a_file_that_changed_gives_no_answer(model: Path, change: Callable[[Path], None]) -> None:
-    """Not to the next prompt, not to the next token, and not to a view or a changed network."""
+    """The next prompt or token, a view and a modified network raise an error."""
     llama = Llama.load(model, precision="bf16")
     llama.predict("the")
     steps = llama.generate("the", 5)
@@ -140,7 +140,7 @@ def test_a_file_that_changed_gives_no_answer(model: Path, change: Callable[[Path
 
 
 def test_a_file_that_changes_while_an_answer_is_computed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read meanwhile is not to be relied on either."""
+    """The answer may contain changed weights, so it is an error too."""
     llama = Llama.load(model, precision="bf16")
     forward = llama.engine._forward_cached
 
@@ -156,7 +156,7 @@ def test_a_file_that_changes_while_an_answer_is_computed(model: Path, monkeypatc
 
 @pytest.mark.parametrize("change", [Path.unlink, replace])
 def test_a_file_that_was_removed_or_replaced_still_answers(model: Path, change: Callable[[Path], None]) -> None:
-    """The mapping keeps the file that was opened."""
+    """The mapping keeps the opened file."""
     llama = Llama.load(model, precision="bf16")
     before = llama.logits("the one")
     change(model / WEIGHTS)
@@ -165,7 +165,7 @@ def test_a_file_that_was_removed_or_replaced_still_answers(model: Path, change: 
 
 
 def test_files_are_held_open_only_as_long_as_the_model_lives(model: Path) -> None:
-    """A session that loads one model after the other never runs out of descriptors."""
+    """A session that loads many models does not run out of file descriptors."""
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
         open_checkpoint(model)
@@ -179,7 +179,7 @@ def test_files_are_held_open_only_as_long_as_the_model_lives(model: Path) -> Non
 
 
 def test_a_model_that_changes_while_it_is_verified(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not called whole."""
+    """The changed file is reported as wrong."""
     from llama_scratch.checkpoint import verify as module
 
     facts = module._facts
@@ -199,20 +199,20 @@ SENTENCE = "changed while it was in use"
 
 
 def shrinking(file: Path, place: str, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the program without a terminal and cut a file under it."""
+    """Run the program without a terminal and truncate a mapped file at `place`."""
     command = [sys.executable, "-m", "tests.helpers.shrinking", str(file), place, *options]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
 
 
 def read_to_the_end(terminal: Terminal) -> None:
-    """The program has ended, and its terminal is still there."""
+    """Read until the program ends; its terminal stays open."""
     end = time.monotonic() + terminal.timeout
     while terminal.read():
         assert time.monotonic() < end, terminal.text
 
 
 def said(result: subprocess.CompletedProcess[str], name: str) -> None:
-    """The program ended by its own decision, with one sentence about the file."""
+    """Check that the program exited with an error message about the file."""
     assert result.returncode == 4, result
     (line,) = result.stderr.splitlines()[-1:]
     assert line.startswith("llama-scratch: ")
@@ -222,7 +222,7 @@ def said(result: subprocess.CompletedProcess[str], name: str) -> None:
 
 
 def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
-    """Between two answers, which the library's own threads compute."""
+    """Between two answers, in the library's own threads."""
     place = "llama_scratch.inference.engine:Engine._reset_to"
     options = ("--model-dir", str(model), "--precision", "bf16", "--quiet")
     result = shrinking(model / WEIGHTS, place, *options, stdin="the\n")
@@ -232,7 +232,7 @@ def test_a_file_that_shrinks_in_a_pipe(model: Path) -> None:
 
 @pytest.mark.parametrize("command", ["verify", "convert"])
 def test_a_file_that_shrinks_under_a_command(model: Path, tmp_path: Path, command: str) -> None:
-    """In a thread of its own; and where the system refuses to write what is gone, the source is named."""
+    """In a worker thread, and while writing: the error names the source."""
     if command == "verify":
         said(shrinking(model / WEIGHTS, "llama_scratch.checkpoint.verify:_scan", "verify", str(model)), WEIGHTS)
         return
@@ -244,7 +244,7 @@ def test_a_file_that_shrinks_under_a_command(model: Path, tmp_path: Path, comman
 
 
 def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Path) -> None:
-    """A file that is cut at the prompt is a sentence there; where it is cut while text streams, it ends with one."""
+    """A file that is truncated at the prompt gives an error; the session continues."""
     options = ("--model-dir", str(model), "--precision", "bf16", "--no-live")
     with Terminal(*options) as terminal:
         terminal.wait_for("Tiny-Llama>")
@@ -268,7 +268,7 @@ def test_a_session_survives_what_it_can_and_leaves_the_terminal_whole(model: Pat
     ],
 )
 def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> None:
-    """While it packs at the prompt, while it loads, and while text streams."""
+    """While weights are packed, while the model loads, and while text streams."""
     precision = {"build": "fp32", "sample": "bf16", "to_panels": "int8"}[place.partition(":")[2]]
     program = (sys.executable, "-m", "tests.helpers.shrinking", str(model / WEIGHTS), place)
     options = ("--model-dir", str(model), "--precision", precision, "--no-live", "--generate", "20")
@@ -286,7 +286,7 @@ def test_a_bus_error_leaves_the_terminal_as_it_was(model: Path, place: str) -> N
 
 @pytest.mark.slow
 def test_a_library_has_no_handler() -> None:
-    """SIGBUS is the host's; and with faulthandler the trace of a fault is what was asked for."""
+    """SIGBUS belongs to the host program; an active faulthandler stays active."""
     code = (
         "import os, signal, sys\n"
         "import llama_scratch.llama\n"

@@ -1,4 +1,4 @@
-"""The same prompt, seed, precision and threads give the same bytes from a cold start; a short run of the long one."""
+"""A short version of the determinism run, from cold starts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_pipe_and_library_give_the_same_bytes(model: str) -> None:
-    """int8, fifteen prompts with continuations drawn by a seed: two processes, and two fresh starts in this one."""
+    """int8 with seeded continuations: two processes, and two new models here."""
     options = ("--json", "--generate", "8", *determinism.OPTIONS)
     first, second = (determinism.pipe(model, "int8", *options) for _ in range(2))
     here, again = (determinism.library(model, "int8") for _ in range(2))
     assert first == second
     assert here == again
-    assert here[0][0] == first[0]  # and the library's numbers are the pipe's, to the last digit
+    assert here[0][0] == first[0]  # the library and the pipe give exactly the same numbers
     assert {json.loads(line)["model"]["precision"] for line in first} == {"int8"}
 
 

@@ -1,4 +1,4 @@
-"""Numbers at the edge: each is answered right, or refused in a sentence with its exit code; JSON is always JSON."""
+"""Edge cases of numbers: correct answers or errors, and valid JSON."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weights(tiny_dir: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ask(llama_scratch: Runner, tiny_dir: Path) -> Callable[..., Result]:
-    """The command line on the small model, with --json; each line that it prints is strict JSON."""
+    """Run the command line with --json and check that each line is strict JSON."""
 
     def run(*arguments: str, stdin: bytes = b"", model: Path = tiny_dir) -> Result:
         context = () if "--context" in arguments else ("--context", str(CONTEXT))
@@ -75,14 +75,14 @@ def ask(llama_scratch: Runner, tiny_dir: Path) -> Callable[..., Result]:
 
 def strict(line: str) -> dict[str, Any]:
     def none(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     found: dict[str, Any] = json.loads(line, parse_constant=none)
     return found
 
 
 def best_after(weights: dict[str, Tensor], ids: list[int]) -> Tensor:
-    """What the independent implementation says, in float64."""
+    """Logits of the next token from the independent float64 implementation."""
     shape = {
         "n_layers": 3,
         "n_heads": 4,
@@ -108,19 +108,19 @@ SPOILED = [
 
 
 def spoiled(folder: Path, source: Path, name: str, value: float, place: tuple[int, ...]) -> Path:
-    """The small model with one number in it that is none."""
+    """Copy the small model with one weight replaced by NaN or infinity."""
     folder.mkdir()
     for file in ("params.json", "tokenizer.model"):
         (folder / file).write_bytes((source / file).read_bytes())
     weights = torch.load(source / "consolidated.00.pth")
-    weights[name] = weights[name].clone()  # the output shares its own with the embedding
+    weights[name] = weights[name].clone()  # the output shares its memory with the embedding
     weights[name][place] = value
     torch.save(weights, folder / "consolidated.00.pth")
     return folder
 
 
 def views(llama: Llama, ids: list[int]) -> dict[str, Callable[[], object]]:
-    """Everything of the library that reads a text."""
+    """Every library call that reads a text."""
     part = NetworkPart.named("L1.H1", llama.args)
     return {
         "predict": lambda: llama.predict(ids),
@@ -148,7 +148,7 @@ def views(llama: Llama, ids: list[int]) -> dict[str, Callable[[], object]]:
 def test_a_weight_that_is_no_number_is_said_everywhere(
     ask: Callable[..., Result], tiny_dir: Path, tmp_path: Path, name: str, value: float, place: tuple[int, ...]
 ) -> None:
-    """In a pipe, with --json, in a session's views and in the library; exit code 4, and not a number of it shown."""
+    """With --json and in every library call: exit code 4, and no numbers are shown."""
     model = spoiled(tmp_path / "spoiled", tiny_dir, name, value, place)
     for precision in ("fp32", "int8"):
         result = ask("--precision", precision, "--prompt", "h h", model=model)
@@ -157,14 +157,14 @@ def test_a_weight_that_is_no_number_is_said_everywhere(
     for look in views(llama, llama.encode("h h")).values():
         with pytest.raises(CheckpointError, match=NO_NUMBERS):
             look()
-    walked = execution.walk(llama, llama.encode("h h")).stops  # which shows where it begins
+    walked = execution.walk(llama, llama.encode("h h")).stops  # the walk shows where the NaN starts
     json.dumps([stop.as_json() for stop in walked], allow_nan=False)
     infinite = [value.infinite for stop in walked for value in stop.values]
     assert any(infinite)
 
 
 def test_a_text_goes_on_where_another_one_met_a_weight_that_is_no_number(tiny_dir: Path, tmp_path: Path) -> None:
-    """Only the embedding of "h" is spoiled: nothing of what it left in the cache reaches the next answer."""
+    """The damaged embedding of "h" does not affect the next answer via the cache."""
     model = spoiled(tmp_path / "spoiled", tiny_dir, "tok_embeddings.weight", math.nan, (104,))
     llama, whole = (Llama.load(path, precision="fp32", context=CONTEXT) for path in (model, tiny_dir))
     session = Session(
@@ -194,14 +194,17 @@ def test_a_session_says_that_weights_are_damaged_and_goes_on(tiny_dir: Path, tmp
         assert "nan" not in terminal.text.replace("nation", "")
 
 
-# --- The context, filled ----------------------------------------------------------------------
+# --- A full context ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("room", [2, 1, 0, -1])
 def test_a_prompt_to_the_last_token_of_the_context_and_beyond(
     ask: Callable[..., Result], weights: dict[str, Tensor], room: int
 ) -> None:
-    """The generation goes to the end, the token behind the last one is predicted, and one more is too many."""
+    """Generation fills the context and predicts the token after the last one.
+
+    A longer prompt is an error.
+    """
     result = ask("--precision", "fp32", "--generate", "5", "--prompt", "7" * (CONTEXT - 1 - room))
     if room < 0:
         assert (result.code, f"{CONTEXT + 1} tokens, expected at most {CONTEXT}" in one_sentence(result)) == (2, True)
@@ -218,7 +221,7 @@ def test_a_prompt_to_the_last_token_of_the_context_and_beyond(
 
 
 def test_a_session_at_the_end_of_the_context(ask: Callable[..., Result]) -> None:
-    """What looks at the text answers; what adds to it is refused, and leaves it as it was."""
+    """Views of the text work; commands that append to it fail and leave it unchanged."""
     full = "7" * (CONTEXT - 1)
     looks = [
         "/surprisal",
@@ -243,7 +246,7 @@ def test_a_session_at_the_end_of_the_context(ask: Callable[..., Result]) -> None
 
 
 def test_live_prediction_at_the_end_of_the_context(tiny_dir: Path) -> None:
-    """It says so while the person types, and Enter does too; a shorter line is answered again."""
+    """The limit is shown while typing and after Enter; a shorter line is answered."""
     with Terminal("--model-dir", str(tiny_dir), "--context", "8", columns=100) as terminal:
         terminal.wait_for("lists the commands")
         terminal.type("7777777")
@@ -350,7 +353,7 @@ def test_options_that_leave_all_tokens_change_nothing(ask: Callable[..., Result]
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-9, 1e9, 1e308])
 def test_temperatures_at_the_ends(temperature: float) -> None:
-    """Towards 0 the best one is always drawn, of two equal ones either; towards infinity all are drawn alike."""
+    """Toward 0 only the most likely tokens are drawn, toward infinity all alike."""
     logits = torch.tensor([3.0, -2.0, 3.0, 2.999, -1e30])
     sampling = Sampling(temperature=temperature, seed=1)
     generator = sampling.generator()
@@ -411,7 +414,7 @@ def test_numbers_of_tokens_to_generate(ask: Callable[..., Result], value: int) -
 
 @pytest.fixture
 def one() -> Llama:
-    """A model that knows a single token, the one for all that it does not know."""
+    """A model whose vocabulary is only the unknown token."""
     args = tiny_args(vocab_size=1)
     model = Transformer(args)
     model.load_state_dict(random_weights(args), strict=False)
@@ -428,7 +431,10 @@ def test_a_vocabulary_of_one_is_certain_of_it(one: Llama) -> None:
 
 
 def test_views_with_a_vocabulary_of_one(one: Llama) -> None:
-    """Each answers in numbers, or in a sentence: there is no random token for the heads to be measured on."""
+    """Each view works or raises an error.
+
+    Head scores need random ordinary tokens, and there are none.
+    """
     refused = {}
     for name, look in views(one, [0, 0, 0]).items():
         try:

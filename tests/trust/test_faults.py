@@ -1,4 +1,4 @@
-"""Signals, kills, full disks and several programs at once, in short; `python -m tests.trust.faults` runs them long."""
+"""Short fault injection (the long run is tests.trust.faults) and atomic writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from tests.helpers.terminal import Terminal
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """All parts of the long run, in a process without threads, which it needs to fork."""
+    """Figures of a short run of all parts.
+
+    It runs in a process without threads, because it forks.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.trust.faults", "--count", "24"],
         cwd=ROOT,
@@ -39,12 +42,12 @@ def figures() -> dict[str, Any]:
     return found
 
 
-# --- The long runs, short ---------------------------------------------------------------------
+# --- The long run, shortened ------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_told_to_end_at_any_moment(figures: dict[str, Any]) -> None:
-    """All that is written is the old version or the new one, whole, and nothing is left."""
+    """Every file is the complete old or new version, and no temporary files are left."""
     found = figures["signals"]
     assert found["by_signal"] == {"SIGINT": 8, "SIGTERM": 8, "SIGHUP": 8}
     assert len(found["by_stage"]) == 8
@@ -53,24 +56,24 @@ def test_told_to_end_at_any_moment(figures: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment(figures: dict[str, Any]) -> None:
-    """The same, but for what the next run removes or goes on from."""
+    """The same, except for files that the next run removes or resumes."""
     assert figures["kill"]["ended_by_it"] > 12
 
 
 @pytest.mark.slow
 def test_full_disks_and_homes_that_are_none(figures: dict[str, Any]) -> None:
-    """A sentence where something is needed, and the answer where nothing is."""
+    """An error if the command needs the disk or the home, otherwise an answer."""
     assert figures["full_disk"]["refused_in_a_sentence"] > 0
     assert figures["no_home"] == {"homes": 7, "runs": 28}
 
 
 @pytest.mark.slow
 def test_several_programs_at_once(figures: dict[str, Any]) -> None:
-    """Three of each kind lose nothing of each other's."""
+    """Three concurrent processes of each kind lose none of each other's data."""
     assert figures["together"]["history_entries"] == 36
 
 
-# --- The way out ------------------------------------------------------------------------------
+# --- Exit on signals --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -79,7 +82,10 @@ def test_several_programs_at_once(figures: dict[str, Any]) -> None:
 def test_a_session_that_is_told_to_end_gives_the_terminal_back(
     tiny_dir: Path, when: str, number: int, code: int
 ) -> None:
-    """By its own code, with keys, cursor and pastes as they were before, and without a word."""
+    """The exit code is the signal's, and the terminal is restored.
+
+    Keys, cursor and paste mode are as before, and nothing is printed.
+    """
     with Terminal("--model-dir", str(tiny_dir), "--no-live") as session:
         device = os.dup(session._child.fileno())
         before = termios.tcgetattr(device)
@@ -102,7 +108,7 @@ def test_a_session_that_is_told_to_end_gives_the_terminal_back(
 
 
 def program(code: str, *before: str) -> subprocess.Popen[str]:
-    """A program whose command line is `code`, once it has come to its `runs()`."""
+    """Start a program whose command line is `code`, and wait until it calls `runs()`."""
     whole = (
         "import sys, time, os, signal\n"
         "from llama_scratch import __main__ as program, cli\n"
@@ -119,7 +125,7 @@ def program(code: str, *before: str) -> subprocess.Popen[str]:
 
 
 def test_told_twice_it_finishes_its_leaving() -> None:
-    """A window that closes sends SIGHUP more than once."""
+    """Cleanup finishes although a closing window sends SIGHUP more than once."""
     code = "\n    ".join(["try: runs(); time.sleep(20)", "finally: time.sleep(0.3); print('left', flush=True)"])
     process = program(code)
     process.send_signal(signal.SIGHUP)
@@ -131,7 +137,7 @@ def test_told_twice_it_finishes_its_leaving() -> None:
 
 
 def test_told_where_a_library_swallows_it() -> None:
-    """It is raised once more."""
+    """The exception is raised again."""
     swallow = ["try: runs(); time.sleep(20)", "except BaseException: print('swallowed', flush=True)"]
     code = "\n    ".join(["program.EXIT_GRACE_S = 1", *swallow, "time.sleep(20)"])
     process = program(code)
@@ -142,7 +148,7 @@ def test_told_where_a_library_swallows_it() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_told_while_a_finalizer_runs(number: int, code: int) -> None:
-    """Where nothing can be raised: it is raised behind it, without a word."""
+    """A finalizer cannot raise, so the exception is raised after it, without output."""
     fall = f"lambda self: (os.kill(os.getpid(), {number}), [0] * 9)"
     there = f"there = type('F', (), dict(__del__={fall}))()"
     process = program("\n    ".join([there, "runs()", "del there", "time.sleep(60)"]))
@@ -151,19 +157,19 @@ def test_told_while_a_finalizer_runs(number: int, code: int) -> None:
 
 
 def test_under_nohup_it_goes_on() -> None:
-    """SIGHUP was meant to be ignored."""
+    """SIGHUP stays ignored."""
     process = program("runs(); time.sleep(0.3); print('done', flush=True)", "nohup")
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=20)[0].endswith("done\n")
     assert process.returncode == 0
 
 
-# --- What is being written --------------------------------------------------------------------
+# --- Temporary files --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def left(tmp_path: Path) -> Iterator[list[Path]]:
-    """What killed programs left: a file, a folder with something in it; and what is no such thing."""
+    """Leftovers of killed programs, next to files that must stay."""
     (tmp_path / ".x-file").write_bytes(b"left")
     (tmp_path / ".x-folder/inner").mkdir(parents=True)
     (tmp_path / ".x-folder/inner/file").write_bytes(b"left")
@@ -178,7 +184,7 @@ def left(tmp_path: Path) -> Iterator[list[Path]]:
 
 
 def test_what_was_left_is_removed(tmp_path: Path, left: list[Path]) -> None:
-    """But nothing that a link leads to."""
+    """Leftovers are removed, but not the target of a link."""
     with temporary_folder(tmp_path, ".x-") as folder:
         assert folder.is_dir()
         assert not any(path.exists() for path in left)
@@ -211,7 +217,7 @@ def test_what_somebody_else_owns_stays(tmp_path: Path, left: list[Path], monkeyp
 def test_without_locks_nothing_is_taken_for_left(
     tmp_path: Path, left: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On some network file systems; what is written is written all the same."""
+    """Some network file systems have no locks; files are still written there."""
 
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")
@@ -223,7 +229,10 @@ def test_without_locks_nothing_is_taken_for_left(
 
 
 def test_a_file_that_was_renamed_in_between_is_not_ours(tmp_path: Path) -> None:
-    """Its name may stand for another one by now, and itself for what another program has finished."""
+    """The name may now belong to another program's file.
+
+    The locked file itself may be complete and renamed by then.
+    """
     path = tmp_path / "part"
     with path.open("wb") as file:
         path.rename(tmp_path / "whole")
@@ -249,7 +258,7 @@ def history(tmp_path: Path) -> Path:
 
 
 def test_the_history_as_prompt_toolkit_reads_it(history: Path) -> None:
-    """The same entries, in its own format."""
+    """Both read the same entries, and old entries of prompt_toolkit are read too."""
     from prompt_toolkit.history import FileHistory as Theirs
 
     assert loaded(history) == ["first", "two\nlines\n", "", "nach größerem 🙂 \x1c Text\r", "last"]
@@ -259,7 +268,7 @@ def test_the_history_as_prompt_toolkit_reads_it(history: Path) -> None:
 
 
 def test_a_history_cut_anywhere_loses_the_last_entry_alone(history: Path) -> None:
-    """And the next one is whole again behind it."""
+    """The next entry after the cut is complete."""
     data, entries = history.read_bytes(), loaded(history)
     for cut in range(len(data)):
         history.write_bytes(data[:cut])
@@ -269,12 +278,12 @@ def test_a_history_cut_anywhere_loses_the_last_entry_alone(history: Path) -> Non
         after = loaded(history)
         assert after[-1] == "next\nline"
         assert after[: len(whole)] == whole
-        assert after[:-1] in (whole, entries[: len(whole) + 1])  # where the line's end alone was missing
+        assert after[:-1] in (whole, entries[: len(whole) + 1])  # the second if only the newline was missing
 
 
 @pytest.mark.parametrize("junk", [b"\0" * 5000, bytes(range(256)) * 20, b"\n#\n+", b"# a b 99999999999999999999\n+x\n"])
 def test_junk_in_a_history_spoils_nothing_else(history: Path, junk: bytes) -> None:
-    """Between the entries and at the end."""
+    """Junk between entries or at the end does not affect the entries."""
     entries = loaded(history)
     history.write_bytes(history.read_bytes() + junk)
     assert loaded(history)[: len(entries)] == entries
@@ -283,12 +292,12 @@ def test_junk_in_a_history_spoils_nothing_else(history: Path, junk: bytes) -> No
 
 
 def test_a_pipe_for_a_history_is_not_waited_for(tmp_path: Path) -> None:
-    """The session says that nothing is kept."""
+    """The session reports that history cannot be kept."""
     from rich.console import Console
 
     from llama_scratch.repl import history as room
 
-    os.environ["XDG_STATE_HOME"] = str(tmp_path)  # which the fixture of every test takes back
+    os.environ["XDG_STATE_HOME"] = str(tmp_path)  # an automatic fixture restores it
     (tmp_path / "llama-scratch").mkdir()
     os.mkfifo(tmp_path / "llama-scratch/history")
 

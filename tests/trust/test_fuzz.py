@@ -1,4 +1,4 @@
-"""Every reader with a few broken inputs, and those that were found; the long run gives each a million."""
+"""Fuzz every reader briefly, and replay the stored findings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.trust.record import read
 
 
 def fuzz(code: str) -> Any:
-    """What a program says that has a limit of memory and forks, which this one should not."""
+    """Run code in a separate process and return its JSON output.
+
+    Fuzzing forks and sets a memory limit, so it needs its own process.
+    """
     done = subprocess.run(
         [sys.executable, "-c", f"import dataclasses, json, time\nfrom tests.trust import fuzz\n{code}"],
         cwd=ROOT,
@@ -34,14 +37,14 @@ def fuzz(code: str) -> Any:
 
 @pytest.fixture(scope="module")
 def figures() -> Any:
-    """A short run of all readers, each time with the same inputs."""
+    """Results of a short run of all readers, with fixed inputs."""
     return fuzz("print(json.dumps({name: dataclasses.asdict(fuzz.run(name, 300)) for name in fuzz.TARGETS}))")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_broken_inputs_are_taken_or_refused_in_a_sentence(figures: Any, name: str) -> None:
-    """In time, in bounds of memory, and without an end of the process."""
+    """Within the deadline and the memory limit, and without a crash."""
     found = figures[name]
     assert found["findings"] == []
     assert found["inputs"] == found["taken"] + found["refused"] == 300
@@ -50,7 +53,7 @@ def test_broken_inputs_are_taken_or_refused_in_a_sentence(figures: Any, name: st
 
 @pytest.mark.parametrize("case", sorted(CASES.iterdir()), ids=lambda path: path.name)
 def test_what_was_found_stays_mended(case: Path) -> None:
-    """Each kept input is refused in a sentence, or taken."""
+    """Each stored input is accepted, or rejected with a message."""
     target = TARGETS[case.name.partition("-")[0].replace("_", " ")]
     with tempfile.TemporaryDirectory() as folder:
         assert problem(target, case.read_bytes(), Path(folder) / target.file, Figures()) is None
@@ -61,7 +64,7 @@ def test_what_was_found_stays_mended(case: Path) -> None:
     ("reader", "found"),
     [
         ("raise ValueError('planted')", "ValueError: planted"),
-        ("raise fuzz.LlamaScratchError('two\\nlines.')", "in no sentence"),
+        ("raise fuzz.LlamaScratchError('two\\nlines.')", "without a proper message"),
         ("while True: pass", "longer than 1 s"),
         ("bytearray(1 << 30)", "more than 128 MB"),
         ("x = bytearray(30 << 20)", "objects take 31,"),
@@ -70,7 +73,7 @@ def test_what_was_found_stays_mended(case: Path) -> None:
     ],
 )
 def test_a_planted_fault_is_found(reader: str, found: str) -> None:
-    """Whatever kind it is of; the seeds are read without it."""
+    """Each kind of fault; the valid files are read without one."""
     code = f"""
 import pathlib, tempfile
 fuzz.CASES, fuzz.STALLED, fuzz.SAMPLE = pathlib.Path(tempfile.mkdtemp()), 6.0, 1
@@ -88,7 +91,7 @@ print(json.dumps(fuzz.run("history", 1).findings))
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_inputs_are_made_of_their_number_alone(name: str, tmp_path: Path) -> None:
-    """So that one can be made again; and most of them are not the file that they are made from."""
+    """Inputs are reproducible from their number, and most are not valid files."""
     seeds = TARGETS[name].seeds(tmp_path)
     once, again = (list(inputs(name, seeds, 0, 0, 40, 1)) for _ in range(2))
     assert once == again
@@ -98,7 +101,7 @@ def test_inputs_are_made_of_their_number_alone(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", read("fuzz")["targets"])
 def test_the_long_runs_figures(name: str) -> None:
-    """As many as are promised, and nothing found."""
+    """The promised number of inputs, and no findings."""
     found = read("fuzz")["targets"][name]
     assert found["inputs"] == found["taken"] + found["refused"] == COUNT
     assert found["findings"] == []

@@ -1,4 +1,4 @@
-"""What is taken is what was predicted, and prompts leave nothing behind; short runs of the long one, and its record."""
+"""Short runs of the memory measurements, and the record of the long run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kernels"), memory.RUNS)
 def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
-    """With a context that is filled; 110 M weights, so that the program's own changes weigh little.
+    """With a full context and 110 M weights, so that the program matters little.
 
-    Freed memory goes back to the system late if other programs take the CPU, so a higher peak is measured again.
+    If other programs use the CPU, freed memory returns to the system late; a peak that is too high is measured again.
     """
     shape = TINY_PARAMS | {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 512}
     path = write_meta(tmp_path / "Llama", params=shape)
@@ -33,14 +33,14 @@ def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernel
 @pytest.mark.slow
 @pytest.mark.usefixtures("built_kernels")
 def test_prompts_leave_nothing_behind(tiny_dir: Path) -> None:
-    """A leak of a KB a prompt is 600 KB here."""
+    """A leak of 1 KB per prompt would be 600 KB here."""
     found = memory.growth(tiny_dir, "bf16", 1200)
     assert found["grew"] < 300_000, found
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("RLIMIT_AS", [200, 430, 520, 600, 900]), ("RLIMIT_DATA", [100, 350])])
 def test_a_limit_is_enough_or_a_sentence(tiny_dir: Path, kind: str, sizes: list[int]) -> None:
-    """Those within which torch's import ended the program with words of its own are among them."""
+    """Includes the limits at which importing torch used to crash the program."""
     found = memory.limits(tiny_dir, kind, sizes)
     assert found["findings"] == []
 

@@ -1,4 +1,7 @@
-"""Nothing of what a model brings is run: every form, filled with code, opened under an audit hook."""
+"""No code from a model runs.
+
+Models of every format with embedded code are opened under an audit hook.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from tests.helpers.checkpoints import write_meta
 from tests.helpers.gguf_files import string, whole_file
 from tests.helpers.meta_files import Danger
 
-# In a process of its own, because an audit hook cannot be taken off again. Starting a program, loading a library,
-# leaving the machine and reading a pickle without limits are reported from the moment at which torch is there. The one
-# program that may be started renders chat templates; what a template does is looked at in this process.
+# Runs in a separate process, because an audit hook cannot be removed. After torch is imported, the hook reports started
+# programs, network connections, changed files and pickles that load planted names. The only program that may start is
+# the chat template sandbox, whose rendering also runs in this process to be observed.
 PROBE = """
 import json, sys
 from llama_scratch import Llama, Message
@@ -117,7 +120,7 @@ PLACES: dict[str, tuple[str, Fill, str]] = {
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], list[list[str]]]:
-    """The file that code would have made, what came of each place, and what the audit hook saw."""
+    """The file that embedded code would create, results, and the hook's reports."""
     folder = tmp_path_factory.mktemp("code")
     proof = folder / "proof"
     paths: dict[str, Path] = {}
@@ -154,7 +157,7 @@ def test_no_code_ran_and_no_program_was_started(probed: tuple[Path, dict[str, st
 
 
 def test_the_hook_would_have_seen_it(tmp_path: Path) -> None:
-    """The same pickle, read without care, is noticed by both the hook and the file that it makes."""
+    """An unsafe load of the same pickle is reported by the hook and creates the file."""
     proof = tmp_path / "proof"
     torch.save(Danger(os.system, f"touch {proof}"), tmp_path / "a.pth")
     careless = PROBE.replace(

@@ -1,4 +1,4 @@
-"""A short soak: the session against the model of its state; and that the soak finds what is wrong."""
+"""A short soak test of the session, and tests that it finds bugs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_hundred_and_fifty_commands(soak: Callable[..., Soak], interactive: bo
 
 
 def test_a_fresh_process_says_the_same(soak: Callable[..., Soak]) -> None:
-    """With an intervention on."""
+    """A separate process gives the same answer with an intervention."""
     found = soak()
     found.step(("prompt", "the nation", found.says("the nation")))
     part = NetworkPart.named("L1.H1", found.reference.llama(found.state).args)
@@ -58,7 +58,10 @@ def test_a_fresh_process_says_the_same(soak: Callable[..., Soak]) -> None:
 
 
 def cancelled(soak: Soak) -> Iterator[tuple[str, list[Line]]]:
-    """Commands that change more than one thing, each behind what makes it change them."""
+    """Name and lines of commands that change several things.
+
+    The last line is the one to cancel.
+    """
     path = str(soak.folder / "a.session")
     part = NetworkPart.named("L1.H1", soak.reference.llama(soak.state).args)
     ablated = (
@@ -96,7 +99,7 @@ def test_cancelled_anywhere_a_session_is_as_it_was_or_as_it_shall_be(soak: Calla
                 found.step(line)
             fired = found.kinds["interrupted"]
             found.step(last, interrupt=calls)
-            if found.kinds["interrupted"] == fired:  # it was over by then
+            if found.kinds["interrupted"] == fired:  # the command had already ended
                 break
             calls += 1 + calls // 2
     assert found.kinds["interrupted"] > 80
@@ -106,7 +109,10 @@ def test_cancelled_anywhere_a_session_is_as_it_was_or_as_it_shall_be(soak: Calla
 def test_a_load_that_is_cancelled_while_it_answers(
     soak: Callable[..., Soak], monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Once the text was lost: its session was taken over in parts, with a second answer in between."""
+    """Regression: the text was lost if the second answer was cancelled.
+
+    The session was replaced in parts, with a second answer in between.
+    """
     found = soak()
     found.step(("prompt", "the nation", found.says("the nation")))
     found.step(("save", f"/save {found.folder}/a.session", found.same))
@@ -123,7 +129,7 @@ def test_a_load_that_is_cancelled_while_it_answers(
     found.step(("load", f"/load {path}", found.loaded(path)))
 
 
-# --- What is wrong is found -------------------------------------------------------------------
+# --- Planted bugs -----------------------------------------------------------------------------
 
 
 def broken_rewind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +139,7 @@ def broken_rewind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/undo leaves the network as it is."""
+    """/undo does not restore the interventions."""
 
     def undo(session: Session) -> Any:
         moment = session.state.snapshots[-2]
@@ -144,7 +150,7 @@ def forgotten_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is cached is taken for any text of the same length."""
+    """The cache is reused for any text of the same length."""
     start = Engine._reset_to
     monkeypatch.setattr(Engine, "_reset_to", lambda engine, ids, length: start(engine, ids, min(1, len(ids) - 1)))
 

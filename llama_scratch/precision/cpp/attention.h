@@ -1,16 +1,15 @@
-// Attention: softmax(q kᵀ / √head_dim) v, for some new tokens behind others, as `attend` in
-// model.py.
+// Attention: softmax(q kᵀ / √head_dim) v for new tokens after cached ones, as `attend` in model.py.
 //
-// Keys and values are read in SPANs, once for all query heads that share them and for
-// BLOCK_OF_TOKENS tokens. A span's largest score is found first, and each span's part is brought to
-// the largest of all so far:
+// Keys and values are read in spans of SPAN tokens, once for all query heads that share them and
+// for BLOCK_OF_TOKENS tokens (flash attention with an online softmax). For each span the largest
+// score m is found first; then its part is rescaled to the largest score so far and added:
 //
 //     most' = max(most, m)     out' = e^(most − most')·out + e^(m − most')·Σ e^(score − m)·value
-//     total' likewise
+//     total' likewise, with 1 instead of the values
 //
-// In the end out / total. A query's scores, its order of sums and its spans are the same whatever
-// queries come along.
-// Source: Dao et al. 2022, arXiv:2205.14135; the merging of parts: Milakov and Gimelshein 2018,
+// The result is out / total. The scores, the spans and the order of the sums of a query do not
+// depend on the other queries.
+// Source: Dao et al. 2022, arXiv:2205.14135; merging of parts: Milakov and Gimelshein 2018,
 // arXiv:1805.02867.
 
 #pragma once
@@ -37,8 +36,8 @@ struct Cache {
   int64_t capacity;
 };
 
-// What M queries have taken so far: out (M, head_dim), and for each the largest score and
-// Σ e^(score − most).
+// The result of M queries for the spans so far: out (M, head_dim), and for each query the largest
+// score and the total Σ e^(score − most).
 struct Taken {
   int64_t head_dim;
   std::vector<float> out, most, total;
@@ -46,9 +45,9 @@ struct Taken {
   Taken(int64_t M, int64_t head_dim)
       : head_dim(head_dim), out(M * head_dim), most(M, -INFINITY), total(M) {}
 
-  // Add what query m takes of one more span.
+  // Add one more span to the result of query m.
   void add(int64_t m, float span_most, float span_total, const float* span_out) {
-    if (span_total == 0) return;  // it sees nothing of it; a sum that is NaN stays visible
+    if (span_total == 0) return;  // the query sees no token of it; NaN is not 0, so it propagates
     float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher),
           now = std::exp(span_most - higher);
     for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++)
@@ -58,8 +57,8 @@ struct Taken {
   }
 };
 
-// Q queries' shares (Q, SPAN) times values (count, head_dim), for H registers of a head: out
-// (Q, head_dim).
+// Multiply the weights of Q queries, shares (Q, SPAN), by values (count, head_dim), for H registers
+// of a head → out (Q, head_dim).
 template <int Q, int H>
 void mix(const float* shares, const float* values, int64_t count, int64_t head_dim, float* out) {
   Vector sum[Q][H] = {};
@@ -72,6 +71,7 @@ void mix(const float* shares, const float* values, int64_t count, int64_t head_d
     for (int h = 0; h < H; h++) store(out + q * head_dim + LANES * h, sum[q][h]);
 }
 
+// The same for M queries and whole heads.
 template <int H>
 void mix_all(const float* shares, const float* values, int64_t M, int64_t count, int64_t head_dim,
              float* out) {
@@ -85,7 +85,7 @@ void mix_all(const float* shares, const float* values, int64_t M, int64_t count,
   }
 }
 
-// Scores become shares, e^(score − most), of one query that sees `seen` of `count` keys. Returns
+// Replace the scores of one query, which sees `seen` of `count` keys, by e^(score − most). Returns
 // most and total.
 inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count) {
   for (int64_t i = std::max<int64_t>(seen, 0); i < SPAN; i++) scores[i] = -INFINITY;
@@ -109,9 +109,9 @@ inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count
   return {most, sum[0]};
 }
 
-// One head of keys and values, for M queries (M, head_dim) already divided by √head_dim: those of
-// its `group` query heads, of the tokens from `position` on. Adds what they take of one span, from
-// key `first` on.
+// Add one span, which starts at key `first` of one head of keys and values, to the results of M
+// queries. queries: (M, head_dim), already divided by √head_dim, from the `group` query heads that
+// share this head, for the tokens from `position` on.
 template <int H>
 void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t first,
                const float* queries, int64_t M, int64_t position, Taken& taken) {
@@ -131,8 +131,8 @@ void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t fir
     taken.add(m, most_and_total[m].first, most_and_total[m].second, mixed + m * head_dim);
 }
 
-// T tokens behind `start` others. q: their rotated queries, `q_stride` numbers a token → out
-// (T, n_heads · head_dim).
+// Attention for T tokens after `start` cached ones. q: their rotated queries, with `q_stride`
+// numbers per token → out (T, n_heads · head_dim).
 template <int H>
 void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T,
             int64_t start, float* out) {
@@ -171,7 +171,7 @@ void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_st
       for (int64_t span = 0; span < spans; span++) take(u, span, taken);
       finish(u, taken);
     });
-  // Few tokens: the spans are shared out too, and what each gave is added in the same order.
+  // Few tokens: distribute the spans over the threads too, and add their results in order.
   for (int64_t i = 0; i < units; i++) {
     Unit u = unit(i);
     std::vector<Taken> parts(spans, Taken(u.count * group, head_dim));

@@ -1,9 +1,10 @@
-// One layer: the same steps as `TransformerBlock` in model.py, which is where to read them.
+// One layer of a network, fused: the same steps as `TransformerBlock` in model.py, which is easier
+// to read.
 //
-// A small model's decode is not bound by the memory but by the calls of some thirty operators a
-// layer, so here they are one. And as each row of activations is computed in the same order
-// whatever rows go with it, several tokens at once come out to the bit as if they had come one by
-// one.
+// Decode with a small model is not memory-bound. It is limited by the overhead of about thirty
+// operator calls per layer, so this file makes them one call. Each row of activations is computed
+// in the same order regardless of the other rows, so several tokens at once give bitwise the same
+// result as one by one.
 
 #pragma once
 
@@ -14,8 +15,8 @@ namespace llama_scratch {
 
 // --- Any weight -------------------------------------------------------------------------------
 
-// A weight (out, in) as it is stored. data: rows as in their file, or a panel's values; scales: of
-// panels.
+// A stored weight (out, in). data: rows in file format, or the values of panels; scales: those of
+// panels, otherwise null.
 struct Weight {
   Type type;
   const void* data;
@@ -28,8 +29,8 @@ struct Weight {
   }
 };
 
-// Weights below each other, which read the same activations: one in panels, or some as in their
-// file.
+// Weights with the same inputs, stacked along their rows: one weight in panels, or several in file
+// format.
 struct Matrix {
   std::vector<Weight> parts;
 
@@ -41,8 +42,8 @@ struct Matrix {
   }
 };
 
-// y (T, out) = or += x·Wᵀ, x (T, in). The rows of all parts are one row of work, of which each
-// thread gets a piece.
+// y (T, out) = x·Wᵀ (or +=), x (T, in). The rows of all parts form one range, which is divided
+// among the threads.
 inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool add = false) {
   if (w.parts[0].in_panels()) {
     Panels panels = w.parts[0].panels();
@@ -66,9 +67,9 @@ inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool a
   });
 }
 
-// --- The steps between them -------------------------------------------------------------------
+// --- The steps between the products -----------------------------------------------------------
 
-// x: (dim,) float32, the same as RMSNorm in model.py.
+// RMSNorm of x (dim,) float32, as in model.py.
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
   Vector squares = {};
   for (int64_t i = 0; i < dim; i += LANES)
@@ -80,8 +81,8 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t dim
     store(y + i, vector_at(x + i) * inverse_rms * vector_at(weight + i));
 }
 
-// Turn the pairs of a head's vector by the angles whose cosine and sine stand in turn in freqs_cis,
-// (head_dim,).
+// RoPE: rotate each pair of a head's vector. freqs_cis (head_dim,) has the cosine and sine of each
+// angle, alternately.
 inline void rotate(float* x, const float* freqs_cis, int64_t head_dim) {
   for (int64_t i = 0; i < head_dim; i += 2) {
     float a = x[i], b = x[i + 1], cos = freqs_cis[i], sin = freqs_cis[i + 1];
@@ -102,18 +103,18 @@ inline void swiglu(const float* gate, const float* value, int64_t ffn_dim, float
 
 struct Layer {
   const float *attention_norm, *ffn_norm;
-  Matrix wqkv, wo, w13, w2;  // wq, wk and wv below each other, w1 and w3 too
+  Matrix wqkv, wo, w13, w2;  // wq, wk and wv stacked; w1 and w3 stacked
   Cache cache;
 };
 
-// What a layer computes on the way, for T tokens; the next layer writes over it.
+// Intermediate results of a layer for T tokens. The next layer overwrites them.
 struct Space {
   Buffer<float> normed, qkv, mixed, gates, gated;
 };
 
-// Add a layer's attention and feed-forward to the residual stream x (T, dim), and its keys and
-// values to the cache.
-// freqs_cis: (T, head_dim), cosine and sine in turn.
+// Add a layer's attention and feed-forward output to the residual stream x (T, dim), and its keys
+// and values to the cache.
+// freqs_cis: (T, head_dim), cosine and sine alternately.
 inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis, int64_t T,
                   int64_t start, float* x, Space& space) {
   int64_t dim = shape.dim, head_dim = shape.head_dim, q_dim = shape.n_heads * head_dim,
@@ -127,14 +128,14 @@ inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis
   parallel(T, [&](int64_t t) {
     rms_norm(x + t * dim, layer.attention_norm, shape.eps, dim, normed + t * dim);
   });
-  // 2. Queries, keys and values: one product
+  // 2. Queries, keys and values, in one product
   product(layer.wqkv, normed, T, qkv);
   parallel(T, [&](int64_t t) {
     float *q = qkv + t * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
-    // 3. RoPE, of queries and keys
+    // 3. RoPE of queries and keys
     for (float* head = q; head < v; head += head_dim)
       rotate(head, freqs_cis + t * head_dim, head_dim);
-    // 4. Cache: keys and values
+    // 4. Write keys and values to the cache
     for (int64_t head = 0; head < shape.n_kv_heads; head++) {
       int64_t at = (head * layer.cache.capacity + start + t) * head_dim;
       std::memcpy(layer.cache.keys + at, k + head * head_dim, head_dim * sizeof(float));
@@ -143,10 +144,10 @@ inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis
   });
   // 5. Attention
   attend(shape, layer.cache, qkv, qkv_dim, T, start, mixed);
-  // 6. Output, added to the residual stream
+  // 6. Output projection, added to the residual stream
   product(layer.wo, mixed, T, x, true);
 
-  // 7. SwiGLU of the normed stream, added to it as well
+  // 7. RMSNorm and SwiGLU, added to the residual stream
   parallel(T, [&](int64_t t) {
     rms_norm(x + t * dim, layer.ffn_norm, shape.eps, dim, normed + t * dim);
   });

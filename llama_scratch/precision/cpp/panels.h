@@ -1,32 +1,32 @@
-// Weights of eight and of four bits.
+// Products with 8-bit and 4-bit weights.
 //
-// One token reads every weight once, so its speed is the memory's speed divided by the bytes of a
-// weight. Fewer bits make it faster as long as the arithmetic keeps up with the memory, and stay
-// true as long as each number is rounded beside numbers of its own size:
+// One token reads every weight once, so decode speed is the memory bandwidth divided by the bytes
+// of all weights. Fewer bits per weight are faster if the arithmetic keeps up with the memory, and
+// stay accurate if each number shares its scale only with numbers of similar size:
 //
-//     a BLOCK is 32 or 64 neighbors in a row:  w ≈ s·q   s: one float16, q: integers of 8 or 4 bits
-//     activations are cut in the same places:  x ≈ t·r   t: one float32, r: integers, −127 to 127
+//     a block is 32 or 64 neighbors in a row:  w ≈ s·q   s: one float16, q: 8-bit or 4-bit integers
+//     activations have the same blocks:        x ≈ t·r   t: one float32, r: integers, −127 to 127
 //
-//     Σ w·x  =  Σ over blocks  s·t · Σ q·r         the inner sum is one of integers, so exact
+//     Σ w·x  =  Σ over blocks  s·t · Σ q·r         the inner sum has only integers, so it is exact
 //
-// Llama's activations have a few outliers, hundreds of times larger than the rest. With one t for a
-// whole row they would leave nothing of the others; here an outlier costs its own neighbors.
-// (llama.cpp's Q8_0 and Q4_0 are built like this with blocks of 32; fbgemm has one scale a row.)
-// Blocks of 8 bits are of 32, for there the scales are what is lost least; those of 4 bits are of
-// 64, see quantize.py.
+// Llama's activations have a few outliers that are hundreds of times larger than the rest. With one
+// t per row, most other activations would be rounded to 0. With blocks, an outlier affects only its
+// neighbors. (llama.cpp's Q8_0 and Q4_0 have blocks of 32; fbgemm has one scale per row.) 8-bit
+// blocks have 32 weights, because more scales cost relatively little there. 4-bit blocks have 64,
+// see quantize.py.
 //
-// Weights lie in PANELS of 16 rows, so that a vector register holds one number of each row and no
-// sum ever runs across a register: lane i of it is output i. A group of 4 inputs stands together,
-// because one instruction multiplies 4 pairs of bytes and adds them up:
+// Weights are packed in panels of 16 rows. A vector register holds one number of each row, so lane
+// i belongs to output i and no sum crosses lanes. Groups of 4 inputs are adjacent in memory,
+// because one instruction multiplies 4 pairs of bytes and adds the products:
 //
-//     8 bits   values (out/16, in/4, 16, 4) int8      panel, group, row, input of the group
-//     4 bits   values (out/16, in/8, 16, 4) uint8     low halves: one group, high halves: the next;
-//                                                     they hold q + 8, from 0 to 15
+//     8 bits   values (out/16, in/4, 16, 4) int8      panel, group, row, input within the group
+//     4 bits   values (out/16, in/8, 16, 4) uint8     lower 4 bits: one group, upper 4 bits: the
+//                                                     next group; both store q + 8, from 0 to 15
 //     both     scales (out/16, in/block, 16) float16
 //
-// A panel's bytes follow each other in the order in which they are read. Every function here
-// computes a row of activations in the same order, and so to the same bit, whatever rows go with it
-// and on however many threads.
+// The bytes of a panel are stored in the order in which they are read. Every function here computes
+// a row of activations in the same order. The result is therefore bitwise the same for any number
+// of other rows and of threads.
 
 #pragma once
 
@@ -38,9 +38,9 @@ constexpr int block_of(int bits) { return bits == 8 ? 32 : 64; }
 constexpr int PANEL = 16;
 constexpr int GROUP = 4;
 
-// --- Vectors of one number for each row of a panel --------------------------------------------
+// --- Vectors with one number per row of a panel -----------------------------------------------
 //
-// The compiler makes of these what the machine has: one register of AVX-512, two of AVX2, four of
+// The compiler maps these to the registers of the machine: one of AVX-512, two of AVX2 or four of
 // NEON.
 
 using Floats = float __attribute__((vector_size(64)));
@@ -51,19 +51,20 @@ using Nibbles = uint8_t __attribute__((vector_size(64)));
 
 inline Floats as_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// --- What each machine does by itself ---------------------------------------------------------
+// --- Instructions of each machine -------------------------------------------------------------
 //
-// dot(sum, q, r): to each row's sum, add q0·r0 + q1·r1 + q2·r2 + q3·r3 of its 4 bytes q and the
-// group r.
-// It is exact: no product exceeds 127², no sum of a block 64·127² < 2²⁴.
-// dot4 is the same where the q are from 0 to 15.
+// dot(sum, q, r): add q0·r0 + q1·r1 + q2·r2 + q3·r3 to the sum of each row, with the row's 4 bytes
+// q and the group r of activations.
+// It is exact: no product exceeds 127², and no sum of a block exceeds 64·127² < 2²⁴.
+// dot4 is the same for q from 0 to 15.
+// A tile is TOKENS rows of activations times PANELS panels of weights.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr const char* MACHINE = "AVX-512 VNNI";
-constexpr int TOKENS = 8, PANELS = 2;  // of a tile: 16 sums, in half of the registers
+constexpr int TOKENS = 8, PANELS = 2;  // 16 sums, in half of the registers
 
-// The instruction wants its first bytes unsigned: q + 128. The sums of r, times 128, come off again
-// at the end.
+// The instruction needs unsigned bytes as its first operand: q + 128. The sums of r, times 128, are
+// subtracted from the result.
 constexpr int OFFSET = 128;
 inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
   Bytes raised = q ^ (int8_t)-128;
@@ -74,7 +75,7 @@ inline Ints dot4(Ints sum, Bytes q, const int8_t* r) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)q, _mm512_set1_epi32(load<int32_t>(r)));
 }
 #elif defined(__AVX2__)
-#define LLAMA_SCRATCH_AVX2  // has a tile of its own, which names registers
+#define LLAMA_SCRATCH_AVX2  // has its own tile below, with explicit registers
 constexpr const char* MACHINE = "AVX2";
 constexpr int TOKENS = 4, PANELS = 1;
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -101,7 +102,7 @@ inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
 inline Ints dot4(Ints sum, Bytes q, const int8_t* r) { return dot(sum, q, r); }
 #endif
 
-// 16 float16 as float32.
+// Convert 16 float16 numbers to float32.
 inline Floats sixteen_halves(const uint16_t* h) {
   Vector f[PANEL / LANES];
   for (int i = 0; i < PANEL / LANES; i++) f[i] = halves(h + LANES * i);
@@ -119,7 +120,8 @@ struct Panels {
   int64_t panels() const { return out / PANEL; }
 };
 
-// T rows of activations in blocks: x ≈ scale·value. sums: those of a block's values.
+// T rows of activations, quantized in blocks: x ≈ scale·value. sums: the sum of each block's
+// values.
 struct Rounded {
   int64_t T, in, blocks;
   int block;
@@ -132,12 +134,12 @@ struct Rounded {
     values = values_.take(T * in), scales = scales_.take(T * blocks), sums = sums_.take(T * blocks);
   }
 
-  // x: (in,), row t. To the nearest, halves to the even one.
+  // Quantize row t, x (in,), rounding to the nearest integer (ties to even).
   void round(int64_t t, const float* x) {
     int8_t* value = &values[t * in];
     for (int64_t b = t * blocks; b < (t + 1) * blocks; b++, x += block, value += block) {
       Floats v[block_of(4) / PANEL];
-      // as bits without their sign, where what is no number is the largest of all
+      // Compare absolute values as integers: without the sign bit, NaN is the largest of all.
       Ints largest = {};
       for (int i = 0; i < block / PANEL; i++) {
         v[i] = load<Floats>(x + PANEL * i);
@@ -149,7 +151,7 @@ struct Rounded {
       float amax = load<float>(&most);
       bool finite = amax <= FLT_MAX;
       float inverse = finite && amax > FLT_MIN * 127 ? 127 / amax : 0;
-      constexpr float SHIFT = 0x1.8p23f;  // behind it there is no room for a fraction
+      constexpr float SHIFT = 0x1.8p23f;  // adding this rounds away the fraction
       Ints sum = {};
       for (int i = 0; i < block / PANEL; i++) {
         Ints q = finite ? __builtin_convertvector(v[i] * inverse + SHIFT - SHIFT, Ints) : Ints{};
@@ -158,7 +160,7 @@ struct Rounded {
       }
       sums[b] = 0;
       for (int i = 0; i < PANEL; i++) sums[b] += sum[i];
-      scales[b] = finite ? amax / 127 : NAN;  // what is no number stays visible
+      scales[b] = finite ? amax / 127 : NAN;  // NaN and infinity propagate to the result
     }
   }
 
@@ -170,20 +172,21 @@ struct Rounded {
 
 // --- Products ---------------------------------------------------------------------------------
 
-// TOK rows times PAN panels: every byte of the weight that is read serves TOK rows, every group of
-// activations PAN panels.
+// A tile: TOK rows of activations times PAN panels. Each weight byte is read once for TOK rows, and
+// each group of activations once for PAN panels.
 // apart: distance between these panels, in panels.
-// y: where the first panel's outputs of the first row go; stride: from row to row. add: onto what
-// stands there.
+// y: address of the first panel's outputs for the first row; stride: distance between rows of y.
+// add: whether to add to y.
 #if defined(LLAMA_SCRATCH_AVX2)
-// AVX2 has 16 registers of 32 bytes, and the compiler keeps vectors of 64 bytes on the stack. So
-// this tile names its registers: [0] holds rows 0 to 7 of the panel, [1] rows 8 to 15.
+// AVX2 has 16 registers of 32 bytes, and the compiler would keep vectors of 64 bytes on the stack.
+// This tile therefore uses registers explicitly: [0] holds rows 0 to 7 of the panel, [1] rows 8 to
+// 15.
 
 inline __m256i register_at(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 
-// Add the exact sums Σ q·r of one block to `sum`. q: the block's bytes; r: its activations,
-// `stride` bytes per row. maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits:
-// |q| by r with the sign of q, ≤ 2·128·127 < 2¹⁵.
+// Add the exact sums Σ q·r of one block to `sum`. q: the block's bytes; r: its activations, with
+// `stride` bytes per row. maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits.
+// Here it multiplies |q| by r with the sign of q: ≤ 2·128·127 < 2¹⁵.
 template <int TOK>
 inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride,
                             __m256i (&sum)[TOK][2]) {
@@ -204,8 +207,8 @@ inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride,
   }
 }
 
-// The same for q from 0 to 15. Eight results of maddubs fit into 16 bits: 8·2·15·127 = 30,480
-// < 2¹⁵.
+// The same for q from 0 to 15. The sum of eight maddubs results fits into 16 bits:
+// 8·2·15·127 = 30,480 < 2¹⁵.
 template <int TOK>
 inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride,
                             __m256i (&sum)[TOK][2]) {
@@ -239,7 +242,7 @@ inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride,
 template <int BITS, int PAN, int TOK>
 void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t,
                 float* y, int64_t stride, bool add) {
-  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
+  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // per block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
   __m256 total[PAN][TOK][2] = {};
@@ -250,7 +253,7 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
       __m256i sum[TOK][2] = {};
       if constexpr (BITS == 8) {
         block_of_8_bits<TOK>(q + at * BYTES, r, rows.in, sum);
-      } else {  // nibbles hold q + 8
+      } else {  // stored as q + 8, so start from −8·Σr
         for (int k = 0; k < TOK; k++)
           sum[k][0] = sum[k][1] = _mm256_set1_epi32(-8 * rows.sums[(t + k) * rows.blocks + b]);
         block_of_4_bits<TOK>(q + at * BYTES, r, rows.in, sum);
@@ -280,7 +283,7 @@ void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& ro
 template <int BITS, int PAN, int TOK>
 void panel_tile(const Panels& w, int64_t panel, int64_t apart, const Rounded& rows, int64_t t,
                 float* y, int64_t stride, bool add) {
-  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // of a block of a panel
+  constexpr int BLOCK = block_of(BITS), BYTES = BLOCK * PANEL * BITS / 8;  // per block of a panel
   const int8_t* q = w.values + panel * rows.blocks * BYTES;
   const uint16_t* s = w.scales + panel * rows.blocks * PANEL;
   Floats total[PAN][TOK] = {};
@@ -353,7 +356,7 @@ void panels_product(const Panels& w, const Rounded& rows, float* y, bool add) {
   });
 }
 
-// y (T, out) = or += x·Wᵀ.
+// y (T, out) = x·Wᵀ, or y += x·Wᵀ if `add`.
 inline void panels_product(const Panels& w, const Rounded& rows, float* y, bool add = false) {
   w.bits == 8 ? panels_product<8>(w, rows, y, add) : panels_product<4>(w, rows, y, add);
 }

@@ -1,17 +1,17 @@
-// Weights of 32 and 16 bits, and GGUF's blocks, multiplied as their file holds them: row by row,
-// nothing is packed.
+// Products with 32-bit and 16-bit weights and with GGUF blocks, row by row in file format, without
+// packing.
 //
 //     y[t][o] = Σ_k x[t][k] · w[o][k]           x (T, in) float32, w (out, in), y (T, out) float32
 //
 // The same in Python: y = x @ w.float().T
 //
-// Lane i of a register adds up the products of the columns k = i, i + LANES, i + 2·LANES, … of a
-// span of COLUMNS columns; then the lanes are added, and the spans one after the other. So a sum
-// never depends on how many other rows there are, and one token gives the same bits alone as in a
-// prompt. What differs is only who turns the weights into float32:
+// Columns are processed in spans of COLUMNS. Within a span, lane i of a register adds the products
+// of the columns k = i, i + LANES, i + 2·LANES, …; then the lanes are added, and then the spans, in
+// order. The order never depends on the number of rows, so a token gives bitwise the same result
+// alone and within a prompt. Only the conversion of the weights to float32 differs:
 //
-//     FEW rows of x     each weight on its way from the memory, in a register: bound by the memory
-//     more              BLOCK rows of a span, as float32 in the cache, meet all rows of x
+//     up to FEW rows    in registers, for each weight as it is read: memory-bound
+//     more rows         BLOCK rows of a span at a time, into the CPU cache, for all rows of x
 
 #pragma once
 
@@ -20,16 +20,16 @@
 namespace llama_scratch {
 
 constexpr int64_t COLUMNS = 128 * LANES;
-// rows of w, of which a span is 96 KB as float32, with AVX-512 192 KB
+// rows of w whose span takes 96 KB as float32 (192 KB with AVX-512)
 constexpr int64_t BLOCK = 24;
 
 enum class Type { INT8, INT4, F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
-// --- How a file holds a row -------------------------------------------------------------------
+// --- File formats of a row --------------------------------------------------------------------
 //
-// Each has load(row, k, v): the STEP weights from column k on, as float32 in registers.
-// COLUMNS_A_BLOCK weights take BYTES_A_BLOCK bytes. Source of GGUF's: the `block_…` and
-// `dequantize_row_…` in ggml-org/llama.cpp.
+// Each format has load(row, k, v), which reads STEP weights from column k on, as float32 in
+// registers. COLUMNS_A_BLOCK weights take BYTES_A_BLOCK bytes. Source of GGUF's formats:
+// `block_…` and `dequantize_row_…` in ggml-org/llama.cpp.
 
 struct F32 {
   static constexpr int STEP = LANES, COLUMNS_A_BLOCK = 1, BYTES_A_BLOCK = 4;
@@ -48,20 +48,22 @@ struct F16 {
   static void load(const uint8_t* row, int64_t k, Vector* v) { v[0] = halves(row + 2 * k); }
 };
 
-constexpr int PARTS = 32 / LANES;  // registers of a block of 32
+constexpr int PARTS = 32 / LANES;  // registers per 32 weights
 
-// 16 bytes hold 32 weights of 4 bits: the low halves the first 16, the high halves the others.
+// Unpack 32 4-bit weights from 16 bytes: the lower 4 bits are the first 16 weights, the upper 4
+// bits the others.
 inline void nibbles(const uint8_t* from, Whole* q) {
   Unsigned both = load<Unsigned>(from);
   widen(both & 15, q);
   widen(both >> 4, q + PARTS / 2);
 }
-// Bit i of `bits` becomes the fifth of weight i.
+// Set the fifth bit of weight i to bit i of `bits`.
 inline void fifth(uint32_t bits, Whole* q) {
   Whole place;
   for (int i = 0; i < LANES; i++) place[i] = i;
   for (int i = 0; i < PARTS; i++) q[i] |= (((int32_t)(bits >> (LANES * i)) >> place) & 1) << 4;
 }
+// v = q·scale + offset, for 32 weights.
 inline void scaled(const Whole* q, float scale, float offset, Vector* v) {
   for (int i = 0; i < PARTS; i++) v[i] = fma(floats(q[i]), all(scale), all(offset));
 }
@@ -77,8 +79,8 @@ struct Q8_0 {
     for (int i = 0; i < PARTS; i++) v[i] = floats(q[i]) * scale;
   }
 };
-// Blocks of 32 weights of four bits, or of five: a scale, an offset or else the middle of the
-// numbers, the fifth bits.
+// Blocks of 32 weights with four or five bits: a scale, an offset (otherwise the middle of the
+// range is 0), the fifth bits, and the lower four bits.
 template <bool OFFSET, bool FIVE>
 struct BlockOf32 {
   static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 18 + 2 * OFFSET + 4 * FIVE;
@@ -96,8 +98,8 @@ using Q4_1 = BlockOf32<true, false>;
 using Q5_0 = BlockOf32<false, true>;
 using Q5_1 = BlockOf32<true, true>;
 
-// Blocks of 256: eight times 32 weights with a scale and an offset of 6 bits each, in units of two
-// float16.
+// Blocks of 256 weights: eight groups of 32, each with a 6-bit scale and a 6-bit offset. Two
+// float16 of the block are the units of the scales and the offsets.
 struct ScaleAndOffset {
   float scale, offset;
 
@@ -108,7 +110,7 @@ struct ScaleAndOffset {
     scale = half_at(block) * s, offset = -half_at(block + 2) * m;
   }
 };
-// 32 weights of 4 bits: the low or the high halves of 32 bytes.
+// Unpack 32 4-bit weights: the lower or the upper 4 bits of 32 bytes.
 inline void halves_of(const uint8_t* from, bool high, Whole* q) {
   for (int i = 0; i < 2; i++) {
     Unsigned both = load<Unsigned>(from + 16 * i);
@@ -142,7 +144,7 @@ struct Q5_K {
     scaled(q, of.scale, of.offset, v);
   }
 };
-struct Q6_K {  // 16 weights share a scale of 8 bits
+struct Q6_K {  // 16 weights share an 8-bit scale
   static constexpr int STEP = 32, COLUMNS_A_BLOCK = 256, BYTES_A_BLOCK = 210;
   static void load(const uint8_t* row, int64_t k, Vector* v) {
     const uint8_t* block = row + k / 256 * BYTES_A_BLOCK;
@@ -161,7 +163,7 @@ struct Q6_K {  // 16 weights share a scale of 8 bits
   }
 };
 
-// f.operator()<W>() for the W of a type.
+// Call f with the format W of a type as its template parameter.
 template <class F>
 void with_format(Type type, const F& f) {
   switch (type) {
@@ -181,7 +183,7 @@ void with_format(Type type, const F& f) {
   }
 }
 
-// What so many columns of a row take in the file; they are whole blocks.
+// Bytes that `columns` columns take in the file; must be complete blocks.
 template <class W>
 constexpr int64_t bytes_of(int64_t columns) {
   return columns / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK;
@@ -189,7 +191,7 @@ constexpr int64_t bytes_of(int64_t columns) {
 
 // --- Products ---------------------------------------------------------------------------------
 
-// The last weights of a row, where they do not fill a register; zeros behind them.
+// Load the last weights of a row if they do not fill a register, padded with zeros.
 template <class W>
 inline Vector last(const uint8_t* row, int64_t k, int64_t count) {
   uint8_t some[LANES * 4] = {};
@@ -199,9 +201,9 @@ inline Vector last(const uint8_t* row, int64_t k, int64_t count) {
   return v;
 }
 
-// R rows of w times T rows of x, over `count` columns. w, x: where their first columns are; strides
-// in bytes and numbers. The sum of row r and row t goes to y[t · y_stride + r · y_step], or is
-// added there.
+// Multiply R rows of w by T rows of x, over `count` columns. w, x: addresses of their first
+// columns. w_stride is in bytes, x_stride in numbers. The sum for row r of w and row t of x is
+// written to y[t · y_stride + r · y_step], or added to it.
 template <class W, int R, int T>
 void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
           float* y, int64_t y_stride, int64_t y_step, bool add) {
@@ -239,7 +241,7 @@ void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, 
   }
 }
 
-// T rows of x times all `rows` of w, R at a time.
+// Multiply T rows of x by all `rows` of w, R rows at a time.
 template <class W, int R, int T>
 void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride,
            int64_t count, float* y, int64_t y_stride, int64_t y_step, bool add) {
@@ -252,7 +254,7 @@ void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int
                   add);
 }
 
-// The same for any number of rows of x. R: rows of a tile. What `rows` take fits into the cache.
+// The same for any number of rows of x. R: rows per tile. `rows` rows of w must fit into the cache.
 template <class W, int R>
 void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x,
                       int64_t x_stride, int64_t T, int64_t count, float* y, int64_t y_stride,
@@ -264,11 +266,11 @@ void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const fl
   if (T == 1) tiles<W, 4, 1>(w, w_stride, rows, x, x_stride, count, y, y_stride, y_step, add);
 }
 
-// Rows of a tile whose sums, with those of four rows of x, fill the registers: with weights as
-// float32, and on their way.
+// Rows per tile, chosen so that the sums for four rows of x fill the registers: TALL for weights in
+// float32, LOW for weights that are converted while they are read.
 constexpr int TALL = LANES == 16 ? 6 : LANES == 8 ? 3 : 2, LOW = LANES == 16 ? 4 : 2;
 
-// Columns `first` to `first` + count of a row, as float32.
+// Convert columns `first` to `first` + count of a row to float32.
 template <class W>
 void unpack(const uint8_t* row, int64_t first, int64_t count, float* to) {
   int64_t k = 0;
@@ -284,15 +286,15 @@ void unpack(const uint8_t* row, int64_t first, int64_t count, float* to) {
     }
 }
 
-// A matrix of rows as they lie in a file.
+// A matrix in file format, row by row.
 struct Rows {
   const uint8_t* data;
   int64_t out, in;
 };
 
-// y (T, out) of `y_stride` numbers a row = or += x·Wᵀ, for rows `begin` to `end` of the matrix.
-// With few rows of x the weights are turned into float32 wherever they come by. STREAMS rows at a
-// time also hide the latency of a sum.
+// y = x·Wᵀ (or +=) for rows `begin` to `end` of the matrix; y (T, out) has `y_stride` numbers per
+// row. For few rows of x: the weights are converted to float32 each time they are read. STREAMS
+// rows at a time also hide the latency of an addition.
 template <class W>
 void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
                       float* y, int64_t y_stride, bool add) {
@@ -307,8 +309,8 @@ void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x,
   for (int64_t r = begin + STREAMS * apart; r < end; r++) rows(r, 1, 0);
 }
 
-// with many, once. A span of all rows of x meets all rows of the matrix before it is the next one's
-// turn.
+// The same for many rows of x: the weights are converted once. A span of all rows of x is
+// multiplied by all rows of the matrix before the next span.
 template <class W>
 void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
                       float* y, int64_t y_stride, bool add) {
@@ -324,7 +326,8 @@ void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x,
     }
 }
 
-// Up to so many rows of x are few: 16 bits are soon turned into float32, GGUF's blocks are not.
+// Up to this number of rows of x, `streamed_product` is faster. Converting 16-bit weights is cheap,
+// converting GGUF blocks is not.
 template <class W>
 constexpr int64_t FEW = W::COLUMNS_A_BLOCK == 1 ? 16 : 8;
 

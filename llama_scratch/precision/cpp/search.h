@@ -1,9 +1,9 @@
-// Quantize weights to 8 or 4 bits by search, straight into panels.
+// Quantize weights to 8 or 4 bits, with a search for the best scales, directly into panels.
 //
-// The same search as `_search` in quantize.py, which is where to read it and which the tests
-// compare with. There each candidate scale is a pass over a block in memory. Here a block of one
-// panel's rows stays in the cache for all candidates, and lane i of a vector is row i. So lanes
-// never mix, and each machine finds the same bits.
+// The same search as `_search` in quantize.py, which is easier to read and which the tests compare
+// with. In Python each candidate scale is a pass over a block in memory. Here a block of one
+// panel's rows stays in the CPU cache for all candidates, and lane i of a vector is row i. Lanes
+// never mix, so all machines compute bitwise the same result.
 #pragma once
 
 #include <atomic>
@@ -12,21 +12,21 @@
 
 namespace llama_scratch::search {
 
-constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // candidates that share each load of a weight
+constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // candidate scales per load of a weight
 using Lanes = Vector;
 
-constexpr float LARGEST = 65504;  // of float16
+constexpr float LARGEST = 65504;  // largest float16
 template <int BITS>
 constexpr int32_t LEAST = BITS == 8 ? -127 : -8;
 template <int BITS>
 constexpr int32_t MOST = BITS == 8 ? 127 : 7;
 
-// The nearest number of steps, limited to the numbers of BITS bits; halves go to the even one.
+// round(weight / scale), with ties to even, clamped to the range of BITS bits. inverse: 1 / scale.
 template <int BITS>
 inline Lanes number_of(Lanes weight, Lanes inverse) {
-  // At SHIFT a float32's last bit is worth 1, so the sum is rounded to a whole number. It is
-  // limited as bits, because the order is the same and GCC knows the instructions for the largest
-  // and smallest of integers alone.
+  // Near SHIFT the last bit of a float32 is worth 1, so the sum is rounded to an integer. It is
+  // clamped as integer bits, which have the same order, because GCC only generates min and max
+  // instructions for integers.
   constexpr float SHIFT = 0x1.8p23f;
   constexpr int32_t ZERO = 0x4b400000;  // the bits of SHIFT
   Whole shifted = (Whole)(weight * inverse + SHIFT), least = Whole{} + (ZERO + LEAST<BITS>),
@@ -38,8 +38,8 @@ inline Lanes number_of(Lanes weight, Lanes inverse) {
 
 inline Lanes inverse_of(Lanes scale) { return scale == 0.0f ? Lanes{} : 1.0f / scale; }
 
-// Round to what a float16 can hold; halves go to the even one. Below 2⁻¹⁴ float16 has a fixed step
-// of 2⁻²⁴.
+// Round to the nearest float16 value, with ties to even. Below 2⁻¹⁴ float16 numbers are subnormal,
+// with a fixed step of 2⁻²⁴.
 inline Lanes as_scale(Lanes x) {
   x = x < -LARGEST ? Lanes{} - LARGEST : x;
   x = x > LARGEST ? Lanes{} + LARGEST : x;
@@ -49,7 +49,7 @@ inline Lanes as_scale(Lanes x) {
   return (Lanes)(magnitude < 0x38800000 ? (Whole)subnormal : normal);
 }
 
-// The bits of a float16, of a float32 that `as_scale` made.
+// The float16 bits of a float32 that `as_scale` returned.
 inline uint16_t bits_of(float scale) {
   int32_t bits;
   std::memcpy(&bits, &scale, sizeof bits);
@@ -59,7 +59,7 @@ inline uint16_t bits_of(float scale) {
   return half | (bits >> 16 & 0x8000);
 }
 
-// Σ(w − ŵ)² of a block for COUNT scales. w: a vector per place.
+// Σ(w − ŵ)² of a block for COUNT scales. w: one vector per column of the block.
 template <int BITS, int COUNT>
 inline void errors_of(const Lanes* w, const Lanes* scale, Lanes* error) {
   Lanes inverse[COUNT], sum[COUNT] = {};
@@ -72,8 +72,8 @@ inline void errors_of(const Lanes* w, const Lanes* scale, Lanes* error) {
   for (int c = 0; c < COUNT; c++) error[c] = sum[c];
 }
 
-// The scales with the least error, one per lane. steps: how many steps long a block's largest
-// weight may be.
+// The scales with the smallest error, one per lane. steps: candidates for the quantized value of
+// the block's largest weight; each gives the scale largest / step.
 template <int BITS>
 Lanes best_scale(const Lanes* w, const float* steps, int64_t count) {
   Lanes most = w[0], least = w[0];
@@ -98,7 +98,7 @@ Lanes best_scale(const Lanes* w, const float* steps, int64_t count) {
     Lanes scale, missed;
     if (i < count) {
       scale = as_scale(largest / steps[i]);
-    } else {  // at last the scale that fits the numbers n of the best: Σ n w / Σ n²
+    } else {  // finally the least-squares scale for the best candidate's values n: Σ n w / Σ n²
       Lanes products = {}, squares = {}, inverse = inverse_of(best);
       for (int j = 0; j < block_of(BITS); j++) {
         Lanes n = number_of<BITS>(w[j], inverse);
@@ -113,12 +113,12 @@ Lanes best_scale(const Lanes* w, const float* steps, int64_t count) {
   return best;
 }
 
-// One panel: `count` rows of weights, at most PANEL, (count, in). values, scales: the panel's own.
-// False if a weight is NaN or too large for its scale.
+// Quantize one panel: rows (count, in), with count ≤ PANEL. values, scales: the panel's memory.
+// Returns false if a weight is NaN or too large for a float16 scale.
 template <int BITS>
 bool quantize_panel(const float* rows, int64_t count, int64_t in, const float* steps,
                     int64_t n_steps, uint8_t* values, uint16_t* scales) {
-  constexpr int BLOCK = block_of(BITS), BYTES = PANEL * GROUP;  // of a group of inputs, or of two
+  constexpr int BLOCK = block_of(BITS), BYTES = PANEL * GROUP;  // one group, or two
   Lanes turned[PANEL / LANES][BLOCK] = {};
   for (int64_t b = 0; b < in / BLOCK; b++, values += BLOCK * PANEL * BITS / 8, scales += PANEL) {
     for (int64_t row = 0; row < count; row++)
@@ -136,12 +136,12 @@ bool quantize_panel(const float* rows, int64_t count, int64_t in, const float* s
       Lanes best = best_scale<BITS>(w, steps, n_steps), inverse = inverse_of(best);
       Whole missing;
       for (int i = 0; i < LANES; i++) {
-        // bytes of rows that only fill the panel are 0
+        // padding rows have zero bytes
         missing[i] = part * LANES + i >= count ? -1 : 0;
         scales[part * LANES + i] = bits_of(best[i]);
       }
       for (int j = 0; j < BLOCK; j += GROUP * 8 / BITS) {
-        Whole bytes = {};  // of each row: its numbers of a group
+        Whole bytes = {};  // per row: the values of its group
         for (int i = 0; i < GROUP * 8 / BITS; i++) {
           Whole n = __builtin_convertvector(number_of<BITS>(w[j + i], inverse), Whole);
           bytes |= BITS == 8 ? (n & 255) << 8 * i : (n + 8) << (8 * (i % GROUP) + 4 * (i / GROUP));
@@ -155,9 +155,9 @@ bool quantize_panel(const float* rows, int64_t count, int64_t in, const float* s
   return true;
 }
 
-// Rows of weights (out, in) in panels, the last one filled up with zeros. steps: as for
+// Quantize rows (out, in) into panels; the last panel is padded with zeros. steps: see
 // `best_scale`.
-// values: (⌈out/16⌉, in/4 or in/8, 16, 4); scales: (⌈out/16⌉, in/block, 16). False as for
+// values: (⌈out/16⌉, in/4 or in/8, 16, 4); scales: (⌈out/16⌉, in/block, 16). Returns false like
 // `quantize_panel`.
 inline bool quantize(const float* rows, int64_t out, int64_t in, int bits, const float* steps,
                      int64_t n_steps, uint8_t* values, uint16_t* scales) {

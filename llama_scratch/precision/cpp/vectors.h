@@ -1,4 +1,9 @@
-// What the other files share: a register of this machine, and work in parallel.
+// Shared by the other files: vector registers and threads.
+//
+// A vector register holds several numbers (lanes), and one instruction computes with all of them,
+// like an elementwise operation on a small numpy array. Most operators here (+, *, <) are the
+// compiler's own for such vectors; functions named _mm… and v… are single CPU instructions
+// (intrinsics). The preprocessor (#if) selects the code for the instruction set of this machine.
 
 #pragma once
 
@@ -29,6 +34,7 @@
 
 namespace llama_scratch {
 
+// Read or write a value of type V at any address, aligned or not.
 template <class V>
 inline V load(const void* from) {
   V v;
@@ -42,7 +48,8 @@ inline void store(void* to, V v) {
 
 // --- One register -----------------------------------------------------------------------------
 //
-// Vector: LANES numbers of float32. fma(a, b, c): a·b + c, rounded once where the machine can.
+// Vector: LANES float32 numbers. fma(a, b, c): a·b + c, with a single rounding if the CPU supports
+// it. halves(h): LANES float16 numbers at h, as float32.
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -66,10 +73,10 @@ inline Vector fma(Vector a, Vector b, Vector c) {
 #else
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 #endif
-#define LLAMA_SCRATCH_HALVES  // by hand, below
+#define LLAMA_SCRATCH_HALVES  // no instruction for `halves`: implemented below
 #endif
 
-// Keeps a number in its register: the compiler would rather read it again for each product.
+// Keep a value in its register; otherwise the compiler reloads it for each product.
 inline void keep(Vector& v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -87,7 +94,7 @@ inline Vector all(float x) { return Vector{} + x; }
 inline Vector floats(Whole v) { return __builtin_convertvector(v, Vector); }
 inline Vector vector_at(const float* from) { return load<Vector>(from); }
 
-// 16 bytes as whole numbers, in 16 / LANES registers.
+// Convert 16 bytes to 32-bit integers, in 16 / LANES registers.
 #if defined(__AVX512F__)
 inline void widen(Signed v, Whole* q) { q[0] = (Whole)_mm512_cvtepi8_epi32((__m128i)v); }
 inline void widen(Unsigned v, Whole* q) { q[0] = (Whole)_mm512_cvtepu8_epi32((__m128i)v); }
@@ -107,8 +114,8 @@ inline void widen(Bytes v, Whole* q) {
 }
 #endif
 
-// One float16 as float32.
-// exponent and mantissa move into their places, 2^112 sets the exponent right
+// Convert one float16 to float32: shift exponent and mantissa to their place in a float32, then
+// multiply by 2^112 to correct the bias of the exponent.
 inline float half(uint16_t h) {
   uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
   float value = load<float>(&magnitude) * 0x1p112f;
@@ -131,8 +138,8 @@ inline Vector halves(const void* h) {
 }
 #endif
 
-// The sums of four registers. Lanes are added in this order: i and i + 2 of each four, then their
-// neighbors, then fours.
+// The lane sums of four registers. Each sum adds its lanes in this order: lanes i and i + 2 of each
+// group of four, then their neighbors, then the groups.
 #if defined(__AVX2__) || defined(__AVX512F__)
 inline __m128 fold(__m128 v) { return v; }
 inline __m128 fold(__m256 v) {
@@ -166,11 +173,11 @@ inline void sums(Vector a, Vector b, Vector c, Vector d, float (&sum)[4]) {
 }
 #endif
 
-// e^x to about a unit in the last place. Source: Cephes, expf.
+// e^x, with an error of about one unit in the last place. Source: Cephes, expf.
 inline Vector exp(Vector x) {
   x = x < -87.0f ? all(-87) : x;
   x = x > 88.0f ? all(88) : x;
-  Vector n = x * 1.44269504f + 0x1.8p23f - 0x1.8p23f;  // e^x = 2^n · e^r
+  Vector n = x * 1.44269504f + 0x1.8p23f - 0x1.8p23f;  // e^x = 2^n · e^r, n = round(x / ln 2)
   Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vector p = all(1.9875691500e-4f);
   for (float c :
@@ -182,17 +189,17 @@ inline Vector exp(Vector x) {
 
 // --- Memory and threads -----------------------------------------------------------------------
 
-// Prefetch the cache line AHEAD bytes later in a stream of weights, into all levels of the cache:
-// the hint that bypasses them (locality 0) halved the bandwidth of an Intel CPU.
+// Prefetch the cache line AHEAD bytes later in a stream of weights, into all cache levels. The
+// non-temporal hint (locality 0) halved the bandwidth on an Intel CPU.
 constexpr int AHEAD = 2048;
 inline void prefetch(const void* from) { __builtin_prefetch((const uint8_t*)from + AHEAD); }
 
-// A product with one row reads this many streams of weights at a time, far apart from each other:
-// the hardware prefetcher stops at the end of a page, and the other streams use the time until it
-// follows the next page.
+// A product with one row reads this many streams of weights at once, far apart in memory. The
+// hardware prefetcher stops at the end of a page; the other streams use the time until it continues
+// on the next page.
 constexpr int64_t STREAMS = 4;
 
-// Room for numbers that are written before they are read. It stays for the next use, and grows.
+// Uninitialized memory that is reused between calls and grows if necessary.
 template <class N>
 class Buffer {
   std::unique_ptr<N[]> data_;
@@ -205,7 +212,7 @@ class Buffer {
   }
 };
 
-#if defined(LLAMA_SCRATCH_ALONE)  // without torch: under sanitizers, see tests/
+#if defined(LLAMA_SCRATCH_ALONE)  // without torch, for tests with sanitizers and benchmarks
 inline int threads() { return 1; }
 template <class F>
 void parallel_pieces(int64_t n, const F& f) {
@@ -213,14 +220,14 @@ void parallel_pieces(int64_t n, const F& f) {
 }
 #else
 inline int threads() { return ::at::get_num_threads(); }
-// f(begin, end) for a piece of 0 to n on each thread.
+// Split the range 0 to n into pieces and call f(begin, end) for each, on several threads.
 template <class F>
 void parallel_pieces(int64_t n, const F& f) {
   ::at::parallel_for(0, n, 1, f);
 }
 #endif
 
-// f(i) for each i from 0 to n.
+// Call f(i) for each i in range(n), on several threads.
 template <class F>
 void parallel(int64_t n, const F& f) {
   parallel_pieces(n, [&](int64_t begin, int64_t end) {
