@@ -100,7 +100,7 @@ def main(
             envvar="LLAMA_SCRATCH_CONFIG",
             is_eager=True,
             callback=_configure,
-            help="Configuration file in TOML (default: llama-scratch/config.toml in the configuration folder).",
+            help="Configuration file (default: llama-scratch/config.toml in the configuration folder).",
         ),
     ] = None,
     version: Annotated[

@@ -144,7 +144,7 @@ class AnswerOptions:
         option(
             "--temperature",
             metavar="T",
-            help="Sampling temperature (default: 0, greedy decoding).",
+            help="Sampling temperature; 0 (default): greedy decoding.",
             show_default=False,
         ),
     ] = 0.0
@@ -153,7 +153,7 @@ class AnswerOptions:
         option(
             "--top-k",
             metavar="K",
-            help="Top-k sampling: keep the K most likely tokens (default: all).",
+            help="Top-k sampling: the K most likely tokens (default: all).",
             show_default=False,
         ),
     ] = 0
@@ -162,7 +162,7 @@ class AnswerOptions:
         option(
             "--top-p",
             metavar="P",
-            help="Nucleus sampling: keep the smallest set of tokens with total probability P (default: 1).",
+            help="Nucleus sampling: smallest set of tokens with total probability P (default: 1).",
             show_default=False,
         ),
     ] = 1.0
@@ -171,16 +171,16 @@ class AnswerOptions:
         option(
             "--min-p",
             metavar="P",
-            help="Min-p sampling: keep tokens with P times the top probability or more (default: 0).",
+            help="Min-p sampling: tokens with at least P times the top probability (default: 0).",
             show_default=False,
         ),
     ] = 0.0
     seed: Annotated[int | None, option("--seed", metavar="N", help="Random seed for sampling.")] = None
     chat: Annotated[
         bool,
-        option("--chat", metavar="", help="Chat with an instruction-tuned model: each line is a message."),
+        option("--chat", metavar="", help="Chat with an Instruct model: each line is a message."),
     ] = False
-    system: Annotated[str | None, option("--system", metavar="TEXT", help="System prompt; implies --chat.")] = None
+    system: Annotated[str | None, option("--system", metavar="TEXT", help="System prompt; starts a chat.")] = None
     special: Annotated[
         bool,
         option("--special", metavar="", help="Parse special tokens such as <|eot_id|> in prompts."),
