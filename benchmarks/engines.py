@@ -1,9 +1,9 @@
-"""One engine in a process of its own: it loads a model once, measures when told to, and sleeps otherwise.
+"""Worker process of one engine: loads a model once and measures on request.
 
     python -m benchmarks.engines '{"kind": "ours", …}'
 
-Requests and replies are JSON, one a line, on standard input and output. The parent is benchmarks/compare.py.
-Nothing heavy is imported here before an engine needs it, so that its memory is its own.
+Requests and replies are JSON Lines on standard input and output. The parent is benchmarks/compare.py. Heavy packages
+are imported only by the engine that needs them, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypedDict
 
 
 class Setup(TypedDict):
-    """What a worker is started with."""
+    """Settings of a worker."""
 
     kind: str
     path: str
@@ -30,10 +30,12 @@ class Setup(TypedDict):
 
 
 class Engine(Protocol):
-    """An engine with its model loaded.
+    """An engine with a loaded model.
 
-    weight_bytes: Bytes of weights that one decoded token reads. prepare_s: Seconds of preparation after loading.
-    kernels: The instruction set of our kernels, "" if the engine does not use them.
+    Attributes:
+        weight_bytes: Weight bytes that are read per decoded token.
+        prepare_s: Seconds of preparation after loading.
+        kernels: Instruction set of our kernels, or "" if the engine does not use them.
     """
 
     weight_bytes: int
@@ -41,14 +43,22 @@ class Engine(Protocol):
     kernels: str
 
     def run(self, ids: Sequence[int], new: int) -> tuple[float, float]:
-        """Seconds for reading all but the last `new` of `ids` from an empty cache, and for the others one by one."""
+        """Measure prefill and decode, starting with an empty cache.
+
+        Args:
+            ids: Token ids.
+            new: Number of ids at the end that are decoded one by one.
+
+        Returns:
+            Seconds of prefill and of decode.
+        """
 
     def logits(self, ids: Sequence[int]) -> list[float]:
-        """The logits after the last of `ids`."""
+        """Logits after the last of `ids`."""
 
 
 class Ours:
-    """This project, in one precision; waits until the weights are in their fast form."""
+    """This package in one precision, with packed weights."""
 
     def __init__(self, setup: Setup):
         import torch
@@ -63,7 +73,7 @@ class Ours:
             precision=setup["variant"],
             context=setup["context"],
             threads=setup["threads"],
-            calibration=__file__,  # of int4: a short text saves minutes, and the speed does not depend on it
+            calibration=__file__,  # for int4: a short text saves minutes and does not affect the speed
         )
         start = time.perf_counter()
         self._llama.prepare()
@@ -80,7 +90,10 @@ class Ours:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, with a batch of 512 and a 16-bit cache, its defaults."""
+    """llama.cpp through llama-cpp-python, with its default batch size and cache.
+
+    These are batches of 512 tokens and a 16-bit KV cache.
+    """
 
     prepare_s = 0.0
     kernels = ""
@@ -113,7 +126,7 @@ class LlamaCpp:
 
     def _eval(self, ids: Sequence[int]) -> Any:
         self._llama.eval(ids)
-        return self._cpp.llama_get_logits_ith(self._llama.ctx, -1)  # comes back when they are computed
+        return self._cpp.llama_get_logits_ith(self._llama.ctx, -1)  # waits for the computation
 
     def logits(self, ids: Sequence[int]) -> list[float]:
         self._llama.reset()
@@ -122,7 +135,7 @@ class LlamaCpp:
 
 
 def quiet_llama_cpp() -> None:
-    """Keep llama.cpp's log off the terminal, but for errors."""
+    """Silence llama.cpp's log except for errors."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -134,12 +147,15 @@ def quiet_llama_cpp() -> None:
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
 
 
-# llama.cpp calls back for as long as the process lives.
+# Keeps the callbacks alive, because llama.cpp calls them until the process ends.
 _log_callbacks: list[Any] = []
 
 
 def matrix_bytes(path: Path) -> int:
-    """Bytes of a GGUF file's matrices that one decoded token reads: an embedding only where it is the output too."""
+    """Bytes of a GGUF file's matrices that are read per decoded token.
+
+    The embedding counts only if it is also the output.
+    """
     from llama_scratch.checkpoint.gguf.header import read_header
 
     sizes = {tensor.name: tensor.size for tensor in read_header(path).tensors if len(tensor.shape) == 2}
@@ -149,7 +165,7 @@ def matrix_bytes(path: Path) -> int:
 
 
 class CTranslate2:
-    """CTranslate2's generator. It picks the new tokens itself, and calls back after each."""
+    """CTranslate2's generator, which chooses the new tokens itself."""
 
     prepare_s = 0.0
     kernels = ""
@@ -171,7 +187,7 @@ class CTranslate2:
             return False
 
         start = time.perf_counter()
-        # The first new token belongs to the reading of the prompt: the others' prefill gives its logits too.
+        # The first new token counts as prefill, because prefill computes its logits in the other engines too.
         self._generator.generate_batch(
             [prompt],
             max_length=new + 1,
@@ -230,7 +246,7 @@ KINDS: dict[str, type] = {
 
 
 def _linear_parameters(config: Path) -> int:
-    """Weights of all linear layers, from a Hugging Face config.json."""
+    """Number of weights of all linear layers, from a Hugging Face config.json."""
     shape = json.loads(config.read_text())
     dim, heads = shape["hidden_size"], shape["num_attention_heads"] + shape["num_key_value_heads"]
     layer = 2 * dim * heads * shape["head_dim"] + 3 * dim * shape["intermediate_size"]
@@ -238,7 +254,7 @@ def _linear_parameters(config: Path) -> int:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory, its own and those mapped from files; 0 where the system does not say."""
+    """Private memory and file pages of this process in bytes; 0 if unknown."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
@@ -248,14 +264,14 @@ def resident() -> dict[str, int]:
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """One measurement."""
+    """Run one measurement."""
     ids: list[int] = request["ids"]
     match request["do"]:
         case "run":
             prefill_s, decode_s = engine.run(ids, request["new"])
             return {"prefill_s": prefill_s, "decode_s": decode_s}
         case "edit":
-            # What a changed last token costs: the same prompt before it stays in the cache.
+            # Measure a changed last token; the rest of the prompt is a prefix cache hit.
             whole_s, _ = engine.run(ids, 0)
             edited_s, _ = engine.run([*ids[:-1], (ids[-1] + 1) % request["vocab_size"]], 0)
             return {"whole_s": whole_s, "edited_s": edited_s}
@@ -266,8 +282,8 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load, say so, answer until the input ends."""
-    # What libraries print must not get among the replies.
+    """Load the engine and answer requests until the input ends."""
+    # Redirect output of libraries to stderr, so that it does not mix with the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     setup: Setup = json.loads(sys.argv[1])
@@ -275,7 +291,7 @@ def main() -> None:
     try:
         engine: Engine = KINDS[setup["kind"]](setup)
         load_s = time.perf_counter() - start - engine.prepare_s
-        engine.run([1, 2, 3], 1)  # what only a first call does, and the memory that it takes
+        engine.run([1, 2, 3], 1)  # warm-up: includes the time and memory of a first call
     except Exception as error:  # noqa: BLE001 - the parent leaves this engine out and says why
         replies.write(json.dumps({"error": str(error) or type(error).__name__}) + "\n")
         return

@@ -25,7 +25,7 @@ def section(formats: dict[str, Any]) -> list[str]:
         for row in formats["tokens"]
     ]
     return [
-        "## GGUF files, beside llama.cpp",
+        "## GGUF files compared with llama.cpp",
         "SmolLM2, quantized by llama.cpp, which uses fallback types for rows of 576. Ours dequantizes the blocks and "
         "multiplies in fp32. The differences come from llama.cpp's rounding of activations: to 8 bits for quantized "
         "matrices, and to the dtype of the weights for others.",
