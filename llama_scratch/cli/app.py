@@ -14,7 +14,15 @@ import typer
 from llama_scratch.cli.measure import bench
 from llama_scratch.cli.models import convert, info, pull, verify
 from llama_scratch.cli.opening import load, load_in_background, opener
-from llama_scratch.cli.options import AnswerOptions, ModelOptions, OutputOptions, option, with_options
+from llama_scratch.cli.options import (
+    AnswerOptions,
+    HelpCommand,
+    HelpGroup,
+    ModelOptions,
+    OutputOptions,
+    option,
+    with_options,
+)
 from llama_scratch.cli.process import (
     NAME,
     Consoles,
@@ -47,12 +55,13 @@ _HELP = (
 
 app = typer.Typer(
     name=NAME,
+    cls=HelpGroup,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (pull, info, verify, convert, bench, replay):
-    app.command()(command)
+    app.command(cls=HelpCommand)(command)
 
 
 def run(arguments: list[str]) -> int:

@@ -1,17 +1,22 @@
 """The options of the commands, each declared once with its help.
 
-The decorator `with_options` adds them to a command.
+The decorator `with_options` adds them to a command. `HelpCommand` and `HelpGroup` print the help.
 """
 
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from llama_scratch.errors import UsageError
 from llama_scratch.precision import ACTIVATIONS, PRECISIONS
@@ -265,3 +270,53 @@ def model_options(
                 }
                 options = ModelOptions(**values).overriding(options)
     return options
+
+
+# --- Help -------------------------------------------------------------------------------------
+
+# Below this width, typer's tables truncate the names of options.
+_MIN_TABLE_WIDTH = 72
+
+
+class HelpCommand(TyperCommand):
+    """A command whose help is also readable on a narrow terminal."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help. typer prints it here instead of using the formatter, and so does this class."""
+        if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
+            super().format_help(ctx, formatter)
+        else:
+            _print_narrow_help(self, ctx)
+
+
+class HelpGroup(TyperGroup):
+    """A main command whose help is also readable on a narrow terminal."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help. typer prints it here instead of using the formatter, and so does this class."""
+        if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
+            super().format_help(ctx, formatter)
+        else:
+            _print_narrow_help(self, ctx)
+
+
+def _print_narrow_help(command: HelpCommand | HelpGroup, ctx: Any) -> None:
+    """Print the help without tables: each option on its own line, its help indented below."""
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        if record := parameter.get_help_record(ctx):
+            default = "Options" if isinstance(parameter, TyperOption) else "Arguments"
+            panel = getattr(parameter, "rich_help_panel", None) or default
+            panels.setdefault(panel, []).append((record[0].replace(" <str>", ""), record[1]))
+    if isinstance(command, HelpGroup):
+        for name, subcommand in command.commands.items():
+            summary = inspect.cleandoc(subcommand.help or "").split("\n\n")[0]
+            panels.setdefault("Commands", []).append((name, summary))
+    console = Console(highlight=False, emoji=False)
+    console.print(Text(command.get_usage(ctx), style="bold"))
+    console.print(Text(f"\n{inspect.cleandoc(command.help or '')}"))
+    for title, records in panels.items():
+        console.print(Text(f"\n{title}:", style="bold"))
+        for name, text in records:
+            console.print(Padding(Text(name, style="cyan"), (0, 0, 0, 2)))
+            console.print(Padding(Text(text), (0, 0, 0, 6)))

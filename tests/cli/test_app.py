@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -292,6 +293,20 @@ def test_version_and_help(llama_scratch: Runner) -> None:
     assert result.code == 0
     for option in ("--model-dir", "--prompt", "--rope-factor", "--json", "pull", "info", "Examples:"):
         assert option in result.out
+
+
+@pytest.mark.parametrize("command", [(), ("pull",), ("bench",)])
+def test_help_fits_a_narrow_terminal(
+    llama_scratch: Runner, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """Names of options are not truncated, and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", "120")
+    names = set(re.findall(r"--[a-z-]+", llama_scratch(*command, "--help").out))
+    monkeypatch.setenv("COLUMNS", "40")
+    result = llama_scratch(*command, "--help")
+    assert result.code == 0
+    assert names == set(re.findall(r"--[a-z-]+", result.out))
+    assert max(map(len, result.out.splitlines())) <= 40
 
 
 # --- Errors -----------------------------------------------------------------------------------
