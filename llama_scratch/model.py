@@ -114,7 +114,7 @@ class KVCache:
     def rewind(self, length: int) -> None:
         """Truncate the cache to its first `length` tokens."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length} tokens: the cache has {self.length}")
+            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
 
     def positions(self, T: int, device: torch.device) -> Tensor:

@@ -247,7 +247,7 @@ def test_a_closed_model_answers_on_from_packed_weights_alone(tiny_dir: Path) -> 
             assert llama.predict("the nation").model.precision == "int8"
             continue
         for _ in range(2):
-            with pytest.raises(UsageError, match=r"^The model was closed before its weights were packed; load it"):
+            with pytest.raises(UsageError, match=r"^The model was closed before its weights were packed\. Load it"):
                 llama.predict("the nation")
 
 
