@@ -553,7 +553,7 @@ def test_two_at_once(server: Server) -> None:
     thread = threading.Thread(target=lambda: results.append(pull(server, patience=patient)))
     thread.start()
     assert reached.wait(20)
-    rejected_without_secret(lambda: pull(server), LlamaScratchError, NAME, "another process")
+    rejected_without_secret(lambda: pull(server), LlamaScratchError, NAME, "Another process")
     report_progress.set()
     thread.join()
     assert results == [(folder(), True)]
