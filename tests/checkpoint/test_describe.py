@@ -180,7 +180,7 @@ def test_the_tokenizer_and_the_chat_format(tiny_dir: Path, facts: dict[str, Any]
     assert "base model" in model_facts(facts)["chat"]
     instruct = describe(write_meta(tmp_path / "Tiny-Instruct"), None, None, silent)
     assert instruct["chat"] is True
-    assert model_facts(instruct)["chat"] == "it has a format for conversations"
+    assert model_facts(instruct)["chat"] == "has a chat template"
 
 
 def test_texts_of_a_file_cannot_command_the_terminal(facts: dict[str, Any]) -> None:
@@ -188,9 +188,7 @@ def test_texts_of_a_file_cannot_command_the_terminal(facts: dict[str, Any]) -> N
     names = {"bos": "\x1b[2J", "stops": ["\x1b]0;x\x07"]}
     shown = model_facts({**facts, "name": "\x1b[31m", "path": "/\x1b[0m", "tokenizer": facts["tokenizer"] | names})
     assert all(value.isprintable() for value in shown.values())
-    assert (
-        "no token ends a text" in model_facts({**facts, "tokenizer": facts["tokenizer"] | {"stops": []}})["tokenizer"]
-    )
+    assert "no stop token" in model_facts({**facts, "tokenizer": facts["tokenizer"] | {"stops": []}})["tokenizer"]
 
 
 @pytest.mark.parametrize(

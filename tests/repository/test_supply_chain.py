@@ -83,4 +83,4 @@ def test_the_license_of_the_open_model_is_shown_before_it_is_fetched(
 
 def test_whose_license_metas_link_is_for_is_shown_before_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pull", "Llama3.2-1B", "--from-url", "no link"]) == 2
-    assert "license: Meta's" in capsys.readouterr().err
+    assert "Meta's license" in capsys.readouterr().err
