@@ -17,7 +17,7 @@ _LENGTH = 1024
 
 @command("arch", "[LENGTH]")
 def _arch(session: Session, argument: str) -> Reply:
-    """Components of the network: shapes, parameters, FLOPs and bytes.
+    """Network components: shapes, parameters, FLOPs and bytes.
 
     The cost of attention depends on the length of the text: the text so far, or LENGTH tokens.
     """

@@ -15,7 +15,7 @@ command = commands_under("Predictions")
 
 @command("choices", "A | B | …")
 def _choices(session: Session, argument: str) -> Reply:
-    """Rank continuations by probability: /choices hot | cold | mild.
+    """Rank given continuations: /choices hot | cold | mild.
 
     Each text gets a leading space unless it is in double quotes, which are read as JSON: "\\n" | ", too".
     """

@@ -11,7 +11,7 @@ command = commands_under("Session")
 
 KEYS = {
     "Enter": "Send the prompt. On an empty line, accept the offered tokens.",
-    "Tab, →": "Accept the suggested token. On an empty line, insert the text.",
+    "Tab, →": "Accept the suggested token. Empty line: insert the text.",
     "Shift-Tab": "Suggest the next candidate.",
     "Alt-Enter": "Insert a line break.",
     "Up, Down": "Show earlier lines. Ctrl-R searches them.",
