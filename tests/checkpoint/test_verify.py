@@ -251,7 +251,7 @@ def test_weights_that_are_no_tensors_yet_are_looked_through_too(model: Path, mon
     monkeypatch.setattr(module, "open_checkpoint", lambda *arguments: checked(open_checkpoint(*arguments)))
     monkeypatch.setattr(module, "_BLOCK", 256 * 100)
     sentence = one_wrong(verify(model), "layers.0.feed_forward.w1.weight", "values")
-    assert sentence.startswith("256 NaN among its 262,144 values, first in row 299,")
+    assert sentence.startswith("256 NaN among its 262,144 values, first in row 299.")
     assert asked == [(start, min(start + 100, 1024)) for start in range(0, 1024, 100)]
 
 
