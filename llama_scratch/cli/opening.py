@@ -144,7 +144,7 @@ def _fetch_missing(options: ModelOptions, consoles: Consoles) -> None:
         consoles.log.print(f"No model on this machine yet. Downloading {description}.", soft_wrap=True)
     elif not typer.confirm(f"No model on this machine yet. Download {description}?", default=True, err=True):
         raise ModelNotFoundError(
-            f"There is no model to run. Download an open one with '{NAME} pull {name}', or pass --model-dir."
+            f"There is no model to run. Run '{NAME} pull {name}' to download an open one, or pass --model-dir."
         )
     pull_open_model(name, consoles)
 
