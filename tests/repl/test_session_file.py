@@ -606,7 +606,7 @@ def test_load_of_another_models_session_says_so(tiny: Llama, tmp_path: Path) -> 
     session = session_of(tiny)
     output, reply = respond(session, f"/load {path}")
     assert output["same_model"] is False
-    assert "answers of another model, Other" in str(reply.view if reply else "")
+    assert "from another model, Other" in str(reply.view if reply else "")
     assert session.text_of(session.ids) == "the"
 
 
