@@ -67,7 +67,9 @@ class Command(NamedTuple):
 @cache
 def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
-    language, content, start = None, [], 0
+    language: str | None = None
+    content: list[str] = []
+    start = 0
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if not line.startswith("```"):
             content.append(line)
@@ -225,7 +227,7 @@ def make_targets() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_inline_code_exist(page: Path) -> None:
     """Options, slash commands, targets of the Makefile, paths of tests, and variables of the environment."""
-    known = frozenset().union(*map(options, (None, *SUBCOMMANDS))) | OTHER_OPTIONS
+    known = {*OTHER_OPTIONS, *(option for name in (None, *SUBCOMMANDS) for option in options(name))}
     unknown = []
     for span in code_spans(page):
         if span.startswith("/") and re.match(r"/[a-z]", span):
