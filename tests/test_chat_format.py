@@ -843,4 +843,3 @@ def test_the_option_with_a_base_model(llama_scratch: Runner, tiny_dir: Path, opt
     assert result.code == 2
     assert result.out == ""
     assert "base model" in result.err
-    assert ". " not in result.err

@@ -594,7 +594,7 @@ def test_a_disk_that_is_too_small(sources: dict[str, Path], tmp_path: Path, monk
         LlamaScratchError,
         "0.1 GB",
         "0.0 GB",
-        "make room",
+        "Free up disk space",
     )
 
 

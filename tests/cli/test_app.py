@@ -315,7 +315,7 @@ def test_help_fits_a_narrow_terminal(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--top", "0"], "candidates is 0"),
+        (["--top", "0"], "0 candidates"),
         (["--top", "many"], "--top"),
         (["--generate", "-1"], "-1 tokens"),
         (["--temperature", "-1"], "temperature"),

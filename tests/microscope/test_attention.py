@@ -500,7 +500,7 @@ def test_a_layer_by_its_names(session: Session, name: str) -> None:
 def test_a_head_by_its_names(session: Session, name: str) -> None:
     facts, view = answered(session, f"/attention {name}")
     assert facts == head(session.llama, session.ids, 1, 3).as_json()
-    assert "L1.H3 looks like" in view
+    assert "L1.H3" in view
     assert facts["probs"] == attention_map(session.llama, session.ids, 1, 3).tolist()
 
 
@@ -512,7 +512,7 @@ def test_a_position_is_where_the_map_begins(session: Session) -> None:
     assert answered(session, "/attention L1.H3 4")[0]["first"] == 4
     assert answered(session, "/attention L1.H3 50")[0]["first"] == 36
     session.change_settings(plain=True)
-    assert "L1.H3 looks like" in answered(session, "/attention L1.H3")[1]
+    assert "L1.H3" in answered(session, "/attention L1.H3")[1]
 
 
 @pytest.mark.parametrize(

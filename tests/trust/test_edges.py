@@ -283,7 +283,7 @@ def test_views_of_a_text_that_fills_a_context_of_two(ask: Callable[..., Result])
     assert [strict(line).get("command") for line in result.out.splitlines()] == [
         None, "lens", "surprisal", "generate", "tree",
     ]  # fmt: skip
-    assert "expected room for one" in result.err
+    assert "the context is 2 tokens" in result.err
 
 
 # --- Prompts ----------------------------------------------------------------------------------

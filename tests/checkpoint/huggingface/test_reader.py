@@ -456,7 +456,7 @@ def sizes(header: dict[str, Any]) -> int:
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "an unknown type": (entry(dtype="F8_E4M3"), f"'{Q}' is stored as F8_E4M3, expected F32, F16, BF16; use the unq"),
+    "an unknown type": (entry(dtype="F8_E4M3"), f"'{Q}' is stored as F8_E4M3, expected F32, F16, BF16"),
     "a type of integers": (entry(dtype="I32"), f"'{Q}' is stored as I32"),
     "a type that is a list": (entry(dtype=["F32"]), f"entry for '{Q}' is {{'dtype': ['F32']"),
     "a negative size": (entry(shape=[-64, 64]), f"entry for '{Q}' is "),
@@ -1036,7 +1036,9 @@ def test_what_ends_a_text(directory: Path, generation: Any, config: Any, setting
 def test_an_end_that_is_no_number_is_refused(directory: Path, value: Any) -> None:
     """`eos_token_id` must be one or several integers."""
     load_rejected(
-        write(directory, "generation_config.json", {"eos_token_id": value}), "eos_token_id is", "expected a number"
+        write(directory, "generation_config.json", {"eos_token_id": value}),
+        "eos_token_id is",
+        "expected one or several integers",
     )
 
 
