@@ -25,8 +25,8 @@ def page(choices: Choices) -> Page:
         )
         rows.append(row)
     note = (
-        "normalized: softmax over the choices of their log-probabilities; per token: of the mean log-probability per "
+        "share: softmax over the choices of their log-probabilities; per token: of the mean log-probability per "
         f"token. One of them follows with a probability of {percent(choices.probability)}."
     )
-    table = Table(("choice", ">normalized", ">per token", ""), tuple(rows))
+    table = Table(("choice", ">share", ">per token", ""), tuple(rows))
     return Page("Choices", (table, Paragraph(note, "dim")))

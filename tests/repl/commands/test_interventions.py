@@ -492,7 +492,7 @@ def test_why_of_one_token_and_of_many(session: Session) -> None:
     assert reply is not None
     assert sum(influence["without"] is not None for influence in reply.facts["influences"]) == 16
     text = " ".join(shown(reply.view).split())
-    assert f"16 of {len(session.ids)} tokens were left out one by one" in text
+    assert f"16 of {len(session.ids)} tokens were left out, one at a time" in text
 
 
 def test_why_in_a_session_in_int8(tiny_dir: Path) -> None:
