@@ -1,4 +1,4 @@
-"""The shape of a network: a validated, frozen `ModelArgs`. Does not import torch."""
+"""`ModelArgs`, the validated hyperparameters of a network. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_scratch.errors import CheckpointError, UsageError
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 """Meta's names of the two weights that are tied in many models."""
 
-# Llama 3's context, and the context since Llama 3.1 with RoPE scaling.
+# Context length of Llama 3, and of Llama 3.1 and later, which use RoPE scaling.
 ORIGINAL_CONTEXT = 8192
 SCALED_CONTEXT = 131_072
 
@@ -22,8 +22,8 @@ class RopeScaling:
 
     If a pair makes fewer than `low_freq_factor` full turns within `original_context` tokens, its
     frequency is divided by `factor`. If it makes more than `high_freq_factor` turns, it stays as it
-    is. Pairs in between are interpolated. Source: `apply_scaling` in Meta's llama-models, but with
-    each release's own factor (8 for 3.1 and 3.3, 32 for 3.2), which is always 8 in Meta's code.
+    is. Pairs in between are interpolated. Source: `apply_scaling` in Meta's llama-models. Meta's code
+    always uses the factor 8; here, it depends on the release (8 for 3.1 and 3.3, 32 for 3.2).
     """
 
     factor: float
@@ -40,8 +40,8 @@ class ModelArgs:
         ffn_dim: Width of the feed-forward layer.
         max_seq_len: Maximum context in tokens.
         rope_scaling: RoPE scaling, if any. A factor of 1 becomes None.
-        rope_divisors: A divisor for each pair's frequency, head_dim/2 numbers, instead of `rope_scaling`.
-        head_dim: Width of one attention head. 0 becomes dim / n_heads, as in most models.
+        rope_divisors: One divisor per frequency, (head_dim/2,), instead of `rope_scaling`.
+        head_dim: Width of one attention head. 0 means dim / n_heads, as in most models.
     """
 
     dim: int
@@ -73,7 +73,7 @@ class ModelArgs:
             raise CheckpointError(f"head_dim is {self.head_dim}, expected an even number.")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
-                f"{self.n_heads} query heads (n_heads) do not divide among {self.n_kv_heads} KV heads (n_kv_heads)."
+                f"{self.n_heads} query heads (n_heads) are not a multiple of {self.n_kv_heads} KV heads (n_kv_heads)."
             )
 
     def with_rope_factor(self, factor: float | None) -> ModelArgs:
@@ -106,7 +106,10 @@ class ModelArgs:
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
     def n_parameters(self, *, tied: bool) -> int:
-        """Number of parameters. An output that is `tied` to the embedding counts once."""
+        """Number of parameters.
+
+        If the output is `tied` to the embedding, their shared weight counts once.
+        """
         shapes = self.weight_shapes()
         if tied:
             del shapes["output.weight"]
@@ -115,14 +118,14 @@ class ModelArgs:
     def linear_parameters(self) -> int:
         """Number of parameters in all linear layers, including the output.
 
-        Each decoded token reads all of them.
+        Decoding one token reads all of them.
         """
         shapes = self.weight_shapes()
         del shapes["tok_embeddings.weight"]
         return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
     def kv_bytes_per_token(self, bytes_each: int) -> int:
-        """Bytes per token in the KV cache, with `bytes_each` bytes per number.
+        """Bytes per token in the KV cache, with `bytes_each` bytes per element.
 
         Each layer has a key and a value per token.
         """

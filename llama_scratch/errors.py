@@ -1,10 +1,10 @@
 """The exceptions of this package, with the exit codes of the command line.
 
-Each message says what happened, then what to do. It has the library's arguments in backticks, such as `context`. The
-command line and the session replace them with their own options and commands; see render/messages.py.
+Each message says what happened, then what to do. Names of the library's arguments are in backticks, such as `context`.
+The command line and the session replace them with their own options and commands; see render/messages.py.
 """
 
-# Advice for a damaged file, never for one that is not supported.
+# Advice for damaged files, not for unsupported ones.
 REDOWNLOAD_HINT = "fetch the file again from where the model came from."
 
 
@@ -25,7 +25,7 @@ def sanitize(value: object, limit: int = 60) -> str:
 
 
 def escape_controls(message: str) -> str:
-    """Escape control characters in a message, which could come from a file name."""
+    """Escape control characters in a message, such as those in a file name."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
 
 
@@ -63,7 +63,7 @@ class CheckpointError(LlamaScratchError):
 
 
 class UnsupportedError(CheckpointError):
-    """A model file is undamaged, but not supported. The message has an alternative."""
+    """A model file is undamaged, but not supported. The message suggests an alternative."""
 
 
 class OutOfMemoryError(LlamaScratchError):

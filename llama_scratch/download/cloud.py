@@ -30,7 +30,7 @@ _SMALL = re.compile(
     r"params\.json|tokenizer\.model|checklist\.chk|chat_template\.\w+|LICENSE\S*|README\.md"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
 )
-_MAX_SMALL = 1 << 26  # bytes; the largest tokenizer.json of a Llama has 17 MB
+_MAX_SMALL = 1 << 26  # bytes; the largest tokenizer.json of a Llama is 17 MB
 _MAX_NAMES = 10_000
 _BLOCK = 1 << 22
 _RETRIES = 4
@@ -48,8 +48,9 @@ def remote_address(source: str) -> str | None:
 def local_copy(address: str, progress: Progress) -> Path:
     """Download a model from gs:// or az:// to the cache.
 
-    Small files are read again each time. Weights are downloaded once, until their size, time or checksum changes. An
-    interrupted download resumes. The weights are checked against the MD5 in checklist.chk or from the store.
+    Small files are downloaded on every call. Weights are downloaded again only if their size, modification time or
+    checksum has changed. An interrupted download resumes. The weights are checked against the MD5 in checklist.chk or
+    from the store.
 
     Args:
         address: The remote directory or .gguf file.
@@ -61,7 +62,7 @@ def local_copy(address: str, progress: Progress) -> Path:
     Raises:
         ModelNotFoundError: If the address does not contain a model.
         CheckpointError: If a file is damaged.
-        LlamaScratchError: If the store, the credentials or the disk do not allow the download.
+        LlamaScratchError: If access is denied, or the store or the disk fails.
     """
     import blobfile
 
@@ -72,7 +73,7 @@ def local_copy(address: str, progress: Progress) -> Path:
         weights = {name: stat for name, stat in files.items() if _is_weights(name)}
         base, last = address.rsplit("/", 1)
         single = last in weights
-        # Each version of the weights has its own folder, so a file with its final name is always the right version.
+        # Each version of the weights has its own folder, so a file without the .part suffix is up to date.
         version = repr([(name, stat.size, stat.mtime, stat.md5, stat.version) for name, stat in weights.items()])
         name = _plain(base.rsplit("/", 1)[-1] if last == "original" else last)
         kind = f"{name}-{_hash(address)}-"
@@ -89,7 +90,7 @@ def local_copy(address: str, progress: Progress) -> Path:
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
             _copy_weights(store, base if single else address, target, weights, sums, progress)
-            remove_stale(folder.parent, f"{kind}*")  # other versions that no process is copying; this one is locked
+            remove_stale(folder.parent, f"{kind}*")  # other versions, unless a process is downloading them
     return target / last if single else target
 
 
@@ -127,18 +128,21 @@ def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
             return _listed(store, f"{address}/{files[0]}")
         if files:
             raise ModelNotFoundError(
-                f"{sanitize(address, 200)} contains {len(files)} models. Name one of them: {sanitize(files, 200)}."
+                f"{sanitize(address, 200)} contains {len(files)} models. Specify one of them: {sanitize(files, 200)}."
             )
     if not {"params.json", "config.json"} & set(names):
         raise ModelNotFoundError(
-            f"{sanitize(address, 200)} does not contain params.json or config.json. Name the directory that contains "
-            "the model's files, or a .gguf file."
+            f"{sanitize(address, 200)} does not contain params.json or config.json. Specify the directory that "
+            "contains the model's files, or a .gguf file."
         )
     return address, {name: entries[name].stat or store.stat(f"{address}/{name}") for name in sorted(names)}
 
 
 def _copy_small(store: Context, address: str, target: Path, names: list[str]) -> dict[str, str]:
-    """Copy the small files and remove those that are gone. Returns the MD5s in checklist.chk, if there is one."""
+    """Download the small files. Returns the MD5s in checklist.chk, if there is one.
+
+    Local files that the store no longer has are deleted.
+    """
     for path in target.iterdir():
         if path.name not in names and not _is_weights(path.name.removesuffix(".part")):
             path.unlink()
@@ -146,7 +150,7 @@ def _copy_small(store: Context, address: str, target: Path, names: list[str]) ->
         with store.BlobFile(f"{address}/{name}", "rb") as file:
             data = file.read(_MAX_SMALL + 1)
         if len(data) > _MAX_SMALL:
-            raise CheckpointError(f"{address}/{name} is longer than {_MAX_SMALL:,} bytes. Check the address.")
+            raise CheckpointError(f"{address}/{name} is larger than {_MAX_SMALL:,} bytes. Check the address.")
         if not (target / name).is_file() or (target / name).read_bytes() != data:
             write_atomically(target / name, data, mode=0o666)
     return parse_checklist((target / "checklist.chk").read_bytes()) if "checklist.chk" in names else {}
@@ -174,8 +178,8 @@ def _check(part: Path, stat: Stat, md5: str | None, address: str, progress: Prog
     size = part.stat().st_size
     if size != stat.size or (md5 is not None and file_digest(part, "md5", progress) != md5):
         part.unlink()
-        problem = f"arrived with {size:,} of {stat.size:,} bytes" if size != stat.size else f"does not match MD5 {md5}"
-        raise CheckpointError(f"{sanitize(address, 200)} {problem} and was deleted. Try again.")
+        problem = f"has {size:,} of {stat.size:,} bytes" if size != stat.size else f"does not match MD5 {md5}"
+        raise CheckpointError(f"The download of {sanitize(address, 200)} {problem} and was deleted. Try again.")
 
 
 @contextmanager
@@ -187,9 +191,9 @@ def _explaining(address: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise ModelNotFoundError(
-            f"There is nothing at {sanitize(address, 200)}, or these credentials cannot see it. Check the address."
+            f"{sanitize(address, 200)} not found, or these credentials cannot access it. Check the address."
         ) from error
-    except Exception as error:  # blobfile raises many classes, most with an additional short message
+    except Exception as error:  # blobfile has many classes, most with a short `message`
         reason = sanitize(getattr(error, "message", error), 300)
         raise LlamaScratchError(
             f"{sanitize(address, 200)} cannot be read ({reason}). Check the address, the connection "

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub, in its cache, with resumable downloads."""
+"""Resumable downloads from the Hugging Face Hub to its local cache."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Repository:
 
     @property
     def path(self) -> Path | None:
-        """The model's directory, if it has been downloaded. Uses no network."""
+        """The model's directory, if it has been downloaded. Does not access the network."""
         try:
             commit = self.revision
             if not _COMMIT.fullmatch(commit):
@@ -76,9 +76,9 @@ class Repository:
 
 
 def cache() -> Path:
-    """The hub's cache, which other programs share.
+    """The hub's local cache, shared with other programs.
 
-    Raises FileNotFoundError without a home directory. Source: huggingface_hub's environment variables.
+    Raises FileNotFoundError if there is no home directory. Source: huggingface_hub's environment variables.
     """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
@@ -89,7 +89,10 @@ def cache() -> Path:
 
 
 def _model_in(snapshot: Path) -> Path | None:
-    """The model of a revision. If there are several .gguf files, the directory, for the error that lists them."""
+    """Return the path of the model in a snapshot, or None.
+
+    If there are several .gguf files, return the snapshot itself: loading it raises an error that lists them.
+    """
     if model := complete_model(snapshot):
         return model.path
     return snapshot if gguf_files(snapshot) else None
@@ -98,7 +101,7 @@ def _model_in(snapshot: Path) -> Path | None:
 def pull_hub(
     repository: Repository, progress: Progress, say: Callable[[str], None], retry: RetryPolicy | None = None
 ) -> Path:
-    """Download the files of a model that this program needs to the hub's cache.
+    """Download a model's required files to the hub's cache.
 
     HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as in huggingface_hub.
 
@@ -139,7 +142,7 @@ def pull_hub(
         say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
         with exclusively(repository.folder / "blobs", repository.name):
             _fetch_files(repository, commit, snapshot, files, progress, retry or RetryPolicy())
-            # Also records the revision's commit in refs/, which `Repository.path` reads.
+            # Requesting a file by revision also writes the commit to refs/, which `Repository.path` reads.
             _download(repository, files[0].rfilename, repository.revision)
     path = _model_in(snapshot)
     if path is None or repository.path != path:
@@ -160,7 +163,7 @@ def _info(repository: Repository) -> ModelInfo:
             return info
     except HfHubHTTPError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a response of the hub
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a valid response from the hub
         pass
     raise LlamaScratchError(f"{constants.ENDPOINT} does not respond like the Hugging Face Hub. Check HF_ENDPOINT.")
 
@@ -185,8 +188,8 @@ def _wanted(repository: Repository, names: list[str]) -> list[str]:
     other = next((name for name in names if re.search(r"\.(bin|pth?|h5|msgpack|onnx|safetensors)$", name)), None)
     content = f"weights only as {sanitize(other)}" if other else "no weights"
     raise CheckpointError(
-        f"{repository.name} contains {content}, expected config.json and model.safetensors. Choose another repository "
-        "or revision of the model."
+        f"{repository.name} must contain config.json and model.safetensors, but contains {content}. Choose another "
+        "repository or revision of the model."
     )
 
 
@@ -243,7 +246,7 @@ def _download(repository: Repository, file: str, revision: str) -> None:
 
 
 def _check_architecture(repository: Repository, path: Path) -> None:
-    """Reject an unsupported model before gigabytes are downloaded. All other checks happen when it is opened."""
+    """Reject an unsupported model before gigabytes are downloaded. All other checks run when it is loaded."""
     from llama_scratch.checkpoint.huggingface.reader import unsupported
 
     if (reason := unsupported(read_object(path, required=True))) is not None:
@@ -290,7 +293,7 @@ def _explaining(repository: Repository) -> Iterator[None]:
                 if error.status in (401, 403):
                     raise LlamaScratchError(gated) from None
                 raise
-            except hub.LocalEntryNotFoundError as error:  # raised in place of the error of a request
+            except hub.LocalEntryNotFoundError as error:  # raised if a request fails
                 raise _no_connection(name) from error
             except OSError as error:
                 if error.errno is not None:
@@ -314,7 +317,7 @@ def _not_allowed(name: str) -> LlamaScratchError:
 
 
 def _out_of_order(status: int) -> LlamaScratchError:
-    return LlamaScratchError(f"The hub answered with status {status}. Try again later.")
+    return LlamaScratchError(f"The hub responded with HTTP status {status}. Try again later.")
 
 
 def _no_connection(name: str) -> LlamaScratchError:

@@ -23,7 +23,7 @@ from llama_scratch.system.progress import Progress
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How to store and multiply weights: arguments of `Llama.load` with these names."""
+    """Precision and device. The fields are arguments of `Llama.load`."""
 
     precision: str
     activations: str
@@ -39,15 +39,15 @@ def load_network(
     Args:
         checkpoint: The files to load.
         args: The network's dimensions.
-        options: How to store the weights.
-        context: Number of tokens in the cache that must fit into memory.
+        options: Precision and device.
+        context: Context length in tokens. Its KV cache must fit into memory, too.
         progress: Called while the weights are read.
 
     Returns:
         The network, its background jobs (see `build`) and its description.
 
     Raises:
-        OutOfMemoryError: If the network does not fit into memory, according to an estimate before it is built.
+        OutOfMemoryError: If the network does not fit into memory. The size is estimated before it is built.
         UsageError: If an option is unknown, or this machine does not have the device.
         ModelNotFoundError: If the calibration text cannot be read.
         CheckpointError: If the weights are damaged.

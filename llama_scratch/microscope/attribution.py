@@ -1,4 +1,4 @@
-"""Why that token: attribution of a logit to components and to tokens of the text."""
+"""Attribution of a logit to the network's components and to input tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_scratch.system.progress import Progress, silent
 
 # Maximum number of tokens for leave-one-out, chosen by gradient × input.
 LEFT_OUT = 16
-# Contributions checked by ablation.
+# Number of contributions to check by ablation.
 CLAIMS = 3
 # Maximum number of tokens per batch.
 _ROWS = 512
@@ -45,14 +45,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class TokenInfluence:
-    """How much one token of the text matters for the predicted token.
+    """The influence of one input token on the logit.
 
     Attributes:
         token: The token.
         position: Its position.
         gradient_x_input: ∂logit/∂embedding · embedding.
         without: The probability of the answer without this token in the text, if it was computed.
-        versus_without: The same for the other token.
+        versus_without: The same probability for `Attribution.versus`.
     """
 
     token: Token
@@ -69,7 +69,7 @@ class AblationCheck:
     Attributes:
         contribution: The contribution.
         after: The probability of the answer with the component ablated.
-        versus_after: The same for the other token.
+        versus_after: The same probability for `Attribution.versus`.
     """
 
     contribution: Contribution
@@ -83,14 +83,15 @@ class Attribution(Displayable, JsonResult):
 
     Attributes:
         tokens: The tokens of the text.
-        answer: The token whose logit is attributed, with its probability in the precision of the model.
+        answer: The token whose logit is attributed, with its probability at the model's precision.
         versus: The token that it is compared with, if any.
-        logit: The logit of `answer`, or the logit difference to `versus`, from the weights of the file in float32.
+        logit: The logit of `answer`, or its difference from the logit of `versus`, computed in float32 from the
+            file's weights.
         contributions: Direct logit attribution: the contributions of the embedding, of each head and of each
             feed-forward layer, with the scale of the final norm held constant.
-        remainder: `logit` minus the sum of the contributions: rounding.
+        remainder: Rounding error, `logit` minus the sum of the contributions.
         influences: One for each token of the text.
-        claims: The strongest contributions, checked by ablation in the precision of the model.
+        claims: The strongest contributions, checked by ablation at the model's precision.
     """
 
     tokens: tuple[Token, ...]
@@ -126,7 +127,7 @@ def why(
         ids: The token ids of the text.
         answer: The token, by default the most probable next token.
         versus: A token to compare with. The logit difference is attributed.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the two tokens are the same, or one does not exist.
@@ -164,7 +165,7 @@ TargetLogit = tuple[int, int | None]
 
 
 class _Direct:
-    """One forward and backward pass with the weights of the file in float32."""
+    """One forward and backward pass in float32, with the weights from the file."""
 
     def __init__(self, llama: LoadedModel, ids: Sequence[int], target: TargetLogit, progress: Progress):
         model = llama.differentiable(progress)
@@ -183,7 +184,7 @@ class _Direct:
         # (1, T or 1, …) each
         streams, heads, attentions, feed_forwards = ([value for (value,) in pieces[kind]] for kind in kinds)
 
-        # logit = u·(x/rms(x))⊙w is linear in x if rms(x) is held constant, so the terms of x add up.
+        # logit = u·(x/rms(x))⊙w is linear in x if rms(x) is held constant, so the terms of x contribute additively.
         answer, versus = target
         u = model.output.weight[answer].float()  # (dim,)
         if versus is not None:
@@ -193,7 +194,7 @@ class _Direct:
         self.logit = float(direction @ x)
         self.contributions = [Contribution("embedding", float(direction @ streams[0][0, -1]))]
         for i in range(n_layers):
-            if f"layers.{i}.attention.out" in llama.engine.hooks:  # replaces the output of the heads
+            if f"layers.{i}.attention.out" in llama.engine.hooks:  # the hook replaces the sum over heads
                 self.contributions.append(
                     Contribution(NetworkPart(i, "attn").name, float(direction @ attentions[i][0, -1]))
                 )
@@ -208,7 +209,7 @@ class _Direct:
                 Contribution(NetworkPart(i, "ffn").name, float(direction @ feed_forwards[i][0, -1]))
             )
         self.gradient_x_input = _back(llama, model, streams, final[0], u, progress)
-        if any(".resid_" in place for place in llama.engine.hooks):  # belongs to no component
+        if any(".resid_" in place for place in llama.engine.hooks):  # not attributable to a component
             lacking = self.logit - sum(contribution.logit for contribution in self.contributions)
             self.contributions.append(Contribution("interventions", lacking))
 
@@ -218,8 +219,13 @@ def _back(
 ) -> list[float]:
     """Return gradient × input for each token, one layer at a time to save memory.
 
-    streams: the residual stream before each layer, (1, T, dim) each. final: the stream after the last layer. u: the
-    direction in logit = u·norm(x), (dim,).
+    Args:
+        llama: The model.
+        model: The network from `LoadedModel.differentiable`.
+        streams: The residual stream before each layer, (1, T, dim) each.
+        final: The residual stream after the last layer, (1, T, dim).
+        u: The direction in logit = u·norm(x), (dim,).
+        progress: Called with the stage and the number of layers done.
     """
     x = final.requires_grad_()
     with torch.enable_grad():

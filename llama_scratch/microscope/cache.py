@@ -33,10 +33,10 @@ class Cache(Displayable, JsonResult):
     Attributes:
         tokens: Number of cached tokens per layer.
         heads: Number of key-value heads.
-        head_dim: Length of a key, and of a value.
-        dtype: The type of the numbers.
+        head_dim: Dimension of each key and value vector.
+        dtype: Data type of the keys and values.
         bytes_per_token: Bytes per token, over all layers.
-        taken_bytes: Allocated bytes. The cache grows by doubling, so this is more than is in use.
+        taken_bytes: Allocated bytes. The cache grows by doubling, so this can exceed `held_bytes`.
         layers: Norms, first layer first.
     """
 
@@ -52,7 +52,7 @@ class Cache(Displayable, JsonResult):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of the keys of one layer, and of its values."""
+        """Shape of one layer's key tensor, which its value tensor shares."""
         return self.heads, self.tokens, self.head_dim
 
     @property
@@ -90,7 +90,7 @@ def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -
     Args:
         llama: The model.
         ids: The token ids of the text.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
     """
     llama.engine.next_logits(ids, progress)
     layers = [llama.engine.cached(layer) for layer in range(llama.args.n_layers)]
@@ -110,13 +110,13 @@ def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -
 def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: Progress = silent) -> CachedLayer:
     """Return the norms of the keys and values in one layer of the KV cache.
 
-    Rotation preserves the norm of a key. Raises errors as `Llama.predict` does.
+    RoPE does not change the norm of a key. Raises errors as `Llama.predict` does.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         layer: The layer.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the layer does not exist.

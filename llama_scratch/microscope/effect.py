@@ -20,8 +20,8 @@ class Effect(Displayable, JsonResult):
 
     Attributes:
         labels: The labels of the interventions.
-        tokens: The most probable tokens of either prediction, most probable first, with both probabilities.
-        kl_bits: Kullback–Leibler divergence of the prediction after from the prediction before.
+        tokens: The top tokens of both predictions, each as (before, after), sorted by the higher probability.
+        kl_bits: Kullback–Leibler divergence D(before ‖ after) in bits.
     """
 
     labels: tuple[str, ...]
@@ -30,12 +30,12 @@ class Effect(Displayable, JsonResult):
 
     @property
     def answers(self) -> tuple[tuple[Candidate, Candidate], ...]:
-        """The most probable token before, and the one after if it is different."""
+        """The entries of the top token before and, if different, the top token after."""
         best = [max(self.tokens, key=lambda pair: pair[side].logprob) for side in (0, 1)]
         return tuple(dict.fromkeys(best))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the effect as JSON values, as answers and commands print it."""
+        """Return the JSON object that prompts and commands print."""
         tokens = [
             {
                 "id": before.id,
@@ -69,11 +69,11 @@ def effect(
 
     Args:
         before: The model without interventions.
-        after: The model with them.
+        after: The model with interventions.
         ids: The token ids of the text.
         labels: The labels of the interventions.
         top: Number of candidates of each model.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If `top` is less than 1.

@@ -1,12 +1,13 @@
-"""Hugging Face's tokenizer.json → `Tokenizer`, if both tokenize every text alike.
+"""Convert Hugging Face's tokenizer.json to an equivalent `Tokenizer`.
 
 The file describes a pipeline: a normalizer, a pre-tokenizer that splits text into pieces, a model that merges within
-pieces, and a post-processor that adds special tokens. tiktoken implements byte-level BPE after a pattern; with one of
-the known patterns the two are equivalent. Anything else is rejected with an error that names it.
+pieces, and a post-processor that adds special tokens. tiktoken splits text with a regular expression and applies
+byte-level BPE to each piece. Both are equivalent if the pipeline's steps match one of the known patterns. Anything else
+is rejected with an error that names it.
 
-With `ignore_merges`, a piece that equals a token becomes that token at once, as in tiktoken. Llama 3 needs this for
-588 tokens. If a vocabulary was trained in one run, its merges produce all of its tokens anyway; for other vocabularies,
-`unmergeable` finds the tokens that they cannot produce.
+With `ignore_merges`, a piece that equals a token is encoded as that token without merging, as in tiktoken. Llama 3
+needs this for 588 tokens. Without it, the merges of a vocabulary that was trained in one run still produce all of its
+tokens. For other vocabularies, `unmergeable` finds the tokens that the merges cannot produce.
 Source: the `tokenizers` package.
 """
 
@@ -31,13 +32,13 @@ from llama_scratch.checkpoint.huggingface.tokenizer_steps import USE_ANOTHER, ch
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import Tokenizer
 
-# Llama 3's file has 9 to 17 MB, depending on how merges are written.
+# Llama 3's file is 9 to 17 MB, depending on how merges are written.
 _MAX_BYTES = 1 << 25
 _MAX_ID = 1 << 24
 # Embeddings may have more rows than tokens, as padding for GPUs or for future tokens.
 _MAX_UNUSED = 1 << 12
 
-# Fields of tokenizer_config.json with a token → GGUF's name of the role.
+# Token fields of tokenizer_config.json → GGUF's names for the roles.
 ROLES = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -57,9 +58,9 @@ class ReadTokenizer:
 
     Args:
         tokenizer: The tokenizer.
-        roles: As in `Extras`.
-        flagged: As in `Extras`.
-        warnings: As in `Checkpoint`.
+        roles: See `Extras`.
+        flagged: See `Extras`.
+        warnings: See `Checkpoint`.
     """
 
     tokenizer: Tokenizer
@@ -69,7 +70,7 @@ class ReadTokenizer:
 
 
 def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> Tokenizer:
-    """Read only the tokenizer; arguments and errors as in `read_tokenizer_json`."""
+    """Read only the tokenizer. See `read_tokenizer_json`."""
     return read_tokenizer_json(path, config, stop_ids, vocab_size).tokenizer
 
 
@@ -80,13 +81,13 @@ def read_tokenizer_json(
 
     Args:
         path: The file.
-        config: tokenizer_config.json, completed by special_tokens_map.json.
-        stop_ids: Ids of stop tokens in other files.
+        config: tokenizer_config.json, with missing fields from special_tokens_map.json.
+        stop_ids: Stop token ids from other files.
         vocab_size: Number of rows of the embedding. Ids without a token get names such as `[PAD128300]`, as in
             llama.cpp's converter. Added tokens beyond the last row are dropped with a warning.
 
     Raises:
-        CheckpointError: If the file is damaged, or the tokenizer is of another kind.
+        CheckpointError: If the file is damaged, or the tokenizer is not supported.
     """
     parts = read_object(path, _MAX_BYTES, required=True)
     try:
@@ -239,7 +240,7 @@ def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
         more = f" and {len(tokens) - _MAX_NAMED} more" if len(tokens) > _MAX_NAMED else ""
         yield (
             f"The tokenizer has tokens beyond the {vocab_size:,} rows of the model's embedding ({names}{more}). "
-            "The model cannot read or write them, so their names in a text are read as plain text."
+            "The model cannot use them, so their names in a text are tokenized as plain text."
         )
 
 
@@ -258,7 +259,7 @@ def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Read the tokens that are matched before text is split: text → (id, whether special)."""
+    """Read the added tokens, matched before pre-tokenization: text → (id, special)."""
     added: dict[str, tuple[int, bool]] = {}
     for token in _field(parts, "added_tokens", list) if parts.get("added_tokens") is not None else []:
         text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
@@ -290,7 +291,10 @@ def _merge(merge: Any) -> tuple[str, str]:
 
 
 def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
-    """Name the rows of the embedding without a token: never in a text, but a model can generate them."""
+    """Create placeholder names for embedding rows without a token.
+
+    Text never encodes to these ids, but a model can generate them.
+    """
     if vocab_size - len(ids) > _MAX_UNUSED:
         raise CheckpointError(
             f"it has {len(ids):,} tokens, but the model's embedding has {vocab_size:,} rows. "
@@ -305,9 +309,9 @@ def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
 
 
 def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) -> str | None:
-    """Return the token that the post-processor puts before a text.
+    """Return the BOS token that the post-processor prepends, if any.
 
-    If it has no template, `add_bos_token` in tokenizer_config.json decides. Tokens after a text are ignored.
+    If it has no template, `add_bos_token` in tokenizer_config.json decides. Tokens that it appends are ignored.
     """
     try:
         parts = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]

@@ -1,4 +1,4 @@
-"""Meta's `params.json` ↔ `ModelArgs`, the shape of a network."""
+"""Convert between Meta's `params.json` and `ModelArgs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_scratch.config import ORIGINAL_CONTEXT, SCALED_CONTEXT, ModelArgs, Ro
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, UnsupportedError, sanitize
 
 PARAMS = "params.json"
-# Fields of Llama 4 and of the vision models, which are other networks.
+# Fields of Llama 4 and the vision models, whose architectures are not supported.
 _OTHER_NETWORKS = (
     "moe_args",
     "use_qk_norm",
@@ -57,7 +57,7 @@ def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
 
 def _model_args(fields: Fields) -> ModelArgs:
     if other := next((field for field in _OTHER_NETWORKS if fields.values.get(field)), None):
-        raise UnsupportedError(f"{other} belongs to another network than Llama 3. Use a Llama 3 text model.")
+        raise UnsupportedError(f"{other} is not a field of the Llama 3 architecture. Use a Llama 3 text model.")
     dim = fields.integer("dim")
     n_heads = fields.integer("n_heads")
     scaling = None
@@ -82,7 +82,7 @@ def _model_args(fields: Fields) -> ModelArgs:
         norm_eps=fields.number("norm_eps"),
         rope_theta=fields.number("rope_theta"),
         rope_scaling=scaling,
-        # Not Meta's: `convert` writes these two if they differ from the defaults.
+        # Meta's files do not have these two fields. `convert` writes them if they differ from the defaults.
         max_seq_len=fields.integer("context_length", default=SCALED_CONTEXT if scaling else ORIGINAL_CONTEXT),
         head_dim=fields.integer("head_dim", default=0),
     )
@@ -101,14 +101,14 @@ def _release(params: Mapping[str, Any]) -> str:
 
 
 def format_params(args: ModelArgs, name: str) -> str:
-    """Format a shape as Meta's `params.json`, the inverse of `parse_params`.
+    """Format hyperparameters as Meta's `params.json`, the inverse of `parse_params`.
 
     Args:
-        args: The shape.
+        args: The hyperparameters.
         name: The model to name in errors.
 
     Raises:
-        CheckpointError: If Meta's format cannot express the shape.
+        CheckpointError: If Meta's format cannot represent the hyperparameters.
     """
     multiple_of, multiplier = _ffn_fields(args.dim, args.ffn_dim)
     params: dict[str, Any] = {
@@ -128,15 +128,15 @@ def format_params(args: ModelArgs, name: str) -> str:
         params |= {"use_scaled_rope": True, "rope_scaling_factor": args.rope_scaling.factor}
     if args.rope_divisors or (args.rope_scaling and args.rope_scaling != RopeScaling(args.rope_scaling.factor)):
         raise CheckpointError(
-            f"{sanitize(name)} scales its rotary embedding in another way than Llama 3.1, which Meta's {PARAMS} "
-            "cannot express. Use `to=gguf`."
+            f"{sanitize(name)} scales its rotary embedding differently from Llama 3.1. Meta's {PARAMS} cannot "
+            "represent this. Use `to=gguf`."
         )
     params = {field: value for field, value in params.items() if value is not None}
     by_rule = parse_params(json.dumps(params))
     if by_rule.max_seq_len != args.max_seq_len:
         params["context_length"] = args.max_seq_len
     if parse_params(json.dumps(params)) != args:
-        raise CheckpointError(f"Meta's {PARAMS} cannot express the shape {sanitize(args, 300)}. Use another format.")
+        raise CheckpointError(f"Meta's {PARAMS} cannot represent {sanitize(args, 300)}. Use another format.")
     return json.dumps(params, indent=2) + "\n"
 
 
@@ -151,8 +151,8 @@ def _ffn_fields(dim: int, width: int) -> tuple[int, float | None]:
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
     """Compute the width of the feed-forward layer.
 
-    2/3 of 4·dim, times `multiplier`, rounded up to `multiple_of`. Both truncations matter (1B: 5461 → 8191 → 8192).
-    Source: `FeedForward` in Meta's llama-models.
+    2/3 of 4·dim, times `multiplier`, rounded up to a multiple of `multiple_of`. Both truncations matter (1B: 5461 →
+    8191 → 8192). Source: `FeedForward` in Meta's llama-models.
 
     Args:
         dim: Width of the residual stream.
