@@ -80,7 +80,7 @@ class ModelOptions:
         _model_option(
             "--precision",
             "NAME",
-            f"Weight type: auto (as in the file), {', '.join(PRECISIONS)}.",
+            f"Weight data type: auto (as in the file), {', '.join(PRECISIONS)}.",
             _precisions,
         ),
     ] = None
@@ -89,7 +89,7 @@ class ModelOptions:
         _model_option(
             "--activations",
             "NAME",
-            f"Activation type: auto, {', '.join(ACTIVATIONS)}.",
+            f"Activation data type: auto, {', '.join(ACTIVATIONS)}.",
             _activations,
         ),
     ] = None

@@ -440,13 +440,13 @@ def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny
     def page(scores: Scores) -> Page:
         return pages.head(Head(scores, found.tokens, found.first, found.probs, found.links))
 
-    assert "L1.H2 looks like an induction head: 80.0 % of its attention goes to the token after" in view(
+    assert "L1.H2 looks like an induction head: on random tokens, 80.0 % of its attention goes to the" in view(
         page(Scores(1, 2, 0.1, 0.2, 0.3, 0.8))
     )
-    assert "L1.H2 looks like a first-token head: 50.0 % of its attention goes to the first token." in view(
+    assert "a first-token head: on random tokens, 50.0 % of its attention goes to the first token." in view(
         page(Scores(1, 2, 0.1, 0.5, 0.3, 0.2))
     )
-    assert "fits none of the four kinds: at most 30.0 % of its attention goes to the earlier occurrence" in view(
+    assert "none of the four types: on random tokens, at most 30.0 % of its attention goes to the earlier" in view(
         page(Scores(1, 2, 0.1, 0.2, 0.3, 0.0))
     )
     drawn = pages.head(found)
@@ -483,7 +483,7 @@ def answered(session: Session, line: str) -> tuple[dict[str, Any], str]:
 def test_without_an_argument_it_shows_all_heads(session: Session) -> None:
     facts, view = answered(session, "/attention")
     assert facts == {"layer": None, "heads": [scores.as_json() for scores in head_scores(session.llama)]}
-    assert "Kinds of heads" in view
+    assert "Head types" in view
     assert session.state.page is not None
     (gallery,) = of(session.state.page, Gallery)
     assert len(gallery.maps) == 12  # a picture has them all

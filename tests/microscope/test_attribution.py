@@ -493,7 +493,7 @@ def test_the_page_says_what_was_found(paris: Attribution, london: Attribution, w
         assert f"{claim.contribution.name}" in shown
         assert f"77.3 → {percent(claim.after)}" in shown
     assert f"up to rounding ({found.remainder:+.1e})" in shown
-    assert shown.index("Leave-one-out:") > shown.index("Ablating the strongest")
+    assert shown.index("Leave-one-out:") > shown.index("Zero ablation of the strongest")
     assert "logit 17.37." in drawn(paris, width)
 
 

@@ -1,4 +1,4 @@
-"""Attention patterns of heads, and the kinds of heads."""
+"""Attention patterns of heads, and head types."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _KINDS = {
     "induction": ("I", "the token after its earlier occurrence"),
 }
 _MEASURED = (
-    "Scores are mean attention on a random sequence repeated once, which only attention to the first half can predict. "
-    "Duplicate-token and induction scores are over the second half."
+    "Scores are mean attention on a repeated sequence of random tokens. Duplicate-token and induction scores are "
+    "over the second half."
 )
 # Maximum number of heads of each kind that are named, and that are drawn.
 _NAMED, _DRAWN = 6, 2
@@ -45,10 +45,10 @@ def heads(view: Heads, *, whole: bool = False) -> Page:
         for kind, (letter, _) in _KINDS.items()
     )
     drawn = view.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
-    title = "Attention patterns on this text" + ("" if whole else ": highest scores of each kind")
+    title = "Attention patterns on this text" + ("" if whole else ": highest scores of each type")
     parts: list[PageBlock] = [
         _overview(view),
-        Table(("kind", ">heads", "highest scores"), rows),
+        Table(("type", ">heads", "highest scores"), rows),
         Gallery(title, tuple(_small(view, each) for each in drawn)),
         _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 shows head 3."),
     ]
@@ -69,7 +69,7 @@ def _overview(view: Heads) -> Heatmap:
         grid = list(zip(*grid, strict=True))
         down, across = across, down
     return Heatmap(
-        title=f"Kinds of heads, shaded by score: rows are {down}s, columns are {across}s",
+        title=f"Head types, shaded by score: rows are {down}s, columns are {across}s",
         rows=tuple(f"{down[0].upper()}{i}" for i in range(len(grid))),
         columns=tuple(map(str, range(len(grid[0])))),
         values=tuple(tuple(each.best[1] for each in row) for row in grid),
@@ -95,8 +95,9 @@ def _sentence(scores: Scores) -> str:
     kind, share = scores.best
     where = f"{percent(share)} of its attention goes to {_KINDS[kind][1]}."
     if not scores.kind:
-        return f"{scores.name} fits none of the four kinds: at most {where}"
-    return f"{scores.name} looks like {'an' if kind == 'induction' else 'a'} {kind.replace(' ', '-')} head: {where}"
+        return f"{scores.name} fits none of the four types: on random tokens, at most {where}"
+    name = f"{'an' if kind == 'induction' else 'a'} {kind.replace(' ', '-')} head"
+    return f"{scores.name} looks like {name}: on random tokens, {where}"
 
 
 def _small(view: Heads, small: SmallMap) -> Heatmap:
@@ -109,8 +110,8 @@ def _small(view: Heads, small: SmallMap) -> Heatmap:
 def _note(view: Heads, more: str) -> Paragraph:
     step = view.maps[0].step
     each = "one token" if step == 1 else f"{step} tokens"
-    maps = f"In a map, rows are queries and columns are keys, {each} each; a field is the maximum attention in it."
-    return Paragraph(f"{_MEASURED} A head with all scores below 0.4 has no kind (·). {maps} {more}", "dim")
+    maps = f"In a pattern, rows are queries and columns are keys, {each} each; a cell is the maximum attention in it."
+    return Paragraph(f"{_MEASURED} A head with all scores below 0.4 has no type (·). {maps} {more}", "dim")
 
 
 def _layer(view: Heads, layer: int) -> Page:
@@ -125,7 +126,7 @@ def _layer(view: Heads, layer: int) -> Page:
     return Page(
         f"Attention in layer {layer}",
         (
-            Table(("head", ">prev.", ">first", ">dup.", ">ind.", "kind"), rows, f"Heads of layer {layer}"),
+            Table(("head", ">prev.", ">first", ">dup.", ">ind.", "type"), rows, f"Heads of layer {layer}"),
             Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps)),
             _note(view, f"/attention L{layer}.H0 shows head 0."),
         ),
@@ -158,7 +159,7 @@ def head(view: Head, first: int | None = None) -> Page:
         (
             Paragraph(_sentence(scores)),
             Table(
-                ("kind", ">score"),
+                ("type", ">score"),
                 tuple(
                     (Cell(kind), Cell(f"{score:.2f}", bar=score))
                     for kind, score in zip(_KINDS, _four(scores), strict=True)
@@ -184,7 +185,7 @@ def head(view: Head, first: int | None = None) -> Page:
                     )
                     for position, share in view.links
                 ),
-                "Attention of the last token",
+                "Attention from the last token",
             ),
             Paragraph(f"{note} {_MEASURED}", "dim"),
         ),

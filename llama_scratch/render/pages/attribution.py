@@ -12,13 +12,12 @@ if TYPE_CHECKING:  # it brings torch
 
 # Maximum number of components and of tokens on one screen.
 _PARTS, _TOKENS = 10, 10
-_GRADIENT = "grad × input: ∂logit/∂embedding · embedding, the first-order effect of the token on the logit."
 
 
 def page(why: Attribution) -> Page:
     """Return a page with direct logit attribution, ablation and leave-one-out."""
     parts: list[PageBlock] = [_answer(why), _contributions(why), Paragraph(_sum(why), "dim"), _claims(why)]
-    parts += [_influences(why), Paragraph(f"{_left_out(why)} {_GRADIENT}", "dim")]
+    parts += [_influences(why), Paragraph(f"{_left_out(why)} {_gradient(why)}", "dim")]
     return Page("Attribution", tuple(parts), ("attribution",))
 
 
@@ -62,14 +61,14 @@ def _sum(why: Attribution) -> str:
         )
     return (
         f"The contributions add up to {what} up to rounding ({why.remainder:+.1e}). Each is the output of a component, "
-        "projected on the unembedding with the scale of the final norm held constant."
+        "projected onto the unembedding with the scale of the final norm held constant."
     )
 
 
 def _claims(why: Attribution) -> Table:
     rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(why, c)) for c in why.claims)
     columns = ("component", *(f">{name}" for name in _names(why)))
-    return Table(columns, rows, "Ablating the strongest components")
+    return Table(columns, rows, "Zero ablation of the strongest components")
 
 
 def _logit(contribution: Contribution) -> str:
@@ -115,6 +114,11 @@ def _without(why: Attribution, influence: TokenInfluence) -> list[Cell]:
     if why.versus:
         cells.append(Cell("" if influence.versus_without is None else percent(influence.versus_without)))
     return cells
+
+
+def _gradient(why: Attribution) -> str:
+    of, what = ("(logit difference)", "logit difference") if why.versus else ("logit", "logit")
+    return f"grad × input: ∂{of}/∂embedding · embedding, the first-order effect of the token on the {what}."
 
 
 def _left_out(why: Attribution) -> str:

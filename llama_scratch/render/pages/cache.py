@@ -52,9 +52,9 @@ def layer_page(cached: CachedLayer) -> Page:
         _map(name, cached, norms)
         for name, norms in (("Norms of keys ‖K‖", cached.keys), ("Norms of values ‖V‖", cached.values))
     )
-    note = "Rows are key-value heads, columns are tokens. RoPE does not change the norm of a key."
+    note = "Rows are key/value heads, columns are tokens. RoPE does not change the norm of a key."
     if cached.queries > 1:
-        note += f" Each key-value head is shared by {cached.queries} query heads."
+        note += f" Each key/value head is shared by {cached.queries} query heads."
     return Page(title, (*maps, Paragraph(note, "dim")), _SOURCE)
 
 

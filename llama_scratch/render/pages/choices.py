@@ -19,8 +19,8 @@ def page(choices: Choices) -> Page:
         share, by_length = percent(choice.normalized), percent(choice.by_length)
         row = (
             Cell(choice.text, style, token=True),
-            Cell(share, style, said=f"{share} normalized"),
-            Cell(by_length, said=f"{by_length} per token"),
+            Cell(share, style),
+            Cell(by_length),
             Cell("", bar=choice.normalized, hover=length, said=length),
         )
         rows.append(row)

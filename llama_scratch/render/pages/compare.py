@@ -50,5 +50,5 @@ def _summary(comparison: Comparison) -> list[str]:
     if comparison.kl_bits is None:
         lines.append("The vocabularies differ, so tokens are compared by their text.")
     else:
-        lines.append(f"KL divergence of {names[1]} from {names[0]}: {comparison.kl_bits:.3g} bits.")
+        lines.append(f"KL divergence ({names[0]} ‖ {names[1]}): {comparison.kl_bits:.3g} bits.")
     return [*lines, f"Entropies: {comparison.first.entropy_bits:.2f} and {comparison.second.entropy_bits:.2f} bits."]

@@ -24,7 +24,7 @@ def page(effect: Effect) -> Page:
     )
     names = ", ".join(effect.labels) or "nothing"
     table = Table(("token", ">before", ">after", ""), rows, f"With {names}")
-    note = f"KL divergence of the prediction with interventions from the one without: {effect.kl_bits:.3g} bits."
+    note = f"KL divergence (before ‖ after): {effect.kl_bits:.3g} bits."
     return Page("Before and after", (table, Paragraph(note, "dim")), ("interventions",))
 
 

@@ -29,7 +29,7 @@ def page(trace: Trace) -> Page:
     rows = tuple(f"L{layer}" if layer < last else "end" for layer in range(len(trace.moved)))
     heatmap = Heatmap("Normalized logit difference", rows, columns, trace.moved, low=-1.0, high=1.0)
     note = (
-        "Rows are the residual stream before each layer, 'end' after the last one. 0: the prediction does not change; "
-        "1: it becomes that of the other text. /patch L5@3 TEXT patches one of these activations."
+        "Rows are the residual stream before each layer, 'end' after the last one. 0: the logit difference of this "
+        "text; 1: that of the other text. /patch L5@3 TEXT patches one of these activations."
     )
     return Page("Causal tracing", (sentence, heatmap, Paragraph(note, "dim")), ("tracing",))

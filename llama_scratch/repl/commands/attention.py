@@ -17,8 +17,8 @@ command = commands_under("Interpretability")
 def _attention(session: Session, argument: str) -> Reply:
     """Attention patterns of the heads, and the type of each head.
 
-    Without an argument, all heads; with a layer (L5), the heads of that layer; with a head (L5.H3), its attention map.
-    For a long text, the map shows the last tokens, or those from POSITION (counted from 0).
+    Without an argument, all heads; with a layer (L5), the heads of that layer; with a head (L5.H3), its attention
+    pattern. For a long text, the pattern shows the last tokens, or those from POSITION (counted from 0).
 
     Types: previous-token, first-token, duplicate-token and induction heads. An induction head attends to the token
     after an earlier occurrence of the current token. The scores are measured on a repeated sequence of random tokens.

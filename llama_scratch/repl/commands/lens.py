@@ -65,7 +65,7 @@ def _lens(session: Session, argument: str) -> Reply:
     """Logit lens: the prediction after each layer.
 
     Shows the most probable token at each layer and position, shaded by its probability. A narrow screen shows the last
-    positions, or those from POSITION (counted from 0). With ranks: the rank of the final answer at each layer.
+    positions, or those from POSITION (counted from 0). With ranks: the rank of the final prediction at each layer.
 
     The residual stream after each layer goes through the final norm and the unembedding.
     """

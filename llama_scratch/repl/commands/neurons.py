@@ -16,7 +16,7 @@ def _neurons(session: Session, argument: str) -> Reply:
     """The strongest neurons of a layer at the last token.
 
     For each neuron, its output is projected through the unembedding: the tokens that it promotes and suppresses, and
-    its contribution to the answer's logit. Shows COUNT neurons (default 10).
+    its direct effect on the answer's logit. Shows COUNT neurons (default 10).
     """
     from llama_scratch.microscope.neurons import neurons
     from llama_scratch.render.pages import neurons as pages

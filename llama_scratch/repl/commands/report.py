@@ -25,7 +25,7 @@ command = commands_under("Session")
 def _report(session: Session, argument: str) -> Reply:
     """Write a report on the text: the main views on one web page.
 
-    Contains the answer, surprisal, the logit lens, attribution, attention maps and the strongest neurons. The page
+    Contains the answer, surprisal, the logit lens, attribution, attention patterns and the strongest neurons. The page
     works offline and shows values under the pointer.
     """
     path = file_path(argument)

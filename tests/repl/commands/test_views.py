@@ -395,7 +395,7 @@ def test_a_plain_session_gets_the_plain_view(session: Session, line: str) -> Non
                 'branch 10, token " ", probability <0.1 %, the text ends\n',
             ],
         ),
-        ("choices", ['choice " Paris", 100.0 % normalized, 100.0 % per token, 1 token']),
+        ("choices", ['choice " Paris", share 100.0 %, per token 100.0 %, 1 token']),
         (
             "diff",
             [
@@ -412,7 +412,7 @@ def test_a_plain_session_gets_the_plain_view(session: Session, line: str) -> Non
             "compare",
             [
                 'token " Paris", fp32 22.3 %, its top prediction, not in the vocabulary of int8\n',
-                "KL divergence of int8 from fp32: 0.25 bits.",
+                "KL divergence (fp32 ‖ int8): 0.25 bits.",
             ],
         ),
         ("compare others", ["first: A model with a name that is long in fp32", "compared by their text"]),
