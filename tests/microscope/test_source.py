@@ -127,7 +127,7 @@ def test_decorators_and_the_comment_above_belong_to_it() -> None:
     assert source("KVCache.capacity").passages[0].text.lstrip().startswith("@property\n")
     assert source("rope_frequencies").passages[0].text.startswith("# --- Rotary embedding -")
     assert "Treat each query and key as" in source("rope").passages[0].text
-    assert source("memory_estimate.CHUNK").passages[0].text.startswith("# Prompts go through")
+    assert source("memory_estimate.CHUNK").passages[0].text.startswith("# Tokens per chunk")
     assert source("KVCache").passages[0].text.startswith("class KVCache:")
     assert source("causal_mask").passages[0].text.startswith("def causal_mask")
 
