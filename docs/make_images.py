@@ -80,7 +80,7 @@ def after_enter() -> Image.Image:
 
 def tree() -> Image.Image:
     """The most probable continuations, as a tree."""
-    return _view("The opposite of hot is", "/tree 3x2", "goes back", rows=44)
+    return _view("The opposite of hot is", "/tree 3x2", "moves back", rows=44)
 
 
 def surprisal() -> Image.Image:
