@@ -149,6 +149,11 @@ class LoadedModel:
             raise UsageError(f"The prompt is {sanitize(repr(prompt))}, expected a text or a sequence of token ids.")
         return [id if type(id) is int else self._id(id) for id in prompt]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Decode ids, without the beginning-of-text token."""
+        start = 1 if ids and ids[0] == self.tokenizer.bos_id else 0
+        return self.tokenizer.decode(ids[start:])
+
     def token(self, id: int) -> Token:
         """Return a token of the vocabulary. Raises `UsageError` if the id does not exist."""
         return Token(id := self._id(id), self.tokenizer.token_text(id))

@@ -88,7 +88,7 @@ def compare(
     words, others = _vocabulary(llama.tokenizer), _vocabulary(other.tokenizer)
     same = words == others
     first, p = _side(llama, ids, top, progress)
-    second, q = _side(other, ids if same else other.encode(_text(llama, ids)), top, progress)
+    second, q = _side(other, ids if same else other.encode(llama.text_of(ids)), top, progress)
     there = {id: id for id in words} if same else _by_text(words, others)
     here = {id: id for id in words} if same else _by_text(others, words)
     compared = [ComparedToken(c.text, c, _candidate(other, q, there.get(c.id))) for c in first.top]
@@ -107,11 +107,6 @@ def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) 
 
 def _candidate(llama: LoadedModel, logprobs: Tensor, id: int | None) -> Candidate | None:
     return None if id is None else Candidate(id, llama.token(id).text, float(logprobs[id]))
-
-
-def _text(llama: LoadedModel, ids: Sequence[int]) -> str:
-    begin = 1 if ids and ids[0] == llama.tokenizer.bos_id else 0
-    return llama.tokenizer.decode(ids[begin:])
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[int, bytes]:

@@ -115,8 +115,7 @@ class Session:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Decode ids without the beginning-of-text token."""
-        begin = 1 if ids and ids[0] == self.llama.tokenizer.bos_id else 0
-        return self.llama.tokenizer.decode(ids[begin:])
+        return self.llama.text_of(ids)
 
     def predict(self, prompt: Prompt) -> Prediction:
         """Predict the next token of a prompt, and make the prompt the text."""
