@@ -13,7 +13,7 @@ import builtins
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,9 @@ class SlowLlama:
 
     def prepare(self, *, wait: bool) -> None:
         """Do nothing."""
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
 
     def predict(self, prompt: str, top: int = 5, *, special: bool = False, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)
