@@ -40,6 +40,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """The sentence that a view begins with: what was found, with the measured numbers.
+
+    Args:
+        text: The sentence. Tokens in it are written by `written(…, token=True)`.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Paragraph:
     """One or more sentences.
 
@@ -198,7 +209,7 @@ class Code:
         return "cpp" if self.path.endswith(".cpp") else "python"
 
 
-PageBlock = Paragraph | Running | Table | Heatmap | Gallery | Code
+PageBlock = Finding | Paragraph | Running | Table | Heatmap | Gallery | Code
 
 
 @dataclass(frozen=True)

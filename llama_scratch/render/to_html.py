@@ -27,6 +27,7 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
     Code,
+    Finding,
     Gallery,
     Heatmap,
     Page,
@@ -108,6 +109,8 @@ def _classes(style: str) -> str:
 
 def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, Any]:
     match part:
+        case Finding():
+            return {"kind": "paragraph", "id": f"part-{number}", "text": written(part.text), "style": "finding"}
         case Paragraph():
             style = _classes(part.style)
             heading = "bold" in style and len(part.text) <= _LONGEST_HEADING

@@ -12,6 +12,7 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
     Code,
+    Finding,
     Gallery,
     Heatmap,
     Page,
@@ -37,7 +38,7 @@ def plain(page: Page) -> Text:
 
 def _lines(part: PageBlock) -> Iterator[str]:
     match part:
-        case Paragraph():
+        case Finding() | Paragraph():
             yield written(part.text)
         case Running(spoken=False):
             pass

@@ -12,6 +12,7 @@ from llama_scratch.render.letters import LETTER, cut, drawable, line_height, tex
 from llama_scratch.render.page import (
     Cell,
     Code,
+    Finding,
     Gallery,
     Heatmap,
     Page,
@@ -31,7 +32,7 @@ _MARGIN, _DPI = 0.55, 150
 _ROOM = WIDTH - 2 * _MARGIN
 _GAP = 0.3
 _CLOSER = 0.16  # reduces the gap after a title
-_TITLE, _HEADING, _BODY, _SMALL, _TINY = 20.0, 14.0, 10.5, 9.0, 7.5
+_TITLE, _HEADING, _FINDING, _BODY, _SMALL, _TINY = 20.0, 14.0, 12.5, 10.5, 9.0, 7.5
 # The height limit of matplotlib's Agg backend, in pixels.
 _LONGEST = 1 << 16
 # Maximum (rows, columns) of a map with texts, without texts, and in a gallery.
@@ -87,6 +88,8 @@ def _color(style: str) -> str:
 
 def _part(part: PageBlock) -> Iterable[_Block]:
     match part:
+        case Finding():
+            return [_text(written(part.text), _FINDING)]
         case Paragraph():
             bold = "bold" in part.style
             heading = bold and len(part.text) < 100

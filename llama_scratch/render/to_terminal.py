@@ -18,6 +18,7 @@ from llama_scratch.render.heatmaps import Tiles, WideMap
 from llama_scratch.render.page import (
     Cell,
     Code,
+    Finding,
     Gallery,
     Heatmap,
     Page,
@@ -46,6 +47,8 @@ def view(page: Page) -> RenderableType:
 
 def _block(part: PageBlock) -> RenderableType:
     match part:
+        case Finding():
+            return Text(written(part.text), overflow="fold")
         case Paragraph():
             return Text(written(part.text), style=part.style, overflow="fold")
         case Running():

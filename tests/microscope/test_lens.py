@@ -17,7 +17,7 @@ from llama_scratch.inference import engine as engine_module
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import lens as lens_module
 from llama_scratch.microscope.lens import Guess, Layer, Lens, growing, lens
-from llama_scratch.render.page import Heatmap, Paragraph
+from llama_scratch.render.page import Finding, Heatmap
 from llama_scratch.render.pages import lens as pages
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.commands.lens import _watched
@@ -225,7 +225,7 @@ def table_of(lens: Lens, **how: Any) -> Heatmap:
 
 def sentence_of(lens: Lens) -> str:
     sentence = pages.page(lens).parts[0]
-    assert isinstance(sentence, Paragraph)
+    assert isinstance(sentence, Finding)
     return sentence.text
 
 

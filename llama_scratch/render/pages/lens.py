@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.lines import json_line
-from llama_scratch.render.page import Heatmap, Page, Paragraph
+from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -30,7 +30,7 @@ def page(lens: Lens, first: int | None = None, *, ranks: bool = False) -> Page:
     shown = len(lens.tokens)
     if shown < lens.length:
         note += f" Shown: {shown} of {lens.length:,} positions, from {lens.first} on. /lens N starts at position N."
-    return Page("Logit lens", (Paragraph(_where(lens)), _table(lens, first, ranks), Paragraph(note, "dim")), _SOURCE)
+    return Page("Logit lens", (Finding(_where(lens)), _table(lens, first, ranks), Paragraph(note, "dim")), _SOURCE)
 
 
 def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
