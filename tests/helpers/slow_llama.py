@@ -65,7 +65,8 @@ class SlowLlama:
         """Do nothing."""
 
     def text_of(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids)
+        text: str = self.tokenizer.decode(ids)
+        return text
 
     def predict(self, prompt: str, top: int = 5, *, special: bool = False, progress: Progress = silent) -> Prediction:
         best = Candidate(1, TOKENS[1], -0.5)
