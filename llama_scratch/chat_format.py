@@ -1,4 +1,4 @@
-"""Chat formats: messages → text and special tokens, as in a model's training."""
+"""Chat formats: convert messages to the text and tokens that a model expects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Maximum characters of a template: several times the longest published one.
 _MAX_TEMPLATE = 1 << 17
-# Maximum characters of a conversation, the same as of a template's output (`template_sandbox.MAX_SIZE`).
+# Maximum characters of a conversation. The output of a template has the same limit (`template_sandbox.MAX_SIZE`).
 _MAX_CONVERSATION = 4_000_000
 
 
@@ -30,7 +30,9 @@ class Message:
 class ChatSegment:
     """A piece of a conversation that is tokenized separately.
 
-    `special`: whether names of special tokens in it are read as such.
+    Attributes:
+        text: The piece.
+        special: Whether to parse names of special tokens in it, such as `<|eot_id|>`.
     """
 
     text: str
@@ -43,16 +45,19 @@ class ChatFormat(Protocol):
     def parts(self, messages: Sequence[Message]) -> list[ChatSegment]:
         """Format a conversation up to the beginning of the assistant's next answer.
 
-        Only the format's own text contains special tokens; messages are plain text.
+        Special tokens come only from the format itself. Messages are plain text.
 
         Raises:
             UsageError: If the format does not accept these messages.
-            ContextLengthError: If they are longer than any context.
-            CheckpointError: If the format is broken.
+            ContextLengthError: If the messages are longer than any context.
+            CheckpointError: If the model's chat template fails.
         """
 
     def close(self) -> None:
-        """End the process that runs the format, if any. The next `parts` starts it again."""
+        """End the process that runs the format, if any.
+
+        The next call of `parts` starts it again.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,14 @@ def _header(role: str) -> list[ChatSegment]:
 
 @dataclass(frozen=True)
 class TemplateFormat:
-    """The chat template of a model's files, in Jinja.
+    """A Jinja chat template from a model's files.
 
     The template is untrusted code. It runs in a separate process (`template_sandbox`), and is not parsed before use.
 
     Args:
         source: The template.
-        bos: The text of its variable `bos_token`.
-        eos: The text of its variable `eos_token`.
+        bos: The value of the template's variable `bos_token`.
+        eos: The value of the template's variable `eos_token`.
         special: The names of the vocabulary's special tokens.
     """
 
@@ -104,8 +109,8 @@ class TemplateFormat:
         """See `ChatFormat.parts`."""
         if (size := sum(len(message.content) for message in messages)) > _MAX_CONVERSATION:
             raise ContextLengthError(
-                f"The conversation has {size:,} characters, and the chat template takes at most {_MAX_CONVERSATION:,}. "
-                "Shorten it."
+                f"The conversation has {size:,} characters; the limit is {_MAX_CONVERSATION:,}. "
+                "Shorten it, or start a new conversation."
             )
         pieces = self._render([{"role": message.role, "content": message.content} for message in messages])
         return [ChatSegment(piece, special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
@@ -116,15 +121,15 @@ class TemplateFormat:
 
     @cached_property
     def _process(self) -> TemplateProcess:
-        from llama_scratch.system.template_process import TemplateProcess  # not needed without a conversation
+        from llama_scratch.system.template_process import TemplateProcess  # only needed for conversations
 
         return TemplateProcess()
 
     def _render(self, messages: list[dict[str, str]]) -> list[str]:
-        """Render the conversation as plain text and the template's special tokens, alternating."""
+        """Render a conversation to plain text and special tokens, alternating."""
         from llama_scratch.system.template_errors import RefusalError, TemplateError
 
-        # The same variables as in transformers.
+        # The variables that transformers passes to templates.
         variables = {
             "tools": None,
             "documents": None,
@@ -144,7 +149,7 @@ class TemplateFormat:
         except TemplateError as error:
             raise CheckpointError(
                 f"The model's chat template fails ({_reason(error)}). "
-                "Use another file of this model, or use it without chat."
+                "Use another file of this model, or use the model without chat."
             ) from error
 
 

@@ -11,7 +11,7 @@ from llama_scratch.errors import CheckpointError, UsageError
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 """Meta's names of the two weights that are tied in many models."""
 
-# Context length of Llama 3, and of Llama 3.1 and later, which use RoPE scaling.
+# Context lengths in tokens: of Llama 3, and of Llama 3.1 and later, which use RoPE scaling.
 ORIGINAL_CONTEXT = 8192
 SCALED_CONTEXT = 131_072
 
@@ -20,10 +20,12 @@ SCALED_CONTEXT = 131_072
 class RopeScaling:
     """Llama 3.1's RoPE scaling: slowly rotating pairs become `factor` times slower.
 
-    If a pair makes fewer than `low_freq_factor` full turns within `original_context` tokens, its
-    frequency is divided by `factor`. If it makes more than `high_freq_factor` turns, it stays as it
-    is. Pairs in between are interpolated. Source: `apply_scaling` in Meta's llama-models. Meta's code
-    always uses the factor 8; here, it depends on the release (8 for 3.1 and 3.3, 32 for 3.2).
+    A pair is two adjacent numbers of a query or key. If it makes fewer than `low_freq_factor` full turns within
+    `original_context` tokens, its frequency is divided by `factor`. If it makes more than `high_freq_factor` turns, its
+    frequency is unchanged. In between, the frequency is interpolated.
+
+    Meta's code always uses the factor 8. Here, the factor depends on the release: 8 for 3.1 and 3.3, 32 for 3.2.
+    Source: `apply_scaling` in Meta's llama-models.
     """
 
     factor: float

@@ -30,7 +30,7 @@ def escape_controls(message: str) -> str:
 
 
 def unexpected(error: BaseException) -> str:
-    """The message for an unexpected exception."""
+    """Format an unexpected exception for the command line and the session."""
     return f"An unexpected error occurred ({sanitize(repr(error), 200)}). Run again with --debug for a traceback."
 
 
@@ -63,7 +63,10 @@ class CheckpointError(LlamaScratchError):
 
 
 class UnsupportedError(CheckpointError):
-    """A model file is undamaged, but not supported. The message suggests an alternative."""
+    """A model file is undamaged but not supported.
+
+    The message suggests an alternative.
+    """
 
 
 class OutOfMemoryError(LlamaScratchError):

@@ -1,20 +1,20 @@
 """Hooks that read and replace activations, without changes to model.py.
 
-A hook is a function of the value at a place in the network. It returns a new value, or None to keep it. They are based
-on torch's module hooks, so a network without hooks runs at full speed.
+A hook is called with the value at a place in the network. It returns a new value, or None to keep the old one. Hooks
+are based on torch's module hooks, so a network without hooks runs at full speed.
 
     place                              shape
     embedding                          (B, T, dim)                   token embeddings
     layers.5.resid_pre                 (B, T, dim)                   the residual stream before the layer
     layers.5.attention.q               (B, n_heads, T, head_dim)     queries, rotated by their positions
-    layers.5.attention.k               (B, n_kv_heads, S, head_dim)  keys, those in the cache first
+    layers.5.attention.k               (B, n_kv_heads, S, head_dim)  rotated keys, cached ones first
     layers.5.attention.v               (B, n_kv_heads, S, head_dim)  values, likewise
     layers.5.attention.probs           (B, n_heads, T, S)            attention weights; rows sum to 1
     layers.5.attention.heads           (B, T, n_heads, head_dim)     output of each head, before wo
     layers.5.attention.out             (B, T, dim)                   attention's output, added to the stream
     layers.5.resid_mid                 (B, T, dim)                   the stream between attention and feed-forward
     layers.5.feed_forward.neurons      (B, T, ffn_dim)               silu(w1 x) · w3 x, before w2
-    layers.5.feed_forward.out          (B, T, dim)                   its output, added to the stream
+    layers.5.feed_forward.out          (B, T, dim)                   feed-forward's output, added to the stream
     layers.5.resid_post                (B, T, dim)                   the stream after the layer
     norm                               (B, T or 1, dim)              the final RMSNorm's output
     logits                             (B, T or 1, vocab_size)
@@ -37,7 +37,10 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.model import Attention, Transformer, TransformerBlock, attend_with, attention_probs
 
 Hook = Callable[[Tensor, int], Tensor | None]
-"""A function of a value and the position of its first new token. Returns a new value, or None to keep the old one."""
+"""A function of a value and the position of its first new token.
+
+Returns a new value, or None to keep the old one.
+"""
 
 _WHOLE = ("embedding", "norm", "logits")
 _ATTENTION = ("q", "k", "v", "probs")
@@ -59,9 +62,9 @@ def places(n_layers: int) -> list[str]:
 
 @contextmanager
 def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    """Attach hooks to a network within this context.
+    """Attach hooks to a network within a `with` block.
 
-    Nested contexts can hook the same place. Their hooks are called in the order of attachment.
+    Nested blocks can hook the same place. Their hooks are called in the order of attachment.
 
     Args:
         model: The network.
@@ -83,15 +86,18 @@ def hooked(model: Transformer, hooks: Mapping[str, Hook]) -> Iterator[None]:
                 stack.callback(_attach(model, place, partial(position.call, hook)))
             yield
     finally:
-        # Ctrl-C can arrive after a hook is attached, but before its removal is registered. A hook that stays attached
-        # must do nothing.
+        # Ctrl-C can arrive after a hook is attached but before its removal is registered. Such a hook stays attached,
+        # so it must do nothing from now on.
         position.over = True
         for attention, attend in zip(attentions, attends, strict=True):
             attention.attend = attend
 
 
 class _Position:
-    """Passes the position of a forward pass to the hooks. After `over` is set, hooks are no longer called."""
+    """Passes the position of a forward pass to the hooks.
+
+    After `over` is set, hooks are no longer called.
+    """
 
     def __init__(self) -> None:
         self._start = 0
@@ -117,7 +123,7 @@ def _attach(model: Transformer, place: str, call: _Call) -> Callable[[], None]:
     n_layers = model.args.n_layers
     if layers != "layers" or name not in _LAYER or not number.isdecimal() or int(number) >= n_layers:
         raise UsageError(
-            f"There is no place '{sanitize(place)}' in this network. Choose one such as "
+            f"There is no place '{sanitize(place)}' in this network. Choose a place such as "
             f"layers.{n_layers - 1}.resid_post, with a layer from 0 to {n_layers - 1}."
         )
     block = cast(TransformerBlock, model.layers[int(number)])
@@ -152,7 +158,7 @@ def _input(module: nn.Module, call: _Call) -> Callable[[], None]:
 
 
 def _in_place(module: nn.Module, call: _Call) -> Callable[[], None]:
-    """Replace an input in place, because other modules read the same tensor."""
+    """Hook an input and replace it in place, because other modules read the same tensor."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if (new := call(args[0])) is not None:

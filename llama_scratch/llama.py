@@ -1,6 +1,7 @@
 """`Llama`, the entry point: load a model and answer prompts.
 
-The steps are in other packages: `find_model`, `open_checkpoint`, `load_network`, `Engine`, `continue_ids`.
+Other modules implement the steps, in this order: `find_model`, `open_checkpoint`, `load_network`, `Engine`,
+`continue_ids`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from llama_scratch.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama_scratch.microscope.inspection import Inspection
 
-# More threads only compete for the cores.
+# With more threads than this, they only compete for the cores.
 _MAX_THREADS_PER_CORE = 8
 
 
@@ -51,9 +52,9 @@ class Llama(LoadedModel):
         engine: Ids → logits, with the KV cache.
         load_s: Loading time in seconds.
         chat: The model's chat format; None for a base model.
-        speculate: Whether `generate` uses prompt lookup decoding, see `prompt_lookup`. The output is the same.
+        speculate: Whether `generate` uses prompt lookup decoding, see `prompt_lookup`. It does not change the output.
         warnings: Messages about the model's files. Every prediction includes them.
-        options: The arguments of `load` that change the model and are not in another attribute.
+        options: Arguments of `load` that change the model and are not stored in another attribute.
     """
 
     speculate = True
@@ -98,17 +99,17 @@ class Llama(LoadedModel):
         """Load a model.
 
         Args:
-            source: A directory with a model in Meta's or Hugging Face's format, or a .gguf file. Or a model to
-                download: "smollm2", OWNER/REPO[@REVISION] on the Hugging Face hub, one of Meta's, such as
-                "Llama3.2-1B", or a gs:// or az:// directory. None searches the usual places, see `find_model`.
+            source: A directory in Meta's or Hugging Face's format, a .gguf file, or a gs:// or az:// directory, which
+                is downloaded. Or the name of a model that `llama-scratch pull` downloaded: "smollm2",
+                "OWNER/REPO[@REVISION]" or "Llama3.2-1B". None searches the usual places, see `find_model`.
             precision: "fp32", "bf16", "fp16", "int8", "int4", or "auto" for the file's dtype; see `PRECISIONS`.
-            activations: Dtype of the activations: "fp32", "bf16" (as in Meta's code), or "auto", float32 on a CPU.
-            device: "cpu", "cuda", "mps", or "auto": CUDA if there is a GPU, else the CPU.
-            rope_factor: Override the factor of Llama's RoPE scaling (32 for 3.2 1B and 3B, 8 for larger models).
-            tokenizer: Path of the tokenizer.model, if it is not with the weights.
+            activations: Dtype of the activations: "fp32", "bf16" (as in Meta's code), or "auto": float32 on a CPU.
+            device: "cpu", "cuda", "mps", or "auto": CUDA if available, otherwise the CPU.
+            rope_factor: RoPE scaling factor, instead of the model's own (32 for Llama 3.2 1B and 3B, 8 for larger).
+            tokenizer: Path of tokenizer.model, if it is not with the weights.
             context: Maximum number of tokens. By default, the context length that the model was trained for.
             threads: Number of CPU threads. By default, torch's choice.
-            calibration: A text file to calibrate int4 with. See `calibration_text` for the default.
+            calibration: Text file to calibrate int4 with. See `calibration_text` for the default.
             progress: Called with a stage, the amount done and the total.
 
         Raises:
@@ -124,7 +125,7 @@ class Llama(LoadedModel):
         tokens = _context(context, args)
         _set_threads(threads)
         storage = StorageOptions(precision, activations, device, calibration)
-        # The cache grows as needed, so the default context must not reject a model that fits with a shorter one.
+        # The KV cache grows as needed. Requiring memory for the default context would reject models that fit.
         model, packing, info = load_network(checkpoint, args, storage, min(tokens, context or 4096), progress)
         options = {"tokenizer": tokenizer, "rope_factor": rope_factor, "context": context, "calibration": calibration}
         return cls(
@@ -147,22 +148,22 @@ class Llama(LoadedModel):
         return self.engine.files.sha256(progress)
 
     def close(self) -> None:
-        """End the background jobs and the chat template's process.
+        """End the background jobs and the process of the chat template.
 
-        Otherwise, they end with the program.
+        Without this call, they end with the program.
         """
         super().close()
         if self.chat is not None:
             self.chat.close()
 
     def inspect(self, prompt: Prompt) -> Inspection:
-        """Examine a prompt: activations, attention, lenses, attribution, interventions.
+        """Inspect a prompt: activations, attention, lenses, attribution, interventions.
 
         Raises:
             UsageError: As for `predict`.
             ContextLengthError: As for `predict`.
         """
-        # Imported here to keep it out of the time to the first answer.
+        # Imported here so that it does not delay the first answer.
         from llama_scratch.microscope.inspection import Inspection
 
         return Inspection(self, prompt)
@@ -179,7 +180,7 @@ class Llama(LoadedModel):
         """
         if self.chat is None:
             raise UsageError(
-                f"{sanitize(self.info.name)} is a base model, which continues a text and was not trained for chat. "
+                f"{sanitize(self.info.name)} is a base model: it continues a text and was not trained for chat. "
                 "Choose an Instruct model, such as `source=smollm2`."
             )
         return encode_conversation(self.tokenizer, self.chat, messages, self.context)
@@ -197,7 +198,7 @@ class Llama(LoadedModel):
     ) -> Iterator[Step]:
         """Continue a prompt token by token.
 
-        Generation ends before a stop token, after `max_new_tokens`, or when the context is full.
+        Generation ends at a stop token, which is not returned, after `max_new_tokens`, or when the context is full.
 
         Args:
             prompt: A text, or token ids.
@@ -205,8 +206,8 @@ class Llama(LoadedModel):
             temperature: Divisor of the logits. 0 decodes greedily.
             top_k: Sample from the k most probable tokens.
             top_p: Sample from the nucleus with this total probability.
-            min_p: Sample from tokens with at least this fraction of the best token's probability.
-            seed: Random seed.
+            min_p: Sample from tokens with at least this fraction of the most probable token's probability.
+            seed: Random seed. None chooses one at random.
 
         Raises:
             UsageError: As for `predict`, or if a sampling option is out of range.
@@ -215,7 +216,7 @@ class Llama(LoadedModel):
         return self.continuation(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, seed))
 
     def continuation(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """Same as `generate`, with all sampling options in one object.
+        """Continue a prompt like `generate`, with all sampling options in one object.
 
         Args:
             prompt: A text, or token ids.
@@ -223,7 +224,7 @@ class Llama(LoadedModel):
             sampling: Sampling options.
         """
         if max_new_tokens < 0:
-            raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 0 (`max_new_tokens`).")
+            raise UsageError(f"{max_new_tokens} new tokens were requested, expected at least 0 (`max_new_tokens`).")
         ids = self.encode(prompt)
         self.engine.check(ids)
         return continue_ids(self, ids, max_new_tokens, sampling, speculate=self.speculate)
@@ -258,7 +259,7 @@ def _set_threads(threads: int | None) -> None:
         return
     max_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
     if not 1 <= threads <= max_threads:
-        raise UsageError(f"{sanitize(threads)} threads were asked for, expected 1 to {max_threads} (`threads`).")
+        raise UsageError(f"{sanitize(threads)} threads were requested, expected 1 to {max_threads} (`threads`).")
     torch.set_num_threads(threads)
 
 
@@ -266,5 +267,5 @@ def _context(context: int | None, args: ModelArgs) -> int:
     if context is None:
         return args.max_seq_len
     if context < 1:
-        raise UsageError(f"A context of {context} tokens was asked for, expected at least 1 (`context`).")
+        raise UsageError(f"A context of {context} tokens was requested, expected at least 1 (`context`).")
     return context

@@ -1,15 +1,13 @@
 """The Llama 3 network: RMSNorm, RoPE, KV cache, attention, SwiGLU, transformer.
 
-Attributes have the names of Meta's checkpoint (`tok_embeddings`, `layers.0.attention.wq`, …), so its
-weights load without a key map. This module does not depend on how the weights are stored. To read or
-replace activations, see `hooks`.
+Attributes have the names in Meta's checkpoints (`tok_embeddings`, `layers.0.attention.wq`, …), so weights load without
+renaming. This module does not depend on how the weights are stored. To read or replace activations, see `hooks`.
 
     x = tok_embeddings(tokens)              one vector of dim numbers per token: the residual stream
     repeated n_layers times:
         x = x + attention(norm(x))          add information from this token and earlier ones
         x = x + feed_forward(norm(x))       process each token separately
-    logits = output(norm(x))                one score per token of the vocabulary; their softmax gives the
-                                            probabilities of the next token
+    logits = output(norm(x))                one score per token of the vocabulary; softmax turns them into probabilities
 
 Notation
     B    batch size                       n_heads      number of query heads
@@ -32,8 +30,8 @@ from llama_scratch.config import ModelArgs
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale it by a learned weight.
 
-    Unlike layer norm, it does not subtract the mean or add a bias. It normalizes in float32 and casts
-    back before multiplying by the weight, because the model was trained in that order.
+    Unlike layer norm, it does not subtract the mean or add a bias. It normalizes in float32 and casts back before
+    multiplying by the weight, because the model was trained in that order.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467; `RMSNorm` in Meta's llama-models.
     """
 
@@ -56,11 +54,11 @@ class RMSNorm(nn.Module):
 #
 #     x0   x1   x2   x3   x4   x5   …       adjacent pairs (Hugging Face pairs the first half with the second)
 #     └─c0─┘    └─c1─┘    └─c2─┘
-#     ·e^(imθ0) ·e^(imθ1) ·e^(imθ2)         multiplying by a number of length 1 rotates without scaling
+#     ·e^(imθ0) ·e^(imθ1) ·e^(imθ2)         factors of absolute value 1 rotate without scaling
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
-    """Compute the rotation angle per token of each pair, θ_j: (head_dim/2,) radians.
+    """Compute each pair's rotation angle per token, θ_j: (head_dim/2,) radians.
 
     Llama 3.1 extended the context from 8,192 to 131,072 tokens by slowing down the low frequencies, see `RopeScaling`.
     Always float32 on the CPU: meta tensors have no data, and bfloat16 would be off by whole turns at distant positions.
@@ -102,8 +100,8 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all tokens so far, so that each token is processed only once.
 
-    `length` is the number of cached tokens, and so the position of the next one. The capacity doubles as needed, up to
-    `max_seq_len`. A token takes 2 · n_kv_heads · head_dim numbers per layer: 32 KiB in total for 1B in bfloat16.
+    `length` is the number of cached tokens, which is also the position of the next one. The capacity doubles as needed,
+    up to `max_seq_len`. A token takes 2 · n_kv_heads · head_dim numbers per layer: for 1B in bfloat16, 32 KiB in total.
     """
 
     def __init__(self, args: ModelArgs, max_seq_len: int | None = None):
@@ -130,9 +128,9 @@ class KVCache:
         self.length += T
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values, (B, n_kv_heads, T, head_dim).
+        """Append a layer's new keys and values, (B, n_kv_heads, T, head_dim) each.
 
-        Returns all keys and values of the layer, cached and new, (B, n_kv_heads, S, head_dim).
+        Returns all keys and values of the layer, cached and new, (B, n_kv_heads, S, head_dim) each.
         """
         end = self.length + k.shape[2]  # S
         held = self.reserve(layer, end, k)
@@ -141,9 +139,12 @@ class KVCache:
         return held[0][:, :, :end], held[1][:, :, :end]
 
     def reserve(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's key and value buffers, with room for at least `end` tokens.
+        """Return a layer's key and value buffers, (B, n_kv_heads, capacity, head_dim).
 
-        Each is (B, n_kv_heads, capacity, head_dim). New ones are allocated like `like`, a tensor of keys.
+        Args:
+            layer: Index of the layer.
+            end: Minimum capacity in tokens.
+            like: Keys, (B, n_kv_heads, T, head_dim). A new buffer has their sizes (except for T), dtype and device.
         """
         held = self._layers[layer]
         if held is None or held[0].shape[2] < end:
@@ -162,7 +163,7 @@ class KVCache:
         return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
 
     def growth(self, length: int) -> int:
-        """Bytes to allocate for `length` tokens, or 0 (unknown) before the first token."""
+        """Bytes to allocate for `length` tokens in total; 0 before the first token."""
         held = self._layers[0]
         if held is None or length <= self.capacity:
             return 0
@@ -204,20 +205,21 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Compute softmax(q kᵀ / √head_dim, masked) v without storing the (T, S) scores.
 
-    q: (B, n_heads, T, head_dim); k, v: (B, n_kv_heads, S, head_dim); → (B, n_heads, T, head_dim).
+    Args:
+        q: Queries, (B, n_heads, T, head_dim).
+        k: Keys, (B, n_kv_heads, S, head_dim).
+        v: Values, (B, n_kv_heads, S, head_dim).
+        mask: The `causal_mask`, (T, S).
     """
     if q.shape[2] > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    # With a single new token, the heads of a group take the place of T: k and v are read once per group.
+    # A single new token: the query heads of a group are the T rows of one KV head, so k and v are read once per group.
     group = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, n_kv_heads, n_heads/n_kv_heads, head_dim)
     return F.scaled_dot_product_attention(group, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def attention_probs(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute the attention weights that `attend` does not store: (B, n_heads, T, S).
-
-    q, k and mask are as for `attend`.
-    """
+    """Compute `attend`'s attention weights, (B, n_heads, T, S), from its arguments."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # one copy per query head of the group
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_heads, T, S)
     if mask is not None:
@@ -226,10 +228,7 @@ def attention_probs(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_with(probs: Tensor, v: Tensor) -> Tensor:
-    """Apply attention weights to the values: the second half of `attend`.
-
-    probs: (B, n_heads, T, S); v: (B, n_kv_heads, S, head_dim).
-    """
+    """Apply attention weights, (B, n_heads, T, S), to the values, as `attend` does."""
     return probs @ v.repeat_interleave(probs.shape[1] // v.shape[1], dim=1)  # (B, n_heads, T, head_dim)
 
 
@@ -238,7 +237,7 @@ class Attention(nn.Module):
 
     Each token has a query q (what it looks for), a key k (what it can be found by) and a value v (what it passes on).
     A softmax turns the dot products q·k into weights that sum to 1, and the output is the weighted sum of the values.
-    Dot products grow with √head_dim; without dividing by it, the softmax would put nearly all weight on one token.
+    Dot products grow with √head_dim. Without dividing by it, the softmax would put nearly all weight on one token.
 
     Grouped-query attention has n_heads query heads, but only n_kv_heads key and value heads:
 
@@ -331,7 +330,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: New token ids, (B, T) int64 with T ≥ 1.
-            cache: The tokens before them. Their keys and values are appended.
+            cache: Keys and values of the tokens before them. Those of the new tokens are appended.
             all_positions: Return the logits after every new token, (B, T, vocab_size).
         """
         T = tokens.shape[1]

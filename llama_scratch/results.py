@@ -1,4 +1,4 @@
-"""Results: frozen dataclasses without torch, and their JSON."""
+"""Results as frozen dataclasses, and their conversion to JSON, without torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self
 def to_json(value: Any) -> Any:
     """Convert a value for `json.dumps`.
 
-    Dataclasses become objects, tuples lists, and bytes hexadecimal digits. An object has the dataclass's fields in
-    order, or the attributes in its class's `json_fields`. An entry such as "theta as rope_theta" there means the
-    attribute `theta` under the key "rope_theta".
+    Dataclasses become objects, tuples become lists, and bytes become hexadecimal digits. An object has one key per
+    field of its dataclass, in order. If the class defines `json_fields`, the object has those attributes instead. The
+    entry "theta as rope_theta" means the attribute `theta` under the key "rope_theta".
     """
     if isinstance(value, JsonResult):
         return value.as_json()
@@ -31,13 +31,13 @@ def to_json(value: Any) -> Any:
 class JsonResult:
     """Base class of results with a JSON form.
 
-    `json_fields` lists the attributes. Override `as_json` for any other form.
+    `json_fields` lists the attributes to include. Override `as_json` for any other form.
     """
 
     json_fields: ClassVar[tuple[str, ...]] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return _object(self)
 
 
@@ -49,7 +49,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Token:
-    r"""One token: its exact id, and its text, with `\xNN` for invalid UTF-8."""
+    r"""A token: its id and its text, with `\xNN` for invalid UTF-8."""
 
     id: int
     text: str
@@ -73,8 +73,9 @@ class Candidate(Token):
 class Step(Token):
     """One generated token.
 
-    `text` has the complete characters that it adds, so it can be empty. An incomplete character before a stop token
-    is dropped. `logprob` is the model's own, before temperature and other sampling options.
+    `text` contains the characters that this token completes, so it can be empty. An incomplete character before a stop
+    token is dropped. `logprob` is the logarithm of the model's probability, before temperature and other sampling
+    options.
     """
 
     logprob: float
@@ -108,19 +109,19 @@ class Timing:
 class PromptWarning(str):
     """A warning for the user about a prompt.
 
-    `cause` is its kind, so that each kind is explained only once.
+    `cause` identifies the kind of the warning. A session shows each kind only once.
     """
 
     cause: str
 
-    def __new__(cls, cause: str, sentence: str) -> Self:
+    def __new__(cls, cause: str, message: str) -> Self:
         """Create a warning from its cause and its message."""
-        caution = super().__new__(cls, sentence)
-        caution.cause = cause
-        return caution
+        warning = super().__new__(cls, message)
+        warning.cause = cause
+        return warning
 
 
-# Causes at the end of a prompt, whose effect can be measured.
+# Causes at the end of a prompt. A session shows their effect by predicting without the last token.
 ENDS_IN_SPACE, ENDS_IN_A_WORD = "ends in a space", "ends inside of a word"
 
 
@@ -166,7 +167,7 @@ class Generated(JsonResult):
 
 
 def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[str, Any]:
-    """The object that `--json` prints.
+    """Return the object that `--json` prints.
 
     Args:
         prediction: The prediction.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or value == math.inf:  # integers can exceed the range of a float
+    if not low <= value <= high or value == math.inf:  # math.isfinite fails for huge integers
         limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
         raise UsageError(f"{name} is {sanitize(value)}, expected a number {limits}.")
 
@@ -26,10 +26,11 @@ class Sampling:
     The temperature is applied first, then top_k, top_p and min_p, each to the tokens that the previous filter kept.
 
     Attributes:
-        temperature: Divisor of the logits: below 1 sharper, above 1 flatter. 0 takes the most probable token.
+        temperature: Divisor of the logits. Values below 1 sharpen the distribution, values above 1 flatten it. 0 always
+            takes the most probable token.
         top_k: Keep the k most probable tokens. 0 keeps all.
         top_p: Keep the smallest set of tokens with this total probability. 1 keeps all.
-        min_p: Keep tokens with at least this fraction of the best token's probability. 0 keeps all.
+        min_p: Keep tokens with at least this fraction of the most probable token's probability. 0 keeps all.
         seed: Random seed. None chooses one at random.
     """
 
@@ -77,7 +78,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """
     if sampling.greedy:
         return int(logits.argmax())
-    # Subtract the maximum first: otherwise a small temperature could overflow.
+    # Subtract the maximum first: otherwise dividing by a small temperature could overflow.
     logits = (logits.double().cpu() - logits.max().item()) / sampling.temperature
     logits = logits.masked_fill(~top_k(logits, sampling.top_k), -math.inf)
     logits = logits.masked_fill(~top_p(logits, sampling.top_p), -math.inf)
@@ -120,13 +121,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Return the mask of tokens with at least p times the best token's probability.
+    """Return the mask of tokens with at least p times the highest probability.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
 
     Args:
         logits: The logits, (vocab_size,).
-        p: Fraction of the best token's probability.
+        p: Fraction of the highest probability.
     """
     probabilities = logits.softmax(-1)
     return probabilities >= p * probabilities.max()

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: tiktoken's byte-pair encoding with Llama's special rules."""
+"""Text ↔ token ids: tiktoken's byte-pair encoding, with Llama's special tokens."""
 
 from __future__ import annotations
 
@@ -48,18 +48,14 @@ _LLAMA3_SPECIAL = (
 )
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _N_LLAMA3_SPECIAL = 256
-# Maximum size of a tokenizer.model. Llama 4's has 3.6 MB.
-_MAX_BYTES = 1 << 24
+_MAX_BYTES = 1 << 24  # size of a tokenizer.model; Llama 4's has 3.6 MB
 
-# Longer texts overflow tiktoken's regex engine, and it takes quadratic time for longer runs of
-# whitespace or of non-whitespace. The same limits as in Meta's `Tokenizer.encode`.
-_MAX_CHARS = 400_000
-_MAX_RUN = 25_000
+# Texts are cut at these lengths, as in Meta's `Tokenizer.encode`.
+_MAX_CHARS = 400_000  # longer texts overflow tiktoken's regex engine
+_MAX_RUN = 25_000  # longer runs of whitespace, or of non-whitespace, take quadratic time
 _RUN = re.compile(r"\s+|\S+")
-# Total characters of all names. Compiling the regular expression for them takes 3 µs per character.
-_MAX_NAMES = 1 << 18
-# Maximum lines of a tokenizer.model. Llama 4's has 200,000.
-_MAX_RANKS = 1 << 18
+_MAX_NAMES = 1 << 18  # total characters of named tokens; compiling their pattern takes 3 µs per character
+_MAX_RANKS = 1 << 18  # lines of a tokenizer.model; Llama 4's has 200,000
 
 
 class Tokenizer:
@@ -72,16 +68,15 @@ class Tokenizer:
         ranks: Bytes of each ordinary token → its id, which is also its merge priority.
         special_tokens: Name of each special token → its id.
         pattern: The regular expression that splits text into pieces. Merges never cross pieces.
-        added_tokens: Name of each added token that is not special, such as `<think>`, → its id. A token that is also
-            ordinary has the same id in both.
+        added_tokens: Name of each added token that is not special, such as `<think>` → its id. `ranks` can have it too.
         unused_tokens: Names for ids that never occur in text, such as the padding rows of an embedding.
         bos: The token that a prompt starts with, if the model was trained with one.
         stops: Tokens that end a text.
-        unknown: The token for bytes that are missing from the vocabulary, if any are.
-        merges: The pairs of tokens to merge, in order, as visible characters. By default two tokens are merged if
-            their concatenation is a token, which is equivalent for a trained vocabulary.
-        unmergeable: Tokens that these merges cannot produce from their own bytes.
-        whole_pieces: Whether a piece that equals such a token is encoded as that token.
+        unknown: The token that replaces bytes without a token. Required if there are such bytes.
+        merges: The pairs of tokens to merge, in order, with bytes as printable characters. By default, two tokens are
+            merged if their concatenation is a token, which is equivalent for a trained vocabulary.
+        unmergeable: Tokens that merges cannot produce from their own bytes.
+        whole_pieces: Whether a piece that equals an unmergeable token is encoded as that token.
 
     Raises:
         CheckpointError: If a name is empty, not valid Unicode or too long, or if a byte has no token.
@@ -120,8 +115,8 @@ class Tokenizer:
         self._bytes |= {id: token for token, id in ranks.items()}
         self.n_vocab = max(self._bytes) + 1
         self.max_token_bytes = max(map(len, self._bytes.values()))
-        # tiktoken panics on a byte without a token. Each gets an id beyond the vocabulary, which cannot
-        # be merged, and `encode` replaces those ids with the unknown token.
+        # tiktoken panics on a byte without a token. So each such byte gets an id beyond the vocabulary, which is never
+        # merged, and `encode` replaces these ids with the unknown token.
         self._missing = frozenset(_missing_bytes(ranks))
         if self._missing and unknown is None:
             raise CheckpointError(
@@ -161,13 +156,13 @@ class Tokenizer:
         Lone surrogates become U+FFFD, and bytes without a token become the unknown token; see `warnings`.
 
         Args:
-            text: Any text. Names of added tokens that are not special are always read as these tokens.
-            bos: Start with the beginning-of-text token, if the model has one.
-            special: Read names such as `<|eot_id|>` as special tokens instead of plain text.
+            text: Any text. Names of added tokens that are not special are always parsed.
+            bos: Start with the BOS token, if the model has one.
+            special: Parse names of special tokens, such as `<|eot_id|>`. Otherwise, they are plain text.
             limit: Stop early once there are more ids than this.
 
         Returns:
-            All ids, or more than `limit` of them.
+            All ids, or at least the first `limit` + 1 of them.
 
         >>> tokenizer.encode("Hello", bos=True)  # doctest: +SKIP
         [128000, 9906]
@@ -212,7 +207,7 @@ class Tokenizer:
                 yield self._encoding.encode_ordinary(text[begin:end])
 
     def _by_piece(self, text: str) -> Iterator[int]:
-        """Yield the ids of a text in which some pieces are tokens that cannot be produced by merges."""
+        """Yield the ids of a text. A piece that equals an unmergeable token becomes that token."""
         import regex  # type: ignore[import-untyped]  # supports tiktoken's patterns
 
         for piece in regex.findall(self.pattern, text):
@@ -232,30 +227,33 @@ class Tokenizer:
 
     @cached_property
     def untypeable(self) -> frozenset[int]:
-        """Ids that plain text never has: special and unused tokens."""
+        """Ids that plain text never produces: special and unused tokens."""
         return frozenset({*self.special_tokens.values(), *self._unused_tokens.values()} - set(self.ranks.values()))
 
     def warnings(self, text: str, *, special: bool = False) -> list[PromptWarning]:
-        """Warn about behavior of `encode` for a text that a user may not expect."""
-        warnings = []
+        """Return warnings about text that `encode` may not read as the user expects.
+
+        Args:
+            text: The text that was encoded.
+            special: Whether special tokens in it were parsed.
+        """
+        messages = {}
         clean = replace_surrogates(text)
         if clean.count("\ufffd") > text.count("\ufffd"):
-            sentence = "The prompt contains invalid Unicode; each such character was read as U+FFFD."
-            warnings.append(PromptWarning("not Unicode", sentence))
+            messages["not Unicode"] = "The prompt contains invalid Unicode; each such character was read as U+FFFD."
         if self._missing and not self._missing.isdisjoint(clean.encode()):
-            sentence = f"The prompt contains bytes that are not in this vocabulary; each was read as {self.unknown}."
-            warnings.append(PromptWarning("unknown bytes", sentence))
+            messages["unknown bytes"] = f"The prompt contains bytes without a token; each was read as {self.unknown}."
         if not special and (name := next((name for name in self.special_tokens if name in clean), None)):
-            sentence = f"The prompt contains {name}, which was read as plain text. Turn on `special` to change that."
-            warnings.append(PromptWarning("special tokens as text", sentence))
-        return warnings
+            message = f"The prompt contains {name}, which was read as plain text. Turn on `special` to change that."
+            messages["special tokens as text"] = message
+        return [PromptWarning(cause, message) for cause, message in messages.items()]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Convert ids to text. Invalid UTF-8 becomes U+FFFD, special tokens their names."""
+        """Convert ids to text. Invalid UTF-8 becomes U+FFFD; special tokens become names."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token. Raises `UsageError` for an id outside the vocabulary."""
+        """Return the bytes of a token. Raises `UsageError` if the id does not exist."""
         try:
             return self._bytes[id]
         except KeyError:
@@ -266,12 +264,12 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def token_text(self, id: int) -> str:
-        r"""The text of one token. Bytes that are not valid UTF-8 become `\xNN`."""
+        r"""Return the text of a token. Bytes that are not valid UTF-8 become `\xNN`."""
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
 
 def fingerprint_of(tokenizer: Tokenizer) -> str:
-    """SHA-256 of a tokenizer's rules, in hexadecimal, for any file format."""
+    """Return the SHA-256 of a tokenizer's tokens and rules, in hexadecimal."""
     return tokenizer._fingerprint
 
 
@@ -287,7 +285,7 @@ class StreamDecoder:
 
         Args:
             id: The next token.
-            final: Whether it is the last one, so that an incomplete character becomes U+FFFD.
+            final: Whether it is the last one. An incomplete character then becomes U+FFFD.
         """
         return self._utf8.decode(self._tokenizer.token_bytes(id), final)
 
@@ -317,7 +315,7 @@ def _check_names(names: Mapping[str, int]) -> None:
 
 
 def _cuts(text: str) -> list[int]:
-    """The positions at which Meta's tokenizer cuts a text: every 400,000 characters, and in runs of over 25,000."""
+    """Return the positions at which Meta's tokenizer cuts a text, see `_MAX_CHARS` and `_MAX_RUN`."""
     if len(text) <= _MAX_RUN:
         return []
     cuts = []
@@ -344,20 +342,25 @@ def _read(path: str) -> bytes:
     except IsADirectoryError as error:
         if (inside := Path(path) / "tokenizer.model").is_file():
             return _read(str(inside))
-        raise ModelNotFoundError(f"{name} is a directory without tokenizer.model. Name the file itself.") from error
+        raise ModelNotFoundError(f"{name} is a directory without tokenizer.model. Choose the file itself.") from error
     except Exception as error:  # blobfile and the cloud clients raise their own classes
         reason = getattr(error, "strerror", None) or sanitize(error, 200) or type(error).__name__
         raise LlamaScratchError(f"{name} cannot be read: {reason}. Check the path and its permissions.") from error
     if data.lstrip().startswith(b"{"):
         raise CheckpointError(
             f"{name} is JSON, such as Hugging Face's tokenizer.json, instead of Meta's tokenizer.model. "
-            "Name that file, or load the directory with Hugging Face's files as a model."
+            "Choose a tokenizer.model, or load the directory with Hugging Face's files as a model."
         )
     return without_mark(data, name)
 
 
 def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokenizer:
-    """Create Llama 3's tokenizer from Meta's file. `path` is its name for errors."""
+    """Create Llama 3's tokenizer from Meta's file.
+
+    Args:
+        data: The content of the file.
+        path: Its name, for error messages.
+    """
     if b"<unk>" in data[:64]:
         raise CheckpointError(
             f"{path} is a SentencePiece vocabulary, as in Llama 2, which is not supported. Choose Llama 3 or later."
@@ -370,7 +373,7 @@ def parse_tokenizer_model(data: bytes, path: str = "tokenizer.model") -> Tokeniz
 
 
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
-    """Parse lines of `base64 rank` to bytes → rank. Ranks count up from 0, and all 256 bytes must have one."""
+    """Parse lines of `base64 rank` to token → rank. Ranks count up from 0, and all 256 bytes must be tokens."""
     ranks: dict[bytes, int] = {}
     lines = data.splitlines()
     if len(lines) > _MAX_RANKS:
@@ -389,10 +392,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             ) from None
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
-        raise CheckpointError(
-            f"{path}: no token for the byte {missing[0]:#04x} in {len(ranks)} lines, expected all 256 bytes; "
-            + REDOWNLOAD_HINT
-        )
+        raise CheckpointError(f"{path} has no token for the byte {missing[0]:#04x}; {REDOWNLOAD_HINT}")
     return ranks
 
 

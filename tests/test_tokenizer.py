@@ -317,8 +317,8 @@ BROKEN = {
     "an empty token": (replaced(270, b"= 269"), r", line 270: "),
     "an empty line in the middle": (replaced(270, line(270), b""), r", line 271: found ''"),
     "cut short in a line": (tokenizer_file()[:-12], r", line 299: found 'bGk= 2'"),
-    "cut short at a line": (b"\n".join(tokenizer_file().splitlines()[:200]), r": no token for the byte 0xc8 "),
-    "empty": (b"", r": no token for the byte 0x00 in 0 lines, expected all 256"),
+    "cut short at a line": (b"\n".join(tokenizer_file().splitlines()[:200]), r" has no token for the byte 0xc8;"),
+    "empty": (b"", r" has no token for the byte 0x00;"),
     "a web page": (b"<!DOCTYPE html>\n<html><body>Access denied</body></html>\n", " is a web page"),
     "binary": (bytes(range(256)) * 10, r", line 1: "),
 }
@@ -434,9 +434,7 @@ def test_smollm2_lacks_21_bytes_and_says_so(smollm2: Tokenizer) -> None:
         assert len(smollm2.encode(character)) == len(character.encode())
         assert smollm2.encode(character)[0] == 0
     assert smollm2.encode("a\x04b") == [*smollm2.encode("a"), 0, *smollm2.encode("b")]
-    assert smollm2.warnings("a\x04b") == [
-        "The prompt contains bytes that are not in this vocabulary; each was read as <|endoftext|>."
-    ]
+    assert smollm2.warnings("a\x04b") == ["The prompt contains bytes without a token; each was read as <|endoftext|>."]
 
 
 def test_smollm2_takes_each_digit_alone(smollm2: Tokenizer) -> None:
