@@ -1,8 +1,8 @@
 """Decode on an NVIDIA GPU with a CUDA graph, recorded once and then replayed.
 
-Launching the kernels from Python takes longer than running them for a single token. A graph launches all of them at
-once. A replay uses the recorded memory addresses. Therefore, everything that changes from token to token (the token and
-its position) must be in a tensor, and the cache must not be reallocated.
+For a single token, launching the kernels from Python takes longer than running them. A graph launches all of them at
+once. A replay uses the recorded memory addresses. Therefore, all values that change from token to token (the token and
+its position) must be in tensors, and the cache must not be reallocated.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from llama_scratch.model import KVCache, Transformer
 
 
 class StaticCache(KVCache):
-    """A cache of fixed shape for one new token at a time, on another cache's memory.
+    """A KV cache of fixed shape, for one new token at a time.
 
-    The position is in a tensor. Tokens after it are masked instead of cut off, so shapes do not depend on the number of
-    tokens.
+    It uses the memory of another cache. The position is a tensor. Later tokens are masked instead of cut off, so no
+    shape depends on the number of tokens.
     """
 
     def __init__(self, cache: KVCache, device: torch.device):
         self._layers = list(cache._layers)
         for held in self._layers:
-            for store in held or ():  # uninitialized memory may be NaN, and 0 · NaN = NaN
+            for store in held or ():  # masking does not help against NaN in uninitialized memory: 0 · NaN = NaN
                 store[:, :, cache.length :] = 0
         self.max_seq_len = self.length = cache.capacity
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -47,7 +47,7 @@ class StaticCache(KVCache):
 
 
 class DecodeGraph:
-    """Runs a network for one token after those in a cache.
+    """Runs a network for one new token per call, with the earlier tokens in a cache.
 
     If the cache has grown, the graph is recorded again.
     """
@@ -65,7 +65,10 @@ class DecodeGraph:
         return 0 < self._cache.length < self._cache.capacity
 
     def __call__(self, id: int) -> Tensor:
-        """Return the logits after one more token, (1, 1, vocab_size) float32. The next call overwrites them."""
+        """Return the logits after one more token, (1, 1, vocab_size) float32.
+
+        The next call overwrites them.
+        """
         if self._capacity != self._cache.capacity:
             self._record()
         self._token.fill_(id)

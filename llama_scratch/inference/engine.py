@@ -1,4 +1,4 @@
-"""Run a network on token ids, with a KV cache that keeps the common prefix."""
+"""Run a network on token ids, with a KV cache that reuses common prefixes."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class Engine:
     def next_logits(self, ids: Sequence[int], progress: Progress = silent) -> Logits:
         """Return the logits for the token after `ids`.
 
-        Only the tokens after the longest prefix in the cache are computed.
+        Only the tokens after the longest cached prefix are computed.
 
         Args:
             ids: The tokens.
-            progress: Called between the chunks of a long prompt, with "reading" and numbers of tokens.
+            progress: Called between the chunks of a long prompt with "reading", the tokens done and their total.
 
         Raises:
             ContextLengthError: If there are more ids than fit into the context.
-            UsageError: If there are no ids, or one is not in the vocabulary.
+            UsageError: If there are no ids, or an id is not in the vocabulary.
             CheckpointError: If the network computes NaN or infinity, or a weight file has changed.
         """
         self.check(ids)
@@ -104,7 +104,10 @@ class Engine:
 
     @contextmanager
     def weights(self, progress: Progress = silent) -> Iterator[None]:
-        """Wait until the weights are packed, and check that their files have not changed."""
+        """Wait until the weights are packed, and check their files for changes.
+
+        The files are checked again at the end of the `with` block.
+        """
         self.files.check()
         if not self.packing.done:
             with memory_errors("Packing the weights"):
@@ -146,7 +149,7 @@ class Engine:
     def max_draft_length(self, ids: Sequence[int]) -> int:
         """Return the maximum draft length for `verify` after `ids`.
 
-        It is 0 if the result might not be bit-identical, or if the cache is full.
+        It is 0 if the cache is full, or if the result might not be bit-identical to decoding without drafts.
         """
         before = len(ids) - 1
         if self._fused is None or not self.packing.done or not self._fused.fits():
@@ -196,7 +199,7 @@ class Engine:
         with its position.
 
         Args:
-            rows: Token ids of each text.
+            rows: Token ids, one sequence per text.
             hooks: Place → hook. The engine's own hooks run first.
             all_positions: Return the logits after every token.
             progress: As for `next_logits`.
@@ -232,7 +235,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward_cached(self, ids: Sequence[int], *, all_positions: bool = False) -> Tensor:
-        # A graph always uses the weights that it was recorded with.
+        # A graph keeps using the weights that it was recorded with, so they must be packed before.
         if self._graph and len(ids) == 1 and not all_positions and self._graph.fits() and self.packing.done:
             return self._graph(ids[0]).cpu()
         return self._forward([ids], self._cache, {}, all_positions=all_positions)
@@ -261,7 +264,7 @@ class Engine:
             return logits
         self._cache.rewind(0)  # NaN also spreads to earlier tokens of the chunk, because 0 · NaN = NaN
         if self.hooks or hooks:
-            for ids in rows:  # raises the error below if the hooks are not the cause
+            for ids in rows:  # without hooks: raises the CheckpointError below if the weights are the cause
                 Engine(self.model, self.context, self.packing, files=self.files).next_logits(ids)
             raise UsageError(
                 "With its interventions the network computes NaN or infinity. "
@@ -298,20 +301,17 @@ class Engine:
     def check(self, ids: Sequence[int]) -> None:
         """Raise `UsageError` or `ContextLengthError` if a sequence is not valid."""
         if not ids:
-            raise UsageError("The prompt is empty, expected at least one token.")
+            raise UsageError("The prompt is empty. Pass at least one token.")
         if len(ids) > self.context:
             raise ContextLengthError(
                 f"The prompt has {len(ids)} tokens, expected at most {self.context}. "
                 "Shorten it, or raise `context` if the model allows it."
             )
         vocab_size = self.model.args.vocab_size
-        # In C, because this runs over all previous tokens for each new token.
+        # Built-in functions, because this checks all previous tokens for each new token.
         try:
-            lowest, highest, _ = (
-                min(ids),
-                max(ids),
-                operator.index(sum(ids)),
-            )  # of integers only
+            lowest, highest = min(ids), max(ids)
+            operator.index(sum(ids))  # fails unless all ids are integers
         except TypeError:
             raise UsageError(f"Token ids of this model must be integers from 0 to {vocab_size - 1}.") from None
         for id in (lowest, highest):
@@ -320,12 +320,12 @@ class Engine:
 
 
 def require_device_memory(needed: dict[str, int], what: str, device: torch.device) -> None:
-    """Call `require_memory`, except for a GPU, which has its own memory.
+    """Call `require_memory`, but not for a GPU, which has its own memory.
 
     Args:
         needed: Purpose → bytes.
         what: Subject of the error message.
-        device: The device that the memory is for.
+        device: The device to allocate on.
 
     Raises:
         OutOfMemoryError: If less memory is free.
@@ -336,6 +336,6 @@ def require_device_memory(needed: dict[str, int], what: str, device: torch.devic
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:  # in C, because generation compares all tokens for each new one
+    if a[:n] == b[:n]:  # fast, because generation compares all tokens for each new one
         return n
-    return next((i for i in range(n) if a[i] != b[i]), n)  # a list never equals a tuple
+    return next((i for i in range(n) if a[i] != b[i]), n)  # n if only the types differ: a list never equals a tuple

@@ -1,8 +1,8 @@
 """Run all layers for a few tokens in one C++ call, without per-operator overhead.
 
-The computation is the same as in model.py. Decoding with a small model is not memory-bound: the overhead of over a
-thousand operator calls dominates. cpp/layer.h computes each row independently, so several tokens at once are
-bit-identical to the same tokens one by one.
+The computation is the same as in model.py. Decoding with a small model is not memory-bound, because the overhead of
+over a thousand operator calls per token dominates. cpp/layer.h computes each row independently, so the results for
+several tokens at once are bit-identical to those for one token at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama_scratch.precision.panels import PANEL, Panels
 
 
 class FusedLayers:
-    """Runs a network in C++ for the tokens after those in a cache.
+    """Runs a network in C++ for new tokens, with the earlier tokens in a cache.
 
     The kernels must support the formats of all weights.
     """
@@ -43,12 +43,21 @@ class FusedLayers:
         return bool(self._norms)
 
     def __call__(self, tokens: Tensor, *, all_positions: bool) -> Tensor:
-        """Same as calling the network, for a batch size of 1: (1, T) → (1, T or 1, vocab_size)."""
+        """Run the network with a batch size of 1.
+
+        Args:
+            tokens: New token ids, (1, T) int64.
+            all_positions: Return the logits after every token instead of only the last.
+
+        Returns:
+            Logits, (1, T or 1, vocab_size) float32.
+        """
         model, cache, args, T = self._model, self._cache, self._model.args, tokens.shape[1]
         end = cache.length + T
         x = model.tok_embeddings(tokens[0])  # (T, dim), a copy
         like = x.new_empty(1, args.n_kv_heads, 0, args.head_dim)
-        # An interrupted run may have grown only the first layers. No layer has more capacity than the first.
+        # An interrupted run may have grown the caches of the first layers only. No layer has more capacity than the
+        # first.
         room = max(end, cache.capacity)
         held = [store[0] for i in range(args.n_layers) for store in cache.reserve(i, room, like)]
         if len(self._freqs) < end:
@@ -61,7 +70,10 @@ class FusedLayers:
         return model.output(model.norm(x if all_positions else x[-1:]))[None]
 
     def _collect(self) -> None:
-        """Collect norms and weights in the order of `Layer`. No norms if the kernels do not support a weight."""
+        """Collect norms and weights in the order of `Layer` in cpp/layer.h.
+
+        `_norms` stays empty if the kernels do not support a weight.
+        """
         args = self._model.args
         if args.dim % PANEL or args.head_dim % PANEL or args.ffn_dim % PANEL:
             return

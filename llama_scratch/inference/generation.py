@@ -46,5 +46,5 @@ def continue_ids(
             yield Step(id, stream.push(id, final=len(ids) == end), logprob)
             if id != guess:
                 break
-        if max_length:  # otherwise, the pass read the prompt or waited for the weights
+        if max_length:  # otherwise, the time may include reading the prompt or waiting for the weights
             drafts.record_cost(len(draft), len(ids) - before, seconds)

@@ -1,4 +1,4 @@
-"""A model in memory that can predict and generate: the base class of `Llama`."""
+"""`LoadedModel`, a network with its tokenizer: the base class of `Llama`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LoadedModel:
         engine: Ids → logits, with the KV cache.
         load_s: Loading time in seconds.
         warnings: Messages about the model's files. Every prediction includes them.
-        weights: Reads the file's own weights again, for gradients.
+        weights: Function that reads the file's weights again, for gradients.
 
     Attributes:
         args: Dimensions of the network.
@@ -61,17 +61,17 @@ class LoadedModel:
         self.load_s = load_s
         self.warnings = warnings
         self._weights = weights
-        self._differentiable: list[Transformer] = []  # at most one, shared with the copies by `intervened`
+        self._differentiable: list[Transformer] = []  # at most one; `intervened` shares the list with its copies
 
     def prepare(self, progress: Progress = silent, *, wait: bool = True) -> None:
         """Pack int8 and int4 weights and compile the kernels, if not cached.
 
-        Otherwise, the first answer in int8 or int4 packs the weights, and in other precisions the kernels are not
+        Without this call, the first answer in int8 or int4 does both. In other precisions, the kernels are then not
         compiled.
 
         Args:
             progress: Called with the stage, the amount done and the total.
-            wait: False to work in the background.
+            wait: Whether to wait until everything is done. Otherwise, the work continues in the background.
 
         Raises:
             OutOfMemoryError: If there is not enough memory to pack the weights.
@@ -84,13 +84,13 @@ class LoadedModel:
 
     @property
     def preparing(self) -> tuple[str, int, int] | None:
-        """Stage, amount done and total of the background jobs; None if they are done."""
+        """Stage, amount done and total of the running background jobs, if any."""
         packing = self.engine.packing
         return packing.progress if packing.running else None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights read per token, in their current format."""
+        """Bytes of weights that decoding one token reads, in their current format."""
         return weight_bytes(self.engine.model)
 
     def intervened(self, hooks: Mapping[str, Hook]) -> Self:
@@ -105,9 +105,9 @@ class LoadedModel:
         return changed
 
     def differentiable(self, progress: Progress = silent) -> Transformer:
-        """Return a network for gradients: the file's own weights, computed in float32.
+        """Return a network for gradients, with the file's own weights, in float32.
 
-        The first call reads it from the file; it then stays in memory.
+        The first call reads the weights from the file. The network then stays in memory.
 
         Raises:
             UsageError: If the weights are not from a file.
@@ -132,12 +132,12 @@ class LoadedModel:
     def encode(self, prompt: Prompt, *, bos: bool = True, special: bool = False) -> list[int]:
         """Convert a prompt to token ids.
 
-        A text that is far too long for the context is rejected before all of it is tokenized.
+        A text that is far too long for the context is rejected before it is tokenized completely.
 
         Args:
             prompt: A text, or token ids.
             bos: Prepend the BOS token to a text, if the model has one.
-            special: Parse special tokens, such as `<|eot_id|>`, in a text. Otherwise, they are plain text.
+            special: Parse names of special tokens in a text, such as `<|eot_id|>`. Otherwise, they are plain text.
 
         Raises:
             UsageError: If the prompt is neither a text nor a sequence of integers.
@@ -166,7 +166,7 @@ class LoadedModel:
         return number
 
     def candidates(self, logits: Tensor, top: int) -> tuple[Candidate, ...]:
-        """Return the most probable tokens, best first. The softmax is in float64.
+        """Return the most probable tokens, best first, from a softmax in float64.
 
         Args:
             logits: Logits, (vocab_size,).
@@ -190,7 +190,7 @@ class LoadedModel:
             prompt: A text, or token ids.
             top: Number of candidates.
             special: As for `encode`.
-            progress: Called while a long prompt is read, with "reading" and numbers of tokens.
+            progress: As for `Engine.next_logits`.
 
         Raises:
             UsageError: If the prompt is empty, or an id is not in the vocabulary.
@@ -198,7 +198,7 @@ class LoadedModel:
             CheckpointError: If the weights are damaged, or their file has changed.
         """
         if top < 1:
-            raise UsageError(f"{top} candidates were asked for, expected at least 1 (`top`).")
+            raise UsageError(f"{top} candidates were requested, expected at least 1 (`top`).")
         ids = self.encode(prompt, special=special)
         start = time.perf_counter()
         logits = self.engine.next_logits(ids, progress)
@@ -221,7 +221,7 @@ class LoadedModel:
 
     def _warnings(self, prompt: Prompt, ids: Sequence[int], next: Token, special: bool) -> tuple[PromptWarning, ...]:
         return (
-            *(PromptWarning(sentence, sentence) for sentence in self.warnings),
+            *(PromptWarning(message, message) for message in self.warnings),
             *prompt_warnings(self.tokenizer, prompt, ids, next, self.args.max_seq_len, special=special),
         )
 

@@ -40,7 +40,7 @@ def load_network(
         checkpoint: The files to load.
         args: The network's dimensions.
         options: Precision and device.
-        context: Context length in tokens. Its KV cache must fit into memory, too.
+        context: Context length in tokens. A KV cache of this length must fit into memory, too.
         progress: Called while the weights are read.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Compute attention with the kernels, so that long contexts are memory-bound.
+"""Compute attention with the C++ kernels, at memory bandwidth in long contexts.
 
-The result is bit-identical to the attention of the fused layers, so adding hooks does not change an answer.
+The result is bit-identical to the attention of the fused layers. So hooks that only read values do not change answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama_scratch.precision.panels import PANEL
 
 
 def use_kernels(model: Transformer) -> None:
-    """Let a network on a CPU compute attention with the kernels."""
+    """Make a network on a CPU compute attention with the kernels."""
     for block in model.layers:
         cast(TransformerBlock, block).attention.attend = attend_by_kernels
 
@@ -28,7 +28,7 @@ def attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
         q: Queries, (B, n_heads, T, head_dim).
         k: Keys, (B, n_kv_heads, S, head_dim).
         v: Values, (B, n_kv_heads, S, head_dim).
-        mask: The `causal_mask`. The kernels do not support other masks.
+        mask: The `causal_mask`. The kernels apply it without reading this argument, so they support no other mask.
     """
     if not kernels.ready() or len(q) > 1 or q.dtype != torch.float32 or q.shape[-1] % PANEL:
         return attend(q, k, v, mask)

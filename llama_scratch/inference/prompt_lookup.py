@@ -4,8 +4,8 @@ Decoding is memory-bound: a forward pass for several tokens takes little more ti
 guessed tokens, the draft, go through the network together with the last token. They are accepted up to the first one
 that differs from the sampled token:
 
-    … the cat sat on the mat . The dog saw the cat sat on          the last tokens occurred before:
-          └──────────┘ └─────┘                 └──────────┘        draft what followed them, "the mat ."
+    … the cat sat on the mat . The dog saw the cat sat on          the last tokens occurred before, followed
+          └──────────┘ └─────┘                 └──────────┘        by "the mat .", which becomes the draft
     one pass:   on → the ✓   the → mat ✓   mat → !                 the network does not predict ".": rejected
 
 The result is bit-identical to decoding without drafts, see `Engine.verify`.
@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 # Lengths of the n-grams to look up.
 _MAX_NGRAM, _MIN_NGRAM = 4, 2
-# Consecutive correct guesses required for a draft. A wrong guess divides the streak.
+# Consecutive correct guesses required for a draft, and the divisor of this streak after a wrong guess.
 _MIN_STREAK, _STREAK_DIVISOR = 2, 3
-# The balance of gains and losses, in units of a single-token pass. It starts with a small credit and earns a fraction
-# of each pass. The maximum keeps a text that stops repeating itself from spending all earlier gains.
+# The balance of time saved and lost by drafts, in units of a single-token pass: its initial value, its increase per
+# pass without a draft, and its maximum. The maximum limits the loss when a text stops repeating itself.
 _INITIAL_BALANCE, _ALLOWED_LOSS, _MAX_BALANCE = 0.5, 0.01, 4.0
 # Initial estimate of the cost of a drafted token, in units of a single-token pass.
 _INITIAL_ROW_COST = 0.25
@@ -34,10 +34,10 @@ _NEWEST_WEIGHT = 0.2
 class NGramDrafter:
     """Drafts tokens that may follow a text, as long as drafts save time.
 
-    A draft is as long as the current streak of correct guesses. Every next token is guessed and compared with the
-    actual one, even without a draft, because that costs almost nothing and shows when to start. The balance compares
-    the cost of passes with drafts to single-token passes. It never falls far below zero, so a text that does not repeat
-    itself loses about `_ALLOWED_LOSS` of its time.
+    A draft is at most as long as the current streak of correct guesses. Every next token is guessed and compared with
+    the actual one, even without a draft, because that costs almost nothing and shows when to start. The balance
+    compares the cost of passes with drafts to that of single-token passes. It never falls far below zero, so decoding a
+    text that does not repeat itself takes only about 1 % longer (`_ALLOWED_LOSS`).
 
     The time to find a draft does not depend on the length of the text.
     """
@@ -53,10 +53,10 @@ class NGramDrafter:
         self._balance = _INITIAL_BALANCE
 
     def propose(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """Return a draft; empty if guesses were wrong or drafts do not save time.
+        """Return a draft, empty if recent guesses were wrong or drafts save no time.
 
         Args:
-            ids: The text so far, an extension of the previous one.
+            ids: The tokens so far. They begin with the tokens of the previous call.
             max_length: Maximum number of tokens.
         """
         for id in ids[len(self._ids) :]:
@@ -80,13 +80,13 @@ class NGramDrafter:
             self._single_s = _average(self._single_s, min(seconds, 2 * self._single_s)) if self._single_s else seconds
             self._balance = min(_MAX_BALANCE, self._balance + _ALLOWED_LOSS)
             return
-        # A drafted token never costs more than its own pass.
+        # Outliers again: a drafted token never costs more than a pass of its own.
         took = min(seconds / self._single_s, 1.0 + drafted)
         self._row = max(0.01, _average(self._row, (took - 1) / drafted))
         self._balance = max(-_INITIAL_BALANCE, min(_MAX_BALANCE, self._balance + accepted + 1 - took))
 
     def _push(self, id: int) -> None:
-        """Append a token of the text, and guess the next one."""
+        """Append a token to the text, and guess the next one."""
         source = self._source
         right = source is not None and self._ids[source] == id
         self._streak = self._streak + 1 if right else self._streak // _STREAK_DIVISOR

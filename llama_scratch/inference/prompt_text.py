@@ -12,9 +12,9 @@ from llama_scratch.errors import ContextLengthError
 from llama_scratch.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-"""A text, to which the model's BOS token is added, or token ids, which are used unchanged."""
+"""A text, to which the model's BOS token is prepended, or token ids, which are used unchanged."""
 
-# Up to this many characters, texts are always tokenized completely, which takes at most half a second.
+# Texts of up to this many characters are always tokenized completely. That takes at most half a second.
 _TOKENIZED_IN_FULL = 1_000_000
 
 
@@ -66,7 +66,7 @@ def encode_conversation(tokenizer: Tokenizer, chat: ChatFormat, messages: Sequen
 
 
 def whole_number(value: Any) -> int | None:
-    """Convert any integer, such as NumPy's, to int. None for bool and other types."""
+    """Convert any integer, such as NumPy's, to int. Return None for all other values."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -74,9 +74,9 @@ def whole_number(value: Any) -> int | None:
 
 
 def _token_limit(tokenizer: Tokenizer, context: int, size: int) -> int | None:
-    """Return the number of tokens after which tokenizing `size` characters can stop; None for a short text.
+    """Return the number of ids after which `encode` can stop, or None for a short text.
 
-    Raises `ContextLengthError` if that many characters cannot fit into the context.
+    Raises `ContextLengthError` if `size` characters cannot fit into the context.
     """
     if size <= _TOKENIZED_IN_FULL:
         return None

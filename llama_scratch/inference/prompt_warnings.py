@@ -34,7 +34,7 @@ def prompt_warnings(
             yield PromptWarning(
                 ENDS_IN_A_WORD,
                 f"The prompt ends inside a token: with {next.text!r} added, it is tokenized differently. "
-                "The model rarely saw such a split, so the prediction can be unreliable.",
+                "The model rarely saw such a split in training, so the prediction can be unreliable.",
             )
     bos = tokenizer.bos_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
@@ -52,7 +52,7 @@ def prompt_warnings(
 
 
 def _cut_differently(tokenizer: Tokenizer, prompt: str, ids: Sequence[int], next: Token, special: bool) -> bool:
-    """Whether the prompt followed by the predicted text is tokenized differently from `ids`."""
+    """Whether appending the predicted text changes the tokens of the prompt."""
     if next.id in tokenizer.untypeable:
         return False
     try:

@@ -37,18 +37,16 @@ def measure(
 ) -> dict[str, Any]:
     """Benchmark a loaded model.
 
-    All numbers must be at least 1.
-
     Args:
         llama: The model.
-        prefill: Prompt lengths in tokens.
-        decode_at: Numbers of cached tokens at the start of decoding.
-        tokens: Tokens to decode per measurement.
-        runs: Measurements per size. The result is their median.
+        prefill: Prompt lengths in tokens, at least 1.
+        decode_at: Numbers of cached tokens at the start of decoding, at least 1.
+        tokens: Tokens to decode per measurement, at least 1.
+        runs: Measurements per size, at least 1. The result is their median.
         progress: Called with a stage, the amount done and the total.
 
     Returns:
-        Plain values, with times in seconds. `left_out` lists sizes that do not fit into the context.
+        A dictionary of plain values, with times in seconds. `left_out` lists sizes that do not fit into the context.
     """
     prompts = [size for size in prefill if size <= llama.context]
     contexts = [size for size in decode_at if size + tokens <= llama.context]
@@ -58,7 +56,7 @@ def measure(
     timed(llama, random_ids(llama.args.vocab_size, 2, seed=0), 1)  # warm-up
     read = _time_prefill(llama, prompts, runs, progress)
     decoded = _time_decode(llama, contexts, tokens, runs, progress)
-    peak = peak_memory()  # before the bandwidth measurement, whose buffer does not count
+    peak = peak_memory()  # before `read_bandwidth`, whose buffer must not count
     bandwidth = read_bandwidth(BANDWIDTH_BYTES, max(3, runs))
     return {
         "model": asdict(llama.info),
@@ -108,7 +106,7 @@ def read_bandwidth(size: int, runs: int = 3) -> float:
 def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
     """Return random token ids.
 
-    The first one is the seed, so the cache cannot reuse any tokens of another seed.
+    The first id is the seed, so sequences with different seeds have no common prefix in the cache.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -155,7 +153,10 @@ def _time_prefill(llama: LoadedModel, sizes: Sequence[int], runs: int, progress:
 def _time_decode(
     llama: LoadedModel, contexts: Sequence[int], tokens: int, runs: int, progress: Progress
 ) -> dict[int, float]:
-    """Return context → median seconds per token. The context is read once, and each run continues it differently."""
+    """Return context → median seconds per token.
+
+    The context is read once, and each run continues it with other tokens.
+    """
     seconds: dict[int, float] = {}
     for context in contexts:
         before = random_ids(llama.args.vocab_size, context, seed=0)
@@ -165,15 +166,15 @@ def _time_decode(
         times = []
         for run in range(runs):
             progress(stage, run, runs)
-            behind = random_ids(llama.args.vocab_size, tokens, seed=run)
-            times.append(timed(llama, before + behind, tokens)[1] / tokens)
+            continuation = random_ids(llama.args.vocab_size, tokens, seed=run)
+            times.append(timed(llama, before + continuation, tokens)[1] / tokens)
         seconds[context] = median(times)
     return seconds
 
 
 def peak_memory() -> int:
-    """Return this process's peak resident memory in bytes, mapped pages included."""
-    # In KiB on Linux, in bytes on macOS.
+    """Return this process's peak resident memory in bytes, including mapped pages."""
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -230,5 +231,5 @@ def prefill_flops(args: ModelArgs, tokens: int) -> int:
 
 
 def _attention_flops(args: ModelArgs, pairs: int) -> int:
-    """Query · key and weight · value, for each layer, head and pair of tokens."""
+    """FLOP of query · key and weight · value, for each layer, head and pair of tokens."""
     return 4 * args.n_layers * args.n_heads * args.head_dim * pairs
