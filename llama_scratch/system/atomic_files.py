@@ -1,8 +1,8 @@
 """Atomic writes: a new file is a locked temporary file until it is complete.
 
-Stale temporary files of killed processes are removed. The lock (flock) ends with the process that holds it, even if
-that is killed or runs in another container. If the system or the file system does not support locks, no file counts as
-stale.
+A temporary file without a lock is stale: its process was killed. The next process removes it. The lock (flock) ends
+with the process that holds it, even if that process is killed or runs in another container. If the system or the file
+system does not support locks, no file counts as stale.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# Flags of os.open: do not block on a named pipe (NO_WAIT), and do not follow symlinks (NO_LINK).
+# Flags of os.open. NO_WAIT does not block on a named pipe. NO_LINK, in addition, does not follow a symlink.
 NO_WAIT: int = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 
 
 @contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Create a temporary folder, which is removed on exit.
+    """Create a temporary folder, and remove it after the `with` block.
 
     Args:
-        parent: Its parent folder, from which stale temporary folders are removed first.
+        parent: The folder to create it in. Stale temporary folders there are removed first.
         prefix: The beginning of its name.
+
+    Yields:
+        The path of the folder.
     """
     remove_stale(parent, f"{prefix}*")
     while True:
@@ -41,12 +44,12 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tuple[BinaryIO, Path]]:
-    """Create a temporary file, which is removed on exit unless it was renamed.
+    """Create a temporary file, and remove it after the `with` block unless renamed.
 
     Args:
-        parent: Its folder, from which stale temporary files are removed first.
+        parent: The folder to create it in. Stale temporary files there are removed first.
         prefix: The beginning of its name.
-        mode: Its permissions, before the umask. By default only the user can access it.
+        mode: Its permissions, before the umask. By default, only the user can access it.
 
     Yields:
         The open file and its path.
@@ -62,15 +65,15 @@ def temporary_file(parent: Path, prefix: str, mode: int = 0o600) -> Iterator[tup
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically: it has either its old or its new content.
+    """Write a file atomically: it has its old content until it has its new content.
 
     Args:
         path: The file.
         data: The new content.
-        mode: The permissions, before the umask. By default only the user can access it.
+        mode: The permissions, before the umask. By default, only the user can access it.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     with temporary_file(path.parent, ".llama-scratch-writing-", mode) as (file, part):
         file.write(data)
@@ -109,7 +112,7 @@ def remove_stale(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def _gone_afterwards(path: Path) -> Iterator[Path]:
-    """Remove a path on exit, even if the removal itself is interrupted once."""
+    """Remove a path after the `with` block, even if Ctrl-C interrupts the removal once."""
     try:
         try:
             yield path
@@ -130,14 +133,17 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, certain: bool = False) -> Iterator[bool]:
-    """Lock a file or folder. Yields whether this process has the lock.
+    """Lock a file or folder during the `with` block.
 
     Args:
         path: The file or folder.
         certain: See `lock`.
 
+    Yields:
+        Whether this process has the lock.
+
     Raises:
-        OSError: If it cannot be opened, or is a symlink.
+        OSError: If the path cannot be opened, or is a symlink.
     """
     descriptor = os.open(path, os.O_RDONLY | NO_LINK)
     try:
@@ -155,7 +161,8 @@ def lock(descriptor: int, path: Path, *, certain: bool = False) -> bool:
         certain: Also return False if locks are not supported or the file belongs to another user.
 
     Returns:
-        False if another process has the lock, or if the file is no longer at `path`.
+        Whether to treat the file as locked by this process. False if another process has the lock, or if the file is no
+        longer at `path`.
     """
     here = os.fstat(descriptor)
     try:
@@ -166,7 +173,7 @@ def lock(descriptor: int, path: Path, *, certain: bool = False) -> bool:
         return False
     except (ImportError, OSError):
         return not certain
-    # The previous owner of the lock may have renamed or removed it.
+    # The previous owner of the lock may have renamed or removed the file.
     with contextlib.suppress(OSError):
         return os.path.samestat(here, path.lstat()) and (not certain or here.st_uid == os.getuid())
     return False

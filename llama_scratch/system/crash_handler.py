@@ -1,6 +1,6 @@
 """Signal handlers for SIGBUS (a mapped file that changed) and for crashes.
 
-By default SIGBUS ends a process without a message and leaves the terminal in its current mode. This handler prints a
+By default, SIGBUS ends a process without a message and leaves the terminal in its current mode. This handler prints a
 message and restores the terminal.
 """
 
@@ -18,21 +18,21 @@ _UNKNOWN = (
     "A file became unreadable while it was in use (it was truncated, or the disk failed). "
     + mapped_files.EXPECTED_UNCHANGED
 )
-# Turn off bracketed paste, show the cursor, reset the color, start a new line.
+# Escape sequences: turn off bracketed paste, show the cursor, reset the color, start a new line.
 _RESTORE = b"\x1b[?2004l\x1b[?25h\x1b[0m\n"
-# Crash signals: the terminal is restored, then the default action follows.
+# Crash signals: the handler restores the terminal, then the signal takes its default action.
 _CRASHES = [getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE") if hasattr(signal, name)]
-# The C callback must not be garbage-collected. The terminal: its descriptor and original settings.
-_handler: Any = None
-_terminal: tuple[int, list[Any]] | None = None
+_handler: Any = None  # the C callback, which must not be garbage-collected
+_terminal: tuple[int, list[Any]] | None = None  # the terminal's descriptor and original settings
 
 
 def install() -> None:
     """Install the handlers for SIGBUS and for crashes.
 
-    SIGBUS prints a message, restores the terminal and exits with `CheckpointError.exit_code`. A crash restores the
-    terminal, then takes its default action. Only the command line calls this, since a library must not change the
-    signal handlers of its host. Does nothing if the system has no SIGBUS or `faulthandler` is on.
+    On SIGBUS, the handler restores the terminal, prints a message and exits with `CheckpointError.exit_code`. On a
+    crash, it restores the terminal, then the signal takes its default action. Does nothing if the system has no SIGBUS
+    or `faulthandler` is on. Only the command line calls this function: a library must not change the signal handlers of
+    its host.
     """
     global _handler, _terminal
     import faulthandler
@@ -42,8 +42,8 @@ def install() -> None:
     import ctypes  # torch imports it too
 
     _terminal = _read_terminal()
-    # A Python handler would only run after the failed read returns, but the read would raise the signal forever. The
-    # C handler runs inside the read of the mapping, where Python's state is as consistent as in any other C call.
+    # A Python handler would run only after the failed read returns, but the read never returns: it raises the signal
+    # again and again. A C handler runs during the read, when Python's state is as consistent as in any other C call.
     with contextlib.suppress(AttributeError, OSError, MemoryError):  # not supported on this system
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
         system_signal = ctypes.CDLL(None).signal
@@ -64,7 +64,7 @@ def _read_terminal() -> tuple[int, list[Any]] | None:
 
 
 def _leave(number: int) -> None:
-    """End the process, from any thread."""
+    """Handle a signal: end the process. Any thread can call this."""
     try:
         restore_terminal()
         if number in _CRASHES:
@@ -89,7 +89,7 @@ def restore_terminal() -> None:
         return
     import termios
 
-    # Setting the terminal stops a background process unless it blocks SIGTTOU.
+    # Changing the terminal's settings stops a background process unless it blocks SIGTTOU.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     with contextlib.suppress(termios.error, OSError):
         termios.tcsetattr(_terminal[0], termios.TCSANOW, _terminal[1])

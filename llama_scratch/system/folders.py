@@ -12,9 +12,9 @@ from typing import Literal
 
 
 def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
-    """The program's folder of a kind.
+    """Return the program's folder for one kind of files.
 
-    Raises FileNotFoundError without a home directory, as in some containers.
+    Raises FileNotFoundError if there is no home directory, as in some containers.
     """
     import platformdirs
 
@@ -24,11 +24,11 @@ def user_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
             return Path(path)
     except RuntimeError:
         pass
-    raise FileNotFoundError(errno.ENOENT, f"no home directory, set HOME or XDG_{kind.upper()}_HOME")
+    raise FileNotFoundError(errno.ENOENT, f"no home directory; set HOME or XDG_{kind.upper()}_HOME")
 
 
 def is_ours(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, and only this user can write."""
+    """Whether a file or folder belongs to this user and nobody else can write to it."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
@@ -39,13 +39,13 @@ def trim_folder(
     max_bytes: int | None = None,
     remove: Callable[[Path], None] = Path.unlink,
 ) -> None:
-    """Remove the least recently used files of a cache until it is within the limits.
+    """Remove the least recently used files of a cache until it is within its limits.
 
     Args:
         files: The files. Other processes may remove them at the same time.
         max_files: Maximum number of files.
         max_bytes: Maximum total size in bytes.
-        remove: Removes a file, or keeps it if it is in use.
+        remove: Function that removes a file, or keeps it if it is in use.
     """
     entries = []
     for path in files:

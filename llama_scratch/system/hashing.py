@@ -17,10 +17,12 @@ BLOCK_BYTES = 1 << 20
 
 
 def new_digest(algorithm: str, data: bytes = b"") -> _Hash:
-    """Create a digest. MD5 works even if a policy forbids it for security.
+    """Create a digest that detects damage, not forgery.
+
+    MD5 works even if a policy forbids it for security purposes.
 
     Args:
-        algorithm: A name for hashlib, such as "md5". Here it only has to detect damage.
+        algorithm: A name for hashlib, such as "md5".
         data: The first bytes to hash.
     """
     return hashlib.new(algorithm, data, usedforsecurity=False)

@@ -40,11 +40,12 @@ def report_progress(stage: str = "", done: int = 0, total: int = 1) -> None:
 class BackgroundJobs:
     """Runs jobs on a few threads, between `start` and `close`.
 
-    A job should take at most some tenths of a second, or call `report_progress` regularly. If a job fails, the
-    remaining jobs are dropped, and `wait` raises its error. The threads stop when the main thread ends.
+    A job should take at most a few tenths of a second, or call `report_progress` regularly, so that it can be
+    cancelled. If a job fails, the remaining jobs are dropped, and `wait` raises its error. The threads stop when the
+    main thread ends.
 
     Args:
-        stage: The name for `progress`.
+        stage: The name of the stage for `progress`.
         jobs: The jobs, in order.
         threads: Number of threads.
         after: Called after each job.
@@ -57,7 +58,7 @@ class BackgroundJobs:
         self._after = after
         self._total = sum(size for _, size in jobs)
         self._done = 0
-        # Never acquired by the main thread, which an interrupt could end without releasing it.
+        # The main thread never acquires this lock, because Ctrl-C could interrupt it before it releases the lock.
         self._lock = threading.Lock()
         self._running = 0
         self._reported: tuple[str, int, int] | None = None
@@ -76,12 +77,12 @@ class BackgroundJobs:
 
     @property
     def done(self) -> bool:
-        """Whether all jobs are done, except those of size 0."""
+        """Whether all jobs are done. Jobs of size 0 do not count."""
         return self._done == self._total
 
     @property
     def running(self) -> bool:
-        """Whether a job is running or waiting to run."""
+        """Whether a thread is still running jobs."""
         return self._running > 0
 
     @property
@@ -90,7 +91,7 @@ class BackgroundJobs:
         return self._reported or (self.stage, self._done, self._total)
 
     def report_progress(self, stage: str, done: int, total: int) -> None:
-        """See the function `report_progress`.
+        """Report progress, like the function `report_progress`.
 
         Args:
             stage: The name of the stage, or "" to only check for cancellation.
@@ -105,7 +106,7 @@ class BackgroundJobs:
     def wait(self, progress: Progress = silent) -> None:
         """Start the jobs if necessary and wait until they are done.
 
-        Raises the error of a job that failed.
+        If a job has failed, raises its error.
         """
         self.start()
         while self._running and not self.error:
@@ -134,7 +135,7 @@ class BackgroundJobs:
                 break
             except BaseException as error:  # noqa: BLE001 - raised again by `wait`
                 if isinstance(error, LlamaScratchError):
-                    error.with_traceback(None)  # which keeps local variables alive
+                    error.with_traceback(None)  # a traceback keeps local variables alive
                 self.error = self.error or error
                 self._jobs.clear()
                 break
@@ -144,7 +145,7 @@ class BackgroundJobs:
             self._running -= 1
 
     def _next(self) -> Job | None:
-        # At exit Python waits for its threads, so they must not run all remaining jobs.
+        # At exit, Python waits for its threads, so they must not start the remaining jobs.
         try:
             return self._jobs.popleft() if _program_runs() else None
         except IndexError:

@@ -1,7 +1,7 @@
 """Memory-mapped files. A change on disk affects the process that mapped them.
 
-If a file is removed or replaced, the mapping still has the old content. If a file is written to, the weights change,
-and if it is truncated, the system sends SIGBUS (see `crash_handler`).
+If a file is removed or replaced, the mapping still has the old content. If a file is written to, the weights change. If
+a file is truncated, reading beyond its end raises SIGBUS (see `crash_handler`).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class MappedFiles:
     def sha256(self, progress: Callable[[str, int, int], None], name: str | None = None) -> str:
         """Compute the SHA-256 of the files' bytes, in hexadecimal.
 
-        It equals the output of `cat FILES | sha256sum`. The result is cached, and refers to the files that were
-        opened: a file that later replaced one of them does not count.
+        The result equals that of `cat FILES | sha256sum` and is cached. It refers to the files that were opened, even
+        if other files have replaced them since then.
 
         Args:
             progress: Called with "checking", the bytes read so far and the total bytes.
@@ -89,7 +89,7 @@ _MAPPED: weakref.WeakSet[MappedFiles] = weakref.WeakSet()
 
 
 def changed_file() -> CheckpointError | None:
-    """The error for a mapped file that changed, if any."""
+    """Return the error for the first mapped file that has changed, if any."""
     for mapped in list(_MAPPED):
         try:
             mapped.check()
@@ -99,7 +99,7 @@ def changed_file() -> CheckpointError | None:
 
 
 def _blocks(descriptor: int) -> Iterator[bytes]:
-    """Yield a file from its beginning, independent of its position."""
+    """Yield the blocks of a file from its beginning, whatever its current position."""
     offset = 0
     while block := os.pread(descriptor, BLOCK_BYTES, offset):
         yield block

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from llama_scratch.errors import OutOfMemoryError
 
-# Without a limit, cgroups v1 report the largest multiple of the page size.
+# cgroups v1 without a limit report the largest multiple of the page size, which is above this number.
 _UNLIMITED = 1 << 62
-# Memory that torch, numpy and their threads take on import, in addition to their libraries.
+# Memory that importing torch and numpy takes, with their threads but without their libraries.
 _START_BYTES = 300_000_000
 _NO_MEMORY = re.compile(
     "allocate memory|out of memory|failed to map segment|cannot allocate|can't start new thread|bad_alloc",
@@ -30,14 +30,14 @@ class MemoryLimit:
 
     Attributes:
         free: Bytes.
-        limit: The limit that is closest, such as "a limit of 1.0 GB (RLIMIT_AS)"; "" for the machine's memory.
+        limit: The limit, such as "a limit of 1.0 GB (RLIMIT_AS)". Empty for the machine's memory.
     """
 
     free: int
     limit: str = ""
 
     def __str__(self) -> str:
-        """The end of an error message: the free memory, and what to do."""
+        """Return the end of an error message: the free memory, and advice."""
         under, act = (f" under {self.limit}", "Raise it") if self.limit else ("", "Close other programs")
         return f"{self.free / 1e9:.1f} GB are free{under}. {act}, or choose a smaller model, context or precision."
 
@@ -48,7 +48,7 @@ def available_memory() -> int:
 
 
 def memory_limit() -> MemoryLimit:
-    """Find the tightest limit: free memory, resource limits or control groups."""
+    """Return the tightest limit: free memory, a resource limit or a control group."""
     import psutil
 
     return min(
@@ -57,7 +57,10 @@ def memory_limit() -> MemoryLimit:
 
 
 def _resource_limits() -> Iterator[MemoryLimit]:
-    """Yield the memory that `ulimit -v` and `ulimit -d` leave. Mapped weights count against the first once mapped."""
+    """Yield the memory left under RLIMIT_AS and RLIMIT_DATA.
+
+    Mapped files count against RLIMIT_AS as soon as they are mapped, but not against RLIMIT_DATA.
+    """
     if not sys.platform.startswith("linux"):
         return
     import resource
@@ -75,7 +78,7 @@ def _resource_limits() -> Iterator[MemoryLimit]:
 def _cgroups(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[MemoryLimit]:
-    """Yield the memory that is left in the control groups of this process, and in the groups above them.
+    """Yield the memory left in this process's control groups and all their parents.
 
     Inactive pages of cached files count as free, because the kernel reclaims them before the limit takes effect.
     """
@@ -94,23 +97,23 @@ def _cgroups(
             if not folder.is_relative_to(base):
                 break
             used = _read(folder / usage).strip()
-            given_up = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            reclaimable = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
             for name in limits:
                 limit = _read(folder / name).strip()
                 if limit.isdecimal() and used.isdecimal() and int(limit) < _UNLIMITED:
-                    taken = int(used) - (int(given_up[1]) if given_up else 0)
+                    taken = int(used) - (int(reclaimable[1]) if reclaimable else 0)
                     yield MemoryLimit(max(0, int(limit) - taken), f"a limit of {int(limit) / 1e9:.1f} GB ({name})")
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # another operating system or kernel version
+    except OSError:  # not on this operating system or kernel version
         return ""
 
 
 def resident() -> int:
-    """Resident bytes of this process, including pages of mapped files."""
+    """Return the resident memory of this process in bytes, including mapped pages."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -120,7 +123,7 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
     """Check that there is enough memory before allocating it.
 
     Args:
-        needed: Bytes, or bytes by purpose, which the error then lists.
+        needed: Bytes, or purpose → bytes. The error lists the purposes.
         what: The subject of the error, such as "Calibrating int4".
 
     Raises:
@@ -139,7 +142,7 @@ def require_memory(needed: int | dict[str, int], what: str) -> None:
 def require_start() -> None:
     """Raise `OutOfMemoryError` if a limit leaves too little memory to import torch.
 
-    If memory ran out during the import, the loader, OpenBLAS or C++ could abort the process with other messages.
+    Otherwise, the loader, OpenBLAS or C++ could abort the process during the import, with unclear messages.
     """
     if "torch" in sys.modules:
         return
@@ -150,7 +153,7 @@ def require_start() -> None:
 
 
 def _size_of_torch() -> int:
-    """Size of its libraries in bytes: they are mapped completely."""
+    """Return the size of torch's libraries in bytes. Importing torch maps all of them."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec else None
     return sum(file.stat().st_size for folder in folders or [] for file in Path(folder, "lib").glob("*.so*"))
@@ -167,7 +170,7 @@ def is_memory_error(error: BaseException) -> bool:
 
 
 def refusal() -> str:
-    """The message if memory runs out before the needed size is known."""
+    """Return the message for running out of memory if the needed size is not known."""
     return f"Out of memory: {memory_limit()}"
 
 
@@ -187,7 +190,7 @@ def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
 
     Args:
         what: The subject of the message.
-        error: The cause. If it has the requested size, the message has it too.
+        error: The failed allocation. If its message contains the requested size, the new message does, too.
     """
     size = re.search(r"(\d+) bytes", str(error))
     asked = f"{int(size[1]) / 1e9:.1f} GB more were requested, and " if size else ""
@@ -199,7 +202,7 @@ def does_not_fit(what: str, error: BaseException) -> OutOfMemoryError:
 def trim_heap() -> None:
     """Return freed memory to the system.
 
-    glibc keeps it per thread: some hundred MB after packing.
+    glibc keeps freed memory per thread: a few hundred MB after packing.
     """
     if sys.platform.startswith("linux"):
         with suppress(AttributeError, OSError):  # a C library other than glibc

@@ -1,4 +1,4 @@
-"""Child processes: ending them reliably."""
+"""End child processes reliably."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and its process group, which it must lead, and wait for it.
+    """Kill a process and its process group, and wait for the process.
 
-    If the process has already ended, this kills the child processes that it left.
+    The process must be the leader of its group. If it has already ended, this kills the child processes that it left.
     """
     if os.name == "posix":
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies

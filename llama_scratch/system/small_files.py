@@ -1,7 +1,7 @@
-"""Read small files: regular, bounded, and UTF-8 without a byte order mark.
+"""Read small files: regular files of limited size, as bytes or as UTF-8.
 
-All small files are read with these functions. A FIFO therefore never blocks the program, /dev/zero or a huge sparse
-file never fills the memory, and a placeholder for a model's file, such as a git-lfs pointer, has an error of its own.
+All small files are read with these functions. Therefore, a FIFO never blocks the program, and /dev/zero or a huge
+sparse file never fills the memory. A placeholder for a model's file, such as a git-lfs pointer, has its own error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ START = 512
 """Number of bytes at the beginning of a file that identify its type."""
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-# An inherited descriptor, as in `--config <(…)`. Its writer is running, so reading it does not block forever.
+# Inherited descriptors, as in `--config <(…)`. Their writers are running, so reading does not block forever.
 _INHERITED = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -28,7 +28,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
-# Placeholders and error pages that were saved in place of a file, which is common after a download.
+# Beginnings of placeholders and error pages, which failed downloads often leave in place of a file.
 _POINTER = re.compile(rb"version https?://(git-lfs\.github\.com|hawser\.github\.com|git-media\.io)/|/annex/objects/")
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 # Plain text that the Hugging Face Hub sends with status 401, 403 or 404.
@@ -96,8 +96,8 @@ def read_remote(address: str, limit: int) -> bytes:
         limit: Maximum size in bytes.
 
     Raises:
-        CheckpointError: If it is longer than `limit`, a git-lfs pointer or a web page.
-        Exception: Any error of blobfile, which has no common base class.
+        CheckpointError: If the file is longer than `limit`, a git-lfs pointer or a web page.
+        Exception: Any error of blobfile. They have no common base class.
     """
     import blobfile
 
@@ -154,7 +154,7 @@ def _open(path: str | os.PathLike[str], error: type[LlamaScratchError]) -> Binar
 
 
 def _require_content(status: os.stat_result, path: str | os.PathLike[str], error: type[LlamaScratchError]) -> None:
-    """Raise unless this is a file that can be read to its end."""
+    """Raise an error unless this is a file that can be read to its end."""
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFREG or (kind == stat.S_IFIFO and _INHERITED.fullmatch(os.fspath(path))):
         return
@@ -164,7 +164,7 @@ def _require_content(status: os.stat_result, path: str | os.PathLike[str], error
         return
     raise error(
         f"{sanitize(path, 200)} is {_KINDS.get(kind, 'not a regular file')}, expected a file. "
-        "Write its content to a file and name that."
+        "Write its content to a file and use that file."
     )
 
 
@@ -195,7 +195,7 @@ def reject_pointer(
 ) -> None:
     """Reject a git-lfs or git-annex pointer.
 
-    A clone without these programs has a pointer in place of a large file.
+    In a clone that was made without these programs, each large file is replaced by a pointer.
 
     Args:
         start: At least the first `START` bytes, or a whole shorter file.
@@ -215,7 +215,7 @@ def is_web_page(start: bytes) -> bool:
 
 
 def decode(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointError) -> str:
-    """Decode UTF-8, without a byte order mark.
+    """Decode UTF-8, and remove a byte order mark.
 
     Args:
         data: The content of a file.
@@ -223,7 +223,7 @@ def decode(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointEr
         error: The class to raise.
 
     Raises:
-        LlamaScratchError: `error`, if it is not UTF-8.
+        LlamaScratchError: `error`, if the content is not UTF-8.
     """
     try:
         return without_mark(data, name, error).decode()
@@ -235,7 +235,7 @@ def decode(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointEr
 
 
 def without_mark(data: bytes, name: str, error: type[LlamaScratchError] = CheckpointError) -> bytes:
-    """Remove the byte order mark that some editors put at the beginning of UTF-8.
+    """Remove the byte order mark that some editors write at the beginning of UTF-8.
 
     Args:
         data: The beginning of a text, or the whole text.
@@ -243,7 +243,7 @@ def without_mark(data: bytes, name: str, error: type[LlamaScratchError] = Checkp
         error: The class to raise.
 
     Raises:
-        LlamaScratchError: `error`, if it is UTF-16 or UTF-32.
+        LlamaScratchError: `error`, if the text is UTF-16 or UTF-32.
     """
     if _is_wide(data[:START]):
         raise error(f"{name} is encoded in UTF-16 or UTF-32. Save it as UTF-8.")
@@ -251,7 +251,7 @@ def without_mark(data: bytes, name: str, error: type[LlamaScratchError] = Checkp
 
 
 def _is_wide(start: bytes) -> bool:
-    """Whether a text is UTF-16 or UTF-32: by its byte order mark, or because every other byte is zero."""
+    """Whether a text has the byte order mark of UTF-16 or UTF-32, or zeros in every other byte."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         return True
     halves = start[::2], start[1::2]

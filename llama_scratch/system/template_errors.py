@@ -7,8 +7,14 @@ from __future__ import annotations
 
 
 class RefusalError(Exception):
-    """A template rejected the messages with `raise_exception`, and its own message."""
+    """A template rejected the messages by calling `raise_exception`.
+
+    The message is that of the template.
+    """
 
 
 class TemplateError(Exception):
-    """A template is broken or exceeds a limit. The message is a clause."""
+    """A template is broken or exceeds a limit.
+
+    The message is a clause such as "it writes too much".
+    """

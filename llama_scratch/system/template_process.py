@@ -1,7 +1,7 @@
 """The process that runs an untrusted chat template.
 
-It is started once, reused, and killed if it exceeds its limits. It runs `template_sandbox.py` in a new Python
-interpreter, not a fork, so it does not inherit threads or open files.
+The process is started once, reused, and killed if it exceeds its limits. It runs `template_sandbox.py` in a new Python
+interpreter, not in a fork, so it does not inherit threads or open files.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from llama_scratch.errors import LlamaScratchError
 from llama_scratch.system.processes import end_group
 from llama_scratch.system.template_errors import RefusalError, TemplateError
 
-# Seconds to compile and render a template. Real ones take milliseconds.
+# Maximum seconds to compile and render a template. Published templates take milliseconds.
 MAX_SECONDS = 1.0
-# Seconds to start the process, enough for a busy machine with a slow disk.
+# Maximum seconds to start the process. Enough for a busy machine with a slow disk.
 START_SECONDS = 30.0
-# Bytes per answer: `template_sandbox.MAX_SIZE` characters, each up to six bytes in JSON (\u0000).
+# Maximum bytes per answer: `template_sandbox.MAX_SIZE` characters, each up to six bytes in JSON (\u0000).
 MAX_ANSWER = 32 << 20
 
 _PACKAGES = Path(__file__).parents[2]  # the folder that contains this package
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_scratch.system.template_sandbox import main; main()"
-# Python installed in an unusual place may need some of these to start.
+# Environment variables that the process inherits. Python may need them to start if it is in an unusual place.
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
 _OUT_OF_MEMORY = 3  # `template_sandbox.OUT_OF_MEMORY`
 
 
 class TemplateProcess:
-    """Runs templates in one process, which ends with this object.
+    """Runs templates in one process, which ends with this object. Thread-safe.
 
-    The first request starts the process. The class is thread-safe. If a request is interrupted, the process is killed,
-    and the next request starts a new one.
+    The first request starts the process. If a request is interrupted, the process is killed, and the next request
+    starts a new one.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,10 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 
 
 def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """Write a request, if any, and read one line. It is incomplete if the process ends or writes too much."""
+    """Write a request, if any, and read one line.
+
+    The line is incomplete if the process ends or writes too much.
+    """
     assert process.stdin
     assert process.stdout
     with contextlib.suppress(BrokenPipeError):
@@ -167,7 +170,10 @@ def _ask(process: subprocess.Popen[bytes], request: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
-    """Kill a process that takes too long, on any system. Yields an event that is set in that case."""
+    """Kill a process that takes too long. Yields an event that is then set.
+
+    Works on any operating system, unlike the process's own time limit.
+    """
     late = threading.Event()
 
     def end() -> None:
@@ -185,7 +191,7 @@ def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[thre
 
 
 def _reason(code: int, *, late: bool, answered: int) -> str:
-    """The reason why a process did not answer, as a clause."""
+    """Return the reason why a process did not answer, as a clause."""
     if answered:
         return "it writes too much"
     if late or (hasattr(signal, "SIGALRM") and code == -signal.SIGALRM):

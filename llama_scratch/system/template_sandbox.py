@@ -1,4 +1,4 @@
-"""Renders conversations with the untrusted chat template of a model file.
+"""Render conversations with the untrusted chat template of a model file.
 
 This module runs in a child process, which `system/template_process.py` starts, supervises and kills. There are two
 layers of protection:
@@ -6,9 +6,9 @@ layers of protection:
 1. Jinja's sandbox blocks access to Python's internals and changes of the input.
 2. The process has memory and time limits. It cannot open files or connections, or start processes.
 
-The cost of a template cannot be bounded by forbidding operations: a few nested loops, one comparison of two nested
-lists or one wide number format exceed any limit. Therefore this process does all work that depends on the file, and
-is killed if it exceeds its limits.
+Forbidding operations cannot bound the cost of a template: a few nested loops, one comparison of two nested lists or one
+wide number format can exceed any limit. Therefore this process does all work that depends on the file, and it is killed
+if it exceeds its limits.
 
 Requests arrive on standard input and answers go to standard output, one JSON object per line. This module only
 imports Jinja, the standard library and `template_errors`, so the process starts in about 60 ms.
@@ -35,12 +35,12 @@ from jinja2.utils import Namespace
 
 from llama_scratch.system.template_errors import RefusalError
 
-# Maximum characters per answer (several times the longest context) and special tokens in it.
+# Maximum characters of an answer (several times the longest context), and maximum special tokens in it.
 MAX_SIZE = 4_000_000
 MAX_SPECIAL = 100_000
-# Bytes of writable memory. Code and libraries take about 10 MB more.
+# Maximum bytes of writable memory. Code and libraries take about 10 MB more.
 MAX_MEMORY = 128 << 20
-# Exit code if a template needs more.
+# Exit code if a template needs more memory.
 OUT_OF_MEMORY = 3
 READY = b"ready\n"
 
@@ -62,7 +62,7 @@ def main() -> None:
     try:
         for line in requests:
             request = json.loads(line.decode("utf-8", "surrogatepass"))
-            # The time limit also holds if the supervisor is gone.
+            # The time limit still applies if the supervising process has ended.
             _alarm(request.pop("seconds"))
             answer = answer_to(**request)
             _alarm(0)
@@ -73,7 +73,10 @@ def main() -> None:
 
 
 def _warm_up() -> None:
-    """Make Python and Jinja import all modules that they import on first use: files cannot be opened later."""
+    """Import all modules that Python and Jinja import on first use.
+
+    Later, this process cannot open files.
+    """
     sandbox = _Sandbox()
     context = sandbox.from_string("").new_context()
     for call, names in ((sandbox.call_filter, sandbox.filters), (sandbox.call_test, sandbox.tests)):
@@ -101,7 +104,10 @@ def limit_process() -> None:
 
 
 def _alarm(seconds: float) -> None:
-    """Make the system kill this process after some time, even in the middle of an operation."""
+    """Let the system kill this process after some time, even during an operation.
+
+    0 seconds cancels this.
+    """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -109,7 +115,7 @@ def _alarm(seconds: float) -> None:
 def answer_to(
     source: str, special: list[str], messages: list[dict[str, str]], variables: dict[str, Any]
 ) -> dict[str, Any]:
-    """Answer a request: with the rendered pieces, or with the reason for a failure.
+    """Answer a request with the rendered pieces, or with the reason for a failure.
 
     Args:
         source: The template.
@@ -191,7 +197,7 @@ def _template(source: str) -> Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the extensions, filters and functions that transformers provides to chat templates.
+    """Jinja's sandbox, extended like the one that transformers uses for chat templates.
 
     Source: `_cached_compile_jinja_template` in transformers, utils/chat_template_utils.py.
     """
@@ -206,7 +212,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training. It has no effect here."""
+    """The tag `{% generation %}`, which has no effect here.
+
+    In training, it marks the text of the assistant.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - as in Jinja
 
@@ -217,7 +226,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """A namespace that rejects names with a meaning in Python."""
+    """A namespace that rejects names with a leading underscore, such as `__class__`."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
         for name in dict(*args[1:], **kwargs):
