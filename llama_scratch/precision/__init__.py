@@ -1,9 +1,9 @@
 """Weight formats: how weights are stored and multiplied in each precision.
 
 Start with `network`, which builds a network in a given precision. Then read `linear` and its two weight formats, `rows`
-and `panels`, and `packing`, `quantize` and `calibration`, which quantize a file's weights to 8 or 4 bits. `kernels.cpp`
-is a faster implementation of `rows` and `panels`. `weight_cache` keeps packed weights between runs, and
-`memory_estimate` estimates the memory of all this in advance.
+and `panels`. `packing`, `quantize` and `calibration` quantize a file's weights to 8 or 4 bits. `kernels.cpp` is a
+faster implementation of `rows` and `panels`. `weight_cache` keeps packed weights between runs. `memory_estimate`
+estimates in advance how much memory a network needs.
 
 Importing this package does not import torch.
 """
@@ -25,11 +25,12 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 | fp32 | float32                                       | the reference                                                |
 | bf16 | bfloat16, memory-mapped                       | within 1e-5 of fp32 for the same file                        |
 | fp16 | float16, memory-mapped from a float16 file    | logits within 1e-3 of fp32                                   |
-| int8 | 8 bits, group size 32; activations likewise   | as close to fp32 as llama.cpp's Q8_0, or closer              |
+| int8 | 8 bits, group size 32; activations likewise   | at least as close to fp32 as llama.cpp's Q8_0                |
 | int4 | 4 bits, group size 64; activations in 8 bits  | closer to fp32 than llama.cpp's Q4_0, see `quantize`         |
 
-fp32 and fp16 multiply GGUF's quantized blocks directly and without loss. With 32 and 16 bits, the first answer needs
-only the mapped file. For int8 and int4, weights are packed into panels once and cached for later runs.
+fp32 and fp16 multiply GGUF's quantized blocks directly and without loss. The first three precisions need no
+preparation: the first answer uses the mapped file. For int8 and int4, weights are packed into panels once and cached
+for later runs.
 """
 
 ACTIVATIONS = ("fp32", "bf16")
@@ -47,7 +48,7 @@ def validate_precision(precision: str) -> None:
 
 
 def resolve_precision(precision: str, file_dtype: torch.dtype | None, device: torch.device | None = None) -> str:
-    """Return the precision to run in: the given one, or the file's dtype for "auto".
+    """Return the precision to run in: for "auto" the file's, otherwise as given.
 
     Args:
         precision: One of `PRECISIONS`, or "auto".

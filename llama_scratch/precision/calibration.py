@@ -1,8 +1,8 @@
 """Calibrate int4 quantization with examples of the linear layers' inputs.
 
-Examples are windows of tokens. Text of the kind that the model will read is best. By default, half of the tokens come
-from Python's documentation, which is part of every installation. The other half is sampled from the model after random
-first tokens, and so has about the same mix of subjects and languages as its training data.
+Examples are windows of tokens. The best examples are texts of the kind that the model will read. By default, half of
+the tokens come from Python's documentation, which is part of every installation. The other half is sampled from the
+model after random first tokens. Such text has about the same mix of subjects and languages as the training data.
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (calibration); Liu et al. 2023, arXiv:2305.17888 (a model's own text).
 """
@@ -48,12 +48,12 @@ def collect_hessians(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Compute H = E[x xᵀ] for the inputs x of all linear layers.
 
-    Keeps one vector per token in memory, and the sums for one block at a time.
+    Keeps one vector per token in memory, and the sums x xᵀ for one transformer block at a time.
 
     Args:
         model: The network. It must not be used for anything else until all H are computed.
-        windows: Examples, (B, T) int64 each, read from an empty context.
-        progress: Called with "calibrating" and numbers of windows.
+        windows: Examples, (B, T) int64 each. Each is read from an empty context.
+        progress: Called with "calibrating", the windows done and their total, over all layers.
 
     Yields:
         The names of the layers that share an input x, and H, (in, in) float32, in order of execution.
@@ -80,7 +80,7 @@ def collect_hessians(
     yield ["output"], output.mean(tokens)
 
 
-# Rows of H to compute at a time, from the diagonal to the right: H is symmetric.
+# Rows of H to compute at a time. H is symmetric, so each row is computed only from the diagonal on.
 _ROWS_PER_PRODUCT = 1024
 
 
@@ -94,7 +94,7 @@ class _Products:
     """A hook that sums x xᵀ over all inputs of a module."""
 
     def __init__(self) -> None:
-        self._upper = torch.empty(0, 0)  # the upper triangle and parts of the lower one
+        self._upper = torch.empty(0, 0)  # the upper triangle, and parts of the lower one, which are ignored
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # (B · T, in)
@@ -114,7 +114,7 @@ class _Products:
 # --- Examples ---------------------------------------------------------------------------------
 
 _MAX_CHARACTERS_PER_TOKEN = 32  # limits how much of a file is read
-_WINDOW_TOKENS = 1024  # read from an empty context
+_WINDOW_TOKENS = 1024  # length of a window
 _SAMPLED_TOKENS = 256  # length of each text that is sampled from the model
 
 
@@ -124,7 +124,7 @@ class CalibrationText:
 
     Attributes:
         name: Identifies the text in the cache of packed weights.
-        windows: Returns windows for `collect_hessians`, given the network that reads them.
+        windows: Function that returns windows for `collect_hessians`, given the network that reads them.
     """
 
     name: str
@@ -132,11 +132,11 @@ class CalibrationText:
 
 
 def calibration_text(tokenizer: Tokenizer, path: str | os.PathLike[str] | None) -> CalibrationText:
-    """Return the calibration text from a file, or the default of `examples`.
+    """Return the calibration text from a file, or the default text.
 
     Args:
         tokenizer: The model's tokenizer.
-        path: A text file; None for the default.
+        path: A text file. None for the default, see `examples`.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
@@ -155,38 +155,36 @@ def examples(
 ) -> list[Tensor]:
     """Create the default windows for `collect_hessians`, (B, T) int64 each.
 
-    Half of the tokens come from Python's documentation, half are sampled from the model. They depend only on the model
-    and the version of Python.
+    Half of the tokens come from Python's documentation, and half are sampled from the model. The windows depend only on
+    the model and the version of Python.
 
     Args:
         model: The network to sample from.
         tokenizer: Its tokenizer.
         tokens: Total number of tokens.
-        progress: Called with "sampling" and numbers of tokens.
+        progress: As for `sample_model_text`.
     """
-    read = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
-    missing = tokens - sum(window.numel() for window in read)
-    said = sample_model_text(model, -(-missing // _SAMPLED_TOKENS), _start(tokenizer), progress)
-    return [*read, *torch.split(said, _WINDOW_TOKENS // _SAMPLED_TOKENS)]
+    documentation = _cut(tokenizer, stdlib_documentation(6 * (tokens // 2)), tokens // 2)
+    missing = tokens - sum(window.numel() for window in documentation)
+    sampled = sample_model_text(model, -(-missing // _SAMPLED_TOKENS), _start(tokenizer), progress)
+    return [*documentation, *torch.split(sampled, _WINDOW_TOKENS // _SAMPLED_TOKENS)]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text to calibrate with. Only the beginning of a long file is used.
+    """Read a calibration text from a file. Of a long file, only the beginning is used.
 
     Raises:
         ModelNotFoundError: If the file cannot be read.
         UsageError: If it is not a UTF-8 text file.
     """
-    name, limit = (
-        sanitize(os.fspath(path), 200),
-        4 * _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS,
-    )  # a character has up to 4 bytes
+    name = sanitize(os.fspath(path), 200)
+    limit = 4 * _MAX_CHARACTERS_PER_TOKEN * CALIBRATION_TOKENS  # in bytes; a character has up to 4
     try:
         start = read_start(Path(path).expanduser(), limit, error=UsageError, any_content=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home directory
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ModelNotFoundError(
-            f"{name} cannot be read ({reason}), expected a file of text (`calibration`)."
+            f"{name} cannot be read ({reason}). Choose a readable text file (`calibration`)."
         ) from error
     reject_pointer(start, name, UsageError)
     try:
@@ -220,7 +218,7 @@ def windows(tokenizer: Tokenizer, text: str, tokens: int = CALIBRATION_TOKENS) -
 
 
 def _cut(tokenizer: Tokenizer, text: str, tokens: int) -> list[Tensor]:
-    """Return whole windows, `tokens` ids in all or fewer if the text is short. Each begins with the BOS token."""
+    """Return whole windows with up to `tokens` ids in total. Each begins with the BOS token."""
     ids, start = tokenizer.encode(text), _start(tokenizer)
     width = _WINDOW_TOKENS - len(start)
     count = min(-(-tokens // _WINDOW_TOKENS), len(ids) // width)
@@ -237,8 +235,8 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
     Args:
         model: The network.
         count: Number of texts.
-        start: Ids before the random one.
-        progress: Called with "sampling" and numbers of tokens.
+        start: Ids before the random first token, such as the BOS token.
+        progress: Called with "sampling", the tokens done per text and their total.
     """
     chance = torch.Generator().manual_seed(0)
     first = torch.randint(model.args.vocab_size, (count, 1), generator=chance)
@@ -255,7 +253,7 @@ def sample_model_text(model: Transformer, count: int, start: Sequence[int] = (),
 def stdlib_documentation(characters: int) -> str:
     """Return docstrings of Python's standard library in a random but fixed order.
 
-    The text is shorter than `characters` if the library does not have enough, and empty without its source files.
+    The text has up to `characters` characters. It is empty if the library's source files are not installed.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in library.rglob("*.py") if not _SKIPPED_FOLDERS & {*file.relative_to(library).parts})
@@ -270,7 +268,7 @@ def stdlib_documentation(characters: int) -> str:
     return "\n\n".join(texts)[:characters]
 
 
-# Third-party packages, code with few docstrings, and pydoc_data, because the benchmarks evaluate on it.
+# Third-party packages, code with few docstrings, and pydoc_data, which the benchmarks use for evaluation.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 _MIN_DOCSTRING = 400  # characters; shorter ones often only repeat the function's name
 

@@ -13,7 +13,7 @@ from llama_scratch.precision import ACTIVATIONS, computes_bf16
 from llama_scratch.precision.lazy_weight import GGUFBlockWeight, Weight, kernel_operands
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision → dtype of the weights, without the quantized precisions."""
+"""Precision → dtype of the weights. The quantized precisions are in `BITS`."""
 
 BITS = {"int8": 8, "int4": 4}
 """Quantized precision → bits per weight."""
@@ -52,5 +52,5 @@ def activation_type(activations: str, precision: str, device: torch.device) -> t
 
 
 def activation_bytes(model: Transformer) -> int:
-    """Return the bytes per number in a network's residual stream and KV cache."""
+    """Return the bytes per activation in a network's residual stream and KV cache."""
     return model.norm.weight.dtype.itemsize

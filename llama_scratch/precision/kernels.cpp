@@ -1,25 +1,26 @@
-// C++ kernels for the CPU, and their registration as torch operators. Each file starts with an
-// explanation of what it computes, and how:
+// C++ kernels for the CPU, and their registration as torch operators. Each file begins with a
+// description of its computation:
 //
 //     cpp/vectors.h    vector registers and threads
 //     cpp/rows.h       products with 32-bit and 16-bit weights and GGUF blocks, in file format
-//     cpp/panels.h     products with 8-bit and 4-bit weights, packed for the CPU's instructions
+//     cpp/panels.h     products with 8-bit and 4-bit weights, packed for vector instructions
 //     cpp/search.h     quantization to 8 or 4 bits with a search for the best scales
 //     cpp/attention.h  softmax(q kᵀ) v
 //     cpp/layer.h      one layer of a network
 //
-// The same computations in Python, slower: `Rows` in rows.py, `Panels` in panels.py, and model.py.
+// Slower Python versions of the same computations: `Rows` in rows.py, `Panels` in panels.py, and
+// model.py.
 //
 // For readers who know Python:
 //
-//     template <int R>         the function is compiled once per value of R, as a constant
+//     template <int R>         compiled once per value of R, which is a constant in each version
 //     template <class W>       the same for a type W
 //     [&](int64_t i) { … }     a lambda that can use the local variables around it
 //     x + t * dim              address of element t * dim: row t of a row-major array (T, dim)
 //     (int8_t*)p               the bytes at address p, read as int8
 //     constexpr                computed by the compiler
 //     static thread_local      one variable per thread, which keeps its value between calls
-//     #pragma GCC unroll       repeats the loop body instead of looping
+//     #pragma GCC unroll       tells the compiler to unroll the loop
 
 #include "cpp/layer.h"
 #include "cpp/search.h"
@@ -42,10 +43,10 @@ constexpr const char* NAMES[] = {"int8", "int4", "float32", "float16", "bfloat16
 Type type_of(std::string_view name) {
   for (size_t i = 0; i < std::size(NAMES); i++)
     if (name == NAMES[i]) return Type(i);
-  TORCH_CHECK(false, "there are no kernels for ", name);
+  TORCH_CHECK(false, "No kernel supports the format ", name, ". Convert the weight to float32.");
 }
 
-// Check the tensors of a weight in panels:
+// Check the tensors of a weight in panels, with these shapes and dtypes:
 // int8: values (panels, in/4, 16, 4) int8 and scales (panels, in/32, 16) float16
 // int4: values (panels, in/8, 16, 4) uint8 and scales (panels, in/64, 16) float16
 Weight in_panels(Type type, const Tensor& values, const Tensor& scales) {
@@ -56,8 +57,8 @@ Weight in_panels(Type type, const Tensor& values, const Tensor& scales) {
                   scales.dim() == 3 && scales.size(2) == PANEL && scales.is_contiguous() &&
                   scales.scalar_type() == ::at::kHalf && values.size(0) == scales.size(0) &&
                   values.size(1) * GROUP * 8 / bits == scales.size(1) * block_of(bits),
-              "a weight of shapes ", values.sizes(), " and ", scales.sizes(),
-              " is no panels of blocks");
+              "Values of shape ", values.sizes(), " and scales of shape ", scales.sizes(),
+              " are not ", bits, "-bit panels. Pack the weight with `to_panels`.");
   return {type, values.const_data_ptr(), (const uint16_t*)scales.const_data_ptr(),
           values.size(0) * PANEL, scales.size(1) * block_of(bits)};
 }
@@ -68,8 +69,8 @@ Weight in_rows(Type type, const Tensor& data) {
   int64_t in = 0;
   with_format(type, [&]<class W>() {
     int64_t size = W::COLUMNS_A_BLOCK == 1 ? data.element_size() * data.size(1) : data.size(1);
-    TORCH_CHECK(size % W::BYTES_A_BLOCK == 0, "rows of ", size, " bytes are no whole blocks of ",
-                NAMES[int(type)]);
+    TORCH_CHECK(size % W::BYTES_A_BLOCK == 0, "Rows of ", size, " bytes are not whole blocks of ",
+                NAMES[int(type)], ". Pass complete rows, or another format.");
     in = size / W::BYTES_A_BLOCK * W::COLUMNS_A_BLOCK;
   });
   auto expected = type == Type::F32    ? ::at::kFloat
@@ -77,12 +78,13 @@ Weight in_rows(Type type, const Tensor& data) {
                   : type == Type::BF16 ? ::at::kBFloat16
                                        : ::at::kByte;
   TORCH_CHECK(data.dim() == 2 && data.is_contiguous() && data.scalar_type() == expected,
-              "a weight of shape ", data.sizes(), " is no rows of ", NAMES[int(type)]);
+              "A weight of shape ", data.sizes(), " and dtype ", data.scalar_type(),
+              " does not contain rows of ", NAMES[int(type)], ". Pass another format.");
   return {type, data.const_data_ptr(), nullptr, data.size(0), in};
 }
 
-// Reads the weights of matrices in sequence. `types` names the type of each weight. A weight in
-// panels has two tensors, other weights have one.
+// Reads the matrices from a list of tensors, one after the other. `types` has the format of each
+// weight. A weight in panels has two tensors, other weights have one.
 struct Reader {
   ::at::TensorList tensors;
   const std::vector<std::string>& types;
@@ -91,18 +93,20 @@ struct Reader {
   Matrix matrix(int64_t count) {
     Matrix found;
     for (int64_t i = 0; i < count; i++) {
-      TORCH_CHECK(type < types.size(), "a weight is missing");
+      TORCH_CHECK(type < types.size(), "There are only ", types.size(),
+                  " formats. Pass one format per weight.");
       Type t = type_of(types[type++]);
       bool panels = t == Type::INT8 || t == Type::INT4;
       TORCH_CHECK(tensor + panels < tensors.size() && (!panels || count == 1),
-                  "a weight is missing, or panels stand beside others");
+                  "A tensor is missing, or a weight in panels is stacked with other weights. Pass "
+                  "all tensors, and only one weight if it is in panels.");
       found.parts.push_back(panels ? in_panels(t, tensors[tensor], tensors[tensor + 1])
                                    : in_rows(t, tensors[tensor]));
       tensor += 1 + panels;
-      TORCH_CHECK(found.parts[i].in == found.in(), "weights of ", found.in(), " and of ",
-                  found.parts[i].in, " inputs do not fit together");
+      TORCH_CHECK(found.parts[i].in == found.in(), "Weights with ", found.in(), " and ",
+                  found.parts[i].in, " inputs cannot be stacked. Pass weights with equal inputs.");
     }
-    TORCH_CHECK(count > 0, "a product needs a weight");
+    TORCH_CHECK(count > 0, "A product has no weights. Pass at least one.");
     return found;
   }
 };
@@ -117,8 +121,8 @@ bool fits(const Tensor& t, ::at::IntArrayRef sizes) {
 // float32.
 Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string> types) {
   Matrix w = Reader{weights, types}.matrix(types.size());
-  TORCH_CHECK(x.dim() == 2 && fits(x, {x.size(0), w.in()}), "x of shape ", x.sizes(),
-              " does not fit a weight of ", w.in(), " inputs");
+  TORCH_CHECK(x.dim() == 2 && fits(x, {x.size(0), w.in()}), "x has the shape ", x.sizes(),
+              ". Pass a contiguous float32 tensor (T, ", w.in(), ").");
   Tensor y = ::at::empty({x.size(0), w.out()}, x.options());
   product(w, x.const_data_ptr<float>(), x.size(0), y.data_ptr<float>());
   return y;
@@ -128,11 +132,13 @@ Tensor linear(const Tensor& x, ::at::TensorList weights, std::vector<std::string
 Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
   Weight w = in_rows(type_of(type), weight);
   TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ::at::kLong,
-              "ids are (n,) int64");
+              "ids has the shape ", ids.sizes(), " and dtype ", ids.scalar_type(),
+              ". Pass a contiguous int64 tensor (n,).");
   Tensor y = ::at::empty({ids.size(0), w.in}, ids.options().dtype(::at::kFloat));
   for (int64_t i = 0; i < ids.size(0); i++) {
     int64_t id = ids.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(0 <= id && id < w.out, "there is no row ", id, " of ", w.out);
+    TORCH_CHECK_INDEX(0 <= id && id < w.out, "There is no row ", id, ". Choose one from 0 to ",
+                      w.out - 1, ".");
     with_format(w.type, [&]<class W>() {
       unpack<W>((const uint8_t*)w.data + id * bytes_of<W>(w.in), 0, w.in,
                 y.data_ptr<float>() + i * w.in);
@@ -141,15 +147,16 @@ Tensor rows(const Tensor& weight, std::string type, const Tensor& ids) {
   return y;
 }
 
-// Attention of the last T of S tokens: q (T, n_heads, head_dim), k and v (n_kv_heads, S, head_dim)
-// → (T, n_heads, head_dim).
+// Causal attention for the last T of S tokens: q (T, n_heads, head_dim), k and v (n_kv_heads, S,
+// head_dim) → (T, n_heads, head_dim).
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK(q.dim() == 3 && fits(q, q.sizes()) && k.dim() == 3 && k.sizes() == v.sizes() &&
                   k.strides() == v.strides() && k.stride(2) == 1 && k.stride(1) == k.size(2) &&
                   k.stride(0) % k.size(2) == 0 && k.scalar_type() == ::at::kFloat &&
                   v.scalar_type() == ::at::kFloat && q.size(2) == k.size(2) &&
                   q.size(1) % k.size(0) == 0 && q.size(0) <= k.size(1) && k.size(2) % PANEL == 0,
-              "q of shape ", q.sizes(), " and keys of shape ", k.sizes(), " do not fit together");
+              "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not match. Pass "
+              "float32 tensors q (T, n_heads, head_dim) and k, v (n_kv_heads, S, head_dim).");
   Tensor out = ::at::empty_like(q);
   Cache cache{(float*)k.const_data_ptr(), (float*)v.const_data_ptr(), k.stride(0) / k.size(2)};
   attend({0, q.size(1), k.size(0), q.size(2)}, cache, q.const_data_ptr<float>(),
@@ -158,27 +165,30 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 // Run the layers of a network on the residual stream x (T, dim), in place.
-// norms: two per layer. parts: the number of stacked weights in each of a layer's four products,
-// wqkv, wo, w13 and w2.
-// cache: keys and values of each layer, (n_kv_heads, capacity, head_dim).
+// norms: two weights per layer, (dim,).
+// parts: four numbers per layer: how many weights are stacked in wqkv, wo, w13 and w2.
+// cache: two tensors per layer, keys and values, (n_kv_heads, capacity, head_dim).
 void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
             std::vector<std::string> types, ::at::IntArrayRef parts, const Tensor& freqs_cis,
             ::at::TensorList cache, int64_t start, int64_t n_heads, double eps) {
   int64_t T = x.size(0), dim = x.size(1), count = norms.size() / 2;
   TORCH_CHECK(count && norms.size() == 2 * count && parts.size() == 4 * count &&
                   cache.size() == 2 * count && cache[0].dim() == 3,
-              "two norms, four products and two caches a layer");
+              "The lists have different numbers of layers. Pass two norms, four parts and two "
+              "cache tensors per layer.");
   int64_t n_kv_heads = cache[0].size(0), capacity = cache[0].size(1), head_dim = cache[0].size(2),
           q_dim = n_heads * head_dim;
   TORCH_CHECK(fits(x, {T, dim}) && fits(freqs_cis, {T, head_dim}) && n_heads % n_kv_heads == 0 &&
                   start >= 0 && start + T <= capacity && dim % PANEL == 0 && head_dim % PANEL == 0,
-              "x, freqs_cis and the cache do not fit together");
+              "x ", x.sizes(), ", freqs_cis ", freqs_cis.sizes(), " and the cache ",
+              cache[0].sizes(), " do not match. Pass x (T, dim), freqs_cis (T, head_dim) and a "
+              "cache with room for T more tokens.");
   Reader reader{weights, types};
   static thread_local Space space;  // reused between calls: allocation takes longer than the work
   for (int64_t i = 0; i < count; i++) {
     const Tensor *norm = &norms[2 * i], *held = &cache[2 * i];
     TORCH_CHECK(fits(held[0], cache[0].sizes()) && fits(held[1], cache[0].sizes()),
-                "the caches of layers 0 and ", i, " do not fit together");
+                "The caches of layers 0 and ", i, " do not match. Pass caches of the same shape.");
     const int64_t* part = &parts[4 * i];
     Matrix wqkv = reader.matrix(part[0]), wo = reader.matrix(part[1]), w13 = reader.matrix(part[2]),
            w2 = reader.matrix(part[3]);
@@ -186,7 +196,7 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
                     wqkv.out() == q_dim + 2 * n_kv_heads * head_dim && wo.in() == q_dim &&
                     wo.out() == dim && w13.in() == dim && w13.out() == 2 * w2.in() &&
                     w2.out() == dim && w2.in() % PANEL == 0,
-                "the weights of layer ", i, " do not fit together");
+                "The weights of layer ", i, " do not match. Pass weights of the same network.");
     Shape shape{dim, n_heads, n_kv_heads, head_dim, w2.in(), (float)eps};
     layer(shape,
           Layer{norm[0].const_data_ptr<float>(), norm[1].const_data_ptr<float>(), wqkv, wo, w13, w2,
@@ -195,13 +205,14 @@ void layers(Tensor x, ::at::TensorList norms, ::at::TensorList weights,
   }
 }
 
-// Quantize rows (out, in) float32 → values and scales in panels. Returns false if a weight is NaN
-// or too large. See cpp/search.h.
+// Quantize rows (out, in) float32 → values and scales in panels, and false if a weight is NaN or
+// too large. See cpp/search.h.
 std::tuple<Tensor, Tensor, bool> quantize(const Tensor& rows, ::at::ArrayRef<double> steps,
                                           int64_t bits) {
   TORCH_CHECK((bits == 8 || bits == 4) && rows.is_cpu() && rows.dim() == 2 &&
                   fits(rows, rows.sizes()) && rows.size(1) % block_of(bits) == 0,
-              "rows of shape ", rows.sizes(), " do not fit blocks of ", bits, " bits");
+              "Rows of shape ", rows.sizes(), " cannot be quantized to ", bits,
+              " bits. Pass float32 rows of whole blocks, and 8 or 4 bits.");
   int64_t out = rows.size(0), in = rows.size(1), panels = (out + PANEL - 1) / PANEL;
   Tensor values = ::at::empty({panels, in * bits / (8 * GROUP), PANEL, GROUP},
                               rows.options().dtype(bits == 8 ? ::at::kChar : ::at::kByte));

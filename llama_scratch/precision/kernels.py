@@ -2,8 +2,8 @@
 
 Nothing is compiled or loaded until `build` or `load` is called. Without a C++ compiler, torch's operators are used.
 A library's name contains a hash of its inputs (source, torch, CPU, flags) and its own checksum, because a damaged
-library could crash the process. The hash does not include the compiler: all compilers produce the same results, and the
-library remains usable if the compiler is removed.
+library could crash the process. The compiler is not part of the hash: libraries from all compilers give the same
+results, and a library remains usable if the compiler is removed.
 
     kernels-<key>-<sha256>.so    a complete library that no other user can write
     kernels-<key>.failed         the reason for a failed compilation
@@ -42,7 +42,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 _MAX_LIBRARIES = 4  # in the cache; the least recently used are removed
 _RETRY_AFTER_S = 24 * 3600  # after a failed compilation
 _COMPILE_TIMEOUT_S = 300  # also the time to wait for another process
-_CHECK_TIMEOUT_S = 10  # to check a compiler for C++20
+_CHECK_TIMEOUT_S = 10  # for checking whether a compiler supports C++20
 _NO_COMPILER = "they are not available on Windows" if os.name == "nt" else "no C++ compiler was found"
 _NO_COMPILER_HINT = "; with one (Debian: apt-get install g++) answers would be faster"
 
@@ -70,7 +70,7 @@ def load() -> bool:
     """Load a library from the cache or the package, without compiling one.
 
     Returns:
-        False without a usable library.
+        Whether a library is loaded.
     """
     return _wanted() and (_loaded or any(map(_load, _libraries())))
 
@@ -83,11 +83,11 @@ def possible() -> bool:
 def build() -> bool:
     """Load a library, or compile one at the lowest priority.
 
-    Compilation takes a few seconds on one core. If several processes call this, only one compiles. The compiler ends
-    with the process or the job that called this function. The next process removes the files of a killed one.
+    Compilation takes about 20 seconds on one core. If several processes call this, only one compiles. The compiler ends
+    with the process or the job that called this function. If a process was killed, the next one removes its files.
 
     Returns:
-        False if the compilation failed. It is retried after a day.
+        Whether a library is loaded. A failed compilation is retried after a day.
     """
     global _failure
     if load() or not _wanted() or _failed():
@@ -119,7 +119,7 @@ def compiler() -> str | None:
 
 
 def state() -> str:
-    """Describe the kernels, or the reason for not using them, as a clause.
+    """Describe the state of the kernels, as a clause.
 
     Does not load a library or run a compiler.
     """
@@ -131,7 +131,7 @@ def state() -> str:
         return "compiled; the first answer loads them"
     if failure := _failed() or ("" if _candidates() else _NO_COMPILER + _NO_COMPILER_HINT):
         return f"none, because {failure}"
-    return "not compiled yet; a session does so while you type"
+    return "not compiled yet; a session compiles them while you type"
 
 
 def compile_into(folder: Path) -> Path:
@@ -143,9 +143,9 @@ def compile_into(folder: Path) -> Path:
     """
     path = folder / f"{secrets.token_hex(4)}.so"  # random: the compiler of a killed process may still be running
     try:
-        code, said = _run([*_command(), "-o", str(path)], _COMPILE_TIMEOUT_S, folder)
+        code, output = _run([*_command(), "-o", str(path)], _COMPILE_TIMEOUT_S, folder)
         if code:
-            lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+            lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
             raise _FailedError(f"the C++ compiler failed ({sanitize((lines or ['it was killed'])[0], 200)})")
         if not path.exists():
             raise _FailedError("the C++ compiler wrote no library")
@@ -157,7 +157,7 @@ def compile_into(folder: Path) -> Path:
 
 
 def _failed() -> str:
-    """Return the reason if this or another process failed to compile within a day; otherwise ""."""
+    """Return the reason why any process failed to compile within the last day, or ""."""
     with contextlib.suppress(OSError, ValueError):
         if not _failure and time.time() - _reason().stat().st_mtime < _RETRY_AFTER_S:
             commands, _, failure = _reason().read_text("utf-8").partition("\n")
@@ -166,7 +166,7 @@ def _failed() -> str:
 
 
 def _reason() -> Path:
-    """Return the path of the file with the reason. Raises OSError without a home directory."""
+    """Return the path of the .failed file. Raises OSError without a home directory."""
     return user_folder("cache") / "kernels" / f"{_key()}.failed"
 
 
@@ -178,7 +178,7 @@ def _wanted() -> bool:
 
 
 def _setting() -> str:
-    """$LLAMA_SCRATCH_KERNELS: "0" disables the kernels, a name in `INSTRUCTION_SETS` limits them."""
+    """Return $LLAMA_SCRATCH_KERNELS: "0" disables kernels, a name in `INSTRUCTION_SETS` limits them."""
     return os.environ.get("LLAMA_SCRATCH_KERNELS", "")
 
 
@@ -259,7 +259,10 @@ def _limit_cache(folder: Path) -> None:
 
 
 def _build_into_cache(folder: Path) -> bool:
-    """Compile into the cache, or wait for the process that does, and load. Raises OSError if not writable."""
+    """Compile a library into the cache, or wait for the process that does, and load it.
+
+    Raises OSError if the cache is not writable.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours(folder.stat()):
         raise PermissionError
@@ -303,7 +306,7 @@ def _program(command: str) -> str | None:
 
 @functools.cache
 def _knows_cpp20(command: str, path: str) -> str:
-    """Return the reason if a compiler cannot be used, else "". path: $PATH, as part of the cache key."""
+    """Return the reason why a compiler cannot be used, or "". path: $PATH, for the cache of this function."""
     # GCC 10 and Clang 10 are the oldest that succeed.
     check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
     try:
@@ -323,7 +326,7 @@ def _find(commands: list[str]) -> str:
 
 
 def _flags() -> list[str]:
-    """Return the compiler flags. Without contraction, every machine rounds a·b + c twice."""
+    """Return the compiler flags. Contraction is off, so every machine rounds a·b + c twice."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     instructions = INSTRUCTION_SETS.get(_setting(), [native])
     flags = ["-std=c++20", "-O3", *instructions, "-ffp-contract=off", "-shared", "-fPIC", "-w"]
@@ -334,7 +337,7 @@ def _flags() -> list[str]:
 
 
 def _command() -> list[str]:
-    """Return the command, without the path of the output."""
+    """Return the compiler's command, without the path of the output."""
     command = _find(_candidates())
     # As in `torch.utils.cpp_extension`, which requires setuptools.
     home = Path(torch.__file__).parent
@@ -345,7 +348,7 @@ def _command() -> list[str]:
 
 
 def _run(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int, str]:
-    """Run a compiler. It and its child processes end with the job or the program, if not before.
+    """Run a compiler, and end it with its child processes if the job or the program ends.
 
     Args:
         command: The program and its arguments.
@@ -376,11 +379,11 @@ def _run(command: list[str], seconds: float, folder: Path | None = None) -> tupl
         while True:
             report_progress()
             try:
-                _, said = process.communicate(timeout=0.1)
-                return process.returncode, said
+                _, output = process.communicate(timeout=0.1)
+                return process.returncode, output
             except subprocess.TimeoutExpired:
                 if process.poll() is not None:
-                    end_group(process)  # its child processes have stderr open
+                    end_group(process)  # child processes that it left still have stderr open
                 elif not _program_runs() or time.monotonic() > until:
                     raise _FailedError("the C++ compiler took too long") from None
     finally:

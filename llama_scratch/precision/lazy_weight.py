@@ -1,7 +1,7 @@
 """Weights in their file's format, converted row by row when they are used.
 
-GGUF's quantized blocks need this, because as float32 they would take several times the memory. So do the shards of a
-large model, because joining them would copy them. A mapped bfloat16 tensor does not.
+This saves memory for two kinds of weights: GGUF's quantized blocks, which would be several times larger as float32, and
+the shards of a large model, which would be copied to join them. A mapped bfloat16 tensor does not need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-# Weights to convert at a time: 4 MB of float32, which fit into a CPU's cache.
+# Weights to convert at a time: 4 MB of float32, which fit into the CPU's cache.
 _WEIGHTS_PER_BLOCK = 1 << 20
 
 
@@ -22,7 +22,7 @@ class LazyWeight(ABC):
 
     Attributes:
         shape: (out, in).
-        dtype: Dtype of the tensors that it returns.
+        dtype: Dtype of the tensors that `rows` returns.
         nbytes: Size in the file.
     """
 
@@ -53,7 +53,7 @@ class LazyWeight(ABC):
         return self.shape[0] * self.shape[1]
 
     def split(self, n: int) -> list[LazyWeight]:
-        """Split into parts of `n` rows. The last one can have fewer."""
+        """Split into parts of `n` rows. The last part can have fewer."""
         starts = range(0, len(self), n)
         return [_RowRange(self, start, min(start + n, len(self))) for start in starts]
 
@@ -88,7 +88,7 @@ class GGUFBlockWeight(LazyWeight):
         shape: (out, in).
         blocks: The blocks' bytes, (out, bytes per row) uint8.
         format: Name of the format, such as "Q4_1".
-        dequantize: Converts the rows `start` to `stop` to float32, (stop − start, in).
+        dequantize: Function that converts the rows from `start` to `stop` to float32, (stop − start, in).
     """
 
     def __init__(self, shape: tuple[int, int], blocks: Tensor, format: str, dequantize: Callable[[int, int], Tensor]):
@@ -102,7 +102,7 @@ class GGUFBlockWeight(LazyWeight):
 
 
 class ShardedWeight(LazyWeight):
-    """A weight that is split along an axis over several files, as if concatenated."""
+    """A weight that is split along an axis over several files."""
 
     def __init__(self, pieces: Sequence[Tensor], axis: int):
         rows, columns = pieces[0].shape

@@ -6,8 +6,8 @@ A `WeightFormat` is a function x → x·Wᵀ, (…, in) → (…, out), that kno
     Rows       32 and 16 bits, and GGUF's blocks: memory-mapped, in the file's format (cpp/rows.h)
     Panels     8 or 4 bits with a scale per block; activations are rounded to 8 bits in blocks too (cpp/panels.h)
 
-On a CPU, products are computed in float32 whatever the dtype of x, with our kernels or else with torch's operators.
-On a GPU, they are computed in the dtype of x.
+On a CPU, products are computed in float32 whatever the dtype of x, by the kernels if available, otherwise by torch's
+operators. On a GPU, they are computed in the dtype of x.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FusedOutput:
 
     model.py calls these layers one by one with the same tensor x. The first call computes the outputs of all of them,
     and the other calls take theirs from `_pending`. If an output is missing there, because x is another tensor or the
-    output was already taken, the product is computed again. So the order of the calls affects only speed.
+    output was already taken, the product is computed again. So the order of the calls affects only the speed.
     """
 
     def __init__(self, format: WeightFormat, sizes: Sequence[int]):
@@ -99,10 +99,10 @@ def format_of(layer: nn.Module) -> WeightFormat | None:
 
 
 class Differentiable(nn.Module):
-    """Replaces an `nn.Linear` for gradients with respect to x, but not to the weight.
+    """Replaces an `nn.Linear` for gradients with respect to x, not to the weight.
 
-    x: (…, in) → (…, out). The weight stays in the file's format. The forward and the backward pass convert one block
-    at a time to float32.
+    x: (…, in) → (…, out). The weight stays in the file's dtype. The forward and backward passes convert one block of
+    rows at a time to float32.
     """
 
     def __init__(self, weight: Tensor):
@@ -114,7 +114,10 @@ class Differentiable(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x·Wᵀ with the gradient g·W. The kernels do not compute gradients, and torch's would keep W as float32."""
+    """The product x·Wᵀ, with the gradient g·W with respect to x.
+
+    The kernels do not compute gradients. With torch's own operators, autograd would keep W as float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class _Product(torch.autograd.Function):
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of weights that a network's linear layers read per token."""
+    """Return the bytes of weights that the linear layers read per decoded token."""
     linear = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
     formats = {id(format): format.nbytes for format in map(format_of, model.modules()) if format is not None}
     return linear + sum(formats.values())

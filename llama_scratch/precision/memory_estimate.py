@@ -1,4 +1,4 @@
-"""Estimate a network's memory, to reject one that does not fit before it is built."""
+"""Estimate a network's memory, so that one that does not fit is never built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_scratch.precision.rows import PRODUCT_BYTES, reads_gguf_blocks
 # attention masks.
 CHUNK = 512
 
-# Bytes per element of a Hessian while it is computed, and per weight in calibration.
+# Temporary bytes: per element of a Hessian while it is computed, and per weight that is being calibrated.
 _HESSIAN_BYTES, _CALIBRATION_BYTES = 24, 16
 
 
@@ -34,7 +34,7 @@ def memory_needed(
     activations: str = "auto",
     known: bool = True,
 ) -> dict[str, int]:
-    """Estimate the memory of a network, without its mapped weights.
+    """Estimate the memory of a network, not counting mapped weights.
 
     Args:
         args: The network's dimensions.
@@ -55,7 +55,8 @@ def memory_needed(
     cache = context * args.kv_bytes_per_token(itemsize)
     packing = PACKING_BYTES * torch.get_num_threads() if precision in BITS else 0
     if not has_kernels:
-        # Packing ends long before the cache is full, but the memory of the kernels' search is returned late.
+        # Packing ends long before the KV cache is full, so the cache can reuse its memory. The kernels' search is
+        # different: its memory is returned to the system late.
         packing = max(0, packing - cache)
     # With kernels and float32 activations, the layers run in C++.
     activation_memory = (
@@ -86,7 +87,7 @@ def calibration_memory(weights: Mapping[str, Weight], args: ModelArgs) -> dict[s
     return {
         "int8 network": reader["weights"] + reader["activations"],
         "examples": 4 * CALIBRATION_TOKENS * args.dim,
-        # The Hessian is computed first and then used for quantization.
+        # The larger of two phases: computing the Hessian, and quantizing with it.
         "Hessian": max(_HESSIAN_BYTES * width**2, 8 * width**2 + _CALIBRATION_BYTES * WEIGHTS_PER_CALIBRATION),
     }
 
@@ -100,7 +101,7 @@ def _weights(
     tied: bool,
     known: bool,
 ) -> int:
-    """Bytes of the weights that are not mapped from the file."""
+    """Return the bytes of weights that are not mapped from the file."""
     if bits := BITS.get(precision):
         shapes = [shape for name, shape in args.weight_shapes().items() if len(shape) == 2 and name != EMBEDDING]
         return sum(panel_bytes((out, width), bits) for out, width in shapes)
@@ -112,13 +113,13 @@ def _weights(
 
 
 def _activations_of_kernels(args: ModelArgs) -> int:
-    """Bytes of `Space` in cpp/layer.h. The scores of a long context are negligible."""
+    """Return the bytes of `Space` in cpp/layer.h. Attention scores are negligible."""
     heads = args.n_heads * args.head_dim
     return 4 * CHUNK * (4 * args.dim + 2 * heads + 2 * args.n_kv_heads * args.head_dim + 3 * args.ffn_dim)
 
 
 def _activations_of_torch(args: ModelArgs, context: int, itemsize: int, file_dtype: torch.dtype | None) -> int:
-    """Bytes that torch's operators use for the last chunk of a full context."""
+    """Return the bytes that torch's operators use for the last chunk of a full context."""
     numbers = CHUNK * (4 * args.ffn_dim + 8 * max(args.dim, args.n_heads * args.head_dim))
     mask = CHUNK * context * (3 + itemsize)
     return 4 * numbers + mask + (0 if file_dtype == torch.float32 else PRODUCT_BYTES)

@@ -45,12 +45,12 @@ def build(
         args: The network's dimensions.
         precision: One of `PRECISIONS`.
         device: The device that the network runs on.
-        files: The weight files, as a key for the cache of quantized weights.
-        text: Text to calibrate int4 with. Without it, scales are found by search.
+        files: The weight files, which are the key in the cache of packed weights.
+        text: Text to calibrate int4 with. Without it, int4 is quantized by search.
         activations: See `activation_type`.
 
     Returns:
-        The network and its background jobs: quantization, which the first answer waits for, and kernel compilation.
+        The network and its background jobs: packing, which the first answer waits for, and compiling the kernels.
     """
     dtype = activation_type(activations, precision, device)
     kernels.load()
@@ -81,7 +81,7 @@ def build(
 
 
 def _reader(weights: Mapping[str, Weight], args: ModelArgs, files: Sequence[Path]) -> Transformer:
-    """Build a second network to read the calibration text: int8, which is fast and accurate enough."""
+    """Build a second network to read the calibration text, in int8: fast and accurate enough."""
     require_memory(calibration_memory(weights, args), "Calibrating int4")
     model, packing = build(weights, args, "int8", torch.device("cpu"), files)
     try:
@@ -92,7 +92,7 @@ def _reader(weights: Mapping[str, Weight], args: ModelArgs, files: Sequence[Path
 
 
 def _in_precision(weight: Weight, args: ModelArgs, precision: str, device: torch.device) -> Weight:
-    """Convert a weight to a precision's dtype, unless it has that dtype or is a norm's weight."""
+    """Convert a weight to the dtype of a precision, except for weights of norms."""
     if precision in BITS or len(weight.shape) == 1:
         return weight if device.type == "cpu" else as_tensor(weight).to(device)
     dtype = DTYPES[precision]
@@ -101,7 +101,7 @@ def _in_precision(weight: Weight, args: ModelArgs, precision: str, device: torch
         if reads_gguf_blocks(precision, args) if blocks else weight.dtype == dtype:
             return weight
     converted = weight.to(dtype)
-    # A weight with values beyond the range of float16 keeps its dtype.
+    # A weight with values outside the range of float16 keeps its dtype.
     fits = dtype != torch.float16 or all(bound.isfinite() for bound in converted.aminmax())
     return (converted if fits else as_tensor(weight)).to(device)
 

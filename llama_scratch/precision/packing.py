@@ -1,8 +1,8 @@
 """Pack the weights of linear layers into panels of 8 or 4 bits in the background.
 
-`replace_linears` first replaces each linear layer by a module that multiplies the mapped weights. Each `PackTarget` is
-one unit of work: `BlockPacker` quantizes its weights, or reads them from the cache of an earlier run, and exchanges the
-layer's format. For int4, `hessians_in_turn` provides the calibration data of one target after another.
+First, `replace_linears` replaces each linear layer by a module that multiplies the mapped weights, and returns a
+`PackTarget` for each. For each target, `BlockPacker` quantizes the weights, or reads them from the cache, and gives the
+module its new weight format. For int4, `hessians_in_turn` computes the Hessians of one target after another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PackTarget:
     """A replaced linear layer, or several fused ones, with the weights to pack.
 
     Attributes:
-        layer: The layer whose format will be exchanged.
+        layer: The layer whose weight format will be replaced.
         weights: Its weights in the file, stacked along the rows: (out, in) in total.
     """
 
@@ -107,7 +107,7 @@ class BlockPacker:
         self._lock = threading.Lock()
 
     def pack(self, i: int, target: PackTarget) -> None:
-        """Pack a target and exchange its format, unless its weights cannot be quantized.
+        """Pack a target's weights and replace its format, unless they cannot be quantized.
 
         Args:
             i: Index of the target.
@@ -128,13 +128,13 @@ class BlockPacker:
     def _calibrate_up_to(self, i: int, hessians: Iterator[CalibrationStep]) -> PackedPiece | None:
         with self._lock:
             while i not in self._calibrated:
-                j, target, hessian = next(hessians)  # runs its forward passes even if the piece is in the cache
+                j, target, hessian = next(hessians)  # runs the target's forward passes, even if it is in the cache
                 self._calibrated[j] = self._cache.get(j) or quantize_piece(target, self._bits, hessian())
             return self._calibrated.pop(i)
 
 
 PackedPiece = tuple[Tensor, Tensor]
-"""Values and scales in panels."""
+"""Values and scales of a weight in panels."""
 CalibrationStep = tuple[int, PackTarget, Callable[[], Hessian | None]]
 """The index of a target, the target, and a function that returns its Hessian."""
 

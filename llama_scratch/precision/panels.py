@@ -1,8 +1,8 @@
 """Panels: the memory layout of 8- and 4-bit weights, shared with cpp/panels.h.
 
 A panel interleaves `PANEL` rows: `GROUP` inputs of each row, then the next `GROUP` inputs of each row, and so on.
-With this layout, the kernels read a weight sequentially and multiply 16 rows at a time. The scales, one per row and
-block, are a separate tensor.
+With this layout, the kernels read a weight sequentially and multiply 16 rows at a time. The scales are a separate
+tensor, with one scale per row and block.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from llama_scratch.precision.quantize import (
 from llama_scratch.precision.rows import WEIGHTS_PER_BLOCK, KernelOperand, kernels_product, product, product_type
 
 PANEL = 16
-"""Rows per panel. For the kernels, every dimension of a network must be a multiple of it."""
+"""Rows per panel. The kernels only run networks whose dimensions are multiples of it."""
 GROUP = 4
 """Adjacent inputs of the same row in a panel."""
 
 WEIGHTS_PER_PIECE = 1 << 22
-"""Weights to pack at a time, which limits the temporary memory."""
+"""Weights to pack at a time, to limit temporary memory."""
 PACKING_BYTES = 4 * WEIGHTS_PER_PIECE
 """Temporary memory to pack one piece, per thread."""
 
 
 class Panels:
-    """A weight of 8 or 4 bits in panels, multiplied by the kernels or else in float32.
+    """An 8- or 4-bit weight in panels, multiplied by the kernels or else by torch.
 
     Args:
         values: Values from `to_panels`.
@@ -53,7 +53,7 @@ class Panels:
         self.nbytes = values.nbytes + scales.nbytes
         bits = 8 if values.dtype == torch.int8 else 4
         self.kernel_operands: list[KernelOperand] = [((values, scales), f"int{bits}")]
-        # Whether there is no padding, as `layers` in kernels.cpp requires.
+        # Whether the weight has no padding. `layers` in kernels.cpp requires this.
         self.whole = panel_shapes(shape, bits)[0][0] * PANEL == shape[0] and shape[1] % BLOCK_SIZE[bits] == 0
         self._padding = -shape[1] % BLOCK_SIZE[bits]
 
@@ -100,10 +100,10 @@ def to_panels(
     """Quantize weights into panels.
 
     Args:
-        weights: Weights, (out, in) each, to stack along the rows.
+        weights: Weights, (out, in) each. They are stacked along the rows.
         bits: 8 or 4.
         hessian: Hessian of the inputs, padded to whole blocks, for calibration.
-        before_each: Called before each piece of rows. It can raise to cancel the work.
+        before_each: Called before each piece of rows. It can raise an error to cancel the work.
 
     Returns:
         Values and scales, with the shapes of `panel_shapes`.
@@ -154,7 +154,7 @@ def from_panels(values: Tensor, scales: Tensor) -> Tensor:
 
 
 class _PaddedWeight(LazyWeight):
-    """Weights stacked along the rows, with zero padding to a whole number of blocks per row."""
+    """Weights stacked along the rows, whose rows are padded with zeros to whole blocks."""
 
     def __init__(self, weights: Sequence[Weight], bits: int):
         out, width = sum(map(len, weights)), weights[0].shape[1]

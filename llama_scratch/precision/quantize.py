@@ -37,8 +37,10 @@ BLOCK_SIZE = {8: 32, 4: 64}
 """Bits → inputs per scale (the group size)."""
 
 _GRID = {8: (-127, 127), 4: (-8, 7)}
-# Candidate scales, as the largest weight of a block divided by the scale. The first one is `nearest`. With 4 bits,
-# fewer steps avoid clipping and more steps are finer. With 8 bits, little is clipped, but some scales fit better.
+# Candidate scales of a block, each as the quotient of the block's largest weight and the scale. The first one is
+# `nearest`. A smaller absolute value is a coarser scale, which clips fewer weights. A larger one is finer, but clips
+# more.
+# With 8 bits, little is clipped, but some scales fit a block's weights better than others.
 _STEPS = {
     8: [127.0, *torch.linspace(127.4, 122, 15).tolist()],
     4: [-8.0, *torch.linspace(-9, -6, 15).tolist(), *torch.linspace(5.6, 7.9, 16).tolist()],
@@ -46,9 +48,9 @@ _STEPS = {
 _MAX_FLOAT16 = torch.finfo(torch.float16).max
 _UNSEEN_INPUT_WEIGHT = 1e-3  # for inputs that were always zero, relative to the mean diagonal
 _SWEEPS = 2  # of the descent; more sweeps gain less than 1 %
-_WEIGHTS_PER_SEARCH = 1 << 19  # these fit into a CPU's cache
+_WEIGHTS_PER_SEARCH = 1 << 19  # fits into the CPU's cache
 WEIGHTS_PER_CALIBRATION = 1 << 24
-"""Weights to calibrate at a time: many rows, because the work per input is large."""
+"""Weights to calibrate at a time. Many rows, because the overhead per input is large."""
 
 
 class Hessian:
@@ -58,9 +60,10 @@ class Hessian:
 
     Args:
         products: H, (in, in), up to a constant factor.
-        damping: Relative increase of the diagonal, as if noise were added to the inputs: a few examples estimate
-            variances better than correlations. GPTQ adds a fraction of the mean diagonal instead, but a few very large
-            inputs of Llama models dominate the mean. SmolLM2's divergence from float32 was twice as large with that.
+        damping: Relative increase of the diagonal, as if noise were added to the inputs. It is needed because a few
+            examples estimate variances better than correlations. GPTQ adds a fraction of the mean diagonal instead, but
+            in Llama models a few very large inputs dominate the mean. With GPTQ's damping, SmolLM2's divergence from
+            float32 was twice as large.
     """
 
     def __init__(self, products: Tensor, damping: float = 0.5):
@@ -76,7 +79,7 @@ class Hessian:
 def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -> tuple[Tensor, Tensor]:
     """Quantize a weight to 8 or 4 bits, by search or with calibration.
 
-    Only a range of rows is float32 at a time.
+    Converts only a range of rows to float32 at a time.
 
     Args:
         weight: The weight, (out, in).
@@ -87,7 +90,7 @@ def quantize_blocks(weight: Weight, bits: int, hessian: Hessian | None = None) -
         The numbers, (out, in) int8 for 8 bits and uint8 for 4 bits, and the scales, (out, in/block) float16.
 
     Raises:
-        ValueError: If rows are not a whole number of blocks, or a weight is NaN or too large for a float16 scale.
+        ValueError: If a row is not a whole number of blocks, or a weight is NaN or too large for a float16 scale.
     """
     (out, width), block, largest = weight.shape, BLOCK_SIZE[bits], _MAX_FLOAT16 * _GRID[bits][1]
     _check_width(width, bits)
@@ -158,7 +161,7 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale, or 0 for a scale of 0, so that its weights become 0."""
+    """Return 1 / scale, or 0 for a scale of 0, so that all weights of such a block become 0."""
     return torch.where(scale == 0, 0, 1 / scale)
 
 
@@ -175,7 +178,7 @@ def _as_scale(x: Tensor) -> Tensor:
 def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
     """Find the scales with the least Σ(c · (w − ŵ))², (…, block) → (…).
 
-    Without costs, the kernels do the same faster, see cpp/search.h.
+    For c = 1, the kernels do the same faster, see cpp/search.h.
 
     Args:
         blocks: Weights w, (…, block).
@@ -205,7 +208,7 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 
 
 def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize one input after another, so that each number compensates the errors of the previous ones.
+    """Quantize one input after another. Each number compensates the errors of the previous ones.
 
     With R Rᵀ = H and e = w − ŵ, the cost e H eᵀ is ‖eR‖². R is zero below its diagonal, so
 
@@ -238,7 +241,9 @@ def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _descend(blocks: Tensor, numbers: Tensor, scales: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Improve numbers and scales by coordinate descent: optimize each with all others fixed, `_SWEEPS` times.
+    """Improve numbers and scales by coordinate descent, in `_SWEEPS` sweeps.
+
+    Each step optimizes one number or scale while all others are fixed.
 
     The cost is e H eᵀ, and g = e H is half its gradient. The best weight is ŵ_j + g_j / H_jj, and the best scale of a
     block with numbers n is s + g·n / n H nᵀ. No step increases the cost, except by rounding a scale to float16.

@@ -1,6 +1,6 @@
 """Multiply mapped weights in their file's format: 32 and 16 bits, GGUF's blocks.
 
-The kernels in cpp/rows.h compute these products, or else torch's operators.
+The kernels in cpp/rows.h compute these products. Without kernels, torch's operators do.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llama_scratch.precision import kernels
 from llama_scratch.precision.lazy_weight import Weight, kernel_operands
 
 WEIGHTS_PER_BLOCK = 1 << 20
-"""Weights to convert to float32 at a time: 4 MB, which mostly stay in the CPU's cache for the product."""
+"""Weights to convert to float32 at a time: 4 MB, which mostly stay in the CPU's cache until they are multiplied."""
 
 PRODUCT_BYTES = 4 * (6 << 20)
-"""Temporary memory of a product with one such block, including oneDNN's copy."""
+"""Temporary memory for multiplying one such block, including oneDNN's copy."""
 
 # Precisions that multiply GGUF's quantized blocks directly, without loss.
 _READ_BLOCKS = ("fp32", "fp16")
@@ -56,7 +56,7 @@ class Rows:
 def reads_gguf_blocks(precision: str, args: ModelArgs) -> bool:
     """Whether GGUF's quantized blocks are multiplied directly.
 
-    That is slow without kernels, so the blocks of a small model are then converted instead.
+    That is slow without kernels, so a small model's blocks are then converted to the precision's dtype instead.
 
     Args:
         precision: One of `PRECISIONS`.

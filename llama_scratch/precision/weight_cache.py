@@ -1,9 +1,9 @@
 """Cache packed weights between runs in memory-mapped files.
 
-A file contains the pieces of one model's weights in packing order: a table with the checksum of each piece, then values
-and scales. Its name is a hash of its inputs. Until all pieces are finished, it is a .part file that only one process
-writes. If that process ends early, the next one continues the .part file. Damaged pieces are packed again. Files that
-another user could have written are not read.
+A file contains a table with the checksum of each piece of a model's weights, then the values and scales of the pieces
+in packing order. Its name is a hash of its inputs. Until all pieces are finished, it is a .part file that only one
+process writes. If that process ends early, the next one continues the .part file. Damaged pieces are packed again.
+Files that another user could have written are not read.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _FORMAT_VERSION = 4
 # Total size of all files. The least recently used ones are removed first.
 _MAX_BYTES = 16 << 30
 _STALE_AFTER_S = 7 * 24 * 3600  # age at which unlocked .part files are removed
-# Added to the checksum of a finished piece, because a checksum can be 0.
+# Added to the checksum of a finished piece, because a checksum can be 0, which means missing.
 _FINISHED = 1 << 32
-# Alignment of values and scales: vector loads across two cache lines have half the speed.
+# Alignment of values and scales. Vector loads across two cache lines run at half the speed.
 _CACHE_LINE = 64
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]
@@ -63,10 +63,10 @@ class PackedWeightCache:
         self._opened = False
         self._data: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
         self._writing: BinaryIO | None = None  # the .part file, locked
-        self._table = np.zeros(len(sizes), dtype="<u8")  # 0 for a missing piece
+        self._table = np.zeros(len(sizes), dtype="<u8")  # 0: the piece is missing
 
     def get(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Return values and scales of a piece, or None if it is missing or damaged."""
+        """Return the values and scales of a piece; None if it is missing or damaged."""
         with self._lock:
             self._open()
             entry, unfinished = int(self._table[i]), self._writing is not None
@@ -151,7 +151,10 @@ class PackedWeightCache:
             self._writing = None
 
     def _open(self) -> None:
-        """On the first call, map the complete file, or else lock and map the .part file of an ended process."""
+        """Map the complete file, or lock and map the .part file of an ended process.
+
+        Only the first call has an effect.
+        """
         if self._path is None or self._opened:
             return
         self._opened = True
@@ -177,7 +180,10 @@ def _part(path: Path) -> Path:
 
 
 def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
-    """Open a file that no other user can write, and mark it as used. Raises OSError if its size differs."""
+    """Open a file of the expected size that no other user can write, and mark it as used.
+
+    Raises OSError if the file is different.
+    """
     file = open(os.open(path, flags | NO_LINK), "rb" if flags == os.O_RDONLY else "r+b")  # noqa: SIM115 - kept open
     try:
         status = os.fstat(file.fileno())
@@ -192,7 +198,10 @@ def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
 
 
 def _take_over(part: Path, size: int) -> BinaryIO:
-    """Lock the .part file of an ended process. Raises OSError if it does not exist or is still being written."""
+    """Lock the .part file of an ended process.
+
+    Raises OSError if the file does not exist or is still being written.
+    """
     file = _open_ours(part, size, os.O_RDWR)
     if not lock(file.fileno(), part, certain=True):
         file.close()
@@ -215,7 +224,10 @@ def _reopen(path: Path, size: int) -> BinaryIO:
 
 
 def _begin(path: Path, size: int) -> BinaryIO:
-    """Create and lock a .part file. Raises OSError if it is not writable, or another process is writing it."""
+    """Create and lock a .part file.
+
+    Raises OSError if it cannot be created, or another process is writing it.
+    """
     if size > _MAX_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -243,7 +255,7 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _key(files: Sequence[Path], layouts: Sequence[Layout], recipe: str) -> str:
-    """Return a file's name: a hash of the weight files' state, the layouts, torch and the CPU."""
+    """Return the name of a file: a hash of the weight files, layouts, recipe, torch and CPU."""
     origin = (
         _FORMAT_VERSION,
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],

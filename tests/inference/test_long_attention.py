@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_an_error(ops: Any) -> None:
         (q[..., :24].contiguous(), k[..., :24].contiguous(), v[..., :24].contiguous()),
     ]
     for arguments in wrong:
-        with pytest.raises(RuntimeError, match="do not fit together"):
+        with pytest.raises(RuntimeError, match="do not match"):
             ops.attention(*arguments)
 
 

@@ -1,16 +1,17 @@
 // Attention: softmax(q kᵀ / √head_dim) v for new tokens after cached ones, as `attend` in model.py.
 //
-// Keys and values are read in spans of SPAN tokens, once for all query heads that share them and
-// for BLOCK_OF_TOKENS tokens (flash attention with an online softmax). For each span the largest
-// score m is found first; then its part is rescaled to the largest score so far and added:
+// This is flash attention with an online softmax. Keys and values are read in spans of SPAN tokens,
+// once for BLOCK_OF_TOKENS new tokens and all query heads that share them. For each span, the
+// largest score m is found first. Then the results are rescaled to the largest score so far, and
+// added:
 //
 //     most' = max(most, m)     out' = e^(most − most')·out + e^(m − most')·Σ e^(score − m)·value
 //     total' likewise, with 1 instead of the values
 //
-// The result is out / total. The scores, the spans and the order of the sums of a query do not
-// depend on the other queries.
-// Source: Dao et al. 2022, arXiv:2205.14135; merging of parts: Milakov and Gimelshein 2018,
-// arXiv:1805.02867.
+// The final result is out / total. The result for a query does not depend on the other queries: its
+// scores and spans are the same, and its sums are added in the same order.
+// Sources: Dao et al. 2022, arXiv:2205.14135; Milakov and Gimelshein 2018, arXiv:1805.02867 (online
+// softmax).
 
 #pragma once
 
@@ -21,12 +22,12 @@ namespace llama_scratch {
 constexpr int64_t SPAN = 256;
 constexpr int64_t BLOCK_OF_TOKENS = 16;
 
-// The shape of a network.
+// The dimensions of a network.
 struct Shape {
   int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim;
   float eps;
 
-  // query heads that share a head of keys and values
+  // query heads per key/value head
   int64_t group() const { return n_heads / n_kv_heads; }
 };
 
@@ -36,8 +37,8 @@ struct Cache {
   int64_t capacity;
 };
 
-// The result of M queries for the spans so far: out (M, head_dim), and for each query the largest
-// score and the total Σ e^(score − most).
+// The result of M queries over the spans so far: out (M, head_dim), and per query the largest score
+// `most` and the total Σ e^(score − most).
 struct Taken {
   int64_t head_dim;
   std::vector<float> out, most, total;
@@ -45,9 +46,9 @@ struct Taken {
   Taken(int64_t M, int64_t head_dim)
       : head_dim(head_dim), out(M * head_dim), most(M, -INFINITY), total(M) {}
 
-  // Add one more span to the result of query m.
+  // Add the result of one more span for query m.
   void add(int64_t m, float span_most, float span_total, const float* span_out) {
-    if (span_total == 0) return;  // the query sees no token of it; NaN is not 0, so it propagates
+    if (span_total == 0) return;  // the query sees no token of the span; NaN ≠ 0, so NaN propagates
     float higher = std::max(most[m], span_most), before = std::exp(most[m] - higher),
           now = std::exp(span_most - higher);
     for (int64_t d = m * head_dim; d < (m + 1) * head_dim; d++)
@@ -57,8 +58,8 @@ struct Taken {
   }
 };
 
-// Multiply the weights of Q queries, shares (Q, SPAN), by values (count, head_dim), for H registers
-// of a head → out (Q, head_dim).
+// Multiply the attention weights of Q queries, shares (Q, SPAN), by values (count, head_dim), for
+// the part of a head that fills H registers → out (Q, head_dim).
 template <int Q, int H>
 void mix(const float* shares, const float* values, int64_t count, int64_t head_dim, float* out) {
   Vector sum[Q][H] = {};
@@ -71,7 +72,7 @@ void mix(const float* shares, const float* values, int64_t count, int64_t head_d
     for (int h = 0; h < H; h++) store(out + q * head_dim + LANES * h, sum[q][h]);
 }
 
-// The same for M queries and whole heads.
+// The same for M queries and a whole head.
 template <int H>
 void mix_all(const float* shares, const float* values, int64_t M, int64_t count, int64_t head_dim,
              float* out) {
@@ -85,8 +86,8 @@ void mix_all(const float* shares, const float* values, int64_t M, int64_t count,
   }
 }
 
-// Replace the scores of one query, which sees `seen` of `count` keys, by e^(score − most). Returns
-// most and total.
+// Replace the scores of one query by e^(score − most). The query sees the first `seen` of `count`
+// keys. Returns most and total.
 inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count) {
   for (int64_t i = std::max<int64_t>(seen, 0); i < SPAN; i++) scores[i] = -INFINITY;
   if (seen <= 0) {
@@ -109,9 +110,9 @@ inline std::pair<float, float> soften(float* scores, int64_t seen, int64_t count
   return {most, sum[0]};
 }
 
-// Add one span, which starts at key `first` of one head of keys and values, to the results of M
-// queries. queries: (M, head_dim), already divided by √head_dim, from the `group` query heads that
-// share this head, for the tokens from `position` on.
+// Add one span of a key/value head, which starts at key `first`, to the results of M queries.
+// queries: (M, head_dim), already divided by √head_dim: for each token from `position` on, the
+// queries of all heads of the group.
 template <int H>
 void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t first,
                const float* queries, int64_t M, int64_t position, Taken& taken) {
@@ -131,8 +132,8 @@ void take_span(const Shape& shape, const Cache& cache, int64_t head, int64_t fir
     taken.add(m, most_and_total[m].first, most_and_total[m].second, mixed + m * head_dim);
 }
 
-// Attention for T tokens after `start` cached ones. q: their rotated queries, with `q_stride`
-// numbers per token → out (T, n_heads · head_dim).
+// Attention for T new tokens after `start` cached ones. q: rotated queries of the new tokens, with
+// `q_stride` numbers per token → out (T, n_heads · head_dim).
 template <int H>
 void attend(const Shape& shape, const Cache& cache, const float* q, int64_t q_stride, int64_t T,
             int64_t start, float* out) {

@@ -1,10 +1,10 @@
-// One layer of a network, fused: the same steps as `TransformerBlock` in model.py, which is easier
-// to read.
+// One fused layer of a network. It has the same steps as `TransformerBlock` in model.py, which is
+// easier to read.
 //
-// Decode with a small model is not memory-bound. It is limited by the overhead of about thirty
-// operator calls per layer, so this file makes them one call. Each row of activations is computed
-// in the same order regardless of the other rows, so several tokens at once give bitwise the same
-// result as one by one.
+// Decoding with a small model is not memory-bound. It is limited by the overhead of about thirty
+// operator calls per layer, which this file replaces by one call. Each row of activations is
+// computed in the same order whatever the other rows, so the results for several tokens at once are
+// bit-identical to those for one token at a time.
 
 #pragma once
 
@@ -15,8 +15,8 @@ namespace llama_scratch {
 
 // --- Any weight -------------------------------------------------------------------------------
 
-// A stored weight (out, in). data: rows in file format, or the values of panels; scales: those of
-// panels, otherwise null.
+// A stored weight (out, in). data: rows in file format, or the values of panels. scales: the scales
+// of panels, or null.
 struct Weight {
   Type type;
   const void* data;
@@ -29,8 +29,8 @@ struct Weight {
   }
 };
 
-// Weights with the same inputs, stacked along their rows: one weight in panels, or several in file
-// format.
+// Weights with the same inputs, stacked along their rows: either one weight in panels, or several
+// weights in file format.
 struct Matrix {
   std::vector<Weight> parts;
 
@@ -42,8 +42,8 @@ struct Matrix {
   }
 };
 
-// y (T, out) = x·Wᵀ (or +=), x (T, in). The rows of all parts form one range, which is divided
-// among the threads.
+// Compute y = x·Wᵀ, or y += x·Wᵀ if `add`: x (T, in), y (T, out). The rows of all parts form one
+// range, which is divided among the threads.
 inline void product(const Matrix& w, const float* x, int64_t T, float* y, bool add = false) {
   if (w.parts[0].in_panels()) {
     Panels panels = w.parts[0].panels();
@@ -81,8 +81,8 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t dim
     store(y + i, vector_at(x + i) * inverse_rms * vector_at(weight + i));
 }
 
-// RoPE: rotate each pair of a head's vector. freqs_cis (head_dim,) has the cosine and sine of each
-// angle, alternately.
+// RoPE: rotate each pair of numbers of one head. freqs_cis (head_dim,) alternates the cosine and
+// sine of each angle.
 inline void rotate(float* x, const float* freqs_cis, int64_t head_dim) {
   for (int64_t i = 0; i < head_dim; i += 2) {
     float a = x[i], b = x[i + 1], cos = freqs_cis[i], sin = freqs_cis[i + 1];
@@ -112,9 +112,9 @@ struct Space {
   Buffer<float> normed, qkv, mixed, gates, gated;
 };
 
-// Add a layer's attention and feed-forward output to the residual stream x (T, dim), and its keys
+// Add the outputs of attention and feed-forward to the residual stream x (T, dim), and the new keys
 // and values to the cache.
-// freqs_cis: (T, head_dim), cosine and sine alternately.
+// freqs_cis: (T, head_dim), alternating cosine and sine.
 inline void layer(const Shape& shape, const Layer& layer, const float* freqs_cis, int64_t T,
                   int64_t start, float* x, Space& space) {
   int64_t dim = shape.dim, head_dim = shape.head_dim, q_dim = shape.n_heads * head_dim,

@@ -1,8 +1,8 @@
 // Products with 8-bit and 4-bit weights.
 //
-// One token reads every weight once, so decode speed is the memory bandwidth divided by the bytes
-// of all weights. Fewer bits per weight are faster if the arithmetic keeps up with the memory, and
-// stay accurate if each number shares its scale only with numbers of similar size:
+// Decoding a token reads every weight once, so its speed is the memory bandwidth divided by the
+// bytes of all weights. Fewer bits per weight are faster if the arithmetic keeps up with the
+// memory. They are accurate if each number shares its scale only with numbers of similar size:
 //
 //     a block is 32 or 64 neighbors in a row:  w ≈ s·q   s: one float16, q: 8-bit or 4-bit integers
 //     activations have the same blocks:        x ≈ t·r   t: one float32, r: integers, −127 to 127
@@ -10,10 +10,10 @@
 //     Σ w·x  =  Σ over blocks  s·t · Σ q·r         the inner sum has only integers, so it is exact
 //
 // Llama's activations have a few outliers that are hundreds of times larger than the rest. With one
-// t per row, most other activations would be rounded to 0. With blocks, an outlier affects only its
-// neighbors. (llama.cpp's Q8_0 and Q4_0 have blocks of 32; fbgemm has one scale per row.) 8-bit
-// blocks have 32 weights, because more scales cost relatively little there. 4-bit blocks have 64,
-// see quantize.py.
+// scale t per row, most other activations would be rounded to 0. With blocks, an outlier affects
+// only its neighbors. (llama.cpp's Q8_0 and Q4_0 have blocks of 32; fbgemm has one scale per row.)
+// 8-bit blocks have 32 weights, because scales take relatively little memory there. 4-bit blocks
+// have 64, see quantize.py.
 //
 // Weights are packed in panels of 16 rows. A vector register holds one number of each row, so lane
 // i belongs to output i and no sum crosses lanes. Groups of 4 inputs are adjacent in memory,
@@ -25,8 +25,8 @@
 //     both     scales (out/16, in/block, 16) float16
 //
 // The bytes of a panel are stored in the order in which they are read. Every function here computes
-// a row of activations in the same order. The result is therefore bitwise the same for any number
-// of other rows and of threads.
+// a row of activations in the same order. Its result is therefore bit-identical for any number of
+// other rows and any number of threads.
 
 #pragma once
 
@@ -63,8 +63,8 @@ inline Floats as_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 constexpr const char* MACHINE = "AVX-512 VNNI";
 constexpr int TOKENS = 8, PANELS = 2;  // 16 sums, in half of the registers
 
-// The instruction needs unsigned bytes as its first operand: q + 128. The sums of r, times 128, are
-// subtracted from the result.
+// The first operand of the instruction must be unsigned bytes, so it is q + 128. To correct this,
+// 128 times the sum of r is subtracted from the result.
 constexpr int OFFSET = 128;
 inline Ints dot(Ints sum, Bytes q, const int8_t* r) {
   Bytes raised = q ^ (int8_t)-128;
@@ -120,8 +120,8 @@ struct Panels {
   int64_t panels() const { return out / PANEL; }
 };
 
-// T rows of activations, quantized in blocks: x ≈ scale·value. sums: the sum of each block's
-// values.
+// T rows of activations, quantized in blocks: x ≈ scale·value. sums: the sum of the values of each
+// block.
 struct Rounded {
   int64_t T, in, blocks;
   int block;
@@ -139,7 +139,7 @@ struct Rounded {
     int8_t* value = &values[t * in];
     for (int64_t b = t * blocks; b < (t + 1) * blocks; b++, x += block, value += block) {
       Floats v[block_of(4) / PANEL];
-      // Compare absolute values as integers: without the sign bit, NaN is the largest of all.
+      // Compare absolute values by their bits, as integers. In this order, NaN is the largest.
       Ints largest = {};
       for (int i = 0; i < block / PANEL; i++) {
         v[i] = load<Floats>(x + PANEL * i);
@@ -151,7 +151,7 @@ struct Rounded {
       float amax = load<float>(&most);
       bool finite = amax <= FLT_MAX;
       float inverse = finite && amax > FLT_MIN * 127 ? 127 / amax : 0;
-      constexpr float SHIFT = 0x1.8p23f;  // adding this rounds away the fraction
+      constexpr float SHIFT = 0x1.8p23f;  // adding this rounds to an integer
       Ints sum = {};
       for (int i = 0; i < block / PANEL; i++) {
         Ints q = finite ? __builtin_convertvector(v[i] * inverse + SHIFT - SHIFT, Ints) : Ints{};
@@ -207,7 +207,7 @@ inline void block_of_8_bits(const int8_t* q, const int8_t* r, int64_t stride,
   }
 }
 
-// The same for q from 0 to 15. The sum of eight maddubs results fits into 16 bits:
+// The same for q from 0 to 15. Here, the sum of eight results of maddubs fits into 16 bits:
 // 8·2·15·127 = 30,480 < 2¹⁵.
 template <int TOK>
 inline void block_of_4_bits(const int8_t* q, const int8_t* r, int64_t stride,

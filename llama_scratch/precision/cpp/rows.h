@@ -5,10 +5,10 @@
 //
 // The same in Python: y = x @ w.float().T
 //
-// Columns are processed in spans of COLUMNS. Within a span, lane i of a register adds the products
-// of the columns k = i, i + LANES, i + 2·LANES, …; then the lanes are added, and then the spans, in
-// order. The order never depends on the number of rows, so a token gives bitwise the same result
-// alone and within a prompt. Only the conversion of the weights to float32 differs:
+// Columns are processed in spans of COLUMNS. Within a span, lane i of a register sums the products
+// of the columns k = i, i + LANES, i + 2·LANES, … Then the lanes are added, and then the spans, in
+// order. This order does not depend on the number of rows, so the result for a token is
+// bit-identical alone and within a prompt. Only the conversion of weights to float32 differs:
 //
 //     up to FEW rows    in registers, for each weight as it is read: memory-bound
 //     more rows         BLOCK rows of a span at a time, into the CPU cache, for all rows of x
@@ -20,15 +20,15 @@
 namespace llama_scratch {
 
 constexpr int64_t COLUMNS = 128 * LANES;
-// rows of w whose span takes 96 KB as float32 (192 KB with AVX-512)
+// Rows of w to convert at a time. A span of them takes 96 KB as float32 (192 KB with AVX-512).
 constexpr int64_t BLOCK = 24;
 
 enum class Type { INT8, INT4, F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
 // --- File formats of a row --------------------------------------------------------------------
 //
-// Each format has load(row, k, v), which reads STEP weights from column k on, as float32 in
-// registers. COLUMNS_A_BLOCK weights take BYTES_A_BLOCK bytes. Source of GGUF's formats:
+// For each format, load(row, k, v) reads STEP weights from column k on into the registers v, as
+// float32. A block has COLUMNS_A_BLOCK weights in BYTES_A_BLOCK bytes. Source of GGUF's formats:
 // `block_…` and `dequantize_row_…` in ggml-org/llama.cpp.
 
 struct F32 {
@@ -50,8 +50,8 @@ struct F16 {
 
 constexpr int PARTS = 32 / LANES;  // registers per 32 weights
 
-// Unpack 32 4-bit weights from 16 bytes: the lower 4 bits are the first 16 weights, the upper 4
-// bits the others.
+// Unpack 32 4-bit weights from 16 bytes. The lower 4 bits are the first 16 weights, the upper 4
+// bits are the other 16.
 inline void nibbles(const uint8_t* from, Whole* q) {
   Unsigned both = load<Unsigned>(from);
   widen(both & 15, q);
@@ -79,8 +79,8 @@ struct Q8_0 {
     for (int i = 0; i < PARTS; i++) v[i] = floats(q[i]) * scale;
   }
 };
-// Blocks of 32 weights with four or five bits: a scale, an offset (otherwise the middle of the
-// range is 0), the fifth bits, and the lower four bits.
+// Blocks of 32 weights with 4 or 5 bits: a scale, an offset, the fifth bits, and the lower 4 bits.
+// Formats without an offset are symmetric: the middle of the range is 0.
 template <bool OFFSET, bool FIVE>
 struct BlockOf32 {
   static constexpr int STEP = 32, COLUMNS_A_BLOCK = 32, BYTES_A_BLOCK = 18 + 2 * OFFSET + 4 * FIVE;
@@ -98,8 +98,8 @@ using Q4_1 = BlockOf32<true, false>;
 using Q5_0 = BlockOf32<false, true>;
 using Q5_1 = BlockOf32<true, true>;
 
-// Blocks of 256 weights: eight groups of 32, each with a 6-bit scale and a 6-bit offset. Two
-// float16 of the block are the units of the scales and the offsets.
+// Blocks of 256 weights: eight groups of 32, each with a 6-bit scale and a 6-bit offset. The block
+// has two float16 factors, one for all scales and one for all offsets.
 struct ScaleAndOffset {
   float scale, offset;
 
@@ -183,7 +183,7 @@ void with_format(Type type, const F& f) {
   }
 }
 
-// Bytes that `columns` columns take in the file; must be complete blocks.
+// Bytes of `columns` columns in the file. The columns must be complete blocks.
 template <class W>
 constexpr int64_t bytes_of(int64_t columns) {
   return columns / W::COLUMNS_A_BLOCK * W::BYTES_A_BLOCK;
@@ -201,9 +201,9 @@ inline Vector last(const uint8_t* row, int64_t k, int64_t count) {
   return v;
 }
 
-// Multiply R rows of w by T rows of x, over `count` columns. w, x: addresses of their first
+// Multiply R rows of w by T rows of x, over `count` columns. w and x point to the first of these
 // columns. w_stride is in bytes, x_stride in numbers. The sum for row r of w and row t of x is
-// written to y[t · y_stride + r · y_step], or added to it.
+// written to y[t · y_stride + r · y_step], or added to it if `add`.
 template <class W, int R, int T>
 void tile(const uint8_t* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
           float* y, int64_t y_stride, int64_t y_step, bool add) {
@@ -254,7 +254,8 @@ void tiles(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x, int
                   add);
 }
 
-// The same for any number of rows of x. R: rows per tile. `rows` rows of w must fit into the cache.
+// The same for any number T of rows of x. R: rows of w per tile. The CPU cache must hold all `rows`
+// rows of w.
 template <class W, int R>
 void product_in_cache(const uint8_t* w, int64_t w_stride, int64_t rows, const float* x,
                       int64_t x_stride, int64_t T, int64_t count, float* y, int64_t y_stride,
@@ -292,9 +293,9 @@ struct Rows {
   int64_t out, in;
 };
 
-// y = x·Wᵀ (or +=) for rows `begin` to `end` of the matrix; y (T, out) has `y_stride` numbers per
-// row. For few rows of x: the weights are converted to float32 each time they are read. STREAMS
-// rows at a time also hide the latency of an addition.
+// Compute y = x·Wᵀ, or y += x·Wᵀ if `add`, for rows `begin` to `end` of the matrix. y (T, out) has
+// `y_stride` numbers per row. This version is for few rows of x: it converts the weights to float32
+// each time they are read. Reading STREAMS rows at a time also hides the latency of an addition.
 template <class W>
 void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
                       float* y, int64_t y_stride, bool add) {
@@ -309,8 +310,8 @@ void streamed_product(const Rows& w, int64_t begin, int64_t end, const float* x,
   for (int64_t r = begin + STREAMS * apart; r < end; r++) rows(r, 1, 0);
 }
 
-// The same for many rows of x: the weights are converted once. A span of all rows of x is
-// multiplied by all rows of the matrix before the next span.
+// The same for many rows of x. This version converts each weight once. It multiplies one span of
+// columns in all rows before it continues with the next span.
 template <class W>
 void unpacked_product(const Rows& w, int64_t begin, int64_t end, const float* x, int64_t T,
                       float* y, int64_t y_stride, bool add) {

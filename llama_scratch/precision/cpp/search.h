@@ -1,9 +1,9 @@
 // Quantize weights to 8 or 4 bits, with a search for the best scales, directly into panels.
 //
-// The same search as `_search` in quantize.py, which is easier to read and which the tests compare
-// with. In Python each candidate scale is a pass over a block in memory. Here a block of one
-// panel's rows stays in the CPU cache for all candidates, and lane i of a vector is row i. Lanes
-// never mix, so all machines compute bitwise the same result.
+// The search is the same as `_search` in quantize.py, which is easier to read. The tests compare
+// the two. In Python, each candidate scale takes a pass over all blocks in memory. Here, one block
+// of a panel's rows stays in the CPU cache for all candidates, and lane i of a vector is row i.
+// Lanes are never combined, so the result is bit-identical on all machines.
 #pragma once
 
 #include <atomic>
@@ -24,9 +24,9 @@ constexpr int32_t MOST = BITS == 8 ? 127 : 7;
 // round(weight / scale), with ties to even, clamped to the range of BITS bits. inverse: 1 / scale.
 template <int BITS>
 inline Lanes number_of(Lanes weight, Lanes inverse) {
-  // Near SHIFT the last bit of a float32 is worth 1, so the sum is rounded to an integer. It is
-  // clamped as integer bits, which have the same order, because GCC only generates min and max
-  // instructions for integers.
+  // Near SHIFT, adjacent float32 numbers differ by 1, so the addition rounds to an integer. The sum
+  // is clamped by its bits, as integers, which have the same order: GCC generates min and max
+  // instructions only for integers.
   constexpr float SHIFT = 0x1.8p23f;
   constexpr int32_t ZERO = 0x4b400000;  // the bits of SHIFT
   Whole shifted = (Whole)(weight * inverse + SHIFT), least = Whole{} + (ZERO + LEAST<BITS>),
@@ -38,8 +38,8 @@ inline Lanes number_of(Lanes weight, Lanes inverse) {
 
 inline Lanes inverse_of(Lanes scale) { return scale == 0.0f ? Lanes{} : 1.0f / scale; }
 
-// Round to the nearest float16 value, with ties to even. Below 2⁻¹⁴ float16 numbers are subnormal,
-// with a fixed step of 2⁻²⁴.
+// Round to the nearest float16 value, with ties to even. Below 2⁻¹⁴, float16 numbers are subnormal:
+// their distance is 2⁻²⁴.
 inline Lanes as_scale(Lanes x) {
   x = x < -LARGEST ? Lanes{} - LARGEST : x;
   x = x > LARGEST ? Lanes{} + LARGEST : x;
@@ -72,8 +72,8 @@ inline void errors_of(const Lanes* w, const Lanes* scale, Lanes* error) {
   for (int c = 0; c < COUNT; c++) error[c] = sum[c];
 }
 
-// The scales with the smallest error, one per lane. steps: candidates for the quantized value of
-// the block's largest weight; each gives the scale largest / step.
+// Find the scales with the smallest error, one per lane. steps: candidates for the quantized value
+// of a block's largest weight. Each step gives the candidate scale largest / step.
 template <int BITS>
 Lanes best_scale(const Lanes* w, const float* steps, int64_t count) {
   Lanes most = w[0], least = w[0];
@@ -113,12 +113,12 @@ Lanes best_scale(const Lanes* w, const float* steps, int64_t count) {
   return best;
 }
 
-// Quantize one panel: rows (count, in), with count ≤ PANEL. values, scales: the panel's memory.
+// Quantize one panel: rows (count, in), with count ≤ PANEL. values, scales: the panel's output.
 // Returns false if a weight is NaN or too large for a float16 scale.
 template <int BITS>
 bool quantize_panel(const float* rows, int64_t count, int64_t in, const float* steps,
                     int64_t n_steps, uint8_t* values, uint16_t* scales) {
-  constexpr int BLOCK = block_of(BITS), BYTES = PANEL * GROUP;  // one group, or two
+  constexpr int BLOCK = block_of(BITS), BYTES = PANEL * GROUP;  // of one 8-bit or two 4-bit groups
   Lanes turned[PANEL / LANES][BLOCK] = {};
   for (int64_t b = 0; b < in / BLOCK; b++, values += BLOCK * PANEL * BITS / 8, scales += PANEL) {
     for (int64_t row = 0; row < count; row++)
@@ -155,10 +155,10 @@ bool quantize_panel(const float* rows, int64_t count, int64_t in, const float* s
   return true;
 }
 
-// Quantize rows (out, in) into panels; the last panel is padded with zeros. steps: see
-// `best_scale`.
-// values: (⌈out/16⌉, in/4 or in/8, 16, 4); scales: (⌈out/16⌉, in/block, 16). Returns false like
-// `quantize_panel`.
+// Quantize rows (out, in) into panels. The last panel is padded with zeros.
+// steps: see `best_scale`.
+// values: (⌈out/16⌉, in/4 or in/8, 16, 4). scales: (⌈out/16⌉, in/block, 16).
+// Returns false if a weight is NaN or too large for a float16 scale.
 inline bool quantize(const float* rows, int64_t out, int64_t in, int bits, const float* steps,
                      int64_t n_steps, uint8_t* values, uint16_t* scales) {
   std::atomic<bool> fits = true;

@@ -1,9 +1,9 @@
 // Shared by the other files: vector registers and threads.
 //
-// A vector register holds several numbers (lanes), and one instruction computes with all of them,
-// like an elementwise operation on a small numpy array. Most operators here (+, *, <) are the
-// compiler's own for such vectors; functions named _mm… and v… are single CPU instructions
-// (intrinsics). The preprocessor (#if) selects the code for the instruction set of this machine.
+// A vector register holds several numbers (lanes). One instruction computes with all of them, like
+// an elementwise operation on a small numpy array. The compiler provides most operators (+, *, <)
+// for such vectors. Functions named _mm… and v… are single CPU instructions (intrinsics). The
+// preprocessor (#if) selects the code for the instruction set of this machine.
 
 #pragma once
 
@@ -48,8 +48,9 @@ inline void store(void* to, V v) {
 
 // --- One register -----------------------------------------------------------------------------
 //
-// Vector: LANES float32 numbers. fma(a, b, c): a·b + c, with a single rounding if the CPU supports
-// it. halves(h): LANES float16 numbers at h, as float32.
+// Vector: LANES float32 numbers.
+// fma(a, b, c): a·b + c, rounded only once if the CPU supports it.
+// halves(h): loads LANES float16 numbers from address h, as float32.
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -76,7 +77,7 @@ inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 #define LLAMA_SCRATCH_HALVES  // no instruction for `halves`: implemented below
 #endif
 
-// Keep a value in its register; otherwise the compiler reloads it for each product.
+// Keep a value in its register. Otherwise, the compiler reloads it for each product.
 inline void keep(Vector& v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -138,8 +139,8 @@ inline Vector halves(const void* h) {
 }
 #endif
 
-// The lane sums of four registers. Each sum adds its lanes in this order: lanes i and i + 2 of each
-// group of four, then their neighbors, then the groups.
+// Sum the lanes of each of four registers. The order of the additions is: in each group of four
+// lanes, lanes i and i + 2, then the two sums; then the sums of the groups.
 #if defined(__AVX2__) || defined(__AVX512F__)
 inline __m128 fold(__m128 v) { return v; }
 inline __m128 fold(__m256 v) {
@@ -195,8 +196,8 @@ constexpr int AHEAD = 2048;
 inline void prefetch(const void* from) { __builtin_prefetch((const uint8_t*)from + AHEAD); }
 
 // A product with one row reads this many streams of weights at once, far apart in memory. The
-// hardware prefetcher stops at the end of a page; the other streams use the time until it continues
-// on the next page.
+// hardware prefetcher of a stream stops at the end of a page. Until it continues on the next page,
+// the other streams use the bandwidth.
 constexpr int64_t STREAMS = 4;
 
 // Uninitialized memory that is reused between calls and grows if necessary.
