@@ -1,4 +1,4 @@
-"""`params.json` → the shape: correct for the published models, with an error for invalid values."""
+"""`params.json` → `ModelArgs`: correct for the published models, and an error for invalid values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def published(name: str) -> ModelArgs:
-    """The shape from a published model's params.json."""
+    """The dimensions from a published model's params.json."""
     dim, n_layers, n_heads, multiplier, multiple_of, scaled = PUBLISHED[name][:6]
     params = {
         "dim": dim,
@@ -73,7 +73,7 @@ def test_other_networks_are_named_and_not_called_damaged(field: dict[str, Any]) 
 
 
 def test_a_scaling_by_a_factor_of_1_is_none() -> None:
-    """Both ways to turn scaling off give the same shape."""
+    """Both ways to turn scaling off give the same `ModelArgs`."""
     args = dataclasses.replace(tiny_args(), rope_scaling=RopeScaling(1.0))
     assert args.rope_scaling is None
     assert args == tiny_args().with_rope_factor(1)

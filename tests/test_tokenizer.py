@@ -209,7 +209,7 @@ def test_a_lone_surrogate_is_said(llama3: Tokenizer) -> None:
 
 
 def test_a_joined_pair_is_no_loss(llama3: Tokenizer) -> None:
-    """It was read as its character, so there is no warning."""
+    """A surrogate pair is read as its character, so there is no warning."""
     assert llama3.encode("\ud83d\ude42") == llama3.encode("🙂")
     assert llama3.warnings("\ud83d\ude42") == []
 

@@ -1,4 +1,4 @@
-"""Find the model at a path, or name what is there instead."""
+"""Find the model at a path, or describe the files that are there instead."""
 
 from __future__ import annotations
 

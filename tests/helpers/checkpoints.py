@@ -49,7 +49,7 @@ def random_weights(args: ModelArgs, *, tied: bool = True, seed: int = 0) -> dict
     The standard deviation is 1/√fan_in, three times as large for q and k; norms are around 1.
 
     Args:
-        args: The network's shape.
+        args: The dimensions of the network.
         tied: Whether the output weight is the embedding.
         seed: Random seed.
     """

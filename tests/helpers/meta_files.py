@@ -67,7 +67,7 @@ def weights_of(args: ModelArgs = ARGS, dtype: torch.dtype = torch.bfloat16, *, t
     """Random weights, without the output weight if it is tied.
 
     Args:
-        args: The network's shape.
+        args: The dimensions of the network.
         dtype: Dtype of the weights.
         tied: Whether the output weight is the embedding.
     """

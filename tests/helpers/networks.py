@@ -21,7 +21,7 @@ def stored(args: ModelArgs, dtype: torch.dtype = torch.bfloat16, *, tied: bool =
     """Random weights as stored in a file.
 
     Args:
-        args: The network's shape.
+        args: The dimensions of the network.
         dtype: Dtype of the weights.
         tied: Whether the output weight is the embedding.
     """

@@ -49,7 +49,7 @@ def forward(
 
     Args:
         weights: Weights by the names of Meta's checkpoints.
-        shape: The network's shape.
+        shape: The dimensions of the network.
         ids: Token ids.
         past: Keys and values of earlier tokens.
         dtype: Dtype of the computation.

@@ -72,7 +72,7 @@ def test_the_same_prompt_again_reuses_all_but_its_last_token(engine: Engine) -> 
 
 
 def test_another_last_word_reuses_all_before_it(engine: Engine) -> None:
-    """The reuse is exact to the token: 49 of 50, or 47 if the last three differ."""
+    """Reuse is exact to the token: 49 of 50 tokens, or 47 if the last three differ."""
     engine.next_logits(ids(50))
     assert_answers(engine, [*ids(49), 300], 49)
     assert_answers(engine, [*ids(47), 300, 301], 47)
@@ -179,7 +179,7 @@ def test_an_interruption_anywhere_leaves_every_answer_right(
 def test_an_interruption_at_the_rewind_leaves_every_answer_right(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, rewound: bool
 ) -> None:
-    """The ids must never name another prompt than the cached one."""
+    """The engine's ids must always be those of the cached prompt."""
     first, second = ids(50), [*ids(20), *ids(60, seed=1)]
     engine.next_logits(first)
     rewind = KVCache.rewind

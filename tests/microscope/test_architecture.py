@@ -35,7 +35,7 @@ def session(llama: Llama) -> Session:
 
 
 def plain(llama: Llama, device: str = "meta") -> Transformer:
-    """The network of that shape with torch's own layers."""
+    """A network of the same dimensions, with torch's own layers."""
     with torch.device(device):
         return Transformer(llama.args)
 
@@ -89,7 +89,7 @@ def test_flops_are_those_that_torch_counts(llama: Llama, length: int) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_bytes_are_those_that_are_read_and_kept(tiny_dir: Path, precision: str) -> None:
-    """Weights as they are stored now, and the cache per token."""
+    """The bytes of the weights in their current format, and of the cache per token."""
     other = Llama.load(tiny_dir, precision=precision, device="cpu")
     other.prepare()
     other.predict([1, 2, 3], top=1)
@@ -149,7 +149,7 @@ def test_it_fits_the_screen(session: Session, width: int, plain: bool) -> None:
 
 
 def test_every_part_is_in_one_group(llama: Llama) -> None:
-    """So that the shares add up to 100 %."""
+    """Therefore, the shares add up to 100 %."""
     groups = [name for names in pages._GROUPS.values() for name in names]
     assert sorted(groups) == sorted(part.name for part in architecture(llama, 1).parts)
 

@@ -378,7 +378,7 @@ def test_neither_the_embedding_nor_an_intervention_is_a_claim(fp32: Llama) -> No
     assert len(found.claims) == 3
 
 
-# --- What it takes ----------------------------------------------------------------------------
+# --- Arguments, errors and cancellation -------------------------------------------------------
 
 
 def test_without_a_token_it_is_the_answer(tiny: Llama) -> None:

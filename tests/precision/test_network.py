@@ -457,7 +457,7 @@ def test_a_precision_that_is_named_is_taken(asked: str, stored: torch.dtype | No
 def test_auto_is_the_files_own_type(
     monkeypatch: pytest.MonkeyPatch, device: torch.device | None, able: bool, expected: list[str]
 ) -> None:
-    """able: whether a GPU supports bfloat16. A CPU supports all dtypes."""
+    """`able`: whether the GPU supports bfloat16. A CPU supports all dtypes."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: able)
     monkeypatch.setattr("torch.backends.mps.is_macos_or_newer", lambda *_: able)
     assert [resolve_precision("auto", stored, device) for stored in FILES] == expected

@@ -458,7 +458,7 @@ def test_without_kernels_the_kept_panels_are_multiplied(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["norm", "layers.1.feed_forward.w2", "layers.0.attention.wk", "output"])
 def test_damaged_weights_are_an_error(source: Path, precision: str, value: float, name: str) -> None:
-    """Before and after packing, and in the next run."""
+    """The same before and after packing, and in the next run."""
     weights = stored(tiny_args(), tied=False)
     weights[f"{name}.weight"].view(-1)[7] = value
     for _ in range(2):

@@ -96,7 +96,7 @@ def session_lines(page: Path) -> list[str]:
 
 
 def code_spans(page: Path) -> Iterator[str]:
-    """Inline code; a table escapes the bar in it."""
+    """Inline code. In a table, a bar in it is escaped."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         yield span.replace("\\|", "|")
@@ -203,7 +203,7 @@ def test_options_and_subcommands_exist(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [each for each in ALL_COMMANDS if not is_ours(each)], ids=str)
 def test_other_programs_are_called_as_they_exist(command: Command) -> None:
-    """Targets of the Makefile, modules with their options; pip and the Hugging Face program are others' own."""
+    """Makefile targets, and modules with their options. pip and the Hugging Face program are not checked."""
     words = [word for word in command.words if not re.fullmatch(r"[A-Z_]+=\S+", word)]
     match words:
         case ["make", target]:

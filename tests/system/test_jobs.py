@@ -132,7 +132,7 @@ def test_waiting_raises_the_error_of_a_job_and_the_rest_is_left() -> None:
 
 
 def test_a_job_that_failed_is_not_done() -> None:
-    """Otherwise an answer would claim the wrong weight format."""
+    """Otherwise, an answer could claim to use packed weights that it does not use."""
     background = BackgroundJobs("packing", [(raising(MemoryError()), 1)])
     with pytest.raises(MemoryError):
         background.wait()

@@ -141,7 +141,7 @@ def test_files_of_the_gguf_packages_writer(tmp_path: Path, quant: Quant, tied: b
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_file_by_hand_is_the_same_as_the_writers(tmp_path: Path, file: File, version: int) -> None:
-    """The files that the tests below damage are valid before; versions 2 and 3 are equivalent here."""
+    """The files that the tests below damage are valid to begin with. Versions 2 and 3 are equivalent here."""
     file.version = version
     by_hand = open_checkpoint(file.write(tmp_path / "hand.gguf"))
     written = open_checkpoint(write_with_gguf(tmp_path / "written.gguf", Quant.F32))
@@ -282,7 +282,7 @@ def test_another_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None
 
 @pytest.mark.parametrize("version", [0, 1, 4, 32, 2**32 - 1])
 def test_another_version(tmp_path: Path, file: File, version: int) -> None:
-    """Version 1 has another layout and version 4 may come, but an impossible version number means damage."""
+    """Version 1 has another layout, and there may be a version 4. Any other version number means damage."""
     file.version = version
     kind = UnsupportedError if version in (1, 4) else CheckpointError
     message = load_rejected(file.write(tmp_path / "a.gguf"), f"version {version}", "2 or 3", error=kind)
@@ -312,7 +312,7 @@ def test_another_ending(tmp_path: Path, file: File) -> None:
 
 
 def test_a_file_that_the_system_does_not_give_out(tmp_path: Path, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permission errors and failing disks are reported with the file's name."""
+    """The error for a missing permission or a failing disk has the file's name."""
     path = file.write(tmp_path / "a.gguf")
 
     def denied(self: Path, *_: Any, **__: Any) -> Any:
@@ -668,7 +668,7 @@ def test_a_missing_field(tmp_path: Path, file: File, key: str) -> None:
     ],
 )
 def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: str) -> None:
-    """Numbers instead of text, text instead of numbers, impossible numbers: one printable line."""
+    """Numbers instead of text, text instead of numbers, numbers out of range: one printable line."""
     load_rejected(file.set(key, BAD_VALUES[value]).write(tmp_path / "a.gguf"))
 
 
@@ -790,7 +790,7 @@ SLOW: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("case", SLOW)
 def test_a_header_that_keeps_a_reader_busy(tmp_path: Path, case: str) -> None:
-    """The file really has as many entries as it states: rejected within 2 s of CPU time."""
+    """The file has as many entries as it states, but too many: it is rejected within 2 s of CPU time."""
     path = tmp_path / "a.gguf"
     path.write_bytes(SLOW[case]())
     start = time.process_time()
@@ -901,7 +901,7 @@ def test_a_vocabulary_that_cannot_be(tmp_path: Path, file: File, changes: dict[s
 @pytest.mark.parametrize("field_name", ["unknown", "eos", "bos"])
 @pytest.mark.parametrize("value", [uint(2**32 - 1), struct.pack("<Ii", 5, -1), string("x"), ints([270])])
 def test_special_ids_that_point_nowhere(tmp_path: Path, file: File, field_name: str, value: bytes) -> None:
-    """They are dropped if nothing depends on them; this vocabulary has all bytes."""
+    """They are dropped if nothing depends on them, as in this vocabulary, which has all bytes."""
     path = file.set(f"tokenizer.ggml.{field_name}_token_id", value).write(tmp_path / "a.gguf")
     assert open_checkpoint(path).tokenizer.encode("the") == [259]
 

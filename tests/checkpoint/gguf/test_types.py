@@ -240,7 +240,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_scale_that_is_no_number(tmp_path: Path, kind: str, value: float) -> None:
-    """NaN in each float16 scale of a row's last block: earlier rows are valid, this one is rejected."""
+    """NaN in the float16 scales of a row's last block: earlier rows are read, and this one is rejected."""
     for place in KINDS[kind].halves:
         file = model_file(blocks(kind))
         start = next(offset for name, _, _, offset in file.tensors if name == "blk.0.ffn_gate.weight")

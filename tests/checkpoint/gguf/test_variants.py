@@ -300,7 +300,7 @@ KEY = "llama.rope.scaling.original_context_length"
 
 
 def converters(factor: float, original: int = 8192, low: float = 1, high: float = 4) -> list[float]:
-    """Compute the divisors for Llama 3.1's rule as llama.cpp's converter does, by wavelength.
+    """Compute the divisors for Llama 3.1's RoPE scaling as llama.cpp's converter does, by wavelength.
 
     Source: `generate_extra_tensors` of `LlamaModel` in convert_hf_to_gguf.py, ggml-org/llama.cpp.
     """

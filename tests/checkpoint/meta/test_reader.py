@@ -320,7 +320,7 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [PARAMS, TOKENIZER, WEIGHTS])
 def test_a_file_in_place_of_a_directory(good_dir: Path, file: str) -> None:
-    """Naming one of a model's files names the model."""
+    """The path of one of a model's files is the model."""
     assert open_checkpoint(good_dir / file).files == open_checkpoint(good_dir).files
 
 
@@ -340,7 +340,7 @@ def test_a_directory_in_place_of_a_file(small_dir: Path, file: str) -> None:
 
 
 def test_hugging_faces_directory_around_original(small_dir: Path) -> None:
-    """Naming the repository opens the model inside, under the repository's name."""
+    """The path of the repository opens the model inside, under the repository's name."""
     outer = small_dir.parent / "Llama-3.2-1B"
     shutil.copytree(small_dir, outer / "original")
     checkpoint = open_checkpoint(outer)
@@ -617,7 +617,7 @@ def pickled(directory: Path, description: bytes) -> Path:
     ],
 )  # fmt: skip
 def test_a_description_meant_to_harm(small_dir: Path, description: bytes) -> None:
-    """Whatever the opcodes build, it ends quickly in a short error, without the memory that they ask for."""
+    """All opcodes end quickly in a short error, without allocating the memory that they request."""
     pickled(small_dir, description)
     start = time.process_time()
     with little_memory():
@@ -983,7 +983,7 @@ def test_params_with_an_impossible_value(small_dir: Path, field: str, value: Any
     ],
 )
 def test_params_that_contradict_each_other(small_dir: Path, changes: dict[str, Any], found: str) -> None:
-    """Each number is possible, but the shape is not."""
+    """Each number is valid, but together they are not."""
     assert_rejected(lambda: load(change_params(small_dir, **changes)), CheckpointError, small_dir / PARAMS, found)
 
 
@@ -1018,7 +1018,7 @@ json_values = st.recursive(
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(changes=st.dictionaries(st.sampled_from([*SMALL, "rope_scaling_factor"]), json_values, min_size=1, max_size=3))
 def test_any_value_in_any_field(changes: dict[str, Any]) -> None:
-    """Any JSON value gives a shape of possible numbers, or an error."""
+    """Any JSON value gives valid dimensions, or an error."""
     try:
         args = parse_params(json.dumps(SMALL | changes), "there/params.json")
     except LlamaScratchError as error:

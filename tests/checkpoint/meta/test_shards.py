@@ -139,7 +139,7 @@ def test_shards_stay_mapped_until_they_are_used(four: Path) -> None:
 
 
 def test_progress_grows_over_all_shards(four: Path) -> None:
-    """It does not restart with each shard, and ends full."""
+    """Progress does not restart with each shard, and ends at its total."""
     calls: list[tuple[int, int]] = []
     open_checkpoint(four).load(lambda _, done, total: calls.append((done, total)))
     assert calls == sorted(calls)
