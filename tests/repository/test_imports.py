@@ -23,6 +23,7 @@ ORDER = [
     "cli",
     "repl",
     "render",
+    "learn",
     "llama",
     "microscope",
     "inference",
