@@ -214,10 +214,11 @@ def distribution(logits: Tensor, temperature: float = 1, top_k: int = 0, top_p: 
     p = softmax(logits / temperature)
     if top_k:
         p = _kept(p, p >= p.topk(top_k).values[-1])
-    ordered, order = p.sort(descending=True)
-    before = torch.empty_like(p)
-    before[order] = ordered.cumsum(-1) - ordered  # total probability of all better tokens
-    p = _kept(p, (before < top_p) | (before == 0))
+    if top_p < 1:
+        ordered, order = p.sort(descending=True)
+        before = torch.empty_like(p)
+        before[order] = ordered.cumsum(-1) - ordered  # total probability of all better tokens
+        p = _kept(p, (before < top_p) | (before == 0))
     return _kept(p, p >= min_p * p.max())
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "cli",
     "repl",
     "render",
+    "book",
     "learn",
     "llama",
     "microscope",
