@@ -119,7 +119,7 @@ def trace() -> Image.Image:
 
 
 def induction() -> Image.Image:
-    """The induction head of docs/induction.md on a text that repeats."""
+    """The induction head of the chapter 13-induction.md on a text that repeats."""
     llama = Llama.load("smollm2", precision="fp32")
     ids = llama.encode("The cat sat on the mat. The dog lay on the rug. The cat sat on the mat. The dog lay on the")
     return Image.open(io.BytesIO(png(attention_pages.head(attention.head(llama, ids, 18, 6)))))

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from llama_scratch.cli.learn import learn
 from llama_scratch.cli.measure import bench
 from llama_scratch.cli.models import convert, info, pull, verify
 from llama_scratch.cli.opening import load, load_in_background, opener
@@ -62,6 +63,7 @@ app = typer.Typer(
 )
 for command in (pull, info, verify, convert, bench, replay):
     app.command(cls=HelpCommand)(command)
+app.add_typer(learn)
 
 
 def run(arguments: list[str]) -> int:

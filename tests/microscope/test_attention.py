@@ -182,9 +182,9 @@ def test_scores_are_those_of_transformers_attention(llama: Llama, huggingfaces: 
 
 
 def test_the_heads_of_the_docs_are_smollm2s(llama: Llama) -> None:
-    """The numbers of heads and the highest scores in docs/induction.md."""
+    """The numbers of heads and the highest scores in the chapter 13-induction.md."""
     found = head_scores(llama)
-    docs = (ROOT / "docs" / "induction.md").read_text()
+    docs = (ROOT / "llama_scratch" / "book" / "13-induction.md").read_text()
     for kind in KINDS:
         own = sorted((each for each in found if each.kind == kind), key=lambda each: -each.best[1])
         (row,) = (line.replace("*", "") for line in docs.splitlines() if line.strip("|* ").startswith(kind))
@@ -197,7 +197,7 @@ def test_the_heads_of_the_docs_are_smollm2s(llama: Llama) -> None:
 
 
 def test_without_its_induction_heads_smollm2_cannot_repeat(llama: Llama) -> None:
-    """As in docs/induction.md: bits per random token in both halves, and ` rug`."""
+    """As in the chapter 13-induction.md: bits per random token in both halves, and ` rug`."""
     ids, six = repeated(llama), [each for each in head_scores(llama) if each.kind == "induction"]
     text = "The cat sat on the mat. The dog lay on the rug. The cat sat on the mat. The dog lay on the"
 

@@ -31,7 +31,7 @@ from tests.helpers.command_line import Runner
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_WORDS = 1800
-SUBCOMMANDS = ("pull", "info", "verify", "convert", "bench", "replay")
+SUBCOMMANDS = ("pull", "info", "verify", "convert", "bench", "replay", "learn")
 # Options that typer adds.
 COMPLETION = {"--install-completion", "--show-completion", "--help"}
 # Options in inline code that are not this program's: mypy's, and the benchmarks'.

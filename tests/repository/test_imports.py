@@ -23,6 +23,8 @@ ORDER = [
     "cli",
     "repl",
     "render",
+    "book",
+    "learn",
     "llama",
     "microscope",
     "inference",

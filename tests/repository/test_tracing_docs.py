@@ -1,4 +1,4 @@
-"""The numbers in docs/fact.md are those that SmolLM2 gives."""
+"""The numbers in the chapter 12-fact.md are those that SmolLM2 gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.microscope.inspection import Inspection
 from tests.helpers import ROOT
 
-PAGE = (ROOT / "docs" / "fact.md").read_text()
+PAGE = (ROOT / "llama_scratch" / "book" / "12-fact.md").read_text()
 ITALY = "The capital of Italy is"
 
 
