@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Self
 
@@ -28,6 +28,23 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def merged(*objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Join JSON objects into one. Raises `ValueError` if two of them have the same key.
+
+    Use it instead of `|`, which would silently keep only the last value.
+    """
+    return _unique((key, value) for each in objects for key, value in each.items())
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in whole:
+            raise ValueError(f"a JSON object has the key {key!r} twice")
+        whole[key] = value
+    return whole
+
+
 class JsonResult:
     """Base class of results with a JSON form.
 
@@ -44,7 +61,7 @@ class JsonResult:
 def _object(value: Any) -> dict[str, Any]:
     names = getattr(value, "json_fields", ()) or [field.name for field in fields(value)]
     pairs = (name.split(" as ") for name in names)
-    return {key: to_json(getattr(value, attribute)) for attribute, key in ((pair[0], pair[-1]) for pair in pairs)}
+    return _unique((pair[-1], to_json(getattr(value, pair[0]))) for pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -178,4 +195,4 @@ def as_json(prediction: Prediction, generated: Generated | None = None) -> dict[
         return answer
     rest = {key: answer.pop(key) for key in ("warnings", "model", "timing")}
     rest["timing"]["decode_s"] = generated.decode_s
-    return answer | {"generated": generated.as_json()} | rest
+    return merged(answer, {"generated": generated.as_json()}, rest)

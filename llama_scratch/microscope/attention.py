@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,8 +17,9 @@ from llama_scratch.hooks import Hook
 from llama_scratch.inference.engine import Engine
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.display import Displayable
-from llama_scratch.microscope.parts import numbered
-from llama_scratch.results import JsonResult, Token, to_json
+from llama_scratch.microscope.interventions import ablate
+from llama_scratch.microscope.parts import NetworkPart, numbered
+from llama_scratch.results import Candidate, JsonResult, Token, merged, to_json
 from llama_scratch.system.progress import Progress, silent
 
 # A head is of a kind if its score is at least this.
@@ -33,6 +34,9 @@ _SMALL = 24
 # Queries shown in a map, and the most-attended tokens listed for the last one.
 MAP_POSITIONS = 64
 _LINKS = 8
+
+Reduce = Callable[[int, Tensor, int], None]
+"""Reads attention probabilities: the layer, (n_heads, t, S) float32, and the position of the first query."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Heads(Displayable, JsonResult):
 
 @dataclass(frozen=True)
 class Head(Displayable, JsonResult):
-    """The attention map of one head.
+    """The attention map of one head, and the answer without the head.
 
     Attributes:
         scores: The scores of the head.
@@ -121,6 +125,8 @@ class Head(Displayable, JsonResult):
         first: Position of the first query in `probs`.
         probs: One row per query with a probability for each token of the text. Rows add up to 1; future tokens have 0.
         links: The positions with the highest attention from the last token, with their probabilities, best first.
+        answer: The most probable next token.
+        ablated: The same token with the head zero-ablated.
     """
 
     scores: Scores
@@ -128,15 +134,25 @@ class Head(Displayable, JsonResult):
     first: int
     probs: tuple[tuple[float, ...], ...]
     links: tuple[tuple[int, float], ...]
+    answer: Candidate
+    ablated: Candidate
 
     def as_json(self) -> dict[str, Any]:
         """Return the map as JSON values, as `/attention LAYER.HEAD` prints it."""
-        return self.scores.as_json() | {
-            "tokens": to_json(self.tokens),
-            "first": self.first,
-            "probs": to_json(self.probs),
-            "links": [{"position": position, "probability": share} for position, share in self.links],
-        }
+        scores = self.scores.as_json()
+        place = {key: scores.pop(key) for key in ("layer", "head", "kind")}
+        return merged(
+            place,
+            {
+                "scores": scores,
+                "answer": to_json(self.answer),
+                "ablated": to_json(self.ablated),
+                "tokens": to_json(self.tokens),
+                "first": self.first,
+                "probs": to_json(self.probs),
+                "links": [{"position": position, "probability": share} for position, share in self.links],
+            },
+        )
 
 
 def attention_map(
@@ -164,20 +180,32 @@ def attention_map(
     head = None if head is None else numbered("head", head, args.n_heads)
     heads = slice(None) if head is None else slice(head, head + 1)
     shares = torch.zeros(len(range(args.n_heads)[heads]), T, T)
+    read_attention(llama, ids, [layer], _keep(shares, heads), progress)
+    return shares if head is None else shares[0]
+
+
+def _keep(shares: Tensor, heads: slice) -> Reduce:
+    """Return a function that copies the attention of some heads of a layer to `shares`, (heads, T, T)."""
 
     def keep(_layer: int, probs: Tensor, start: int) -> None:
         shares[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
 
-    _read(llama, ids, [layer], keep, progress)
-    return shares if head is None else shares[0]
+    return keep
 
 
 def head(
-    llama: LoadedModel, ids: Sequence[int], layer: int, head: int, first: int | None = None, progress: Progress = silent
+    llama: LoadedModel,
+    ids: Sequence[int],
+    layer: int,
+    head: int,
+    first: int | None = None,
+    progress: Progress = silent,
+    answer: Candidate | None = None,
 ) -> Head:
-    """Return the attention map of one head for `MAP_POSITIONS` queries.
+    """Return the attention map of one head for `MAP_POSITIONS` queries, and the answer without the head.
 
-    Raises errors as `Llama.predict` does.
+    One pass with the head ablated gives both: the attention of a head does not depend on its own output. Raises errors
+    as `Llama.predict` does.
 
     Args:
         llama: The model.
@@ -186,20 +214,29 @@ def head(
         head: The head within the layer.
         first: Position of the first query. By default the map ends at the last token.
         progress: Called as by `Llama.predict`.
+        answer: The most probable next token, if it is already known. Otherwise it is computed.
 
     Raises:
         UsageError: If the layer, head or position does not exist.
     """
-    begin = max(0, len(ids) - MAP_POSITIONS) if first is None else first
-    probs = attention_map(llama, ids, layer, head, progress)  # (T, T)
-    begin = numbered("position", begin, len(ids), " in this text")
-    best = probs[-1].topk(min(_LINKS, len(ids)))
+    T = len(ids)
+    layer, head = numbered("layer", layer, llama.args.n_layers), numbered("head", head, llama.args.n_heads)
+    llama.engine.check(ids)
+    begin = numbered("position", max(0, T - MAP_POSITIONS) if first is None else first, T, " in this text")
+    probs = torch.zeros(1, T, T)
+    hooks = ablate(llama, NetworkPart(layer, "head", head)).hooks
+    logits = read_attention(llama, ids, [layer], _keep(probs, slice(head, head + 1)), progress, hooks)
+    if answer is None:
+        answer = llama.candidates(llama.engine.next_logits(ids, progress).values, 1)[0]
+    best = probs[0, -1].topk(min(_LINKS, T))
     return Head(
         next(scores for scores in head_scores(llama, progress) if (scores.layer, scores.head) == (layer, head)),
         tuple(map(llama.token, ids)),
         begin,
-        tuple(map(tuple, probs[begin : begin + MAP_POSITIONS].tolist())),
+        tuple(map(tuple, probs[0, begin : begin + MAP_POSITIONS].tolist())),
         tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+        answer,
+        Candidate(answer.id, answer.text, float(logits.double().log_softmax(-1)[answer.id])),
     )
 
 
@@ -230,7 +267,7 @@ def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, prog
         rows = torch.arange(start, start + t)[None, :, None] // step
         small[layer].scatter_reduce_(1, rows.expand_as(groups), groups, "amax")
 
-    _read(llama, ids, layers, pool, progress)
+    read_attention(llama, ids, layers, pool, progress)
     maps = [
         SmallMap(
             scores,
@@ -303,26 +340,35 @@ def _measured(llama: LoadedModel, progress: Progress) -> tuple[Scores, ...]:
         four = torch.stack([mean(1, 1), probs[:, 1:, 0].mean(-1), mean(n, again), mean(n - 1, again)], dim=-1)
         scores.extend(Scores(layer, head, *values) for head, values in enumerate(four.tolist()))
 
-    _read(llama, ids, range(llama.args.n_layers), measure, progress)
+    read_attention(llama, ids, range(llama.args.n_layers), measure, progress)
     return tuple(scores)
 
 
-def _read(
+def read_attention(
     llama: LoadedModel,
     ids: Sequence[int],
     layers: Iterable[int],
-    reduce: Callable[[int, Tensor, int], None],
+    reduce: Reduce,
     progress: Progress,
-) -> None:
-    """Call `reduce` with the attention probabilities of each layer.
+    hooks: Mapping[str, Hook] | None = None,
+) -> Tensor:
+    """Run the network and call `reduce` with the attention probabilities of each layer.
 
-    Its arguments are the layer, the probabilities (n_heads, t, S) float32 and the position of the first query. A long
-    text comes in chunks of t queries that see S tokens. The probabilities are freed after the call.
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        layers: The layers.
+        reduce: Called for each layer. A long text comes in chunks of t queries that see S tokens. The probabilities
+            are freed after the call.
+        progress: Called as by `Llama.predict`.
+        hooks: Further hooks of the pass.
+
+    Returns:
+        The logits of the next token, (vocab_size,).
     """
 
     def hook(layer: int) -> Hook:
         return lambda probs, start: reduce(layer, probs[0].float(), start)
 
-    llama.engine.forward_with_hooks(
-        [ids], {f"layers.{layer}.attention.probs": hook(layer) for layer in layers}, progress=progress
-    )
+    reading = {f"layers.{layer}.attention.probs": hook(layer) for layer in layers}
+    return llama.engine.forward_with_hooks([ids], {**reading, **(hooks or {})}, progress=progress)[0, 0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.hooks import hooked
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.activations import keep, layers
+from llama_scratch.microscope.attention import read_attention
 from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.interventions import ablate
 from llama_scratch.microscope.parts import NetworkPart
@@ -25,6 +26,8 @@ from llama_scratch.system.progress import Progress, silent
 LEFT_OUT = 16
 # Number of contributions to check by ablation.
 CLAIMS = 3
+# A component is decisive if ablating it takes away at least this share of the measure, see `Attribution.measure`.
+DECISIVE = 0.5
 # Maximum number of tokens per batch.
 _ROWS = 512
 
@@ -50,16 +53,18 @@ class TokenInfluence:
     Attributes:
         token: The token.
         position: Its position.
-        gradient_x_input: ∂logit/∂embedding · embedding.
+        gradient_x_input: ∂logit/∂embedding · embedding; None until it is computed.
         without: The probability of the answer without this token in the text, if it was computed.
         versus_without: The same probability for `Attribution.versus`.
+        fall: How far `Attribution.measure` falls without this token; negative if it rises.
     """
 
     token: Token
     position: int
-    gradient_x_input: float
+    gradient_x_input: float | None
     without: float | None
     versus_without: float | None
+    fall: float | None
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,17 @@ class AblationCheck:
         contribution: The contribution.
         after: The probability of the answer with the component ablated.
         versus_after: The same probability for `Attribution.versus`.
+        fall: How far `Attribution.measure` falls with the component ablated; negative if it rises.
+        attended: The position with the most attention from the last token, if the component is a head.
+        attention: The share of the attention that it gets.
     """
 
     contribution: Contribution
     after: float
     versus_after: float | None
+    fall: float
+    attended: int | None = None
+    attention: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,20 @@ class Attribution(Displayable, JsonResult):
         """Contributions of heads and feed-forward layers by absolute value, largest first."""
         return _strongest(self.contributions)
 
+    @property
+    def measure(self) -> float:
+        """The quantity that falls without a token or component.
+
+        The probability of the answer or, with `versus`, the logit difference, at the model's precision.
+        """
+        return self.answer.logprob - self.versus.logprob if self.versus else self.answer.probability
+
+    @property
+    def decisive(self) -> list[AblationCheck]:
+        """The checked components that take away at least `DECISIVE` of the measure, largest fall first."""
+        there = [claim for claim in self.claims if claim.fall / (self.measure or 1.0) >= DECISIVE]
+        return sorted(there, key=lambda claim: -abs(claim.fall))
+
 
 def why(
     llama: LoadedModel,
@@ -132,6 +157,29 @@ def why(
     Raises:
         UsageError: If the two tokens are the same, or one does not exist.
     """
+    *_, whole = growing(llama, ids, answer, versus, progress)
+    return whole
+
+
+def growing(
+    llama: LoadedModel,
+    ids: Sequence[int],
+    answer: int | None = None,
+    versus: int | None = None,
+    progress: Progress = silent,
+) -> Iterator[Attribution]:
+    """Yield `why` incrementally: leave-one-out of a short text, then contributions, then everything.
+
+    Leave-one-out needs no gradients if every token is left out. It comes first because reading the weights in float32
+    takes time. Until then `logit` is the value at the model's precision.
+
+    Args:
+        llama: The model.
+        ids: The token ids of the text.
+        answer: As for `why`.
+        versus: As for `why`.
+        progress: As for `why`.
+    """
     for named in (answer, versus):
         if named is not None:
             llama.token(named)  # rejects unknown ids before the long computation
@@ -139,36 +187,74 @@ def why(
     answer = int(logits.argmax()) if answer is None else answer
     if answer == versus:
         raise UsageError(f"Both tokens are {llama.token(answer).text!r}. Choose two different tokens.")
-    target = (answer, versus)
+    target = _Target(answer, versus, logits)
     logprobs = logits.double().log_softmax(-1)
 
     def candidate(id: int) -> Candidate:
         return Candidate(id, llama.token(id).text, float(logprobs[id]))
 
+    tokens, other = tuple(map(llama.token, ids)), None if versus is None else candidate(versus)
+    without: dict[int, _Without] = {}
+    if len(ids) <= LEFT_OUT:
+        without = _left_out(llama, ids, target, range(len(ids)), progress)
+    influences = _influences(tokens, [None] * len(ids), without)
+    view = Attribution(tokens, candidate(answer), other, target.logit(logits), (), 0.0, influences, ())
+    yield view
     with memory_errors("Attribution"):
         direct = _Direct(llama, ids, target, progress)
-    influences = _influences(llama, ids, target, direct.gradient_x_input, progress)
-    return Attribution(
-        tokens=tuple(map(llama.token, ids)),
-        answer=candidate(answer),
-        versus=None if versus is None else candidate(versus),
+    view = replace(
+        view,
         logit=direct.logit,
         contributions=tuple(direct.contributions),
         remainder=direct.logit - sum(contribution.logit for contribution in direct.contributions),
-        influences=influences,
-        claims=_claims(llama, ids, target, direct.contributions, progress),
+        influences=_influences(tokens, direct.gradient_x_input, without),
     )
+    yield view
+    if len(ids) > LEFT_OUT:
+        ranked = sorted(range(len(ids)), key=lambda i: -abs(direct.gradient_x_input[i]))
+        without = _left_out(llama, ids, target, ranked[:LEFT_OUT], progress)
+        view = replace(view, influences=_influences(tokens, direct.gradient_x_input, without))
+    yield replace(view, claims=_claims(llama, ids, target, direct.contributions, progress))
 
 
-TargetLogit = tuple[int, int | None]
-"""The token whose logit is attributed, and optionally a token whose logit is subtracted."""
+# The probability of the answer, that of the other token, and the fall of the measure.
+_Without = tuple[float, float | None, float]
+
+
+class _Target:
+    """The token whose logit is attributed, and optionally a token whose logit is subtracted.
+
+    Args:
+        answer: The id of the token.
+        versus: The id of the other token, if any.
+        before: The logits of the unmodified network, (vocab_size,).
+    """
+
+    def __init__(self, answer: int, versus: int | None, before: Tensor):
+        self.answer, self.versus = answer, versus
+        self._before = self._measure(before)
+
+    def logit(self, logits: Tensor) -> float:
+        """Return the logit of the token, or the logit difference."""
+        return float(logits[self.answer] - (0.0 if self.versus is None else logits[self.versus]))
+
+    def without(self, logits: Tensor) -> _Without:
+        """Return the probabilities of both tokens, and the fall of `Attribution.measure` to these logits."""
+        shares = logits.double().softmax(-1)
+        other = None if self.versus is None else float(shares[self.versus])
+        return float(shares[self.answer]), other, self._before - self._measure(logits)
+
+    def _measure(self, logits: Tensor) -> float:
+        return float(logits.double().softmax(-1)[self.answer]) if self.versus is None else self.logit(logits)
 
 
 class _Direct:
     """One forward and backward pass in float32, with the weights from the file."""
 
-    def __init__(self, llama: LoadedModel, ids: Sequence[int], target: TargetLogit, progress: Progress):
-        model = llama.differentiable(progress)
+    def __init__(self, llama: LoadedModel, ids: Sequence[int], target: _Target, progress: Progress):
+        model = llama.differentiable(
+            lambda _stage, done, total: progress("reading the weights in fp32, once", done, total)
+        )
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
         last = slice(-1, None)  # only the last position contributes directly
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
@@ -185,10 +271,9 @@ class _Direct:
         streams, heads, attentions, feed_forwards = ([value for (value,) in pieces[kind]] for kind in kinds)
 
         # logit = u·(x/rms(x))⊙w is linear in x if rms(x) is held constant, so the terms of x contribute additively.
-        answer, versus = target
-        u = model.output.weight[answer].float()  # (dim,)
-        if versus is not None:
-            u = u - model.output.weight[versus].float()
+        u = model.output.weight[target.answer].float()  # (dim,)
+        if target.versus is not None:
+            u = u - model.output.weight[target.versus].float()
         x = final[0][0, -1]  # (dim,)
         direction = u * model.norm.weight / (x.pow(2).mean() + model.norm.eps).sqrt()  # (dim,)
         self.logit = float(direction @ x)
@@ -240,22 +325,28 @@ def _back(
     return products
 
 
-def _influences(
-    llama: LoadedModel, ids: Sequence[int], target: TargetLogit, gradient_x_input: list[float], progress: Progress
-) -> tuple[TokenInfluence, ...]:
-    ranked = sorted(range(len(ids)), key=lambda i: -abs(gradient_x_input[i]))
-    chosen = ranked[:LEFT_OUT] if len(ids) > 1 else []
-    without: dict[int, tuple[float, float | None]] = {}
+def _left_out(
+    llama: LoadedModel, ids: Sequence[int], target: _Target, chosen: Sequence[int], progress: Progress
+) -> dict[int, _Without]:
+    """Run the text without each of the chosen positions, in batches."""
+    without: dict[int, _Without] = {}
+    if len(ids) == 1:
+        return without
     size = max(1, _ROWS // len(ids))
     for first in range(0, len(chosen), size):
         progress("leaving out", first, len(chosen))
         some = chosen[first : first + size]
         rows = [[*ids[:i], *ids[i + 1 :]] for i in some]
         logits = llama.engine.forward_with_hooks(rows, {})[:, 0]  # (some, vocab_size)
-        without |= {i: _probabilities(row, target) for i, row in zip(some, logits, strict=True)}
+        without |= {i: target.without(row) for i, row in zip(some, logits, strict=True)}
+    return without
+
+
+def _influences(
+    tokens: Iterable[Token], gradients: Sequence[float | None], without: dict[int, _Without]
+) -> tuple[TokenInfluence, ...]:
     return tuple(
-        TokenInfluence(llama.token(id), i, gradient_x_input[i], *without.get(i, (None, None)))
-        for i, id in enumerate(ids)
+        TokenInfluence(token, i, gradients[i], *without.get(i, (None, None, None))) for i, token in enumerate(tokens)
     )
 
 
@@ -265,23 +356,25 @@ def _strongest(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 
 def _claims(
-    llama: LoadedModel,
-    ids: Sequence[int],
-    target: TargetLogit,
-    contributions: Sequence[Contribution],
-    progress: Progress,
+    llama: LoadedModel, ids: Sequence[int], target: _Target, contributions: Sequence[Contribution], progress: Progress
 ) -> tuple[AblationCheck, ...]:
     strongest = _strongest(contributions)[:CLAIMS]
     claims = []
     for done, contribution in enumerate(strongest):
         progress("ablating", done, len(strongest))
         part = NetworkPart.named(contribution.name, llama.args)
-        logits = llama.engine.forward_with_hooks([ids], ablate(llama, part).hooks)[0, 0]
-        claims.append(AblationCheck(contribution, *_probabilities(logits, target)))
+        hooks = ablate(llama, part).hooks
+        if part.kind != "head":
+            logits = llama.engine.forward_with_hooks([ids], hooks)[0, 0]
+            claims.append(AblationCheck(contribution, *target.without(logits)))
+            continue
+        rows: list[Tensor] = []  # the attention of the last token of each chunk, (S,)
+
+        def keep(_layer: int, probs: Tensor, _start: int, head: int = part.index, rows: list[Tensor] = rows) -> None:
+            rows[:] = [probs[head, -1]]
+
+        # The attention of a head does not depend on its own output, so the ablated pass has it.
+        logits = read_attention(llama, ids, [part.layer], keep, silent, hooks)
+        attended = int(rows[0].argmax())
+        claims.append(AblationCheck(contribution, *target.without(logits), attended, float(rows[0][attended])))
     return tuple(claims)
-
-
-def _probabilities(logits: Tensor, target: TargetLogit) -> tuple[float, float | None]:
-    shares = logits.double().softmax(-1)
-    answer, versus = target
-    return float(shares[answer]), None if versus is None else float(shares[versus])

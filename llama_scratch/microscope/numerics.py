@@ -18,7 +18,7 @@ from llama_scratch.microscope.display import Displayable
 from llama_scratch.microscope.distributions import kl_bits, log_softmax
 from llama_scratch.model import Transformer, rope_frequencies
 from llama_scratch.precision import PRECISIONS
-from llama_scratch.results import Candidate, JsonResult, Token, to_json
+from llama_scratch.results import Candidate, JsonResult, Token, merged, to_json
 from llama_scratch.system.memory import require_memory
 from llama_scratch.system.progress import Progress, silent
 
@@ -69,7 +69,7 @@ class Row(JsonResult):
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as part of `Numerics.as_json`."""
-        return {"name": self.name} | (to_json(self.distance) if self.distance else {"error": self.error})
+        return merged({"name": self.name}, to_json(self.distance) if self.distance else {"error": self.error})
 
 
 @dataclass(frozen=True)

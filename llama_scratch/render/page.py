@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from llama_scratch.errors import UsageError
-from llama_scratch.render.text import visible
+from llama_scratch.render.text import percent, visible
 
 _T = TypeVar("_T")
 
@@ -115,7 +115,8 @@ class Heatmap:
         high: The value of the darkest shade.
         tokens: Whether the column labels and `texts` are tokens.
         texts: Text in each field.
-        hovers: Tooltip of each field on a web page. Default: "row · column: value".
+        hovers: Tooltip of each field on a web page. Default: `hover_form`.
+        hover_form: Format of the tooltips, with {row}, {column}, {value} and {percent}.
         first: First column on a narrow screen. None: the last columns that fit.
         more: Command that shows other columns, with {} for the index of the first one.
         row_tokens: Whether the row labels are tokens.
@@ -133,6 +134,7 @@ class Heatmap:
     first: int | None = None
     more: str = ""
     row_tokens: bool = False
+    hover_form: str = ""
 
     def __post_init__(self) -> None:
         for grid in filter(None, (self.values, self.texts, self.hovers)):
@@ -165,6 +167,9 @@ class Heatmap:
         value = self.values[row][column]
         if value is None:
             return ""
+        if self.hover_form:
+            names = {"row": self.row(row), "column": self.column(column)}
+            return self.hover_form.format(**names, value=figure(value), percent=percent(value))
         text = self.text(row, column)
         return f"{self.row(row)} · {self.column(column)}: {text + ', ' if text else ''}{figure(value)}"
 

@@ -158,6 +158,13 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %"
 
 
+def changes(before: float, after: float) -> str:
+    """Say how a probability changes: "falls from 77.3 % to 14.1 %"."""
+    if percent(before) == percent(after):
+        return f"stays at {percent(before)}"
+    return f"{'falls' if after < before else 'rises'} from {percent(before)} to {percent(after)}"
+
+
 def warning(sentence: str) -> RenderableType:
     """Render a warning about the prompt."""
     return indented(sentence, "yellow")

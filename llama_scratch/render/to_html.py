@@ -182,7 +182,9 @@ def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
     """Convert a map that the page's script draws. Appends its values to `maps`."""
     drawn = pooled(whole, *max_fields)
-    hovers = drawn.hovers and [[written(hover) for hover in row] for row in drawn.hovers]
+    hovers = None
+    if drawn.hovers is not None or drawn.hover_form:  # otherwise the script makes the tooltips
+        hovers = [[drawn.hover(r, c) for c in range(len(drawn.columns))] for r in range(len(drawn.rows))]
     maps.append(
         {
             "rows": [drawn.row(r) for r in range(len(drawn.rows))],

@@ -17,7 +17,7 @@ from llama_scratch.repl.conversation import ANSWER, Chat
 from llama_scratch.repl.offers import offer, set_offer
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.transitions import current_effect
-from llama_scratch.results import ENDS_IN_A_WORD, ENDS_IN_SPACE, Generated, as_json
+from llama_scratch.results import ENDS_IN_A_WORD, ENDS_IN_SPACE, Generated, as_json, merged
 from llama_scratch.tokenizer import replace_surrogates
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def ask(session: Session, prompt: Prompt, added: int = 0) -> dict[str, Any]:
     changes = _changes(session)
     count = session.settings.generate
     generated = generate(session, count) if count else None
-    return as_json(prediction, generated) | changes
+    return merged(as_json(prediction, generated), changes)
 
 
 def extend(session: Session, ids: Sequence[int]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
         session.predict([*question.ids, *answer.ids])
     if answer.finish_reason == "stop":  # the answer is complete, so there is nothing to offer
         set_offer(session, ())
-    return as_json(before, answer) | changes
+    return merged(as_json(before, answer), changes)
 
 
 # --- Generated text ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from llama_scratch.repl.answering import extend, say
 from llama_scratch.repl.commands import Reply, is_command, run_command, unescaped
 from llama_scratch.repl.session import Session
 from llama_scratch.repl.state import Turn
+from llama_scratch.results import merged
 
 
 def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
@@ -25,7 +26,7 @@ def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
     reply = None
     if is_command(line):
         command, reply = run_command(session, line)
-        output = {"command": command.name} | (reply.facts if reply else {})
+        output = merged({"command": command.name}, reply.facts if reply else {})
     elif line:
         output = say(session, unescaped(line))
     else:

@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from llama_scratch.microscope import attention as attention_module
 from llama_scratch.microscope.attention import (
     KINDS,
     THRESHOLD,
-    Head,
     Heads,
     Scores,
     SmallMap,
@@ -33,11 +33,14 @@ from llama_scratch.microscope.attention import (
     heads,
     repeated,
 )
+from llama_scratch.microscope.interventions import ablate, changed
+from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.microscope.surprisal import surprisal
 from llama_scratch.model import attend, attend_with, attention_probs, causal_mask
 from llama_scratch.render import to_terminal
-from llama_scratch.render.page import Gallery, Heatmap, Page, Table
+from llama_scratch.render.page import Finding, Gallery, Heatmap, Page, Table
 from llama_scratch.render.pages import attention as pages
+from llama_scratch.render.text import percent
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.session import Session
 from tests.helpers import ROOT, smollm2
@@ -438,7 +441,7 @@ def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny
     found = head(tiny, IDS, 1, 2)
 
     def page(scores: Scores) -> Page:
-        return pages.head(Head(scores, found.tokens, found.first, found.probs, found.links))
+        return pages.head(replace(found, scores=scores))
 
     assert "L1.H2 looks like an induction head: on random tokens, 80.0 % of its attention goes to the" in view(
         page(Scores(1, 2, 0.1, 0.2, 0.3, 0.8))
@@ -454,9 +457,58 @@ def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny
     assert table.rows == table.columns == tuple(token.text for token in found.tokens)
     assert table.values[3] == (*found.probs[3][:4], *[None] * 36)
     assert table.more.format(5) == "/attention L1.H2 5"
-    scores, links = of(drawn, Table)
+    links, scores = of(drawn, Table)
     assert [row[1].bar for row in scores.rows] == list(vars(found.scores).values())[2:]
     assert [(int(row[0].text), row[2].bar) for row in links.rows] == list(found.links)
+
+
+def test_a_head_comes_with_the_answer_without_it(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass gives the map and the answer; the map is that of the unchanged network."""
+    monkeypatch.setattr(engine_module, "CHUNK", 7)
+    found = head(tiny, IDS, 1, 2)
+    assert torch.equal(torch.tensor(found.probs), attention_map(tiny, IDS, 1, 2))
+    without = changed(tiny, [ablate(tiny, NetworkPart(1, "head", 2))]).logits(IDS)[-1].double().softmax(-1)
+    assert found.answer.id == found.ablated.id == tiny.predict(IDS).next.id
+    assert found.answer.probability == pytest.approx(tiny.predict(IDS).next.probability, abs=1e-6)
+    assert found.ablated.probability == pytest.approx(float(without[found.answer.id]), abs=1e-6)
+    assert abs(found.ablated.probability - found.answer.probability) > 1e-5
+    given = replace(found.answer, logprob=-1.0)
+    assert head(tiny, IDS, 1, 2, answer=given).answer is given
+
+
+def test_a_heads_json_has_the_first_position_and_the_score_of_that_name(tiny: Llama) -> None:
+    found = head(tiny, IDS, 1, 2, 5)
+    facts = found.as_json()
+    assert (facts["layer"], facts["head"], facts["kind"], facts["first"]) == (1, 2, found.scores.kind, 5)
+    names = ("previous", "first", "duplicate", "induction")
+    assert facts["scores"] == {name: getattr(found.scores, name) for name in names}
+    assert facts["ablated"]["probability"] == found.ablated.probability
+
+
+def test_the_finding_of_a_head_is_measured_in_this_text(llama: Llama) -> None:
+    """L23.H4 is the head that reads the country."""
+    found = head(llama, llama.encode("The capital of France is"), 23, 4)
+    assert found.links[0][0] == 3
+    assert found.links[0][1] == pytest.approx(0.903, abs=0.001)
+    assert (found.answer.text, round(found.ablated.probability, 3)) == (" Paris", 0.141)
+    page = pages.head(found)
+    assert page.parts[0] == Finding(pages.finding(found))
+    for said in ("L23.H4", "␣is looks at ␣France (90.3 %", "␣Paris falls from 77.3 % to 14.1 %"):
+        assert said in pages.finding(found)
+    text = view(page)
+    assert text.index("90.3 %") < text.index("random tokens")  # what it does here comes first
+    (drawn,) = of(page, Heatmap)
+    assert drawn.hover(4, 3) == "␣is looks at ␣France: 90.3 %"
+    links = of(page, Table)[0]
+    assert links.rows[0][2].hover == "␣is looks at ␣France: 90.3 %"
+
+
+def test_a_head_that_looks_everywhere_looks_at_no_single_token(tiny: Llama) -> None:
+    found = replace(head(tiny, list(range(60, 70)), 1, 2), links=((9, 0.4), (3, 0.3)))
+    assert "no single token: at most 40.0 % of its attention, at itself" in pages.finding(found)
+    assert "looks at itself (50.0 %" in pages.finding(replace(found, links=((9, 0.5), (3, 0.3))))
+    same = replace(found, ablated=found.answer)
+    assert f"stays at {percent(found.answer.probability)}" in pages.finding(same)
 
 
 def test_a_long_texts_map_has_what_stands_in_front_in_one_column(tiny: Llama) -> None:
@@ -499,7 +551,11 @@ def test_a_layer_by_its_names(session: Session, name: str) -> None:
 @pytest.mark.parametrize("name", ["1.3", "L1.H3", "l1.h3", "L1.3"])
 def test_a_head_by_its_names(session: Session, name: str) -> None:
     facts, view = answered(session, f"/attention {name}")
-    assert facts == head(session.llama, session.ids, 1, 3).as_json()
+    prediction = session.llama.predict(session.ids).next
+    expected = head(session.llama, session.ids, 1, 3, answer=prediction).as_json()
+    for key in ("answer", "ablated"):  # the cache changes the last digits of the answer
+        assert facts.pop(key) == pytest.approx(expected.pop(key), abs=1e-6)
+    assert facts == expected
     assert "L1.H3" in view
     assert facts["probs"] == attention_map(session.llama, session.ids, 1, 3).tolist()
 

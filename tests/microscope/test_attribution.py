@@ -17,10 +17,12 @@ from llama_scratch.errors import ContextLengthError, UsageError
 from llama_scratch.hooks import Hook
 from llama_scratch.llama import Llama
 from llama_scratch.microscope import attribution
-from llama_scratch.microscope.attribution import Attribution, Contribution, why
+from llama_scratch.microscope.attention import attention_map
+from llama_scratch.microscope.attribution import Attribution, Contribution, growing, why
 from llama_scratch.microscope.interventions import Intervention, ablate, changed, mean_ablate, patch, steer
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.render import to_plain, to_terminal
+from llama_scratch.render.page import Finding, Table
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import percent
 from tests.helpers import reference, smollm2
@@ -339,7 +341,7 @@ def test_a_long_text_leaves_out_those_that_the_gradient_ranks_first(fp32: Llama)
     ids = [300, *range(40, 70)]
     found = why(fp32, ids)
     tried = {influence.position for influence in found.influences if influence.without is not None}
-    ranked = sorted(found.influences, key=lambda influence: -abs(influence.gradient_x_input))
+    ranked = sorted(found.influences, key=lambda influence: -abs(influence.gradient_x_input or 0.0))
     assert tried == {influence.position for influence in ranked[:16]}
     assert len(found.influences) == 31
     assert "16 of 31 tokens were left out" in drawn(found, 80)
@@ -495,6 +497,116 @@ def test_the_page_says_what_was_found(paris: Attribution, london: Attribution, w
     assert f"up to rounding ({found.remainder:+.1e})" in shown
     assert shown.index("Leave-one-out:") > shown.index("Zero ablation of the strongest")
     assert "logit 17.37." in drawn(paris, width)
+
+
+def left_out(found: Attribution) -> Table:
+    """The table of leave-one-out."""
+    return [part for part in pages.page(found).parts if isinstance(part, Table)][-1]
+
+
+def test_leave_one_out_shows_one_measure_the_fall_of_the_answer(paris: Attribution) -> None:
+    """␣France speaks for ␣Paris, although its gradient × input is negative. The last token has no bar."""
+    falls = {influence.position: influence.fall for influence in paris.influences}
+    for influence in paris.influences:
+        assert influence.without is not None
+        assert influence.fall == pytest.approx(paris.answer.probability - influence.without, abs=1e-6)
+    rows = left_out(paris).rows
+    names = [row[0].text for row in rows]
+    assert names == [*(paris.tokens[i].text for i in sorted(range(4), key=lambda i: -(falls[i] or 0))), "␣is (last)"]
+    bars = {row[0].text: row[-2].bar for row in rows}
+    assert bars["␣is (last)"] is None
+    shown = [bar for bar in bars.values() if bar is not None]
+    assert shown == sorted(shown, reverse=True)
+    assert max(shown) == 1
+    assert bars[" France"] == pytest.approx(1, abs=0.01)  # ␣capital and ␣France take away all but 0.1 and 0.2 %
+    france = next(row for row in rows if row[0].text == " France")
+    assert (france[1].text, france[-1].text, france[-1].style) == ("0.2 %", "-0.73", "dim")
+    assert "␣Paris falls from 77.3 % to 0.2 %" in france[-2].hover
+
+
+def test_leave_one_out_of_two_answers_shows_the_fall_of_their_difference(london: Attribution) -> None:
+    """␣France is first with the longest bar: it decides between the two capitals."""
+    table = left_out(london)
+    assert "logit difference" in table.title
+    assert table.rows[0][0].text == " France"
+    assert table.rows[0][-2].bar == 1
+    for influence in london.influences:
+        assert london.versus is not None
+        assert influence.without is not None
+        assert influence.versus_without is not None
+        after = torch.tensor(influence.without).log() - torch.tensor(influence.versus_without).log()
+        assert influence.fall == pytest.approx(london.answer.logprob - london.versus.logprob - float(after), abs=1e-3)
+
+
+def test_a_token_that_speaks_against_the_answer_has_a_bar_to_the_left(fp32: Llama) -> None:
+    found = why(fp32, IDS, 42)
+    signs = {influence.position: influence.fall for influence in found.influences[:-1]}
+    assert min(fall or 0.0 for fall in signs.values()) < 0 < max(fall or 0.0 for fall in signs.values())
+    bars = [row[-2].bar for row in left_out(found).rows[:-1]]
+    assert max(map(abs, (bar or 0.0 for bar in bars))) <= 1
+    assert [(bar or 0.0) > 0 for bar in bars] == sorted(((bar or 0.0) > 0 for bar in bars), reverse=True)
+    assert (bars[0] or 0.0) > 0
+
+
+def test_the_attention_of_a_head_comes_with_its_ablation(llama: Llama, paris: Attribution, fp32: Llama) -> None:
+    claims = {claim.contribution.name: claim for claim in paris.claims}
+    expected = attention_map(llama, llama.encode(PROMPT), 23, 4)[-1]
+    assert claims["L23.H4"].attended == 3 == int(expected.argmax())
+    assert claims["L23.H4"].attention == pytest.approx(float(expected[3]), abs=1e-6)
+    assert (claims["L29.ffn"].attended, claims["L29.ffn"].attention) == (None, None)
+    for claim in why(fp32, IDS, 42).claims:
+        part = NetworkPart.named(claim.contribution.name, fp32.args)
+        if part.kind == "head":
+            row = attention_map(fp32, IDS, part.layer, part.index)[-1]
+            assert claim.attended == int(row.argmax())
+            assert claim.attention == pytest.approx(float(row.max()), abs=1e-6)
+
+
+def test_the_finding_names_the_components_that_the_answer_depends_on(paris: Attribution, london: Attribution) -> None:
+    """The two whose ablation takes away half of the answer or more, with the numbers of the result."""
+    assert pages.page(paris).parts[0] == Finding(pages.finding(paris))
+    assert [claim.contribution.name for claim in paris.decisive] == ["L29.ffn", "L23.H4"]
+    for claim in paris.decisive:
+        assert claim.after <= paris.answer.probability / 2
+        assert percent(claim.after) in pages.finding(paris)
+    for said in ("L29.ffn", "L23.H4", "90.3 % of its attention on ␣France", "␣Paris falls from 77.3 % to 10.0 %"):
+        assert said in pages.finding(paris)
+    assert "L28.ffn" not in pages.finding(paris)  # ablating it changes little
+    (head,) = london.decisive
+    assert head.contribution.name == "L23.H4"
+    assert f"from {london.measure:+.2f} to {london.measure - head.fall:+.2f}" in pages.finding(london)
+
+
+def test_without_a_decisive_component_the_finding_says_so(llama: Llama) -> None:
+    found = why(llama, llama.encode("The opposite of hot is"))
+    assert not found.decisive
+    sentence = pages.finding(found)
+    assert sentence.startswith("No single component of the 3 strongest decides ␣cold (68.4 %)")
+    assert f"to {percent(min(claim.after for claim in found.claims))}" in sentence
+
+
+def test_a_short_text_has_its_first_table_before_the_weights_are_read(tiny_dir: Path) -> None:
+    """Leave-one-out needs no gradients; the last step is the whole attribution."""
+    llama = prepared(tiny_dir, "int8")
+    stages: list[str] = []
+    steps = growing(llama, IDS, 42, progress=lambda stage, _done, _total: stages.append(stage))
+    first = next(steps)
+    once = "reading the weights in fp32, once"
+    assert once not in stages
+    assert all(influence.fall is not None for influence in first.influences)
+    assert not first.contributions
+    table = pages.growing(first, "Reading", 5).parts[0]
+    assert isinstance(table, Table)
+    assert len(table.rows) == 5
+    second, third = steps
+    assert once in stages
+    assert second.contributions == third.contributions
+    assert not second.claims
+    assert third.contributions == why(llama, IDS, 42).contributions
+    assert len(third.claims) == 3
+    table = pages.growing(second, "Ablating", 50).parts[0]
+    assert isinstance(table, Table)
+    assert table.title == "Direct logit attribution"
 
 
 def test_a_page_of_parts_that_say_nothing_has_no_bars() -> None:

@@ -20,7 +20,7 @@ from llama_scratch.microscope.lens import Guess, Layer, Lens, growing, lens
 from llama_scratch.render.page import Finding, Heatmap
 from llama_scratch.render.pages import lens as pages
 from llama_scratch.repl.commands import run_command
-from llama_scratch.repl.commands.lens import _watched
+from llama_scratch.repl.growing import growing_view
 from llama_scratch.repl.session import Session
 from llama_scratch.results import Token
 from tests.helpers import smollm2
@@ -400,7 +400,7 @@ def test_layers_are_shown_as_they_come_where_a_person_watches(
     )
     session.screen.interactive = interactive
     session.change_settings(plain=plain)
-    with _watched(session) as (progress, show):
+    with growing_view(session) as (progress, show):
         for found in growing(tiny, list(range(60, 70)), progress=progress):
             show(lambda note, rows, found=found: pages.growing(found, note, rows))  # type: ignore[misc]
     written = file.getvalue()

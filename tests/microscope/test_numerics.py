@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_a_row(tiny: Llama) -> None:
     assert found.as_json()["rows"][0] == {"name": "bf16", "error": "That needs 99 GB."}
     text = shown(to_terminal.view(pages.page(found)), 80)
     assert "bf16: That needs 99 GB." in text
-    assert text.count("fp16") == 2
+    assert text.count("\n fp16") == 2
 
 
 def test_of_a_long_text_the_last_positions_are_compared(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

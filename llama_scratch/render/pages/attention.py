@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Gallery, Heatmap, Page, PageBlock, Paragraph, Table
-from llama_scratch.render.text import percent
+from llama_scratch.render.page import Cell, Finding, Gallery, Heatmap, Page, PageBlock, Paragraph, Table, written
+from llama_scratch.render.text import changes, percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.attention import Head, Heads, Scores, SmallMap
@@ -24,6 +24,8 @@ _MEASURED = (
 )
 # Maximum number of heads of each kind that are named, and that are drawn.
 _NAMED, _DRAWN = 6, 2
+# A token looks at another one if at least this share of its attention goes there.
+_LOOKS = 0.5
 
 
 def heads(view: Heads, *, whole: bool = False) -> Page:
@@ -135,14 +137,67 @@ def _layer(view: Heads, layer: int) -> Page:
 
 
 def head(view: Head, first: int | None = None) -> Page:
-    """Return a page of one head: kind, scores, and attention pattern.
+    """Return a page of one head: what it does in this text, then its kind.
 
     Args:
         view: The head.
         first: The first position on a narrow screen. By default the last position is shown.
     """
     scores, shown = view.scores, len(view.probs)
-    end = view.first + shown
+    part = f" Shown: {shown} of {len(view.tokens):,} positions. /attention {scores.name} N starts at position N."
+    note = "Rows are queries, columns are keys; each row adds up to 1." + (part if shown < len(view.tokens) else "")
+    kinds = zip(_KINDS, _four(scores), strict=True)
+    return Page(
+        f"Attention of {scores.name}",
+        (
+            Finding(finding(view)),
+            _links(view),
+            _pattern(view, first),
+            Paragraph(_sentence(scores)),
+            Table(("type", ">score"), tuple((Cell(kind), Cell(f"{score:.2f}", bar=score)) for kind, score in kinds)),
+            Paragraph(f"{note} {_MEASURED}", "dim"),
+        ),
+        ("attention_map", "softmax"),
+    )
+
+
+def finding(view: Head) -> str:
+    """Say what the last token attends to through the head, and what the answer is without the head."""
+    position, share = view.links[0]
+    name, last = view.scores.name, _token(view, len(view.tokens) - 1)
+    there = "itself" if position == len(view.tokens) - 1 else _token(view, position)
+    if share >= _LOOKS:
+        looks = f"Through {name}, {last} looks at {there} ({percent(share)} of its attention)."
+    else:
+        looks = (
+            f"Through {name}, {last} looks at no single token: at most {percent(share)} of its attention, at {there}."
+        )
+    answer = changes(view.answer.probability, view.ablated.probability)
+    return f"{looks} Without this head, {written(view.answer.text, token=True)} {answer}."
+
+
+def _token(view: Head, position: int) -> str:
+    """A token of the text, with its position if the text has it several times."""
+    token = view.tokens[position]
+    several = sum(other.id == token.id for other in view.tokens) > 1
+    return written(token.text, token=True) + (f" at position {position}" if several else "")
+
+
+def _links(view: Head) -> Table:
+    last = written(view.tokens[-1].text, token=True)
+    rows = tuple(
+        (
+            Cell(str(position)),
+            Cell(view.tokens[position].text, "cyan", token=True),
+            Cell(percent(share), bar=share, hover=f"{last} looks at {_token(view, position)}: {percent(share)}"),
+        )
+        for position, share in view.links
+    )
+    return Table((">position", "token", ">attention"), rows, f"Attention from the last token, {last}")
+
+
+def _pattern(view: Head, first: int | None) -> Heatmap:
+    name, end = view.scores.name, view.first + len(view.probs)
     tokens = [token.text for token in view.tokens[view.first : end]]
     values = [
         tuple(row[key] if key <= query else None for key in range(view.first, end))
@@ -152,42 +207,14 @@ def head(view: Head, first: int | None = None) -> Page:
     if view.first:  # one column for all keys before the window
         columns = ["…", *tokens]
         values = [(sum(row[: view.first]), *shares) for row, shares in zip(view.probs, values, strict=True)]
-    part = f" Shown: {shown} of {len(view.tokens):,} positions. /attention {scores.name} N starts at position N."
-    note = "Rows are queries, columns are keys; each row adds up to 1." + (part if shown < len(view.tokens) else "")
-    return Page(
-        f"Attention of {scores.name}",
-        (
-            Paragraph(_sentence(scores)),
-            Table(
-                ("type", ">score"),
-                tuple(
-                    (Cell(kind), Cell(f"{score:.2f}", bar=score))
-                    for kind, score in zip(_KINDS, _four(scores), strict=True)
-                ),
-            ),
-            Heatmap(
-                title=f"Attention pattern of {scores.name}",
-                rows=tuple(tokens),
-                columns=tuple(columns),
-                values=tuple(values),
-                row_tokens=True,
-                first=None if first is None else first - view.first,
-                # Column numbers are positions only if the window starts at 0.
-                more="" if view.first else f"/attention {scores.name} {{}}",
-            ),
-            Table(
-                (">position", "token", ">attention"),
-                tuple(
-                    (
-                        Cell(str(position)),
-                        Cell(view.tokens[position].text, "cyan", token=True),
-                        Cell(percent(share), bar=share),
-                    )
-                    for position, share in view.links
-                ),
-                "Attention from the last token",
-            ),
-            Paragraph(f"{note} {_MEASURED}", "dim"),
-        ),
-        ("attention_map", "softmax"),
+    return Heatmap(
+        title=f"Attention pattern of {name}",
+        rows=tuple(tokens),
+        columns=tuple(columns),
+        values=tuple(values),
+        row_tokens=True,
+        first=None if first is None else first - view.first,
+        # Column numbers are positions only if the window starts at 0.
+        more="" if view.first else f"/attention {name} {{}}",
+        hover_form="{row} looks at {column}: {percent}",
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Running, Table
-from llama_scratch.render.text import percent
+from llama_scratch.render.page import Cell, Finding, Page, PageBlock, Paragraph, Running, Table, written
+from llama_scratch.render.text import changes, percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.attribution import AblationCheck, Attribution, Contribution, TokenInfluence
@@ -16,9 +17,75 @@ _PARTS, _TOKENS = 10, 10
 
 def page(why: Attribution) -> Page:
     """Return a page with direct logit attribution, ablation and leave-one-out."""
-    parts: list[PageBlock] = [_answer(why), _contributions(why), Paragraph(_sum(why), "dim"), _claims(why)]
-    parts += [_influences(why), Paragraph(f"{_left_out(why)} {_gradient(why)}", "dim")]
+    parts: list[PageBlock] = [Finding(finding(why)), _answer(why), _contributions(why), Paragraph(_sum(why), "dim")]
+    parts += [_claims(why), _influences(why), Paragraph(f"{_left_out(why)} {_gradient(why)}", "dim")]
     return Page("Attribution", tuple(parts), ("attribution",))
+
+
+def growing(why: Attribution, note: str, rows: int) -> Page:
+    """Return a page of the newest table so far, with a line about the progress.
+
+    Args:
+        why: The attribution so far.
+        note: The progress.
+        rows: Maximum number of rows.
+    """
+    table = _contributions(why) if why.contributions else _influences(why)
+    table = replace(table, rows=table.rows[:rows])
+    return Page("Attribution", (*([table] if table.rows else []), Paragraph(note, "dim")))
+
+
+def finding(why: Attribution) -> str:
+    """Say which components the answer depends on, as far as ablation shows it.
+
+    Names the decisive component with the largest fall, and the decisive head with the largest fall, if it is another
+    one. A head comes with the token that it attends to.
+    """
+    if not why.claims:
+        return f"No component was ablated for {_subject(why)}."
+    heads = [claim for claim in why.decisive if claim.attended is not None]
+    named = list(dict.fromkeys([*why.decisive[:1], *heads[:1]]))
+    if not named:
+        largest = max(why.claims, key=lambda claim: claim.fall / (why.measure or 1.0))
+        return (
+            f"No single component of the {len(why.claims)} strongest decides {_subject(why)}: without "
+            f"{largest.contribution.name}, which matters most among them, {_after(why, largest)}."
+        )
+    sentence = f"Without {_described(why, named[0])}, {_after(why, named[0])}"
+    for claim in named[1:]:
+        rest = percent(claim.after) if why.versus is None else f"{why.measure - claim.fall:+.2f}"
+        sentence += f"; without {_described(why, claim)}, to {rest}"
+    return f"{sentence}."
+
+
+def _subject(why: Attribution) -> str:
+    answer = f"{written(why.answer.text, token=True)} ({percent(why.answer.probability)})"
+    if why.versus is None:
+        return answer
+    return f"{answer} over {written(why.versus.text, token=True)} ({percent(why.versus.probability)})"
+
+
+def _described(why: Attribution, claim: AblationCheck) -> str:
+    """The name of a component, and for a head the share of its attention that goes to one token."""
+    name = claim.contribution.name
+    if claim.attended is None or claim.attention is None:
+        return name
+    there = written(why.tokens[claim.attended].text, token=True)
+    return f"{name}, a head with {percent(claim.attention)} of its attention on {there}"
+
+
+def _after(why: Attribution, claim: AblationCheck) -> str:
+    return _change(why, claim.after, claim.fall)
+
+
+def _change(why: Attribution, after: float, fall: float) -> str:
+    """Say how the measure changes, for example "␣Paris falls from 77.3 % to 14.1 %"."""
+    answer = written(why.answer.text, token=True)
+    if why.versus is None:
+        return f"{answer} {changes(why.answer.probability, after)}"
+    verb = "falls" if fall > 0 else "rises"
+    other = written(why.versus.text, token=True)
+    return f"the logit difference {answer} − {other} {verb} from {why.measure:+.2f} to {why.measure - fall:+.2f}"
 
 
 def _answer(why: Attribution) -> Running:
@@ -41,7 +108,7 @@ def _contributions(why: Attribution) -> Table:
     strongest = sorted(why.contributions, key=lambda contribution: -abs(contribution.logit))
     reach = max(abs(strongest[0].logit), 1e-9)
     rows = [
-        (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=_logit(c)))
+        (Cell(c.name), Cell(f"{c.logit:+.2f}"), Cell("", bar=c.logit / reach, hover=_logit(why, c)))
         for c in strongest[:_PARTS]
     ]
     if rest := strongest[_PARTS:]:
@@ -66,13 +133,20 @@ def _sum(why: Attribution) -> str:
 
 
 def _claims(why: Attribution) -> Table:
-    rows = tuple((Cell(c.contribution.name, hover=_logit(c.contribution)), *_shift(why, c)) for c in why.claims)
+    rows = tuple(
+        (Cell(c.contribution.name, hover=f"{c.contribution.name} ablated: {_after(why, c)}"), *_shift(why, c))
+        for c in why.claims
+    )
     columns = ("component", *(f">{name}" for name in _names(why)))
     return Table(columns, rows, "Zero ablation of the strongest components")
 
 
-def _logit(contribution: Contribution) -> str:
-    return f"{contribution.name}: {contribution.logit:+.4f}"
+def _logit(why: Attribution, contribution: Contribution) -> str:
+    verb = "raises" if contribution.logit >= 0 else "lowers"
+    what = f"the logit of {written(why.answer.text, token=True)}"
+    if why.versus:
+        what = f"the logit difference {written(why.answer.text, token=True)} − {written(why.versus.text, token=True)}"
+    return f"{contribution.name} {verb} {what} by {abs(contribution.logit):.4f}"
 
 
 def _names(why: Attribution) -> list[str]:
@@ -91,22 +165,42 @@ def _moved(before: float, after: float) -> str:
 
 
 def _influences(why: Attribution) -> Table:
-    tried = [influence for influence in why.influences if influence.without is not None]
-    tried.sort(key=lambda influence: influence.without or 0.0)
-    shown = tried[:_TOKENS] or list(why.influences)[:_TOKENS]
-    reach = max((abs(influence.gradient_x_input) for influence in why.influences), default=0.0) or 1.0
-    rows = tuple(
-        (
-            Cell(influence.token.text, token=True, hover=f"position {influence.position}"),
-            *_without(why, influence),
-            Cell(f"{influence.gradient_x_input:+.2f}", hover=f"gradient × input {influence.gradient_x_input:+.4f}"),
-            *([] if why.versus else [Cell("", bar=influence.gradient_x_input / reach)]),
+    """Return leave-one-out by the fall of the answer. The last token comes last, because it asks another question."""
+    last = len(why.tokens) - 1
+    tried = [influence for influence in why.influences if influence.fall is not None]
+    tried.sort(key=lambda influence: (influence.position == last, -(influence.fall or 0.0)))
+    if len(tried) > _TOKENS:
+        tried = [*tried[: _TOKENS - 1], tried[-1]] if tried[-1].position == last else tried[:_TOKENS]
+    reach = max((abs(each.fall or 0.0) for each in tried if each.position < last), default=0.0) or 1.0
+    rows = tuple(_influence(why, each, reach) for each in tried or why.influences[:_TOKENS])
+    columns = ("token", *(f">{name}" for name in _names(why)), "", ">grad × input")
+    return Table(columns, rows, f"Leave-one-out: the fall of the {_measured(why)} without each token")
+
+
+def _influence(why: Attribution, influence: TokenInfluence, reach: float) -> tuple[Cell, ...]:
+    """A row; that of the last token is marked and has no bar."""
+    last = influence.position == len(why.tokens) - 1
+    name, fall = written(influence.token.text, token=True), influence.fall
+    token = Cell(influence.token.text, token=True, hover=f"position {influence.position}")
+    bar = Cell("")
+    if last and fall is not None:
+        token = Cell(
+            f"{name} (last)", said=f"the last token {name}", hover="Without it, the text asks another question"
         )
-        for influence in shown
+    elif fall is not None and influence.without is not None:
+        said = f"fall of the logit difference {fall:+.2f}" if why.versus else ""
+        bar = Cell("", bar=fall / reach, hover=f"Without {name}, {_change(why, influence.without, fall)}", said=said)
+    gradient = influence.gradient_x_input
+    return (
+        token,
+        *_without(why, influence),
+        bar,
+        Cell("", "dim") if gradient is None else Cell(f"{gradient:+.2f}", "dim", hover=f"{gradient:+.4f}"),
     )
-    # Two answers leave no room for bars on a narrow screen.
-    columns = ("token", *(f">{name}" for name in _names(why)), ">grad × input", *([] if why.versus else [""]))
-    return Table(columns, rows, "Leave-one-out: prediction without each token")
+
+
+def _measured(why: Attribution) -> str:
+    return "logit difference" if why.versus else "answer"
 
 
 def _without(why: Attribution, influence: TokenInfluence) -> list[Cell]:
@@ -125,9 +219,10 @@ def _left_out(why: Attribution) -> str:
     tried = sum(influence.without is not None for influence in why.influences)
     if not tried:
         return "Leave-one-out needs a text of at least two tokens."
+    which = "Each token was left out once"
     if tried < len(why.influences):
-        return (
-            f"{tried} of {len(why.influences):,} tokens were left out, one at a time, chosen by gradient × input. "
-            "The lowest probability of the answer comes first."
-        )
-    return "Each token was left out once. The lowest probability of the answer comes first."
+        which = f"{tried} of {len(why.influences):,} tokens were left out, one at a time, chosen by gradient × input"
+    return (
+        f"{which}. Bars to the right: the {_measured(why)} falls without the token, so the token speaks for it. "
+        "Without the last token, the text asks another question."
+    )

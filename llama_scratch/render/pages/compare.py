@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Table
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
 from llama_scratch.render.text import percent
 from llama_scratch.results import Candidate
 
@@ -24,7 +24,21 @@ def page(comparison: Comparison) -> Page:
         for token in comparison.tokens
     ]
     table = Table(("token", *(f">{name}" for name in names)), tuple(rows))
-    return Page("Two models", (table, Paragraph("\n".join(_summary(comparison)))))
+    return Page("Two models", (Finding(finding(comparison)), table, Paragraph("\n".join(_summary(comparison)))))
+
+
+def finding(comparison: Comparison) -> str:
+    """Say whether the models predict the same token, and how far their predictions diverge."""
+    (name, other), (first, second) = _names(comparison), (comparison.first.top[0], comparison.second.top[0])
+    one, two = (f"{written(top.text, token=True)} ({percent(top.probability)})" for top in (first, second))
+    # Ids of different vocabularies say nothing about the tokens.
+    same = first.text == second.text if comparison.kl_bits is None else first.id == second.id
+    sentence = f"{name} predicts {one}, and {other} predicts {two}"
+    if same:
+        sentence = f"Both predict {written(first.text, token=True)}: {name} with {percent(first.probability)}, "
+        sentence += f"{other} with {percent(second.probability)}"
+    sentence = sentence[0].upper() + sentence[1:] if name == "first" else sentence
+    return f"{sentence}." if comparison.kl_bits is None else f"{sentence}; {comparison.kl_bits:.3g} bits apart (KL)."
 
 
 def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cell:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Table
-from llama_scratch.render.text import counted, percent, visible
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
+from llama_scratch.render.text import counted, percent
 from llama_scratch.results import Token
 
 if TYPE_CHECKING:  # it brings torch
@@ -30,7 +30,29 @@ def page(diff: Diff) -> Page:
         Table(("", "token", ">JSD", "first", "second", ""), tuple(_rows(diff))),
         Table(("after the first", ">", "after the second", ">"), tuple(after)),
     )
-    return Page("Two texts", (*tables, Paragraph("\n".join(_summary(diff)))))
+    note = "JSD: Jensen–Shannon divergence of the two predictions in bits; 0: equal, 1: disjoint."
+    return Page("Two texts", (Finding(finding(diff)), *tables, Paragraph(note, "dim")))
+
+
+def finding(diff: Diff) -> str:
+    """Say what follows each text, how far the predictions diverge, and where they first differ."""
+    first, second = diff.first_top[0], diff.second_top[0]
+    one, other = percent(first.probability), percent(second.probability)
+    distance = f"The predictions diverge by {diff.jsd_bits:.2f} of at most 1 bit"
+    if not diff.jsd_bits:
+        distance = "The predictions are equal"
+    if first.id == second.id:
+        sentence = f"{written(first.text, token=True)} follows both texts ({one} and {other}). {distance}"
+    else:
+        sentence = (
+            f"{written(first.text, token=True)} ({one}) follows the first text, {written(second.text, token=True)} "
+            f"({other}) the second. {distance}"
+        )
+    if (pair := diff.parting) is None:
+        return f"{sentence}."
+    best, then = (written(each.text, token=True) for each in (pair.first_next, pair.second_next))
+    here = written(pair.token.text, token=True)
+    return f"{sentence}, and the top predictions first differ after {here}: {best} and {then}."
 
 
 def _rows(diff: Diff) -> Iterator[tuple[Cell, ...]]:
@@ -44,6 +66,7 @@ def _rows(diff: Diff) -> Iterator[tuple[Cell, ...]]:
         yield _EMPTY, Cell(alike, "dim", said=alike), *4 * [_EMPTY]
     for pair in diff.pairs[i:]:
         yield from _apart(diff.first[i : pair.first], diff.second[j : pair.second])
+        name = written(pair.token.text, token=True)
         best, other, bits = pair.first_next, pair.second_next, f"{pair.jsd_bits:.2f}"
         yield (
             Cell("", said="in both"),
@@ -51,7 +74,7 @@ def _rows(diff: Diff) -> Iterator[tuple[Cell, ...]]:
             Cell(bits),
             Cell(best.text, token=True),
             Cell("same", "dim") if best.id == other.id else Cell(other.text, "bold", token=True),
-            Cell("", bar=pair.jsd_bits, hover=f"{bits} bits"),
+            Cell("", bar=pair.jsd_bits, hover=f"After {name}, the predictions diverge by {bits} bits"),
         )
         i, j = pair.first + 1, pair.second + 1
     yield from _apart(diff.first[i:], diff.second[j:])
@@ -62,11 +85,3 @@ def _apart(first: Sequence[Token], second: Sequence[Token]) -> Iterator[tuple[Ce
     for tokens, mark, style, said in sides:
         for token in tokens:
             yield Cell(mark, style, said=said), Cell(token.text, style, token=True), *4 * [_EMPTY]
-
-
-def _summary(diff: Diff) -> list[str]:
-    lines = []
-    if pair := diff.parting:
-        best, other = visible(pair.first_next.text).plain, visible(pair.second_next.text).plain
-        lines.append(f"The top predictions first differ after {visible(pair.token.text).plain}: {best} and {other}.")
-    return [*lines, f"Jensen–Shannon divergence (JSD) at the end: {diff.jsd_bits:.2f} bits (0: equal, 1: disjoint)."]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Table
+from llama_scratch.render.page import Cell, Finding, Page, PageBlock, Paragraph, Table, written
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # they bring torch
@@ -38,6 +38,7 @@ def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
         for name, distance in there
     )
     parts: tuple[PageBlock, ...] = (
+        Finding(finding(numerics)),
         Table(("", "answer", ">"), answers, "Top prediction in each precision"),
         Table(
             ("", ">mean", ">max", "after", ">changed"),
@@ -58,6 +59,25 @@ def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
         ),
     )
     return Page("Precision", tuple(part for part in parts if not isinstance(part, Table) or part.rows), _SOURCE)
+
+
+def finding(numerics: Numerics) -> str:
+    """Say which networks change the answer of fp32, and which one diverges most from it."""
+    there = [(row.name, row.distance) for row in numerics.rows if row.distance]
+    answer = f"{written(numerics.reference.text, token=True)} ({percent(numerics.reference.probability)})"
+    if not there:
+        return f"fp32 predicts {answer}. No other network was compared."
+    others = [
+        f"{name} predicts {written(distance.answer.text, token=True)}"
+        for name, distance in there
+        if distance.answer.id != numerics.reference.id
+    ]
+    sentence = f"fp32 predicts {answer}; {' and '.join(others) or 'so does each other network'}."
+    name, distance = max(there, key=lambda pair: pair[1].max_kl_bits)
+    if not distance.max_kl_bits:
+        return f"{sentence} All predictions are equal."
+    worst = written(numerics.tokens[distance.worst].text, token=True)
+    return f"{sentence} The largest divergence is that of {name}: {_bits(distance.max_kl_bits)} bits after {worst}."
 
 
 def _answer(name: str, answer: Candidate, reference: Candidate) -> tuple[Cell, ...]:

@@ -45,5 +45,7 @@ def _attention(session: Session, argument: str) -> Reply:
         if part.kind == "layer":
             gallery = heads(llama, ids, part.layer, progress)
             return paged(session, gallery.as_json(), attention_pages.heads(gallery))
-        one = head(llama, ids, part.layer, part.index, window_start(position, len(ids), MAP_POSITIONS), progress)
+        first = window_start(position, len(ids), MAP_POSITIONS)
+        answer = session.now.prediction.next if session.now else None
+        one = head(llama, ids, part.layer, part.index, first, progress, answer)
     return paged(session, one.as_json(), attention_pages.head(one, position))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.render.pages import attribution as pages
 from llama_scratch.render.text import SPACE
 from llama_scratch.repl.commands.arguments import candidates, one_token
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
+from llama_scratch.repl.growing import growing_view
 from llama_scratch.repl.session import Session
 
 # Commands import the microscope when they run: it imports torch, which would delay the prompt.
@@ -25,7 +27,7 @@ def _why(session: Session, argument: str) -> Reply:
 
     Direct logit attribution uses the file's weights in float32. Ablation and leave-one-out run the session's network.
     """
-    from llama_scratch.microscope.attribution import why
+    from llama_scratch.microscope.attribution import growing
 
     llama, ids = session.llama, session.ids
     first, *seconds = (part.strip() for part in re.split(r"\svs\s", f" {argument} ", maxsplit=1))
@@ -37,8 +39,9 @@ def _why(session: Session, argument: str) -> Reply:
             )
         first = argument  # the token "vs" itself
     answer, versus = (_token(session, part) if part else None for part in (first, second))
-    with session.screen.progress() as progress:
-        reasons = why(llama, ids, answer, versus, progress)
+    with growing_view(session) as (progress, show):
+        for reasons in growing(llama, ids, answer, versus, progress):
+            show(partial(pages.growing, reasons))
     return paged(session, reasons.as_json(), pages.page(reasons))
 
 

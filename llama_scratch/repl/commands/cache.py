@@ -5,6 +5,7 @@ from __future__ import annotations
 from llama_scratch.repl.commands.arguments import layer_number, layers
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
+from llama_scratch.results import merged
 
 # Commands import the microscope when they run: it imports torch, which would delay the prompt.
 
@@ -28,4 +29,4 @@ def _kv(session: Session, argument: str) -> Reply:
         whole = cache(llama, ids, progress)
     timing = session.state.snapshots[-1].prediction.timing
     facts = {"reused_tokens": timing.reused_tokens, "new_tokens": timing.prompt_tokens - timing.reused_tokens}
-    return paged(session, whole.as_json() | facts, pages.page(whole, timing))
+    return paged(session, merged(whole.as_json(), facts), pages.page(whole, timing))

@@ -13,6 +13,7 @@ from llama_scratch.render.pages import value_view as value_pages
 from llama_scratch.repl.commands.arguments import first_word, whole_number
 from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
 from llama_scratch.repl.session import Session
+from llama_scratch.results import merged
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
@@ -78,7 +79,7 @@ def _take(session: Session, argument: str) -> Reply:
     if word == "print":
         with session.screen.progress() as progress:
             value = execution.look(session.llama, walk, at, rest, progress)
-        return paged(session, {"stop": at, **value.as_json()}, value_pages.page(value, walk.stops[at]))
+        return paged(session, merged({"stop": at}, value.as_json()), value_pages.page(value, walk.stops[at]))
     if word == "to":
         walking.at = walk.to(whole_number(rest, "the layer", least=0))
     elif word:
@@ -86,8 +87,8 @@ def _take(session: Session, argument: str) -> Reply:
         step = {"next": walk.next, "into": walk.step_into, "out": walk.step_out, "back": walk.back}[word]
         walking.at = step(at, count)
     stop = walk.stops[walking.at]
-    facts = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins), **stop.as_json()}
-    return paged(session, facts, execution_pages.page(walk, walking.at, begins))
+    place = {"stop": walking.at, "stops": len(walk.stops), "begins_anew": bool(begins)}
+    return paged(session, merged(place, stop.as_json()), execution_pages.page(walk, walking.at, begins))
 
 
 def _current(session: Session) -> _Walking | None:

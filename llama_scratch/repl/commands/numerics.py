@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.precision import PRECISIONS
 from llama_scratch.repl.commands.registry import Reply, commands_under, paged
 from llama_scratch.repl.session import Session
+from llama_scratch.results import merged
 from llama_scratch.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,4 +43,4 @@ def _numerics(session: Session, argument: str) -> Reply:
     with session.screen.progress() as progress:
         comparison = numerics(llama, ids, open, argument.split() or USUAL, progress)
     without = {"without": session.state.labels} if session.state.labels else {}
-    return paged(session, comparison.as_json() | without, pages.page(comparison, session.state.labels))
+    return paged(session, merged(comparison.as_json(), without), pages.page(comparison, session.state.labels))

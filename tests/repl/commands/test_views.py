@@ -405,7 +405,7 @@ def test_a_plain_session_gets_the_plain_view(session: Session, line: str) -> Non
                 'in both, token " ", JSD 0.80, first "\\u001b[31m", second "東京の天気は"\n',
                 'only in the second, token "the end"\n',
                 'after the first " Paris", 22.3 %, after the second " Paris", 22.3 %\n',
-                "Jensen–Shannon divergence (JSD) at the end: 0.88 bits",
+                "diverge by 0.88 of at most 1 bit",
             ],
         ),
         (
@@ -431,7 +431,7 @@ def test_plain_views_say_everything(name: str, expected: list[str]) -> None:
         ("surprisal", [r"␣Paris\n\n", "Bits: under 1 · under 4 · under 8 · more", "5.0 %", "4.3"]),
         ("tree", ["├── 1 ␣Paris 22.3 %\n", "1.1.1.1.1.1 ␣Paris 22.3 % (22.3 %)\n", "10 ␣ <0.1 % end\n"]),
         ("choices", ["100.0 %", "per token", "████"]),
-        ("diff", ["3 tokens shared", "-  ", "+  東京", "+  the␣end", "same", "The top predictions first differ after"]),
+        ("diff", ["3 tokens shared", "-  ", "+  東京", "+  the␣end", "same", "predictions first differ after"]),
         ("compare", ["▸ 22.3 %", "no token", "Entropies: 3.50 and 3.50 bits."]),
         ("compare others", ["second: An-other-model-with-a-name-that-is-longer in int8"]),
     ],
@@ -450,7 +450,7 @@ def test_choices_are_sorted_best_first() -> None:
     page = choices_page.page(Choices(tuple(given)))
     for view in (to_terminal.view(page), to_plain.plain(page)):
         lines = shown(view, 80).splitlines()
-        rows = [line.removeprefix("choice").strip(' "')[:1] for line in lines if "30.0" in line]
+        rows = [line.removeprefix("choice").strip(' "')[:1] for line in lines if line.count("30.0") == 2]
         assert rows == ["a", "b", "c"]
 
 
