@@ -2,12 +2,12 @@
 
     make benchmark        (python -m benchmarks.compare [--directory FOLDER] [--engines NAME …] [--ik LLAMA_BENCH])
 
-Creates all model files once (about 14 GB). Then each engine is loaded in its own process, which measures on request
+The first run creates all model files (about 14 GB). Each engine is loaded in its own process, which measures on request
 and sleeps otherwise. Engines run with their default settings and the same number of threads. Every round measures each
-case on all engines, in varying order. If an engine is not installed or does not load, it is skipped, and the report
-says why.
+case on all engines, in varying order. If an engine is not installed or fails to load, it is skipped and the report has
+the reason.
 
-On a CPU with AVX-512 our precisions are also measured in processes that may only use AVX2.
+On a CPU with AVX-512, our precisions are also measured in processes limited to AVX2.
 --ik adds ik_llama.cpp: its llama-bench runs once per round and case.
 
 Writes benchmarks/results.json (every measurement) and benchmarks/results.md.
@@ -54,8 +54,8 @@ class Run:
     """Measures the engines and collects the content of results.json.
 
     Args:
-        plan: Sizes of the run.
-        cases: The cases by name.
+        plan: Sizes of the model and of the cases.
+        cases: Name → case.
         directory: Folder of the model files.
         threads: Threads per engine.
         llama_bench: Path of ik_llama.cpp's llama-bench, if it is measured.
@@ -86,7 +86,7 @@ class Run:
 
         Args:
             group: Number of the group.
-            entries: Its engines.
+            entries: The engines of the group.
             rounds: Number of rounds.
             long_rounds: Number of rounds that include the long case.
         """
@@ -97,14 +97,14 @@ class Run:
                 for name, case in self.cases.items():
                     for worker in order:
                         entry = worker.entry
-                        # The long case is measured in one group only.
+                        # The long case is measured in only one group.
                         long = entry.long and group == entry.groups[0] and round < long_rounds
                         if entry.model == case["model"] and (long or not case["long"]):
                             print(f"Group {group}, round {round + 1} of {rounds}: {name}, {entry.name}", flush=True)
                             self._sample(group, round, name, worker, workers)
                 self._edit(round, workers)
         except WorkerError as error:
-            # Keep the measurements, but stop: later rounds would lack an engine to compare with.
+            # Keep the measurements, but stop, because this engine would be missing in later rounds.
             self.left_out[f"The rest of group {group}"] = str(error)
             print(f"Group {group} stops here: {error}")
         finally:
@@ -112,7 +112,7 @@ class Run:
                 worker.close()
 
     def try_llama_bench(self, entry: Entry) -> None:
-        """Measure one token with llama-bench, to find errors before the long run."""
+        """Measure one token with llama-bench, to detect errors before the long run."""
         if self.llama_bench and find_spec(PACKAGE_OF[entry.kind]):
             path = model_file(self.directory, entry, self.plan)
             self.llama_bench_commit = LlamaBench(self.llama_bench, path, self.threads).version()
@@ -143,7 +143,7 @@ class Run:
             self.left_out[entry.name] = str(error)
             print(f"{entry.name} is not measured: {error}")
             return None
-        # If an engine is in several groups, its first load counts.
+        # If an engine is in several groups, record its first load.
         self.engines.setdefault(entry.name, {"model": entry.model, **worker.ready})
         if entry.model == "1B" and isinstance(worker, Worker):
             self._logits[entry.name] = worker.ask("logits", self._ids(32, seed=1))["logits"]
@@ -159,7 +159,7 @@ class Run:
         time.sleep(self.plan.settle_s)
         others = [other for other in workers if other is not worker]
         before, start = sum(other.cpu_s() for other in others), time.perf_counter()
-        # Different first tokens, so that no measurement is a prefix cache hit.
+        # The first token differs between runs, to avoid prefix cache hits.
         ids = self._ids(case["context"] + case["tokens"], seed=len(self.samples) + 10)
         times = worker.ask("run", ids, new=case["tokens"])
         others_cpu = (sum(other.cpu_s() for other in others) - before) / (time.perf_counter() - start)
@@ -196,7 +196,7 @@ class Run:
 
         Args:
             entries: The engines of the run, in the order of the report.
-            ik_commit: The commit of ik_llama.cpp. Default: the commit that its llama-bench reports.
+            ik_commit: The commit of ik_llama.cpp. None: the commit that its llama-bench reports.
             rounds: Number of rounds.
             long_rounds: Number of rounds that include the long case.
         """
@@ -235,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, built for this machine (default: skip it)"
     )
-    parser.add_argument("--ik-commit", metavar="COMMIT", help="its commit (default: the reported one)")
+    parser.add_argument(
+        "--ik-commit", metavar="COMMIT", help="commit of ik_llama.cpp (default: as reported by llama-bench)"
+    )
     parser.add_argument("--tiny", action="store_true", help="use a network of two layers, to test the benchmark")
     return parser
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.engines '{"kind": "ours", …}'
 
-Requests and replies are JSON Lines on standard input and output. The parent is benchmarks/compare.py. Heavy packages
-are imported only by the engine that needs them, so that its memory can be measured.
+Requests and replies are JSON Lines on standard input and output. The parent process is benchmarks/compare.py. Each
+engine imports only the packages that it needs, because the memory of its process is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Engine(Protocol):
     Attributes:
         weight_bytes: Weight bytes that are read per decoded token.
         prepare_s: Seconds of preparation after loading.
-        kernels: Instruction set of our kernels, or "" if the engine does not use them.
+        kernels: Instruction set of our kernels; "" if the engine does not use our kernels.
     """
 
     weight_bytes: int
@@ -73,7 +73,7 @@ class Ours:
             precision=setup["variant"],
             context=setup["context"],
             threads=setup["threads"],
-            calibration=__file__,  # for int4: a short text saves minutes and does not affect the speed
+            calibration=__file__,  # a short text saves minutes with int4 and does not affect the speed
         )
         start = time.perf_counter()
         self._llama.prepare()
@@ -92,7 +92,7 @@ class Ours:
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, with its default batch size and cache.
 
-    These are batches of 512 tokens and a 16-bit KV cache.
+    The defaults are batches of 512 tokens and a 16-bit KV cache.
     """
 
     prepare_s = 0.0
@@ -147,14 +147,14 @@ def quiet_llama_cpp() -> None:
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
 
 
-# Keeps the callbacks alive, because llama.cpp calls them until the process ends.
+# Prevents garbage collection of the callbacks, because llama.cpp calls them until the process ends.
 _log_callbacks: list[Any] = []
 
 
 def matrix_bytes(path: Path) -> int:
     """Bytes of a GGUF file's matrices that are read per decoded token.
 
-    The embedding counts only if it is also the output.
+    The embedding is included only if it is also the output projection.
     """
     from llama_scratch.checkpoint.gguf.header import read_header
 
@@ -187,7 +187,7 @@ class CTranslate2:
             return False
 
         start = time.perf_counter()
-        # The first new token counts as prefill, because prefill computes its logits in the other engines too.
+        # The time of the first new token is part of prefill, because in all engines prefill computes its logits.
         self._generator.generate_batch(
             [prompt],
             max_length=new + 1,
@@ -264,7 +264,15 @@ def resident() -> dict[str, int]:
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Run one measurement."""
+    """Run one measurement.
+
+    Args:
+        engine: The engine.
+        request: The request, see `Worker.ask`.
+
+    Returns:
+        The reply.
+    """
     ids: list[int] = request["ids"]
     match request["do"]:
         case "run":
@@ -292,7 +300,7 @@ def main() -> None:
         engine: Engine = KINDS[setup["kind"]](setup)
         load_s = time.perf_counter() - start - engine.prepare_s
         engine.run([1, 2, 3], 1)  # warm-up: includes the time and memory of a first call
-    except Exception as error:  # noqa: BLE001 - the parent leaves this engine out and says why
+    except Exception as error:  # noqa: BLE001 - the parent skips this engine and reports the reason
         replies.write(json.dumps({"error": str(error) or type(error).__name__}) + "\n")
         return
     ready = {

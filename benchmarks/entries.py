@@ -23,29 +23,29 @@ CHECKPOINT = "Llama3.2-1B"
 PACKAGE_OF = {
     "ours": "llama_scratch",
     "llama.cpp": "llama_cpp",
-    "ik_llama.cpp": "llama_cpp",  # writes its model files
+    "ik_llama.cpp": "llama_cpp",  # llama-cpp-python writes its model files
     "ctranslate2": "ctranslate2",
     "transformers": "transformers",
 }
-# OpenMP threads go to sleep within this time after their last work, with default settings.
+# With default settings, idle OpenMP threads go to sleep within this time.
 SETTLE_S = 0.3
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One engine of the run.
+    """An engine with a model.
 
     Args:
-        name: Its name in the report.
-        kind: The program that runs it, a key of `PACKAGE_OF`.
+        name: Name in the report.
+        kind: The program, a key of `PACKAGE_OF`.
         variant: The precision, or the type of the weights.
-        file: The model's file in the folder of models.
-        groups: Its groups. Engines of one group are loaded at the same time. Each engine is measured for its first
-            group; in other groups it serves for comparison.
-        model: The model that it runs.
+        file: File name of the model.
+        groups: Groups that include the engine. All engines of a group are loaded at the same time. In groups
+            after the first one, the engine is measured only for comparison.
+        model: Name of the model.
         flash: Whether flash attention is on.
         long: Whether the long case is measured too.
-        avx2: Whether the process may only use AVX2.
+        avx2: Whether the process is limited to AVX2.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Entry:
     avx2: bool = False
 
 
-# Groups of the 8-bit and 4-bit peers. Panels for AVX2 are separate files, which need memory too.
+# Groups with the 8-bit and 4-bit peers. Our panels for AVX2 are in separate files, so they need additional memory.
 PEER_GROUPS = (1, 4)
 
 ENTRIES = (
@@ -79,7 +79,7 @@ ENTRIES = (
     Entry("ik_llama.cpp Q8_0", "ik_llama.cpp", "Q8_0", "1B-Q8_0.gguf", PEER_GROUPS),
     Entry("ik_llama.cpp Q4_K_M", "ik_llama.cpp", "Q4_K_M", "1B-Q4_K_M.gguf", PEER_GROUPS),
     Entry("CTranslate2 int8", "ctranslate2", "int8", "ctranslate2-int8", groups=(2,)),
-    # Engines that need the most memory run only with the reference.
+    # The engines that need the most memory run in a group with only the reference.
     Entry("ours fp16", "ours", "fp16", CHECKPOINT, groups=(2,)),
     Entry(GROUND_TRUTH, "ours", "fp32", CHECKPOINT, groups=(2,)),
     Entry("transformers bf16", "transformers", "bf16", "hf", groups=(2,)),
@@ -95,14 +95,14 @@ ENTRIES = (
 
 
 def selected(names: Sequence[str], left_out: Sequence[str] = ()) -> list[Entry]:
-    """Choose the entries of a run.
+    """Select the entries of a run.
 
     Args:
         names: Name prefixes; all entries if empty.
         left_out: Full names of entries to skip.
 
     Returns:
-        The entries. AVX2 entries are included only if the CPU has more than AVX2.
+        The entries. Those limited to AVX2 are included only if our kernels can use more than AVX2 on this CPU.
     """
     twice = has_more_than_avx2(features())
     entries = [entry for entry in ENTRIES if (twice or not entry.avx2) and entry.name not in left_out]
@@ -157,11 +157,11 @@ TINY = Plan(
 
 
 def model_file(directory: Path, entry: Entry, plan: Plan) -> Path:
-    """The path of an entry's model, which is created if it does not exist.
+    """Return the path of an entry's model. Create the model if it does not exist.
 
     Args:
         directory: Folder of the model files.
-        entry: The engine.
+        entry: The entry.
         plan: Sizes of the model.
     """
     if entry.model == "SmolLM2":

@@ -25,7 +25,15 @@ from llama_scratch.system.progress import silent
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
-    """Create `path` with `make` if it does not exist (atomically), and return it."""
+    """Create a file or directory atomically, unless it exists.
+
+    Args:
+        path: The path.
+        make: Writes to the path that it is given.
+
+    Returns:
+        `path`.
+    """
     if not path.exists():
         unfinished = path.with_name(f"unfinished-{path.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -37,7 +45,12 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def matrices_in(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Load weights with all matrices in one dtype; a tied output stays tied."""
+    """Load the weights with all matrices in one dtype. A tied output stays tied.
+
+    Args:
+        checkpoint: The model.
+        dtype: Dtype of the matrices.
+    """
     made: dict[int, Tensor] = {}
 
     def converted(weight: Weight) -> Tensor:
@@ -50,7 +63,7 @@ def matrices_in(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]
 
 # --- Meta -------------------------------------------------------------------------------------
 
-# Axis along which each matrix is split. The embedding is split by columns, as in Meta's published shards.
+# Matrix → the axis along which it is split. The embedding is split by columns, as in Meta's published shards.
 _AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
 
 
@@ -96,7 +109,8 @@ def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) 
         source: The file.
         target: The quantized file.
         kind: llama.cpp's name of the type, such as Q8_0 or Q4_K_M.
-        pure: Whether to use the same type for all matrices, including the output, if their rows fit its blocks.
+        pure: Whether all matrices, including the output, get this type. A matrix whose rows are not a multiple of the
+            block size still gets another type.
     """
     import llama_cpp
 
@@ -106,20 +120,25 @@ def quantize_gguf(source: Path, target: Path, kind: str, *, pure: bool = False) 
     params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quiet_llama_cpp()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
-        raise SystemExit(f"llama.cpp could not quantize {source} to {kind}; see its message above.")
+        raise SystemExit(f"llama.cpp could not quantize {source} to {kind}. See its message above.")
 
 
 # --- Hugging Face and CTranslate2 -------------------------------------------------------------
 
 
 def make_huggingface(source: Path, target: Path) -> None:
-    """Write a model as a Hugging Face directory in bfloat16."""
+    """Write a model as a Hugging Face directory in bfloat16.
+
+    Args:
+        source: The model.
+        target: The new directory.
+    """
     checkpoint = open_checkpoint(source)
     write_huggingface.write_huggingface(checkpoint, matrices_in(checkpoint, torch.bfloat16), target, silent)
 
 
 class _IdsAsTokens:
-    """A tokenizer for CTranslate2's converter, with each id as its text."""
+    """A tokenizer for CTranslate2's converter. The text of each token is its id."""
 
     def __init__(self, n_vocab: int):
         self.n_vocab = n_vocab
@@ -132,7 +151,7 @@ class _IdsAsTokens:
 def make_ctranslate2(huggingface: Path, target: Path, quantization: str = "int8") -> None:
     """Convert a Hugging Face directory to CTranslate2's format.
 
-    The tokens are the ids as text.
+    The text of each token is its id.
 
     Args:
         huggingface: The directory.

@@ -6,8 +6,8 @@
 - Every supported type of GGUF tensors: SmolLM2, quantized by llama.cpp.
 - Token ids of 10,000 random texts (drawn by hypothesis) and of a corpus of code and many scripts, for two vocabularies.
 
-llama.cpp uses a float32 KV cache here, but rounds activations to the dtype of the weights. Therefore only float32
-files can be compared closely. Writes formats.json and results.md.
+llama.cpp uses a float32 KV cache here, but rounds activations to the dtype of the weights. Therefore the logits are
+close only for float32 files. Writes formats.json and results.md.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def quantized(folder: Path) -> list[dict[str, Any]]:
 def against_llama_cpp(path: Path, content: str) -> dict[str, Any]:
     """Compare our fp32 with llama.cpp on one GGUF file.
 
-    Compares the token ids of each line and the logits of the first positions.
+    Compares the token ids of each line of text, and the logits at the first positions.
+
+    Args:
+        path: The file.
+        content: The text.
     """
     import llama_cpp
 
@@ -153,10 +157,8 @@ def drawn_texts() -> list[str]:
 def unequal_texts(theirs: Any, ours: Llama, texts: Sequence[str]) -> list[str]:
     """Return the texts with different token ids.
 
-    Names of special tokens are plain text for both.
-
-    If a vocabulary lacks a byte (SmolLM2's lacks 21), ours emits the unknown token, like `tokenizers`, and llama.cpp
-    skips the byte; this difference is ignored.
+    Both treat names of special tokens as plain text. One difference is ignored: if a vocabulary lacks a byte (SmolLM2's
+    lacks 21), ours emits the unknown token, like `tokenizers`, and llama.cpp skips the byte.
 
     Args:
         theirs: llama.cpp's model.

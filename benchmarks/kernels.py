@@ -2,9 +2,10 @@
 
     python -m benchmarks.kernels [--rounds 5] [--record]
 
-One thread multiplies by random weights. For one row of activations, the weights exceed the CPU caches. The
-instruction sets alternate, and each figure is the median of the rounds. Exit code 1 if int8 or int4 results, which are
-integer sums, are not bitwise equal between instruction sets.
+One thread multiplies activations by random weights. For one row of activations, the weights are larger than the CPU
+caches. The instruction sets alternate, and each figure is the median of the rounds. int8 and int4 results are integer
+sums, so they must be bitwise equal for all instruction sets; otherwise the exit code is 1.
+
 --record writes benchmarks/kernels.json and renders benchmarks/results.md.
 """
 
@@ -45,9 +46,9 @@ class Case:
     Args:
         kind: Format of the weights, one of `KINDS`.
         rows: Number of rows of activations.
-        out: Number of rows of the weight.
-        inputs: Number of columns of the weight.
-        copies: Number of weights, which are multiplied one after the other.
+        out: Number of rows of a weight.
+        inputs: Number of columns of a weight.
+        copies: Number of different weights of this shape, multiplied in turn to exceed the caches.
     """
 
     kind: str
@@ -66,7 +67,12 @@ CASES = [Case(kind, *shape) for kind in KINDS for shape in ((1, 8192, 2048, 16),
 
 
 def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Create a random weight: its rows, or the values and scales of its panels."""
+    """Create a random weight: its rows, or the values and scales of its panels.
+
+    Args:
+        case: The format and shape of the weight.
+        generator: The random generator.
+    """
     if bits := PANELS.get(case.kind):
         values, scales = panel_shapes((case.out, case.inputs), bits)
         return (
@@ -125,7 +131,7 @@ def measure(products: Sequence[Product], case: Case, rounds: int) -> tuple[int, 
         rounds: Number of rounds.
 
     Returns:
-        Bytes of one weight, and the seconds per product and the result for each set.
+        Bytes of one weight; seconds per product for each set; the result for each set.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.rows, case.inputs, generator=generator)
@@ -163,7 +169,7 @@ def measure_all(cases: Sequence[Case], folder: Path, rounds: int) -> dict[str, A
     products: dict[str, Product] = {}
     for name, flags in sets.items():
         product = Product(folder, name, flags)
-        products.setdefault(product.name, product)  # if the CPU has only AVX2, native is AVX2 too
+        products.setdefault(product.name, product)  # on a CPU with only AVX2, the native build is named AVX2 too
     measured, same = [], True
     for case in cases:
         weight_bytes, seconds, results = measure(list(products.values()), case, rounds)

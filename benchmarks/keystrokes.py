@@ -2,8 +2,8 @@
 
     python -m benchmarks.keystrokes [--model NAME] [--sessions 5] [--record]
 
-Types one key every 60 ms on a pseudo-terminal with 200 columns, and measures the time from the key to the movement of
-the cursor. The default model is smollm2. --record writes benchmarks/keystrokes.json and renders
+Types one key every 60 ms on a pseudo-terminal with 200 columns, and measures the time from sending a key until the
+cursor moves. The default model is smollm2. --record writes benchmarks/keystrokes.json and renders
 benchmarks/results.md.
 """
 
@@ -53,7 +53,7 @@ def type_text(terminal: Terminal, text: str, stop: str | None = None) -> list[fl
 
 
 def session(model: str) -> dict[str, list[float]]:
-    """Key latencies of one session, during loading and with live prediction."""
+    """Measure key latencies of one session, during loading and with live prediction."""
     with Terminal("--model", model, columns=200) as terminal:
         until(terminal, lambda text: "> " in text)
         loading = type_text(terminal, 4 * TEXTS[0], stop=LOADED)
@@ -71,7 +71,15 @@ def session(model: str) -> dict[str, list[float]]:
 
 
 def measure(model: str, sessions: int) -> dict[str, dict[str, float]]:
-    """Number of keys, and median, 95th percentile and maximum latency of each phase."""
+    """Measure the key latencies of several sessions.
+
+    Args:
+        model: Name of the model.
+        sessions: Number of sessions.
+
+    Returns:
+        Phase → number of keys, and median, 95th percentile and maximum latency in seconds.
+    """
     lags: dict[str, list[float]] = {"loading": [], "live": []}
     for _ in range(sessions):
         for phase, found in session(model).items():

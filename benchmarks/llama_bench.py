@@ -1,6 +1,6 @@
 """Measure ik_llama.cpp by running its `llama-bench`, one process per measurement.
 
-The program loads the model each time; its figures exclude loading.
+The program loads the model each time. Its figures do not include loading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# Repetitions per measurement; the last one counts. The first also includes the page faults of new buffers.
+# Repetitions per measurement. The last one is used, because the first includes page faults of new buffers.
 REPETITIONS = 2
 PATIENCE_S = 900  # for one measurement, including loading
 _HINT = "Build the target llama-bench of ik_llama.cpp, and pass its path with --ik."
@@ -32,7 +32,7 @@ def check_program(program: Path) -> None:
 class LlamaBench:
     """ik_llama.cpp's `llama-bench` on one GGUF file.
 
-    Weights are repacked at load (`-rtr 1`). Everything else is the program's default.
+    Weights are repacked at load time (`-rtr 1`). All other settings are the program's defaults.
 
     Args:
         program: The path of llama-bench.
@@ -84,7 +84,7 @@ class LlamaBench:
             raise LlamaBenchError(f"{name} failed with exit code {done.returncode}: {said}. {_HINT}")
         figures = _figures(done.stdout)
         if figures is None:
-            raise LlamaBenchError(f"{name} printed no figures in JSON. {_HINT}")
+            raise LlamaBenchError(f"{name} did not print figures in JSON. {_HINT}")
         return figures
 
 

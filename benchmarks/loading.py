@@ -2,8 +2,8 @@
 
     python -m benchmarks.loading [--tiny] [--rounds 3] [--precisions NAME …] [--directory DIR] [--output DIR]
 
-A random model with the shape of Llama 3.2 1B is written in all formats (20 GB of disk in DIR). Each load runs in a new
-process, and the formats alternate. Figures are medians, and therefore with a warm page cache. Writes loading.json and
+A random model with the dimensions of Llama 3.2 1B is written in all formats (20 GB of disk space in DIR). Each load
+runs in a new process, and the formats alternate. Figures are medians with a warm page cache. Writes loading.json and
 results.md.
 """
 
@@ -37,7 +37,7 @@ Make = Callable[[Path], None]
 
 
 def forms(directory: Path, params: dict[str, Any], peers: bool) -> dict[str, Path]:
-    """Create the files of the model that do not exist yet.
+    """Write the model in all formats, unless the files exist.
 
     Args:
         directory: Folder of the files.
@@ -69,8 +69,8 @@ def measured(path: Path, precision: str) -> dict[str, float]:
         precision: The precision.
 
     Returns:
-        Seconds until loaded, answered and prepared; the peak private memory so far at each of these moments; and at
-        the end the private memory and the mapped file pages, in bytes.
+        Seconds until the model is loaded, has answered and is prepared. Peak private memory until each of these
+        moments, in bytes. Private memory and mapped file pages at the end, in bytes.
     """
     from llama_scratch import Llama
 

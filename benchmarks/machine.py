@@ -17,7 +17,7 @@ FEATURES = (
     *("amx_bf16", "amx_int8"),
     *("asimddp", "asimdhp", "i8mm", "bf16", "sve"),
 )
-# Limits our kernels and torch's libraries to AVX2, as `make instruction-sets` does.
+# Environment variables that limit our kernels and torch's libraries to AVX2, as in `make instruction-sets`.
 ONLY_AVX2 = {
     "LLAMA_SCRATCH_KERNELS": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -27,7 +27,7 @@ ONLY_AVX2 = {
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """Describe this machine for a recorded file. Compiles our kernels if necessary.
+    """Describe this machine for a .json file. Compiles our kernels if necessary.
 
     Args:
         threads: Number of threads of the measurement. Default: torch's.
@@ -58,7 +58,7 @@ def kernel_instructions() -> str:
 
 
 def has_more_than_avx2(features: list[str]) -> bool:
-    """Whether our kernels can use more than AVX2, so that AVX2 is measured separately."""
+    """Whether our kernels can use more than AVX2. If so, AVX2 is measured separately."""
     return "avx2" in features and "avx512f" in features
 
 

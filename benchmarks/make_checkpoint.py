@@ -1,9 +1,9 @@
-"""Write a Meta directory with the shape of Llama 3.2 1B and random weights.
+"""Write a random model with the dimensions of Llama 3.2 1B in Meta's format.
 
     python -m benchmarks.make_checkpoint DIRECTORY [--n-layers N]
 
 The weights are bf16 with a tied output, 2.47 GB, as in Meta's file. The tokenizer is Meta's, from the llama-models
-package (`pip install '.[test]'`). Answers are random; sizes and speed are those of the real model.
+package (`pip install '.[test]'`). Sizes and speed are the same as for the real model, but the answers are random.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ LLAMA_3_2_1B: dict[str, Any] = {
 
 
 def make_checkpoint(directory: Path, params: dict[str, Any] = LLAMA_3_2_1B) -> None:
-    """Write params.json, tokenizer.model and consolidated.00.pth to a directory."""
+    """Write params.json, tokenizer.model and consolidated.00.pth to a directory.
+
+    Args:
+        directory: The directory.
+        params: Content of params.json.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(params)
     args = parse_params(text)

@@ -2,9 +2,12 @@
 
     python -m benchmarks.microscope [--model-dir DIR …] [--runs 5] [--tokens 64] [--json] [--record]
 
-For each model (default: smollm2): median times of /lens on 64 tokens and /why on 16 tokens, each run with a different
-text; then of decoding one token, alternately in a network that never had hooks and in the one from which they were
-removed. --record writes benchmarks/microscope.json and renders benchmarks/results.md.
+Measures for each model (default: smollm2), as medians:
+
+- /lens on 64 tokens and /why on 16 tokens, each run with a different text,
+- decoding one token, alternately with a network that never had hooks and a network whose hooks were removed.
+
+--record writes benchmarks/microscope.json and renders benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -43,13 +46,18 @@ def opened(source: str) -> Llama:
 
 
 def timed(look: Callable[[Sequence[int]], object], texts: Sequence[Sequence[int]]) -> float:
-    """Median time of a view over some texts; the first text is a warm-up."""
+    """Median time of a view in seconds. The first text is a warm-up.
+
+    Args:
+        look: Computes the view of a text.
+        texts: Token ids of the texts.
+    """
     times = [seconds(lambda ids=ids: look(ids)) for ids in texts]  # type: ignore[misc]
     return median(times[1:])
 
 
 def decode(llamas: Sequence[Llama], ids: Sequence[int], tokens: int) -> list[list[float]]:
-    """Measure decoding in several models alternately, in varying order.
+    """Measure decoding with several models alternately, in varying order.
 
     Args:
         llamas: The models.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peak_memory MODEL_DIRECTORY
 
-Runs the program as a child process and prints the kernel's figure and the size of the weights.
+Runs the program as a child process. Prints the peak memory that the kernel reports, and the size of the weights.
 """
 
 from __future__ import annotations

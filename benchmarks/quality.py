@@ -3,12 +3,12 @@
     make quality        (python -m benchmarks.quality, and again with --rotate)
 
 The weights are SmolLM2's, dequantized to float32. The text is the language reference that comes with Python
-(`pydoc_data.topics`), in windows of 1,024 tokens, each read from an empty context. The reference is our fp32. For each
-token the benchmark measures the Kullback-Leibler divergence from the reference in nats, whether the most likely token
-is the same, and the perplexity of the next token.
+(`pydoc_data.topics`), in windows of 1,024 tokens, each with an empty cache. The reference is our fp32. For each token
+the benchmark measures the Kullback-Leibler divergence from the reference in nats, whether the most likely token is the
+same, and the surprisal of the next token, whose mean gives the perplexity.
 
---rotate uses the same network with rotated weights, see `rotate`. SmolLM2's own weights are on a 4-bit grid, which a
-4-bit format may match by chance; rotated weights are not.
+--rotate uses the same network with rotated weights (see `rotate`). SmolLM2's weights are on a 4-bit grid, which a 4-bit
+format may represent exactly by chance. Rotated weights are not on a grid.
 
 Writes benchmarks/quality.json, or quality_rotated.json, and the section in benchmarks/results.md.
 """
@@ -50,7 +50,7 @@ from llama_scratch.system.progress import silent
 _PRECISIONS = ("fp16", "bf16", "int8"), ("int8", "int4")
 _PEERS = ("F32", "BF16", "Q8_0"), ("Q8_0", "Q4_0", "Q4_1")
 _TOKENS = 20_480, 51_200
-# Rows compared at once: in float64 a row of SmolLM2's logits takes 0.4 MB.
+# Number of rows to compare at a time. In float64, a row of SmolLM2's logits takes 0.4 MB.
 ROWS = 128
 
 Logits = Callable[[Sequence[int]], Tensor]
@@ -61,7 +61,7 @@ Logits = Callable[[Sequence[int]], Tensor]
 class Engine:
     """Logits function of an engine, and average bits per weight.
 
-    The bits are those of the linear layers, including scales.
+    The average is over the linear layers and includes scales.
     """
 
     logits: Logits
@@ -114,9 +114,9 @@ class Distance:
 
 
 def text() -> str:
-    """About 465,000 characters of English prose with some code.
+    """Return about 465,000 characters of English prose with some code.
 
-    The text is fixed for each Python version.
+    The text depends only on the Python version.
     """
     from pydoc_data.topics import topics
 
@@ -138,7 +138,7 @@ def windows(ids: Sequence[int], size: int, tokens: int) -> list[Sequence[int]]:
 def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[int]]) -> dict[str, Distance]:
     """Compare engines with a reference, text by text.
 
-    Only two tensors of logits are in memory at a time.
+    At most two tensors of logits are in memory at a time.
 
     Args:
         reference: The reference.
@@ -156,14 +156,24 @@ def compare(reference: Logits, others: dict[str, Logits], texts: list[Sequence[i
 
 
 def ours(model: Path, precision: str) -> Engine:
-    """Load a model in one of our precisions, with its weights packed."""
+    """Load a model in one of our precisions, with packed weights.
+
+    Args:
+        model: The model.
+        precision: The precision.
+    """
     llama = Llama.load(model, precision=precision)
     llama.prepare()
     return Engine(llama.logits, 8 * llama.weight_bytes / llama.args.linear_parameters())
 
 
 def peer(path: Path, context: int) -> Engine:
-    """Load a GGUF file in llama.cpp. It gets token ids, so tokenizers do not matter."""
+    """Load a GGUF file in llama.cpp. Its tokenizer is not used.
+
+    Args:
+        path: The file.
+        context: Size of the context in tokens.
+    """
     import llama_cpp
 
     quiet_llama_cpp()
@@ -227,7 +237,7 @@ def measure(
 
 
 def quantized(model: Path, directory: Path, kind: str, *, pure: bool = False) -> Path:
-    """Create llama.cpp's file of a model in one of its types, if it does not exist.
+    """Quantize a model with llama.cpp, unless the file exists.
 
     Args:
         model: The model.
@@ -248,7 +258,7 @@ def quantized(model: Path, directory: Path, kind: str, *, pure: bool = False) ->
 
 # --- Errors of w2 -----------------------------------------------------------------------------
 
-# Types with blocks of 256 weights, which fit SmolLM2's rows of 1,536 weights but not its rows of 576.
+# Types with blocks of 256 weights. SmolLM2's rows of 1,536 weights are a multiple of that, its rows of 576 are not.
 K_TYPES = ("Q4_K_S", "Q6_K")
 
 
@@ -295,13 +305,13 @@ def w2_errors(
 
 
 def _w2(llama: Llama, names: Sequence[str]) -> dict[str, Tensor]:
-    """Effective weights of layers in any format: their outputs for unit vectors."""
+    """Weights of layers as they act in any format: the outputs for unit vectors."""
     units = torch.eye(llama.args.ffn_dim)
     return {name: llama.engine.model.get_submodule(name)(units).T for name in names}
 
 
 def _share(exact: Tensor, coded: Tensor, H: Tensor) -> float:
-    """E[((w − ŵ)·x)²] ÷ E[(w·x)²] over all rows w, with H = E[x xᵀ]."""
+    """Relative error E[((w − ŵ)·x)²] ÷ E[(w·x)²] over all rows w, with H = E[x xᵀ]."""
     e = exact - coded
     return float(((e @ H) * e).sum() / ((exact @ H) * exact).sum())
 
@@ -311,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="name or path of a model (default: smollm2)")
     parser.add_argument(
-        "--rotate", action="store_true", help="rotate the residual stream, so that weights are off every grid"
+        "--rotate",
+        action="store_true",
+        help="rotate the residual stream, so that the weights are not on a quantization grid",
     )
     parser.add_argument("--tokens", type=int, help="tokens of text (default: 20,480; with --rotate 51,200)")
     parser.add_argument("--window", type=int, default=1024, help="tokens per window (default: 1,024)")
@@ -323,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precisions = options.precisions if options.precisions is not None else _PRECISIONS[options.rotate]
     peers = options.peers if options.peers is not None else _PEERS[options.rotate]
     if peers and importlib.util.find_spec("llama_cpp") is None:
-        print("llama.cpp is not measured, because llama-cpp-python is not installed; 'make quality' installs it.")
+        print("llama.cpp is not measured, because llama-cpp-python is not installed. 'make quality' installs it.")
         peers = []
     model = find_model(options.model)
     if options.rotate:

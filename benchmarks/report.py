@@ -1,6 +1,6 @@
 """Render results.md from the recorded .json files, one section per benchmark.
 
-`render` is a pure function, so a test can check that the files in the repository are consistent.
+`render` is a pure function. A test uses it to check that results.md matches the .json files in the repository.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.sections import (
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("llama-scratch", "torch", "llama-cpp-python", "ctranslate2", "transformers", "gguf")
-# Name of each recorded file and the function that renders it, in the order of the report.
+# Name of each .json file and the function that renders it, in the order of the report.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results": speed.section,
     "kernels": kernels.section,
@@ -56,7 +56,7 @@ def render(recorded: Mapping[str, dict[str, Any]]) -> str:
     """Render results.md.
 
     Args:
-        recorded: Contents of the recorded files by name, see `SECTIONS`. Missing files have no section.
+        recorded: Name of a .json file, see `SECTIONS` → its content. Sections of missing files are left out.
     """
     blocks = [
         "# Benchmark results",
@@ -71,11 +71,11 @@ def render(recorded: Mapping[str, dict[str, Any]]) -> str:
 
 
 def read_recorded(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the recorded files of a folder."""
+    """Read the .json files of a folder."""
     paths = {name: folder / f"{name}.json" for name in SECTIONS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
 def write_report(folder: Path) -> None:
-    """Write results.md from the recorded files in the same folder."""
+    """Write results.md from the .json files in the same folder."""
     (folder / "results.md").write_text(render(read_recorded(folder)))

@@ -1,13 +1,13 @@
 """Rotate a network's residual stream: different weights, same answers.
 
-SmolLM2's file has 4-bit weights. A format with the same quantization steps would represent them exactly and look better
-than it is. A rotation R, folded into the weights, moves them off every format's grid:
+SmolLM2's file has 4-bit weights. A format with the same quantization steps would represent them exactly, so it would
+look more accurate than it is. A rotation R, folded into the weights, moves them off the quantization grid:
 
     x → x R        weights that write to the stream rotate it: the embedding E → E R, wo and w2 → Rᵀ W
     W → W R        weights that read from the stream rotate back: wq, wk, wv, w1, w3, output
 
-A norm divides by the root mean square, which R does not change. Its weights do not commute with R, so they are first
-folded into the weights that read its output.
+A norm divides by the root mean square, which R does not change. The weights of a norm do not commute with R, so they
+are first folded into the matrices that read the norm's output.
 Source: Ashkboos et al. 2024, arXiv:2401.15024 (SliceGPT), arXiv:2404.00456 (QuaRot).
 """
 
@@ -26,7 +26,7 @@ from llama_scratch.config import EMBEDDING, OUTPUT
 from llama_scratch.precision.lazy_weight import Weight, as_tensor
 from llama_scratch.system.progress import silent
 
-# Each norm of a block, and the weights that read its output.
+# Norm of a block → the matrices that read its output.
 _READERS = {
     "attention_norm": ("attention.wq", "attention.wk", "attention.wv"),
     "ffn_norm": ("feed_forward.w1", "feed_forward.w3"),
@@ -37,9 +37,9 @@ _PROBE = "The language reference says what a name is bound to, and where.\n" * 8
 
 
 def rotated(weights: Mapping[str, Weight], layers: int, seed: int = 0) -> dict[str, Tensor]:
-    """Compute the rotated weights in float64 and return them in float32.
+    """Rotate the weights in float64 and return them in float32.
 
-    A tied output becomes a separate weight.
+    A tied output becomes a separate matrix.
 
     Args:
         weights: The weights of the network.

@@ -2,10 +2,12 @@
 
     python -m benchmarks.speculation [--model NAME] [--precisions int8,int4] [--tokens 192] [--rounds 5] [--record]
 
-For each precision: repetitive texts; other texts, sampled with a temperature to avoid loops; and many prompts, greedy.
-Each text is generated alternately both ways, with packed weights. A ratio compares the seconds from the first to the
-last token within one round; the report has the median. Every id and every bit of its log probability is compared. Exit
-code 1 if one differs. --record adds the figures to benchmarks/speculation.json, next to other precisions and texts.
+Each precision is measured on three kinds of texts: repetitive texts, other texts (sampled with a temperature to avoid
+loops), and many prompts (greedy decoding). Each text is generated alternately with and without prompt lookup, with
+packed weights. A ratio compares the seconds from the first to the last token within one round, and the report has the
+median ratio. The ids and all bits of the log probabilities must be equal; otherwise the exit code is 1.
+
+--record adds the figures to benchmarks/speculation.json and keeps those of other precisions and texts.
 """
 
 from __future__ import annotations
@@ -99,12 +101,12 @@ def generated(llama: Llama, text: Text, tokens: int, speculate: bool) -> tuple[l
 
 
 def bits(steps: list[Step]) -> list[tuple[int, str]]:
-    """Id and exact log probability of each step, for comparison."""
+    """Return the id and the exact log probability of each step, for comparison."""
     return [(step.id, step.logprob.hex()) for step in steps]
 
 
 def measure(llama: Llama, texts: list[Text], tokens: int, rounds: int) -> dict[str, Any]:
-    """Measure both ways alternately.
+    """Measure decoding alternately with and without prompt lookup.
 
     Args:
         llama: The model.
@@ -144,7 +146,9 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--precisions", default="int8,int4")
     parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per text; the many prompts have one round")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds per text, except for the many prompts, which have one round"
+    )
     parser.add_argument("--kinds", default=",".join(TEXTS))
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [--model-dir DIR] [--runs 7] [--json] [--record]
 
-Figures are medians over the runs with a warm page cache, on a pseudo-terminal that is read without delay. The default
-model is the one that `llama-scratch` finds. --record writes benchmarks/startup.json and renders
+Figures are medians over the runs, with a warm page cache and a pseudo-terminal that is read without delay. The default
+model is the default of `llama-scratch`. --record writes benchmarks/startup.json and renders
 benchmarks/results.md.
 """
 
@@ -63,7 +63,7 @@ def compiling() -> float:
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Use an empty cache folder for programs that are started inside the context."""
+    """Use an empty cache folder for the programs that are started in the context."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         yield
 
@@ -84,7 +84,12 @@ def first_line(*command: str) -> float:
 
 
 def until(terminal: Terminal, seen: Callable[[str], bool]) -> float:
-    """Seconds until the screen satisfies a condition."""
+    """Measure the seconds until the screen meets a condition.
+
+    Args:
+        terminal: The terminal.
+        seen: The condition, for the text on the screen.
+    """
 
     def read() -> None:
         while not seen(terminal.text):
@@ -95,7 +100,12 @@ def until(terminal: Terminal, seen: Callable[[str], bool]) -> float:
 
 
 def shows(typed: str, text: str) -> bool:
-    """Whether a screen shows the typed text, ignoring line breaks."""
+    """Whether a screen shows a typed text, ignoring line breaks.
+
+    Args:
+        typed: The typed text.
+        text: The text on the screen.
+    """
     return typed in text.replace("\n", "")
 
 

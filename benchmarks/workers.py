@@ -1,4 +1,4 @@
-"""Worker processes for the engines, to separate their memory and threads."""
+"""Worker processes of the engines. Each engine has its own memory and threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.report import FOLDER
 
 
 class WorkerError(Exception):
-    """An engine cannot be measured. The message says why."""
+    """An engine cannot be measured. The message is the reason."""
 
 
 class Worker:
@@ -71,7 +71,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"the process of {self.entry.name} ended with exit code {code}; see {self._log.name}")
+            raise WorkerError(f"the process of {self.entry.name} ended with exit code {code} (see {self._log.name})")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             self.close()
@@ -92,7 +92,7 @@ class Worker:
 
 
 class LlamaBenchWorker:
-    """ik_llama.cpp as a `Worker`, without a process between measurements."""
+    """ik_llama.cpp with the interface of `Worker`. Runs a new process per measurement."""
 
     def __init__(self, entry: Entry, program: Path, model: Path, threads: int):
         self.entry = entry
@@ -109,7 +109,7 @@ class LlamaBenchWorker:
     def ask(self, do: str, ids: list[int], *, new: int) -> dict[str, Any]:
         """Run a case.
 
-        llama-bench uses its own token ids and measures either prefill or decode.
+        llama-bench uses its own token ids, and measures either prefill or decode.
 
         Args:
             do: Must be "run".
@@ -125,7 +125,7 @@ class LlamaBenchWorker:
             raise WorkerError(str(error)) from None
 
     def cpu_s(self) -> float:
-        """CPU time between measurements, which is 0."""
+        """CPU time between measurements: always 0, because there is no process then."""
         return 0.0
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Make the pictures of README.md and docs/.
+"""Create the pictures of README.md and docs/.
 
     make images        (python -m docs.make_images [NAME …])
 
-Most are screens of real sessions: the program runs with SmolLM2 on a pseudo-terminal, whose cells are drawn one by one.
-The picture of the architecture takes its numbers from the `ModelArgs` of Llama 3.2 1B's params.json.
+Most pictures are screens of real sessions: the program runs with SmolLM2 on a pseudo-terminal, and each cell of the
+terminal is drawn. The numbers in the picture of the architecture come from the `ModelArgs` of Llama 3.2 1B.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 # --- Screens of sessions ----------------------------------------------------------------------
 
 BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
-# pyte's names of the sixteen colors that a terminal theme defines.
+# pyte's names of the sixteen colors that a terminal theme sets.
 PALETTE = {
     "black": "#45475a",
     "red": "#f38ba8",
@@ -127,13 +127,13 @@ def induction() -> Image.Image:
 
 def _start(*options: str, rows: int = 48) -> Terminal:
     terminal = Terminal("--model", "smollm2", *options, columns=84, rows=rows)
-    terminal.wait_for("lists the commands")  # the banner above the first prompt
+    terminal.wait_for("lists the commands")  # in the banner, which is above the first prompt
     terminal.settle(3)  # until its background jobs have finished
     return terminal
 
 
 def _view(prompt: str, command: str, end: str, rows: int) -> Image.Image:
-    """A prompt, its answer, and the output of a command, which ends with the text `end`."""
+    """A prompt, its answer, and the output of a command that ends with `end`."""
     with _start(rows=rows) as terminal:
         _answered(terminal, prompt, "enter")
         terminal.type(command, "enter")
@@ -150,7 +150,7 @@ def _answered(terminal: Terminal, *keys: str) -> None:
 
 
 def draw(screen: Screen) -> Image.Image:
-    """Draw a terminal's screen as a picture, down to its last line that is not empty."""
+    """Draw a terminal's screen as a picture, down to the last line with text."""
     regular, bold = (ImageFont.truetype(FONTS / f"DejaVuSansMono{kind}.ttf", SIZE) for kind in ("", "-Bold"))
     width, height = round(regular.getlength("M")), round(SIZE * 1.4)
     rows = 1 + max(row for row in range(screen.lines) if screen.display[row].strip() or row == screen.cursor.y)
@@ -166,7 +166,7 @@ def draw(screen: Screen) -> Image.Image:
                 foreground, background = BACKGROUND, FOREGROUND
             if background != BACKGROUND:
                 canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=background)
-            if (eighths := " ▏▎▍▌▋▊▉█".find(cell.data)) > 0:  # rectangles leave no seams
+            if (eighths := " ▏▎▍▌▋▊▉█".find(cell.data)) > 0:  # drawn as rectangles to avoid seams
                 canvas.rectangle((x, y + 6, x + round(width * eighths / 8) - 1, y + height - 7), fill=foreground)
             elif cell.data.strip():
                 canvas.text((x, y + height * 0.12), cell.data, fill=foreground, font=bold if cell.bold else regular)

@@ -1,8 +1,8 @@
-"""Run the cells below and write them, with their outputs, to docs/microscope.ipynb.
+"""Run the cells below and write docs/microscope.ipynb with their outputs.
 
     python -m docs.make_notebook
 
-Outputs are kept as plain text and pictures. HTML pages are removed; they appear again when the notebook runs.
+Outputs are saved as plain text and pictures. HTML outputs are removed, and appear again when the notebook is run.
 """
 
 from __future__ import annotations

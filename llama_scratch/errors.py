@@ -5,7 +5,7 @@ The command line and the session replace them with their own options and command
 """
 
 # Advice for damaged files, not for unsupported ones.
-REDOWNLOAD_HINT = "fetch the file again from where the model came from."
+REDOWNLOAD_HINT = "Fetch the file again from where the model came from."
 
 
 def sanitize(value: object, limit: int = 60) -> str:

@@ -306,7 +306,7 @@ def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
 def _check_names(names: Mapping[str, int]) -> None:
     for name, id in names.items():
         if not name or replace_surrogates(name) != name:
-            raise CheckpointError(f"the name of token {id}, '{sanitize(name)}', is not valid text; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"the name of token {id}, '{sanitize(name)}', is not valid text. {REDOWNLOAD_HINT}")
     if (total := sum(map(len, names))) > _MAX_NAMES:
         raise CheckpointError(
             f"the names of its {len(names):,} special and added tokens have {total:,} characters, expected at most "
@@ -377,7 +377,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     lines = data.splitlines()
     if len(lines) > _MAX_RANKS:
-        raise CheckpointError(f"{path} has {len(lines):,} lines, expected at most {_MAX_RANKS:,}; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} has {len(lines):,} lines, expected at most {_MAX_RANKS:,}. {REDOWNLOAD_HINT}")
     for number, line in enumerate(lines, start=1):
         try:
             encoded, rank = line.split()
@@ -387,12 +387,12 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             start = sanitize(line[:40].decode("utf-8", errors="backslashreplace"))
             raise CheckpointError(
-                f"{path}, line {number}: found '{start}', expected a new token in base64 and the rank {len(ranks)}; "
+                f"{path}, line {number}: found '{start}', expected a new token in base64 and the rank {len(ranks)}. "
                 + REDOWNLOAD_HINT
             ) from None
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
-        raise CheckpointError(f"{path} has no token for the byte {missing[0]:#04x}; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} has no token for the byte {missing[0]:#04x}. {REDOWNLOAD_HINT}")
     return ranks
 
 

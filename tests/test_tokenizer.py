@@ -331,7 +331,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_line(tmp_path: Path, data: 
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=re.escape(str(path)) + says) as refused:
         Tokenizer.from_meta(str(path))
-    assert str(refused.value).endswith("fetch the file again from where the model came from.")
+    assert str(refused.value).endswith("Fetch the file again from where the model came from.")
     assert "\n" not in str(refused.value)
 
 

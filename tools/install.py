@@ -2,9 +2,9 @@
 
     python3 tools/install.py FOLDER [EXTRA …]
 
-Needs only Python 3.11 or newer. On Linux without an NVIDIA GPU it does not install torch's CUDA build, which takes
-several gigabytes; if pip's configuration offers a CPU build, that build is installed. The environment variable
-TORCH_INDEX selects the package index for torch (https://pytorch.org/get-started/locally/ lists them).
+Needs only Python 3.11 or newer. On Linux without an NVIDIA GPU, torch's CUDA build is not installed, because it takes
+several gigabytes. The CPU build is installed if pip finds it. The environment variable TORCH_INDEX sets the package
+index for torch (see https://pytorch.org/get-started/locally/).
 
 The test environment uses the versions in lock.txt and verifies their checksums. torch is not in lock.txt, because its
 build depends on the machine.
@@ -65,7 +65,7 @@ def run_pip(python, *arguments, capture=False):
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
     if result.returncode:
-        fail("pip failed; see its error above. Fix it and run make again.")
+        fail("pip failed with the error above. Fix it and run make again.")
     return result.stdout
 
 

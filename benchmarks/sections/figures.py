@@ -10,8 +10,8 @@ from typing import Any
 class Figures:
     """Medians and ratios over the samples of one run.
 
-    Ratios are computed within a round, because the machine is in the same state for both engines, and reported as
-    medians. If one side has several engines, the fastest engine of the round counts.
+    Ratios are computed within a round, in which the machine is in the same state for both engines. The result is the
+    median over the rounds. If one side has several engines, the fastest engine of each round is used.
 
     Args:
         results: The content of results.json.
@@ -66,6 +66,10 @@ class Figures:
         """Memory bandwidth utilization of decode.
 
         Weight bytes read per second ÷ measured bandwidth of the round, as a median.
+
+        Args:
+            case: Name of the case.
+            engine: Name of the engine.
         """
         rates = self._rates.get(("decode", case, engine))
         if not rates:

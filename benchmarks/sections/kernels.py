@@ -28,9 +28,9 @@ def section(kernels: dict[str, Any]) -> list[str]:
 
 
 def kernel_figures(case: dict[str, Any]) -> dict[str, str]:
-    """Instruction set → speed.
+    """Return the speed with each instruction set, as text.
 
-    The speed is in weight bytes per second for one row, and in operations per second for several rows.
+    The unit is weight bytes per second for one row of activations, and operations per second for several rows.
     """
     if case["rows"] == 1:
         return {name: f"{case['weight_bytes'] / seconds / GB:.1f} GB/s" for name, seconds in case["seconds"].items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.sections.layout import Bound, bounds_table, captioned, table, versions_text
 
-# Name of each phase, and the bound on its 95th percentile in seconds.
+# Phase → its name in the report, and the bound on the 95th percentile of its latencies in seconds.
 _PHASES = {"loading": ("while torch is imported and the model loads", 0.15), "live": ("with live prediction", 0.03)}
 
 

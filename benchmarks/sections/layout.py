@@ -12,15 +12,15 @@ AVX2 = " (AVX2)"  # suffix of engines that may only use AVX2
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound and the figure that was measured for it, both as text.
+    """A bound and the measured figure, both as text.
 
     Args:
         what: The measured quantity.
         expected: The bound.
         found: The figure.
         met: Whether the figure is within the bound.
-        aim: Whether the bound is a target, not a promise.
-        stated: Whether the figure is given without a verdict, because the bound does not apply to this CPU.
+        aim: Whether the bound is a target instead of a requirement.
+        stated: Whether the figure is reported without a verdict, because the bound does not apply to this CPU.
     """
 
     what: str
@@ -42,7 +42,13 @@ class Bound:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
-    """Render a Markdown table; `align` is the alignment of all columns but the first."""
+    """Render a Markdown table.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells of each row.
+        align: Markdown's alignment of all columns except the first.
+    """
     lines = [head, ["---", *(align for _ in head[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -56,7 +62,12 @@ def bounds_table(bounds: Sequence[Bound]) -> str:
 
 
 def captioned(recorded: dict[str, Any], table: str) -> str:
-    """Render a table with a caption that names the CPU."""
+    """Render a table with a caption that names the CPU.
+
+    Args:
+        recorded: Content of a .json file.
+        table: The table in Markdown.
+    """
     return f"{_caption(recorded)}\n\n{table}"
 
 
@@ -81,5 +92,10 @@ def versions_text(versions: dict[str, str]) -> str:
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """Format a share in percent, or as a dash if it was not measured."""
+    """Format a share in percent, or as a dash if it was not measured.
+
+    Args:
+        share: The share, from 0 to 1.
+        digits: Number of decimals.
+    """
     return "–" if share is None else f"{100 * share:.{digits}f} %"

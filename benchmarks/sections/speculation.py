@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.sections.layout import Bound, bounds_table, captioned, table, versions_text
 
-# Kind of texts → its name and the minimum speed relative to plain decoding.
+# Kind of texts → its name in the report, and the minimum speed relative to plain decoding.
 _MIN_RATIOS = {"repeats": ("repetitive text", 1.5), "does not": ("other text", 0.98)}
 _MIN_COMPARED = 10_000  # tokens
 

@@ -14,11 +14,11 @@ F16 = ("llama.cpp F16",)
 Q8_0 = ("llama.cpp Q8_0", "llama.cpp Q8_0 flash")
 Q4_0, Q4_K_M = ("llama.cpp Q4_0",), ("llama.cpp Q4_K_M",)
 IK_Q8_0, IK_Q4_K_M = ("ik_llama.cpp Q8_0",), ("ik_llama.cpp Q4_K_M",)
-# Peers of prefill, and their label.
+# Peers for prefill, and their label.
 _PEERS_16 = (*BF16, *F16, *Q8_0), "llama.cpp's best of BF16, F16, Q8_0"
 _PEERS = (*BF16, *Q8_0, *Q4_0, *Q4_K_M), "llama.cpp's best of BF16, Q8_0, Q4_0, Q4_K_M"
 
-# CPU → precision → minimum ratio of prefill to the best peer: up to 128 tokens, more tokens, the target.
+# CPU → precision → minimum ratio of prefill to the best peer: for up to 128 tokens, for more tokens, and the target.
 _PREFILL: dict[str, dict[str, tuple[float, float, float | None]]] = {
     "AVX2": {"bf16": (1.3, 1.3, None), "int8": (1.5, 1.4, 1.7), "int4": (2.0, 1.8, 2.3)},
     "AVX-512": {"bf16": (1.0, 1.0, None), "int8": (1.6, 1.6, None), "int4": (2.0, 2.0, None)},
@@ -30,15 +30,15 @@ _IK = {"int8": (IK_Q8_0, 1.0, 1.0), "int4": (IK_Q4_K_M, 1.1, 1.3)}
 
 
 def cpu_kind(machine: dict[str, Any]) -> str:
-    """The kind of CPU, for the bounds: "AVX2", "AVX-512" or "" for any other."""
+    """The kind of CPU that selects the bounds: "AVX2", "AVX-512" or "" for any other."""
     return "AVX-512" if "avx512f" in machine["features"] else "AVX2" if "avx2" in machine["features"] else ""
 
 
 def speed_bounds(results: dict[str, Any]) -> list[Bound]:
-    """The bounds for the recorded CPU that the run has figures for.
+    """The bounds for the recorded CPU, if the run has the figures.
 
-    On a CPU with AVX-512 two kinds of ratios have no verdict: ratios to ik_llama.cpp, and ratios of our AVX2 rows,
-    because the peers use AVX-512.
+    On a CPU with AVX-512, two kinds of ratios do not have a verdict: the ratios to ik_llama.cpp, and the ratios of our
+    rows limited to AVX2, because their peers use AVX-512.
     """
     kind = cpu_kind(results["machine"])
     bounds = _Ratios(results, "", stated=not kind).bounds
@@ -56,7 +56,7 @@ class _Ratios:
     Args:
         results: The recorded run.
         suffix: Suffix of our engines' names, "" or `AVX2`.
-        stated: Whether all ratios are given without a verdict.
+        stated: Whether all ratios are reported without a verdict.
     """
 
     def __init__(self, results: dict[str, Any], suffix: str, *, stated: bool):
@@ -136,8 +136,8 @@ class _Ratios:
             what: The measured quantity.
             than: The engine or limit that it is compared with.
             ratio: The figure, or None.
-            aim: Whether the bound is a target, not a promise.
-            only_stated: Whether this ratio has no verdict.
+            aim: Whether the bound is a target instead of a requirement.
+            only_stated: Whether this ratio is reported without a verdict.
         """
         if ratio is None:
             return
@@ -151,7 +151,7 @@ class _Ratios:
 def _memory_bounds(engines: dict[str, dict[str, Any]]) -> list[Bound]:
     """The bounds on the memory excluding mapped files, after loading and one answer."""
     bounds = []
-    # bf16 weights are read from the mapped file. Panels may be in memory once.
+    # bf16 weights are read from the mapped file. Packed weights may be in memory once.
     for precision, weights in (("bf16", 0.0), ("int8", 1.15), ("int4", 1.15)):
         engine = engines.get(f"ours {precision}")
         if engine and (resident := engine["anonymous_bytes"]):

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.sections.layout import Bound, bounds_table, captioned, table, versions_text
 
-# Recorded name → label.
+# Name in startup.json → label in the report.
 ROWS = {
     "python": "python, no imports",
     "torch": "import torch",

@@ -1,8 +1,8 @@
 """Model files: reading the three formats, verification and conversion.
 
-`recognize` finds the model at a path, and one package per format (`meta`, `huggingface`, `gguf`) opens it as a
-`base.Checkpoint`, using `fields` and `byte_level_bpe`. `describe`, `verify` (with `checksums` and `findings`) and
-`convert` work with any of them. Read `base` first, then the `reader` of one format.
+`recognize` finds the model at a path. One package per format (`meta`, `huggingface`, `gguf`) opens it as a
+`base.Checkpoint`; `fields` and `byte_level_bpe` are shared by these packages. `describe`, `verify` (with `checksums`
+and `findings`) and `convert` work with any `Checkpoint`. Read `base` first, then the `reader` of one format.
 """
 
 from __future__ import annotations

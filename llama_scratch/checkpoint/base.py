@@ -1,8 +1,10 @@
-"""The `Checkpoint` that all formats share: shape, tokenizer and lazy weights.
+"""The `Checkpoint` that all formats share: dimensions, tokenizer and lazy weights.
 
-Weights have Meta's names, whatever the format. To add a format, write a package beside `gguf/` whose `reader` returns
-a `Checkpoint`. Add its files to `recognize` and its reader to `open_checkpoint`. To write the format too, add its
-writer to `FORMATS` in `convert`.
+Weights have Meta's names in every format. To add a format:
+
+1. Write a package beside `gguf/` whose `reader` returns a `Checkpoint`.
+2. Add its files to `recognize` and its reader to `open_checkpoint`.
+3. To write the format too, add its writer to `FORMATS` in `convert`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 # The path does not exist: no such file, a parent that is a file, a name that is too long, a loop of symbolic links.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-# The file that defines the shapes of the weights, by the suffix of the weight file.
+# Suffix of a weight file → the file that defines the shapes of its weights.
 _DESCRIBED_BY = {".pth": "params.json", ".safetensors": "config.json", ".json": "config.json"}
 
 
@@ -47,9 +49,9 @@ class WeightStorage:
     """How a file stores its weights.
 
     Args:
-        types: Number of tensors per type.
-        tied: Whether the output is the embedding itself.
-        dtype: Type of the embedding that `Checkpoint.load` returns.
+        types: Type → number of tensors.
+        tied: Whether the output projection is the embedding matrix.
+        dtype: Dtype of the embedding matrix as `Checkpoint.load` returns it.
     """
 
     types: dict[str, int]
@@ -65,16 +67,16 @@ class Checkpoint:
         name: Name of the model.
         format: "meta", "huggingface" or "gguf".
         path: The weight file, or the first one if there are several.
-        args: Shape of the network.
+        args: Dimensions of the network.
         tokenizer: The tokenizer.
         load: Reads and checks the weights, and returns them under Meta's names.
         storage: Returns how the weights are stored.
         chat: The model's chat format; None for a base model.
         files: All weight files.
         license: The license that the files state.
-        warnings: Messages about files that contradict each other or require a guess.
+        warnings: Warnings for the user: files contradict each other, or a missing value was guessed.
         extras: Facts that only conversion needs.
-        mapped: State of the weight files when the checkpoint was opened.
+        mapped: The weight files as they were when the checkpoint was opened.
     """
 
     name: str
@@ -108,7 +110,7 @@ class Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """Return a model's name: its directory's, or its file's without the weight type."""
+    """Return a model's name: that of the directory, or of the file without its type."""
     if path.suffix.lower() == ".gguf":
         # "SmolLM2-135M-Instruct.Q4_1-00001-of-00003" → "SmolLM2-135M-Instruct"
         ending = r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?$"
@@ -129,8 +131,8 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         ModelNotFoundError: If the file does not exist, or was removed after it was found.
-        OutOfMemoryError: If it cannot be mapped.
-        LlamaScratchError: If it cannot be read for another reason.
+        OutOfMemoryError: If the file cannot be mapped into memory.
+        LlamaScratchError: If the file cannot be read for another reason.
     """
     try:
         yield
@@ -149,17 +151,19 @@ def reading(path: Path) -> Iterator[None]:
 def check_shapes(
     file_shapes: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path, names: Mapping[str, str] | None = None
 ) -> None:
-    """Check the names and shapes of a file's weights; only the output may be missing.
+    """Check the names and shapes of the weights.
+
+    Only the output projection may be missing.
 
     Args:
         file_shapes: Name in the file → shape.
-        args: The expected shape of the network.
+        args: The expected dimensions of the network.
         path: The file to name in errors.
         names: Name in the file → Meta's name, if they differ.
 
     Raises:
         UnsupportedError: If the linear layers have biases.
-        CheckpointError: If a weight is missing, unknown or has another shape; names the first one.
+        CheckpointError: If a weight is missing, is unknown or has another shape. The message names the first one.
     """
     by = _DESCRIBED_BY.get(path.suffix, "its header")
     metas = args.weight_shapes()
@@ -183,7 +187,7 @@ def check_shapes(
         )
     if unknown:
         raise CheckpointError(
-            f"{path} holds {_some(unknown)}, but a Llama of this shape has no weight of that name. "
+            f"{path} holds {_some(unknown)}, but a Llama with these dimensions has no such weight. "
             "Check that weights and configuration belong to the same model."
         )
     for name, shape in file_shapes.items():
@@ -195,7 +199,7 @@ def check_shapes(
 
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Tie the output to the embedding if it is missing or views the same storage."""
+    """Tie the output to the embedding if it is missing or a view of the same storage."""
     from llama_scratch.precision.lazy_weight import LazyWeight
 
     embedding = weights[EMBEDDING]
@@ -206,7 +210,12 @@ def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same view of one storage."""
+    """Whether two tensors are the same view of one storage.
+
+    Args:
+        a: A tensor.
+        b: Another tensor.
+    """
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 

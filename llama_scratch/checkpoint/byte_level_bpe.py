@@ -1,9 +1,11 @@
-"""Byte-level BPE: merge lists in GGUF and Hugging Face files ↔ tiktoken's ranks.
+"""Conversion between merge lists (GGUF, Hugging Face) and tiktoken's ranks.
 
 The files write each token's bytes as visible characters and list the merges in order of priority. tiktoken has one
-number per token, its rank, and merges the adjacent pair whose result has the lowest rank. Both give the same ids if
-the merges are in the order of the tokens that they produce (`check_merges`), if they can produce every token from its
-bytes (`unmergeable`), and if the same pre-tokenizer pattern, identified by its name, splits the text first.
+number per token, its rank, and merges the adjacent pair whose result has the lowest rank. Both give the same ids if:
+
+- the merges are in the order of the tokens that they produce (`check_merges`),
+- the merges can produce every token from its bytes (`unmergeable`),
+- and the same pre-tokenizer pattern, identified by its name, splits the text first.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from llama_scratch.checkpoint.base import Checkpoint
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.tokenizer import LLAMA3_PATTERN, Tokenizer
 
-# GPT-2's pattern, and the same pattern after a step that splits off single digits, as one expression.
+# GPT-2's pattern, and SmolLM2's: GPT-2's after a step that splits off each digit, combined into one expression.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-# By llama.cpp's names.
+# llama.cpp's name of a pre-tokenizer → its pattern.
 PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "smollm": SMOLLM_PATTERN, "gpt-2": GPT2_PATTERN}
-# llama.cpp's aliases of these three, except jina-v1-en, jina-v2-code and roberta-bpe, which append a separator to each
-# text. Source: `llama_vocab::impl::load` in ggml-org/llama.cpp, src/llama-vocab.cpp.
+# llama.cpp's aliases of these three. Not jina-v1-en, jina-v2-code and roberta-bpe: they add a separator to each text.
+# Source: `llama_vocab::impl::load` in ggml-org/llama.cpp, src/llama-vocab.cpp.
 PRE_TOKENIZERS = {
     **{name: name for name in PATTERNS},
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), "llama-bpe"),
@@ -42,7 +44,7 @@ BEGIN_WITH_BOS = {
 }
 # Twice the size of the largest vocabularies.
 MAX_TOKENS, MAX_LENGTH = 1 << 19, 1 << 22
-# Limit of the work that `_merged` does for one vocabulary.
+# Limit of the work of `_merged` for one vocabulary.
 _MAX_STEPS = 1 << 22
 _NEVER = 1 << 62
 # SHA-256 of merge lists for which `unmergeable` returns nothing: Llama 3 (with whole=True) and SmolLM2. Skipping the
@@ -51,7 +53,7 @@ _MADE_BY_THEIR_MERGES = {
     "0cd100e0ab7dbd83c3b668a7cfb2aed1f63f2aec66dae6ec4b63de2c552bb82d": True,
     "aea6ed50becdb3beed814d2fde2dea2e655d1039addf269d74a4708ce2ed4d63": False,
 }
-# Stop tokens in every model that has them, in addition to those that a file names.
+# These tokens are stop tokens in every model that has them, in addition to those that its files name.
 STOPS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 # Names that llama.cpp treats as control tokens, whatever type the file gives them.
 CONTROL = STOPS | {
@@ -69,7 +71,7 @@ _LLAMA3_BEGIN = "<|begin_of_text|>"
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """Return GPT-2's mapping from each byte to one visible character.
+    """Return GPT-2's mapping from bytes to visible characters.
 
     Printable Latin-1 maps to itself; the other bytes map to the characters from U+0100 on, in order.
     Source: `bytes_to_unicode` in openai/gpt-2, src/encoder.py.
@@ -100,7 +102,7 @@ def check_counts(tokens: Collection[str], merges: Sized) -> None:
         raise CheckpointError(f"its tokens have {length:,} bytes, expected at most {MAX_LENGTH:,}. Use another file.")
     if len(merges) > length:
         raise CheckpointError(
-            f"it has {len(merges):,} merges, so some are repeated or do not produce a token; {REDOWNLOAD_HINT}"
+            f"it has {len(merges):,} merges, so some are repeated or do not produce a token. {REDOWNLOAD_HINT}"
         )
 
 
@@ -116,10 +118,10 @@ def ranks_of(texts: Iterable[tuple[int, str]]) -> dict[bytes, int]:
             token = text.translate(_TO_LATIN_1).encode("latin-1")
         except UnicodeEncodeError:
             raise CheckpointError(
-                f"the token {id}, '{sanitize(text)}', is not in GPT-2's byte alphabet; {REDOWNLOAD_HINT}"
+                f"the token {id}, '{sanitize(text)}', is not in GPT-2's byte alphabet. {REDOWNLOAD_HINT}"
             ) from None
         if not token or token in ranks:
-            raise CheckpointError(f"the token {id} of the vocabulary is empty or repeated; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"the token {id} of the vocabulary is empty or repeated. {REDOWNLOAD_HINT}")
         ranks[token] = id
     return ranks
 
@@ -144,25 +146,27 @@ def check_merges(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int]) ->
             n_made += 1
         if rank < max(previous, 0) or left in seen or left not in vocab or right not in vocab:
             merge = sanitize(f"{left} {right}".strip())
-            raise CheckpointError(f"the merge '{merge}' is not in the order of the token ids. Use another file.")
+            raise CheckpointError(
+                f"the merge '{merge}' is not in the order of the token ids, which is not supported. Use another file."
+            )
         seen.add(left)
         previous = rank
     if n_made != merged:
-        raise CheckpointError(f"the merges produce only {n_made} of {merged} tokens; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the merges produce only {n_made} of {merged} tokens. {REDOWNLOAD_HINT}")
 
 
 def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, whole: bool) -> set[str]:
     """Find the tokens that a list of merges cannot produce from their own bytes.
 
-    tiktoken merges any two neighbors whose concatenation is a token; a list of merges only the pairs that it contains.
-    If the list can produce each token from its bytes, the two agree on every text: whether two neighbors can merge
-    depends only on the bytes that they cover, and the list merges those bytes into the token.
+    tiktoken merges any two neighbors whose concatenation is a token. A merge list allows only the pairs in it. Both
+    give the same ids for every text if the list can produce each token from the token's own bytes: whether two
+    neighbors can merge depends only on the bytes that they cover, and the list merges those bytes into the token.
 
     Args:
         merges: As for `check_merges`, which must have passed.
         vocab: As for `check_merges`.
-        whole: Whether a piece that equals a token becomes that token at once. Then tokens that are not the
-            concatenation of two others do not matter; in Llama 3 these are the only ones that the list cannot produce.
+        whole: Whether a piece that equals a token becomes that token without merging. Then tokens that are not the
+            concatenation of two others do not matter. In Llama 3 these are the only unmergeable tokens.
 
     Raises:
         CheckpointError: If the check would take too long.
@@ -171,7 +175,7 @@ def unmergeable(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], *, 
     if _MADE_BY_THEIR_MERGES.get(digest) in (False, whole) or (whole and len(merges) == _count_splits(vocab)):
         return set()
     ranks = {pair: vocab[pair[0] + pair[1]] for pair in merges}
-    order = dict.fromkeys(_VISIBLE, -1)  # tokens that are certain to be produced → rank of the merge
+    order = dict.fromkeys(_VISIBLE, -1)  # tokens known to be mergeable → rank of the merge
     sources: dict[str, tuple[str, str]] = {}
     for pair, rank in ranks.items():
         if (token := pair[0] + pair[1]) not in sources and _comes_to(pair, rank, ranks, order, sources):
@@ -199,9 +203,10 @@ def _comes_to(
     order: Mapping[str, int],
     sources: Mapping[str, tuple[str, str]],
 ) -> bool:
-    """Whether two tokens can become neighbors without an earlier merge across their border.
+    """Whether two tokens can become neighbors before any merge crosses their boundary.
 
-    Undoes their merges, the latest first. Source: `is_valid_token_pair` in github/rust-gems, crates/bpe.
+    Undoes the merges of both tokens, starting with the latest.
+    Source: `is_valid_token_pair` in github/rust-gems, crates/bpe.
     """
     left, right = pair
     if left not in order or right not in order:
@@ -213,7 +218,7 @@ def _comes_to(
                 return False
         elif order[right] >= 0:
             rank, right = order[right], sources[right][0]
-            if ranks.get((left, right), rank + 1) <= rank:  # of two equal merges, the left one is first
+            if ranks.get((left, right), rank + 1) <= rank:  # if the ranks are equal, the left merge comes first
                 return False
         else:
             return True
@@ -244,7 +249,7 @@ def is_reachable(text: str, merged: Collection[str]) -> bool:
 def is_hidden_control(text: str, merged: Collection[str]) -> bool:
     """Whether an ordinary token is in fact a control token.
 
-    It looks like one (`<|eot_id|>`, `</s>`, `[INST]`), and plain text cannot produce it.
+    That is so if its text looks like one (`<|eot_id|>`, `</s>`, `[INST]`) and plain text cannot produce it.
 
     Args:
         text: The token as visible characters.
@@ -254,10 +259,10 @@ def is_hidden_control(text: str, merged: Collection[str]) -> bool:
 
 
 def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]) -> str | None:
-    """Guess the pre-tokenizer of a vocabulary if its file does not name one.
+    """Guess the pre-tokenizer of a vocabulary from its tokens.
 
-    Llama 3 is recognized by its special tokens. Otherwise the guess is the narrowest pattern that keeps every token in
-    one piece: no token of a vocabulary can cross a boundary of the pattern that it was trained with.
+    Llama 3 is recognized by its special tokens. Otherwise the guess is the pattern with the shortest pieces that does
+    not split any token, because no token crosses a boundary of the pattern that the vocabulary was trained with.
 
     Args:
         names: Names of special tokens.
@@ -280,7 +285,7 @@ def guess_pre_tokenizer(names: Collection[str], make: Callable[[str], Tokenizer]
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """Derive merges from ranks: all ways to split each token into two, in rank order.
+    """Derive merges from ranks: all splits of a token into two tokens, in rank order.
 
     Source: `TikTokenConverter` in transformers, which created Llama 3's list.
     """
@@ -312,13 +317,13 @@ class TokenizerParts:
     """A tokenizer as Hugging Face and GGUF files describe it.
 
     Args:
-        texts: Id → text; ordinary tokens in GPT-2's alphabet. Without placeholders for unused rows of the embedding.
+        texts: Id → text; ordinary tokens are in GPT-2's byte alphabet. Unused rows of the embedding are left out.
         special: Ids of special tokens.
         added: Ids of added tokens that are not special.
         pattern: Name of the pattern in `PATTERNS`, or None.
         merges: Merges, highest priority first.
         roles: As in `Extras`, with bos and eos if they exist.
-        adds_bos: Whether a prompt starts with bos.
+        adds_bos: Whether bos is prepended to a prompt.
         template: The chat template.
     """
 
@@ -340,7 +345,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
     """Describe a checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: If the name of an added token is also the visible form of another token.
+        CheckpointError: If the text of an added token is also the text of another token in GPT-2's byte alphabet.
     """
     tokenizer, chat = checkpoint.tokenizer, checkpoint.chat
     visible = bytes_to_unicode()
@@ -350,7 +355,7 @@ def tokenizer_parts(checkpoint: Checkpoint) -> TokenizerParts:
     if both := next((name for id, name in names.items() if ids.get(name, id) != id), None):
         raise CheckpointError(
             f"{sanitize(checkpoint.name)} has the token '{sanitize(both)}' twice, as text and as a special token, "
-            "which this format cannot hold. Only `to=meta` might hold it."
+            "which this format cannot hold. Try `to=meta`."
         )
     roles = {role: id for role, id in checkpoint.extras.roles.items() if id in texts or id in names}
     roles |= {"unknown": tokenizer.names[tokenizer.unknown]} if tokenizer.unknown else {}

@@ -1,8 +1,12 @@
 """Known checksums of a model's files, and their comparison with the files.
 
-Checksums come from a file beside the weights: Meta's `checklist.chk` in a directory of any format, or NAME.gguf.md5
-beside a GGUF file. Files in the Hugging Face cache are named after their checksums, and those of a few published files
-are known here. Checksums detect damage, not tampering: whoever changes a file can change its checksum too.
+There are three sources of checksums:
+
+- A file beside the weights: Meta's `checklist.chk` in a directory of any format, or NAME.gguf.md5 for a GGUF file.
+- The names of files in the Hugging Face cache, which are their checksums.
+- The recorded checksums of a few published files.
+
+Checksums detect damage, not tampering: an attacker who changes a file can change its checksum too.
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ from llama_scratch.system.hashing import add_blocks, blocks_of, file_digest, new
 from llama_scratch.system.small_files import read_bytes, without_mark
 
 CHECKLIST = "checklist.chk"
-# Maximum size in bytes, several times that of the largest model; a line has about 60.
+# Maximum size of a list of MD5s in bytes, several times the largest model's. A line has about 60 bytes.
 MAX_CHECKLIST = 1 << 16
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(\S.*)")
 # The cache names large files after their SHA-256, small files after Git's SHA-1.
 _BLOB_NAMES = {64: "sha256", 40: "sha1"}
-# Parameter count of the only model with known checksums. They were recorded by third parties from public mirrors, so a
-# different checksum gets only a note.
+# Parameter count of the only model with built-in checksums. Third parties recorded them from public mirrors, so a
+# different checksum is only a note.
 _LLAMA_3_2_1B = 1_235_814_400
 _LLAMA_3_2_1B_SHA256 = {
     "cfa47fb7185ebd1c3712fff5fa04fdbb0675c1e345fc72e12f6c7b65b8da6f05": "Meta's Llama 3.2 1B",
@@ -36,7 +40,7 @@ _LLAMA_3_2_1B_SHA256 = {
 }
 _LLAMA_3_TOKENIZER_SIZE = 2_183_982
 _LLAMA_3_TOKENIZER_MD5 = {"08292403f8b173e7524d7fba7bbbd2d3": "Llama 3's tokenizer"}
-# The files of a directory that a model is read from.
+# Patterns of the files in a directory that belong to a model.
 _MODEL_FILE = re.compile(r".*\.(?:pth|safetensors|gguf)|params\.json|tokenizer\.(?:model|json)|config\.json")
 
 
@@ -58,15 +62,18 @@ class PublishedFile:
 
 
 def parse_checklist(data: bytes) -> dict[str, str]:
-    """Parse a list of MD5s in the format of md5sum: file → MD5 in lower case.
+    """Parse a list of MD5s in the format of md5sum.
 
-    A name may start with ./ but must not leave the directory.
+    A file name may start with ./ but must not be in another directory.
+
+    Returns:
+        File name → MD5 in lower case.
 
     Raises:
         CheckpointError: If a line has another format, or the list is empty.
     """
     if len(data) > MAX_CHECKLIST:
-        raise CheckpointError(f"{CHECKLIST} is longer than {MAX_CHECKLIST:,} bytes; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{CHECKLIST} is longer than {MAX_CHECKLIST:,} bytes. {REDOWNLOAD_HINT}")
     sums: dict[str, str] = {}
     for number, line in enumerate(without_mark(data, CHECKLIST).decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip():
@@ -74,19 +81,19 @@ def parse_checklist(data: bytes) -> dict[str, str]:
         if not (match := _LINE.fullmatch(line.strip())):
             raise CheckpointError(
                 f"Line {number} of {CHECKLIST} is '{sanitize(line)}', "
-                f"expected an MD5, two spaces and a file name; {REDOWNLOAD_HINT}"
+                f"expected an MD5, two spaces and a file name. {REDOWNLOAD_HINT}"
             )
         md5, name = match[1].lower(), match[2].removeprefix("./")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts or not name.isprintable():
             raise CheckpointError(
                 f"Line {number} of {CHECKLIST} names '{sanitize(name)}', "
-                f"expected a file in this directory; {REDOWNLOAD_HINT}"
+                f"expected a file in this directory. {REDOWNLOAD_HINT}"
             )
         if sums.setdefault(name, md5) != md5:
-            raise CheckpointError(f"{CHECKLIST} has two different MD5s of '{sanitize(name)}'; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{CHECKLIST} has two different MD5s of '{sanitize(name)}'. {REDOWNLOAD_HINT}")
     if not sums:
-        raise CheckpointError(f"{CHECKLIST} does not list any files; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{CHECKLIST} does not list any files. {REDOWNLOAD_HINT}")
     return sums
 
 
@@ -94,7 +101,7 @@ def _read_checklist(file: Path) -> dict[str, str]:
     data = read_bytes(file, MAX_CHECKLIST)
     try:
         return parse_checklist(data)
-    except CheckpointError as error:  # its message has Meta's name of the list
+    except CheckpointError as error:  # the message names checklist.chk, whatever the name of the list is
         raise CheckpointError(str(error).replace(CHECKLIST, sanitize(file.name))) from error
 
 
@@ -103,13 +110,13 @@ def checklist_of(path: Path, folder: Path) -> Path:
 
     Args:
         path: The model's directory or file.
-        folder: Its directory.
+        folder: The directory that contains the model's files.
     """
     return folder / CHECKLIST if path.is_dir() else path.with_name(f"{path.name}.md5")
 
 
 def write_checksums(path: Path) -> Path:
-    """Write the MD5s of a model's files, as `md5sum` does, and return the list's path."""
+    """Write the MD5s of a model's files in md5sum's format. Returns the list's path."""
     checklist = checklist_of(path, path)
     files = sorted(file for file in path.iterdir() if file.is_file() and file != checklist) if path.is_dir() else [path]
     text = "".join(f"{file_digest(file, 'md5')}  {file.name}\n" for file in files)
@@ -130,11 +137,11 @@ class KnownDigest:
     """The expected checksum of a file.
 
     Args:
-        kind: hashlib's name of the digest.
-        digests: Acceptable digest → its source.
-        binding: Whether a different digest is an error; otherwise it gets a note.
+        kind: hashlib's name of the digest, such as md5.
+        digests: Accepted digest → its source.
+        binding: Whether a different digest is an error. Otherwise it is only a note.
         size: Size in bytes, if known.
-        again: How to fetch the file again.
+        again: A sentence that says how to fetch the file again.
     """
 
     kind: str
@@ -158,9 +165,9 @@ def known_digests(
 
     Args:
         path: The model's directory or file.
-        folder: Its directory.
-        files: Its weight files.
-        args: Its shape, if it could be read.
+        folder: The directory that contains the model's files.
+        files: The weight files.
+        args: The model's dimensions; None if they could not be read.
         published: Files with published checksums.
 
     Returns:
@@ -189,7 +196,7 @@ def known_digests(
         if path.name == model.path.name and path.is_file():
             is_fetched = model.path.exists() and path.samefile(model.path)
             digests = {model.sha256: f"the published {model.name}"}
-            pull_hint = f"run 'llama-scratch pull {model.name}' to fetch it again."
+            pull_hint = f"Run 'llama-scratch pull {model.name}' to fetch it again."
             again = pull_hint if is_fetched else REDOWNLOAD_HINT
             known[path].append(KnownDigest("sha256", digests, is_fetched, model.size, again))
     return known, findings
@@ -256,7 +263,7 @@ def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Calla
 
 def _digests(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dict[str, str]:
     digests = {kind: new_digest(kind) for kind in kinds}
-    if "sha1" in digests:  # Git hashes the size too
+    if "sha1" in digests:  # Git's digest also covers the size
         digests["sha1"].update(b"blob %d\0" % size_of(file))
     with file.open("rb", buffering=0) as stream:
         add_blocks(digests.values(), blocks_of(stream), advance)
@@ -276,5 +283,5 @@ def _compare(name: str, size: int, digest: str, known: KnownDigest) -> Finding:
         sources = " or ".join(known.digests.values())
         sentence = f"Its {kind} is {digest[:12]}…, which does not match {sources} ({size:,} bytes)"
     if known.binding:
-        return Finding(name, kind, "wrong", f"{sentence}; {known.again}", (name,))
+        return Finding(name, kind, "wrong", f"{sentence}. {known.again}", (name,))
     return Finding(name, kind, "note", f"{sentence}.")

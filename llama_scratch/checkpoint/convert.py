@@ -1,8 +1,8 @@
-"""Conversion between formats, lossless in everything that affects the output.
+"""Convert models between formats. Weights and tokens stay the same.
 
-Weights, tokens, stop tokens, rotary embedding and chat format stay the same. If the target format cannot hold one of
-them, the conversion is rejected; other losses are reported as notes. Quantized GGUF weights become float32, with
-exactly the values of their blocks.
+If the target format cannot represent the network or the tokenizer, the conversion is rejected. Other losses, such as
+stop tokens, chat format, license and sampling defaults, are reported as notes. Quantized GGUF weights become float32
+with exactly the same values.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 _Write = Callable[[Checkpoint, Mapping[str, "Weight"], Path, Progress], None]
 FORMATS: dict[str, _Write] = {"meta": write_meta, "hf": write_huggingface, "gguf": write_gguf}
-# Legal files that must accompany every copy of a model.
+# License files, which must be distributed with every copy of a model.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# Upper bound of the size of tokenizer and metadata, in bytes.
+# Upper bound of the size of the tokenizer and the metadata, in bytes.
 _SMALL_FILES_BYTES = 50_000_000
-# Keys of GGUF's metadata that every other format expresses in its own way.
+# Keys of GGUF metadata with an equivalent in every other format.
 _OWN_METADATA = {
     *("general.architecture", "general.type", "general.name", "general.license", "general.alignment"),
     *("general.file_type", "general.quantization_version", "general.size_label", "general.basename"),
@@ -71,14 +71,14 @@ class Converted:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `convert --json` prints."""
+        """Return the JSON object for the command line."""
         return {"path": str(self.path), "form": self.format, "bytes": self.size, "notes": list(self.notes)}
 
 
 def convert(
     source: Path, destination: Path, to: str, progress: Progress = silent, *, tokenizer: str | None = None
 ) -> Converted:
-    """Convert a model to another format. The result appears atomically, once complete.
+    """Convert a model to another format. The result is written atomically.
 
     Args:
         source: The model.
@@ -103,7 +103,7 @@ def convert(
         _writing(destination, checkpoint.mapped),
         temporary_folder(destination.parent, ".llama-scratch-converting-") as folder,
     ):
-        # Named as the destination from the start: Meta's format detects chat models by the directory's name.
+        # Has the destination's name from the start, because Meta's format detects chat models by the directory name.
         written = folder / destination.name
         FORMATS[to](checkpoint, weights, written, progress)
         _copy_legal(source, written)
@@ -116,7 +116,7 @@ def convert(
     return Converted(destination, to, size, tuple(notes))
 
 
-# --- The place --------------------------------------------------------------------------------
+# --- Destination ------------------------------------------------------------------------------
 
 
 def _place(source: Path, destination: Path, to: str) -> Path:
@@ -125,22 +125,22 @@ def _place(source: Path, destination: Path, to: str) -> Path:
         source, destination = source.resolve(), destination.expanduser().resolve()
         if source.is_relative_to(destination):
             what = "is the model itself" if source == destination else "holds the model to convert"
-            raise UsageError(f"{sanitize(destination, 200)} {what}. Name another path for the result.")
+            raise UsageError(f"{sanitize(destination, 200)} {what}. Choose another path for the result.")
         if to == "gguf":
             if destination.suffix.lower() != ".gguf":
                 raise UsageError(
-                    f"{sanitize(destination, 200)} is not a file name for `to=gguf`. Name a file that ends in .gguf."
+                    f"{sanitize(destination, 200)} is not a file name for `to=gguf`. Use a name that ends in .gguf."
                 )
             free = not destination.exists()
         else:
             free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
         if not free:
-            raise UsageError(f"{sanitize(destination, 200)} already exists. Name another path, or remove it first.")
+            raise UsageError(f"{sanitize(destination, 200)} already exists. Choose another path, or remove it first.")
         if not destination.parent.is_dir():
             raise ModelNotFoundError(f"The folder {sanitize(destination.parent, 200)} does not exist. Create it first.")
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a loop of links, ~ without a home
         raise UsageError(
-            f"{sanitize(destination, 200)} cannot be written ({sanitize(error, 100)}). Name another path."
+            f"{sanitize(destination, 200)} cannot be written ({sanitize(error, 100)}). Choose another path."
         ) from error
     return destination
 
@@ -151,26 +151,26 @@ def _require_space(name: str, weights: Mapping[str, Weight], folder: Path) -> No
     if needed > free:
         raise LlamaScratchError(
             f"{sanitize(name)} needs {needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free in "
-            f"{sanitize(folder, 200)}. Free up disk space, or name another path."
+            f"{sanitize(folder, 200)}. Free up disk space, or choose another path."
         )
 
 
 @contextmanager
 def _writing(destination: Path, source: MappedFiles) -> Iterator[None]:
-    """Turn a write error into a message. A truncated source file causes one too."""
+    """Turn a write error into a message, unless a changed source file caused it."""
     try:
         yield
     except OSError as error:
         source.check()
         raise LlamaScratchError(
             f"{sanitize(destination, 200)} cannot be written ({sanitize(error.strerror or error, 100)}). "
-            "Free up disk space, or name another path."
+            "Free up disk space, or choose another path."
         ) from error
 
 
 @contextmanager
 def _beside(sums: Path, destination: Path) -> Iterator[None]:
-    """Move the checksums into place before the file, so that stale ones never match."""
+    """Move the checksums into place before the file, to never leave a stale list."""
     place = destination.with_name(sums.name)
     try:
         sums.replace(place)
@@ -195,11 +195,11 @@ def _flushed(file: Path) -> int:
     return file.stat().st_size
 
 
-# --- The model --------------------------------------------------------------------------------
+# --- Model ------------------------------------------------------------------------------------
 
 
 def _with_short_numbers(checkpoint: Checkpoint) -> Checkpoint:
-    """Undo GGUF's float32 rounding of numbers such as 1e-5: take the shortest decimal."""
+    """Undo GGUF's float32 rounding of numbers such as 1e-5, by the shortest decimal."""
     if checkpoint.format != "gguf":
         return checkpoint
     import numpy as np
@@ -213,7 +213,7 @@ def _with_short_numbers(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _with_own_norms(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
-    """Convert GGUF's float32 norms to the type of the other weights if that is exact."""
+    """Convert GGUF's float32 norms to the dtype of the matrices, if that is exact."""
     import torch
 
     from llama_scratch.precision.lazy_weight import as_tensor
@@ -230,36 +230,36 @@ def _dequantized(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Itera
     from llama_scratch.precision.lazy_weight import GGUFBlockWeight
 
     if any(isinstance(weight, GGUFBlockWeight) for weight in weights.values()):
-        yield f"{sanitize(checkpoint.name)} was quantized; its weights became float32 with exactly the same values."
+        yield f"{sanitize(checkpoint.name)} was quantized. Its weights became float32 with exactly the same values."
 
 
 def _lost(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Describe what the format could not keep, one sentence each.
+    """Describe the losses of a conversion, one sentence per loss.
 
     Raises:
-        CheckpointError: If the result computes something else.
+        CheckpointError: If the network or the tokenizer is not equivalent.
     """
     name, old, new = sanitize(before.name), before.tokenizer, after.tokenizer
     if not _same_network(before.args, after.args) or _cut(old) != _cut(new):
         raise CheckpointError(
-            f"{name} would not be the same model in this format, so the result was discarded. Use another format."
+            f"{name} would be a different model in this format, so the result was discarded. Use another format."
         )
     if after.args.max_seq_len != before.args.max_seq_len:
-        yield f"The context of {before.args.max_seq_len:,} tokens is not kept: it becomes {after.args.max_seq_len:,}."
+        yield f"The context of {before.args.max_seq_len:,} tokens is not kept. It becomes {after.args.max_seq_len:,}."
     if new.names != old.names:
         yield "Unused special tokens have other names in this format."
     elif new.special_tokens != old.special_tokens:
-        yield "Special tokens are matched differently in text in this format."
+        yield "In this format, special tokens in a text are matched differently."
     if new.stop_ids != old.stop_ids:
         ids = [sorted(tokenizer.stop_ids) for tokenizer in (old, new)]
-        yield f"The stop tokens are not kept: {ids[0]} become {ids[1]}."
+        yield f"The stop tokens change from {ids[0]} to {ids[1]}."
     yield from _lost_extras(before.extras, after.extras, {new.bos_id, *new.stop_ids, new.names.get(new.unknown or "")})
     if before.license and not after.license:
         yield f"This format does not state the license ({sanitize(before.license)}). Keep it with the model."
     templates = template_of(before.chat), template_of(after.chat)
     if templates[0] != templates[1]:
         if templates[1] is None:
-            yield "The chat format is not kept: Meta's format has one only if the directory's name holds 'Instruct'."
+            yield "The chat format is not kept. Meta's format has one only if 'Instruct' is in the directory's name."
         elif templates[0] is None:
             yield "The base model becomes a chat model, because the directory's name marks it as one in Meta's format."
         else:
@@ -275,18 +275,18 @@ def _cut(tokenizer: Tokenizer) -> tuple[Any, ...]:
 
 
 def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -> Iterator[str]:
-    """Describe facts for other programs that the format cannot hold.
+    """Describe the lost information that only other programs use.
 
     Args:
-        before: Facts of the source.
-        after: Facts of the result.
+        before: Extras of the source.
+        after: Extras of the result.
         known: Ids with a role in the result's tokenizer.
     """
     roles = [role for role, id in before.roles.items() if after.roles.get(role) != id and id not in known]
     if roles:
         yield f"The roles of special tokens are not kept in this format: {_listed(roles)}."
     if before.flagged - after.flagged:
-        yield "Tokens that are both special and ordinary are not marked as special in this format."
+        yield "This format cannot mark ordinary tokens as special, so those marks are not kept."
     settings = [name for name, value in before.generation.items() if after.generation.get(name) != value]
     if settings := [name for name in settings if name not in _NOT_SAMPLING]:
         yield f"The sampling defaults are not kept in this format: {_listed(settings)}."
@@ -295,7 +295,7 @@ def _lost_extras(before: Extras, after: Extras, known: Collection[int | None]) -
         yield f"Metadata of the GGUF file is not kept in this format: {_listed(metadata)}."
     templates = before.settings.get("chat_template")
     if isinstance(templates, list) and after.settings.get("chat_template") != templates:
-        yield "Only the default one of several chat templates is kept in this format."
+        yield "Of several chat templates, only the default one is kept in this format."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -304,7 +304,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _same_network(a: ModelArgs, b: ModelArgs) -> bool:
-    """Whether two shapes compute the same, up to the rounding in a GGUF file."""
+    """Whether two networks compute the same, except for rounding in a GGUF file.
+
+    Args:
+        a: Dimensions of a network.
+        b: Dimensions of another network.
+    """
     import torch
 
     from llama_scratch.model import rope_frequencies

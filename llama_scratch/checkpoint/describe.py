@@ -21,9 +21,9 @@ from llama_scratch.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-# Number of cached tokens for the memory estimate, if the model's context is that long.
+# Number of cached tokens in the memory estimate, or the model's context if it is shorter.
 _CONTEXT = 4096
-# The fields of `ModelArgs` that define the network's shape.
+# The fields of `ModelArgs` that define the network's dimensions.
 _SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "norm_eps")
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF's names
 
@@ -38,7 +38,7 @@ def describe(
     device: str = "auto",
     activations: str = "auto",
 ) -> dict[str, Any]:
-    """Describe a model: files, shape, tokenizer and memory.
+    """Describe a model: files, dimensions, tokenizer and memory.
 
     Args:
         path: The model.
@@ -50,7 +50,7 @@ def describe(
         activations: Dtype of the activations.
 
     Returns:
-        Values for JSON, sizes in bytes. `memory` does not include the mapped files.
+        A dictionary for JSON. Sizes are in bytes, and `memory` does not include the mapped files.
     """
     validate_precision(precision)
     target = resolve_device(device)
@@ -102,7 +102,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _parts(args: ModelArgs, *, tied: bool) -> dict[str, dict[str, float]]:
-    """Count the parameters of each part; a tied output has 0."""
+    """Count the parameters of each part. A tied output has 0."""
     counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
     whole = {EMBEDDING: "embedding", OUTPUT: "output"}
     for name, shape in args.weight_shapes().items():
@@ -131,6 +131,6 @@ def _memory(
 
 
 def _dtype(checkpoint: Checkpoint, stored: WeightStorage) -> torch.dtype | None:
-    """Return the dtype of the matrices; None if some are GGUF's quantized blocks."""
+    """Return the dtype of the matrices, or None if some have quantized GGUF blocks."""
     blocks = checkpoint.format == "gguf" and not stored.types.keys() <= _PLAIN
     return None if blocks else stored.dtype

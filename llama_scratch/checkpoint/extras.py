@@ -1,4 +1,4 @@
-"""Facts in a model's files that conversion keeps but the output does not need."""
+"""Information in a model's files that only conversion uses."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Extras:
-    """Facts in a checkpoint's files beyond shape, tokenizer and weights.
+    """Information in a checkpoint's files that does not affect its output.
 
     Args:
         roles: GGUF's name of a role → token id: bos, eos, eot, eom, unknown, padding, seperator, mask and so on.
             Whether a prompt starts with bos depends on the tokenizer's `bos_id`.
-        flagged: Ids that the files mark as special although plain text can produce them.
+        flagged: Ids of tokens that the files mark as special, although plain text can produce them.
         token_types: GGUF's type of each token.
         generation: generation_config.json, or a GGUF file's sampling defaults under the same names.
         settings: tokenizer_config.json.
         ids: The fields of config.json that name a token, such as eos_token_id.
-        metadata: GGUF's metadata about the model and its chat templates.
+        metadata: GGUF metadata about the model and its chat templates.
     """
 
     roles: Mapping[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, sanitize
 from llama_scratch.system.small_files import read_bytes, without_mark
 
 _REQUIRED: Any = object()
-# Larger than in any model, and small enough that a product of two cannot overflow a tensor's size.
+# Larger than any value in a model, and small enough that the product of two values cannot overflow a tensor's size.
 _MAX_INTEGER = 1 << 24
 
 
@@ -26,7 +26,7 @@ def read_object(path: Path, max_bytes: int = 1 << 20, *, required: bool = False)
     Args:
         path: The file.
         max_bytes: Maximum size in bytes.
-        required: Whether the file must exist; otherwise a missing one reads as an empty object.
+        required: Whether the file must exist. If not, the result for a missing file is an empty dictionary.
 
     Raises:
         FileNotFoundError: If a required file does not exist.
@@ -54,9 +54,9 @@ def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
+        raise CheckpointError(f"{path} is not JSON ({sanitize(error)}). {REDOWNLOAD_HINT}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object. {REDOWNLOAD_HINT}")
     return content
 
 
@@ -70,7 +70,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a model file, checked as they are read; errors are one sentence."""
+    """The fields of a model file, each checked when it is read.
+
+    An error message is one sentence that does not name the file.
+    """
 
     values: Mapping[str, Any]
 
@@ -83,7 +86,7 @@ class Fields:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *, limit: int = _MAX_INTEGER) -> int:
-        """Return an integer from 1 to `limit`; some programs write it as a float (8192.0).
+        """Return an integer from 1 to `limit`. A float such as 8192.0 is accepted too.
 
         Args:
             name: Name of the field.
@@ -91,7 +94,7 @@ class Fields:
             limit: Maximum value.
 
         Raises:
-            CheckpointError: If the field is missing or has another value.
+            CheckpointError: If a required field is missing, or the value is not such an integer.
         """
         if (value := self._get(name, default)) is default:
             return cast(int, value)
@@ -102,7 +105,15 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        """Return a positive number; arguments and errors as in `integer`."""
+        """Return a positive number.
+
+        Args:
+            name: Name of the field.
+            default: See `integer`.
+
+        Raises:
+            CheckpointError: If a required field is missing, or the value is not a positive number.
+        """
         value = self._get(name, default)
         if value is None:
             return None
@@ -111,7 +122,15 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """Return true or false; arguments and errors as in `integer`."""
+        """Return a boolean.
+
+        Args:
+            name: Name of the field.
+            default: Returned if the field is missing or null.
+
+        Raises:
+            CheckpointError: If the value is not true or false.
+        """
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"the field {name} is {sanitize(value)}, expected true or false.")

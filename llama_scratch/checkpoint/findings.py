@@ -1,4 +1,4 @@
-"""The findings of a model's checks, and the verdict."""
+"""The findings of `verify`, and its verdict."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Finding:
     """The result of one check.
 
     Args:
-        part: The file, or the part of the model.
+        part: The file or the part of the model that was checked.
         check: "MD5", "SHA-256", "Git's SHA-1", "presence", "checksum", "structure", "support", "values", "tied" or
             "factor".
-        result: Whether the check passed, failed, or found something that is not an error.
+        result: Whether the check passed (ok), failed (wrong), or found something that is not an error (note).
         sentence: Message for the user.
         fetch: Files to fetch again.
     """
@@ -74,7 +74,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """A summary of all findings in one or two sentences."""
+        """A summary of all findings, in one or two sentences."""
         notes = sum(finding.result == "note" for finding in self.findings)
         if not self.wrong:
             noted = f", {notes} with a note" if notes else ""
@@ -86,11 +86,11 @@ class Verification:
         more = f" and {others} more" if others else ""
         advice = f". Fetch {', '.join(names)}{more} again" if names else ""
         if not names and any(finding.fetch for finding in self.findings if finding.result == "wrong"):
-            advice = ". Its files are as they were published, so use another model"
+            advice = ". Its files match the published ones, so use another model"
         return f"Damaged: {self.wrong} of {len(self.findings)} checks failed{advice}."
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `verify --json` prints."""
+        """Return the JSON object for the command line."""
         findings = [{name: value for name, value in asdict(f).items() if name != "fetch"} for f in self.findings]
         return {
             "name": self.name,
@@ -107,8 +107,12 @@ def finding_of(error: LlamaScratchError, file: str) -> Finding:
     """Turn an error from opening or loading a model into a finding.
 
     Args:
-        error: The error. Errors that are not about files are raised again.
+        error: The error.
         file: The part to name if the message does not name a file.
+
+    Raises:
+        UsageError: If that is the error.
+        OutOfMemoryError: If that is the error.
     """
     if isinstance(error, UsageError | OutOfMemoryError):
         raise error
@@ -120,6 +124,11 @@ def finding_of(error: LlamaScratchError, file: str) -> Finding:
 
 
 def missing_file(name: str, why: str) -> Finding:
-    """Return the finding for a missing file; `why` says who refers to it."""
+    """Return the finding for a missing file.
+
+    Args:
+        name: The name of the file.
+        why: The reason why the file is needed, for the message.
+    """
     name = sanitize(name)
-    return Finding(name, "presence", "wrong", f"It is missing: {why}; {REDOWNLOAD_HINT}", (name,))
+    return Finding(name, "presence", "wrong", f"It is missing: {why}. {REDOWNLOAD_HINT}", (name,))

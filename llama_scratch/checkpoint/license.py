@@ -12,9 +12,10 @@ _MAX_BYTES = 1 << 16
 
 
 def read_license(directory: Path) -> str | None:
-    """Return the license in README.md's front matter, else the first line of LICENSE.
+    """Return the license from README.md's front matter or the first line of LICENSE.
 
-    For `original/`, which holds Meta's own files in Hugging Face's repositories, the parent directory is searched too.
+    If the directory is named `original`, as Meta's own files in a Hugging Face repository are, its parent is searched
+    too.
     Files that cannot be read are skipped. Returns None if no license is stated.
     """
     if license := _stated(directory):
@@ -26,7 +27,7 @@ def _stated(directory: Path) -> str | None:
     front = re.match(r"---[ \t]*\n(.*?)\n---", _text(directory / "README.md"), re.DOTALL)
     fields = dict(re.findall(r"^(license\w*):[ \t]*(?:\n[ \t]*- )?(.+)$", front[1] if front else "", re.MULTILINE))
     license = fields.get("license")
-    if license in (None, "other"):  # then license_name is more specific
+    if license in (None, "other"):  # license_name is more specific
         license = fields.get("license_name", license)
     try:
         files = sorted(directory.glob("LICENSE*"))

@@ -1,7 +1,7 @@
-"""Find the model at a path, or name what is there instead.
+"""Find the model at a path, or report what the path contains instead.
 
-Users may name the directory above a model, one of its files, a folder of the Hugging Face cache, or a file without its
-extension. If exactly one complete model matches, it is used; otherwise the error names what was found.
+A user can pass the directory above a model, one of its files, a folder of the Hugging Face cache, or a file name
+without its extension. If exactly one complete model matches, it is used. Otherwise the error lists what was found.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _CONSOLIDATED = re.compile(r"consolidated\.\d\d\.pth")
-# Files of one format only: naming the file names its directory.
+# Files that only one format has. The path of such a file stands for its directory.
 _META_FILE = re.compile(rf"params\.json|checklist\.chk|{_CONSOLIDATED.pattern}")
 _HUGGINGFACE_FILE = re.compile(rf"(config|generation_config|tokenizer|tokenizer_config)\.json|{_SAFETENSORS.pattern}")
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"}
 
-# Unsupported formats, by file extension.
+# File extension → unsupported format.
 _FOREIGN = {
     ".onnx": "an ONNX model",
     ".h5": "TensorFlow weights",
@@ -48,9 +48,9 @@ _FOREIGN = {
     ".nemo": "a NeMo archive",
     ".llamafile": "a llamafile",
 }
-# Weight files that do not describe the network's shape.
+# Weight files that do not describe the network's dimensions.
 _BARE = {".bin": "PyTorch weights", ".pt": "PyTorch weights", ".pth": "PyTorch weights", ".safetensors": "weights"}
-# Unsupported formats, by their first bytes.
+# First bytes of a file → unsupported format.
 _STARTS = {
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "a gzip archive",
@@ -69,7 +69,7 @@ class FoundModel(NamedTuple):
 
     Args:
         format: The format.
-        path: The model's directory or .gguf file, the first one if there are several.
+        path: The model's directory or .gguf file. For a split model, its first file.
     """
 
     format: FormatName
@@ -89,7 +89,7 @@ def recognize(path: Path) -> FoundModel:
     Raises:
         ModelNotFoundError: If the path does not exist, or has no model or more than one.
         CheckpointError: If it is another kind of file, or a model in an unsupported format.
-        LlamaScratchError: If it cannot be read.
+        LlamaScratchError: If the path cannot be read.
     """
     with reading(path):
         if path.is_dir():
@@ -97,7 +97,7 @@ def recognize(path: Path) -> FoundModel:
         if path.exists():
             return _from_file(path)
     raise ModelNotFoundError(
-        f"There is no model at {sanitize(path, 200)}. Name an existing file or directory, "
+        f"There is no model at {sanitize(path, 200)}. Pass an existing file or directory, "
         "or run 'llama-scratch pull smollm2' to download an open model."
     )
 
@@ -106,14 +106,14 @@ def recognize(path: Path) -> FoundModel:
 
 
 def complete_model(directory: Path, prefer: FormatName | None = None) -> FoundModel | None:
-    """Find the model whose files are all in a directory, or in its original/.
+    """Find the model whose files are all in a directory or in its subfolder original/.
 
     Args:
         directory: An existing directory.
-        prefer: The format to take if several are complete.
+        prefer: The format to use if a directory has complete models in several formats.
 
     Returns:
-        The model; None if no model is complete, or there are several .gguf files.
+        The model, or None if no model is complete or there are several .gguf files.
     """
     candidates = [
         FoundModel("meta", directory),
@@ -129,7 +129,7 @@ def complete_model(directory: Path, prefer: FormatName | None = None) -> FoundMo
 
 
 def gguf_files(directory: Path) -> list[Path]:
-    """List the .gguf files of a directory; for a split model, only the first file."""
+    """List the .gguf files of a directory, but only the first file of a split model."""
     models: dict[str, Path] = {}
     for name in _names(directory):
         if name.lower().endswith(".gguf") and not name.startswith("."):
@@ -148,7 +148,7 @@ def _has(directory: Path, *names: str) -> bool:
 
 
 def _has_weights(model: FoundModel) -> bool:
-    """Whether the shape and the weights exist, judging by file names."""
+    """Whether the files of dimensions and weights exist, judging by their names."""
     format, path = model
     if format == "meta":
         return _has(path, "params.json", "consolidated.00.pth")
@@ -197,7 +197,7 @@ def _in_directory(path: Path, prefer: FormatName | None = None) -> FoundModel:
 
 
 def _in_hub_cache(path: Path) -> FoundModel:
-    """Find the model in a models--OWNER--REPO folder: main, or its only revision.
+    """Find the model in a models--OWNER--REPO folder: revision main, or the only one.
 
     Source: huggingface_hub's "Understand caching".
     """
@@ -212,7 +212,7 @@ def _in_hub_cache(path: Path) -> FoundModel:
         return _in_directory(snapshots / commits[0])
     if commits:
         raise _several(path, [snapshots / commit for commit in commits])
-    raise ModelNotFoundError(f"{sanitize(path, 200)} is a Hugging Face cache folder without a model; {REDOWNLOAD_HINT}")
+    raise ModelNotFoundError(f"{sanitize(path, 200)} is a Hugging Face cache folder without a model. {REDOWNLOAD_HINT}")
 
 
 def _models_in(directory: Path) -> list[Path]:
@@ -233,8 +233,8 @@ def _several(path: Path, models: list[Path]) -> ModelNotFoundError:
     more = len(models) - _MAX_NAMED
     names = ", ".join(sanitize(model, 200) for model in models[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
     if len(models) == 1:
-        return ModelNotFoundError(f"{sanitize(path, 200)} is the directory above a model. Name the model: {names}.")
-    return ModelNotFoundError(f"{sanitize(path, 200)} holds {len(models)} models. Name one of them: {names}.")
+        return ModelNotFoundError(f"{sanitize(path, 200)} is the directory above a model. Choose the model: {names}.")
+    return ModelNotFoundError(f"{sanitize(path, 200)} holds {len(models)} models. Choose one of them: {names}.")
 
 
 def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
@@ -245,7 +245,7 @@ def _nothing(path: Path, names: list[str]) -> ModelNotFoundError:
     else:
         more = "…" if len(names) > _MAX_NAMED else ""
         content = f"does not hold a model (only {', '.join(map(sanitize, names[:_MAX_NAMED]))}{more})"
-    return ModelNotFoundError(f"{sanitize(path, 200)} {content}. Name {_EXPECTED}.")
+    return ModelNotFoundError(f"{sanitize(path, 200)} {content}. Pass the path of {_EXPECTED}.")
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -269,13 +269,13 @@ def _from_file(path: Path) -> FoundModel:
     if kind is None and start[257:262] == b"ustar":
         kind = "a tar archive"
     if kind:
-        advice = "Unpack it and name the model in it" if "archive" in kind else "Use a file in a supported format"
+        advice = "Unpack it and use the model in it" if "archive" in kind else "Use a file in a supported format"
         raise CheckpointError(f"{sanitize(path, 200)} is {kind}, expected {_EXPECTED}. {advice}.")
     content = f"is not a model (it starts with {start[:8]!r})" if start else "is an empty file"
-    raise CheckpointError(f"{sanitize(path, 200)} {content}. Name {_EXPECTED}.")
+    raise CheckpointError(f"{sanitize(path, 200)} {content}. Pass the path of {_EXPECTED}.")
 
 
-# --- Models of other kinds --------------------------------------------------------------------
+# --- Unsupported models -----------------------------------------------------------------------
 
 
 def _reject_adapter(directory: Path, names: Iterable[str]) -> None:
@@ -289,12 +289,12 @@ def _reject_adapter(directory: Path, names: Iterable[str]) -> None:
     of = f" for {sanitize(base, 100)}" if base else ""
     raise CheckpointError(
         f"{sanitize(directory, 200)} holds a {name}{of}, which is not a complete model. "
-        "Merge it into its base model with PEFT (merge_and_unload), or name the base model."
+        "Merge it into its base model with PEFT (merge_and_unload), or use the base model."
     )
 
 
 def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> None:
-    """Raise `CheckpointError` if a file has one of these extensions."""
+    """Raise `CheckpointError` if a file has the extension of an unsupported format."""
     for name in names:
         suffix = ".onnx" if name == "onnx" else Path(name).suffix.lower()
         if kind := kinds.get(suffix):
@@ -306,7 +306,7 @@ def _reject_foreign(path: Path, names: Iterable[str], kinds: dict[str, str]) -> 
 
 
 def _reject_old_quantization(model: FoundModel) -> None:
-    """Raise `CheckpointError` for early GPTQ and AWQ, not marked in config.json."""
+    """Raise `CheckpointError` for GPTQ and AWQ models not marked in config.json."""
     for name in ("quantize_config.json", "quant_config.json"):
         if model.format == "huggingface" and _has(model.path, name):
             raise CheckpointError(

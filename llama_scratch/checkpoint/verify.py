@@ -1,6 +1,6 @@
 """Verify that a model is intact: checksums, structure and values.
 
-A flipped bit usually leaves a valid weight, so only a checksum (see `checksums`) can show it.
+A weight with a flipped bit is usually still a valid number, so only a checksum can detect it (see `checksums`).
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def verify(
 
     Args:
         path: The model.
-        tokenizer: As for `Llama.load`.
-        rope_factor: As for `Llama.load`.
+        tokenizer: Path of a tokenizer.model that replaces the model's own.
+        rope_factor: RoPE scaling factor that replaces the model's own.
         progress: Called with the number of bytes checked.
         published: Files with published checksums.
 
     Raises:
         ModelNotFoundError: If there is no model.
-        UsageError: As `open_checkpoint` does.
+        UsageError: If `rope_factor` is not valid.
         OutOfMemoryError: If the model does not fit into memory.
     """
     model, checkpoint, args, findings = None, None, None, []
@@ -68,7 +68,7 @@ def verify(
         checkpoint = open_checkpoint(path, tokenizer)
         args = checkpoint.args.with_rope_factor(rope_factor)
     except LlamaScratchError as error:
-        # A file that is not a model, or a directory without a checklist or a shape: nothing to verify.
+        # Nothing to verify: not a model file, or a directory without checklist.chk, params.json and config.json.
         if not (_describes_model(path) if os.path.isdir(path) else model):
             raise
         findings.append(finding_of(error, path.name))
@@ -95,7 +95,7 @@ def verify(
 
 
 def _describes_model(directory: Path) -> bool:
-    """Whether a directory has a file that implies which others belong there."""
+    """Whether a directory has a file that tells which other files belong to the model."""
     return any(os.path.lexists(directory / mark) for mark in (CHECKLIST, "params.json", "config.json"))
 
 
@@ -116,7 +116,7 @@ class _Meter:
             self._progress("verifying", self._done, self._total)
 
     def share(self, size: int) -> Progress:
-        """Return a progress callback whose total counts as `size` bytes."""
+        """Return a progress callback for a task that counts as `size` bytes in total."""
         seen = 0
 
         def report(_: str, done: int, total: int) -> None:
@@ -143,7 +143,7 @@ def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
 def _check_weights(
     checkpoint: Checkpoint, args: ModelArgs, pool: ThreadPoolExecutor, meter: _Meter, size: int
 ) -> list[Finding]:
-    """Check that all tensors are present, with the right shapes and only finite values."""
+    """Check names and shapes of all tensors, and that all values are finite."""
     try:
         weights = checkpoint.load(meter.share(size))
     except LlamaScratchError as error:
@@ -161,13 +161,13 @@ def _check_weights(
         more = f"{len(bad) - MAX_NAMED} more tensors hold NaN or infinity."
         findings.append(Finding("weights", "values", "wrong", more, bad[0].fetch))
     if not bad:
-        findings.append(Finding("weights", "values", "ok", f"None of {parameters:,} values is NaN or infinite."))
+        findings.append(Finding("weights", "values", "ok", f"None of the {parameters:,} values is NaN or infinite."))
     tied = "is tied to the embedding" if is_tied(weights) else "has its own weights (untied)"
     return [*findings, Finding("output", "tied", "ok", f"The output projection {tied}.")]
 
 
 def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> Finding | None:
-    """Scan a weight for NaN and infinity in blocks of rows; aminmax propagates both."""
+    """Scan a weight in blocks of rows for NaN and infinity; both show in aminmax."""
     import torch
 
     from llama_scratch.precision.lazy_weight import LazyWeight
@@ -197,7 +197,7 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
 
 
 def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the shards whose piece of a weight holds NaN or infinity."""
+    """Return the names of the shards in which a weight holds NaN or infinity."""
     import torch
 
     from llama_scratch.precision.lazy_weight import ShardedWeight
@@ -211,7 +211,7 @@ def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
-    """Report the checks done while opening the model, and its RoPE factor."""
+    """Report the checks done when the model was opened, and its RoPE factor."""
     tokens = f"It has {checkpoint.tokenizer.n_vocab:,} tokens, equal to the embedding's number of rows."
     rope = f"The base is {args.rope_theta:,.0f}, {scaling_in_words(args)}"
     changed = args != checkpoint.args

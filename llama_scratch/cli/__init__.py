@@ -1,7 +1,7 @@
-"""What does a command line ask for, and with which exit code does the program end?
+"""The command line: options, subcommands, messages and exit codes.
 
-`app` has the main command and `run`, and `options` declares the options. `models`, `measure` and `replay` have one
-function per subcommand. `opening` loads the model, `config_file` reads the user's defaults, and `process` handles the
+`app` has the main command and `run`. `options` declares the options. `models`, `measure` and `replay` have one function
+per subcommand. `opening` loads the model, `config_file` reads the user's defaults, and `process` handles the
 streams and the exit codes. Read `app` first, then `options` and `opening`.
 """
 

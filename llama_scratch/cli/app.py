@@ -38,7 +38,7 @@ from llama_scratch.errors import UsageError
 from llama_scratch.system import crash_handler
 from llama_scratch.system.memory import require_start
 
-# One line per paragraph, because the help wraps them to the width of the terminal.
+# Paragraphs are single lines, because the help wraps them to the width of the terminal.
 _HELP = (
     "A microscope for next-token prediction: type a prompt, see what Llama would say next.\n\n"
     "Examples:\n"
@@ -67,7 +67,7 @@ app.add_typer(learn)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line and return its exit code. Errors are one message on stderr."""
+    """Run a command line and return its exit code. Prints errors to stderr."""
     prepare_streams()
     try:
         try:
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
             code = error.exit_code
         flush_stdout()
         return code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defense against a traceback
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every unexpected error becomes a message
         return report(error)
 
 
@@ -124,7 +124,7 @@ def main(
     """Answer prompts, or prepare the process for a subcommand.
 
     Args:
-        ctx: The context of the command. Subcommands find the `Consoles` in its `obj`.
+        ctx: The context of the command. Its `obj` is set to the `Consoles` that subcommands use.
         answer: Options for the prompt and its answer.
         output: Options for output and interaction.
         config: The configuration file, which a callback has already read.
@@ -142,7 +142,7 @@ def main(
 
 
 def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions, consoles: Consoles) -> int:
-    """Run a session, or answer one prompt or each line of standard input. Returns the exit code."""
+    """Run a session, or answer the prompts. Returns the exit code."""
     if answer.generate < 0:
         raise UsageError(f"Cannot generate {answer.generate} tokens. Set --generate to at least 0.")
     if answer.top is not None and answer.top < 1:
@@ -170,7 +170,7 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
     at_terminal = format == "terminal"
     session = Session(
         Loading.ended_with(load(options, consoles)),
-        consoles.out if at_terminal else consoles.log,  # stdout is for data only, so commands print to stderr
+        consoles.out if at_terminal else consoles.log,  # in a pipe, stdout is only for data
         settings,
         opener(options),
         interactive=at_terminal,
@@ -184,13 +184,18 @@ def _answer(answer: AnswerOptions, output: OutputOptions, options: ModelOptions,
     prompts = _prompts(answer.prompt, consoles)
     try:
         return answer_all(session, prompts, format, commands=answer.commands, log=consoles.log)
-    except BrokenPipeError:  # the reader closed the pipe, which is not an error
+    except BrokenPipeError:  # not an error: the reader closed the pipe
         discard_stdout()
         return 0
 
 
 def _prompts(prompt: str | None, consoles: Consoles) -> Iterable[str]:
-    """The prompts to answer: the given one, all of standard input for "-", or each of its lines for None."""
+    """Return the prompts to answer.
+
+    Args:
+        prompt: The prompt; "-" for all of standard input, or None for each line of it.
+        consoles: Consoles for the hint if standard input is a terminal.
+    """
     from llama_scratch.repl.batch import stdin_lines, stdin_text
 
     if prompt in (None, "-") and sys.stdin.isatty():

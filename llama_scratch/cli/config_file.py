@@ -1,4 +1,4 @@
-"""The configuration file: long options as TOML keys, with a table per subcommand.
+"""The configuration file: TOML, a key per long option, a table per subcommand.
 
 Importing this module does not import torch. An example:
 
@@ -26,8 +26,8 @@ from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.system.folders import user_folder
 from llama_scratch.system.small_files import read_text
 
-# tomllib takes quadratic time in the number of parts of a dotted key, which is always on one line. These limits keep it
-# below 1 s.
+# tomllib takes quadratic time in the number of parts of a dotted key. These limits keep the time below 1 s. Dots are
+# counted per line, because a dotted key is always on one line.
 _MAX_BYTES, _MAX_DOTS = 1 << 16, 256
 
 
@@ -40,7 +40,7 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
     """Read the configuration file as typer's `default_map`.
 
     Args:
-        path: The file. None: the default file, which counts as empty if it is missing or unreadable.
+        path: The file. None: the default file, which is treated as empty if it is missing or not readable.
         ctx: The context of the main command.
 
     Returns:
@@ -55,7 +55,7 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
         file = default_path() if path is None else file
         text = read_text(file, _MAX_BYTES, error=UsageError)
     except OSError as error:
-        if path is None:  # for example another user's file, after `sudo -u` with the old HOME
+        if path is None:  # e.g. the file of another user: `sudo -u` may keep HOME
             return {}
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UsageError(
@@ -79,7 +79,7 @@ def read_config(path: str | None, ctx: typer.Context) -> dict[str, Any]:
 
 
 def _defaults(root: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[str, Any]:
-    """Return the values of the main command by parameter, and a table of values for each subcommand."""
+    """Return the values by parameter, and a table of values for each subcommand."""
     program = ctx.command
     commands = program.commands if isinstance(program, TyperGroup) else {}
     tables = {name: root[name] for name in commands if name in root}
@@ -95,7 +95,7 @@ def _defaults(root: Mapping[str, Any], ctx: typer.Context, file: Path) -> dict[s
 
 
 def _options(command: Any) -> dict[str, TyperOption]:
-    """The options that take a value, by long name without dashes. --version and --help are left out."""
+    """The options by long name without dashes, except --version and --help."""
     return {
         name.removeprefix("--"): option
         for option in command.params
@@ -113,7 +113,11 @@ def _validated(
     file: Path,
     where: str = "",
 ) -> dict[str, Any]:
-    """Return the values by parameter. Raises `UsageError` for an unknown option or an invalid value."""
+    """Return the values by parameter.
+
+    Raises:
+        UsageError: If an option is unknown or a value is not valid.
+    """
     values = {}
     for key, value in table.items():
         option = options.get(key)
@@ -129,7 +133,7 @@ def _validated(
             parsed = option.process_value(ctx, value)
         except typer.BadParameter as error:
             raise _wrong(file, key, value, f"a valid value for --{key} ({error.message.rstrip('.')})") from error
-        if isinstance(parsed, str) and not isinstance(value, str):  # a number would silently become text
+        if isinstance(parsed, str) and not isinstance(value, str):  # otherwise a number would silently become text
             raise _wrong(file, key, value, "a string in quotes")
         values[option.name] = value
     return values
@@ -138,6 +142,6 @@ def _validated(
 def _wrong(file: Path, key: str, value: object, expected: str) -> UsageError:
     try:
         value_text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
+    except ValueError:  # Python does not format integers with thousands of digits
         value_text = "a number of more than 64 bits"
     return UsageError(f"{sanitize(file, 200)}: {key} is {sanitize(value_text)}. It must be {expected}.")

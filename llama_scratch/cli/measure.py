@@ -31,7 +31,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode in tokens per second.
 
-    Decoding is also compared with the limit that memory bandwidth sets.
+    Decode is also compared with the speed limit set by memory bandwidth.
     """
     consoles: Consoles = ctx.obj
     prompts, contexts = _sizes(prefill, "--prefill"), _sizes(decode_at, "--decode-at")
@@ -55,7 +55,7 @@ def bench(
 
 
 def _sizes(text: str, name: str) -> list[int]:
-    """Parse "128,512" into [128, 512], sorted and without duplicates. An empty text gives an empty list."""
+    """Parse "128,512" into [128, 512], sorted and without duplicates."""
     sizes = text.split(",") if text else []
     if not all(size.strip().isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
         raise UsageError(f"{name} is '{sanitize(text)}'. It must be numbers of tokens, such as 128,512.")

@@ -64,7 +64,7 @@ def _pull_meta(name: str, link: str, consoles: Consoles) -> None:
 
     if link == "-":
         link = getpass("Link: ") if consoles.interactive else sys.stdin.readline(_MAX_LINK).removeprefix("\ufeff")
-    consoles.note(f"{name}: under Meta's license, which you accepted when you requested the link.")
+    consoles.note(f"{name} is under Meta's license, which you accepted when you requested the link.")
     with progress_bar(consoles.log, "Asking") as progress:
         path, _ = pull_meta(name, link, progress)
     _say_where(path.name, path, consoles)
@@ -76,7 +76,7 @@ def _say_where(name: str, path: Path, consoles: Consoles) -> None:
 
 @with_options
 def info(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, options: ModelOptions) -> None:
-    """Show a model's shape, parameters, tokenizer and RoPE factor."""
+    """Show a model's dimensions, parameters, tokenizer and RoPE factor."""
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint.describe import describe
     from llama_scratch.download.locate import find_model
@@ -107,7 +107,7 @@ def info(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, op
 
 @with_options
 def verify(ctx: typer.Context, path: ModelPath = None, json: AsJson = False, *, options: ModelOptions) -> None:
-    """Check a model: checksums, every tensor, no NaN. Exit code 4 if a check fails."""
+    """Check a model: checksums, shapes, no NaN. Exit code 4 if a check fails."""
     consoles: Consoles = ctx.obj
     from llama_scratch.checkpoint import verify as checks
     from llama_scratch.download.locate import find_model

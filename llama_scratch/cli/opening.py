@@ -1,6 +1,6 @@
 """Load the model of a command.
 
-If that is the open model and it is not on this machine, it is downloaded first.
+If the command needs the open model and it is not on this machine, it is downloaded first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load_in_background(options: ModelOptions, consoles: Consoles) -> Loading:
         consoles: Consoles for progress and questions.
 
     Raises:
-        LlamaScratchError: If the path of the model is wrong, which is checked immediately.
+        LlamaScratchError: If there is no model at the path. This is checked immediately.
     """
     from llama_scratch.checkpoint.base import name_of
     from llama_scratch.checkpoint.recognize import recognize
@@ -59,7 +59,7 @@ def load_in_background(options: ModelOptions, consoles: Consoles) -> Loading:
 
     def load(progress: Progress) -> Llama:
         llama = _load(options, progress)
-        llama.prepare(wait=False)  # runs while the user types
+        llama.prepare(wait=False)  # converts the weights while the user types
         return llama
 
     _fetch_missing(options, consoles)
@@ -74,7 +74,7 @@ def load_in_background(options: ModelOptions, consoles: Consoles) -> Loading:
 def opener(options: ModelOptions) -> Callable[[str, str, Progress], Llama]:
     """Return a function that loads a model by source and precision.
 
-    The other options stay the same. `tokenizer` and `rope_factor` apply only to the model they were given for.
+    The other options stay the same, except that `tokenizer` and `rope_factor` apply only to the model of `options`.
     """
 
     def open(source: str, precision: str, progress: Progress) -> Llama:
@@ -118,7 +118,7 @@ def _load(options: ModelOptions, progress: Progress) -> Llama:
 
 
 def _check_meanwhile(source: str | None) -> None:
-    """Verify the checksums of the weights on another core while torch is being imported."""
+    """Start verifying the weights in the background, while torch is imported."""
     from llama_scratch.checkpoint.meta.reader import check_ahead
     from llama_scratch.download.cloud import remote_address
     from llama_scratch.download.locate import find_model

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from llama_scratch.errors import UsageError
 from llama_scratch.precision import ACTIVATIONS, PRECISIONS
 
-# The main help explains the environment variables once, instead of per option.
+# The help of the main command explains the environment variables once for all options.
 option = partial(typer.Option, show_envvar=False)
 ModelPath = Annotated[
     str | None, typer.Argument(metavar="PATH", help="Path of a model (default: the one that would run).")
@@ -49,14 +49,21 @@ def _devices() -> list[str]:
 
 
 def _model_option(name: str, metavar: str, help: str, values: Callable[[], list[str]] | None = None) -> Any:
-    """Declare a model option. `values` completes it in the shell; None: the shell completes file names."""
+    """Declare a model option.
+
+    Args:
+        name: The option, such as --model.
+        metavar: The name of its value in the help.
+        help: The help.
+        values: Returns the values for shell completion. None: the shell completes file names.
+    """
     panel = "Model (before or after a subcommand)"
     return option(name, metavar=metavar, help=help, rich_help_panel=panel, autocompletion=values)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to run, and how. None: the option was not given."""
+    """The model and its settings. None: the option was not given."""
 
     model_dir: Annotated[
         str | None,
@@ -112,9 +119,9 @@ class ModelOptions:
     ] = None
 
     def overriding(self, other: ModelOptions) -> ModelOptions:
-        """Merge options: these take precedence over the other ones.
+        """Merge two sets of options. These take precedence over `other`.
 
-        `model` and `model_dir` count as one option.
+        Giving `model` also overrides `model_dir`, and vice versa.
         """
         values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
         if values.keys() & {"model", "model_dir"}:
@@ -123,7 +130,11 @@ class ModelOptions:
 
     @property
     def source(self) -> str | None:
-        """The `source` argument of `Llama.load`. Raises `UsageError` if there are two."""
+        """The `source` argument of `Llama.load`.
+
+        Raises:
+            UsageError: If both options were given.
+        """
         if self.model is not None and self.model_dir is not None:
             raise UsageError("Both --model and --model-dir were given. Use only one of them.")
         return self.model if self.model is not None else self.model_dir
@@ -252,8 +263,8 @@ def model_options(
 ) -> ModelOptions:
     """Collect the model options of a command.
 
-    Flags override the environment, and the environment overrides the file. Within one source, the subcommand's options
-    override the main command's.
+    Flags override the environment, and the environment overrides the file. Within each of these sources, options of the
+    subcommand override options of the main command.
 
     Args:
         ctx: The context of the command.
@@ -282,7 +293,14 @@ class HelpCommand(TyperCommand):
     """A command whose help is also readable on a narrow terminal."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help. typer prints it here instead of using the formatter, and so does this class."""
+        """Print the help.
+
+        Like typer, it prints directly instead of using the formatter.
+
+        Args:
+            ctx: The context of the command.
+            formatter: Not used, but required by the interface.
+        """
         if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
             super().format_help(ctx, formatter)
         else:
@@ -293,7 +311,14 @@ class HelpGroup(TyperGroup):
     """A main command whose help is also readable on a narrow terminal."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help. typer prints it here instead of using the formatter, and so does this class."""
+        """Print the help.
+
+        Like typer, it prints directly instead of using the formatter.
+
+        Args:
+            ctx: The context of the command.
+            formatter: Not used, but required by the interface.
+        """
         if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
             super().format_help(ctx, formatter)
         else:
@@ -301,7 +326,7 @@ class HelpGroup(TyperGroup):
 
 
 def _print_narrow_help(command: HelpCommand | HelpGroup, ctx: Any) -> None:
-    """Print the help without tables: each option on its own line, its help indented below."""
+    """Print the help without tables: the help of each option is below its name."""
     panels: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):
         if record := parameter.get_help_record(ctx):

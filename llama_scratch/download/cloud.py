@@ -37,9 +37,9 @@ _RETRIES = 4
 
 
 def remote_address(source: str) -> str | None:
-    """Normalize the address of a remote directory or file; None for a local path.
+    """Normalize the address of a remote model. Returns None for a local path.
 
-    Also accepts an address that was converted to a `Path`, which drops one slash.
+    Also accepts an address that was converted to a `Path` and lost one slash.
     """
     match = _ADDRESS.fullmatch(source)
     return f"{match[1]}://{match[2].rstrip('/')}" if match else None
@@ -49,8 +49,8 @@ def local_copy(address: str, progress: Progress) -> Path:
     """Download a model from gs:// or az:// to the cache.
 
     Small files are downloaded on every call. Weights are downloaded again only if their size, modification time or
-    checksum has changed. An interrupted download resumes. The weights are checked against the MD5 in checklist.chk or
-    from the store.
+    checksum has changed. An interrupted download of weights resumes. The MD5 of the weights is compared with
+    checklist.chk, or with the MD5 that the store reports.
 
     Args:
         address: The remote directory or .gguf file.
@@ -90,7 +90,7 @@ def local_copy(address: str, progress: Progress) -> Path:
             small = [name for name in files if name not in weights]
             sums = {} if single else _copy_small(store, address, target, small)
             _copy_weights(store, base if single else address, target, weights, sums, progress)
-            remove_stale(folder.parent, f"{kind}*")  # other versions, unless a process is downloading them
+            remove_stale(folder.parent, f"{kind}*")  # other versions, except those that a process is downloading
     return target / last if single else target
 
 
@@ -99,7 +99,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Turn the last part of an address into a folder name."""
+    """Make a folder name from the last part of an address."""
     return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
 
 
@@ -115,7 +115,7 @@ def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
         address: A .gguf file, or a directory that contains a model's files, an original/ folder or one .gguf file.
 
     Returns:
-        The address of the model, and the status of each file by name.
+        The address of the model's directory, and the status of each file by name.
     """
     if address.endswith(".gguf"):
         return address, {address.rsplit("/", 1)[-1]: store.stat(address)}
@@ -128,20 +128,20 @@ def _listed(store: Context, address: str) -> tuple[str, dict[str, Stat]]:
             return _listed(store, f"{address}/{files[0]}")
         if files:
             raise ModelNotFoundError(
-                f"{sanitize(address, 200)} contains {len(files)} models. Specify one of them: {sanitize(files, 200)}."
+                f"{sanitize(address, 200)} contains {len(files)} models. Choose one of them: {sanitize(files, 200)}."
             )
     if not {"params.json", "config.json"} & set(names):
         raise ModelNotFoundError(
-            f"{sanitize(address, 200)} does not contain params.json or config.json. Specify the directory that "
+            f"{sanitize(address, 200)} does not contain params.json or config.json. Pass the directory that "
             "contains the model's files, or a .gguf file."
         )
     return address, {name: entries[name].stat or store.stat(f"{address}/{name}") for name in sorted(names)}
 
 
 def _copy_small(store: Context, address: str, target: Path, names: list[str]) -> dict[str, str]:
-    """Download the small files. Returns the MD5s in checklist.chk, if there is one.
+    """Download the small files. Returns the MD5s in checklist.chk, if it exists.
 
-    Local files that the store no longer has are deleted.
+    Local files that no longer exist in the store are deleted.
     """
     for path in target.iterdir():
         if path.name not in names and not _is_weights(path.name.removesuffix(".part")):
@@ -193,7 +193,7 @@ def _explaining(address: str) -> Iterator[None]:
         raise ModelNotFoundError(
             f"{sanitize(address, 200)} not found, or these credentials cannot access it. Check the address."
         ) from error
-    except Exception as error:  # blobfile has many classes, most with a short `message`
+    except Exception as error:  # blobfile has many error classes, most with a short `message`
         reason = sanitize(getattr(error, "message", error), 300)
         raise LlamaScratchError(
             f"{sanitize(address, 200)} cannot be read ({reason}). Check the address, the connection "

@@ -1,6 +1,6 @@
 """Resumable downloads over HTTP.
 
-A signed link is a secret, so no URL is printed, stored or chained to an exception (hence the `from None`).
+A signed link is a secret. Therefore URLs are not printed, stored or chained to an exception (`from None`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK = 1 << 16
-_MAX_WEIGHTS = 1 << 37  # bytes per file; the largest that Meta published has 101 GB
+_MAX_WEIGHTS = 1 << 37  # bytes per file; the largest file that Meta published has 101 GB
 _MAX_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When to retry and when to give up.
+    """When to retry a request, and when to give up.
 
     Attributes:
-        timeout: Seconds without a byte after which an attempt is given up.
+        timeout: Seconds without receiving a byte until an attempt counts as failed.
         tries: Maximum number of consecutive attempts without progress.
         pause: Seconds before the next attempt. Doubles each time.
     """
@@ -62,9 +62,9 @@ class _TryAgainError(Exception):
 
 
 def open_session(url: str) -> requests.Session:
-    """Open a session that only follows redirects to https.
+    """Open a session that follows redirects only to https.
 
-    The exception is the host of `url`, if `url` itself is plain http.
+    If `url` is plain http, redirects to its own host are followed too.
     """
     import requests
 
@@ -79,7 +79,7 @@ def open_session(url: str) -> requests.Session:
 
     session = HTTPSSession()
     session.max_redirects = _MAX_REDIRECTS
-    session.headers["Accept-Encoding"] = "identity"  # lengths and checksums refer to the file itself
+    session.headers["Accept-Encoding"] = "identity"  # lengths and checksums are those of the uncompressed file
     return session
 
 
@@ -94,16 +94,16 @@ def fetch(
     limit: int = _MAX_WEIGHTS,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Download a large file. It gets its name once it is complete and verified.
+    """Download a large file. Resumes an interrupted download.
 
-    Until then it is TARGET.part, and TARGET.part.tag has its version. The next attempt resumes it, even if the
-    process was killed.
+    The data is in TARGET.part, and the version of the file in TARGET.part.tag, until the download is complete and
+    verified. A download can also be resumed after the process was killed.
 
     Args:
         session: A session from `open_session`.
         url: The address.
         target: Where to save the file.
-        is_whole: Verifies the complete file.
+        is_whole: Returns whether the complete file matches its checksum.
         report: Called with the bytes downloaded so far and the total bytes.
         retry: When to retry and when to give up.
         limit: Maximum size in bytes.
@@ -127,14 +127,14 @@ def fetch(
                     raise CheckpointError(
                         f"The downloaded {target.name} does not match its checksum and was deleted. Try again."
                     )
-                raise _TryAgainError("its parts do not match")
+                raise _TryAgainError("the resumed file does not match its checksum")
             except _TryAgainError as error:
                 reached = _size(part)
                 failures = 0 if reached > furthest else failures + 1
                 furthest = max(furthest, reached)
                 if failures >= retry.tries:
                     raise LlamaScratchError(
-                        f"{target.name} could not be downloaded ({error}). Check the connection and try again; the "
+                        f"{target.name} could not be downloaded ({error}). Check the connection and try again. The "
                         "download resumes."
                     ) from None
                 time.sleep(retry.pause * 2**failures)
@@ -154,7 +154,7 @@ def read_small(session: requests.Session, url: str, name: str, limit: int, retry
 
     Raises:
         RefusedError: If the server does not send the file.
-        CheckpointError: If it is longer than `limit`.
+        CheckpointError: If the file is longer than `limit`.
         LlamaScratchError: If the connection fails.
     """
     for attempt in range(retry.tries):
@@ -186,7 +186,7 @@ def _resume(
     timeout: float,
     headers: Mapping[str, str],
 ) -> bool:
-    """Request the missing bytes and append them. Returns whether this one attempt downloaded the whole file."""
+    """Request and append the missing bytes. Returns whether that was the whole file."""
     name, here = part.name.removesuffix(".part"), _size(part)
     tag = _tag(part).read_text() if here and _tag(part).is_file() else ""
     asked = {"Range": f"bytes={here}-", **({"If-Range": tag} if tag else {})} if here else {}
@@ -203,7 +203,7 @@ def _resume(
         chunks = _chunks(response)
         first = next(chunks, b"")
         if fresh:
-            if is_web_page(first):  # before the partial file is discarded
+            if is_web_page(first):  # checked before the partial file is discarded
                 raise RefusedError(name, 200)
             _drop(part)
             _tag(part).write_text(_version(response))
@@ -252,7 +252,7 @@ def _answer(
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    """Yield the body as it arrives, so nothing received is lost if the connection drops."""
+    """Yield the body as it arrives, to keep all bytes if the connection drops."""
     import urllib3
 
     try:
@@ -263,7 +263,10 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 
 
 def _range(response: requests.Response) -> tuple[int, int]:
-    """Parse Content-Range: "bytes 5-9/10" → (5, 10), the start and the total length; (-1, 0) if it is not valid."""
+    """Parse Content-Range into start and total length: "bytes 5-9/10" → (5, 10).
+
+    Returns (-1, 0) if the header is missing or not valid.
+    """
     match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range", ""))
     return (int(match[1]), int(match[2])) if match and response.status_code == 206 else (-1, 0)
 
@@ -271,12 +274,15 @@ def _range(response: requests.Response) -> tuple[int, int]:
 def _length(response: requests.Response, name: str) -> int:
     length = response.headers.get("Content-Length", "")
     if not re.fullmatch(r"\d{1,18}", length):
-        raise LlamaScratchError(f"The server did not send the length of {name}; nothing was saved. Try again later.")
+        raise LlamaScratchError(f"The server did not send the length of {name}, so nothing was saved. Try again later.")
     return int(length)
 
 
 def _version(response: requests.Response) -> str:
-    """The version for `If-Range`: a strong ETag, else the Last-Modified date. Source: RFC 9110, 13.1.5."""
+    """The value for `If-Range`: a strong ETag or the Last-Modified date.
+
+    Source: RFC 9110, 13.1.5.
+    """
     etag = response.headers.get("ETag", "")
     version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
     return version if version.isprintable() and len(version) < 200 else ""
@@ -291,7 +297,7 @@ def _tag(part: Path) -> Path:
 
 
 def _drop(part: Path) -> None:
-    """Discard a partial download. A tag without bytes is harmless, so the bytes are removed first."""
+    """Discard a partial download. Delete the data first: a tag alone is harmless."""
     part.unlink(missing_ok=True)
     _tag(part).unlink(missing_ok=True)
 
@@ -317,7 +323,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the system's
+        if error.errno is None:  # not raised by the operating system
             raise
         raise LlamaScratchError(
             f"Cannot write to {folder} ({error.strerror}). Check its free space and permissions and try again."
@@ -326,9 +332,9 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusively(folder: Path, name: str) -> Iterator[None]:
-    """Lock a folder, so that only one process at a time works in it.
+    """Lock a folder, so that only one process at a time writes to it.
 
-    The lock ends with the process.
+    The lock is released if the process ends or is killed.
 
     Args:
         folder: The folder, created if necessary.

@@ -44,7 +44,7 @@ class Repository:
 
     @classmethod
     def named(cls, name: str) -> Repository | None:
-        """Parse "OWNER/REPO" or "OWNER/REPO@REVISION"; None for any other string."""
+        """Parse "OWNER/REPO" or "OWNER/REPO@REVISION". Returns None for any other string."""
         match = _NAME.fullmatch(name)
         if match is None or ".." in name or "--" in f"{match[1]}/{match[2]}":
             return None
@@ -65,7 +65,7 @@ class Repository:
 
     @property
     def path(self) -> Path | None:
-        """The model's directory, if it has been downloaded. Does not access the network."""
+        """The model's directory in the cache, or None. Does not access the network."""
         try:
             commit = self.revision
             if not _COMMIT.fullmatch(commit):
@@ -84,14 +84,14 @@ def cache() -> Path:
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     path = os.path.expandvars(os.path.expanduser(place))
     if path.startswith("~"):
-        raise FileNotFoundError(errno.ENOENT, "no home directory, set HOME or HF_HOME")
+        raise FileNotFoundError(errno.ENOENT, "no home directory; set HOME or HF_HOME")
     return Path(path).absolute()
 
 
 def _model_in(snapshot: Path) -> Path | None:
     """Return the path of the model in a snapshot, or None.
 
-    If there are several .gguf files, return the snapshot itself: loading it raises an error that lists them.
+    If there are several .gguf files, return the snapshot. Loading it raises an error that lists the files.
     """
     if model := complete_model(snapshot):
         return model.path
@@ -142,7 +142,7 @@ def pull_hub(
         say(f"{repository.name}: {size / 1e9:.2g} GB, license: {_license(info)}")
         with exclusively(repository.folder / "blobs", repository.name):
             _fetch_files(repository, commit, snapshot, files, progress, retry or RetryPolicy())
-            # Requesting a file by revision also writes the commit to refs/, which `Repository.path` reads.
+            # A request by revision also writes the commit to refs/, where `Repository.path` looks it up.
             _download(repository, files[0].rfilename, repository.revision)
     path = _model_in(snapshot)
     if path is None or repository.path != path:
@@ -151,7 +151,7 @@ def pull_hub(
 
 
 def _info(repository: Repository) -> ModelInfo:
-    """Request a repository's metadata from the hub: its commit, files and model card."""
+    """Request a repository's metadata from the hub: commit, files and model card."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -169,7 +169,7 @@ def _info(repository: Repository) -> ModelInfo:
 
 
 def _wanted(repository: Repository, names: list[str]) -> list[str]:
-    """Select the files to download, small ones first."""
+    """Select the files to download, small files first."""
     weights = [name for name in names if _WEIGHTS.fullmatch(name)]
     if "model.safetensors" in weights:  # takes precedence over shards, as in transformers
         weights = ["model.safetensors"]
@@ -246,13 +246,16 @@ def _download(repository: Repository, file: str, revision: str) -> None:
 
 
 def _check_architecture(repository: Repository, path: Path) -> None:
-    """Reject an unsupported model before gigabytes are downloaded. All other checks run when it is loaded."""
+    """Reject an unsupported architecture before the weights are downloaded.
+
+    All other checks run when the model is loaded.
+    """
     from llama_scratch.checkpoint.huggingface.reader import unsupported
 
     if (reason := unsupported(read_object(path, required=True))) is not None:
         raise CheckpointError(
-            f"The config.json of {repository.name} says {reason}. Choose another model; the weights of this one were "
-            "not downloaded."
+            f"The config.json of {repository.name} says {reason}, so the weights were not downloaded. Choose another "
+            "model."
         )
 
 
@@ -279,7 +282,7 @@ def _explaining(repository: Repository) -> Iterator[None]:
                 raise LlamaScratchError(gated) from None
             except hub.RevisionNotFoundError:
                 raise ModelNotFoundError(
-                    f"{repository.id} has no revision '{repository.revision}'. See {page}/commits."
+                    f"{repository.id} does not have the revision '{repository.revision}'. See {page}/commits."
                 ) from None
             except hub.RepositoryNotFoundError:
                 raise ModelNotFoundError(
@@ -322,6 +325,6 @@ def _out_of_order(status: int) -> LlamaScratchError:
 
 def _no_connection(name: str) -> LlamaScratchError:
     return LlamaScratchError(
-        f"No connection to the hub, so {name} was not downloaded. Check the network and pull it again; the "
+        f"No connection to the hub, so {name} was not downloaded. Check the network and pull it again. The "
         "download resumes."
     )

@@ -45,7 +45,7 @@ def find_model(source: str | os.PathLike[str] | None = None, progress: Progress 
         return open_model.path
     try:
         path = Path(source).expanduser()
-    except RuntimeError as error:  # ~ without a home directory
+    except RuntimeError as error:  # ~ cannot be expanded without a home directory
         raise ModelNotFoundError(f"{source} cannot be resolved: {error}. Use the full path.") from error
     if not isinstance(source, str) or os.path.exists(path):
         return path
@@ -67,12 +67,16 @@ def _source_or_default(source: str | os.PathLike[str] | None) -> str | os.PathLi
     if source is None:
         return os.environ.get(ENVIRONMENT) or next(filter(_is_there, USUAL_PLACES), DEFAULT_MODEL)
     if not os.fspath(source):
-        raise UsageError("The model's name is empty. Name a directory, a file or a model such as smollm2.")
+        raise UsageError("The model's name is empty. Pass a directory, a file or a model such as smollm2.")
     return source
 
 
 def _is_fetched(model: OpenModel) -> bool:
-    """Whether an open model has been downloaded. Raises `LlamaScratchError` if its folder cannot be read."""
+    """Whether an open model has been downloaded.
+
+    Raises:
+        LlamaScratchError: If its folder cannot be read.
+    """
     with reading(model.path):
         return model.path.is_file()
 
@@ -80,11 +84,11 @@ def _is_fetched(model: OpenModel) -> bool:
 def _is_there(place: str) -> bool:
     try:
         return Path(place).expanduser().is_dir()
-    except (RuntimeError, OSError):  # no home directory, or no permission to read it
+    except (RuntimeError, OSError):  # no home directory, or no permission to read the place
         return False
 
 
 def missing_open_model(source: str | os.PathLike[str] | None) -> str | None:
-    """The open model that `find_model(source)` needs, unless it has been downloaded."""
+    """The name of the open model that `find_model` needs, if it is not downloaded yet."""
     model = OPEN_MODELS.get(os.fspath(_source_or_default(source)))
     return model.name if model and not _is_fetched(model) else None

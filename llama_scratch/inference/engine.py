@@ -271,7 +271,7 @@ class Engine:
                 "Remove the interventions, or choose a smaller scale."
             )
         raise CheckpointError(
-            f"The network computes NaN or infinity, so its weights are damaged ({self.files}); " + REDOWNLOAD_HINT
+            f"The network computes NaN or infinity, so its weights are damaged ({self.files}). " + REDOWNLOAD_HINT
         )
 
     @property

@@ -184,10 +184,10 @@ def reject_stand_in(
     reject_pointer(start, path, error)
     name = sanitize(path, 200)
     if is_web_page(start):
-        raise error(f"{name} is a web page, which the server sent instead of the file; {REDOWNLOAD_HINT}")
+        raise error(f"{name} is a web page, which the server sent instead of the file. {REDOWNLOAD_HINT}")
     if _REFUSAL.match(start):
         answer = start.partition(b"\n")[0].decode("utf-8", errors="replace")
-        raise error(f"{name} is a server's error message ('{sanitize(answer)}') instead of the file; {REDOWNLOAD_HINT}")
+        raise error(f"{name} is a server's error message ('{sanitize(answer)}') instead of the file. {REDOWNLOAD_HINT}")
 
 
 def reject_pointer(

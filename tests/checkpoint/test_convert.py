@@ -450,9 +450,9 @@ OWN: dict[str, Callable[[Path], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("what", "form", "words"),
     [
-        ("own pattern", "meta", ["another tokenizer", "to=hf"]),
-        ("no BOS", "meta", ["another tokenizer", "to=hf"]),
-        ("own names", "meta", ["another tokenizer", "to=hf"]),
+        ("own pattern", "meta", ["Llama 3's tokenizer", "to=hf"]),
+        ("no BOS", "meta", ["Llama 3's tokenizer", "to=hf"]),
+        ("own names", "meta", ["Llama 3's tokenizer", "to=hf"]),
         ("unnamed pattern", "gguf", ["pattern", "to=hf"]),
         ("token twice", "hf", ["'th' twice"]),
         ("token twice", "gguf", ["'th' twice"]),
@@ -569,7 +569,7 @@ def test_places_that_are_taken(sources: dict[str, Path], tmp_path: Path, form: s
     assert_rejected(lambda: convert.convert(source, tmp_path / "link.gguf", form), UsageError, "itself")
     assert_rejected(lambda: convert.convert(source, source.parent, form), UsageError, "holds the model")
     assert_rejected(lambda: convert.convert(source, tmp_path / "no" / "m.gguf", form), ModelNotFoundError, "not exist")
-    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "Name another")
+    assert_rejected(lambda: convert.convert(source, tmp_path / ("n" * 300 + ".gguf"), form), UsageError, "Choose")
     assert (tmp_path / "file.gguf").read_text() == "mine"
     (tmp_path / "full.gguf").mkdir()
     (tmp_path / "full.gguf" / "x").touch()

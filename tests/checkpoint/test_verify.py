@@ -103,7 +103,7 @@ def test_a_whole_model_passes_every_check(model: Path, prefix: str) -> None:
     assert {f.result for f in found.findings} == {"ok"}
     checks = {(f.part, f.check): f.sentence for f in found.findings}
     assert checks["weights", "structure"].startswith("All 29 tensors")
-    assert "None of 3,093,248 values is NaN" in checks["weights", "values"]
+    assert "None of the 3,093,248 values is NaN" in checks["weights", "values"]
     assert "is tied" in checks["output", "tied"]
     assert "scaled by a factor of 32" in checks["RoPE", "factor"]
     assert "556 tokens" in checks["tokenizer", "structure"]
@@ -147,7 +147,7 @@ def test_another_md5(model: Path) -> None:
     found = verify(model)
     sentence = one_wrong(found, WEIGHTS, "MD5")
     assert "expected 0123456789ab…" in sentence
-    assert "fetch the file again" in sentence
+    assert "Fetch the file again" in sentence
     assert found.fetch_again == [WEIGHTS]
     assert found.verdict == "Damaged: 1 of 8 checks failed. Fetch consolidated.00.pth again."
 
@@ -260,7 +260,7 @@ def test_weights_that_were_cut_short(model: Path) -> None:
     os.truncate(model / WEIGHTS, 1_000_000)
     found = verify(model)
     assert [(f.part, f.check) for f in wrong(found)] == [(WEIGHTS, "MD5"), (WEIGHTS, "structure")]
-    assert "cut short" in wrong(found)[1].sentence
+    assert "truncated" in wrong(found)[1].sentence
     assert found.fetch_again == [WEIGHTS]
     assert {f.part for f in found.findings if f.result == "ok"} == {
         "params.json",
@@ -280,7 +280,7 @@ def test_wrong_shapes(model: Path) -> None:
     found = verify(model)
     assert "has the shape (64, 256)" in one_wrong(found, WEIGHTS, "structure")
     assert found.fetch_again == []
-    assert found.verdict.startswith("Damaged: 1 of 6 checks failed. Its files are as they were published")
+    assert found.verdict.startswith("Damaged: 1 of 6 checks failed. Its files match the published ones")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_the_other_forms(model: Path, tmp_path: Path, form: str, name: str) -> N
     found = verify(path)
     assert one_wrong(found, "layers.1.attention.wk.weight", "values").startswith("1 NaN among its 32,768 values")
     assert found.fetch_again == []
-    assert found.verdict.endswith(". Its files are as they were published, so use another model.")
+    assert found.verdict.endswith(". Its files match the published ones, so use another model.")
     file = path if path.is_file() else path / "model.safetensors"
     (path.with_name("BadTiny.gguf.md5") if path.is_file() else path / "checklist.chk").unlink()
     assert verify(path).fetch_again == [file.name]
@@ -408,7 +408,7 @@ def test_the_open_model_and_one_bit_of_it(
     result = llama_scratch("verify", "--model", "smollm2")
     assert result.code == 4
     assert "Its SHA-256 is " in result.out
-    assert "run 'llama-scratch pull smollm2' to fetch it again" in result.out
+    assert "Run 'llama-scratch pull smollm2' to fetch it again" in result.out
     assert result.out.endswith("Fetch SmolLM2-135M-Instruct.Q4_1.gguf again.\n")
     os.truncate(copy, 98_362_431)
     found = verify(copy, published=pypi.published_files())

@@ -630,8 +630,8 @@ def test_llama_bench_is_asked_for_repacked_weights(tmp_path: Path) -> None:
 FAILURES = {
     "fails": ("sys.exit('llama_bench: error: failed to load model')", "exit code 1: llama_bench: error: failed to"),
     "says nothing": ("sys.exit(3)", "exit code 3: it wrote no message"),
-    "prints no JSON": ("print('usage: {-m} [x]')", "printed no figures in JSON. Build the target llama-bench"),
-    "prints other JSON": ("print('{\"avg_ns\": 0}')", "printed no figures in JSON"),
+    "prints no JSON": ("print('usage: {-m} [x]')", "did not print figures in JSON. Build the target llama-bench"),
+    "prints other JSON": ("print('{\"avg_ns\": 0}')", "did not print figures in JSON"),
 }
 
 

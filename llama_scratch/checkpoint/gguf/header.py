@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and the table of tensors.
 
-This parser checks every count and size against the file before using it. The gguf package's reader trusts them, so a
-43-byte file can make it loop forever. Only the block sizes of the types come from the package.
+This parser checks every count and size against the file size before using it. The reader of the gguf package does not,
+so a 43-byte file can make it loop forever. Only the block sizes of the types come from that package.
 Source: the GGUF specification in ggml-org/ggml, docs/gguf.md.
 """
 
@@ -26,7 +26,7 @@ class TensorInfo:
 
     Args:
         name: Name in the file.
-        shape: Shape in torch's order.
+        shape: Shape in torch's order of dimensions, the reverse of GGUF's.
         type: GGUF's type number.
         start: Offset in the file, in bytes.
         size: Size in bytes.
@@ -41,7 +41,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The metadata and tensors of a file; every tensor is within the file.
+    """The metadata and tensors of a file. Every tensor is within the file.
 
     Args:
         path: The file.
@@ -62,11 +62,11 @@ class GGUFHeader:
 # GGUF's type number of a metadata value → struct format; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING_SIZE = struct.Struct("<Q")
-# Limit for all arrays together: several times Llama 3's tokens, token types and merges (536,659).
+# Maximum number of elements in all arrays together. Llama 3's tokens, token types and merges have 536,659.
 MAX_ELEMENTS = 1 << 21
 # A Llama file has about 40 keys, and the largest Llama 1,138 tensors.
 _MAX_KEYS, _MAX_TENSORS = 1 << 12, 1 << 12
-# Types that ggml removed → their names and replacements, which llama.cpp repacks at load time.
+# Type that ggml removed → its name and its replacement, which llama.cpp repacks when it loads a file.
 # Source: `enum ggml_type` in ggml.h.
 _REMOVED = {
     4: ("Q4_2", "Q4_0"),
@@ -78,7 +78,7 @@ _REMOVED = {
     37: ("IQ4_NL_4_8", "IQ4_NL"),
     38: ("IQ4_NL_8_8", "IQ4_NL"),
 }
-# Type numbers that ggml may assign in the future; larger ones mean damage.
+# ggml may assign type numbers below this one in the future. A larger number means that the file is damaged.
 _FUTURE_TYPES = 256
 
 
@@ -100,7 +100,7 @@ class _Cursor:
         start = self.position
         if size > len(self.data) - start:
             raise CheckpointError(
-                f"it ends after {len(self.data):,} bytes, expected {size:,} more at byte {start:,}; {REDOWNLOAD_HINT}"
+                f"it ends after {len(self.data):,} bytes, expected {size:,} more at byte {start:,}. {REDOWNLOAD_HINT}"
             )
         self.position = start + size
         return start
@@ -127,14 +127,14 @@ class _Cursor:
         kind, count = self.scalar("I"), self.scalar("Q")
         if count > self._elements_left:
             raise CheckpointError(
-                f"it has an array of {count:,} elements, expected at most {MAX_ELEMENTS:,} in all arrays; "
+                f"it has an array of {count:,} elements, expected at most {MAX_ELEMENTS:,} in all arrays. "
                 + REDOWNLOAD_HINT
             )
         self._elements_left -= count
         return self._strings(count) if kind == 8 else list(self.scalars(self._letter(kind), count))
 
     def _strings(self, count: int) -> list[str]:
-        """Read many strings, several times faster than `string`; vocabularies have about 400,000."""
+        """Read many strings (often 400,000), several times faster than `string`."""
         data, position, end = self.data, self.position, len(self.data)
         size_at = _STRING_SIZE.unpack_from
         strings = []
@@ -151,7 +151,7 @@ class _Cursor:
     def _letter(self, kind: int) -> str:
         if kind not in _SCALARS:
             raise CheckpointError(
-                f"it has a metadata value of the unknown type {kind} at byte {self.position:,}; {REDOWNLOAD_HINT}"
+                f"it has a metadata value of the unknown type {kind} at byte {self.position:,}. {REDOWNLOAD_HINT}"
             )
         return _SCALARS[kind]
 
@@ -170,7 +170,7 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> GGUFHeader:
     read_start(path)  # raises a specific error for a git-lfs pointer or a web page
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
-            raise CheckpointError(f"{path} has under 24 bytes, too few for a GGUF file; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{path} has under 24 bytes, too few for a GGUF file. {REDOWNLOAD_HINT}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _read_header(path, _Cursor(data, max_elements))
@@ -183,46 +183,46 @@ def read_header(path: Path, max_elements: int = MAX_ELEMENTS) -> GGUFHeader:
 def _read_header(path: Path, cursor: _Cursor) -> GGUFHeader:
     magic, version, n_tensors, n_metadata = struct.unpack_from("<4sIQQ", cursor.data, cursor.take(24))
     if magic != b"GGUF":
-        raise CheckpointError(f"it starts with {magic!r}, expected GGUF; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it starts with {magic!r}, expected GGUF. {REDOWNLOAD_HINT}")
     if version not in (2, 3):
         raise _unsupported_version(version)
     for count, limit, name in ((n_metadata, _MAX_KEYS, "metadata keys"), (n_tensors, _MAX_TENSORS, "tensors")):
         if count > limit:
-            raise CheckpointError(f"it has {count:,} {name}, expected at most {limit:,}; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"it has {count:,} {name}, expected at most {limit:,}. {REDOWNLOAD_HINT}")
     metadata: dict[str, Any] = {}
-    for _ in range(n_metadata):  # each consumes bytes, so a wrong count soon reaches the end of the file
+    for _ in range(n_metadata):  # each entry consumes bytes, so a count that is too large reaches the end of the file
         key = cursor.string()
         if key in metadata:
-            raise CheckpointError(f"the metadata key '{sanitize(key)}' is repeated; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"the metadata key '{sanitize(key)}' is repeated. {REDOWNLOAD_HINT}")
         metadata[key] = cursor.value(cursor.scalar("I"))
     table = []
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.scalar("I")
         if n_dims > 4:
             raise CheckpointError(
-                f"the tensor '{sanitize(name)}' has {n_dims} dimensions, expected at most 4; {REDOWNLOAD_HINT}"
+                f"the tensor '{sanitize(name)}' has {n_dims} dimensions, expected at most 4. {REDOWNLOAD_HINT}"
             )
         dims, type_, offset = cursor.scalars("Q", n_dims), cursor.scalar("I"), cursor.scalar("Q")
         table.append((name, tuple(reversed(dims)), type_, offset))
     alignment = Fields(metadata).integer("general.alignment", default=32)
     if alignment % 8 or alignment & (alignment - 1):
-        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two ≥ 8; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"general.alignment is {alignment}, expected a power of two ≥ 8. {REDOWNLOAD_HINT}")
     data_start = _aligned(cursor.position, alignment)
     tensors = [_place(entry, data_start, len(cursor.data)) for entry in table]
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise CheckpointError(f"a tensor is repeated; {REDOWNLOAD_HINT}")
-    # The tensors must be contiguous and fill the file, so a damaged offset is always noticed.
+        raise CheckpointError(f"a tensor is repeated. {REDOWNLOAD_HINT}")
+    # The tensors must be contiguous and fill the file, so every damaged offset is detected.
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: tensor.start):
         if tensor.start != _aligned(end, alignment):
             raise CheckpointError(
                 f"the tensor '{sanitize(tensor.name)}' starts at byte {tensor.start:,}, "
-                f"expected {_aligned(end, alignment):,}; {REDOWNLOAD_HINT}"
+                f"expected {_aligned(end, alignment):,}. {REDOWNLOAD_HINT}"
             )
         end = tensor.start + tensor.size
     if len(cursor.data) not in (end, _aligned(end, alignment)):
         raise CheckpointError(
-            f"it has {len(cursor.data):,} bytes, expected {end:,} from its table of tensors; {REDOWNLOAD_HINT}"
+            f"it has {len(cursor.data):,} bytes, expected {end:,} by its table of tensors. {REDOWNLOAD_HINT}"
         )
     return GGUFHeader(path, metadata, tensors)
 
@@ -231,8 +231,9 @@ def _unsupported_version(version: int) -> CheckpointError:
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
     if swapped in (1, 2, 3):
         return UnsupportedError(
-            f"it is in big-endian byte order (version {version} is {swapped}), which is not supported. Convert it with "
-            "'gguf-convert-endian FILE little' from the gguf package, or use a little-endian file."
+            f"it is in big-endian byte order (version {version} is {swapped} with swapped bytes), which is not "
+            "supported. Convert it with 'gguf-convert-endian FILE little' from the gguf package, or use a "
+            "little-endian file."
         )
     if version == 1:
         return UnsupportedError(
@@ -240,7 +241,7 @@ def _unsupported_version(version: int) -> CheckpointError:
         )
     if 3 < version < 32:  # a later one
         return UnsupportedError(f"it is GGUF version {version}, expected version 2 or 3. Use a file of version 3.")
-    return CheckpointError(f"it has version {version}, expected GGUF version 2 or 3; {REDOWNLOAD_HINT}")
+    return CheckpointError(f"it has version {version}, expected GGUF version 2 or 3. {REDOWNLOAD_HINT}")
 
 
 def _unsupported_type(name: str, type_: int) -> CheckpointError:
@@ -257,7 +258,7 @@ def _unsupported_type(name: str, type_: int) -> CheckpointError:
             f"the tensor '{name}' has the type {type_}, which the installed gguf package ({version('gguf')}) does not "
             "support. Use another quantization of the model, such as Q8_0 or Q4_K_M, or update the package."
         )
-    return CheckpointError(f"the tensor '{name}' has the unknown type {type_}; {REDOWNLOAD_HINT}")
+    return CheckpointError(f"the tensor '{name}' has the unknown type {type_}. {REDOWNLOAD_HINT}")
 
 
 def _aligned(position: int, alignment: int) -> int:
@@ -277,7 +278,7 @@ def _place(entry: tuple[str, tuple[int, ...], int, int], data_start: int, file_s
     start = data_start + offset
     if not shape or count == 0 or shape[-1] % block or start + size > file_size:
         raise CheckpointError(
-            f"its {file_size:,} bytes cannot hold the tensor '{sanitize(name)}' of shape {shape} at byte {start:,}; "
+            f"its {file_size:,} bytes cannot hold the tensor '{sanitize(name)}' of shape {shape} at byte {start:,}. "
             + REDOWNLOAD_HINT
         )
     return TensorInfo(name, shape, type_, start, size)

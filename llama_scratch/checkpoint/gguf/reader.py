@@ -1,7 +1,7 @@
-"""GGUF files of the `llama` architecture: shape, tokenizer and weights.
+"""Reader of GGUF files of the `llama` architecture.
 
-A model is one file or several numbered ones. All tensors are memory-mapped. Quantized blocks are dequantized only when
-a matrix is multiplied (see `lazy_weight`), as the gguf package defines it.
+A model is one file, or several numbered files. All tensors are memory-mapped. Quantized blocks are dequantized by the
+gguf package, and only when a matrix is multiplied (see `lazy_weight`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-# GGUF's names of weights → Meta's, outside and inside of a layer.
+# GGUF's name of a weight → Meta's name, outside and inside of a layer.
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
     "output_norm.weight": "norm.weight",
@@ -47,9 +47,9 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
-# Divisors of the rotary embedding's frequencies, in Llama 3.1 and later.
+# Tensor with the divisor of each RoPE frequency, in Llama 3.1 and later.
 _ROPE_FREQS = "rope_freqs.weight"
-# Fields of generation_config.json → GGUF's keys.
+# Field of generation_config.json → GGUF's key.
 SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -107,7 +107,7 @@ def open_gguf(path: Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def _read_headers(path: Path) -> list[GGUFHeader]:
-    """Read the header of a file, or of all files if llama.cpp's gguf-split split the model."""
+    """Read the header of a file, or of all files of a model split by gguf-split."""
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
     if type(count) is int and count in (0, 1):
@@ -122,20 +122,20 @@ def _read_headers(path: Path) -> list[GGUFHeader]:
     for number in range(1, count + 1):
         file = path.with_name(f"{match[1]}{number:05}{match[3]}")
         if not file.is_file():
-            raise ModelNotFoundError(f"{file} not found, one of the {count} files of this model; {REDOWNLOAD_HINT}")
+            raise ModelNotFoundError(f"{file} not found, one of the {count} files of this model. {REDOWNLOAD_HINT}")
         left = MAX_ELEMENTS - sum(other.elements for other in headers)
         headers.append(header if file == path else read_header(file, left))
         split = [headers[-1].metadata.get(field) for field in ("split.no", "split.count", "split.tensors.count")]
         if split != [number - 1, count, header.metadata.get("split.tensors.count")]:
             raise CheckpointError(
-                f"{file} belongs to another model than the files beside it, or is another part; {REDOWNLOAD_HINT}"
+                f"{file} belongs to another model than the files beside it, or is another part. {REDOWNLOAD_HINT}"
             )
     names = Counter(tensor.name for header in headers for tensor in header.tensors)
     if twice := next((name for name, times in names.items() if times > 1), None):
-        raise CheckpointError(f"{path}: the tensor '{sanitize(twice)}' is in two of the files; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path}: the tensor '{sanitize(twice)}' is in two of the files. {REDOWNLOAD_HINT}")
     if names.total() != header.metadata.get("split.tensors.count"):
         raise CheckpointError(
-            f"{path}: the {count} files hold {names.total()} tensors, which is not the number that they state; "
+            f"{path}: the {count} files hold {names.total()} tensors, but their metadata state another number. "
             + REDOWNLOAD_HINT
         )
     return headers
@@ -144,21 +144,21 @@ def _read_headers(path: Path) -> list[GGUFHeader]:
 # --- Metadata ---------------------------------------------------------------------------------
 
 
-# Fields with one value, or one per layer, as in llama.cpp.
+# Fields with either one value or one value per layer, as in llama.cpp.
 _PER_LAYER = {"llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length"}
 
 
 class _LayerFields(Fields):
-    """Metadata with optional per-layer fields, whose values must be equal in all layers."""
+    """Metadata with optional per-layer values, which must be equal in all layers."""
 
     def _get(self, name: str, default: Any) -> Any:
         value = super()._get(name, default)
         if not isinstance(value, list) or name not in _PER_LAYER:
             return value
         if len(value) != (n_layers := self.integer("llama.block_count")):
-            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{name} has {len(value)} values for {n_layers} layers. {REDOWNLOAD_HINT}")
         if any(other != value[0] for other in value):
-            raise UnsupportedError(f"{name} differs between layers. Use a model whose layers all have the same shape.")
+            raise UnsupportedError(f"{name} differs between layers. Use a model whose layers have the same dimensions.")
         return value[0]
 
 
@@ -167,15 +167,15 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedError(f"the architecture is '{sanitize(architecture)}', expected 'llama'. Use another model.")
-    # As in llama.cpp: the type defaults to linear, and a factor of 0 means 1.
+    # As in llama.cpp, the default type is linear, and a factor of 0 means 1.
     kind = metadata.get("llama.rope.scaling.type", "linear")
     factors = [metadata.get(f"llama.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
     factor = next((factor for factor in factors if factor not in (0, 1)), 1)
     plain = kind == "none" or (kind in ("linear", "yarn") and factor == 1)
     if not plain or metadata.get("llama.rope.scaling.attn_factor", 1) != 1:
         raise UnsupportedError(
-            f"it has scaled RoPE of the type '{sanitize(kind)}' (factor {sanitize(factor)}), expected Llama "
-            "3.1's or none. Use a model without it, or run this one in llama.cpp."
+            f"its RoPE scaling is of the type '{sanitize(kind)}' (factor {sanitize(factor)}), which is not supported. "
+            "Use a model with Llama 3.1's RoPE scaling or none, or run this one in llama.cpp."
         )
     if experts := metadata.get("llama.expert_count"):
         raise UnsupportedError(f"it has {sanitize(experts)} experts, expected a dense Llama. Use another model.")
@@ -184,11 +184,11 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
 
 
 def _contradictions(metadata: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
-    """Warn about metadata that contradicts the tensors; the tensors win."""
+    """Warn about metadata that contradicts the tensors. The tensors take precedence."""
     stated = metadata.get("llama.vocab_size", args.vocab_size)
     if stated != args.vocab_size:
         yield (
-            f"llama.vocab_size is {sanitize(stated)}, but the embedding has {args.vocab_size} rows; "
+            f"llama.vocab_size is {sanitize(stated)}, but the embedding has {args.vocab_size} rows. "
             f"{args.vocab_size} is used."
         )
 
@@ -202,7 +202,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
         raise UnsupportedError("the file has a tokenizer but no weights. Use the file of the complete model.")
     n_heads = fields.integer("llama.attention.head_count")
     if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"the tensor 'token_embd.weight' is missing; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the tensor 'token_embd.weight' is missing. {REDOWNLOAD_HINT}")
     args = ModelArgs(
         dim=fields.integer("llama.embedding_length"),
         n_layers=fields.integer("llama.block_count", limit=1024),
@@ -219,7 +219,7 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
     for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (size := fields.integer(field, default=args.head_dim)) != args.head_dim:
             raise UnsupportedError(
-                f"{field} is {size}, expected {args.head_dim}, the size of a head's keys. Use another model."
+                f"{field} is {size}, but the keys of a head have {args.head_dim} components. Use another model."
             )
     if _ROPE_FREQS in tensors:
         original = fields.integer("llama.rope.scaling.original_context_length", default=ORIGINAL_CONTEXT)
@@ -228,14 +228,17 @@ def _model_args(headers: Sequence[GGUFHeader]) -> ModelArgs:
 
 
 def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -> ModelArgs:
-    """Apply divisors to a shape, as Llama 3.1's rule if they match it within rounding."""
+    """Set the divisors of the RoPE frequencies.
+
+    If they match Llama 3.1's rule within rounding, the rule is set instead.
+    """
     import torch
 
     from llama_scratch.model import rope_frequencies
 
     by_divisors = replace(args, rope_divisors=tuple(divisors))
     rule = RopeScaling(math.inf, original_context=original_context)
-    # The slowest pair reveals the factor: under the rule, its frequency is linear in 1/factor.
+    # The pair with the lowest frequency determines the factor: by the rule, its frequency is linear in 1/factor.
     ends = [float(rope_frequencies(shape)[-1]) for shape in (args, by_divisors, replace(args, rope_scaling=rule))]
     if ends[0] == ends[1]:
         return args if all(divisor == 1 for divisor in divisors) else by_divisors
@@ -247,21 +250,21 @@ def _scaled(args: ModelArgs, divisors: Sequence[float], original_context: int) -
 
 
 def _rope_divisors(header: GGUFHeader, tensor: TensorInfo, args: ModelArgs) -> list[float]:
-    """Read the divisor of each pair's frequency: head_dim/2 positive numbers."""
+    """Read the divisor of each RoPE frequency: head_dim/2 positive numbers."""
     from gguf import GGMLQuantizationType as Type
 
     size = args.head_dim // 2
     if tensor.shape != (size,) or tensor.type != Type.F32:
         raise CheckpointError(
-            f"{_ROPE_FREQS} has the shape {tensor.shape} in {Type(tensor.type).name}, expected ({size},) in F32; "
+            f"{_ROPE_FREQS} has the shape {tensor.shape} in {Type(tensor.type).name}, expected ({size},) in F32. "
             + REDOWNLOAD_HINT
         )
     with header.path.open("rb") as file:
         file.seek(tensor.start)
         divisors = list(struct.unpack(f"<{size}f", file.read(tensor.size)))
-    # 1 means unscaled; the range is far wider than any real factor.
+    # A divisor of 1 means unscaled. The range is much wider than the factors of published models.
     if (wrong := next((divisor for divisor in divisors if not 1e-6 < divisor < 1e6), None)) is not None:
-        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected about 1 to 100; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{_ROPE_FREQS} holds {wrong:g}, expected about 1 to 100. {REDOWNLOAD_HINT}")
     return divisors
 
 
@@ -294,14 +297,14 @@ def _stored(headers: Sequence[GGUFHeader]) -> WeightStorage:
 
 
 def _weights(headers: Sequence[GGUFHeader], names: Mapping[str, str], progress: Progress) -> dict[str, Weight]:
-    """Return all weights under Meta's names; GGUF already has Meta's layout of q and k."""
+    """Return all weights under Meta's names. The rows of q and k are in Meta's order."""
     import numpy as np
 
     weights: dict[str, Weight] = {}
     total = sum(len(header.tensors) for header in headers)
     for header in headers:
         with reading(header.path):
-            # Copy on write, because torch requires writable memory; nothing is ever written.
+            # Copy-on-write, because torch requires writable memory. Nothing is ever written.
             data = np.memmap(header.path, dtype=np.uint8, mode="c")
         for tensor in header.tensors:
             if tensor.name != _ROPE_FREQS:
@@ -320,7 +323,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
 
     raw, type = data[tensor.start : tensor.start + tensor.size], Type(tensor.type)
     if raw.size != tensor.size:
-        raise CheckpointError(f"{path} became shorter while {tensor.name} was read; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} became shorter while {tensor.name} was read. {REDOWNLOAD_HINT}")
     plain = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
     if type in plain:
         return torch.from_numpy(raw).view(plain[type]).view(tensor.shape)
@@ -330,7 +333,7 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
         with np.errstate(all="ignore"):
             values = dequantize(blocks[start:stop], type)
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{path}: {tensor.name} holds NaN or infinity; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{path}: {tensor.name} holds NaN or infinity. {REDOWNLOAD_HINT}")
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     try:
@@ -346,7 +349,10 @@ def _weight(path: Path, tensor: TensorInfo, data: np.memmap[Any, np.dtype[np.uin
 
 
 def weight_names(args: ModelArgs) -> dict[str, str]:
-    """Map GGUF's names to Meta's: blk.3.attn_q.weight → layers.3.attention.wq.weight"""
+    """Map GGUF's names of weights to Meta's.
+
+    blk.3.attn_q.weight → layers.3.attention.wq.weight
+    """
     names = dict(_NAMES)
     for layer in range(args.n_layers):
         for name, metas in _LAYER_NAMES.items():

@@ -30,12 +30,12 @@ from llama_scratch.tokenizer import Tokenizer, replace_surrogates
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _MERGES = "tokenizer.ggml.merges"
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
-# Maximum number of tokens that a warning names.
+# Maximum number of tokens named in a warning.
 _MAX_NAMED = 3
 
 
 def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[str, ...]]:
-    """Read the tokenizer, the facts about it that only conversion needs, and warnings.
+    """Read the tokenizer, the `Extras` about it, and warnings.
 
     Raises:
         CheckpointError: If the metadata is damaged, or the tokenizer is of another kind.
@@ -44,7 +44,7 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[s
     if kind != "gpt2" or not isinstance(pre, str) or not (pre == "default" or pre in PRE_TOKENIZERS):
         raise CheckpointError(
             f"the tokenizer is '{sanitize(kind)}' with the pattern '{sanitize(pre)}', expected 'gpt2' with "
-            f"{' or '.join(map(repr, PATTERNS))}. Name a tokenizer.model with `tokenizer`, or use another file."
+            f"{' or '.join(map(repr, PATTERNS))}. Pass a tokenizer.model as `tokenizer`, or use another file."
         )
     vocabulary = _read_vocabulary(metadata)
     warnings = [_retyped_warning(vocabulary)] if vocabulary.retyped else []
@@ -52,8 +52,8 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[s
         guess = guess_pre_tokenizer(vocabulary.special, vocabulary.tokenizer)
         if guess is None:
             raise CheckpointError(
-                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary fits no known one. "
-                "Name a tokenizer.model with `tokenizer`, or use another file."
+                "it does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary does not fit a known one. "
+                "Pass a tokenizer.model as `tokenizer`, or use another file."
             )
         pre = guess
         warnings.append(
@@ -74,8 +74,17 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, Extras, tuple[s
 class _Vocabulary:
     """The tokens of a file, grouped by how they are matched in text.
 
-    texts and types are indexed by id. retyped has the ids of control tokens that the file lists as ordinary. special,
-    added, unused and ordinary are text → id. ranks are as for `Tokenizer`.
+    Attributes:
+        texts: Id → text.
+        types: Id → GGUF's type of the token.
+        merges: Merges, highest priority first.
+        roles: Role → id, see `Extras`.
+        retyped: Ids of control tokens that the file lists as ordinary.
+        special: Special tokens: text → id.
+        added: Added tokens that are not special: text → id.
+        unused: Tokens that text cannot produce: text → id.
+        ordinary: Ordinary tokens: text → id.
+        ranks: See `Tokenizer`.
     """
 
     texts: list[str]
@@ -95,7 +104,13 @@ class _Vocabulary:
         return next((text for text, id in named.items() if id == self.roles.get(role)), None)
 
     def tokenizer(self, pattern: str, bos: str | None = None, *, whole: bool = True) -> Tokenizer:
-        """Build the tokenizer with a pattern; `whole` is as for `unmergeable`."""
+        """Build the tokenizer.
+
+        Args:
+            pattern: The pre-tokenizer's pattern.
+            bos: Text of the BOS token, if it is prepended to prompts.
+            whole: See `unmergeable`.
+        """
         hidden = unmergeable(self.merges, self.ordinary, whole=whole)
         ends = {self.roles.get(role) for role in ("eos", "eot", "eom")}
         named = {**self.special, **self.added}
@@ -120,9 +135,9 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
     if "tokenizer.ggml.token_type" in metadata:
         types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(texts) != len(types):
-        raise CheckpointError(f"it has {len(texts)} tokens but {len(types)} token types; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it has {len(texts)} tokens but {len(types)} token types. {REDOWNLOAD_HINT}")
     if len(set(texts)) != len(texts) or "" in texts:
-        raise CheckpointError(f"a token of the vocabulary is empty or repeated; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"a token of the vocabulary is empty or repeated. {REDOWNLOAD_HINT}")
     roles = _roles(metadata, len(texts))
     lines = _list(metadata, _MERGES, str)
     check_counts(texts, lines)
@@ -145,7 +160,7 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
 
 
 def _retyped(texts: list[str], types: list[int], roles: Mapping[str, int], merged: Collection[str]) -> list[int]:
-    """Find control tokens listed as ordinary ones: plain text cannot produce them."""
+    """Find control tokens listed as ordinary: plain text cannot produce them."""
     role_ids = set(roles.values())
     return [
         id
@@ -187,7 +202,7 @@ def _roles(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
 def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(key)
     if not isinstance(value, list) or not all(type(element) is kind for element in value):
-        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the metadata field {key} is missing or of the wrong type. {REDOWNLOAD_HINT}")
     return value
 
 
@@ -195,7 +210,7 @@ def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def read_chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """Read the file's chat template; None for a base model.
+    """Read the file's chat template, or return None for a base model.
 
     Args:
         metadata: The file's metadata.
@@ -209,7 +224,7 @@ def read_chat(metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | No
         return None
     if not isinstance(template, str):
         raise CheckpointError(
-            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text; "
+            f"the metadata field tokenizer.chat_template is a {type(template).__name__}, expected text. "
             + REDOWNLOAD_HINT
         )
     roles = _roles(metadata, tokenizer.n_vocab)

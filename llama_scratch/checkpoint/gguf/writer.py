@@ -1,6 +1,7 @@
 """Writer of GGUF files of the `llama` architecture.
 
-The metadata are those of llama.cpp's converter. Matrices keep their type; norms become float32, as llama.cpp requires.
+The metadata keys are those of llama.cpp's converter. Matrices keep their dtype. Norms become float32, as llama.cpp
+requires.
 Source: convert_hf_to_gguf.py in ggml-org/llama.cpp.
 """
 
@@ -80,7 +81,7 @@ def write_gguf(checkpoint: Checkpoint, weights: Mapping[str, Weight], path: Path
 
 
 def _plain(data: Any) -> Any:
-    """Make an array write itself with `file.write`: numpy's `tofile` turns Ctrl-C into a TypeError."""
+    """Replace `tofile` by `file.write`: numpy's turns Ctrl-C into a TypeError."""
     import numpy as np
 
     class Plain(np.ndarray[Any, Any]):
@@ -98,7 +99,7 @@ def _stored_type(weight: Weight) -> Any:
 
 
 def _rope_divisors(args: ModelArgs) -> Tensor | None:
-    """Return each pair's frequency divisor, (head_dim/2,) float32; None without scaling."""
+    """Return the RoPE frequency divisors, (head_dim/2,) float32; None if unscaled."""
     from llama_scratch.model import rope_frequencies
 
     if args.rope_scaling is None and args.rope_divisors is None:
@@ -135,16 +136,16 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     tokenizer, parts = checkpoint.tokenizer, tokenizer_parts(checkpoint)
     if parts.pattern is None:
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} splits text by the pattern '{sanitize(tokenizer.pattern)}', which GGUF has "
-            "no name for. Use `to=hf`."
+            f"{sanitize(checkpoint.name)} splits text by the pattern '{sanitize(tokenizer.pattern)}', for which "
+            "GGUF does not have a name. Use `to=hf`."
         )
     ids = range(tokenizer.n_vocab)
     writer.add_tokenizer_model("gpt2")
-    # Only with "llama-bpe", a piece that equals a token becomes that token regardless of merges.
+    # Only with "llama-bpe", a piece that equals a token becomes that token even if no merges produce it.
     pre = "smaug-bpe" if parts.pattern == "llama-bpe" and not tokenizer.whole_pieces else parts.pattern
     if tokenizer.merges and tokenizer.whole_pieces and pre != "llama-bpe":
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} has tokens that no merge produces, which GGUF cannot hold with the "
+            f"{sanitize(checkpoint.name)} has tokens that no merge produces, which GGUF cannot represent with the "
             f"pattern '{pre}'. Use `to=hf`."
         )
     writer.add_tokenizer_pre(pre)
@@ -160,7 +161,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[str]) -> list[int]:
-    """Return each token's type; the source GGUF file's type is kept if it is equivalent."""
+    """Return GGUF's type of each token. Keep equivalent types of a GGUF source."""
     from gguf import TokenType
 
     by_kind: dict[str, int] = {
@@ -188,7 +189,7 @@ def _token_types(checkpoint: Checkpoint, parts: TokenizerParts, texts: Sequence[
 
 
 def _roles(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of tokens with a role, among them up to three stops: eos, eot, eom."""
+    """Return the ids of tokens with a role, such as the stop tokens eos, eot and eom."""
     stops = {parts.texts[id]: id for id in sorted(tokenizer.stop_ids)}
     ends = {"eom": stops.get("<|eom_id|>"), "eot": stops.get("<|eot_id|>", stops.get("<|im_end|>"))}
     return {**{role: id for role, id in ends.items() if id is not None}, **parts.roles}

@@ -1,4 +1,4 @@
-"""Hugging Face's model directory: `config.json`, `tokenizer.json`, safetensors.
+"""Reader of Hugging Face directories: config.json, tokenizer.json, safetensors.
 
 Source: `LlamaConfig` and `LlamaForCausalLM` in transformers.
 """
@@ -45,9 +45,9 @@ _LAYER_NAMES = {
 }
 _MAX_TEMPLATE = 1 << 20
 _ORIGINAL = "original_max_position_embeddings"
-# Types of RoPE scaling that do nothing if their factor is 1.
+# Types of RoPE scaling that have no effect if their factor is 1.
 _PLAIN_AT_1 = ("linear", "dynamic", "yarn", "llama3")
-# Fields of config.json with a token id → GGUF's name of the role.
+# Field of config.json with a token id → GGUF's name of the token's role.
 _ID_ROLES = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -64,7 +64,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
     """
     with reading(directory):
         if not (directory / CONFIG).is_file():
-            raise ModelNotFoundError(f"{CONFIG} not found in {directory}. Name the directory that holds the model.")
+            raise ModelNotFoundError(f"{CONFIG} not found in {directory}. Pass the directory that holds the model.")
         config = read_object(directory / CONFIG, required=True)
         args, says_tied = _model_args(config, directory / CONFIG)
         path, entries = find_weights(directory)
@@ -108,7 +108,7 @@ def open_huggingface(directory: Path, tokenizer: str | None = None) -> Checkpoin
 
 
 def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
-    """Return the shape and whether the output is tied, with transformers' defaults."""
+    """Return dimensions and whether the output is tied, with transformers' defaults."""
     if (found := unsupported(config)) is not None:
         raise UnsupportedError(f"{path} says {found}. Use another model.")
     fields = Fields(config)
@@ -133,7 +133,7 @@ def _model_args(config: dict[str, Any], path: Path) -> tuple[ModelArgs, bool]:
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {REDOWNLOAD_HINT}") from error
+        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}. {REDOWNLOAD_HINT}") from error
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
@@ -153,12 +153,15 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         return f"that hidden_act is '{sanitize(config['hidden_act'])}', expected silu"
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            return f"that {field} is {sanitize(config[field])}, expected linear layers without a bias"
+            return f"that {field} is {sanitize(config[field])}, expected linear layers without bias"
     return None
 
 
 def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling | None]:
-    """Read theta and scaling from `rope_scaling`, or transformers 5's `rope_parameters`."""
+    """Read RoPE's base and scaling from `rope_scaling` or `rope_parameters`.
+
+    transformers 5 writes the latter.
+    """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"the field rope_scaling is {sanitize(rope)}, expected an object.")
@@ -176,26 +179,26 @@ def _rope(config: Mapping[str, Any], context: int) -> tuple[float, RopeScaling |
         return theta, None
     if kind != "llama3":
         raise UnsupportedError(
-            f"the RoPE scaling is '{sanitize(kind)}', expected 'llama3' or none. Use a model with that, "
-            "or run this one in transformers."
+            f"the RoPE scaling is '{sanitize(kind)}', which is not supported. Use a model with the type 'llama3' or "
+            "without scaling, or run this one in transformers."
         )
     factor, low, high = (fields.number(field) for field in ("factor", "low_freq_factor", "high_freq_factor"))
     if factor < 1 or low >= high:
         raise CheckpointError(
-            f"the RoPE scaling has the factor {factor:g} between {low:g} and {high:g}, "
-            "expected at least 1, and low_freq_factor below high_freq_factor."
+            f"the RoPE scaling has factor {factor:g}, low_freq_factor {low:g} and high_freq_factor {high:g}, "
+            "expected a factor of at least 1, and low_freq_factor below high_freq_factor."
         )
     original = Fields(rope | _outer_original(config)).integer(_ORIGINAL, default=context)
     return theta, RopeScaling(factor, low, high, original)
 
 
 def _outer_original(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the original context beside `rope_scaling`; transformers prefers it."""
+    """Return the top-level original context, which transformers prefers, if any."""
     return {} if config.get(_ORIGINAL) is None else {_ORIGINAL: config[_ORIGINAL]}
 
 
 def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator[str]:
-    """Warn about contradictory RoPE fields; the choice between them is transformers'."""
+    """Warn about contradictory RoPE fields. The same field is used as in transformers."""
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     if scaling and parameters:
         try:
@@ -203,23 +206,23 @@ def _contradictory_ropes(config: Mapping[str, Any], args: ModelArgs) -> Iterator
         except CheckpointError:
             other = None
         if other != (args.rope_theta, args.rope_scaling):
-            yield f"rope_scaling and rope_parameters in {CONFIG} contradict each other; rope_scaling is used."
+            yield f"rope_scaling and rope_parameters in {CONFIG} contradict each other. rope_scaling is used."
     rope = scaling or parameters or {}
     for field, used in (("rope_theta", rope), (_ORIGINAL, config)):
         values = [fields[field] for fields in (rope, config) if fields.get(field) is not None]
         if len(values) == 2 and values[0] != values[1]:
             one, other_one = map(sanitize, values)
-            yield f"{CONFIG} has {field} {one} and {other_one}; {sanitize(used[field])} is used."
+            yield f"{CONFIG} has {field} {one} and {other_one}. {sanitize(used[field])} is used."
 
 
 def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, path: Path) -> Iterator[str]:
-    """Warn if `tie_word_embeddings` contradicts the weights; the weights win."""
+    """Warn if `tie_word_embeddings` contradicts the weights, which take precedence."""
     if output is None and not says_tied:
-        yield f"{path.name} has no {_OUTPUT}, though {CONFIG} does not tie it to the embedding; the embedding is used."
+        yield f"{path.name} has no {_OUTPUT}, though {CONFIG} does not tie it to the embedding. The embedding is used."
     if output is not None and says_tied and not tied:
         yield (
-            f"{CONFIG} ties {_OUTPUT} to the embedding (tie_word_embeddings), but {path.name} holds another one; "
-            "the one in the file is used."
+            f"{CONFIG} ties {_OUTPUT} to the embedding (tie_word_embeddings), but {path.name} holds different "
+            "weights for it. The weights in the file are used."
         )
 
 
@@ -227,7 +230,7 @@ def _contradictory_output(says_tied: bool, tied: bool, output: Entry | None, pat
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json, completed by special_tokens_map.json of older models."""
+    """Read tokenizer_config.json. Missing fields come from special_tokens_map.json."""
     named = read_object(directory / "special_tokens_map.json")
     settings = read_object(directory / "tokenizer_config.json")
     return {**named, **{name: value for name, value in settings.items() if value is not None}}
@@ -241,7 +244,7 @@ def _tokenizer(
         stops = {id for values in (generation, config) for id in _ids(values.get("eos_token_id"), directory)}
         read = read_tokenizer_json(path, settings, stops, args.vocab_size)
         given = {role: config.get(name) for name, role in _ID_ROLES.items()}
-        # Unedited default configurations have bos 1 and eos 2, whatever those tokens are.
+        # Unedited default configurations have bos 1 and eos 2, even if those ids belong to other tokens.
         named = set(read.tokenizer.names.values())
         by_id = {
             role: id
@@ -253,22 +256,22 @@ def _tokenizer(
         return ReadTokenizer(Tokenizer.from_meta(str(metas)), {}, frozenset(), ())
     raise ModelNotFoundError(
         f"tokenizer.json not found in {directory}. Copy it there from where the model came from, "
-        "or name a tokenizer.model with `tokenizer`."
+        "or pass a tokenizer.model as `tokenizer`."
     )
 
 
 def _ids(value: Any, directory: Path) -> list[int]:
-    """Return one id, or a list of them, as a list."""
+    """Return a list of ids for a field with one id, a list of ids, or None."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id) is int for id in ids):
         raise CheckpointError(
-            f"{directory}: eos_token_id is {sanitize(value)}, expected one or several integers; {REDOWNLOAD_HINT}"
+            f"{directory}: eos_token_id is {sanitize(value)}, expected one or several integers. {REDOWNLOAD_HINT}"
         )
     return ids
 
 
 def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> ChatFormat | None:
-    """Read the chat template from its own file or tokenizer_config.json; None for a base model."""
+    """Read the chat template from its file or tokenizer_config.json, if there is one."""
     file = directory / "chat_template.jinja"
     template: Any
     if file.is_file():
@@ -284,7 +287,7 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
     if template is None or template == "":
         return None
     if not isinstance(template, str):
-        raise CheckpointError(f"{directory}: chat_template is {sanitize(template)}, expected text; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{directory}: chat_template is {sanitize(template)}, expected text. {REDOWNLOAD_HINT}")
     template, bos, eos = (
         replace_surrogates(text or "")
         for text in (template, named_token(settings, "bos_token"), named_token(settings, "eos_token"))
@@ -296,7 +299,7 @@ def _chat(directory: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Ch
 
 
 def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: Progress) -> dict[str, Weight]:
-    """Map the tensors under Meta's names. Only wq and wk are copied, to reorder their rows."""
+    """Map the tensors under Meta's names. Copy only wq and wk, to reorder their rows."""
     from safetensors import SafetensorError, safe_open
 
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
@@ -316,7 +319,7 @@ def _load(entries: Mapping[str, Entry], args: ModelArgs, tied: bool, progress: P
                     progress("reading", len(weights), len(entries))
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file} cannot be read as tensors ({sanitize(error, 100)}); {REDOWNLOAD_HINT}"
+                f"{file} cannot be read as tensors ({sanitize(error, 100)}). {REDOWNLOAD_HINT}"
             ) from error
     if tied:
         weights.pop(OUTPUT, None)
@@ -327,12 +330,15 @@ def in_pairs(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder the rows of wq or wk from Hugging Face's order to Meta's.
 
     RoPE rotates the components j and j + head_dim/2 of a head together in transformers, but 2j and 2j + 1 in Meta's
-    code. So transformers stores the first components of all pairs of a head, then the second ones. Returns a copy.
+    code. Therefore transformers stores the first components of all pairs of a head, then the second components.
     Source: the inverse of `permute` in transformers' convert_llama_weights_to_hf.py.
 
     Args:
         weight: (n_heads·head_dim, dim), in Hugging Face's order.
         n_heads: Number of heads.
+
+    Returns:
+        A copy in Meta's order, with the same shape.
     """
     rows, dim = weight.shape
     return weight.view(n_heads, 2, rows // n_heads // 2, dim).transpose(1, 2).reshape(rows, dim)

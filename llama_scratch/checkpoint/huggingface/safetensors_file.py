@@ -1,7 +1,7 @@
-"""The headers of safetensors files, with every offset checked against the file.
+"""The headers of safetensors files. Every offset is checked against the file size.
 
-A file consists of the header's length (8 bytes, little-endian), a JSON header, and the tensors, contiguous. A model in
-several files has an index that maps each tensor to its file.
+A file consists of the header's length (8 bytes, little-endian), a JSON header, and the contiguous tensors. If a model
+has several files, an index maps each tensor to its file.
 Source: the format's description in huggingface/safetensors, README.md.
 """
 
@@ -18,7 +18,7 @@ from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, ModelNotFound
 from llama_scratch.system.small_files import read_start
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The format's name of a type → torch's name and size in bytes.
+# The format's name of a dtype → torch's name, and its size in bytes.
 TYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 # A header takes about 120 bytes per tensor, and the largest Llama has 1,138.
 _MAX_HEADER = 1 << 22
@@ -26,7 +26,7 @@ _MAX_TENSORS = 1 << 12
 _MAX_DIM = 1 << 40
 # Number of bytes to compare at a time.
 _BLOCK = 1 << 20
-# Older files store RoPE's frequencies, which are computed here instead.
+# Older files also contain the RoPE frequencies. They are ignored, because they are computed from the configuration.
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
@@ -36,7 +36,7 @@ class Entry:
 
     Args:
         shape: Its shape.
-        dtype: torch's name of its type.
+        dtype: torch's name of its dtype.
         nbytes: Size in bytes.
         file: The file.
         start: Offset in the file, in bytes.
@@ -68,7 +68,7 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
         directory: The model's directory.
 
     Returns:
-        The single weight file or the index, and the tensors by name.
+        The path of the single weight file or of the index, and the tensors by name.
 
     Raises:
         ModelNotFoundError: If a file is missing.
@@ -90,38 +90,38 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, Entry]]:
 def _read_index(path: Path) -> dict[str, Entry]:
     places = read_object(path, _MAX_HEADER, required=True).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} has no weight_map, which maps each tensor to its file; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} has no weight_map, which maps each tensor to its file. {REDOWNLOAD_HINT}")
     for file in places.values():
-        # A plain file name, which cannot lead to another directory.
+        # The name must not contain a path, which could lead out of the directory.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file):
             raise CheckpointError(
-                f"{path} names the file '{sanitize(file)}', expected one beside it; {REDOWNLOAD_HINT}"
+                f"{path} names the file '{sanitize(file)}', expected a file in the same directory. {REDOWNLOAD_HINT}"
             )
     entries: dict[str, Entry] = {}
     for file in dict.fromkeys(places.values()):
         shard = path.parent / file
         if not shard.is_file():
-            raise ModelNotFoundError(f"{file} not found in {path.parent}, but {path.name} names it. Fetch it again.")
+            raise ModelNotFoundError(f"{file} not found in {path.parent}, but {path.name} names it. Fetch that file.")
         found = read_header(shard)
         if twice := entries.keys() & found:
             other = entries[min(twice)].file.name
-            raise CheckpointError(f"{path}: '{sanitize(min(twice))}' is in both {other} and {file}; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{path}: '{sanitize(min(twice))}' is in both {other} and {file}. {REDOWNLOAD_HINT}")
         entries |= found
         _check_count(path, len(entries))
     wanted = {name: file for name, file in places.items() if not _IGNORED.fullmatch(name)}
     for name, file in wanted.items():
         if name not in entries or entries[name].file.name != file:
             raise CheckpointError(
-                f"{path.parent / file} lacks '{sanitize(name)}', which {path.name} names; {REDOWNLOAD_HINT}"
+                f"{path.parent / file} lacks '{sanitize(name)}', which {path.name} names. {REDOWNLOAD_HINT}"
             )
     for name, entry in entries.items():
         if name not in wanted:
-            raise CheckpointError(f"{entry.file} holds '{sanitize(name)}', which {path.name} lacks; {REDOWNLOAD_HINT}")
+            raise CheckpointError(f"{entry.file} holds '{sanitize(name)}', which {path.name} lacks. {REDOWNLOAD_HINT}")
     return entries
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Read the tensors of one file, except RoPE's frequencies in older ones.
+    """Read the header of one file. RoPE frequencies in older files are skipped.
 
     Raises:
         UnsupportedError: If a tensor has an unsupported type.
@@ -134,7 +134,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
             raise CheckpointError(
-                f"{path} starts with {start!r} and has {size:,} bytes, expected a safetensors header; {REDOWNLOAD_HINT}"
+                f"{path} starts with {start!r} and has {size:,} bytes, expected a safetensors header. {REDOWNLOAD_HINT}"
             )
         header = parse_object(file.read(length), path)
     header.pop("__metadata__", None)
@@ -149,7 +149,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def _check_count(path: Path, count: int) -> None:
     if count > _MAX_TENSORS:
-        raise CheckpointError(f"{path} names {count:,} tensors, expected at most {_MAX_TENSORS:,}; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} names {count:,} tensors, expected at most {_MAX_TENSORS:,}. {REDOWNLOAD_HINT}")
 
 
 def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size: int) -> dict[str, Entry]:
@@ -160,11 +160,11 @@ def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size
     for name, (_, _, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if start != end:
             raise CheckpointError(
-                f"'{sanitize(name)}' starts at byte {start:,} of the data, expected {end:,}; {REDOWNLOAD_HINT}"
+                f"'{sanitize(name)}' starts at byte {start:,} of the data, expected {end:,}. {REDOWNLOAD_HINT}"
             )
         end = stop
     if end != size:
-        raise CheckpointError(f"it has {size:,} bytes of data, expected {end:,} from its header; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"it has {size:,} bytes of data, expected {end:,} by its header. {REDOWNLOAD_HINT}")
     return {
         name: Entry(shape, dtype, stop - start, path, data_start + start)
         for name, (shape, dtype, start, stop) in entries.items()
@@ -173,7 +173,7 @@ def _check_places(path: Path, header: dict[str, Any], data_start: int, file_size
 
 
 def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
-    """Return a tensor's (shape, torch's name of its type, start offset, end offset)."""
+    """Parse an entry into shape, torch's name of the dtype, start and end offset."""
     value = value if isinstance(value, dict) else {}
     kind, shape, place = (value.get(field) for field in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and kind not in TYPES:
@@ -184,14 +184,14 @@ def _place(name: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
     if not (isinstance(kind, str) and _are_sizes(shape) and _are_sizes(place) and len(place) == 2):
         raise CheckpointError(
             f"the header's entry for '{sanitize(name)}' is {sanitize(value)}, "
-            f"expected dtype, shape and data_offsets; {REDOWNLOAD_HINT}"
+            f"expected dtype, shape and data_offsets. {REDOWNLOAD_HINT}"
         )
     dtype, each = TYPES[kind]
     start, stop = place
     if stop - start != (needed := math.prod(shape) * each):
         raise CheckpointError(
             f"'{sanitize(name)}' has {stop - start:,} bytes, expected {needed:,} for the shape {tuple(shape)} in "
-            f"{kind}; {REDOWNLOAD_HINT}"
+            f"{kind}. {REDOWNLOAD_HINT}"
         )
     return tuple(shape), dtype, start, stop
 

@@ -2,12 +2,12 @@
 
 The file describes a pipeline: a normalizer, a pre-tokenizer that splits text into pieces, a model that merges within
 pieces, and a post-processor that adds special tokens. tiktoken splits text with a regular expression and applies
-byte-level BPE to each piece. Both are equivalent if the pipeline's steps match one of the known patterns. Anything else
-is rejected with an error that names it.
+byte-level BPE to each piece. Both are equivalent if the pipeline's steps match one of the known patterns. For any other
+pipeline, the error names the unsupported step.
 
 With `ignore_merges`, a piece that equals a token is encoded as that token without merging, as in tiktoken. Llama 3
-needs this for 588 tokens. Without it, the merges of a vocabulary that was trained in one run still produce all of its
-tokens. For other vocabularies, `unmergeable` finds the tokens that the merges cannot produce.
+needs this for 588 tokens. Without `ignore_merges`, the merges must produce every token. They do if the vocabulary was
+trained in one run. For other vocabularies, `unmergeable` finds the tokens that the merges cannot produce.
 Source: the `tokenizers` package.
 """
 
@@ -35,10 +35,10 @@ from llama_scratch.tokenizer import Tokenizer
 # Llama 3's file is 9 to 17 MB, depending on how merges are written.
 _MAX_BYTES = 1 << 25
 _MAX_ID = 1 << 24
-# Embeddings may have more rows than tokens, as padding for GPUs or for future tokens.
+# An embedding may have more rows than there are tokens, as padding for GPUs or for future tokens.
 _MAX_UNUSED = 1 << 12
 
-# Token fields of tokenizer_config.json → GGUF's names for the roles.
+# Field of tokenizer_config.json with a token → GGUF's name of the token's role.
 ROLES = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -48,7 +48,7 @@ ROLES = {
     "mask_token": "mask",
     "cls_token": "cls",
 }
-# Maximum number of tokens that a warning names.
+# Maximum number of tokens named in a warning.
 _MAX_NAMED = 3
 
 
@@ -70,7 +70,10 @@ class ReadTokenizer:
 
 
 def read_tokenizer(path: Path, config: Mapping[str, Any], stop_ids: Collection[int], vocab_size: int) -> Tokenizer:
-    """Read only the tokenizer. See `read_tokenizer_json`."""
+    """Read tokenizer.json and return only the tokenizer.
+
+    For arguments and errors see `read_tokenizer_json`.
+    """
     return read_tokenizer_json(path, config, stop_ids, vocab_size).tokenizer
 
 
@@ -121,7 +124,7 @@ def _tokenizer(
     special_elsewhere = _named_elsewhere(config, added, vocab)
     flags = {text: flag or text in special_elsewhere for text, (_, flag) in added.items()}
     names = {text: id for text, (id, _) in added.items()}
-    # Tokens that text never produces: no merge makes them, and every pattern splits their names.
+    # Text never produces these tokens: no merge produces them, and every pattern splits their text.
     unused = {text: id for text, id in vocab.items() if text not in names and is_hidden_control(text, merged)}
     ordinary = {text: id for text, id in vocab.items() if text not in unused}
     ordinary = {text: id for text, id in ordinary.items() if text not in names or is_reachable(text, merged)}
@@ -201,7 +204,7 @@ def _named_elsewhere(
 
     Args:
         config: Content of the file.
-        added: Added tokens of tokenizer.json. Missing ones are inserted.
+        added: Added tokens of tokenizer.json. Missing tokens are inserted into it.
         vocab: Vocabulary of tokenizer.json.
 
     Returns:
@@ -246,27 +249,27 @@ def _beyond(tokens: Mapping[str, int], vocab_size: int) -> Iterator[str]:
 
 def _check_ids(ids: list[Any]) -> None:
     if not all(type(id) is int and 0 <= id < _MAX_ID for id in ids) or len(set(ids)) != len(ids):
-        raise CheckpointError(f"a token id is not an integer, or is repeated; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"a token id is not an integer, or is repeated. {REDOWNLOAD_HINT}")
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
     value = values.get(name)
     if not isinstance(value, kind):
         raise CheckpointError(
-            f"the field {name} is {sanitize(value)}, expected a JSON {kind.__name__}; {REDOWNLOAD_HINT}"
+            f"the field {name} is {sanitize(value)}, expected a JSON {kind.__name__}. {REDOWNLOAD_HINT}"
         )
     return value
 
 
 def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Read the added tokens, matched before pre-tokenization: text → (id, special)."""
+    """Return added tokens: text → (id, special). They are matched before all steps."""
     added: dict[str, tuple[int, bool]] = {}
     for token in _field(parts, "added_tokens", list) if parts.get("added_tokens") is not None else []:
         text, id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
         if not isinstance(text, str) or type(id) is not int or text in added or vocab.get(text, id) != id:
             raise CheckpointError(
-                f"the added token {sanitize(text)} has the id {sanitize(id)}, expected a unique text with the same id "
-                f"as in the vocabulary; {REDOWNLOAD_HINT}"
+                f"the added token {sanitize(text)} has the id {sanitize(id)}. Its text must be unique, and its id must "
+                f"be the same as in the vocabulary. {REDOWNLOAD_HINT}"
             )
         _check_found_by_its_text(text, token)
         added[text] = (id, token.get("special") is True)
@@ -274,7 +277,7 @@ def _added_tokens(parts: dict[str, Any], vocab: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_found_by_its_text(text: str, token: Mapping[str, Any]) -> None:
-    """Reject a token that strips whitespace, or that is not matched within a word."""
+    """Reject a token that strips whitespace, or is matched only as a whole word."""
     if not text or token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
         raise CheckpointError(
             f"the added token '{sanitize(text)}' strips whitespace or matches only whole words, "
@@ -286,14 +289,14 @@ def _merge(merge: Any) -> tuple[str, str]:
     """Parse a merge: "a b" or, because tokens may have spaces, ["a", "b"]."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise CheckpointError(f"the merge '{sanitize(merge)}' does not have two tokens; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"the merge '{sanitize(merge)}' does not have two tokens. {REDOWNLOAD_HINT}")
     return pair[0], pair[1]
 
 
 def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
-    """Create placeholder names for embedding rows without a token.
+    """Create placeholder names for rows of the embedding without a token.
 
-    Text never encodes to these ids, but a model can generate them.
+    Text is never encoded as one of these ids, but a model can generate them.
     """
     if vocab_size - len(ids) > _MAX_UNUSED:
         raise CheckpointError(
@@ -303,7 +306,7 @@ def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
     unused = {f"[PAD{id}]": id for id in range(vocab_size) if id not in ids}
     if twice := names & unused.keys():
         raise CheckpointError(
-            f"the added token '{sanitize(min(twice))}' has the placeholder name of another id; {REDOWNLOAD_HINT}"
+            f"the added token '{sanitize(min(twice))}' has the placeholder name of another id. {REDOWNLOAD_HINT}"
         )
     return unused
 
@@ -311,7 +314,7 @@ def _unused(ids: set[int], names: Set[str], vocab_size: int) -> dict[str, int]:
 def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) -> str | None:
     """Return the BOS token that the post-processor prepends, if any.
 
-    If it has no template, `add_bos_token` in tokenizer_config.json decides. Tokens that it appends are ignored.
+    Without a template, `add_bos_token` in tokenizer_config.json decides. Tokens after the text are ignored.
     """
     try:
         parts = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
@@ -333,7 +336,7 @@ def _bos(processor: Any, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         tokens = [text for text, (id, _) in added.items() if id in front[:2]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the post_processor cannot be read ({sanitize(repr(error))}); {REDOWNLOAD_HINT}"
+            f"the post_processor cannot be read ({sanitize(repr(error))}). {REDOWNLOAD_HINT}"
         ) from error
     if len(front) > 1 or len(tokens) != len(front):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The normalizer and pre-tokenizer of a tokenizer.json → an equivalent pattern."""
+"""Find the pattern that is equivalent to a tokenizer.json's steps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from llama_scratch.checkpoint.byte_level_bpe import PATTERNS
 from llama_scratch.errors import CheckpointError, sanitize
 
-USE_ANOTHER = "Name a tokenizer.model with `tokenizer`, or use another model."
-# Expressions that are equivalent to the known ones: cl100k_base's, and OpenAI's later versions of GPT-2's.
+USE_ANOTHER = "Pass a tokenizer.model as `tokenizer`, or use another model."
+# Expressions that are equivalent to a known pattern: cl100k_base's, and OpenAI's later versions of GPT-2's.
 _SPELLINGS = {pattern: pattern for pattern in PATTERNS.values()} | {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": PATTERNS["llama-bpe"],
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": PATTERNS["gpt-2"],
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": PATTERNS["gpt-2"],
 }
-# Steps, as described by `_meaning` → the equivalent pattern.
+# Steps, as named by `_meaning` → the equivalent pattern.
 _KNOWN: dict[tuple[str | None, ...], str] = {
     ("GPT-2, bytes",): PATTERNS["gpt-2"],
     ("digits", "GPT-2, bytes"): PATTERNS["smollm"],
@@ -29,16 +29,16 @@ def check_kind(parts: dict[str, Any], model: dict[str, Any]) -> None:
 
     Args:
         parts: Content of tokenizer.json.
-        model: Its model.
+        model: The field `model` in it.
 
     Raises:
-        CheckpointError: If it is of another kind.
+        CheckpointError: If the tokenizer is of another kind.
     """
     normalizer = parts.get("normalizer")
     if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and normalizer.get("normalizers") == []:
         normalizer = None
     if model.get("byte_fallback"):
-        raise CheckpointError(f"it is a SentencePiece BPE (byte_fallback), expected byte-level BPE. {USE_ANOTHER}")
+        raise CheckpointError(f"it is SentencePiece BPE (byte_fallback), expected byte-level BPE. {USE_ANOTHER}")
     if normalizer is not None:
         raise CheckpointError(f"it normalizes text ({_type(normalizer)}), expected no normalizer. {USE_ANOTHER}")
     if _type(model) != "BPE":
@@ -52,7 +52,7 @@ def pattern_of(part: Any) -> str:
     """Return the pattern that is equivalent to the steps of a pre-tokenizer.
 
     Raises:
-        CheckpointError: If it is not one of the known ones.
+        CheckpointError: If the steps are not equivalent to a known pattern.
     """
     steps = part.get("pretokenizers") if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
     if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
@@ -71,7 +71,7 @@ def pattern_of(part: Any) -> str:
 
 
 def _meaning(step: Mapping[str, Any]) -> str | None:
-    """Describe a step: "bytes", "GPT-2, bytes", "digits", or the pattern that it splits by."""
+    """Name a step: "bytes", "GPT-2, bytes", "digits", or its pattern."""
     kind = step.get("type")
     if kind == "ByteLevel" and step.get("add_prefix_space") is False:
         return "GPT-2, bytes" if step.get("use_regex", True) is True else "bytes"  # missing in older files
@@ -89,7 +89,7 @@ def _meaning(step: Mapping[str, Any]) -> str | None:
 
 
 def _type(part: Any) -> str:
-    """Return the type of a part of the pipeline; for a sequence, the types of its parts."""
+    """Return the type of a step. For a sequence, return the types of its steps."""
     if not isinstance(part, dict):
         return sanitize(part)
     inner = next((part[key] for key in ("normalizers", "pretokenizers") if isinstance(part.get(key), list)), None)

@@ -1,6 +1,6 @@
 """Writer of Hugging Face's format: configuration, tokenizer and weights.
 
-Fields and their order are those of the published Llama models, which transformers 4 and 5 can read.
+The fields and their order are the same as in the published Llama models. transformers 4 and 5 can read them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from llama_scratch.precision.lazy_weight import Weight
 
-# Maximum size of the weights in one file in bytes, as in the published models.
+# Maximum bytes of weights per file, as in the published models.
 SHARD = 5_000_000_000
 # Fields of tokenizer_config.json that are copied unchanged.
 _KEPT_SETTINGS = {
@@ -71,8 +71,8 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
     args = checkpoint.args
     if args.rope_divisors:
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} scales its rotary embedding in another way than Llama 3.1, which "
-            "Hugging Face's config.json cannot express. Use `to=gguf`."
+            f"{sanitize(checkpoint.name)} scales its rotary embedding differently from Llama 3.1. "
+            "Hugging Face's config.json cannot represent this. Use `to=gguf`."
         )
     scaling = args.rope_scaling and {
         "rope_type": "llama3",
@@ -98,7 +98,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
         "num_key_value_heads": args.n_kv_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": args.norm_eps,
-        # The name before transformers 5, which still reads it.
+        # transformers 5 has a new name for this field, but still reads this one.
         "rope_scaling": scaling,
         "rope_theta": args.rope_theta,
         "tie_word_embeddings": is_tied(weights),
@@ -109,7 +109,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, 
 
 
 def _ids(parts: TokenizerParts, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the ids of bos, eos and padding."""
+    """Return the fields with the ids of bos, eos and padding."""
     stops = sorted(tokenizer.stop_ids)
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id if parts.adds_bos else parts.roles.get("bos")}
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
@@ -128,7 +128,7 @@ def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str
         "clean_up_tokenization_spaces": False,
         "model_max_length": checkpoint.args.max_seq_len,
         **{name: value for name, value in settings.items() if name in _KEPT_SETTINGS},
-        # Naming an ordinary token here would turn it into an added one.
+        # An ordinary token in one of these fields would become an added token.
         **{field: text for field, role in ROLES.items() if (text := parts.text_of(role)) in names},
     }
     more = settings.get("additional_special_tokens")
@@ -138,10 +138,10 @@ def _tokenizer_config(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str
 
 
 def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Build tokenizer.json as the tokenizers package reads it."""
+    """Build the content of tokenizer.json for the tokenizers package."""
     tokenizer = checkpoint.tokenizer
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    # Unused tokens whose names would be read as ordinary tokens.
+    # Unused tokens with names that would otherwise be read as ordinary tokens.
     unused = {
         id
         for name, id in tokenizer.names.items()
@@ -172,7 +172,7 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": tokenizer.whole_pieces,  # a piece that equals a token becomes it, as in tiktoken
+            "ignore_merges": tokenizer.whole_pieces,  # a piece that equals a token becomes that token, as in tiktoken
             "vocab": {text: id for id, text in parts.texts.items()},
             "merges": parts.merges,
         },
@@ -180,7 +180,7 @@ def _tokenizer(parts: TokenizerParts, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _byte_level(*, regex: bool) -> dict[str, Any]:
-    """Build a ByteLevel step; with `regex` it splits by GPT-2's pattern first."""
+    """Build a ByteLevel step. With `regex`, it splits text by GPT-2's pattern first."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
 
 
@@ -194,7 +194,7 @@ def _pre_tokenizers(name: str | None, pattern: str) -> list[dict[str, Any]]:
 
 
 def _bos_in_front(bos: str | None, id: int | None) -> dict[str, Any]:
-    """Build the post-processor that puts bos before a text, or before each of a pair."""
+    """Build the post-processor that puts bos before one text or both of a pair."""
     special = [{"SpecialToken": {"id": bos, "type_id": type_id}} for type_id in (0, 1)]
     texts = [{"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB")]
     return {
@@ -209,7 +209,7 @@ def _bos_in_front(bos: str | None, id: int | None) -> dict[str, Any]:
 
 
 def _write_weights(weights: Mapping[str, Weight], args: ModelArgs, directory: Path, progress: Progress) -> None:
-    """Write model.safetensors, or several files with an index; one at a time is in memory."""
+    """Write model.safetensors, or shards with an index. Keep one shard in memory."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -21,7 +21,7 @@ _OTHER_NETWORKS = (
     "vision_chunk_size",
     "vision_num_cross_attention_layers",
 )
-# `multiple_of` and `ffn_dim_multiplier` of Meta's models: 3.2 1B, 3.2 3B, 70B, 8B, and earlier ones.
+# `multiple_of` and `ffn_dim_multiplier` of Meta's models: 3.2 1B, 3.2 3B, 70B, 8B, and earlier models.
 _USUAL: list[tuple[int, float | None]] = [(256, 1.5), (256, 1.0), (4096, 1.3), (1024, 1.3), (256, None)]
 
 
@@ -33,15 +33,15 @@ def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
         path: The file to name in errors.
 
     Raises:
-        UnsupportedError: If the network or its quantization is not supported.
+        UnsupportedError: If the architecture or the quantization is not supported.
         CheckpointError: If the text is not JSON, lacks a field or has an invalid value.
     """
     try:
         params = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({sanitize(error)}); {REDOWNLOAD_HINT}") from error
+        raise CheckpointError(f"{path} is not JSON ({sanitize(error)}). {REDOWNLOAD_HINT}") from error
     if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object. {REDOWNLOAD_HINT}")
     if "quantization_args" in params:
         raise UnsupportedError(
             f"{path} belongs to Meta's quantized release {_release(params)}, which is not supported. "
@@ -52,12 +52,12 @@ def parse_params(text: str, path: str = PARAMS) -> ModelArgs:
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}; {REDOWNLOAD_HINT}") from error
+        raise CheckpointError(f"{path}: {str(error).removesuffix('.')}. {REDOWNLOAD_HINT}") from error
 
 
 def _model_args(fields: Fields) -> ModelArgs:
     if other := next((field for field in _OTHER_NETWORKS if fields.values.get(field)), None):
-        raise UnsupportedError(f"{other} is not a field of the Llama 3 architecture. Use a Llama 3 text model.")
+        raise UnsupportedError(f"the field {other} is not part of the Llama 3 architecture. Use a Llama 3 text model.")
     dim = fields.integer("dim")
     n_heads = fields.integer("n_heads")
     scaling = None
@@ -89,7 +89,7 @@ def _model_args(fields: Fields) -> ModelArgs:
 
 
 def _release(params: Mapping[str, Any]) -> str:
-    """Return Meta's name of a quantized release."""
+    """Return Meta's name of a quantized release, or its scheme."""
     arguments = params["quantization_args"]
     if "lora_args" in params:
         return "int4-qlora-eo8"
@@ -141,18 +141,18 @@ def format_params(args: ModelArgs, name: str) -> str:
 
 
 def _ffn_fields(dim: int, width: int) -> tuple[int, float | None]:
-    """Find `multiple_of` and `ffn_dim_multiplier` for a width, preferably Meta's own."""
+    """Find `multiple_of` and `ffn_dim_multiplier` for a width, if possible Meta's."""
     usual = (pair for pair in _USUAL if ffn_dim(dim, multiple_of=pair[0], multiplier=pair[1]) == width)
     hidden = ffn_dim(dim, multiple_of=1, multiplier=None)
-    # With multiple_of = width, any smaller number is rounded up to the width.
+    # With multiple_of = width, any smaller value is rounded up to the width.
     return next(usual, (width, None if hidden <= width else width / hidden))
 
 
 def ffn_dim(dim: int, *, multiple_of: int, multiplier: float | None) -> int:
     """Compute the width of the feed-forward layer.
 
-    2/3 of 4·dim, times `multiplier`, rounded up to a multiple of `multiple_of`. Both truncations matter (1B: 5461 →
-    8191 → 8192). Source: `FeedForward` in Meta's llama-models.
+    It is 2/3 of 4·dim, times `multiplier`, rounded up to a multiple of `multiple_of`. The first two products are
+    truncated to integers (1B: 5461 → 8191 → 8192). Source: `FeedForward` in Meta's llama-models.
 
     Args:
         dim: Width of the residual stream.

@@ -1,6 +1,6 @@
 """Meta's weight files, `consolidated.NN.pth`, in the zip format of `torch.save`.
 
-The files are untrusted: they are checked and memory-mapped, and their pickles cannot run code.
+The files are untrusted. They are checked before they are memory-mapped, and their pickles cannot run code.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from llama_scratch.system.small_files import read_start
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The pickle takes some hundred bytes per tensor.
+# The pickle has a few hundred bytes per tensor.
 _MAX_PICKLE = 1 << 20
 _MAX_TUPLES = 1 << 16  # about 5 per tensor
 _MAX_OPCODES = 1 << 17  # about 40 per tensor
 # The largest Llama has 1,138 tensors, and the central directory about 100 bytes per tensor.
 _MAX_RECORDS, _MAX_TABLE = 1 << 12, 1 << 20
-# Start of torch.save's files before version 1.6.
+# First bytes of a file that torch.save wrote before version 1.6.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# The globals in torch.save's pickles of tensors: storages, dtypes, and functions that rebuild tensors.
+# Allowed globals in a pickle: storages, dtypes, and the functions with which torch.load rebuilds tensors.
 _CALLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_\w{1,40}|torch(\.storage)? \w{1,20}Storage"
     r"|torch (float|bfloat|complex|u?int|q?u?int)\d+\w{0,10}|torch (Size|device)|torch\.nn\.parameter Parameter"
@@ -51,8 +51,8 @@ _CALLED = re.compile(
 def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
     """Memory-map the tensors of a `torch.save` file without running code from it.
 
-    The content is first compared with the archive's checksums, if it has any, because mapping skips them. This also
-    brings the file into the page cache. The tensors may be views with any strides.
+    The content is first compared with the archive's checksums, if it has any, because torch does not check them when it
+    maps a file. This also brings the file into the page cache. The tensors may be views with any strides.
 
     Args:
         path: The file.
@@ -84,7 +84,7 @@ def load_pth(path: Path, progress: Progress) -> dict[str, Tensor]:
 
 
 def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
-    """Return the tensors without attributes from the file, which could shadow methods."""
+    """Return the tensors without their attributes, which could shadow methods."""
     import torch
 
     if not isinstance(loaded, dict):
@@ -92,7 +92,7 @@ def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
             f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors. {_SAVE_ALONE}"
         )
     weights = {}
-    for name, tensor in dict.items(loaded):  # not a method of a subclass
+    for name, tensor in dict.items(loaded):  # `loaded.items` could be overridden
         if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedError(
                 f"{path} holds a {type(tensor).__name__} under '{sanitize(name)}', expected only named tensors. "
@@ -107,10 +107,10 @@ _SAVE_ALONE = "Save only the state dict with torch.save."
 
 
 def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
-    """Scan the pickle without running it: allowed globals only, and limited nesting.
+    """Scan the pickle without running it. Reject unknown globals and deep nesting.
 
-    torch has its own check, but before it fails, a few bytes can allocate gigabytes, and 100,000 nested tuples
-    overflow Python's stack.
+    torch's own check is too late: before it fails, a pickle of a few bytes can allocate gigabytes, and 100,000 nested
+    tuples overflow Python's stack.
     """
     with zipfile.ZipFile(path) as archive:
         data = next(archive.read(record) for record in records if record.filename.endswith("/data.pkl"))
@@ -121,7 +121,7 @@ def _check_description(path: Path, records: list[zipfile.ZipInfo]) -> None:
                 raise _code(path, str(argument).replace(" ", "."))
             tuples += "TUPLE" in opcode.name
             if tuples > _MAX_TUPLES or count > _MAX_OPCODES:
-                raise CheckpointError(f"{path} has a pickle that torch.save does not write; {REDOWNLOAD_HINT}")
+                raise CheckpointError(f"{path} has a pickle larger than torch.save writes. {REDOWNLOAD_HINT}")
     except (ValueError, IndexError) as error:  # invalid opcodes
         raise _unreadable(path, error) from error
 
@@ -134,15 +134,15 @@ def _code(path: Path, name: str) -> CheckpointError:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).partition(". ")[0].removesuffix(".")  # its first sentence
-    return CheckpointError(f"{path} cannot be read as tensors ({sanitize(reason, 100)}); {REDOWNLOAD_HINT}")
+    return CheckpointError(f"{path} cannot be read as tensors ({sanitize(reason, 100)}). {REDOWNLOAD_HINT}")
 
 
 def _check_sizes(path: Path, tensors: Iterable[Tensor], records: list[zipfile.ZipInfo]) -> None:
-    """Check that each storage has a record of the same size; the mapping could read past it."""
+    """Check that each storage has a record of its size, to not read past a record."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     if excess := Counter(storages.values()) - Counter(record.file_size for record in records):
         raise CheckpointError(
-            f"{path} describes a tensor of {next(iter(excess)):,} bytes, but no record has that size; "
+            f"{path} describes a tensor of {next(iter(excess)):,} bytes, but no record has that size. "
             + REDOWNLOAD_HINT
         )
 
@@ -152,7 +152,7 @@ _DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplemente
 
 
 def _raise_unless_damage(error: Exception) -> None:
-    """Re-raise operating system errors, except EINVAL: an offset before the file's start is damage."""
+    """Re-raise system errors, except EINVAL: an offset before the file's start."""
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         raise error
 
@@ -162,8 +162,8 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UnsupportedError(
-            f"{path}: '{sanitize(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense one with "
-            "data. Save the model again from dense weights."
+            f"{path}: '{sanitize(name)}' is a {tensor.layout} tensor on {tensor.device}, expected a dense tensor on "
+            "the CPU. Save the model again from dense weights."
         )
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UnsupportedError(
@@ -173,7 +173,7 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
 
 class _WithShortTable(io.BufferedReader):
-    """A file that limits each read to the size of a model's central directory."""
+    """A file that limits each read to the maximum size of a central directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         limit = _MAX_TABLE + 1
@@ -181,7 +181,7 @@ class _WithShortTable(io.BufferedReader):
         if len(data) == limit:
             raise CheckpointError(
                 f"{sanitize(self.name, 200)} has a table of contents of over {_MAX_TABLE:,} bytes, too large for a "
-                f"model; {REDOWNLOAD_HINT}"
+                f"model. {REDOWNLOAD_HINT}"
             )
         return data
 
@@ -197,7 +197,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         )
     if not start.startswith(b"PK\x03\x04"):
         raise CheckpointError(
-            f"{path} starts with {start[:8]!r}, expected a zip-format torch.save file; {REDOWNLOAD_HINT}"
+            f"{path} starts with {start[:8]!r}, expected a zip-format torch.save file. {REDOWNLOAD_HINT}"
         )
     try:
         with _WithShortTable(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
@@ -206,11 +206,11 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         _raise_unless_damage(error)
         raise CheckpointError(
             f"{path} ({size:,} bytes) has no valid table of contents at its end, "
-            f"so it was cut short or damaged; {REDOWNLOAD_HINT}"
+            f"so it is truncated or damaged. {REDOWNLOAD_HINT}"
         ) from error
     if len(records) > _MAX_RECORDS:
         raise CheckpointError(
-            f"{path} holds {len(records):,} records, expected at most {_MAX_RECORDS:,}; {REDOWNLOAD_HINT}"
+            f"{path} holds {len(records):,} records, expected at most {_MAX_RECORDS:,}. {REDOWNLOAD_HINT}"
         )
     names = [record.filename for record in records]
     folder = names[0].partition("/")[0] if names else ""
@@ -224,7 +224,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
         or len(pickles) != 1
         or pickles[0].file_size > _MAX_PICKLE
     ):
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote; {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote. {REDOWNLOAD_HINT}")
     plain = all(
         r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 and r.compress_size == r.file_size
         for r in records
@@ -241,7 +241,7 @@ def _check_archive(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def begin_checks(paths: Sequence[Path]) -> None:
-    """Start comparing checksums in the background; `load_pth` raises the errors."""
+    """Start verifying checksums in background threads. `load_pth` raises their errors."""
     for path in paths:
         with contextlib.suppress(LlamaScratchError, OSError):
             future: Future[None] = Future()
@@ -249,7 +249,7 @@ def begin_checks(paths: Sequence[Path]) -> None:
             Thread(target=_check_in_background, args=(path, future), daemon=True).start()
 
 
-# Background checks, by the identity of the file when they were started.
+# Identity of a file when its check was started → the check.
 _ahead: dict[tuple[object, ...], Future[None]] = {}
 
 
@@ -270,7 +270,7 @@ def _check_in_background(path: Path, future: Future[None]) -> None:
 
 
 def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progress) -> None:
-    """Compare all records with their checksums in parallel, or wait for `begin_checks`."""
+    """Verify all checksums in parallel, or wait for `begin_checks` if it was called."""
     if begun := _ahead.pop(_identity(path), None):
         return begun.result()
     done, total = 0, sum(record.file_size for record in records)
@@ -291,7 +291,7 @@ def _check_checksums(path: Path, records: list[zipfile.ZipInfo], progress: Progr
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
-    """Map a file, so that checksums release the GIL and do not copy."""
+    """Map a file, so that checksums are computed without the GIL and without copies."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)
         try:
@@ -317,6 +317,6 @@ def _check_record(path: Path, archive: zipfile.ZipFile, data: memoryview, record
 
 def _damaged(path: Path, record: zipfile.ZipInfo) -> CheckpointError:
     return CheckpointError(
-        f"{path}: the record '{sanitize(record.filename)}' does not match its checksum, so the file is damaged; "
+        f"{path}: the record '{sanitize(record.filename)}' does not match its checksum, so the file is damaged. "
         + REDOWNLOAD_HINT
     )

@@ -1,4 +1,4 @@
-"""Meta's model directory: `params.json`, `tokenizer.model`, `consolidated.NN.pth`."""
+"""Reader of Meta's directories: params.json, tokenizer.model, consolidated.NN.pth."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 TOKENIZER, FIRST_SHARD = "tokenizer.model", "consolidated.00.pth"
 FP8_SCALES = "fp8_scales_0.pt"
-# Older checkpoints store RoPE's frequencies, which are computed here instead.
+# Older checkpoints also contain the RoPE frequencies. They are ignored, because they are computed from params.json.
 _IGNORED = {"rope.freqs"}
 _MAX_PARAMS = 1 << 20
-# The files do not state whether a model was trained for chat, but Meta's name of it does.
+# Only the model's name tells whether it was trained for chat.
 _CHAT = re.compile("instruct|chat", re.IGNORECASE)
-# The shards split these weights along their outputs (rows) or inputs (columns). Each has all norms.
+# The shards split these weights by outputs (rows) or by inputs (columns). Each shard has all norms.
 _BY_ROWS = re.compile(r".*\.(wq|wk|wv|w1|w3)\.weight|output\.weight")
 _BY_COLUMNS = re.compile(r".*\.(wo|w2)\.weight")
 
@@ -85,13 +85,13 @@ def open_meta(directory: Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def check_ahead(directory: Path) -> None:
-    """Start `begin_checks` for the weights, if the directory has Meta's files."""
+    """Start verifying the weights in the background, if the files are Meta's."""
     with contextlib.suppress(LlamaScratchError, OSError):
         begin_checks(_shards(directory))
 
 
 def _shards(directory: Path) -> list[Path]:
-    """List consolidated.00.pth, consolidated.01.pth, …; their numbers must have no gap."""
+    """List consolidated.00.pth, consolidated.01.pth and so on, without a gap."""
     files = {path.name for path in directory.glob("consolidated.[0-9][0-9].pth") if path.is_file()}
     if not files:
         raise ModelNotFoundError(_missing(directory, FIRST_SHARD))
@@ -126,7 +126,7 @@ def _load(shards: Sequence[Path], args: ModelArgs, progress: Progress) -> dict[s
 
 
 def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy transposed and strided views into contiguous rows; all others stay mapped."""
+    """Copy transposed and strided views. All other tensors stay mapped."""
     views = {name: weight for name, weight in weights.items() if not weight.is_contiguous()}
     if not views:
         return dict(weights)
@@ -139,7 +139,7 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: ModelArgs) -> None:
-    """Compare the number of shards with the first one's share of layer 0's wq."""
+    """Check the number of shards by the rows of layer 0's wq in the first shard."""
     wq, wo = (part.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wo"))
     q_dim = args.n_heads * args.head_dim
     rows = q_dim if wq is None or wq.dim() != 2 else len(wq)
@@ -152,13 +152,13 @@ def _check_number(shards: Sequence[Path], part: Mapping[str, Tensor], args: Mode
         )
     if rows * len(shards) > q_dim:
         raise CheckpointError(
-            f"{shards[-1]} is one of {len(shards)} shards, expected fewer: {FIRST_SHARD} holds {rows} of {q_dim} "
+            f"{shards[-1]} is one of {len(shards)} shards, which are too many: {FIRST_SHARD} holds {rows} of {q_dim} "
             "rows of wq. Remove the shards of the other model."
         )
 
 
 def _joined(shards: Sequence[Path], parts: Sequence[dict[str, Tensor]], args: ModelArgs) -> dict[str, Weight]:
-    """Join the weights of shards that each hold a part of every matrix, without copying.
+    """Join shards, which each have a part of every matrix, without copying.
 
     Source: `fairscale`'s parallel layers, used in Meta's reference code.
     """
@@ -192,31 +192,31 @@ def _check_alike(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) 
 
 def _of_another_model(shard: Path, first: Path) -> CheckpointError:
     return CheckpointError(
-        f"{shard} belongs to another model than {first.name}: it does not hold the same parts; {REDOWNLOAD_HINT}"
+        f"{shard} belongs to another model than {first.name}: names, shapes, types or norms differ. {REDOWNLOAD_HINT}"
     )
 
 
 def _check_contents(shards: Sequence[Path], parts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Check that all shards have the same norms, and no two the same part of the model."""
+    """Check that all shards have the same norms, and that no two shards are equal."""
     for shard, part in zip(shards, parts, strict=True):
         if not all(_equal(part[name], weight) for name, weight in parts[0].items() if weight.dim() == 1):
             raise _of_another_model(shard, shards[0])
     for (one, part), (other, copy) in combinations(zip(shards, parts, strict=True), 2):
         if all(_equal(part[name], weight) for name, weight in copy.items()):
             raise CheckpointError(
-                f"{other} holds the same weights as {one.name}, expected another part of the model; {REDOWNLOAD_HINT}"
+                f"{other} holds the same weights as {one.name} instead of another part of the model. {REDOWNLOAD_HINT}"
             )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Compare bits, so that NaN equals itself; `verify` reports NaN."""
+    """Compare two tensors bitwise, so that NaN equals itself. `verify` reports NaN."""
     import torch
 
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _axis(name: str, piece: Tensor, shards: int, args: ModelArgs) -> int | None:
-    """Return the axis that the shards split a weight along; None if each has all of it."""
+    """Return the axis by which the shards split a weight, or None if it is not split."""
     if piece.dim() != 2:
         return None
     if _BY_ROWS.fullmatch(name):
@@ -237,7 +237,7 @@ def _stored(weights: Mapping[str, Weight]) -> WeightStorage:
 
 
 def _missing(directory: Path, file: str) -> str:
-    advice = f"Name the directory that holds {PARAMS}, {TOKENIZER} and {FIRST_SHARD}."
+    advice = f"Pass the directory that holds {PARAMS}, {TOKENIZER} and {FIRST_SHARD}."
     if file == TOKENIZER:
-        advice = "Copy it there from the model's download, or name it with `tokenizer`."
+        advice = "Copy it there from the model's download, or pass its path as `tokenizer`."
     return f"{file} not found in {directory}. {advice}"

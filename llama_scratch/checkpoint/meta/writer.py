@@ -67,14 +67,21 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
         or not _same_layout(tokenizer.names, llama3.names)
     ):
         raise CheckpointError(
-            f"{sanitize(checkpoint.name)} has another tokenizer than Llama 3's, the only one that Meta's format can "
+            f"{sanitize(checkpoint.name)} does not have Llama 3's tokenizer, the only one that Meta's format can "
             "hold. Use `to=hf` or `to=gguf`."
         )
     return content
 
 
 def _same_layout(ids: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
-    """Whether the special tokens are Llama 3's, whose releases each renamed reserved ones."""
+    """Whether the special tokens are Llama 3's, apart from the names of reserved ones.
+
+    Each release of Llama 3 renamed some of the reserved tokens.
+
+    Args:
+        ids: Name → id of the special tokens.
+        llama3: Name → id of Llama 3's special tokens.
+    """
     names = {id: name for name, id in ids.items()}
     return len(ids) == len(llama3) and all(
         names.get(id) == name or _RESERVED in names.get(id, "") or (_RESERVED in name and id in names)
@@ -86,12 +93,12 @@ def _same_layout(ids: Mapping[str, int], llama3: Mapping[str, int]) -> bool:
 
 
 def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress) -> None:
-    """Write the weights with torch.save; a tied output shares the embedding's storage."""
+    """Write the weights with torch.save. A tied output shares the embedding's storage."""
     import torch
 
     from llama_scratch.precision.lazy_weight import LazyWeight, as_tensor
 
-    # torch.save needs all weights at once; mapped ones take no memory.
+    # torch.save needs all weights at once. Mapped weights do not take memory.
     unmapped = [w.numel() * w.dtype.itemsize for w in weights.values() if isinstance(w, LazyWeight)]
     require_memory(sum(unmapped), f"Writing {path.name}")
     tensors = {name: as_tensor(w).contiguous() for name, w in weights.items() if name != OUTPUT or not is_tied(weights)}
@@ -102,14 +109,15 @@ def _write_weights(weights: Mapping[str, Weight], path: Path, progress: Progress
         reporting = _ReportingFile(file, lambda done: progress("writing", min(done, total), total))
         try:
             torch.save(tensors, reporting)  # type: ignore[arg-type]  # it writes and flushes
-        except RuntimeError as error:  # torch's own, because it could not finish the archive
+        except RuntimeError as error:  # torch could not finish the archive
             raise reporting.error or error from error
 
 
 class _ReportingFile:
-    """A file written sequentially, which reports the number of bytes written so far.
+    """A sequentially written file that reports the number of bytes written so far.
 
-    `error` is the exception that ended the writing: an interrupt or an operating system error.
+    Attributes:
+        error: The exception that ended the writing: an interrupt or an operating system error.
     """
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]):

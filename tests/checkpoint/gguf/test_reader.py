@@ -675,8 +675,8 @@ def test_a_field_of_the_wrong_kind(tmp_path: Path, file: File, key: str, value: 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("llama.rope.scaling.factor", struct.pack("<If", 6, 2.0), "scaled RoPE"),
-        ("llama.rope.scaling.attn_factor", struct.pack("<If", 6, 1.1), "scaled RoPE"),
+        ("llama.rope.scaling.factor", struct.pack("<If", 6, 2.0), "RoPE scaling is of the type"),
+        ("llama.rope.scaling.attn_factor", struct.pack("<If", 6, 1.1), "RoPE scaling is of the type"),
         ("llama.attention.causal", struct.pack("<IB", 7, 0), "llama.attention.causal"),
         ("llama.expert_count", uint(8), "experts"),
         ("llama.rope.dimension_count", uint(16), "llama.rope.dimension_count"),

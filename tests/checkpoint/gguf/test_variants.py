@@ -470,7 +470,7 @@ def test_another_scaling(tmp_path: Path, fields: dict[str, bytes]) -> None:
     file = whole_file()
     for field, value in fields.items():
         file.set(f"llama.rope.{field}", value)
-    load_rejected(file.write(tmp_path / "a.gguf"), "scaled RoPE", error=UnsupportedError)
+    load_rejected(file.write(tmp_path / "a.gguf"), "RoPE scaling is of the type", error=UnsupportedError)
 
 
 @pytest.mark.parametrize(

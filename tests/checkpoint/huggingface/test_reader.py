@@ -486,7 +486,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "Meta's name": (
         lambda header: header.update({"output.weight": header.pop("lm_head.weight")}),
-        "holds 'output.weight', but a Llama of this shape",
+        "holds 'output.weight', but a Llama with these dimensions",
     ),
     "a name for a terminal": (
         lambda header: header.update({"\x1b[2J": header.pop("lm_head.weight")}),
@@ -605,7 +605,9 @@ def edited_index(shards: Path, edit: Callable[[dict[str, str]], object]) -> Path
 )
 def test_an_index_that_leads_elsewhere_is_refused(shards: Path, file: Any) -> None:
     """Only plain file names are allowed."""
-    load_rejected(edited_index(shards, lambda places: places.update({Q: file})), INDEX, "names the file '", "beside it")
+    load_rejected(
+        edited_index(shards, lambda places: places.update({Q: file})), INDEX, "names the file '", "the same directory"
+    )
 
 
 def test_an_index_that_names_a_missing_file(shards: Path) -> None:
@@ -705,19 +707,19 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(quantization_config, gptq)"),
     "quantized somehow": ({"quantization_config": 7}, "(quantization_config, 7)"),
-    "a bias in attention": ({"attention_bias": True}, "attention_bias is True, expected linear layers without a bias"),
+    "a bias in attention": ({"attention_bias": True}, "attention_bias is True, expected linear layers without bias"),
     "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias is True"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
     "linear": (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "the RoPE scaling is 'linear', expected 'llama3' or none",
+        "the RoPE scaling is 'linear', which is not supported",
     ),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "the RoPE scaling is 'dynamic'"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "the RoPE scaling is 'yarn'"),
     "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "the RoPE scaling is 'longrope'"),
     "a scaling that is text": ({"rope_scaling": "llama3"}, "the field rope_scaling is llama3, expected an object"),
     "no factor": ({"rope_scaling": LLAMA3_SCALING | {"type": "llama3", "factor": None}}, "the field factor is missing"),
-    "a small factor": ({"rope_scaling": LLAMA3_SCALING | {"type": "llama3", "factor": 0.5}}, "has the factor 0.5"),
+    "a small factor": ({"rope_scaling": LLAMA3_SCALING | {"type": "llama3", "factor": 0.5}}, "has factor 0.5"),
     "equal limits": (
         {"rope_scaling": LLAMA3_SCALING | {"type": "llama3", "high_freq_factor": 1}},
         "low_freq_factor below",
@@ -1111,7 +1113,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first
 SENTENCEPIECE = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace"}]}
 OTHER = r"\p{N}{1,2}|\w+|\s+"
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "SentencePiece": (model(byte_fallback=True), "a SentencePiece BPE (byte_fallback), expected byte-level BPE"),
+    "SentencePiece": (model(byte_fallback=True), "is SentencePiece BPE (byte_fallback), expected byte-level BPE"),
     "its normalizers": (
         part(normalizer=SENTENCEPIECE),
         "it normalizes text (Prepend + Replace), expected",
@@ -1166,7 +1168,7 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda values: values["model"]["vocab"].update({"日": 300}),
         "is not in GPT-2's byte alphabet",
     ),
-    "an added token with another id": (added(content="the"), "has the id 264, expected a unique text"),
+    "an added token with another id": (added(content="the"), "has the id 264. Its text must be unique"),
     "an added token twice": (added(content="<|im_end|>"), "the added token <|im_end|> has the id"),
     "an added token without a text": (added(content=None), "the added token None has the id 264"),
     "an added token of nothing": (

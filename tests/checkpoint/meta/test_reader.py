@@ -419,7 +419,7 @@ def test_a_download_that_was_cut_short(small_dir: Path) -> None:
     for end in sorted(ends, reverse=True):
         os.truncate(path, end)
         message = assert_rejected(lambda: load(small_dir), CheckpointError, path, "again")
-        assert end == 0 or "cut short" in message or "starts with" in message
+        assert end == 0 or "truncated" in message or "starts with" in message
 
 
 def flipped_at(small_dir: Path, bits: list[int], original: dict[str, Tensor]) -> list[int]:
@@ -671,7 +671,7 @@ def test_a_description_of_very_many_steps(small_dir: Path) -> None:
     """A megabyte of opcodes that build nothing."""
     pickled(small_dir, b"}" + b"N0" * ((1 << 19) - 10) + b".")
     start = time.process_time()
-    assert_rejected(lambda: load(small_dir), CheckpointError, "a pickle that torch.save does not write")
+    assert_rejected(lambda: load(small_dir), CheckpointError, "larger than torch.save writes")
     assert time.process_time() - start < 2
 
 

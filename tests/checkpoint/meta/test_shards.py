@@ -371,7 +371,7 @@ def test_a_file_that_is_one_of_several(four: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda file: os.truncate(file, 100_000), "cut short"),
+        (lambda file: os.truncate(file, 100_000), "truncated"),
         (lambda file: file.write_bytes(b""), "starts with b''"),
         (lambda file: file.write_bytes(b"<html>expired</html>"), "web page"),
         (lambda file: torch.save([1], file), "list"),
