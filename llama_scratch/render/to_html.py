@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
-from llama_scratch.render import colors, stream
+from llama_scratch.render import colors, palette, stream
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
@@ -68,6 +68,8 @@ def html(page: Page) -> str:
         maps=maps,
         source=", ".join(f"/source {name}" for name in page.source),
         maker=f"llama-scratch {version('llama-scratch')}",
+        light_palette=palette.LIGHT_PALETTE,
+        dark_palette=palette.DARK_PALETTE,
         light=_colors(colors.LIGHT),
         dark=_colors(colors.DARK),
         script=Markup(script),

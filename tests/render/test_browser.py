@@ -183,7 +183,11 @@ def test_a_gallery_and_a_table_are_one_tab_stop_each(browser: Browser, tmp_path:
     rows = tuple((Cell(f"n{i}"), Cell("", bar=i / 4, hover=f"bar {i}")) for i in range(4))
     page = Page("Stops", (Gallery("All", tuple(ramp(3, 3, title=f"m{i}") for i in range(6))), Table(("", "x"), rows)))
     opened = Opened(browser, tmp_path / "a.html", page)
-    press, focused = opened.page.keyboard.press, lambda: opened.page.evaluate("document.activeElement.ariaLabel")
+    press = opened.page.keyboard.press
+
+    def focused() -> str:
+        return str(opened.page.evaluate("document.activeElement.ariaLabel"))
+
     press("Tab")
     assert focused().startswith("m0")
     press("ArrowRight")
@@ -261,9 +265,8 @@ def test_a_head_in_a_report_shows_its_arcs_and_links_to_its_section(
     opened = Opened(browser, tmp_path / "a.html", views["/report"], DESKTOP)
 
     def arcs() -> list[str]:
-        return opened.page.eval_on_selector_all(
-            ".arcs g", "all => all.filter(g => getComputedStyle(g).visibility == 'visible').map(g => g.dataset.arcs)"
-        )
+        script = "all => all.filter(g => getComputedStyle(g).visibility == 'visible').map(g => g.dataset.arcs)"
+        return list(opened.page.eval_on_selector_all(".arcs g", script))
 
     assert arcs() == ["L23.H4"]
     assert "␣France 90.3 %" in opened.page.locator(".looks").inner_text()
