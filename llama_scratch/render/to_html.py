@@ -202,9 +202,10 @@ def _table(part: Table) -> dict[str, Any]:
     columns: list[dict[str, Any]] = [
         {"name": written(name.removeprefix(">")), "kind": "n" if name[:1] == ">" else ""} for name in part.columns
     ]
+
     rows = [
         [
-            _cell(cell) | _bar(cell, row, signed) | ({"kind": column["kind"]} if column["kind"] else {})
+            _cell(cell) | _bar(cell, row, part, signed) | ({"kind": column["kind"]} if column["kind"] else {})
             for cell, column, signed in zip(row, columns, both, strict=True)
         ]
         for row in part.rows
@@ -217,16 +218,24 @@ def _table(part: Table) -> dict[str, Any]:
     return {"kind": "table", "title": written(part.title), "columns": columns, "rows": rows, "wide": wide}
 
 
-def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
+def _bar(cell: Cell, row: tuple[Cell, ...], table: Table, both: bool) -> dict[str, Any]:
     """The left edge and the width of a cell's bar, in percent of its track."""
     if cell.bar is None:
         return {"bar": None}
     bar = max(-1.0, min(1.0, cell.bar))
     left = 50 + min(0.0, 50 * bar) if both else 0.0
     width = abs(bar) * (50 if both else 100)
-    said = [written(other.text, token=other.token) for other in row if other.text]
-    hover = written(cell.hover) or ", ".join(said) or figure(bar)
+    hover = written(cell.hover) or _sentence(row, table) or figure(bar)
     return {"bar": bar, "both": both, "left": round(left, 2), "width": round(width, 2), "hover": hover}
+
+
+def _sentence(row: tuple[Cell, ...], table: Table) -> str:
+    """Say a row, such as "␣Paris: probability 77.3 %."; "" if it has no text."""
+    subject, *texts = (written(cell.text, token=cell.token) for cell in row)
+    names = (written(name.removeprefix(">")) for name in table.columns[1:])
+    facts = ", ".join(f"{name} {text}".strip() for name, text in zip(names, texts, strict=True) if text)
+    said = ": ".join(filter(None, (subject, facts)))
+    return said and f"{said}."
 
 
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -180,8 +180,9 @@ def test_values_are_shown_under_the_pointer_and_by_keys(browser: Browser, tmp_pa
 
 
 def test_a_gallery_and_a_table_are_one_tab_stop_each(browser: Browser, tmp_path: Path) -> None:
-    rows = tuple((Cell(f"n{i}"), Cell("", bar=i / 4, hover=f"bar {i}")) for i in range(4))
-    page = Page("Stops", (Gallery("All", tuple(ramp(3, 3, title=f"m{i}") for i in range(6))), Table(("", "x"), rows)))
+    rows = tuple((Cell(f"n{i}"), Cell(f"{i} %", bar=i / 4)) for i in range(4))
+    maps = Gallery("All", tuple(ramp(3, 3, title=f"m{i}") for i in range(6)))
+    page = Page("Stops", (maps, Table(("", ">share"), rows)))
     opened = Opened(browser, tmp_path / "a.html", page)
     press = opened.page.keyboard.press
 
@@ -204,9 +205,9 @@ def test_a_gallery_and_a_table_are_one_tab_stop_each(browser: Browser, tmp_path:
     press("ArrowLeft")
     assert focused().startswith("m0")
     press("Tab")
-    assert opened.tip == "bar 0"
+    assert opened.tip == "n0: share 0 %."
     press("ArrowDown")
-    assert opened.tip == "bar 1"
+    assert opened.tip == "n1: share 1 %."
     press("Shift+Tab")
     assert focused().startswith("m0")
     assert opened.complaints == []
