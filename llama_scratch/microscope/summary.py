@@ -11,12 +11,12 @@ from llama_scratch.hooks import Hook
 from llama_scratch.inference.loaded_model import LoadedModel
 from llama_scratch.microscope.attribution import Attribution
 from llama_scratch.microscope.interventions import ablate
-from llama_scratch.microscope.lens import Lens
+from llama_scratch.microscope.lens import Lens, lens
 from llama_scratch.microscope.parts import NetworkPart
 from llama_scratch.system.progress import Progress, silent
 
 # Number of heads to check by ablation.
-CHECKED = 3
+CHECKED = 2
 # Maximum number of links per head, and the smallest attention that is one.
 _LINKS, _LEAST = 4, 0.05
 
@@ -78,19 +78,16 @@ def _after(ablation: Ablation) -> float:
     return ablation.after
 
 
-def summary(
-    llama: LoadedModel, ids: Sequence[int], lens: Lens, attribution: Attribution, progress: Progress = silent
-) -> Summary:
-    """Complete the measurements: ablate the strongest heads, and read the attention of all heads.
+def summary(llama: LoadedModel, ids: Sequence[int], attribution: Attribution, progress: Progress = silent) -> Summary:
+    """Measure the logit lens, the attention of all heads, and the effect of ablating the strongest heads.
 
     Raises errors as `Llama.predict` does.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
-        lens: The logit lens of the text.
         attribution: The attribution of its prediction.
-        progress: Called as by `Llama.predict`.
+        progress: Called as by `lens`.
     """
     after = {claim.contribution.name: claim.after for claim in attribution.claims}
     parts = [NetworkPart.named(contribution.name, llama.args) for contribution in attribution.strongest]
@@ -98,25 +95,24 @@ def summary(
         if head.name not in after:
             logits = llama.engine.forward_with_hooks([ids], ablate(llama, head).hooks)[0, 0]  # (vocab_size,)
             after[head.name] = float(logits.double().softmax(-1)[attribution.answer.id])
-    ablations = tuple(Ablation(*each) for each in after.items())
-    return Summary(lens, attribution, ablations, _links(llama, ids, progress))
-
-
-def _links(llama: LoadedModel, ids: Sequence[int], progress: Progress) -> dict[str, tuple[Link, ...]]:
+    # The forward pass of the lens also records the attention.
     last: dict[int, Tensor] = {}
+    hooks = {f"layers.{layer}.attention.probs": _keep(last, layer) for layer in range(llama.args.n_layers)}
+    layers = lens(llama.intervened(hooks), ids, progress=progress)
+    return Summary(layers, attribution, tuple(Ablation(*each) for each in after.items()), _links(last))
 
-    def hook(layer: int) -> Hook:
-        def keep(probs: Tensor, _start: int) -> None:  # (1, n_heads, t, S); the last chunk has the last token
-            last[layer] = probs[0, :, -1].float()
 
-        return keep
+def _keep(last: dict[int, Tensor], layer: int) -> Hook:
+    def hook(probs: Tensor, _start: int) -> None:  # (1, n_heads, t, S); the last chunk has the last token
+        last[layer] = probs[0, :, -1].float()
 
-    layers = range(llama.args.n_layers)
-    hooks = {f"layers.{layer}.attention.probs": hook(layer) for layer in layers}
-    llama.engine.forward_with_hooks([ids], hooks, progress=progress)
+    return hook
+
+
+def _links(last: Mapping[int, Tensor]) -> dict[str, tuple[Link, ...]]:
     links: dict[str, tuple[Link, ...]] = {}
-    for layer in layers:
-        best = last[layer].topk(min(_LINKS, len(ids)))  # (n_heads, up to _LINKS)
+    for layer, attention in last.items():  # (n_heads, T)
+        best = attention.topk(min(_LINKS, attention.shape[-1]))
         for head, found in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
             each = (Link(position, share) for position, share in zip(*found, strict=True))
             links[NetworkPart(layer, "head", head).name] = tuple(link for link in each if link.share >= _LEAST)

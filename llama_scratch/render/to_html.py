@@ -54,6 +54,8 @@ _STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yell
 _SHORT = 24
 # The names of components, as `NetworkPart` writes them.
 _COMPONENT = re.compile(r"\b(L\d+\.(?:H\d+|ffn|attn))\b")
+# Of a longer prompt, a report shows the end.
+_LONGEST_PROMPT = 160
 # A longer bold paragraph is not a heading.
 _LONGEST_HEADING = 100
 
@@ -131,7 +133,7 @@ def _classes(style: str) -> str:
 
 def _report(report: ReportPage, maps: list[dict[str, Any]]) -> dict[str, Any]:
     """The template's values for a report."""
-    picture = stream.values(report.stream)
+    prompt = written(report.prompt).replace("\n", " ")
     names = {each.head: each.hover for each in report.stream.arcs}
     sections = [
         {
@@ -144,9 +146,9 @@ def _report(report: ReportPage, maps: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     anchors = {each.anchor: f"Go to {each.page.headline}." for each in report.sections if each.anchor}
     return {
-        "prompt": written(report.prompt),
+        "prompt": prompt if len(prompt) <= _LONGEST_PROMPT else "…" + prompt[1 - _LONGEST_PROMPT :],
         "parts": _parts((report.finding,), maps),
-        "stream": picture,
+        "stream": stream.values(report.stream),
         "aside": _parts(report.aside, maps),
         "sections": sections,
         "names": anchors | names,

@@ -19,7 +19,7 @@ FACT = "The capital of France is"
 def measured(llama: Llama, text: str) -> Summary:
     """Measure the prediction after a text."""
     ids = llama.encode(text)
-    return summary(llama, ids, lens(llama, ids), why(llama, ids))
+    return summary(llama, ids, why(llama, ids))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,16 @@ def test_ablations_are_those_of_an_inspection(tiny: Llama) -> None:
         after = next(after for before, after in effect.tokens if before.id == view.attribution.answer.id)
         assert each.after == pytest.approx(after.probability, rel=1e-4)
     assert view.head == min(heads, key=lambda each: each.after)
+
+
+def test_the_lens_is_that_of_lens(tiny: Llama) -> None:
+    """Up to rounding: recording attention takes another code path."""
+    ours, expected = measured(tiny, FACT).lens, lens(tiny, tiny.encode(FACT))
+    assert ours.tokens == expected.tokens
+    for row, other in zip(ours.layers, expected.layers, strict=True):
+        for guess, same in zip(row.guesses, other.guesses, strict=True):
+            assert (guess.id, guess.rank_of_answer) == (same.id, same.rank_of_answer)
+            assert guess.logprob == pytest.approx(same.logprob, abs=1e-4)
 
 
 def test_a_fact_is_read_by_one_head(smollm2_fp32_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_the_page_begins_with_the_sentence_and_folds_the_rest() -> None:
     assert '<details id="L1.H2">' in text
 
 
+def test_a_report_shows_the_end_of_a_long_prompt() -> None:
+    view = replace(report(summary(("L1.H2", 0.1))), prompt="a\n" * 500 + "The sky is")
+    heading = re.search(r'<h1 class="prompt">(.*?) <b>', html(view))
+    assert heading is not None
+    assert len(heading[1]) == 160
+    assert heading[1].startswith("…")
+    assert heading[1].endswith(" a The sky is")
+
+
 def test_names_are_links_only_if_they_have_a_target() -> None:
     text = html(report(summary(("L1.H2", 0.1))))
     assert '<a href="#L0.H0" data-head="L0.H0" data-hover="Head L0.H0: ␣is looks at The 90.0 %.">L0.H0</a>' in text

@@ -42,7 +42,6 @@ def _examined(session: Session) -> ReportPage:
     from llama_scratch.microscope.attention import head, heads
     from llama_scratch.microscope.attribution import why
     from llama_scratch.microscope.inspection import Inspection
-    from llama_scratch.microscope.lens import lens
     from llama_scratch.microscope.neurons import neurons
     from llama_scratch.microscope.parts import NetworkPart
     from llama_scratch.microscope.summary import summary
@@ -52,13 +51,12 @@ def _examined(session: Session) -> ReportPage:
     with session.screen.progress() as progress:
         inspection = Inspection(session.intact, ids, session.state.interventions)
         scored = surprisal(llama, ids, session.settings.top, progress)
-        layers = lens(llama, ids, progress=progress)
         reasons = why(llama, ids, progress=progress)
-        measured = summary(llama, ids, layers, reasons, progress)
+        measured = summary(llama, ids, reasons, progress)
         sections = [
             Section(inspection_pages.page(inspection)),
             Section(surprisal_pages.page(scored, text, per_character(llama, scored.tokens))),
-            Section(lens_pages.page(layers)),
+            Section(lens_pages.page(measured.lens)),
             Section(why_pages.page(reasons)),
         ]
         # Details of the two strongest heads and feed-forward networks in the attribution.
