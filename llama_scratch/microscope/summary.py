@@ -1,4 +1,4 @@
-"""What the logit lens, attribution and attention measure about one prediction, for the beginning of a report."""
+"""The measurements that a report begins with: logit lens, attribution and attention of one prediction."""
 
 from __future__ import annotations
 

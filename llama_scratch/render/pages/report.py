@@ -47,7 +47,7 @@ def page(
 
 
 def finding(summary: Summary) -> str:
-    """Say what the answer is, which component it depends on, and from which layer on it leads."""
+    """Name the answer, the component that it depends on, and the layer from which on it leads."""
     answer = summary.attribution.answer
     said = f"{_token(answer.text)}, {percent(answer.probability)}. {_cause(summary)}"
     if summary.lens.answers[-1].id != answer.id:

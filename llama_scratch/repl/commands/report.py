@@ -26,7 +26,7 @@ command = commands_under("Session")
 def _report(session: Session, argument: str) -> Reply:
     """Write a report on the text: the main views on one web page.
 
-    It begins with the answer, what it depends on, and a picture of the residual stream. Surprisal, the logit lens,
+    It begins with the answer, its strongest cause, and a picture of the residual stream. Surprisal, the logit lens,
     attribution, attention patterns and the strongest neurons follow. The page works offline and shows values under the
     pointer.
     """
