@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from llama_scratch.errors import UsageError
 from llama_scratch.render.text import percent, visible
 
 _T = TypeVar("_T")
@@ -241,22 +240,6 @@ class Page:
     def source_line(self) -> str:
         """The commands that show the code that computed the view."""
         return "Source: " + ", ".join(f"/source {name}" for name in self.source)
-
-
-def joined(title: str, pages: tuple[Page, ...]) -> Page:
-    """Join pages into one page, each under its title.
-
-    Args:
-        title: Title of the new page.
-        pages: The pages.
-
-    Raises:
-        UsageError: If there are no pages.
-    """
-    if not pages:
-        raise UsageError("There is no view to show yet. Run a command that shows one first.")
-    parts = [part for page in pages for part in (Paragraph(page.title, "bold"), *page.parts)]
-    return Page(title, tuple(parts), tuple(dict.fromkeys(name for page in pages for name in page.source)))
 
 
 # --- Shared by all renderers --------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Render pages as HTML: one self-contained file with tooltips.
 
+A report begins with its picture, and its sections are folded.
+
 The file has a light and a dark theme. The template escapes text from prompts and tokens, and the page's content
 security policy allows only its own script.
 """
@@ -10,19 +12,20 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, Template
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
-from llama_scratch.render import colors
+from llama_scratch.render import colors, palette, stream
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
@@ -31,6 +34,7 @@ from llama_scratch.render.page import (
     Gallery,
     Heatmap,
     Page,
+    PageBlock,
     Paragraph,
     Running,
     Table,
@@ -39,6 +43,7 @@ from llama_scratch.render.page import (
     pooling,
     written,
 )
+from llama_scratch.render.report_page import ReportPage
 from llama_scratch.render.text import SPACE
 
 # Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
@@ -47,6 +52,10 @@ _TEXTS, _DRAWN, _SMALL = (128, 256), (256, 256), (48, 48)
 _STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yellow", "blue", "magenta", "cyan"])
 # Texts of table cells up to this length are not wrapped.
 _SHORT = 24
+# The names of components, as `NetworkPart` writes them.
+_COMPONENT = re.compile(r"\b(L\d+\.(?:H\d+|ffn|attn))\b")
+# Of a longer prompt, a report shows the end.
+_LONGEST_PROMPT = 160
 # A longer bold paragraph is not a heading.
 _LONGEST_HEADING = 100
 
@@ -54,15 +63,15 @@ _LONGEST_HEADING = 100
 def html(page: Page) -> str:
     """Render a page as one HTML file."""
     maps: list[dict[str, Any]] = []
-    parts = [_part(part, number, maps) for number, part in enumerate(page.parts)]
     script = _file("page.js")
     return _template().render(
         title=page.headline,
-        parts=parts,
-        headings=[part for part in parts if part["kind"] == "heading"],
+        **(_report(page, maps) if isinstance(page, ReportPage) else {"parts": _parts(page.parts, maps), "names": {}}),
         maps=maps,
         source=", ".join(f"/source {name}" for name in page.source),
         maker=f"llama-scratch {version('llama-scratch')}",
+        light_palette=palette.LIGHT_PALETTE,
+        dark_palette=palette.DARK_PALETTE,
         light=_colors(colors.LIGHT),
         dark=_colors(colors.DARK),
         script=Markup(script),
@@ -76,14 +85,29 @@ def _file(name: str) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["token"] = _token
-    return environment.from_string(_file("page.html"))
+    loader = PackageLoader("llama_scratch.render", "assets")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"token": _token, "linked": _linked}
+    return environment.get_template("page.html")
 
 
 def _token(text: str) -> Markup:
     """Mark up a token's visible spaces: they are pale, and a line may break before them."""
     return Markup("<wbr><i>␣</i>").join(map(escape, text.split(SPACE)))
+
+
+def _linked(text: str, names: Mapping[str, str]) -> Markup:
+    """Link the names of components to their sections.
+
+    Args:
+        text: The text.
+        names: The tooltip of each component that the page has a section or a map of.
+    """
+    if not names:
+        return escape(text)
+    link = Markup('<a href="#{0}" data-head="{0}" data-hover="{1}">{0}</a>')
+    pieces = _COMPONENT.split(text)
+    return Markup().join(link.format(piece, names[piece]) if piece in names else escape(piece) for piece in pieces)
 
 
 # --- The template's values ----------------------------------------------------------------------
@@ -107,15 +131,44 @@ def _classes(style: str) -> str:
     return " ".join(word for word in style.split() if word in _STYLES)
 
 
-def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(report: ReportPage, maps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The template's values for a report."""
+    prompt = written(report.prompt).replace("\n", " ")
+    names = {each.head: each.hover for each in report.stream.arcs}
+    sections = [
+        {
+            "title": each.page.headline,
+            "anchor": each.anchor,
+            "finding": written(each.finding),
+            "parts": _parts(each.rest, maps),
+        }
+        for each in report.sections
+    ]
+    anchors = {each.anchor: f"Go to {each.page.headline}." for each in report.sections if each.anchor}
+    return {
+        "prompt": prompt if len(prompt) <= _LONGEST_PROMPT else "…" + prompt[1 - _LONGEST_PROMPT :],
+        "parts": _parts((report.finding,), maps),
+        "stream": stream.values(report.stream),
+        "aside": _parts(report.aside, maps),
+        "sections": sections,
+        "names": anchors | names,
+    }
+
+
+def _parts(parts: Iterable[PageBlock], maps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_part(part, maps) for part in parts]
+
+
+def _part(part: PageBlock, maps: list[dict[str, Any]]) -> dict[str, Any]:
     match part:
         case Finding():
-            return {"kind": "paragraph", "id": f"part-{number}", "text": written(part.text), "style": "finding"}
+            text = written(part.text).replace(" %", "\N{NO-BREAK SPACE}%")
+            return {"kind": "paragraph", "text": text, "style": "finding"}
         case Paragraph():
             style = _classes(part.style)
             heading = "bold" in style and len(part.text) <= _LONGEST_HEADING
             kind = "heading" if heading else "paragraph"
-            return {"kind": kind, "id": f"part-{number}", "text": written(part.text), "style": style}
+            return {"kind": kind, "text": written(part.text), "style": style}
         case Running():
             return {"kind": "running", "pieces": list(map(_piece, part.pieces))}
         case Table():
@@ -123,11 +176,10 @@ def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, An
         case Heatmap():
             return _texts(part) if part.texts is not None else {"kind": "map"} | _map(part, _DRAWN, maps)
         case Gallery():
-            small = [_map(heatmap, _SMALL, maps) for heatmap in part.maps]
+            small = [_map(heatmap, _SMALL, maps) | {"head": _name(heatmap.title)} for heatmap in part.maps]
             return {"kind": "gallery", "title": written(part.title), "maps": small}
         case Code():
             return _code(part)
-    raise TypeError(f"{type(part).__name__} is not a block of a page")
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -152,9 +204,10 @@ def _table(part: Table) -> dict[str, Any]:
     columns: list[dict[str, Any]] = [
         {"name": written(name.removeprefix(">")), "kind": "n" if name[:1] == ">" else ""} for name in part.columns
     ]
+
     rows = [
         [
-            _cell(cell) | _bar(cell, row, signed) | ({"kind": column["kind"]} if column["kind"] else {})
+            _cell(cell) | _bar(cell, row, part, signed) | ({"kind": column["kind"]} if column["kind"] else {})
             for cell, column, signed in zip(row, columns, both, strict=True)
         ]
         for row in part.rows
@@ -167,16 +220,24 @@ def _table(part: Table) -> dict[str, Any]:
     return {"kind": "table", "title": written(part.title), "columns": columns, "rows": rows, "wide": wide}
 
 
-def _bar(cell: Cell, row: tuple[Cell, ...], both: bool) -> dict[str, Any]:
+def _bar(cell: Cell, row: tuple[Cell, ...], table: Table, both: bool) -> dict[str, Any]:
     """The left edge and the width of a cell's bar, in percent of its track."""
     if cell.bar is None:
         return {"bar": None}
     bar = max(-1.0, min(1.0, cell.bar))
     left = 50 + min(0.0, 50 * bar) if both else 0.0
     width = abs(bar) * (50 if both else 100)
-    said = [written(other.text, token=other.token) for other in row if other.text]
-    hover = written(cell.hover) or ", ".join(said) or figure(bar)
+    hover = written(cell.hover) or _sentence(row, table) or figure(bar)
     return {"bar": bar, "both": both, "left": round(left, 2), "width": round(width, 2), "hover": hover}
+
+
+def _sentence(row: tuple[Cell, ...], table: Table) -> str:
+    """Say a row, such as "␣Paris: probability 77.3 %."; "" if it has no text."""
+    subject, *texts = (written(cell.text, token=cell.token) for cell in row)
+    names = (written(name.removeprefix(">")) for name in table.columns[1:])
+    facts = ", ".join(f"{name} {text}".strip() for name, text in zip(names, texts, strict=True) if text)
+    said = ": ".join(filter(None, (subject, facts)))
+    return said and f"{said}."
 
 
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,6 +261,11 @@ def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]
     return {"number": len(maps) - 1, "title": written(whole.title)} | _legend(whole, drawn)
 
 
+def _name(title: str) -> str:
+    """The component whose name a title begins with."""
+    return match[0] if (match := _COMPONENT.match(title)) else ""
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
@@ -221,7 +287,6 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
     rows = [
         {
             "label": {"text": shown.row(r), "token": shown.row_tokens, "style": ""},
-            "first": r == 0,
             "fields": [
                 {
                     "text": shown.text(r, c),

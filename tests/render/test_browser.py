@@ -15,14 +15,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llama_scratch.render.page import Cell, Page, Running, Table
+from llama_scratch.llama import Llama
+from llama_scratch.render.page import Cell, Gallery, Page, Running, Table
 from llama_scratch.render.to_html import html
+from llama_scratch.repl.commands import run_command
 from tests.helpers.pages import EVERYTHING, HOSTILE, ramp
+from tests.helpers.sessions import started
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="web pages not tested: playwright is not installed")
+PHONE, DESKTOP = 390, 1280
+# The views that a report does not contain.
+VIEWS = (
+    "/tokens", "/tree 2x3", "/lens ranks", "/attention", "/attention L23", "/choices Paris | Rome", "/rope", "/arch",
+    "/diff The capital of France is | The capital of Italy is", "/kv", "/kv 5", "/source", "/source attention",
+    "/patch The capital of Italy is", "/ablate L23.H4",
+)  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -66,7 +76,10 @@ class Opened:
     def __init__(self, browser: Browser, path: Path, page: Page, width: int = 1200, scheme: str = "light"):
         path.write_text(html(page))
         context = browser.new_context(
-            viewport={"width": width, "height": 800}, offline=True, color_scheme="dark" if scheme == "dark" else "light"
+            viewport={"width": width, "height": 800},
+            offline=True,
+            color_scheme="dark" if scheme == "dark" else "light",
+            reduced_motion="reduce",
         )
         self.page = context.new_page()
         self.requests: list[str] = []
@@ -162,5 +175,112 @@ def test_values_are_shown_under_the_pointer_and_by_keys(browser: Browser, tmp_pa
     assert opened.tip == "r0 ·  c1: 0.5"
     press("Escape")
     assert opened.tip == ""
+    assert opened.complaints == []
+    opened.page.context.close()
+
+
+def test_a_gallery_and_a_table_are_one_tab_stop_each(browser: Browser, tmp_path: Path) -> None:
+    rows = tuple((Cell(f"n{i}"), Cell(f"{i} %", bar=i / 4)) for i in range(4))
+    maps = Gallery("All", tuple(ramp(3, 3, title=f"m{i}") for i in range(6)))
+    page = Page("Stops", (maps, Table(("", ">share"), rows)))
+    opened = Opened(browser, tmp_path / "a.html", page)
+    press = opened.page.keyboard.press
+
+    def focused() -> str:
+        return str(opened.page.evaluate("document.activeElement.ariaLabel"))
+
+    press("Tab")
+    assert focused().startswith("m0")
+    press("ArrowRight")
+    press("ArrowRight")
+    assert focused().startswith("m2")
+    press("ArrowLeft")
+    assert focused().startswith("m1")
+    assert opened.tip == ""
+    press("Enter")  # into the map
+    press("ArrowDown")
+    assert opened.tip == "r1 · ␣c0: 0.333"
+    assert focused().startswith("m1")
+    press("Escape")
+    press("ArrowLeft")
+    assert focused().startswith("m0")
+    press("Tab")
+    assert opened.tip == "n0: share 0 %."
+    press("ArrowDown")
+    assert opened.tip == "n1: share 1 %."
+    press("Shift+Tab")
+    assert focused().startswith("m0")
+    assert opened.complaints == []
+    opened.page.context.close()
+
+
+# --- Views of a real model --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def views(smollm2_fp32_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """The page of each view, and of a report, on the fact of docs/fact.md."""
+    session = started(Llama.load(smollm2_fp32_path, precision="fp32", device="cpu"))
+    session.predict("The capital of France is")
+    pages = {}
+    for line in (f"/report {tmp_path_factory.mktemp('report') / 'a.html'}", *VIEWS):
+        run_command(session, line)
+        assert session.state.page is not None
+        pages[line.split(" ")[0] if "/report" in line else line] = session.state.page
+    return pages
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_no_view_scrolls_sideways(browser: Browser, tmp_path: Path, views: dict[str, Page], width: int) -> None:
+    for line, view in views.items():
+        opened = Opened(browser, tmp_path / "a.html", view, width)
+        opened.page.evaluate("document.querySelectorAll('details').forEach((each) => each.open = true)")
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width, line
+        assert opened.complaints == [], line
+        opened.page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "bound"), [(PHONE, 8000), (DESKTOP, 4000)])
+def test_a_report_is_short_and_begins_with_the_answer(
+    browser: Browser, tmp_path: Path, views: dict[str, Page], width: int, bound: int, scheme: str
+) -> None:
+    opened = Opened(browser, tmp_path / "a.html", views["/report"], width, scheme)
+    assert opened.page.evaluate("document.documentElement.scrollHeight") <= bound
+    for text in (opened.page.locator("h1 b"), opened.page.locator(".finding")):
+        assert "␣Paris" in text.inner_text()
+        box = text.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] < 700
+    top, bottom = opened.page.evaluate(
+        "(({top, bottom}) => [top, bottom])(document.querySelector('.stream').getBoundingClientRect())"
+    )
+    assert top < 400
+    assert bottom - top > 300
+    opened.page.context.close()
+
+
+def test_a_head_in_a_report_shows_its_arcs_and_links_to_its_section(
+    browser: Browser, tmp_path: Path, views: dict[str, Page]
+) -> None:
+    opened = Opened(browser, tmp_path / "a.html", views["/report"], DESKTOP)
+
+    def arcs() -> list[str]:
+        script = "all => all.filter(g => getComputedStyle(g).visibility == 'visible').map(g => g.dataset.arcs)"
+        return list(opened.page.eval_on_selector_all(".arcs g", script))
+
+    assert arcs() == ["L23.H4"]
+    assert "␣France 90.3 %" in opened.page.locator(".looks").inner_text()
+    other = opened.page.locator('aside a[href^="#L29.H"]').first
+    other.hover()
+    assert arcs() == [other.inner_text()]
+    assert opened.tip.startswith(f"Head {other.inner_text()}: ␣is looks at")
+    opened.page.locator("h1").hover()
+    assert arcs() == ["L23.H4"]
+    opened.page.locator('.finding a[href="#L23.H4"]').click()
+    section = opened.page.locator('details[id="L23.H4"]')
+    assert section.get_attribute("open") == ""
+    assert section.locator("canvas").first.bounding_box()["height"] > 50  # type: ignore[index]
+    assert section.bounding_box()["y"] < 400  # type: ignore[index]
     assert opened.complaints == []
     opened.page.context.close()

@@ -27,7 +27,6 @@ from llama_scratch.render.page import (
     Running,
     Table,
     figure,
-    joined,
     pooled,
     pooling,
     written,
@@ -236,13 +235,6 @@ def test_a_long_title_is_cut() -> None:
     assert f"<h1>{159 * 'c'}…</h1>" in html(Page(200 * "c", ()))
 
 
-def test_pages_are_joined_under_their_titles() -> None:
-    page = joined("All", (Page("A", (Paragraph("a"),), ("x",)), Page("B", (), ("x", "y"))))
-    assert page == Page("All", (Paragraph("A", "bold"), Paragraph("a"), Paragraph("B", "bold")), ("x", "y"))
-    with pytest.raises(UsageError, match="no view"):
-        joined("None", ())
-
-
 def test_scales_can_be_told_apart_without_colors() -> None:
     for scales, sign in ((colors.LIGHT, -1), (colors.DARK, 1)):
         for stops in scales.values():
@@ -263,7 +255,7 @@ def test_a_web_page_needs_nothing_and_runs_nothing_else() -> None:
     maps = json.loads(re.search(r'id="maps">(.*?)</script>', page)[1])  # type: ignore[index]
     assert maps[1]["values"] == [[-1.0, -0.5, 0.0], [None, 0.5, 1.0]]
     assert maps[-1]["rows"] == [written(HOSTILE)]
-    assert '<a href="#part-4">Second</a>' in page
+    assert "<h2>Second</h2>" in page
     assert "/source lens, /source attention" in page
     assert "Made by llama-scratch" in page
 

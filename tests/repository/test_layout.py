@@ -159,7 +159,7 @@ def test_the_page_of_the_architecture_shows_every_file() -> None:
             listed |= {"".join(folders) + file.name for file in here.glob("*.py") if file.name in microscope}
         else:
             listed.add("".join(folders) + name)
-    suffixes = {".py", ".cpp", ".h", ".html", ".js"}
+    suffixes = {".py", ".cpp", ".h", ".html", ".css", ".js"}
     files = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*") if file.suffix in suffixes}
     assert listed == {file for file in files if not file.endswith("__init__.py")}
 

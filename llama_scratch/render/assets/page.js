@@ -34,17 +34,41 @@ document.addEventListener("keydown", (event) => {
     again = null;
     say("", 0, 0);
   }
-  const field = event.target.closest && event.target.closest(".map td");
-  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  if (!field || !step) return;
-  event.preventDefault();
-  const row = field.parentElement.parentElement.rows[field.parentElement.sectionRowIndex + step[0]];
-  const next = row && row.cells[field.cellIndex + step[1]];
-  if (!next || next.tagName !== "TD") return;
-  field.tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
 });
+
+// --- Keys: each map, table and gallery is one tab stop; arrow keys move within it ---
+
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+const stops = (group) => [...group.querySelectorAll("[tabindex]")];
+
+// The nearest element in a direction, [down, right].
+function neighbor(element, elements, [down, right]) {
+  const center = (other) => {
+    const box = other.getBoundingClientRect();
+    return [box.top + box.height / 2, box.left + box.width / 2];
+  };
+  const [y, x] = center(element);
+  let best = null, least = Infinity;
+  for (const other of elements) {
+    const [oy, ox] = center(other), along = (oy - y) * down + (ox - x) * right;
+    const distance = along + 3 * Math.abs((oy - y) * right + (ox - x) * down);
+    if (along > 1 && distance < least) [best, least] = [other, distance];
+  }
+  return best;
+}
+for (const group of document.querySelectorAll("[data-rove]")) {
+  const first = stops(group)[0];
+  if (first) first.tabIndex = 0;
+  group.addEventListener("keydown", (event) => {
+    const next = ARROWS[event.key] && neighbor(event.target, stops(group), ARROWS[event.key]);
+    if (event.defaultPrevented || !ARROWS[event.key]) return;
+    event.preventDefault();
+    if (next) next.focus();
+  });
+  group.addEventListener("focusin", (event) => {
+    for (const stop of stops(group)) stop.tabIndex = stop === event.target ? 0 : -1;
+  });
+}
 
 // --- Heat maps ---
 
@@ -71,6 +95,7 @@ function cut(text, most) {
 }
 function draw(canvas) {
   const map = maps[canvas.dataset.map], small = "small" in canvas.dataset;
+  if (!canvas.parentElement.clientWidth) return; // in a folded section
   const style = getComputedStyle(document.documentElement), context = canvas.getContext("2d");
   const room = canvas.parentElement.clientWidth, font = "12px " + getComputedStyle(canvas).fontFamily;
   const count = map.columns.length, height = map.rows.length;
@@ -137,11 +162,12 @@ for (const canvas of document.querySelectorAll("canvas")) {
   canvas.addEventListener("pointerleave", () => point(canvas, -1, -1));
   canvas.addEventListener("blur", () => point(canvas, -1, -1));
   canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-    if (!step) return;
+    const step = ARROWS[event.key], small = "small" in canvas.dataset;
+    if (small && event.key === "Escape") return point(canvas, -1, -1);
+    if (!(small && event.key === "Enter" && !canvas.at) && !(step && (canvas.at || !small))) return;
     event.preventDefault();
-    const map = maps[canvas.dataset.map], at = canvas.at || [-step[0], -step[1]];
-    const [row, column] = [at[0] + step[0], at[1] + step[1]].map((n, i) =>
+    const map = maps[canvas.dataset.map], move = step || [0, 0], at = canvas.at || [-move[0], -move[1]];
+    const [row, column] = [at[0] + move[0], at[1] + move[1]].map((n, i) =>
       Math.max(0, Math.min(n, (i ? map.columns : map.rows).length - 1)));
     if (!hover(map, row, column)) return;
     again = () => point(canvas, row, column);
@@ -153,3 +179,39 @@ function drawAll() {
 }
 addEventListener("resize", drawAll);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+// --- Reports ---
+
+// Folded sections open if a link leads into them, and for printing.
+function unfold(details) {
+  details.open = true;
+  details.querySelectorAll("canvas").forEach(draw);
+}
+function reveal(hash) {
+  const target = document.getElementById(decodeURIComponent(hash.slice(1)));
+  const details = target && target.closest("details");
+  if (!details) return;
+  unfold(details);
+  target.scrollIntoView();
+}
+document.addEventListener("toggle", (event) => event.target.querySelectorAll("canvas").forEach(draw), true);
+document.addEventListener("click", (event) => {
+  const link = event.target.closest('a[href^="#"]');
+  if (link) reveal(link.hash);
+});
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(unfold));
+reveal(location.hash);
+
+// The picture shows the arcs of the head whose name or map is under the pointer or has the focus.
+const arcs = document.querySelectorAll(".arcs g"), looks = document.querySelector(".looks");
+const main = document.querySelector(".arcs g.on");
+function show(named) {
+  const group = (named && [...arcs].find((each) => each.dataset.arcs === named.dataset.head)) || main;
+  for (const each of arcs) each.classList.toggle("on", each === group);
+  looks.textContent = group ? group.dataset.said : looks.dataset.said;
+}
+for (const kind of looks ? ["pointerover", "focusin"] : []) {
+  document.addEventListener(kind, (event) => show(event.target.closest("[data-head]")));
+}
+// A narrow screen begins with the end of the text.
+for (const box of document.querySelectorAll(".scroll.end")) box.scrollLeft = box.scrollWidth;

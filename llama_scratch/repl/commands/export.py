@@ -11,6 +11,7 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render.lines import json_line
+from llama_scratch.render.screen import screen_html, screen_svg
 from llama_scratch.repl.commands.arguments import file_path, paths
 from llama_scratch.repl.commands.registry import Reply, commands_under, note
 from llama_scratch.repl.session import Session
@@ -61,8 +62,8 @@ def _title(session: Session) -> str:
 
 
 _EXPORTS: dict[str, Callable[[Session], str]] = {
-    ".html": lambda session: _drawn(session).export_html(inline_styles=True),
-    ".svg": lambda session: _drawn(session).export_svg(title=_title(session)),
+    ".html": lambda session: screen_html(_drawn(session), _title(session)),
+    ".svg": lambda session: screen_svg(_drawn(session), _title(session)),
     ".md": _markdown,
     ".json": lambda session: json_line([vars(turn) for turn in session.state.turns]) + "\n",
 }

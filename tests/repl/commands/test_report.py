@@ -11,6 +11,9 @@ from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.microscope.lens import lens
+from llama_scratch.render.page import written
+from llama_scratch.render.report_page import ReportPage
 from llama_scratch.repl.commands import run_command
 from llama_scratch.repl.loading import Loading
 from llama_scratch.repl.session import Session
@@ -40,14 +43,43 @@ def report(session: Session, path: Path) -> str:
 
 
 def test_it_holds_every_part_of_the_examination(session: Session, tmp_path: Path) -> None:
-    session.predict("The capital of France is")
+    prediction = session.predict("The capital of France is")
     page = report(session, tmp_path / "page.html")
-    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    headings = re.findall(r"<summary><h2[^>]*>(.*?)</h2>", page)
     assert headings[:4] == ["Next-token prediction", "Surprisal", "Logit lens", "Attribution"]
     assert any(heading.startswith("Attention of L") for heading in headings)
     assert headings[-1] == "Attention heads"
-    assert session.state.page is not None
-    assert session.state.page.title == "What comes after “The capital of France is”"
+    view = session.state.page
+    assert isinstance(view, ReportPage)
+    assert view.title == "What comes after “The capital of France is”"
+    assert view.finding.text.startswith(written(prediction.next.text, token=True))
+    assert view.parts[0] == view.finding
+
+
+def test_the_picture_has_the_numbers_of_the_lens(session: Session, tmp_path: Path) -> None:
+    session.predict("The capital of France is")
+    report(session, tmp_path / "page.html")
+    assert isinstance(session.state.page, ReportPage)
+    stream, expected = session.state.page.stream, lens(session.llama, session.ids)
+    assert stream.ranks == tuple(row.guesses[-1].rank_of_answer for row in expected.layers)
+    for values, row in zip(stream.heatmap.values, expected.layers, strict=True):
+        assert values == pytest.approx([guess.probability for guess in row.guesses], rel=1e-4)
+
+
+def test_every_head_that_is_named_has_a_link_arcs_and_a_target(session: Session, tmp_path: Path) -> None:
+    session.predict("The capital of France is")
+    page = report(session, tmp_path / "page.html")
+    links = set(re.findall(r'<a href="#(L[^"]+)" data-head', page))
+    targets = re.findall(r'id="(L[^"]+)"', page)
+    assert links
+    assert links <= set(targets)
+    assert len(targets) == len(set(targets))
+    # Names without a link are only in the titles of sections and maps, and in examples that this network lacks.
+    body = page[page.index("<main>") : page.index("<footer>")]
+    body = re.sub(r"(?s)<summary>.*?</summary>|<figcaption>.*?</figcaption>|<output.*?</output>|<a .*?</a>", "", body)
+    assert isinstance(session.state.page, ReportPage)
+    heads = {arcs.head for arcs in session.state.page.stream.arcs}
+    assert not heads & set(re.findall(r"L\d+\.H\d+", re.sub(r"<[^>]*>", "", body)))
 
 
 def test_a_text_in_it_is_a_text(session: Session, tmp_path: Path) -> None:
@@ -62,7 +94,10 @@ def test_a_text_in_it_is_a_text(session: Session, tmp_path: Path) -> None:
 def test_a_changed_network_is_examined_as_it_is(session: Session, tmp_path: Path) -> None:
     session.predict("The capital of France is")
     run_command(session, "/ablate L0.H0")
-    assert "With -L0.H0" in report(session, tmp_path / "page.html")
+    page = report(session, tmp_path / "page.html")
+    assert isinstance(session.state.page, ReportPage)
+    assert session.state.page.finding.text.startswith("With -L0.H0: ")
+    assert page.count("With -") == 2  # the sentence, and the prediction before and after
 
 
 @pytest.mark.parametrize("name", ["page.txt", "page.png", "page", "nowhere/page.html", ""])
