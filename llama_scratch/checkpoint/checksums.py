@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from llama_scratch.checkpoint.base import reading
-from llama_scratch.checkpoint.findings import DIGEST_NAMES, Finding, missing_file
+from llama_scratch.checkpoint.findings import DIGEST_NAMES, CheckResult, missing_file
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import REDOWNLOAD_HINT, CheckpointError, LlamaScratchError, sanitize
 from llama_scratch.system.hashing import add_blocks, blocks_of, file_digest, new_digest
@@ -160,7 +160,7 @@ def known_digests(
     files: tuple[Path, ...],
     args: ModelArgs | None,
     published: Sequence[PublishedFile],
-) -> tuple[KnownDigests, list[Finding]]:
+) -> tuple[KnownDigests, list[CheckResult]]:
     """Collect the known checksums of a model's files, without reading the files.
 
     Args:
@@ -202,7 +202,7 @@ def known_digests(
     return known, findings
 
 
-def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
+def _listed(checklist: Path) -> tuple[dict[str, str], list[CheckResult]]:
     """Return the MD5s of the listed files that exist, and findings about the list."""
     if not os.path.lexists(checklist):
         return {}, []
@@ -211,18 +211,18 @@ def _listed(checklist: Path) -> tuple[dict[str, str], list[Finding]]:
         with reading(checklist):
             entries = _read_checklist(checklist)
     except LlamaScratchError as error:
-        return {}, [Finding(listing, "structure", "wrong", str(error), (listing,))]
+        return {}, [CheckResult(listing, "structure", "wrong", str(error), (listing,))]
     there = {name: digest for name, digest in entries.items() if os.path.isfile(folder / name)}
     findings = [missing_file(name, f"{listing} lists it") for name in entries if name not in there]
     model_files = {file.name for file in folder.iterdir() if _MODEL_FILE.fullmatch(file.name) and file.is_file()}
     for name in sorted((model_files if checklist.name == CHECKLIST else {checklist.stem}) - entries.keys()):
-        findings.append(Finding(sanitize(name), "checksum", "note", f"{listing} does not list it."))
+        findings.append(CheckResult(sanitize(name), "checksum", "note", f"{listing} does not list it."))
     return there, findings
 
 
 def without_checksum(
-    files: tuple[Path, ...], known: KnownDigests, findings: list[Finding], checklist: Path
-) -> list[Finding]:
+    files: tuple[Path, ...], known: KnownDigests, findings: list[CheckResult], checklist: Path
+) -> list[CheckResult]:
     """Return a note for each weight file without a known checksum.
 
     Args:
@@ -236,13 +236,13 @@ def without_checksum(
     advice = f"Run 'md5sum {listed} > {checklist.name}' beside it to record one"
     sentence = f"bytes have no known checksum. {sanitize(advice, 200)}."
     return [
-        Finding(name, "checksum", "note", f"Its {size_of(file):,} {sentence}")
+        CheckResult(name, "checksum", "note", f"Its {size_of(file):,} {sentence}")
         for file in files
         if file not in known and (name := sanitize(file.name)) not in noted
     ]
 
 
-def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Callable[[int], None]) -> list[Finding]:
+def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Callable[[int], None]) -> list[CheckResult]:
     """Read a file once and compare it with all its known checksums.
 
     Args:
@@ -257,7 +257,7 @@ def check_file(file: Path, sums: list[KnownDigest], folder: Path, advance: Calla
         with reading(file):
             digests = {} if sizes else _digests(file, {known.kind for known in sums}, advance)
     except LlamaScratchError as error:
-        return [Finding(name, DIGEST_NAMES[sums[0].kind], "wrong", str(error), (name,))]
+        return [CheckResult(name, DIGEST_NAMES[sums[0].kind], "wrong", str(error), (name,))]
     return [_compare(name, size_of(file), digests.get(known.kind, ""), known) for known in sums]
 
 
@@ -270,10 +270,10 @@ def _digests(file: Path, kinds: set[str], advance: Callable[[int], None]) -> dic
     return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
-def _compare(name: str, size: int, digest: str, known: KnownDigest) -> Finding:
+def _compare(name: str, size: int, digest: str, known: KnownDigest) -> CheckResult:
     kind = DIGEST_NAMES[known.kind]
     if digest in known.digests:
-        return Finding(name, kind, "ok", f"Its {kind} matches {known.digests[digest]} ({size:,} bytes).")
+        return CheckResult(name, kind, "ok", f"Its {kind} matches {known.digests[digest]} ({size:,} bytes).")
     first, source = next(iter(known.digests.items()))
     if known.size not in (None, size):
         sentence = f"It has {size:,} bytes, expected {known.size:,} as in {source}"
@@ -283,5 +283,5 @@ def _compare(name: str, size: int, digest: str, known: KnownDigest) -> Finding:
         sources = " or ".join(known.digests.values())
         sentence = f"Its {kind} is {digest[:12]}…, which does not match {sources} ({size:,} bytes)"
     if known.binding:
-        return Finding(name, kind, "wrong", f"{sentence}. {known.again}", (name,))
-    return Finding(name, kind, "note", f"{sentence}.")
+        return CheckResult(name, kind, "wrong", f"{sentence}. {known.again}", (name,))
+    return CheckResult(name, kind, "note", f"{sentence}.")

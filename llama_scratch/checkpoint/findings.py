@@ -25,7 +25,7 @@ _FILE_NAME = re.compile(r"[\w.+-]+\.(?:pth|safetensors|gguf|json|model|chk|md5)\
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check.
 
     Args:
@@ -58,7 +58,7 @@ class Verification:
     name: str
     format: str | None
     path: Path
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
 
     @property
     def wrong(self) -> int:
@@ -103,7 +103,7 @@ class Verification:
         }
 
 
-def finding_of(error: LlamaScratchError, file: str) -> Finding:
+def finding_of(error: LlamaScratchError, file: str) -> CheckResult:
     """Turn an error from opening or loading a model into a finding.
 
     Args:
@@ -119,11 +119,11 @@ def finding_of(error: LlamaScratchError, file: str) -> Finding:
     named = _FILE_NAME.search(str(error))
     part = named[0] if named else sanitize(file)
     if isinstance(error, UnsupportedError):
-        return Finding(part, "support", "wrong", str(error))
-    return Finding(part, "structure", "wrong", str(error), (part,))
+        return CheckResult(part, "support", "wrong", str(error))
+    return CheckResult(part, "structure", "wrong", str(error), (part,))
 
 
-def missing_file(name: str, why: str) -> Finding:
+def missing_file(name: str, why: str) -> CheckResult:
     """Return the finding for a missing file.
 
     Args:
@@ -131,4 +131,4 @@ def missing_file(name: str, why: str) -> Finding:
         why: The reason why the file is needed, for the message.
     """
     name = sanitize(name)
-    return Finding(name, "presence", "wrong", f"It is missing: {why}. {REDOWNLOAD_HINT}", (name,))
+    return CheckResult(name, "presence", "wrong", f"It is missing: {why}. {REDOWNLOAD_HINT}", (name,))

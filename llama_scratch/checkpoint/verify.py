@@ -23,7 +23,7 @@ from llama_scratch.checkpoint.checksums import (
     size_of,
     without_checksum,
 )
-from llama_scratch.checkpoint.findings import MAX_NAMED, Finding, Verification, finding_of
+from llama_scratch.checkpoint.findings import MAX_NAMED, CheckResult, Verification, finding_of
 from llama_scratch.checkpoint.recognize import recognize
 from llama_scratch.config import ModelArgs, is_tied
 from llama_scratch.errors import (
@@ -131,7 +131,7 @@ class _Meter:
 # --- Weights ----------------------------------------------------------------------------------
 
 
-def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
+def _unchanged(checkpoint: Checkpoint) -> list[CheckResult]:
     """Return a finding if a file changed while it was checked."""
     try:
         checkpoint.mapped.check()
@@ -142,7 +142,7 @@ def _unchanged(checkpoint: Checkpoint) -> list[Finding]:
 
 def _check_weights(
     checkpoint: Checkpoint, args: ModelArgs, pool: ThreadPoolExecutor, meter: _Meter, size: int
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Check names and shapes of all tensors, and that all values are finite."""
     try:
         weights = checkpoint.load(meter.share(size))
@@ -152,21 +152,23 @@ def _check_weights(
     for name, weight in weights.items():
         tensors.setdefault(id(weight), (name, weight))  # a tied pair only once
     sentence = f"All {len(tensors)} tensors have the names, shapes and types of a Llama with {args.n_layers} layers."
-    findings = [Finding("weights", "structure", "ok", sentence)]
+    findings = [CheckResult("weights", "structure", "ok", sentence)]
     parameters = sum(weight.numel() for _, weight in tensors.values())
     scans = [pool.submit(_scan, name, weight, checkpoint, meter) for name, weight in tensors.values()]
     bad = [finding for scan in scans if (finding := scan.result())]
     findings += bad[:MAX_NAMED]
     if len(bad) > MAX_NAMED:
         more = f"{len(bad) - MAX_NAMED} more tensors hold NaN or infinity."
-        findings.append(Finding("weights", "values", "wrong", more, bad[0].fetch))
+        findings.append(CheckResult("weights", "values", "wrong", more, bad[0].fetch))
     if not bad:
-        findings.append(Finding("weights", "values", "ok", f"None of the {parameters:,} values is NaN or infinite."))
+        findings.append(
+            CheckResult("weights", "values", "ok", f"None of the {parameters:,} values is NaN or infinite.")
+        )
     tied = "is tied to the embedding" if is_tied(weights) else "has its own weights (untied)"
-    return [*findings, Finding("output", "tied", "ok", f"The output projection {tied}.")]
+    return [*findings, CheckResult("output", "tied", "ok", f"The output projection {tied}.")]
 
 
-def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> Finding | None:
+def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> CheckResult | None:
     """Scan a weight in blocks of rows for NaN and infinity; both show in aminmax."""
     import torch
 
@@ -180,7 +182,7 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
         try:
             block = weight.rows(start, stop) if isinstance(weight, LazyWeight) else weight[start:stop]
         except CheckpointError as error:
-            return Finding(name, "values", "wrong", str(error), files)
+            return CheckResult(name, "values", "wrong", str(error), files)
         if not all(end.isfinite() for end in torch.aminmax(block)):
             nans += int(block.isnan().sum())
             infinite += int(block.isinf().sum())
@@ -193,7 +195,7 @@ def _scan(name: str, weight: Weight, checkpoint: Checkpoint, meter: _Meter) -> F
     files = _holders(weight, checkpoint) or files
     counted = " and ".join(f"{n:,} {kind}" for n, kind in ((nans, "NaN"), (infinite, "infinite")) if n)
     sentence = f"{counted} among its {weight.numel():,} values, first in row {first:,}."
-    return Finding(name, "values", "wrong", sentence, files)
+    return CheckResult(name, "values", "wrong", sentence, files)
 
 
 def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -210,7 +212,7 @@ def _holders(weight: Weight, checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
+def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[CheckResult]:
     """Report the checks done when the model was opened, and its RoPE factor."""
     tokens = f"It has {checkpoint.tokenizer.n_vocab:,} tokens, equal to the embedding's number of rows."
     rope = f"The base is {args.rope_theta:,.0f}, {scaling_in_words(args)}"
@@ -218,9 +220,9 @@ def _facts(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
     if changed:
         rope += f" by `rope_factor`; in the files it is {scaling_in_words(checkpoint.args)}"
     return [
-        Finding("tokenizer", "structure", "ok", tokens),
-        Finding("RoPE", "factor", "note" if changed else "ok", f"{rope}."),
-        *(Finding(checkpoint.path.name, "structure", "note", sentence) for sentence in checkpoint.warnings),
+        CheckResult("tokenizer", "structure", "ok", tokens),
+        CheckResult("RoPE", "factor", "note" if changed else "ok", f"{rope}."),
+        *(CheckResult(checkpoint.path.name, "structure", "note", sentence) for sentence in checkpoint.warnings),
     ]
 
 

@@ -20,7 +20,7 @@ from llama_scratch.checkpoint import Checkpoint, checksums, open_checkpoint
 from llama_scratch.checkpoint import verify as module
 from llama_scratch.checkpoint.checksums import CHECKLIST
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.findings import Finding, Verification
+from llama_scratch.checkpoint.findings import CheckResult, Verification
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.download import pypi
 from llama_scratch.errors import LlamaScratchError, ModelNotFoundError, OutOfMemoryError, UsageError
@@ -71,7 +71,7 @@ def flip(file: Path, place: int) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
-def wrong(found: Verification) -> list[Finding]:
+def wrong(found: Verification) -> list[CheckResult]:
     """Return the failed findings, after checking the form of all messages and of the verdict."""
     failed = [finding for finding in found.findings if finding.result == "wrong"]
     assert found.wrong == len(failed)
@@ -383,7 +383,7 @@ def test_an_index_that_names_a_missing_file(model: Path, tmp_path: Path, llama_s
 
 
 def test_the_verdict_names_so_many_files_and_counts_the_others() -> None:
-    findings = [Finding(f"{i}.pth", "presence", "wrong", "It is missing.", (f"{i}.pth",)) for i in range(11)]
+    findings = [CheckResult(f"{i}.pth", "presence", "wrong", "It is missing.", (f"{i}.pth",)) for i in range(11)]
     found = Verification("m", None, Path("m"), tuple(findings))
     names = ", ".join(f"{i}.pth" for i in range(8))
     assert found.verdict == f"Damaged: 11 of 11 checks failed. Fetch {names} and 3 more again."

@@ -15,7 +15,7 @@ import pytest
 from llama_scratch.checkpoint import Checkpoint, open_checkpoint
 from llama_scratch.checkpoint.checksums import write_checksums
 from llama_scratch.checkpoint.convert import convert
-from llama_scratch.checkpoint.findings import Finding
+from llama_scratch.checkpoint.findings import CheckResult
 from llama_scratch.checkpoint.verify import verify
 from llama_scratch.config import ModelArgs
 from llama_scratch.errors import CheckpointError
@@ -184,7 +184,7 @@ def test_a_model_that_changes_while_it_is_verified(model: Path, monkeypatch: pyt
 
     facts = module._facts
 
-    def late(checkpoint: Checkpoint, args: ModelArgs) -> list[Finding]:
+    def late(checkpoint: Checkpoint, args: ModelArgs) -> list[CheckResult]:
         grow(model / WEIGHTS)
         return facts(checkpoint, args)
 
