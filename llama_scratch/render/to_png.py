@@ -55,15 +55,25 @@ def png(page: Page) -> bytes:
     Raises:
         UsageError: If matplotlib is not installed, or if the picture would be too high.
     """
+    try:
+        return _png(page)
+    except ImportError as error:
+        raise UsageError(
+            "Pictures need matplotlib, which is not installed. "
+            'Run pip install "llama-scratch[plot]", or choose a file name that ends in .html.'
+        ) from error
+
+
+def _png(page: Page) -> bytes:
+    from matplotlib.transforms import Bbox
+
     # Text is as wide as the drawings, so that there is no empty right half.
     drawings = [block for part in page.parts if not isinstance(part, _TEXT) for block in _part(part, _ROOM)]
     room = max(_NARROWEST, _right_edge(_drawn(drawings, _COARSE)) - _MARGIN) if drawings else _ROOM
     title = _text(page.headline, _TITLE, bold=True, room=room)
     sheet = _drawn([title, *(block for part in page.parts for block in _part(part, room))], _DPI)
-    from matplotlib.transforms import Bbox
-
     data = io.BytesIO()
-    trimmed = Bbox([[0, 0], [min(WIDTH, room + 2 * _MARGIN), sheet.height]])
+    trimmed = Bbox.from_bounds(0, 0, min(WIDTH, room + 2 * _MARGIN), sheet.height)
     sheet.figure.savefig(
         data, format="png", dpi=_DPI, facecolor=PAPER, bbox_inches=trimmed, metadata={"Software": "llama-scratch"}
     )
@@ -77,13 +87,8 @@ def _drawn(blocks: Sequence[_Block], dpi: int) -> Sheet:
         blocks: The blocks.
         dpi: Pixels per inch.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(
-            "Pictures need matplotlib, which is not installed. "
-            'Run pip install "llama-scratch[plot]", or choose a file name that ends in .html.'
-        ) from error
+    from matplotlib.figure import Figure
+
     height = 2 * _MARGIN + sum(high for high, _ in blocks) + _GAP * (len(blocks) - 1)
     if height * _DPI >= _LONGEST:
         raise UsageError(
@@ -101,11 +106,10 @@ def _drawn(blocks: Sequence[_Block], dpi: int) -> Sheet:
 def _right_edge(sheet: Sheet) -> float:
     """The distance of the rightmost pixel that is not paper from the left, in inches."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(sheet.figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())
+    data = io.BytesIO()
+    sheet.figure.savefig(data, format="rgba", facecolor=PAPER)
+    pixels = np.frombuffer(data.getvalue(), np.uint8).reshape(-1, round(WIDTH * sheet.figure.dpi), 4)
     columns = (pixels != pixels[0, 0]).any(axis=(0, 2)).nonzero()[0]
     return float((columns[-1] + 1) / sheet.figure.dpi) if len(columns) else 0.0
 

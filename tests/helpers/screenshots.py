@@ -8,10 +8,12 @@ terminals draw them.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
@@ -55,14 +57,20 @@ THEMES = {
         "57606a a40e26 1a7f37 633c01 218bff a475f9 3192aa 8c959f",
     ),
 }
+# How terminals tell programs that they have 24-bit color, and the numbers of their text and background colors.
+ENVIRONMENTS = {
+    "dark": {"COLORTERM": "truecolor", "COLORFGBG": "15;0"},
+    "light": {"COLORTERM": "truecolor", "COLORFGBG": "0;15"},
+}
 
 
-def view_lines(view: RenderableType, columns: int, *, color: bool = True) -> list[list[Segment]]:
+def view_lines(view: RenderableType, columns: int, theme: str = "dark", *, color: bool = True) -> list[list[Segment]]:
     """Render a view as a terminal with 24-bit color shows it.
 
     Args:
         view: The view.
         columns: Width of the terminal.
+        theme: "dark" or "light".
         color: False for a terminal with NO_COLOR.
 
     Returns:
@@ -72,7 +80,8 @@ def view_lines(view: RenderableType, columns: int, *, color: bool = True) -> lis
         file=io.StringIO(), width=columns, height=50, force_terminal=True, color_system="truecolor",
         no_color=not color, legacy_windows=False, emoji=False,
     )  # fmt: skip
-    segments = [segment for segment in console.render(view) if not segment.control]
+    with patch.dict(os.environ, ENVIRONMENTS[theme]):
+        segments = [segment for segment in console.render(view) if not segment.control]
     return list(Segment.split_lines(segments if color else Segment.remove_color(segments)))
 
 

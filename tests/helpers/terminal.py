@@ -36,6 +36,7 @@ KEYS = {
     "alt-enter": "\x1b\r",
     "ctrl-c": "\x03",
     "ctrl-d": "\x04",
+    "ctrl-l": "\x0c",
     "ctrl-r": "\x12",
     "ctrl-t": "\x14",
     "ctrl-z": "\x1a",

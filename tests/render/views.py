@@ -149,17 +149,18 @@ VIEWS: dict[str, tuple[str, Callable[[Any], Page | RenderableType]]] = {
 }
 
 
-def lines(name: str, columns: int, *, color: bool = True) -> Sequence[Line]:
+def lines(name: str, columns: int, theme: str = "dark", *, color: bool = True) -> Sequence[Line]:
     """The lines of a view on a terminal.
 
     Args:
         name: Name of the view.
         columns: Width of the terminal.
+        theme: "dark" or "light".
         color: Whether the terminal has colors.
     """
     result, make = VIEWS[name]
     made = make(results()[result])
-    return view_lines(to_terminal.view(made) if isinstance(made, Page) else made, columns, color=color)
+    return view_lines(to_terminal.view(made) if isinstance(made, Page) else made, columns, theme, color=color)
 
 
 # --- Pictures ---------------------------------------------------------------------------------
@@ -173,7 +174,10 @@ def sheet(name: str, theme: str) -> Image.Image:
         theme: "dark" or "light".
     """
     rows = [
-        [draw(lines(name, columns, color=color), columns, THEMES[theme], _SIZE, smooth=False) for columns in WIDTHS]
+        [
+            draw(lines(name, columns, theme, color=color), columns, THEMES[theme], _SIZE, smooth=False)
+            for columns in WIDTHS
+        ]
         for color in SHEETS[theme]
     ]
     width = sum(screen.width for screen in rows[0]) + _GAP * (len(WIDTHS) + 1)
