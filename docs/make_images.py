@@ -128,11 +128,10 @@ def _view(theme: str, prompt: str, command: str, end: str, rows: int) -> Image.I
 
 
 def _clear(terminal: Terminal) -> None:
-    """Begin anew after the model is loaded, so that the prompt names it."""
+    """Clear the screen after the model is loaded."""
     _answered(terminal, "Hello", "enter")
     terminal.type("/clear", "enter")
-    terminal.wait_for("Instruct>")
-    terminal.settle()
+    terminal.settle(1)
 
 
 def _answered(terminal: Terminal, *keys: str) -> None:
