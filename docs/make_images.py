@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent.parent / "OutputImages"
 
 def ablation(theme: str) -> Image.Image:
     """From a prompt to the head that its answer depends on: type, answer, head off, the answer falls."""
-    with _start(theme, columns=54, rows=7) as terminal:
+    with _start(theme, columns=54, rows=5) as terminal:
         _clear(terminal)
         terminal.type("The capital of France is")
         terminal.wait_for("· entropy")
@@ -48,7 +48,7 @@ def ablation(theme: str) -> Image.Image:
         terminal.settle(1)
         falls = _screen(terminal, theme)
     left = [("1  Type: the next token appears in gray", typed), ("2  Enter: the answer", answer)]
-    return _panels([left, [("3  Switch one attention head off: the answer falls", falls)]], theme)
+    return _panels([left, [("3  One attention head off: the answer falls", falls)]], theme)
 
 
 def session(theme: str) -> Image.Image:
