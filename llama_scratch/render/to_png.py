@@ -30,6 +30,9 @@ from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade
 # Lengths are in inches, font sizes in points (1/72 inch).
 _MARGIN, _DPI = 0.55, 150
 _ROOM = WIDTH - 2 * _MARGIN
+_NARROWEST = 5.0  # the least width of sentences
+_TEXT = (Finding, Paragraph)
+_COARSE = 30  # pixels per inch, enough to measure how wide a drawing is
 _GAP = 0.3
 _CLOSER = 0.16  # reduces the gap after a title
 _TITLE, _HEADING, _FINDING, _BODY, _SMALL, _TINY = 20.0, 14.0, 12.5, 10.5, 9.0, 7.5
@@ -47,33 +50,68 @@ _NAMED = {
 
 
 def png(page: Page) -> bytes:
-    """Render a page as a PNG file, 1,500 pixels wide.
+    """Render a page as a PNG file, trimmed to its content and at most 1,500 pixels wide.
 
     Raises:
         UsageError: If matplotlib is not installed, or if the picture would be too high.
     """
     try:
-        from matplotlib.figure import Figure
+        return _png(page)
     except ImportError as error:
         raise UsageError(
             "Pictures need matplotlib, which is not installed. "
             'Run pip install "llama-scratch[plot]", or choose a file name that ends in .html.'
         ) from error
-    blocks = [_text(page.headline, _TITLE, bold=True), *(block for part in page.parts for block in _part(part))]
+
+
+def _png(page: Page) -> bytes:
+    from matplotlib.transforms import Bbox
+
+    # Text is as wide as the drawings, so that there is no empty right half.
+    drawings = [block for part in page.parts if not isinstance(part, _TEXT) for block in _part(part, _ROOM)]
+    room = max(_NARROWEST, _right_edge(_drawn(drawings, _COARSE)) - _MARGIN) if drawings else _ROOM
+    title = _text(page.headline, _TITLE, bold=True, room=room)
+    sheet = _drawn([title, *(block for part in page.parts for block in _part(part, room))], _DPI)
+    data = io.BytesIO()
+    trimmed = Bbox.from_bounds(0, 0, min(WIDTH, room + 2 * _MARGIN), sheet.height)
+    sheet.figure.savefig(
+        data, format="png", dpi=_DPI, facecolor=PAPER, bbox_inches=trimmed, metadata={"Software": "llama-scratch"}
+    )
+    return data.getvalue()
+
+
+def _drawn(blocks: Sequence[_Block], dpi: int) -> Sheet:
+    """Draw blocks one below the other on a new sheet.
+
+    Args:
+        blocks: The blocks.
+        dpi: Pixels per inch.
+    """
+    from matplotlib.figure import Figure
+
     height = 2 * _MARGIN + sum(high for high, _ in blocks) + _GAP * (len(blocks) - 1)
     if height * _DPI >= _LONGEST:
         raise UsageError(
             f"The picture would be {height * _DPI:,.0f} pixels high; the limit is {_LONGEST - 1:,}. "
             "Choose a file name that ends in .html."
         )
-    sheet = Sheet(Figure((WIDTH, height), dpi=_DPI, facecolor=PAPER), height)
+    sheet = Sheet(Figure((WIDTH, height), dpi=dpi, facecolor=PAPER), height)
     top = _MARGIN
     for high, draw in blocks:
         draw(sheet, top)
         top += high + _GAP
+    return sheet
+
+
+def _right_edge(sheet: Sheet) -> float:
+    """The distance of the rightmost pixel that is not paper from the left, in inches."""
+    import numpy as np
+
     data = io.BytesIO()
-    sheet.figure.savefig(data, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": "llama-scratch"})
-    return data.getvalue()
+    sheet.figure.savefig(data, format="rgba", facecolor=PAPER)
+    pixels = np.frombuffer(data.getvalue(), np.uint8).reshape(-1, round(WIDTH * sheet.figure.dpi), 4)
+    columns = (pixels != pixels[0, 0]).any(axis=(0, 2)).nonzero()[0]
+    return float((columns[-1] + 1) / sheet.figure.dpi) if len(columns) else 0.0
 
 
 _Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that draws it at a distance from the top
@@ -86,15 +124,16 @@ def _color(style: str) -> str:
 # --- Blocks -----------------------------------------------------------------------------------
 
 
-def _part(part: PageBlock) -> Iterable[_Block]:
+def _part(part: PageBlock, room: float) -> Iterable[_Block]:
+    """Lay out a part of a page. `room` is the width of running sentences."""
     match part:
         case Finding():
-            return [_text(written(part.text), _FINDING)]
+            return [_text(written(part.text), _FINDING, room=room)]
         case Paragraph():
             bold = "bold" in part.style
             heading = bold and len(part.text) < 100
             size = _HEADING if heading else _SMALL if "dim" in part.style else _BODY
-            return [_text(written(part.text), size, bold=bold, color=_color(part.style))]
+            return [_text(written(part.text), size, bold=bold, color=_color(part.style), room=room)]
         case Running():
             return [_running(part)]
         case Table():
@@ -114,8 +153,8 @@ def _title(title: str) -> list[_Block]:
     return [(high - _CLOSER, draw)]
 
 
-def _text(text: str, size: float, *, bold: bool = False, color: str = INK) -> _Block:
-    lines = list(wrapped(text, _ROOM, size, bold))
+def _text(text: str, size: float, *, bold: bool = False, color: str = INK, room: float = _ROOM) -> _Block:
+    lines = list(wrapped(text, room, size, bold))
 
     def draw(sheet: Sheet, top: float) -> None:
         for n, line in enumerate(lines):

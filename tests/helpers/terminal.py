@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
 import pexpect
 import pyte
+from pyte.screens import Char
+from rich.color import Color
+from rich.segment import Segment
+from rich.style import Style
 
 from tests.helpers import ROOT, SMOLLM2_FP32
 
@@ -30,6 +36,7 @@ KEYS = {
     "alt-enter": "\x1b\r",
     "ctrl-c": "\x03",
     "ctrl-d": "\x04",
+    "ctrl-l": "\x0c",
     "ctrl-r": "\x12",
     "ctrl-t": "\x14",
     "ctrl-z": "\x1a",
@@ -45,9 +52,42 @@ class _Screen(pyte.Screen):
 
     answer: Callable[[str], int] | None = None
 
+    def select_graphic_rendition(self, *attrs: int) -> None:
+        """Set text attributes.
+
+        pyte has no attribute for dim text. It is stored as blinking text, which the program never writes.
+        """
+        codes: list[int] = []
+        rest = iter(attrs)
+        for code in rest:
+            if code in (38, 48):  # the arguments of a color follow
+                kind = next(rest, 0)
+                codes += [code, kind, *islice(rest, 1 if kind == 5 else 3)]
+            else:
+                codes += {2: (5,), 22: (22, 25)}.get(code, (code,))
+        super().select_graphic_rendition(*codes)
+
     def write_process_input(self, data: str) -> None:
         if self.answer:
             self.answer(data)
+
+
+def _color(name: str) -> Color | None:
+    """The color of a cell. pyte names the sixteen colors, and gives the others as hex digits."""
+    if name == "default":
+        return None
+    if re.fullmatch(r"[0-9a-f]{6}", name):
+        return Color.parse(f"#{name}")
+    plain = name.removeprefix("bright").replace("brown", "yellow")
+    return Color.parse(f"bright_{plain}" if name.startswith("bright") else plain)
+
+
+def _style(cell: Char) -> Style:
+    """The style of a cell of the screen."""
+    return Style(
+        color=_color(cell.fg), bgcolor=_color(cell.bg), bold=cell.bold, dim=cell.blink, italic=cell.italics,
+        underline=cell.underscore, reverse=cell.reverse,
+    )  # fmt: skip
 
 
 class Terminal:
@@ -101,6 +141,20 @@ class Terminal:
     def text(self) -> str:
         """The text on the screen without empty lines at the end."""
         return "\n".join(self.lines).rstrip()
+
+    def segments(self) -> list[list[Segment]]:
+        """The lines of the screen with their styles, down to the last one that is not empty. The cursor is a block."""
+        cursor = self.screen.cursor
+        used = [row for row, line in enumerate(self.lines) if line or row == cursor.y]
+        lines = []
+        for row in range(max(used) + 1):
+            cells = [self.screen.buffer[row][column] for column in range(self.screen.columns)]
+            styles = [_style(cell) for cell in cells]
+            if row == cursor.y and not cursor.hidden:
+                styles[cursor.x] += Style(reverse=not cells[cursor.x].reverse)
+            # The second half of a wide character is an empty cell.
+            lines.append([Segment(cell.data, style) for cell, style in zip(cells, styles, strict=True) if cell.data])
+        return [list(Segment.simplify(line)) for line in lines]
 
     def read(self, seconds: float = 0.05) -> bool:
         """Read the program's output; returns False after it has ended."""

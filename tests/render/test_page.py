@@ -275,8 +275,21 @@ def test_a_picture_of_everything_is_the_same_each_time() -> None:
         warnings.simplefilter("error")  # such as those about missing glyphs
         first = png(replace(EVERYTHING, parts=(*EVERYTHING.parts, Paragraph("日本 🦙 $x_{"))))
     assert first.startswith(b"\x89PNG")
-    assert int.from_bytes(first[16:20], "big") == 1500
+    assert int.from_bytes(first[16:20], "big") <= 1500
     assert first == png(replace(EVERYTHING, parts=(*EVERYTHING.parts, Paragraph("日本 🦙 $x_{"))))
+
+
+def test_a_picture_is_as_wide_as_its_drawings() -> None:
+    """A wide map fills the sheet, a narrow one does not, and sentences wrap at its width."""
+
+    def size(columns: int) -> tuple[int, int]:
+        fields = Heatmap("Map", ("row",), ("c",) * columns, ((0.5,) * columns,), tokens=False)
+        data = png(Page("", (fields, Paragraph("A sentence of many words. " * 12))))
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+    (narrow, high), (wide, low) = size(3), size(60)
+    assert 700 < narrow < 1000 < 1400 < wide <= 1500
+    assert high > low + 50
 
 
 def test_what_no_picture_can_hold() -> None:
