@@ -23,6 +23,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from llama_scratch.render import colors
+from llama_scratch.render.drawings.drawing import NARROW, WIDE, Drawing
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
@@ -39,6 +40,7 @@ from llama_scratch.render.page import (
     pooling,
     written,
 )
+from llama_scratch.render.svg import svg
 from llama_scratch.render.text import SPACE
 
 # Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
@@ -124,9 +126,12 @@ def _part(part: object, number: int, maps: list[dict[str, Any]]) -> dict[str, An
             return _texts(part) if part.texts is not None else {"kind": "map"} | _map(part, _DRAWN, maps)
         case Gallery():
             small = [_map(heatmap, _SMALL, maps) for heatmap in part.maps]
-            return {"kind": "gallery", "title": written(part.title), "maps": small}
+            return {"kind": "gallery", "title": written(part.title), "maps": small, "columns": part.columns}
         case Code():
             return _code(part)
+        case Drawing():
+            pictures = [svg(part, WIDE, "drawing wide"), svg(part, NARROW, "drawing narrow")]
+            return {"kind": "drawing", "title": written(part.title), "pictures": pictures}
     raise TypeError(f"{type(part).__name__} is not a block of a page")
 
 

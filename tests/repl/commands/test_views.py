@@ -321,14 +321,13 @@ VIEWS = everything()
 @pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_view_fits_its_terminal(name: str, width: int) -> None:
-    """Widths are in cells, two per Chinese character. Nothing is truncated with an ellipsis."""
+    """Widths are in cells, two per Chinese character. Only the tree truncates texts, in its icicle."""
     from rich.cells import cell_len
 
     for view in VIEWS[name]:
         text = shown(view, width)
         assert max(map(cell_len, text.splitlines())) <= width
-        # The tree's root shows the end of the text after an ellipsis.
-        assert text.count("…") == (name == "tree")
+        assert ("…" in text) == (name == "tree")
 
 
 @pytest.mark.parametrize("name", VIEWS)
