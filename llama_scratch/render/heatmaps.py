@@ -219,7 +219,10 @@ def _grid(tiles: list[Text], across: int, width: int) -> Grid:
 
 def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
     small = pooled(heatmap, TILE[1], min(width, TILE[0]))
-    tile = Text(_cut(title, width), style="", no_wrap=True)
+    words = title.split(" ")
+    while len(words) > 1 and cell_len(" ".join(words)) > width:  # a narrow tile has only the head's name
+        words.pop()
+    tile = Text(_cut(" ".join(words), width), style="", no_wrap=True)
     for r in range(len(small.rows)):
         tile.append("\n")
         for c in range(len(small.columns)):
