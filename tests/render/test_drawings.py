@@ -58,6 +58,7 @@ def test_shapes_stay_inside_their_picture(drawing: Drawing, width: int) -> None:
     picture = drawing.picture(width)
     assert picture.wide == width
     for shape in picture.shapes:
+        edges: tuple[float, ...]
         match shape:
             case Box():
                 edges = shape.x, shape.x + shape.wide, shape.y, shape.y + shape.high
