@@ -17,13 +17,29 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Norms:
-    """Mean norm of the keys and of the values of one layer, over heads and positions."""
+    """Norms of the keys and values of one layer, averaged over heads.
 
-    json_fields = ("layer", "keys as key_norm", "values as value_norm")
+    Attributes:
+        layer: The layer.
+        keys: Mean norm of the keys over all positions.
+        values: Mean norm of the values over all positions.
+        each_key: Mean norm of the keys at each position.
+        each_value: Mean norm of the values at each position.
+    """
+
+    json_fields = (
+        "layer",
+        "keys as key_norm",
+        "values as value_norm",
+        "each_key as key_norms",
+        "each_value as value_norms",
+    )
 
     layer: int
     keys: float
     values: float
+    each_key: tuple[float, ...]
+    each_value: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Cache(Displayable, JsonResult):
     """The KV cache after a text.
 
     Attributes:
+        text: The cached tokens.
         tokens: Number of cached tokens per layer.
         heads: Number of key-value heads.
         head_dim: Dimension of each key and value vector.
@@ -40,8 +57,9 @@ class Cache(Displayable, JsonResult):
         layers: Norms, first layer first.
     """
 
-    json_fields = ("tokens", "shape", "dtype", "bytes_per_token", "held_bytes", "taken_bytes", "layers")
+    json_fields = ("text", "tokens", "shape", "dtype", "bytes_per_token", "held_bytes", "taken_bytes", "layers")
 
+    text: tuple[Token, ...]
     tokens: int
     heads: int
     head_dim: int
@@ -97,13 +115,14 @@ def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -
     keys = layers[0][0]  # (n_kv_heads, T, head_dim)
     heads, tokens, head_dim = keys.shape
     return Cache(
+        text=tuple(map(llama.token, ids)),
         tokens=tokens,
         heads=heads,
         head_dim=head_dim,
         dtype=str(keys.dtype).removeprefix("torch."),
         bytes_per_token=len(layers) * 2 * heads * head_dim * keys.element_size(),
         taken_bytes=llama.engine.cache_bytes,
-        layers=tuple(Norms(layer, *(float(_norms(x).mean()) for x in held)) for layer, held in enumerate(layers)),
+        layers=tuple(_layer_norms(layer, *held) for layer, held in enumerate(layers)),
     )
 
 
@@ -126,6 +145,12 @@ def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: P
     keys, values = (tuple(map(tuple, _norms(x).tolist())) for x in llama.engine.cached(layer))
     queries = llama.args.n_heads // llama.args.n_kv_heads
     return CachedLayer(layer, tuple(map(llama.token, ids)), queries, keys, values)
+
+
+def _layer_norms(layer: int, keys: Tensor, values: Tensor) -> Norms:
+    key_norms, value_norms = _norms(keys), _norms(values)
+    each_key, each_value = (tuple(norms.mean(dim=0).tolist()) for norms in (key_norms, value_norms))
+    return Norms(layer, float(key_norms.mean()), float(value_norms.mean()), each_key, each_value)
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -74,6 +74,19 @@ class RotaryPair(JsonResult):
 
 
 @dataclass(frozen=True)
+class Hands:
+    """The angles of all pairs at a position, with the network's own frequencies.
+
+    Attributes:
+        position: The position.
+        angles: The angle of each pair, 0 to 2π, in float32 like the network.
+    """
+
+    position: int
+    angles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RotatedPair:
     """One pair of the query, before and after rotation.
 
@@ -117,6 +130,9 @@ class Rope(Displayable, JsonResult):
         factor: The scaling factor, or the one of Llama 3.2 if the network does not scale.
         position: The position of the angles, and to which `query` is rotated.
         dials: Frequencies and angles of all pairs.
+        context: Number of tokens of the context.
+        hands: The network's own angles at position 1, at `position` and at the end of the context, in this order.
+        slow_from: The first pair that turns less than once over the context. None: each turns at least once.
         layer: The layer.
         head: The head within the layer.
         token: The token of the query.
@@ -132,6 +148,9 @@ class Rope(Displayable, JsonResult):
         "factor",
         "position",
         "dials",
+        "context",
+        "hands",
+        "slow_from as first_pair_below_one_turn",
         "layer",
         "head",
         "token",
@@ -146,6 +165,9 @@ class Rope(Displayable, JsonResult):
     factor: float
     position: int
     dials: tuple[RotaryPair, ...]
+    context: int
+    hands: tuple[Hands, ...]
+    slow_from: int | None
     layer: int
     head: int
     token: Token
@@ -195,6 +217,9 @@ def rope(
         factor=args.rope_scaling.factor if args.rope_scaling else _FACTOR,
         position=position,
         dials=dials(args, position),
+        context=llama.context,
+        hands=tuple(Hands(place, _angles(freqs, place)) for place in sorted({1, position, llama.context - 1})),
+        slow_from=next((j for j, freq in enumerate(freqs.tolist()) if freq * llama.context < math.tau), None),
         layer=layer,
         head=head,
         token=llama.token(ids[-1]),
@@ -220,12 +245,15 @@ def dials(args: ModelArgs, position: int) -> tuple[RotaryPair, ...]:
     factor = args.rope_scaling.factor if args.rope_scaling else _FACTOR
     columns = []
     for freqs in (rope_frequencies(args.with_rope_factor(factor)) for factor in (1.0, factor)):
-        angles = [_angle(turn) for turn in rotations(freqs, torch.tensor([position]))[0].tolist()]
-        columns.append(zip(freqs.tolist(), angles, strict=True))
+        columns.append(zip(freqs.tolist(), _angles(freqs, position), strict=True))
     return tuple(
         RotaryPair(pair, unscaled, scaled, _kind(scaled / unscaled, factor), angle, scaled_angle)
         for pair, ((unscaled, angle), (scaled, scaled_angle)) in enumerate(zip(*columns, strict=True))
     )
+
+
+def _angles(freqs: Tensor, position: int) -> tuple[float, ...]:
+    return tuple(_angle(turn) for turn in rotations(freqs, torch.tensor([position]))[0].tolist())
 
 
 def _kind(ratio: float, factor: float) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from rich.cells import cell_len, set_cell_size
-from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as Grid
 from rich.text import Text
 
 from llama_scratch.render.bars import has_blocks
@@ -25,6 +25,8 @@ _LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
 # Maximum number of rows. Maps with texts may have more, because pooling would drop texts.
 HIGH, HIGH_WITH_TEXTS = 48, 128
 TILE = (10, 5)
+# Gap between tiles, and the minimum width of a tile.
+_TILE_GAP, _LEAST_TILE = 2, 6
 
 
 def _shade(level: float | None, blocks: bool) -> tuple[str, str]:
@@ -186,24 +188,41 @@ def _upright(text: str, max_characters: int = 6) -> list[str]:
 
 
 class Tiles:
-    """Small heat maps, as many per line as fit."""
+    """Small heat maps: the gallery's number of columns if there is room for them, otherwise as many as fit."""
 
     def __init__(self, gallery: Gallery):
-        self.maps = gallery.maps
+        self.maps, self.columns = gallery.maps, gallery.columns
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = has_blocks(options)
         titles = [written(heatmap.title) for heatmap in self.maps]
         width = min(16, max(TILE[0], max(map(cell_len, titles), default=0)))
+        across = (options.max_width + _TILE_GAP) // (width + _TILE_GAP)
+        if self.columns > across and (options.max_width + _TILE_GAP) // self.columns - _TILE_GAP >= _LEAST_TILE:
+            width = (options.max_width + _TILE_GAP) // self.columns - _TILE_GAP
+        if self.columns:
+            across = min(self.columns, (options.max_width + _TILE_GAP) // (width + _TILE_GAP))
         tiles = [_tile(heatmap, title, width, blocks) for heatmap, title in zip(self.maps, titles, strict=True)]
-        yield Columns(tiles, padding=(0, 2), width=width)
+        yield _grid(tiles, max(1, across), width)
         if any(pooling(heatmap, pooled(heatmap, TILE[1], TILE[0])) for heatmap in self.maps):
             yield Text("Max-pooled: each character is the strongest value of its block.", style="dim")
 
 
+def _grid(tiles: list[Text], across: int, width: int) -> Grid:
+    grid = Grid.grid(padding=(0, _TILE_GAP, 0, 0), pad_edge=False)
+    for _ in range(across):
+        grid.add_column(width=width)
+    for first in range(0, len(tiles), across):
+        grid.add_row(*tiles[first : first + across])
+    return grid
+
+
 def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
-    small = pooled(heatmap, TILE[1], TILE[0])
-    tile = Text(_cut(title, width), style="", no_wrap=True)
+    small = pooled(heatmap, TILE[1], min(width, TILE[0]))
+    words = title.split(" ")
+    while len(words) > 1 and cell_len(" ".join(words)) > width:  # a narrow tile has only the head's name
+        words.pop()
+    tile = Text(_cut(" ".join(words), width), style="", no_wrap=True)
     for r in range(len(small.rows)):
         tile.append("\n")
         for c in range(len(small.columns)):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from llama_scratch.render.drawings.drawing import Drawing
 from llama_scratch.render.text import percent, visible
 
 _T = TypeVar("_T")
@@ -185,10 +186,17 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A grid of small heat maps, each with its title."""
+    """A grid of small heat maps, each with its title.
+
+    Args:
+        title: Title above the grid.
+        maps: The maps, row by row.
+        columns: Number of maps per row if there is room for so many. 0: as many as fit.
+    """
 
     title: str
     maps: tuple[Heatmap, ...]
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ class Code:
         return "cpp" if self.path.endswith(".cpp") else "python"
 
 
-PageBlock = Finding | Paragraph | Running | Table | Heatmap | Gallery | Code
+PageBlock = Finding | Paragraph | Running | Table | Heatmap | Gallery | Code | Drawing
 
 
 @dataclass(frozen=True)

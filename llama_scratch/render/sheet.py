@@ -29,7 +29,7 @@ class Sheet:
 
     def write(
         self, x: float, y: float, text: str, size: float, *, color: str = INK, mono: bool = False,
-        bold: bool = False, right: bool = False, upright: bool = False,
+        bold: bool = False, right: bool = False, upright: bool = False, centered: bool = False,
     ) -> None:  # fmt: skip
         """Draw a line of text.
 
@@ -43,11 +43,13 @@ class Sheet:
             bold: Whether the font is bold.
             right: Whether the text ends at x.
             upright: Whether the text is rotated by 90°.
+            centered: Whether x is the center.
         """
         self.figure.text(
             x / WIDTH, 1 - y / self.height, drawable(text, mono, bold), fontsize=size, color=color,
             fontproperties=font(mono, bold, size), rotation=90 if upright else 0, parse_math=False,
-            ha="center" if upright else "right" if right else "left", va="bottom" if upright else "center_baseline",
+            ha="center" if upright or centered else "right" if right else "left",
+            va="bottom" if upright else "center_baseline",
         )  # fmt: skip
 
     def fill(self, x: float, y: float, wide: float, high: float, color: str, *, hatch: bool = False) -> None:

@@ -26,6 +26,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from llama_scratch.render import colors, palette, stream
+from llama_scratch.render.drawings.drawing import NARROW, WIDE, Drawing
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
     Cell,
@@ -44,6 +45,7 @@ from llama_scratch.render.page import (
     written,
 )
 from llama_scratch.render.report_page import ReportPage
+from llama_scratch.render.svg import svg
 from llama_scratch.render.text import SPACE
 
 # Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
@@ -177,9 +179,12 @@ def _part(part: PageBlock, maps: list[dict[str, Any]]) -> dict[str, Any]:
             return _texts(part) if part.texts is not None else {"kind": "map"} | _map(part, _DRAWN, maps)
         case Gallery():
             small = [_map(heatmap, _SMALL, maps) | {"head": _name(heatmap.title)} for heatmap in part.maps]
-            return {"kind": "gallery", "title": written(part.title), "maps": small}
+            return {"kind": "gallery", "title": written(part.title), "maps": small, "columns": part.columns}
         case Code():
             return _code(part)
+        case Drawing():
+            pictures = [svg(part, WIDE, "drawing wide"), svg(part, NARROW, "drawing narrow")]
+            return {"kind": "drawing", "title": written(part.title), "pictures": pictures}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

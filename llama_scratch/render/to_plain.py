@@ -7,6 +7,7 @@ from itertools import groupby
 
 from rich.text import Text
 
+from llama_scratch.render.drawings.drawing import Drawing
 from llama_scratch.render.heatmaps import HIGH, HIGH_WITH_TEXTS, TILE, columns_shown, window
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
@@ -59,6 +60,9 @@ def _lines(part: PageBlock) -> Iterator[str]:
             for heatmap in small:
                 yield from _map_lines(heatmap)
             yield from list(filter(None, map(pooling, part.maps, small)))[:1]  # one note for all maps
+        case Drawing():
+            yield f"{written(part.title)}:"
+            yield from map(written, part.spoken())
         case Code():
             yield f"{written(part.path)}, line {part.first}:"
             for n, line in enumerate(part.text.splitlines(), start=1):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from llama_scratch.errors import UsageError
 from llama_scratch.render import colors
+from llama_scratch.render.drawings.drawing import WIDE, Drawing
 from llama_scratch.render.letters import LETTER, cut, drawable, line_height, text_width, wrapped
 from llama_scratch.render.page import (
     Cell,
@@ -25,6 +26,7 @@ from llama_scratch.render.page import (
     pooling,
     written,
 )
+from llama_scratch.render.painting import paint
 from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
 
 # Lengths are in inches, font sizes in points (1/72 inch).
@@ -41,7 +43,7 @@ _LONGEST = 1 << 16
 # Maximum (rows, columns) of a map with texts, without texts, and in a gallery.
 _TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
 _FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # minimum and maximum width of a field with text
-_TILES = 6
+_TILES, _MOST_TILES = 6, 16  # maps per row, by default and at most
 _SOFT, _LINE, _BAR, _LESS, _MARK = "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4"
 _NAMED = {
     "dim": _SOFT, "red": "#b3261e", "green": "#1a7340", "yellow": "#8a6100", "blue": "#2457a6", "magenta": "#9a2c8e",
@@ -144,6 +146,8 @@ def _part(part: PageBlock, room: float) -> Iterable[_Block]:
             return [*_title(part.title), *_gallery(part)]
         case Code():
             return [_code(part)]
+        case Drawing():
+            return [*_title(part.title), _drawing(part)]
 
 
 def _title(title: str) -> list[_Block]:
@@ -325,22 +329,33 @@ def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
 
 
 def _gallery(part: Gallery) -> list[_Block]:
-    tile = (_ROOM - 0.2 * (_TILES - 1)) / _TILES
+    across = part.columns if 0 < part.columns <= _MOST_TILES else _TILES
+    gap = min(0.2, 1.2 / across)
+    tile = (_ROOM - gap * (across - 1)) / across
     maps = [pooled(heatmap, *_TILE) for heatmap in part.maps]
-    rows = [maps[i : i + _TILES] for i in range(0, len(maps), _TILES)]
-    return [*(_tiles(row, tile) for row in rows), *([_legend(part.maps[0], part.maps[0])] if part.maps else [])]
+    rows = [maps[i : i + across] for i in range(0, len(maps), across)]
+    return [*(_tiles(row, tile, gap) for row in rows), *([_legend(part.maps[0], part.maps[0])] if part.maps else [])]
 
 
-def _tiles(maps: Sequence[Heatmap], tile: float) -> _Block:
+def _tiles(maps: Sequence[Heatmap], tile: float, gap: float) -> _Block:
     sides = [min(_FIELD, tile / max(1, len(heatmap.rows), len(heatmap.columns))) for heatmap in maps]
 
     def draw(sheet: Sheet, top: float) -> None:
         for n, (heatmap, side) in enumerate(zip(maps, sides, strict=True)):
-            x = _MARGIN + n * (tile + 0.2)
+            x = _MARGIN + n * (tile + gap)
             sheet.write(x, top + 0.08, cut(written(heatmap.title), tile, _TINY), _TINY, color=_SOFT)
             sheet.shades(x, top + 0.2, (side, side), heatmap, range(len(heatmap.columns)))
 
     return 0.2 + max(side * len(heatmap.rows) for heatmap, side in zip(maps, sides, strict=True)), draw
+
+
+def _drawing(part: Drawing) -> _Block:
+    picture, inch = part.picture(WIDE), _ROOM / WIDE
+
+    def draw(sheet: Sheet, top: float) -> None:
+        paint(sheet, picture, _MARGIN, top, inch)
+
+    return picture.high * inch, draw
 
 
 # --- Source -----------------------------------------------------------------------------------

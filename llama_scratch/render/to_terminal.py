@@ -13,7 +13,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 from rich.tree import Tree
 
-from llama_scratch.render.bars import TextWithBar
+from llama_scratch.render.bars import TextWithBar, has_blocks
+from llama_scratch.render.drawings.drawing import Drawing
 from llama_scratch.render.heatmaps import Tiles, WideMap
 from llama_scratch.render.page import (
     Cell,
@@ -61,6 +62,8 @@ def _block(part: PageBlock) -> RenderableType:
             return Group(Text(written(part.title), style="bold"), Text(), Tiles(part))
         case Code():
             return _code(part)
+        case Drawing():
+            return FittedDrawing(part)
 
 
 def _text(cell: Cell) -> Text:
@@ -89,6 +92,17 @@ def _code(part: Code) -> RenderableType:
         word_wrap=True,
     )
     return Group(Text(f"{written(part.path)}:{part.first}", style="bold"), code)
+
+
+class FittedDrawing:
+    """A drawing below its title, fitted to the width of the terminal."""
+
+    def __init__(self, drawing: Drawing):
+        self.drawing = drawing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(written(self.drawing.title), style="bold", overflow="fold")
+        yield from self.drawing.lines(options.max_width, blocks=has_blocks(options))
 
 
 # --- Tables -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from llama_scratch.inference import speed
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.architecture import Architecture, WeightRow, _parts, architecture
 from llama_scratch.model import KVCache, Transformer
+from llama_scratch.render.drawings.diagram import Diagram
 from llama_scratch.render.pages import architecture as pages
 from llama_scratch.render.pages.architecture import short
 from llama_scratch.repl.commands import run_command
@@ -168,3 +169,28 @@ def test_every_part_is_in_one_group(llama: Llama) -> None:
 )
 def test_large_numbers_in_three_digits(count: float, text: str) -> None:
     assert short(count) == text
+
+
+def test_the_drawing_has_every_weight_with_its_shape(llama: Llama) -> None:
+    found = architecture(llama, 1)
+    (drawn,) = (part for part in pages.page(found).parts if isinstance(part, Diagram))
+    parts = [*drawn.before, *(part for branch in drawn.branches for row in branch for part in row), *drawn.after]
+    weights = [part for part in found.parts if part.shape]
+    shapes = [(part.name.rpartition(".")[2], "×".join(f"{size:,}" for size in part.shape or ())) for part in weights]
+    assert {f"{name} {shape}" for name, shape in shapes} == {
+        part.detail.removesuffix(", tied") for part in parts if part.detail.split()[0] in dict(shapes)
+    }
+    assert sum(part.strength for part in parts) == pytest.approx(1)
+    assert [part.name for part in drawn.after[-2:]] == ["softmax", "argmax"]
+    assert f"{found.args.dim:,}" in drawn.stream
+    assert drawn.layers == f"{found.args.n_layers} layers"
+
+
+def test_the_sentence_names_the_largest_group(llama: Llama) -> None:
+    found = architecture(llama, 1)
+    held = {group: sum(p.parameters for p in found.parts if p.name in names) for group, names in pages._GROUPS.items()}
+    group = max(held, key=lambda name: held[name])
+    sentence = pages.finding(found)
+    assert f"{found.parameters:,} parameters" in sentence
+    assert sentence.startswith(f"{100 * held[group] / found.parameters:.1f} %")
+    assert group in sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llama_scratch.inference.engine import Engine
 from llama_scratch.llama import Llama
 from llama_scratch.microscope.cache import cache, cached_layer
 from llama_scratch.render import to_terminal
+from llama_scratch.render.page import Heatmap
 from llama_scratch.render.pages import cache as pages
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.results import Timing
@@ -46,6 +48,8 @@ def test_norms_are_those_of_what_the_network_computes(tiny: Llama) -> None:
         assert norms.keys == pytest.approx(float(keys.pow(2).sum(-1).sqrt().mean()), rel=1e-5)
         assert norms.values == pytest.approx(float(values.pow(2).sum(-1).sqrt().mean()), rel=1e-5)
         assert norms.keys != pytest.approx(norms.values, rel=0.01)
+        assert norms.each_key == pytest.approx(keys.pow(2).sum(-1).sqrt().mean(0).tolist(), rel=1e-5)
+        assert norms.each_value == pytest.approx(values.pow(2).sum(-1).sqrt().mean(0).tolist(), rel=1e-5)
     json.dumps(found.as_json(), allow_nan=False)
 
 
@@ -126,3 +130,25 @@ def test_the_pages_fit_their_terminal_and_say_everything(tiny: Llama, width: int
     assert "3 KiB per token over all layers, 30 KiB for this text. 768 KiB are allocated" in said
     assert "shared by 2 query heads" in " ".join(layer.split())
     assert "H1" in layer
+
+
+def test_the_maps_show_the_norms_and_the_sentence_their_largest(tiny: Llama) -> None:
+    found = cache(tiny, IDS)
+    page = pages.page(found)
+    keys, values = (part for part in page.parts if isinstance(part, Heatmap))
+    assert keys.values == tuple(norms.each_key for norms in found.layers)
+    assert values.values == tuple(norms.each_value for norms in found.layers)
+    assert (keys.rows, len(keys.columns)) == (("L0", "L1", "L2"), len(IDS))
+    sentence = pages.finding(found)
+    assert sentence.startswith("30 KiB for 10 tokens.")
+    places = re.findall(r"\(position (\d+)\) in L(\d+), mean norm ([\d.]+\d)", sentence)
+    for (position, layer, norm), heatmap in zip(places, (keys, values), strict=True):
+        assert heatmap.values[int(layer)][int(position)] == heatmap.high
+        assert float(norm) == pytest.approx(heatmap.high, abs=0.05)
+
+
+def test_the_sentence_about_a_layer_names_its_largest_norms(tiny: Llama) -> None:
+    found = cached_layer(tiny, IDS, 1)
+    places = re.findall(r"\(position (\d+)\) in H(\d+), norm", pages.layer_finding(found))
+    for (position, head), norms in zip(places, (found.keys, found.values), strict=True):
+        assert norms[int(head)][int(position)] == max(map(max, norms))

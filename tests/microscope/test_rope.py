@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from llama_scratch.llama import Llama
 from llama_scratch.microscope.rope import Rope, dials, rope
 from llama_scratch.model import TransformerBlock
 from llama_scratch.render import to_terminal
+from llama_scratch.render.drawings.dials import Dials
 from llama_scratch.render.pages import rope as pages
 from llama_scratch.repl.commands import run_command
 from tests.helpers.checkpoints import tiny_args
@@ -216,3 +218,28 @@ def test_a_wavelength_has_four_characters_at_most(wavelength: float, text: str) 
 @pytest.mark.parametrize(("angle", "text"), [(0, "0°→"), (math.pi / 2, "90°↑"), (math.pi, "180°←"), (6.28318, "0°→")])
 def test_a_dial_is_degrees_and_an_arrow(angle: float, text: str) -> None:
     assert pages._dial(angle) == text
+
+
+def test_the_hands_are_the_network_s_own_angles(tiny: Llama, found: Rope) -> None:
+    """At position 1, at the end of the text, and at the end of the context, where slow pairs have turned."""
+    assert [hands.position for hands in found.hands] == [1, len(IDS) - 1, tiny.context - 1]
+    for hands in found.hands:
+        for dial, angle in zip(found.dials, hands.angles, strict=True):
+            frequency = dial.scaled if found.scales else dial.unscaled
+            assert apart(angle, frequency * hands.position) < 0.02
+    (drawn,) = (part for part in pages.page(found).parts if isinstance(part, Dials))
+    assert drawn.angles == tuple(hands.angles for hands in found.hands)
+    assert [hands.position for hands in rope(tiny, IDS, 1, 0, 0).hands] == [1, tiny.context - 1]
+
+
+def test_the_sentence_says_which_pairs_are_slow(found: Rope) -> None:
+    wavelengths = [dial.scaled_wavelength if found.scales else dial.unscaled_wavelength for dial in found.dials]
+    slow = sum(wavelength > found.context for wavelength in wavelengths)
+    assert found.slow_from == (len(wavelengths) - slow if slow else None)
+    sentence = pages.finding(replace(found, slow_from=20, context=8192))
+    assert "From pair 20 of 32 on" in sentence
+    assert "8,192 tokens" in sentence
+    assert "scaling slows 17 pairs, 14 of them by 32" in sentence
+    assert "Each of the 32 pairs" in pages.finding(replace(found, slow_from=None))
+    assert "None of the 32 pairs" in pages.finding(replace(found, slow_from=0))
+    assert "scaling" not in pages.finding(replace(found, scales=False))

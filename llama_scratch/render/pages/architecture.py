@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Table
+from llama_scratch.render.drawings.diagram import Diagram, Part, PartRow
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
-    from llama_scratch.config import ModelArgs
-    from llama_scratch.microscope.architecture import Architecture, WeightRow
+    from llama_scratch.microscope.architecture import Architecture
 
 _GROUPS = {
     "embedding": ("tok_embeddings",),
@@ -20,6 +20,9 @@ _GROUPS = {
     "norms": ("attention_norm", "ffn_norm", "norm"),
     "output": ("output",),
 }
+
+# Names of groups in a sentence.
+_LARGEST = {"projections": "projections of attention", "feed-forward": "feed-forward networks"}
 
 _NAMES = {
     "tok_embeddings": "embedding",
@@ -31,8 +34,7 @@ _NAMES = {
 
 
 def page(network: Architecture) -> Page:
-    """Return a page with a drawing of one layer, all modules, and the cost of a token."""
-    args = network.args
+    """Return a page with a drawing of the network, all modules, and the cost of a token."""
     note = (
         "FLOPs are per token: two per weight of each matrix product, plus the attention scores (q·k) and the weighted "
         f"sum of values (probs·v) over {_tokens(network.length)}. Norms, rotation, softmax, SiLU and additions are not "
@@ -41,8 +43,9 @@ def page(network: Architecture) -> Page:
     return Page(
         "Architecture",
         (
+            Finding(finding(network)),
+            _drawing(network),
             Paragraph(_cost(network)),
-            Table((f"one of {args.n_layers} layers", ">per token"), tuple(_drawing(args))),
             Table(("module", "shape", ">params", ">FLOPs"), tuple(_parts(network))),
             Table(("share", ">parameters", ">FLOPs"), tuple(_shares(network))),
             Paragraph(note, "dim"),
@@ -64,25 +67,70 @@ def _tokens(length: int) -> str:
     return "1 token" if length == 1 else f"{length:,} tokens"
 
 
-def _drawing(args: ModelArgs) -> Iterator[tuple[Cell, Cell]]:
-    queries, keys = f"{args.n_heads} × {args.head_dim}", f"{args.n_kv_heads} × {args.head_dim}"
-    lines = (
-        ("x", str(args.dim)),
-        ("├─ attention_norm", ""),
-        ("│  ├─ wq → rotate → q", queries),
-        ("│  ├─ wk → rotate → k", keys),
-        ("│  ├─ wv ─────────→ v", keys),
-        ("│  ├─ softmax(q·k) · v", queries),
-        ("│  └─ wo", ""),
-        ("+ x", str(args.dim)),
-        ("├─ ffn_norm", ""),
-        ("│  ├─ w1 → SiLU", str(args.ffn_dim)),
-        ("│  ├─ × w3", str(args.ffn_dim)),
-        ("│  └─ w2", ""),
-        ("+ x", str(args.dim)),
+def finding(network: Architecture) -> str:
+    """Say how many parameters the network has, and which group has the most."""
+    shares = {group: _share(network, names) for group, names in _GROUPS.items()}
+    group, share = max(shares.items(), key=lambda item: item[1])
+    tied = ", which is also the output matrix" if network.tied and group == "embedding" else ""
+    return (
+        f"{percent(share)} of the {network.parameters:,} parameters are in the {_LARGEST.get(group, group)}{tied}. "
+        f"The next token costs {short(network.flops)} FLOPs."
     )
-    for drawn, numbers in lines:
-        yield Cell(drawn), Cell(numbers)
+
+
+def _share(network: Architecture, names: tuple[str, ...]) -> float:
+    """The share of the parameters in the weights of the given names."""
+    return sum(part.parameters for part in network.parts if part.name in names) / network.parameters
+
+
+def _drawing(network: Architecture) -> Diagram:
+    """Draw the residual stream with the blocks of a layer."""
+    args = network.args
+    queries = _heads(args.n_heads // args.n_kv_heads, "query")
+    attention: tuple[PartRow, ...] = (
+        (_weight(network, "RMSNorm", "attention_norm"),),
+        (
+            _weight(network, f"{_heads(args.n_heads, 'query')} × {args.head_dim}", "attention.wq"),
+            _weight(network, f"{_heads(args.n_kv_heads, 'key')} × {args.head_dim}", "attention.wk"),
+            _weight(network, f"{_heads(args.n_kv_heads, 'value')} × {args.head_dim}", "attention.wv"),
+        ),
+        (Part("Rotate q and k by position", f"RoPE, base {args.rope_theta:,.0f}"),),
+        (Part(f"softmax(q·k / √{args.head_dim}) · v", f"{queries} per KV head"),),
+        (_weight(network, "Output of the heads", "attention.wo"),),
+    )
+    feed_forward: tuple[PartRow, ...] = (
+        (_weight(network, "RMSNorm", "ffn_norm"),),
+        (
+            _weight(network, "SiLU of the gate", "feed_forward.w1"),
+            _weight(network, "times up-projection", "feed_forward.w3"),
+        ),
+        (_weight(network, "Down-projection", "feed_forward.w2"),),
+    )
+    return Diagram(
+        "One token through the network",
+        stream=f"residual stream x, {args.dim:,} wide",
+        before=(_weight(network, "Embedding of the token", "tok_embeddings"),),
+        layers=f"{args.n_layers} layers" if args.n_layers > 1 else "1 layer",
+        branches=(attention, feed_forward),
+        after=(
+            _weight(network, "RMSNorm", "norm"),
+            _weight(network, "Logits", "output"),
+            Part("softmax", f"{args.vocab_size:,} probabilities"),
+            Part("argmax", "the next token"),
+        ),
+    )
+
+
+def _weight(network: Architecture, what: str, name: str) -> Part:
+    """The part of a weight, with its name and shape."""
+    weight = next(part for part in network.parts if part.name == name)
+    tied = ", tied" if network.tied and name == "output" else ""
+    shape = "×".join(f"{size:,}" for size in weight.shape or ())
+    return Part(what, f"{name.rpartition('.')[2]} {shape}{tied}", weight.parameters / network.parameters)
+
+
+def _heads(count: int, kind: str) -> str:
+    return f"{count} {kind} head{'' if count == 1 else 's'}"
 
 
 def _parts(network: Architecture) -> Iterator[tuple[Cell, ...]]:
@@ -106,15 +154,10 @@ def _parts(network: Architecture) -> Iterator[tuple[Cell, ...]]:
     )
 
 
-def _shares(network: Architecture) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _shares(network: Architecture) -> Iterator[tuple[Cell, ...]]:
     for group, names in _GROUPS.items():
-        parts: list[WeightRow] = [part for part in network.parts if part.name in names]
-        shares = (
-            sum(part.parameters for part in parts) / network.parameters,
-            sum(part.flops for part in parts) / network.flops,
-        )
-        parameters, flops = (Cell(percent(share), bar=share) for share in shares)
-        yield Cell(group), parameters, flops
+        flops = sum(part.flops for part in network.parts if part.name in names) / network.flops
+        yield Cell(group), *(Cell(percent(share), bar=share) for share in (_share(network, names), flops))
 
 
 def short(count: float) -> str:

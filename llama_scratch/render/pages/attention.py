@@ -47,11 +47,12 @@ def heads(view: Heads, *, whole: bool = False) -> Page:
         for kind, (letter, _) in _KINDS.items()
     )
     drawn = view.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
+    per_layer = len({each.scores.head for each in view.maps})
     title = "Attention patterns on this text" + ("" if whole else ": highest scores of each type")
     parts: list[PageBlock] = [
         _overview(view),
         Table(("type", ">heads", "highest scores"), rows),
-        Gallery(title, tuple(_small(view, each) for each in drawn)),
+        Gallery(title, tuple(_small(view, each) for each in drawn), per_layer if whole else 0),
         _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 shows head 3."),
     ]
     return Page("Attention heads", tuple(part for part in parts if not isinstance(part, Gallery) or part.maps), _SOURCE)
@@ -129,7 +130,7 @@ def _layer(view: Heads, layer: int) -> Page:
         f"Attention in layer {layer}",
         (
             Table(("head", ">prev.", ">first", ">dup.", ">ind.", "type"), rows, f"Heads of layer {layer}"),
-            Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps)),
+            Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps), len(view.maps)),
             _note(view, f"/attention L{layer}.H0 shows head 0."),
         ),
         _SOURCE,

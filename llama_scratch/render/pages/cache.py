@@ -2,60 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Heatmap, Page, Paragraph, Table
+from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph, written
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.cache import Cache, CachedLayer
-    from llama_scratch.results import Timing
+    from llama_scratch.results import Timing, Token
 
 _SOURCE = ("KVCache",)
 
 
 def page(cache: Cache, timing: Timing | None = None) -> Page:
-    """Return a page of the whole cache, with one row per layer.
+    """Return a page of the whole cache, with heat maps of the norms at each layer and position.
 
     Args:
         cache: The cache.
         timing: Timing of the last answer, for its prefix cache hit.
     """
-    longest = [max(norms.keys for norms in cache.layers), max(norms.values for norms in cache.layers)]
-    rows = tuple(
-        (
-            Cell(f"L{norms.layer}"),
-            *(_bar(norm, high) for norm, high in zip((norms.keys, norms.values), longest, strict=True)),
+    rows = tuple(f"L{norms.layer}" for norms in cache.layers)
+    keys, values = (
+        _map(f"Norms of {name}, mean over heads", rows, cache.text, norms)
+        for name, norms in (
+            ("keys ‖K‖", tuple(norms.each_key for norms in cache.layers)),
+            ("values ‖V‖", tuple(norms.each_value for norms in cache.layers)),
         )
-        for norms in cache.layers
     )
     return Page(
         "KV cache",
         (
+            Finding(finding(cache)),
             Paragraph(f"{_tokens(cache.tokens)} in {len(cache.layers)} layers." + (_reused(timing) if timing else "")),
+            keys,
+            values,
             Paragraph(
                 f"Each layer holds keys and values of {cache.heads} heads × {cache.tokens:,} tokens × {cache.head_dim} "
                 f"dimensions in {cache.dtype}: {_bytes(cache.bytes_per_token)} per token over all layers, "
                 f"{_bytes(cache.held_bytes)} for this text. {_bytes(cache.taken_bytes)} are allocated, because the "
-                "cache grows by doubling."
+                "cache grows by doubling.",
+                "dim",
             ),
-            Table(("", ">mean ‖K‖", ">mean ‖V‖"), rows, "Mean norms of keys and values"),
             Paragraph("/kv LAYER shows the norms per head and token.", "dim"),
         ),
         _SOURCE,
     )
 
 
+def finding(cache: Cache) -> str:
+    """Say how large the cache is, and where the keys and the values are longest."""
+    where = " and the ".join(
+        f"longest {name} are at {written(cache.text[position].text, token=True)} (position {position}) "
+        f"in L{layer}, mean norm {norm:.1f}"
+        for name, (norm, layer, position) in (
+            ("keys", _longest([norms.each_key for norms in cache.layers])),
+            ("values", _longest([norms.each_value for norms in cache.layers])),
+        )
+    )
+    return f"{_bytes(cache.held_bytes)} for {_tokens(cache.tokens)}. The {where}."
+
+
+def _longest(rows: Sequence[Sequence[float]]) -> tuple[float, int, int]:
+    """The largest value of a grid, its row and its column."""
+    return max((value, r, c) for r, row in enumerate(rows) for c, value in enumerate(row))
+
+
 def layer_page(cached: CachedLayer) -> Page:
     """Return a page of the norms of keys and values in one layer."""
     title = f"KV cache of layer {cached.layer}"
+    rows = tuple(f"H{head}" for head in range(len(cached.keys)))
     maps = (
-        _map(name, cached, norms)
+        _map(f"{name} in layer {cached.layer}", rows, cached.tokens, norms)
         for name, norms in (("Norms of keys ‖K‖", cached.keys), ("Norms of values ‖V‖", cached.values))
     )
     note = "Rows are key/value heads, columns are tokens. RoPE does not change the norm of a key."
     if cached.queries > 1:
         note += f" Each key/value head is shared by {cached.queries} query heads."
-    return Page(title, (*maps, Paragraph(note, "dim")), _SOURCE)
+    return Page(title, (Finding(layer_finding(cached)), *maps, Paragraph(note, "dim")), _SOURCE)
+
+
+def layer_finding(cached: CachedLayer) -> str:
+    """Say at which head and token the keys and the values of a layer are longest."""
+    places = (
+        f"the longest {name} is that of {written(cached.tokens[position].text, token=True)} (position {position}) "
+        f"in H{head}, norm {norm:.1f}"
+        for name, (norm, head, position) in (("key", _longest(cached.keys)), ("value", _longest(cached.values)))
+    )
+    return f"In layer {cached.layer}, {' and '.join(places)}."
 
 
 def _reused(timing: Timing) -> str:
@@ -66,19 +99,15 @@ def _reused(timing: Timing) -> str:
     )
 
 
-def _map(name: str, cached: CachedLayer, norms: tuple[tuple[float, ...], ...]) -> Heatmap:
+def _map(title: str, rows: tuple[str, ...], tokens: Sequence[Token], norms: tuple[tuple[float, ...], ...]) -> Heatmap:
     return Heatmap(
-        f"{name} in layer {cached.layer}",
-        rows=tuple(f"H{head}" for head in range(len(norms))),
-        columns=tuple(token.text for token in cached.tokens),
+        title,
+        rows=rows,
+        columns=tuple(token.text for token in tokens),
         values=norms,
         low=min(map(min, norms)),
         high=max(map(max, norms)),
     )
-
-
-def _bar(norm: float, high: float) -> Cell:
-    return Cell(f"{norm:.2f}", bar=norm / high if high else 0.0)
 
 
 def _tokens(count: int) -> str:

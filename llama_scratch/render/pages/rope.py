@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
+from llama_scratch.render.drawings.dials import Dials, arrow, degrees
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Running, Table
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.rope import Rope
 
 _SOURCE = ("rope",)
-_ARROWS = "→↗↑↖←↙↓↘"
 # Maximum number of rows of the query and of the keys on a terminal.
 _SHOWN = 10
 
@@ -33,6 +32,8 @@ def page(rope: Rope) -> Page:
     return Page(
         "Rotary position embedding (RoPE)",
         (
+            Finding(finding(rope)),
+            _hands(rope),
             Paragraph(f"{own}: {counts}."),
             _dials(rope),
             Paragraph(
@@ -44,6 +45,31 @@ def page(rope: Rope) -> Page:
             *_keys(rope),
         ),
         _SOURCE,
+    )
+
+
+def finding(rope: Rope) -> str:
+    """Say from which pair on the rotation takes more than the context for one turn, and what the scaling does."""
+    count, context = len(rope.dials), f"the {rope.context:,} tokens of the context"
+    if rope.slow_from is None:
+        sentence = f"Each of the {count} pairs turns at least once over {context}."
+    elif rope.slow_from == 0:
+        sentence = f"None of the {count} pairs turns once over {context}."
+    else:
+        sentence = f"From pair {rope.slow_from} of {count} on, the rotation is slower than one turn over {context}."
+    if rope.scales:
+        kinds = Counter(dial.kind for dial in rope.dials)
+        sentence += f" RoPE scaling slows {count - kinds['kept']} pairs, {kinds['divided']} of them by {rope.factor:g}."
+    return sentence
+
+
+def _hands(rope: Rope) -> Dials:
+    far = f"{rope.context - 1:,} is the last position of the context"
+    return Dials(
+        f"The angle of each pair at {len(rope.hands)} positions; {far}",
+        tuple(hands.position for hands in rope.hands),
+        tuple(hands.angles for hands in rope.hands),
+        "pair",
     )
 
 
@@ -103,8 +129,7 @@ def _keys(rope: Rope) -> tuple[Table, Paragraph]:
 
 def _dial(angle: float) -> str:
     """Format an angle as degrees with one of eight arrows."""
-    degrees = round(math.degrees(angle)) % 360
-    return f"{degrees}°{_ARROWS[round(degrees / 45) % 8]}"
+    return f"{degrees(angle)}°{arrow(angle)}"
 
 
 def _tokens(wavelength: float) -> str:

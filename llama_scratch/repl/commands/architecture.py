@@ -19,7 +19,8 @@ _LENGTH = 1024
 def _arch(session: Session, argument: str) -> Reply:
     """Network components: shapes, parameters, FLOPs and bytes.
 
-    The cost of attention depends on the length of the text: the text so far, or LENGTH tokens.
+    Draws the network along its residual stream. The cost of attention depends on the length of the text: the
+    text so far, or LENGTH tokens.
     """
     from llama_scratch.microscope.architecture import architecture
 

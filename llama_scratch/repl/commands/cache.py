@@ -16,7 +16,8 @@ command = commands_under("Network")
 def _kv(session: Session, argument: str) -> Reply:
     """KV cache: tokens, bytes, and norms of the keys and values.
 
-    With a layer: the norms of its keys and values, per head and token.
+    The heat maps show the norms at each layer and position, averaged over heads. With a layer: the
+    norms of its keys and values, per head and token.
     """
     from llama_scratch.microscope.cache import cache, cached_layer
     from llama_scratch.render.pages import cache as pages

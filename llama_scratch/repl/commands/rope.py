@@ -19,9 +19,9 @@ _ROPE = re.compile(r"(?:([0-9]{1,7})(?:\s+|\Z))?(?:[lL]?([0-9]{1,4})\.[hH]?([0-9
 def _rope(session: Session, argument: str) -> Reply:
     """Rotary position embedding (RoPE) of queries and keys.
 
-    Shows the rotation angle of each pair of dimensions at a position (default: the last token), unscaled and scaled;
-    the last token's query in a head (default 0.0) before and after rotation; and its dot products with the keys by
-    distance.
+    Draws the angle of each pair of dimensions as a clock hand at three positions: 1, POSITION (default: the last
+    token's) and the end of the context. Lists the angles at POSITION, unscaled and scaled. Then shows the last token's
+    query in a head (default 0.0) before and after rotation, and its dot products with the keys by distance.
     """
     from llama_scratch.microscope.rope import rope
     from llama_scratch.render.pages import rope as pages

@@ -27,8 +27,8 @@ def _trees(session: Session, _begun: str) -> Iterable[str]:
 def _tree(session: Session, argument: str) -> Reply:
     """Tree of the most probable continuations: 3 wide, 3 deep.
 
-    WIDTHxDEPTH sets another size, such as 2x6. A path such as 1.2 appends the tokens of that branch to the text and
-    shows the tree from there. .. goes back.
+    The icicle at the top draws each branch as wide as it is probable. WIDTHxDEPTH sets another size, such as
+    2x6. A path such as 1.2 appends the tokens of that branch to the text and shows the tree from there. .. goes back.
     """
     from llama_scratch.microscope.tree import check_size, tree
 

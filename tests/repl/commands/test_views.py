@@ -17,8 +17,9 @@ from llama_scratch.microscope.compare import ComparedToken, Comparison, ModelPre
 from llama_scratch.microscope.diff import Diff, Pair
 from llama_scratch.microscope.surprisal import Scored, Surprisal
 from llama_scratch.microscope.tokens import Piece, Tokens
-from llama_scratch.microscope.tree import Branch, Tree
+from llama_scratch.microscope.tree import Branch, Tree, tree
 from llama_scratch.render import to_plain, to_terminal
+from llama_scratch.render.drawings.icicle import Icicle
 from llama_scratch.render.page import Page
 from llama_scratch.render.pages import choices as choices_page
 from llama_scratch.render.pages import compare as compare_page
@@ -321,14 +322,13 @@ VIEWS = everything()
 @pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_view_fits_its_terminal(name: str, width: int) -> None:
-    """Widths are in cells, two per Chinese character. Nothing is truncated with an ellipsis."""
+    """Widths are in cells, two per Chinese character. Only the tree truncates texts, in its icicle."""
     from rich.cells import cell_len
 
     for view in VIEWS[name]:
         text = shown(view, width)
         assert max(map(cell_len, text.splitlines())) <= width
-        # The tree's root shows the end of the text after an ellipsis.
-        assert text.count("…") == (name == "tree")
+        assert ("…" in text) == (name == "tree")
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -473,3 +473,31 @@ def test_the_text_is_colored_by_its_bits() -> None:
 @pytest.mark.parametrize("form", [to_terminal.view, to_plain.plain])
 def test_one_token_is_a_token(form: Callable[[Page], RenderableType]) -> None:
     assert "1 token." in shown(form(tokens_page.page(Tokens((Piece(1, "a", b"a"),)))), 40)
+
+
+def test_the_tree_s_sentence_names_the_most_probable_path() -> None:
+    """It is not the path of the most probable tokens, and its probability is that of the whole path."""
+
+    def branch(text: str, probability: float, before: float, *children: Branch) -> Branch:
+        return Branch(1, text, math.log(probability), math.log(probability * before), False, children)
+
+    wide = branch(" a", 0.6, 1, branch(" b", 0.3, 0.6), branch(" c", 0.2, 0.6))
+    narrow = branch(" d", 0.3, 1, branch(" e", 0.9, 0.3), branch(" f", 0.05, 0.3))
+    sentence = tree_page.finding(Tree((), 2, 2, (wide, narrow)))
+    assert "␣a is the most probable next token, 60.0 %" in sentence
+    assert "␣d ␣e, 27.0 % for all 2 tokens" in sentence
+    assert "2 first tokens have 90.0 %" in sentence
+    assert tree_page.finding(Tree((), 1, 1, (branch(" a", 0.6, 1),))) == "␣a is the most probable next token, 60.0 %."
+
+
+def test_the_tree_of_a_known_text(smollm2_path: Path) -> None:
+    """The sentence and the icicle say the same as `/predict` and `/tree --json`."""
+    llama = Llama.load(smollm2_path, precision="fp32", device="cpu")
+    found = tree(llama, "The capital of France is", 3, 2)
+    page = tree_page.page(found, "The capital of France is")
+    assert "␣Paris is the most probable next token, 77.3 %" in tree_page.finding(found)
+    (icicle,) = (part for part in page.parts if isinstance(part, Icicle))
+    paris = icicle.rows(1000, 10)[1][0]
+    assert paris.branch is not None
+    assert (paris.branch.name, paris.branch.label, paris.right) == ("1", "␣Paris", 773)
+    assert [child.share for child in paris.branch.children] == [b.path_probability for b in found.branches[0].children]
