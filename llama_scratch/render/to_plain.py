@@ -60,7 +60,7 @@ def _lines(part: PageBlock) -> Iterator[str]:
                 yield from _map_lines(heatmap)
             yield from list(filter(None, map(pooling, part.maps, small)))[:1]  # one note for all maps
         case Code():
-            yield f"{written(part.path)}, line {part.first}:"
+            yield f"{written(part.path)}, line {part.line}:"
             for n, line in enumerate(part.text.splitlines(), start=1):
                 yield f"{part.first + n - 1}{' (here)' if n in part.marked else ''}: {written(line)}"
 
