@@ -93,6 +93,11 @@ class Statement(JsonResult):
         """The source of the statement."""
         return "\n".join(lines(_PATH)[self.first_line - 1 : self.last_line])
 
+    @property
+    def file(self) -> str:
+        """The text of the whole file."""
+        return "\n".join(lines(_PATH))
+
     def around(self, margin: int) -> tuple[int, str]:
         """Return the statement with up to `margin` lines of its function on both sides.
 

@@ -74,6 +74,11 @@ class Passage:
         """The source text."""
         return "\n".join(lines(self.path)[self.first_line - 1 : self.last_line])
 
+    @property
+    def file(self) -> str:
+        """The text of the whole file."""
+        return "\n".join(lines(self.path))
+
 
 @dataclass(frozen=True)
 class Source(JsonResult):

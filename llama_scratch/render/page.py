@@ -208,12 +208,24 @@ class Code:
         path: The file they come from.
         first: Line number of the first line in that file.
         marked: Lines to highlight, counted from 1 within the excerpt.
+        file: The whole text of that file, to color the excerpt as in its file. If empty, `text` is lexed alone.
     """
 
     text: str
     path: str
     first: int
     marked: tuple[int, ...] = ()
+    file: str = ""
+
+    @property
+    def line(self) -> int:
+        """Number of the first marked line, or of the first line if none is marked."""
+        return self.first + (self.marked[0] - 1 if self.marked else 0)
+
+    @property
+    def location(self) -> str:
+        """The heading: the path and the line."""
+        return f"{self.path}:{self.line}"
 
     @property
     def language(self) -> str:

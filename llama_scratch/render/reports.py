@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -99,8 +99,34 @@ def rows(pairs: Mapping[str, str]) -> RenderableType:
     return Padding(table, (0, 0, 0, 1))
 
 
-def groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
-    """Render groups of names and values, each below its title, in shared columns."""
+# Minimum width of the terminal for two columns of groups.
+_TWO_COLUMNS = 100
+
+
+class Groups:
+    """Groups of names and values, each below its title, in two columns if the terminal is wide enough."""
+
+    def __init__(self, titled: Mapping[str, Mapping[str, str]]):
+        self._titled = titled
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < _TWO_COLUMNS:
+            yield _groups(self._titled)
+            return
+        rows = 0
+        half = sum(len(pairs) + 1 for pairs in self._titled.values()) / 2
+        columns: tuple[dict[str, Mapping[str, str]], dict[str, Mapping[str, str]]] = {}, {}
+        for title, pairs in self._titled.items():
+            columns[rows >= half][title] = pairs
+            rows += len(pairs) + 1
+        grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        for _ in columns:
+            grid.add_column(ratio=1)
+        grid.add_row(*map(_groups, columns))
+        yield grid
+
+
+def _groups(titled: Mapping[str, Mapping[str, str]]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

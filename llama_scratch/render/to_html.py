@@ -22,10 +22,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.text import Text
 
 from llama_scratch.render import colors, palette, stream
+from llama_scratch.render.code import highlighted
 from llama_scratch.render.drawings.drawing import NARROW, WIDE, Drawing
 from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import (
@@ -310,14 +310,12 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
 
 
 def _code(part: Code) -> dict[str, Any]:
-    syntax = Syntax("", part.language, theme="ansi_dark")
-    text = syntax.highlight("\n".join(map(written, part.text.splitlines())))
     console = Console(file=io.StringIO())
     lines = [
         {"number": part.first + n, "marked": n + 1 in part.marked, "pieces": list(_pieces(line, console))}
-        for n, line in enumerate(text.split("\n"))
+        for n, line in enumerate(highlighted(part))
     ]
-    return {"kind": "code", "place": f"{written(part.path)}:{part.first}", "lines": lines}
+    return {"kind": "code", "place": written(part.location), "lines": lines}
 
 
 def _pieces(line: Text, console: Console) -> Iterator[dict[str, str]]:

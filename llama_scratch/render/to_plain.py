@@ -64,7 +64,7 @@ def _lines(part: PageBlock) -> Iterator[str]:
             yield f"{written(part.title)}:"
             yield from map(written, part.spoken())
         case Code():
-            yield f"{written(part.path)}, line {part.first}:"
+            yield f"{written(part.path)}, line {part.line}:"
             for n, line in enumerate(part.text.splitlines(), start=1):
                 yield f"{part.first + n - 1}{' (here)' if n in part.marked else ''}: {written(line)}"
 

@@ -367,7 +367,7 @@ def _code(part: Code) -> _Block:
     high = 1.45 * size / 72
 
     def draw(sheet: Sheet, top: float) -> None:
-        sheet.write(_MARGIN, top + 0.1, f"{written(part.path)}:{part.first}", _SMALL, mono=True, color=_SOFT)
+        sheet.write(_MARGIN, top + 0.1, written(part.location), _SMALL, mono=True, color=_SOFT)
         for n, line in enumerate(lines):
             y = top + 0.25 + n * high
             if n + 1 in part.marked:

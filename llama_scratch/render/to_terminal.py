@@ -8,12 +8,12 @@ from dataclasses import replace
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
-from rich.syntax import Syntax
 from rich.table import Table as Grid
 from rich.text import Text
 from rich.tree import Tree
 
 from llama_scratch.render.bars import TextWithBar, has_blocks
+from llama_scratch.render.code import Excerpt
 from llama_scratch.render.drawings.drawing import Drawing
 from llama_scratch.render.heatmaps import Tiles, WideMap
 from llama_scratch.render.page import (
@@ -81,17 +81,7 @@ def _running(part: Running) -> Text:
 
 
 def _code(part: Code) -> RenderableType:
-    code = Syntax(
-        "\n".join(map(written, part.text.splitlines())),
-        part.language,
-        theme="ansi_dark",
-        background_color="default",
-        line_numbers=True,
-        start_line=part.first,
-        highlight_lines={part.first + line - 1 for line in part.marked},
-        word_wrap=True,
-    )
-    return Group(Text(f"{written(part.path)}:{part.first}", style="bold"), code)
+    return Group(Text(written(part.location), style="bold"), Excerpt(part))
 
 
 class FittedDrawing:

@@ -24,7 +24,7 @@ from rich.cells import cell_len, set_cell_size
 
 from llama_scratch.render.surprise import surprise_style
 from llama_scratch.render.text import percent, visible
-from llama_scratch.repl.commands import completions, escaped, is_command, unescaped
+from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.live import LivePredictor, Reading, is_live
@@ -256,8 +256,11 @@ class _Commands(Completer):
         line = document.text_before_cursor
         if is_command(line):
             for completion in completions(self._session, line):
-                last_part = completion.split(maxsplit=1)[-1]
-                yield Completion(completion, start_position=-len(line), display=last_part)
+                name, _, argument = completion.partition(" ")
+                command = COMMANDS.get(name[1:])
+                about = f"{command.heading}: {command.summary}" if command and not argument else ""
+                display = argument.strip() or name
+                yield Completion(completion, start_position=-len(line), display=display, display_meta=about)
 
 
 class _Surprise(Processor):

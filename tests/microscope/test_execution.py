@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
+import pyte
 import pytest
 import torch
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from rich.console import Console
 from torch import Tensor
 
 from llama_scratch import model as network
@@ -31,7 +35,10 @@ from llama_scratch.microscope.execution import (
     look,
     walk,
 )
+from llama_scratch.microscope.source import lines
 from llama_scratch.microscope.value_view import ValueSummary, ValueView, parsed, summaries
+from llama_scratch.render.page import Code, Finding
+from llama_scratch.render.pages import execution as execution_pages
 from llama_scratch.repl.commands import completions, run_command
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.session import Session
@@ -595,6 +602,36 @@ def test_what_step_refuses(session: Session, line: str) -> None:
     assert run(session, "/step")["stop"] == 0
 
 
+@pytest.mark.parametrize(("letter", "word"), [("s", "into"), ("step", "into"), ("pp x", "print x"), ("quit", "end")])
+def test_commands_of_pdb_with_an_exact_equivalent(session: Session, letter: str, word: str) -> None:
+    replies = []
+    for line in (letter, word):
+        run(session, "/step to 1")
+        replies.append(run(session, f"/step {line}"))
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(("letter", "instead"), [("c", "'to 5'"), ("r", "'out'"), ("u", "'out'"), ("l", "/source")])
+def test_other_commands_of_pdb_say_what_to_type(session: Session, letter: str, instead: str) -> None:
+    run(session, "/step to 1")
+    with pytest.raises(UsageError, match=instead):
+        run_command(session, f"/step {letter}")
+
+
+def test_the_finding_and_the_heading_name_the_line_that_ran(session: Session, walked: ExecutionTrace) -> None:
+    at = number_of(walked, "q = self.wq", 1)
+    stop = walked.stops[at]
+    parts = execution_pages.page(walked, at).parts
+    line = next(n for n, text in enumerate(lines(stop.path), 1) if text.strip().startswith("q = self.wq"))
+    (q,) = stop.values
+    shape = ", ".join(map(str, q.shape or ()))
+    assert parts[0] == Finding(f"model.py:{line} ran in layer 1: q is ({shape}).")
+    (code,) = (part for part in parts if isinstance(part, Code))
+    assert code.first < line
+    assert code.location == f"llama_scratch/model.py:{line}"
+    assert f"model.py:{line} ran in layer 1." in execution_pages.finding(replace(stop, values=()))
+
+
 def test_another_text_begins_another_walk(session: Session) -> None:
     """It says so, except for the first text."""
     assert not run(session, "/step next 2")["begins_anew"]
@@ -680,3 +717,20 @@ def test_an_error_keeps_what_look_showed() -> None:
     """A view has plain values."""
     seen = ValueView("q", "[0]", (1, 2), (2,), "float32", "", ("0",), ((1.0, None),), left_out=False)
     assert json.loads(json.dumps(seen.as_json(), allow_nan=False))["rows"] == [[1.0, None]]
+
+
+@pytest.mark.parametrize(("height", "in_place"), [(60, True), (12, False)])
+def test_a_stop_replaces_the_one_before_if_the_terminal_is_high_enough(
+    session: Session, walked: ExecutionTrace, height: int, in_place: bool
+) -> None:
+    output = io.StringIO()
+    session.screen.console = Console(file=output, force_terminal=True, width=80, height=height)
+    typed(session, "nnq")
+    screen = pyte.HistoryScreen(80, height, history=1000)
+    pyte.Stream(screen).feed(output.getvalue().replace("\n", "\r\n"))
+    rows = ["".join(row[x].data for x in range(80)) for row in screen.history.top] + list(screen.display)
+    counts = [line.split()[1] for line in rows if re.match(r" stop \d+ of", line)]
+    last = str(walked.next(walked.next(0)) + 1)
+    assert counts[-1] == last
+    assert (counts == [last]) is in_place
+    assert len(session.screen.views) == 3  # each stop is recorded for /export

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from dataclasses import replace
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from llama_scratch.errors import UsageError
 from llama_scratch.render import colors, to_plain, to_terminal
+from llama_scratch.render.code import highlighted
 from llama_scratch.render.page import (
     Cell,
     Code,
@@ -34,6 +36,33 @@ from llama_scratch.render.page import (
 from llama_scratch.render.to_html import html
 from llama_scratch.render.to_png import png
 from tests.helpers.pages import EVERYTHING, HOSTILE, SIGNED, TABLE, ramp, with_texts
+
+FILE = """def f():
+    \"\"\"Return one.
+
+    return is a word here
+    \"\"\"
+    return 1
+"""
+
+
+def test_an_excerpt_is_colored_as_in_its_file() -> None:
+    """It begins inside a docstring. Lexed alone, its first line would be code and its last one a string."""
+    excerpt = dedent("\n".join(FILE.splitlines()[3:6]))
+    inside, quotes, code = highlighted(Code(excerpt, "a.py", 4, (3,), FILE))
+    assert [line.plain for line in (inside, quotes, code)] == excerpt.splitlines()
+    assert {str(span.style) for span in inside.spans} == {str(span.style) for span in quotes.spans}
+    assert {str(span.style) for span in code.spans} != {str(span.style) for span in inside.spans}
+    alone = highlighted(Code(excerpt, "a.py", 4, (3,)))
+    assert [line.spans for line in alone] != [line.spans for line in (inside, quotes, code)]
+
+
+def test_every_renderer_names_the_marked_line() -> None:
+    part = Code("a = 1\nb = 2\nc = 3", "a.py", 4, (3,))
+    assert "a.py:6" in shown(part)
+    assert "a.py:6" in html(Page("t", (part,)))
+    assert "a.py, line 6:" in to_plain.plain(Page("t", (part,))).plain
+    assert replace(part, marked=()).location == "a.py:4"
 
 
 def shown(*parts: PageBlock, width: int = 80, source: tuple[str, ...] = (), encoding: str = "utf-8", **how: Any) -> str:
@@ -107,7 +136,7 @@ def test_bars_grow_in_eighths() -> None:
 
 def test_source_has_its_lines_numbered_and_marked() -> None:
     lines = shown(EVERYTHING.parts[9]).splitlines()
-    assert lines[1] == " llama_scratch/model.py:41"
+    assert lines[1] == " llama_scratch/model.py:42"
     assert re.fullmatch(r" +41 def f\(\):", lines[2])
     assert re.fullmatch(r" ❱ 42 +return 1", lines[3])
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Code, Page, PageBlock, Paragraph, Table, figure
+from llama_scratch.render.page import Cell, Code, Finding, Page, PageBlock, Paragraph, Table, figure
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.execution import ExecutionTrace, Statement
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # it brings torch
 
 # Lines shown before and after the statement.
 _MARGIN = 3
+# Maximum number of values in the finding.
+_NAMED = 3
 
 
 def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
@@ -22,16 +24,17 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
     Args:
         walk: The trace.
         at: The stop.
-        note: A sentence before the page.
+        note: A sentence after the finding.
     """
     stop = walk.stops[at]
     first, text = stop.around(_MARGIN)
     marked = tuple(range(stop.first_line - first + 1, stop.last_line - first + 2))
     parts: list[PageBlock] = [
+        Finding(finding(stop)),
         *([Paragraph(note)] if note else []),
         Paragraph(where(stop), "bold"),
         Paragraph(_count(walk, at), "dim"),
-        Code(dedent(text), stop.path, first, marked),
+        Code(dedent(text), stop.path, first, marked, stop.file),
     ]
     if stop.values:
         parts.append(Table(("value", ""), tuple(row for value in stop.values for row in _rows(value))))
@@ -40,6 +43,19 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
     if stop.in_scope:
         parts.append(Paragraph(f"In scope for /step print: {', '.join(stop.in_scope)}.", "dim"))
     return Page("Forward pass", tuple(parts), (f"model.{stop.function}",))
+
+
+def finding(stop: Statement) -> str:
+    """Say which line ran, where, and the shapes or values that it produced."""
+    place = f"layer {stop.layer}" if stop.layer is not None else stop.module or "the network"
+    ran = f"{stop.path.rpartition('/')[2]}:{stop.first_line} ran in {place}"
+    results = [
+        f"{'its result' if value.name == 'return' else value.name} is "
+        + (value.text if value.shape is None else tuple_text(value.shape))
+        for value in stop.values[:_NAMED]
+    ]
+    more = f" and {len(stop.values) - _NAMED} more values" if len(stop.values) > _NAMED else ""
+    return f"{ran}: {', '.join(results)}{more}." if results else f"{ran}."
 
 
 def where(stop: Statement) -> str:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def page(source: Source) -> Page:
     """Return a page of the passages."""
-    codes = tuple(Code(dedent(passage.text), passage.path, passage.first_line) for passage in source.passages)
+    codes = tuple(
+        Code(dedent(passage.text), passage.path, passage.first_line, file=passage.file) for passage in source.passages
+    )
     return Page(f"Source of {source.name}", codes)
 
 

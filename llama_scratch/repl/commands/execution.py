@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
+from rich.live_render import LiveRender
+
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
 from llama_scratch.render import reports, text
 from llama_scratch.render.pages import execution as execution_pages
 from llama_scratch.render.pages import value_view as value_pages
 from llama_scratch.repl.commands.arguments import first_word, whole_number
 from llama_scratch.repl.commands.registry import Reply, commands_under, note, paged
+from llama_scratch.repl.screen import SessionScreen
 from llama_scratch.repl.session import Session
 from llama_scratch.results import merged
 
@@ -27,8 +31,18 @@ if TYPE_CHECKING:
 command = commands_under("Interpretability")
 
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
+# Commands of pdb that mean exactly the same here, and what to type instead of the others.
+_SAME_AS_PDB = {"s": "into", "step": "into", "pp": "print", "quit": "end", "exit": "end"}
+_INSTEAD_OF_PDB = {
+    **dict.fromkeys(("c", "cont", "continue"), "There are no breakpoints. 'to 5' goes to layer 5."),
+    **dict.fromkeys(("r", "return"), "'out' leaves the function and stops after it has returned."),
+    **dict.fromkeys(("u", "up"), "'out' leaves the function."),
+    **dict.fromkeys(("d", "down"), "'into' enters a called function."),
+    **dict.fromkeys(("w", "where"), "Each stop shows its callers in its first line."),
+    **dict.fromkeys(("l", "ll", "list"), "Each stop shows its lines. /source model.py shows the whole file."),
+}
 _KEYS = (
-    "Enter or n: next, i: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
+    "Enter or n: next, i or s: into, o: out, b: back, t N: to layer N, p NAME or p NAME[…]: print, q: end. "
     "A number after a word repeats it: next 3."
 )
 
@@ -56,7 +70,7 @@ def _step(session: Session, argument: str) -> Reply:
     next stays in the function, into enters a called function, out leaves the function, back goes back, to 5 goes to
     layer 5; next 3 takes three steps. print q[0, -1, :, :8] shows elements of a variable in scope.
 
-    On a terminal, /step alone reads single keys: Enter or n, i, o, b, t 5, p q; ? lists them.
+    On a terminal, /step alone reads single keys: Enter or n, i (or s, as in pdb), o, b, t 5, p q; ? lists them.
     """
     if not argument and session.screen.keyboard:
         return _with_keys(session, session.screen.keyboard)
@@ -68,7 +82,9 @@ def _take(session: Session, argument: str) -> Reply:
     from llama_scratch.microscope import execution
 
     word, rest = first_word(argument)
-    word = _ACTIONS.get(word, word)
+    word = _ACTIONS.get(word) or _SAME_AS_PDB.get(word, word)
+    if word in _INSTEAD_OF_PDB:
+        raise UsageError(f"/step has no '{word}'. {_INSTEAD_OF_PDB[word]}")
     if word not in ("", *_ACTIONS.values()):
         raise UsageError(f"Invalid action '{sanitize(argument)}' for /step. Use one of {', '.join(_ACTIONS.values())}.")
     if word == "end":
@@ -109,6 +125,47 @@ def _walking(session: Session) -> tuple[_Walking, str]:
     return walking, "The text or the network has changed, so the walk starts again." if current else ""
 
 
+class _Place:
+    """The place on the screen where each stop replaces the one before it.
+
+    If the terminal is too low for a stop, or its size has changed, the next stop is printed below instead.
+
+    Args:
+        screen: The screen.
+        in_place: Whether to replace. If not, everything is printed below.
+    """
+
+    def __init__(self, screen: SessionScreen, *, in_place: bool):
+        self._screen, self._in_place = screen, in_place
+        self._stop: RenderableType = ""
+        self._drawn: LiveRender | None = None
+        self._size = screen.console.size
+
+    def show_stop(self, view: RenderableType) -> None:
+        """Show a stop."""
+        self._stop = view
+        self._draw(view, view)
+
+    def show_below(self, view: RenderableType) -> None:
+        """Show a message or numbers below the current stop, until the next stop."""
+        self._draw(Group(self._stop, view), view)
+
+    def _draw(self, whole: RenderableType, new: RenderableType) -> None:
+        console = self._screen.console
+        if not self._in_place:
+            self._screen.show(new)
+            return
+        self._screen.record_view(new)
+        # One row is for the prompt.
+        fits = self._size == console.size and self._drawn and self._drawn.last_render_height < console.size.height
+        if fits and self._drawn:
+            console.control(self._drawn.restore_cursor())
+        elif self._drawn:
+            whole = new
+        self._drawn, self._size = LiveRender(whole, vertical_overflow="visible"), console.size
+        console.print(self._drawn, markup=False, highlight=False)
+
+
 def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
     """Read single keys until q, Ctrl-C or Ctrl-D. The walk keeps its position."""
     # Imported here because a pipe does not need it.
@@ -125,7 +182,7 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
     def empty() -> bool:
         return not get_app().current_buffer.text
 
-    for key in "niobq?":
+    for key in "nisobq?":
 
         @keys.add(key, filter=empty)
         def _(event: KeyPressEvent) -> None:
@@ -141,21 +198,23 @@ def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
     )
     hint = FormattedText([("ansibrightblack", "Enter next, i into, o out, ? all")])
     reply = _take(session, "")
-    session.screen.show(reply.view or "")
+    place = _Place(session.screen, in_place=session.screen.console.is_terminal and not plain)
+    place.show_stop(reply.view or "")
     while True:
         try:
             with keyboard.released():
                 line = editor.prompt("step> ", placeholder=hint).strip()
         except (KeyboardInterrupt, EOFError):
             break
-        if line in ("q", "end"):
+        if line in ("q", "end", "quit", "exit"):
             break
         if line == "?":
-            session.screen.show(reports.rows({"step>": _KEYS}))
+            place.show_below(reports.rows({"step>": _KEYS}))
             continue
         try:
             reply = _take(session, line or "next")
-            session.screen.show(reply.view or "")
+            show = place.show_stop if "stops" in reply.facts else place.show_below
+            show(reply.view or "")
         except LlamaScratchError as error:
-            session.screen.show(text.error(str(error)))
+            place.show_below(text.error(str(error)))
     return Reply(reply.facts)

@@ -9,6 +9,8 @@ from llama_scratch.repl.session import Session
 
 command = commands_under("Session")
 
+# The commands that a new user should try first.
+START_WITH = ("why", "lens", "attention", "ablate", "step")
 KEYS = {
     "Enter": "Send the prompt. On an empty line, accept the offered tokens.",
     "Tab, →": "Accept the suggested token. Empty line: insert the text.",
@@ -32,7 +34,8 @@ def _help(session: Session, argument: str) -> Reply:
         }
         names = {name: summary for group in groups.values() for name, summary in group.items()}
         keys = _keys(session)
-        return Reply({"commands": names, "keys": keys}, reports.groups(groups | {"Keys": keys}), note=True)
+        first = {"Start with": {f"/{name}": COMMANDS[name].summary for name in START_WITH}}
+        return Reply({"commands": names, "keys": keys}, reports.Groups(first | groups | {"Keys": keys}), note=True)
     name = argument.removeprefix("/")
     if (explained := COMMANDS.get(name)) is None:
         raise unknown_command(name)

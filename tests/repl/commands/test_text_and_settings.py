@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from rich.console import Console
 
 from llama_scratch.errors import LlamaScratchError, UsageError
 from llama_scratch.llama import Llama
+from llama_scratch.render import reports
 from llama_scratch.render.text import as_text
 from llama_scratch.repl.batch import answer_all
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.commands.registry import by_heading, split
+from llama_scratch.repl.commands.session import START_WITH
 from llama_scratch.repl.commands.text import _edited
 from llama_scratch.repl.conversation import Chat
 from llama_scratch.repl.dispatch import respond
+from llama_scratch.repl.editor import _Commands
 from llama_scratch.repl.keyboard import Keyboard
 from llama_scratch.repl.live import is_live
 from llama_scratch.repl.loading import Loading
@@ -531,3 +536,26 @@ def test_a_pipe_without_commands_keeps_nothing_for_an_export(session: Session) -
     session.screen.records_turns = False
     answer_all(session, ["the"], "lines", commands=False, log=Console(file=io.StringIO()))
     assert session.screen.views == []
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 160])
+def test_help_begins_with_commands_to_start_with(width: int) -> None:
+    """It has two columns from 100 columns on, and every command at any width."""
+    view = reports.Groups(
+        {"Start with": {"/why": "x"}}
+        | {heading: {f"/{c.name}": c.summary for c in commands} for heading, commands in by_heading().items()}
+    )
+    console = Console(file=io.StringIO(), width=width)
+    console.print(view)
+    rows = cast(io.StringIO, console.file).getvalue().splitlines()
+    assert rows[0].split()[:2] == ["Start", "with"]
+    assert all(len(row) <= width for row in rows)
+    assert (len(rows[0].split()) > 2) is (width >= 100)
+    assert {f"/{name}" for name in COMMANDS} <= set(" ".join(rows).split())
+
+
+def test_the_menu_shows_the_group_and_sentence_of_each_command(session: Session) -> None:
+    menu = _Commands(session).get_completions(Document("/"), CompleteEvent())
+    about = {completion.display_text: completion.display_meta_text for completion in menu}
+    assert about == {f"/{c.name}": f"{c.heading}: {c.summary}" for c in COMMANDS.values()}
+    assert set(START_WITH) <= set(COMMANDS)
