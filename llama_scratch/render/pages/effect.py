@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Table
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -22,10 +22,29 @@ def page(effect: Effect) -> Page:
         )
         for before, after in effect.tokens
     )
-    names = ", ".join(effect.labels) or "nothing"
-    table = Table(("token", ">before", ">after", ""), rows, f"With {names}")
+    table = Table(("token", ">before", ">after", ""), rows, f"With {_names(effect)}")
     note = f"KL divergence (before ‖ after): {effect.kl_bits:.3g} bits."
-    return Page("Before and after", (table, Paragraph(note, "dim")), ("interventions",))
+    return Page("Before and after", (Finding(finding(effect)), table, Paragraph(note, "dim")), ("interventions",))
+
+
+def finding(effect: Effect) -> str:
+    """Say how far the answer falls, and which token is the answer after the interventions."""
+    before, after = effect.answers[0]
+    name, change = written(before.text, token=True), after.probability - before.probability
+    shares = percent(before.probability), percent(after.probability)
+    if shares[0] == shares[1]:
+        moves = f"stays at {shares[0]}"
+    else:
+        moves = f"{'rises' if change > 0 else 'falls'} from {shares[0]} to {shares[1]}"
+    if len(effect.answers) == 1:
+        return f"With {_names(effect)}, {name} {moves} and remains the answer."
+    new = effect.answers[1][1]
+    answer = f"{written(new.text, token=True)} ({percent(new.probability)})"
+    return f"With {_names(effect)}, {name} {moves}, and the answer becomes {answer}."
+
+
+def _names(effect: Effect) -> str:
+    return ", ".join(effect.labels) or "nothing"
 
 
 def _hover(before: float, after: float) -> str:
