@@ -33,7 +33,7 @@ MARK = {"light": "#c2186b", "dark": "#d63384"}
 QUIET = {"light": "#5f656c", "dark": "#a2a7b0"}
 # Backgrounds of the four classes of surprisal. The first class has the background of the page.
 SURPRISE = {
-    "light": ("", "#fbdcb4", "#ec9a45", "#a8480c"),
+    "light": ("", "#f9d3a0", "#e58c34", "#a0430a"),
     "dark": ("", "#5e3a16", "#a8621c", "#ffb869"),
 }
 STEPS = 25

@@ -57,10 +57,8 @@ def finding(lens: Lens) -> str:
     after = written(lens.tokens[-1].text, token=True)
     sentence = f"After {after}, {written(answer.text, token=True)} ({percent(answer.probability)}) {leads}."
     falls = [fall for fall in lens.rank_falls()[:_FALLS] if fall[1] >= _LEAST_FALL * fall[2]]
-    if falls:
-        places = " and ".join(f"{_name(layer)} ({before:,} → {now:,})" for layer, before, now in sorted(falls))
-        return f"{sentence} Its rank falls most at {places}."
-    return sentence if stays < 0 else f"{sentence} No single layer halves its rank."
+    places = " and ".join(f"{_name(layer)} ({before:,} → {now:,})" for layer, before, now in sorted(falls))
+    return f"{sentence} Its rank falls most at {places}." if places else sentence
 
 
 def _name(layer: int) -> str:
