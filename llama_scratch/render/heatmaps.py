@@ -11,7 +11,8 @@ from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from llama_scratch.render.page import Gallery, Heatmap, pooled, pooling, written
+from llama_scratch.render.page import Gallery, Heatmap, written
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.shades import Shades
 from llama_scratch.render.text import SPACE
 
@@ -104,14 +105,12 @@ def _widths(heatmap: Heatmap, width: int) -> _Widths:
     if heatmap.kinds or heatmap.texts is None:
         field = 1 if heatmap.kinds and 2 * len(columns) > room else 2
         return _Widths(label, field, -1, 0, beside, room)
-    needs = [
-        2 + max([cell_len(heatmap.column(c)), *(cell_len(heatmap.text(r, c)) for r in rows)], default=0)
-        for c in columns
-    ]
+    lengths = [[cell_len(heatmap.text(r, c)) for r in rows] for c in columns]
+    needs = [2 + max([cell_len(heatmap.column(c)), *lengths[c]]) for c in columns]
     field = min(16, max(needs, default=2))
     if field * len(columns) > room:
-        lengths = sorted(cell_len(heatmap.text(r, c)) for r in rows for c in columns)
-        field = min(10, max(6 if heatmap.tokens else 3, 2 + lengths[3 * len(lengths) // 4])) if lengths else 2
+        in_order = sorted(length for column in lengths for length in column) or [0]
+        field = min(10, max(6 if heatmap.tokens else 3, 2 + in_order[3 * len(in_order) // 4]))
     complete = max((c for c in columns if any(heatmap.mark(r, c) for r in rows)), default=-1)
     extra = max(0, min(room, needs[complete]) - field) if complete >= 0 else 0
     return _Widths(label, field, complete, extra, beside, room)

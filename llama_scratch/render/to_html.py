@@ -35,10 +35,9 @@ from llama_scratch.render.page import (
     Running,
     Table,
     figure,
-    pooled,
-    pooling,
     written,
 )
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.surprise import NAMES
 from llama_scratch.render.text import SPACE
 

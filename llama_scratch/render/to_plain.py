@@ -20,10 +20,9 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
-    pooled,
-    pooling,
     written,
 )
+from llama_scratch.render.pooling import pooled, pooling
 
 # Maximum number of columns of a map if a command shows the others.
 _PLAIN_COLUMNS = 8

@@ -20,10 +20,9 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
-    pooled,
-    pooling,
     written,
 )
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
 from llama_scratch.render.surprise import NAMES
 

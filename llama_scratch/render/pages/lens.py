@@ -75,16 +75,16 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
     layers = lens.layers[::-1]
     grid = [row.guesses for row in layers]
     worst = math.log(max(2, max(guess.rank_of_answer for row in grid for guess in row)))
+    names, finals = ([written(token.text, token=True) for token in row] for row in (lens.tokens, lens.answers))
     answer, leads = len(lens.tokens) - 1, [[guess.rank_of_answer == 1 for guess in row] for row in grid]
 
     def value(guess: Guess) -> float:
         return 1 - math.log(guess.rank_of_answer) / worst if ranks else guess.probability
 
     def hover(layer: int, index: int, guess: Guess) -> str:
-        after, final = (written(token.text, token=True) for token in (lens.tokens[index], lens.answers[index]))
         says = f"{written(guess.text, token=True)} ({percent(guess.probability)})"
-        rank = f"the final prediction {final} has rank {guess.rank_of_answer:,}"
-        return f"After {_name(layer)}, {after} predicts {says}; {rank}."
+        rank = f"the final prediction {finals[index]} has rank {guess.rank_of_answer:,}"
+        return f"After {_name(layer)}, {names[index]} predicts {says}; {rank}."
 
     return Heatmap(
         title="Rank of the final prediction after each layer" if ranks else "Top prediction after each layer",
@@ -102,7 +102,7 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
         end_labels=(f"{math.exp(worst):,.0f}", "1") if ranks else None,
         percent=not ranks,
         beside=() if ranks else tuple(f"{row[answer].rank_of_answer:,}" for row in grid),
-        beside_title="" if ranks else f"rank of {written(lens.answers[-1].text, token=True)}",
+        beside_title="" if ranks else f"rank of {finals[-1]}",
         marked=tuple(tuple(c == answer and leading for c, leading in enumerate(row)) for row in leads),
         quiet=tuple(tuple(not leading for leading in row) for row in leads),
         fold="no final prediction",
