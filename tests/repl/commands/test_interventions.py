@@ -392,7 +392,7 @@ def test_a_terminal_sees_before_and_after(smollm2: Llama, width: int) -> None:
     assert reply is not None
     text = shown(reply.view, width)
     assert "With -L23.H4, -L29.ffn" in text
-    assert " ".join(text.split()).count("77.3 %") == 1
+    assert " ".join(text.split()).count("77.3 %") == 2  # in the finding and in the table
     assert max(map(len, text.splitlines())) <= width
     file.truncate(0)
     respond(session, "The capital of France is")
