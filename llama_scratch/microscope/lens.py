@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ class Lens(Displayable, JsonResult):
         """The layer from which on the final prediction keeps rank 1."""
         others = [row.layer for row in self.layers if row.guesses[index].rank_of_answer > 1]
         return others[-1] + 1 if others else -1
+
+    def rank_falls(self, index: int = -1) -> tuple[tuple[int, int, int], ...]:
+        """The layers at which the rank of the final prediction falls, by the largest factor first.
+
+        Args:
+            index: One of the positions.
+
+        Returns:
+            For each layer: the layer, the rank before it, and the rank after it.
+        """
+        ranks = [(row.layer, row.guesses[index].rank_of_answer) for row in self.layers]
+        falls = [(layer, before, after) for (_, before), (layer, after) in pairwise(ranks) if after < before]
+        return tuple(sorted(falls, key=lambda fall: -fall[1] / fall[2]))
 
     def as_json(self) -> dict[str, Any]:
         """Return the lens as JSON values, as `/lens` prints it.

@@ -1,56 +1,65 @@
-"""Heat maps on a terminal.
-
-Positive values are block characters and negative values are strokes, so the map can be read without color.
-"""
+"""Heat maps on a terminal: the layout of their fields, labels and legends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import zip_longest
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as Grid
 from rich.text import Text
 
-from llama_scratch.render.bars import has_blocks
-from llama_scratch.render.page import Gallery, Heatmap, figure, pooled, pooling, written
+from llama_scratch.render.page import Gallery, Heatmap, written
+from llama_scratch.render.pooling import pooled, pooling
+from llama_scratch.render.shades import Shades
 from llama_scratch.render.text import SPACE
 
-# From weakest to strongest, with and without Unicode.
-_POSITIVE, _POSITIVE_ASCII = " ·░▒▓█", " .:+*#"
-_NEGATIVE, _NEGATIVE_ASCII = " ‐-=≡≣", " `-=xX"
-# Upper limits of the first five shades.
-_LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
 # Maximum number of rows. Maps with texts may have more, because pooling would drop texts.
 HIGH, HIGH_WITH_TEXTS = 48, 128
 TILE = (10, 5)
+# From this number of rows on, the column labels follow the last row too.
+_FOOT = 10
+# The smallest number of rows that are folded into one line.
+_FOLDED = 3
 # Gap between tiles, and the minimum width of a tile.
 _TILE_GAP, _LEAST_TILE = 2, 6
-
-
-def _shade(level: float | None, blocks: bool) -> tuple[str, str]:
-    """The character and the style for a level of −1 to 1."""
-    if level is None:
-        return " ", ""
-    step = sum(abs(level) > limit for limit in _LIMITS)
-    style = ("dim", "dim", "", "", "", "bold")[step]
-    if level < 0:
-        return (_NEGATIVE if blocks else _NEGATIVE_ASCII)[step], f"{style} red".strip()
-    return (_POSITIVE if blocks else _POSITIVE_ASCII)[step], f"{style} green".strip()
-
-
-def _text_style(level: float | None) -> str:
-    if level is None:
-        return ""
-    color = "red" if level < 0 else "green"
-    strength = abs(level)
-    return "dim" if strength < 0.1 else "" if strength < 0.4 else color if strength < 0.75 else f"bold {color}"
 
 
 def _cut(text: str, width: int) -> str:
     """Cut or pad a text to exactly `width` cells."""
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """The widths of the parts of a map, in cells.
+
+    Args:
+        label: Width of the row labels.
+        field: Width of a field, including the gap.
+        complete: The column that is never cut off, or −1.
+        extra: Additional width of that column.
+        beside: Width of the texts beside the map, including the gap.
+        room: Width that the columns share.
+    """
+
+    label: int
+    field: int
+    complete: int
+    extra: int
+    beside: int
+    room: int
+
+    @property
+    def fits(self) -> int:
+        """Number of columns that fit."""
+        return max(1, (self.room - self.extra) // self.field)
+
+    def column(self, index: int) -> int:
+        """The width of a column."""
+        return min(self.room, self.field + (self.extra if index == self.complete else 0))
 
 
 class WideMap:
@@ -60,33 +69,53 @@ class WideMap:
         self.heatmap = heatmap
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        whole, width, blocks = self.heatmap, options.max_width, has_blocks(options)
-        widest_label = max(4, min(16, width // 5))
-        label = min(widest_label, max(map(cell_len, map(whole.row, range(len(whole.rows)))), default=0))
+        whole = self.heatmap
         texts = whole.texts is not None
-        room = width - label - 1
-        field = _field(whole, room) if texts else 2
-        fits = max(1, room // field)
+        widths = _widths(whole, options.max_width)
         # A map far wider than the terminal is pooled, unless part of it was requested or a text would be lost.
+        fits = widths.fits
         squeezed = not texts and whole.first is None and (not whole.more or len(whole.columns) > 4 * fits)
         high = HIGH_WITH_TEXTS if texts else HIGH
         shown = pooled(whole, high, fits if squeezed else len(whole.columns))
         first, end = window(whole, fits) if not squeezed else (0, len(shown.columns))
+        drawing = _Drawing(Shades(shown, console, options), widths, range(first, end))
         yield Text(written(whole.title), style="bold", overflow="fold")
-        lines = (
-            _with_texts(shown, first, end, label, field, blocks) if texts else _shades(shown, first, end, label, blocks)
-        )
-        for line in lines:
+        for line in drawing.lines():
             line.no_wrap, line.overflow = True, "crop"
-            line.rstrip()
+            if not drawing.shades.truecolor:
+                line.rstrip()
             yield line
+        yield Shades(whole, console, options).legend()
         for sentence in (
-            _legend(whole, blocks),
+            f"Right: {whole.beside_title}." if whole.beside_title else "",
             pooling(whole, shown),
             columns_shown(whole, first, end) if not squeezed else "",
         ):
             if sentence:
                 yield Text(sentence, style="dim")
+
+
+def _widths(heatmap: Heatmap, width: int) -> _Widths:
+    """Fit a map to the width of the terminal.
+
+    All texts fit if there is room for them, otherwise three quarters of them, and all texts of the marked column.
+    """
+    rows, columns = range(len(heatmap.rows)), range(len(heatmap.columns))
+    label = min(max(4, min(16, width // 5)), max((cell_len(heatmap.row(r)) for r in rows), default=0))
+    beside = 2 + max(map(cell_len, heatmap.beside)) if heatmap.beside else 0
+    room = width - label - 1 - beside
+    if heatmap.kinds or heatmap.texts is None:
+        field = 1 if heatmap.kinds and 2 * len(columns) > room else 2
+        return _Widths(label, field, -1, 0, beside, room)
+    lengths = [[cell_len(heatmap.text(r, c)) for r in rows] for c in columns]
+    needs = [2 + max([cell_len(heatmap.column(c)), *lengths[c]]) for c in columns]
+    field = min(16, max(needs, default=2))
+    if field * len(columns) > room:
+        in_order = sorted(length for column in lengths for length in column) or [0]
+        field = min(10, max(6 if heatmap.tokens else 3, 2 + in_order[3 * len(in_order) // 4]))
+    complete = max((c for c in columns if any(heatmap.mark(r, c) for r in rows)), default=-1)
+    extra = max(0, min(room, needs[complete]) - field) if complete >= 0 else 0
+    return _Widths(label, field, complete, extra, beside, room)
 
 
 def window(heatmap: Heatmap, fits: int) -> tuple[int, int]:
@@ -120,60 +149,93 @@ def columns_shown(heatmap: Heatmap, first: int, end: int) -> str:
     return sentence
 
 
-def _legend(heatmap: Heatmap, blocks: bool) -> str:
-    positive = (_POSITIVE if blocks else _POSITIVE_ASCII)[1:]
-    if not heatmap.signed:
-        return f"{figure(heatmap.low)} {positive} {figure(heatmap.high)}"
-    reach = figure(max(-heatmap.low, heatmap.high))
-    negative = (_NEGATIVE if blocks else _NEGATIVE_ASCII)[:0:-1]
-    return f"-{reach} {negative} 0 {positive} {reach}"
+class _Drawing:
+    """The lines of a map.
 
-
-def _field(heatmap: Heatmap, room: int) -> int:
-    """The width of a field in cells, including the shade and the gap.
-
-    All texts fit if there is room for them, otherwise three quarters of them.
+    Args:
+        shades: The shades of the map, which may be pooled.
+        widths: The widths of its parts.
+        columns: The columns to draw.
     """
-    texts = [cell_len(heatmap.text(r, c)) for r in range(len(heatmap.rows)) for c in range(len(heatmap.columns))]
-    longest = min(16, 2 + max([*texts, *(cell_len(heatmap.column(c)) for c in range(len(heatmap.columns)))], default=0))
-    if longest * len(heatmap.columns) <= room:
-        return longest
-    return min(10, max(6 if heatmap.tokens else 3, 2 + sorted(texts)[3 * len(texts) // 4]))
+
+    def __init__(self, shades: Shades, widths: _Widths, columns: range):
+        self.shades, self.widths, self.columns = shades, widths, columns
+        self.heatmap = shades.heatmap
+
+    def lines(self) -> Iterator[Text]:
+        """Yield the column labels, one line per row, and the labels again below a high map."""
+        field = self._letter if self.heatmap.kinds else self._text if self.heatmap.texts is not None else self._shade
+        rows = list(_folded(self.heatmap, self.columns))
+        if self.heatmap.kinds:
+            heads = [self._numbers()]
+        else:
+            heads = list(self._tokens() if self.heatmap.texts is not None else self._upright())
+            if self.heatmap.more and self.heatmap.texts is not None:  # the command takes a position
+                numbers = "".join(f"{c:<{self.widths.column(c)}}" for c in self.columns)
+                yield Text(" " * (self.widths.label + 2) + numbers, style="dim")
+            yield from (head.copy() for head in heads)
+        for run in rows:
+            if len(run) > 1:
+                names = f"{self.heatmap.row(run[0])} to {self.heatmap.row(run[-1])}"
+                yield Text(f"{' ' * self.widths.label} {names}: {written(self.heatmap.fold)}", style="dim italic")
+                continue
+            line = Text(_cut(self.heatmap.row(run[0]), self.widths.label) + " ", style="")
+            line.stylize("dim")
+            for column in self.columns:
+                field(line, run[0], column)
+            if self.heatmap.beside:
+                line.append(f"{written(self.heatmap.beside[run[0]]):>{self.widths.beside - 1}}", style="dim")
+            yield line
+        if self.heatmap.kinds or len(rows) >= _FOOT:
+            yield from heads
+
+    def _tokens(self) -> Iterator[Text]:
+        margin = " " * (self.widths.label + 2)
+        names = (_cut(self.heatmap.column(c), self.widths.column(c) - 1) for c in self.columns)
+        yield Text(margin + " ".join(names), style="cyan")
+
+    def _upright(self) -> Iterator[Text]:
+        names = [_upright(self.heatmap.column(c)) for c in self.columns]
+        high = max(map(len, names), default=0)
+        for across in zip_longest(*([" "] * (high - len(name)) + name for name in names)):
+            margin = " " * (self.widths.label + 1)
+            yield Text(margin + "".join(set_cell_size(char, 2) for char in across), style="cyan")
+
+    def _numbers(self) -> Text:
+        """Every fifth column label."""
+        names = (self.heatmap.column(c) for c in self.columns[::5])
+        line = "".join(_cut(name, 5 * self.widths.field) for name in names)
+        return Text(" " * (self.widths.label + 1) + line, style="cyan")
+
+    def _text(self, line: Text, row: int, column: int) -> None:
+        line.append(*self.shades.shade(row, column))
+        width = self.widths.column(column) - 2
+        line.append(_cut(self.heatmap.text(row, column), width), style=self.shades.text_style(row, column))
+        line.append(" ")
+
+    def _letter(self, line: Text, row: int, column: int) -> None:
+        line.append(_cut(self.heatmap.text(row, column), 1), style=self.shades.text_style(row, column))
+        if self.widths.field > 1:
+            line.append(*self.shades.shade(row, column))
+
+    def _shade(self, line: Text, row: int, column: int) -> None:
+        character, style = self.shades.shade(row, column)
+        line.append(2 * character, style=style)
 
 
-def _with_texts(heatmap: Heatmap, first: int, end: int, label: int, field: int, blocks: bool) -> Iterator[Text]:
-    """Yield the column labels, then one line per row: its label, then a shade and a text per field."""
-    columns = range(first, end)
-    if heatmap.more:  # the command takes a position
-        yield Text(" " * (label + 2) + "".join(f"{c:<{field}}" for c in columns), style="dim")
-    head = Text(" " * (label + 2))
-    for c in columns:
-        head.append(_cut(heatmap.column(c), field - 1) + " ", style="cyan")
-    yield head
-    for r in range(len(heatmap.rows)):
-        line = Text(_cut(heatmap.row(r), label) + " ", style="")
-        line.stylize("dim")
-        for c in columns:
-            level = heatmap.level(r, c)
-            line.append(*_shade(level, blocks))
-            line.append(_cut(heatmap.text(r, c), field - 2) + " ", style=_text_style(level))
-        yield line
+def _folded(heatmap: Heatmap, columns: range) -> Iterator[range]:
+    """Yield the rows, several quiet ones as one range. The first and the last row are never folded."""
+    count, quiet = len(heatmap.rows), heatmap.quiet
 
+    def folds(row: int) -> bool:
+        return quiet is not None and 0 < row < count - 1 and all(quiet[row][c] for c in columns)
 
-def _shades(heatmap: Heatmap, first: int, end: int, label: int, blocks: bool) -> Iterator[Text]:
-    """Yield the vertical column labels, then one line per row with two cells per field."""
-    columns = range(first, end)
-    names = [_upright(heatmap.column(c)) for c in columns]
-    high = max(map(len, names), default=0)
-    for across in zip_longest(*([" "] * (high - len(name)) + name for name in names)):
-        yield Text(" " * (label + 1) + "".join(set_cell_size(char, 2) for char in across), style="cyan")
-    for r in range(len(heatmap.rows)):
-        line = Text(_cut(heatmap.row(r), label) + " ", style="")
-        line.stylize("dim")
-        for c in columns:
-            char, style = _shade(heatmap.level(r, c), blocks)
-            line.append(2 * char, style=style)
-        yield line
+    for folded, run in groupby(range(count), key=folds):
+        rows = list(run)
+        if folded and len(rows) >= _FOLDED:
+            yield range(rows[0], rows[-1] + 1)
+        else:
+            yield from (range(row, row + 1) for row in rows)
 
 
 def _upright(text: str, max_characters: int = 6) -> list[str]:
@@ -194,7 +256,6 @@ class Tiles:
         self.maps, self.columns = gallery.maps, gallery.columns
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        blocks = has_blocks(options)
         titles = [written(heatmap.title) for heatmap in self.maps]
         width = min(16, max(TILE[0], max(map(cell_len, titles), default=0)))
         across = (options.max_width + _TILE_GAP) // (width + _TILE_GAP)
@@ -202,8 +263,13 @@ class Tiles:
             width = (options.max_width + _TILE_GAP) // self.columns - _TILE_GAP
         if self.columns:
             across = min(self.columns, (options.max_width + _TILE_GAP) // (width + _TILE_GAP))
-        tiles = [_tile(heatmap, title, width, blocks) for heatmap, title in zip(self.maps, titles, strict=True)]
+        tiles = [
+            _tile(Shades(pooled(heatmap, TILE[1], min(width, TILE[0])), console, options), title, width)
+            for heatmap, title in zip(self.maps, titles, strict=True)
+        ]
         yield _grid(tiles, max(1, across), width)
+        if self.maps and self.maps[0].legend:
+            yield Shades(self.maps[0], console, options).legend()
         if any(pooling(heatmap, pooled(heatmap, TILE[1], TILE[0])) for heatmap in self.maps):
             yield Text("Max-pooled: each character is the strongest value of its block.", style="dim")
 
@@ -217,14 +283,13 @@ def _grid(tiles: list[Text], across: int, width: int) -> Grid:
     return grid
 
 
-def _tile(heatmap: Heatmap, title: str, width: int, blocks: bool) -> Text:
-    small = pooled(heatmap, TILE[1], min(width, TILE[0]))
+def _tile(shades: Shades, title: str, width: int) -> Text:
     words = title.split(" ")
     while len(words) > 1 and cell_len(" ".join(words)) > width:  # a narrow tile has only the head's name
         words.pop()
     tile = Text(_cut(" ".join(words), width), style="", no_wrap=True)
-    for r in range(len(small.rows)):
+    for r in range(len(shades.heatmap.rows)):
         tile.append("\n")
-        for c in range(len(small.columns)):
-            tile.append(*_shade(small.level(r, c), blocks))
+        for c in range(len(shades.heatmap.columns)):
+            tile.append(*shades.shade(r, c))
     return tile.append("\n")

@@ -1,21 +1,20 @@
 """The data model of a view: a page made of blocks.
 
 `to_terminal`, `to_plain`, `to_html` and `to_png` render it. Styles are rich's style names, limited to the terminal's 16
-colors. Color never carries information on its own.
+colors, and the named styles of `surprise`, which each renderer maps to its own colors. Color never carries information
+on its own.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 from llama_scratch.render.drawings.drawing import Drawing
 from llama_scratch.render.text import percent, visible
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Cell:
 
     Args:
         text: The text, unescaped.
-        style: A style of rich.
+        style: A style of rich, or a named style of `surprise`.
         token: Whether the text is a token. If so, white space and control characters are made visible.
         bar: Length of a bar after the text: 0 to 1, or −1 to 1 for a bar to either side of a center line.
         hover: Tooltip on a web page.
@@ -103,6 +102,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of field in a heat map, with a color scale of its own.
+
+    Args:
+        letter: The text of its fields.
+        name: Its name in the legend.
+        hue: The name of its scale in `colors`: "gray", "blue", "amber" or "pink".
+    """
+
+    letter: str
+    name: str
+    hue: str
+
+
+@dataclass(frozen=True)
 class Heatmap:
     """A heat map: one shade per value.
 
@@ -115,11 +129,20 @@ class Heatmap:
         high: The value of the darkest shade.
         tokens: Whether the column labels and `texts` are tokens.
         texts: Text in each field.
-        hovers: Tooltip of each field on a web page. Default: `hover_form`.
-        hover_form: Format of the tooltips, with {row}, {column}, {value} and {percent}.
+        hovers: Tooltip of each field on a web page. Default: `says`.
         first: First column on a narrow screen. None: the last columns that fit.
         more: Command that shows other columns, with {} for the index of the first one.
         row_tokens: Whether the row labels are tokens.
+        legend: What the values are, such as "probability of the top prediction".
+        percent: Whether the values are shares, shown as percentages.
+        end_labels: The ends of the legend, if not the values `low` and `high`.
+        says: Tooltip of a field, with {row}, {column} and {value}.
+        beside: A text to the right of each row, such as a rank.
+        beside_title: What the texts in `beside` are.
+        marked: Whether each field is highlighted. The last column with such a field is never cut off.
+        quiet: Whether each field may be folded. A terminal shows several rows of quiet fields as one line.
+        fold: What is common to the rows that are folded.
+        kinds: The kinds of fields. The hue of a field is that of the kind whose letter is its text, by default gray.
     """
 
     title: str
@@ -134,17 +157,57 @@ class Heatmap:
     first: int | None = None
     more: str = ""
     row_tokens: bool = False
-    hover_form: str = ""
+    legend: str = ""
+    percent: bool = False
+    end_labels: tuple[str, str] | None = None
+    says: str = "{row} · {column}: {value}"
+    beside: tuple[str, ...] = ()
+    beside_title: str = ""
+    marked: tuple[tuple[bool, ...], ...] | None = None
+    quiet: tuple[tuple[bool, ...], ...] | None = None
+    fold: str = ""
+    kinds: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
-        for grid in filter(None, (self.values, self.texts, self.hovers)):
+        grids: tuple[Sequence[Sequence[object]] | None, ...]
+        grids = self.values, self.texts, self.hovers, self.marked, self.quiet
+        for grid in filter(None, grids):
             if len(grid) != len(self.rows) or any(len(row) != len(self.columns) for row in grid):
                 raise ValueError("a heat map's fields and labels differ in number")
+        if self.beside and len(self.beside) != len(self.rows):
+            raise ValueError("a heat map's rows and the texts beside them differ in number")
 
     @property
     def signed(self) -> bool:
         """Whether the color scale diverges from 0."""
         return self.low < 0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The values at both ends of the legend. A diverging map whose values have one sign shows that half only."""
+        if not self.signed:
+            return self.low, self.high
+        reach = max(-self.low, self.high)
+        values = [value for row in self.values for value in row if value is not None and not math.isnan(value)]
+        if all(value >= 0 for value in values):
+            return 0.0, reach
+        return -reach, (reach if any(value > 0 for value in values) else 0.0)
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """The labels of `ends`."""
+        low, high = self.ends
+        if self.percent:
+            return f"{100 * low:g}", f"{100 * high:g} %"
+        return self.end_labels or (figure(low), figure(high))
+
+    def figure(self, value: float) -> str:
+        """Format a value of the map."""
+        return percent(value) if self.percent else figure(value)
+
+    def mark(self, row: int, column: int) -> bool:
+        """Whether a field is highlighted."""
+        return self.marked is not None and self.marked[row][column]
 
     def row(self, index: int) -> str:
         """The label of a row, escaped for display."""
@@ -167,11 +230,20 @@ class Heatmap:
         value = self.values[row][column]
         if value is None:
             return ""
-        if self.hover_form:
-            names = {"row": self.row(row), "column": self.column(column)}
-            return self.hover_form.format(**names, value=figure(value), percent=percent(value))
         text = self.text(row, column)
-        return f"{self.row(row)} · {self.column(column)}: {text + ', ' if text else ''}{figure(value)}"
+        names = {"row": self.row(row), "column": self.column(column)}
+        names["value"] = f"{text}, {self.figure(value)}" if text else self.figure(value)
+        return re.sub(r"{(row|column|value)}", lambda name: names[name[1]], written(self.says))
+
+    def shade(self, row: int, column: int) -> tuple[str, float] | None:
+        """The name of a field's scale in `colors` and the place on it, 0 to 1. None: empty."""
+        level = self.level(row, column)
+        if level is None:
+            return None
+        if self.kinds:
+            hues = {kind.letter: kind.hue for kind in self.kinds}
+            return hues.get(self.texts[row][column] if self.texts else "", "gray"), abs(level)
+        return ("m" if level < 0 else "p") if self.signed else "v", abs(level)
 
     def level(self, row: int, column: int) -> float | None:
         """The shade of a field, 0 to 1, or −1 to 1 if the map is signed. None: empty."""
@@ -283,60 +355,3 @@ def written(text: str, *, token: bool = False) -> str:
 def figure(value: float) -> str:
     """Format a number: 3 significant digits, or an integer with commas from 1,000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
-    """Max-pool a heat map to a maximum size.
-
-    Each block of fields is replaced by its value farthest from 0, and has the labels of its first row and column.
-
-    Args:
-        heatmap: The heat map.
-        rows: Maximum number of rows.
-        columns: Maximum number of columns.
-    """
-    if len(heatmap.rows) <= rows and len(heatmap.columns) <= columns:
-        return heatmap
-    down, across = _blocks(len(heatmap.rows), rows), _blocks(len(heatmap.columns), columns)
-
-    def strength(place: tuple[int, int]) -> float:
-        value = heatmap.values[place[0]][place[1]]
-        return -1.0 if value is None or math.isnan(value) else abs(value)
-
-    fields = [[max(((r, c) for r in high for c in wide), key=strength) for wide in across] for high in down]
-
-    def kept(grid: Sequence[Sequence[_T]]) -> tuple[tuple[_T, ...], ...]:
-        return tuple(tuple(grid[r][c] for r, c in row) for row in fields)
-
-    return replace(
-        heatmap,
-        rows=tuple(heatmap.rows[high[0]] for high in down),
-        columns=tuple(heatmap.columns[wide[0]] for wide in across),
-        values=kept(heatmap.values),
-        texts=heatmap.texts and kept(heatmap.texts),
-        hovers=heatmap.hovers and kept(heatmap.hovers),
-        first=None,
-        more="",
-    )
-
-
-def _blocks(length: int, max_blocks: int) -> list[range]:
-    """Split range(length) into at most `max_blocks` ranges of nearly equal length."""
-    count = min(length, max_blocks)
-    return [range(i * length // count, (i + 1) * length // count) for i in range(count)]
-
-
-def pooling(whole: Heatmap, shown: Heatmap) -> str:
-    """Describe in one sentence how `pooled` reduced a map; "" if it did not.
-
-    Args:
-        whole: The map before pooling.
-        shown: The map after pooling.
-    """
-    high, wide = (
-        math.ceil(len(a) / len(b)) if b else 1 for a, b in ((whole.rows, shown.rows), (whole.columns, shown.columns))
-    )
-    if len(whole.rows) == len(shown.rows) and len(whole.columns) == len(shown.columns):
-        return ""
-    size = f"{len(whole.rows):,} × {len(whole.columns):,}"
-    return f"{size} values, max-pooled: the strongest of each block of about {high} × {wide}."

@@ -106,11 +106,13 @@ def shade_of(heatmap: Heatmap, row: int, column: int) -> str | None:
     Returns:
         A hex color, or None if the field is empty.
     """
-    level = heatmap.level(row, column)
-    if level is None:
+    shade = heatmap.shade(row, column)
+    if shade is None:
         return None
-    scale, step = colors.shade(level, heatmap.signed)
-    return scale_of(scale)[step]
+    if heatmap.mark(row, column):
+        return colors.MARK["light"]
+    scale, strength = shade
+    return scale_of(scale)[colors.step(strength)]
 
 
 @cache

@@ -1,14 +1,33 @@
-"""Styles of tokens by surprisal, for tables, pages and the input line."""
+"""Styles of tokens by surprisal, for tables, pages and the input line.
+
+Surprisal is a scale: one hue that grows with the bits. The styles have names, "surprise0" to "surprise3", and each
+renderer maps them to its own colors. A terminal with few colors uses attributes whose emphasis grows.
+"""
 
 from __future__ import annotations
 
-# The style for each upper limit in bits. MOST_SURPRISING is the style above the last limit.
-STYLES_BELOW = ((1.0, "green"), (4.0, ""), (8.0, "magenta"))
-MOST_SURPRISING = "bold red"
+from llama_scratch.render import colors
+
+# Upper limits in bits of the first three styles. The last style is for more.
+LIMITS = (1.0, 4.0, 8.0)
+NAMES = ("surprise0", "surprise1", "surprise2", "surprise3")
+_ATTRIBUTES = ("", "underline", "bold underline", "bold reverse")
 
 
 def surprise_style(bits: float | None) -> str:
-    """The style of a token with a surprisal of `bits`: ANSI color and attributes."""
-    if bits is None:
-        return ""
-    return next((style for limit, style in STYLES_BELOW if bits < limit), MOST_SURPRISING)
+    """Return the name of the style of a token with a surprisal of `bits`; "" if it was not predicted."""
+    return "" if bits is None else NAMES[sum(bits >= limit for limit in LIMITS)]
+
+
+def terminal_styles(truecolor: bool) -> dict[str, str]:
+    """Return the style of rich for each name.
+
+    Args:
+        truecolor: Whether the terminal has 24-bit color.
+    """
+    if not truecolor:
+        return dict(zip(NAMES, _ATTRIBUTES, strict=True))
+    backgrounds = colors.SURPRISE[colors.terminal_theme()]
+    return {
+        name: f"{colors.ink(color)} on {color}" if color else "" for name, color in zip(NAMES, backgrounds, strict=True)
+    }

@@ -40,18 +40,18 @@ from llama_scratch.render.page import (
     Running,
     Table,
     figure,
-    pooled,
-    pooling,
     written,
 )
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.report_page import ReportPage
+from llama_scratch.render.surprise import NAMES
 from llama_scratch.render.svg import svg
 from llama_scratch.render.text import SPACE
 
 # Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
 _TEXTS, _DRAWN, _SMALL = (128, 256), (256, 256), (48, 48)
-# The style words of rich that have a CSS class.
-_STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yellow", "blue", "magenta", "cyan"])
+# The style words of rich, and the named styles, that have a CSS class.
+_STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yellow", "blue", "magenta", "cyan", *NAMES])
 # Texts of table cells up to this length are not wrapped.
 _SHORT = 24
 # The names of components, as `NetworkPart` writes them.
@@ -74,8 +74,8 @@ def html(page: Page) -> str:
         maker=f"llama-scratch {version('llama-scratch')}",
         light_palette=palette.LIGHT_PALETTE,
         dark_palette=palette.DARK_PALETTE,
-        light=_colors(colors.LIGHT),
-        dark=_colors(colors.DARK),
+        light=_colors(colors.LIGHT, "light"),
+        dark=_colors(colors.DARK, "dark"),
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )
@@ -115,18 +115,23 @@ def _linked(text: str, names: Mapping[str, str]) -> Markup:
 # --- The template's values ----------------------------------------------------------------------
 
 
-def _colors(scales: dict[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
-    """The name, the color and the text color of each step of each scale."""
-    return [
-        (f"{name}{step}", color, colors.ink(color))
+def _colors(scales: dict[str, tuple[str, ...]], theme: str) -> list[tuple[str, str, str]]:
+    """The name, the color and the text color of each step of each scale, of the mark, and of the surprise styles."""
+    steps = [
+        (f"{name}{step}", color, colors.ink_on(name, color, theme))
         for name, stops in scales.items()
         for step, color in enumerate(colors.steps(stops))
     ]
+    named = [("answer", colors.MARK[theme]), *zip(NAMES[1:], colors.SURPRISE[theme][1:], strict=True)]
+    return [*steps, *((name, color, colors.ink(color)) for name, color in named)]
 
 
-def _shade(level: float | None, signed: bool) -> str:
-    """The CSS class of a shade."""
-    return "" if level is None else "{}{}".format(*colors.shade(level, signed))
+def _field_class(heatmap: Heatmap, row: int, column: int) -> str:
+    """The CSS class of a field."""
+    shade = heatmap.shade(row, column)
+    if shade is None:
+        return ""
+    return "answer" if heatmap.mark(row, column) else f"{shade[0]}{colors.step(shade[1])}"
 
 
 def _classes(style: str) -> str:
@@ -248,15 +253,16 @@ def _sentence(row: tuple[Cell, ...], table: Table) -> str:
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
     """Convert a map that the page's script draws. Appends its values to `maps`."""
     drawn = pooled(whole, *max_fields)
-    hovers = None
-    if drawn.hovers is not None or drawn.hover_form:  # otherwise the script makes the tooltips
-        hovers = [[drawn.hover(r, c) for c in range(len(drawn.columns))] for r in range(len(drawn.rows))]
+    hovers = drawn.hovers and [[written(hover) for hover in row] for row in drawn.hovers]
     maps.append(
         {
             "rows": [drawn.row(r) for r in range(len(drawn.rows))],
             "columns": [drawn.column(c) for c in range(len(drawn.columns))],
             "values": [[_rounded(value) for value in row] for row in drawn.values],
             "hovers": hovers,
+            "says": written(drawn.says),
+            "percent": drawn.percent,
+            "marked": drawn.marked,
             "low": drawn.low,
             "high": drawn.high,
             "signed": drawn.signed,
@@ -276,14 +282,18 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> dict[str, Any]:
+    """What the values are, with the steps of the scale between its ends, or the kinds of fields."""
     steps = range(0, colors.STEPS, 2)
-    if whole.signed:
-        reach = max(-whole.low, whole.high)
-        scale = [f"m{step}" for step in reversed(steps)] + [f"p{step}" for step in steps]
-        ends = figure(-reach), figure(reach)
-    else:
-        scale, ends = [f"v{step}" for step in steps], (figure(whole.low), figure(whole.high))
-    return {"scale": scale, "low": ends[0], "high": ends[1], "note": pooling(whole, shown)}
+    (low, high), labels = whole.ends, whole.labels
+    scale = [f"m{step}" for step in reversed(steps)] if low < 0 else []
+    if high > 0 or low >= 0:
+        scale += [f"{'p' if whole.signed else 'v'}{step}" for step in steps]
+    kinds = [
+        {"letter": written(kind.letter), "name": written(kind.name), "shade": f"{kind.hue}{colors.STEPS - 1}"}
+        for kind in whole.kinds
+    ]
+    ends = {"low": labels[0], "high": labels[1]}
+    return {"scale": scale, "kinds": kinds, "legend": written(whole.legend), "note": pooling(whole, shown)} | ends
 
 
 def _texts(whole: Heatmap) -> dict[str, Any]:
@@ -292,12 +302,13 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
     rows = [
         {
             "label": {"text": shown.row(r), "token": shown.row_tokens, "style": ""},
+            "beside": written(shown.beside[r]) if shown.beside else "",
             "fields": [
                 {
                     "text": shown.text(r, c),
                     "token": shown.tokens,
                     "style": "",
-                    "shade": _shade(shown.level(r, c), shown.signed),
+                    "shade": _field_class(shown, r, c),
                     "hover": shown.hover(r, c),
                 }
                 for c in range(len(shown.columns))
@@ -306,7 +317,9 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
         for r in range(len(shown.rows))
     ]
     columns = [{"text": shown.column(c), "token": shown.tokens, "style": ""} for c in range(len(shown.columns))]
-    return {"kind": "texts", "title": written(whole.title), "columns": columns, "rows": rows} | _legend(whole, shown)
+    table: dict[str, Any] = {"kind": "texts", "title": written(whole.title), "columns": columns, "rows": rows}
+    table |= {"beside": written(whole.beside_title), "compact": bool(whole.kinds), "at_end": whole.first is None}
+    return table | _legend(whole, shown)
 
 
 def _code(part: Code) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
-    figure,
-    pooled,
-    pooling,
     written,
 )
 from llama_scratch.render.painting import paint
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
+from llama_scratch.render.surprise import NAMES
 
 # Lengths are in inches, font sizes in points (1/72 inch).
 _MARGIN, _DPI = 0.55, 150
@@ -120,7 +119,14 @@ _Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that d
 
 
 def _color(style: str) -> str:
+    if background := _background(style):
+        return colors.ink(background)
     return next((_NAMED[word] for word in reversed(style.split()) if word in _NAMED), INK)
+
+
+def _background(style: str) -> str:
+    """The background of a style by surprisal; "" for other styles."""
+    return dict(zip(NAMES, colors.SURPRISE["light"], strict=True)).get(style, "")
 
 
 # --- Blocks -----------------------------------------------------------------------------------
@@ -192,6 +198,8 @@ def _running(part: Running) -> _Block:
         for n, line in enumerate(lines):
             for place, text, cell in line:
                 x, y = _MARGIN + place * letter, top + (n + 0.5) * line_height(_BODY)
+                if background := _background(cell.style):
+                    sheet.fill(x, y - 0.11, len(text) * letter, 0.22, background)
                 sheet.write(x, y, text, _BODY, mono=True, bold="bold" in cell.style, color=_color(cell.style))
 
     return len(lines) * line_height(_BODY), draw
@@ -233,6 +241,8 @@ def _table(part: Table) -> _Block:
                 text, mono, bold = shown(row[i])
                 y, color = top + n * high, _color(row[i].style)
                 text = cut(text, widths[i] + 0.01, _SMALL, mono, bold)
+                if background := _background(row[i].style):
+                    sheet.fill(x, y + 0.02, text_width(text, _SMALL, mono, bold), high - 0.04, background)
                 sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, color=color)
                 value = row[i].bar
                 if value is not None:
@@ -265,15 +275,16 @@ def _heatmap(whole: Heatmap) -> list[_Block]:
     shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
     labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
     left = max((text_width(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
+    beside = max((text_width(text, _TINY) for text in shown.beside), default=-0.1) + 0.1
     if texts:
-        min_width, max_width = _FIELD_WITH_TEXT
+        min_width, max_width = (0.1, _FIELD) if whole.kinds else _FIELD_WITH_TEXT
         total = len(shown.columns)
-        count = max(1, -int(-total * min_width // (_ROOM - left)))  # pieces of nearly equal width
+        count = max(1, -int(-total * min_width // (_ROOM - left - beside)))  # pieces of nearly equal width
         pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
-        size = min(max_width, (_ROOM - left) / max(1, *map(len, pieces))), 0.22
+        size = min(max_width, (_ROOM - left - beside) / max(1, *map(len, pieces))), 0.22
     else:
         pieces = [range(len(shown.columns))]
-        side = min(_FIELD, (_ROOM - left) / max(1, len(shown.columns)))
+        side = min(_FIELD, (_ROOM - left - beside) / max(1, len(shown.columns)))
         size = side, side
     maps = [_fields(shown, labels, left, columns, size) for columns in pieces]
     return [*_title(whole.title), *maps, _legend(whole, shown)]
@@ -286,6 +297,7 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
     max_width = wide - 0.06 if texts else 1.1
     heads = [cut(shown.column(c), max_width, _TINY, shown.tokens) for c in columns]
     head = 0.2 if texts else max((text_width(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
+    beside_width = max((text_width(text, _TINY) for text in shown.beside), default=0.0)
     # If fields are smaller than the labels, only some labels are drawn.
     across, down = (max(1, -(-0.14 // step)) for step in size)
 
@@ -302,30 +314,53 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
             if r % down == 0:
                 sheet.write(x - 0.06, y, label, _TINY, mono=shown.row_tokens, right=True, color=_SOFT)
             for n, c in enumerate(columns if texts else ()):
-                color = colors.ink(shade_of(shown, r, c) or PAPER)
+                shade, marked = shown.shade(r, c), shown.mark(r, c)
+                color = colors.ink_on(shade[0] if shade and not marked else "", shade_of(shown, r, c) or PAPER, "light")
                 text = cut(shown.text(r, c), max_width, _TINY, mono=True)
-                sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, color=color)
+                sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, bold=marked, color=color)
+            if shown.beside and columns[-1] == len(shown.columns) - 1:
+                end = x + len(columns) * wide + 0.1 + beside_width
+                sheet.write(end, y, shown.beside[r], _TINY, right=True, color=_SOFT)
 
     return head + high * len(labels), draw
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
-    scale, ends = scale_of("v"), (whole.low, whole.high)
-    if whole.signed:
-        reach = max(-whole.low, whole.high)
-        scale, ends = [*reversed(scale_of("m")), *scale_of("p")], (-reach, reach)
-    low, high = map(figure, ends)
-    note = pooling(whole, shown)
+    """What the values are, with the scale between its ends, or the kinds of fields."""
+    if whole.kinds:
+        return _kinds(whole)
+    (low, high), labels = whole.ends, whole.labels
+    scale = [*reversed(scale_of("m"))] if low < 0 else []
+    if high > 0 or low >= 0:
+        scale += scale_of("p" if whole.signed else "v")
+    begin = f"{written(whole.legend)}: {labels[0]}" if whole.legend else labels[0]
+    notes = (labels[1], f"right: {written(whole.beside_title)}" if whole.beside_title else "", pooling(whole, shown))
 
     def draw(sheet: Sheet, top: float) -> None:
-        y, x = top + 0.08, _MARGIN + text_width(low, _TINY) + 0.08
-        sheet.write(_MARGIN, y, low, _TINY, color=_SOFT)
+        y, x = top + 0.08, _MARGIN + text_width(begin, _TINY) + 0.08
+        sheet.write(_MARGIN, y, begin, _TINY, color=_SOFT)
         for n, color in enumerate(scale):
             sheet.fill(x + 0.04 * n, top + 0.02, 0.042, 0.12, color)
-        words = f"{high}   {note}" if note else high
-        sheet.write(x + 0.04 * len(scale) + 0.08, y, words, _TINY, color=_SOFT)
+        sheet.write(x + 0.04 * len(scale) + 0.08, y, "   ".join(filter(None, notes)), _TINY, color=_SOFT)
 
     return 0.16, draw
+
+
+def _kinds(heatmap: Heatmap) -> _Block:
+    """The letter and the name of each kind."""
+
+    def draw(sheet: Sheet, top: float) -> None:
+        x, y = _MARGIN, top + 0.1
+        for kind in heatmap.kinds:
+            color = scale_of(kind.hue)[-1]
+            sheet.fill(x, top, 0.22, 0.2, color)
+            sheet.write(x + 0.07, y, kind.letter, _TINY, mono=True, color=colors.ink_on(kind.hue, color, "light"))
+            sheet.write(x + 0.3, y, kind.name, _TINY, color=_SOFT)
+            x += 0.5 + text_width(kind.name, _TINY)
+        if heatmap.legend:
+            sheet.write(x, y, f"strength: {heatmap.legend}", _TINY, color=_SOFT)
+
+    return 0.2, draw
 
 
 def _gallery(part: Gallery) -> list[_Block]:

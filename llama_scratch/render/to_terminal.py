@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
+from rich.theme import Theme
 from rich.tree import Tree
 
 from llama_scratch.render.bars import TextWithBar, has_blocks
@@ -29,6 +30,8 @@ from llama_scratch.render.page import (
     Table,
     written,
 )
+from llama_scratch.render.shades import has_truecolor
+from llama_scratch.render.surprise import terminal_styles
 from llama_scratch.render.text import visible
 
 # Minimum width of a column of bars in cells, including the gap before it.
@@ -40,7 +43,18 @@ def view(page: Page) -> RenderableType:
     parts: list[RenderableType] = [_block(part) for part in page.parts]
     if page.source:
         parts.append(Text(page.source_line, style="dim"))
-    return Group(*(Padding(part, (1, 0, 0, 1)) for part in parts), Text())
+    return _Styled(Group(*(Padding(part, (1, 0, 0, 1)) for part in parts), Text()))
+
+
+class _Styled:
+    """A view whose named styles have the colors of the terminal that it is printed on."""
+
+    def __init__(self, view: RenderableType):
+        self.view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with console.use_theme(Theme(terminal_styles(has_truecolor(console)))):
+            yield from console.render(self.view, options)
 
 
 # --- Blocks -----------------------------------------------------------------------------------

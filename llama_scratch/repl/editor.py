@@ -22,7 +22,8 @@ from prompt_toolkit.renderer import CPR_Support
 from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
 
-from llama_scratch.render.surprise import surprise_style
+from llama_scratch.render.shades import has_truecolor
+from llama_scratch.render.surprise import surprise_style, terminal_styles
 from llama_scratch.render.text import percent, visible
 from llama_scratch.repl.commands import COMMANDS, completions, escaped, is_command, unescaped
 from llama_scratch.repl.history import open_history
@@ -34,7 +35,7 @@ from llama_scratch.repl.session import Session
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
 # One of the sixteen ANSI colors, which every terminal theme keeps legible on its background.
 _GRAY = "ansibrightblack"
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "auto-suggestion": _GRAY})
+_STYLE = {"bottom-toolbar": "noreverse", "auto-suggestion": _GRAY}
 
 
 class PromptEditor:
@@ -54,7 +55,9 @@ class PromptEditor:
         self._choice = 0  # index of the candidate suggested after the cursor
         self._ended = False
         self.live = LivePredictor(session, self._from_live)
-        plain = session.settings.plain
+        plain, console = session.settings.plain, session.screen.console
+        truecolor = has_truecolor(console)
+        few_colors = ColorDepth.DEPTH_1_BIT if console.no_color or plain else None
         self._editor: PromptSession[str] = PromptSession(
             input=keyboard.input,
             history=open_history(session),
@@ -67,8 +70,8 @@ class PromptEditor:
             enable_suspend=True,
             input_processors=[_Surprise(self._reading)],
             bottom_toolbar=None if plain else self._toolbar,
-            style=_STYLE,
-            color_depth=ColorDepth.DEPTH_1_BIT if session.screen.console.no_color or plain else None,
+            style=Style.from_dict(_STYLE | _surprise_styles(truecolor)),
+            color_depth=ColorDepth.DEPTH_24_BIT if truecolor and not plain else few_colors,
         )
         self._editor.default_buffer.on_text_changed += self._typed
 
@@ -283,9 +286,8 @@ class _Surprise(Processor):
             style, char = characters[i][:2]
             characters[i] = (style, char if char.isprintable() else visible(char).plain)
         for i in range(min(len(characters), length)):
-            if 0 <= begin + i < known:
-                style = _prompt_toolkit_style(surprise_style(reading.bits[begin + i]))
-                characters[i] = (f"{characters[i][0]} {style}", characters[i][1])
+            if 0 <= begin + i < known and (name := surprise_style(reading.bits[begin + i])):
+                characters[i] = (f"{characters[i][0]} class:{name}", characters[i][1])
         return Transformation(characters)
 
 
@@ -295,10 +297,9 @@ def _common(a: str, b: str) -> int:
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
-def _prompt_toolkit_style(style: str) -> str:
-    """Convert a rich style to prompt_toolkit: "bold red" → "bold ansired"."""
-    words = style.replace("bright_", "bright").split()
-    return " ".join(word if word in ("bold", "underline", "italic") else f"ansi{word}" for word in words)
+def _surprise_styles(truecolor: bool) -> dict[str, str]:
+    """The styles by surprisal in prompt_toolkit's notation: "#111111 on #fbdcb4" → "#111111 bg:#fbdcb4"."""
+    return {name: style.replace("on ", "bg:") for name, style in terminal_styles(truecolor).items()}
 
 
 # On a narrower terminal the prompt omits the model name, to leave room for typing.

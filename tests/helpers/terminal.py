@@ -114,7 +114,8 @@ class Terminal:
         self.timeout = timeout
         self.screen = _Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
-        environment = dict(os.environ) | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"} | dict(env or {})
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLORTERM", "COLORFGBG")}
+        environment = inherited | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"} | dict(env or {})
         for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
             environment.pop(name, None)
         self._child = pexpect.spawn(
@@ -312,15 +313,17 @@ class Slow(Terminal):
 MODEL = ("--model-dir", str(SMOLLM2_FP32))
 
 
-def start(state: Path, *arguments: str, columns: int = 100) -> Terminal:
+def start(state: Path, *arguments: str, columns: int = 100, env: Mapping[str, str] | None = None) -> Terminal:
     """Start a session and wait until its model is loaded.
 
     Args:
         state: State folder of the session.
         arguments: Arguments of the program.
         columns: Width of the terminal.
+        env: Additional environment variables.
     """
-    terminal = Terminal(*MODEL, *arguments, env={"XDG_STATE_HOME": str(state)}, columns=columns)
+    environment = {"XDG_STATE_HOME": str(state)} | dict(env or {})
+    terminal = Terminal(*MODEL, *arguments, env=environment, columns=columns)
     terminal.wait_for("lists the commands")
     terminal.settle(0.5)
     return terminal

@@ -420,12 +420,31 @@ def test_all_heads_stand_in_a_table_by_their_kinds(tiny: Llama) -> None:
     assert of(pages.heads(named(found, {})), Gallery) == []  # nothing to draw
 
 
-def test_more_layers_than_heads_go_down(tmp_path: Path) -> None:
+def test_layers_go_across_even_if_there_are_more_of_them_than_heads(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "model", params=tiny_params(dim=128, n_layers=3, n_heads=2, n_kv_heads=1))
     found = heads(Llama.load(directory, precision="fp32", device="cpu"), IDS)
     (table,) = of(pages.heads(found), Heatmap)
-    assert (table.rows, table.columns) == (("L0", "L1", "L2"), ("0", "1"))
-    assert [row[1] for row in table.values] == [found.maps[i].scores.best[1] for i in (1, 3, 5)]
+    assert (table.rows, table.columns) == (("H0", "H1"), ("0", "1", "2"))
+    assert list(table.values[1]) == [found.maps[i].scores.best[1] for i in (1, 3, 5)]
+
+
+def test_the_finding_counts_the_heads_of_each_kind(tiny: Llama) -> None:
+    found = heads(tiny, IDS)
+    kinds = {(0, 1): ("induction", 0.9), (2, 3): ("induction", 0.8), (1, 0): ("previous token", 0.5)}
+    sentence = pages.heads_finding(named(found, kinds))
+    assert "the 12 heads include 2 induction and 1 previous-token head." in sentence
+    assert sentence.endswith("The strongest induction head is L0.H1 (0.90).")
+    assert "none of the 12 heads" in pages.heads_finding(named(found, {}))
+
+
+def test_the_map_of_heads_has_a_hue_and_a_letter_per_kind(tiny: Llama) -> None:
+    kinds = {(0, 1): ("induction", 0.9), (1, 0): ("previous token", 0.5), (1, 1): ("first token", 0.9)}
+    (table,) = of(pages.heads(named(heads(tiny, IDS), kinds)), Heatmap)
+    assert table.shade(1, 0) == ("pink", 0.9)
+    assert table.shade(0, 1) == ("blue", 0.5)
+    assert table.shade(1, 1) == ("gray", 0.9)
+    assert table.shade(3, 2) == ("gray", 0.1)
+    assert [kind.letter for kind in table.kinds] == ["P", "F", "D", "I", "·"]
 
 
 def test_a_layers_page_has_all_its_heads(tiny: Llama) -> None:
@@ -535,7 +554,7 @@ def answered(session: Session, line: str) -> tuple[dict[str, Any], str]:
 def test_without_an_argument_it_shows_all_heads(session: Session) -> None:
     facts, view = answered(session, "/attention")
     assert facts == {"layer": None, "heads": [scores.as_json() for scores in head_scores(session.llama)]}
-    assert "Head types" in view
+    assert "Heads by kind" in view
     assert session.state.page is not None
     (gallery,) = of(session.state.page, Gallery)
     assert len(gallery.maps) == 12  # a picture has them all

@@ -232,17 +232,19 @@ def sentence_of(lens: Lens) -> str:
 def test_the_page_has_every_guess_with_its_probability_and_rank(tiny: Llama) -> None:
     found = lens(tiny, list(range(60, 66)))
     table, ranks = table_of(found), table_of(found, ranks=True)
-    assert table.rows == ("embed", "L0", "L1", "L2")
+    assert table.rows == ("L2", "L1", "L0", "embed")
     assert table.columns == tuple(token.text for token in found.tokens)
     assert table.texts is not None
     assert table.hovers is not None
     assert ranks.texts is not None
-    for r, row in enumerate(found.layers):
+    for r, row in enumerate(reversed(found.layers)):
         for c, guess in enumerate(row.guesses):
             assert (table.values[r][c], table.texts[r][c]) == (guess.probability, guess.text)
             assert ranks.texts[r][c] == str(guess.rank_of_answer)
-            assert table.hovers[r][c].endswith(f"rank {guess.rank_of_answer:,}")
-    assert set(ranks.values[-1]) == {1.0}
+            assert table.hovers[r][c].endswith(f"rank {guess.rank_of_answer:,}.")
+            assert table.mark(r, c) == (c == 5 and guess.rank_of_answer == 1)
+        assert table.beside[r] == f"{row.guesses[-1].rank_of_answer:,}"
+    assert set(ranks.values[0]) == {1.0}
     worst = min(value for row in ranks.values for value in row if value is not None)
     assert worst == 0
 
@@ -253,20 +255,39 @@ def test_the_page_has_every_guess_with_its_probability_and_rank(tiny: Llama) -> 
 def test_ranks_stand_in_four_characters(rank: int, text: str) -> None:
     texts = table_of(made(rank, 1), ranks=True).texts
     assert texts is not None
-    assert texts[0][0] == text
+    assert texts[-1][0] == text
 
 
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        ((9, 5, 1, 1), "rank 1 from layer 1 on, and never before."),
-        ((9, 1, 2, 1), "rank 1 first after layer 0, and always from layer 2 on."),
-        ((1, 5, 1, 1), "rank 1 first after the embedding, and always from layer 1 on."),
-        ((1, 1, 1, 1), "rank 1 from the embedding on."),
+        ((9, 5, 1, 1), "leads from layer 1 on. Its rank falls most at layer 1 (5 → 1)."),
+        (
+            (900, 300, 20, 19, 1),
+            "leads from layer 3 on. Its rank falls most at layer 1 (300 → 20) and layer 3 (19 → 1).",
+        ),
+        (
+            (9, 1, 2, 1),
+            "leads first after layer 0, and from layer 2 on at every layer. Its rank falls most at layer 0 (9",
+        ),
+        ((1, 5, 1, 1), "leads first after the embedding, and from layer 1 on at every layer."),
+        ((1, 1, 1, 1), "leads from the embedding on."),
     ],
 )
-def test_the_page_says_where_the_answer_comes_from(ranks: tuple[int, ...], words: str) -> None:
-    assert sentence_of(made(*ranks)) == f'Prediction after "x": "1", 36.8 %; {words}'
+def test_the_finding_says_where_the_answer_leads_and_where_its_rank_falls(ranks: tuple[int, ...], words: str) -> None:
+    assert sentence_of(made(*ranks)).startswith(f"After x, 1 (36.8 %) {words}")
+
+
+def test_the_finding_names_no_layer_if_the_rank_never_falls() -> None:
+    assert sentence_of(made(1, 1, 1)) == "After x, 1 (36.8 %) leads from the embedding on."
+
+
+@pytest.mark.slow
+def test_the_finding_for_a_known_fact(llama: Llama) -> None:
+    """Head L23.H4 moves the answer to the last token, so its rank falls at layer 23."""
+    sentence = pages.finding(lens(llama, llama.encode(PROMPT)))
+    assert sentence.startswith("After ␣is, ␣Paris (77.3 %) leads from layer 29 on.")
+    assert "layer 23 (2,079 → 396)" in sentence
 
 
 def test_a_long_texts_page_says_which_positions_it_has(tiny: Llama) -> None:
@@ -292,7 +313,7 @@ def test_what_is_there_so_far_fits_the_screen(tiny: Llama) -> None:
     steps = list(growing(tiny, list(range(60, 70))))
     page = pages.growing(steps[2], "Layer 2 of 4", 2)
     (table,) = (part for part in page.parts if isinstance(part, Heatmap))
-    assert table.rows == ("L0", "L2")
+    assert table.rows == ("L2", "L0")
     assert shown(pages_view(steps[-1]), 40)
     assert "Layer 2 of 4 · each layer is an unembedding of every position" in str(page.parts[-1])
 
@@ -317,7 +338,7 @@ def test_the_command_looks_at_the_text_so_far(session: Session) -> None:
     assert "Rank of the final prediction" in answered(session, "/lens ranks")[1]
     assert answered(session, "/lens ranks 2")[0] == facts
     session.change_settings(plain=True)
-    assert '\nlayer 1, after "' in answered(session, "/lens 3")[1]
+    assert "\nAfter layer 1, " in answered(session, "/lens 3")[1]
 
 
 def test_a_position_is_where_a_narrow_screen_begins(session: Session) -> None:

@@ -29,10 +29,9 @@ from llama_scratch.render.page import (
     Running,
     Table,
     figure,
-    pooled,
-    pooling,
     written,
 )
+from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.to_html import html
 from llama_scratch.render.to_png import png
 from tests.helpers.pages import EVERYTHING, HOSTILE, SIGNED, TABLE, ramp, with_texts

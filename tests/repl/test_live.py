@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyte.screens import Char
 
+from llama_scratch.render import colors
 from tests.helpers.terminal import Terminal, start
 
 pytestmark = pytest.mark.terminal
@@ -52,11 +54,11 @@ def line(terminal: Terminal) -> str:
     return next(line for line in reversed(terminal.lines) if line.startswith(PROMPT.rstrip()))
 
 
-def colors(terminal: Terminal) -> dict[str, str]:
-    """The color of each word on the input line."""
+def styles(terminal: Terminal) -> dict[str, Char]:
+    """The last cell of each word on the input line."""
     row = next(row for row in reversed(range(40)) if terminal.lines[row].startswith(PROMPT))
     cells = [terminal.screen.buffer[row][column] for column in range(len(PROMPT), 100)]
-    found: dict[str, str] = {}
+    found: dict[str, Char] = {}
     word = ""
     for cell in cells:
         if cell.data == " ":
@@ -64,7 +66,7 @@ def colors(terminal: Terminal) -> dict[str, str]:
         else:
             found.pop(word, None)
             word += cell.data
-            found[word] = cell.fg
+            found[word] = cell
     return found
 
 
@@ -129,12 +131,21 @@ def test_on_an_empty_line_tab_brings_the_text_back_with_what_was_offered(session
     assert line(session).startswith(f"{PROMPT}The capital of France is Paris")
 
 
-def test_what_surprises_the_model_has_another_color(session: Terminal) -> None:
+def test_what_surprises_the_model_has_another_style(session: Terminal) -> None:
+    """Without 24-bit color, a surprising token is reversed."""
     typed(session, "The capital of France is", "␣Paris")
-    found = colors(session)
-    assert found["of"] == "green"  # under one bit
-    assert found["capital"] == "red"  # over eight
-    assert found["The"] == "default"  # nothing predicted it
+    found = styles(session)
+    assert found["capital"].reverse  # over eight bits
+    assert not found["of"].reverse  # under one bit
+    assert not found["The"].reverse  # not predicted
+
+
+def test_what_surprises_the_model_has_another_background_in_24_bit_color(tmp_path: Path) -> None:
+    with start(tmp_path, env={"COLORTERM": "truecolor"}) as session:
+        typed(session, "The capital of France is", "␣Paris")
+        found = styles(session)
+    assert f"#{found['capital'].bg}" == colors.SURPRISE["dark"][3]
+    assert found["of"].bg == found["The"].bg == "default"
 
 
 def test_a_line_that_changes_is_read_anew(session: Terminal) -> None:

@@ -75,10 +75,17 @@ for (const group of document.querySelectorAll("[data-rove]")) {
 function figure(value) {
   return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
 }
+function percent(share) {
+  if (share > 0 && share < 0.0005) return "<0.1 %";
+  if (share >= 0.9995 && share < 1) return ">99.9 %";
+  return `${(100 * share).toFixed(1)} %`;
+}
 function hover(map, row, column) {
   const value = map.values[row][column];
   if (map.hovers) return map.hovers[row][column];
-  return value === null ? "" : `${map.rows[row]} · ${map.columns[column]}: ${figure(value)}`;
+  if (value === null) return "";
+  const names = { row: map.rows[row], column: map.columns[column], value: map.percent ? percent(value) : figure(value) };
+  return map.says.replace(/\{(row|column|value)\}/g, (_, name) => names[name]);
 }
 function shade(map, value, style) {
   const steps = map.steps - 1;
@@ -120,7 +127,8 @@ function draw(canvas) {
     for (let c = 0; c < count; c++) {
       const value = map.values[r][c];
       if (value === null) continue;
-      context.fillStyle = shade(map, value, style);
+      const marked = map.marked && map.marked[r][c];
+      context.fillStyle = marked ? style.getPropertyValue("--answer") : shade(map, value, style);
       context.fillRect(left + c * size, top + r * size, size - gap, size - gap);
     }
   }
@@ -174,6 +182,8 @@ for (const canvas of document.querySelectorAll("canvas")) {
     again();
   });
 }
+// The answer is at the right end of a map that is wider than the page.
+for (const box of document.querySelectorAll("[data-end]")) box.scrollLeft = box.scrollWidth;
 function drawAll() {
   document.querySelectorAll("canvas").forEach(draw);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Finding, Gallery, Heatmap, Page, PageBlock, Paragraph, Table, written
+from llama_scratch.render.page import Cell, Finding, Gallery, Heatmap, Kind, Page, PageBlock, Paragraph, Table, written
 from llama_scratch.render.text import changes, percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -18,6 +18,8 @@ _KINDS = {
     "duplicate token": ("D", "the earlier occurrence of the same token"),
     "induction": ("I", "the token after its earlier occurrence"),
 }
+# First-token heads are the most frequent and do least, so they are gray.
+_HUES = {"previous token": "blue", "first token": "gray", "duplicate token": "amber", "induction": "pink"}
 _MEASURED = (
     "Scores are mean attention on a repeated sequence of random tokens. Duplicate-token and induction scores are "
     "over the second half."
@@ -47,15 +49,35 @@ def heads(view: Heads, *, whole: bool = False) -> Page:
         for kind, (letter, _) in _KINDS.items()
     )
     drawn = view.maps if whole else tuple(each for kind in _KINDS for each in strongest[kind][:_DRAWN])
-    per_layer = len({each.scores.head for each in view.maps})
     title = "Attention patterns on this text" + ("" if whole else ": highest scores of each type")
     parts: list[PageBlock] = [
+        Finding(heads_finding(view)),
         _overview(view),
         Table(("type", ">heads", "highest scores"), rows),
-        Gallery(title, tuple(_small(view, each) for each in drawn), per_layer if whole else 0),
+        Gallery(title, tuple(_small(view, each) for each in drawn), _n_heads(view) if whole else 0),
         _note(view, "/attention L5 shows the heads of layer 5, /attention L5.H3 shows head 3."),
     ]
     return Page("Attention heads", tuple(part for part in parts if not isinstance(part, Gallery) or part.maps), _SOURCE)
+
+
+def heads_finding(view: Heads) -> str:
+    """Count the heads of each kind, and name the strongest induction head."""
+    kinds = {kind: [each.scores for each in _by_score(view) if each.scores.kind == kind] for kind in _KINDS}
+    found = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: -len(kinds[kind]))
+    where = f"the {len(view.maps)} heads" + ("" if view.layer is None else f" of layer {view.layer}")
+    if not found:
+        return f"On random tokens, none of {where} is of one of the four types."
+    counts = [f"{len(kinds[kind])} {kind.replace(' ', '-')}" for kind in found]
+    listed = counts[0] if len(counts) == 1 else f"{', '.join(counts[:-1])} and {counts[-1]}"
+    plural = "head" if counts[-1].startswith("1 ") else "heads"
+    sentence = f"On random tokens, {where} include {listed} {plural}."
+    best = kinds["induction"][:1]
+    return sentence + (f" The strongest induction head is {best[0].name} ({best[0].best[1]:.2f})." if best else "")
+
+
+def _n_heads(view: Heads) -> int:
+    """Number of heads per layer."""
+    return 1 + max(each.scores.head for each in view.maps)
 
 
 def _by_score(view: Heads) -> list[SmallMap]:
@@ -63,23 +85,21 @@ def _by_score(view: Heads) -> list[SmallMap]:
 
 
 def _overview(view: Heads) -> Heatmap:
-    """A grid with the kind of each head, shaded by score; the longer side is vertical."""
+    """A grid with the kind of each head, shaded by score. Layers go across, heads go down."""
     scores = [each.scores for each in view.maps]
-    n_heads = 1 + max(each.head for each in scores)
-    grid = [tuple(scores[i : i + n_heads]) for i in range(0, len(scores), n_heads)]
-    down, across = "layer", "head"
-    if n_heads > len(grid):
-        grid = list(zip(*grid, strict=True))
-        down, across = across, down
+    n_heads = _n_heads(view)
+    grid = [scores[head::n_heads] for head in range(n_heads)]
     return Heatmap(
-        title=f"Head types, shaded by score: rows are {down}s, columns are {across}s",
-        rows=tuple(f"{down[0].upper()}{i}" for i in range(len(grid))),
-        columns=tuple(map(str, range(len(grid[0])))),
+        title="Heads by kind: rows are heads, columns are layers",
+        rows=tuple(f"H{head}" for head in range(n_heads)),
+        columns=tuple(str(each.layer) for each in grid[0]),
         values=tuple(tuple(each.best[1] for each in row) for row in grid),
         tokens=False,
         texts=tuple(tuple(_KINDS[each.kind][0] if each.kind else "·" for each in row) for row in grid),
         hovers=tuple(tuple(_scores(each) for each in row) for row in grid),
         first=0,
+        legend="score",
+        kinds=(*(Kind(_KINDS[kind][0], kind, hue) for kind, hue in _HUES.items()), Kind("·", "none of these", "gray")),
     )
 
 
@@ -107,7 +127,10 @@ def _small(view: Heads, small: SmallMap) -> Heatmap:
     labels = tuple(token.text for token in view.tokens[:: small.step])
     scores = small.scores
     title = scores.name + (f" {_KINDS[scores.kind][0]} {scores.best[1]:.2f}" if scores.kind else "")
-    return Heatmap(title, labels, labels, small.values, row_tokens=True)
+    return Heatmap(
+        title, labels, labels, small.values, row_tokens=True,
+        legend="attention", percent=True, says="{row} attends to {column}: {value}.",
+    )  # fmt: skip
 
 
 def _note(view: Heads, more: str) -> Paragraph:
@@ -129,8 +152,9 @@ def _layer(view: Heads, layer: int) -> Page:
     return Page(
         f"Attention in layer {layer}",
         (
+            Finding(heads_finding(view)),
             Table(("head", ">prev.", ">first", ">dup.", ">ind.", "type"), rows, f"Heads of layer {layer}"),
-            Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps), len(view.maps)),
+            Gallery("Attention patterns on this text", tuple(_small(view, each) for each in view.maps), _n_heads(view)),
             _note(view, f"/attention L{layer}.H0 shows head 0."),
         ),
         _SOURCE,
@@ -217,5 +241,7 @@ def _pattern(view: Head, first: int | None) -> Heatmap:
         first=None if first is None else first - view.first,
         # Column numbers are positions only if the window starts at 0.
         more="" if view.first else f"/attention {name} {{}}",
-        hover_form="{row} looks at {column}: {percent}",
+        legend="attention",
+        percent=True,
+        says="{row} looks at {column}: {value}",
     )

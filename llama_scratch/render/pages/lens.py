@@ -6,14 +6,15 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.lines import json_line
-from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph
+from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph, written
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.lens import Guess, Lens
 
 _SOURCE = ("guesses", "norm")
+# Falls of the rank that the finding names: how many, and by which factor at least.
+_FALLS, _LEAST_FALL = 2, 2.0
 
 
 def page(lens: Lens, first: int | None = None, *, ranks: bool = False) -> Page:
@@ -30,7 +31,7 @@ def page(lens: Lens, first: int | None = None, *, ranks: bool = False) -> Page:
     shown = len(lens.tokens)
     if shown < lens.length:
         note += f" Shown: {shown} of {lens.length:,} positions, from {lens.first} on. /lens N starts at position N."
-    return Page("Logit lens", (Finding(_where(lens)), _table(lens, first, ranks), Paragraph(note, "dim")), _SOURCE)
+    return Page("Logit lens", (Finding(finding(lens)), _table(lens, first, ranks), Paragraph(note, "dim")), _SOURCE)
 
 
 def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
@@ -47,14 +48,17 @@ def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
     return Page("Logit lens", (_table(latest, None, ranks), Paragraph(note, "dim")))
 
 
-def _where(lens: Lens) -> str:
-    answer, stays = lens.answers[-1], lens.stays_from()
-    if lens.first_layer() == stays:
-        way = f"rank 1 from {_name(stays)} on" + ("." if stays < 0 else ", and never before.")
-    else:
-        way = f"rank 1 first after {_name(lens.first_layer())}, and always from {_name(stays)} on."
-    said = f"{json_line(answer.text)}, {percent(answer.probability)}"
-    return f"Prediction after {json_line(lens.tokens[-1].text)}: {said}; {way}"
+def finding(lens: Lens) -> str:
+    """Say from which layer on the final prediction leads, and at which layers its rank falls most."""
+    answer, first, stays = lens.answers[-1], lens.first_layer(), lens.stays_from()
+    leads = f"leads from {_name(stays)} on"
+    if first != stays:
+        leads = f"leads first after {_name(first)}, and from {_name(stays)} on at every layer"
+    after = written(lens.tokens[-1].text, token=True)
+    sentence = f"After {after}, {written(answer.text, token=True)} ({percent(answer.probability)}) {leads}."
+    falls = [fall for fall in lens.rank_falls()[:_FALLS] if fall[1] >= _LEAST_FALL * fall[2]]
+    places = " and ".join(f"{_name(layer)} ({before:,} → {now:,})" for layer, before, now in sorted(falls))
+    return f"{sentence} Its rank falls most at {places}." if places else sentence
 
 
 def _name(layer: int) -> str:
@@ -67,31 +71,39 @@ def _short(rank: int) -> str:
 
 
 def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
-    grid = [row.guesses for row in lens.layers]
+    """Draw the layers, the last one on top. The rank of the last position's prediction is beside each layer."""
+    layers = lens.layers[::-1]
+    grid = [row.guesses for row in layers]
     worst = math.log(max(2, max(guess.rank_of_answer for row in grid for guess in row)))
+    names, finals = ([written(token.text, token=True) for token in row] for row in (lens.tokens, lens.answers))
+    answer, leads = len(lens.tokens) - 1, [[guess.rank_of_answer == 1 for guess in row] for row in grid]
 
     def value(guess: Guess) -> float:
         return 1 - math.log(guess.rank_of_answer) / worst if ranks else guess.probability
 
     def hover(layer: int, index: int, guess: Guess) -> str:
-        after, answer = json_line(lens.tokens[index].text), json_line(lens.answers[index].text)
-        said = f"{json_line(guess.text)} {percent(guess.probability)}"
-        return f"{_name(layer)}, after {after}: {said}; the final prediction {answer} has rank {guess.rank_of_answer:,}"
+        says = f"{written(guess.text, token=True)} ({percent(guess.probability)})"
+        rank = f"the final prediction {finals[index]} has rank {guess.rank_of_answer:,}"
+        return f"After {_name(layer)}, {names[index]} predicts {says}; {rank}."
 
     return Heatmap(
-        title=(
-            "Rank of the final prediction after each layer"
-            if ranks
-            else "Top prediction after each layer, shaded by its probability"
-        ),
-        rows=tuple("embed" if row.layer < 0 else f"L{row.layer}" for row in lens.layers),
+        title="Rank of the final prediction after each layer" if ranks else "Top prediction after each layer",
+        rows=tuple("embed" if row.layer < 0 else f"L{row.layer}" for row in layers),
         columns=tuple(token.text for token in lens.tokens),
         values=tuple(tuple(map(value, row)) for row in grid),
         texts=tuple(tuple(_short(guess.rank_of_answer) if ranks else guess.text for guess in row) for row in grid),
         hovers=tuple(
-            tuple(hover(row.layer, index, guess) for index, guess in enumerate(row.guesses)) for row in lens.layers
+            tuple(hover(row.layer, index, guess) for index, guess in enumerate(row.guesses)) for row in layers
         ),
         first=None if first is None else first - lens.first,
         # Column numbers are positions only if the window starts at 0.
         more="" if lens.first else "/lens ranks {}" if ranks else "/lens {}",
+        legend="rank of the final prediction, logarithmic" if ranks else "probability of the top prediction",
+        end_labels=(f"{math.exp(worst):,.0f}", "1") if ranks else None,
+        percent=not ranks,
+        beside=() if ranks else tuple(f"{row[answer].rank_of_answer:,}" for row in grid),
+        beside_title="" if ranks else f"rank of {finals[-1]}",
+        marked=tuple(tuple(c == answer and leading for c, leading in enumerate(row)) for row in leads),
+        quiet=tuple(tuple(not leading for leading in row) for row in leads),
+        fold="no final prediction",
     )

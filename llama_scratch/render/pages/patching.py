@@ -39,7 +39,9 @@ def page(trace: Trace) -> Page:
         trace.moved,
         low=-1.0,
         high=1.0,
-        hover_form="{column} patched at {row}: {percent} of the logit difference",
+        legend="normalized logit difference",
+        percent=True,
+        says="{column} patched at {row}: {value} of the logit difference",
     )
     note = (
         "Rows are the residual stream before each layer, 'end' after the last one. 0: the logit difference of this "

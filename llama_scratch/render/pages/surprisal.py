@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Page, Paragraph, Running, Table
-from llama_scratch.render.surprise import MOST_SURPRISING, STYLES_BELOW, surprise_style
+from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Running, Table, written
+from llama_scratch.render.surprise import LIMITS, NAMES, surprise_style
 from llama_scratch.render.text import counted, percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -17,7 +17,7 @@ _EMPTY = Cell("")
 
 
 def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
-    """Return a page of the colored text, a legend, and the score of each token.
+    """Return a page of the most surprising token, the colored text, a legend, and the score of each token.
 
     Args:
         surprisal: The scores.
@@ -35,14 +35,33 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
         for of_run, run in runs
     ]
     legend = [Cell("Bits: ", "dim")]
-    for words, style in [*((f"under {limit:g}", style) for limit, style in STYLES_BELOW), ("more", MOST_SURPRISING)]:
+    for words, style in zip((*(f"under {limit:g}" for limit in LIMITS), "more"), NAMES, strict=True):
         legend += [Cell(words, style), Cell(" · ", "dim")]
     most_bits = max((token.bits or 0.0 for token in surprisal.tokens), default=0.0)
     table = Table(
         ("token", ">prob.", ">rank", ">bits", ""), tuple(_score(token, most_bits) for token in surprisal.tokens)
     )
     text_and_legend = (Running(tuple(cells), spoken=False) for cells in (colored, legend[:-1]))
-    return Page("Surprisal", (*text_and_legend, table, Paragraph(_total(surprisal), "dim")))
+    total = Paragraph(_total(surprisal), "dim")
+    return Page("Surprisal", (Finding(finding(surprisal)), *text_and_legend, table, total))
+
+
+def finding(surprisal: Surprisal) -> str:
+    """Name the most surprising token and its share of the text's bits.
+
+    It stands out if it has at least twice the mean.
+    """
+    scored = [(token.bits, token) for token in surprisal.tokens if token.bits is not None]
+    if not scored:
+        return "No token is predicted: the text has no token before it."
+    bits, token = max(scored, key=lambda pair: pair[0])
+    total = f"{bits:.1f} of {surprisal.bits:.1f} bits, probability {percent(token.probability or 0.0)}"
+    name = written(token.text, token=True)
+    if len(scored) > 1 and bits >= 2 * surprisal.bits / len(scored):
+        return f"{name} is the most surprising token: {total}."
+    if len(scored) == 1:
+        return f"{name} is the only predicted token: {total}."
+    return f"No single token stands out. The most surprising is {name}: {total}."
 
 
 def _score(token: Scored, most_bits: float) -> tuple[Cell, ...]:
