@@ -36,7 +36,7 @@ def lens(*ranks: int) -> Lens:
 def summary(*ablations: tuple[str, float], ranks: tuple[int, ...] = (900, 40, 1, 1)) -> Summary:
     """Measurements with these ablations."""
     contributions = tuple(Contribution(name, 1.0) for name, _ in ablations)
-    influences = tuple(TokenInfluence(token, i, 0.0, None, None) for i, token in enumerate(TOKENS))
+    influences = tuple(TokenInfluence(token, i, 0.0, None, None, None) for i, token in enumerate(TOKENS))
     why = Attribution(TOKENS, BLUE, None, 10.0, contributions, 0.0, influences, ())
     return Summary(lens(*ranks), why, tuple(Ablation(*each) for each in ablations), LINKS)
 

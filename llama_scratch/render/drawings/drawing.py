@@ -118,8 +118,7 @@ class Drawing:
 
 def step(level: float) -> str:
     """The color of a level from 0 to 1."""
-    scale, number = colors.shade(level, signed=False)
-    return f"{scale}{number}"
+    return f"v{colors.step(level)}"
 
 
 def cut(text: str, width: int) -> str:
