@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,10 +27,13 @@ import typer
 import llama_scratch as package
 from llama_scratch.cli.app import app
 from llama_scratch.errors import LlamaScratchError
+from llama_scratch.learn import solution
 from tests.helpers import ROOT
 from tests.helpers.command_line import Runner
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Their cells, and the blocks for a session, run in tests/book.
+CHAPTERS = sorted((ROOT / "llama_scratch" / "book").glob("*.md"))
 MAX_README_WORDS = 1800
 SUBCOMMANDS = ("pull", "info", "verify", "convert", "bench", "replay", "learn")
 # Options that typer adds.
@@ -164,7 +168,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CHAPTERS], ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     broken = []
@@ -184,7 +188,7 @@ def test_the_readme_links_to_every_page() -> None:
 
 
 def test_every_picture_is_on_a_page() -> None:
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *CHAPTERS])
     assert {file.name for file in (ROOT / "OutputImages").iterdir() if file.name not in text} == set()
 
 
@@ -254,7 +258,7 @@ def sources() -> str:
 
 
 def test_every_line_that_is_typed_into_a_session_is_a_prompt_or_a_command() -> None:
-    lines = [line for page in PAGES for line in session_lines(page)]
+    lines = [line for page in [*PAGES, *CHAPTERS] for line in session_lines(page)]
     assert len(lines) > 10
     assert {line for line in lines if line.startswith("/") and line.split()[0][1:] not in slash_commands()} == set()
 
@@ -305,6 +309,7 @@ def run(folder: Path, command: str, stdin: str | None = None) -> subprocess.Comp
     program.parent.mkdir(exist_ok=True)
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llama_scratch "$@"\n')
     program.chmod(0o755)
+    shutil.copy(solution.__file__, folder / "my_llama.py")  # a reader's file, for `learn check`
     environment = os.environ | {
         "PATH": f"{program.parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": str(ROOT),
@@ -344,7 +349,9 @@ def fields(line: str) -> tuple[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if session_lines(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in [*PAGES, *CHAPTERS] if session_lines(page)], ids=lambda page: page.name
+)
 def test_the_sessions_of_a_page_run(tmp_path: Path, smollm2_path: Path, page: Path) -> None:
     """Everything that a page types, in one session, and then the replay of a session that it saved."""
     lines = "\n".join(session_lines(page))
