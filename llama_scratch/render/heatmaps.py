@@ -74,7 +74,7 @@ class WideMap:
         widths = _widths(whole, options.max_width)
         # A map far wider than the terminal is pooled, unless part of it was requested or a text would be lost.
         fits = widths.fits
-        squeezed = not texts and whole.first is None and (not whole.more or len(whole.columns) > 4 * fits)
+        squeezed = not texts and whole.window.first is None and (not whole.window.more or len(whole.columns) > 4 * fits)
         high = HIGH_WITH_TEXTS if texts else HIGH
         shown = pooled(whole, high, fits if squeezed else len(whole.columns))
         first, end = window(whole, fits) if not squeezed else (0, len(shown.columns))
@@ -87,7 +87,7 @@ class WideMap:
             yield line
         yield Shades(whole, console, options).legend()
         for sentence in (
-            f"Right: {whole.beside_title}." if whole.beside_title else "",
+            f"Right: {whole.margin.title}." if whole.margin else "",
             pooling(whole, shown),
             columns_shown(whole, first, end) if not squeezed else "",
         ):
@@ -102,10 +102,10 @@ def _widths(heatmap: Heatmap, width: int) -> _Widths:
     """
     rows, columns = range(len(heatmap.rows)), range(len(heatmap.columns))
     label = min(max(4, min(16, width // 5)), max((cell_len(heatmap.row(r)) for r in rows), default=0))
-    beside = 2 + max(map(cell_len, heatmap.beside)) if heatmap.beside else 0
+    beside = 2 + max(map(cell_len, heatmap.margin.texts), default=0) if heatmap.margin else 0
     room = width - label - 1 - beside
-    if heatmap.kinds or heatmap.texts is None:
-        field = 1 if heatmap.kinds and 2 * len(columns) > room else 2
+    if heatmap.scale.kinds or heatmap.texts is None:
+        field = 1 if heatmap.scale.kinds and 2 * len(columns) > room else 2
         return _Widths(label, field, -1, 0, beside, room)
     lengths = [[cell_len(heatmap.text(r, c)) for r in rows] for c in columns]
     needs = [2 + max([cell_len(heatmap.column(c)), *lengths[c]]) for c in columns]
@@ -126,7 +126,7 @@ def window(heatmap: Heatmap, fits: int) -> tuple[int, int]:
         fits: Number of columns that fit.
     """
     last = max(0, len(heatmap.columns) - fits)
-    first = last if heatmap.first is None else max(0, min(heatmap.first, last))
+    first = last if heatmap.window.first is None else max(0, min(heatmap.window.first, last))
     return first, min(first + fits, len(heatmap.columns))
 
 
@@ -142,10 +142,10 @@ def columns_shown(heatmap: Heatmap, first: int, end: int) -> str:
     if shown == total:
         return ""
     sentence = f"{'positions' if heatmap.tokens else 'columns'} {first} to {end - 1} of {total:,}"
-    if heatmap.more:
+    if heatmap.window.more:
         ways = [(max(0, first - shown), "earlier")] if first else []
         ways += [(end, "later")] if end < total else []
-        sentence += "; " + ", ".join(f"{heatmap.more.format(start)} shows {which} ones" for start, which in ways)
+        sentence += "; " + ", ".join(f"{heatmap.window.more.format(start)} shows {which} ones" for start, which in ways)
     return sentence
 
 
@@ -164,29 +164,30 @@ class _Drawing:
 
     def lines(self) -> Iterator[Text]:
         """Yield the column labels, one line per row, and the labels again below a high map."""
-        field = self._letter if self.heatmap.kinds else self._text if self.heatmap.texts is not None else self._shade
+        kinds, texts = bool(self.heatmap.scale.kinds), self.heatmap.texts is not None
+        field = self._letter if kinds else self._text if texts else self._shade
         rows = list(_folded(self.heatmap, self.columns))
-        if self.heatmap.kinds:
+        if kinds:
             heads = [self._numbers()]
         else:
-            heads = list(self._tokens() if self.heatmap.texts is not None else self._upright())
-            if self.heatmap.more and self.heatmap.texts is not None:  # the command takes a position
+            heads = list(self._tokens() if texts else self._upright())
+            if self.heatmap.window.more and texts:  # the command takes a position
                 numbers = "".join(f"{c:<{self.widths.column(c)}}" for c in self.columns)
                 yield Text(" " * (self.widths.label + 2) + numbers, style="dim")
             yield from (head.copy() for head in heads)
         for run in rows:
-            if len(run) > 1:
+            if len(run) > 1 and self.heatmap.fold:
                 names = f"{self.heatmap.row(run[0])} to {self.heatmap.row(run[-1])}"
-                yield Text(f"{' ' * self.widths.label} {names}: {written(self.heatmap.fold)}", style="dim italic")
+                yield Text(f"{' ' * self.widths.label} {names}: {written(self.heatmap.fold.note)}", style="dim italic")
                 continue
             line = Text(_cut(self.heatmap.row(run[0]), self.widths.label) + " ", style="")
             line.stylize("dim")
             for column in self.columns:
                 field(line, run[0], column)
-            if self.heatmap.beside:
-                line.append(f"{written(self.heatmap.beside[run[0]]):>{self.widths.beside - 1}}", style="dim")
+            if self.heatmap.margin:
+                line.append(f"{written(self.heatmap.margin.texts[run[0]]):>{self.widths.beside - 1}}", style="dim")
             yield line
-        if self.heatmap.kinds or len(rows) >= _FOOT:
+        if kinds or len(rows) >= _FOOT:
             yield from heads
 
     def _tokens(self) -> Iterator[Text]:
@@ -224,11 +225,11 @@ class _Drawing:
 
 
 def _folded(heatmap: Heatmap, columns: range) -> Iterator[range]:
-    """Yield the rows, several quiet ones as one range. The first and the last row are never folded."""
-    count, quiet = len(heatmap.rows), heatmap.quiet
+    """Yield the rows, several that may be folded as one range. The first and the last row are never folded."""
+    count, fold = len(heatmap.rows), heatmap.fold
 
     def folds(row: int) -> bool:
-        return quiet is not None and 0 < row < count - 1 and all(quiet[row][c] for c in columns)
+        return fold is not None and 0 < row < count - 1 and all(fold.fields[row][c] for c in columns)
 
     for folded, run in groupby(range(count), key=folds):
         rows = list(run)
@@ -268,7 +269,7 @@ class Tiles:
             for heatmap, title in zip(self.maps, titles, strict=True)
         ]
         yield _grid(tiles, max(1, across), width)
-        if self.maps and self.maps[0].legend:
+        if self.maps and self.maps[0].scale.legend:
             yield Shades(self.maps[0], console, options).legend()
         if any(pooling(heatmap, pooled(heatmap, TILE[1], TILE[0])) for heatmap in self.maps):
             yield Text("Max-pooled: each character is the strongest value of its block.", style="dim")

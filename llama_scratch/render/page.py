@@ -7,14 +7,14 @@ on its own.
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_scratch.render.drawings.drawing import Drawing
-from llama_scratch.render.text import percent, visible
+from llama_scratch.render.scale import Scale
+from llama_scratch.render.text import visible
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,42 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of field in a heat map, with a color scale of its own.
+class Window:
+    """The columns of a heat map that a narrow screen shows.
 
     Args:
-        letter: The text of its fields.
-        name: Its name in the legend.
-        hue: The name of its scale in `colors`: "gray", "blue", "amber" or "pink".
+        first: The first column. None: the last columns that fit.
+        more: Command that shows other columns, with {} for the index of the first one.
     """
 
-    letter: str
-    name: str
-    hue: str
+    first: int | None = None
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A text to the right of each row of a heat map, such as a rank.
+
+    Args:
+        title: What the texts are.
+        texts: The text of each row.
+    """
+
+    title: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Fields of a heat map that may be folded. A terminal shows several rows of such fields as one line.
+
+    Args:
+        fields: Whether each field may be folded.
+        note: What is common to the rows that are folded.
+    """
+
+    fields: tuple[tuple[bool, ...], ...]
+    note: str
 
 
 @dataclass(frozen=True)
@@ -125,85 +149,41 @@ class Heatmap:
         rows: Row labels, top to bottom.
         columns: Column labels.
         values: The values of each row. None: the field is empty.
-        low: The value of the lightest shade. If it is negative, the color scale diverges from 0.
-        high: The value of the darkest shade.
+        scale: The color scale.
         tokens: Whether the column labels and `texts` are tokens.
+        row_tokens: Whether the row labels are tokens.
         texts: Text in each field.
         hovers: Tooltip of each field on a web page. Default: `says`.
-        first: First column on a narrow screen. None: the last columns that fit.
-        more: Command that shows other columns, with {} for the index of the first one.
-        row_tokens: Whether the row labels are tokens.
-        legend: What the values are, such as "probability of the top prediction".
-        percent: Whether the values are shares, shown as percentages.
-        end_labels: The ends of the legend, if not the values `low` and `high`.
         says: Tooltip of a field, with {row}, {column} and {value}.
-        beside: A text to the right of each row, such as a rank.
-        beside_title: What the texts in `beside` are.
         marked: Whether each field is highlighted. The last column with such a field is never cut off.
-        quiet: Whether each field may be folded. A terminal shows several rows of quiet fields as one line.
-        fold: What is common to the rows that are folded.
-        kinds: The kinds of fields. The hue of a field is that of the kind whose letter is its text, by default gray.
+        window: The columns that a narrow screen shows.
+        margin: The texts to the right of the rows.
+        fold: The fields that may be folded.
     """
 
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
-    low: float = 0.0
-    high: float = 1.0
+    scale: Scale = field(default_factory=Scale)
     tokens: bool = True
+    row_tokens: bool = False
     texts: tuple[tuple[str, ...], ...] | None = None
     hovers: tuple[tuple[str, ...], ...] | None = None
-    first: int | None = None
-    more: str = ""
-    row_tokens: bool = False
-    legend: str = ""
-    percent: bool = False
-    end_labels: tuple[str, str] | None = None
     says: str = "{row} · {column}: {value}"
-    beside: tuple[str, ...] = ()
-    beside_title: str = ""
     marked: tuple[tuple[bool, ...], ...] | None = None
-    quiet: tuple[tuple[bool, ...], ...] | None = None
-    fold: str = ""
-    kinds: tuple[Kind, ...] = ()
+    window: Window = Window()
+    margin: Margin | None = None
+    fold: Fold | None = None
 
     def __post_init__(self) -> None:
         grids: tuple[Sequence[Sequence[object]] | None, ...]
-        grids = self.values, self.texts, self.hovers, self.marked, self.quiet
+        grids = self.values, self.texts, self.hovers, self.marked, self.fold.fields if self.fold else None
         for grid in filter(None, grids):
             if len(grid) != len(self.rows) or any(len(row) != len(self.columns) for row in grid):
                 raise ValueError("a heat map's fields and labels differ in number")
-        if self.beside and len(self.beside) != len(self.rows):
+        if self.margin and len(self.margin.texts) != len(self.rows):
             raise ValueError("a heat map's rows and the texts beside them differ in number")
-
-    @property
-    def signed(self) -> bool:
-        """Whether the color scale diverges from 0."""
-        return self.low < 0
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The values at both ends of the legend. A diverging map whose values have one sign shows that half only."""
-        if not self.signed:
-            return self.low, self.high
-        reach = max(-self.low, self.high)
-        values = [value for row in self.values for value in row if value is not None and not math.isnan(value)]
-        if all(value >= 0 for value in values):
-            return 0.0, reach
-        return -reach, (reach if any(value > 0 for value in values) else 0.0)
-
-    @property
-    def labels(self) -> tuple[str, str]:
-        """The labels of `ends`."""
-        low, high = self.ends
-        if self.percent:
-            return f"{100 * low:g}", f"{100 * high:g} %"
-        return self.end_labels or (figure(low), figure(high))
-
-    def figure(self, value: float) -> str:
-        """Format a value of the map."""
-        return percent(value) if self.percent else figure(value)
 
     def mark(self, row: int, column: int) -> bool:
         """Whether a field is highlighted."""
@@ -232,28 +212,12 @@ class Heatmap:
             return ""
         text = self.text(row, column)
         names = {"row": self.row(row), "column": self.column(column)}
-        names["value"] = f"{text}, {self.figure(value)}" if text else self.figure(value)
+        names["value"] = f"{text}, {self.scale.figure(value)}" if text else self.scale.figure(value)
         return re.sub(r"{(row|column|value)}", lambda name: names[name[1]], written(self.says))
 
     def shade(self, row: int, column: int) -> tuple[str, float] | None:
         """The name of a field's scale in `colors` and the place on it, 0 to 1. None: empty."""
-        level = self.level(row, column)
-        if level is None:
-            return None
-        if self.kinds:
-            hues = {kind.letter: kind.hue for kind in self.kinds}
-            return hues.get(self.texts[row][column] if self.texts else "", "gray"), abs(level)
-        return ("m" if level < 0 else "p") if self.signed else "v", abs(level)
-
-    def level(self, row: int, column: int) -> float | None:
-        """The shade of a field, 0 to 1, or −1 to 1 if the map is signed. None: empty."""
-        value = self.values[row][column]
-        if value is None or math.isnan(value):
-            return None
-        if self.signed:
-            reach = max(-self.low, self.high)
-            return max(-1.0, min(1.0, value / reach))
-        return max(0.0, min(1.0, (value - self.low) / ((self.high - self.low) or 1.0)))
+        return self.scale.shade(self.values[row][column], self.texts[row][column] if self.texts else "")
 
 
 @dataclass(frozen=True)
@@ -350,8 +314,3 @@ def written(text: str, *, token: bool = False) -> str:
         char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" and char != "\n" else char
         for char in text
     )
-
-
-def figure(value: float) -> str:
-    """Format a number: 3 significant digits, or an integer with commas from 1,000."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from llama_scratch.render.page import Heatmap
+from llama_scratch.render.page import Heatmap, Window
 
 _T = TypeVar("_T")
 
@@ -35,6 +35,7 @@ def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
     def kept(grid: Sequence[Sequence[_T]]) -> tuple[tuple[_T, ...], ...]:
         return tuple(tuple(grid[r][c] for r, c in row) for row in fields)
 
+    margin, fold = heatmap.margin, heatmap.fold
     return replace(
         heatmap,
         rows=tuple(heatmap.rows[high[0]] for high in down),
@@ -43,10 +44,9 @@ def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
         texts=heatmap.texts and kept(heatmap.texts),
         hovers=heatmap.hovers and kept(heatmap.hovers),
         marked=heatmap.marked and kept(heatmap.marked),
-        quiet=heatmap.quiet and kept(heatmap.quiet),
-        beside=tuple(heatmap.beside[high[0]] for high in down) if heatmap.beside else (),
-        first=None,
-        more="",
+        window=Window(),
+        margin=margin and replace(margin, texts=tuple(margin.texts[high[0]] for high in down)),
+        fold=fold and replace(fold, fields=kept(fold.fields)),
     )
 
 

@@ -55,7 +55,7 @@ class Shades:
 
     def shade(self, row: int, column: int) -> tuple[str, str]:
         """The character and the style of a field without its text."""
-        level = self.heatmap.level(row, column)
+        level = self.heatmap.scale.level(self.heatmap.values[row][column])
         if level is None:
             return " ", ""
         if self.truecolor:
@@ -64,7 +64,7 @@ class Shades:
             return self._marker, "bold"
         step = sum(abs(level) > limit for limit in _LIMITS)
         strength = ("dim", "dim", "", "", "", "bold")[step]
-        if self.heatmap.kinds:
+        if self.heatmap.scale.kinds:
             return self._positive[step], f"{strength} {self._hue(row, column)}".strip()
         if level < 0:
             return self._negative[step], f"{strength} red".strip()
@@ -83,7 +83,7 @@ class Shades:
             return f"{colors.ink_on(shade[0], color, self._theme)} on {color}"
         if marked:
             return "bold reverse"
-        if self.heatmap.kinds:
+        if self.heatmap.scale.kinds:
             return self._hue(row, column)
         color, strength = "red" if shade[0] == "m" else "green", shade[1]
         return "dim" if strength < 0.1 else "" if strength < 0.4 else color if strength < 0.75 else f"bold {color}"
@@ -94,17 +94,18 @@ class Shades:
 
     def legend(self) -> RenderableType:
         """What the values are, and the scale between its ends."""
-        if self.heatmap.kinds:
+        scale = self.heatmap.scale
+        if scale.kinds:
             return self._kinds()
-        (low, high), labels = self.heatmap.ends, self.heatmap.labels
+        (low, high), labels = scale.ends(self.heatmap.values), scale.labels(self.heatmap.values)
         line = Text(style="dim")
-        line.append(f"{self.heatmap.legend}: " if self.heatmap.legend else "")
+        line.append(f"{scale.legend}: " if scale.legend else "")
         line.append(f"{labels[0]} ")
         if low < 0:
             line.append_text(self._scale("m", self._negative, reverse=True))
             line.append(" 0 " if high > 0 else "")
         if high > 0 or low >= 0:
-            line.append_text(self._scale("p" if self.heatmap.signed else "v", self._positive))
+            line.append_text(self._scale("p" if scale.signed else "v", self._positive))
         line.append(f" {labels[1]}")
         return line
 
@@ -120,10 +121,10 @@ class Shades:
     def _kinds(self) -> RenderableType:
         """The letter and the name of each kind, and what the strength of a color means."""
         items = []
-        for kind in self.heatmap.kinds:
+        for kind in self.heatmap.scale.kinds:
             color = self._scales[kind.hue][-1]
             style = f"{colors.ink_on(kind.hue, color, self._theme)} on {color}"
             letter = (f" {kind.letter} ", style) if self.truecolor else (kind.letter, _HUES[kind.hue])
             items.append(Text.assemble(letter, (f" {kind.name}", "dim")))
-        strength = f"strength: {self.heatmap.legend}" if self.heatmap.legend else ""
+        strength = f"strength: {self.heatmap.scale.legend}" if self.heatmap.scale.legend else ""
         return Columns([*items, Text(strength, style="dim")], padding=(0, 2))

@@ -59,7 +59,7 @@ def _row(stream: Stream, row: int, answer: str) -> dict[str, Any]:
             {
                 "text": text,
                 "names": " ".join(filter(None, names)),
-                "share": round(heatmap.level(row, column) or 0.0, 3),
+                "share": round(heatmap.scale.level(heatmap.values[row][column]) or 0.0, 3),
                 "hover": heatmap.hover(row, column),
             }
         )

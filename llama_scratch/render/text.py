@@ -158,6 +158,11 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %"
 
 
+def figure(value: float) -> str:
+    """Format a number: 3 significant digits, or an integer with commas from 1,000."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def changes(before: float, after: float) -> str:
     """Say how a probability changes: "falls from 77.3 % to 14.1 %"."""
     if percent(before) == percent(after):

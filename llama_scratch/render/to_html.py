@@ -39,14 +39,13 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
-    figure,
     written,
 )
 from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.report_page import ReportPage
 from llama_scratch.render.surprise import NAMES
 from llama_scratch.render.svg import svg
-from llama_scratch.render.text import SPACE
+from llama_scratch.render.text import SPACE, figure
 
 # Maximum (rows, columns) of a map with texts (a table), a map without texts (a canvas), and a map in a gallery.
 _TEXTS, _DRAWN, _SMALL = (128, 256), (256, 256), (48, 48)
@@ -261,11 +260,11 @@ def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]
             "values": [[_rounded(value) for value in row] for row in drawn.values],
             "hovers": hovers,
             "says": written(drawn.says),
-            "percent": drawn.percent,
+            "percent": drawn.scale.percent,
             "marked": drawn.marked,
-            "low": drawn.low,
-            "high": drawn.high,
-            "signed": drawn.signed,
+            "low": drawn.scale.low,
+            "high": drawn.scale.high,
+            "signed": drawn.scale.signed,
             "steps": colors.STEPS,
         }
     )
@@ -284,16 +283,16 @@ def _rounded(value: float | None) -> float | None:
 def _legend(whole: Heatmap, shown: Heatmap) -> dict[str, Any]:
     """What the values are, with the steps of the scale between its ends, or the kinds of fields."""
     steps = range(0, colors.STEPS, 2)
-    (low, high), labels = whole.ends, whole.labels
+    (low, high), labels = whole.scale.ends(whole.values), whole.scale.labels(whole.values)
     scale = [f"m{step}" for step in reversed(steps)] if low < 0 else []
     if high > 0 or low >= 0:
-        scale += [f"{'p' if whole.signed else 'v'}{step}" for step in steps]
+        scale += [f"{'p' if whole.scale.signed else 'v'}{step}" for step in steps]
     kinds = [
         {"letter": written(kind.letter), "name": written(kind.name), "shade": f"{kind.hue}{colors.STEPS - 1}"}
-        for kind in whole.kinds
+        for kind in whole.scale.kinds
     ]
     ends = {"low": labels[0], "high": labels[1]}
-    return {"scale": scale, "kinds": kinds, "legend": written(whole.legend), "note": pooling(whole, shown)} | ends
+    return {"scale": scale, "kinds": kinds, "legend": written(whole.scale.legend), "note": pooling(whole, shown)} | ends
 
 
 def _texts(whole: Heatmap) -> dict[str, Any]:
@@ -302,7 +301,7 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
     rows = [
         {
             "label": {"text": shown.row(r), "token": shown.row_tokens, "style": ""},
-            "beside": written(shown.beside[r]) if shown.beside else "",
+            "beside": written(shown.margin.texts[r]) if shown.margin else "",
             "fields": [
                 {
                     "text": shown.text(r, c),
@@ -318,7 +317,8 @@ def _texts(whole: Heatmap) -> dict[str, Any]:
     ]
     columns = [{"text": shown.column(c), "token": shown.tokens, "style": ""} for c in range(len(shown.columns))]
     table: dict[str, Any] = {"kind": "texts", "title": written(whole.title), "columns": columns, "rows": rows}
-    table |= {"beside": written(whole.beside_title), "compact": bool(whole.kinds), "at_end": whole.first is None}
+    table |= {"compact": bool(whole.scale.kinds), "at_end": whole.window.first is None}
+    table["beside"] = written(whole.margin.title) if whole.margin else ""
     return table | _legend(whole, shown)
 
 

@@ -87,19 +87,19 @@ def _quoted(text: str) -> str:
 
 def _map_lines(heatmap: Heatmap) -> Iterator[str]:
     """Yield one line per row: column labels with their values."""
-    partly = bool(heatmap.more)
+    partly = bool(heatmap.window.more)
     first, end = window(heatmap, _PLAIN_COLUMNS) if partly else (0, len(heatmap.columns))
     shown = pooled(heatmap, HIGH_WITH_TEXTS if heatmap.texts else HIGH, len(heatmap.columns) if partly else HIGH)
-    what = f"{heatmap.title} ({heatmap.legend})" if heatmap.legend else heatmap.title
+    what = f"{heatmap.title} ({heatmap.scale.legend})" if heatmap.scale.legend else heatmap.title
     yield f"{written(what)}:"
     for r in range(len(shown.rows)):
         if shown.hovers is not None:
             yield from filter(None, (shown.hover(r, c) for c in range(first, min(end, len(shown.columns)))))
         elif facts := list(_facts(shown, r, range(first, min(end, len(shown.columns))))):
             yield f"{_named(shown.rows[r], shown.row_tokens)}: {'; '.join(facts)}"
-    if shown.beside and shown.beside_title:
-        facts = [f"{_named(row, shown.row_tokens)}: {text}" for row, text in zip(shown.rows, shown.beside, strict=True)]
-        yield written(f"{shown.beside_title}: {'; '.join(facts)}")
+    if margin := shown.margin:
+        facts = [f"{_named(row, shown.row_tokens)}: {text}" for row, text in zip(shown.rows, margin.texts, strict=True)]
+        yield written(f"{margin.title}: {'; '.join(facts)}")
     if sentence := pooling(heatmap, shown):
         yield sentence
     if partly and (sentence := columns_shown(heatmap, first, end)):
@@ -111,7 +111,7 @@ def _facts(heatmap: Heatmap, row: int, columns: range) -> Iterator[str]:
         value = heatmap.values[row][c]
         if value is not None:
             text = f" {_named(heatmap.texts[row][c], heatmap.tokens)}" if heatmap.texts else ""
-            yield f"{_named(heatmap.columns[c], heatmap.tokens)}:{text} {heatmap.figure(value)}"
+            yield f"{_named(heatmap.columns[c], heatmap.tokens)}:{text} {heatmap.scale.figure(value)}"
 
 
 def _named(label: str, token: bool) -> str:

@@ -275,9 +275,9 @@ def _heatmap(whole: Heatmap) -> list[_Block]:
     shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
     labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
     left = max((text_width(label, _TINY, shown.row_tokens) for label in labels), default=0.0) + 0.1
-    beside = max((text_width(text, _TINY) for text in shown.beside), default=-0.1) + 0.1
+    beside = max((text_width(text, _TINY) for text in shown.margin.texts), default=-0.1) + 0.1 if shown.margin else 0.0
     if texts:
-        min_width, max_width = (0.1, _FIELD) if whole.kinds else _FIELD_WITH_TEXT
+        min_width, max_width = (0.1, _FIELD) if whole.scale.kinds else _FIELD_WITH_TEXT
         total = len(shown.columns)
         count = max(1, -int(-total * min_width // (_ROOM - left - beside)))  # pieces of nearly equal width
         pieces = [range(i * total // count, (i + 1) * total // count) for i in range(count)]
@@ -297,7 +297,8 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
     max_width = wide - 0.06 if texts else 1.1
     heads = [cut(shown.column(c), max_width, _TINY, shown.tokens) for c in columns]
     head = 0.2 if texts else max((text_width(text, _TINY, shown.tokens) for text in heads), default=0.0) + 0.08
-    beside_width = max((text_width(text, _TINY) for text in shown.beside), default=0.0)
+    beside = shown.margin.texts if shown.margin else ()
+    beside_width = max((text_width(text, _TINY) for text in beside), default=0.0)
     # If fields are smaller than the labels, only some labels are drawn.
     across, down = (max(1, -(-0.14 // step)) for step in size)
 
@@ -318,23 +319,23 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
                 color = colors.ink_on(shade[0] if shade and not marked else "", shade_of(shown, r, c) or PAPER, "light")
                 text = cut(shown.text(r, c), max_width, _TINY, mono=True)
                 sheet.write(x + n * wide + 0.03, y, text, _TINY, mono=True, bold=marked, color=color)
-            if shown.beside and columns[-1] == len(shown.columns) - 1:
+            if beside and columns[-1] == len(shown.columns) - 1:
                 end = x + len(columns) * wide + 0.1 + beside_width
-                sheet.write(end, y, shown.beside[r], _TINY, right=True, color=_SOFT)
+                sheet.write(end, y, beside[r], _TINY, right=True, color=_SOFT)
 
     return head + high * len(labels), draw
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
     """What the values are, with the scale between its ends, or the kinds of fields."""
-    if whole.kinds:
+    if whole.scale.kinds:
         return _kinds(whole)
-    (low, high), labels = whole.ends, whole.labels
+    (low, high), labels = whole.scale.ends(whole.values), whole.scale.labels(whole.values)
     scale = [*reversed(scale_of("m"))] if low < 0 else []
     if high > 0 or low >= 0:
-        scale += scale_of("p" if whole.signed else "v")
-    begin = f"{written(whole.legend)}: {labels[0]}" if whole.legend else labels[0]
-    notes = (labels[1], f"right: {written(whole.beside_title)}" if whole.beside_title else "", pooling(whole, shown))
+        scale += scale_of("p" if whole.scale.signed else "v")
+    begin = f"{written(whole.scale.legend)}: {labels[0]}" if whole.scale.legend else labels[0]
+    notes = (labels[1], f"right: {written(whole.margin.title)}" if whole.margin else "", pooling(whole, shown))
 
     def draw(sheet: Sheet, top: float) -> None:
         y, x = top + 0.08, _MARGIN + text_width(begin, _TINY) + 0.08
@@ -351,14 +352,14 @@ def _kinds(heatmap: Heatmap) -> _Block:
 
     def draw(sheet: Sheet, top: float) -> None:
         x, y = _MARGIN, top + 0.1
-        for kind in heatmap.kinds:
+        for kind in heatmap.scale.kinds:
             color = scale_of(kind.hue)[-1]
             sheet.fill(x, top, 0.22, 0.2, color)
             sheet.write(x + 0.07, y, kind.letter, _TINY, mono=True, color=colors.ink_on(kind.hue, color, "light"))
             sheet.write(x + 0.3, y, kind.name, _TINY, color=_SOFT)
             x += 0.5 + text_width(kind.name, _TINY)
-        if heatmap.legend:
-            sheet.write(x, y, f"strength: {heatmap.legend}", _TINY, color=_SOFT)
+        if heatmap.scale.legend:
+            sheet.write(x, y, f"strength: {heatmap.scale.legend}", _TINY, color=_SOFT)
 
     return 0.2, draw
 

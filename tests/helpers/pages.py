@@ -13,7 +13,9 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
+    Window,
 )
+from llama_scratch.render.scale import Scale
 
 HOSTILE = "</script><script>document.title='run'</script>\"'\u202e\x1b[31m$\\frac{$"
 
@@ -36,7 +38,7 @@ def with_texts(columns: int, **how: Any) -> Heatmap:
     return ramp(3, columns, texts=tuple(tuple(f" t{r}{c}" for c in range(columns)) for r in range(3)), **how)
 
 
-SIGNED = ramp(2, 3, values=((-1.0, -0.5, 0.0), (None, 0.5, 1.0)), low=-1.0, tokens=False)
+SIGNED = ramp(2, 3, values=((-1.0, -0.5, 0.0), (None, 0.5, 1.0)), scale=Scale(-1.0), tokens=False)
 TABLE = Table(
     ("name", ">number", "bar"),
     tuple((Cell(f"n{i}"), Cell(f"{i}"), Cell(" a", token=True, bar=i / 4 - 0.5)) for i in range(5)),
@@ -51,7 +53,7 @@ EVERYTHING = Page(
         Running((Cell("After "), Cell(" Paris", "bold red", token=True, hover="3 bits"), Cell("\n", token=True))),
         TABLE,
         Paragraph("Second", "bold"),
-        with_texts(30, more="/lens {}"),
+        with_texts(30, window=Window(more="/lens {}")),
         ramp(4, 4),
         SIGNED,
         Gallery("All", tuple(ramp(12, 12, title=f"head {i}") for i in range(7))),

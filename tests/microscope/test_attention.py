@@ -444,7 +444,7 @@ def test_the_map_of_heads_has_a_hue_and_a_letter_per_kind(tiny: Llama) -> None:
     assert table.shade(0, 1) == ("blue", 0.5)
     assert table.shade(1, 1) == ("gray", 0.9)
     assert table.shade(3, 2) == ("gray", 0.1)
-    assert [kind.letter for kind in table.kinds] == ["P", "F", "D", "I", "·"]
+    assert [kind.letter for kind in table.scale.kinds] == ["P", "F", "D", "I", "·"]
 
 
 def test_a_layers_page_has_all_its_heads(tiny: Llama) -> None:
@@ -475,7 +475,7 @@ def test_a_heads_page_says_what_kind_it_is_and_what_the_last_token_looks_at(tiny
     (table,) = of(drawn, Heatmap)
     assert table.rows == table.columns == tuple(token.text for token in found.tokens)
     assert table.values[3] == (*found.probs[3][:4], *[None] * 36)
-    assert table.more.format(5) == "/attention L1.H2 5"
+    assert table.window.more.format(5) == "/attention L1.H2 5"
     links, scores = of(drawn, Table)
     assert [row[1].bar for row in scores.rows] == list(vars(found.scores).values())[2:]
     assert [(int(row[0].text), row[2].bar) for row in links.rows] == list(found.links)
@@ -582,7 +582,7 @@ def test_a_head_by_its_names(session: Session, name: str) -> None:
 def test_a_position_is_where_the_map_begins(session: Session) -> None:
     answered(session, "/attention L1.H3 4")
     assert session.state.page is not None
-    assert of(session.state.page, Heatmap)[0].first == 4
+    assert of(session.state.page, Heatmap)[0].window.first == 4
     session.predict([60 + i % 90 for i in range(100)])
     assert answered(session, "/attention L1.H3 4")[0]["first"] == 4
     assert answered(session, "/attention L1.H3 50")[0]["first"] == 36

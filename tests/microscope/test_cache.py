@@ -143,8 +143,8 @@ def test_the_maps_show_the_norms_and_the_sentence_their_largest(tiny: Llama) -> 
     assert sentence.startswith("30 KiB for 10 tokens.")
     places = re.findall(r"\(position (\d+)\) in L(\d+), mean norm ([\d.]+\d)", sentence)
     for (position, layer, norm), heatmap in zip(places, (keys, values), strict=True):
-        assert heatmap.values[int(layer)][int(position)] == heatmap.high
-        assert float(norm) == pytest.approx(heatmap.high, abs=0.05)
+        assert heatmap.values[int(layer)][int(position)] == heatmap.scale.high
+        assert float(norm) == pytest.approx(heatmap.scale.high, abs=0.05)
 
 
 def test_the_sentence_about_a_layer_names_its_largest_norms(tiny: Llama) -> None:

@@ -237,13 +237,15 @@ def test_the_page_has_every_guess_with_its_probability_and_rank(tiny: Llama) -> 
     assert table.texts is not None
     assert table.hovers is not None
     assert ranks.texts is not None
+    assert table.margin is not None
+    assert ranks.margin is None
     for r, row in enumerate(reversed(found.layers)):
         for c, guess in enumerate(row.guesses):
             assert (table.values[r][c], table.texts[r][c]) == (guess.probability, guess.text)
             assert ranks.texts[r][c] == str(guess.rank_of_answer)
             assert table.hovers[r][c].endswith(f"rank {guess.rank_of_answer:,}.")
             assert table.mark(r, c) == (c == 5 and guess.rank_of_answer == 1)
-        assert table.beside[r] == f"{row.guesses[-1].rank_of_answer:,}"
+        assert table.margin.texts[r] == f"{row.guesses[-1].rank_of_answer:,}"
     assert set(ranks.values[0]) == {1.0}
     worst = min(value for row in ranks.values for value in row if value is not None)
     assert worst == 0
@@ -293,13 +295,13 @@ def test_the_finding_for_a_known_fact(llama: Llama) -> None:
 def test_a_long_texts_page_says_which_positions_it_has(tiny: Llama) -> None:
     found = lens(tiny, [60 + i % 90 for i in range(100)])
     assert "Shown: 64 of 100 positions, from 36 on" in " ".join(shown(pages_view(found), 80).split())
-    assert table_of(found).more == ""
-    assert table_of(found, first=40).first == 4
+    assert table_of(found).window.more == ""
+    assert table_of(found, first=40).window.first == 4
     short = lens(tiny, list(range(60, 70)))
-    assert table_of(short).more.format(3) == "/lens 3"
-    assert table_of(short, ranks=True).more.format(3) == "/lens ranks 3"
-    assert table_of(short).first is None
-    assert table_of(short, first=4).first == 4
+    assert table_of(short).window.more.format(3) == "/lens 3"
+    assert table_of(short, ranks=True).window.more.format(3) == "/lens ranks 3"
+    assert table_of(short).window.first is None
+    assert table_of(short, first=4).window.first == 4
 
 
 def pages_view(lens: Lens) -> Any:
@@ -344,7 +346,7 @@ def test_the_command_looks_at_the_text_so_far(session: Session) -> None:
 def test_a_position_is_where_a_narrow_screen_begins(session: Session) -> None:
     answered(session, "/lens 4")
     assert session.state.page is not None
-    assert [part.first for part in session.state.page.parts if isinstance(part, Heatmap)] == [4]
+    assert [part.window.first for part in session.state.page.parts if isinstance(part, Heatmap)] == [4]
     session.predict([60 + i % 90 for i in range(100)])
     assert answered(session, "/lens 7")[0]["first"] == 7  # a separate window
     assert len(answered(session, "/lens 7")[0]["tokens"]) == 64

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.segment import Segment
 
 from llama_scratch.render import colors, to_plain, to_terminal
-from llama_scratch.render.page import Gallery, Heatmap, Kind, Page, PageBlock
+from llama_scratch.render.page import Fold, Gallery, Heatmap, Margin, Page, PageBlock, Window
+from llama_scratch.render.scale import Kind, Scale
 from llama_scratch.render.to_html import html
 from llama_scratch.render.to_png import png
 from tests.helpers.pages import ramp, with_texts
@@ -44,19 +45,16 @@ def lens(rows: int = 14, columns: int = 5) -> Heatmap:
         ramp(rows, columns),
         texts=texts,
         marked=grid,
-        quiet=tuple(tuple(2 <= r < rows - 2 for _ in range(columns)) for r in range(rows)),
-        fold="nothing new",
-        beside=tuple(f"{10**r % 99999}" for r in range(rows)),
-        beside_title="rank of x",
-        legend="probability of the top prediction",
-        percent=True,
+        fold=Fold(tuple(tuple(2 <= r < rows - 2 for _ in range(columns)) for r in range(rows)), "nothing new"),
+        margin=Margin("rank of x", tuple(f"{10**r % 99999}" for r in range(rows))),
+        scale=Scale(legend="probability of the top prediction", percent=True),
     )
 
 
 KINDS = Heatmap(
     "Kinds", ("H0", "H1"), tuple(map(str, range(30))), (30 * (0.9,), 30 * (0.2,)), tokens=False,
-    texts=(15 * ("P", "F"), 30 * ("·",)), first=0, legend="score",
-    kinds=(Kind("P", "previous token", "blue"), Kind("F", "first token", "gray")),
+    texts=(15 * ("P", "F"), 30 * ("·",)), window=Window(0),
+    scale=Scale(legend="score", kinds=(Kind("P", "previous token", "blue"), Kind("F", "first token", "gray"))),
 )  # fmt: skip
 
 
@@ -94,13 +92,13 @@ def test_quiet_rows_are_one_line() -> None:
     drawn = lines(lens())
     assert any(line.endswith("r2 to r11: nothing new") for line in drawn)
     assert not any(line.startswith(" r5") for line in drawn)
-    few = lines(replace(lens(), quiet=tuple(tuple(2 <= r < 4 for _ in range(5)) for r in range(14))))
+    few = lines(replace(lens(), fold=Fold(tuple(5 * (2 <= r < 4,) for r in range(14)), "nothing new")))
     assert any(line.startswith(" r3") for line in few)  # two rows are not folded
     assert not any("nothing new" in line for line in few)
 
 
 def test_a_high_map_has_its_tokens_at_the_foot_too() -> None:
-    assert sum("␣c0" in line for line in lines(replace(lens(), quiet=None))) == 2
+    assert sum("␣c0" in line for line in lines(replace(lens(), fold=None))) == 2
     assert sum("␣c0" in line for line in lines(with_texts(5))) == 1
 
 
@@ -115,16 +113,16 @@ def test_texts_beside_the_map() -> None:
 def test_a_legend_names_the_values_and_has_the_used_half_only() -> None:
     text = "\n".join(lines(lens(), color_system=None))
     assert "probability of the top prediction: 0 ·░▒▓█ 100 %" in text
-    signed = ramp(1, 2, low=-2.0, high=2.0)
+    signed = ramp(1, 2, scale=Scale(-2.0, 2.0))
     for values, ends in (((0.5, 1.0), (0, 2)), ((-0.5, -1.0), (-2, 0)), ((-1.0, 1.0), (-2, 2))):
         heatmap = replace(signed, values=(values,))
-        assert heatmap.ends == ends
+        assert heatmap.scale.ends(heatmap.values) == ends
         legend = lines(heatmap, color_system=None)[-2]
         assert ("≣" in legend, "█" in legend) == (ends[0] < 0, ends[1] > 0)
 
 
 def test_a_tooltip_is_a_sentence() -> None:
-    heatmap = replace(ramp(1, 2, values=((0.5, None),)), says="{row} attends to {column}: {value}.", percent=True)
+    heatmap = ramp(1, 2, values=((0.5, None),), says="{row} attends to {column}: {value}.", scale=Scale(percent=True))
     assert heatmap.hover(0, 0) == "r0 attends to ␣c0: 50.0 %."
     assert heatmap.hover(0, 1) == ""
     tricky = replace(heatmap, rows=("{column}",))

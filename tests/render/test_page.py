@@ -28,10 +28,12 @@ from llama_scratch.render.page import (
     Paragraph,
     Running,
     Table,
-    figure,
+    Window,
     written,
 )
 from llama_scratch.render.pooling import pooled, pooling
+from llama_scratch.render.scale import Scale
+from llama_scratch.render.text import figure
 from llama_scratch.render.to_html import html
 from llama_scratch.render.to_png import png
 from tests.helpers.pages import EVERYTHING, HOSTILE, SIGNED, TABLE, ramp, with_texts
@@ -141,18 +143,18 @@ def test_source_has_its_lines_numbered_and_marked() -> None:
 
 
 def test_a_map_with_texts_shows_the_columns_that_fit_and_how_to_see_others() -> None:
-    heatmap = with_texts(30, more="/lens {}")
+    heatmap = with_texts(30, window=Window(more="/lens {}"))
     last = shown(heatmap)
     assert "␣t029" in last
     assert "␣t00 " not in last
     assert "positions 20 to 29 of 30; /lens 10 shows earlier ones" in last
-    first = shown(replace(heatmap, first=0))
+    first = shown(replace(heatmap, window=Window(0, "/lens {}")))
     assert "␣t00 " in first
     assert "positions 0 to 9 of 30; /lens 10 shows later ones" in first
-    middle = shown(replace(heatmap, first=11))
+    middle = shown(replace(heatmap, window=Window(11, "/lens {}")))
     assert "positions 11 to 20 of 30; /lens 1 shows earlier ones, /lens 21 shows later ones" in middle
-    assert shown(replace(heatmap, first=29)) == last
-    assert "/" not in shown(with_texts(4, more="/lens {}"))  # all of it is there
+    assert shown(replace(heatmap, window=Window(29, "/lens {}"))) == last
+    assert "/" not in shown(with_texts(4, window=Window(more="/lens {}")))  # all of it is there
 
 
 def test_a_map_says_its_values_by_shapes() -> None:
@@ -203,9 +205,10 @@ def test_plain_lines_hold_every_fact_and_no_drawing() -> None:
 
 def test_plain_lines_say_what_they_leave_out() -> None:
     """A map without a command for other columns shows all of them. Small maps are pooled, with a note."""
-    (_, row) = plain(replace(with_texts(30), rows=("r0",), values=(30 * (0.5,),), texts=(30 * ("x",),), first=0))
+    one = replace(with_texts(30), rows=("r0",), values=(30 * (0.5,),), texts=(30 * ("x",),), window=Window(0))
+    (_, row) = plain(one)
     assert row.count("0.5") == 30
-    assert plain(replace(with_texts(30, more="/lens {}"), first=0))[-1] == (
+    assert plain(with_texts(30, window=Window(0, "/lens {}")))[-1] == (
         "positions 0 to 7 of 30; /lens 8 shows later ones"
     )
     small, large = ramp(4, 4), ramp(20, 20)
@@ -225,7 +228,7 @@ def test_plain_lines_leave_out_what_a_table_says_better() -> None:
 
 
 def test_pooling_keeps_the_strongest_of_each_block() -> None:
-    heatmap = ramp(4, 4, values=((0, 0, 0, 0), (0, -3, 2, 0), (0, 0, None, 0), (1, 0, 0, 0)), low=-3.0)
+    heatmap = ramp(4, 4, values=((0, 0, 0, 0), (0, -3, 2, 0), (0, 0, None, 0), (1, 0, 0, 0)), scale=Scale(-3.0))
     small = pooled(heatmap, 2, 2)
     assert small.values == ((-3, 2), (1, 0))
     assert small.rows == ("r0", "r2")
@@ -236,9 +239,8 @@ def test_pooling_keeps_the_strongest_of_each_block() -> None:
 
 
 def test_levels_of_values() -> None:
-    heatmap = ramp(1, 4, values=((0.0, 7.0, None, float("nan")),), low=1.0, high=5.0)
-    assert [heatmap.level(0, c) for c in range(4)] == [0.0, 1.0, None, None]
-    assert [SIGNED.level(0, c) for c in range(3)] == [-1.0, -0.5, 0.0]
+    assert [Scale(1.0, 5.0).level(value) for value in (0.0, 7.0, None, float("nan"))] == [0.0, 1.0, None, None]
+    assert [SIGNED.scale.level(value) for value in (-1.0, -0.5, 0.0)] == [-1.0, -0.5, 0.0]
 
 
 def test_texts_hide_nothing() -> None:

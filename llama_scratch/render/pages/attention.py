@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Finding, Gallery, Heatmap, Kind, Page, PageBlock, Paragraph, Table, written
+from llama_scratch.render.page import (
+    Cell,
+    Finding,
+    Gallery,
+    Heatmap,
+    Page,
+    PageBlock,
+    Paragraph,
+    Table,
+    Window,
+    written,
+)
+from llama_scratch.render.scale import Kind, Scale
 from llama_scratch.render.text import changes, percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -26,6 +38,8 @@ _MEASURED = (
 )
 # Maximum number of heads of each kind that are named, and that are drawn.
 _NAMED, _DRAWN = 6, 2
+# The color scale of attention patterns.
+_SHARES = Scale(legend="attention", percent=True)
 # A token looks at another one if at least this share of its attention goes there.
 _LOOKS = 0.5
 
@@ -89,6 +103,7 @@ def _overview(view: Heads) -> Heatmap:
     scores = [each.scores for each in view.maps]
     n_heads = _n_heads(view)
     grid = [scores[head::n_heads] for head in range(n_heads)]
+    kinds = (Kind(_KINDS[kind][0], kind, hue) for kind, hue in _HUES.items())
     return Heatmap(
         title="Heads by kind: rows are heads, columns are layers",
         rows=tuple(f"H{head}" for head in range(n_heads)),
@@ -97,9 +112,8 @@ def _overview(view: Heads) -> Heatmap:
         tokens=False,
         texts=tuple(tuple(_KINDS[each.kind][0] if each.kind else "·" for each in row) for row in grid),
         hovers=tuple(tuple(_scores(each) for each in row) for row in grid),
-        first=0,
-        legend="score",
-        kinds=(*(Kind(_KINDS[kind][0], kind, hue) for kind, hue in _HUES.items()), Kind("·", "none of these", "gray")),
+        scale=Scale(legend="score", kinds=(*kinds, Kind("·", "none of these", "gray"))),
+        window=Window(0),
     )
 
 
@@ -128,9 +142,14 @@ def _small(view: Heads, small: SmallMap) -> Heatmap:
     scores = small.scores
     title = scores.name + (f" {_KINDS[scores.kind][0]} {scores.best[1]:.2f}" if scores.kind else "")
     return Heatmap(
-        title, labels, labels, small.values, row_tokens=True,
-        legend="attention", percent=True, says="{row} attends to {column}: {value}.",
-    )  # fmt: skip
+        title,
+        labels,
+        labels,
+        small.values,
+        _SHARES,
+        row_tokens=True,
+        says="{row} attends to {column}: {value}.",
+    )
 
 
 def _note(view: Heads, more: str) -> Paragraph:
@@ -237,11 +256,12 @@ def _pattern(view: Head, first: int | None) -> Heatmap:
         rows=tuple(tokens),
         columns=tuple(columns),
         values=tuple(values),
+        scale=_SHARES,
         row_tokens=True,
-        first=None if first is None else first - view.first,
-        # Column numbers are positions only if the window starts at 0.
-        more="" if view.first else f"/attention {name} {{}}",
-        legend="attention",
-        percent=True,
+        window=Window(
+            None if first is None else first - view.first,
+            # Column numbers are positions only if the window starts at 0.
+            "" if view.first else f"/attention {name} {{}}",
+        ),
         says="{row} looks at {column}: {value}",
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph, written
+from llama_scratch.render.scale import Scale
 
 if TYPE_CHECKING:  # they bring torch
     from llama_scratch.microscope.cache import Cache, CachedLayer
@@ -105,8 +106,7 @@ def _map(title: str, rows: tuple[str, ...], tokens: Sequence[Token], norms: tupl
         rows=rows,
         columns=tuple(token.text for token in tokens),
         values=norms,
-        low=min(map(min, norms)),
-        high=max(map(max, norms)),
+        scale=Scale(min(map(min, norms)), max(map(max, norms))),
     )
 
 

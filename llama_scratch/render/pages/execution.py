@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Cell, Code, Finding, Page, PageBlock, Paragraph, Table, figure
+from llama_scratch.render.page import Cell, Code, Finding, Page, PageBlock, Paragraph, Table
+from llama_scratch.render.text import figure
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.execution import ExecutionTrace, Statement

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph, written
+from llama_scratch.render.page import Finding, Fold, Heatmap, Margin, Page, Paragraph, Window, written
+from llama_scratch.render.scale import Scale
 from llama_scratch.render.text import percent
 
 if TYPE_CHECKING:  # it brings torch
@@ -78,6 +79,12 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
     names, finals = ([written(token.text, token=True) for token in row] for row in (lens.tokens, lens.answers))
     answer, leads = len(lens.tokens) - 1, [[guess.rank_of_answer == 1 for guess in row] for row in grid]
 
+    beside = tuple(f"{row[answer].rank_of_answer:,}" for row in grid)
+    if ranks:
+        scale = Scale(legend="rank of the final prediction, logarithmic", end_labels=(f"{math.exp(worst):,.0f}", "1"))
+    else:
+        scale = Scale(legend="probability of the top prediction", percent=True)
+
     def value(guess: Guess) -> float:
         return 1 - math.log(guess.rank_of_answer) / worst if ranks else guess.probability
 
@@ -91,19 +98,17 @@ def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
         rows=tuple("embed" if row.layer < 0 else f"L{row.layer}" for row in layers),
         columns=tuple(token.text for token in lens.tokens),
         values=tuple(tuple(map(value, row)) for row in grid),
+        scale=scale,
         texts=tuple(tuple(_short(guess.rank_of_answer) if ranks else guess.text for guess in row) for row in grid),
         hovers=tuple(
             tuple(hover(row.layer, index, guess) for index, guess in enumerate(row.guesses)) for row in layers
         ),
-        first=None if first is None else first - lens.first,
-        # Column numbers are positions only if the window starts at 0.
-        more="" if lens.first else "/lens ranks {}" if ranks else "/lens {}",
-        legend="rank of the final prediction, logarithmic" if ranks else "probability of the top prediction",
-        end_labels=(f"{math.exp(worst):,.0f}", "1") if ranks else None,
-        percent=not ranks,
-        beside=() if ranks else tuple(f"{row[answer].rank_of_answer:,}" for row in grid),
-        beside_title="" if ranks else f"rank of {finals[-1]}",
         marked=tuple(tuple(c == answer and leading for c, leading in enumerate(row)) for row in leads),
-        quiet=tuple(tuple(not leading for leading in row) for row in leads),
-        fold="no final prediction",
+        window=Window(
+            None if first is None else first - lens.first,
+            # Column numbers are positions only if the window starts at 0.
+            "" if lens.first else "/lens ranks {}" if ranks else "/lens {}",
+        ),
+        margin=None if ranks else Margin(f"rank of {finals[-1]}", beside),
+        fold=Fold(tuple(tuple(not leading for leading in row) for row in leads), "no final prediction"),
     )

@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from llama_scratch.render.page import Cell, Finding, Heatmap, Page, Paragraph, Running, written
+from llama_scratch.render.scale import Scale
 
 if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.patching import Trace
@@ -37,10 +38,7 @@ def page(trace: Trace) -> Page:
         tuple(_row(trace, layer) for layer in range(len(trace.moved))),
         columns,
         trace.moved,
-        low=-1.0,
-        high=1.0,
-        legend="normalized logit difference",
-        percent=True,
+        Scale(-1.0, 1.0, "normalized logit difference", percent=True),
         says="{column} patched at {row}: {value} of the logit difference",
     )
     note = (
