@@ -392,7 +392,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             ) from None
         ranks[token] = len(ranks)
     if missing := _missing_bytes(ranks):
-        raise CheckpointError(f"{path} has no token for the byte {missing[0]:#04x}. {REDOWNLOAD_HINT}")
+        raise CheckpointError(f"{path} has no token for byte {missing[0]:#04x}. {REDOWNLOAD_HINT}")
     return ranks
 
 

@@ -317,8 +317,11 @@ BROKEN = {
     "an empty token": (replaced(270, b"= 269"), r", line 270: "),
     "an empty line in the middle": (replaced(270, line(270), b""), r", line 271: found ''"),
     "cut short in a line": (tokenizer_file()[:-12], r", line 299: found 'bGk= 2'"),
-    "cut short at a line": (b"\n".join(tokenizer_file().splitlines()[:200]), r" has no token for the byte 0xc8;"),
-    "empty": (b"", r" has no token for the byte 0x00;"),
+    "cut short at a line": (
+        b"\n".join(tokenizer_file().splitlines()[:200]),
+        r" has no token for byte 0xc8",
+    ),
+    "empty": (b"", r" has no token for byte 0x00"),
     "a web page": (b"<!DOCTYPE html>\n<html><body>Access denied</body></html>\n", " is a web page"),
     "binary": (bytes(range(256)) * 10, r", line 1: "),
 }

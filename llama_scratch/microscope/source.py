@@ -243,7 +243,8 @@ def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -
 def _matches(name: str) -> list[Passage]:
     """The passages whose name is `name` or ends in it after a dot.
 
-    Public names win over private ones, and outer names over inner ones. If there is no match, upper and lower case are
+    The program's own names win over those of the exercises, public names over private ones, and outer names over inner
+    ones. If there is no match, upper and lower case are
     treated alike, then files are searched, with or without suffix.
     """
     passages = _index().passages
@@ -254,9 +255,14 @@ def _matches(name: str) -> list[Passage]:
         or [other for other in parts if f".{other}".lower().endswith(f".{name.lower()}")]
         or [other for other in passages if f"/{other}".endswith((f"/{file}.py", f"/{name}"))]
     )
-    for better in (lambda other: other == name, lambda other: "._" not in f".{other}", _is_outermost):
+    for better in (lambda other: other == name, _is_program, lambda other: "._" not in f".{other}", _is_outermost):
         ends = [other for other in ends if better(other)] or ends
     return [passages[other] for other in ends]
+
+
+def _is_program(name: str) -> bool:
+    """Whether a name belongs to the program, not to the solutions of the exercises."""
+    return not name.startswith("learn.")
 
 
 def _is_outermost(name: str) -> bool:

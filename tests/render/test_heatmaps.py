@@ -161,5 +161,5 @@ def test_pages_and_pictures_have_marks_kinds_and_texts_beside() -> None:
     assert '"marked": [[false, false, false, false, true]' in page
     assert "probability of the top prediction: 0" in page
     gallery = Gallery("All", 9 * (ramp(3, 3),), 9)
-    assert "repeat(9, " in html(Page("", (gallery,)))
+    assert "--columns: 9" in html(Page("", (gallery,)))
     assert png(Page("", (lens(), KINDS, replace(lens(), texts=None), gallery))).startswith(b"\x89PNG")
