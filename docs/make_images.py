@@ -77,7 +77,7 @@ def after_enter(theme: str) -> Image.Image:
 
 def tree(theme: str) -> Image.Image:
     """The most probable continuations, as a tree."""
-    return _view(theme, "The opposite of hot is", "/tree 3x2", "moves back", rows=44)
+    return _view(theme, "The opposite of hot is", "/tree 3x2", "moves back", rows=56)
 
 
 def surprisal(theme: str) -> Image.Image:
@@ -100,7 +100,7 @@ def chat(theme: str) -> Image.Image:
 
 def why(theme: str) -> Image.Image:
     """Attribution of a prediction on one screen."""
-    return _view(theme, "The capital of France is", "/why Paris vs Rome", "/source attribution", rows=56)
+    return _view(theme, "The capital of France is", "/why Paris vs Rome", "/source attribution", rows=68)
 
 
 def lens(theme: str) -> Image.Image:
