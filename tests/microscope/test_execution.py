@@ -725,7 +725,8 @@ def test_a_stop_replaces_the_one_before_if_the_terminal_is_high_enough(
 ) -> None:
     output = io.StringIO()
     session.screen.console = Console(file=output, force_terminal=True, width=80, height=height)
-    typed(session, "nnq")
+    session.screen.console.print("the line above")
+    typed(session, "nn?q")
     screen = pyte.HistoryScreen(80, height, history=1000)
     pyte.Stream(screen).feed(output.getvalue().replace("\n", "\r\n"))
     rows = ["".join(row[x].data for x in range(80)) for row in screen.history.top] + list(screen.display)
@@ -733,4 +734,6 @@ def test_a_stop_replaces_the_one_before_if_the_terminal_is_high_enough(
     last = str(walked.next(walked.next(0)) + 1)
     assert counts[-1] == last
     assert (counts == [last]) is in_place
-    assert len(session.screen.views) == 3  # each stop is recorded for /export
+    assert "the line above" in [line.strip() for line in rows]
+    assert screen.cursor.x == 0  # the prompt begins on a line of its own
+    assert len(session.screen.views) == 4  # each stop and the help are recorded for /export

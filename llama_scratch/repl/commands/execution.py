@@ -164,6 +164,7 @@ class _Place:
             whole = new
         self._drawn, self._size = LiveRender(whole, vertical_overflow="visible"), console.size
         console.print(self._drawn, markup=False, highlight=False)
+        console.line()  # a LiveRender does not end its last line
 
 
 def _with_keys(session: Session, keyboard: Keyboard) -> Reply:
