@@ -110,7 +110,8 @@ class Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """Return a model's name: that of the directory, or of the file without its type."""
+    """Return a model's name: for a GGUF file, its name without quantization type and shard number; otherwise the
+    directory's."""
     if path.suffix.lower() == ".gguf":
         # "SmolLM2-135M-Instruct.Q4_1-00001-of-00003" → "SmolLM2-135M-Instruct"
         ending = r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?$"
@@ -199,7 +200,7 @@ def check_shapes(
 
 
 def tie(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Tie the output to the embedding if it is missing or a view of the same storage."""
+    """Tie the output to the embedding if it is missing, or if both are the same view of one storage."""
     from llama_scratch.precision.lazy_weight import LazyWeight
 
     embedding = weights[EMBEDDING]

@@ -252,7 +252,7 @@ CHAPTERS = (
     "The output, and the whole forward pass",
     "The KV cache and the prefix",
     "Sampling",
-    "The heads that recall a fact",
+    "A fact on its way through the layers",
     "An induction head",
     "Reading untrusted files",
     "Eight and four bits",

@@ -1,4 +1,4 @@
-"""The usual mistakes, as wrong versions of the functions in `solution`.
+"""The common mistakes, as wrong versions of the functions in `solution`.
 
 A reader's function that gives the same wrong results has the same mistake, and the check says so by its name. " Paris"
 proves nothing: with the wrong θ, or without any rotation, the network still predicts it.
@@ -313,7 +313,7 @@ MISTAKES = (
     Mistake("quantize", "There is one scale for all numbers. Each block has its own.", _one_scale),
     Mistake("quantize", "The numbers are truncated. Round them to the nearest integer.", _truncated),
     Mistake("gptq", "Each weight is rounded to the nearest integer. The weights that are left must compensate "
-            "its error.", lambda w, H: w.round()),
+            "for its error.", lambda w, H: w.round()),
     Mistake("block_dot", "The products overflow: int8 holds −128 to 127. Widen the integers first.", _overflowing),
     Mistake("block_dot", "The scales of the activations are missing.",
             lambda q_w, s_w, q_x, s_x: solution.block_dot(q_w, s_w, q_x, torch.ones_like(s_x))),

@@ -275,7 +275,7 @@ def quantize(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def gptq(w: Tensor, H: Tensor) -> Tensor:
-    """Round weights to integers, one by one, and let later weights compensate each error.
+    """Round weights to integers, one by one, and let later weights compensate for each error.
 
     The best change of the weights that are left is −error · H[i, later] · H[later, later]⁻¹.
 

@@ -31,7 +31,7 @@ USUAL = tuple(name for name in VARIANTS if name != "int4")
 _POSITIONS = 256
 
 Open = Callable[[str, Progress], LoadedModel]
-"""Opens the same model in another precision, given its name."""
+"""Opens the same model in the precision with the given name."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,18 @@ def numerics(
     variants: Sequence[str] = USUAL,
     progress: Progress = silent,
 ) -> Numerics:
-    """Compare precisions, and fp32 with another RoPE factor, with the fp32 reference.
+    """Measure how far other precisions, and fp32 with another RoPE factor, are from the fp32 reference.
 
     The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. All networks run without
-    hooks. Networks other than `llama` are opened one at a time and closed afterwards. Of a long text, the last
-    positions are compared. Raises errors as `Llama.predict` does.
+    hooks. Networks other than `llama` are opened one at a time and closed afterwards. If the text is long, only its
+    last `_POSITIONS` positions are compared. Raises errors as `Llama.predict` does.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         open: Opens the model in another precision.
         variants: Some of `VARIANTS`.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If a variant does not exist.
@@ -142,7 +142,7 @@ def numerics(
         if name == ROPE:
             model = with_frequencies(plain, other_factor(llama.args))
             return _distance(llama, reference, _logits(model, llama, ids, first, progress), first)
-        # The model itself is used for its own precision.
+        # For the precision that `llama` already has, `llama` itself is used.
         other = llama if name == llama.info.precision else open(name, progress)
         try:
             other.prepare(progress)
@@ -163,7 +163,7 @@ def numerics(
 
 
 def other_factor(args: ModelArgs) -> ModelArgs:
-    """Return the shape with the other RoPE factor of Llama models, 8 or 32."""
+    """Return the hyperparameters with another RoPE factor: 8 if it is 32 now, otherwise 32."""
     return args.with_rope_factor(8.0 if _factor(args) == 32.0 else 32.0)
 
 

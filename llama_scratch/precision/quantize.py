@@ -6,8 +6,8 @@ Each row of a weight (out, in) is split into blocks. A block consists of small i
     8      −127 … 127   32           scale · number         8.5
     4      0 … 15       64           scale · (number − 8)   4.25
 
-With 4 bits, a scale can be negative: the range −8 to 7 is asymmetric, and the sign of the scale maps −8 to the side of
-the largest weight.
+With 4 bits, a scale can be negative. The range −8 … 7 is asymmetric: a negative scale puts −8 on the side of the
+positive weights, which helps if the block's largest weight is positive.
 
 There are three methods, in order of increasing accuracy:
 
@@ -18,7 +18,8 @@ There are three methods, in order of increasing accuracy:
 
                      E[((w − ŵ)·x)²] = (w − ŵ) H (w − ŵ)ᵀ
 
-                 Because inputs are correlated, weights can compensate each other's errors: `_gptq` and `_descend`
+                 Because inputs are correlated, one weight can compensate for the error of another. `_gptq` and
+                 `_descend` make use of this.
 
 Sources: Frantar et al. 2022, arXiv:2210.17323 (GPTQ); Chee et al. 2023, arXiv:2307.13304 (the same without an inverse);
 Behdin et al. 2023, arXiv:2309.01885 (descent); `make_qx_quants` in ggml-org/llama.cpp (search, negative scales).
@@ -46,7 +47,7 @@ _STEPS = {
     4: [-8.0, *torch.linspace(-9, -6, 15).tolist(), *torch.linspace(5.6, 7.9, 16).tolist()],
 }
 _MAX_FLOAT16 = torch.finfo(torch.float16).max
-_UNSEEN_INPUT_WEIGHT = 1e-3  # for inputs that were always zero, relative to the mean diagonal
+_UNSEEN_INPUT_WEIGHT = 1e-3  # added to the diagonal of H, relative to its mean: inputs that were always zero still cost
 _SWEEPS = 2  # of the descent; more sweeps gain less than 1 %
 _WEIGHTS_PER_SEARCH = 1 << 19  # fits into the CPU's cache
 WEIGHTS_PER_CALIBRATION = 1 << 24
@@ -60,8 +61,9 @@ class Hessian:
 
     Args:
         products: H, (in, in), up to a constant factor.
-        damping: Relative increase of the diagonal, as if noise were added to the inputs. It is needed because a few
-            examples estimate variances better than correlations. GPTQ adds a fraction of the mean diagonal instead, but
+        damping: Relative increase of the diagonal, as if noise were added to the inputs. It is needed because, with few
+            examples, correlations are estimated less reliably than variances. GPTQ adds a fraction of the mean diagonal
+            instead, but
             in Llama models a few very large inputs dominate the mean. With GPTQ's damping, SmolLM2's divergence from
             float32 was twice as large.
     """
@@ -208,7 +210,8 @@ def _search(blocks: Tensor, bits: int, cost: Tensor | float = 1.0) -> Tensor:
 
 
 def _gptq(blocks: Tensor, hessian: Hessian, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize one input after another. Each number compensates the errors of the previous ones.
+    """Quantize the weights of one input (a column) after another. Each number compensates for the errors of the
+    previous ones in its row.
 
     With R Rᵀ = H and e = w − ŵ, the cost e H eᵀ is ‖eR‖². R is zero below its diagonal, so
 

@@ -34,7 +34,7 @@ _FORMAT_VERSION = 4
 # Total size of all files. The least recently used ones are removed first.
 _MAX_BYTES = 16 << 30
 _STALE_AFTER_S = 7 * 24 * 3600  # age at which unlocked .part files are removed
-# Added to the checksum of a finished piece, because a checksum can be 0, which means missing.
+# Added to the checksum of a finished piece: a checksum may be 0, but 0 in the table means that the piece is missing.
 _FINISHED = 1 << 32
 # Alignment of values and scales. Vector loads across two cache lines run at half the speed.
 _CACHE_LINE = 64
@@ -182,7 +182,7 @@ def _part(path: Path) -> Path:
 def _open_ours(path: Path, size: int, flags: int) -> BinaryIO:
     """Open a file of the expected size that no other user can write, and mark it as used.
 
-    Raises OSError if the file is different.
+    Raises OSError if the file does not meet these conditions.
     """
     file = open(os.open(path, flags | NO_LINK), "rb" if flags == os.O_RDONLY else "r+b")  # noqa: SIM115 - kept open
     try:

@@ -1,6 +1,7 @@
 """Styles of tokens by surprisal, for tables, pages and the input line.
 
-Surprisal is a scale: one hue that grows with the bits. The styles have names, "surprise0" to "surprise3", and each
+Surprisal is shown on a scale: one hue, which gets stronger with more bits. The styles have names, "surprise0" to
+"surprise3", and each
 renderer maps them to its own colors. A terminal with few colors uses attributes whose emphasis grows.
 """
 
@@ -20,7 +21,7 @@ def surprise_style(bits: float | None) -> str:
 
 
 def terminal_styles(truecolor: bool) -> dict[str, str]:
-    """Return the style of rich for each name.
+    """Return, for each name, the style as the library `rich` writes it.
 
     Args:
         truecolor: Whether the terminal has 24-bit color.

@@ -85,7 +85,7 @@ def record(session: Session) -> SessionFile:
 
 
 def _model(model: InitialModel, progress: Progress) -> SavedModel:
-    """Describe a model and compute the digest of its weights. Raises as `Mapped.sha256` does."""
+    """Describe a model and compute the digest of its weights. Raises errors as `MappedFiles.sha256` does."""
     info, path = model.info, model.path or Path()
     with reading(path):
         sha256 = model.sha256(progress)

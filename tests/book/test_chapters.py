@@ -39,7 +39,7 @@ def test_cells_print_what_the_chapter_says(path: Path) -> None:
 def test_a_chapter_has_a_question_and_its_exercises(path: Path) -> None:
     text, number = TEXTS[path.name], int(path.name[:2])
     heading, question = text.split("\n\n")[:2]
-    assert heading.startswith(f"# {number} · ")
+    assert heading == f"# {number} · {CHAPTERS[number]}"
     assert re.fullmatch(r"\*\*.+\?\*\*", question, re.DOTALL)
     assert f"llama-scratch learn check {number} my_llama.py" in text
     exercise = text[text.index("## Exercise") :]

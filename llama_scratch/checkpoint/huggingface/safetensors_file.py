@@ -20,7 +20,7 @@ from llama_scratch.system.small_files import read_start
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's name of a dtype → torch's name, and its size in bytes.
 TYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
-# A header takes about 120 bytes per tensor, and the largest Llama has 1,138.
+# A header takes about 120 bytes per tensor, and the largest Llama (405B) has 1,137 tensors.
 _MAX_HEADER = 1 << 22
 _MAX_TENSORS = 1 << 12
 _MAX_DIM = 1 << 40

@@ -141,10 +141,10 @@ def format_params(args: ModelArgs, name: str) -> str:
 
 
 def _ffn_fields(dim: int, width: int) -> tuple[int, float | None]:
-    """Find `multiple_of` and `ffn_dim_multiplier` for a width, if possible Meta's."""
+    """Find values of `multiple_of` and `ffn_dim_multiplier` that give a width, preferably Meta's."""
     usual = (pair for pair in _USUAL if ffn_dim(dim, multiple_of=pair[0], multiplier=pair[1]) == width)
     hidden = ffn_dim(dim, multiple_of=1, multiplier=None)
-    # With multiple_of = width, any smaller value is rounded up to the width.
+    # With multiple_of = width, every hidden size up to the width is rounded up to the width.
     return next(usual, (width, None if hidden <= width else width / hidden))
 
 

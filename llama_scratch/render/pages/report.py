@@ -1,4 +1,4 @@
-"""A report: one sentence and one picture that join the lens, attribution and attention, then all views."""
+"""A report: first one sentence and one picture that combine the lens, attribution and attention, then each view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # it brings torch
     from llama_scratch.microscope.summary import Ablation, Link, Summary
     from llama_scratch.results import Candidate
 
-# A component that matters leaves the answer at most this share of its probability if it is ablated.
+# A component matters if ablating it leaves the answer at most this share of its probability.
 _MATTERS = 0.5
 # A head reads a token if at least this share of its attention goes to it.
 _READS = 0.5
@@ -47,7 +47,7 @@ def page(
 
 
 def finding(summary: Summary) -> str:
-    """Name the answer, the component that it depends on, and the layer from which on it leads."""
+    """Name the answer, the component it depends on, and the layer from which it leads."""
     answer = summary.attribution.answer
     said = f"{_token(answer.text)}, {percent(answer.probability)}. {_cause(summary)}"
     if summary.lens.answers[-1].id != answer.id:
@@ -107,7 +107,7 @@ def _stream(summary: Summary) -> Stream:
 
 
 def _heatmap(lens: Lens) -> Heatmap:
-    """The end of the lens, with a sentence for each field."""
+    """The last columns of the lens as a heat map, with a sentence as the tooltip of each field."""
     columns = slice(-_COLUMNS, None)
     tokens, answers = lens.tokens[columns], lens.answers[columns]
     names = ["the embedding" if row.layer < 0 else f"layer {row.layer}" for row in lens.layers]
