@@ -1,4 +1,4 @@
-"""Answers to lines: as a prompt, or as the next message of a chat."""
+"""Answer typed lines, as prompts or as chat messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def say(session: Session, line: str) -> dict[str, Any]:
 
     Args:
         session: The session.
-        line: The line.
+        line: The typed line.
 
     Returns:
         The answer's JSON object.
@@ -46,12 +46,14 @@ def say(session: Session, line: str) -> dict[str, Any]:
 
 
 def ask(session: Session, prompt: Prompt, added: int = 0) -> dict[str, Any]:
-    """Answer a text and show the answer.
+    """Predict the next token of a prompt, and generate text if the settings say so.
+
+    The prompt becomes the session's text. On a terminal, also shows the answer.
 
     Args:
         session: The session.
-        prompt: The text.
-        added: Number of new tokens at its end.
+        prompt: The prompt.
+        added: Number of tokens at its end that were added to the previous text.
 
     Returns:
         The answer's JSON object.
@@ -79,7 +81,11 @@ def extend(session: Session, ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _changes(session: Session) -> dict[str, Any]:
-    """The entry for the interventions' effect in an answer's object. On a terminal, also shows the effect."""
+    """Compute the effect of the active interventions, and show it on a terminal.
+
+    Returns:
+        The effect's field of the answer's JSON object; empty if no interventions are active.
+    """
     if not session.state.interventions:
         return {}
     effect = current_effect(session)
@@ -89,12 +95,12 @@ def _changes(session: Session) -> dict[str, Any]:
 
 
 def show_answer(session: Session, prediction: Prediction, added: int = 0) -> None:
-    """Show an answer, and its text above if part of the text is new.
+    """Show an answer, below the text if tokens were added to it.
 
     Args:
         session: The session.
         prediction: The answer.
-        added: Number of new tokens at the end of the text.
+        added: Number of tokens that were added at the end of the text.
     """
     width = session.screen.console.width
     if added:
@@ -106,14 +112,15 @@ def show_answer(session: Session, prediction: Prediction, added: int = 0) -> Non
 
 
 def explain(session: Session, prediction: Prediction, added: int = 0) -> None:
-    """Show an answer with the warnings that were not shown before.
+    """Show an answer with its warnings.
 
-    A warning about a trailing space or an incomplete word includes the prediction without the last token.
+    Each kind of warning is shown only once per session. A warning about a trailing space or an incomplete word is
+    followed by the prediction without the last token.
 
     Args:
         session: The session.
         prediction: The answer.
-        added: Number of new tokens at the end of the text.
+        added: Number of tokens that were added at the end of the text.
     """
     explained = session.screen.explained
     fresh = tuple(warning for warning in prediction.warnings if warning.cause not in explained)
@@ -128,12 +135,16 @@ def explain(session: Session, prediction: Prediction, added: int = 0) -> None:
 
 
 def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
-    """Send a line as the next chat message and generate the answer, streamed if interactive.
+    """Send a line as the next chat message and generate the answer.
 
-    The session's text becomes the question and then the question with the answer, so /undo can remove each of them.
+    The answer is streamed if the session is interactive. The session's text first becomes the question, and then the
+    question with the answer. /undo can therefore remove the answer without the question.
 
     Returns:
-        The answer's JSON object. `tokens` and `next` describe the question, `generated` the answer.
+        The answer's JSON object. `tokens` and `next` describe the question, `generated` describes the answer.
+
+    Raises:
+        ContextLengthError: If the conversation leaves no room for an answer.
     """
     llama, screen = session.llama, session.screen
     question = chat.question(llama, session.now.ids if session.now else [], line)
@@ -154,7 +165,7 @@ def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
             if warning not in screen.explained:  # already shown: a warning about the model
                 screen.show(text.warning(warning))
         screen.explained.update(llama.warnings)
-    changes = _changes(session)  # their effect on the answer's first token
+    changes = _changes(session)  # before generating: the effect on the answer's first token
     answer = generate(session, session.settings.generate or ANSWER)
     if answer.ids:
         session.predict([*question.ids, *answer.ids])
@@ -167,7 +178,9 @@ def _say_in_chat(session: Session, chat: Chat, line: str) -> dict[str, Any]:
 
 
 def generate(session: Session, count: int) -> Generated:
-    """Generate tokens after the text and offer them, streamed if interactive.
+    """Generate a continuation of the text and offer its tokens.
+
+    The continuation is streamed if the session is interactive.
 
     Args:
         session: The session.
@@ -189,7 +202,8 @@ def _stream(session: Session, ids: Sequence[int], count: int) -> Generated:
     steps: list[Step] = []
     console = session.screen.console
     begin = Text(" " if session.state.chat else " …", style="dim")
-    # Wrapping erases a partial word: a screen reader would read it twice, and a dumb terminal cannot erase it.
+    # Word wrap may erase a partial word and print it again on the next line. A screen reader would read it twice, and
+    # a dumb terminal cannot erase.
     wraps = not (session.settings.plain or console.is_dumb_terminal)
     words = text.Wrapped(console.width if wraps else sys.maxsize, begin.plain, indent=" ")
 

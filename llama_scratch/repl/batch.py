@@ -20,7 +20,7 @@ from llama_scratch.system.small_files import without_line_end, without_mark
 OutputFormat = Literal["json", "lines", "terminal"]
 """The output format: one JSON object per prompt, lines of text, or as on a terminal."""
 
-# Maximum size of a prompt in bytes; no context holds a longer text.
+# Maximum size of a prompt in bytes. A longer text would not fit into any context.
 _MAX_PROMPT = 1 << 24
 _STDIN = "Standard input"
 
@@ -31,7 +31,7 @@ def stdin_text() -> str:
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer reports.
 
     Raises:
-        UsageError: If the input is UTF-16 or longer than any context.
+        UsageError: If the input is UTF-16 or UTF-32, or longer than `_MAX_PROMPT`.
     """
     return without_line_end(_text(without_mark(_read(sys.stdin.buffer.read), _STDIN, UsageError)))
 
@@ -39,7 +39,7 @@ def stdin_text() -> str:
 def stdin_lines() -> Iterator[str]:
     """Yield the lines of standard input as they arrive, without line breaks.
 
-    Otherwise like `stdin_text`.
+    Invalid bytes and errors are handled as in `stdin_text`.
     """
     line = without_mark(_read(sys.stdin.buffer.readline), _STDIN, UsageError)
     while line:
@@ -59,7 +59,7 @@ def _text(data: bytes) -> str:
 
 
 def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *, commands: bool, log: Console) -> int:
-    """Answer each prompt, and report errors on stderr without stopping.
+    """Answer each prompt. Print errors to stderr and continue.
 
     Args:
         session: The session.
@@ -70,6 +70,10 @@ def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *
 
     Returns:
         The exit code: 0, or the exit code of the first error.
+
+    Raises:
+        OSError: If the output is closed.
+        MemoryError: If memory is exhausted.
     """
     exit_code = 0
     for prompt in prompts:
@@ -86,7 +90,7 @@ def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *
             exit_code = exit_code or error.exit_code
         except (OSError, MemoryError):  # the output is closed, or memory is exhausted
             raise
-        except Exception as error:  # a failing line does not affect the next
+        except Exception as error:  # one failing line does not stop the others
             if session.debug:
                 raise
             print(f"llama-scratch: {unexpected(error)}", file=sys.stderr)
@@ -97,7 +101,10 @@ def answer_all(session: Session, prompts: Iterable[str], format: OutputFormat, *
 
 
 def _show(session: Session, output: dict[str, Any], reply: Reply | None, format: OutputFormat, log: Console) -> None:
-    """Print an answer on standard output; notes, which hold no data, on the session's console."""
+    """Print an answer to standard output.
+
+    In terminal format, views go to the session's console. So do notes (`Reply.note`) unless the format is JSON.
+    """
     if format == "json":
         _write(session, lines.json_line(output))
     elif reply and reply.view is not None:

@@ -22,11 +22,11 @@ ANSWER = 512
 
 @dataclass(frozen=True)
 class Question:
-    """A question in a chat: the conversation up to the model's answer.
+    """A question in a chat: the conversation up to the start of the model's answer.
 
     Args:
         messages: The messages.
-        ids: The messages as token ids in the model's chat format.
+        ids: The token ids of the messages in the model's chat format.
     """
 
     messages: tuple[Message, ...]
@@ -37,12 +37,12 @@ class Question:
 class Chat:
     """A conversation with a chat model.
 
-    The session's text determines which question is current and what the answer was. The conversation therefore follows
-    /undo, /force, /generate and every other command that changes the text.
+    The current question and its answer are derived from the session's text. The conversation therefore stays up to date
+    after /undo, /force, /generate and every other command that changes the text.
 
     Args:
         system: The system prompt; "" for the default of the chat format.
-        questions: All questions so far.
+        questions: All questions so far, including those that /undo has removed from the text.
     """
 
     system: str = ""
@@ -56,23 +56,23 @@ class Chat:
             tokenizer: The model's tokenizer.
 
         Returns:
-            The messages, without an unanswered last question. If the text is not part of this conversation, only the
-            system prompt, if any.
+            The messages, without the last question if it is unanswered. If the text is not part of this conversation,
+            only the system prompt, if there is one.
         """
         for question in reversed(self.questions):
             n = len(question.ids)
             if len(ids) > n and ids[:n] == question.ids:
                 answer = takewhile(lambda id: id not in tokenizer.stop_ids, ids[n:])
                 return [*question.messages, Message("assistant", tokenizer.decode(answer))]
-            if ids == question.ids:  # the next line replaces it
+            if ids == question.ids:  # unanswered: the next message replaces it
                 return list(question.messages[:-1])
         return [Message("system", self.system)] if self.system else []
 
     def recall(self, asked: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer) -> None:
-        """Restore earlier questions.
+        """Restore the questions of a saved session.
 
         Args:
-            asked: The typed line and the token ids of each question.
+            asked: The typed line and the token ids of each question, oldest first.
             tokenizer: The model's tokenizer.
         """
         for line, ids in asked:
@@ -83,21 +83,23 @@ class Chat:
 
         Args:
             llama: The model.
-            ids: The text so far.
+            ids: The token ids of the text so far.
             line: The message.
 
         Returns:
             The question with the conversation before it.
 
         Raises:
-            UsageError: As `Llama.encode_chat`.
+            UsageError: If this is a base model, or its chat format does not accept the messages.
+            ContextLengthError: If a long conversation has more tokens than the context.
+            CheckpointError: If the model's chat template is broken.
         """
         messages = (*self.messages(ids, llama.tokenizer), Message("user", line))
         return Question(messages, llama.encode_chat(messages))
 
 
 def checked(llama: Llama, system: str = "") -> Chat:
-    """Start a new conversation.
+    """Start a new conversation after checking that the model supports it.
 
     Args:
         llama: The model.
@@ -107,7 +109,9 @@ def checked(llama: Llama, system: str = "") -> Chat:
         The conversation.
 
     Raises:
-        UsageError: If the model or its chat format does not support it.
+        UsageError: If this is a base model, or its chat format does not accept the system prompt.
+        ContextLengthError: If a long system prompt has more tokens than the context.
+        CheckpointError: If the model's chat template is broken.
     """
     chat = Chat(system)
     chat.question(llama, [], "Hello")  # only checks the format

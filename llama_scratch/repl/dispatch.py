@@ -1,4 +1,4 @@
-"""Dispatch of typed lines: commands, prompts, and empty lines to accept an offer."""
+"""Dispatch typed lines: run commands, answer prompts, accept offered tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def respond(session: Session, line: str) -> tuple[dict[str, Any], Reply | None]:
 
     Args:
         session: The session.
-        line: The line.
+        line: The typed line.
 
     Returns:
         The JSON object of the answer and, for a command, its reply.

@@ -33,18 +33,18 @@ from llama_scratch.repl.offers import continued_text, offer_next, offer_text, ty
 from llama_scratch.repl.session import Session
 
 _FIRST_HINT, _FIRST_QUESTION = "The capital of France is", "What is the capital of France?"
-# One of the sixteen ANSI colors, which every terminal theme keeps legible on its background.
+# One of the 16 ANSI colors, because every terminal theme keeps them legible on its background.
 _GRAY = "ansibrightblack"
 _STYLE = {"bottom-toolbar": "noreverse", "auto-suggestion": _GRAY}
 
 
 class PromptEditor:
-    """Read lines from a terminal, with live prediction if that is on.
+    """Read lines from a terminal, with live prediction if it is turned on.
 
     Args:
         session: The session.
         keyboard: The terminal's keyboard.
-        greet: Prints the banner above the first prompt as soon as the model is loaded.
+        greet: Called once the model is loaded, to print the banner above the prompt.
     """
 
     def __init__(self, session: Session, keyboard: Keyboard, greet: Callable[[], None]):
@@ -82,11 +82,11 @@ class PromptEditor:
             draft: The initial text of the line.
 
         Returns:
-            The line.
+            The line; "" if loading the model failed.
 
         Raises:
-            KeyboardInterrupt: For Ctrl-C on an empty line.
-            EOFError: For Ctrl-D.
+            KeyboardInterrupt: If Ctrl-C is pressed on an empty line.
+            EOFError: If Ctrl-D is pressed on an empty line, or `end` was called.
         """
         return self._editor.prompt(
             lambda: _message(self._session),
@@ -103,7 +103,8 @@ class PromptEditor:
         Safe to call from any thread and from a signal handler.
         """
         self._ended = self._keyboard.ended = True
-        if not self._keyboard.in_foreground():  # the shell would receive the terminal's reply
+        if not self._keyboard.in_foreground():
+            # The shell would receive the terminal's reply to a cursor position request (CPR).
             self._editor.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
         self._soon(self._exit)
 
@@ -119,9 +120,10 @@ class PromptEditor:
         self._editor.app.create_background_task(self._watch())
 
     async def _watch(self) -> None:
-        """Load the model, show the progress, then print the banner above the prompt.
+        """Load the model while the prompt shows the progress, then print the banner.
 
-        Starts when the prompt is on the screen. If loading fails, the prompt ends, and with it the session.
+        Starts once the prompt is on the screen. If loading fails, it ends the prompt, and the loop then ends the
+        session.
         """
         app, loading = self._editor.app, self._session.state.loading
         self._typed(self._editor.default_buffer)  # for a restored draft
@@ -166,12 +168,18 @@ class PromptEditor:
                 return
 
     def _reading(self) -> Reading | None:
-        """The live reading of the line, or of a slightly older version of it."""
+        """Return the live reading of the prompt, or of an earlier version of it.
+
+        None if the line is empty or a command, or nothing has been read yet.
+        """
         buffer = self._editor.default_buffer
         return self.live.reading if buffer.text and not is_command(buffer.text) else None
 
     def _offer(self) -> None:
-        """Suggest the candidate after the cursor, if the reading matches the current line."""
+        """Suggest the chosen candidate after the cursor.
+
+        Does not change the suggestion if the reading is of an earlier version of the line.
+        """
         buffer, reading = self._editor.default_buffer, self._reading()
         if reading and reading.line == unescaped(buffer.text):
             candidate = reading.candidates[self._choice % len(reading.candidates)]
@@ -277,12 +285,12 @@ class _Surprise(Processor):
         if (reading := self._reading()) is None:
             return Transformation(fragments)
         text = unescaped(document.text)
-        # Offset of this line in the text that was scored, which does not have the escaping slash.
+        # Offset of this row in the scored text, from which the escaping slash was removed.
         begin = document.translate_row_col_to_index(transformation_input.lineno, 0) + len(text) - len(document.text)
         known = min(_common(text, reading.line), len(reading.bits))
         characters = explode_text_fragments(fragments)
         length = len(document.lines[transformation_input.lineno])
-        for i in range(length, len(characters)):  # the suggestion
+        for i in range(length, len(characters)):  # the suggestion after the row
             style, char = characters[i][:2]
             characters[i] = (style, char if char.isprintable() else visible(char).plain)
         for i in range(min(len(characters), length)):
@@ -292,13 +300,16 @@ class _Surprise(Processor):
 
 
 def _common(a: str, b: str) -> int:
-    """The length of the common prefix of two lines."""
+    """Return the length of the common prefix of two lines."""
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 def _surprise_styles(truecolor: bool) -> dict[str, str]:
-    """The styles by surprisal in prompt_toolkit's notation: "#111111 on #fbdcb4" → "#111111 bg:#fbdcb4"."""
+    """Convert the surprisal styles to the notation of prompt_toolkit.
+
+    For example, "#111111 on #fbdcb4" becomes "#111111 bg:#fbdcb4".
+    """
     return {name: style.replace("on ", "bg:") for name, style in terminal_styles(truecolor).items()}
 
 
@@ -315,7 +326,10 @@ def _message(session: Session) -> FormattedText:
 
 
 def _changes(labels: list[str], room: int) -> str:
-    """Format the active interventions for the prompt: as many labels as fit in `room` cells, then "+N"."""
+    """Format the labels of the active interventions for the prompt.
+
+    As many labels as fit into `room` cells are followed by the number of remaining ones, as in [-L5.H3 +2].
+    """
     if not labels:
         return ""
     for count in range(len(labels), 0, -1):
@@ -329,7 +343,11 @@ def _changes(labels: list[str], room: int) -> str:
 
 
 def _stage(session: Session) -> FormattedText:
-    """The progress of loading or preparing the model, at the right end of the line. Erased afterwards."""
+    """Format the progress of loading or preparing the model.
+
+    It is displayed at the right end of the line. It is empty once the line has been sent, so it does not remain on the
+    screen.
+    """
     if get_app().is_done or (progress := session.state.loading.background) is None:
         return FormattedText()
     stage, done, total = progress
@@ -339,7 +357,10 @@ def _stage(session: Session) -> FormattedText:
 
 
 def _placeholder(session: Session) -> FormattedText:
-    """The hint on an empty line, in gray. Erased when the line is sent or during a search."""
+    """Format the gray hint on an empty line: the offered tokens, or an example.
+
+    It is empty once the line has been sent, and during a search.
+    """
     if get_app().is_done or get_app().layout.is_searching:
         return FormattedText()
     room = session.screen.console.width - len(to_plain_text(_message(session))) - 1

@@ -14,9 +14,10 @@ from llama_scratch.render.progress import live_display
 from llama_scratch.repl.session import Session
 from llama_scratch.system.progress import Progress
 
-# Rows reserved for the page's title, labels and surrounding lines. A display taller than the screen cannot be erased.
+# Rows reserved for the title, the labels and the lines around the page. A display taller than the screen cannot be
+# erased.
 _ROWS_AROUND = 13
-# A total from here on, such as a number of tensors, is displayed as a percentage.
+# Progress toward a total of at least this value, such as a number of tensors, is displayed as a percentage.
 _COUNTED = 100
 # Draws the page of the results so far, given a progress message and the number of rows available.
 Draw = Callable[[str, int], Page]
@@ -24,7 +25,13 @@ Draw = Callable[[str, int], Page]
 
 @contextmanager
 def growing_view(session: Session) -> Iterator[tuple[Progress, Callable[[Draw], None]]]:
-    """Provide callbacks for progress and for the partial page, displayed on a terminal until the block ends."""
+    """Display a partial page and its progress until the block ends.
+
+    This needs a terminal with enough rows. Otherwise, or with --plain, at most a progress bar is displayed.
+
+    Yields:
+        The progress callback, and a function that sets how to draw the results so far.
+    """
     console = session.screen.console
     watched = session.screen.interactive and console.file.isatty() and not console.is_dumb_terminal
     if not watched or session.settings.plain or console.height <= _ROWS_AROUND:

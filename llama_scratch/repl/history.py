@@ -1,7 +1,7 @@
 """The history of typed lines, shared by all sessions and written entry by entry.
 
-The file has prompt_toolkit's format with the size of the entry in bytes after its time. An entry that a killed process
-or a full disk left incomplete does not match its size and is ignored.
+The file has prompt_toolkit's format, with the size of each entry in bytes after its timestamp. An entry that was cut
+off, because the process was killed or the disk was full, does not match its size and is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_scratch.system.small_files import read_bytes
 from llama_scratch.tokenizer import replace_surrogates
 
 _MAX_BYTES = 1 << 26
-# A time as prompt_toolkit writes it, an optional size, and a line starting with "+" for each line of the entry.
+# A timestamp as prompt_toolkit writes it, an optional size, and for each line of the entry a line that starts with "+".
 _ENTRY = re.compile(rb"^# \S+ \S+?(?: (\d+))?\n((?:\+.*\n)+)", re.MULTILINE)
 
 
@@ -39,9 +39,9 @@ def history_path() -> Path:
 
 
 def open_history(session: Session) -> History:
-    """Open the history file, readable only by the user.
+    """Open the history file, which only the user can read.
 
-    If that fails, prints a warning and keeps the history in memory.
+    If that fails, print a warning and keep the history in memory.
     """
     where = "its file"
     try:
@@ -62,8 +62,8 @@ def open_history(session: Session) -> History:
 class FileHistory(History):
     """The entries of a history file that several processes share.
 
-    Each entry is appended in one write, so entries do not interleave. If the file cannot be written any more, new
-    lines stay in memory.
+    Each entry is appended in one write, so that entries do not interleave. If the file can no longer be written, new
+    lines are kept only in memory.
     """
 
     def __init__(self, path: Path):
@@ -81,7 +81,7 @@ class FileHistory(History):
                 yield "\n".join(line[1:] for line in lines.decode("utf-8", errors="replace").split("\n"))[:-1]
 
     def store_string(self, string: str) -> None:
-        """Append an entry. Invalid characters are replaced."""
+        """Append an entry. Lone surrogates are replaced."""
         lines = "".join(f"+{line}\n" for line in replace_surrogates(string).split("\n")).encode()
         with contextlib.suppress(OSError), open(_open(self._path, os.O_WRONLY | os.O_APPEND), "wb", 0) as file:
             file.write(b"\n# %s %d\n%s" % (str(datetime.now()).encode(), len(lines), lines))

@@ -1,7 +1,7 @@
 """Signals in a session: Ctrl-C, SIGTERM and SIGHUP.
 
-Ctrl-C is a key at the prompt and cancels running work; otherwise it is ignored. SIGTERM and SIGHUP end the prompt
-before they end the program.
+At the prompt, Ctrl-C is an ordinary key. During work, it cancels the work. At any other time it is ignored. SIGTERM and
+SIGHUP first end the prompt, which restores the terminal, and then the program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from llama_scratch.render.progress import defer_interrupts
 class Interrupts:
     """Handle Ctrl-C: raise KeyboardInterrupt once, and only if work is running.
 
-    At the prompt Ctrl-C is a key. In between it is ignored, because an exception there would end the program.
+    At the prompt, Ctrl-C is an ordinary key and does not send a signal. Between the prompt and the work it is ignored,
+    because an exception there would end the program.
     """
 
     def __init__(self) -> None:
@@ -46,17 +47,18 @@ class Interrupts:
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Call `end` on SIGTERM or SIGHUP within the block, then handle the signal.
+        """Call `end` on SIGTERM or SIGHUP within the block, and handle the signal later.
 
-        A second signal is handled at once. The prompt editor restores the terminal only if it ends normally, not if
-        an exception interrupts it.
+        The signal is handled after the block, a second signal at once. It is deferred because the prompt editor
+        restores the terminal only if it ends normally, not if an exception interrupts it.
         """
         told: list[int] = []
 
         def leave(number: int, frame: FrameType | None) -> None:
             told.append(number)
             if len(told) == 1:
-                # In the background, setting the terminal modes would stop the process. With a handler it only fails.
+                # In the background, setting the terminal modes sends SIGTTOU, which stops the process. With a handler,
+                # setting them only fails.
                 signal.signal(signal.SIGTTOU, lambda *_: None)
                 end()
             else:
@@ -75,6 +77,9 @@ class Interrupts:
                 handlers[told[0]](told[0], None)
 
     def _report_unless_interrupt(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Report exceptions in finalizers, except KeyboardInterrupt, which cannot propagate from there."""
+        """Report exceptions in finalizers, except KeyboardInterrupt.
+
+        An exception cannot propagate from a finalizer.
+        """
         if unraisable.exc_type is not KeyboardInterrupt:
             self._report(unraisable)

@@ -1,4 +1,4 @@
-"""Keyboard input between prompts: no echo, keys are kept for the next prompt."""
+"""Keyboard input between prompts: not echoed, but kept for the next prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llama_scratch.render.progress import defer_interrupts
 
-# Seconds after which ESC is the Escape key, not the start of an escape sequence.
+# Seconds to wait after ESC before it counts as the Escape key, not as the start of an escape sequence.
 _ESCAPE_S = 0.5
 # Seconds to wait for the rest of a paste when an answer ends.
 _PASTE_S = 2.0
@@ -29,10 +29,13 @@ _MARK_PASTES, _MARK_NOTHING, _SHOW_CURSOR = b"\x1b[?2004h", b"\x1b[?2004l", b"\x
 
 
 class KeyboardInput(Vt100Input):
-    """Input that never turns the echo on, not even to print above the prompt."""
+    """Terminal input that never turns the echo on.
+
+    Otherwise, prompt_toolkit would turn it on while something is printed above the prompt.
+    """
 
     def cooked_mode(self) -> AbstractContextManager[None]:
-        """Keep the current terminal modes."""
+        """Keep the current terminal modes instead of switching to cooked mode."""
         return nullcontext()
 
     @property
@@ -54,18 +57,21 @@ class Keyboard:
         self.input = KeyboardInput(sys.stdin)
         self._screen = None if console.is_dumb_terminal else console.file.fileno()
         self._original: list[Any] | None = None
-        self._stop = -1, -1  # a pipe that stops the collecting thread
+        self._stop = -1, -1  # the two ends of a pipe: a byte in it stops the collecting thread
         self._thread: Thread | None = None
         self._marked = False
         self.ended = False  # whether the prompt should end instead of waiting for the foreground
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Turn off the echo within the block, and always restore the terminal."""
+        """Turn off the echo within the block.
+
+        The terminal is restored at the end of the block, even after an exception.
+        """
         self._original = self._modes()
         self._stop = os.pipe()
         handler = signal.getsignal(signal.SIGTSTP)
-        if handler is not signal.SIG_IGN:  # SIG_IGN: no job control
+        if handler is not signal.SIG_IGN:  # SIG_IGN: there is no job control
             signal.signal(signal.SIGTSTP, self._suspend)
         try:
             self._take()
@@ -80,7 +86,7 @@ class Keyboard:
     def collecting(self) -> Iterator[None]:
         """Keep the keys typed within the block for the next prompt.
 
-        Ctrl-C and Ctrl-Z remain signals.
+        Ctrl-C and Ctrl-Z still send their signals.
         """
         self._take()
         self._mark(True)
@@ -93,10 +99,7 @@ class Keyboard:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let another prompt read the keys within the block.
-
-        It also gets the keys kept so far.
-        """
+        """Let another prompt read the keys, including those kept so far."""
         self._end()
         try:
             yield
@@ -105,7 +108,7 @@ class Keyboard:
 
     @contextmanager
     def given_away(self) -> Iterator[None]:
-        """Give another program the terminal within the block, with its original modes."""
+        """Give the terminal in its original modes to another program within the block."""
         self._end()
         self._give_back()
         handler = signal.getsignal(signal.SIGTSTP)
@@ -147,16 +150,16 @@ class Keyboard:
                 if not (self.input.pasting and select.select(watched, [], [], _PASTE_S)[0]):
                     return
             else:
-                self.input.flush_keys()  # a pending Escape would combine with the next key
+                self.input.flush_keys()  # a pending ESC is the Escape key: do not combine it with the next key
 
     # --- Terminal modes ---
 
     def _take(self) -> None:
-        """Switch the terminal to raw keys without echo."""
+        """Turn off the terminal's echo, line buffering and line end conversion."""
         if (modes := self._modes()) is not None:
             modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
             modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
-            modes[3] |= termios.NOFLSH  # Ctrl-C cancels the answer, not the keys
+            modes[3] |= termios.NOFLSH  # Ctrl-C cancels the answer without discarding typed keys
             modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
             self._set(modes)
 
@@ -167,7 +170,10 @@ class Keyboard:
             self._write(_SHOW_CURSOR)  # a progress bar may have hidden it
 
     def _suspend(self, number: int, _frame: FrameType | None) -> None:
-        """Restore the terminal and stop the process (Ctrl-Z); set the modes again when it continues."""
+        """Handle Ctrl-Z: restore the terminal and stop the process.
+
+        Sets the terminal modes again when the process continues.
+        """
         modes, marked = self._modes(), self._marked
         self._give_back()
         signal.signal(number, signal.SIG_DFL)
@@ -185,7 +191,10 @@ class Keyboard:
             self._mark(marked)
 
     def _modes(self) -> list[Any] | None:
-        """Return the terminal modes if in the foreground. In the background, setting them would stop the process."""
+        """Return the terminal modes, or None in the background.
+
+        Setting the modes in the background would stop the process.
+        """
         with suppress(termios.error, OSError):
             if self.in_foreground():
                 return termios.tcgetattr(self.input.fileno())
@@ -207,7 +216,7 @@ class Keyboard:
                 os.write(self._screen, codes)  # unbuffered: the signal may have interrupted a buffered write
 
     def in_foreground(self) -> bool:
-        """Whether this process is in the terminal's foreground."""
+        """Whether this process is in the terminal's foreground process group."""
         with suppress(OSError):
             return os.tcgetpgrp(self.input.fileno()) == os.getpgrp()
         return False

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from llama_scratch.microscope.surprisal import Scorer
     from llama_scratch.results import Candidate
 
-# If a reading took longer than _QUICK_S, the next one waits for a pause in typing of that length, up to the maximum.
+# If the last reading took longer than _QUICK_S seconds, the next one waits for a pause in typing. The pause must be as
+# long as the last reading took, but at most _MAX_DEBOUNCE_S seconds.
 _QUICK_S, _MAX_DEBOUNCE_S = 0.1, 3.0
 
 
@@ -24,7 +25,7 @@ class Reading:
 
     Args:
         line: The line.
-        bits: Surprisal per character, from its token. Unset if nothing precedes the token.
+        bits: Surprisal of each character, see `per_character`. None if nothing precedes its token.
         candidates: The most probable next tokens, best first.
         entropy_bits: Entropy of the next token's distribution.
         n_tokens: Number of tokens in the line.
@@ -45,7 +46,7 @@ def why_not_live(session: Session) -> str:
         return "on a terminal that cannot show it"
     if session.settings.plain:  # a screen reader would read every update
         return "with --plain"
-    return "in a chat" if session.state.chat else ""  # the model does not continue a message
+    return "in a chat" if session.state.chat else ""  # the model answers a message instead of continuing it
 
 
 def is_live(session: Session) -> bool:
@@ -60,12 +61,12 @@ class _StaleError(Exception):
 class LivePredictor:
     """A thread that scores the newest line with the session's engine.
 
-    Each key costs only the tokens that it changed. A stale reading is cancelled within one chunk of the forward pass.
-    Call `pause` before using the engine in another thread.
+    After each keystroke, only the tokens from the first change on are scored. A stale reading is cancelled after the
+    current chunk of the forward pass. Call `pause` before another thread uses the engine.
 
     Args:
         session: The session.
-        changed: Called from the thread when there is a new `reading`.
+        changed: Called from the live thread when `reading` has changed.
     """
 
     def __init__(self, session: Session, changed: Callable[[], None]):
@@ -80,7 +81,10 @@ class LivePredictor:
         self._thread = Thread(target=self._run, name="live", daemon=True)
 
     def request(self, line: str | None) -> None:
-        """Request a reading of this line; None cancels the current one. Returns at once."""
+        """Request a reading of this line. None cancels the current reading.
+
+        Does not wait for the reading.
+        """
         if line is not None and self._thread.ident is None:
             self._thread.start()
         self._requested = line
@@ -90,7 +94,7 @@ class LivePredictor:
         """Cancel the current reading and wait until the engine is free."""
         self._requested = None
         while self._busy:
-            time.sleep(0.001)  # unlike a lock, it cannot be left held by an interrupt
+            time.sleep(0.001)  # polling, because an interrupt could leave a lock held
         if self._scorer and self._scorer.llama is not self._session.llama:
             self._scorer = None  # release a replaced model's memory
 
@@ -98,14 +102,14 @@ class LivePredictor:
         while True:
             self._wake.wait()
             self._wake.clear()
-            # Set _busy before reading _requested: either `pause` sees the busy engine, or this thread the cancellation.
+            # Set _busy before reading _requested. Then either `pause` sees _busy, or this thread sees the cancellation.
             self._busy = True
             try:
                 if (line := self._requested) is not None:
                     self._read(line)
             except _StaleError:
                 pass
-            except Exception:  # noqa: BLE001 - Enter will report the error
+            except Exception:  # noqa: BLE001 - sending the line will report the error
                 self.reading = None
                 self._changed()
             finally:

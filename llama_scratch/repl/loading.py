@@ -1,4 +1,4 @@
-"""Background loading: a thread loads the model while the user already types."""
+"""Background loading: a thread loads the model while the user is already typing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Loading:
     """A model that is loaded, or that a background thread is loading.
 
     Args:
-        name: The model's name or path, shown until it is loaded.
+        name: The model's name or path, shown until the model is loaded.
         load: Loads the model and reports its progress.
 
     Attributes:
@@ -62,7 +62,7 @@ class Loading:
             if self.error is not None:
                 raise self.error
             progress(*self.stage)
-            time.sleep(0.02)  # unlike a lock, it cannot be left held by an interrupt
+            time.sleep(0.02)  # polling, because an interrupt could leave a lock held
         return self._llama
 
     @property
@@ -72,14 +72,17 @@ class Loading:
 
     @property
     def background(self) -> tuple[str, int, int] | None:
-        """The stage of the background work, the work done and the total, if any."""
+        """The stage of the background work, the work done and the total.
+
+        None if no work is running.
+        """
         if not self.ended:
             return self.stage
         return None if self.error else self.wait().preparing
 
     @property
     def name(self) -> str:
-        """The model's name; its path until it is loaded."""
+        """The model's name. Until it is loaded, the name or path that was given."""
         return self._name if self._llama is None else self._llama.info.name
 
     def _run(self) -> None:
@@ -96,7 +99,7 @@ class Loading:
 
 @contextlib.contextmanager
 def _gil_shared() -> Iterator[None]:
-    """Switch threads ten times as often, so that typing is echoed without delay."""
+    """Switch threads ten times as often, to echo typing without delay."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(interval / 10)
     try:
@@ -106,9 +109,10 @@ def _gil_shared() -> Iterator[None]:
 
 
 def _map_torch() -> None:
-    """Load torch's libraries before importing it: ctypes releases the GIL, an import does not.
+    """Load torch's shared libraries before importing torch.
 
-    Uses the order and flags of torch itself. If the libraries are not found, the import loads them.
+    This keeps the prompt responsive: ctypes releases the GIL while it loads a library; an import does not. The order
+    and the flags are the same as in torch. If a library is not found, the import of torch loads it.
     """
     torch = find_spec("torch")
     if torch is None or torch.origin is None or not sys.platform.startswith("linux"):

@@ -24,7 +24,10 @@ def run(session: Session) -> None:
 
 
 class _Loop:
-    """The state of the loop. It reads input immediately and prints the banner when the model is loaded."""
+    """The state of the loop.
+
+    It reads input immediately, and prints the banner once the model is loaded.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -40,7 +43,7 @@ class _Loop:
 
     def _run(self) -> None:
         session = self._session
-        if session.screen.console.is_dumb_terminal:  # cannot print above the input line
+        if session.screen.console.is_dumb_terminal:  # it cannot print the banner above the prompt later
             with self._keyboard.collecting(), self._interrupts.armed():
                 session.state.loading.wait()
         while not session.ended:
@@ -72,7 +75,10 @@ class _Loop:
                 session.screen.show(text.error(unexpected(error)))
 
     def _begin(self) -> None:
-        """Start loading, and import what the answer needs before Ctrl-C can interrupt the import."""
+        """Start loading, and import modules that the answer needs.
+
+        At this point, Ctrl-C cannot interrupt the import.
+        """
         self._session.state.loading.start()
         import rich.progress  # noqa: F401
 
@@ -82,7 +88,7 @@ class _Loop:
         if not line and not session.state.offered:
             return
         if not line.startswith("/") or line.startswith("//"):
-            _ = session.llama  # wait for the model, so that the banner is above the answer
+            _ = session.llama  # wait for the model, to print the banner above the answer
             self._greet()
         session.screen.echo(session.state.loading.name, line)
         _, reply = respond(session, line)
@@ -101,7 +107,11 @@ class _Loop:
                 self._session.screen.console.print(text.error(problem))
 
     def _begin_chat(self) -> str:
-        """If a chat was requested, check that the model supports it. If not, return the reason and use prompts."""
+        """Start the chat if one was requested and the model supports it.
+
+        Returns:
+            The error message if the chat could not start, in which case lines are prompts; otherwise "".
+        """
         chat = self._session.state.chat
         self._session.update(chat=None)
         try:

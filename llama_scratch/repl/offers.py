@@ -1,4 +1,4 @@
-"""The tokens that Enter would add to the text, and the text as a typed line."""
+"""The tokens that Enter adds to the text, and tokens as text for the prompt."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def set_offer(session: Session, ids: Sequence[int]) -> None:
 
     Args:
         session: The session.
-        ids: The tokens; empty if the text is complete.
+        ids: The tokens. Empty if the text is complete.
     """
     *earlier, newest = session.state.snapshots
     session.update(snapshots=(*earlier, replace(newest, offered=tuple(ids))))
 
 
 def offer_next(session: Session) -> None:
-    """Offer the next candidate of the last answer instead of the current one."""
+    """Offer the next candidate of the last answer.
+
+    The first candidate follows the last one. It is also next if the current offer is not a single candidate.
+    """
     if session.now:
         candidates = [candidate.id for candidate in session.now.prediction.top]
         ids = session.state.offered
@@ -46,12 +49,12 @@ def offer_text(session: Session) -> str:
 
 
 def continued_text(session: Session) -> str:
-    """Return the text with the offered tokens, as a user could have typed it."""
+    """Return the text followed by the offered tokens, as a user could have typed it."""
     return session.text_of(session.ids) + typeable(session, session.state.offered)
 
 
 def typeable(session: Session, ids: Sequence[int]) -> str:
-    """Decode tokens for use in a prompt, without special tokens.
+    """Decode tokens for use in a prompt, without special and unused tokens.
 
     Args:
         session: The session.

@@ -1,4 +1,4 @@
-"""Recording a session: its saved state, and whether a replay can reproduce it."""
+"""Describe a session for /save: its lines, its state, and its repeatability."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ _MAX_TOKENS = 1 << 20
 
 
 def record(session: Session) -> SessionFile:
-    """Describe the session so far. Raises `UsageError` if it has no answers yet."""
+    """Describe the session so far.
+
+    Raises:
+        UsageError: If it has no answers yet, or began with a model that was not loaded from a file.
+        CheckpointError: If a weight file has changed since it was opened.
+    """
     if not session.state.turns:
         raise UsageError("There is nothing to save yet. Enter a prompt or a command first.")
     now = InitialModel.of(session.intact)
@@ -85,7 +90,7 @@ def record(session: Session) -> SessionFile:
 
 
 def _model(model: InitialModel, progress: Progress) -> SavedModel:
-    """Describe a model and compute the digest of its weights. Raises errors as `MappedFiles.sha256` does."""
+    """Describe a model and compute the digest of its weight files."""
     info, path = model.info, model.path or Path()
     with reading(path):
         sha256 = model.sha256(progress)
@@ -131,7 +136,10 @@ def _extension(session: Session, model: SavedModel, details: ModelDetails) -> Sa
 
 
 def _recent_texts(texts: Sequence[Snapshot | Past]) -> list[Snapshot | Past]:
-    """Return the newest texts with at most `_MAX_TOKENS` tokens in total, but at least one text."""
+    """Return the newest texts with at most `_MAX_TOKENS` tokens in total.
+
+    The newest text is always included.
+    """
     recent: list[Snapshot | Past] = []
     tokens_left = _MAX_TOKENS
     for text in reversed(texts):
@@ -145,7 +153,7 @@ def _recent_texts(texts: Sequence[Snapshot | Past]) -> list[Snapshot | Past]:
 def _repeatable(session: Session) -> bool:
     """Whether all generated text was greedy or sampled with a seed.
 
-    The answers of commands that change the sampling options contain the new values.
+    The sampling options at each turn are known from the answers of the commands that change them.
     """
     sampling = session.state.initial_settings.sampling
     temperature, seed = sampling.temperature, sampling.seed

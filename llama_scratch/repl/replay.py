@@ -31,11 +31,11 @@ from llama_scratch.tokenizer import fingerprint_of
 if TYPE_CHECKING:
     from llama_scratch.llama import Llama
 
-# Absolute and relative tolerance for numbers. Within one precision only rounding differs; between two precisions the
+# Absolute and relative tolerance for numbers. In the same precision, only rounding differs. In another precision, the
 # larger tolerance covers the quantization error.
 TOLERANCE, BETWEEN_PRECISIONS = 1e-3, 2e-2
-# Not compared: timings and cached tokens, which depend on the typing in between; messages; and the model, which is
-# compared once per session.
+# Fields that are not compared: timings; numbers of cached tokens, which depend on live prediction; warnings; and the
+# model, which is compared once per session.
 _IGNORED = {"timing", "warnings", "model", "path", "precision", "device", "reused_tokens", "new_tokens"}
 # Fields of generated text. If it was sampled without a seed, it differs every time.
 _GENERATED = {"generated", "text", "ids", "logprobs", "finish_reason"}
@@ -48,7 +48,7 @@ class Difference:
     Args:
         turn: The turn, counted from 1; 0 for the session as a whole.
         input: The turn's line.
-        what: Which value differs: its path in the answer's object, or a description.
+        what: The differing value: its path in the answer's JSON object, or a description.
         old: The recorded value.
         new: The value of the replay.
     """
@@ -101,9 +101,11 @@ class Report:
 def run_again(
     recorded: SessionFile, llama: Llama, open_model: Callable[[str, str, Progress], Llama], console: Console
 ) -> Report:
-    """Replay a session's lines, each from the recorded text, and compare the answers.
+    """Replay the lines of a session and compare the answers with the recorded ones.
 
-    Commands that access files, or that depend on the machine or the user, are skipped: session files are untrusted.
+    Accepted tokens and chat answers are taken from the recording, so that later lines continue from the recorded text.
+    Commands that write files, or whose results depend on files, the machine or the user, are skipped: session files are
+    untrusted.
 
     Args:
         recorded: The session file.
@@ -112,7 +114,7 @@ def run_again(
         console: Shows the progress.
 
     Returns:
-        The comparison of all answers.
+        The result of the comparison.
     """
     header = recorded.header
     session = Session(
@@ -155,7 +157,10 @@ def run_again(
 
 
 def _circumstances(header: SessionHeader, llama: Llama) -> list[str]:
-    """Describe changed conditions that may explain a difference: precision, device, versions, tokenizer."""
+    """Describe changed conditions that may explain a difference.
+
+    These are the precision, the device, versions, the tokenizer and the network's shape.
+    """
     old = {"precision": header.precision, "device": header.device, "llama-scratch": header.llama_scratch}
     new = {"precision": llama.info.precision, "device": llama.info.device, "llama-scratch": __version__}
     old, new = old | header.versions, new | versions()
@@ -183,10 +188,14 @@ def _model_differences(header: SessionHeader, session: Session) -> list[Differen
 
 
 def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
-    """Replay one turn. Returns its answer's object if it can be compared."""
+    """Replay one turn.
+
+    Returns:
+        The JSON object of its answer, or None if the turn cannot be compared.
+    """
     ids = ids_of(turn.output)
     if not turn.input and ids and session.now:
-        # Only the recording knows which candidate was chosen, or how far an interrupted continuation came.
+        # Only the recording shows which candidate was chosen, or how many tokens an interrupted continuation had.
         before = session.ids
         offer(session, ids[len(before) :] if ids[: len(before)] == before else ())
     if is_command(turn.input):
@@ -194,19 +203,20 @@ def _repeat(session: Session, turn: Turn) -> dict[str, Any] | None:
         if command is not None and not command.replayed:
             if command.name == "load":
                 _repeat_load(session, turn.output, ids)
-            elif ids:  # the resulting text, from which the next lines continue
+            elif ids:  # continue from the text after this command
                 session.predict(ids)
             return None
     new = respond(session, turn.input)[0]
-    if turn.input and not is_command(turn.input):  # otherwise the generated text is only offered
+    if turn.input and not is_command(turn.input):  # after other lines, generated text is only offered
         _keep_conversation(session, ids, turn.output.get("generated"))
     return new
 
 
 def _repeat_load(session: Session, output: dict[str, Any], ids: list[int] | None) -> None:
-    """Reproduce the effects of /load. The loaded session's lines come before it in the file.
+    """Reproduce the effects of /load.
 
-    Version 0.1.0 removed the interventions on /load, and its answer does not list any.
+    The lines of the loaded session precede /load in the file, so they have already been replayed. Version 0.1.0 removed
+    all interventions on /load, so its answer to /load does not list any.
     """
     path = output.get("model_path")
     if output.get("same_model") is False and isinstance(path, str) and os.path.exists(path):
@@ -233,20 +243,22 @@ def _generates(turn: Turn) -> bool:
 
 
 def _precision(output: dict[str, Any]) -> str | None:
-    """The precision that an answer reports, if any."""
+    """Return the precision in an answer's JSON object, if any."""
     model = output.get("model")
     precision = model.get("precision") if isinstance(model, dict) else None
     return precision if isinstance(precision, str) else None
 
 
 def compare(old: Any, new: Any, tolerance: float, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Find the differences between two JSON values, except keys only in `new`.
+    """Find the differences between two JSON values.
+
+    Keys that are only in `new` are ignored.
 
     Args:
         old: The recorded value.
         new: The value of the replay.
         tolerance: Absolute and relative tolerance for numbers.
-        where: The path of these values.
+        where: The path of these values in the answer.
 
     Yields:
         The path, the old value and the new value of each difference.

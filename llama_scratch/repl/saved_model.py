@@ -1,4 +1,4 @@
-"""Comparison of the model in a session file with the loaded model."""
+"""Compare the model of a session file with the loaded model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ def versions() -> dict[str, str]:
 
 
 def same_model(header: SessionHeader, llama: Llama, progress: Progress) -> bool:
-    """Whether a model has the weights and tokenizer of a saved session's last model.
+    """Compare a model with the model at the end of a saved session.
 
     Args:
         header: The saved session's header.
         llama: The model.
         progress: Reports the progress of the digest.
 
+    Returns:
+        Whether both have the same weights and the same tokenizer.
+
     Raises:
-        CheckpointError: As `Mapped.sha256`.
+        CheckpointError: If a weight file has changed since it was opened.
     """
     model, details = header.at_end
     if details.tokenizer not in (None, fingerprint_of(llama.tokenizer)):
@@ -65,7 +68,10 @@ def initial_model(header: SessionHeader, llama: Llama | None) -> InitialModel:
 
     Args:
         header: The saved session's header.
-        llama: The same model on this machine, if it is loaded. Its path replaces the saved one.
+        llama: The same model on this machine, if it is loaded. Its path and tokenizer option replace the saved ones.
+
+    Returns:
+        The description.
     """
     model = header.model
     info = ModelInfo(model.name, model.format, header.precision, header.device, model.parameters)
@@ -96,6 +102,9 @@ def weights_sha256(details: ModelDetails, llama: Llama, progress: Progress) -> s
 
     Returns:
         The SHA-256 digest in hexadecimal.
+
+    Raises:
+        CheckpointError: If a weight file has changed since it was opened.
     """
     files, path = llama.engine.files, llama.path or Path()
     with reading(path):

@@ -25,7 +25,7 @@ class SessionScreen:
     Args:
         console: The console that the session prints to.
         interactive: Whether the session runs on a terminal. If so, it shows progress and streams text.
-        records_turns: Whether to record views and turns. Without commands they are not needed.
+        records_turns: Whether to record views and turns. Only commands such as /save and /export need them.
         keyboard: The keyboard, unless lines come from a pipe.
         views: The typed lines and printed views, for /export.
         explained: The causes of the warnings shown so far.
@@ -44,7 +44,7 @@ class SessionScreen:
         self.console.print(view, markup=False, highlight=False)
 
     def record_view(self, view: RenderableType) -> None:
-        """Record a view for /export that was printed elsewhere."""
+        """Record a view for /export without printing it."""
         if self.records_turns:
             self.views.append(view)
 

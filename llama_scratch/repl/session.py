@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 class Session:
     """A session that answers prompts and runs commands.
 
-    If a prompt is interrupted, the previous state remains. `answering` answers lines, `transitions` replaces the
-    state as a whole, and `offers` manages the tokens that Enter adds.
+    If a prediction is interrupted, the session keeps its previous state. Most functions on a session are in other
+    modules: `answering` answers lines, `transitions` switches to another model, network or text, and `offers` manages
+    the tokens that Enter adds.
 
     Args:
         loading: The model, loaded or still loading.
         console: The console that the session prints to.
         settings: The settings for computing and showing answers.
-        open: Loads another model by path or name and precision, with the session's other options.
+        open: Loads another model, given its path or name and its precision, with the session's other options.
         interactive: Whether the session runs on a terminal.
-        lists_candidates: Whether the number of candidates was given. A pipe then gets one line per candidate.
+        lists_candidates: Whether the user set the number of candidates. A pipe then gets one line per candidate.
         records_turns: Whether to record turns and views for /save and /export.
         debug: Whether an unexpected error ends the session with a traceback.
         chat: The initial conversation. Without one, lines are prompts.
@@ -108,7 +109,14 @@ class Session:
         return self.llama.encode(text, special=self.settings.special)
 
     def ids_or_current(self, argument: str) -> list[int]:
-        """Encode a command's argument; if it is empty, return the text so far."""
+        """Encode a command's argument.
+
+        Returns:
+            The token ids of the argument, or of the text so far if the argument is empty.
+
+        Raises:
+            UsageError: If the argument is empty before the first text.
+        """
         if not argument and self.now is None:
             raise UsageError("There is no text yet. Enter a prompt first, or give a text after the command.")
         return self.encode(argument) if argument else self.ids
@@ -118,7 +126,7 @@ class Session:
         return self.llama.text_of(ids)
 
     def predict(self, prompt: Prompt) -> Prediction:
-        """Predict the next token of a prompt, and make the prompt the text."""
+        """Predict the next token of a prompt, and make the prompt the session's text."""
         settings = self.settings
         with self.screen.progress() as progress:
             prediction = self.llama.predict(prompt, top=settings.top, special=settings.special, progress=progress)

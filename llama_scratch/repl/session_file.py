@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 FORMAT_VERSION = 1
-# Maximum size of a file in bytes. JSON grows about 30 times in memory, so this limits the memory that an untrusted file
-# can use.
+# Maximum size of a file in bytes. Parsed JSON takes about 30 times as much memory, so this also limits the memory
+# that an untrusted file can use.
 MAX_BYTES = 64 << 20
 _EXPECTED = "Use a session file written by /save."
 _COMPLETE = "Use a complete session file written by /save."
@@ -43,7 +43,7 @@ class SavedModel:
         name: Its name.
         format: The format of its checkpoint.
         path: Its absolute path.
-        sha256: Digest of its weight files in hexadecimal, see `Mapped.sha256`.
+        sha256: Digest of its weight files in hexadecimal, see `MappedFiles.sha256`.
         parameters: Number of parameters.
     """
 
@@ -56,12 +56,12 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class ModelDetails:
-    """Details of a model besides its weights; all are unset in files of version 0.1.0.
+    """Details of a model besides its weights. All are None in files of version 0.1.0.
 
     Args:
-        files: The number of weight files that `SavedModel.sha256` covers. Version 0.1.0 read one of them.
+        files: The number of weight files that `SavedModel.sha256` covers. Version 0.1.0 hashed only one.
         shape: The fields of `ModelArgs` that the model ran with.
-        tokenizer: `fingerprint_of` the tokenizer.
+        tokenizer: The fingerprint of the tokenizer, see `fingerprint_of`.
         precision: The precision of the weights.
     """
 
@@ -106,7 +106,7 @@ class SavedStateExtension:
         model: The model at the end.
         details: Its details.
         texts: The texts that /undo can restore, newest last.
-        questions: The chat's questions, if one of the texts begins with them.
+        questions: The chat's questions that at least one of the texts begins with.
         changes: All interventions that are active or were active for one of the texts.
         on: The indices of the active interventions.
     """
@@ -126,10 +126,10 @@ class SavedState:
     Args:
         settings: The settings.
         system: The chat's system prompt, if there is a chat.
-        model: SHA-256 of the weights that the ids belong to.
+        model: SHA-256 of the weight files of the model at the end, which tokenized the text.
         ids: The text's token ids.
         text: The decoded text.
-        more: Everything else. Unset in files of version 0.1.0.
+        more: The rest of the state. None in files of version 0.1.0.
     """
 
     settings: Settings
@@ -165,13 +165,13 @@ class SessionHeader:
         context: Its context in tokens.
         rope_factor: Its RoPE factor, 1 if RoPE is not scaled.
         settings: The settings before the first line.
-        system: The chat's system prompt. Unset if lines were prompts.
+        system: The initial chat's system prompt. None if lines were prompts.
         repeatable: Whether a replay generates the same text. It does not if text was sampled without a seed.
         end: The state when the session was saved.
         versions: The versions of Python and torch, and the platform.
         details: Details of the initial model.
-        turns: The number of turns that follow, to detect truncated files.
-        asked: The options that the model was loaded with. Version 0.1.0 did not write the last four fields.
+        turns: The number of turns that follow, to detect truncated files. None in files of version 0.1.0.
+        asked: The options that the model was loaded with. None in files of version 0.1.0.
     """
 
     llama_scratch: str
@@ -193,15 +193,15 @@ class SessionHeader:
 
     @property
     def at_end(self) -> tuple[SavedModel, ModelDetails]:
-        """The model at the end."""
+        """The model at the end and its details."""
         more = self.end.more
         return (more.model, more.details) if more else (replace(self.model, sha256=self.end.model), self.details)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The model's options, by their names on the command line."""
-        # Files of version 0.1.0 have only the values in use. They are equivalent, except that a context given as an
-        # option must fit into memory.
+        """The options to load the model with, by their names in `ModelOptions`."""
+        # Files of version 0.1.0 contain only the values in use, not the options. Using these values as options is
+        # equivalent, except that a context given as an option must fit into memory.
         asked = {"context": self.context, "rope_factor": self.rope_factor} if self.asked is None else vars(self.asked)
         return {
             "model_dir": self.model.path,
@@ -232,7 +232,8 @@ def save(recorded: SessionFile, path: Path) -> None:
         path: The file. An existing session file is replaced.
 
     Raises:
-        LlamaScratchError: If another kind of file has that name, or the file cannot be written.
+        LlamaScratchError: If the path is an existing file of another kind, the session is larger than `MAX_BYTES`, or
+            the file cannot be written.
     """
     if os.path.lexists(path):
         try:
@@ -260,7 +261,8 @@ def load(path: Path) -> SessionFile:
 
     Raises:
         ModelNotFoundError: If the file does not exist.
-        CheckpointError: If it is not a session file or is truncated. The message names the line.
+        CheckpointError: If it cannot be read, is not a session file, or is truncated. The message names an
+            invalid line.
     """
     name = sanitize(path, 200)
     try:
@@ -313,7 +315,10 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def ids_of(output: dict[str, Any]) -> list[int] | None:
-    """The token ids in an answer's object, if they are present and valid."""
+    """Return the token ids in an answer's JSON object.
+
+    None if they are missing or invalid.
+    """
     tokens = output.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         return None

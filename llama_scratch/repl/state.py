@@ -1,7 +1,7 @@
 """The state of a session: the model, the settings, and the texts as token ids.
 
-Everything here is frozen. A session replaces its state in one assignment, so Ctrl-C never leaves a mixture of two
-states.
+The classes are frozen, and a session replaces its whole state in one assignment. Ctrl-C can therefore never leave it
+half changed.
 """
 
 from __future__ import annotations
@@ -89,13 +89,15 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Past:
-    """A text of a loaded session, answered only if /undo restores it.
+    """A text of a loaded session.
+
+    Its prediction is computed only if /undo restores the text.
 
     Args:
         ids: The text's tokens.
         prompt: The text as it was typed, or the decoded tokens.
         top: Number of candidates.
-        offered: The tokens that Enter would add. Default: the predicted token.
+        offered: The tokens that Enter would add. None: the predicted token.
         interventions: The interventions that were active.
     """
 
@@ -127,7 +129,7 @@ class InitialModel:
         files: See `session_file.ModelDetails`.
         shape: See `session_file.ModelDetails`.
         tokenizer: Computes the tokenizer's fingerprint.
-        sha256: Computes the digest of the weight files, which stay open for it.
+        sha256: Computes the digest of the weight files, which stay open for this purpose.
     """
 
     info: ModelInfo
@@ -167,14 +169,14 @@ class SessionState:
         settings: The settings for computing and showing answers.
         initial_settings: The settings at the start of the session, for /save.
         initial_system: The system prompt at the start, if lines were chat messages.
-        initial_model: The model at the start. Unset until the first recorded turn.
+        initial_model: The model at the start. None until the first recorded turn.
         interventions: The active interventions.
         changed: The model with these interventions, if any.
         snapshots: The answered texts, newest last.
         past: The earlier texts of a loaded session, newest last.
-        page: The last view, for /picture. Unset if it was an answer.
-        chat: The conversation that each line continues. Unset if each line is a prompt.
-        walk: The walk of /step and its position.
+        page: The last view, for /picture. None if it was an answer.
+        chat: The conversation that each line continues. None if each line is a prompt.
+        walk: The walk of /step and its current stop.
         turns: The typed lines and their answers, for /save. This list grows in place.
     """
 
@@ -226,5 +228,5 @@ class SessionState:
         return [intervention.label for intervention in self.interventions]
 
     def with_text(self, snapshot: Snapshot) -> SessionState:
-        """Return the state after one more text. Its answer becomes the last view."""
+        """Return the state with one more text, whose answer becomes the last view."""
         return replace(self, snapshots=(*self.snapshots[1 - MAX_SNAPSHOTS :], snapshot), page=None)

@@ -1,7 +1,7 @@
 """Transitions of a session's state: switch model, intervene, undo, resume.
 
-Each computes the new state first and then assigns it at once. If it fails or is interrupted, the session keeps its
-old state.
+Each function first computes the whole new state and then assigns it in one step. If it fails or is interrupted, the
+session keeps its old state.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 def switch(session: Session, source: str | None, precision: str) -> Prediction | None:
     """Switch to another model or precision and recompute the prediction for the text.
 
-    Interventions remain active in another precision, but not with another model.
+    Interventions stay active in another precision, but not with another model.
 
     Args:
         session: The session.
-        source: The model's name or path. Default: the same model.
+        source: The model's name or path. None: the current model.
         precision: The precision of its weights.
 
     Returns:
-        The new prediction, if there is a text, and not a chat whose last answer is complete.
+        The new prediction. None if there is no text yet, or if it is a chat whose last answer is complete.
     """
     state, old, now = session.state, session.intact, session.now
     interventions = state.interventions if source is None else ()
@@ -76,7 +76,7 @@ def intervene(session: Session, interventions: Sequence[Intervention]) -> Effect
         interventions: The interventions that are active from now on.
 
     Returns:
-        Their effect on the prediction, if there are interventions and a text.
+        Their effect on the prediction. None without interventions or without a text.
     """
     on = tuple(interventions)
     changed = _changed(session.intact, on)
@@ -160,9 +160,9 @@ def resume(
 
     Args:
         session: The session.
-        texts: The saved session's texts, newest last. Only the newest is answered now.
+        texts: The saved session's texts, newest last. Only the newest one is answered now.
         interventions: The interventions that are active from now on.
-        state: Further fields of the state by name.
+        **state: Other fields of the state to replace.
 
     Returns:
         The prediction for the newest text, if there is one.
@@ -176,7 +176,10 @@ def resume(
 
 
 def _answered(session: Session, past: Past, changed: Llama | None) -> Snapshot:
-    """Answer a text of a loaded session with the changed network, if given, or the unmodified one."""
+    """Compute the prediction for a text.
+
+    Uses the changed network, or the unmodified one if it is None.
+    """
     llama = changed or session.intact
     with session.screen.progress() as progress:
         prediction = llama.predict(_prompt(session, past), top=past.top, progress=progress)
@@ -185,5 +188,8 @@ def _answered(session: Session, past: Past, changed: Llama | None) -> Snapshot:
 
 
 def _prompt(session: Session, past: Past) -> Prompt:
-    """The typed text, to get the same warnings, if it still has the same tokens; otherwise the tokens."""
+    """Return the typed text if it encodes to the same tokens, otherwise the tokens.
+
+    The typed text produces the same warnings as before.
+    """
     return past.prompt if session.intact.encode(past.prompt) == past.ids else past.ids

@@ -30,7 +30,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         path = path.resolve()  # write the target of a link, not the link
         write_atomically(path, data)
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte in the name; a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte in the name; a loop of symlinks
         reason = getattr(error, "strerror", None) or error
         advice = "Choose an existing folder with write permission."
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):

@@ -1,8 +1,9 @@
 """The slash commands: one module per subject, one function per command.
 
-A command for a view of the microscope is in a module named like the microscope's module and its page. Read `registry`
-first, which explains how to add a command, and then any command's module. `arguments` parses the text after a
-command. Each module sets its heading in /help, and the order of the imports below is the order in /help.
+Read `registry` first, which explains how to add a command, and then any command's module. If a command shows a view of
+the microscope, its module usually has the same name as the modules in `microscope` and `render.pages`. `arguments`
+parses the text after a command. Each module sets its heading in /help, and the order of the imports below is the order
+in /help.
 """
 
 # isort: off

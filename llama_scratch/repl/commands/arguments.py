@@ -128,7 +128,14 @@ def two_texts(argument: str, command: str) -> list[str]:
 
 
 def candidates(session: Session, _begun: str) -> Iterable[str]:
-    """Complete the last answer's candidates, in the form that /force accepts."""
+    """Complete a token with the candidates of the last answer.
+
+    Args:
+        session: The session.
+
+    Returns:
+        The candidates in the form that /force accepts.
+    """
     return [visible(c.text).plain for c in session.now.prediction.top] if session.now else []
 
 
@@ -169,12 +176,19 @@ _LAYER = re.compile(r"[lL]?([0-9]{1,4})")
 
 
 def layers(session: Session, _begun: str) -> Iterable[str]:
-    """Complete layer numbers, if the model is loaded."""
+    """Complete a layer number.
+
+    Args:
+        session: The session.
+
+    Returns:
+        The numbers of all layers; empty until the model is loaded.
+    """
     return map(str, range(session.llama.args.n_layers)) if session.state.loading.ended else ()
 
 
 def layer_number(argument: str, name: str) -> int:
-    """Parse a layer such as 5 or L5. The microscope checks its range.
+    """Parse a layer such as 5 or L5. The microscope checks that the layer exists.
 
     Args:
         argument: The argument.
@@ -194,19 +208,29 @@ def layer_number(argument: str, name: str) -> int:
 def window_start(position: int | None, length: int, window: int) -> int:
     """Return the first position of the window to compute.
 
-    A position within the last window only scrolls to it. An earlier position starts a window of its own.
+    The last window is computed unless the requested position is outside it. The window then starts at that position.
 
     Args:
         position: The requested position, if any.
         length: Number of tokens in the text.
         window: Number of positions in a window.
+
+    Returns:
+        The first position, counted from 0.
     """
     last = max(0, length - window)
     return last if position is None or last <= position < length else position
 
 
 def paths(_session: Session, begun: str) -> Iterator[str]:
-    """Complete a path. Folders end with a slash."""
+    """Complete a path.
+
+    Args:
+        begun: The path up to the cursor.
+
+    Yields:
+        The matching paths. Folders end with a slash.
+    """
     folder, name = os.path.split(begun)
     try:
         entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
@@ -222,7 +246,7 @@ def file_path(argument: str) -> Path:
     """Parse a file name, as plain text or in double quotes as JSON.
 
     Raises:
-        UsageError: If it is a folder, or in the home folder of an unknown user.
+        UsageError: If it ends with a slash, or begins with ~ and that user has no home folder.
     """
     name = unquoted(argument)
     if name.endswith("/"):

@@ -22,7 +22,7 @@ command = commands_under("Interpretability")
 def _why(session: Session, argument: str) -> Reply:
     """Attribute a token's logit to heads, layers and input tokens.
 
-    Without TOKEN, explains the predicted token. With a second token, explains their logit difference: /why Paris vs
+    Without TOKEN, it explains the predicted token. With a second token, explains their logit difference: /why Paris vs
     Rome. A word gets a leading space unless it is in double quotes, which are read as JSON. #7042 is a token id.
 
     Direct logit attribution uses the file's weights in float32. Ablation and leave-one-out run the session's network.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 command = commands_under("Interpretability")
 
 _ACTIONS = {"n": "next", "i": "into", "o": "out", "b": "back", "t": "to", "p": "print", "q": "end"}
-# Commands of pdb that mean exactly the same here, and what to type instead of the others.
+# The pdb commands that mean exactly the same here, and hints for the other pdb commands.
 _SAME_AS_PDB = {"s": "into", "step": "into", "pp": "print", "quit": "end", "exit": "end"}
 _INSTEAD_OF_PDB = {
     **dict.fromkeys(("c", "cont", "continue"), "There are no breakpoints. 'to 5' goes to layer 5."),
@@ -67,8 +67,8 @@ def _step(session: Session, argument: str) -> Reply:
     """Step through the forward pass of the text, line by line.
 
     Each stop shows the lines of model.py that just ran, and the shapes, statistics and first elements of their results.
-    next stays in the function, into enters a called function, out leaves the function, back goes back, to 5 goes to
-    layer 5; next 3 takes three steps. print q[0, -1, :, :8] shows elements of a variable in scope.
+    next stays in the function, into enters a called function, out leaves the function, back goes back one stop, and to
+    5 goes to layer 5. next 3 takes three steps. print q[0, -1, :, :8] shows elements of a variable in scope.
 
     On a terminal, /step alone reads single keys: Enter or n, i (or s, as in pdb), o, b, t 5, p q; ? lists them.
     """
@@ -78,7 +78,7 @@ def _step(session: Session, argument: str) -> Reply:
 
 
 def _take(session: Session, argument: str) -> Reply:
-    """Perform one action and show the stop it leads to."""
+    """Perform one action. The reply shows the resulting stop or the printed value."""
     from llama_scratch.microscope import execution
 
     word, rest = first_word(argument)
@@ -113,7 +113,13 @@ def _current(session: Session) -> _Walking | None:
 
 
 def _walking(session: Session) -> tuple[_Walking, str]:
-    """Return the current walk, or a new one, and a message if the old one no longer fits."""
+    """Return the current walk, or start a new one.
+
+    A new one is needed if the text or the network has changed.
+
+    Returns:
+        The walk, and a message if it replaces an earlier walk; otherwise "".
+    """
     from llama_scratch.microscope import execution
 
     llama, ids, current = session.llama, session.ids, _current(session)
@@ -126,13 +132,13 @@ def _walking(session: Session) -> tuple[_Walking, str]:
 
 
 class _Place:
-    """The place on the screen where each stop replaces the one before it.
+    """A region of the screen in which each stop replaces the previous one.
 
-    If the terminal is too low for a stop, or its size has changed, the next stop is printed below instead.
+    If the terminal is too short for a stop, or was resized, the next stop is printed below instead.
 
     Args:
         screen: The screen.
-        in_place: Whether to replace. If not, everything is printed below.
+        in_place: Whether stops replace each other. If not, each one is printed below the previous one.
     """
 
     def __init__(self, screen: SessionScreen, *, in_place: bool):
@@ -156,7 +162,7 @@ class _Place:
             self._screen.show(new)
             return
         self._screen.record_view(new)
-        # One row is for the prompt.
+        # One row is reserved for the prompt.
         fits = self._size == console.size and self._drawn and self._drawn.last_render_height < console.size.height
         if fits and self._drawn:
             console.control(self._drawn.restore_cursor())

@@ -27,7 +27,7 @@ _AT = re.compile(r"([lL]?\d\S*?)@(\S*)(?:\s+(.*))?", re.DOTALL)
 def _put(session: Session, more: Sequence[Intervention]) -> Reply:
     """Add interventions and show their effect on the answer.
 
-    An intervention replaces an earlier one with the same label, so labels are unique for /restore.
+    An intervention replaces an earlier one with the same label, because /restore needs unique labels.
     """
     new = {intervention.label: intervention for intervention in more}
     with rollback_on_interrupt(session):
@@ -47,7 +47,7 @@ def _listed(session: Session) -> Reply:
 
 
 def _parts(session: Session, _begun: str) -> Iterable[str]:
-    """Complete examples of parts."""
+    """Complete a part with examples such as L0.H0."""
     return ["L0.H0", "L0.attn", "L0.ffn", "L0"]
 
 
@@ -154,7 +154,10 @@ def _steer(session: Session, argument: str) -> Reply:
 
 
 def _named(session: Session, new: Intervention) -> Intervention:
-    """Give a steering vector a unique label, because steering vectors add up instead of replacing each other."""
+    """Give a steering vector a unique label.
+
+    Steering vectors add up, so a new one must not replace an earlier one with the same label.
+    """
     on = {intervention.label: intervention.meaning for intervention in session.state.interventions}
     names = (new.label, *(f"{new.label}#{n}" for n in range(2, len(on) + 2)))
     return replace(new, label=next(name for name in names if on.get(name, new.meaning) == new.meaning))

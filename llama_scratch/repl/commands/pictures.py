@@ -31,13 +31,13 @@ def _picture(session: Session, argument: str) -> Reply:
 
 
 def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> Callable[[Page], bytes]:
-    """Return the function that draws a page in the format of a file.
+    """Return the function that draws a page in a file's format.
 
     Args:
         path: The file.
         argument: The command's argument, for the error.
         command: Name of the command, for the error.
-        endings: The supported endings.
+        endings: The supported file name endings.
 
     Returns:
         The drawing function.
@@ -55,7 +55,7 @@ def drawer(path: Path, argument: str, command: str, endings: Sequence[str]) -> C
 
 
 def _last(session: Session) -> Page | None:
-    """Return the last view; the answer if no view was shown since."""
+    """Return the last view, or the last answer if it came after the last view."""
     if session.state.page is not None or session.now is None:
         return session.state.page
     from llama_scratch.render.pages import answer
@@ -63,7 +63,7 @@ def _last(session: Session) -> Page | None:
     return answer.page(session.now.prediction)
 
 
-# Imported late, to keep the session's start fast.
+# The renderers are imported when they are called, to keep the session's start fast.
 
 
 def _png(page: Page) -> bytes:

@@ -1,4 +1,4 @@
-"""Registry of the commands: how to add one, run one and complete one."""
+"""The registry of slash commands: add, run and complete commands."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Reply:
 
     Args:
         facts: The result for programs, printed as JSON.
-        view: The same for the terminal. Unset if it is already on the screen, or there is nothing to show.
-        note: Whether the view is only a confirmation without data. A pipe's standard output gets it only as JSON.
+        view: The result for the terminal. None if it is already on the screen, or there is nothing to show.
+        note: Whether the view is not a result, but a confirmation, for example. In a pipe, such a reply is written to
+            standard output only as JSON.
     """
 
     facts: dict[str, Any]
@@ -37,7 +38,15 @@ class Reply:
 
 
 def note(sentence: str, **facts: Any) -> Reply:
-    """Create a reply that confirms an action."""
+    """Create a reply with a note, such as the confirmation of an action.
+
+    Args:
+        sentence: The text of the note.
+        **facts: The result for programs.
+
+    Returns:
+        The reply.
+    """
     return Reply(facts, text.note(sentence), note=True)
 
 
@@ -66,7 +75,7 @@ class Command:
         argument: The syntax of its argument; "" if it takes no argument. Brackets mark an optional argument.
         run: The function that runs it.
         complete: Returns the completions of a partial argument.
-        replayed: Whether a replay runs it. False if the result depends on files, the machine or the user.
+        replayed: Whether a replay runs it. False if its result depends on files, the machine or the user.
     """
 
     heading: str
@@ -92,21 +101,32 @@ class Command:
         return self.help.partition("\n")[0]
 
 
-# In the order of registration, which is the order in /help.
+# By name, in the order of registration. /help lists the commands in the same order.
 COMMANDS: dict[str, Command] = {}
 
 
 class Register(Protocol):
     """The type of the decorator `@command("name", "ARGUMENT")`.
 
-    It registers a function whose docstring is the command's help. The function receives the session and the command's
-    argument, and raises `UsageError` if the argument is invalid. Its reply is shown on the terminal or printed as JSON.
+    The decorator registers a function as a command. The function's docstring is the command's help text. The function
+    receives the session and the command's argument, and raises `UsageError` if the argument is invalid. Its reply is
+    shown on the terminal or printed as JSON.
     """
 
     def __call__(
         self, name: str, argument: str = "", complete: Complete = ..., *, replayed: bool = True
     ) -> Callable[[Run], Run]:
-        """Register a command."""
+        """Create a decorator that registers a command.
+
+        Args:
+            name: See `Command`.
+            argument: See `Command`.
+            complete: See `Command`. By default, the argument has no completions.
+            replayed: See `Command`.
+
+        Returns:
+            The decorator, which returns the function unchanged.
+        """
 
 
 def commands_under(heading: str) -> Register:

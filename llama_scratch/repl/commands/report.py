@@ -26,9 +26,9 @@ command = commands_under("Session")
 def _report(session: Session, argument: str) -> Reply:
     """Write a report on the text: the main views on one web page.
 
-    It begins with the answer, its strongest cause, and a picture of the residual stream. Surprisal, the logit lens,
-    attribution, attention patterns and the strongest neurons follow. The page works offline and shows values under the
-    pointer.
+    The page begins with the answer, the component it depends on most, and a picture of the residual stream. Surprisal,
+    the logit lens, attribution, attention patterns and the strongest neurons follow. The page works offline and shows
+    values under the pointer.
     """
     path = file_path(argument)
     draw = drawer(path, argument, "/report", (".html",))

@@ -61,7 +61,7 @@ def _load(session: Session, argument: str) -> Reply:
     recorded = session_file.load(path)
     header, llama = recorded.header, session.intact
     end, more = header.end, header.end.more
-    # Display options of this session take precedence, unless a command of the saved session changed them.
+    # This session's display options take precedence, except that a /live in the saved session stays in effect.
     started = session.state.initial_settings
     live = end.settings.live if end.settings.live != header.settings.live else started.live
     settings = replace(end.settings, plain=session.settings.plain, live=live)
@@ -75,7 +75,7 @@ def _load(session: Session, argument: str) -> Reply:
             ids = end.ids if same else llama.encode(end.text, special=settings.special) if end.text else []
             texts, on = [Past(ids, end.text, settings.top, None)] if ids else [], ()
     for id in {id for text in texts for id in (*text.ids, *(text.offered or ()))}:
-        llama.token(id)  # raises if the model does not have this token
+        llama.token(id)  # raises an error if the model does not have this token
     chat = _chat(recorded, llama) if same else None
     off = (session.state.labels and not on) or (not more and _changed(recorded))
     answer = resume(
@@ -107,7 +107,11 @@ def _load(session: Session, argument: str) -> Reply:
 
 
 def _chat(recorded: SessionFile, llama: Llama) -> Chat | None:
-    """Restore the conversation of a saved session, if it had one and the model supports chat."""
+    """Restore the conversation of a saved session.
+
+    Returns:
+        The conversation. None if the session did not end in a chat, or the model does not support chat.
+    """
     end = recorded.header.end
     if end.system is None or llama.chat is None:
         return None
@@ -126,7 +130,10 @@ def _remade(changes: Sequence[SavedIntervention], llama: Llama, progress: Progre
 
 
 def _texts(path: Path, end: SavedState, more: SavedStateExtension, changes: Sequence[Intervention]) -> list[Past]:
-    """Restore the texts of a saved session, newest last. The newest has the ids and number of candidates of `end`."""
+    """Restore the texts of a saved session, newest last.
+
+    The newest text has the ids and the number of candidates of `end`.
+    """
     texts = [
         Past(
             text.ids,
@@ -152,7 +159,7 @@ def _chosen(path: Path, changes: Sequence[Intervention], numbers: Sequence[int])
 
 
 def _model_notes(header: SessionHeader, llama: Llama, *, same: bool) -> Iterator[str]:
-    """Yield messages about differences between the current model and the saved session's last model."""
+    """Yield messages about differences between the current model and the saved one."""
     model, details = header.at_end
     if not same:
         yield f"The answers are from another model, {sanitize(model.name)}. From now on {llama.info.name} answers."
@@ -173,9 +180,9 @@ def _asked(recorded: SessionFile) -> list[tuple[str, list[int]]]:
 
 
 def _changed(recorded: SessionFile) -> bool:
-    """Whether interventions were active at the end.
+    """Whether interventions were active at the end, according to the answers.
 
-    Version 0.1.0 removed them on /load, and its answer does not list any.
+    Version 0.1.0 removed all interventions on /load, so its answer to /load does not list any.
     """
     on = False
     for output in (turn.output for turn in recorded.turns):

@@ -23,7 +23,7 @@ from llama_scratch.system.small_files import read_bytes, without_line_end, witho
 
 command = commands_under("Text")
 
-# Maximum size of an edited text in bytes; no context holds a longer text.
+# Maximum size of an edited text in bytes. A longer text would not fit into any context.
 _MAX_TEXT = 1 << 24
 
 

@@ -54,7 +54,10 @@ def _tree(session: Session, argument: str) -> Reply:
 
 
 def _place(session: Session, where: str | None, progress: Progress) -> list[int]:
-    """Return the text to draw the tree for: the current one, the previous one, or a branch of the current one."""
+    """Return the token ids of the text at the root of the tree.
+
+    It is the current text, the previous one (..), or the current one extended along a branch.
+    """
     from llama_scratch.microscope.tree import walk
 
     if where is None:
