@@ -1,4 +1,4 @@
-"""A report: one sentence and one picture that join the lens, attribution and attention, then all views."""
+"""A report: one sentence and one picture of a prediction, then all views."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llama_scratch.render.page import Cell, Heatmap, PageBlock, Table, written
 from llama_scratch.render.report_page import Arcs, ReportPage, Section, Stream, report
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.lens import Lens
     from llama_scratch.microscope.summary import Ablation, Link, Summary
     from llama_scratch.results import Candidate
 
-# A component that matters leaves the answer at most this share of its probability if it is ablated.
+# A component matters if ablating it leaves the answer at most this share of its probability.
 _MATTERS = 0.5
 # A head reads a token if at least this share of its attention goes to it.
 _READS = 0.5
@@ -29,7 +29,9 @@ def page(
     sections: tuple[Section, ...],
     interventions: Sequence[str] = (),
 ) -> ReportPage:
-    """Return the report.
+    """Return the report of a prediction.
+
+    The sentence and the picture combine the lens, the attribution and the attention.
 
     Args:
         summary: The measurements.
@@ -47,7 +49,7 @@ def page(
 
 
 def finding(summary: Summary) -> str:
-    """Name the answer, the component that it depends on, and the layer from which on it leads."""
+    """Name the answer, the component that it depends on, and where it takes the lead."""
     answer = summary.attribution.answer
     said = f"{_token(answer.text)}, {percent(answer.probability)}. {_cause(summary)}"
     if summary.lens.answers[-1].id != answer.id:
