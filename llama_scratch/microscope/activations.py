@@ -33,25 +33,25 @@ def activations(
 ) -> list[Tensor]:
     """Record the activations at some places of the network while it reads a text.
 
-    The chunks of a long text are concatenated. Raises errors as `Llama.predict` does.
+    The chunks of a long text are concatenated. Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         places: The places, named as in `llama_scratch.hooks`.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Returns:
         One tensor per place, without the batch dimension.
 
     Raises:
-        UsageError: If a place does not exist, or has heads as its first dimension (q, k, v and probs).
+        UsageError: If a place does not exist, or its values have heads as their first dimension (q, k, v and probs).
     """
     if wrong := [place for place in places if place.endswith((".q", ".k", ".v", ".probs"))]:
         raise UsageError(f"Activations at {sanitize(wrong[0])} have heads as their first dimension. Use another place.")
     pieces_by_place: list[list[Tensor]] = [[] for _ in places]
     hooks = {place: keep(pieces) for place, pieces in zip(places, pieces_by_place, strict=True)}
-    everywhere = not {"norm", "logits"}.isdisjoint(places)  # by default only the last position has them
+    everywhere = not {"norm", "logits"}.isdisjoint(places)  # by default computed only for the last position
     llama.engine.forward_with_hooks([ids], hooks, all_positions=everywhere, progress=progress)
     return [torch.cat(pieces, dim=1)[0] for pieces in pieces_by_place]
 
@@ -62,7 +62,7 @@ def residuals(llama: LoadedModel, ids: Sequence[int], progress: Progress = silen
     Args:
         llama: The model.
         ids: The token ids of the text.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Returns:
         The stream, (n_layers + 1, T, dim).

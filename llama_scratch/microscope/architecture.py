@@ -19,10 +19,10 @@ class WeightRow:
     Attributes:
         name: As in the checkpoint, such as "attention.wq"; relative to the layer if `layered`.
         layered: Whether every layer has it.
-        count: How many of them the network has.
-        shape: The shape of each, (out, in) for a linear layer, if it has weights.
-        parameters: Parameters of all of them.
-        flops: FLOPs of all of them for one token.
+        count: Number of them in the network.
+        shape: Shape of each, (out, in) for a linear layer, if it has weights.
+        parameters: Total number of parameters, 0 for an output that shares the weights of the embedding.
+        flops: Total FLOPs for one token.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Architecture(JsonResult):
     Attributes:
         args: The hyperparameters.
         length: Number of tokens that the newest token attends to, including itself. Attention costs grow with it.
-        tied: Whether the output shares its weights with the embedding. They count once.
+        tied: Whether the output shares its weights with the embedding. Shared weights count once.
         parts: The weights and steps.
         weight_bytes: Bytes of weights read per token, as they are stored now.
         kv_bytes_per_token: Bytes that the KV cache holds per token.
@@ -84,8 +84,8 @@ class Architecture(JsonResult):
 def architecture(llama: LoadedModel, length: int) -> Architecture:
     """Return the parts of a network with the cost of one token.
 
-    Each matrix product costs two FLOPs per weight; attention scores and the weighted sum of values are added. Norms,
-    rotation, softmax, SiLU and additions are not counted: they grow with dim and not with its square.
+    Each matrix product costs two FLOPs per weight. The attention scores and the weighted sum of the values are added.
+    Norms, rotation, softmax, SiLU and additions are not counted: their cost grows with dim, not with its square.
 
     Args:
         llama: The model.
@@ -110,7 +110,7 @@ def architecture(llama: LoadedModel, length: int) -> Architecture:
 
 def _parts(args: ModelArgs, length: int, *, tied: bool) -> tuple[WeightRow, ...]:
     shapes = args.weight_shapes()
-    pairs = args.n_layers * args.n_heads * args.head_dim * length  # one query per head, with the key of each token
+    pairs = args.n_layers * args.n_heads * args.head_dim * length  # per head, one query with the key of each token
     parts = []
     for name, shape in shapes.items():
         layered = name.startswith("layers.0.")

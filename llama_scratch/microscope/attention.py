@@ -22,16 +22,16 @@ from llama_scratch.microscope.parts import NetworkPart, numbered
 from llama_scratch.results import Candidate, JsonResult, Token, merged, to_json
 from llama_scratch.system.progress import Progress, silent
 
-# A head is of a kind if its score is at least this.
+# Minimum score at which a head counts as one of `KINDS`.
 THRESHOLD = 0.4
 KINDS = ("previous token", "first token", "duplicate token", "induction")
 
-# Tokens of the random sequence before it is repeated.
+# Length of the random sequence, in tokens, before it is repeated.
 _REPEATED = 50
 _SEED = 0
 # Maximum number of rows and columns of a small map.
 _SMALL = 24
-# Queries shown in a map, and the most-attended tokens listed for the last one.
+# Number of queries in a map, and of most-attended tokens listed for the last query.
 MAP_POSITIONS = 64
 _LINKS = 8
 
@@ -51,7 +51,7 @@ class Scores(JsonResult):
         previous: Attention to the previous token.
         first: Attention to the first token.
         duplicate: Attention to the same token in the first half.
-        induction: Attention to the token after it, which is the token that comes next.
+        induction: Attention to the token after that earlier occurrence, which is also the token that comes next.
     """
 
     json_fields = ("layer", "head", "previous", "first", "duplicate", "induction", "kind")
@@ -88,7 +88,7 @@ class SmallMap:
     Attributes:
         scores: The scores of the head.
         step: Number of queries per row and of keys per column.
-        values: The maximum probability in each field, (P, P) with P at most 24; None for future keys.
+        values: The maximum probability in each block, (P, P) with P at most 24. None for future keys.
     """
 
     scores: Scores
@@ -101,7 +101,7 @@ class Heads(Displayable, JsonResult):
     """The heads of one layer, or of all layers in order, with their attention maps.
 
     Attributes:
-        layer: The layer, if they are of a single one.
+        layer: The layer, or None for all layers.
         tokens: The tokens of the text.
         maps: One map per head.
     """
@@ -123,7 +123,7 @@ class Head(Displayable, JsonResult):
         scores: The scores of the head.
         tokens: The tokens of the text.
         first: Position of the first query in `probs`.
-        probs: One row per query with a probability for each token of the text. Rows add up to 1; future tokens have 0.
+        probs: One row per query with a probability for each token of the text. Rows sum to 1; future tokens have 0.
         links: The positions with the highest attention from the last token, with their probabilities, best first.
         answer: The most probable next token.
         ablated: The same token with the head zero-ablated.
@@ -160,17 +160,17 @@ def attention_map(
 ) -> Tensor:
     """Return the attention probabilities of a layer or of one head.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         layer: The layer.
         head: The head, by default all heads of the layer.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Returns:
-        (n_heads, T, T) float32, or (T, T) for one head. Row t is the query at position t; rows add up to 1.
+        (n_heads, T, T) float32, or (T, T) for one head. Row t is the query at position t. Rows sum to 1.
 
     Raises:
         UsageError: If the layer or head does not exist.
@@ -185,7 +185,7 @@ def attention_map(
 
 
 def _keep(shares: Tensor, heads: slice) -> Reduce:
-    """Return a function that copies the attention of some heads of a layer to `shares`, (heads, T, T)."""
+    """Return a function that copies attention of `heads` to `shares`, (heads, T, T)."""
 
     def keep(_layer: int, probs: Tensor, start: int) -> None:
         shares[:, start : start + probs.shape[1], : probs.shape[2]] = probs[heads]
@@ -202,10 +202,10 @@ def head(
     progress: Progress = silent,
     answer: Candidate | None = None,
 ) -> Head:
-    """Return the attention map of one head for `MAP_POSITIONS` queries, and the answer without the head.
+    """Return the attention map of one head, and the answer without the head.
 
-    One pass with the head ablated gives both: the attention of a head does not depend on its own output. Raises errors
-    as `Llama.predict` does.
+    The map has up to `MAP_POSITIONS` queries. One pass with the head ablated gives both, because the attention of a
+    head does not depend on its own output. Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
@@ -213,7 +213,7 @@ def head(
         layer: The layer.
         head: The head within the layer.
         first: Position of the first query. By default the map ends at the last token.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
         answer: The most probable next token, if it is already known. Otherwise it is computed.
 
     Raises:
@@ -243,14 +243,14 @@ def head(
 def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, progress: Progress = silent) -> Heads:
     """Return all heads, or the heads of one layer, with their scores and small maps.
 
-    Each map is downsampled before the next layer runs, so memory does not grow with the number of layers. Raises errors
-    as `Llama.predict` does.
+    Each map is downsampled before the next layer runs, so only one layer of full-size maps is in memory at a time.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         layer: The layer, by default all layers.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the layer does not exist.
@@ -283,19 +283,19 @@ def heads(llama: LoadedModel, ids: Sequence[int], layer: int | None = None, prog
     return Heads(layer, tuple(map(llama.token, ids)), tuple(maps))
 
 
-# Measuring the scores takes a forward pass. They never change for a network.
+# Scores are cached per engine: measuring them takes a forward pass, and they do not change.
 _known: WeakKeyDictionary[Engine, tuple[Scores, ...]] = WeakKeyDictionary()
 
 
 def head_scores(llama: LoadedModel, progress: Progress = silent) -> tuple[Scores, ...]:
-    """Return the scores of all heads, layer by layer, on `repeated` random tokens.
+    """Return the scores of all heads, layer by layer, on tokens from `repeated`.
 
-    Random tokens can only be predicted by looking back at the first half. The result is cached for each network.
+    The second half can be predicted only by looking back at the first half. The result is cached for each network.
     Sources: Olsson et al. 2022, arXiv:2209.11895; the head detector of TransformerLens.
 
     Args:
         llama: The model.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
     """
     if llama.engine not in _known:
         _known[llama.engine] = _measured(llama, progress)
@@ -305,9 +305,11 @@ def head_scores(llama: LoadedModel, progress: Progress = silent) -> tuple[Scores
 def repeated(llama: LoadedModel) -> list[int]:
     """Return distinct random tokens followed by the same tokens again.
 
-    The beginning-of-text token comes first, if the tokenizer has one. There are 50 tokens, or fewer if the context is
-    short, and always the same ones for the same vocabulary. Raises `UsageError` if there is no room for one token
-    twice, or the vocabulary has no ordinary tokens.
+    The beginning-of-text token comes first, if the tokenizer has one. Each half has 50 tokens, or fewer if the context
+    or the vocabulary is small. The tokens depend only on the vocabulary.
+
+    Raises:
+        UsageError: If the context has no room for one token twice, or the vocabulary has no ordinary tokens.
     """
     ordinary = torch.tensor(sorted(llama.tokenizer.ranks.values()))
     begin = _begin(llama)
@@ -352,16 +354,16 @@ def read_attention(
     progress: Progress,
     hooks: Mapping[str, Hook] | None = None,
 ) -> Tensor:
-    """Run the network and call `reduce` with the attention probabilities of each layer.
+    """Run the network, and call `reduce` with the attention of each layer.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         layers: The layers.
-        reduce: Called for each layer. A long text comes in chunks of t queries that see S tokens. The probabilities
-            are freed after the call.
-        progress: Called as by `Llama.predict`.
-        hooks: Further hooks of the pass.
+        reduce: Called with the attention probabilities of each layer, and for each chunk of a long text: t queries
+            that attend to S tokens. The probabilities are freed after the call.
+        progress: As for `Llama.predict`.
+        hooks: Additional hooks for this forward pass.
 
     Returns:
         The logits of the next token, (vocab_size,).

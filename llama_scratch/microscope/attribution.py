@@ -26,7 +26,7 @@ from llama_scratch.system.progress import Progress, silent
 LEFT_OUT = 16
 # Number of contributions to check by ablation.
 CLAIMS = 3
-# A component is decisive if ablating it takes away at least this share of the measure, see `Attribution.measure`.
+# A component is decisive if ablating it removes at least this share of `Attribution.measure`.
 DECISIVE = 0.5
 # Maximum number of tokens per batch.
 _ROWS = 512
@@ -56,7 +56,7 @@ class TokenInfluence:
         gradient_x_input: ∂logit/∂embedding · embedding; None until it is computed.
         without: The probability of the answer without this token in the text, if it was computed.
         versus_without: The same probability for `Attribution.versus`.
-        fall: How far `Attribution.measure` falls without this token; negative if it rises.
+        fall: Decrease of `Attribution.measure` without this token; negative if it increases.
     """
 
     token: Token
@@ -75,9 +75,9 @@ class AblationCheck:
         contribution: The contribution.
         after: The probability of the answer with the component ablated.
         versus_after: The same probability for `Attribution.versus`.
-        fall: How far `Attribution.measure` falls with the component ablated; negative if it rises.
+        fall: Decrease of `Attribution.measure` with the component ablated; negative if it increases.
         attended: The position with the most attention from the last token, if the component is a head.
-        attention: The share of the attention that it gets.
+        attention: The share of the attention on that position.
     """
 
     contribution: Contribution
@@ -101,7 +101,7 @@ class Attribution(Displayable, JsonResult):
         contributions: Direct logit attribution: the contributions of the embedding, of each head and of each
             feed-forward layer, with the scale of the final norm held constant.
         remainder: Rounding error, `logit` minus the sum of the contributions.
-        influences: One for each token of the text.
+        influences: The influence of each token of the text.
         claims: The strongest contributions, checked by ablation at the model's precision.
     """
 
@@ -121,15 +121,18 @@ class Attribution(Displayable, JsonResult):
 
     @property
     def measure(self) -> float:
-        """The quantity that falls without a token or component.
+        """The quantity that is compared with and without a token or component.
 
-        The probability of the answer or, with `versus`, the logit difference, at the model's precision.
+        It is the probability of the answer or, with `versus`, the logit difference, at the model's precision.
         """
         return self.answer.logprob - self.versus.logprob if self.versus else self.answer.probability
 
     @property
     def decisive(self) -> list[AblationCheck]:
-        """The checked components that take away at least `DECISIVE` of the measure, largest fall first."""
+        """The components whose ablation removes at least `DECISIVE` of the measure.
+
+        The largest change comes first.
+        """
         there = [claim for claim in self.claims if claim.fall / (self.measure or 1.0) >= DECISIVE]
         return sorted(there, key=lambda claim: -abs(claim.fall))
 
@@ -143,7 +146,7 @@ def why(
 ) -> Attribution:
     """Attribute the logit of a token to components and to tokens of the text.
 
-    Raises errors as `Llama.predict` does. Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Raises the same errors as `Llama.predict`. Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer
     Circuits" (direct logit attribution); Shrikumar et al. 2016, arXiv:1605.01713 (gradient × input); Li et al. 2016,
     arXiv:1612.08220 (leave-one-out).
 
@@ -151,7 +154,7 @@ def why(
         llama: The model.
         ids: The token ids of the text.
         answer: The token, by default the most probable next token.
-        versus: A token to compare with. The logit difference is attributed.
+        versus: A token to compare with. If given, the logit difference is attributed.
         progress: As for `Llama.predict`.
 
     Raises:
@@ -168,10 +171,11 @@ def growing(
     versus: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[Attribution]:
-    """Yield `why` incrementally: leave-one-out of a short text, then contributions, then everything.
+    """Yield partial results of `why`, and finally the whole result.
 
-    Leave-one-out needs no gradients if every token is left out. It comes first because reading the weights in float32
-    takes time. Until then `logit` is the value at the model's precision.
+    Leave-one-out comes first if the text is short enough to leave out every token: it needs no gradients then, and
+    reading the weights in float32 takes time. Until they are read, `logit` is computed at the model's precision. The
+    contributions follow, then everything else.
 
     Args:
         llama: The model.
@@ -217,12 +221,12 @@ def growing(
     yield replace(view, claims=_claims(llama, ids, target, direct.contributions, progress))
 
 
-# The probability of the answer, that of the other token, and the fall of the measure.
+# (probability of the answer, probability of the other token, decrease of the measure)
 _Without = tuple[float, float | None, float]
 
 
 class _Target:
-    """The token whose logit is attributed, and optionally a token whose logit is subtracted.
+    """The logit to attribute: that of a token, optionally minus that of another.
 
     Args:
         answer: The id of the token.
@@ -239,7 +243,11 @@ class _Target:
         return float(logits[self.answer] - (0.0 if self.versus is None else logits[self.versus]))
 
     def without(self, logits: Tensor) -> _Without:
-        """Return the probabilities of both tokens, and the fall of `Attribution.measure` to these logits."""
+        """Return the probabilities of both tokens, and the decrease of the measure.
+
+        Args:
+            logits: The logits of the modified network or text, (vocab_size,).
+        """
         shares = logits.double().softmax(-1)
         other = None if self.versus is None else float(shares[self.versus])
         return float(shares[self.answer]), other, self._before - self._measure(logits)
@@ -256,7 +264,7 @@ class _Direct:
             lambda _stage, done, total: progress("reading the weights in fp32, once", done, total)
         )
         n_layers, n_heads = llama.args.n_layers, llama.args.n_heads
-        last = slice(-1, None)  # only the last position contributes directly
+        last = slice(-1, None)  # only the last position affects the logit directly
         kinds = {"resid_pre": slice(None), "attention.heads": last, "attention.out": last, "feed_forward.out": last}
         pieces: dict[str, list[list[Tensor]]] = {kind: [[] for _ in range(n_layers)] for kind in kinds}
         final: list[Tensor] = []
@@ -328,7 +336,7 @@ def _back(
 def _left_out(
     llama: LoadedModel, ids: Sequence[int], target: _Target, chosen: Sequence[int], progress: Progress
 ) -> dict[int, _Without]:
-    """Run the text without each of the chosen positions, in batches."""
+    """Run the text once per chosen position, without the token at that position."""
     without: dict[int, _Without] = {}
     if len(ids) == 1:
         return without
@@ -373,7 +381,7 @@ def _claims(
         def keep(_layer: int, probs: Tensor, _start: int, head: int = part.index, rows: list[Tensor] = rows) -> None:
             rows[:] = [probs[head, -1]]
 
-        # The attention of a head does not depend on its own output, so the ablated pass has it.
+        # The attention of a head does not depend on its own output, so the ablated pass computes it too.
         logits = read_attention(llama, ids, [part.layer], keep, silent, hooks)
         attended = int(rows[0].argmax())
         claims.append(AblationCheck(contribution, *target.without(logits), attended, float(rows[0][attended])))

@@ -70,7 +70,7 @@ class Cache(Displayable, JsonResult):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of one layer's key tensor, which its value tensor shares."""
+        """Shape of the keys of one layer, and of its values: (heads, tokens, head_dim)."""
         return self.heads, self.tokens, self.head_dim
 
     @property
@@ -101,9 +101,9 @@ class CachedLayer(Displayable, JsonResult):
 
 
 def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> Cache:
-    """Describe the KV cache after a text, computing tokens that are not cached yet.
+    """Describe the KV cache after a text. Tokens that are not cached yet are computed.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
@@ -129,7 +129,7 @@ def cache(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -
 def cached_layer(llama: LoadedModel, ids: Sequence[int], layer: int, progress: Progress = silent) -> CachedLayer:
     """Return the norms of the keys and values in one layer of the KV cache.
 
-    RoPE does not change the norm of a key. Raises errors as `Llama.predict` does.
+    RoPE does not change the norm of a key. Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.

@@ -22,8 +22,8 @@ class Choice:
     Attributes:
         text: The continuation.
         tokens: Its tokens, each with its probability given the prompt and the tokens before it.
-        normalized: Softmax over all choices of their log-probabilities.
-        by_length: Softmax of the mean log-probability per token, which does not favor short continuations.
+        normalized: Softmax of the log-probability over all choices.
+        by_length: Softmax of the mean log-probability per token over all choices. It does not favor short choices.
     """
 
     json_fields = ("text", "tokens", "logprob", "probability", "normalized", "by_length")
@@ -40,13 +40,13 @@ class Choice:
 
     @property
     def probability(self) -> float:
-        """Between 0 and 1."""
+        """Probability of the whole continuation, 0 to 1."""
         return math.exp(self.logprob)
 
 
 @dataclass(frozen=True)
 class Choices(JsonResult):
-    """The continuations, in the order in which they were given."""
+    """The continuations, in the order given."""
 
     json_fields = ("choices", "probability")
 
@@ -74,14 +74,14 @@ class Choices(JsonResult):
 def choices(llama: LoadedModel, ids: Sequence[int], texts: Sequence[str], progress: Progress = silent) -> Choices:
     """Compute the probabilities of texts as continuations of a prompt.
 
-    Each text is tokenized by itself, exactly as given: words need a leading space. Raises errors as `Llama.predict`
-    does.
+    Each text is tokenized separately, exactly as given: words need a leading space. Raises the same errors as
+    `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the prompt.
         texts: The continuations.
-        progress: Called for each text as by `Llama.predict`.
+        progress: As for `Llama.predict`, once per text.
 
     Raises:
         UsageError: If a text is empty.

@@ -20,7 +20,7 @@ class ModelPrediction:
     """The prediction of one model.
 
     Attributes:
-        model: The model; `model.precision` is the precision that answered.
+        model: The model. `model.precision` is the precision of this prediction.
         tokens: The text as tokens of this model.
         top: The most probable next tokens, best first.
         entropy_bits: Entropy of the prediction.
@@ -38,7 +38,7 @@ class ComparedToken:
 
     Attributes:
         text: The token.
-        first: Its probability in the first model, if the token is in the vocabulary.
+        first: Its id and probability in the first model, if the token is in its vocabulary.
         second: The same for the second model.
     """
 
@@ -54,7 +54,7 @@ class Comparison(JsonResult):
     Attributes:
         first: The first prediction.
         second: The second prediction.
-        tokens: The most probable tokens of both, the first model's first.
+        tokens: The most probable tokens of both models, those of the first model first.
         kl_bits: Kullback–Leibler divergence of the second prediction from the first; None if the vocabularies differ.
     """
 
@@ -71,14 +71,14 @@ def compare(
 ) -> Comparison:
     """Compare the predictions of two models after the same prompt.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The first model.
         other: The second model.
         ids: Token ids of the first model. If the vocabularies differ, the second model tokenizes the text.
         top: Number of candidates of each model.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If `top` is less than 1.
@@ -98,7 +98,7 @@ def compare(
 
 
 def _side(llama: LoadedModel, ids: Sequence[int], top: int, progress: Progress) -> tuple[ModelPrediction, Tensor]:
-    """A model's prediction, and the log-probabilities of all tokens, (vocab_size,) float64."""
+    """Return a model's prediction, and all log-probabilities, (vocab_size,) float64."""
     logits = llama.engine.next_logits(ids, progress)
     tokens = tuple(map(llama.token, ids))
     side = ModelPrediction(llama.info, tokens, llama.candidates(logits.values, top), float(entropy_bits(logits.values)))
@@ -110,7 +110,7 @@ def _candidate(llama: LoadedModel, logprobs: Tensor, id: int | None) -> Candidat
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """The bytes of each token."""
+    """Map each id to the bytes of its token."""
     vocabulary = {}
     for id in range(tokenizer.n_vocab):
         try:
@@ -122,6 +122,6 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[int, bytes]:
 
 def _by_text(words: dict[int, bytes], others: dict[int, bytes]) -> dict[int, int]:
     """Map ids of one vocabulary to ids of the other with the same bytes."""
-    # In reverse, so that the lower id wins if two tokens have the same bytes: it is the ordinary one.
+    # In reverse order: if two tokens have the same bytes, the lower id wins, which is the ordinary token.
     ids = {token: id for id, token in reversed(others.items())}
     return {id: ids[token] for id, token in words.items() if token in ids}

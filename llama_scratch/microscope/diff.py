@@ -1,4 +1,4 @@
-"""Compare two texts token by token: where and how far the predictions diverge."""
+"""Compare two texts token by token: where, and by how much, predictions diverge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_scratch.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Pair:
-    """A token that both texts have, and the two predictions after it.
+    """A token that both texts share, and the two predictions after it.
 
     Attributes:
         first: Its position in the first text, from 0.
@@ -45,7 +45,7 @@ class Diff(JsonResult):
         first: The tokens of the first text.
         second: The tokens of the second text.
         shared: Length of their common prefix in tokens.
-        pairs: The tokens that both have.
+        pairs: The tokens that both texts share.
         first_top: The most probable tokens after the first text, best first.
         second_top: The same for the second text.
         jsd_bits: Jensen–Shannon divergence of the predictions after the texts, 0 to 1.
@@ -72,14 +72,14 @@ def diff(
 ) -> Diff:
     """Compare the predictions along two texts.
 
-    The common prefix is computed once. Raises errors as `Llama.predict` does.
+    The common prefix is computed once. Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         first: The token ids of the first text.
         second: The token ids of the second text.
         top: Number of candidates after each text.
-        progress: Called for each text as by `Llama.predict`.
+        progress: As for `Llama.predict`, once per text.
 
     Raises:
         OutOfMemoryError: If the predictions do not fit into memory.
@@ -88,7 +88,7 @@ def diff(
         llama.engine.check(ids)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
     aligned = dict(_aligned(first, second, shared))
-    # Positions of the first text that are compared with the second text.
+    # Positions of the first text whose logits are needed for the comparison.
     kept = {*aligned.values(), len(first) - 1} | ({shared - 1} if shared == len(second) else set())
     what = f"Comparing texts of {len(first):,} and {len(second):,} tokens"
     require_memory({"predictions": 4 * llama.args.vocab_size * len(kept)}, what)
@@ -123,7 +123,7 @@ def diff(
 
 
 def _aligned(first: Sequence[int], second: Sequence[int], shared: int) -> Iterator[tuple[int, int]]:
-    """Positions after the common prefix with the same token in both texts: (second, first)."""
+    """Yield positions of equal tokens after the common prefix, as (second, first)."""
     matcher = SequenceMatcher(None, first[shared:], second[shared:], autojunk=False)
     for block in matcher.get_matching_blocks():
         for k in range(shared, shared + block.size):
@@ -131,7 +131,7 @@ def _aligned(first: Sequence[int], second: Sequence[int], shared: int) -> Iterat
 
 
 def _rows(pieces: Iterable[Tensor], start: int) -> Iterator[tuple[int, Tensor]]:
-    """Each position from `start` on with its logits, (vocab_size,)."""
+    """Yield each position from `start` on with its logits, (vocab_size,)."""
     return enumerate((row for piece in pieces for row in piece), start)
 
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 class Displayable:
-    """A result that `render` draws: `render.display` registers a page for its class.
+    """A result with a page, which `render.display` registers for its class.
 
-    This module has the only import upwards, and it is late: `render` is needed only if the result is displayed.
+    This is the only module here that imports `render`. The import is deferred until a result is displayed.
     """
 
     def __rich__(self) -> RenderableType:
@@ -27,7 +27,10 @@ class Displayable:
 
 
 def _renderer() -> Any:
-    """The module that displays results; without types here, because it imports the modules of the results."""
+    """Import `render.display`.
+
+    The return type is Any, because that module imports the modules of the results.
+    """
     from llama_scratch.render import display
 
     return display

@@ -15,7 +15,7 @@ _POSITIONS = 16
 def log_softmax(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Turn chunks of logits into natural log-probabilities.
 
-    Chunks are (n, vocab_size); the results are float64 and have fewer rows each, to save memory.
+    The chunks are (n, vocab_size). The results are float64, in smaller chunks to save memory.
     """
     for piece in pieces:
         for i in range(0, len(piece), _POSITIONS):

@@ -30,7 +30,7 @@ class Effect(Displayable, JsonResult):
 
     @property
     def answers(self) -> tuple[tuple[Candidate, Candidate], ...]:
-        """The entries of the top token before and, if different, the top token after."""
+        """The pair of the top token before and, if it differs, of the top token after."""
         best = [max(self.tokens, key=lambda pair: pair[side].logprob) for side in (0, 1)]
         return tuple(dict.fromkeys(best))
 
@@ -63,9 +63,9 @@ def effect(
     top: int = 5,
     progress: Progress = silent,
 ) -> Effect:
-    """Compare the predictions of a model without and with interventions.
+    """Compare the predictions of a model with and without interventions.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         before: The model without interventions.

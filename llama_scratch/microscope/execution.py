@@ -1,8 +1,8 @@
 """A debugger for the forward pass, which stops at each statement of `model.py`.
 
-The network runs once under `sys.settrace`. For each executed statement a `Statement` with summaries of its values is
-recorded, and `ExecutionTrace` moves between them. To show other numbers of a value, `look` runs the network again up to
-that stop.
+The network runs once under `sys.settrace`. For each executed statement, a `Statement` with summaries of its values is
+recorded. `ExecutionTrace` moves between these stops. The values themselves are not kept: to show more of their numbers,
+`look` runs the network again up to the stop.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Statement(JsonResult):
     def around(self, margin: int) -> tuple[int, str]:
         """Return the statement with up to `margin` lines of its function on both sides.
 
-        The result is the number of the first line and the text.
+        Returns:
+            The number of the first line, and the text.
         """
         function = functions(_PATH)[self.function]
         first = max(function.start, self.first_line - margin)
@@ -127,7 +128,7 @@ class ExecutionTrace:
     _llama: ref[LoadedModel]
 
     def fits(self, llama: LoadedModel, ids: Sequence[int]) -> bool:
-        """Return whether the trace is of this model and this text.
+        """Whether the trace was recorded with this model and this text.
 
         Args:
             llama: The model.
@@ -143,16 +144,19 @@ class ExecutionTrace:
             count: Number of steps.
 
         Raises:
-            UsageError: If that is beyond the last stop. `next` and `step_out` raise it too.
+            UsageError: If that is beyond the last stop.
         """
         return self._checked(at + count)
 
     def next(self, at: int, count: int = 1) -> int:
-        """Step over calls to the next statement of this function, or of a caller.
+        """Return the next stop in this function or in a caller, stepping over calls.
 
         Args:
             at: The current stop.
             count: Number of steps.
+
+        Raises:
+            UsageError: If that is beyond the last stop.
         """
         for _ in range(count):
             at = self._first(at, self.stops[at].depth)
@@ -164,6 +168,9 @@ class ExecutionTrace:
         Args:
             at: The current stop.
             count: Number of functions to leave.
+
+        Raises:
+            UsageError: If that is beyond the last stop.
         """
         for _ in range(count):
             at = self._first(at, self.stops[at].depth - 1)
@@ -201,13 +208,13 @@ class ExecutionTrace:
 def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) -> ExecutionTrace:
     """Trace a forward pass over a text, with the hooks of the model.
 
-    Of a long text only the last chunk of up to 512 tokens is traced. The cache of the engine is neither used nor
-    changed. Raises errors as `Engine.next_logits` does.
+    Only the last chunk of a long text is traced, at most 512 tokens. The cache of the engine is neither used nor
+    changed. Raises the same errors as `Engine.next_logits`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
-        progress: Called for each layer. An exception that it raises stops the work.
+        progress: Called for each layer. It can raise an exception to cancel.
     """
     stops: list[Statement] = []
     n_layers = llama.args.n_layers
@@ -223,7 +230,7 @@ def walk(llama: LoadedModel, ids: Sequence[int], progress: Progress = silent) ->
 
 
 def look(llama: LoadedModel, walk: ExecutionTrace, at: int, expression: str, progress: Progress = silent) -> ValueView:
-    """Return numbers of a variable at a stop, running the network again up to it.
+    """Return numbers of a variable at a stop, by running the network up to it again.
 
     Args:
         llama: The model.
@@ -265,7 +272,7 @@ class _ReachedError(Exception):
 
 @dataclass(frozen=True)
 class _Done:
-    """A statement that was executed. following: the next one in the same function."""
+    """An executed statement. `following` is the next one in the same call, if any."""
 
     function: str
     module: str
@@ -273,7 +280,7 @@ class _Done:
     statement: SourceStatement
     following: SourceStatement | None
     variables: dict[str, Any]
-    meanings: dict[str, ValueSummary]  # by variable: the last value with named dimensions
+    meanings: dict[str, ValueSummary]  # variable → its last summary with named dimensions
 
     def _with_meaning(self, value: ValueSummary) -> ValueSummary:
         """Reuse the names of the dimensions if the variable had the same shape before."""
@@ -291,7 +298,7 @@ class _Done:
         )
         names = () if ended else (RETURNED,) if statement.returns else statement.names
         bound = [(name, self.variables[name]) for name in names if name in self.variables and name != "_"]
-        # The cache allocates memory without initializing it. The tensors that it returns are filled.
+        # In these functions, the cache can hold uninitialized memory. The tensors that `update` returns are filled.
         filled = self.function not in _FILLING or (self.function == "KVCache.update" and statement.returns)
         values = [value for name, it in bound for value in summaries(name, it, statement.meanings, filled)]
         return Statement(
@@ -325,7 +332,7 @@ class _Tracer:
 
     def called(self, frame: FrameType, _event: str, _argument: Any) -> Callable[..., Any] | None:
         code = frame.f_code
-        # A generator belongs to the statement that contains it.
+        # A generator expression has a frame of its own, but belongs to the statement that contains it.
         if code.co_filename != _FILE or code.co_qualname not in functions(_PATH):
             return None
         above = self._calls[-1].module if self._calls else ""
@@ -360,7 +367,7 @@ class _Tracer:
 def _run(llama: LoadedModel, ids: Sequence[int], on_statement: Callable[[_Done], None], progress: Progress) -> int:
     """Run a text and report each statement of its last chunk.
 
-    Returns the position at which the chunk starts.
+    Returns the position of the first token of that chunk.
     """
     engine = llama.engine
     engine.check(ids)
@@ -378,7 +385,7 @@ def _run(llama: LoadedModel, ids: Sequence[int], on_statement: Callable[[_Done],
             progress("reading", start, len(ids))
             model(torch.tensor([ids[start : start + CHUNK]], device=device), cache)
         tokens = torch.tensor([ids[begin:]], device=device)
-        before = sys.gettrace()  # of a debugger, or of coverage measurement
+        before = sys.gettrace()  # for example a debugger or a coverage tool
         try:
             sys.settrace(tracer.called)
             model(tokens, cache)

@@ -26,8 +26,8 @@ from llama_scratch.results import Prediction, Token
 class Inspection(Displayable):
     """The internals of a network while it reads a prompt. Created by `Llama.inspect`.
 
-    Everything is computed on demand. The inspection caches its prediction; the model caches the scores of its heads and
-    the network for gradients. Everything else runs the network again. `ablate`, `patch` and `steer` return a new
+    Everything is computed on demand. The inspection caches its prediction, and the model caches the scores of its heads
+    and the network for gradients. Everything else runs the network again. `ablate`, `patch` and `steer` return a new
     inspection of the modified network. The activations that they insert come from the unmodified network.
 
     Attributes:
@@ -70,7 +70,7 @@ class Inspection(Displayable):
     def activations(self, place: str) -> Tensor:
         """Return the activations at a place named in `llama_scratch.hooks`, (T, …).
 
-        Not for q, k, v and probs, whose first dimension is heads.
+        Raises `UsageError` for q, k, v and probs, which have heads as their first dimension.
         """
         return stream.activations(self._llama, self.ids, [place])[0]
 
@@ -78,7 +78,7 @@ class Inspection(Displayable):
         """Return the logit lens: the top prediction after every layer.
 
         Args:
-            first: The first position, by default such that the last position is included.
+            first: The first position. By default, the last `count` positions are shown.
             count: Number of positions.
         """
         return lenses.lens(self._llama, self.ids, first, count)
@@ -102,7 +102,7 @@ class Inspection(Displayable):
         Args:
             token: A token id, or a text that is one token, such as " Paris" with its space. By default the predicted
                 token.
-            versus: A token to compare with. The logit difference is attributed.
+            versus: A token to compare with. If given, the logit difference is attributed.
         """
         answer, other = (None if name is None else self._id(name) for name in (token, versus))
         return attribution.why(self._llama, self.ids, answer, other)
@@ -117,7 +117,10 @@ class Inspection(Displayable):
         return neuron_views.neurons(self._llama, self.ids, layer, count)
 
     def trace(self, other: Prompt) -> patching.Trace:
-        """Causal tracing: patch each activation of another prompt with as many tokens."""
+        """Causal tracing: patch each activation, one at a time, from another prompt.
+
+        Both prompts must have the same number of tokens.
+        """
         return patching.trace(self._llama, self.ids, self._llama.encode(other))
 
     # --- Interventions ---
@@ -127,7 +130,7 @@ class Inspection(Displayable):
 
         Args:
             parts: Their names: "L5", "L5.attn", "L5.ffn", "L5.H3", "L5.N120".
-            mean: Replace the output by its mean over the tokens of this prompt instead of zero.
+            mean: Replace the output by its mean over the tokens of this prompt, instead of by zero.
         """
         named = [NetworkPart.named(name, self._llama.args) for name in parts]
         return self._with(
@@ -145,8 +148,8 @@ class Inspection(Displayable):
         Args:
             other: The other prompt.
             part: The component, as for `ablate`. A layer means the residual stream before it.
-            positions: One or several positions from 0, or a mapping from positions here to positions in the other
-                prompt.
+            positions: One or more positions, from 0. A mapping gives, for positions in this prompt, positions in the
+                other prompt.
         """
         if not isinstance(positions, Mapping):
             several = isinstance(positions, Iterable) and whole_number(positions) is None
@@ -158,17 +161,19 @@ class Inspection(Displayable):
     def steer(self, layer: int, scale: float, toward: Prompt, away: Prompt) -> Inspection:
         """Return an inspection with a steering vector added after a layer.
 
+        The vector is the difference between the activations of two prompts at their last tokens.
+
         Args:
             layer: The layer.
             scale: The factor of the vector.
             toward: The prompt that the vector leads toward.
-            away: The prompt that it leads away from. The vector is the difference of their last activations.
+            away: The prompt that it leads away from.
         """
         first, second = (self._intact.encode(prompt) for prompt in (toward, away))
         return self._with(interventions.steer(self._intact, layer, scale, first, second))
 
     def effect(self, top: int = 5) -> effects.Effect:
-        """Compare the prediction without and with the interventions."""
+        """Compare the prediction with and without the interventions."""
         labels = [intervention.label for intervention in self.interventions]
         return effects.effect(self._intact, self._llama, self.ids, labels, top)
 

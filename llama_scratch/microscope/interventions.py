@@ -26,15 +26,15 @@ from llama_scratch.system.progress import Progress, silent
 AnyModel = TypeVar("AnyModel", bound=LoadedModel)
 
 
-@dataclass(frozen=True, eq=False)  # hooks hold tensors, which do not compare as a whole
+@dataclass(frozen=True, eq=False)  # hooks hold tensors, whose == is elementwise
 class Intervention(JsonResult):
     """A change to the network.
 
     Attributes:
-        label: A short name, as in the prompt of a session: -L5.H3.
+        label: A short name for the prompt of a session, such as -L5.H3.
         meaning: A sentence for the user.
         hooks: The hooks that make the change.
-        recipe: The arguments for `remake`, if it has them.
+        recipe: The arguments from which `remake` recreates it, if any.
     """
 
     json_fields = ("label", "meaning")
@@ -58,15 +58,15 @@ def changed(llama: AnyModel, interventions: Sequence[Intervention]) -> AnyModel:
 
 
 def remake(llama: LoadedModel, recipe: Recipe, progress: Progress = silent) -> Intervention:
-    """Make an intervention from its recipe.
+    """Recreate an intervention from its recipe.
 
     Args:
         llama: The model without interventions.
-        recipe: It may come from a file; every value is checked.
+        recipe: The recipe. It may come from an untrusted file, so every value is checked.
         progress: Called while the activations are computed.
 
     Raises:
-        UsageError: If this network does not have that part, position or token.
+        UsageError: If the network does not have that component, position or token.
     """
     if recipe.kind == "steer":
         return steer(llama, recipe.layer, recipe.scale, recipe.ids, recipe.away, progress)
@@ -88,7 +88,7 @@ def ablate(llama: LoadedModel, part: NetworkPart) -> Intervention:
         llama: The model.
         part: The component.
     """
-    del llama  # for the same signature as the others
+    del llama  # unused: all interventions have the model as first argument
     hooks = _set(part, dict.fromkeys(part.places, 0.0))
     return Intervention(f"-{part.name}", f"{part.name} is zero-ablated.", hooks, Recipe("ablate", part.name))
 
@@ -96,14 +96,14 @@ def ablate(llama: LoadedModel, part: NetworkPart) -> Intervention:
 def mean_ablate(llama: LoadedModel, part: NetworkPart, ids: Sequence[int], progress: Progress = silent) -> Intervention:
     """Mean ablation: replace the output of a component by its mean over a text.
 
-    Information about each token is lost, and the values stay close to the training distribution. Source: Wang et al.
-    2022, arXiv:2211.00593, who average over other texts.
+    This removes the information about individual tokens, but the values stay close to the training distribution.
+    Source: Wang et al. 2022, arXiv:2211.00593, who average over other texts.
 
     Args:
         llama: The model.
         part: The component.
         ids: The token ids of the text.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
     """
     values = zip(part.places, activations(llama, ids, part.places, progress), strict=True)
     means = {place: part.of(value).mean(0) for place, value in values}
@@ -129,18 +129,18 @@ def patch(
 ) -> Intervention:
     """Activation patching: copy the activations of a component from another text.
 
-    For a layer, the activations are the residual stream before it. Raises errors as `Llama.predict` does. Sources: Vig
-    et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
+    For a layer, the activations are the residual stream before it. Raises the same errors as `Llama.predict`. Sources:
+    Vig et al. 2020, arXiv:2004.12265 (causal mediation); Meng et al. 2022, arXiv:2202.05262 (causal tracing).
 
     Args:
         llama: The model.
         part: The component.
         ids: The token ids of the other text.
         positions: Positions in the prompt → positions in the other text, both from 0.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
-        UsageError: If the other text does not have a position.
+        UsageError: If there are no positions, or if one does not exist.
     """
     llama.engine.check(ids)
     if not positions:
@@ -184,9 +184,9 @@ def steer(
 ) -> Intervention:
     """Add a steering vector to the residual stream after a layer, at every token.
 
-    The vector is `scale` times the difference of the activations at the last token of two texts. Raises errors as
-    `Llama.predict` does. Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2023,
-    arXiv:2312.06681.
+    The vector is `scale` times the difference between the activations of two texts at their last tokens. Raises the
+    same errors as `Llama.predict`. Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al.
+    2023, arXiv:2312.06681.
 
     Args:
         llama: The model.
@@ -194,17 +194,17 @@ def steer(
         scale: The factor of the vector.
         toward: The token ids of the text that the vector leads toward.
         away: The token ids of the text that it leads away from.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
-        UsageError: If the layer does not exist, or the scale is too large.
+        UsageError: If the layer does not exist, or the scale is too large or not finite.
     """
     place = f"layers.{numbered('layer', layer, llama.args.n_layers)}.resid_post"
     if not abs(scale) <= sys.float_info.max:
         raise UsageError(f"The scale must be a finite number, not {sanitize(scale)}.")
     ends = [activations(llama, ids, [place], progress)[0][-1] for ids in (toward, away)]  # (dim,) each
     direction = scale * (ends[0] - ends[1])  # (dim,)
-    if not torch.isfinite(direction.norm()):  # a norm squares it
+    if not torch.isfinite(direction.norm()):  # norms square the components
         raise UsageError(f"A scale of {scale:g} makes the steering vector overflow. Choose a smaller scale.")
     apart = next((i for i, (a, b) in enumerate(zip(toward, away, strict=False)) if a != b), -1)
     words = [sanitize(llama.token(ids[apart]).text.strip() or "␣", 12) for ids in (toward, away)]

@@ -18,7 +18,7 @@ from llama_scratch.microscope.parts import numbered
 from llama_scratch.results import Candidate, JsonResult, Token, to_json
 from llama_scratch.system.progress import Progress, silent
 
-# The default number of positions, and the number unembedded at a time: 33 MB of logits for a vocabulary of 128,256.
+# Default number of positions, and number unembedded at a time: 33 MB of logits for a vocabulary of 128,256.
 LENS_POSITIONS = 64
 
 
@@ -56,7 +56,7 @@ class Lens(Displayable, JsonResult):
         tokens: The tokens at the selected positions.
         first: The first of these positions.
         length: Number of tokens in the whole text.
-        layers: From the embedding to the last layer, whose top predictions are the network's own.
+        layers: From the embedding to the last layer, whose top predictions are those of the whole network.
     """
 
     tokens: tuple[Token, ...]
@@ -72,17 +72,18 @@ class Lens(Displayable, JsonResult):
     def first_layer(self, index: int = -1) -> int:
         """The first layer at which the final prediction has rank 1.
 
-        `index` selects one of the positions.
+        Args:
+            index: One of the positions.
         """
         return next(row.layer for row in self.layers if row.guesses[index].rank_of_answer == 1)
 
     def stays_from(self, index: int = -1) -> int:
-        """The layer from which on the final prediction keeps rank 1."""
+        """The first layer from which the final prediction keeps rank 1 to the end."""
         others = [row.layer for row in self.layers if row.guesses[index].rank_of_answer > 1]
         return others[-1] + 1 if others else -1
 
     def rank_falls(self, index: int = -1) -> tuple[tuple[int, int, int], ...]:
-        """The layers at which the rank of the final prediction falls, by the largest factor first.
+        """The layers at which the final prediction's rank improves, largest factor first.
 
         Args:
             index: One of the positions.
@@ -119,9 +120,9 @@ def lens(
     """Return the top prediction after every layer.
 
     The residual stream after each layer goes through the final norm and the unembedding, as if that layer were the
-    last. Early layers need not represent information in that basis yet, so their predictions show what is readable
-    there, not what the network "thinks". Raises errors as `Llama.predict` does. Source: nostalgebraist 2020,
-    "interpreting GPT: the logit lens".
+    last. Early layers may not represent information in that basis yet, so their predictions show only what can be read
+    from them this way, not what the network "thinks". Raises the same errors as `Llama.predict`. Source: nostalgebraist
+    2020, "interpreting GPT: the logit lens".
 
     Args:
         llama: The model.
@@ -144,7 +145,7 @@ def growing(
     count: int = LENS_POSITIONS,
     progress: Progress = silent,
 ) -> Iterator[Lens]:
-    """Yield `lens` incrementally: the last layer alone, then one more layer each time.
+    """Yield partial results of `lens`: the last layer, then one more layer each time.
 
     Args:
         llama: The model.
@@ -173,7 +174,7 @@ def growing(
 def _stream(llama: LoadedModel, ids: Sequence[int], first: int, progress: Progress) -> list[Tensor]:
     """Return the embedding and the stream after each layer, from position `first` on.
 
-    Each is (T - first, dim).
+    Each tensor is (T - first, dim).
     """
     pieces: dict[str, list[Tensor]] = {"embedding": []}
     pieces |= {f"layers.{layer}.resid_post": [] for layer in range(llama.args.n_layers)}
@@ -203,7 +204,7 @@ def guesses(llama: LoadedModel, x: Tensor, answers: Tensor | None) -> tuple[Gues
         best = logits.max(-1, keepdim=True)
         answer_ids = best.indices if answers is None else answers[i : i + LENS_POSITIONS, None].to(x.device)  # (m, 1)
         ranks = (logits > logits.gather(-1, answer_ids)).sum(-1) + 1  # (m,)
-        # Without the 1 of the best token itself: float32 would lose the rest if the prediction is nearly certain.
+        # The sum excludes the top token's exp(0) = 1. Added to 1 in float32, a tiny rest would be lost.
         others = logits.sub_(best.values).exp_().scatter_(-1, best.indices, 0).sum(-1)  # (m,)
         logprobs = -others.double().log1p()  # (m,)
         columns = (best.indices[:, 0].tolist(), logprobs.tolist(), ranks.tolist())

@@ -64,7 +64,7 @@ class Neurons(Displayable, JsonResult):
         layer: The layer.
         token: The last token of the text.
         answer: The predicted token.
-        contribution: Direct contribution of all neurons of the layer, equal to the feed-forward's.
+        contribution: Direct contribution of the whole feed-forward network, the sum over all its neurons.
         neurons: The strongest neurons.
         n_neurons: Number of neurons of the layer.
     """
@@ -84,16 +84,16 @@ def neurons(
 ) -> Neurons:
     """Return the neurons of a layer with the largest output norm at the last token.
 
-    A neuron adds its activation times its column of w2 to the residual stream. Its direct effect on the logits is that
-    vector through the final norm, at the scale of the final stream, and the unembedding, without later layers. Raises
-    errors as `Llama.predict` does. Source: Geva et al. 2022, arXiv:2203.14680.
+    A neuron adds its activation times its column of w2 to the residual stream. For its direct effect on the logits,
+    that vector goes through the final norm, at the scale of the final stream, and the unembedding. Later layers are
+    ignored. Raises the same errors as `Llama.predict`. Source: Geva et al. 2022, arXiv:2203.14680.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         layer: The layer.
         count: Number of neurons.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the layer does not exist, or `count` is less than 1.
@@ -145,13 +145,13 @@ def neurons(
 def columns(w2: nn.Module, neurons: Tensor, ffn_dim: int, dtype: torch.dtype) -> Tensor:
     """Return columns of w2: the outputs of neurons at an activation of 1.
 
-    Packed weights have no accessible columns. They are multiplied with one-hot rows instead.
+    The columns of packed weights cannot be accessed. They are multiplied with one-hot rows instead.
 
     Args:
         w2: The linear layer.
         neurons: Their indices, (n,).
         ffn_dim: Number of neurons of the layer.
-        dtype: The dtype of activations.
+        dtype: The dtype of the activations.
 
     Returns:
         (n, dim) float32.

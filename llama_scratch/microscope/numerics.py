@@ -1,4 +1,4 @@
-"""Numerical error of each precision, and of another RoPE factor, against fp32."""
+"""Compare each precision, and another RoPE factor, with fp32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFERENCE = "fp32"
 ROPE = "rope"
 VARIANTS = (*PRECISIONS[1:], ROPE)
 USUAL = tuple(name for name in VARIANTS if name != "int4")
-"""The fast ones. int4 takes minutes of calibration when it is used for the first time."""
+"""The default variants. int4 is left out: its first use takes minutes of calibration."""
 # Maximum number of compared positions: 131 MB of logits for a vocabulary of 128,256.
 _POSITIONS = 256
 
@@ -36,7 +36,7 @@ Open = Callable[[str, Progress], LoadedModel]
 
 @dataclass(frozen=True)
 class Distance:
-    """The divergence of one network from the reference, over all compared positions.
+    """The divergence of one network from the reference over all compared positions.
 
     Attributes:
         answer: Its most probable token after the last position.
@@ -59,8 +59,8 @@ class Row(JsonResult):
 
     Attributes:
         name: Its precision, or its RoPE factor.
-        distance: Its divergence, if it fits into memory.
-        error: The message if it does not fit.
+        distance: Its divergence, if the network fits into memory.
+        error: The error message, if it does not fit.
     """
 
     name: str
@@ -111,11 +111,11 @@ def numerics(
     variants: Sequence[str] = USUAL,
     progress: Progress = silent,
 ) -> Numerics:
-    """Measure how far other precisions, and fp32 with another RoPE factor, are from the fp32 reference.
+    """Compare precisions, and another RoPE factor in fp32, with the fp32 reference.
 
     The reference is `Llama.differentiable`: the weights of the file, multiplied in float32. All networks run without
-    hooks. Networks other than `llama` are opened one at a time and closed afterwards. If the text is long, only its
-    last `_POSITIONS` positions are compared. Raises errors as `Llama.predict` does.
+    hooks. Networks other than `llama` are opened one at a time and closed afterwards. Only the last 256 positions of a
+    long text are compared. Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
@@ -163,7 +163,7 @@ def numerics(
 
 
 def other_factor(args: ModelArgs) -> ModelArgs:
-    """Return the hyperparameters with another RoPE factor: 8 if it is 32 now, otherwise 32."""
+    """Return the hyperparameters with a RoPE factor of 32, or 8 if it is already 32."""
     return args.with_rope_factor(8.0 if _factor(args) == 32.0 else 32.0)
 
 
@@ -188,7 +188,7 @@ def _logits(
 ) -> Iterator[Tensor]:
     """Yield the logits from position `first` on in chunks of (n, vocab_size).
 
-    A separate engine computes them.
+    They are computed by a new engine, which has no hooks.
     """
     return Engine(model, llama.context).logits_from(ids, first, progress)
 

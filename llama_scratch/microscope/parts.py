@@ -16,13 +16,13 @@ _NAME = re.compile(r"[lL]?(\d{1,6})(?:\.(?:(attn|attention)|(ffn|mlp|feed_forwar
 
 
 def numbered(what: str, value: object, count: int, where: str = "") -> int:
-    """Return the number of a layer, head, neuron or position.
+    """Check the index of a layer, head, neuron or position, and return it as an int.
 
     Args:
-        what: The noun for the message.
-        value: The number, possibly of another type.
-        count: The number of layers, heads, neurons or positions.
-        where: A phrase after the noun.
+        what: The noun for the error message.
+        value: The index. Any integer type is accepted.
+        count: Number of layers, heads, neurons or positions.
+        where: A phrase after the noun in the error message.
 
     Raises:
         UsageError: If it is not an integer from 0 to `count` - 1.
@@ -41,7 +41,7 @@ class NetworkPart:
     Attributes:
         layer: The layer.
         kind: "layer", "attn", "ffn", "head" or "neuron".
-        index: The head or neuron within the layer, else 0.
+        index: The head or neuron within the layer, otherwise 0.
     """
 
     layer: int
@@ -86,7 +86,7 @@ class NetworkPart:
     def places(self) -> tuple[str, ...]:
         """The places of its output, named as in `hooks`.
 
-        If it is 0 at these places, the residual stream passes the component unchanged.
+        Setting the values there to 0 ablates the component: it adds nothing to the residual stream.
         """
         places = {
             "attn": ("attention.out",),
@@ -98,7 +98,7 @@ class NetworkPart:
 
     @property
     def place(self) -> str:
-        """The place for patching: for a layer the residual stream before it."""
+        """The place for patching. For a layer, it is the residual stream before the layer."""
         return f"layers.{self.layer}.resid_pre" if self.kind == "layer" else self.places[0]
 
     def of(self, value: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ class Trace(Displayable, JsonResult):
         second: The tokens of the other prompt.
         first_answer: The next token after the prompt.
         second_answer: The next token after the other prompt.
-        moved: For each layer and position the normalized logit difference logit(second answer) − logit(first answer): 0
-            if the prediction does not change, 1 if it becomes the other prompt's. The patched activation is the
-            residual stream before the layer; the last row is the stream after the last layer.
+        moved: The logit difference logit(second answer) − logit(first answer) with one activation patched, for each
+            layer and position. It is normalized: 0 is the value for the prompt, 1 the value for the other prompt. The
+            activation is the residual stream before the layer, and in the last row the stream after the last layer.
     """
 
     first: tuple[Token, ...]
@@ -44,15 +44,15 @@ class Trace(Displayable, JsonResult):
 def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress: Progress = silent) -> Trace:
     """Patch the residual stream from another prompt, one layer and position at a time.
 
-    Raises errors as `Llama.predict` does. Sources: Vig et al. 2020, arXiv:2004.12265 (interchange of activations); Meng
-    et al. 2022, arXiv:2202.05262, who corrupt the prompt with noise instead; the normalized logit difference is from
-    Zhang & Nanda 2023, arXiv:2309.16042.
+    Raises the same errors as `Llama.predict`. Sources: Vig et al. 2020, arXiv:2004.12265 (interchange of activations);
+    Meng et al. 2022, arXiv:2202.05262, who corrupt the prompt with noise instead; Zhang & Nanda 2023, arXiv:2309.16042
+    (normalized logit difference).
 
     Args:
         llama: The model.
         ids: The token ids of the prompt.
         other: The token ids of the other prompt.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the prompts differ in length or have the same next token.
@@ -87,9 +87,9 @@ def trace(llama: LoadedModel, ids: Sequence[int], other: Sequence[int], progress
 
 
 def _patched(ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
-    """The stream of a text, (T, dim), once per position patched from the other text.
+    """Yield copies of a stream, each patched at one position from the other text.
 
-    Yields batches of (n, T, dim).
+    The streams are (T, dim). The copies come in batches of (n, T, dim), one copy per position.
     """
     T = len(ours)
     for positions in torch.split(torch.arange(T), max(1, _ROWS // T)):
@@ -100,7 +100,7 @@ def _patched(ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def _end(llama: LoadedModel, x: Tensor, first: int, progress: Progress) -> Tensor:
-    """Run the layers from `first` on and return the last token, (B, T, dim) → (B, dim)."""
+    """Run the layers from `first` on: (B, T, dim) → (B, dim), the last token."""
     model = llama.engine.model
     with hooked(model, llama.engine.hooks):
         for layer in layers(model, x.shape[1])[first:]:

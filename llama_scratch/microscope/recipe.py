@@ -17,9 +17,9 @@ class Recipe:
         part: The name of the component that is ablated or patched.
         layer: The layer of a steering vector.
         scale: The factor of a steering vector.
-        ids: The text whose activations are used; for a steering vector, the text that it leads toward.
-        away: The text that a steering vector leads away from.
-        positions: Pairs of a position in the prompt and one in the other text, for a patch.
+        ids: The token ids of the text whose activations are used. A steering vector leads toward this text.
+        away: The token ids of the text that a steering vector leads away from.
+        positions: For a patch, pairs of a position in the prompt and a position in the other text.
     """
 
     kind: Literal["ablate", "mean_ablate", "patch", "steer"]

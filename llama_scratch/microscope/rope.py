@@ -19,7 +19,7 @@ from llama_scratch.model import apply_rotary_emb, rope_frequencies, rotations
 from llama_scratch.results import JsonResult, Token
 from llama_scratch.system.progress import Progress, silent
 
-# The factor for models without scaling, as in Llama 3.2 1B and 3B.
+# The factor that models without scaling are compared with: that of Llama 3.2 1B and 3B.
 _FACTOR = 32.0
 # Maximum number of keys shown.
 _NEAREST = 24
@@ -33,7 +33,7 @@ class RotaryPair(JsonResult):
         pair: The index of the pair.
         unscaled: Radians per token without scaling.
         scaled: Radians per token with scaling.
-        kind: Whether the scaling has "kept", "smoothed" or "divided" the frequency.
+        kind: Effect of the scaling on the frequency: "kept", "smoothed" or "divided".
         unscaled_angle: The angle at the position, 0 to 2π, in float32 like the network.
         scaled_angle: The same with scaling.
     """
@@ -75,7 +75,7 @@ class RotaryPair(JsonResult):
 
 @dataclass(frozen=True)
 class Hands:
-    """The angles of all pairs at a position, with the network's own frequencies.
+    """The angles of all pairs at a position, from the network's own frequencies.
 
     Attributes:
         position: The position.
@@ -111,7 +111,7 @@ class KeyScore:
         token: The token of the key.
         distance: Distance to the query in tokens.
         product: q·k/√head_dim, the input of the softmax.
-        unturned: The same without rotating the two, so that it is independent of the distance.
+        unturned: The same score without the rotations, so it does not depend on the distance.
     """
 
     token: Token
@@ -126,13 +126,13 @@ class Rope(Displayable, JsonResult):
 
     Attributes:
         theta: The base of the frequencies.
-        scales: Whether the network scales its frequencies. If not, the unscaled values are its own.
-        factor: The scaling factor, or the one of Llama 3.2 if the network does not scale.
-        position: The position of the angles, and to which `query` is rotated.
+        scales: Whether the network scales its frequencies. If not, it uses the unscaled values.
+        factor: The scaling factor. If the network does not scale its frequencies, the factor of Llama 3.2.
+        position: The position of the angles in `dials`. `query` is rotated to it.
         dials: Frequencies and angles of all pairs.
         context: Number of tokens of the context.
-        hands: The network's own angles at position 1, at `position` and at the end of the context, in this order.
-        slow_from: The first pair that turns less than once over the context. None: each turns at least once.
+        hands: The network's own angles at position 1, at `position` and at the end of the context, in ascending order.
+        slow_from: The first pair that makes less than one turn over the context. None: all pairs make at least one.
         layer: The layer.
         head: The head within the layer.
         token: The token of the query.
@@ -187,15 +187,15 @@ def rope(
 ) -> Rope:
     """Return the rotary embedding at a position, and the last query rotated to it.
 
-    Raises errors as `Llama.predict` does. Source: Su et al. 2021, arXiv:2104.09864.
+    Raises the same errors as `Llama.predict`. Source: Su et al. 2021, arXiv:2104.09864.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
-        position: The position, by default the last token's.
+        position: The position, by default that of the last token.
         layer: The layer.
         head: The head within the layer.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Raises:
         UsageError: If the layer, head or position does not exist.
@@ -257,7 +257,7 @@ def _angles(freqs: Tensor, position: int) -> tuple[float, ...]:
 
 
 def _kind(ratio: float, factor: float) -> str:
-    # Up to rounding: both ends of the interpolation are exact in float32, or off by the last bit.
+    # Compare with a tolerance: float32 rounding can change the last bit at both ends of the interpolation.
     if math.isclose(ratio, 1, rel_tol=1e-6):
         return "kept"
     return "divided" if math.isclose(ratio, 1 / factor, rel_tol=1e-6) else "smoothed"
@@ -266,14 +266,14 @@ def _kind(ratio: float, factor: float) -> str:
 def _query_and_keys(
     llama: LoadedModel, ids: Sequence[int], layer: int, head: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Return the last token's query of a head and all its keys, rotated, in float32.
+    """Return the last token's query of a head, and the keys of all tokens.
 
-    The shapes are (1, head_dim) and (T, head_dim).
+    Both are rotated and float32, (1, head_dim) and (T, head_dim).
     """
     captured: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
-        def hook(value: Tensor, _start: int) -> None:  # the last chunk of a long text wins
+        def hook(value: Tensor, _start: int) -> None:  # the last chunk of a long text remains
             captured[name] = value
 
         return hook

@@ -16,7 +16,7 @@ from llama_scratch.results import JsonResult
 
 _PACKAGE = Path(__file__).parent.parent
 
-# Concept → names in this package. A module alone is shown whole.
+# Concept → names in this package. A file name selects the whole file.
 CONCEPTS: dict[str, tuple[str, ...]] = {
     "embedding": ("model.Transformer",),
     "norm": ("model.RMSNorm",),
@@ -56,7 +56,7 @@ class Passage:
     """Lines of a file.
 
     Attributes:
-        name: Such as "model.KVCache.update", or the name of a file.
+        name: Its name, such as "model.KVCache.update", or the name of a file.
         path: The path, relative to the package's parent folder.
         first_line: The first line.
         last_line: The last line.
@@ -96,9 +96,11 @@ class Source(JsonResult):
 def source(name: str) -> Source:
     """Return the source code of a part of the package.
 
-    `name` is a concept, a function, class, method, module or command ("/lens" or "lens"), or a line ("model.py:305"),
-    which selects the innermost definition there. C++ is found by file and section: "cpp/panels.h.products". Raises
-    `UsageError` if nothing has that name, or several things do.
+    `name` is a concept, function, class, method, module or command ("/lens" or "lens"). A line ("model.py:305") selects
+    the innermost definition there. C++ code is named by file and section: "cpp/panels.h.products".
+
+    Raises:
+        UsageError: If the name is unknown or ambiguous.
     """
     wanted = re.sub(rf"^{_PACKAGE.name}[./]", "", name).removesuffix("()")
     if place := re.fullmatch(r"(.+\.(?:py|cpp|h)):([0-9]{1,6})", wanted):
@@ -144,7 +146,7 @@ def lines(path: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Index:
-    """All passages by full name, files included, and the passages of each command."""
+    """All passages by full name, whole files included, and the passages per command."""
 
     passages: dict[str, Passage]
     commands: dict[str, tuple[Passage, ...]]
@@ -171,7 +173,7 @@ def _index() -> _Index:
 def _sections(file: Path) -> Iterator[Passage]:
     """Yield a C++ file as a whole, and each of its sections.
 
-    A section ends at the next heading. Its name is such as "cpp/layer.h.the_layer".
+    A section ends at the next heading. Its name has the form "cpp/layer.h.the_layer".
     """
     path, name = (file.relative_to(folder).as_posix() for folder in (_PACKAGE.parent, _PACKAGE))
     text = lines(path)
@@ -205,7 +207,7 @@ def _first_line(node: _Definition, text: tuple[str, ...]) -> int:
         begin = min([begin, *(decorator.lineno for decorator in node.decorator_list)])
     above = begin
     while above > 1 and not text[above - 2].strip():
-        above -= 1  # a blank line separates the comment of a section
+        above -= 1  # skip blank lines between a comment and the definition
     comment = above
     while comment > 1 and re.match(r"\s*#", text[comment - 2]):
         comment -= 1
@@ -223,7 +225,10 @@ def _command(node: ast.FunctionDef) -> str | None:
 
 
 def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -> tuple[Passage, ...]:
-    """The microscope functions that a command imports, or the command itself."""
+    """The microscope functions that a command imports, or the command itself.
+
+    If one of the functions has the name of the command, only that one is returned.
+    """
     imports = [part for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
     asked = [
         f"{part.module.removeprefix(f'{_PACKAGE.name}.')}.{alias.name}"
@@ -241,11 +246,11 @@ def _computing(name: str, node: ast.FunctionDef, passages: dict[str, Passage]) -
 
 @cache
 def _matches(name: str) -> list[Passage]:
-    """The passages whose name is `name` or ends in it after a dot.
+    """The passages named `name`, or whose name ends with a dot and `name`.
 
-    The program's own names win over those of the exercises, public names over private ones, and outer names over inner
-    ones. If there is no match, upper and lower case are
-    treated alike, then files are searched, with or without suffix.
+    Full matches win over partial ones, the program's own names over those of the exercises, public names over private
+    ones, and outer names over inner ones. If there is no match, case is ignored. If there is still no match, file names
+    are searched, with or without suffix.
     """
     passages = _index().passages
     parts = [other for other in passages if not other.endswith((".py", ".cpp", ".h"))]

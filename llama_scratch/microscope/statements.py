@@ -13,7 +13,7 @@ from llama_scratch.microscope.source import lines
 
 @dataclass(frozen=True)
 class SourceStatement:
-    """A statement without the statements nested in it.
+    """A statement, excluding the statements nested in it.
 
     Attributes:
         first_line: Its first line.
@@ -71,7 +71,7 @@ def statements(path: str) -> dict[int, SourceStatement]:
 def _bound(node: ast.AST) -> Iterator[str]:
     """Yield the names that an expression binds, or whose elements it assigns.
 
-    Names inside comprehensions are local to them, and are left out.
+    Names bound in comprehensions are local to them, and are left out.
     """
     if isinstance(node, ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp):
         return

@@ -1,4 +1,4 @@
-"""The measurements that a report begins with: logit lens, attribution and attention of one prediction."""
+"""The measurements that a report begins with: lens, attribution and attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_scratch.system.progress import Progress, silent
 
 # Number of heads to check by ablation.
 CHECKED = 2
-# Maximum number of links per head, and the smallest attention that is one.
+# Maximum number of links per head, and minimum attention of a link.
 _LINKS, _LEAST = 4, 0.05
 
 
@@ -65,12 +65,18 @@ class Summary:
 
     @property
     def head(self) -> Ablation | None:
-        """The head whose ablation leaves the answer the least probability. None if no head was ablated."""
+        """The head whose ablation leaves the answer least probable.
+
+        None if no head was ablated.
+        """
         return min((each for each in self.ablations if each.name in self.links), key=_after, default=None)
 
     @property
     def component(self) -> Ablation | None:
-        """The component whose ablation leaves the answer the least probability. None if none was ablated."""
+        """The component whose ablation leaves the answer least probable.
+
+        None if no component was ablated.
+        """
         return min(self.ablations, key=_after, default=None)
 
 
@@ -79,15 +85,15 @@ def _after(ablation: Ablation) -> float:
 
 
 def summary(llama: LoadedModel, ids: Sequence[int], attribution: Attribution, progress: Progress = silent) -> Summary:
-    """Measure the logit lens, the attention of all heads, and the effect of ablating the strongest heads.
+    """Measure the lens, the attention of all heads, and the ablation of the strongest.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         attribution: The attribution of its prediction.
-        progress: Called as by `lens`.
+        progress: As for `lens`.
     """
     after = {claim.contribution.name: claim.after for claim in attribution.claims}
     parts = [NetworkPart.named(contribution.name, llama.args) for contribution in attribution.strongest]

@@ -23,7 +23,7 @@ from llama_scratch.system.progress import Progress, silent
 class Scored(Token):
     """A token of a text with its score.
 
-    The first token is not predicted and has no score.
+    The first token is not predicted, so it has no score.
 
     Attributes:
         logprob: Natural logarithm of its probability.
@@ -39,12 +39,12 @@ class Scored(Token):
 
     @property
     def probability(self) -> float | None:
-        """Between 0 and 1."""
+        """Probability of the token, 0 to 1, if it was predicted."""
         return None if self.logprob is None else math.exp(self.logprob)
 
     @property
     def bits(self) -> float | None:
-        """Surprisal: −log₂ of the probability."""
+        """Surprisal: −log₂ of the probability, if the token was predicted."""
         return None if self.logprob is None else -self.logprob / math.log(2)
 
 
@@ -92,7 +92,7 @@ class Scorer:
 
     def __init__(self, llama: LoadedModel):
         self.llama = llama
-        # Each score depends only on earlier tokens, so an interruption leaves them valid.
+        # Each score depends only on earlier tokens, so the scores stay valid after an interruption.
         self._scored: list[Scored] = []
 
     def __call__(self, ids: Sequence[int], top: int = 5, progress: Progress = silent) -> Surprisal:
@@ -101,11 +101,11 @@ class Scorer:
         Args:
             ids: The token ids of the text.
             top: Number of candidates for the next token.
-            progress: Called as by `Llama.predict`. If it raises an exception, the scores so far are kept.
+            progress: As for `Llama.predict`. If it raises an exception, the scores so far are kept.
 
         Raises:
-            UsageError: If there are no ids, or unknown ones.
-            ContextLengthError: If there are too many.
+            UsageError: If there are no ids, an id is unknown, or `top` is less than 1.
+            ContextLengthError: If there are more ids than fit into the context.
         """
         if top < 1:
             raise UsageError(f"The number of candidates (`top`) must be at least 1, not {top}.")
@@ -116,16 +116,16 @@ class Scorer:
         if not scored:
             first = llama.token(ids[0])
             scored.append(Scored(first.id, first.text, None, None, None))
-        # Start at the last known token: the prediction after it scores the first new token, and is not kept.
+        # Start at the last known token: the prediction after it, which was not kept, scores the first new token.
         for logprobs in log_softmax(llama.engine.logits_from(ids, len(scored) - 1, progress)):
             scored += self._scores(logprobs, ids[len(scored) : len(scored) + len(logprobs)])
         last = logprobs[-1]  # (vocab_size,)
         return Surprisal(tuple(scored), llama.candidates(last, top), float(entropy_bits(last)))
 
     def _scores(self, logprobs: Tensor, ids: Sequence[int]) -> list[Scored]:
-        """Score tokens with the predictions at their positions, `logprobs` (n, vocab_size).
+        """Score tokens with the predictions for their positions, (n, vocab_size).
 
-        The last prediction has no token yet and is ignored.
+        A prediction after the last token has no token to score, and is ignored.
         """
         logprobs = logprobs[: len(ids)]
         token_logprobs = logprobs.gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])  # (n, 1)
@@ -140,13 +140,13 @@ class Scorer:
 def surprisal(llama: LoadedModel, prompt: Prompt, top: int = 5, progress: Progress = silent) -> Surprisal:
     """Score the tokens of a prompt, and predict the next one.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         prompt: The prompt.
         top: Number of candidates for the next token.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
     """
     return Scorer(llama)(llama.encode(prompt), top, progress)
 
@@ -154,8 +154,8 @@ def surprisal(llama: LoadedModel, prompt: Prompt, top: int = 5, progress: Progre
 def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | None]:
     """Return the bits of each character of the decoded text.
 
-    A character has the bits of its token, or the sum if it spans several tokens. It has no bits if one of them was not
-    predicted. The beginning-of-text token is left out.
+    A character has the bits of its token, or the sum if it spans several tokens. The value is None if one of these
+    tokens was not predicted. The beginning-of-text token is left out.
 
     Args:
         llama: The model.
@@ -172,7 +172,7 @@ def per_character(llama: LoadedModel, scored: Sequence[Scored]) -> list[float | 
 def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[Scored]]:
     """Yield for each character the tokens that contain its bytes.
 
-    Invalid bytes count as the U+FFFD that they decode to.
+    Invalid bytes belong to the U+FFFD that they decode to.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held: list[Scored] = []  # one token per byte of an incomplete character
@@ -187,14 +187,15 @@ def _characters(llama: LoadedModel, scored: Iterable[Scored]) -> Iterator[list[S
 
 
 def _split(tokens: list[Scored], count: int) -> Iterator[list[Scored]]:
-    """Divide the tokens of consecutive bytes among the `count` characters that they decode to.
+    """Assign the tokens of consecutive bytes to the characters that they decode to.
 
-    Invalid bytes decode to one U+FFFD together, or to one each if they begin a surrogate, such as ED A0.
+    `count` is the number of these characters. Invalid bytes decode to one U+FFFD together, or to one each if they
+    begin a surrogate, such as ED A0.
     """
     if count == len(tokens):
         yield from ([token] for token in tokens)
         return
-    if count == 2:  # a character cut off by the next one
+    if count == 2:  # an incomplete character, then the next one
         yield _each_once(tokens[:-1])
         tokens = tokens[-1:]
     if count:

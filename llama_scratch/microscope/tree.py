@@ -44,7 +44,7 @@ class Tree(JsonResult):
     Attributes:
         tokens: The tokens of the prompt.
         width: Number of branches at each token.
-        depth: Maximum number of tokens in a path. Stop tokens end it.
+        depth: Maximum number of tokens in a path. A stop token ends the path.
         branches: The first tokens, best first.
     """
 
@@ -72,15 +72,15 @@ def check_size(width: int, depth: int) -> None:
 
 
 def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, progress: Progress = silent) -> Tree:
-    """Return the most probable next tokens, those after each of them, and so on.
+    """Return a tree of the most probable next tokens, and of the tokens after each.
 
-    Raises errors as `Llama.predict` does.
+    Raises the same errors as `Llama.predict`.
 
     Args:
         llama: The model.
         prompt: The prompt.
         width: Number of branches at each token.
-        depth: Number of tokens in a path.
+        depth: Maximum number of tokens in a path.
         progress: Called with "reading" for the prompt, then with "growing" and the number of predictions.
 
     Raises:
@@ -91,7 +91,7 @@ def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, pro
     total = sum(width**level for level in range(depth))
     grown = 0
 
-    # Depth first, so that each prediction computes only one token that is not cached.
+    # Depth first: each prediction then computes only one token that is not cached.
     def grow(ids: list[int], levels: int, path_logprob: float) -> tuple[Branch, ...]:
         nonlocal grown
         logits = llama.engine.next_logits(ids, progress if grown == 0 else silent).values
@@ -113,13 +113,14 @@ def tree(llama: LoadedModel, prompt: Prompt, width: int = 3, depth: int = 3, pro
 def walk(llama: LoadedModel, ids: Sequence[int], path: Sequence[int], progress: Progress = silent) -> list[int]:
     """Extend a text along a path in its tree.
 
-    [1, 2] adds the best next token and then the second-best token after that. Raises errors as `Llama.predict` does.
+    [1, 2] adds the most probable next token, then the second most probable token after it. Raises the same errors as
+    `Llama.predict`.
 
     Args:
         llama: The model.
         ids: The token ids of the text.
         path: The ranks of the branches, from 1.
-        progress: Called as by `Llama.predict`.
+        progress: As for `Llama.predict`.
 
     Returns:
         The token ids of the extended text.

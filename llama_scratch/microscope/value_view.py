@@ -1,4 +1,4 @@
-"""Numbers of a value of the forward pass: a summary, or some rows and columns."""
+"""The numbers of a value in the forward pass: a summary, or some rows and columns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from llama_scratch.errors import UsageError, sanitize
 from llama_scratch.results import JsonResult
 
-# Numbers in a summary; columns and rows in a view.
+# Number of values in a summary; columns and rows in a view.
 _FIRST = 4
 _COLUMNS, _ROWS = 4, 16
 
 Number = float | tuple[float, float] | None
-"""A complex number is (magnitude, angle in radians). None is infinite or NaN."""
+"""A complex number is (magnitude, angle in radians). None means infinity or NaN."""
 Index = tuple[int | slice | EllipsisType, ...]
 
 
@@ -31,7 +31,7 @@ class ValueSummary:
 
     Attributes:
         name: The name of the variable.
-        text: The value as text if it is not a tensor; then the other fields are empty.
+        text: The value as text if it is not a tensor. The other fields are then empty.
         shape: The shape.
         dtype: The dtype.
         meaning: The names of the dimensions, from the comment of the statement.
@@ -40,7 +40,7 @@ class ValueSummary:
         min: Minimum of the same numbers.
         max: Maximum of the same numbers.
         infinite: Number of infinite and NaN values.
-        first: The first numbers of the last row: the last token, and with heads the last head.
+        first: The first numbers of the last row, which belong to the last token (of the last head, if there are heads).
     """
 
     name: str
@@ -62,11 +62,11 @@ class ValueView(JsonResult):
 
     Attributes:
         name: The name of the variable.
-        index: The index shown, as text. If more than two dimensions remain, the leading ones are at -1.
+        index: The index shown, as text. If more than two dimensions remain, the leading ones have the index -1.
         whole: The shape of the variable.
         shape: The shape at the requested index.
         dtype: The dtype.
-        text: The value as text if it is not a tensor; then the other fields are empty.
+        text: The value as text if it is not a tensor. The other fields are then empty.
         labels: The index at which each row starts.
         rows: At most 16 rows of at most 4 numbers (2 if complex). One dimension is wrapped into several rows.
         left_out: Whether there are more numbers than shown.
@@ -123,7 +123,10 @@ def _statistics(value: Tensor) -> dict[str, Any]:
 
 
 def parsed(expression: str) -> tuple[str, Index]:
-    """Parse a name and an index as data. Raises `UsageError` for anything else."""
+    """Parse a name with an optional index, without evaluating it.
+
+    Raises `UsageError` for any other expression.
+    """
     matched = re.fullmatch(r"\s*([^\W\d]\w*)\s*(\[.{0,200}\])?\s*", expression.replace("…", "..."))
     try:
         if matched is None:

@@ -15,7 +15,7 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.render.text import indented, note, percent, readable, visible, warning
 from llama_scratch.results import Candidate, Prediction
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.effect import Effect
 
 
@@ -78,7 +78,7 @@ def effect(with_it: Candidate, without: Candidate) -> RenderableType:
 
     Args:
         with_it: The next token after the whole prompt.
-        without: The next token if the last one is left out, as a warning suggests.
+        without: The next token if the last token of the prompt is left out, as a warning suggests.
     """
     parts = [
         f"{when} {visible(candidate.text).plain} {percent(candidate.probability)}"

@@ -1,4 +1,4 @@
-"""Horizontal bars on a terminal, in eighths of a character (ASCII: whole ones)."""
+"""Horizontal bars on a terminal, in eighths of a character (whole ones in ASCII)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextWithBar:
     Args:
         text: The text.
         bar: Length of the bar, −1 to 1. None: no bar.
-        both: Whether the bar extends to either side of a center line.
+        both: Whether bars extend to either side of a center line.
     """
 
     def __init__(self, text: Text, bar: float | None, both: bool):
@@ -69,7 +69,10 @@ def _rightward(share: float, width: int, blocks: bool) -> str:
 
 
 def _leftward(share: float, width: int, blocks: bool) -> str:
-    """Draw a bar that ends at the right. Unicode has only half blocks for that direction."""
+    """Draw a bar from right to left, in half characters.
+
+    Unicode has no right-aligned blocks for most eighths.
+    """
     if not blocks:
         return "#" * round(width * share)
     halves = round(2 * width * share)

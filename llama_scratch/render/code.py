@@ -1,6 +1,7 @@
-"""Syntax highlighting of source code. A file is lexed once; excerpts are slices of the result.
+"""Syntax highlighting of source code.
 
-An excerpt that is lexed alone gets wrong colors if it begins inside a docstring.
+A file is lexed once, and excerpts are slices of the result. An excerpt that is lexed alone gets wrong colors if it
+begins inside a docstring.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def highlighted(part: Code) -> list[Text]:
     lines = _lexed(part.file or part.text, part.language)
     if part.file:
         lines = lines[part.first - 1 : part.first - 1 + len(excerpt)]
-    # An excerpt has less indentation than its file: keep the end of each line.
+    # An excerpt is indented less than its file: cut each line at its beginning.
     return [line[len(line) - len(written(text)) :] for line, text in zip(lines, excerpt, strict=True)]
 
 
@@ -40,7 +41,12 @@ class Excerpt(Syntax):
         self._part = part
 
     def highlight(self, code: str, line_range: tuple[int | None, int | None] | None = None) -> Text:
-        """Return the excerpt's colored lines, instead of lexing `code`."""
+        """Return the excerpt's colored lines.
+
+        Args:
+            code: Ignored, because the lines are already lexed.
+            line_range: Ignored.
+        """
         return Text("\n", no_wrap=False).join(highlighted(self._part)).append("\n")
 
 

@@ -2,7 +2,7 @@
 
 Each scale begins near the background color, and its luminance changes monotonically, so color-blind readers can use it.
 "v" is the sequential scale. "p" (blue) and "m" (orange) are the positive and negative halves of the diverging scale.
-The other scales of a heat map are the hues of its kinds of fields.
+The other scales are the hues for the kinds of fields in a heat map.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DARK = {
 }
 # The background of a highlighted field, for light and dark backgrounds.
 MARK = {"light": "#c2186b", "dark": "#d63384"}
-# The text color on the scale "gray", which stays in the background.
+# The text color on the scale "gray", which is meant to be inconspicuous.
 QUIET = {"light": "#5f656c", "dark": "#a2a7b0"}
-# Backgrounds of the four classes of surprisal. The first class has the background of the page.
+# Backgrounds of the four surprisal styles. The first style has the background of the page.
 SURPRISE = {
     "light": ("", "#f9d3a0", "#e58c34", "#a0430a"),
     "dark": ("", "#5e3a16", "#a8621c", "#ffb869"),
@@ -47,14 +47,14 @@ def step(strength: float) -> int:
 def terminal_theme() -> str:
     """Return "light" or "dark", the background of the terminal.
 
-    Terminals that tell it set COLORFGBG to the numbers of the text and background colors. The default is "dark".
+    Some terminals set COLORFGBG to the numbers of their text and background colors. The default is "dark".
     """
     background = os.environ.get("COLORFGBG", "").rpartition(";")[2]
     return "light" if background in {"7", *map(str, range(9, 16))} else "dark"
 
 
 def steps(stops: tuple[str, ...]) -> list[str]:
-    """Interpolate a scale of `STEPS` colors through the given ones."""
+    """Interpolate a scale of `STEPS` colors through the given colors."""
     colors = [bytes.fromhex(stop[1:]) for stop in stops]
     scale = []
     for step in range(STEPS):

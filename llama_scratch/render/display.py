@@ -2,8 +2,8 @@
 
 `page_of` maps each class of result to its page.
 
-The pages are registered here instead of in `pages` because the result classes import torch. A session imports the pages
-before torch, and this module only when a result is displayed.
+The pages are registered here instead of in `pages` because the modules of the results import torch. A session imports
+the pages before torch, and this module only when a result is displayed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def text(result: object) -> str:
 
 def frame(result: object) -> str:
     """Render a result for a notebook, in an iframe that isolates its style and script."""
-    from llama_scratch.render.to_html import html  # jinja2 takes a while to import
+    from llama_scratch.render.to_html import html  # deferred: importing jinja2 takes a while
 
     return (
         f'<iframe srcdoc="{escape(html(page_of(result)))}" style="width: 100%; height: 30em; border: 0" '

@@ -18,10 +18,11 @@ from llama_scratch.render.text import SPACE
 
 # Maximum number of rows. Maps with texts may have more, because pooling would drop texts.
 HIGH, HIGH_WITH_TEXTS = 48, 128
+# Maximum number of columns and rows of a tile.
 TILE = (10, 5)
-# From this number of rows on, the column labels follow the last row too.
+# Minimum number of rows for column labels below the map too.
 _FOOT = 10
-# The smallest number of rows that are folded into one line.
+# Minimum number of rows to fold into one line.
 _FOLDED = 3
 # Gap between tiles, and the minimum width of a tile.
 _TILE_GAP, _LEAST_TILE = 2, 6
@@ -72,7 +73,8 @@ class WideMap:
         whole = self.heatmap
         texts = whole.texts is not None
         widths = _widths(whole, options.max_width)
-        # A map far wider than the terminal is pooled, unless part of it was requested or a text would be lost.
+        # Columns are pooled, unless that would lose texts or a part was requested. If a command shows other columns,
+        # they are pooled only in a map more than four times as wide as the terminal.
         fits = widths.fits
         squeezed = not texts and whole.window.first is None and (not whole.window.more or len(whole.columns) > 4 * fits)
         high = HIGH_WITH_TEXTS if texts else HIGH
@@ -98,7 +100,8 @@ class WideMap:
 def _widths(heatmap: Heatmap, width: int) -> _Widths:
     """Fit a map to the width of the terminal.
 
-    All texts fit if there is room for them, otherwise three quarters of them, and all texts of the marked column.
+    Fields fit all texts if there is room, otherwise three quarters of them, up to a maximum width. The marked column is
+    widened to fit all of its texts.
     """
     rows, columns = range(len(heatmap.rows)), range(len(heatmap.columns))
     label = min(max(4, min(16, width // 5)), max((cell_len(heatmap.row(r)) for r in rows), default=0))
@@ -163,7 +166,7 @@ class _Drawing:
         self.heatmap = shades.heatmap
 
     def lines(self) -> Iterator[Text]:
-        """Yield the column labels, one line per row, and the labels again below a high map."""
+        """Yield the column labels and the rows. A tall map has the labels below it too."""
         kinds, texts = bool(self.heatmap.scale.kinds), self.heatmap.texts is not None
         field = self._letter if kinds else self._text if texts else self._shade
         rows = list(_folded(self.heatmap, self.columns))
@@ -171,7 +174,7 @@ class _Drawing:
             heads = [self._numbers()]
         else:
             heads = list(self._tokens() if texts else self._upright())
-            if self.heatmap.window.more and texts:  # the command takes a position
+            if self.heatmap.window.more and texts:  # the positions that the command takes
                 numbers = "".join(f"{c:<{self.widths.column(c)}}" for c in self.columns)
                 yield Text(" " * (self.widths.label + 2) + numbers, style="dim")
             yield from (head.copy() for head in heads)
@@ -203,7 +206,7 @@ class _Drawing:
             yield Text(margin + "".join(set_cell_size(char, 2) for char in across), style="cyan")
 
     def _numbers(self) -> Text:
-        """Every fifth column label."""
+        """A line with every fifth column label."""
         names = (self.heatmap.column(c) for c in self.columns[::5])
         line = "".join(_cut(name, 5 * self.widths.field) for name in names)
         return Text(" " * (self.widths.label + 1) + line, style="cyan")
@@ -225,7 +228,10 @@ class _Drawing:
 
 
 def _folded(heatmap: Heatmap, columns: range) -> Iterator[range]:
-    """Yield the rows, several that may be folded as one range. The first and the last row are never folded."""
+    """Yield ranges of rows: single rows, and runs of rows to fold into one line.
+
+    The first and the last row are never folded.
+    """
     count, fold = len(heatmap.rows), heatmap.fold
 
     def folds(row: int) -> bool:
@@ -240,7 +246,10 @@ def _folded(heatmap: Heatmap, columns: range) -> Iterator[range]:
 
 
 def _upright(text: str, max_characters: int = 6) -> list[str]:
-    """The characters of a vertical label. Combining marks stay with their letters; a leading space is dropped."""
+    """The characters of a vertical label.
+
+    Combining marks stay with their letters. A leading space is dropped.
+    """
     stack: list[str] = []
     for char in text.removeprefix(SPACE) or text:
         if stack and not cell_len(char):
@@ -251,7 +260,10 @@ def _upright(text: str, max_characters: int = 6) -> list[str]:
 
 
 class Tiles:
-    """Small heat maps: the gallery's number of columns if there is room for them, otherwise as many as fit."""
+    """Small heat maps, side by side.
+
+    A line has as many maps as the gallery has columns, if they fit, otherwise as many as fit.
+    """
 
     def __init__(self, gallery: Gallery):
         self.maps, self.columns = gallery.maps, gallery.columns
@@ -286,7 +298,7 @@ def _grid(tiles: list[Text], across: int, width: int) -> Grid:
 
 def _tile(shades: Shades, title: str, width: int) -> Text:
     words = title.split(" ")
-    while len(words) > 1 and cell_len(" ".join(words)) > width:  # a narrow tile has only the head's name
+    while len(words) > 1 and cell_len(" ".join(words)) > width:  # shorten the title, at most to its first word
         words.pop()
     tile = Text(_cut(" ".join(words), width), style="", no_wrap=True)
     for r in range(len(shades.heatmap.rows)):

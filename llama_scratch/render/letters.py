@@ -16,7 +16,10 @@ LETTER = 0.602 / 72
 
 
 def _font_file(mono: bool, bold: bool) -> str:
-    """The file of a font that matplotlib includes, to get the same picture on every machine."""
+    """The path of a font bundled with matplotlib.
+
+    Pictures are then the same on every machine.
+    """
     import matplotlib
 
     name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
@@ -44,7 +47,7 @@ def font(mono: bool, bold: bool, size: float) -> FontProperties:
 
 
 def drawable(text: str, mono: bool, bold: bool) -> str:
-    """Escape the characters that the font lacks.
+    """Escape the characters that a font lacks.
 
     Args:
         text: The text.
@@ -93,7 +96,7 @@ def cut(text: str, room: float, size: float, mono: bool = False, bold: bool = Fa
 
 
 def wrapped(text: str, room: float, size: float, bold: bool) -> Iterator[str]:
-    """Wrap a text into lines of a maximum width, which only a single word may exceed.
+    """Wrap a text into lines of a maximum width. Only a single word may exceed it.
 
     Args:
         text: The text.

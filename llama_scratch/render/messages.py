@@ -1,10 +1,10 @@
-"""Messages of the library, translated for users of the program."""
+"""Messages of the library, rewritten for users of the command line."""
 
 from __future__ import annotations
 
 import re
 
-# From names in backticks in the library's messages to the options and commands that the user knows.
+# Name in backticks in a message of the library → option or command.
 _NAMES = {
     "activations": "--activations",
     "calibration": "--calibration",
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def user_message(message: object) -> str:
-    """Replace the arguments in a message by options and commands.
+    """Replace the argument names in a message by options and commands.
 
     >>> user_message("The factor is 0.5 (`rope_factor`).")
     'The factor is 0.5 (--rope-factor).'

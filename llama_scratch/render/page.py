@@ -1,7 +1,7 @@
 """The data model of a view: a page made of blocks.
 
 `to_terminal`, `to_plain`, `to_html` and `to_png` render it. Styles are rich's style names, limited to the terminal's 16
-colors, and the named styles of `surprise`, which each renderer maps to its own colors. Color never carries information
+colors, and the named styles of `surprise`. Each renderer maps styles to its own colors. Color never carries information
 on its own.
 """
 
@@ -40,10 +40,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Finding:
-    """The sentence that a view begins with: what was found, with the measured numbers.
+    """The first sentence of a view: the result, with its numbers.
 
     Args:
-        text: The sentence. Tokens in it are written by `written(…, token=True)`.
+        text: The sentence. Its tokens are already escaped with `written(…, token=True)`.
     """
 
     text: str
@@ -84,7 +84,7 @@ class Table:
         columns: Column names. A name that begins with ">" marks a column of numbers.
         rows: The cells of each row.
         title: Title above the table.
-        scroll: Maximum number of rows on a terminal, which then says how many more there are. 0: all rows.
+        scroll: Maximum number of rows on a terminal, followed by the number of rows left out. 0: all rows.
         levels: The depth of each row in the tree, from 0. A terminal shows the tree instead of a table.
     """
 
@@ -119,7 +119,7 @@ class Margin:
     """A text to the right of each row of a heat map, such as a rank.
 
     Args:
-        title: What the texts are.
+        title: Description of the texts.
         texts: The text of each row.
     """
 
@@ -129,11 +129,13 @@ class Margin:
 
 @dataclass(frozen=True)
 class Fold:
-    """Fields of a heat map that may be folded. A terminal shows several rows of such fields as one line.
+    """Fields of a heat map that may be folded.
+
+    A terminal shows several rows of such fields as one line.
 
     Args:
         fields: Whether each field may be folded.
-        note: What is common to the rows that are folded.
+        note: Description of the folded rows.
     """
 
     fields: tuple[tuple[bool, ...], ...]
@@ -148,13 +150,13 @@ class Heatmap:
         title: Title above the map.
         rows: Row labels, top to bottom.
         columns: Column labels.
-        values: The values of each row. None: the field is empty.
+        values: The values of each row. None: an empty field.
         scale: The color scale.
         tokens: Whether the column labels and `texts` are tokens.
         row_tokens: Whether the row labels are tokens.
         texts: Text in each field.
-        hovers: Tooltip of each field on a web page. Default: `says`.
-        says: Tooltip of a field, with {row}, {column} and {value}.
+        hovers: Tooltip of each field on a web page. By default, tooltips are made from `says`.
+        says: Template of the tooltips, with {row}, {column} and {value}.
         marked: Whether each field is highlighted. The last column with such a field is never cut off.
         window: The columns that a narrow screen shows.
         margin: The texts to the right of the rows.
@@ -186,7 +188,12 @@ class Heatmap:
             raise ValueError("a heat map's rows and the texts beside them differ in number")
 
     def mark(self, row: int, column: int) -> bool:
-        """Whether a field is highlighted."""
+        """Whether a field is highlighted.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+        """
         return self.marked is not None and self.marked[row][column]
 
     def row(self, index: int) -> str:
@@ -198,13 +205,23 @@ class Heatmap:
         return written(self.columns[index], token=self.tokens)
 
     def text(self, row: int, column: int) -> str:
-        """The text in a field, escaped for display; "" if the map has no texts."""
+        """The text in a field, escaped for display; "" if the map has no texts.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+        """
         if self.texts is None:
             return ""
         return written(self.texts[row][column], token=self.tokens) if self.texts[row][column] else ""
 
     def hover(self, row: int, column: int) -> str:
-        """The tooltip of a field; "" if it has neither a value nor a tooltip of its own."""
+        """The tooltip of a field; "" if it has neither a value nor a tooltip of its own.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+        """
         if self.hovers is not None:
             return written(self.hovers[row][column])
         value = self.values[row][column]
@@ -216,7 +233,15 @@ class Heatmap:
         return re.sub(r"{(row|column|value)}", lambda name: names[name[1]], written(self.says))
 
     def shade(self, row: int, column: int) -> tuple[str, float] | None:
-        """The name of a field's scale in `colors` and the place on it, 0 to 1. None: empty."""
+        """The color of a field.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+
+        Returns:
+            The name of a scale in `colors`, and the position on it, 0 to 1. None if the field is empty.
+        """
         return self.scale.shade(self.values[row][column], self.texts[row][column] if self.texts else "")
 
 
@@ -227,7 +252,7 @@ class Gallery:
     Args:
         title: Title above the grid.
         maps: The maps, row by row.
-        columns: Number of maps per row if there is room for so many. 0: as many as fit.
+        columns: Number of maps per row, if that many fit. 0: as many as fit.
     """
 
     title: str
@@ -244,7 +269,7 @@ class Code:
         path: The file they come from.
         first: Line number of the first line in that file.
         marked: Lines to highlight, counted from 1 within the excerpt.
-        file: The whole text of that file, to color the excerpt as in its file. If empty, `text` is lexed alone.
+        file: The whole text of that file, for correct syntax highlighting. If empty, `text` is lexed alone.
     """
 
     text: str
@@ -294,7 +319,7 @@ class Page:
 
     @property
     def source_line(self) -> str:
-        """The commands that show the code that computed the view."""
+        """A line with the commands that show the code that computed the view."""
         return "Source: " + ", ".join(f"/source {name}" for name in self.source)
 
 
@@ -306,7 +331,7 @@ def written(text: str, *, token: bool = False) -> str:
 
     Args:
         text: The text.
-        token: Whether it is a token, whose white space becomes visible too.
+        token: Whether it is a token. If so, its white space is made visible too.
     """
     if token:
         return visible(text).plain

@@ -54,7 +54,7 @@ def paint(sheet: Sheet, picture: Picture, x: float, y: float, inch: float) -> No
 
 
 def _color(name: str) -> str:
-    """The color of a name, for a light background."""
+    """Look up a color by its name, for a light background."""
     if name in _COLORS:
         return _COLORS[name]
     scale = name.removeprefix("on-")

@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 def pooled(heatmap: Heatmap, rows: int, columns: int) -> Heatmap:
     """Max-pool a heat map to a maximum size.
 
-    Each block of fields is replaced by its value farthest from 0, and has the labels of its first row and column.
+    Each block of fields becomes one field, with the value farthest from 0 and the labels of the first row and column.
 
     Args:
         heatmap: The heat map.

@@ -1,4 +1,4 @@
-"""Progress bars for long-running work. Interrupts cannot leave one half drawn."""
+"""Progress bars for long-running work. An interrupt cannot leave a bar half drawn."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def progress_bar(console: Console, start: str | None = None) -> Iterator[Progres
 
     Args:
         console: The console for the bar.
-        start: First stage, shown at once. None: the bar appears with the first report.
+        start: First stage, shown immediately. None: the bar appears with the first report.
     """
     if console.quiet or not console.file.isatty() or console.is_dumb_terminal:
         yield silent
         return
-    # Imported here because prompts and answers without a bar should not wait for the import.
+    # Deferred, because prompts and answers without a bar should not wait for the import.
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
 

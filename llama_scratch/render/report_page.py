@@ -1,6 +1,7 @@
-"""The data model of a report: a page whose web form begins with a picture and folds its sections.
+"""The data model of a report, a page with a picture and sections.
 
-Terminal, plain text and PNG render its blocks like those of any page. `to_html` draws the stream and the sections.
+`to_html` begins a report with the picture, and folds its sections. Terminal, plain text and PNG render the blocks of a
+report like those of any other page.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Arcs:
     Args:
         head: Name of the head.
         row: Row of the stream that holds the output of the head's layer.
-        links: Column and share of each token that it attends to. Column −1: before the first column.
+        links: Column of each token that it attends to, and its share. Column −1: before the first column.
         hover: Tooltip of the head's name.
     """
 
@@ -29,7 +30,7 @@ class Arcs:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream of a text: a column per token, layers upwards.
+    """The residual stream of a text: one column per token, first layer at the bottom.
 
     Args:
         heatmap: The top prediction of each layer and token, from the embedding to the last layer.
@@ -73,7 +74,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportPage(Page):
-    """A report. Its `parts` are all blocks, one after another; create it with `report`.
+    """A report, created by `report`. Its `parts` are all blocks, one after another.
 
     Args:
         prompt: The text.
@@ -93,7 +94,15 @@ class ReportPage(Page):
 def report(
     prompt: str, finding: str, stream: Stream, aside: tuple[PageBlock, ...], sections: tuple[Section, ...]
 ) -> ReportPage:
-    """Return a report; the arguments are as for `ReportPage`."""
+    """Create a report.
+
+    Args:
+        prompt: The text.
+        finding: The sentence that the report begins with.
+        stream: The picture.
+        aside: Blocks beside the picture.
+        sections: The details.
+    """
     first = Finding(finding)
     details = [part for each in sections for part in (Paragraph(each.page.title, "bold"), *each.page.parts)]
     return ReportPage(

@@ -104,7 +104,10 @@ _TWO_COLUMNS = 100
 
 
 class Groups:
-    """Groups of names and values, each below its title, in two columns if the terminal is wide enough."""
+    """Groups of names and values, each below its title.
+
+    They are in two columns if the terminal is wide enough.
+    """
 
     def __init__(self, titled: Mapping[str, Mapping[str, str]]):
         self._titled = titled
@@ -142,7 +145,7 @@ def explained(title: str, text: str) -> RenderableType:
 
     Args:
         title: The title.
-        text: Paragraphs, separated by blank lines. Line breaks within a paragraph are joined.
+        text: Paragraphs, separated by blank lines. The lines of a paragraph are joined.
     """
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return Group(Padding(Text(title, style="bold"), (0, 0, 0, 1)), *(indented(p, "") for p in paragraphs))
@@ -152,7 +155,7 @@ def explained(title: str, text: str) -> RenderableType:
 
 
 def bench_table(report: dict[str, Any]) -> RenderableType:
-    """Render a table of speeds and the conditions of the measurement, in 40 columns."""
+    """Render speeds and the conditions of the measurement, within 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(3):
@@ -215,7 +218,7 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def verify_table(verification: Verification) -> RenderableType:
-    """Render each finding after its result, then the verdict, in 40 columns."""
+    """Render each finding after its result, then the verdict, within 40 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""The color scale of a heat map: from values to shades, and the legend."""
+"""The color scale of a heat map: the shade of each value, and the legend."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Scale:
     Args:
         low: The value of the lightest shade. If it is negative, the scale diverges from 0.
         high: The value of the darkest shade.
-        legend: What the values are, such as "probability of the top prediction".
+        legend: Description of the values, such as "probability of the top prediction".
         percent: Whether the values are shares, shown as percentages.
-        end_labels: The ends of the legend, if not the values `low` and `high`.
-        kinds: The kinds of fields. The hue of a field is that of the kind whose letter is its text, by default gray.
+        end_labels: Labels of both ends of the legend. By default, their values.
+        kinds: The kinds of fields. A field has the hue of the kind whose letter is its text, by default gray.
     """
 
     low: float = 0.0
@@ -50,7 +50,9 @@ class Scale:
         return self.low < 0
 
     def ends(self, values: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-        """The values at both ends of the legend. A diverging scale has only one half if all values have one sign.
+        """The values at both ends of the legend.
+
+        A diverging scale is cut to one half if all values have the same sign.
 
         Args:
             values: The values of the map.
@@ -79,7 +81,7 @@ class Scale:
         return percent(value) if self.percent else figure(value)
 
     def level(self, value: float | None) -> float | None:
-        """The shade of a value, 0 to 1, or −1 to 1 if the scale is signed. None: the field is empty."""
+        """The shade of a value: 0 to 1, or −1 to 1 if signed. None: the field is empty."""
         if value is None or math.isnan(value):
             return None
         if self.signed:
@@ -88,14 +90,14 @@ class Scale:
         return max(0.0, min(1.0, (value - self.low) / ((self.high - self.low) or 1.0)))
 
     def shade(self, value: float | None, letter: str) -> tuple[str, float] | None:
-        """The name of a field's scale in `colors`, and the place on it, 0 to 1.
+        """The color of a field: a scale in `colors`, and the position on it, 0 to 1.
 
         Args:
             value: The value of the field.
             letter: Its text, which selects its kind.
 
         Returns:
-            The name and the place, or None if the field is empty.
+            The name of the scale and the position, or None if the field is empty.
         """
         level = self.level(value)
         if level is None:

@@ -1,7 +1,7 @@
-"""The screen of a session as a web page or an SVG picture, in the colors of the pages.
+"""The screen of a session as a web page or an SVG picture, in the pages' colors.
 
-rich writes the rules of all styles for one theme. The rules for a dark background are a second sheet: as no two colors
-of a theme are equal, the styles have the same numbers in both.
+rich exports the CSS rules for one theme at a time, so the dark theme is a second export. Its classes have the same
+numbers, because all colors of a theme are different.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ pre {{ margin: 0; overflow-x: auto; line-height: 1.3;
 </body>
 </html>
 """
-# Without the fonts that rich's template loads from the network.
+# rich's template without the fonts that it loads from the network.
 _SVG = re.sub(r"\s*@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 _ID = "screen"
 # The terminal's eight colors, from black to white.
@@ -50,10 +50,10 @@ _NAMES = "paper", *_ANSI
 
 
 def screen_html(console: Console, title: str) -> str:
-    """Render the record of a console as a web page.
+    """Render the recorded output of a console as a web page.
 
     Args:
-        console: A console that records.
+        console: A console created with record=True.
         title: Title of the page.
     """
     sheet = "html {{ background: {background}; color: {foreground}; }}\n{stylesheet}"
@@ -67,15 +67,15 @@ def screen_html(console: Console, title: str) -> str:
 
 
 def screen_svg(console: Console, title: str) -> str:
-    """Render the record of a console as an SVG picture.
+    """Render the recorded output of a console as an SVG picture.
 
     Args:
-        console: A console that records.
+        console: A console created with record=True.
         title: Title in the frame of the picture.
     """
     light = console.export_svg(title=title, theme=_theme(LIGHT_PALETTE), clear=False, code_format=_SVG, unique_id=_ID)
     dark = console.export_svg(theme=_theme(DARK_PALETTE), clear=False, code_format="{styles}", unique_id=_ID)
-    # Backgrounds and the frame have colors without a class.
+    # Backgrounds and the frame have fill colors instead of classes.
     fills = (f'[fill="{LIGHT_PALETTE[name]}"] {{ fill: {DARK_PALETTE[name]}; }}' for name in _NAMES)
     sheet = "\n".join((dark, *fills))
     return light.replace("</style>", f"@media (prefers-color-scheme: dark) {{\n{sheet}\n}}\n</style>", 1)

@@ -1,7 +1,7 @@
 """Shades of heat maps on a terminal.
 
-With 24-bit color the background of a field is its value. On other terminals, positive values are block characters and
-negative values are strokes, so the map can be read without color.
+With 24-bit color, the background of a field shows its value. On other terminals, positive values are block characters
+and negative values are strokes, so a map can be read without color.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from llama_scratch.render import colors
 from llama_scratch.render.bars import has_blocks
 from llama_scratch.render.page import Heatmap
 
-# From weakest to strongest, with and without Unicode.
+# Characters from weakest to strongest, with and without Unicode.
 _POSITIVE, _POSITIVE_ASCII = " ·░▒▓█", " .:+*#"
 _NEGATIVE, _NEGATIVE_ASCII = " ‐-=≡≣", " `-=xX"
 # Upper limits of the first five shades.
 _LIMITS = (0.02, 0.1, 0.3, 0.55, 0.8)
-# The terminal's 16 colors for the hues of kinds.
+# Styles with the terminal's 16 colors for the hues of kinds.
 _HUES = {"gray": "dim", "blue": "blue", "amber": "yellow", "pink": "magenta"}
-# Cells of a half of the scale in the legend.
+# Number of cells of the legend for a scale, or for one half of a diverging scale.
 _SCALE = 12
 
 
 def has_truecolor(console: Console) -> bool:
-    """Whether a terminal shows 24-bit color. rich decides that from COLORTERM."""
+    """Whether a terminal has 24-bit color. rich detects it from COLORTERM."""
     return console.color_system == "truecolor" and not console.no_color
 
 
@@ -54,7 +54,12 @@ class Shades:
         self._scales = _scales(self._theme)
 
     def shade(self, row: int, column: int) -> tuple[str, str]:
-        """The character and the style of a field without its text."""
+        """The character and the style of a field without its text.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+        """
         level = self.heatmap.scale.level(self.heatmap.values[row][column])
         if level is None:
             return " ", ""
@@ -71,7 +76,12 @@ class Shades:
         return self._positive[step], f"{strength} green".strip()
 
     def text_style(self, row: int, column: int) -> str:
-        """The style of the text in a field."""
+        """The style of the text in a field.
+
+        Args:
+            row: Row of the field.
+            column: Column of the field.
+        """
         shade = self.heatmap.shade(row, column)
         if shade is None:
             return ""
@@ -93,7 +103,7 @@ class Shades:
         return _HUES[shade[0]] if shade else ""
 
     def legend(self) -> RenderableType:
-        """What the values are, and the scale between its ends."""
+        """The description of the values, and the scale between the labels of its ends."""
         scale = self.heatmap.scale
         if scale.kinds:
             return self._kinds()
@@ -119,7 +129,7 @@ class Shades:
         return scale
 
     def _kinds(self) -> RenderableType:
-        """The letter and the name of each kind, and what the strength of a color means."""
+        """The letter and the name of each kind, and the meaning of the color's strength."""
         items = []
         for kind in self.heatmap.scale.kinds:
             color = self._scales[kind.hue][-1]

@@ -78,9 +78,9 @@ class Sheet:
         """Draw a bar. Negative values are hatched.
 
         Args:
-            x: Left edge of the room for the bar.
+            x: Left edge of the space for the bar.
             y: Top edge.
-            size: Width and height of the room.
+            size: Width and height of the space.
             value: The length as a share of the width, from −1 to 1.
             both: Whether the bar begins at a center line.
         """
@@ -94,7 +94,7 @@ class Sheet:
             self.fill(middle, y + 0.1 * high, 0.01, 0.8 * high, SOFT)
 
     def right_edge(self) -> float:
-        """The distance of the rightmost pixel that is not paper from the left."""
+        """The right edge of the rightmost pixel that is not background."""
         import numpy as np
 
         data = io.BytesIO()

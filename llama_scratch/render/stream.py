@@ -1,7 +1,7 @@
-"""The picture of a residual stream on a web page: the values that its template fills in.
+"""The picture of a residual stream on a web page: the values for its template.
 
-The fields are a grid of HTML, which adapts to the width of the screen. The arcs and the curve of ranks are SVG,
-stretched over the grid: coordinates are columns and rows.
+The fields are an HTML grid, which adapts to the width of the screen. The arcs and the curve of ranks are SVG, stretched
+over the grid. Their coordinates are columns and rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from llama_scratch.render.page import written
 from llama_scratch.render.report_page import Arcs, Stream
 from llama_scratch.render.text import percent
 
-# Height of the highest arc in rows per row of the picture, and the width of an arc with a share of 1 in pixels.
+# Maximum height of an arc as a fraction of the picture's rows. Width of an arc with a share of 1, in pixels.
 _HIGHEST, _WIDEST = 0.2, 7
-# More columns than this need the whole width of a page.
+# Maximum number of columns of a picture that leaves room for blocks beside it.
 _NARROW = 12
 # Maximum number of rows with labels.
 _LABELS = 40
@@ -72,7 +72,7 @@ def _text(stream: Stream, row: int, column: int) -> str:
 
 
 def _middle(stream: Stream, row: int, column: int) -> int:
-    """The middle of the rows around a row that have the same text in a column."""
+    """The middle of the run of rows that have the same text in a column."""
     first = last = row
     while first > 0 and _text(stream, first - 1, column) == _text(stream, row, column):
         first -= 1
@@ -82,14 +82,17 @@ def _middle(stream: Stream, row: int, column: int) -> int:
 
 
 def _curve(ranks: tuple[int, ...]) -> str:
-    """The points of the curve of ranks, 1 at the right, on a logarithmic scale in a box of width 1."""
+    """The points of the curve of ranks, on a logarithmic scale from 0 to 1.
+
+    Rank 1 is at the right.
+    """
     worst = math.log(max(2, *ranks))
     rows = range(len(ranks))
     return " ".join(f"{1 - math.log(ranks[row]) / worst:.3f},{len(ranks) - row - 0.5}" for row in rows)
 
 
 def _arcs(arcs: Arcs, stream: Stream) -> dict[str, Any]:
-    """The paths of a head: from each token before the layer to the last token after it."""
+    """The paths of a head from each token, before the layer, to the last, after it."""
     n_rows, end = len(stream.heatmap.rows), len(stream.heatmap.columns) - 0.5
     y = n_rows - arcs.row - 0.5
     paths = []
@@ -97,7 +100,7 @@ def _arcs(arcs: Arcs, stream: Stream) -> dict[str, Any]:
         x = max(0.0, column + 0.5)
         high = min(y + 1, _HIGHEST * n_rows * (0.4 + 0.6 * (end - x) / end)) if x < end else 0
         top = round(y - high * 4 / 3, 2)
-        # A token that looks at itself has a loop.
+        # If the last token attends to itself, the path is a loop.
         loop = f"M{end - 0.2} {y + 1}C{end - 0.2} {y - 1.5} {end} {y - 1.5} {end} {y}"
         path = f"M{x} {y + 1}C{x} {top} {end} {top} {end} {y}" if x < end else loop
         width, opacity = round(max(1.0, _WIDEST * share), 1), round(0.3 + 0.7 * share, 2)

@@ -1,22 +1,21 @@
 """Styles of tokens by surprisal, for tables, pages and the input line.
 
-Surprisal is shown on a scale: one hue, which gets stronger with more bits. The styles have names, "surprise0" to
-"surprise3", and each
-renderer maps them to its own colors. A terminal with few colors uses attributes whose emphasis grows.
+Surprisal is shown in one hue, which gets stronger with more bits. The styles are named "surprise0" to "surprise3", and
+each renderer maps them to its own colors. Terminals without 24-bit color use attributes of increasing emphasis.
 """
 
 from __future__ import annotations
 
 from llama_scratch.render import colors
 
-# Upper limits in bits of the first three styles. The last style is for more.
+# Upper limits of the first three styles, in bits. The last style has no limit.
 LIMITS = (1.0, 4.0, 8.0)
 NAMES = ("surprise0", "surprise1", "surprise2", "surprise3")
 _ATTRIBUTES = ("", "underline", "bold underline", "bold reverse")
 
 
 def surprise_style(bits: float | None) -> str:
-    """Return the name of the style of a token with a surprisal of `bits`; "" if it was not predicted."""
+    """Return the name of the style for a surprisal in bits; "" for None."""
     return "" if bits is None else NAMES[sum(bits >= limit for limit in LIMITS)]
 
 

@@ -11,7 +11,7 @@ from llama_scratch.render.page import written
 
 
 def svg(drawing: Drawing, width: int, kind: str) -> Markup:
-    """Paint a drawing. Its colors are the page's, so that they follow the theme.
+    """Paint a drawing. Its colors are CSS variables, which follow the page's theme.
 
     Args:
         drawing: The drawing.

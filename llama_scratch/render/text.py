@@ -22,7 +22,7 @@ def visible(text: str, style: str = "") -> Text:
     r"""Make white space and control characters of a token visible: " a\n" → ␣a\n.
 
     Spaces become ␣. Control and invisible characters become escapes. A combining mark at the beginning gets a dotted
-    circle as its base.
+    circle as its base character.
 
     Args:
         text: The token's text.
@@ -81,7 +81,7 @@ class Wrapped:
             final: Whether it is the last one.
 
         Returns:
-            What to print, without additional line ends.
+            The text and control codes to print, without an additional line end.
         """
         characters = list(iter_graphemes(self._incomplete + text))
         # The last character may continue, for example with a skin tone. An ASCII letter is not held back: a combining
@@ -90,7 +90,7 @@ class Wrapped:
         return [written for character in characters for written in self._add(character)]
 
     def resize(self, width: int) -> list[Text | Control]:
-        """Continue in another width. Returns what to print for that."""
+        """Continue with another width. Returns the text to print for that, if any."""
         self._width = width
         return self._break() if self._column > width else []
 
@@ -112,7 +112,7 @@ class Wrapped:
         return [Text(character)] if fits else []  # white space beyond the edge is invisible
 
     def _wrap(self, character: str) -> list[Text | Control]:
-        """Start the next line with a character and the part of its word that is on this line."""
+        """Wrap a character to the next line, with the part of its word on this line."""
         line = [*self._line, character]
         at = next((i for i in range(len(line) - 1, self._fixed, -1) if _may_break(line[i - 1], line[i])), len(line) - 1)
         word = line[at:]
@@ -134,10 +134,10 @@ _ERASE_TO_END = Control((ControlType.ERASE_IN_LINE, 0))
 
 
 def _may_break(before: str, after: str) -> bool:
-    """Whether a line may break between two characters: after a space, or next to East Asian characters and emoji.
+    """Whether a line may break between two characters.
 
-    In the latter case no line begins with closing punctuation, a hyphen or a mark such as ー, and no line ends with an
-    opening bracket.
+    It may break after a space, and next to East Asian characters and emoji. In the latter case, no line begins with
+    closing punctuation, a hyphen or a mark such as ー, and no line ends with an opening bracket.
     """
     if after.isspace() or before in "\N{NO-BREAK SPACE}\N{FIGURE SPACE}\N{NARROW NO-BREAK SPACE}":
         return False
@@ -150,7 +150,7 @@ def _may_break(before: str, after: str) -> bool:
 
 
 def percent(probability: float) -> str:
-    """Format a probability as a percentage. It shows 0 or 100 only if that is exact."""
+    """Format a probability as a percentage. Only exact values are shown as 0 or 100."""
     if 0 < probability < 0.0005:
         return "<0.1 %"
     if 0.9995 <= probability < 1:
@@ -164,7 +164,12 @@ def figure(value: float) -> str:
 
 
 def changes(before: float, after: float) -> str:
-    """Say how a probability changes: "falls from 77.3 % to 14.1 %"."""
+    """Describe the change of a probability, such as "falls from 77.3 % to 14.1 %".
+
+    Args:
+        before: The probability before the change.
+        after: The probability after it.
+    """
     if percent(before) == percent(after):
         return f"stays at {percent(before)}"
     return f"{'falls' if after < before else 'rises'} from {percent(before)} to {percent(after)}"
@@ -196,7 +201,12 @@ def indented(sentence: str, style: str) -> RenderableType:
 
 
 def counted(n: int, noun: str) -> str:
-    """Format a number with its noun: 1 token, 2,000 tokens."""
+    """Format a number with its noun, such as "1 token" or "2,000 tokens".
+
+    Args:
+        n: The number.
+        noun: The noun in the singular.
+    """
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 

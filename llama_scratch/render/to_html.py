@@ -1,9 +1,7 @@
 """Render pages as HTML: one self-contained file with tooltips.
 
-A report begins with its picture, and its sections are folded.
-
-The file has a light and a dark theme. The template escapes text from prompts and tokens, and the page's content
-security policy allows only its own script.
+A report begins with its picture, and its sections are folded. Each file has a light and a dark theme. The template
+escapes text from prompts and tokens, and the content security policy of the page allows only its own script.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ _STYLES = frozenset(["dim", "bold", "italic", "underline", "red", "green", "yell
 _SHORT = 24
 # The names of components, as `NetworkPart` writes them.
 _COMPONENT = re.compile(r"\b(L\d+\.(?:H\d+|ffn|attn))\b")
-# Of a longer prompt, a report shows the end.
+# A report shows only the end of a longer prompt.
 _LONGEST_PROMPT = 160
 # A longer bold paragraph is not a heading.
 _LONGEST_HEADING = 100
@@ -93,7 +91,7 @@ def _template() -> Template:
 
 
 def _token(text: str) -> Markup:
-    """Mark up a token's visible spaces: they are pale, and a line may break before them."""
+    """Mark up the visible spaces of a token: pale, with a possible line break before."""
     return Markup("<wbr><i>␣</i>").join(map(escape, text.split(SPACE)))
 
 
@@ -102,7 +100,7 @@ def _linked(text: str, names: Mapping[str, str]) -> Markup:
 
     Args:
         text: The text.
-        names: The tooltip of each component that the page has a section or a map of.
+        names: The tooltip of each component that has a section or a map on the page.
     """
     if not names:
         return escape(text)
@@ -115,7 +113,7 @@ def _linked(text: str, names: Mapping[str, str]) -> Markup:
 
 
 def _colors(scales: dict[str, tuple[str, ...]], theme: str) -> list[tuple[str, str, str]]:
-    """The name, the color and the text color of each step of each scale, of the mark, and of the surprise styles."""
+    """The name, color and text color of each step of each scale, and of named styles."""
     steps = [
         (f"{name}{step}", color, colors.ink_on(name, color, theme))
         for name, stops in scales.items()
@@ -241,7 +239,7 @@ def _bar(cell: Cell, row: tuple[Cell, ...], table: Table, both: bool) -> dict[st
 
 
 def _sentence(row: tuple[Cell, ...], table: Table) -> str:
-    """Say a row, such as "␣Paris: probability 77.3 %."; "" if it has no text."""
+    """Describe a row, such as "␣Paris: probability 77.3 %."; "" if it has no text."""
     subject, *texts = (written(cell.text, token=cell.token) for cell in row)
     names = (written(name.removeprefix(">")) for name in table.columns[1:])
     facts = ", ".join(f"{name} {text}".strip() for name, text in zip(names, texts, strict=True) if text)
@@ -250,7 +248,7 @@ def _sentence(row: tuple[Cell, ...], table: Table) -> str:
 
 
 def _map(whole: Heatmap, max_fields: tuple[int, int], maps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Convert a map that the page's script draws. Appends its values to `maps`."""
+    """Convert a map that the page's script draws, and append its values to `maps`."""
     drawn = pooled(whole, *max_fields)
     hovers = drawn.hovers and [[written(hover) for hover in row] for row in drawn.hovers]
     maps.append(
@@ -281,7 +279,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> dict[str, Any]:
-    """What the values are, with the steps of the scale between its ends, or the kinds of fields."""
+    """The legend of a map: the steps and ends of its scale, or the kinds of fields."""
     steps = range(0, colors.STEPS, 2)
     (low, high), labels = whole.scale.ends(whole.values), whole.scale.labels(whole.values)
     scale = [f"m{step}" for step in reversed(steps)] if low < 0 else []

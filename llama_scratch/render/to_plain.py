@@ -25,7 +25,7 @@ from llama_scratch.render.page import (
 )
 from llama_scratch.render.pooling import pooled, pooling
 
-# Maximum number of columns of a map if a command shows the others.
+# Maximum number of columns of a map with a command that shows other columns.
 _PLAIN_COLUMNS = 8
 
 
@@ -68,7 +68,7 @@ def _lines(part: PageBlock) -> Iterator[str]:
 
 
 def _table_lines(part: Table) -> Iterator[str]:
-    """Yield one line per row, in which the column names precede the values."""
+    """Yield one line per row, with the column name before each value."""
     if part.title:
         yield f"{written(part.title)}:"
     names = [written(name.removeprefix(">")) for name in part.columns]
@@ -86,7 +86,7 @@ def _quoted(text: str) -> str:
 
 
 def _map_lines(heatmap: Heatmap) -> Iterator[str]:
-    """Yield one line per row: column labels with their values."""
+    """Yield one line per row, with the column label before each value."""
     partly = bool(heatmap.window.more)
     first, end = window(heatmap, _PLAIN_COLUMNS) if partly else (0, len(heatmap.columns))
     shown = pooled(heatmap, HIGH_WITH_TEXTS if heatmap.texts else HIGH, len(heatmap.columns) if partly else HIGH)

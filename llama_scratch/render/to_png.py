@@ -31,9 +31,9 @@ from llama_scratch.render.surprise import NAMES
 # Lengths are in inches, font sizes in points (1/72 inch).
 _MARGIN, _DPI = 0.55, 150
 _ROOM = WIDTH - 2 * _MARGIN
-_NARROWEST = 5.0  # the least width of sentences
+_NARROWEST = 5.0  # minimum width of sentences
 _TEXT = (Finding, Paragraph)
-_COARSE = 30  # pixels per inch, enough to measure how wide a drawing is
+_COARSE = 30  # pixels per inch, enough to measure the width of a drawing
 _GAP = 0.3
 _CLOSER = 0.16  # reduces the gap after a title
 _TITLE, _HEADING, _FINDING, _BODY, _SMALL, _TINY = 20.0, 14.0, 12.5, 10.5, 9.0, 7.5
@@ -51,7 +51,7 @@ _NAMED = {
 
 
 def png(page: Page) -> bytes:
-    """Render a page as a PNG file, trimmed to its content and at most 1,500 pixels wide.
+    """Render a page as a PNG file, trimmed to its content, at most 1,500 pixels wide.
 
     Raises:
         UsageError: If matplotlib is not installed, or if the picture would be too high.
@@ -68,7 +68,7 @@ def png(page: Page) -> bytes:
 def _png(page: Page) -> bytes:
     from matplotlib.transforms import Bbox
 
-    # Text is as wide as the drawings, so that there is no empty right half.
+    # Text is only as wide as the drawings, to avoid an empty right half.
     drawings = [block for part in page.parts if not isinstance(part, _TEXT) for block in _part(part, _ROOM)]
     room = max(_NARROWEST, _drawn(drawings, _COARSE).right_edge() - _MARGIN) if drawings else _ROOM
     title = _text(page.headline, _TITLE, bold=True, room=room)
@@ -104,7 +104,7 @@ def _drawn(blocks: Sequence[_Block], dpi: int) -> Sheet:
     return sheet
 
 
-_Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that draws it at a distance from the top
+_Block = tuple[float, Callable[[Sheet, float], None]]  # height, function that draws it at a given top edge
 
 
 def _color(style: str) -> str:
@@ -248,7 +248,7 @@ def _table(part: Table) -> _Block:
 
 
 def _heatmap(whole: Heatmap) -> list[_Block]:
-    """Lay out a heat map. A map with texts that is wider than the sheet continues below."""
+    """Lay out a heat map. If a map with texts is too wide, it continues below."""
     texts = whole.texts is not None
     shown = pooled(whole, *(_TEXTS if texts else _DRAWN))
     labels = [cut(shown.row(r), 1.6, _TINY, shown.row_tokens) for r in range(len(shown.rows))]
@@ -305,7 +305,7 @@ def _fields(shown: Heatmap, labels: Sequence[str], left: float, columns: range, 
 
 
 def _legend(whole: Heatmap, shown: Heatmap) -> _Block:
-    """What the values are, with the scale between its ends, or the kinds of fields."""
+    """The legend of a map: the scale between its ends, or the kinds of fields."""
     if whole.scale.kinds:
         return _kinds(whole)
     (low, high), labels = whole.scale.ends(whole.values), whole.scale.labels(whole.values)

@@ -47,7 +47,7 @@ def view(page: Page) -> RenderableType:
 
 
 class _Styled:
-    """A view whose named styles have the colors of the terminal that it is printed on."""
+    """A view that defines the named styles for the terminal that it is printed on."""
 
     def __init__(self, view: RenderableType):
         self.view = view
@@ -85,7 +85,7 @@ def _text(cell: Cell) -> Text:
 
 
 def _running(part: Running) -> Text:
-    """Render running text. A line break within a token is visible and also breaks the line."""
+    """Render running text. A visible line break in a token also breaks the line."""
     line = Text(overflow="fold")
     for piece in part.pieces:
         line.append_text(_text(piece))

@@ -1,5 +1,5 @@
-"""Which shapes does a drawing have?
+"""Drawings: blocks of a page that consist of shapes.
 
-Each module has a block that draws one thing: `icicle` a tree, `dials` angles, `diagram` a network. The block computes
-its geometry. `drawing` has its base class and the shapes, which `svg` and `sheet` paint without knowing what they mean.
+Each module has one kind of drawing: `icicle` a tree, `dials` angles, `diagram` a network. A drawing computes its
+geometry. `drawing` has the base class and the shapes, which `svg` and `painting` paint for web pages and PNG files.
 """

@@ -1,4 +1,4 @@
-"""A network as its residual stream: a straight line that blocks branch off from and add back to."""
+"""A network, drawn as a line for its residual stream with blocks that add to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_scratch.render.drawings.drawing import (
     step,
 )
 
-# Height of a part and of the gap between parts; left edge of the stream and of the branches.
+# Height of a part and of the gap between parts; x of the stream and left edge of the branches.
 _HIGH, _GAP, _STREAM, _BRANCH = 44, 16, 40, 96
 _MAX_COLUMNS = 76
 
@@ -31,7 +31,7 @@ class Part:
     """One part of the network.
 
     Attributes:
-        name: What it does, such as "9 query heads × 64".
+        name: Its label, such as "9 query heads × 64".
         detail: Its weight and shape, or "".
         strength: Its share of the parameters, which shades its box.
     """
@@ -49,10 +49,11 @@ class Diagram(Drawing):
     """A network from the first part at the top to the last one at the bottom.
 
     Attributes:
-        stream: Name of the line that goes straight through.
+        stream: Name of the line from top to bottom.
         before: Parts on the line before the layers.
         layers: Name of the repeated part, such as "30 layers".
-        branches: Blocks of a layer. Each is rows of parts, computed in parallel, whose result is added to the line.
+        branches: Blocks of a layer. The parts of each row of a block are computed in parallel. The result of the block
+            is added to the line.
         after: Parts on the line after the layers.
     """
 
@@ -81,7 +82,12 @@ class Diagram(Drawing):
         return Picture(width, end - _GAP + 2, (*lower, line, *upper))
 
     def lines(self, width: int, *, blocks: bool) -> Iterator[Text]:
-        """Yield the line with the branches to its right, in box-drawing characters."""
+        """Yield the line with the branches to its right, in box-drawing characters.
+
+        Args:
+            width: Number of columns.
+            blocks: Whether the terminal has Unicode characters.
+        """
         width = min(width, _MAX_COLUMNS)
         for text, style in self._drawn(width):
             drawn = text if blocks else text.translate(_ASCII)
@@ -122,7 +128,7 @@ def _said(part: Part) -> str:
 
 
 def _framed(rows: Sequence[PartRow], width: int, first: str, last: str) -> Iterator[tuple[str, str]]:
-    """Yield a frame around parts, one per line, with an arrow to its first and from its last line."""
+    """Yield a frame around parts, with an arrow to the first and from the last part."""
     side = " ┃".ljust(len(first)) if len(first) > 1 else first
     room = width - len(first) - 4
     inner = [line for row in rows for part in row for line in _inner(part, room)]
@@ -148,7 +154,7 @@ def _inner(part: Part, room: int) -> Iterator[str]:
 
 
 def _stack(parts: tuple[Part, ...], y: float, width: int, shapes: list[Shape]) -> float:
-    """Add boxes on the line. Returns the top of the next one."""
+    """Add boxes on the line. Returns the top edge for the next shape."""
     for part in parts:
         shapes.extend(_box(part, 1, y, min(width - 2, 460)))
         y += _HIGH + _GAP
@@ -156,7 +162,10 @@ def _stack(parts: tuple[Part, ...], y: float, width: int, shapes: list[Shape]) -
 
 
 def _branch(rows: tuple[PartRow, ...], y: float, width: int, shapes: list[Shape]) -> float:
-    """Add a block that leaves the line, and the place where it is added back. Returns the top of the next one."""
+    """Add a block that branches off the line, and the point where it is added back.
+
+    Returns the top edge for the next shape.
+    """
     left, right = _BRANCH, width - 16
     center = (left + right) / 2
     shapes.append(Stroke(_STREAM, y + _HIGH / 2, left - 2, y + _HIGH / 2, "soft", 1.6, arrow=True))

@@ -19,7 +19,9 @@ _PER_ROW, _PER_ROW_NARROW = 32, 11
 
 @dataclass(frozen=True)
 class Dials(Drawing):
-    """Angles that turn with a position, each as the hand of a dial: from the right, counterclockwise.
+    """Angles that depend on a position, each drawn as the hand of a dial.
+
+    An angle of 0 points to the right, and angles increase counterclockwise.
 
     Attributes:
         positions: The positions, one row each.
@@ -51,7 +53,14 @@ class Dials(Drawing):
         return Picture(width, max(1.0, y - 8), tuple(shapes))
 
     def lines(self, width: int, *, blocks: bool) -> Iterator[Text]:
-        """Yield one line per position, with an arrow and the degrees of each dial. Long lines continue below."""
+        """Yield one line per position, with an arrow and the degrees of each dial.
+
+        Long lines continue below.
+
+        Args:
+            width: Number of columns.
+            blocks: Whether the terminal has Unicode characters.
+        """
         names = [f"{position:,}" for position in self.positions]
         label = max(map(len, [self.unit, *names])) + 2
         for n, group in enumerate(self._groups(max(1, (width - label) // _DIAL))):
@@ -85,11 +94,16 @@ def degrees(angle: float) -> int:
 
 
 def arrow(angle: float, *, blocks: bool = True) -> str:
-    """The one of eight arrows that is nearest to an angle."""
+    """The nearest of eight arrows to an angle.
+
+    Args:
+        angle: The angle in radians.
+        blocks: Whether the terminal has Unicode characters.
+    """
     return (_ARROWS if blocks else _ARROWS_ASCII)[round(degrees(angle) / 45) % 8]
 
 
 def _hand(x: float, y: float, radius: float, angle: float, hover: str) -> Iterator[Shape]:
-    """Yield the shapes of one dial: its face, and its hand from the center."""
+    """Yield the shapes of a dial: its face, and its hand from the center."""
     yield Disc(x, y, radius, "panel", "line", hover)
     yield Stroke(x, y, x + 0.86 * radius * math.cos(angle), y - 0.86 * radius * math.sin(angle), step(0.7), 2.4)

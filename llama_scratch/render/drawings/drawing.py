@@ -60,7 +60,10 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text. `y` is its vertical center, and `x` its left edge, or its center if `centered`."""
+    """A line of text.
+
+    `y` is its vertical center. `x` is its left edge, or its horizontal center if `centered`.
+    """
 
     x: float
     y: float
@@ -122,12 +125,22 @@ def step(level: float) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Cut a text to at most `width` columns. A cut text ends with an ellipsis."""
+    """Cut a text that is too long. A cut text ends with an ellipsis.
+
+    Args:
+        text: The text.
+        width: Maximum number of columns.
+    """
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 1) + "…" if width > 0 else ""
 
 
 def letters(room: float, size: float) -> int:
-    """The number of monospaced characters of a font size that fit into a width."""
+    """The number of monospaced characters that fit into a width.
+
+    Args:
+        room: The width in pixels.
+        size: Font size in pixels.
+    """
     return max(0, int(room / (_LETTER * size)))

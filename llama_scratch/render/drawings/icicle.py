@@ -1,4 +1,4 @@
-"""A tree as an icicle: each branch hangs below its parent, and its width is its probability."""
+"""An icicle plot of a tree: the width of each branch shows its probability."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Slice:
     Attributes:
         name: The path that selects it, such as "1.2".
         label: Its token, escaped for display.
-        share: Probability of the whole path, the width of the branch.
+        share: Probability of the whole path. The width of the branch is proportional to it.
         children: The branches below it.
-        ends: Whether the text ends with it.
+        ends: Whether the text ends with this token.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Span:
-    """A place in a row of the icicle: a branch, or the merged small branches of one parent.
+    """A span of a row of the icicle: a branch, or merged small branches of one parent.
 
     Attributes:
         left: Left edge.
@@ -69,12 +69,15 @@ class Span:
             yield self.branch.label
 
     def name(self, room: int) -> str:
-        """The longest label that fits into a number of characters. A label of a branch is cut if need be."""
+        """The longest label of at most `room` characters.
+
+        If no label fits, the label of a branch is cut. Merged branches then have no label.
+        """
         names = list(self.names())
         return next((name for name in names if cell_len(name) <= room), cut(names[0], room) if self.branch else "")
 
     def hover(self) -> str:
-        """The sentence about it."""
+        """The tooltip."""
         name = next(self.names())
         end = ", where the text ends" if self.branch and self.branch.ends else ""
         return f"{name}: {percent(self.share)} for the whole path{end}"
@@ -82,7 +85,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Icicle(Drawing):
-    """A tree of which each branch is as wide as it is probable, within the width of its parent.
+    """A tree in which the width of each branch is proportional to its probability.
 
     Attributes:
         root: The text before the branches, with probability 1.
@@ -93,7 +96,8 @@ class Icicle(Drawing):
     def rows(self, width: int, least: int) -> list[list[Span]]:
         """Return the branches of each level, from the root on, left to right.
 
-        Branches narrower than `least` are merged, with their descendants. What a parent has no branch for stays empty.
+        Branches narrower than `least` are merged, and their descendants are left out. The part of a parent that no
+        branch covers stays empty.
 
         Args:
             width: Width of the root.
@@ -124,7 +128,12 @@ class Icicle(Drawing):
         return Picture(width, len(rows) * _HIGH, tuple(shapes))
 
     def lines(self, width: int, *, blocks: bool) -> Iterator[Text]:
-        """Yield a rule, the names and the probabilities of each level."""
+        """Yield a rule, the names and the probabilities of each level.
+
+        Args:
+            width: Number of columns.
+            blocks: Whether the terminal has Unicode characters.
+        """
         above: Sequence[Span] = ()
         for level, row in enumerate(self.rows(width - 1, _LEAST_COLUMNS)):
             yield _rule(above, row, width, blocks)

@@ -9,7 +9,7 @@ from llama_scratch.render.drawings.diagram import Diagram, Part, PartRow
 from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.architecture import Architecture
 
 _GROUPS = {
@@ -21,7 +21,7 @@ _GROUPS = {
     "output": ("output",),
 }
 
-# Names of groups in a sentence.
+# Names of groups, as the finding writes them.
 _LARGEST = {"projections": "projections of attention", "feed-forward": "feed-forward networks"}
 
 _NAMES = {
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def page(network: Architecture) -> Page:
-    """Return a page with a drawing of the network, all modules, and the cost of a token."""
+    """Return a page with a drawing of the network, its modules and the cost per token."""
     note = (
         "FLOPs are per token: two per weight of each matrix product, plus the attention scores (q·k) and the weighted "
         f"sum of values (probs·v) over {_tokens(network.length)}. Norms, rotation, softmax, SiLU and additions are not "
@@ -122,7 +122,7 @@ def _drawing(network: Architecture) -> Diagram:
 
 
 def _weight(network: Architecture, what: str, name: str) -> Part:
-    """The part of a weight, with its name and shape."""
+    """The part of the drawing for a weight, with its name and shape."""
     weight = next(part for part in network.parts if part.name == name)
     tied = ", tied" if network.tied and name == "output" else ""
     shape = "×".join(f"{size:,}" for size in weight.shape or ())

@@ -19,11 +19,11 @@ from llama_scratch.render.page import (
 from llama_scratch.render.scale import Kind, Scale
 from llama_scratch.render.text import changes, percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.attention import Head, Heads, Scores, SmallMap
 
 _SOURCE = ("head_scores", "softmax")
-# The letter of each kind of head, and the position it attends to.
+# The letter of each kind of head, and the token that it attends to.
 _KINDS = {
     "previous token": ("P", "the previous token"),
     "first token": ("F", "the first token"),
@@ -36,11 +36,11 @@ _MEASURED = (
     "Scores are mean attention on a repeated sequence of random tokens. Duplicate-token and induction scores are "
     "over the second half."
 )
-# Maximum number of heads of each kind that are named, and that are drawn.
+# Maximum number of heads per kind that are named, and that are drawn.
 _NAMED, _DRAWN = 6, 2
 # The color scale of attention patterns.
 _SHARES = Scale(legend="attention", percent=True)
-# A token looks at another one if at least this share of its attention goes there.
+# Minimum share of attention at which a token "looks at" another token.
 _LOOKS = 0.5
 
 
@@ -99,7 +99,7 @@ def _by_score(view: Heads) -> list[SmallMap]:
 
 
 def _overview(view: Heads) -> Heatmap:
-    """A grid with the kind of each head, shaded by score. Layers go across, heads go down."""
+    """A map of the heads by kind, shaded by score. Rows are heads, columns are layers."""
     scores = [each.scores for each in view.maps]
     n_heads = _n_heads(view)
     grid = [scores[head::n_heads] for head in range(n_heads)]
@@ -206,7 +206,7 @@ def head(view: Head, first: int | None = None) -> Page:
 
 
 def finding(view: Head) -> str:
-    """Say what the last token attends to through the head, and what the answer is without the head."""
+    """State the attention of the last token, and the answer without the head."""
     position, share = view.links[0]
     name, last = view.scores.name, _token(view, len(view.tokens) - 1)
     there = "itself" if position == len(view.tokens) - 1 else _token(view, position)
@@ -221,7 +221,7 @@ def finding(view: Head) -> str:
 
 
 def _token(view: Head, position: int) -> str:
-    """A token of the text, with its position if the text has it several times."""
+    """A token of the text, with its position if it occurs more than once."""
     token = view.tokens[position]
     several = sum(other.id == token.id for other in view.tokens) > 1
     return written(token.text, token=True) + (f" at position {position}" if several else "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, PageBlock, Paragraph, Running, Table, written
 from llama_scratch.render.text import changes, percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.attribution import AblationCheck, Attribution, Contribution, TokenInfluence
 
 # Maximum number of components and of tokens on one screen.
@@ -23,7 +23,7 @@ def page(why: Attribution) -> Page:
 
 
 def growing(why: Attribution, note: str, rows: int) -> Page:
-    """Return a page of the newest table so far, with a line about the progress.
+    """Return a page of the latest table so far, with a line about the progress.
 
     Args:
         why: The attribution so far.
@@ -36,10 +36,10 @@ def growing(why: Attribution, note: str, rows: int) -> Page:
 
 
 def finding(why: Attribution) -> str:
-    """Say which components the answer depends on, as far as ablation shows it.
+    """Name the components that the answer depends on, according to ablation.
 
-    Names the decisive component with the largest fall, and the decisive head with the largest fall, if it is another
-    one. A head comes with the token that it attends to.
+    These are the decisive component with the largest change and, if it is a different one, the decisive head with the
+    largest change. A head is named with the token that it attends to.
     """
     if not why.claims:
         return f"No component was ablated for {_subject(why)}."
@@ -66,7 +66,7 @@ def _subject(why: Attribution) -> str:
 
 
 def _described(why: Attribution, claim: AblationCheck) -> str:
-    """The name of a component, and for a head the share of its attention that goes to one token."""
+    """The name of a component, and for a head the token that it attends to most."""
     name = claim.contribution.name
     if claim.attended is None or claim.attention is None:
         return name
@@ -79,7 +79,7 @@ def _after(why: Attribution, claim: AblationCheck) -> str:
 
 
 def _change(why: Attribution, after: float, fall: float) -> str:
-    """Say how the measure changes, for example "␣Paris falls from 77.3 % to 14.1 %"."""
+    """Describe the change of the measure: "␣Paris falls from 77.3 % to 14.1 %"."""
     answer = written(why.answer.text, token=True)
     if why.versus is None:
         return f"{answer} {changes(why.answer.probability, after)}"
@@ -165,7 +165,10 @@ def _moved(before: float, after: float) -> str:
 
 
 def _influences(why: Attribution) -> Table:
-    """Return leave-one-out by the fall of the answer. The last token comes last, because it asks another question."""
+    """Return the leave-one-out table, largest fall first.
+
+    The last token comes last: without it, the model predicts a different position.
+    """
     last = len(why.tokens) - 1
     tried = [influence for influence in why.influences if influence.fall is not None]
     tried.sort(key=lambda influence: (influence.position == last, -(influence.fall or 0.0)))
@@ -178,7 +181,7 @@ def _influences(why: Attribution) -> Table:
 
 
 def _influence(why: Attribution, influence: TokenInfluence, reach: float) -> tuple[Cell, ...]:
-    """A row; that of the last token is marked and has no bar."""
+    """A row of the leave-one-out table. The last token is marked and has no bar."""
     last = influence.position == len(why.tokens) - 1
     name, fall = written(influence.token.text, token=True), influence.fall
     token = Cell(influence.token.text, token=True, hover=f"position {influence.position}")

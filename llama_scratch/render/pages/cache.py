@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Finding, Heatmap, Page, Paragraph, written
 from llama_scratch.render.scale import Scale
 
-if TYPE_CHECKING:  # they bring torch
+if TYPE_CHECKING:  # they import torch
     from llama_scratch.microscope.cache import Cache, CachedLayer
     from llama_scratch.results import Timing, Token
 
@@ -16,7 +16,7 @@ _SOURCE = ("KVCache",)
 
 
 def page(cache: Cache, timing: Timing | None = None) -> Page:
-    """Return a page of the whole cache, with heat maps of the norms at each layer and position.
+    """Return a page of the whole cache, with heat maps of norms by layer and position.
 
     Args:
         cache: The cache.
@@ -51,7 +51,7 @@ def page(cache: Cache, timing: Timing | None = None) -> Page:
 
 
 def finding(cache: Cache) -> str:
-    """Say how large the cache is, and where the keys and the values are longest."""
+    """State the size of the cache, and where keys and values have the largest norms."""
     where = " and the ".join(
         f"longest {name} are at {written(cache.text[position].text, token=True)} (position {position}) "
         f"in L{layer}, mean norm {norm:.1f}"
@@ -83,7 +83,7 @@ def layer_page(cached: CachedLayer) -> Page:
 
 
 def layer_finding(cached: CachedLayer) -> str:
-    """Say at which head and token the keys and the values of a layer are longest."""
+    """State the heads and tokens of the keys and values with the largest norms."""
     places = (
         f"the longest {name} is that of {written(cached.tokens[position].text, token=True)} (position {position}) "
         f"in H{head}, norm {norm:.1f}"

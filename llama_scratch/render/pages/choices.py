@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
 from llama_scratch.render.text import counted, percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.choices import Choices
 
 # A choice leads clearly if it has at least this share of all choices.
@@ -41,7 +41,7 @@ def page(choices: Choices) -> Page:
 
 
 def finding(choices: Choices) -> str:
-    """Say which choice leads, whether it has most of the probability, and whether it also leads per token."""
+    """State which choice leads, how clearly, and whether it also leads per token."""
     best = choices.ranked[0]
     name = written(best.text, token=True)
     share = f"{percent(best.normalized)} of the probability of the {len(choices.choices)} choices"

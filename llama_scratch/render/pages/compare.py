@@ -8,7 +8,7 @@ from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, wri
 from llama_scratch.render.text import percent
 from llama_scratch.results import Candidate
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.compare import Comparison, ModelPrediction
 
 
@@ -28,10 +28,10 @@ def page(comparison: Comparison) -> Page:
 
 
 def finding(comparison: Comparison) -> str:
-    """Say whether the models predict the same token, and how far their predictions diverge."""
+    """State whether the models predict the same token, and their divergence."""
     (name, other), (first, second) = _names(comparison), (comparison.first.top[0], comparison.second.top[0])
     one, two = (f"{written(top.text, token=True)} ({percent(top.probability)})" for top in (first, second))
-    # Ids of different vocabularies say nothing about the tokens.
+    # Ids of different vocabularies cannot be compared.
     same = first.text == second.text if comparison.kl_bits is None else first.id == second.id
     sentence = f"{name} predicts {one}, and {other} predicts {two}"
     if same:
@@ -42,7 +42,7 @@ def finding(comparison: Comparison) -> str:
 
 
 def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cell:
-    """A probability; that of the model's top prediction is marked."""
+    """A probability, which is marked if the token is the model's top prediction."""
     if candidate is None:
         return Cell("no token", "dim", said=f"not in the vocabulary of {name}")
     share = percent(candidate.probability)
@@ -52,7 +52,7 @@ def _share(candidate: Candidate | None, side: ModelPrediction, name: str) -> Cel
 
 
 def _names(comparison: Comparison) -> tuple[str, str]:
-    """Short names: the precisions if only they differ, else first and second."""
+    """Short names: the precisions if only they differ, otherwise first and second."""
     a, b = comparison.first.model, comparison.second.model
     return (a.precision, b.precision) if a.name == b.name and a.precision != b.precision else ("first", "second")
 

@@ -9,7 +9,7 @@ from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, wri
 from llama_scratch.render.text import counted, percent
 from llama_scratch.results import Token
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.diff import Diff
 
 _EMPTY = Cell("")
@@ -35,7 +35,7 @@ def page(diff: Diff) -> Page:
 
 
 def finding(diff: Diff) -> str:
-    """Say what follows each text, how far the predictions diverge, and where they first differ."""
+    """State both predictions, their divergence, and where they first differ."""
     first, second = diff.first_top[0], diff.second_top[0]
     one, other = percent(first.probability), percent(second.probability)
     distance = f"The predictions diverge by {diff.jsd_bits:.2f} of at most 1 bit"
@@ -56,9 +56,10 @@ def finding(diff: Diff) -> str:
 
 
 def _rows(diff: Diff) -> Iterator[tuple[Cell, ...]]:
-    """Tokens in order: those only in the first text, only in the second, and in both.
+    """Yield the rows of the aligned texts.
 
-    Tokens in both have the divergence and the predictions after them. The common prefix is one row with its length.
+    The common prefix is one row with its length. Between two shared tokens, tokens only in the first text come before
+    tokens only in the second. Rows of shared tokens have the divergence and the predictions after them.
     """
     i = j = max(0, diff.shared - 1)
     if i:

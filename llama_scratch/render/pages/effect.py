@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
 from llama_scratch.render.text import changes, percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.effect import Effect
     from llama_scratch.results import Candidate
 
@@ -29,7 +29,7 @@ def page(effect: Effect) -> Page:
 
 
 def finding(effect: Effect) -> str:
-    """Say how the answer changes, and which token is now the most probable one."""
+    """State how the answer changes, and which token is now the most probable."""
     best, *leading = effect.answers
     sentence = f"With {', '.join(effect.labels) or 'no intervention'}: {_change(*best)}"
     if leading:

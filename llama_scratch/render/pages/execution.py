@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Code, Finding, Page, PageBlock, Paragraph, Table
 from llama_scratch.render.text import figure
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.execution import ExecutionTrace, Statement
     from llama_scratch.microscope.value_view import Number, ValueSummary
 
@@ -47,7 +47,7 @@ def page(walk: ExecutionTrace, at: int, note: str = "") -> Page:
 
 
 def finding(stop: Statement) -> str:
-    """Say which line ran, where, and the shapes or values that it produced."""
+    """State which line ran, where, and the shapes or values that it produced."""
     place = f"layer {stop.layer}" if stop.layer is not None else stop.module or "the network"
     ran = f"{stop.path.rpartition('/')[2]}:{stop.first_line} ran in {place}"
     results = [
@@ -64,7 +64,7 @@ def where(stop: Statement) -> str:
     crumbs = []
     for function in (*stop.callers, stop.function):
         if function == "TransformerBlock.forward":
-            crumbs.append(f"layer {stop.layer}")  # its only method
+            crumbs.append(f"layer {stop.layer}")  # a block has no other methods
         else:
             crumbs.append(function)
     if stop.function == "TransformerBlock.forward":
@@ -103,12 +103,12 @@ def _rows(value: ValueSummary) -> Iterator[tuple[Cell, Cell]]:
 
 
 def tuple_text(shape: tuple[int, ...]) -> str:
-    """Format a shape like Python, without the trailing comma of a single dimension."""
+    """Format a shape as Python does, but without a trailing comma."""
     return f"({', '.join(map(str, shape))})"
 
 
 def number(value: Number) -> str:
-    """Format a number; a complex one as magnitude∠angle."""
+    """Format a number. Complex numbers are written as magnitude∠angle."""
     if isinstance(value, tuple):
         return f"{figure(value[0])}∠{figure(value[1])}"
     return "inf or NaN" if value is None else figure(value)

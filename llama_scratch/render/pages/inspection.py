@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Page, Running
 from llama_scratch.render.pages import answer, effect
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.inspection import Inspection
 
 

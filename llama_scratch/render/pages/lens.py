@@ -10,11 +10,11 @@ from llama_scratch.render.page import Finding, Fold, Heatmap, Margin, Page, Para
 from llama_scratch.render.scale import Scale
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.lens import Guess, Lens
 
 _SOURCE = ("guesses", "norm")
-# Falls of the rank that the finding names: how many, and by which factor at least.
+# Falls of the rank that the finding names: maximum number, and minimum factor.
 _FALLS, _LEAST_FALL = 2, 2.0
 
 
@@ -50,7 +50,7 @@ def growing(lens: Lens, note: str, rows: int, *, ranks: bool = False) -> Page:
 
 
 def finding(lens: Lens) -> str:
-    """Say from which layer on the final prediction leads, and at which layers its rank falls most."""
+    """State where the final prediction takes the lead, and where its rank falls most."""
     answer, first, stays = lens.answers[-1], lens.first_layer(), lens.stays_from()
     leads = f"leads from {_name(stays)} on"
     if first != stays:
@@ -72,7 +72,10 @@ def _short(rank: int) -> str:
 
 
 def _table(lens: Lens, first: int | None, ranks: bool) -> Heatmap:
-    """Draw the layers, the last one on top. The rank of the last position's prediction is beside each layer."""
+    """Return the map of the layers, the last one at the top.
+
+    Beside each layer is the rank of the final prediction at the last position.
+    """
     layers = lens.layers[::-1]
     grid = [row.guesses for row in layers]
     worst = math.log(max(2, max(guess.rank_of_answer for row in grid for guess in row)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Table, written
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # they bring torch
+if TYPE_CHECKING:  # they import torch
     from llama_scratch.microscope.neurons import LogitEffect, Neuron, Neurons
 
 _SOURCE = ("neurons", "FeedForward")
@@ -44,7 +44,7 @@ def page(neurons: Neurons) -> Page:
 
 
 def finding(neurons: Neurons) -> str:
-    """Say how the layer changes the answer's logit, and whether a single neuron accounts for that."""
+    """State the effect on the answer's logit, and whether one neuron accounts for it."""
     answer = f"{written(neurons.answer.text, token=True)} ({percent(neurons.answer.probability)})"
     layer = (
         f"The feed-forward network of layer {neurons.layer} contributes {neurons.contribution:+z.2f} to the logit of "

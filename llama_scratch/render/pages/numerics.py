@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, PageBlock, Paragraph, Table, written
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # they bring torch
+if TYPE_CHECKING:  # they import torch
     from llama_scratch.microscope.numerics import Numerics
     from llama_scratch.results import Candidate
 
@@ -62,7 +62,7 @@ def page(numerics: Numerics, without: Sequence[str] = ()) -> Page:
 
 
 def finding(numerics: Numerics) -> str:
-    """Say which networks change the answer of fp32, and which one diverges most from it."""
+    """State which networks change the answer, and which one diverges most from fp32."""
     there = [(row.name, row.distance) for row in numerics.rows if row.distance]
     answer = f"{written(numerics.reference.text, token=True)} ({percent(numerics.reference.probability)})"
     if not there:

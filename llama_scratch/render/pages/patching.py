@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Heatmap, Page, Paragraph, Running, written
 from llama_scratch.render.scale import Scale
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.patching import Trace
 
 
-# A position carries the answer if patching it alone moves at least this share of the logit difference.
+# A position carries the answer if patching it alone changes the logit difference by at least this share.
 _CARRIES = 0.5
 # Maximum number of moves that the finding names.
 _MOVES = 3
@@ -49,7 +49,7 @@ def page(trace: Trace) -> Page:
 
 
 def finding(trace: Trace) -> str:
-    """Say which positions carry the answer, and between which layers it moves to another one."""
+    """State which positions carry the answer, and between which layers it moves."""
     runs = [(at, list(rows)) for at, rows in groupby(range(len(trace.moved)), key=lambda row: _carrier(trace, row))]
     carried = [(at, rows[0], rows[-1]) for at, rows in runs if at is not None]
     if not carried:
@@ -75,14 +75,14 @@ def finding(trace: Trace) -> str:
 
 
 def _carrier(trace: Trace, row: int) -> int | None:
-    """The position that carries the answer in a row of the map, if a single one does."""
+    """The only position that carries the answer in a row of the map, if there is one."""
     shares = trace.moved[row]
     at = max(range(len(shares)), key=shares.__getitem__)
     return at if shares[at] >= _CARRIES else None
 
 
 def _token(trace: Trace, at: int) -> str:
-    """The token of the text, with its position if the text has it several times."""
+    """A token of the text, with its position if it occurs more than once."""
     token = trace.first[at]
     several = sum(other.id == token.id for other in trace.first) > 1
     return written(token.text, token=True) + (f" at position {at}" if several else "")

@@ -1,4 +1,4 @@
-"""A report: first one sentence and one picture that combine the lens, attribution and attention, then each view."""
+"""A report: one sentence and one picture of a prediction, then all views."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llama_scratch.render.page import Cell, Heatmap, PageBlock, Table, written
 from llama_scratch.render.report_page import Arcs, ReportPage, Section, Stream, report
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.lens import Lens
     from llama_scratch.microscope.summary import Ablation, Link, Summary
     from llama_scratch.results import Candidate
@@ -29,7 +29,9 @@ def page(
     sections: tuple[Section, ...],
     interventions: Sequence[str] = (),
 ) -> ReportPage:
-    """Return the report.
+    """Return the report of a prediction.
+
+    The sentence and the picture combine the lens, the attribution and the attention.
 
     Args:
         summary: The measurements.

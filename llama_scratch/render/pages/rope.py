@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.drawings.dials import Dials, arrow, degrees
 from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Running, Table
 
-if TYPE_CHECKING:  # they bring torch
+if TYPE_CHECKING:  # they import torch
     from llama_scratch.microscope.rope import Rope
 
 _SOURCE = ("rope",)
@@ -49,7 +49,7 @@ def page(rope: Rope) -> Page:
 
 
 def finding(rope: Rope) -> str:
-    """Say from which pair on the rotation takes more than the context for one turn, and what the scaling does."""
+    """State which pairs make less than one turn over the context, and the scaling."""
     count, context = len(rope.dials), f"the {rope.context:,} tokens of the context"
     if rope.slow_from is None:
         sentence = f"Each of the {count} pairs turns at least once over {context}."
@@ -135,7 +135,7 @@ def _dial(angle: float) -> str:
 def _tokens(wavelength: float) -> str:
     """Format a number of tokens with four characters."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        # Values that round up to 1000 get the next unit.
+        # Values that would round to 1000 get the next unit.
         if wavelength >= 0.9995 * size:
             value = wavelength / size
             return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"

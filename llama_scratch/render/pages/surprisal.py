@@ -10,14 +10,14 @@ from llama_scratch.render.page import Cell, Finding, Page, Paragraph, Running, T
 from llama_scratch.render.surprise import LIMITS, NAMES, surprise_style
 from llama_scratch.render.text import counted, percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.surprisal import Scored, Surprisal
 
 _EMPTY = Cell("")
 
 
 def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
-    """Return a page of the most surprising token, the colored text, a legend, and the score of each token.
+    """Return a page of the colored text, and the score of each token.
 
     Args:
         surprisal: The scores.
@@ -49,7 +49,7 @@ def page(surprisal: Surprisal, text: str, bits: Sequence[float | None]) -> Page:
 def finding(surprisal: Surprisal) -> str:
     """Name the most surprising token and its share of the text's bits.
 
-    It stands out if it has at least twice the mean.
+    A token stands out if it has at least twice the mean surprisal.
     """
     scored = [(token.bits, token) for token in surprisal.tokens if token.bits is not None]
     if not scored:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Finding, Page, Running, Table
 from llama_scratch.render.text import counted
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.tokens import Tokens
 
-# Adjacent tokens differ even without colors.
+# Styles of adjacent tokens, which also differ without color.
 _ALTERNATING = ("cyan", "underline magenta")
 
 
 def page(tokens: Tokens) -> Page:
-    """Return a page of the number of tokens, the tokenized text, and id, bytes and text of each token."""
+    """Return a page of the tokenized text, and the id, bytes and text of each token."""
     pieces = [
         Cell(piece.text, _ALTERNATING[i % 2], token=True, hover=f"{piece.id}: {piece.bytes.hex(' ')}")
         for i, piece in enumerate(tokens.tokens)

@@ -10,7 +10,7 @@ from llama_scratch.render.lines import json_line
 from llama_scratch.render.page import Cell, Finding, Page, Running, Table, written
 from llama_scratch.render.text import percent
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.tree import Branch, Tree
 
 _EMPTY = Cell("")
@@ -35,7 +35,7 @@ def page(tree: Tree, text: str) -> Page:
 
 
 def finding(tree: Tree) -> str:
-    """Say which path is the most probable, and how much of the probability the tree shows."""
+    """State the most probable path, and how much of the probability the tree shows."""
     first, best = tree.branches[0], max(_paths(tree.branches, ()), key=lambda path: path[-1].path_probability)
     sentence = f"{written(first.text, token=True)} is the most probable next token, {percent(first.probability)}"
     if len(best) > 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llama_scratch.render.page import Cell, Page, PageBlock, Paragraph, Table
 from llama_scratch.render.pages.execution import number, tuple_text, where
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # it imports torch
     from llama_scratch.microscope.execution import Statement
     from llama_scratch.microscope.value_view import ValueView
 
