@@ -147,7 +147,7 @@ def _layer() -> Inputs:
 
 
 def _network() -> Inputs:
-    ids = torch.randint(0, 96, (24,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 96, (12,), generator=torch.Generator().manual_seed(0))
     return [(ids, small_network(), SMALL), (ids, small_network(), SCALED)]
 
 

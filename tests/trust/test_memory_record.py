@@ -19,11 +19,12 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 def test_the_peak_is_the_predicted_one(tmp_path: Path, precision: str, *, kernels: bool) -> None:
     """With a full context and 110 M weights, so that the program matters little.
 
-    If other programs use the CPU, freed memory returns to the system late; a peak that is too high is measured again.
+    Freed memory often returns to the system late, so a peak that is too high is measured again. In bf16, about every
+    second one is.
     """
     shape = TINY_PARAMS | {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 512}
     path = write_meta(tmp_path / "Llama", params=shape)
-    for _ in range(4):
+    for _ in range(10):
         found = memory.peak(path, precision, 1024, kernels=kernels)
         if found["predicted_to_measured"] >= 0.9:
             break
