@@ -28,16 +28,15 @@ def _on_off(_session: Session, _begun: str) -> list[str]:
 def _live(session: Session, argument: str) -> Reply:
     """Predict the next token while you type.
 
-    The tokens of the line are colored by surprisal: green below 1 bit, magenta from 4 bits, bold red from 8 bits. The
-    most probable next token is suggested after the cursor and shown on the bottom line. Not available in a chat or
-    with --plain.
+    The more surprising a token of the line, the stronger its color, in steps at 1, 4 and 8 bits. The most probable next
+    token is suggested after the cursor and shown on the bottom line. Not available in a chat or with --plain.
     """
     if argument:
         session.change_settings(live=on_or_off(argument, "/live"))
     state = "on" if session.settings.live else "off"
     sentence = f"Live prediction is {state}."
     if reason := why_not_live(session):
-        sentence = f"Live prediction is not available {reason}. Elsewhere it is {state}."
+        sentence = f"Live prediction is {state}, but not available {reason}."
     return note(sentence, live=session.settings.live)
 
 
