@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,7 +22,7 @@ FOLDER = Path(__file__).parent
 _SOURCE = "python source="
 _BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OUTPUT = re.compile(r"\A\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_NUMBER = re.compile(r"[+-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+_NUMBER = re.compile(r"[+\-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def chapters() -> list[Path]:
@@ -69,8 +70,6 @@ def printed(code: str, variables: dict[str, Any]) -> str:
 
 def code_of(name: str) -> str:
     """The source code for a name, without a method's indentation."""
-    import textwrap
-
     return "\n\n".join(textwrap.dedent(passage.text) for passage in source(name).passages)
 
 

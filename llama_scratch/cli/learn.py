@@ -15,6 +15,7 @@ from rich.text import Text
 from llama_scratch.cli.options import AsJson, HelpCommand, HelpGroup
 from llama_scratch.cli.process import NAME, Consoles, print_json
 from llama_scratch.errors import UsageError
+from llama_scratch.learn.chapters import CHAPTERS
 
 learn = typer.Typer(
     name="learn",
@@ -30,7 +31,7 @@ def exercises(ctx: typer.Context) -> None:
     """List the chapters and the functions to write."""
     if ctx.invoked_subcommand is not None:
         return
-    from llama_scratch.learn.exercises import CHAPTERS, exercises_of
+    from llama_scratch.learn.exercises import exercises_of
 
     consoles: Consoles = ctx.obj
     for chapter, title in enumerate(CHAPTERS):
@@ -100,5 +101,5 @@ def _functions(chapter: int) -> list[Callable[..., Any]]:
 
 
 def _check_chapter(chapter: int) -> None:
-    if not 0 <= chapter <= 17:
-        raise UsageError(f"There is no chapter {chapter}. Chapters go from 0 to 17.")
+    if not 0 <= chapter < len(CHAPTERS):
+        raise UsageError(f"There is no chapter {chapter}. Chapters go from 0 to {len(CHAPTERS) - 1}.")

@@ -289,43 +289,33 @@ def model_options(
 _MIN_TABLE_WIDTH = 72
 
 
-class HelpCommand(TyperCommand):
+class _ReadableHelp:
+    """Help that is also readable on a narrow terminal. For subclasses of typer's classes."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help.
+
+        Like typer, it prints directly instead of using the formatter.
+
+        Args:
+            ctx: The context of the command.
+            formatter: Not used, but required by the interface.
+        """
+        if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
+            super().format_help(ctx, formatter)  # type: ignore[misc]  # of typer's class
+        else:
+            _print_narrow_help(self, ctx)
+
+
+class HelpCommand(_ReadableHelp, TyperCommand):
     """A command whose help is also readable on a narrow terminal."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help.
 
-        Like typer, it prints directly instead of using the formatter.
-
-        Args:
-            ctx: The context of the command.
-            formatter: Not used, but required by the interface.
-        """
-        if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
-            super().format_help(ctx, formatter)
-        else:
-            _print_narrow_help(self, ctx)
-
-
-class HelpGroup(TyperGroup):
+class HelpGroup(_ReadableHelp, TyperGroup):
     """A main command whose help is also readable on a narrow terminal."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help.
 
-        Like typer, it prints directly instead of using the formatter.
-
-        Args:
-            ctx: The context of the command.
-            formatter: Not used, but required by the interface.
-        """
-        if shutil.get_terminal_size().columns >= _MIN_TABLE_WIDTH:
-            super().format_help(ctx, formatter)
-        else:
-            _print_narrow_help(self, ctx)
-
-
-def _print_narrow_help(command: HelpCommand | HelpGroup, ctx: Any) -> None:
+def _print_narrow_help(command: Any, ctx: Any) -> None:
     """Print the help without tables: the help of each option is below its name."""
     panels: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):

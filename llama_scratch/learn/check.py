@@ -5,10 +5,7 @@ The process has a time limit, and whatever the file does, the caller goes on.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_scratch.errors import LlamaScratchError, UsageError, sanitize
+from llama_scratch.system.processes import end_group
 
 SECONDS = 60.0
 """Time limit of a check. Importing torch and reading SmolLM2 take most of the seconds that it needs."""
@@ -61,9 +59,7 @@ def check(chapter: int, path: Path, seconds: float = SECONDS) -> Sequence[Checke
             f"{sanitize(path.name)}."
         ) from None
     finally:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # also processes that the file has started
-        process.wait()
+        end_group(process)  # also processes that the file has started
     try:
         found = json.loads(out)
         return [Checked(str(function), str(problem)) for function, problem in found]

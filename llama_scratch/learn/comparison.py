@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_scratch.errors import sanitize
+
 MAX_DISTANCE = 1e-4  # relative L2 distance: float32 rounding is below it, every mistake above
 
 
@@ -115,6 +117,5 @@ def _number(value: Tensor) -> str:
     return f"{value.item():.5g}"
 
 
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(sorted(value) if isinstance(value, set) else value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _short(value: Any) -> str:
+    return sanitize(repr(sorted(value) if isinstance(value, set) else value))

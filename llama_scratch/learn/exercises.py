@@ -239,24 +239,3 @@ EXERCISES = (
     Exercise(16, "block_dot", _integers),
     Exercise(17, "tokens_per_second", _speeds),
 )
-CHAPTERS = (
-    "What a language model computes",
-    "Text to ids",
-    "The embedding and the residual stream",
-    "RMSNorm",
-    "Queries, keys, values",
-    "RoPE",
-    "The factor of 32",
-    "Many heads, few keys",
-    "SwiGLU",
-    "The output, and the whole forward pass",
-    "The KV cache and the prefix",
-    "Sampling",
-    "A fact on its way through the layers",
-    "An induction head",
-    "Reading untrusted files",
-    "Eight and four bits",
-    "The kernels beside their Python twins",
-    "What it costs",
-)
-"""The title of each chapter."""

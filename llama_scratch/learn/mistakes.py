@@ -50,11 +50,11 @@ def mistakes_of(function: str) -> Iterator[Mistake]:
     yield from (mistake for mistake in MISTAKES if mistake.function == function)
     for mistake in MISTAKES:
         if mistake.function in USES.get(function, ()):
-            yield Mistake(function, mistake.sentence, getattr(_with(mistake), function))
+            yield Mistake(function, mistake.sentence, getattr(solution_with(mistake), function))
 
 
 @cache
-def _with(mistake: Mistake) -> Any:
+def solution_with(mistake: Mistake) -> Any:
     """Load the solution again, with a wrong version in place of one function."""
     spec = importlib.util.spec_from_file_location("solution_with_mistake", solution.__file__)
     if spec is None or spec.loader is None:

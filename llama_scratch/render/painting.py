@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llama_scratch.render import colors
 from llama_scratch.render.drawings.drawing import Box, Disc, Label, Picture, Stroke
-from llama_scratch.render.sheet import INK, PAPER, WIDTH, Sheet, scale_of
+from llama_scratch.render.palette import LIGHT_PALETTE
+from llama_scratch.render.sheet import WIDTH, Sheet, scale_of
 
-_COLORS = {"ink": INK, "soft": "#626a73", "line": "#e3e3dd", "panel": "#f4f4ef", "paper": PAPER}
 _POINTS = 72  # points per inch
 
 
@@ -55,8 +55,8 @@ def paint(sheet: Sheet, picture: Picture, x: float, y: float, inch: float) -> No
 
 def _color(name: str) -> str:
     """Look up a color by its name, for a light background."""
-    if name in _COLORS:
-        return _COLORS[name]
+    if name in LIGHT_PALETTE:
+        return LIGHT_PALETTE[name]
     scale = name.removeprefix("on-")
     color = scale_of(scale[0])[int(scale[1:])]
     return colors.ink(color) if name != scale else color

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from llama_scratch.render import colors
 from llama_scratch.render.letters import drawable, font
 from llama_scratch.render.page import Heatmap
+from llama_scratch.render.palette import LIGHT_PALETTE
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.figure import Figure
 
 WIDTH = 10.0
-PAPER, INK, SOFT = "#fcfcfa", "#1f2328", "#626a73"
-_BAR, _LESS = "#3a77b8", "#c2602a"
+PAPER, INK, SOFT, _BAR, _LESS = (LIGHT_PALETTE[name] for name in ("paper", "ink", "soft", "bar", "less"))
 
 
 class Sheet:

@@ -24,6 +24,7 @@ from llama_scratch.render.page import (
     written,
 )
 from llama_scratch.render.painting import paint
+from llama_scratch.render.palette import LIGHT_PALETTE
 from llama_scratch.render.pooling import pooled, pooling
 from llama_scratch.render.sheet import INK, PAPER, SOFT, WIDTH, Sheet, scale_of, shade_of
 from llama_scratch.render.surprise import NAMES
@@ -43,11 +44,8 @@ _LONGEST = 1 << 16
 _TEXTS, _DRAWN, _TILE = (128, 256), (256, 256), (48, 48)
 _FIELD, _FIELD_WITH_TEXT = 0.27, (0.57, 0.68)  # minimum and maximum width of a field with text
 _TILES, _MOST_TILES = 6, 16  # maps per row, by default and at most
-_SOFT, _LINE, _MARK = SOFT, "#e3e3dd", "#fdf0c4"
-_NAMED = {
-    "dim": _SOFT, "red": "#b3261e", "green": "#1a7340", "yellow": "#8a6100", "blue": "#2457a6", "magenta": "#9a2c8e",
-    "cyan": "#0b6e7f",
-}  # fmt: skip
+_SOFT, _LINE, _MARK = SOFT, LIGHT_PALETTE["line"], LIGHT_PALETTE["mark"]
+_NAMED = {"dim": _SOFT} | {name: LIGHT_PALETTE[name] for name in ("red", "green", "yellow", "blue", "magenta", "cyan")}
 
 
 def png(page: Page) -> bytes:

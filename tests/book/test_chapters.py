@@ -11,7 +11,8 @@ import pytest
 
 from llama_scratch import model
 from llama_scratch.book import cells
-from llama_scratch.learn.exercises import CHAPTERS, exercises_of
+from llama_scratch.learn.chapters import CHAPTERS
+from llama_scratch.learn.exercises import exercises_of
 from tests.helpers import ROOT
 
 FILES = cells.chapters()
@@ -69,6 +70,8 @@ def test_every_part_of_the_network_is_in_a_chapter() -> None:
         ("' Paris'", "' Rome'", False),
         ("6e-08", "7e-08", True),
         ("[1.0]", "[1.0, 2.0]", False),
+        ("L29", "H29", False),
+        ("L29", "L31", False),
     ],
 )
 def test_outputs_may_differ_in_the_last_digit(old: str, new: str, expected: bool) -> None:

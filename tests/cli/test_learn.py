@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llama_scratch.learn import solution
-from llama_scratch.learn.exercises import CHAPTERS, EXERCISES
+from llama_scratch.learn.chapters import CHAPTERS
+from llama_scratch.learn.exercises import EXERCISES
 from tests.helpers.command_line import Runner
 
 SOLUTION = Path(solution.__file__)

@@ -43,20 +43,20 @@ INSIDE = [mistake for mistake in MISTAKES if mistake.function in USES["forward"]
 
 @pytest.mark.parametrize("mistake", INSIDE, ids=[f"{m.function}-{i}" for i, m in enumerate(INSIDE)])
 def test_a_mistake_is_named_inside_the_network(mistake: Mistake) -> None:
-    said = child.check(BY_NAME["forward"], mistakes._with(mistake))
+    said = child.check(BY_NAME["forward"], mistakes.solution_with(mistake))
     assert said.startswith(mistake.sentence)
     first = "The embedding differs" if mistake.function == "embed" else "The first layer that differs is layer 0"
     assert first in said
 
 
 def test_the_first_position_does_not_matter() -> None:
-    assert child.check(BY_NAME["forward"], mistakes._with(SHIFTED)) == ""
+    assert child.check(BY_NAME["forward"], mistakes.solution_with(SHIFTED)) == ""
 
 
 def positions(function: str, number: int) -> str:
     """Which positions the network's check says are wrong, for one of the mistakes of a function."""
     found = [mistake for mistake in MISTAKES if mistake.function == function]
-    said = child.check(BY_NAME["forward"], mistakes._with(found[number]))
+    said = child.check(BY_NAME["forward"], mistakes.solution_with(found[number]))
     return said[len(found[number].sentence) :].lower()
 
 
@@ -77,7 +77,7 @@ def test_an_unknown_mistake_is_described_by_its_positions_and_its_layer() -> Non
     def block(x: Any, w: Any, freqs_cis: Any, args: Any) -> Any:
         return solution.block(x, w, freqs_cis, args) * 1.001
 
-    wrong = mistakes._with(Mistake("block", "", block))
+    wrong = mistakes.solution_with(Mistake("block", "", block))
     said = child.check(BY_NAME["forward"], wrong)
     assert "differ" in said
     assert said.endswith("The first layer that differs is layer 0.")

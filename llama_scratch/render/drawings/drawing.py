@@ -6,6 +6,7 @@ sequential scale of `colors`, or "on-v0" to "on-v24" for a text on that step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(ABC):
     """A block of a page that is drawn.
 
     Attributes:
@@ -97,14 +98,15 @@ class Drawing:
 
     title: str
 
+    @abstractmethod
     def picture(self, width: int) -> Picture:
         """Return the shapes for a web page or a PNG file.
 
         Args:
             width: The width, `WIDE` or `NARROW`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self, width: int, *, blocks: bool) -> Iterator[Text]:
         """Yield the lines for a terminal.
 
@@ -112,11 +114,10 @@ class Drawing:
             width: Number of columns.
             blocks: Whether the terminal has Unicode characters.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def spoken(self) -> Iterator[str]:
         """Yield the lines for plain output."""
-        raise NotImplementedError
 
 
 def step(level: float) -> str:

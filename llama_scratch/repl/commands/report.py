@@ -62,7 +62,7 @@ def _examined(session: Session) -> ReportPage:
         # Details of the two strongest heads and feed-forward networks in the attribution.
         parts = [NetworkPart.named(found.name, llama.args) for found in reasons.strongest]
         for part in [part for part in parts if part.kind == "head"][:2]:
-            view = head(llama, ids, part.layer, part.index, progress=progress)
+            view = head(llama, ids, part.layer, part.index, progress=progress, answer=reasons.answer)
             sections.append(Section(attention_pages.head(view), part.name))
         for part in [part for part in parts if part.kind == "ffn"][:2]:
             sections.append(Section(neuron_pages.page(neurons(llama, ids, part.layer, progress=progress)), part.name))
